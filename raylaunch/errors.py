@@ -1,0 +1,146 @@
+"""Everything that raylaunch raises on purpose.
+
+::
+
+    RaylaunchError
+    ├── SpecError                what was asked for is wrong: file, line and field say where
+    │   └── UnsatisfiableError   it is well-formed, but no node of this cluster could ever run it
+    ├── AccessError              no token, an unknown one, or a role that may not do this
+    ├── NotFoundError            no such job, file, secret, cluster
+    ├── ConflictError            the thing is there, but in a state that forbids this
+    ├── ClusterError             the cluster as a whole
+    │   ├── ClusterDownError     it is not running, or not answering
+    │   ├── ClusterStartError    a step of ``up`` failed; ``step`` and ``log_path`` say which and where
+    │   └── VersionError         client and cluster, or cluster and Ray, do not fit together
+    ├── StorageError             a disk is full, a file or a database cannot be read or written
+    ├── TransferError            bytes did not arrive as they were sent
+    └── TrackingError            Weights & Biases data cannot be read
+
+A `RaylaunchError` is exactly an error whose text a person (or a model) should act on. Anything else is a bug and shows
+its traceback.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class RaylaunchError(Exception):
+    """What failed, on which thing, why; and in `hint` what to do next.
+
+    The same object crosses the wire: `code` names the class there and `status` is its HTTP status.
+    """
+
+    code: ClassVar[str] = "error"
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  → {self.hint}" if self.hint else self.message
+
+
+class SpecError(RaylaunchError):
+    """What was asked for is wrong. `where` is ``file:line`` when it came from a file, `field` the dotted field."""
+
+    code = "spec"
+    status = 422
+
+    def __init__(self, message: str, *, hint: str = "", where: str = "", field: str = "") -> None:
+        super().__init__(f"{where}: {message}" if where else message, hint=hint)
+        self.where = where
+        self.field = field
+
+
+class UnsatisfiableError(SpecError):
+    """No node of this cluster could ever run this job, however long it waits."""
+
+    code = "unsatisfiable"
+
+
+class AccessError(RaylaunchError):
+    """The request carried no token, an unknown one, or one whose role may not do this."""
+
+    code = "access"
+    status = 403
+
+
+class NotFoundError(RaylaunchError):
+    """The named thing does not exist here."""
+
+    code = "not_found"
+    status = 404
+
+
+class ConflictError(RaylaunchError):
+    """The thing is there, in a state that forbids what was asked."""
+
+    code = "conflict"
+    status = 409
+
+
+class ClusterError(RaylaunchError):
+    """The cluster as a whole."""
+
+    code = "cluster"
+    status = 503
+
+
+class ClusterDownError(ClusterError):
+    """The cluster is not running, or does not answer."""
+
+    code = "cluster_down"
+
+
+class ClusterStartError(ClusterError):
+    """A step of starting the cluster failed. `step` is its name, `log_path` holds what it printed."""
+
+    code = "cluster_start"
+
+    def __init__(self, message: str, *, hint: str = "", step: str = "", log_path: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.step = step
+        self.log_path = log_path
+
+
+class VersionError(ClusterError):
+    """Two parts that must fit together do not: client and controller, or Ray here and Ray there."""
+
+    code = "version"
+    status = 409
+
+
+class StorageError(RaylaunchError):
+    """A disk is full, or a file or database cannot be read or written."""
+
+    code = "storage"
+    status = 507
+
+
+class TransferError(RaylaunchError):
+    """Bytes did not arrive as they were sent."""
+
+    code = "transfer"
+    status = 502
+
+
+class TrackingError(RaylaunchError):
+    """Weights & Biases data cannot be read."""
+
+    code = "tracking"
+    status = 500
+
+
+def _tree(root: type[RaylaunchError]) -> list[type[RaylaunchError]]:
+    return [root, *(found for child in root.__subclasses__() for found in _tree(child))]
+
+
+def from_wire(code: str, message: str, hint: str) -> RaylaunchError:
+    """Build the error that the other side raised. An unknown code becomes a plain `RaylaunchError`."""
+    for kind in _tree(RaylaunchError):
+        if kind.code == code:
+            return kind(message, hint=hint)
+    return RaylaunchError(message, hint=hint)

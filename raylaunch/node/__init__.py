@@ -1,0 +1,1 @@
+"""The steward: raylaunch's hands on each node."""

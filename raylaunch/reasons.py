@@ -1,0 +1,93 @@
+"""Why a job stands where it stands: the one enumeration of reasons, each with a verdict and a sentence."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+
+class Verdict(str, Enum):
+    """What follows from a reason when an attempt ended for it."""
+
+    FINAL = "final"
+    """The same attempt again would end the same way, or a person asked for this end."""
+    RETRY = "retry"
+    """The program failed; another attempt is made if the spec has retries left."""
+    RETRY_FREE = "retry_free"
+    """The machines failed, not the program: another attempt is made without counting it, a few times."""
+    WAIT = "wait"
+    """The job has not ended: this says what it waits for."""
+
+
+class _Facts(NamedTuple):
+    verdict: Verdict
+    sentence: str
+
+
+class Reason(str, Enum):
+    """Why a job waits, or why its attempt ended. The value is stable and machine-readable."""
+
+    WAITING_FOR_GPUS = "waiting_for_gpus"
+    WAITING_FOR_CPUS = "waiting_for_cpus"
+    WAITING_FOR_MEMORY = "waiting_for_memory"
+    WAITING_FOR_RESOURCE = "waiting_for_resource"
+    WAITING_FOR_NODE = "waiting_for_node"
+    WAITING_FOR_TURN = "waiting_for_turn"
+    WAITING_FOR_RAY = "waiting_for_ray"
+    GPU_BUSY_OUTSIDE = "gpu_busy_outside"
+    SENDING_CODE = "sending_code"
+    COMPLETED = "completed"
+    EXIT_CODE = "exit_code"
+    SIGNAL = "signal"
+    OUT_OF_MEMORY = "out_of_memory"
+    GPU_OUT_OF_MEMORY = "gpu_out_of_memory"
+    DISK_FULL = "disk_full"
+    STOP_REQUESTED = "stop_requested"
+    STOPPED_BY_RAY = "stopped_by_ray"
+    TIMEOUT = "timeout"
+    ENVIRONMENT = "environment"
+    ENTRYPOINT_NOT_FOUND = "entrypoint_not_found"
+    SECRET_MISSING = "secret_missing"  # noqa: S105 -- a reason, not a secret
+    RUNNER_DIED = "runner_died"
+    NODE_LOST = "node_lost"
+    RAY_REFUSED = "ray_refused"
+    RAY_LOST = "ray_lost"
+
+    @property
+    def verdict(self) -> Verdict:
+        """What follows when an attempt ended for this reason."""
+        return _TABLE[self].verdict
+
+    @property
+    def sentence(self) -> str:
+        """The reason in words, for where no better sentence with the job's own numbers is at hand."""
+        return _TABLE[self].sentence
+
+
+_TABLE: dict[Reason, _Facts] = {
+    Reason.WAITING_FOR_GPUS: _Facts(Verdict.WAIT, "waits for GPUs"),
+    Reason.WAITING_FOR_CPUS: _Facts(Verdict.WAIT, "waits for CPUs"),
+    Reason.WAITING_FOR_MEMORY: _Facts(Verdict.WAIT, "waits for memory"),
+    Reason.WAITING_FOR_RESOURCE: _Facts(Verdict.WAIT, "waits for a custom resource"),
+    Reason.WAITING_FOR_NODE: _Facts(Verdict.WAIT, "waits for a node that can run it"),
+    Reason.WAITING_FOR_TURN: _Facts(Verdict.WAIT, "waits for a job ahead of it"),
+    Reason.WAITING_FOR_RAY: _Facts(Verdict.WAIT, "waits for Ray to answer"),
+    Reason.GPU_BUSY_OUTSIDE: _Facts(Verdict.WAIT, "waits for GPUs that processes outside raylaunch use"),
+    Reason.SENDING_CODE: _Facts(Verdict.WAIT, "its code is on the way to the node"),
+    Reason.COMPLETED: _Facts(Verdict.FINAL, "completed"),
+    Reason.EXIT_CODE: _Facts(Verdict.RETRY, "the program exited with an error"),
+    Reason.SIGNAL: _Facts(Verdict.RETRY, "the program was ended by a signal"),
+    Reason.OUT_OF_MEMORY: _Facts(Verdict.RETRY, "the machine ran out of memory"),
+    Reason.GPU_OUT_OF_MEMORY: _Facts(Verdict.FINAL, "the GPU ran out of memory"),
+    Reason.DISK_FULL: _Facts(Verdict.FINAL, "the disk is full"),
+    Reason.STOP_REQUESTED: _Facts(Verdict.FINAL, "stopped on request"),
+    Reason.STOPPED_BY_RAY: _Facts(Verdict.FINAL, "stopped with Ray's own tools"),
+    Reason.TIMEOUT: _Facts(Verdict.FINAL, "ran longer than its timeout"),
+    Reason.ENVIRONMENT: _Facts(Verdict.FINAL, "its Python environment cannot be used"),
+    Reason.ENTRYPOINT_NOT_FOUND: _Facts(Verdict.FINAL, "the program to run was not found"),
+    Reason.SECRET_MISSING: _Facts(Verdict.FINAL, "a secret it names is not set"),
+    Reason.RUNNER_DIED: _Facts(Verdict.RETRY, "raylaunch's runner was killed, and the training with it"),
+    Reason.NODE_LOST: _Facts(Verdict.RETRY_FREE, "its node was lost"),
+    Reason.RAY_REFUSED: _Facts(Verdict.FINAL, "Ray refused the submission"),
+    Reason.RAY_LOST: _Facts(Verdict.RETRY_FREE, "Ray was restarted under it"),
+}

@@ -1,0 +1,174 @@
+"""Names of files, variables and exit facts on which runner, steward and controller rely. Standard library only.
+
+One attempt has one folder on its node, ``<node root>/attempts/<attempt id>/``::
+
+    attempt.json      what to run; written by the steward, read by the runner (`ATTEMPT`)
+    secrets.json      0600; read and deleted by the runner before training starts (`SECRETS`)
+    runner.pyz        the runner itself (`RUNNER`)
+    code/             the working directory, this attempt's own copy (`CODE`)
+    claim.json        made with O_EXCL by the one runner that may run it (`CLAIM`)
+    facts.json        what the runner found: environment, GPUs, W&B mode; replaced as a whole (`FACTS`)
+    started.json      training has started: pid, time (`STARTED`)
+    heartbeat         touched every second while the runner lives (`HEARTBEAT`)
+    stop.json         a wish to stop, written by the steward (`STOP`)
+    exit.json         how it ended; written last, beside and renamed (`EXIT`)
+    logs/rank-0.log   stdout and stderr of the training, byte for byte (`LOGS`)
+    wandb/            WANDB_DIR; the run's file is wandb/wandb/*run-*/run-*.wandb (`WANDB`)
+    outputs/          $RAYLAUNCH_OUTPUT_DIR; kept (`OUTPUTS`)
+    checkpoints/      $RAYLAUNCH_CHECKPOINT_DIR; kept (`CHECKPOINTS`)
+    tmp/              W&B cache and staging, and scratch; not kept (`TMP`)
+
+Only logs, the .wandb file, outputs, checkpoints and the JSON files above travel to the store, under the same names below
+``jobs/<job>/attempt-<n>/``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+ATTEMPT = "attempt.json"
+SECRETS = "secrets.json"
+RUNNER = "runner.pyz"
+CODE = "code"
+CLAIM = "claim.json"
+FACTS = "facts.json"
+STARTED = "started.json"
+HEARTBEAT = "heartbeat"
+STOP = "stop.json"
+EXIT = "exit.json"
+LOGS = "logs"
+WANDB = "wandb"
+OUTPUTS = "outputs"
+CHECKPOINTS = "checkpoints"
+TMP = "tmp"
+
+RANK_LOG = "logs/rank-{rank}.log"
+
+VAR_ATTEMPT = "RAYLAUNCH_ATTEMPT_ID"
+"""In the environment of every process of an attempt: ``<cluster id>/<job>-<n>``. A process belongs to an attempt if, and
+only if, its environment says so; that holds for children that called setsid too."""
+VAR_JOB = "RAYLAUNCH_JOB_ID"
+VAR_JOB_NAME = "RAYLAUNCH_JOB_NAME"
+VAR_ATTEMPT_N = "RAYLAUNCH_ATTEMPT"
+VAR_OUTPUT_DIR = "RAYLAUNCH_OUTPUT_DIR"
+VAR_CHECKPOINT_DIR = "RAYLAUNCH_CHECKPOINT_DIR"
+VAR_CLUSTER = "RAYLAUNCH_CLUSTER"
+VAR_PROGRESS = "RAYLAUNCH_PROGRESS_FILE"
+"""File to which `raylaunch.report` appends JSON lines: ``{"at", "step", "total", "metrics"}``."""
+VAR_NODE_ROOT = "RAYLAUNCH_NODE_ROOT"
+"""In the environment of Ray on a node: the folder where its steward keeps packages and attempts."""
+
+PROGRESS = "progress.jsonl"
+
+RAY_SECRETS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
+
+RAY_LOG_LIMIT = 64 * 1024 * 1024
+"""Bytes of output that are also copied to Ray's own driver log; the whole is in the attempt's log."""
+
+Ended = Literal[
+    "completed", "exit_code", "signal", "stopped", "timed_out", "environment", "entrypoint_not_found", "runner_error"
+]
+
+
+class EnvironmentSpec(TypedDict):
+    """`raylaunch.spec.Environment`, as plain data."""
+
+    kind: str
+    value: str
+    requirements: list[str]
+
+
+class WandbSpec(TypedDict):
+    """How the attempt tracks. The runner finds the mode when it is ``auto``."""
+
+    mode: str
+    run_id: str
+    project: str
+    entity: str
+    group: str
+    job_type: str
+    name: str
+    tags: list[str]
+    notes: str
+
+
+class AttemptSpec(TypedDict):
+    """``attempt.json``: all that a runner needs to know."""
+
+    attempt: str
+    tag: str
+    """Value of `VAR_ATTEMPT`."""
+    job: str
+    name: str
+    n: int
+    cluster: str
+    epoch: str
+    """Random; a runner claims (attempt, epoch), and a stale one finds another epoch and exits."""
+    entrypoint: str | list[str]
+    env: dict[str, str]
+    secrets: list[str]
+    environment: EnvironmentSpec
+    envs_dir: str
+    """Folder on the node for environments built once per content."""
+    gpus: int
+    arch: str
+    timeout_s: float | None
+    grace_s: float
+    outputs: list[str]
+    wandb: WandbSpec
+
+
+class Claim(TypedDict):
+    """``claim.json``."""
+
+    epoch: str
+    pid: int
+    started_ticks: int
+    """Field 22 of /proc/PID/stat: with the pid it names one process for ever (until a reboot)."""
+    boot_id: str
+    at: float
+
+
+class Started(TypedDict):
+    """``started.json``."""
+
+    pid: int
+    at: float
+    gpus: list[str]
+
+
+class Facts(TypedDict, total=False):
+    """``facts.json``: what the runner found before the training started."""
+
+    python: str
+    version: str
+    torch: str
+    wandb: str
+    packages: list[str]
+    warnings: list[str]
+    wandb_mode: str
+    wandb_why: str
+
+
+class StopWish(TypedDict):
+    """``stop.json``."""
+
+    why: Literal["stopped", "timed_out"]
+    grace_s: float
+
+
+class Exit(TypedDict):
+    """``exit.json``: how the attempt ended. It belongs to the attempt and outranks what Ray remembers of it."""
+
+    ended: Ended
+    exit_code: int | None
+    signal: str
+    message: str
+    """For people; empty when exit code or signal say all."""
+    at: float
+    by_ray: bool
+    """Stopped by a SIGTERM from outside (``ray job stop``), not by a wish of ours."""
+    killed: int
+    """Processes of the attempt that were left over and ended at the end."""
+    oom: bool
+    """The kernel's out-of-memory killer ended a process of the attempt's cgroup meanwhile."""
