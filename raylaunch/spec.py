@@ -1,10 +1,11 @@
 """What is asked for: `ClusterSpec` (cluster.yaml) and `JobSpec` (job.yaml, flags, a notebook, an MCP call).
 
-Frozen, validated, no I/O. An unknown field is refused with the nearest known one (`raylaunch.config` adds file and line).
+Frozen, validated, no I/O. An unknown field is refused; `raylaunch.config` adds file, line and nearest name.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from typing import Annotated, Literal
@@ -37,7 +38,7 @@ def seconds(value: object) -> object:
 
 
 def size_bytes(value: object) -> object:
-    """Read a size: a number of bytes, or ``"8GiB"``, ``"500MB"``, ``"16G"`` (K, M, G, T are powers of 1024 with an i or alone).
+    """Read a size: a number of bytes, or ``"8GiB"``, ``"500MB"``, ``"16G"`` (powers of 1024, but of 1000 for KB to TB).
 
     Raises:
         ValueError: the text is not a size.
@@ -206,7 +207,7 @@ class JobSpec(Spec):
     @classmethod
     def _name_is_plain(cls, value: str) -> str:
         if value and not _NAME.fullmatch(value):
-            msg = f"{value!r} is not a job name; use letters, digits, '.', '_' and '-' (at most 63), first a letter or digit"
+            msg = f"{value!r} is not a job name; use letters, digits, '.', '_' and '-', at most 63"
             raise ValueError(msg)
         if value == "last":
             msg = "a job cannot be named 'last': that word names the latest job everywhere"
@@ -270,7 +271,7 @@ def _name_from(command: str) -> str:
     except ValueError:
         words = command.split()
     script = next((word for word in words if word.endswith((".py", ".sh"))), "")
-    module = next((after for word, after in zip(words, words[1:], strict=False) if word == "-m"), "")
+    module = next((after for word, after in itertools.pairwise(words) if word == "-m"), "")
     chosen = script.rsplit("/", 1)[-1].rsplit(".", 1)[0] or module or (words[0].rsplit("/", 1)[-1] if words else "")
     cleaned = re.sub(r"[^A-Za-z0-9_.-]+", "-", chosen).strip("-._")[:63]
     return cleaned if cleaned and cleaned != "last" else "job"

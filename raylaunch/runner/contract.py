@@ -18,8 +18,8 @@ One attempt has one folder on its node, ``<node root>/attempts/<attempt id>/``::
     checkpoints/      $RAYLAUNCH_CHECKPOINT_DIR; kept (`CHECKPOINTS`)
     tmp/              W&B cache and staging, and scratch; not kept (`TMP`)
 
-Only logs, the .wandb file, outputs, checkpoints and the JSON files above travel to the store, under the same names below
-``jobs/<job>/attempt-<n>/``.
+Only logs, the .wandb file, outputs, checkpoints and the JSON files above travel to the store, under the same names
+below ``jobs/<job>/attempt-<n>/``.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ TMP = "tmp"
 RANK_LOG = "logs/rank-{rank}.log"
 
 VAR_ATTEMPT = "RAYLAUNCH_ATTEMPT_ID"
-"""In the environment of every process of an attempt: ``<cluster id>/<job>-<n>``. A process belongs to an attempt if, and
-only if, its environment says so; that holds for children that called setsid too."""
+"""In the environment of every process of an attempt: ``<cluster id>/<job>-<n>``. A process belongs to an attempt if,
+and only if, its environment says so; that holds for children that called setsid too."""
 VAR_JOB = "RAYLAUNCH_JOB_ID"
 VAR_JOB_NAME = "RAYLAUNCH_JOB_NAME"
 VAR_ATTEMPT_N = "RAYLAUNCH_ATTEMPT"

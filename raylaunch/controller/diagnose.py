@@ -1,0 +1,130 @@
+"""Evidence → reason, sentence and verdict. Pure functions: what an attempt left behind goes in, what it means comes out."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from raylaunch.reasons import Reason, Verdict
+from raylaunch.runner.contract import Exit
+from raylaunch.state import Change
+
+MAX_FREE_RETRIES = 3
+"""Attempts that are made anew without counting when the machines failed, not the program."""
+
+_GPU_MEMORY = re.compile(r"CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|OutOfMemoryError: CUDA")
+_DISK_FULL = re.compile(r"No space left on device|ENOSPC")
+_MEMORY = re.compile(r"\bMemoryError\b|Cannot allocate memory")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of an attempt that is over.
+
+    Attributes:
+        exit: the runner's exit facts, or None when it left none.
+        claimed: whether a runner ever claimed the attempt.
+        stop_wanted: a person or the controller had asked to stop it.
+        node_alive: whether its node is still in the cluster.
+        ray_message: what Ray says of the submission.
+        ray_lost: whether Ray itself was restarted meanwhile.
+        log_tail: last lines of the training's output.
+    """
+
+    exit: Exit | None
+    claimed: bool
+    stop_wanted: bool
+    node_alive: bool = True
+    ray_message: str = ""
+    ray_lost: bool = False
+    log_tail: tuple[str, ...] = ()
+
+
+class Finding(NamedTuple):
+    """How an attempt ended: the change to the job, why, a sentence, and the exit as numbers."""
+
+    change: Change
+    reason: Reason
+    message: str
+    exit_code: int | None = None
+    signal: str = ""
+
+
+def diagnose(evidence: Evidence) -> Finding:
+    """Classify an attempt that is over. Exit facts outrank everything else."""
+    return _without_exit(evidence) if evidence.exit is None else _from_exit(evidence.exit, evidence.log_tail)
+
+
+def _without_exit(evidence: Evidence) -> Finding:
+    if evidence.stop_wanted:
+        return Finding(Change.END_STOPPED, Reason.STOP_REQUESTED, "stopped on request")
+    if not evidence.node_alive:
+        return Finding(Change.LOSE, Reason.NODE_LOST, "its node is gone, and with it the attempt")
+    if evidence.ray_lost:
+        return Finding(Change.LOSE, Reason.RAY_LOST, "Ray was restarted under it, which ended its processes")
+    if not evidence.claimed:
+        return Finding(Change.FAIL, Reason.RAY_REFUSED, _ray_words(evidence.ray_message))
+    message = "raylaunch's runner was killed (SIGKILL?); its training was ended with it"
+    return Finding(Change.FAIL, Reason.RUNNER_DIED, message)
+
+
+def _ray_words(message: str) -> str:
+    detail = f": {message.strip()}" if message.strip() else ""
+    return f"Ray ended the submission before it began{detail}"
+
+
+def _from_exit(exit_: Exit, log_tail: tuple[str, ...]) -> Finding:
+    code, signal, text = exit_["exit_code"], exit_["signal"], exit_["message"]
+    match exit_["ended"]:
+        case "completed":
+            change, reason, text = Change.SUCCEED, Reason.COMPLETED, text or "completed"
+        case "stopped":
+            return _stopped(exit_)
+        case "timed_out":
+            change, reason, text = Change.TIME_OUT, Reason.TIMEOUT, text or "ran longer than its timeout"
+        case "environment":
+            change, reason = Change.FAIL, Reason.ENVIRONMENT
+        case "entrypoint_not_found":
+            change, reason = Change.FAIL, Reason.ENTRYPOINT_NOT_FOUND
+        case "runner_error":
+            change, reason, text = Change.FAIL, Reason.RUNNER_DIED, f"raylaunch's runner failed: {text}"
+        case "exit_code" | "signal":
+            return _program_failed(exit_, log_tail)
+    return Finding(change, reason, text, code, signal)
+
+
+def _stopped(exit_: Exit) -> Finding:
+    code, signal = exit_["exit_code"], exit_["signal"]
+    if exit_["by_ray"]:
+        return Finding(Change.END_STOPPED, Reason.STOPPED_BY_RAY, "stopped with Ray's own tools", code, signal)
+    killed = f"; {exit_['killed']} processes were left over and ended" if exit_["killed"] else ""
+    return Finding(Change.END_STOPPED, Reason.STOP_REQUESTED, f"stopped on request{killed}", code, signal)
+
+
+def _program_failed(exit_: Exit, log_tail: tuple[str, ...]) -> Finding:
+    code, signal = exit_["exit_code"], exit_["signal"]
+    said = f": {exit_['message']}" if exit_["message"] else ""
+    how = f"the program was ended by {signal}{said}" if signal else f"the program exited with status {code}{said}"
+    tail = "\n".join(log_tail)
+    if exit_["oom"]:
+        message = f"{how}: the machine ran out of memory, and the kernel ended it"
+        return Finding(Change.FAIL, Reason.OUT_OF_MEMORY, message, code, signal)
+    if _GPU_MEMORY.search(tail):
+        return Finding(Change.FAIL, Reason.GPU_OUT_OF_MEMORY, f"{how}: the GPU ran out of memory", code, signal)
+    if _DISK_FULL.search(tail):
+        return Finding(Change.FAIL, Reason.DISK_FULL, f"{how}: no space left on the node's disk", code, signal)
+    if _MEMORY.search(tail):
+        return Finding(Change.FAIL, Reason.OUT_OF_MEMORY, f"{how}: it could not allocate memory", code, signal)
+    return Finding(Change.FAIL, Reason.SIGNAL if signal else Reason.EXIT_CODE, how, code, signal)
+
+
+def retry_follows(reason: Reason, *, attempts: int, free_retries: int, retries: int) -> bool:
+    """Whether another attempt is made. `attempts` of the job have ended; `free_retries` of those did not count."""
+    match reason.verdict:
+        case Verdict.RETRY_FREE:
+            return free_retries < MAX_FREE_RETRIES
+        case Verdict.RETRY:
+            return attempts - free_retries <= retries
+        case Verdict.FINAL | Verdict.WAIT:
+            return False

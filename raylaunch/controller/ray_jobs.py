@@ -1,0 +1,151 @@
+"""Ray's Jobs API over HTTP. One of the few modules that know Ray, and it translates its errors.
+
+It speaks the REST interface itself instead of using ``ray.job_submission``: that client sets no time limit, obeys
+``RAY_ADDRESS`` over its own argument, and costs a second to import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import httpx2
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from raylaunch.errors import ClusterDownError, ConflictError
+
+NODE_LABEL = "ray.io/node-id"
+"""The label that Ray gives each node itself."""
+
+_TIMEOUT = httpx2.Timeout(20, connect=3)
+_ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
+_NOT_FOUND = 404
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One Ray submission. Times in Ray are milliseconds; here nothing is a time."""
+
+    id: str
+    entrypoint: str
+    node_id: str
+    gpus: float = 0
+    cpus: float = 0
+    memory: int = 0
+    custom: dict[str, float] = field(default_factory=dict)
+    env_vars: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+class RayJob(BaseModel):
+    """What Ray remembers of a submission."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    type: str = "SUBMISSION"
+    submission_id: str | None = None
+    status: str
+    entrypoint: str = ""
+    message: str | None = None
+    start_time: int | None = None
+    end_time: int | None = None
+    metadata: dict[str, str] | None = None
+    driver_exit_code: int | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether Ray counts it as over."""
+        return self.status in _ENDED
+
+
+_JOBS = TypeAdapter(list[RayJob])
+
+
+class RayJobs:
+    """The Jobs endpoint of one Ray cluster.
+
+    Every method raises `ClusterDownError` when Ray does not answer within 20 s, or refuses the token.
+    """
+
+    def __init__(self, dashboard_url: str, token: str) -> None:
+        self._http = httpx2.AsyncClient(
+            base_url=dashboard_url, headers={"Authorization": f"Bearer {token}"}, timeout=_TIMEOUT, trust_env=False
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def version(self) -> str:
+        """Return Ray's version; also the question whether the Jobs endpoint answers."""
+        async with self._asking("its version"):
+            answer = await self._http.get("/api/version")
+            answer.raise_for_status()
+            return str(answer.json().get("ray_version", ""))
+
+    async def submit(self, submission: Submission) -> None:
+        """Submit; that it exists already is success: the id is the idempotency key.
+
+        Raises:
+            ConflictError: Ray refused the submission; the text is Ray's own.
+        """
+        body = {
+            "entrypoint": submission.entrypoint,
+            "submission_id": submission.id,
+            "runtime_env": {"env_vars": submission.env_vars},
+            "metadata": submission.metadata,
+            "entrypoint_num_gpus": submission.gpus or None,
+            "entrypoint_num_cpus": submission.cpus or None,
+            "entrypoint_memory": submission.memory or None,
+            "entrypoint_resources": submission.custom or None,
+            "entrypoint_label_selector": {NODE_LABEL: submission.node_id},
+        }
+        async with self._asking(f"to run {submission.id}"):
+            answer = await self._http.post("/api/jobs/", json=body)
+        if answer.is_success or "already exists" in answer.text:
+            return
+        if answer.is_server_error and "No available agent" in answer.text:
+            msg = f"Ray has no agent yet to run {submission.id}"
+            raise ClusterDownError(msg)
+        msg = f"Ray refused {submission.id}: {_last_line(answer.text)}"
+        raise ConflictError(msg)
+
+    async def get(self, submission_id: str) -> RayJob | None:
+        """Return what Ray remembers, or None when it knows no such submission."""
+        async with self._asking(f"about {submission_id}"):
+            answer = await self._http.get(f"/api/jobs/{submission_id}")
+            if answer.status_code == _NOT_FOUND:
+                return None
+            answer.raise_for_status()
+        return RayJob.model_validate_json(answer.content)
+
+    async def all(self) -> list[RayJob]:
+        """Return all submissions that Ray remembers; drivers that were not submitted are left out."""
+        async with self._asking("for its jobs"):
+            answer = await self._http.get("/api/jobs/")
+            answer.raise_for_status()
+        return [job for job in _JOBS.validate_json(answer.content) if job.type == "SUBMISSION" and job.submission_id]
+
+    async def stop(self, submission_id: str) -> None:
+        """Ask Ray to stop it. For a submission that still waits, Ray's answer is no promise: it may yet start."""
+        async with self._asking(f"to stop {submission_id}"):
+            answer = await self._http.post(f"/api/jobs/{submission_id}/stop")
+            if answer.status_code != _NOT_FOUND:
+                answer.raise_for_status()
+
+    @contextlib.asynccontextmanager
+    async def _asking(self, what: str) -> AsyncIterator[None]:
+        try:
+            yield
+        except httpx2.HTTPStatusError as error:
+            msg = f"Ray answered {error.response.status_code} when asked {what}: {_last_line(error.response.text)}"
+            raise ClusterDownError(msg) from error
+        except httpx2.HTTPError as error:
+            msg = f"Ray does not answer at {self._http.base_url} when asked {what} ({type(error).__name__})"
+            raise ClusterDownError(msg, hint="raylaunch up") from error
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return lines[-1].strip()[:500] if lines else "(no text)"
