@@ -1,0 +1,451 @@
+"""The controller's side of its link to Ray: it keeps the child program `raylaunch.controller.ray_link` running.
+
+Ray ends any process that is connected to it a minute after its head is gone, so the connection lives in a child that
+may die and be started again. Both speak JSON lines over the child's stdin and stdout; what attempts write on nodes is put
+into the store by the child itself, and never passes through here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar, TypedDict, cast
+
+from raylaunch.errors import ClusterDownError, RaylaunchError, from_wire
+from raylaunch.runner.contract import AttemptSpec, Claim, Exit, Facts, Started, StopWish
+from raylaunch.state import NodeView
+
+_log = logging.getLogger(__name__)
+
+_LINE_LIMIT = 64 * 1024 * 1024
+_LOG_LIMIT = 16 * 1024 * 1024
+_CLOSE_S = 5.0
+_LONGEST_BACKOFF_S = 10.0
+_STEADY_S = 30.0
+
+
+@dataclass(frozen=True)
+class LinkUp:
+    """The child is connected to Ray."""
+
+    ray_version: str
+
+
+@dataclass(frozen=True)
+class LinkDown:
+    """The child is gone, or could not connect. It is started again by itself; `why` is for people."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class NodesChanged:
+    """A node joined or was lost, a steward came or went, or free resources changed: ask `Link.nodes`."""
+
+
+@dataclass(frozen=True)
+class AttemptSeen:
+    """What a steward sees of one attempt on its node: sent once after each connection, and whenever it changes."""
+
+    node_id: str
+    attempt: str
+    claim: Claim | None
+    started: Started | None
+    facts: Facts | None
+    exit: Exit | None
+    runner_alive: bool
+    """Whether the process named by the claim lives. False also before there is a claim."""
+
+
+@dataclass(frozen=True)
+class Grew:
+    """A file of an attempt has more bytes in the store. Logs, W&B files and progress grow; `size` is the size there."""
+
+    attempt: str
+    path: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file of an attempt is whole in the store, with this checksum. It is said again when the file changes."""
+
+    attempt: str
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StoreProblem:
+    """The store cannot be written (disk full, as a rule). It is tried again; nothing is lost on the node.
+
+    An empty `message` says that writing works again.
+    """
+
+    attempt: str
+    message: str
+
+
+LinkEvent = LinkUp | LinkDown | NodesChanged | AttemptSeen | Grew | Stored | StoreProblem
+
+_EVENTS: dict[str, Callable[..., LinkEvent]] = {
+    "up": LinkUp,
+    "nodes": NodesChanged,
+    "attempt": AttemptSeen,
+    "grew": Grew,
+    "stored": Stored,
+    "store_problem": StoreProblem,
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An attempt is ready on its node: submit `command` to Ray as the entrypoint."""
+
+    folder: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Fenced:
+    """No process of the attempt lives on the node, and none can start any more."""
+
+    killed: int
+    """Processes that had to be ended."""
+    claim: Claim | None
+    """Who had claimed it; its epoch is ``fenced`` when nobody had and the fence took it."""
+    exit: Exit | None
+    """How it ended, when its runner lived to say so."""
+
+
+class Config(TypedDict):
+    """The child's first line on stdin."""
+
+    gcs_address: str
+    store: str
+    namespace: str
+
+
+class Link:
+    """The link to Ray and its stewards. Use it from one event loop."""
+
+    module: ClassVar[str] = "raylaunch.controller.ray_link"
+
+    def __init__(  # noqa: PLR0913 -- each is a fact about one Ray, and all are named
+        self,
+        *,
+        gcs_address: str,
+        ray_token_path: Path,
+        store: Path,
+        on_event: Callable[[LinkEvent], None],
+        log_path: Path,
+        namespace: str = "raylaunch",
+    ) -> None:
+        """Describe the link; nothing happens before `start`.
+
+        Args:
+            gcs_address: ``host:port`` of Ray's GCS.
+            ray_token_path: The file with Ray's token; its content enters no argument list.
+            store: The folder that the child writes into.
+            on_event: Called in the event loop, in order, for each event. It must not block.
+            log_path: Gets what the child and Ray's core say on stderr.
+            namespace: Ray namespace of the stewards.
+        """
+        self._config = Config(gcs_address=gcs_address, store=str(store), namespace=namespace)
+        self._ray_token_path = ray_token_path
+        self._on_event = on_event
+        self._log_path = log_path
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[object]] = {}
+        self._child: asyncio.subprocess.Process | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._up = False
+        self._why = "the link to Ray has not been started"
+
+    @property
+    def up(self) -> bool:
+        """Whether the child is connected to Ray now."""
+        return self._up
+
+    @property
+    def why_down(self) -> str:
+        """Why the link is down, in words; empty when it is up."""
+        return "" if self._up else self._why
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the child, or None when there is none now."""
+        return self._child.pid if self._child else None
+
+    async def start(self) -> None:
+        """Start the child and keep it running. Returns at once: `LinkUp` says when it is connected."""
+        if self._keeper is None:
+            self._why = "the link to Ray is starting"
+            self._keeper = asyncio.create_task(self._keep_running(), name="link")
+
+    async def close(self) -> None:
+        """End the child and wait for its end."""
+        if self._keeper is None:
+            return
+        self._keeper.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._keeper
+        self._keeper = None
+
+    async def nodes(self) -> tuple[NodeView, ...]:
+        """Return the cluster's nodes, dead ones too, as Ray and the stewards see them (at most a second old).
+
+        Raises:
+            ClusterDownError: The link is down.
+        """
+        answer = await self._ask("nodes", {}, timeout_s=30)
+        return tuple(NodeView.model_validate(node) for node in cast("list[object]", answer))
+
+    async def prepare(self, node_id: str, *, spec: AttemptSpec, package: str, secrets: Mapping[str, str]) -> Prepared:
+        """Make the attempt's folder on a node: code, runner, secrets. May be repeated.
+
+        Args:
+            node_id: Ray's id of the node.
+            spec: What the runner needs to know. An empty ``envs_dir`` is filled in by the steward.
+            package: sha256 of the packed code in the store; empty for none. It is sent when the node lacks it.
+            secrets: Values by name; they travel by pipe and by Ray's own channel, and lie on the node in a 0600 file.
+
+        Raises:
+            ClusterDownError: The link is down.
+            NotFoundError: There is no such node, or no such package in the store.
+            ClusterError: The node's steward does not answer.
+            StorageError: The node's disk is full.
+            TransferError: The package arrived damaged.
+        """
+        params = {"node_id": node_id, "spec": spec, "package": package, "secrets": dict(secrets)}
+        answer = cast("dict[str, str]", await self._ask("prepare", params, timeout_s=900))
+        return Prepared(folder=answer["folder"], command=answer["command"])
+
+    async def stop(self, node_id: str, attempt: str, wish: StopWish) -> None:
+        """Tell the attempt's runner to stop its training. May be repeated; a later wish replaces the earlier.
+
+        Raises:
+            ClusterDownError: The link is down.
+            NotFoundError: There is no such node.
+            ClusterError: The node's steward does not answer.
+        """
+        await self._ask("stop", {"node_id": node_id, "attempt": attempt, "wish": wish}, timeout_s=60)
+
+    async def fence(self, node_id: str, attempt: str, tag: str) -> Fenced:
+        """End every process of the attempt on the node, and make sure that none can start there again.
+
+        Args:
+            node_id: Ray's id of the node.
+            attempt: The attempt's id, ``<job>-<n>``.
+            tag: Value of ``RAYLAUNCH_ATTEMPT_ID`` in its processes' environment.
+
+        Raises:
+            ClusterDownError: The link is down.
+            NotFoundError: There is no such node.
+            ClusterError: The node's steward does not answer, or processes survived SIGKILL for 30 s.
+        """
+        params = {"node_id": node_id, "attempt": attempt, "tag": tag}
+        answer = cast("dict[str, object]", await self._ask("fence", params, timeout_s=90))
+        return Fenced(
+            killed=cast("int", answer["killed"]),
+            claim=cast("Claim | None", answer["claim"]),
+            exit=cast("Exit | None", answer["exit"]),
+        )
+
+    async def settle(self, node_id: str, attempt: str, timeout_s: float) -> bool:
+        """Wait until all that the attempt left on the node is in the store, with matching sizes and checksums.
+
+        Returns:
+            False when that was not so within `timeout_s`.
+
+        Raises:
+            ClusterDownError: The link is down.
+            NotFoundError: There is no such node.
+        """
+        params = {"node_id": node_id, "attempt": attempt, "timeout_s": timeout_s}
+        return bool(await self._ask("settle", params, timeout_s=timeout_s + 30))
+
+    async def forget(self, node_id: str, attempt: str) -> None:
+        """Delete the attempt's folder on the node. May be repeated.
+
+        Raises:
+            ClusterDownError: The link is down.
+            NotFoundError: There is no such node.
+            ClusterError: The node's steward does not answer.
+        """
+        await self._ask("forget", {"node_id": node_id, "attempt": attempt}, timeout_s=120)
+
+    async def _ask(self, method: str, params: Mapping[str, object], *, timeout_s: float) -> object:
+        child = self._child
+        if not self._up or child is None or child.stdin is None:
+            raise self._down()
+        number = next(self._numbers)
+        future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        try:
+            child.stdin.write(_line({"id": number, "method": method, "params": params}))
+            await child.stdin.drain()
+            return await asyncio.wait_for(future, timeout_s)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            raise self._down() from None
+        except asyncio.TimeoutError:
+            msg = f"Ray's link did not answer {method!r} within {timeout_s:.0f} s"
+            raise ClusterDownError(msg, hint=f"its log: {self._log_path}") from None
+        finally:
+            self._waiting.pop(number, None)
+
+    def _down(self) -> ClusterDownError:
+        return ClusterDownError(f"Ray cannot be reached: {self._why}", hint=f"the link's log: {self._log_path}")
+
+    async def _keep_running(self) -> None:
+        backoff_s = 0.5
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            try:
+                why = await self._run_child()
+            except OSError as error:
+                why = f"the link could not be started: {error}"
+            finally:
+                self._fall("the link to Ray was closed")
+            self._fall(why)
+            self._tell(LinkDown(why=why))
+            backoff_s = 0.5 if loop.time() - began > _STEADY_S else min(backoff_s * 2, _LONGEST_BACKOFF_S)
+            await asyncio.sleep(backoff_s)
+
+    async def _run_child(self) -> str:
+        """Run one child to its end, and return why it ended."""
+        with _open_log(self._log_path) as log:
+            child = await asyncio.create_subprocess_exec(
+                *child_command(self.module),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                env=child_environment(os.environ, ray_token_path=self._ray_token_path),
+                limit=_LINE_LIMIT,
+                start_new_session=True,
+            )
+        self._child = child
+        try:
+            if child.stdin is not None:
+                child.stdin.write(_line(self._config))
+            last_words = await self._listen(child)
+            return last_words or f"the link ended with exit status {await child.wait()}"
+        finally:
+            await asyncio.shield(_end(child))
+            self._child = None
+
+    async def _listen(self, child: asyncio.subprocess.Process) -> str:
+        """Take the child's frames until its stdout ends; return what it said last about why it ends."""
+        why = ""
+        if child.stdout is None:
+            return why
+        while line := await child.stdout.readline():
+            try:
+                frame = json.loads(line)
+            except ValueError:
+                _log.warning("the link wrote a line that is not a frame: %.200r", line)
+                continue
+            if "id" in frame:
+                self._answer(frame)
+            elif frame["event"] == "down":
+                why = str(frame["why"])
+            else:
+                self._event(frame)
+        return why
+
+    def _answer(self, frame: Mapping[str, object]) -> None:
+        future = self._waiting.get(cast("int", frame["id"]))
+        if future is None or future.done():
+            return
+        if "error" in frame:
+            error = cast("dict[str, str]", frame["error"])
+            future.set_exception(from_wire(error["code"], error["message"], error["hint"]))
+        else:
+            future.set_result(frame["result"])
+
+    def _event(self, frame: dict[str, object]) -> None:
+        event = _EVENTS[str(frame.pop("event"))](**frame)
+        if isinstance(event, LinkUp):
+            self._up = True
+        self._tell(event)
+
+    def _tell(self, event: LinkEvent) -> None:
+        try:
+            self._on_event(event)
+        except Exception:  # noqa: BLE001 -- a bug of a listener must not cut the link
+            _log.exception("the link's event %s was not taken", type(event).__name__)
+
+    def _fall(self, why: str) -> None:
+        self._up = False
+        self._why = why
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(self._down())
+
+
+def event_frame(event: LinkEvent) -> dict[str, object]:
+    """Return an event as the child sends it."""
+    name = next(name for name, kind in _EVENTS.items() if kind is type(event))
+    return {"event": name, **asdict(event)}
+
+
+def error_frame(error: RaylaunchError) -> dict[str, str]:
+    """Return an error as the child sends it."""
+    return {"code": error.code, "message": error.message, "hint": error.hint}
+
+
+def child_command(module: str) -> list[str]:
+    """Return the command line of a program of this package, by which no user's folder gets onto its ``sys.path``."""
+    root = str(Path(__file__).resolve().parents[2])
+    start = f"import sys, runpy; sys.path.append({root!r}); runpy.run_module({module!r}, run_name='__main__')"
+    return [sys.executable, "-I", "-c", start]
+
+
+def child_environment(base: Mapping[str, str], *, ray_token_path: Path) -> dict[str, str]:
+    """Return the child's environment: `base` with this Ray's token file, and nothing that points to another Ray."""
+    kept = {name: value for name, value in base.items() if name not in {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}}
+    return {
+        **kept,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(ray_token_path),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _line(frame: Mapping[str, object]) -> bytes:
+    return json.dumps(frame, separators=(",", ":")).encode() + b"\n"
+
+
+@contextlib.contextmanager
+def _open_log(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        if os.fstat(fd).st_size > _LOG_LIMIT:
+            os.ftruncate(fd, 0)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+async def _end(child: asyncio.subprocess.Process) -> None:
+    """End the child: closing its stdin asks it, SIGKILL after a while makes it."""
+    if child.stdin is not None:
+        child.stdin.close()
+    try:
+        await asyncio.wait_for(child.wait(), _CLOSE_S)
+    except asyncio.TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        await child.wait()
