@@ -1,0 +1,142 @@
+"""Files, environment and flags become specs; what is wrong is said with its file, line, and nearest known key."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from pydantic import ValidationError
+
+from raylaunch.errors import SpecError
+from raylaunch.spec import ClusterSpec, JobSpec, Spec
+from raylaunch.spec_problems import spec_error
+from raylaunch.yaml_file import KeyPath, YamlFile, read_yaml
+
+CLUSTER_FILE = "cluster.yaml"
+CLUSTER_FILE_VARIABLE = "RAYLAUNCH_CLUSTER_FILE"
+
+_AnySpec = TypeVar("_AnySpec", bound=Spec)
+
+
+class Flag(NamedTuple):
+    """One value from the command line: its option, the field that it sets, and the value as it was given."""
+
+    option: str
+    field: tuple[str, ...]
+    value: object
+
+
+def find_cluster_file(*, environ: Mapping[str, str] | None = None, cwd: Path | None = None) -> Path | None:
+    """Return the cluster file that applies here: ``$RAYLAUNCH_CLUSTER_FILE``, else ``./cluster.yaml``, else None."""
+    named = (os.environ if environ is None else environ).get(CLUSTER_FILE_VARIABLE, "")
+    if named:
+        return Path(named).expanduser()
+    here = cwd / CLUSTER_FILE if cwd else Path(CLUSTER_FILE)
+    return here if here.is_file() else None
+
+
+def load_cluster_spec(
+    path: Path | None = None, *, environ: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> ClusterSpec:
+    """Return the cluster that `path` describes, else the one that applies here, else the embedded cluster ``local``.
+
+    Raises:
+        SpecError: the file cannot be read, or says something that cannot be.
+    """
+    chosen = path or find_cluster_file(environ=environ, cwd=cwd)
+    if chosen is None:
+        return ClusterSpec()
+    file = read_yaml(chosen)
+    _refuse_other_kinds(file)
+    return _validated(ClusterSpec, file.data, file, ())
+
+
+def _refuse_other_kinds(file: YamlFile) -> None:
+    kind = file.data.get("kind", "local")
+    if kind == "local":
+        return
+    what = {"ssh": "a cluster of machines over SSH", "existing": "a Ray cluster that somebody else runs"}.get(str(kind))
+    sentence = f"kind: {kind} ({what or 'no kind that is known'}) cannot be run by this version of raylaunch"
+    msg = f"{sentence}; it runs kind: local, Ray and the controller on this machine"
+    raise SpecError(
+        msg,
+        where=file.where(("kind",)),
+        field="kind",
+        hint="write kind: local, or leave the key out",
+    )
+
+
+def load_job_spec(path: Path) -> JobSpec:
+    """Return the job that a file describes. A relative `working_dir` is relative to the file.
+
+    Raises:
+        SpecError: the file cannot be read, or says something that cannot be.
+    """
+    return job_spec_from_flags((), file=path)
+
+
+def job_spec_from_flags(flags: Sequence[Flag], *, file: Path | None = None, cwd: Path | None = None) -> JobSpec:
+    """Return the job that flags describe, laid over a file when there is one.
+
+    A flag replaces what the file says; for `env` and lists (`tags`, `outputs`, `secrets`) it adds to it. The working
+    directory becomes absolute: the file's is relative to the file, the flag's to the current directory.
+
+    Raises:
+        SpecError: file or flags say something that cannot be.
+    """
+    read = read_yaml(file) if file else None
+    data: dict[str, object] = copy.deepcopy(read.data) if read else {}
+    stated = data.get("working_dir", ".")
+    here = cwd or Path.cwd()
+    if isinstance(stated, str) and stated:
+        data["working_dir"] = str(((file.absolute().parent if file else here) / Path(stated).expanduser()).resolve())
+    for flag in flags:
+        value = flag.value
+        if flag.field == ("working_dir",) and isinstance(value, str) and value:
+            value = str((here / Path(value).expanduser()).resolve())
+        _lay(data, flag.field, value)
+    if not read and "entrypoint" not in data:
+        msg = "there is nothing to run: no entrypoint was given"
+        raise SpecError(
+            msg,
+            field="entrypoint",
+            hint="write the command after --, as: raylaunch run -- python train.py; or name a file: -f job.yaml",
+        )
+    return _validated(JobSpec, data, read, flags)
+
+
+def _lay(data: dict[str, object], field: tuple[str, ...], value: object) -> None:
+    *parents, last = field
+    holder = data
+    for parent in parents:
+        inner = holder.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            return  # the file holds something impossible here; validation says so
+        holder = inner
+    present = holder.get(last)
+    if isinstance(present, dict) and isinstance(value, dict):
+        present.update(value)
+    elif isinstance(value, tuple) and last != "entrypoint" and isinstance(present, list | str):
+        holder[last] = [*([present] if isinstance(present, str) else present), *value]
+    else:
+        holder[last] = value
+
+
+def _validated(
+    model: type[_AnySpec], data: dict[str, object], file: YamlFile | None, flags: Sequence[Flag]
+) -> _AnySpec:
+    def locate(path: KeyPath) -> str:
+        if file and path in file.lines:
+            return file.where(path)
+        for flag in flags:
+            if path[: len(flag.field)] == flag.field:
+                return flag.option
+        return file.where(path) if file else ""
+
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise spec_error(error, model, data, locate) from None

@@ -1,0 +1,105 @@
+"""One YAML file, read with the line of every key. The only module that knows PyYAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from raylaunch.errors import SpecError
+
+KeyPath = tuple[str | int, ...]
+"""Where a value stands: ``("resources", "gpus")``, ``("tags", 0)``."""
+
+
+class YamlFile(NamedTuple):
+    """What a file says, and on which line it says it."""
+
+    path: Path
+    data: dict[str, object]
+    lines: dict[KeyPath, int]
+
+    def where(self, path: KeyPath) -> str:
+        """Return ``file:line`` of a value, or of the nearest thing around it; the file alone when that is nowhere."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.lines:
+                return f"{self.path}:{self.lines[path[:length]]}"
+        return str(self.path)
+
+
+def read_yaml(path: Path) -> YamlFile:
+    """Read one file that holds a mapping. An empty file is an empty mapping.
+
+    Raises:
+        SpecError: there is no such file, it cannot be read, is not YAML, or gives a key twice.
+    """
+    text = _text_of(path)
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return YamlFile(path, {}, {})
+        if not isinstance(node, yaml.MappingNode):
+            msg = f"the file holds {_kind(node)}, not keys with values"
+            raise SpecError(msg, where=f"{path}:{_line(node)}", hint="write it as: key: value")
+        lines: dict[KeyPath, int] = {}
+        _walk(path, node, (), lines, set())
+        data = loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise _not_yaml(path, error) from None
+    finally:
+        loader.dispose()
+    return YamlFile(path, data, lines)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        msg = f"{path}: there is no such file"
+        raise SpecError(msg, hint=f"looked in {path.absolute().parent}") from None
+    except IsADirectoryError:
+        msg = f"{path}: this is a folder, not a file"
+        raise SpecError(msg, hint="name the YAML file in it") from None
+    except UnicodeDecodeError as error:
+        msg = f"{path}: the file is not UTF-8 text (byte {error.start})"
+        raise SpecError(msg, hint="save it as UTF-8") from None
+    except OSError as error:
+        msg = f"{path}: the file cannot be read: {error.strerror}"
+        raise SpecError(msg) from None
+
+
+def _not_yaml(path: Path, error: yaml.YAMLError) -> SpecError:
+    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    why = (error.problem if isinstance(error, yaml.MarkedYAMLError) else None) or str(error).splitlines()[0]
+    where = f"{path}:{mark.line + 1}" if mark else str(path)
+    return SpecError(f"this is not YAML: {why}", where=where, hint="tabs, colons and quotes are the usual causes")
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _kind(node: yaml.Node) -> str:
+    return "a list" if isinstance(node, yaml.SequenceNode) else "one value"
+
+
+def _walk(file: Path, node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], seen: set[int]) -> None:
+    if id(node) in seen:  # an alias: its lines are those of the anchor
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            path: KeyPath = (*at, index)
+            lines[path] = _line(item)
+            _walk(file, item, path, lines, seen)
+    elif isinstance(node, yaml.MappingNode):
+        for key, item in node.value:
+            path = (*at, str(key.value))
+            if path in lines and key.value != "<<":
+                dotted = ".".join(str(part) for part in path)
+                msg = f"the key {dotted!r} is given twice (first on line {lines[path]})"
+                raise SpecError(msg, where=f"{file}:{_line(key)}", field=dotted, hint="keep one of the two")
+            lines[path] = _line(key)
+            _walk(file, item, path, lines, seen)
