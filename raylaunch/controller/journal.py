@@ -1,0 +1,137 @@
+"""The journal of a job: one JSON line a change, on the disk before anything else believes it.
+
+A line is ``{"seq", "at", "kind", "message", "state", "record", "heavy"}``: `record` is the job as of then without its heavy
+fields, and `heavy` those, when they changed. A quiet change has an empty `kind` and the seq of the event before it. A last line without its end was never taken for done, and is ignored.
+The store has a journal of its own for what outlives a job's folder: removals, and events of foreign jobs.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, JsonValue, ValidationError
+
+from raylaunch.errors import StorageError
+from raylaunch.state import JobState
+
+JOURNAL = "journal.jsonl"
+
+
+class JournalLine(BaseModel):
+    """One change of one job."""
+
+    seq: int
+    at: float
+    kind: str
+    message: str = ""
+    job: str = ""
+    state: JobState | None = None
+    record: dict[str, JsonValue] | None = None
+    heavy: dict[str, JsonValue] | None = None
+
+    def encode(self) -> bytes:
+        """Return the line's bytes, its end included."""
+        return json.dumps(self.model_dump(mode="json", exclude_none=True), ensure_ascii=False).encode() + b"\n"
+
+
+def write_problem(path: Path, error: OSError) -> StorageError:
+    """Say why `path` could not be written, and what to do."""
+    hint = "nothing was recorded; look at the disk and the permissions of the store, then try again"
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        hint = "nothing was recorded; free space on that disk (raylaunch du shows what jobs take), then try again"
+    return StorageError(f"cannot write {path}: {error.strerror}", hint=hint)
+
+
+def append(path: Path, line: JournalLine) -> tuple[int, int]:
+    """Write `line` at the end of the journal and wait until the disk has it.
+
+    Returns:
+        The journal's size in bytes before and after. A torn line that an earlier crash left is cut off first.
+
+    Raises:
+        StorageError: the disk is full or cannot be written; the journal is as it was.
+    """
+    data = line.encode()
+    try:
+        new = not path.exists()
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            before = _cut_torn_line(fd)
+            try:
+                _write_all(fd, data, before)
+                os.fsync(fd)
+            except OSError:
+                os.ftruncate(fd, before)
+                raise
+        finally:
+            os.close(fd)
+        if new:
+            sync_folder(path.parent)
+    except OSError as error:
+        raise write_problem(path, error) from error
+    return before, before + len(data)
+
+
+def cut(path: Path, size: int) -> None:
+    """Take back what was written after the first `size` bytes."""
+    os.truncate(path, size)
+
+
+def cut_torn_line(path: Path) -> int:
+    """Cut off a last line without its end, and return the journal's size in bytes."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return _cut_torn_line(fd)
+    finally:
+        os.close(fd)
+
+
+def read(path: Path) -> Iterator[JournalLine | None]:
+    """Yield the whole lines, oldest first; None stands for a line that cannot be read."""
+    with path.open("rb") as file:
+        for data in file:
+            if not data.endswith(b"\n"):
+                return
+            yield _parse(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make sure that the names in `folder` are on the disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _parse(data: bytes) -> JournalLine | None:
+    try:
+        return JournalLine.model_validate(json.loads(data))
+    except (ValueError, ValidationError):
+        return None
+
+
+def _cut_torn_line(fd: int) -> int:
+    end = os.lseek(fd, 0, os.SEEK_END)
+    whole = end
+    while whole > 0:
+        start = max(0, whole - 65536)
+        newline = os.pread(fd, whole - start, start).rfind(b"\n")
+        if newline >= 0:
+            whole = start + newline + 1
+            break
+        whole = start
+    if whole != end:
+        os.ftruncate(fd, whole)
+    return whole
+
+
+def _write_all(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written

@@ -1,0 +1,53 @@
+"""`JobRecord`: a job as the controller keeps it; and which of its fields are too heavy for lists."""
+
+from __future__ import annotations
+
+import json
+
+from pydantic import JsonValue
+
+from raylaunch.runner.contract import StopWish
+from raylaunch.state import JobView
+
+HEAVY = frozenset({"environment", "git", "pack", "log_tail"})
+"""Fields that may be large (a package list, a dirty diff, the end of a log). Lists leave them out."""
+
+
+class JobRecord(JobView):
+    """A job with what only the controller needs to know. Frozen; `Records.update` makes the next one."""
+
+    package: str = ""
+    request_id: str = ""
+    epoch: str = ""
+    """Of the latest attempt."""
+    stop_wish: StopWish | None = None
+    free_retries: int = 0
+    """Attempts that were made again without counting, because the machines failed and not the program."""
+    force_offline: bool = False
+    submitted_to_ray: bool = False
+
+    def view(self) -> JobView:
+        """Return what clients see of it."""
+        return JobView.model_construct(**{name: getattr(self, name) for name in JobView.model_fields})
+
+    def light(self) -> JobRecord:
+        """Return it without its heavy fields."""
+        return self.model_copy(update={"environment": None, "git": None, "pack": None, "log_tail": ()})
+
+
+def light_json(record: JobRecord) -> dict[str, JsonValue]:
+    """Return the fields that lists show, as JSON data."""
+    return record.model_dump(mode="json", exclude=set(HEAVY))
+
+
+def heavy_json(record: JobRecord) -> dict[str, JsonValue]:
+    """Return the heavy fields, as JSON data."""
+    return record.model_dump(mode="json", include=set(HEAVY))
+
+
+def record_from(light: str, heavy: str = "") -> JobRecord:
+    """Build a record from the two JSON texts of a row.
+
+    Python's own JSON carries NaN and infinity, which losses become; JSON proper would turn them into null.
+    """
+    return JobRecord.model_validate({**json.loads(light), **(json.loads(heavy) if heavy else {})})

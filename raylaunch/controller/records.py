@@ -1,0 +1,398 @@
+"""The records of all jobs: SQLite for reading, a journal in each job's folder for truth.
+
+Synchronous, and for the event loop's thread alone; every call is fast. A change is first a line in the journal that the disk
+has, then a row. What a crash leaves between the two is repaired at the next open, and said in `Records.healed`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import fcntl
+import os
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from raylaunch.controller import journal, schema
+from raylaunch.controller.journal import JOURNAL, JournalLine
+from raylaunch.controller.record import HEAVY, JobRecord, heavy_json, light_json, record_from
+from raylaunch.controller.recovery import move_to_trash, reconcile
+from raylaunch.controller.search import Filters, nearest_refs, page_of
+from raylaunch.errors import ConflictError, NotFoundError
+from raylaunch.state import Change, Event, EventPage, JobPage, JobState, JobView, SubmitRequest, WandbLink, transition
+
+__all__ = ["JobRecord", "Records"]
+
+_DB = "raylaunch.db"
+
+
+class Records:
+    """All jobs and events of one store. One controller at a time holds it."""
+
+    healed: tuple[str, ...]
+    """Sentences about what opening the store repaired."""
+
+    def __init__(self, store: Path) -> None:
+        """Lock and open the store, making it when it is not there.
+
+        Raises:
+            ConflictError: another controller holds it.
+            VersionError: a newer raylaunch wrote its database.
+            StorageError: it cannot be opened.
+        """
+        self.store = store
+        self._changed: set[asyncio.Event] = set()
+        try:
+            (store / "jobs").mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = _take_lock(store)
+        except OSError as error:
+            raise journal.write_problem(store, error) from error
+        try:
+            self._db, damage = schema.open_database(store / _DB)
+            self.healed = reconcile(self._db, store, damage=damage)
+            self._seq = int(self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
+            self._live = {record.id: record for record in self._load_unfinished()}
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    @property
+    def cursor(self) -> int:
+        """The seq of the latest event; 0 before the first."""
+        return self._seq
+
+    def folder(self, job_id: str) -> Path:
+        """Return the job's folder in the store."""
+        return self.store / "jobs" / job_id
+
+    def create(self, request: SubmitRequest, *, owner: str, wandb: WandbLink | None) -> tuple[JobRecord, bool]:
+        """Take a job in as queued.
+
+        Returns:
+            The job, and True; or the job that the same owner and request id made before, and False.
+
+        Raises:
+            ConflictError: that request id made a job from another spec or package.
+            StorageError: it cannot be written; there is no such job then.
+        """
+        earlier = self._of_request(owner, request)
+        if earlier is not None:
+            return earlier, False
+        now = time.time()
+        record = JobRecord(
+            id=self._new_id(request.spec.display_name),
+            name=request.spec.display_name,
+            owner=owner,
+            state=JobState.QUEUED,
+            spec=request.spec,
+            entrypoint=request.spec.command,
+            created_at=now,
+            updated_at=now,
+            pack=request.pack,
+            git=request.git,
+            wandb=wandb,
+            package=request.package,
+            request_id=request.request_id,
+        )
+        folder = self.folder(record.id)
+        try:
+            self._make_folder(record)
+            return self._write(None, record, kind="submitted", note=f"submitted by {owner}"), True
+        except OSError as error:
+            move_to_trash(self.store, folder.name)
+            raise journal.write_problem(folder, error) from error
+        except BaseException:
+            move_to_trash(self.store, folder.name)
+            raise
+
+    def get(self, ref: str, *, owner: str = "") -> JobRecord:
+        """Return a job with all its fields.
+
+        Args:
+            ref: an id; or a name, for the latest job of that name; or ``last``, for the latest job.
+            owner: whose latest job ``last`` is; when the owner has none, anybody's.
+
+        Raises:
+            NotFoundError: there is none; the hint names the nearest.
+        """
+        columns = "SELECT light, heavy FROM jobs WHERE"
+        latest = "ORDER BY created_at DESC, id DESC LIMIT 1"
+        row = self._db.execute(f"{columns} id = ?", (ref,)).fetchone()
+        if row is None and ref == "last":
+            row = self._db.execute(f"{columns} owner = ? AND NOT is_foreign {latest}", (owner,)).fetchone()
+            row = row or self._db.execute(f"{columns} NOT is_foreign {latest}").fetchone()
+            if row is None:
+                raise NotFoundError("there is no job yet", hint="submit one: raylaunch run -- python train.py")
+        if row is None:
+            row = self._db.execute(f"{columns} name = ? {latest}", (ref,)).fetchone()
+        if row is None:
+            near = nearest_refs(self._db, ref)
+            hint = f"did you mean {' or '.join(near)}?" if near else "see what there is: raylaunch list"
+            raise NotFoundError(f"there is no job {ref!r}", hint=hint)
+        return record_from(*row)
+
+    def page(
+        self,
+        *,
+        states: Sequence[JobState] = (),
+        name: str = "",
+        owner: str = "",
+        tag: str = "",
+        since: float | None = None,
+        limit: int = 50,
+        cursor: str = "",
+    ) -> JobPage:
+        """Return one page of jobs, newest first, without their heavy fields.
+
+        Args:
+            states: only these; empty for all.
+            name: only jobs of this name; ``*`` stands for anything.
+            owner: only this person's.
+            tag: only those with this tag.
+            since: only those submitted at or after this time, seconds since the epoch.
+            limit: most jobs on the page.
+            cursor: `JobPage.next_cursor` of the page before.
+
+        Raises:
+            SpecError: the cursor is not one of ours.
+        """
+        filters = Filters(tuple(states), name, owner, tag, since)
+        return page_of(self._db, filters, limit=limit, cursor=cursor)
+
+    def unfinished(self) -> list[JobRecord]:
+        """Return the jobs that have not ended, oldest first, without foreign ones and without heavy fields."""
+        return sorted(self._live.values(), key=lambda record: (record.created_at, record.id))
+
+    def update(
+        self,
+        job_id: str,
+        *,
+        kind: str,
+        message: str | None = None,
+        note: str = "",
+        change: Change | None = None,
+        **fields: object,
+    ) -> JobRecord:
+        """Change a job: one line in its journal, one transaction, one event.
+
+        Args:
+            job_id: the job's id.
+            kind: the event's kind; empty for a quiet change without an event.
+            message: becomes the job's message, and the event's; None leaves the job's as it is.
+            note: the event's message where the job's should stay, or be another.
+            change: what happened; moves the state, and sets `started_at` at the first start and `ended_at` at an end
+                unless `fields` do.
+            fields: further fields of `JobRecord`.
+
+        Raises:
+            IllegalTransition: `change` cannot happen in the job's state.
+            NotFoundError: there is no such job.
+            StorageError: it cannot be written; nothing has changed then.
+        """
+        unknown = set(fields) - set(JobRecord.model_fields) | set(fields) & {"id", "state", "cursor", "updated_at"}
+        if unknown:
+            msg = f"not fields of a job that update can set: {', '.join(sorted(unknown))}"
+            raise TypeError(msg)
+        old = self._by_id(job_id)
+        now = time.time()
+        values: dict[str, object] = {name: getattr(old, name) for name in JobRecord.model_fields}
+        if change is not None:
+            values["state"] = state = transition(old.state, change)
+            if state is JobState.RUNNING and old.started_at is None:
+                values["started_at"] = now
+            if state.ended:
+                values["ended_at"] = now
+        if message is not None:
+            values["message"] = message
+        new = JobRecord.model_validate({**values, **fields, "updated_at": now})
+        return self._write(old, new, kind=kind, note=note or message or "")
+
+    def put_foreign(self, view: JobView) -> None:
+        """Write a job that somebody submitted with Ray's own tools, as Ray describes it now. An event tells a new state."""
+        row = self._db.execute("SELECT light, heavy FROM jobs WHERE id = ?", (view.id,)).fetchone()
+        old = record_from(*row) if row else None
+        values: dict[str, object] = {name: getattr(view, name) for name in JobView.model_fields}
+        new = JobRecord.model_validate({**values, "foreign": True, "cursor": old.cursor if old else 0})
+        if old is not None and old.model_copy(update={"updated_at": new.updated_at}) == new:
+            return
+        if old is not None and old.state is new.state:
+            with self._storing(), schema.transaction(self._db):
+                schema.put_job(self._db, new, journal_bytes=0)
+        else:
+            event = self._event(new, "foreign", new.message or f"submitted with Ray's own tools, {new.state.value}")
+            new = new.model_copy(update={"cursor": event.seq})
+            self._commit(event, self.store / JOURNAL, _store_line(event), record=new, own_journal=False)
+        self._tell()
+
+    def events(self, *, after: int, job: str = "", limit: int = 500) -> EventPage:
+        """Return events after a cursor, oldest first; of one job (its id) or of all."""
+        where, values = ("AND job = ?", [after, job]) if job else ("", [after])
+        rows = self._db.execute(f"SELECT * FROM events WHERE seq > ? {where} ORDER BY seq LIMIT ?", [*values, limit])
+        events = tuple(schema.event_from(row) for row in rows)
+        return EventPage(events=events, cursor=events[-1].seq if events else after)
+
+    @contextmanager
+    def subscribe(self) -> Iterator[asyncio.Event]:
+        """Yield an event that is set after each write; clear it before looking."""
+        changed = asyncio.Event()
+        self._changed.add(changed)
+        try:
+            yield changed
+        finally:
+            self._changed.discard(changed)
+
+    def delete(self, job_id: str) -> None:
+        """Forget an ended job. Its folder goes to the trash: `raylaunch.controller.recovery.empty_trash` deletes it.
+
+        Raises:
+            ConflictError: the job has not ended.
+            NotFoundError: there is no such job.
+            StorageError: it cannot be written; the job is still there then.
+        """
+        record = self._by_id(job_id)
+        if not record.state.ended:
+            msg = f"{job_id} is {record.state.value}; only a job that has ended can be removed"
+            raise ConflictError(msg, hint=f"stop it first: raylaunch stop {job_id}")
+        event = self._event(record, "removed", f"{record.name} was removed")
+        self._commit(event, self.store / JOURNAL, _store_line(event), record=None, own_journal=False)
+        move_to_trash(self.store, job_id)
+        self._tell()
+
+    def close(self) -> None:
+        """Close the database and let go of the store."""
+        self._db.close()
+        os.close(self._lock)
+
+    def _load_unfinished(self) -> Iterator[JobRecord]:
+        ended = ", ".join(f"'{state.value}'" for state in JobState if state.ended)
+        rows = self._db.execute(f"SELECT light FROM jobs WHERE NOT is_foreign AND state NOT IN ({ended})")
+        return (record_from(light) for (light,) in rows)
+
+    def _by_id(self, job_id: str) -> JobRecord:
+        row = self._db.execute("SELECT light, heavy FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        if row is None:
+            raise NotFoundError(f"there is no job {job_id!r}", hint="see what there is: raylaunch list")
+        return record_from(*row)
+
+    def _of_request(self, owner: str, request: SubmitRequest) -> JobRecord | None:
+        if not request.request_id:
+            return None
+        row = self._db.execute(
+            "SELECT light, heavy FROM jobs WHERE owner = ? AND request_id = ?", (owner, request.request_id)
+        ).fetchone()
+        if row is None:
+            return None
+        earlier = record_from(*row)
+        if earlier.spec == request.spec and earlier.package == request.package:
+            return earlier
+        what = "another spec" if earlier.spec != request.spec else "other code"
+        msg = f"request id {request.request_id!r} has already made {earlier.id}, from {what}"
+        raise ConflictError(msg, hint="use a new request id for a new job")
+
+    def _new_id(self, name: str) -> str:
+        while True:
+            job_id = f"{name}-{base64.b32encode(secrets.token_bytes(4)).decode().lower()[:6]}"
+            if not self.folder(job_id).exists():
+                return job_id
+
+    def _make_folder(self, record: JobRecord) -> None:
+        folder = self.folder(record.id)
+        folder.mkdir(mode=0o700)
+        journal.sync_folder(folder.parent)
+        if record.spec is not None:
+            spec = record.spec.model_dump(mode="json", exclude_defaults=True)
+            _write_file(folder / "spec.yaml", yaml.safe_dump(spec, sort_keys=False, allow_unicode=True))
+        if record.git is not None and record.git.diff:
+            _write_file(folder / "git.diff", record.git.diff)
+
+    def _write(self, old: JobRecord | None, new: JobRecord, *, kind: str, note: str) -> JobRecord:
+        event = self._event(new, kind, note) if kind else None
+        if event is not None:
+            new = new.model_copy(update={"cursor": event.seq})
+        heavy = old is None or any(getattr(old, name) != getattr(new, name) for name in HEAVY)
+        line = JournalLine(
+            seq=self._seq + 1 if kind else self._seq,
+            at=new.updated_at,
+            kind=kind,
+            message=note,
+            state=new.state,
+            record=light_json(new),
+            heavy=heavy_json(new) if heavy else None,
+        )
+        self._commit(event, self.folder(new.id) / JOURNAL, line, record=new, own_journal=True)
+        if heavy and new.environment is not None and new.environment.packages:
+            with contextlib.suppress(OSError):  # a copy for people; the record has it
+                _write_file(self.folder(new.id) / "packages.txt", "\n".join(new.environment.packages) + "\n")
+        if new.state.ended:
+            self._live.pop(new.id, None)
+        else:
+            self._live[new.id] = new.light()
+        self._tell()
+        return new
+
+    def _event(self, record: JobRecord, kind: str, message: str) -> Event:
+        at = record.updated_at if kind != "removed" else time.time()
+        return Event(seq=self._seq + 1, at=at, job=record.id, kind=kind, message=message, state=record.state)
+
+    def _commit(
+        self, event: Event | None, path: Path, line: JournalLine, *, record: JobRecord | None, own_journal: bool
+    ) -> None:
+        """Journal first, then the database; when the database fails, the line is taken back."""
+        before, after = journal.append(path, line)
+        try:
+            with self._storing(), schema.transaction(self._db):
+                if record is not None:
+                    schema.put_job(self._db, record, journal_bytes=after if own_journal else 0)
+                else:
+                    schema.drop_job(self._db, line.job)
+                if event is not None:
+                    schema.put_event(self._db, event)
+        except BaseException:
+            journal.cut(path, before)
+            raise
+        if event is not None:
+            self._seq = event.seq
+
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise schema.storage_problem(self.store / _DB, error) from error
+
+    def _tell(self) -> None:
+        for changed in self._changed:
+            changed.set()
+
+
+def _take_lock(store: Path) -> int:
+    fd = os.open(store / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        msg = f"the store {store} is in use by the controller with pid {holder}"
+        raise ConflictError(msg, hint="one controller at a time can use a store; end that one, or use another store") from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def _write_file(path: Path, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+
+
+def _store_line(event: Event) -> JournalLine:
+    return JournalLine(
+        seq=event.seq, at=event.at, kind=event.kind, message=event.message, job=event.job, state=event.state
+    )

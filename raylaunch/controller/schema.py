@@ -1,0 +1,181 @@
+"""The database of the controller: its migrations, how it is opened, and its rows.
+
+One table of jobs whose heavy fields lie in a column of their own, so that a list never reads them; and one of events.
+Everything in it can be rebuilt from the journals, so ``synchronous = NORMAL`` is enough.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from raylaunch.controller.record import JobRecord, heavy_json, light_json
+from raylaunch.errors import StorageError, VersionError
+from raylaunch.state import Event, JobState
+
+MIGRATIONS = (
+    """
+    CREATE TABLE jobs (
+        id TEXT PRIMARY KEY,
+        name TEXT NOT NULL,
+        owner TEXT NOT NULL,
+        state TEXT NOT NULL,
+        is_foreign INTEGER NOT NULL,
+        created_at REAL NOT NULL,
+        request_id TEXT NOT NULL,
+        tags TEXT NOT NULL,
+        journal_bytes INTEGER NOT NULL,
+        light TEXT NOT NULL,
+        heavy TEXT NOT NULL
+    );
+    CREATE INDEX jobs_by_age ON jobs (created_at DESC, id DESC);
+    CREATE INDEX jobs_by_name ON jobs (name, created_at DESC);
+    CREATE INDEX jobs_by_owner ON jobs (owner, created_at DESC);
+    CREATE INDEX jobs_by_state ON jobs (state, created_at DESC);
+    CREATE UNIQUE INDEX jobs_by_request ON jobs (owner, request_id) WHERE request_id != '';
+    CREATE TABLE events (
+        seq INTEGER PRIMARY KEY,
+        at REAL NOT NULL,
+        job TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        message TEXT NOT NULL,
+        state TEXT
+    );
+    CREATE INDEX events_by_job ON events (job, seq);
+    """,
+)
+"""Each brings the database one version on; ``PRAGMA user_version`` counts those that were applied."""
+
+
+def open_database(path: Path) -> tuple[sqlite3.Connection, str]:
+    """Open the database, bring it to this version, and keep a damaged one aside.
+
+    Returns:
+        The connection, and what was wrong with the database that was kept aside (empty when nothing was).
+
+    Raises:
+        VersionError: a newer raylaunch wrote it.
+        StorageError: it cannot be opened for another reason than damage.
+    """
+    try:
+        return _open_sound(path), ""
+    except sqlite3.DatabaseError as error:
+        if not is_damage(error):
+            raise storage_problem(path, error) from error
+        aside = _keep_aside(path)
+        try:
+            return _open_sound(path), f"{error}; it was kept as {aside.name}"
+        except sqlite3.DatabaseError as again:
+            raise storage_problem(path, again) from again
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether the database itself is broken, rather than its disk full, locked or unreadable."""
+    if isinstance(error, sqlite3.OperationalError):
+        return "malformed" in str(error)
+    return isinstance(error, sqlite3.DatabaseError)
+
+
+def storage_problem(path: Path, error: sqlite3.Error) -> StorageError:
+    """Say what SQLite could not do."""
+    hint = "free space on that disk and look at its permissions, then try again; nothing was recorded"
+    return StorageError(f"cannot use the database {path}: {error}", hint=hint)
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Do all of the block or none of it."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def put_job(connection: sqlite3.Connection, record: JobRecord, *, journal_bytes: int) -> None:
+    """Write the row of a job. `journal_bytes` is the size of its journal that the row stands for."""
+    tags = "".join(f"\n{tag}" for tag in record.spec.tags) + "\n" if record.spec else ""
+    connection.execute(
+        "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            record.id,
+            record.name,
+            record.owner,
+            record.state.value,
+            record.foreign,
+            record.created_at,
+            record.request_id,
+            tags,
+            journal_bytes,
+            json.dumps(light_json(record), ensure_ascii=False),
+            json.dumps(heavy_json(record), ensure_ascii=False),
+        ),
+    )
+
+
+def put_event(connection: sqlite3.Connection, event: Event) -> None:
+    """Write an event; one that is there already stays as it is."""
+    connection.execute(
+        "INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?, ?)",
+        (event.seq, event.at, event.job, event.kind, event.message, event.state.value if event.state else None),
+    )
+
+
+def drop_job(connection: sqlite3.Connection, job: str) -> None:
+    """Delete the row of a job and its events."""
+    connection.execute("DELETE FROM jobs WHERE id = ?", (job,))
+    connection.execute("DELETE FROM events WHERE job = ?", (job,))
+
+
+def event_from(row: tuple[int, float, str, str, str, str | None]) -> Event:
+    """Build an event from its row."""
+    seq, at, job, kind, message, state = row
+    return Event(seq=seq, at=at, job=job, kind=kind, message=message, state=JobState(state) if state else None)
+
+
+def _open_sound(path: Path) -> sqlite3.Connection:
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    connection = sqlite3.connect(path, isolation_level=None, timeout=10)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
+        _migrate(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(MIGRATIONS):
+        msg = f"the database {path} was written by a newer raylaunch (schema {version}, this one knows {len(MIGRATIONS)})"
+        raise VersionError(msg, hint="upgrade raylaunch here, or give this cluster another store")
+    for number in range(version, len(MIGRATIONS)):
+        connection.executescript(f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;")
+
+
+def _keep_aside(path: Path) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    aside = path.with_name(f"{path.name}.corrupt-{stamp}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.corrupt-{stamp}-{number}")
+    for ending in ("-wal", "-shm"):
+        beside = path.with_name(path.name + ending)
+        if beside.exists():
+            beside.rename(aside.with_name(aside.name + ending))
+    path.rename(aside)
+    return aside

@@ -1,0 +1,86 @@
+"""Finding jobs: a page by filters, and the refs nearest to one that does not exist."""
+
+from __future__ import annotations
+
+import difflib
+import sqlite3
+from dataclasses import dataclass
+
+from raylaunch.controller.record import record_from
+from raylaunch.errors import SpecError
+from raylaunch.state import JobPage, JobState
+
+_NEAR_AMONG = 500
+"""Latest jobs whose ids and names are compared with a mistyped one."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which jobs a list shows. Empty fields do not filter."""
+
+    states: tuple[JobState, ...] = ()
+    name: str = ""
+    owner: str = ""
+    tag: str = ""
+    since: float | None = None
+
+    def where(self) -> tuple[str, list[str | float]]:
+        """Return a condition in SQL, and its values."""
+        conditions: list[str] = []
+        values: list[str | float] = []
+        if self.states:
+            conditions.append(f"state IN ({', '.join('?' * len(self.states))})")
+            values.extend(state.value for state in self.states)
+        if self.name:
+            conditions.append("name GLOB ?" if "*" in self.name else "name = ?")
+            values.append(self.name)
+        if self.owner:
+            conditions.append("owner = ?")
+            values.append(self.owner)
+        if self.tag:
+            conditions.append("instr(tags, ?) > 0")
+            values.append(f"\n{self.tag}\n")
+        if self.since is not None:
+            conditions.append("created_at >= ?")
+            values.append(self.since)
+        return " AND ".join(conditions) or "1", values
+
+
+def page_of(connection: sqlite3.Connection, filters: Filters, *, limit: int, cursor: str) -> JobPage:
+    """Return one page of jobs, newest first, without heavy fields.
+
+    Raises:
+        SpecError: the cursor is not one of ours.
+    """
+    where, values = filters.where()
+    total = connection.execute(f"SELECT count(*) FROM jobs WHERE {where}", values).fetchone()[0]
+    if cursor:
+        where = f"{where} AND (created_at, id) < (?, ?)"
+        values = [*values, *_read_cursor(cursor)]
+    rows = connection.execute(
+        f"SELECT light, created_at, id FROM jobs WHERE {where} ORDER BY created_at DESC, id DESC LIMIT ?",
+        [*values, limit + 1],
+    ).fetchall()
+    more = len(rows) > limit
+    shown = rows[:limit]
+    return JobPage(
+        jobs=tuple(record_from(light).view() for light, _, _ in shown),
+        next_cursor=f"{shown[-1][1]!r}~{shown[-1][2]}" if more and shown else "",
+        total=total,
+    )
+
+
+def nearest_refs(connection: sqlite3.Connection, ref: str) -> list[str]:
+    """Return up to three names or ids that resemble `ref`, the nearest first."""
+    rows = connection.execute("SELECT id, name FROM jobs ORDER BY created_at DESC, id DESC LIMIT ?", (_NEAR_AMONG,))
+    known = dict.fromkeys(word for row in rows for word in reversed(row))
+    return difflib.get_close_matches(ref, known, n=3, cutoff=0.6)
+
+
+def _read_cursor(cursor: str) -> tuple[float, str]:
+    created_at, _, job = cursor.partition("~")
+    try:
+        return float(created_at), job
+    except ValueError:
+        msg = f"{cursor!r} is not a cursor of a page of jobs"
+        raise SpecError(msg, hint="pass next_cursor of the page before, or nothing for the first page") from None

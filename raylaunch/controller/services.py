@@ -1,0 +1,78 @@
+"""What the HTTP API stands on: the stores and readers of this folder, and the verbs that change jobs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from raylaunch.controller.artifacts import Artifacts
+from raylaunch.controller.auth import Role, TokenBook
+from raylaunch.controller.packages import PackageStore
+from raylaunch.controller.record import JobRecord
+from raylaunch.controller.records import Records
+from raylaunch.controller.secret_store import SecretStore
+from raylaunch.state import ControllerStatus, JobView, MetricsPage, RayAccess, SubmitAnswer, SubmitRequest, View
+
+
+class DryRun(View):
+    """What a submit would do: the hostnames it could run on now, and a sentence."""
+
+    fits: tuple[str, ...]
+    message: str
+
+
+class MetricsReader(Protocol):
+    """Metrics of a job. Called from worker threads, one at a time."""
+
+    def page(self, record: JobRecord, *, keys: Sequence[str], max_points: int) -> MetricsPage:
+        """Return keys, last values and, for `keys`, at most `max_points` points each."""
+
+    def csv(self, record: JobRecord, *, keys: Sequence[str]) -> Iterator[str]:
+        """Yield ``step,at,key,value`` lines, a header first."""
+
+
+class JobVerbs(Protocol):
+    """What changes jobs. Called on the event loop."""
+
+    async def submit(self, request: SubmitRequest, person: str) -> SubmitAnswer:
+        """Take a job in, or return the one that the same request id made."""
+
+    async def dry_run(self, request: SubmitRequest) -> DryRun:
+        """Say where the job could run, without taking it in."""
+
+    async def stop(self, record: JobRecord, *, grace_s: float | None, person: str) -> JobView:
+        """Ask the job to stop, with `grace_s` seconds before SIGKILL (None: the job's own)."""
+
+    async def remove(self, record: JobRecord) -> int:
+        """Delete an ended job with all its files and return the bytes it took."""
+
+    def status(self, person: str, role: str) -> ControllerStatus:
+        """Say how the controller, Ray and the nodes are."""
+
+    async def wait_growth(self, attempt_id: str, timeout_s: float) -> None:
+        """Return when a file of the attempt has grown in the store, or the time is over."""
+
+    def ray_access(self) -> RayAccess:
+        """Return what Ray's own tools need."""
+
+
+@dataclass(frozen=True)
+class Services:
+    """All that `raylaunch.controller.app.create_app` needs."""
+
+    store: Path
+    records: Records
+    packages: PackageStore
+    secrets: SecretStore
+    tokens: TokenBook
+    artifacts: Artifacts
+    metrics: MetricsReader
+    jobs: JobVerbs
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the server shuts down: everything that waits for news then answers at once."""
+
+
+__all__ = ["DryRun", "JobVerbs", "MetricsReader", "Role", "Services"]
