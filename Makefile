@@ -1,0 +1,48 @@
+# `make demo` and `make test` do everything on a machine that has Python 3, git and make.
+
+BIN := .venv/bin
+SOURCES := raylaunch mcp_server tests examples benchmarks
+PYTEST := $(BIN)/python -m pytest
+ARGS :=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint format bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s %s\n", $$1, $$2}'
+	@echo
+	@echo "  PYTHON=/path/to/python3 chooses the interpreter, TORCH= leaves PyTorch out, ARGS='-k name' goes to pytest."
+
+demo: .venv/.demo ## start a cluster here, train on real data, fetch the model
+	$(BIN)/raylaunch demo
+
+test: lint ## all checks and tests
+	$(PYTEST) $(ARGS)
+
+check: lint ## lint, format, types and the pure tests; under two minutes
+	$(PYTEST) -m "not ray and not wandb and not slow" $(ARGS)
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.test ## let ruff format and fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.test ## measure raylaunch beside its peers; writes benchmarks/results.json
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean: ## remove what the targets above have made in this folder
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist build raylaunch-demo
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps: made again when what is installed changes.
+.venv/.demo: pyproject.toml constraints.txt tools/setup.sh
+	@tools/setup.sh demo
+	@touch $@
+
+.venv/.test: pyproject.toml constraints.txt tools/setup.sh
+	@tools/setup.sh test
+	@touch $@ .venv/.demo
