@@ -1,0 +1,414 @@
+"""The verbs of a cluster over HTTP: the asynchronous truth that the CLI, the SDK and the MCP server stand on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets as random_source
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote
+
+from pydantic import TypeAdapter
+from typing_extensions import Self
+
+from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
+from raylaunch.packing import Packed, pack
+from raylaunch.spec import JobSpec
+from raylaunch.state import (
+    Artifact,
+    ControllerStatus,
+    Event,
+    EventPage,
+    GitFacts,
+    JobPage,
+    JobState,
+    JobView,
+    LogMatches,
+    MetricsPage,
+    PackReport,
+    RayAccess,
+    SubmitAnswer,
+    SubmitRequest,
+    UsagePage,
+)
+from raylaunch.submission import DryRun, with_wandb
+from raylaunch.transfer import Downloaded, OnProgress, chosen, download, local_name, no_progress, safe_target, upload
+from raylaunch.wire import NoAnswerError, Params, Reachable, Wire
+
+__all__ = ["Client", "Downloaded", "DryRun", "LogChunk", "NoAnswerError", "Reachable", "with_wandb"]
+
+_Result = TypeVar("_Result")
+
+HOLD_S = 25.0
+"""How long one question about news is held open."""
+PATIENCE_S = 60.0
+"""How long a lost controller is waited for where something is followed: it restarts in a few seconds."""
+_PAUSE_S = 0.5
+
+
+def _say_nothing(_sentence: str) -> None:
+    pass
+
+
+class Client:
+    """One cluster. An async context manager.
+
+    ::
+
+        async with Client(reach) as client:
+            answer = await client.submit(JobSpec(entrypoint="python train.py"))
+            job = await client.wait(answer.job.id)
+
+    `ref` is a job's id, its name (then its latest job), or ``last``, everywhere. All verbs raise `ClusterDownError`
+    when nothing answers, `AccessError` when the token may not do it, and `NotFoundError` for a job that there is not.
+
+    Args:
+        reach: where the controller answers, and the token.
+        cluster: its name, for messages.
+        patience_s: how long following, waiting, submitting and transfers outlast a controller that is away.
+        on_notice: told when the connection was lost, and when it is back.
+        heal: called when nothing answers, at most every few seconds; returns where to go on.
+    """
+
+    def __init__(
+        self,
+        reach: Reachable,
+        *,
+        cluster: str = "local",
+        patience_s: float = PATIENCE_S,
+        on_notice: Callable[[str], None] = _say_nothing,
+        heal: Callable[[], Awaitable[Reachable]] | None = None,
+    ) -> None:
+        self._wire = Wire(reach, cluster=cluster)
+        self._patience_s = patience_s
+        self._notice = on_notice
+        self._heal = heal
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        await self._wire.__aexit__()
+
+    async def patient(self, call: Callable[[], Awaitable[_Result]]) -> _Result:
+        """Repeat a call that may be repeated while nothing answers, for `patience_s` at most."""
+        deadline = 0.0
+        while True:
+            try:
+                result = await call()
+            except NoAnswerError as error:  # noqa: PERF203 -- each turn is a request
+                now = time.monotonic()
+                if not deadline:
+                    deadline = now + self._patience_s
+                    self._notice(f"{error.message}; trying again for {self._patience_s:g} s")
+                if now >= deadline:
+                    raise
+                await asyncio.sleep(_PAUSE_S)
+                if self._heal:
+                    await self._wire.move(await self._heal())
+            else:
+                if deadline:
+                    self._notice(f"cluster {self._wire.cluster!r} answers again")
+                return result
+
+    # --- the cluster
+
+    async def status(self) -> ControllerStatus:
+        """Return what the controller says of itself, Ray and the nodes."""
+        return await self._wire.model(ControllerStatus, "GET", "/v1/status")
+
+    async def usage(self) -> UsagePage:
+        """Return what the store holds, largest first."""
+        return await self._wire.model(UsagePage, "GET", "/v1/usage")
+
+    async def ray_access(self) -> RayAccess:
+        """Return what Ray's own tools need to reach the cluster."""
+        return await self._wire.model(RayAccess, "GET", "/v1/ray")
+
+    async def secrets_list(self) -> tuple[str, ...]:
+        """Return the names of the secrets that are set."""
+        answer = await self._wire.ask("GET", "/v1/secrets")
+        return TypeAdapter(tuple[str, ...]).validate_json(answer.body)
+
+    async def secrets_set(self, name: str, value: str) -> None:
+        """Set a secret; jobs that name it find it in their environment."""
+        await self._wire.ask("PUT", f"/v1/secrets/{quote(name, safe='')}", body={"value": value})
+
+    async def secrets_remove(self, name: str) -> None:
+        """Remove a secret."""
+        await self._wire.ask("DELETE", f"/v1/secrets/{quote(name, safe='')}")
+
+    # --- jobs
+
+    async def submit(
+        self,
+        spec: JobSpec,
+        *,
+        request_id: str = "",
+        secrets: Mapping[str, str] | None = None,
+        on_packed: Callable[[PackReport, int], None] | None = None,
+        on_progress: OnProgress = no_progress,
+    ) -> SubmitAnswer:
+        """Pack the working directory, send what the cluster lacks of it, and submit.
+
+        Args:
+            spec: what to run.
+            request_id: the same id with the same spec and code returns the same job. By default a random one, so that
+                a submission whose answer was lost is repeated safely.
+            secrets: values for this job alone, by the name of their environment variable.
+            on_packed: told what was packed, and the size of the archive.
+            on_progress: told how far the upload is.
+
+        Raises:
+            SpecError: the working directory cannot be packed, or the cluster could never run this.
+            ConflictError: `request_id` was used for something else.
+        """
+        key = request_id or random_source.token_hex(16)
+        if not spec.working_dir:
+            return await self._submit(SubmitRequest(spec=spec, request_id=key, secrets=dict(secrets or {})))
+        folder = Path(spec.working_dir)
+        with await _uninterrupted(lambda: pack(folder)) as packed:
+            if on_packed:
+                on_packed(packed.report, packed.bytes)
+            git = await _git(folder)
+            await upload(self._wire, packed, patient=self.patient, on_progress=on_progress)
+            request = SubmitRequest(
+                spec=spec,
+                package=packed.sha256,
+                request_id=key,
+                pack=packed.report,
+                git=git,
+                secrets=dict(secrets or {}),
+            )
+            return await self._submit(request)
+
+    async def _submit(self, request: SubmitRequest) -> SubmitAnswer:
+        return await self.patient(lambda: self._wire.model(SubmitAnswer, "POST", "/v1/jobs", body=request))
+
+    async def dry_run(self, spec: JobSpec) -> DryRun:
+        """Return where a job could run, and a sentence, without submitting it. Raises as `submit`."""
+        request = SubmitRequest(spec=spec)
+        return await self._wire.model(DryRun, "POST", "/v1/jobs", params={"dry_run": "true"}, body=request)
+
+    async def jobs(  # noqa: PLR0913 -- each is one filter
+        self,
+        *,
+        states: Sequence[JobState] = (),
+        name: str = "",
+        owner: str = "",
+        tag: str = "",
+        since: float | None = None,
+        limit: int = 50,
+        cursor: str = "",
+    ) -> JobPage:
+        """Return one page of jobs, newest first. `since` is a time in seconds since the epoch."""
+        params: Params = {
+            "state": ",".join(state.value for state in states),
+            "name": name,
+            "owner": owner,
+            "tag": tag,
+            "since": since,
+            "limit": limit,
+            "cursor": cursor,
+        }
+        return await self._wire.model(JobPage, "GET", "/v1/jobs", params=params)
+
+    async def job(self, ref: str) -> JobView:
+        """Return one job with everything about it."""
+        return await self._wire.model(JobView, "GET", _of(ref))
+
+    async def stop(self, ref: str, *, grace_s: float | None = None) -> JobView:
+        """Ask a job to stop; it is `stopped` only when all its processes are gone, so `wait` for that."""
+        return await self._wire.model(JobView, "POST", _of(ref, "stop"), body={"grace_s": grace_s})
+
+    async def remove(self, ref: str) -> int:
+        """Delete an ended job with all its files, and return how many bytes that were.
+
+        Raises:
+            ConflictError: the job has not ended.
+        """
+        answer = await self._wire.ask("DELETE", _of(ref))
+        return int(json.loads(answer.body)["bytes"])
+
+    # --- what happens
+
+    async def events(self, ref: str, *, after: int = 0, wait_s: float = 0.0) -> EventPage:
+        """Return a job's events after a cursor; with `wait_s`, hold on until there is one."""
+        params = {"after": after, "wait_s": wait_s}
+        return await self._wire.model(EventPage, "GET", _of(ref, "events"), params=params, wait_s=wait_s)
+
+    async def follow(self, ref: str, *, after: int = 0) -> AsyncIterator[Event]:
+        """Yield a job's events after a cursor, those to come too, until the job has ended."""
+        job = await self.patient(lambda: self.job(ref))
+        cursor, ended = after, job.state.ended
+        while True:
+            page = await self._news(job.id, cursor, 0.0 if ended else HOLD_S)
+            for event in page.events:
+                yield event
+            cursor = max(cursor, page.cursor)
+            if page.events:
+                ended = ended or any(event.state is not None and event.state.ended for event in page.events)
+            elif ended:
+                return
+            else:
+                ended = (await self.patient(lambda: self.job(job.id))).state.ended
+
+    async def wait(self, ref: str) -> JobView:
+        """Return the job when it has ended."""
+        job = await self.patient(lambda: self.job(ref))
+        while not job.state.ended:
+            await self._news(job.id, job.cursor, HOLD_S)
+            job = await self.patient(lambda: self.job(job.id))  # noqa: B023 -- called before the next turn
+        return job
+
+    async def _news(self, job_id: str, after: int, wait_s: float) -> EventPage:
+        return await self.patient(lambda: self.events(job_id, after=after, wait_s=wait_s))
+
+    # --- what it leaves behind
+
+    async def logs(  # noqa: PLR0913 -- each says where to read
+        self,
+        ref: str,
+        *,
+        attempt: int | None = None,
+        rank: int = 0,
+        tail: int | None = None,
+        offset: int | None = None,
+        limit: int | None = None,
+        wait_s: float = 0.0,
+    ) -> LogChunk:
+        """Return bytes of a log: from the last `tail` lines on, or from `offset`; at most 1 MiB at once.
+
+        Go on from `next_offset`. With `wait_s`, an offset at the end of the log waits for more.
+        """
+        return await read_chunk(self._wire, ref, LogPlace(attempt, rank, tail, offset), limit=limit, wait_s=wait_s)
+
+    async def follow_logs(
+        self, ref: str, *, attempt: int | None = None, rank: int = 0, tail: int | None = None, offset: int | None = None
+    ) -> AsyncIterator[LogChunk]:
+        """Yield a log's bytes from a place on, as they are written, until the job has ended.
+
+        Begins in the latest attempt and goes on with later ones; with `attempt`, only that one. With neither `tail` nor
+        `offset`, from its beginning.
+        """
+        job = await self.patient(lambda: self.job(ref))
+        place = LogPlace(attempt or len(job.attempts) or 1, rank, tail, offset)
+
+        async def read(at: LogPlace) -> LogChunk:
+            return await self.patient(lambda: read_chunk(self._wire, job.id, at, limit=None, wait_s=HOLD_S))
+
+        follower = LogFollower(read, lambda n: self._job_with(job.id, n))
+        async for chunk in follower.all_from(place, only=attempt is not None):
+            yield chunk
+
+    async def _job_with(self, job_id: str, attempt: int) -> JobView:
+        """Return the job when it has that attempt, or has ended."""
+        job = await self.patient(lambda: self.job(job_id))
+        while not job.state.ended and len(job.attempts) < attempt:
+            await self._news(job_id, job.cursor, HOLD_S)
+            job = await self.patient(lambda: self.job(job_id))
+        return job
+
+    async def search_logs(  # noqa: PLR0913 -- each is one option of the search
+        self,
+        ref: str,
+        pattern: str,
+        *,
+        regex: bool = False,
+        ignore_case: bool = False,
+        offset: int = 0,
+        limit: int = 100,
+        attempt: int | None = None,
+        rank: int = 0,
+    ) -> LogMatches:
+        """Return lines of a log that hold `pattern`, from `offset` on."""
+        params: Params = {
+            "pattern": pattern,
+            "regex": int(regex),
+            "ignore_case": int(ignore_case),
+            "offset": offset,
+            "limit": limit,
+            "attempt": attempt,
+            "rank": rank,
+        }
+        return await self._wire.model(LogMatches, "GET", _of(ref, "logs/search"), params=params)
+
+    async def metrics(self, ref: str, *, keys: Sequence[str] = (), max_points: int = 500) -> MetricsPage:
+        """Return a job's metrics: names and last values, and the points of those in `keys`."""
+        params: Params = {"key": list(keys), "max_points": max_points}
+        return await self._wire.model(MetricsPage, "GET", _of(ref, "metrics"), params=params)
+
+    async def metrics_csv(self, ref: str, *, keys: Sequence[str] = ()) -> AsyncIterator[bytes]:
+        """Yield ``step,at,key,value`` lines of all points, as bytes."""
+        async with self._wire.stream(_of(ref, "metrics.csv"), params={"key": list(keys)}) as body:
+            async for data in body.chunks():
+                yield data
+
+    async def files(self, ref: str) -> tuple[Artifact, ...]:
+        """Return the files that a job has left behind so far."""
+        answer = await self._wire.ask("GET", _of(ref, "files"))
+        return TypeAdapter(tuple[Artifact, ...]).validate_json(answer.body)
+
+    async def download(
+        self,
+        ref: str,
+        paths: Sequence[str] = (),
+        *,
+        dest: Path,
+        everything: bool = False,
+        on_progress: OnProgress = no_progress,
+    ) -> tuple[Downloaded, ...]:
+        """Fetch files into `dest`, each verified against its checksum; what is there already is not fetched again.
+
+        Args:
+            ref: the job.
+            paths: names, folders or globs; none means the job's outputs, each from the latest attempt that has it.
+            dest: folder that they go into: outputs under the names that the job gave them, others as in the store.
+            everything: without `paths`: checkpoints, logs, tracking and records too.
+            on_progress: told how far each file is.
+
+        Raises:
+            NotFoundError: a name fits no file.
+            TransferError: a file did not arrive as it was sent; the message names it.
+        """
+        job = await self.job(ref)
+        found = []
+        for artifact in chosen(list(await self.files(job.id)), tuple(paths), everything=everything):
+            target = safe_target(dest, artifact.path if everything else local_name(artifact))
+            found.append(await self.patient(_fetching(self._wire, job.id, artifact, target, on_progress)))
+        return tuple(found)
+
+
+def _fetching(
+    wire: Wire, job_id: str, artifact: Artifact, target: Path, on_progress: OnProgress
+) -> Callable[[], Awaitable[Downloaded]]:
+    return lambda: download(wire, job_id, artifact, target, on_progress=on_progress)
+
+
+def _of(ref: str, verb: str = "") -> str:
+    base = f"/v1/jobs/{quote(ref, safe='')}"
+    return f"{base}/{verb}" if verb else base
+
+
+async def _uninterrupted(work: Callable[[], Packed]) -> Packed:
+    """Run `work` in a thread. When the caller is cancelled, its temporary file goes as soon as it is done."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(_discard)
+        raise
+
+
+def _discard(task: asyncio.Future[Packed]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().__exit__(None, None, None)
+
+
+async def _git(folder: Path) -> GitFacts | None:
+    from raylaunch.git_facts import git_facts  # noqa: PLC0415 -- only a submission needs subprocess
+
+    return await asyncio.to_thread(git_facts, folder)

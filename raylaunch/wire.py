@@ -1,0 +1,245 @@
+"""HTTP to one controller. The only module that knows httpx2; it turns what goes wrong there into our errors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Protocol, TypeVar
+
+import httpx2
+from pydantic import BaseModel, ValidationError
+from typing_extensions import Self
+
+from raylaunch.errors import ClusterDownError, ClusterError, RaylaunchError, VersionError, from_wire
+from raylaunch.version import API, __version__
+
+_Model = TypeVar("_Model", bound=BaseModel)
+Params = Mapping[str, str | int | float | bool | list[str] | None]
+
+CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 30.0
+
+
+class Reachable(Protocol):
+    """Where a controller answers, and with which token: what a backend's ``reach()`` returns."""
+
+    @property
+    def url(self) -> str:
+        """Base URL, as ``http://127.0.0.1:8470``."""
+
+    @property
+    def token(self) -> str:
+        """The bearer token."""
+
+
+class NoAnswerError(ClusterDownError):
+    """Nothing came back: refused, lost on the way, or not in time. Asking again may help."""
+
+
+class Answer:
+    """A response whose body was read."""
+
+    def __init__(self, response: httpx2.Response) -> None:
+        self.status = response.status_code
+        self.body = response.content
+        self._headers = response.headers
+
+    def header(self, name: str, default: str = "") -> str:
+        """Return a header's value."""
+        return str(self._headers.get(name, default))
+
+    def number(self, name: str, default: int = 0) -> int:
+        """Return a header that holds a whole number."""
+        text = self.header(name)
+        return int(text) if text.isdigit() else default
+
+
+class Body:
+    """A response whose body is still arriving."""
+
+    def __init__(self, response: httpx2.Response, wire: Wire) -> None:
+        self.status = response.status_code
+        self._response = response
+        self._wire = wire
+
+    def header(self, name: str) -> str:
+        """Return a header's value, or nothing."""
+        return str(self._response.headers.get(name, ""))
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Yield the body's bytes as they arrive."""
+        with self._wire.translated(ANSWER_TIMEOUT_S):
+            async for data in self._response.aiter_raw():
+                yield data
+
+
+class Wire:
+    """A connection to the controller of one cluster. An async context manager."""
+
+    def __init__(self, reach: Reachable, *, cluster: str) -> None:
+        self.cluster = cluster
+        self._reach = reach
+        self._http = self._opened()
+
+    def _opened(self) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(
+            base_url=self._reach.url,
+            headers={
+                "Authorization": f"Bearer {self._reach.token}",
+                "X-Raylaunch-Version": __version__,
+                "X-Raylaunch-Api": str(API),
+            },
+            timeout=_timeout(ANSWER_TIMEOUT_S),
+            trust_env=False,  # a proxy for the world outside must not see the cluster's token
+            follow_redirects=False,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        await self._http.aclose()
+
+    async def move(self, reach: Reachable) -> None:
+        """Go on with a controller that answers elsewhere now."""
+        if (reach.url, reach.token) != (self._reach.url, self._reach.token):
+            before, self._reach = self._http, reach
+            self._http = self._opened()
+            await before.aclose()
+
+    async def ask(  # noqa: PLR0913 -- a request has that many parts
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Params | None = None,
+        body: BaseModel | dict[str, object] | None = None,
+        content: bytes | None = None,
+        wait_s: float = 0.0,
+        allowed: tuple[int, ...] = (),
+    ) -> Answer:
+        """Send one request and return the answer.
+
+        Args:
+            method: GET, HEAD, POST, PUT or DELETE.
+            path: below the base URL, as ``/v1/status``.
+            params: query parameters; those that are None or empty are left out.
+            body: a JSON body.
+            content: a raw body.
+            wait_s: how long the controller may hold the answer back on purpose.
+            allowed: statuses of 400 and more that the caller reads itself.
+
+        Raises:
+            NoAnswerError: nothing answered.
+            RaylaunchError: the controller's own error.
+        """
+        headers = {"Content-Type": "application/octet-stream"} if content is not None else {}
+        if body is not None:
+            content = body.model_dump_json().encode() if isinstance(body, BaseModel) else json.dumps(body).encode()
+            headers = {"Content-Type": "application/json"}
+        timeout_s = ANSWER_TIMEOUT_S + wait_s
+        with self.translated(timeout_s):
+            response = await self._http.request(
+                method, path, params=_given(params), content=content, headers=headers, timeout=_timeout(timeout_s)
+            )
+        self._check(response, allowed)
+        return Answer(response)
+
+    async def model(  # noqa: PLR0913 -- as above
+        self,
+        kind: type[_Model],
+        method: str,
+        path: str,
+        *,
+        params: Params | None = None,
+        wait_s: float = 0.0,
+        body: BaseModel | dict[str, object] | None = None,
+    ) -> _Model:
+        """Send one request and return its answer as a model. Raises as `ask`."""
+        answer = await self.ask(method, path, params=params, body=body, wait_s=wait_s)
+        try:
+            return kind.model_validate_json(answer.body)
+        except ValidationError as error:
+            msg = f"cluster {self.cluster!r} answered {method} {path} with something that is not a {kind.__name__}"
+            raise ClusterError(msg, hint=f"raylaunch up starts a controller of this version ({__version__})") from error
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self, path: str, *, params: Params | None = None, headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[Body]:
+        """GET a body that may be large. Raises as `ask`."""
+        with self.translated(ANSWER_TIMEOUT_S):
+            asked = self._http.build_request(
+                "GET", path, params=_given(params), headers={"Accept-Encoding": "identity"}
+            )
+            asked.headers.update(headers or {})
+            response = await self._http.send(asked, stream=True)
+        try:
+            if response.status_code >= httpx2.codes.BAD_REQUEST:
+                with self.translated(ANSWER_TIMEOUT_S):
+                    await response.aread()
+            self._check(response, ())
+            yield Body(response, self)
+        finally:
+            await response.aclose()
+
+    @contextlib.contextmanager
+    def translated(self, timeout_s: float) -> Iterator[None]:
+        """Turn httpx2's transport errors into `NoAnswerError`."""
+        where = f"cluster {self.cluster!r}"
+        hint = "raylaunch up starts what is missing; raylaunch status shows what runs"
+        try:
+            yield
+        except (httpx2.ConnectError, httpx2.ConnectTimeout):
+            msg = f"{where} does not answer at {self._reach.url}"
+            raise NoAnswerError(msg, hint=hint) from None
+        except httpx2.TimeoutException:
+            msg = f"{where} did not answer within {timeout_s:g} s at {self._reach.url}"
+            raise NoAnswerError(msg, hint=hint) from None
+        except httpx2.TransportError as error:
+            msg = f"the connection to {where} at {self._reach.url} was lost ({type(error).__name__})"
+            raise NoAnswerError(msg, hint=hint) from None
+
+    def _check(self, response: httpx2.Response, allowed: tuple[int, ...]) -> None:
+        self._check_version(response)
+        if response.status_code < httpx2.codes.BAD_REQUEST or response.status_code in allowed:
+            return
+        raise _error_in(response, self.cluster)
+
+    def _check_version(self, response: httpx2.Response) -> None:
+        theirs = response.headers.get("X-Raylaunch-Api")
+        version = response.headers.get("X-Raylaunch-Version", "of an unknown version")
+        if theirs is None:
+            msg = f"what answers at {self._reach.url} is not the controller of a raylaunch cluster"
+            raise ClusterError(msg, hint="raylaunch status shows where the controller is; raylaunch up starts it")
+        if theirs == str(API):
+            return
+        newer = theirs.isdigit() and int(theirs) > API
+        hint = (
+            f"install the controller's version here: pip install raylaunch=={version}"
+            if newer
+            else "raylaunch up starts a controller of this version; running jobs go on"
+        )
+        msg = f"this is raylaunch {__version__}, and the controller of cluster {self.cluster!r} is raylaunch {version}"
+        msg += f": they do not speak the same protocol ({API} here, {theirs} there)"
+        raise VersionError(msg, hint=hint)
+
+
+def _timeout(answer_s: float) -> httpx2.Timeout:
+    return httpx2.Timeout(answer_s, connect=CONNECT_TIMEOUT_S)
+
+
+def _given(params: Params | None) -> dict[str, str | int | float | bool | list[str]]:
+    return {name: value for name, value in (params or {}).items() if value is not None and value not in ("", [])}
+
+
+def _error_in(response: httpx2.Response, cluster: str) -> RaylaunchError:
+    """Return the error that the controller raised; for a body that is not one, a sentence with the status."""
+    asked = f"{response.request.method} {response.request.url.path}"
+    try:
+        error = json.loads(response.content)["error"]
+        return from_wire(str(error["code"]), str(error["message"]), str(error.get("hint", "")))
+    except (ValueError, KeyError, TypeError):
+        log = "its log says more: raylaunch status shows where that is"
+        return RaylaunchError(f"cluster {cluster!r} answered {response.status_code} to {asked}", hint=log)
