@@ -1,7 +1,8 @@
 """The journal of a job: one JSON line a change, on the disk before anything else believes it.
 
-A line is ``{"seq", "at", "kind", "message", "state", "record", "heavy"}``: `record` is the job as of then without its heavy
-fields, and `heavy` those, when they changed. A quiet change has an empty `kind` and the seq of the event before it. A last line without its end was never taken for done, and is ignored.
+A line is ``{"seq", "at", "kind", "message", "state", "record", "heavy"}``: `record` is the job as of then without its
+heavy fields, and `heavy` those, when they changed. A quiet change has an empty `kind` and the seq of the event
+before it. A last line without its end was never taken for done, and is ignored.
 The store has a journal of its own for what outlives a job's folder: removals, and events of foreign jobs.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel, JsonValue, ValidationError
 
 from raylaunch.errors import StorageError
-from raylaunch.state import JobState
+from raylaunch.state import Event, JobState
 
 JOURNAL = "journal.jsonl"
 
@@ -36,6 +37,13 @@ class JournalLine(BaseModel):
     def encode(self) -> bytes:
         """Return the line's bytes, its end included."""
         return json.dumps(self.model_dump(mode="json", exclude_none=True), ensure_ascii=False).encode() + b"\n"
+
+
+def line_of(event: Event) -> JournalLine:
+    """Return the line of the store's own journal for an event that outlives, or never had, a job's folder."""
+    return JournalLine(
+        seq=event.seq, at=event.at, kind=event.kind, message=event.message, job=event.job, state=event.state
+    )
 
 
 def write_problem(path: Path, error: OSError) -> StorageError:

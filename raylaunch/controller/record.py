@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+from typing import Literal
 
 from pydantic import JsonValue
+from typing_extensions import TypedDict
 
-from raylaunch.runner.contract import StopWish
+from raylaunch.spec import JobSpec
 from raylaunch.state import JobView
 
 HEAVY = frozenset({"environment", "git", "pack", "log_tail"})
 """Fields that may be large (a package list, a dirty diff, the end of a log). Lists leave them out."""
+
+
+class StopWish(TypedDict):
+    """`raylaunch.runner.contract.StopWish`, in the form that pydantic reads on Pythons before 3.12."""
+
+    why: Literal["stopped", "timed_out"]
+    grace_s: float
 
 
 class JobRecord(JobView):
@@ -25,6 +34,14 @@ class JobRecord(JobView):
     """Attempts that were made again without counting, because the machines failed and not the program."""
     force_offline: bool = False
     submitted_to_ray: bool = False
+
+    @property
+    def asked(self) -> JobSpec:
+        """The spec of a job of ours. Foreign jobs have none."""
+        if self.spec is None:
+            msg = f"{self.id} is foreign: it has no spec"
+            raise ValueError(msg)
+        return self.spec
 
     def view(self) -> JobView:
         """Return what clients see of it."""

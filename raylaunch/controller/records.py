@@ -1,7 +1,7 @@
 """The records of all jobs: SQLite for reading, a journal in each job's folder for truth.
 
-Synchronous, and for the event loop's thread alone; every call is fast. A change is first a line in the journal that the disk
-has, then a row. What a crash leaves between the two is repaired at the next open, and said in `Records.healed`.
+Synchronous, and for the event loop's thread alone; every call is fast. A change is first a line in the journal that the
+disk has, then a row. What a crash leaves between the two is repaired at the next open, and said in `Records.healed`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import fcntl
 import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import yaml
 
 from raylaunch.controller import journal, schema
 from raylaunch.controller.journal import JOURNAL, JournalLine
+from raylaunch.controller.lock import take_lock
 from raylaunch.controller.record import HEAVY, JobRecord, heavy_json, light_json, record_from
 from raylaunch.controller.recovery import move_to_trash, reconcile
 from raylaunch.controller.search import Filters, nearest_refs, page_of
@@ -49,9 +49,10 @@ class Records:
         """
         self.store = store
         self._changed: set[asyncio.Event] = set()
+        self._listeners: list[Callable[[], None]] = []
         try:
             (store / "jobs").mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = _take_lock(store)
+            self._lock = take_lock(store)
         except OSError as error:
             raise journal.write_problem(store, error) from error
         try:
@@ -72,8 +73,15 @@ class Records:
         """Return the job's folder in the store."""
         return self.store / "jobs" / job_id
 
-    def create(self, request: SubmitRequest, *, owner: str, wandb: WandbLink | None) -> tuple[JobRecord, bool]:
+    def create(
+        self, request: SubmitRequest, *, owner: str, wandb: WandbLink | Callable[[str], WandbLink] | None
+    ) -> tuple[JobRecord, bool]:
         """Take a job in as queued.
+
+        Args:
+            request: what the client sent. Its secrets are not recorded.
+            owner: the person whose job it is.
+            wandb: its W&B run, or what makes that from the job's id.
 
         Returns:
             The job, and True; or the job that the same owner and request id made before, and False.
@@ -86,8 +94,9 @@ class Records:
         if earlier is not None:
             return earlier, False
         now = time.time()
+        job_id = self._new_id(request.spec.display_name)
         record = JobRecord(
-            id=self._new_id(request.spec.display_name),
+            id=job_id,
             name=request.spec.display_name,
             owner=owner,
             state=JobState.QUEUED,
@@ -97,7 +106,7 @@ class Records:
             updated_at=now,
             pack=request.pack,
             git=request.git,
-            wandb=wandb,
+            wandb=wandb(job_id) if callable(wandb) else wandb,
             package=request.package,
             request_id=request.request_id,
         )
@@ -129,16 +138,18 @@ class Records:
             row = self._db.execute(f"{columns} owner = ? AND NOT is_foreign {latest}", (owner,)).fetchone()
             row = row or self._db.execute(f"{columns} NOT is_foreign {latest}").fetchone()
             if row is None:
-                raise NotFoundError("there is no job yet", hint="submit one: raylaunch run -- python train.py")
+                msg = "there is no job yet"
+                raise NotFoundError(msg, hint="submit one: raylaunch run -- python train.py")
         if row is None:
             row = self._db.execute(f"{columns} name = ? {latest}", (ref,)).fetchone()
         if row is None:
             near = nearest_refs(self._db, ref)
             hint = f"did you mean {' or '.join(near)}?" if near else "see what there is: raylaunch list"
-            raise NotFoundError(f"there is no job {ref!r}", hint=hint)
+            msg = f"there is no job {ref!r}"
+            raise NotFoundError(msg, hint=hint)
         return record_from(*row)
 
-    def page(
+    def page(  # noqa: PLR0913 -- each is one filter, and all are named
         self,
         *,
         states: Sequence[JobState] = (),
@@ -174,9 +185,8 @@ class Records:
         self,
         job_id: str,
         *,
-        kind: str,
+        kind: str = "",
         message: str | None = None,
-        note: str = "",
         change: Change | None = None,
         **fields: object,
     ) -> JobRecord:
@@ -186,7 +196,6 @@ class Records:
             job_id: the job's id.
             kind: the event's kind; empty for a quiet change without an event.
             message: becomes the job's message, and the event's; None leaves the job's as it is.
-            note: the event's message where the job's should stay, or be another.
             change: what happened; moves the state, and sets `started_at` at the first start and `ended_at` at an end
                 unless `fields` do.
             fields: further fields of `JobRecord`.
@@ -212,10 +221,13 @@ class Records:
         if message is not None:
             values["message"] = message
         new = JobRecord.model_validate({**values, **fields, "updated_at": now})
-        return self._write(old, new, kind=kind, note=note or message or "")
+        return self._write(old, new, kind=kind, note=message or "")
 
     def put_foreign(self, view: JobView) -> None:
-        """Write a job that somebody submitted with Ray's own tools, as Ray describes it now. An event tells a new state."""
+        """Write a job that somebody submitted with Ray's own tools, as Ray describes it now.
+
+        An event tells a new state.
+        """
         row = self._db.execute("SELECT light, heavy FROM jobs WHERE id = ?", (view.id,)).fetchone()
         old = record_from(*row) if row else None
         values: dict[str, object] = {name: getattr(view, name) for name in JobView.model_fields}
@@ -228,15 +240,20 @@ class Records:
         else:
             event = self._event(new, "foreign", new.message or f"submitted with Ray's own tools, {new.state.value}")
             new = new.model_copy(update={"cursor": event.seq})
-            self._commit(event, self.store / JOURNAL, _store_line(event), record=new, own_journal=False)
+            self._commit(event, self.store / JOURNAL, journal.line_of(event), record=new, own_journal=False)
         self._tell()
 
     def events(self, *, after: int, job: str = "", limit: int = 500) -> EventPage:
         """Return events after a cursor, oldest first; of one job (its id) or of all."""
         where, values = ("AND job = ?", [after, job]) if job else ("", [after])
-        rows = self._db.execute(f"SELECT * FROM events WHERE seq > ? {where} ORDER BY seq LIMIT ?", [*values, limit])
+        query = f"SELECT * FROM events WHERE seq > ? {where} ORDER BY seq LIMIT ?"  # noqa: S608 -- constants and marks
+        rows = self._db.execute(query, [*values, limit])
         events = tuple(schema.event_from(row) for row in rows)
         return EventPage(events=events, cursor=events[-1].seq if events else after)
+
+    def listen(self, changed: Callable[[], None]) -> None:
+        """Call `changed` after each write, for as long as the records are open."""
+        self._listeners.append(changed)
 
     @contextmanager
     def subscribe(self) -> Iterator[asyncio.Event]:
@@ -261,7 +278,7 @@ class Records:
             msg = f"{job_id} is {record.state.value}; only a job that has ended can be removed"
             raise ConflictError(msg, hint=f"stop it first: raylaunch stop {job_id}")
         event = self._event(record, "removed", f"{record.name} was removed")
-        self._commit(event, self.store / JOURNAL, _store_line(event), record=None, own_journal=False)
+        self._commit(event, self.store / JOURNAL, journal.line_of(event), record=None, own_journal=False)
         move_to_trash(self.store, job_id)
         self._tell()
 
@@ -271,14 +288,16 @@ class Records:
         os.close(self._lock)
 
     def _load_unfinished(self) -> Iterator[JobRecord]:
-        ended = ", ".join(f"'{state.value}'" for state in JobState if state.ended)
-        rows = self._db.execute(f"SELECT light FROM jobs WHERE NOT is_foreign AND state NOT IN ({ended})")
+        ended = [state.value for state in JobState if state.ended]
+        where = f"NOT is_foreign AND state NOT IN ({', '.join('?' * len(ended))})"
+        rows = self._db.execute(f"SELECT light FROM jobs WHERE {where}", ended)  # noqa: S608 -- only marks
         return (record_from(light) for (light,) in rows)
 
     def _by_id(self, job_id: str) -> JobRecord:
         row = self._db.execute("SELECT light, heavy FROM jobs WHERE id = ?", (job_id,)).fetchone()
         if row is None:
-            raise NotFoundError(f"there is no job {job_id!r}", hint="see what there is: raylaunch list")
+            msg = f"there is no job {job_id!r}"
+            raise NotFoundError(msg, hint="see what there is: raylaunch list")
         return record_from(*row)
 
     def _of_request(self, owner: str, request: SubmitRequest) -> JobRecord | None:
@@ -370,29 +389,11 @@ class Records:
     def _tell(self) -> None:
         for changed in self._changed:
             changed.set()
-
-
-def _take_lock(store: Path) -> int:
-    fd = os.open(store / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
-        os.close(fd)
-        msg = f"the store {store} is in use by the controller with pid {holder}"
-        raise ConflictError(msg, hint="one controller at a time can use a store; end that one, or use another store") from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd
+        for listener in self._listeners:
+            listener()
 
 
 def _write_file(path: Path, text: str) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
-
-
-def _store_line(event: Event) -> JournalLine:
-    return JournalLine(
-        seq=event.seq, at=event.at, kind=event.kind, message=event.message, job=event.job, state=event.state
-    )

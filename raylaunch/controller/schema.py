@@ -147,9 +147,7 @@ def _open_sound(path: Path) -> sqlite3.Connection:
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
-        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            raise sqlite3.DatabaseError(found)
+        _check(connection)
         _migrate(connection, path)
     except BaseException:
         connection.close()
@@ -157,10 +155,18 @@ def _open_sound(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def _check(connection: sqlite3.Connection) -> None:
+    found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        raise sqlite3.DatabaseError(found)
+
+
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version > len(MIGRATIONS):
-        msg = f"the database {path} was written by a newer raylaunch (schema {version}, this one knows {len(MIGRATIONS)})"
+        msg = (
+            f"the database {path} was written by a newer raylaunch (schema {version}, this one knows {len(MIGRATIONS)})"
+        )
         raise VersionError(msg, hint="upgrade raylaunch here, or give this cluster another store")
     for number in range(version, len(MIGRATIONS)):
         connection.executescript(f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;")

@@ -1,0 +1,222 @@
+"""What jobs leave behind: their files, the manifest of sizes and sha256, and the room they take."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Literal, TypeAlias
+
+from pydantic import BaseModel, Field, ValidationError
+
+from raylaunch.controller.journal import JOURNAL, write_problem
+from raylaunch.controller.packages import file_sha256
+from raylaunch.errors import NotFoundError
+from raylaunch.runner.contract import CHECKPOINTS, LOGS, OUTPUTS, WANDB
+from raylaunch.state import Artifact, JobView, Usage
+
+MANIFEST = "manifest.json"
+
+Kind: TypeAlias = Literal["output", "checkpoint", "log", "wandb", "record"]
+
+_KINDS: dict[str, Kind] = {OUTPUTS: "output", CHECKPOINTS: "checkpoint", LOGS: "log", WANDB: "wandb"}
+
+
+class ManifestEntry(BaseModel):
+    """What one file was when its checksum was taken."""
+
+    bytes: int
+    sha256: str
+    mtime_ns: int
+
+
+class Manifest(BaseModel):
+    """``manifest.json`` of a job: its files by path relative to the job's folder."""
+
+    files: dict[str, ManifestEntry] = Field(default_factory=dict)
+
+
+class Artifacts:
+    """The files of all jobs of a store. May be used from several threads."""
+
+    def __init__(self, store: Path) -> None:
+        self._jobs = store / "jobs"
+        self._lock = threading.Lock()
+        self._noted: dict[str, dict[str, ManifestEntry]] = {}
+
+    def files(self, job_id: str) -> tuple[Artifact, ...]:
+        """Return the job's files, by path. A checksum is given where the file is still as when it was taken."""
+        known = self._known(job_id)
+        return tuple(_artifact(path, facts, known.get(path)) for path, facts in _walk(self._jobs / job_id))
+
+    def path(self, job_id: str, path: str) -> tuple[Path, Artifact]:
+        """Return where a file of a job lies in the store, and what is known of it.
+
+        Args:
+            job_id: the job's id.
+            path: relative to the job's folder; or, in short, to the outputs or the folder of an attempt (the
+                latest that has it).
+
+        Raises:
+            NotFoundError: the job has no such file, or the path leads out of the job's folder.
+        """
+        folder = self._jobs / job_id
+        for candidate in _candidates(folder, path):
+            found = _inside(folder, candidate)
+            if found is not None:
+                entry = self._known(job_id).get(candidate)
+                return found, _artifact(candidate, found.stat(), entry)
+        msg = f"{job_id} has no file {path!r}"
+        raise NotFoundError(msg, hint=f"see its files: raylaunch files {job_id}")
+
+    def note(self, job_id: str, path: str, *, size: int, sha256: str) -> None:
+        """Remember the checksum of a file that has just arrived; `seal` writes it down.
+
+        Args:
+            job_id: the job's id.
+            path: relative to the job's folder, as ``attempt-1/outputs/model.pt``.
+            size: bytes that the checksum is of.
+            sha256: in hex.
+        """
+        try:
+            facts = (self._jobs / job_id / path).stat()
+        except FileNotFoundError:
+            return
+        if facts.st_size == size:
+            entry = ManifestEntry(bytes=size, sha256=sha256, mtime_ns=facts.st_mtime_ns)
+            with self._lock:
+                self._noted.setdefault(job_id, {})[path] = entry
+
+    def seal(self, job_id: str) -> Manifest:
+        """Write ``manifest.json`` over all files that the job has now; checksums that are not known are computed.
+
+        Reads the files whose checksum is missing: call it from a worker thread.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        folder = self._jobs / job_id
+        known = self._known(job_id)
+        files: dict[str, ManifestEntry] = {}
+        for path, facts in _walk(folder):
+            if path in {MANIFEST, JOURNAL}:
+                continue
+            entry = known.get(path)
+            if entry is None or not _current(entry, facts):
+                sha256 = file_sha256(folder / path)
+                entry = ManifestEntry(bytes=facts.st_size, sha256=sha256, mtime_ns=facts.st_mtime_ns)
+            files[path] = entry
+        manifest = Manifest(files=files)
+        _write_manifest(folder / MANIFEST, manifest)
+        with self._lock:
+            self._noted.pop(job_id, None)
+        return manifest
+
+    def outputs(self, job_id: str) -> tuple[int, int]:
+        """Return number and bytes of the job's outputs."""
+        sizes = [file.bytes for file in self.files(job_id) if file.kind == "output"]
+        return len(sizes), sum(sizes)
+
+    def bytes_of(self, job_id: str) -> int:
+        """Return the bytes that the job's files take in the store."""
+        return sum(facts.st_size for _, facts in _walk(self._jobs / job_id))
+
+    def usage(self, view: JobView) -> Usage:
+        """Return the bytes that a job takes in the store. Walks its folder: call it from a worker thread."""
+        sizes: dict[Kind, int] = {"output": 0, "checkpoint": 0, "log": 0, "wandb": 0, "record": 0}
+        for path, facts in _walk(self._jobs / view.id):
+            sizes[_kind(path)] += facts.st_size
+        return Usage(
+            job=view.id,
+            name=view.name,
+            state=view.state,
+            bytes=sum(sizes.values()),
+            outputs=sizes["output"],
+            checkpoints=sizes["checkpoint"],
+            logs=sizes["log"],
+            wandb=sizes["wandb"],
+        )
+
+    def free_bytes(self) -> int:
+        """Return the bytes that are free on the store's disk."""
+        return shutil.disk_usage(self._jobs).free
+
+    def _known(self, job_id: str) -> dict[str, ManifestEntry]:
+        try:
+            written = Manifest.model_validate_json((self._jobs / job_id / MANIFEST).read_bytes()).files
+        except (FileNotFoundError, ValidationError):
+            written = {}  # a manifest can be made again from the files
+        with self._lock:
+            return {**written, **self._noted.get(job_id, {})}
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield regular files with their facts, sorted by path; links are not followed."""
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(root, name)
+            try:
+                facts = path.lstat()
+            except FileNotFoundError:
+                continue
+            if not path.is_symlink() and path.is_file():
+                yield path.relative_to(folder).as_posix(), facts
+
+
+def _kind(path: str) -> Kind:
+    parts = PurePosixPath(path).parts
+    return _KINDS.get(parts[1], "record") if len(parts) > 2 else "record"  # noqa: PLR2004 -- attempt-1/outputs/x
+
+
+def _artifact(path: str, facts: os.stat_result, entry: ManifestEntry | None) -> Artifact:
+    first = path.partition("/")[0]
+    number = first.removeprefix("attempt-")
+    return Artifact(
+        path=path,
+        bytes=facts.st_size,
+        sha256=entry.sha256 if entry and _current(entry, facts) else "",
+        kind=_kind(path),
+        attempt=int(number) if first != number and number.isdigit() else 0,
+    )
+
+
+def _current(entry: ManifestEntry, facts: os.stat_result) -> bool:
+    return entry.bytes == facts.st_size and entry.mtime_ns == facts.st_mtime_ns
+
+
+def _candidates(folder: Path, path: str) -> Iterator[str]:
+    yield path
+    numbers = sorted(
+        (int(found.name[8:]) for found in folder.glob("attempt-*") if found.name[8:].isdigit()), reverse=True
+    )
+    for within in (f"{OUTPUTS}/", ""):
+        for number in numbers:
+            yield f"attempt-{number}/{within}{path}"
+
+
+def _inside(folder: Path, path: str) -> Path | None:
+    """Return the file at `path` below `folder`; None when there is none, or it leads out of the folder."""
+    if "\0" in path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        return None
+    try:
+        real = (folder / path).resolve(strict=True)
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
+        return None
+    return real if real.is_relative_to(folder.resolve()) and real.is_file() else None
+
+
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    beside = path.with_name(f"{path.name}.new")
+    try:
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            json.dump(manifest.model_dump(), file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+    except OSError as error:
+        raise write_problem(path, error) from error
