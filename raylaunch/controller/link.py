@@ -1,8 +1,8 @@
 """The controller's side of its link to Ray: it keeps the child program `raylaunch.controller.ray_link` running.
 
 Ray ends any process that is connected to it a minute after its head is gone, so the connection lives in a child that
-may die and be started again. Both speak JSON lines over the child's stdin and stdout; what attempts write on nodes is put
-into the store by the child itself, and never passes through here.
+may die and be started again. Both speak JSON lines over the child's stdin and stdout; what attempts write on nodes is
+put into the store by the child itself, and never passes through here.
 """
 
 from __future__ import annotations

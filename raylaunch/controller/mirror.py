@@ -1,0 +1,244 @@
+"""The store's copies of what attempts write on their nodes. The only place where replicated bytes are written.
+
+A file that grows is continued at its size on disk; one that is sent whole is written beside, verified, and renamed.
+`.replicated.json` in an attempt's folder says which whole files are here, so that nothing is sent twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+from raylaunch.controller.link import Grew, LinkEvent, Stored
+from raylaunch.node.changes import Chunk, Have, HaveFile
+from raylaunch.node.files import is_append
+from raylaunch.node.packages import file_sha256
+
+REPLICATED = ".replicated.json"
+_PART = ".raylaunch-part"
+_SAVE_S = 1.0
+
+
+class GapError(Exception):
+    """A piece does not continue what is on disk: begin anew with what is."""
+
+
+class Mirror:
+    """What one store has of attempts. Used by one thread at a time."""
+
+    def __init__(self, store: Path) -> None:
+        self._jobs = store / "jobs"
+        self._whole: dict[str, dict[str, HaveFile]] = {}
+        self._digests: dict[Path, hashlib._Hash] = {}
+        self._grown: dict[Path, tuple[int, int, str]] = {}
+        self._unsaved: dict[str, float] = {}
+
+    def folder(self, attempt: str) -> Path:
+        """Return where an attempt's files lie: ``jobs/<job>/attempt-<n>``."""
+        job, _, number = attempt.rpartition("-")
+        return self._jobs / job / f"attempt-{number}"
+
+    def wanted(self, attempt: str) -> bool:
+        """Whether the store knows the attempt's job; what a removed job left on a node is not brought back."""
+        return self.folder(attempt).parent.is_dir()
+
+    def have(self, attempts: list[str]) -> Have:
+        """Return what is here of some attempts, from the disk."""
+        return {attempt: dict(self._have_of(attempt)) for attempt in attempts if self.wanted(attempt)}
+
+    def write(self, chunk: Chunk) -> list[LinkEvent]:
+        """Write one piece. May be repeated when it failed.
+
+        Raises:
+            GapError: The piece does not continue what is here, or the whole has another checksum.
+            OSError: The store cannot be written; what was there is as before.
+        """
+        if not self.wanted(chunk["attempt"]):
+            return []
+        path = self._path(chunk["attempt"], chunk["path"])
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if chunk["mode"] == "append":
+            _write_at(path, chunk["offset"], chunk["data"])
+            return [Grew(attempt=chunk["attempt"], path=chunk["path"], size=chunk["offset"] + len(chunk["data"]))]
+        return self._write_whole(path, chunk)
+
+    def save(self, *, at_once: bool = False) -> None:
+        """Write down which whole files are here; by default not more often than once a second.
+
+        Raises:
+            OSError: The store cannot be written.
+        """
+        now = time.monotonic()
+        for attempt, since in list(self._unsaved.items()):
+            if not at_once and now - since < _SAVE_S:
+                continue
+            folder = self.folder(attempt)
+            if self.wanted(attempt) and folder.is_dir():
+                beside = folder / f"{REPLICATED}{_PART}"
+                with os.fdopen(_open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+                    json.dump(self._whole.get(attempt, {}), file)
+                beside.replace(folder / REPLICATED)
+            del self._unsaved[attempt]
+
+    def missing(self, attempt: str, sizes: Mapping[str, int]) -> list[str]:
+        """Return the files whose size here differs from `sizes`."""
+        folder = self.folder(attempt)
+        return [path for path, size in sizes.items() if _size(folder / path) != size]
+
+    def differing(self, attempt: str, checksums: Mapping[str, str]) -> list[str]:
+        """Return the files whose content here differs from `checksums`; reads those that grew."""
+        return [path for path, sha256 in checksums.items() if self._sha256(attempt, path) != sha256]
+
+    def drop(self, attempt: str, paths: list[str]) -> None:
+        """Forget files that turned out different, so that they are sent again from their beginning."""
+        for path in paths:
+            self._path(attempt, path).unlink(missing_ok=True)
+            self._whole.get(attempt, {}).pop(path, None)
+            self._unsaved.setdefault(attempt, 0.0)
+
+    def seal(self, attempt: str, checksums: Mapping[str, str]) -> list[LinkEvent]:
+        """Bring an attempt's files onto the disk itself, and return what is newly known of those that grew.
+
+        Raises:
+            OSError: The store cannot be written.
+        """
+        folder = self.folder(attempt)
+        folders: set[Path] = set()
+        for path in checksums:
+            folders.add((folder / path).parent)
+            _sync(folder / path)
+        self._unsaved.setdefault(attempt, 0.0)
+        self.save(at_once=True)
+        for each in folders | {folder, folder.parent}:
+            _sync(each)
+        return [
+            Stored(attempt=attempt, path=path, size=_size(folder / path) or 0, sha256=sha256)
+            for path, sha256 in checksums.items()
+            if is_append(path)
+        ]
+
+    def forget(self, attempt: str) -> None:
+        """Drop what is remembered of an attempt; its files stay."""
+        self._whole.pop(attempt, None)
+        self._unsaved.pop(attempt, None)
+        folder = self.folder(attempt)
+        for path in [path for path in self._grown if path.is_relative_to(folder)]:
+            del self._grown[path]
+
+    def _have_of(self, attempt: str) -> Iterator[tuple[str, HaveFile]]:
+        folder = self.folder(attempt)
+        if attempt not in self._whole:
+            self._whole[attempt] = _read_replicated(folder / REPLICATED)
+        for path, have in self._whole[attempt].items():
+            if _size(folder / path) == have.size:
+                yield path, have
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                path = os.path.relpath(os.path.join(parent, name), folder)  # noqa: PTH118 -- many files
+                size = _size(folder / path)
+                if is_append(path) and size is not None:
+                    yield path, HaveFile(size)
+
+    def _write_whole(self, path: Path, chunk: Chunk) -> list[LinkEvent]:
+        part = path.with_name(f".{path.name[:180]}{_PART}")
+        if chunk["offset"] == 0:
+            part.unlink(missing_ok=True)
+            self._digests[part] = hashlib.sha256()
+        digest = self._digests.get(part)
+        if digest is None:
+            msg = f"{part} was not begun here"
+            raise GapError(msg)
+        _write_at(part, chunk["offset"], chunk["data"])
+        digest.update(chunk["data"])
+        if not chunk["final"]:
+            return []
+        del self._digests[part]
+        if digest.hexdigest() != chunk["sha256"]:
+            part.unlink(missing_ok=True)
+            msg = f"{part} has another checksum than was sent"
+            raise GapError(msg)
+        part.replace(path)
+        have = HaveFile(chunk["size"], chunk["mtime_ns"], chunk["sha256"])
+        self._whole.setdefault(chunk["attempt"], {})[chunk["path"]] = have
+        self._unsaved.setdefault(chunk["attempt"], time.monotonic())
+        return [Stored(attempt=chunk["attempt"], path=chunk["path"], size=have.size, sha256=have.sha256)]
+
+    def _sha256(self, attempt: str, path: str) -> str:
+        where = self.folder(attempt) / path
+        try:
+            stat = where.lstat()
+        except OSError:
+            return ""
+        whole = self._whole.get(attempt, {}).get(path)
+        if whole is not None and whole.size == stat.st_size and not is_append(path):
+            return whole.sha256
+        known = self._grown.get(where)
+        if known is None or known[:2] != (stat.st_size, stat.st_mtime_ns):
+            known = self._grown[where] = (stat.st_size, stat.st_mtime_ns, file_sha256(where))
+        return known[2]
+
+    def _path(self, attempt: str, path: str) -> Path:
+        """Return where a file from a node goes; a path that leads out of the attempt's folder is a bug or an attack."""
+        parts = PurePosixPath(path).parts
+        if not parts or path.startswith("/") or ".." in parts or "\0" in path:
+            msg = f"{path!r} is not a path in an attempt's folder"
+            raise ValueError(msg)
+        folder = self.folder(attempt)
+        where = folder
+        for part in parts:
+            where /= part
+            if where.is_symlink():
+                msg = f"{where} is a link, and the store has none"
+                raise ValueError(msg)
+        return where
+
+
+def _open(path: Path, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _write_at(path: Path, offset: int, data: bytes) -> None:
+    """Continue a file at `offset`, which must be its size; on a failure it has that size again."""
+    descriptor = _open(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        if os.fstat(descriptor).st_size != offset:
+            msg = f"{path} has {os.fstat(descriptor).st_size} bytes, and the piece begins at {offset}"
+            raise GapError(msg)
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.pwrite(descriptor, view, offset + len(data) - len(view)) :]
+        except OSError:
+            os.ftruncate(descriptor, offset)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return None
+
+
+def _read_replicated(path: Path) -> dict[str, HaveFile]:
+    try:
+        known = json.loads(path.read_bytes())
+        return {str(name): HaveFile(*entry) for name, entry in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _sync(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,161 @@
+"""Which files of an attempt travel to the store, and how they are looked at: no link leads out of its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat as stat_module
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from raylaunch.node.packages import file_sha256
+from raylaunch.runner.contract import (
+    ATTEMPT,
+    CHECKPOINTS,
+    CLAIM,
+    EXIT,
+    FACTS,
+    LOGS,
+    OUTPUTS,
+    PROGRESS,
+    STARTED,
+    STOP,
+    WANDB,
+)
+
+_RECORDS = (ATTEMPT, CLAIM, FACTS, STARTED, STOP, PROGRESS, EXIT)
+_WANDB_FILES = "files"
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+class FileStat(NamedTuple):
+    """What tells whether a file changed."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileStat | None:
+        """Look at a path; None when there is no regular file (a link is none)."""
+        try:
+            return cls._from(os.lstat(path))
+        except OSError:
+            return None
+
+    @classmethod
+    def of_descriptor(cls, descriptor: int) -> FileStat | None:
+        """Look at an open file; None when it is not a regular one."""
+        return cls._from(os.fstat(descriptor))
+
+    @classmethod
+    def _from(cls, found: os.stat_result) -> FileStat | None:
+        if not stat_module.S_ISREG(found.st_mode):
+            return None
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def is_append(path: str) -> bool:
+    """Whether only what is new of a file needs to be sent: logs, W&B's file, reported progress."""
+    return path == PROGRESS or path.endswith(".wandb") or (path.startswith(f"{LOGS}/") and path.endswith(".log"))
+
+
+def quick_files(folder: Path) -> Iterator[tuple[str, FileStat]]:
+    """Yield the files that are worth a look many times a second: logs, W&B's file, the contract's records."""
+    yield from _files_in(folder, LOGS)
+    for run in _names(folder / WANDB / "wandb"):
+        if "run-" in run and not (folder / WANDB / "wandb" / run).is_symlink():
+            found = _files_in(folder, f"{WANDB}/wandb/{run}")
+            yield from ((path, stat) for path, stat in found if path.endswith(".wandb"))
+    for name in _RECORDS:
+        stat = FileStat.of(folder / name)
+        if stat is not None:
+            yield name, stat
+
+
+def slow_files(folder: Path, *, at_end: bool) -> Iterator[tuple[str, FileStat]]:
+    """Yield outputs and checkpoints; and at the end what W&B keeps beside its file. A look at a whole tree."""
+    for name in (OUTPUTS, CHECKPOINTS):
+        yield from _tree(folder, name)
+    for path, stat in _tree(folder, WANDB, skip="" if at_end else _WANDB_FILES):
+        if path.endswith(".wandb") or f"/{_WANDB_FILES}/" in path:
+            yield path, stat
+
+
+def inventory(folder: Path, *, checksums: bool, known: dict[str, tuple[FileStat, str]]) -> dict[str, tuple[int, str]]:
+    """Return size and checksum of every file of an ended attempt that belongs into the store.
+
+    Args:
+        folder: The attempt's folder; there may be none.
+        checksums: Whether to read the files; else the checksums are empty.
+        known: Checksums found before; kept up to date.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    for path, stat in {**dict(slow_files(folder, at_end=True)), **dict(quick_files(folder))}.items():
+        if checksums and known.get(path, (None, ""))[0] != stat:
+            with contextlib.suppress(OSError):
+                known[path] = (stat, file_sha256(_inside(folder, path)))
+        found[path] = (stat.size, known[path][1] if checksums and path in known else "")
+    return found
+
+
+@contextlib.contextmanager
+def open_regular(folder: Path, path: str) -> Iterator[int | None]:
+    """Open a file of an attempt for reading; None when it vanished, or is a link out of the folder."""
+    try:
+        descriptor = os.open(_inside(folder, path), _READ)
+    except OSError:
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _inside(folder: Path, path: str) -> Path:
+    """Follow links as long as they stay in the folder."""
+    found = folder / path
+    if not found.is_symlink():
+        return found
+    target = Path(os.path.realpath(found))
+    if not target.is_relative_to(os.path.realpath(folder)):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(found))
+    return target
+
+
+def _names(folder: Path) -> list[str]:
+    if folder.is_symlink():
+        return []
+    try:
+        return sorted(os.listdir(folder))  # noqa: PTH208 -- looked at many times a second
+    except OSError:
+        return []
+
+
+def _files_in(folder: Path, below: str) -> Iterator[tuple[str, FileStat]]:
+    for name in _names(folder / below):
+        stat = FileStat.of(folder / below / name)
+        if stat is not None:
+            yield f"{below}/{name}", stat
+
+
+def _tree(folder: Path, below: str, *, skip: str = "") -> Iterator[tuple[str, FileStat]]:
+    if (folder / below).is_symlink():
+        return
+    for parent, folders, names in os.walk(folder / below):
+        folders[:] = sorted(name for name in folders if name != skip)
+        for name in sorted(names):
+            path = os.path.relpath(os.path.join(parent, name), folder)  # noqa: PTH118 -- a Path for each file is slow
+            stat = _stat_inside(folder, path)
+            if stat is not None:
+                yield path, stat
+
+
+def _stat_inside(folder: Path, path: str) -> FileStat | None:
+    try:
+        return FileStat.of(_inside(folder, path))
+    except OSError:
+        return None

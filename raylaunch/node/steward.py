@@ -1,0 +1,205 @@
+"""The steward: raylaunch's hands on one node. A Ray actor, but nothing here knows Ray.
+
+It keeps no state beyond the files below its node root, so that it may be killed at any moment and started again. Every
+call may be repeated. Blocking work happens in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypedDict, TypeVar
+
+from raylaunch.errors import RaylaunchError
+from raylaunch.node import facts, folder
+from raylaunch.node.changes import Answer, Changes, Have
+from raylaunch.node.files import FileStat, inventory
+from raylaunch.node.packages import Packages, storage_error
+from raylaunch.node.processes import end_processes, runner_alive
+from raylaunch.runner.contract import ATTEMPT, EXIT, VAR_NODE_ROOT, AttemptSpec, StopWish
+
+_log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+_WATCH_S = 0.25
+_LIVE_LOOK_S = 0.02
+_IDLE_LOOK_S = 0.5
+_GATHER_S = 0.03
+_THREADS = 16
+
+
+class FenceResult(TypedDict):
+    """What a fence found."""
+
+    killed: int
+    claim: dict[str, object] | None
+    exit: dict[str, object] | None
+
+
+def node_root() -> Path:
+    """Return the folder that Ray on this node was told to use, else ``~/.raylaunch/node``."""
+    return Path(os.environ.get(VAR_NODE_ROOT) or Path.home() / ".raylaunch" / "node")
+
+
+def sweep(root: Path, swept: set[str]) -> list[str]:
+    """End what is left of attempts whose runner died without a word. One round of the watch.
+
+    Args:
+        root: The node root.
+        swept: Attempts that are done with; kept up to date.
+
+    Returns:
+        The attempts whose processes were ended now.
+    """
+    names = folder.attempts_in(root)
+    swept.intersection_update(names)
+    ended = []
+    for attempt in names:
+        if attempt in swept:
+            continue
+        path = root / "attempts" / attempt
+        claim = folder.read_claim(path)
+        if claim is None or runner_alive(claim):
+            continue
+        spec = folder.read_json(path / ATTEMPT)
+        silent = folder.read_json(path / EXIT) is None
+        if silent and spec is not None and end_processes(str(spec["tag"]), claim, limit_s=5):
+            ended.append(attempt)
+        swept.add(attempt)
+    return ended
+
+
+def watch(root: Path) -> None:
+    """Sweep for ever. In a thread of its own, so that it goes on while nobody calls the steward."""
+    swept: set[str] = set()
+    pause = threading.Event()
+    while not pause.wait(_WATCH_S):
+        _sweep_and_say(root, swept)
+
+
+def _sweep_and_say(root: Path, swept: set[str]) -> None:
+    try:
+        for attempt in sweep(root, swept):
+            _log.warning("the runner of %s died; its processes were ended", attempt)
+    except (RaylaunchError, OSError) as error:
+        _log.warning("the watch over attempts: %s", error)
+
+
+class Steward:
+    """One node's steward. The methods are the actor's calls; see `raylaunch.controller.link.Link` for their meaning."""
+
+    def __init__(self) -> None:
+        os.umask(0o077)
+        self._root = node_root()
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._packages = Packages(self._root)
+        self._changes = Changes(self._root)
+        self._checksums: dict[str, dict[str, tuple[FileStat, str]]] = {}
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="steward")
+        self._woken: asyncio.Event | None = None
+        self._answered_at = 0.0
+        threading.Thread(target=watch, args=(self._root,), name="watch", daemon=True).start()
+
+    async def ready(self) -> int:
+        """Return this process's id."""
+        return os.getpid()
+
+    async def describe(self) -> facts.NodeFacts:
+        """Return what this node is and has."""
+        return await self._in_thread(lambda: facts.describe(self._root))
+
+    async def attempts(self) -> list[str]:
+        """Return the attempts that have a folder here."""
+        return await self._in_thread(lambda: folder.attempts_in(self._root))
+
+    async def package_have(self, sha256: str) -> int:
+        """Return how much of a package is here; -1 when it is whole."""
+        return await self._in_thread(lambda: self._packages.have(sha256))
+
+    async def put_package(self, sha256: str, offset: int, total: int, data: bytes) -> int:
+        """Take a piece of a package, and return as `package_have`."""
+        return await self._in_thread(lambda: self._packages.put(sha256, offset, total, data))
+
+    async def prepare(self, spec: AttemptSpec, package: str, secrets: dict[str, str], runner: bytes) -> folder.Ready:
+        """Make an attempt's folder."""
+
+        def make() -> folder.Ready:
+            unpacked = self._packages.path(package) if package else None
+            try:
+                return folder.prepare(
+                    self._root, spec=spec, package=unpacked, secrets=secrets, runner=runner, python=sys.executable
+                )
+            except OSError as error:
+                what = f"the folder of {spec['attempt']} cannot be written"
+                raise storage_error(what, error) from error
+
+        ready = await self._in_thread(make)
+        if self._woken is not None:
+            self._woken.set()
+        return ready
+
+    async def stop(self, attempt: str, wish: StopWish) -> None:
+        """Write the wish to stop an attempt."""
+        await self._in_thread(lambda: folder.wish_stop(self._root, attempt, wish))
+
+    async def fence(self, attempt: str, tag: str) -> FenceResult:
+        """End all of an attempt's processes, and let none start any more."""
+
+        def end() -> FenceResult:
+            claim = folder.close(self._root, attempt)
+            killed = end_processes(tag, claim)
+            path = folder.attempt_folder(self._root, attempt)
+            return FenceResult(killed=killed, claim=dict(claim), exit=folder.read_json(path / EXIT))
+
+        return await self._in_thread(end)
+
+    async def changes(self, session: str, have: Have | None, wait_s: float) -> Answer:
+        """Return what changed in the attempts' files; wait up to `wait_s` for something. See `Changes.take`."""
+        woken = self._woken = self._woken or asyncio.Event()
+        deadline = time.monotonic() + wait_s
+        await _at(self._answered_at + _GATHER_S)
+        while True:
+            woken.clear()
+            first, have = have, None
+            answer = await self._in_thread(lambda: self._changes.take(session, first))  # noqa: B023 -- awaited at once
+            left_s = deadline - time.monotonic()
+            if answer["resync"] or answer["chunks"] or answer["attempts"] or left_s <= 0:
+                full = sum(len(chunk["data"]) for chunk in answer["chunks"]) > 1 << 20
+                self._answered_at = 0.0 if full else time.monotonic()
+                return answer
+            look_s = _LIVE_LOOK_S if answer["live"] else _IDLE_LOOK_S
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(woken.wait(), min(look_s, left_s))
+
+    async def inventory(self, attempt: str, *, checksums: bool) -> dict[str, tuple[int, str]]:
+        """Return size and checksum of all that an ended attempt has for the store."""
+        path = folder.attempt_folder(self._root, attempt)
+        known = self._checksums.setdefault(attempt, {})
+        found = await self._in_thread(lambda: inventory(path, checksums=checksums, known=known))
+        self._changes.look_again(attempt)
+        if self._woken is not None:
+            self._woken.set()
+        return found
+
+    async def forget(self, attempt: str) -> None:
+        """Delete an attempt's folder."""
+        self._checksums.pop(attempt, None)
+        await self._in_thread(lambda: folder.forget(self._root, attempt))
+
+    async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+async def _at(when: float) -> None:
+    left_s = when - time.monotonic()
+    if left_s > 0:
+        await asyncio.sleep(left_s)
