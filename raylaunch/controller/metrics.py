@@ -1,0 +1,344 @@
+"""Metrics of jobs, read from the W&B files and reports that the stewards bring into the store, as they grow.
+
+A job is one curve for each metric, whatever happened to its attempts. An attempt that resumes from an older checkpoint
+draws some steps again: its points replace the earlier ones from its first step on. A file that begins at W&B's step 0
+again, though an earlier one of the same run has rows (off-line, W&B cannot know where it stopped), is put behind it, as
+``wandb sync`` and an on-line ``resume=allow`` do. A metric is drawn over its step metric (`define_metric`), the row's
+``global_step``, or W&B's own step. Runs that the training made beside the job's own stand under ``<run id>/``; W&B's
+system statistics are no metrics here. `raylaunch.report`'s metrics stand beside W&B's; the same name is W&B's.
+
+Measured with 100,000 rows of five metrics (a file of 53 MB, a busy machine): first read 2.5 s, a page of all five with
+500 points each 0.04 s from then on, `csv` of all 500,000 points 3.3 s; 6 MB of memory in all.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Protocol
+
+from raylaunch.controller.metric_series import Placed, Segment, evenly, plain, total_points
+from raylaunch.controller.report_file import ReportFile
+from raylaunch.errors import TrackingError
+from raylaunch.runner import contract
+from raylaunch.state import MetricPoint, MetricSeries, MetricsPage, Progress
+from raylaunch.tracking.run_file import RunFile
+
+_JOBS_KEPT = 32
+_POINTS_KEPT = 2_000_000
+"""Over all jobs; a point takes 24 bytes."""
+_CSV_CHUNK = 64 * 1024
+_LOG = logging.getLogger(__name__)
+
+
+class AttemptLike(Protocol):
+    """What is needed of an attempt."""
+
+    @property
+    def n(self) -> int:
+        """Its number, from 1."""
+
+
+class JobLike(Protocol):
+    """What is needed of a job."""
+
+    @property
+    def id(self) -> str:
+        """The job's id."""
+
+    @property
+    def attempts(self) -> Sequence[AttemptLike]:
+        """Its attempts, oldest first."""
+
+
+class Metrics:
+    """Reads metrics below a store's ``jobs/``. May be called from any thread; calls take turns."""
+
+    def __init__(self, store: Path) -> None:
+        self._jobs_dir = store / "jobs"
+        self._jobs: OrderedDict[str, _JobCurves] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def page(self, record: JobLike, *, keys: Sequence[str] = (), max_points: int = 500) -> MetricsPage:
+        """Return the names of all metrics, their last values, and the points of those in `keys`.
+
+        Args:
+            record: the job.
+            keys: metrics whose points are wanted; unknown ones are left out.
+            max_points: at most so many points each, evenly chosen, the last always among them. Of a metric with more
+                than 4,096 points, no more than half as many are at hand; `csv` has all.
+        """
+        with self._lock:
+            curves = self._curves(record.id, record.attempts)
+            last, step = curves.last()
+            return MetricsPage(
+                keys=tuple(sorted(curves.keys())),
+                last=last,
+                last_step=step,
+                series=tuple(
+                    MetricSeries(key=key, points=evenly(points, max(max_points, 1)), total=total)
+                    for key in dict.fromkeys(keys)
+                    for points, total in [curves.points(key)]
+                    if points
+                ),
+            )
+
+    def last(self, job_id: str, attempts: Sequence[AttemptLike]) -> tuple[dict[str, float], float | None]:
+        """Return the last value of each metric, numbers of the run's summary among them, and the step reached."""
+        with self._lock:
+            return self._curves(job_id, attempts).last()
+
+    def progress(self, job_id: str, attempts: Sequence[AttemptLike]) -> Progress | None:
+        """Return how far the training said it is (`raylaunch.report`), or None when it never did."""
+        with self._lock:
+            return self._curves(job_id, attempts).progress()
+
+    def problems(self, job_id: str, attempts: Sequence[AttemptLike]) -> tuple[str, ...]:
+        """Return, as sentences, what could not be read of the job's metrics."""
+        with self._lock:
+            return self._curves(job_id, attempts).problems()
+
+    def csv(self, record: JobLike, *, keys: Sequence[str] = ()) -> Iterator[str]:
+        """Yield all points of the metrics in `keys` (of all when empty) as lines ``step,at,key,value``, a header first.
+
+        The files are read again from their beginnings, in memory that does not grow with them.
+        """
+        with self._lock:
+            drawn = self._curves(record.id, record.attempts).again()
+        return _csv(drawn, frozenset(keys))
+
+    def forget(self, job_id: str) -> None:
+        """Drop what is held of a job; for one whose folder was removed."""
+        with self._lock:
+            self._jobs.pop(job_id, None)
+
+    def _curves(self, job_id: str, attempts: Sequence[AttemptLike]) -> _JobCurves:
+        curves = self._jobs.get(job_id)
+        if curves is None:
+            curves = self._jobs[job_id] = _JobCurves(self._jobs_dir / job_id)
+        self._jobs.move_to_end(job_id)
+        curves.refresh([attempt.n for attempt in attempts])
+        curves.thin(_POINTS_KEPT // 2)
+        while len(self._jobs) > _JOBS_KEPT or (
+            len(self._jobs) > 1 and sum(job.held for job in self._jobs.values()) > _POINTS_KEPT
+        ):
+            self._jobs.popitem(last=False)
+        return curves
+
+
+class _Curve:
+    """The files of one run (or the reports of one job), one behind the other."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
+        self.sources: dict[Path, RunFile | ReportFile] = {}
+        self.segments: dict[Path, Segment] = {}
+        self._failed: dict[Path, str] = {}
+
+    def take(self, path: Path) -> None:
+        """Add a file that comes after all that are here."""
+        if path not in self.segments:
+            self._open(path, {})
+
+    def refresh(self) -> None:
+        """Read what is new in every file, and put the files in order behind each other."""
+        for path in tuple(self.segments):
+            self._read(path)
+        self._shift()
+        self._cut()
+
+    def problems(self) -> Iterator[str]:
+        """Yield what could not be read."""
+        yield from self._failed.values()
+        for source in self.sources.values():
+            yield from source.problems
+
+    def again(self) -> Iterator[tuple[Segment, str]]:
+        """Yield segments that read the files from their beginnings, with what goes before their keys."""
+        for path, segment in self.segments.items():
+            fresh = Segment(_source(path), cuts=segment.cuts)
+            fresh.shift = segment.shift
+            yield fresh, self.prefix
+
+    def _open(self, path: Path, cuts: Mapping[str, float]) -> None:
+        self.sources[path] = _source(path)
+        self.segments[path] = Segment(self.sources[path], cuts=cuts)
+
+    def _read(self, path: Path) -> None:
+        try:
+            try:
+                self.segments[path].refresh()
+            except TrackingError:  # perhaps replaced by a shorter file: once more, from its beginning
+                self._open(path, self.segments[path].cuts)
+                self.segments[path].refresh()
+            self._failed.pop(path, None)
+        except TrackingError as error:
+            if path not in self._failed:
+                _LOG.warning("metrics: %s", error)
+            self._failed[path] = str(error)
+
+    def _shift(self) -> None:
+        end: float | None = None
+        for path, segment in self.segments.items():
+            reach = segment.reach.get("")
+            if reach is None:
+                continue
+            again = reach.first == 0 and segment.starting_step == 0 and end is not None
+            segment.shift = end + 1 if again and end is not None and path.name != contract.PROGRESS else 0.0
+            end = reach.highest + segment.shift
+
+    def _cut(self) -> None:
+        begins: dict[str, float] = {}
+        for path, segment in reversed(tuple(self.segments.items())):
+            shift = {"": segment.shift}
+            cuts = {axis: step - shift.get(axis, 0.0) for axis, step in begins.items()}
+            if cuts != segment.cuts:
+                if any(reach.highest >= cuts.get(axis, reach.highest + 1) for axis, reach in segment.reach.items()):
+                    self._open(path, cuts)
+                    self.segments[path].shift = segment.shift
+                    self._read(path)
+                else:
+                    segment.cuts = cuts
+            for axis, reach in segment.reach.items():
+                first = reach.first + shift.get(axis, 0.0)
+                begins[axis] = min(first, begins.get(axis, first))
+
+
+class _JobCurves:
+    """All curves of one job: those of its own run, of further runs, and of its reports."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._runs: dict[str, _Curve] = {}
+        self._reports = _Curve()
+        self.held = 0
+
+    def refresh(self, attempts: Iterable[int]) -> None:
+        """Find the files of these attempts and read what is new in them."""
+        counted: dict[str, set[int]] = {}
+        for n in sorted(attempts):
+            attempt = self._folder / f"attempt-{n}"
+            files = (attempt / contract.WANDB / "wandb").glob("*run-*/run-*.wandb")
+            for path in sorted(files, key=_started):
+                run_id = path.stem[len("run-") :]
+                counted.setdefault(run_id, set()).add(n)
+                self._runs.setdefault(run_id, _Curve()).take(path)
+            self._reports.take(attempt / contract.PROGRESS)
+        main = max(counted, key=lambda run_id: len(counted[run_id]), default="")
+        for run_id, curve in self._runs.items():
+            curve.prefix = "" if run_id == main else f"{run_id}/"
+        for curve in self._all():
+            curve.refresh()
+        self.held = total_points(self._segments())
+
+    def thin(self, most: int) -> None:
+        """Hold no more than `most` points, if that can be done."""
+        while self.held > most:
+            spared = [segment.thin() for segment in self._segments()]
+            if not any(spared):
+                return
+            self.held = total_points(self._segments())
+
+    def keys(self) -> set[str]:
+        """Return the names of all metrics that have points."""
+        return {
+            curve.prefix + key for curve in self._all() for segment in curve.segments.values() for key in segment.series
+        }
+
+    def points(self, key: str) -> tuple[list[MetricPoint], int]:
+        """Return the points that are held of one metric, and how many there are in all."""
+        for curve in self._all():
+            if key.startswith(curve.prefix):
+                name = key[len(curve.prefix) :]
+                drawn = [
+                    (segment, segment.series[name]) for segment in curve.segments.values() if name in segment.series
+                ]
+                if drawn:
+                    points = [point for segment, series in drawn for point in series.points(segment.shift)]
+                    return points, sum(series.total for _, series in drawn)
+        return [], 0
+
+    def last(self) -> tuple[dict[str, float], float | None]:
+        """Return last values, and the step of the job's own run (or else of its reports)."""
+        last: dict[str, float] = {}
+        steps: list[float] = []
+        for curve in reversed(tuple(self._all())):  # W&B's values are put over those of reports
+            told: dict[str, float] = {}
+            for segment in curve.segments.values():
+                drawn = {key: series.last.value for key, series in segment.series.items() if series.last is not None}
+                told = {**told, **{key: value for key, value in segment.summary.items() if key not in told}, **drawn}
+                if segment.last_step is not None and not curve.prefix:
+                    steps.append(segment.last_step)
+            last.update({curve.prefix + key: value for key, value in told.items()})
+        return dict(sorted(last.items())), steps[-1] if steps else None
+
+    def progress(self) -> Progress | None:
+        """Return what the latest report says."""
+        for source in reversed(tuple(self._reports.sources.values())):
+            if isinstance(source, ReportFile) and source.progress is not None:
+                return source.progress
+        return None
+
+    def problems(self) -> tuple[str, ...]:
+        """Return what could not be read."""
+        return tuple(chain.from_iterable(curve.problems() for curve in self._all()))
+
+    def again(self) -> list[tuple[Segment, str, frozenset[str]]]:
+        """Return segments to read from the beginning: each with its prefix, and the keys that are another curve's."""
+        ours = frozenset(
+            key for curve in self._runs.values() for segment in curve.segments.values() for key in segment.series
+        )
+        return [
+            (segment, prefix, ours if curve is self._reports else frozenset())
+            for curve in self._all()
+            for segment, prefix in curve.again()
+        ]
+
+    def _all(self) -> Iterator[_Curve]:
+        """Yield the job's own run first, then further ones, then the reports."""
+        yield from sorted(self._runs.values(), key=lambda curve: curve.prefix)
+        yield self._reports
+
+    def _segments(self) -> Iterator[Segment]:
+        return chain.from_iterable(curve.segments.values() for curve in self._all())
+
+
+def _source(path: Path) -> RunFile | ReportFile:
+    return ReportFile(path) if path.name == contract.PROGRESS else RunFile(path)
+
+
+def _started(path: Path) -> tuple[str, str]:
+    """Order runs by the time in their folder's name: ``offline-run-20260101_120000-ID``, ``run-20260101_120000-ID``."""
+    return path.parent.name.removeprefix("offline-").removeprefix("run-"), path.name
+
+
+def _csv(drawn: Iterable[tuple[Segment, str, frozenset[str]]], keys: frozenset[str]) -> Iterator[str]:
+    buffer = io.StringIO()
+    lines = csv.writer(buffer, lineterminator="\n")
+    lines.writerow(("step", "at", "key", "value"))
+    for segment, prefix, taken in drawn:
+        for point in _readable(segment):
+            key = prefix + point.key
+            if key in taken or (keys and key not in keys):
+                continue
+            step = point.step if point.axis else point.step + segment.shift
+            lines.writerow((plain(step), repr(point.at), key, plain(point.value)))
+            if buffer.tell() >= _CSV_CHUNK:
+                yield buffer.getvalue()
+                buffer.seek(0)
+                buffer.truncate()
+    yield buffer.getvalue()
+
+
+def _readable(segment: Segment) -> Iterator[Placed]:
+    """Yield what can be read; `Metrics.problems` says what cannot."""
+    try:
+        yield from segment.placed()
+    except TrackingError as error:
+        _LOG.warning("metrics: %s", error)

@@ -1,0 +1,68 @@
+"""``progress.jsonl``: what `raylaunch.report` appended, read while it grows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from raylaunch.errors import TrackingError
+from raylaunch.state import Progress
+from raylaunch.tracking.run_file import History, Item
+
+_LONGEST_LINE = 1024 * 1024
+
+
+class ReportFile:
+    """Reads the file incrementally, as rows like those of a W&B run. `progress` is what its last line says."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.progress: Progress | None = None
+        self._at = 0
+        self._lines = 0
+        self._broken = 0
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What could not be read, as sentences."""
+        return (f"{self.path.name}: {self._broken} lines could not be understood",) if self._broken else ()
+
+    def stream(self) -> Iterator[Item]:
+        """Yield the rows of whole lines beyond the last read. A file that does not exist yet has none.
+
+        Raises:
+            TrackingError: the file was replaced by a shorter one, or cannot be read.
+        """
+        try:
+            if self.path.stat().st_size < self._at:
+                msg = f"{self.path} became shorter"
+                raise TrackingError(msg)
+            with self.path.open("rb") as file:
+                file.seek(self._at)
+                while (line := file.readline(_LONGEST_LINE)).endswith(b"\n") or len(line) == _LONGEST_LINE:
+                    self._at += len(line)
+                    yield from self._row(line)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            msg = f"{self.path} cannot be read: {error.strerror}"
+            raise TrackingError(msg) from error
+
+    def _row(self, line: bytes) -> Iterator[History]:
+        try:
+            told = json.loads(line)
+            at = float(told["at"])
+            step = told.get("step")
+            total = told.get("total")
+            values = {str(key): float(value) for key, value in (told.get("metrics") or {}).items()}
+            place = self._lines if step is None else float(step)
+            if math.isfinite(place):
+                self.progress = Progress(step=place, total=None if total is None else float(total), at=at)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            self._broken += 1
+            return
+        self._lines += 1
+        if values and math.isfinite(place):
+            yield History(place, at, values)

@@ -1,0 +1,154 @@
+"""The framing of a ``.wandb`` file: LevelDB's log format, read while somebody else still writes it.
+
+Seven bytes ``:W&B``, 0xBEE1, version 0; then blocks of 32 KiB (the seven bytes count as part of the first), filled with
+fragments ``crc32, length, kind`` and payload, little-endian, the CRC over kind and payload. A record that does not fit
+into the rest of a block is cut into several fragments; fewer than seven bytes at a block's end are padding.
+Source: https://github.com/google/leveldb/blob/main/doc/log_format.md, and files by W&B 0.28 to 0.31 (W&B's CRC is
+zlib's, neither Castagnoli nor masked).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from raylaunch.errors import TrackingError
+
+MAGIC = b":W&B\xe1\xbe"
+VERSION = 0
+BLOCK = 32 * 1024
+_PREAMBLE = len(MAGIC) + 1
+_HEADER = struct.Struct("<IHB")
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+_READ = 32 * BLOCK
+_LARGEST = 32 * 1024 * 1024
+"""A record larger than this (an artifact's manifest may be) is passed over: no row of numbers is so large."""
+_PROBLEMS_KEPT = 20
+
+
+class Frames:
+    """The records of one growing file. Holds no descriptor between reads, and never more than one record in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._at = 0
+        self._parts: list[bytes] | None = None
+        self._problems: list[str] = []
+        self._torn = ""
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What had to be passed over, as sentences."""
+        return (*self._problems, *([self._torn] if self._torn else []))
+
+    def read(self) -> Iterator[bytes]:
+        """Yield the records that have become whole since the last read.
+
+        Raises:
+            TrackingError: the file is not W&B's, became shorter, or cannot be read. A missing file has no records yet.
+        """
+        try:
+            with self._path.open("rb") as file:
+                self._check_size(os.fstat(file.fileno()).st_size)
+                file.seek(self._at)
+                while data := file.read(_READ - self._at % BLOCK):
+                    before = self._at
+                    yield from self._chunk(data)
+                    if self._at == before or self._at % BLOCK:
+                        return
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            msg = f"{self._path} cannot be read: {error.strerror}"
+            raise TrackingError(msg) from error
+
+    def _check_size(self, size: int) -> None:
+        if size < self._at:
+            msg = f"{self._path} became shorter: {size:,} bytes, after {self._at:,} had been read"
+            raise TrackingError(msg, hint="it was replaced; read it again from its beginning")
+
+    def _chunk(self, data: bytes) -> Iterator[bytes]:
+        """Yield the records in `data`, which begins at the reader's place; move that place behind what was used."""
+        start = self._at
+        if start == 0:
+            self._at = self._preamble(data)
+            if not self._at:
+                return
+        while (left := len(data) - (self._at - start)) > 0:
+            room = BLOCK - self._at % BLOCK
+            if room < _HEADER.size:
+                if left < room:
+                    return
+                self._at += room
+                continue
+            if left < _HEADER.size:
+                return
+            record = self._fragment(memoryview(data)[self._at - start :][:room], room)
+            if record is None:
+                return
+            if record:
+                yield record
+
+    def _preamble(self, data: bytes) -> int:
+        if not data.startswith(MAGIC[: len(data)]):
+            msg = f"{self._path} is not a W&B file: it begins with {data[:_PREAMBLE]!r}"
+            raise TrackingError(msg)
+        if len(data) < _PREAMBLE:
+            return 0
+        if data[len(MAGIC)] != VERSION:
+            msg = f"{self._path} has W&B's file format {data[len(MAGIC)]}, this raylaunch knows {VERSION}"
+            raise TrackingError(msg, hint="install a newer raylaunch, or an older wandb in the job's environment")
+        return _PREAMBLE
+
+    def _fragment(self, view: memoryview, room: int) -> bytes | None:
+        """Use up one fragment: the record that it completes, ``b""`` when none is, None when it is not whole yet."""
+        crc, size, kind = _HEADER.unpack_from(view)
+        end = _HEADER.size + size
+        if end > room:
+            return self._damaged(view, room)
+        if end > len(view):
+            return None
+        if zlib.crc32(view[_HEADER.size - 1 : end]) != crc:
+            return self._damaged(view, room)
+        self._torn = ""
+        self._at += end
+        return self._join(bytes(view[_HEADER.size : end]), kind)
+
+    def _damaged(self, view: memoryview, room: int) -> bytes | None:
+        """Pass over the rest of a damaged block; of one that is still being written, only when its end is there."""
+        sentence = f"{self._path.name}: {room:,} bytes at {self._at:,} are damaged and were passed over"
+        if len(view) < room:
+            self._torn = sentence
+            return None
+        self._torn = ""
+        self._say(sentence)
+        self._at += room
+        self._parts = None
+        return b""
+
+    def _say(self, sentence: str) -> None:
+        if len(self._problems) < _PROBLEMS_KEPT:
+            self._problems.append(sentence)
+
+    def _join(self, payload: bytes, kind: int) -> bytes:
+        if kind == _FULL:
+            self._parts = None
+            return payload
+        if kind == _FIRST:
+            self._parts = [payload]
+            return b""
+        if self._parts is None:  # its beginning was damaged, or too large
+            return b""
+        self._parts.append(payload)
+        if len(self._parts) * BLOCK > _LARGEST:
+            self._say(f"{self._path.name}: a record larger than {_LARGEST:,} bytes before {self._at:,} was passed over")
+            self._parts = None
+            return b""
+        if kind != _LAST:
+            return b""
+        record = b"".join(self._parts)
+        self._parts = None
+        return record
