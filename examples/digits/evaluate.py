@@ -22,7 +22,8 @@ def predict(arrays: dict[str, np.ndarray], images: np.ndarray) -> np.ndarray:
         signal = signal @ arrays[f"weights_{layer}"] + arrays[f"bias_{layer}"]
         if layer < last:
             signal = np.maximum(signal, 0)
-    return np.argmax(signal, axis=1)
+    likeliest: np.ndarray = signal.argmax(axis=1)
+    return likeliest
 
 
 def main() -> None:

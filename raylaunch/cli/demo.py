@@ -1,0 +1,240 @@
+"""``raylaunch demo``: the whole way once, told as it goes: a cluster, real training, its metrics, the model in hand."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from raylaunch.client import Client
+from raylaunch.cluster.backends import Step, backend_for
+from raylaunch.config import load_cluster_spec, load_job_spec
+from raylaunch.errors import ClusterError, ConflictError, RaylaunchError
+from raylaunch.state import JobState, JobView, MetricSeries, MetricsPage
+
+LIMIT_S = 20 * 60.0
+_LOOK_EVERY_S = 0.2
+_EVALUATE_LIMIT_S = 120.0
+_BARS = "▁▂▃▄▅▆▇█"
+_SHOWN = ("loss", "accuracy")
+
+
+@click.command(epilog="Example:  raylaunch demo --dest /tmp/digits")
+@click.option(
+    "--dest",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("raylaunch-demo"),
+    show_default=True,
+    help="Folder for the model.",
+)
+def demo(dest: Path) -> None:
+    """Start a cluster here, train on real data, fetch the model, and use it."""
+    folder = example_folder()
+    if importlib.util.find_spec("sklearn") is None:
+        msg = "the demo trains with scikit-learn, which is not installed here"
+        raise RaylaunchError(msg, hint="pip install 'raylaunch[demo]'")
+    asyncio.run(_demo(folder, dest, Console(stderr=True, highlight=False)))
+
+
+def example_folder() -> Path:
+    """Return the folder of the digits example: inside an installed package, else in the clone that this runs from."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "demo" / "digits", package.parent / "examples" / "digits"):
+        if (folder / "job.yaml").is_file():
+            return folder
+    msg = "the demo's training script is missing from this installation of raylaunch"
+    raise RaylaunchError(msg, hint="install it again: pip install --force-reinstall 'raylaunch[demo]'")
+
+
+async def _demo(folder: Path, dest: Path, console: Console) -> None:
+    spec = load_cluster_spec()
+    backend = backend_for(spec)
+
+    _heading(console, "A cluster", "Ray and raylaunch's controller, on this machine, reachable from this machine only")
+    await backend.up(spec, on_step=lambda step: _say_step(console, step))
+
+    async with Client(await backend.reach(spec), cluster=spec.name) as client:
+        _heading(console, "A job", f"train.py learns to read handwritten digits ({_shown(folder)})")
+        answer = await client.submit(load_job_spec(folder / "job.yaml"))
+        console.print(f"  {answer.job.id}: {answer.job.entrypoint}")
+
+        _heading(console, "Training", "epochs, loss and accuracy, as the script logs them with wandb")
+        job = await _watch(client, answer.job, console)
+        _check(job)
+
+        metrics = await client.metrics(job.id, keys=_SHOWN, max_points=60)
+        _heading(console, "Metrics", "read from the run's own file; nothing left this machine unless W&B is set up")
+        console.print(curves(metrics.series))
+        _heading(console, "What is known of the job", f"raylaunch show {job.id}")
+        console.print(facts(job))
+
+        _heading(console, "The model", f"from the cluster's store to {dest}")
+        for fetched in await client.download(job.id, dest=dest):
+            console.print(f"  {fetched.path}")
+
+    _heading(console, "Using it", "evaluate.py loads it in a process of its own")
+    python = job.environment.python if job.environment and job.environment.python else sys.executable
+    click.echo(await _evaluate(python, folder / "evaluate.py", dest))
+    console.print(_next_steps())
+
+
+def _heading(console: Console, title: str, what: str) -> None:
+    console.print()
+    console.print(Text.assemble((title, "bold"), ("  ", ""), (what, "dim")))
+
+
+def _say_step(console: Console, step: Step) -> None:
+    if step.state != "begins":
+        console.print(f"  {step}", soft_wrap=True)
+
+
+async def _watch(client: Client, job: JobView, console: Console) -> JobView:
+    """Show a job's progress until it has ended; a person may leave with Ctrl-C, and the job goes on."""
+    try:
+        return await asyncio.wait_for(_follow(client, job, console), LIMIT_S)
+    except asyncio.TimeoutError:
+        msg = f"{job.id} has not ended after {LIMIT_S / 60:g} minutes; it goes on"
+        raise ClusterError(msg, hint=f"raylaunch follow {job.id}") from None
+    except asyncio.CancelledError:
+        console.print(f"  {job.id} goes on without you; see it again with: raylaunch follow {job.id}")
+        raise
+
+
+async def _follow(client: Client, job: JobView, console: Console) -> JobView:
+    said = ""
+    bar = Progress(TextColumn("  epoch"), BarColumn(40), MofNCompleteColumn(), console=console)
+    task = bar.add_task("epochs", total=None)
+    with Live(console=console, refresh_per_second=8, auto_refresh=console.is_terminal) as live:
+        while True:
+            metrics = await client.metrics(job.id, keys=_SHOWN, max_points=60)
+            job = await client.job(job.id)
+            if job.progress:
+                bar.update(task, completed=int(job.progress.step), total=_whole(job.progress.total))
+            if console.is_terminal:
+                live.update(_picture(job, bar, metrics))
+            elif (line := _line(job)) != said:
+                console.print(line)
+                said = line
+            if job.state.ended:
+                return job
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+
+def _picture(job: JobView, bar: Progress, metrics: MetricsPage) -> RenderableType:
+    if job.state is not JobState.RUNNING and not job.progress:
+        return Text(f"  {job.state.value}: {job.message or 'waits'}", style="dim")
+    return Group(bar, curves(metrics.series))
+
+
+def _line(job: JobView) -> str:
+    """Return the state of training as one line, for where output is no terminal; it changes every tenth epoch."""
+    if not job.progress or not job.state.active:
+        return f"  {job.state.value}" + (f": {job.message}" if job.message else "")
+    epoch, total = int(job.progress.step), _whole(job.progress.total)
+    return f"  epoch {epoch - epoch % 10 or 1} of {total} passed" if total else f"  epoch {epoch}"
+
+
+def _whole(number: float | None) -> int | None:
+    return None if number is None else int(number)
+
+
+def _check(job: JobView) -> None:
+    if job.state is not JobState.SUCCEEDED:
+        tail = "\n".join(f"    {line}" for line in job.log_tail)
+        msg = f"{job.id} ended as {job.state.value}: {job.message}" + (f"\n{tail}" if tail else "")
+        raise ConflictError(msg, hint=f"raylaunch logs {job.id}")
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Draw values as a row of small bars, the smallest lowest."""
+    low, high = min(values), max(values)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((value - low) * scale)] for value in values)
+
+
+def curves(series: Sequence[MetricSeries]) -> Table:
+    """Return one row a metric: its name, its course, where it began and where it stands."""
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    for one in series:
+        values = [point.value for point in one.points]
+        if values:
+            table.add_row("", one.key, Text(sparkline(values), style="cyan"), f"{values[0]:.4f} → {values[-1]:.4f}")
+    return table
+
+
+def facts(job: JobView) -> Table:
+    """Return what is worth knowing of an ended job."""
+    attempt = job.attempt
+    rows = {
+        "id": job.id,
+        "state": job.state.value,
+        "node": attempt.node if attempt else "",
+        "ran for": f"{job.ended_at - job.started_at:.1f} s" if job.ended_at and job.started_at else "",
+        "python": f"{job.environment.version} ({job.environment.python})" if job.environment else "",
+        "git commit": job.git.commit[:12] + (" with changes" if job.git.dirty else "") if job.git else "",
+        "packed": f"{job.pack.files} files, {job.pack.bytes / 1024:.1f} KiB" if job.pack else "",
+        "W&B": f"{job.wandb.mode}, run {job.wandb.run_id}" + (f" ({job.wandb.why})" if job.wandb.why else "")
+        if job.wandb
+        else "",
+        "outputs": f"{job.outputs} files, {job.output_bytes / 1024:.1f} KiB",
+    }
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    for name, value in rows.items():
+        if value:
+            table.add_row("", Text(name, style="dim"), Text(value))
+    return table
+
+
+async def _evaluate(python: str, program: Path, folder: Path) -> str:
+    """Run the example's evaluate.py on the downloaded model, and return what it printed."""
+    process = await asyncio.create_subprocess_exec(
+        python,
+        str(program),
+        str(folder),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        output, errors = await asyncio.wait_for(process.communicate(), _EVALUATE_LIMIT_S)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        msg = f"the model in {folder} could not be used: {errors.decode(errors='replace').strip()[-2000:]}"
+        raise RaylaunchError(msg, hint=f"try it by hand: {shlex.join([python, str(program), str(folder)])}")
+    return output.decode().strip()
+
+
+def _next_steps() -> Table:
+    table = Table(
+        box=None, show_header=False, padding=(0, 1), title="\nNow try", title_justify="left", title_style="bold"
+    )
+    for command, what in (
+        ("raylaunch list", "this job, and all others"),
+        ("raylaunch logs last", "what the training printed"),
+        ("raylaunch metrics last --plot", "its curves"),
+        ("raylaunch run -- python train.py", "your own script, from its folder"),
+        ('eval "$(raylaunch env)" && ray job list', "Ray's own tools on the same cluster"),
+        ("raylaunch down", "ends the cluster; jobs and files stay"),
+    ):
+        table.add_row("", Text(command, style="cyan"), Text(what, style="dim"))
+    return table
+
+
+def _shown(path: Path) -> str:
+    """Return a path as short as it can be said from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,56 @@
+"""What all tests share: a short home for clusters, and what a skip means.
+
+With ``RAYLAUNCH_TEST_ALL=1`` (continuous integration) a skipped test is a failed one, so that a level that silently
+stopped running is noticed. Only what not every machine can have may be missing even then; such a skip's reason begins
+with one of `MAY_BE_MISSING`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+MAY_BE_MISSING = ("needs PyTorch", "needs a GPU")
+ALL = os.environ.get("RAYLAUNCH_TEST_ALL", "") not in {"", "0"}
+
+_Report = pytest.TestReport | pytest.CollectReport
+
+
+def _failed_if_skipped(report: _Report) -> None:
+    if not (ALL and report.skipped) or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    reason = reason.removeprefix("Skipped: ")
+    if not reason.startswith(MAY_BE_MISSING):
+        report.outcome = "failed"
+        report.longrepr = f"RAYLAUNCH_TEST_ALL=1 and this was skipped: {reason}"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Turn a test's skip into a failure where everything must run."""
+    report = yield
+    _failed_if_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Turn a whole module's skip into a failure where everything must run."""
+    report = yield
+    _failed_if_skipped(report)
+    return report
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A raylaunch home of the test's own, short because Unix socket paths end at 107 bytes."""
+    folder = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
+    monkeypatch.setenv("RAYLAUNCH_HOME", str(folder))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
