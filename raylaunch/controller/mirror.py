@@ -101,21 +101,28 @@ class Mirror:
             self._whole.get(attempt, {}).pop(path, None)
             self._unsaved.setdefault(attempt, 0.0)
 
+    def sync(self, attempt: str, paths: list[str]) -> None:
+        """Bring an attempt's files onto the disk itself.
+
+        Raises:
+            OSError: The disk failed.
+        """
+        folder = self.folder(attempt)
+        for path in paths:
+            _sync(folder / path)
+        for each in {(folder / path).parent for path in paths}:
+            _sync(each)
+
     def seal(self, attempt: str, checksums: Mapping[str, str]) -> list[LinkEvent]:
-        """Bring an attempt's files onto the disk itself, and return what is newly known of those that grew.
+        """Write down what is here, and return what is now known of the files that grew.
 
         Raises:
             OSError: The store cannot be written.
         """
         folder = self.folder(attempt)
-        folders: set[Path] = set()
-        for path in checksums:
-            folders.add((folder / path).parent)
-            _sync(folder / path)
         self._unsaved.setdefault(attempt, 0.0)
         self.save(at_once=True)
-        for each in folders | {folder, folder.parent}:
-            _sync(each)
+        _sync(folder)
         return [
             Stored(attempt=attempt, path=path, size=_size(folder / path) or 0, sha256=sha256)
             for path, sha256 in checksums.items()

@@ -1,0 +1,66 @@
+"""A node as people see it, from what Ray and its steward say. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypedDict
+
+from raylaunch.node.facts import NodeFacts
+from raylaunch.state import GpuView, NodeView
+
+_BUILT_IN = ("CPU", "GPU", "memory", "object_store_memory")
+_INTERNAL = ("node:", "accelerator_type:", "bundle_")
+_ACCELERATOR = "accelerator_type:"
+_ACCELERATOR_LABEL = "ray.io/accelerator-type"
+
+
+class RayNode(TypedDict):
+    """What Ray says of a node."""
+
+    id: str
+    alive: bool
+    hostname: str
+    address: str
+    total: dict[str, float]
+    free: dict[str, float]
+    labels: dict[str, str]
+
+
+def node_view(row: RayNode, facts: NodeFacts | None, *, steward: bool) -> NodeView:
+    """Put together what Ray and the steward say of one node.
+
+    Args:
+        row: What Ray says.
+        facts: What its steward says; None when it never answered.
+        steward: Whether it answers now.
+    """
+    total, free = row["total"], row["free"]
+    gpus = tuple(GpuView.model_validate(gpu) for gpu in facts["gpus"]) if facts else ()
+    return NodeView(
+        id=row["id"],
+        hostname=row["hostname"],
+        address=row["address"],
+        alive=row["alive"],
+        arch=facts["arch"] if facts else "",
+        cpus=total.get("CPU", 0),
+        gpus=total.get("GPU", 0),
+        memory=int(total.get("memory", 0)),
+        custom={name: amount for name, amount in total.items() if _is_custom(name)},
+        labels=row["labels"],
+        cpus_free=free.get("CPU", 0),
+        gpus_free=free.get("GPU", 0),
+        memory_free=int(free.get("memory", 0)),
+        gpu_type=gpus[0].name if gpus else _gpu_type(total, row["labels"]),
+        gpu=gpus,
+        disk_free=facts["disk_free"] if facts else None,
+        steward=steward,
+    )
+
+
+def _is_custom(name: str) -> bool:
+    return name not in _BUILT_IN and not name.startswith(_INTERNAL) and "_group_" not in name
+
+
+def _gpu_type(total: Mapping[str, float], labels: Mapping[str, str]) -> str:
+    named = next((name[len(_ACCELERATOR) :] for name in total if name.startswith(_ACCELERATOR)), "")
+    return named or labels.get(_ACCELERATOR_LABEL, "")

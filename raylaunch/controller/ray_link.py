@@ -1,0 +1,351 @@
+"""The child program through which the controller speaks to Ray and to the stewards; see `raylaunch.controller.link`.
+
+It may die at any moment, and Ray sees to that when the head is gone. It ends itself when its stdin closes: the
+controller is gone then. It writes into the store and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NoReturn, cast
+
+import ray
+import ray.exceptions
+from ray._private import state as ray_state
+from ray.util import list_named_actors
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raylaunch.controller.link import Config, LinkEvent, LinkUp, NodesChanged, error_frame, event_frame
+from raylaunch.controller.mirror import Mirror
+from raylaunch.controller.nodes import RayNode, node_view
+from raylaunch.controller.replication import Replication
+from raylaunch.errors import ClusterError, NotFoundError, RaylaunchError
+from raylaunch.node.facts import NodeFacts
+from raylaunch.node.steward import Steward
+from raylaunch.runner.archive import runner_zip
+from raylaunch.version import __version__
+
+_log = logging.getLogger(__name__)
+
+_CONNECT_S = 20.0
+_LOOK_S = 1.0
+_RAY_S = 10.0
+_FACTS_S = 2.0
+_CALL_S = 45.0
+_PIECE = 8 * 1024 * 1024
+
+
+class Stdout:
+    """The frames' way to the controller. Ray's core may print to descriptor 1, so the pipe moves to another."""
+
+    def __init__(self) -> None:
+        self._file: BinaryIO = os.fdopen(os.dup(1), "wb")
+        os.dup2(2, 1)
+        self._lock = threading.Lock()
+
+    def send(self, frame: Mapping[str, object]) -> None:
+        """Write one frame."""
+        line = json.dumps(frame, separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            try:
+                self._file.write(line)
+                self._file.flush()
+            except BrokenPipeError:
+                os._exit(0)
+
+    def fail(self, why: str) -> NoReturn:
+        """Say why the link is down, and end at once: Ray's own threads may hang."""
+        self.send({"event": "down", "why": why})
+        os._exit(1)
+
+
+class Node:
+    """A living node, its steward, and the files that come from it."""
+
+    def __init__(self, node_id: str, *, namespace: str, store: Path, emit: Callable[[LinkEvent], None]) -> None:
+        self._id = node_id
+        self._namespace = namespace
+        self._actor: ray.actor.ActorHandle | None = None
+        self._making = asyncio.Lock()
+        self._facts: NodeFacts | None = None
+        self._facts_at = float("-inf")
+        self.replication = Replication(node_id, call=self.call, mirror=Mirror(store), emit=emit)
+        self._following = asyncio.create_task(self.replication.run())
+
+    def leave(self) -> None:
+        """Stop following: the node is gone."""
+        self._following.cancel()
+
+    async def call(self, method: str, *args: object, timeout_s: float, **named: object) -> object:
+        """Call the steward; it is started when there is none.
+
+        Raises:
+            ClusterError: It does not answer, or the node is gone.
+            RaylaunchError: What the steward raised.
+        """
+        try:
+            return await asyncio.wait_for(self._call(method, args, named), timeout_s)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, RaylaunchError):
+                raise error.cause from None
+            raise
+        except (ray.exceptions.RayError, asyncio.TimeoutError) as error:
+            if isinstance(error, ray.exceptions.ActorDiedError):
+                self._actor = None
+            why = str(error).partition("\n")[0] or f"no answer within {timeout_s:.0f} s"
+            msg = f"the steward of node {self._id[:8]} does not answer {method!r}: {why}"
+            raise ClusterError(msg, hint="it is started again by itself; see the link's log") from None
+
+    async def _call(self, method: str, args: tuple[object, ...], named: Mapping[str, object]) -> object:
+        async with self._making:
+            if self._actor is None:
+                self._actor = await asyncio.to_thread(_steward_on, self._id, self._namespace)
+            actor = self._actor
+        return await getattr(actor, method).remote(*args, **named)
+
+    async def facts(self) -> NodeFacts | None:
+        """Return what the steward says of its node, at most some seconds old; None when it never answered."""
+        now = asyncio.get_running_loop().time()
+        if now - self._facts_at > _FACTS_S:
+            try:
+                self._facts = cast(
+                    "NodeFacts", await self.call("describe", timeout_s=5 if self._facts else _CALL_S / 3)
+                )
+                self._facts_at = now
+            except ClusterError as error:
+                _log.warning("%s", error)
+        return self._facts
+
+
+def _steward_on(node_id: str, namespace: str) -> ray.actor.ActorHandle:
+    """Return the steward of a node, started when there is none; those of other versions are ended."""
+    prefix = f"raylaunch-steward-{node_id}-"
+    name = f"{prefix}{__version__}"
+    for actor in list_named_actors(all_namespaces=True):
+        if actor["namespace"] == namespace and actor["name"].startswith(prefix) and actor["name"] != name:
+            ray.kill(ray.get_actor(actor["name"], namespace=namespace))
+    return (
+        ray.remote(Steward)
+        .options(
+            name=name,
+            namespace=namespace,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            max_concurrency=100,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        )
+        .remote()
+    )
+
+
+class Program:
+    """The program once it is connected."""
+
+    def __init__(self, config: Config, stdout: Stdout) -> None:
+        self._store = Path(config["store"])
+        self._namespace = config["namespace"]
+        self._stdout = stdout
+        self._nodes: dict[str, Node] = {}
+        self._rows: list[RayNode] = []
+        self._shape: object = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._methods: dict[str, Callable[..., Awaitable[object]]] = {
+            "nodes": self.nodes,
+            "prepare": self.prepare,
+            "stop": self.stop,
+            "fence": self.fence,
+            "settle": self.settle,
+            "forget": self.forget,
+        }
+
+    async def run(self, requests: asyncio.Queue[dict[str, object]]) -> None:
+        """Look at the nodes and answer requests, for ever."""
+        await self._look()
+        self._emit(LinkUp(ray_version=ray.__version__))
+        ends = [asyncio.create_task(self._watch()), asyncio.create_task(self._serve_all(requests))]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            if end.done():
+                end.result()
+
+    async def _serve_all(self, requests: asyncio.Queue[dict[str, object]]) -> None:
+        while True:
+            task = asyncio.create_task(self._serve(await requests.get()))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def nodes(self) -> list[dict[str, object]]:
+        """Return the nodes as `raylaunch.state.NodeView`."""
+        return list(await asyncio.gather(*(self._view(row) for row in self._rows)))
+
+    async def prepare(self, node_id: str, spec: object, package: str, secrets: object) -> object:
+        """Send the package when the node lacks it, and make the attempt's folder."""
+        node = self._node(node_id)
+        if package:
+            await self._send_package(node, package)
+        return await node.call("prepare", spec, package, secrets, await asyncio.to_thread(runner_zip), timeout_s=600)
+
+    async def stop(self, node_id: str, attempt: str, wish: object) -> object:
+        """Write the wish to stop."""
+        return await self._node(node_id).call("stop", attempt, wish, timeout_s=_CALL_S)
+
+    async def fence(self, node_id: str, attempt: str, tag: str) -> object:
+        """End all processes of the attempt."""
+        return await self._node(node_id).call("fence", attempt, tag, timeout_s=2 * _CALL_S)
+
+    async def settle(self, node_id: str, attempt: str, timeout_s: float) -> bool:
+        """Wait until the attempt's files are in the store."""
+        node = self._node(node_id)
+        try:
+            return await asyncio.wait_for(node.replication.settle(attempt, timeout_s), timeout_s + 1)
+        except (asyncio.TimeoutError, ClusterError) as error:
+            _log.warning("%s is not settled: %s", attempt, error or "it took too long")
+            return False
+
+    async def forget(self, node_id: str, attempt: str) -> object:
+        """Delete the attempt's folder on the node."""
+        node = self._node(node_id)
+        answer = await node.call("forget", attempt, timeout_s=2 * _CALL_S)
+        node.replication.forget(attempt)
+        return answer
+
+    async def _send_package(self, node: Node, sha256: str) -> None:
+        path = self._store / "packages" / f"{sha256}.tar.gz"
+        have = cast("int", await node.call("package_have", sha256, timeout_s=_CALL_S))
+        if have < 0:
+            return
+        try:
+            with path.open("rb") as file:
+                total = os.fstat(file.fileno()).st_size
+                while have >= 0:
+                    file.seek(have)
+                    data = await asyncio.to_thread(file.read, _PIECE)
+                    have = cast("int", await node.call("put_package", sha256, have, total, data, timeout_s=300))
+        except FileNotFoundError:
+            msg = f"the package {sha256[:12]} is not in the store"
+            raise NotFoundError(msg, hint="submit again") from None
+
+    def _node(self, node_id: str) -> Node:
+        node = self._nodes.get(node_id)
+        if node is None:
+            msg = f"there is no living node {node_id[:8] or '(empty id)'} in the Ray cluster"
+            raise NotFoundError(msg)
+        return node
+
+    async def _view(self, row: RayNode) -> dict[str, object]:
+        node = self._nodes.get(row["id"])
+        facts = await node.facts() if node else None
+        answering = node is not None and node.replication.answering
+        return node_view(row, facts, steward=answering).model_dump(mode="json")
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            await self._look()
+
+    async def _look(self) -> None:
+        """Ask Ray for the nodes; follow the new ones, and leave those that are gone."""
+        try:
+            self._rows = await asyncio.wait_for(asyncio.to_thread(_ask_ray), _RAY_S)
+        except (asyncio.TimeoutError, ray.exceptions.RayError) as error:
+            self._stdout.fail(f"Ray's head does not answer ({str(error) or f'not within {_RAY_S:.0f} s'})")
+        alive = {row["id"] for row in self._rows if row["alive"]}
+        for gone in self._nodes.keys() - alive:
+            self._nodes.pop(gone).leave()
+        for new in alive - self._nodes.keys():
+            self._nodes[new] = Node(new, namespace=self._namespace, store=self._store, emit=self._emit)
+        shape = [(row, row["id"] in alive and self._nodes[row["id"]].replication.answering) for row in self._rows]
+        if shape != self._shape:
+            self._shape = shape
+            self._emit(NodesChanged())
+
+    async def _serve(self, request: dict[str, object]) -> None:
+        answer: dict[str, object]
+        try:
+            method = self._methods[str(request["method"])]
+            params = cast("dict[str, object]", request["params"])
+            answer = {"result": await method(**params)}
+        except RaylaunchError as error:
+            answer = {"error": error_frame(error)}
+        except Exception as error:  # noqa: BLE001 -- the top of one request
+            traceback.print_exc()
+            message = f"the link failed at {request['method']}: {str(error).partition(chr(10))[0]}"
+            answer = {"error": error_frame(RaylaunchError(message, hint="see the link's log"))}
+        self._stdout.send({"id": request["id"], **answer})
+
+    def _emit(self, event: LinkEvent) -> None:
+        self._stdout.send(event_frame(event))
+
+
+def _ask_ray() -> list[RayNode]:
+    free = ray_state.available_resources_per_node()
+    return [
+        RayNode(
+            id=node["NodeID"],
+            alive=node["Alive"],
+            hostname=node["NodeManagerHostname"],
+            address=node["NodeManagerAddress"],
+            total=dict(node["Resources"]),
+            free=dict(free.get(node["NodeID"], {})),
+            labels=dict(node.get("Labels") or {}),
+        )
+        for node in ray.nodes()
+    ]
+
+
+def _connect(config: Config, stdout: Stdout) -> None:
+    """Connect to Ray within the limit, in the main thread, where Ray wants it."""
+    address = config["gcs_address"]
+    late = threading.Timer(_CONNECT_S, partial(stdout.fail, f"Ray at {address} did not answer in {_CONNECT_S:.0f} s"))
+    late.daemon = True
+    late.start()
+    root = Path(__file__).resolve().parents[2]
+    os.chdir("/" if root.name in {"site-packages", "dist-packages"} else root)  # Ray puts it on workers' sys.path
+    try:
+        ray.init(address=address, namespace=config["namespace"], log_to_driver=False, logging_level=logging.ERROR)
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+        traceback.print_exc()
+        stdout.fail(f"no connection to Ray at {address}: {str(error).partition(chr(10))[0]}")
+    late.cancel()
+
+
+async def _run(config: Config, stdout: Stdout) -> None:
+    requests: asyncio.Queue[dict[str, object]] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        for line in sys.stdin.buffer:
+            loop.call_soon_threadsafe(requests.put_nowait, json.loads(line))
+        os._exit(0)
+
+    threading.Thread(target=read, name="stdin", daemon=True).start()
+    await Program(config, stdout).run(requests)
+
+
+def main() -> None:
+    """Read the configuration from stdin, connect, and serve until stdin closes."""
+    os.umask(0o077)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    stdout = Stdout()
+    first = sys.stdin.buffer.readline()
+    if not first:
+        return
+    config = cast("Config", json.loads(first))
+    _connect(config, stdout)
+    asyncio.run(_run(config, stdout))
+
+
+if __name__ == "__main__":
+    main()
