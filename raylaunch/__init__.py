@@ -2,3 +2,30 @@
 
 Importing this costs nothing: names are loaded when they are used.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from raylaunch.version import __version__
+
+if TYPE_CHECKING:
+    from raylaunch.job import context, report
+
+_HOMES = {"context": "raylaunch.job", "report": "raylaunch.job"}
+
+__all__ = ["__version__", "context", "report"]
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its module when it is first used (PEP 562)."""
+    home = _HOMES.get(name)
+    if home is None:
+        msg = f"module 'raylaunch' has no attribute {name!r}"
+        raise AttributeError(msg)
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,119 @@
+"""What user code may import in a job: `context` and `report`. Standard library only, Python 3.8 and newer.
+
+It works in any environment: where raylaunch is not installed, the runner offers this module from its own archive.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import SupportsFloat
+from collections.abc import Mapping
+
+from raylaunch.runner import contract
+
+Number = SupportsFloat
+"""Anything that `float` accepts: an int, a float, a numpy scalar, a tensor with one element."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where this process stands. Outside a job `in_job` is False and the folders lie in the current one."""
+
+    in_job: bool
+    job: str
+    """The job's id, the same for all its attempts; empty outside a job."""
+    name: str
+    attempt: int
+    """1 for the first attempt, 2 for the first retry; 0 outside a job."""
+    cluster: str
+    output_dir: Path
+    """What is written here is kept with the job (`raylaunch files`, `raylaunch get`)."""
+    checkpoint_dir: Path
+    rank: int
+    world_size: int
+
+
+def context() -> Context:
+    """Return this job's ids, folders and rank; both folders exist when it returns."""
+    environ = os.environ
+    output_dir = Path(environ.get(contract.VAR_OUTPUT_DIR) or Path.cwd() / "outputs")
+    checkpoint_dir = Path(environ.get(contract.VAR_CHECKPOINT_DIR) or output_dir / "checkpoints")
+    for folder in (output_dir, checkpoint_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    return Context(
+        in_job=contract.VAR_ATTEMPT in environ,
+        job=environ.get(contract.VAR_JOB, ""),
+        name=environ.get(contract.VAR_JOB_NAME, ""),
+        attempt=_whole(environ.get(contract.VAR_ATTEMPT_N), 0),
+        cluster=environ.get(contract.VAR_CLUSTER, ""),
+        output_dir=output_dir,
+        checkpoint_dir=checkpoint_dir,
+        rank=_whole(environ.get("RANK"), 0),
+        world_size=_whole(environ.get("WORLD_SIZE"), 1),
+    )
+
+
+def report(
+    metrics: Mapping[str, Number] | None = None,
+    /,
+    *,
+    step: Number | None = None,
+    total: Number | None = None,
+    **more: Number,
+) -> None:
+    """Say how far the training is, and what it measured: ``report({"loss": 0.3}, step=7, total=100)``.
+
+    It never raises, so that telling cannot break what is told of. Outside a job, and in ranks other than 0, it does
+    nothing.
+
+    Args:
+        metrics: name → number.
+        step: how far it is, in whatever it counts (epochs, steps, samples).
+        total: where it will end, in the same unit.
+        **more: metrics as keywords.
+    """
+    path = os.environ.get(contract.VAR_PROGRESS)
+    if not path or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        line = json.dumps(
+            {
+                "at": time.time(),
+                "step": None if step is None else float(step),
+                "total": None if total is None else float(total),
+                "metrics": _numbers({**(metrics or {}), **more}),
+            }
+        )
+        _append(path, line.encode() + b"\n")
+    except Exception:  # noqa: BLE001, S110 -- a report that fails must not end the training that it reports of
+        pass
+
+
+def _append(path: str, data: bytes) -> None:
+    """Append with one write, so that lines of several processes do not mix."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+
+
+def _numbers(metrics: Mapping[str, Number]) -> dict[str, float]:
+    found = {}
+    for name, value in metrics.items():
+        try:
+            found[str(name)] = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            continue  # not a number: a report is not the place to fail for it
+    return found
+
+
+def _whole(text: str | None, default: int) -> int:
+    try:
+        return int(text or default)
+    except ValueError:
+        return default

@@ -1,0 +1,237 @@
+"""One run of a job, from its folder to its exit facts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raylaunch.runner import claim, contract, keeper, outputs, probe, training, wandb_env, wandb_failure
+from raylaunch.runner.ending import Sweep, stop_training
+from raylaunch.runner.environment import Place, Prepared, prepare
+from raylaunch.runner.processes import ancestors, oom_kills, signal_name
+from raylaunch.runner.relay import Relay
+
+if TYPE_CHECKING:
+    from raylaunch.runner.contract import AttemptSpec, Exit, Facts, Started
+    from raylaunch.runner.watch import Pulse, Wish
+
+_POLL_S = 0.1
+_TAIL = 64 * 1024
+_SHELL_SIGNAL = 128
+
+
+class Attempt:
+    """Runs one attempt. `end_everything` may be called at any time, and again."""
+
+    def __init__(self, folder: Path, spec: AttemptSpec, pulse: Pulse) -> None:
+        self._folder = folder
+        self._spec = spec
+        self._pulse = pulse
+        self._code = folder / contract.CODE
+        self._log = folder / contract.RANK_LOG.format(rank=0)
+        self._spare = ancestors(os.getpid())
+        self._relay = Relay(self._log, sys.stdout.fileno(), job=spec["job"])
+        self._facts: Facts = {"warnings": []}
+        self._kept: keeper.Kept | None = None
+        self._sweep = Sweep(spec["tag"], self._spare, pulse)
+
+    def run(self) -> Exit:
+        """Prepare, start, watch and end the training.
+
+        Raises:
+            EnvironmentProblem: the environment cannot be used.
+            EntrypointProblem: the program to run is not there.
+            StopAsked: somebody wanted the end before the training had started.
+        """
+        secrets = claim.take_secrets(self._folder)
+        prepared, mode = self._prepare(secrets)
+        argv = training.command(self._spec["entrypoint"], prepared.env, self._code)
+        self._pulse.check()
+        oom_before = oom_kills()
+        deadline = time.monotonic() + (self._spec["timeout_s"] or float("inf"))
+        self._start(argv, prepared)
+        wish = self._watch(deadline)
+        if wish is None and mode.mode == "online" and self._wandb_broke():
+            self._restart_offline(argv, prepared)
+            mode = mode._replace(mode="offline")
+            wish = self._watch(deadline)
+        self._end_leftovers(wish, online=mode.mode == "online")
+        self._relay.finish(5.0)
+        self._keep_outputs()
+        end = self._facts_of_end(wish)
+        end["oom"] = oom_kills() > oom_before and end["ended"] not in ("completed", "stopped", "timed_out")
+        return end
+
+    def end_everything(self) -> None:
+        """End what may still live of the attempt, and let its keeper go."""
+        if self._kept is not None:
+            self._kept.kill()
+            self._sweep.end_all()
+            self._kept.release()
+            self._kept = None
+
+    def _prepare(self, secrets: dict[str, str]) -> tuple[Prepared, wandb_env.Mode]:
+        spec, folder = self._spec, self._folder
+        place = Place(self._code, folder / contract.TMP, Path(spec["envs_dir"]), folder / contract.LOGS / "setup.log")
+        base = training.base_variables(os.environ, spec, secrets)
+        base.update(training.job_variables(spec, folder, os.environ))
+        prepared = prepare(spec["environment"], base, place=place, pulse=self._pulse)
+        seen = probe.look(prepared, arch=spec["arch"], gpus=spec["gpus"], place=place, pulse=self._pulse)
+        version = seen.packages.get("wandb", "")
+        self._facts = {
+            "python": seen.python,
+            "version": seen.version,
+            "torch": seen.packages.get("torch", ""),
+            "wandb": version,
+            "packages": sorted(f"{name}=={number}" for name, number in seen.packages.items()),
+            "warnings": [*seen.warnings, *wandb_env.version_warnings(version)],
+        }
+        mode = wandb_env.find_mode(
+            spec["wandb"], prepared.env, version=version, code=self._code, tmp=place.tmp, pulse=self._pulse
+        )
+        self._say_mode(mode)
+        own = {**spec["env"], **secrets}
+        home = Path(base.get("HOME") or os.path.expanduser("~"))
+        env = {
+            **prepared.env,
+            **wandb_env.variables(spec["wandb"], mode, own, folder=folder, home=home),
+        }
+        if not seen.raylaunch:
+            path = [env["PYTHONPATH"]] if env.get("PYTHONPATH") else []
+            env["PYTHONPATH"] = os.pathsep.join([*path, str(folder / contract.RUNNER)])
+        return Prepared(env, prepared.python), mode
+
+    def _say_mode(self, mode: wandb_env.Mode) -> None:
+        self._facts["wandb_mode"] = mode.mode
+        self._facts["wandb_why"] = mode.why
+        claim.write_whole(self._folder / contract.FACTS, self._facts)
+
+    def _start(self, argv: list[str], prepared: Prepared) -> None:
+        try:
+            self._kept = keeper.start(
+                argv, env=prepared.env, cwd=self._code, log=self._log, tag=self._spec["tag"], spare=self._spare
+            )
+        except keeper.StartError as error:
+            msg = f"{argv[0]} could not be started: {error}"
+            raise training.EntrypointProblem(msg) from None
+        started: Started = {
+            "pid": self._kept.pid,
+            "at": time.time(),
+            "gpus": training.gpu_ids(self._spec, prepared.env),
+        }
+        claim.write_whole(self._folder / contract.STARTED, started)
+        self._relay.start()
+
+    def _watch(self, deadline: float) -> Wish | None:
+        """Wait for the training's end; returns the wish that it was ended for, or None when it ended by itself."""
+        kept = self._kept
+        if kept is None:
+            return None
+        while not kept.poll(_POLL_S):
+            wish = self._pulse.poll()
+            if wish is None and time.monotonic() >= deadline:
+                wish = self._pulse.time_out()
+            if wish is not None:
+                stop_training(kept, wish, self._pulse)
+                return wish
+        return None
+
+    def _wandb_broke(self) -> bool:
+        kept = self._kept
+        failed = kept is not None and kept.status is not None and kept.status > 0
+        return failed and wandb_failure.init_broke(self._folder, self._log_tail())
+
+    def _restart_offline(self, argv: list[str], prepared: Prepared) -> None:
+        why = "wandb.init failed on-line, so the training was started again off-line"
+        self._end_leftovers(None, online=False)
+        self._relay.finish(5.0)
+        if self._kept is not None:
+            self._kept.release()
+            self._kept = None
+        with self._log.open("ab") as log:
+            log.write(f"\nraylaunch: {why}\n\n".encode())
+        self._facts["warnings"] = [*self._facts["warnings"], why]
+        self._say_mode(wandb_env.Mode("offline", why))
+        self._start(argv, Prepared({**prepared.env, "WANDB_MODE": "offline"}, prepared.python))
+
+    def _end_leftovers(self, wish: Wish | None, *, online: bool) -> None:
+        if wish is None:
+            self._sweep.after_end(online=online)
+        else:
+            self._sweep.after_stop(wish)
+
+    def _keep_outputs(self) -> None:
+        warnings = outputs.collect(self._code, self._folder / contract.OUTPUTS, self._spec["outputs"])
+        if warnings:
+            self._facts["warnings"] = [*self._facts["warnings"], *warnings]
+            claim.write_whole(self._folder / contract.FACTS, self._facts)
+
+    def _facts_of_end(self, wish: Wish | None) -> Exit:
+        kept = self._kept
+        status = kept.status if kept is not None else None
+        code, by_signal = self._read_status(status)
+        end: Exit = {
+            "ended": "completed",
+            "exit_code": code,
+            "signal": by_signal,
+            "message": "",
+            "at": time.time(),
+            "by_ray": wish is not None and wish.by_ray,
+            "killed": self._sweep.killed,
+            "oom": False,
+        }
+        if wish is not None:
+            end["ended"] = "timed_out" if wish.why == "timed_out" else "stopped"
+            if wish.why == "timed_out":
+                end["message"] = f"it ran longer than its timeout of {self._spec['timeout_s'] or 0:g} s"
+        elif status is None:
+            end["ended"] = "runner_error"
+            end["message"] = "the process that looks after the training was killed, and the training with it"
+        elif by_signal:
+            end["ended"] = "signal"
+            end["message"] = f"the training was ended by {by_signal}"
+        elif code:
+            end["ended"] = "exit_code"
+            tail = self._log_tail().decode("utf-8", "replace")
+            missing = training.explain_missing(self._spec["entrypoint"], code, tail, self._code)
+            if missing:
+                end["ended"], end["message"] = "entrypoint_not_found", missing
+        return end
+
+    def _read_status(self, status: int | None) -> tuple[int | None, str]:
+        """Return exit code and signal. A shell says 128+N when the program that it ran was ended by signal N."""
+        if status is None:
+            return None, ""
+        if status < 0:
+            return _SHELL_SIGNAL - status, signal_name(-status)
+        if isinstance(self._spec["entrypoint"], str) and status - _SHELL_SIGNAL in _FATAL:
+            return status, signal_name(status - _SHELL_SIGNAL)
+        return status, ""
+
+    def _log_tail(self) -> bytes:
+        try:
+            with self._log.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL))
+                return log.read()
+        except FileNotFoundError:
+            return b""
+
+
+_FATAL = frozenset(
+    int(number)
+    for number in (
+        signal.SIGKILL,
+        signal.SIGTERM,
+        signal.SIGSEGV,
+        signal.SIGABRT,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGINT,
+        signal.SIGHUP,
+    )
+)

@@ -1,0 +1,168 @@
+"""Environments that are made on the node, once per content: ``uv`` from a lock file, ``pip`` from requirements."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+
+from raylaunch.runner.watch import Pulse, Ran, run_program
+
+if TYPE_CHECKING:
+    from raylaunch.runner.contract import EnvironmentSpec
+
+_BUILD_S = 3600.0
+_COMPLETE = ".raylaunch-complete"
+_NESTED = re.compile(r"^\s*(?:-r|--requirement|-c|--constraint)[ =]\s*(\S+)", re.MULTILINE)
+
+
+class EnvironmentProblem(Exception):  # noqa: N818 -- the word that the exit facts use
+    """The environment cannot be used; the text says what is missing and what to do."""
+
+
+def uv_environment(env: dict[str, str], code: Path, envs: Path, log: Path, pulse: Pulse) -> Path:
+    """Return the folder of the environment that the project's own lock describes, synced if it is not there yet.
+
+    The project itself is not installed into it: other attempts share it, with other copies of the code.
+
+    Raises:
+        EnvironmentProblem: no lock file, no uv, or the sync failed.
+    """
+    for name in ("pyproject.toml", "uv.lock"):
+        if not (code / name).is_file():
+            hint = "; make it with: uv lock" if name == "uv.lock" else ""
+            msg = f"the environment uv needs {name} in the working directory{hint}"
+            raise EnvironmentProblem(msg)
+    uv = _find_uv(env)
+    if uv is None:
+        msg = "the environment uv needs the program uv, which is not on this node's PATH; install it, or use pip"
+        raise EnvironmentProblem(msg)
+    names = ("pyproject.toml", "uv.lock", ".python-version")
+    content = b"\0".join((code / name).read_bytes() if (code / name).is_file() else b"" for name in names)
+    prefix = envs / f"uv-{hashlib.sha256(content).hexdigest()[:16]}"
+    build_env = {**env, "UV_PROJECT_ENVIRONMENT": str(prefix)}
+    build_env.pop("VIRTUAL_ENV", None)
+    with _building(prefix, pulse) as needed:
+        if needed:
+            command = [uv, "sync", "--frozen", "--no-install-project", "--no-progress"]
+            _build(command, build_env, code, log, pulse, what="uv sync --frozen")
+    return prefix
+
+
+def pip_environment(
+    spec: EnvironmentSpec, env: dict[str, str], code: Path, envs: Path, log: Path, pulse: Pulse
+) -> Path:
+    """Return the folder of a virtual environment with these requirements, made if it is not there yet.
+
+    Raises:
+        EnvironmentProblem: no such file, or the installation failed.
+    """
+    if spec["value"]:
+        file = code / spec["value"]
+        if not file.is_file():
+            msg = f"the requirements file {spec['value']} is not in the working directory"
+            raise EnvironmentProblem(msg)
+        content, arguments = _requirements_text(file, depth=0), ["-r", str(file)]
+    else:
+        content, arguments = "\n".join(spec["requirements"]), list(spec["requirements"])
+    key = f"{sys.version}\0{sys.executable}\0{content}"
+    prefix = envs / f"pip-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    build_env = {name: value for name, value in env.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    with _building(prefix, pulse) as needed:
+        if needed:
+            _make_venv(prefix, build_env, code, log, pulse)
+            python = str(prefix / "bin" / "python")
+            install = _installer(python, build_env) + arguments
+            _build(install, build_env, code, log, pulse, what="the installation of the requirements")
+    return prefix
+
+
+def _requirements_text(file: Path, *, depth: int) -> str:
+    """Return a requirements file and those that it includes: what decides whether an environment can be used again."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    for name in _NESTED.findall(text) if depth < 5 else []:
+        nested = file.parent / name
+        if nested.is_file():
+            text += f"\0{name}\0" + _requirements_text(nested, depth=depth + 1)
+    return text
+
+
+def _find_uv(env: dict[str, str]) -> str | None:
+    places = [env.get("PATH") or os.defpath, str(Path(sys.executable).parent)]
+    places += [str(Path(place).expanduser()) for place in ("~/.local/bin", "~/.cargo/bin")]
+    return shutil.which("uv", path=os.pathsep.join(places))
+
+
+def _make_venv(prefix: Path, env: dict[str, str], code: Path, log: Path, pulse: Pulse) -> None:
+    """Make an empty environment; where ensurepip is missing (Debian without python3-venv), uv can."""
+    uv = _find_uv(env)
+    try:
+        _build([sys.executable, "-I", "-m", "venv", str(prefix)], env, code, log, pulse, what="python -m venv")
+    except EnvironmentProblem:
+        shutil.rmtree(str(prefix), ignore_errors=True)
+        if uv is None:
+            raise
+        _build([uv, "venv", "--python", sys.executable, str(prefix)], env, code, log, pulse, what="uv venv")
+
+
+def _installer(python: str, env: dict[str, str]) -> list[str]:
+    pip = Path(python).parent / "pip"
+    if pip.exists():
+        return [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+    return [_find_uv(env) or "uv", "pip", "install", "--python", python]
+
+
+def _build(command: Sequence[str], env: dict[str, str], code: Path, log: Path, pulse: Pulse, *, what: str) -> None:
+    try:
+        with log.open("a+b") as output:
+            ran = run_program(command, env=env, cwd=code, timeout_s=_BUILD_S, pulse=pulse, output=output)
+    except OSError as error:
+        msg = f"{what} could not be started: {error}"
+        raise EnvironmentProblem(msg) from None
+    if ran.status != 0:
+        msg = f"{what} failed: {last_words(ran)} (all of it is in logs/setup.log)"
+        raise EnvironmentProblem(msg)
+
+
+def last_words(ran: Ran) -> str:
+    """Return the line of a failed program's output that says most."""
+    if ran.status is None:
+        return "it did not end in time"
+    lines = [line.strip() for line in ran.output.splitlines() if line.strip()]
+    telling = [line for line in lines if re.search(r"error|not find|no such|×", line, re.IGNORECASE)]
+    return (telling or lines or [f"exit status {ran.status}"])[-1][:400]
+
+
+@contextlib.contextmanager
+def _building(prefix: Path, pulse: Pulse) -> Iterator[bool]:
+    """Hold the lock of one environment; yields whether it has to be made. It counts when the block ends well."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    if (prefix / _COMPLETE).exists():
+        yield False
+        return
+    with open(f"{prefix}.lock", "ab") as lock:
+        while not _locked(lock.fileno()):
+            pulse.check()
+            time.sleep(0.2)
+        if (prefix / _COMPLETE).exists():
+            yield False
+            return
+        shutil.rmtree(str(prefix), ignore_errors=True)  # begun by a runner that was killed
+        yield True
+        (prefix / _COMPLETE).touch()
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

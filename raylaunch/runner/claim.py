@@ -1,0 +1,83 @@
+"""What an attempt's folder says, and the claim that only one runner can make."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+from collections.abc import Mapping
+
+from raylaunch.runner import contract
+from raylaunch.runner.processes import boot_id, started_ticks
+
+if TYPE_CHECKING:
+    from raylaunch.runner.contract import AttemptSpec, Claim
+
+FENCED = "fenced"
+"""The epoch in a claim that a steward makes so that no runner can start any more."""
+
+
+def read_attempt(folder: Path) -> AttemptSpec:
+    """Read ``attempt.json``."""
+    return cast("AttemptSpec", json.loads((folder / contract.ATTEMPT).read_text(encoding="utf-8")))
+
+
+def take_claim(folder: Path, epoch: str) -> str:
+    """Claim the attempt for this process. Returns an empty text, or the sentence that says why it may not run."""
+    claim: Claim = {
+        "epoch": epoch,
+        "pid": os.getpid(),
+        "started_ticks": started_ticks(os.getpid()),
+        "boot_id": boot_id(),
+        "at": time.time(),
+    }
+    if _make_new(folder / contract.CLAIM, json.dumps(claim).encode()):
+        return ""
+    try:
+        other = json.loads((folder / contract.CLAIM).read_text(encoding="utf-8"))
+    except ValueError:
+        other = {}
+    if other.get("epoch") == FENCED:
+        return "raylaunch: this attempt was fenced off before it started; nothing is run"
+    return f"raylaunch: this attempt is already claimed by process {other.get('pid', '?')}; nothing is run"
+
+
+def _make_new(path: Path, data: bytes) -> bool:
+    """Make a file with its whole content, or return False when it is there. Nobody sees it half written."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    fd = os.open(str(beside), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(str(beside), str(path))  # as O_EXCL: fails when the name exists
+    except FileExistsError:
+        return False
+    finally:
+        beside.unlink()
+    return True
+
+
+def take_secrets(folder: Path) -> dict[str, str]:
+    """Read ``secrets.json`` and delete it; without the file there are none."""
+    path = folder / contract.SECRETS
+    try:
+        secrets = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    path.unlink()
+    return {str(name): str(value) for name, value in secrets.items()}
+
+
+def write_whole(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON file beside its place and rename it, so that a reader sees all of it or nothing."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    fd = os.open(str(beside), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(fd, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(str(beside), str(path))

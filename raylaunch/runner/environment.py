@@ -1,0 +1,189 @@
+"""The Python environment of a job, in its six kinds: variables and an interpreter, or a sentence that says what is missing."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from raylaunch.runner import builds
+from raylaunch.runner.watch import Pulse, run_program
+
+if TYPE_CHECKING:
+    from raylaunch.runner.contract import EnvironmentSpec
+
+_CONDA_PLACES = ("miniforge3", "miniconda3", "anaconda3", "mambaforge", "conda")
+_CONDA_ROOTS = ("~", "/opt", "/usr/local")
+_CONDA_S = 120.0
+
+
+class Place(NamedTuple):
+    """Where an environment is prepared: the attempt's working directory and scratch, and the node's folder of builds."""
+
+    code: Path
+    tmp: Path
+    envs: Path
+    setup_log: Path
+
+
+class Prepared(NamedTuple):
+    """An environment that is there: the variables of its processes, and its interpreter (empty when it has none)."""
+
+    env: dict[str, str]
+    python: str
+
+
+def prepare(spec: EnvironmentSpec, env: dict[str, str], *, place: Place, pulse: Pulse) -> Prepared:
+    """Return the variables and the interpreter of this environment, made first if it is one that is made.
+
+    Args:
+        spec: kind and value.
+        env: the variables that it starts from; not changed.
+        place: folders.
+        pulse: goes on while something is built.
+
+    Raises:
+        EnvironmentProblem: it is not there or cannot be made.
+        StopAsked: meanwhile somebody wants the attempt to end.
+    """
+    kind, value = spec["kind"], spec["value"]
+    if kind == "default":
+        return Prepared(with_bin(env, Path(sys.executable).parent), sys.executable)
+    if kind == "python":
+        return _interpreter(value, env, place)
+    if kind == "venv":
+        return activate(_folder(value, place.code), env, what=f"venv:{value}")
+    if kind == "conda":
+        return _conda(value, env, place, pulse)
+    if kind == "uv":
+        prefix = builds.uv_environment(env, place.code, place.envs, place.setup_log, pulse)
+        return _with_project(activate(prefix, env, what="uv"), place.code)
+    if kind == "pip":
+        prefix = builds.pip_environment(spec, env, place.code, place.envs, place.setup_log, pulse)
+        return activate(prefix, env, what="pip")
+    msg = f"this runner knows no environment of the kind {kind!r}; cluster and client do not fit: raylaunch up"
+    raise builds.EnvironmentProblem(msg)
+
+
+def with_bin(env: dict[str, str], folder: Path) -> dict[str, str]:
+    """Return `env` with a folder first on its PATH."""
+    return {**env, "PATH": os.pathsep.join([str(folder), env.get("PATH") or os.defpath])}
+
+
+def activate(prefix: Path, env: dict[str, str], *, what: str) -> Prepared:
+    """Return what ``source bin/activate`` would make of `env`."""
+    python = prefix / "bin" / "python"
+    if not prefix.is_dir():
+        msg = f"the environment {what} does not exist on this node: no folder {prefix}"
+        raise builds.EnvironmentProblem(msg)
+    if not python.exists():
+        broken = " (a link to an interpreter that is gone)" if python.is_symlink() else ""
+        msg = f"{prefix} is not a Python environment: it has no bin/python{broken}; make it with: python3 -m venv {prefix}"
+        raise builds.EnvironmentProblem(msg)
+    changed = with_bin(env, prefix / "bin")
+    changed["VIRTUAL_ENV"] = str(prefix)
+    changed.pop("PYTHONHOME", None)
+    return Prepared(changed, str(python))
+
+
+def _folder(value: str, code: Path) -> Path:
+    return Path(os.path.normpath(code / Path(value).expanduser()))
+
+
+def _interpreter(value: str, env: dict[str, str], place: Place) -> Prepared:
+    if "/" in value or value.startswith("~"):
+        python = _folder(value, place.code)
+        if not python.is_file():
+            msg = f"the interpreter {value} does not exist on this node{_near(python)}"
+            raise builds.EnvironmentProblem(msg)
+        if not os.access(str(python), os.X_OK):
+            msg = f"the interpreter {value} is not executable"
+            raise builds.EnvironmentProblem(msg)
+    else:
+        found = shutil.which(value, path=env.get("PATH") or os.defpath)
+        if found is None:
+            msg = f"the interpreter {value!r} is not on the PATH of this node; give its full path"
+            raise builds.EnvironmentProblem(msg)
+        python = Path(found)
+    changed = with_bin(env, python.parent)
+    changed.pop("PYTHONHOME", None)
+    if (python.parent.parent / "pyvenv.cfg").exists():
+        changed["VIRTUAL_ENV"] = str(python.parent.parent)
+    if python.name != "python":
+        changed = with_bin(changed, _named_python(python, place.tmp))
+    return Prepared(changed, str(python))
+
+
+def _named_python(python: Path, tmp: Path) -> Path:
+    """Make a folder where ``python`` and ``python3`` are this interpreter; a link would hide its environment."""
+    folder = tmp / "bin"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("python", "python3"):
+        script = folder / name
+        script.write_text(f'#!/bin/sh\nexec {shlex.quote(str(python))} "$@"\n', encoding="utf-8")
+        script.chmod(0o755)
+    return folder
+
+
+def _near(python: Path) -> str:
+    """Name the interpreters that stand beside one that does not exist."""
+    others = sorted(str(path) for path in python.parent.glob("python3*") if "-" not in path.name)
+    return f"; there are: {', '.join(others[:4])}" if others else ""
+
+
+def _conda(name: str, env: dict[str, str], place: Place, pulse: Pulse) -> Prepared:
+    """Capture what ``conda activate`` makes of the variables."""
+    conda = find_conda(env)
+    if conda is None:
+        msg = f"conda:{name} needs conda, which this node has neither on PATH nor in the usual places; set CONDA_EXE"
+        raise builds.EnvironmentProblem(msg)
+    captured = place.tmp / "conda-env"
+    script = (
+        f'eval "$({shlex.quote(conda)} shell.bash hook)" && conda activate {shlex.quote(name)}'
+        f" && command env -0 > {shlex.quote(str(captured))}"
+    )
+    try:
+        with place.setup_log.open("a+b") as log:
+            ran = run_program(
+                ["bash", "-c", script], env=env, cwd=place.code, timeout_s=_CONDA_S, pulse=pulse, output=log
+            )
+    except OSError as error:
+        msg = f"conda:{name} needs bash: {error}"
+        raise builds.EnvironmentProblem(msg) from None
+    if ran.status != 0:
+        msg = f"conda activate {name} failed on this node: {builds.last_words(ran)}; conda env list shows what there is"
+        raise builds.EnvironmentProblem(msg)
+    words = captured.read_bytes().decode("utf-8", "surrogateescape").split("\0")
+    captured.unlink()
+    found = dict(word.split("=", 1) for word in words if "=" in word)
+    for transient in ("_", "SHLVL", "PWD", "OLDPWD"):
+        found.pop(transient, None)
+    python = shutil.which("python", path=str(Path(found.get("CONDA_PREFIX", "/nowhere")) / "bin"))
+    return Prepared(found, python or "")
+
+
+def find_conda(env: dict[str, str]) -> str | None:
+    """Return conda's program: CONDA_EXE, PATH, or a usual place."""
+    given = env.get("CONDA_EXE")
+    if given and os.access(given, os.X_OK):
+        return given
+    on_path = shutil.which("conda", path=env.get("PATH") or os.defpath)
+    if on_path:
+        return on_path
+    for root in _CONDA_ROOTS:
+        for place in _CONDA_PLACES:
+            program = Path(root).expanduser() / place / "bin" / "conda"
+            if os.access(str(program), os.X_OK):
+                return str(program)
+    return None
+
+
+def _with_project(prepared: Prepared, code: Path) -> Prepared:
+    """Let the project import itself: it is not installed in the shared environment, for each attempt has its own copy."""
+    source = code / "src" if (code / "src").is_dir() else code
+    before = prepared.env.get("PYTHONPATH")
+    path = os.pathsep.join([str(source), before] if before else [str(source)])
+    return Prepared({**prepared.env, "PYTHONPATH": path}, prepared.python)

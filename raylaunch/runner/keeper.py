@@ -1,0 +1,241 @@
+"""The training's parent: a small process that no signal meant for the runner reaches.
+
+It stands apart (two forks, a session of its own), so the training is not a descendant of the Ray job's driver. That has
+two uses. Ray's stop signals every descendant of the driver, W&B's core too, which then drops what it has buffered; kept
+apart, only the runner hears of the stop and ends the training in order. And when the runner is killed, its end of a pipe
+closes: the keeper then ends every process of the attempt at once.
+
+The runner speaks to it with single bytes: ``T`` and ``K`` signal the training's process group, ``.`` says that all is
+over. It answers ``pid N`` or ``error TEXT``, and later ``exit STATUS`` (as `subprocess.Popen.returncode`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+
+from raylaunch.runner.processes import of_attempt, send
+
+_PR_SET_PDEATHSIG = 1
+_WANDB_LAST_S = 1.0
+_SWEEP_S = 20.0
+
+
+class StartError(Exception):
+    """The training's program could not be started; the text is the system's."""
+
+
+class Kept:
+    """A training that a keeper looks after."""
+
+    def __init__(self, pid: int, control: int, report: int) -> None:
+        self.pid = pid
+        self._control = control
+        self._report = report
+        self._text = b""
+        self.status: int | None = None
+        """As `subprocess.Popen.returncode`, once it has ended."""
+        self.keeper_died = False
+
+    def poll(self, timeout_s: float) -> bool:
+        """Wait at most `timeout_s` for the training's end; True when it has ended."""
+        if self.status is not None or self.keeper_died:
+            return True
+        if not select.select([self._report], [], [], timeout_s)[0]:
+            return False
+        data = os.read(self._report, 4096)
+        self._text += data
+        if b"\n" in self._text:
+            self.status = int(self._text.split()[1])
+        elif not data:
+            self.keeper_died = True
+        return self.status is not None or self.keeper_died
+
+    def terminate(self) -> None:
+        """Send SIGTERM to the training's process group."""
+        self._say(b"T")
+
+    def kill(self) -> None:
+        """Send SIGKILL to the training's process group."""
+        self._say(b"K")
+
+    def release(self) -> None:
+        """Let the keeper go; everything of the attempt has been ended."""
+        self._say(b".")
+        os.close(self._control)
+        os.close(self._report)
+
+    def _say(self, word: bytes) -> None:
+        try:
+            os.write(self._control, word)
+        except BrokenPipeError:
+            self.keeper_died = True
+
+
+def start(
+    argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path, tag: str, spare: frozenset[int]
+) -> Kept:
+    """Start the training under a keeper; its output goes straight into `log`.
+
+    The caller must have a single thread, for this forks.
+
+    Raises:
+        StartError: the program cannot be executed.
+    """
+    control_read, control_write = os.pipe()
+    report_read, report_write = os.pipe()
+    sys.stdout.flush()
+    between = os.fork()
+    if between == 0:
+        try:
+            os.setsid()
+            if os.fork() == 0:
+                os.close(control_write)
+                os.close(report_read)
+                _Keeper(control_read, report_write, tag, spare).keep(argv, env, cwd, log)
+        finally:
+            os._exit(0)
+    os.close(control_read)
+    os.close(report_write)
+    os.waitpid(between, 0)
+    word, _, rest = _first_line(report_read).partition(" ")
+    if word != "pid":
+        os.close(control_write)
+        os.close(report_read)
+        raise StartError(rest or "its keeper ended before it had started")
+    return Kept(int(rest), control_write, report_read)
+
+
+def _first_line(fd: int) -> str:
+    text = b""
+    while not text.endswith(b"\n"):
+        data = os.read(fd, 1)
+        if not data:
+            break
+        text += data
+    return text.decode("utf-8", "replace").strip()
+
+
+class _Keeper:
+    def __init__(self, control: int, report: int, tag: str, spare: frozenset[int]) -> None:
+        self._control = control
+        self._report = report
+        self._tag = tag
+        self._spare = spare | {os.getpid()}
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def keep(self, argv: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        self._leave_the_terminal()
+        try:
+            self._child = child = _spawn(argv, env, cwd, log)
+        except (OSError, subprocess.SubprocessError) as error:
+            self._answer(f"error {error}")
+            return
+        self._answer(f"pid {child.pid}")
+        told = False
+        wake = _wake_on_child_end()
+        while True:
+            if not told and child.poll() is not None:
+                self._answer(f"exit {child.returncode}")
+                told = True
+            ready = select.select([self._control, wake], [], [], 1.0)[0]
+            if wake in ready:
+                os.read(wake, 512)
+            if self._control in ready and not self._obey(child):
+                return
+
+    @staticmethod
+    def _leave_the_terminal() -> None:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(nothing, fd)
+        os.close(nothing)
+
+    def _answer(self, text: str) -> None:
+        try:
+            os.write(self._report, " ".join(text.split()).encode() + b"\n")
+        except BrokenPipeError:
+            pass  # the runner is gone; reading its end of the other pipe says so
+
+    def _obey(self, child: subprocess.Popen[bytes]) -> bool:
+        words = os.read(self._control, 64)
+        if not words:
+            self._end_all(child)
+            return False
+        for word in words:
+            if word == ord("."):
+                return False
+            _signal_group(child, signal.SIGTERM if word == ord("T") else signal.SIGKILL)
+        return True
+
+    def _end_all(self, child: subprocess.Popen[bytes]) -> None:
+        """End every process of the attempt: the runner has died."""
+        _signal_group(child, signal.SIGKILL)
+        begun = time.monotonic()
+        while time.monotonic() < begun + _SWEEP_S:
+            left = of_attempt(self._tag, self._spare)
+            patient = time.monotonic() < begun + _WANDB_LAST_S
+            for process in left:
+                if not (process.wandb and patient):
+                    send(process, signal.SIGKILL)
+            if not left:
+                return
+            child.poll()
+            select.select([], [], [], 0.05)
+
+
+def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
+    try:
+        os.killpg(child.pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass  # all of the group are gone
+
+
+def _spawn(argv: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> subprocess.Popen[bytes]:
+    out = os.open(str(log), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        return subprocess.Popen(  # noqa: S603 -- running what the person asked for is the purpose
+            list(argv),
+            env=dict(env),
+            cwd=str(cwd),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 -- the keeper has a single thread
+        )
+    finally:
+        os.close(out)
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """Return what makes the kernel kill a child when its parent dies (Linux; elsewhere it does nothing)."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform.startswith("linux") else None
+
+    def before_exec() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        if prctl is not None:
+            prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+            if os.getppid() != parent:
+                os._exit(1)
+
+    return before_exec
+
+
+def _wake_on_child_end() -> int:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    os.set_blocking(read, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+    return read

@@ -1,0 +1,91 @@
+"""The runner: claims an attempt, prepares its environment, starts its training, watches it, and says how it ended."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+from collections.abc import Sequence
+
+from raylaunch.runner import claim, contract, wandb_env
+from raylaunch.runner.attempt import Attempt
+from raylaunch.runner.builds import EnvironmentProblem
+from raylaunch.runner.training import EntrypointProblem
+from raylaunch.runner.watch import Pulse, StopAsked
+
+if TYPE_CHECKING:
+    from raylaunch.runner.contract import Exit
+
+_STATUS = {"environment": 78, "entrypoint_not_found": 127, "runner_error": 70, "stopped": 143, "timed_out": 124}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the attempt whose folder is the one argument; returns the status that Ray shall see."""
+    folder = Path(arguments[0]).resolve()
+    spec = claim.read_attempt(folder)
+    refusal = claim.take_claim(folder, spec["epoch"])
+    if refusal:
+        say(refusal)
+        return 0
+    pulse = Pulse(folder, grace_s=spec["grace_s"], environ=os.environ)
+    pulse.beat()
+    end = _run(folder, Attempt(folder, spec, pulse))
+    claim.write_whole(folder / contract.EXIT, end)
+    if end["message"]:
+        say(f"raylaunch: {end['message']}")
+    return exit_status(end)
+
+
+def _run(folder: Path, attempt: Attempt) -> Exit:
+    try:
+        for name in (contract.CODE, contract.LOGS, contract.OUTPUTS, contract.CHECKPOINTS, contract.TMP):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        wandb_env.make_folders(folder)
+        return attempt.run()
+    except EnvironmentProblem as problem:
+        return ending("environment", str(problem))
+    except EntrypointProblem as problem:
+        return ending("entrypoint_not_found", str(problem), exit_code=127)
+    except StopAsked as asked:
+        ended: contract.Ended = "timed_out" if asked.wish.why == "timed_out" else "stopped"
+        return ending(ended, "it ended before its training had started", by_ray=asked.wish.by_ray)
+    except Exception as error:  # noqa: BLE001 -- the process's top: whatever happened must reach the exit file
+        traceback.print_exc()
+        return ending("runner_error", f"raylaunch's runner failed: {type(error).__name__}: {error}")
+    finally:
+        attempt.end_everything()
+
+
+def ending(ended: contract.Ended, message: str, *, exit_code: int | None = None, by_ray: bool = False) -> Exit:
+    """Return the facts of an attempt whose training was never started."""
+    return {
+        "ended": ended,
+        "exit_code": exit_code,
+        "signal": "",
+        "message": message,
+        "at": time.time(),
+        "by_ray": by_ray,
+        "killed": 0,
+        "oom": False,
+    }
+
+
+def exit_status(end: Exit) -> int:
+    """Return the runner's own exit status, so that Ray's view of the job agrees: the training's, if it failed."""
+    code = end["exit_code"]
+    if end["ended"] == "completed":
+        return 0
+    if code is not None and code > 0:
+        return min(code, 255)
+    return _STATUS.get(end["ended"], 1)
+
+
+def say(text: str) -> None:
+    """Print a remark into Ray's log of the job."""
+    try:
+        print(text, flush=True)  # noqa: T201 -- the runner's output is Ray's log of the job
+    except OSError:
+        sys.stdout = None  # type: ignore[assignment]  # nobody reads it; Python must not fail for it at its end

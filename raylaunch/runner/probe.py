@@ -1,0 +1,213 @@
+"""Looking at an environment before training starts: does its interpreter run, what is installed, does torch see the GPUs.
+
+One child of that interpreter answers, and its answer is kept in the node's folder of environments until something is
+installed or removed: the next start costs nothing.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from raylaunch.runner.builds import EnvironmentProblem, last_words
+from raylaunch.runner.environment import Place, Prepared
+from raylaunch.runner.watch import Pulse, Ran, run_program
+
+_PROBE_S = 60.0
+_ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
+_ALIASES = {"arm64": "aarch64", "amd64": "x86_64"}
+
+_LOOK = """
+import json, platform, sys
+packages = {}
+try:
+    from importlib import metadata
+    for one in metadata.distributions():
+        name = one.metadata["Name"]
+        if name and name not in packages:
+            packages[name] = one.version
+except ImportError:
+    pass
+try:
+    import importlib.util
+    raylaunch = importlib.util.find_spec("raylaunch") is not None
+except Exception:
+    raylaunch = False
+print("\\n@raylaunch " + json.dumps({"python": sys.executable, "version": platform.python_version(),
+    "machine": platform.machine(), "packages": packages, "raylaunch": raylaunch}))
+"""
+
+_LOOK_AT_GPUS = """
+import json, torch
+print("\\n@raylaunch " + json.dumps({"built_for": torch.version.cuda or getattr(torch.version, "hip", None) or "",
+    "seen": torch.cuda.device_count() if torch.cuda.is_available() else 0}))
+"""
+
+
+class Look(NamedTuple):
+    """What was seen of an environment."""
+
+    python: str
+    version: str
+    packages: dict[str, str]
+    raylaunch: bool
+    warnings: tuple[str, ...]
+
+
+def look(prepared: Prepared, *, arch: str, gpus: int, place: Place, pulse: Pulse) -> Look:
+    """Look at an environment.
+
+    Args:
+        prepared: the environment.
+        arch: the architecture that the spec asks for, or empty.
+        gpus: how many GPUs the attempt has.
+        place: folders.
+        pulse: goes on meanwhile.
+
+    Raises:
+        EnvironmentProblem: its interpreter does not run here, or is for another architecture.
+        StopAsked: meanwhile somebody wants the attempt to end.
+    """
+    host = _architecture(os.uname().machine)
+    if arch and arch != host:
+        msg = f"the job asks for {arch}, and this node is {host}"
+        raise EnvironmentProblem(msg)
+    if not prepared.python:
+        return Look("", "", {}, raylaunch=False, warnings=("the environment has no python",))
+    seen = _cached(prepared, _LOOK, "", place, pulse)
+    machine = _architecture(str(seen["machine"]))
+    if machine != host:
+        msg = (
+            f"{prepared.python} is built for {machine}, and this node is {host}: make the environment on such a machine"
+        )
+        raise EnvironmentProblem(msg)
+    raw = seen["packages"]
+    packages = {str(name): str(version) for name, version in raw.items()} if isinstance(raw, dict) else {}
+    warnings = []
+    if gpus and "torch" in packages and _has_gpus():
+        warnings = _torch_warnings(prepared, packages["torch"], gpus, place, pulse)
+    return Look(str(seen["python"]), str(seen["version"]), packages, bool(seen["raylaunch"]), tuple(warnings))
+
+
+def _torch_warnings(prepared: Prepared, version: str, gpus: int, place: Place, pulse: Pulse) -> list[str]:
+    try:
+        driver = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        driver = ""
+    visible = prepared.env.get("CUDA_VISIBLE_DEVICES", "")
+    try:
+        seen = _cached(prepared, _LOOK_AT_GPUS, f"{driver}\0{visible}", place, pulse)
+    except EnvironmentProblem as problem:
+        return [f"torch {version} does not import here: {problem}"]
+    if not seen["built_for"]:
+        return [f"torch {version} in this environment is built without CUDA: it cannot use the {gpus} GPU(s)"]
+    if int(str(seen["seen"])) < gpus:
+        built_for = f"it is built for CUDA {seen['built_for']}"
+        return [
+            f"torch {version} sees {seen['seen']} of {gpus} GPU(s); {built_for}: does the driver fit? see nvidia-smi"
+        ]
+    return []
+
+
+def _has_gpus() -> bool:
+    return bool(glob.glob("/dev/nvidia[0-9]*")) or Path("/dev/dxg").exists()
+
+
+def _cached(prepared: Prepared, program: str, more: str, place: Place, pulse: Pulse) -> dict[str, object]:
+    file = place.envs / f"probe-{_key(prepared, program, more)}.json"
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = None
+    if isinstance(known, dict):
+        return known
+    answer = _ask(prepared, program, place, pulse)
+    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        place.envs.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(answer), encoding="utf-8")
+        beside.replace(file)
+    except OSError:
+        return answer  # a cache that cannot be written costs the next start a second
+    return answer
+
+
+def _key(prepared: Prepared, program: str, more: str) -> str:
+    """Name the content of an environment: its interpreter, and when something was last installed or removed."""
+    prefix = Path(prepared.python).parent.parent
+    places = [prepared.python, os.path.realpath(prepared.python), str(prefix / "pyvenv.cfg")]
+    roots = [str(prefix), os.path.dirname(os.path.dirname(os.path.realpath(prepared.python)))]
+    roots += ["/usr", "/usr/local", os.path.expanduser("~/.local")]
+    for root in roots:
+        for kind in ("site-packages", "dist-packages"):
+            places += sorted(glob.glob(f"{root}/lib*/python3*/{kind}"))
+    places += [path for path in prepared.env.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return hashlib.sha256(repr((program, more, [(path, _changed(path)) for path in places])).encode()).hexdigest()[:24]
+
+
+def _changed(path: str) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _ask(prepared: Prepared, program: str, place: Place, pulse: Pulse) -> dict[str, object]:
+    nowhere = place.tmp / "nowhere"
+    nowhere.mkdir(parents=True, exist_ok=True)
+    answer = place.tmp / "probe.out"
+    try:
+        with answer.open("w+b") as output:
+            ran = run_program(
+                [prepared.python, "-c", program],
+                env=prepared.env,
+                cwd=nowhere,
+                timeout_s=_PROBE_S,
+                pulse=pulse,
+                output=output,
+            )
+    except OSError as error:
+        raise EnvironmentProblem(_why_not_executed(prepared.python, error)) from None
+    finally:
+        if answer.exists():
+            answer.unlink()
+    return _read_answer(prepared.python, ran)
+
+
+def _read_answer(python: str, ran: Ran) -> dict[str, object]:
+    match = re.search(r"^@raylaunch (\{.*\})$", ran.output, re.MULTILINE)
+    if ran.status != 0 or match is None:
+        msg = f"the interpreter {python} does not run on this node: {last_words(ran)}"
+        raise EnvironmentProblem(msg)
+    answer: dict[str, object] = json.loads(match.group(1))
+    return answer
+
+
+def _why_not_executed(python: str, error: OSError) -> str:
+    built = _elf_machine(python)
+    host = _architecture(os.uname().machine)
+    if built and built != host:
+        return f"{python} is built for {built}, and this node is {host}: make the environment on such a machine"
+    return f"the interpreter {python} cannot be executed on this node: {error.strerror or error}"
+
+
+def _elf_machine(path: str) -> str:
+    """Return the architecture that an ELF file's header names, or an empty text."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(20)
+    except OSError:
+        return ""
+    if head[:4] != b"\x7fELF":
+        return ""
+    number = int.from_bytes(head[18:20], "little" if head[5] == 1 else "big")
+    return _ELF_MACHINES.get(number, f"machine {number}")
+
+
+def _architecture(name: str) -> str:
+    return _ALIASES.get(name.lower(), name)

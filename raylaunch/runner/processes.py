@@ -1,0 +1,127 @@
+"""Processes of this machine, read from /proc. A process belongs to an attempt if its environment says so.
+
+Where there is no /proc (macOS) nothing is found, and only the training's own process group can be ended.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import NamedTuple
+
+from raylaunch.runner.contract import VAR_ATTEMPT
+
+_PROC = Path("/proc")
+
+
+class Found(NamedTuple):
+    """One process of the attempt. `wandb` marks W&B's own helpers, which write what the training has logged."""
+
+    pid: int
+    ticks: int
+    name: str
+    wandb: bool
+
+
+def boot_id() -> str:
+    """Return the id of this boot, or an empty text."""
+    try:
+        return (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def started_ticks(pid: int) -> int:
+    """Return field 22 of /proc/PID/stat, or 0. With the pid it names one process until a reboot."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields else 0
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat after the name; the first is the state. Empty when it is gone."""
+    try:
+        text = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()
+
+
+def ancestors(pid: int) -> frozenset[int]:
+    """Return `pid` and all that it descends from."""
+    found = set()
+    while pid > 0 and pid not in found:
+        found.add(pid)
+        fields = _stat(pid)
+        pid = int(fields[1]) if fields else 0
+    return frozenset(found)
+
+
+def of_attempt(tag: str, spare: frozenset[int]) -> list[Found]:
+    """Return the living processes whose environment carries the attempt's tag, without those in `spare`."""
+    mark = f"{VAR_ATTEMPT}={tag}".encode()
+    found = []
+    for entry in os.listdir("/proc") if _PROC.is_dir() else []:
+        if not entry.isdigit() or int(entry) in spare:
+            continue
+        try:
+            environ = (_PROC / entry / "environ").read_bytes()
+            if mark not in environ.split(b"\0"):
+                continue
+            name = (_PROC / entry / "comm").read_text(encoding="utf-8", errors="replace").strip()
+            program = (_PROC / entry / "cmdline").read_bytes().split(b"\0", 1)[0]
+        except OSError:
+            continue  # it ended meanwhile, or belongs to another user
+        fields = _stat(int(entry))
+        if fields and fields[0] not in "ZX":
+            wandb = name.startswith("wandb-") or b"/wandb/bin/" in program
+            found.append(Found(int(entry), int(fields[19]), name, wandb))
+    return found
+
+
+def send(found: Found, number: int) -> bool:
+    """Send a signal to exactly this process; False when it is gone, or its pid means another process by now."""
+    if started_ticks(found.pid) != found.ticks:
+        return False
+    try:
+        os.kill(found.pid, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def signal_name(number: int) -> str:
+    """Return a signal's name, as ``SIGKILL``."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def oom_kills() -> int:
+    """Return how often the kernel's out-of-memory killer ended a process of this cgroup (else: of this machine)."""
+    for path in _oom_counters():
+        try:
+            match = re.search(r"^oom_kill (\d+)$", path.read_text(encoding="ascii"), re.MULTILINE)
+        except OSError:
+            continue
+        if match:
+            return int(match.group(1))
+    return 0
+
+
+def _oom_counters() -> list[Path]:
+    """Return the files that may count: cgroup v2, cgroup v1, the whole machine."""
+    found = []
+    try:
+        lines = (_PROC / "self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        if controllers == "":
+            found.append(Path("/sys/fs/cgroup" + place) / "memory.events")
+        elif "memory" in controllers.split(","):
+            found.append(Path("/sys/fs/cgroup/memory" + place) / "memory.oom_control")
+    return [*found, _PROC / "vmstat"]

@@ -1,0 +1,148 @@
+"""The training's variables and command, and what it means when its program is not found."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+
+from raylaunch.runner import contract
+
+if TYPE_CHECKING:
+    from raylaunch.runner.contract import AttemptSpec
+
+_MANY_FILES = 5000
+_RUNNER_ONLY = ("OMP_NUM_THREADS", contract.VAR_NODE_ROOT)
+"""Ray sets OMP_NUM_THREADS to 1 for a driver without CPUs, which would slow a training down without a word."""
+_SHELL_MISSING = re.compile(
+    r"^(?:/bin/)?(?:ba)?sh: (?:line )?\d+: (.+?): (?:command )?not found$|"
+    r"^(?:/bin/)?bash: line \d+: (.+?): No such file or directory$",
+    re.MULTILINE,
+)
+_PYTHON_MISSING = re.compile(r"can't open file '([^']+)': \[Errno 2\]")
+_MODULE_MISSING = re.compile(r"^\S*python\S*: No module named (\S+?)$", re.MULTILINE)
+
+
+class EntrypointProblem(Exception):  # noqa: N818 -- the word that the exit facts use
+    """The program to run is not there; the text names what is near."""
+
+
+def base_variables(environ: Mapping[str, str], spec: AttemptSpec, secrets: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that the environment is prepared with: the machine's, then the job's, then its secrets.
+
+    Ray's own are left out: its token is an account's whole power over the cluster.
+    """
+    kept = {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith(("RAY_", "__RAY")) and name not in (*contract.RAY_SECRETS, *_RUNNER_ONLY)
+    }
+    return {**kept, **spec["env"], **secrets}
+
+
+def job_variables(spec: AttemptSpec, folder: Path, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that say which job this is, where its folders are, and which GPUs are its own."""
+    found = {
+        contract.VAR_ATTEMPT: spec["tag"],
+        contract.VAR_JOB: spec["job"],
+        contract.VAR_JOB_NAME: spec["name"],
+        contract.VAR_ATTEMPT_N: str(spec["n"]),
+        contract.VAR_CLUSTER: spec["cluster"],
+        contract.VAR_OUTPUT_DIR: str(folder / contract.OUTPUTS),
+        contract.VAR_CHECKPOINT_DIR: str(folder / contract.CHECKPOINTS),
+        contract.VAR_PROGRESS: str(folder / contract.PROGRESS),
+        "PYTHONUNBUFFERED": spec["env"].get("PYTHONUNBUFFERED", "1"),
+    }
+    if not spec["gpus"]:
+        found["CUDA_VISIBLE_DEVICES"] = ""
+    elif "CUDA_VISIBLE_DEVICES" in environ:
+        found["CUDA_VISIBLE_DEVICES"] = environ["CUDA_VISIBLE_DEVICES"]
+    return found
+
+
+def gpu_ids(spec: AttemptSpec, env: Mapping[str, str]) -> list[str]:
+    """Return the ids of the GPUs that the attempt has."""
+    return [word for word in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if word] if spec["gpus"] else []
+
+
+def command(entrypoint: str | list[str], env: Mapping[str, str], code: Path) -> list[str]:
+    """Return the program and its arguments.
+
+    Raises:
+        EntrypointProblem: a program given as a list is not there.
+    """
+    path = env.get("PATH") or os.defpath
+    if isinstance(entrypoint, str):
+        return [shutil.which("bash", path=path) or "/bin/sh", "-c", entrypoint]
+    program = entrypoint[0]
+    if "/" in program:
+        place = code / program
+        if not place.is_file():
+            msg = f"the program {program!r} is not there{nearest_file(program, code)}"
+            raise EntrypointProblem(msg)
+        if not os.access(str(place), os.X_OK):
+            msg = f"the program {program!r} is not executable; start it with its interpreter, as: python {program}"
+            raise EntrypointProblem(msg)
+        return [str(place), *entrypoint[1:]]
+    found = shutil.which(program, path=path)
+    if found is None:
+        raise EntrypointProblem(_not_on_path(program, path, code))
+    return [found, *entrypoint[1:]]
+
+
+def _not_on_path(program: str, path: str, code: Path) -> str:
+    if (code / program).is_file():
+        hint = f"; the working directory has a file of that name: start it as python {program}, or ./{program}"
+        return f"the program {program!r} is not on the PATH of the job's environment{hint}"
+    names = {name for folder in path.split(os.pathsep) if os.path.isdir(folder) for name in os.listdir(folder)}
+    near = difflib.get_close_matches(program, sorted(names), n=1, cutoff=0.7)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"the program {program!r} is not on the PATH of the job's environment{hint} PATH is {path}"
+
+
+def nearest_file(name: str, code: Path) -> str:
+    """Return words that name the file of the working directory that is nearest to `name`, or what is there."""
+    files = list(_files(code))
+    wanted = os.path.relpath(name, str(code)) if os.path.isabs(name) else os.path.normpath(name)
+    base = os.path.basename(wanted)
+    same = [file for file in files if os.path.basename(file) == base]
+    near = same or difflib.get_close_matches(wanted, files, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    if not files:
+        return "; the working directory is empty"
+    return f"; the working directory has: {', '.join(sorted(files, key=lambda file: (file.count('/'), file))[:5])}"
+
+
+def _files(code: Path) -> Iterator[str]:
+    count = 0
+    for folder, _, names in os.walk(str(code)):
+        for name in names:
+            count += 1
+            if count > _MANY_FILES:
+                return
+            yield os.path.relpath(os.path.join(folder, name), str(code))
+
+
+def explain_missing(entrypoint: str | list[str], status: int, log_tail: str, code: Path) -> str:
+    """Return a sentence when the program ended because a file to run was not found, else an empty text."""
+    if status == 127 and isinstance(entrypoint, str):
+        for match in _SHELL_MISSING.finditer(log_tail):
+            program = match.group(1) or match.group(2)
+            hint = nearest_file(program, code) if "/" in program or program.endswith((".py", ".sh")) else ""
+            return f"the shell did not find {program!r}{hint}"
+    if status == 2:
+        found = _PYTHON_MISSING.search(log_tail)
+        if found:
+            missing = found.group(1)
+            relative = os.path.relpath(missing, str(code))
+            return f"python did not find {relative!r} in the working directory{nearest_file(missing, code)}"
+    if status == 1:
+        found = _MODULE_MISSING.search(log_tail)
+        if found and log_tail.count("\n") < 5:
+            return f"python did not find the module {found.group(1)!r} that it was to run"
+    return ""

@@ -1,0 +1,194 @@
+"""The variables with which a script's own ``wandb.init()`` becomes this attempt's run; and whether it runs on-line.
+
+What was measured on wandb 0.31: ``WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL`` takes fractions of a second (0.1, 0.25, 0.5
+gave writes 0.10, 0.25, 0.50 s apart); 0.28 to 0.30 ignore it and write when a block is full or the run ends.
+"""
+
+from __future__ import annotations
+
+import configparser
+import netrc
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from raylaunch.runner import contract
+from raylaunch.runner.watch import Pulse, run_program
+
+if TYPE_CHECKING:
+    from raylaunch.runner.contract import WandbSpec
+
+FLUSH_S = "0.25"
+"""Seconds between writes of the run's file: points are readable, and safe from SIGKILL, that fast."""
+TRANSMIT_S = "1"
+PROBE_S = 10.0
+OLDEST = (0, 28)
+FLUSHES_SINCE = (0, 31)
+_PUBLIC = "https://api.wandb.ai"
+_PUBLIC_SINCE_31 = "https://api.forge.coreweave.com"
+
+_KNOCK = """
+import ssl, sys, urllib.error, urllib.request
+loose = ssl.create_default_context()
+loose.check_hostname = False
+loose.verify_mode = ssl.CERT_NONE
+try:
+    urllib.request.urlopen(urllib.request.Request(sys.argv[1], method="HEAD"), timeout=9, context=loose)
+except urllib.error.HTTPError:
+    pass
+except Exception as error:
+    print(getattr(error, "reason", error))
+    sys.exit(1)
+"""
+"""Any HTTP answer counts; nothing secret is sent, so the certificate is not this question's concern."""
+
+
+class Mode(NamedTuple):
+    """How an attempt tracks, and why so in words; `base_url` is the server when it is on-line."""
+
+    mode: str
+    why: str
+    base_url: str = ""
+
+
+def find_mode(spec: WandbSpec, env: Mapping[str, str], *, version: str, code: Path, tmp: Path, pulse: Pulse) -> Mode:
+    """Decide between on-line and off-line: on-line takes credentials, and a server that answers within 10 s.
+
+    Args:
+        spec: what the job asks for.
+        env: the variables of the training.
+        version: of the environment's wandb, or empty when it has none.
+        code: the working directory; a `wandb/settings` file there counts as wandb itself reads it.
+        tmp: scratch.
+        pulse: goes on meanwhile.
+
+    Raises:
+        StopAsked: meanwhile somebody wants the attempt to end.
+    """
+    asked = env.get("WANDB_MODE") or spec["mode"]
+    if asked in ("offline", "dryrun"):
+        return Mode("offline", "asked for")
+    if asked == "disabled" or env.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+        return Mode("disabled", "asked for")
+    if not version:
+        return Mode("offline", "the job's environment has no wandb")
+    base_url, found = _credentials(env, version, code)
+    if not found:
+        where = urlsplit(base_url).netloc
+        return Mode("offline", f"no W&B credentials: neither WANDB_API_KEY nor a netrc entry for {where}")
+    silence = _knock(base_url, env, tmp, pulse)
+    if silence:
+        return Mode("offline", f"W&B at {base_url} did not answer within {PROBE_S:g} s: {silence}")
+    return Mode("online", "W&B credentials were found, and the server answers", base_url)
+
+
+def _credentials(env: Mapping[str, str], version: str, code: Path) -> tuple[str, bool]:
+    """Return the server's address and whether there are credentials for it."""
+    settings = {**_settings(_settings_home(env)), **_settings(code / "wandb")}
+    explicit = env.get("WANDB_BASE_URL") or settings.get("base_url")
+    default = _PUBLIC_SINCE_31 if _numbers(version) >= FLUSHES_SINCE else _PUBLIC
+    if env.get("WANDB_API_KEY") or settings.get("api_key"):
+        return (explicit or default).rstrip("/"), True
+    for url in [explicit] if explicit else [default, _PUBLIC]:
+        if urlsplit(url).netloc in _netrc_hosts(env):
+            return url.rstrip("/"), True
+    return (explicit or default).rstrip("/"), False
+
+
+def _settings_home(env: Mapping[str, str]) -> Path:
+    given = env.get("WANDB_CONFIG_DIR")
+    return Path(given) if given else Path(env.get("HOME") or os.path.expanduser("~")) / ".config" / "wandb"
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read(str(folder / "settings"), encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError):
+        return {}
+    return dict(parser["default"]) if parser.has_section("default") else {}
+
+
+def _netrc_hosts(env: Mapping[str, str]) -> frozenset[str]:
+    home = Path(env.get("HOME") or os.path.expanduser("~"))
+    places = [Path(env["NETRC"]).expanduser()] if env.get("NETRC") else [home / ".netrc", home / "_netrc"]
+    for place in places:
+        try:
+            return frozenset(netrc.netrc(str(place)).hosts)
+        except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
+            continue
+    return frozenset()
+
+
+def _knock(base_url: str, env: Mapping[str, str], tmp: Path, pulse: Pulse) -> str:
+    """Return an empty text when the server answers, else why it does not."""
+    tmp.mkdir(parents=True, exist_ok=True)
+    argv = [sys.executable, "-I", "-c", _KNOCK, base_url]
+    with (tmp / "knock.out").open("w+b") as output:
+        ran = run_program(argv, env=env, cwd=tmp, timeout_s=PROBE_S, pulse=pulse, output=output)
+    if ran.status is None:
+        return "no answer"
+    return "" if ran.status == 0 else (ran.output.strip().splitlines() or ["no answer"])[-1][:200]
+
+
+def variables(spec: WandbSpec, mode: Mode, own: Mapping[str, str], *, folder: Path, home: Path) -> dict[str, str]:
+    """Return the variables to add to the training's, made so that nothing lands in the person's home.
+
+    Args:
+        spec: ids and names of the run.
+        mode: as `find_mode` found.
+        own: what the person set for the job; it wins, except for the run's id and folder.
+        folder: the attempt's.
+        home: the person's home on this node, whose W&B settings stay in force if there are any.
+    """
+    tmp = folder / contract.TMP / "wandb"
+    found = {
+        "WANDB_PROJECT": spec["project"],
+        "WANDB_ENTITY": spec["entity"],
+        "WANDB_NAME": spec["name"],
+        "WANDB_RUN_GROUP": spec["group"],
+        "WANDB_JOB_TYPE": spec["job_type"],
+        "WANDB_TAGS": ",".join(spec["tags"]),
+        "WANDB_NOTES": spec["notes"],
+        "WANDB_RESUME": "allow",
+        "WANDB_CACHE_DIR": str(tmp / "cache"),
+        "WANDB_DATA_DIR": str(tmp / "data"),
+        "WANDB_ARTIFACT_DIR": str(tmp / "artifacts"),
+        "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": FLUSH_S,
+        "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": TRANSMIT_S,
+        "WANDB_BASE_URL": mode.base_url,
+    }
+    if not (home / ".config" / "wandb" / "settings").exists():
+        found["WANDB_CONFIG_DIR"] = str(tmp / "config")
+    kept = {name: value for name, value in found.items() if value and name not in own}
+    kept["WANDB_MODE"] = mode.mode
+    kept["WANDB_RUN_ID"] = spec["run_id"]
+    kept["WANDB_DIR"] = str(folder / contract.WANDB)
+    return kept
+
+
+def make_folders(folder: Path) -> None:
+    """Make what wandb wants to find: a resume policy fails when its folder is not there."""
+    (folder / contract.WANDB / "wandb").mkdir(parents=True, exist_ok=True)
+    for name in ("cache", "data", "artifacts", "config"):
+        (folder / contract.TMP / "wandb" / name).mkdir(parents=True, exist_ok=True)
+
+
+def version_warnings(version: str) -> list[str]:
+    """Say what this version of wandb does less well here."""
+    if not version or _numbers(version) >= FLUSHES_SINCE:
+        return []
+    if _numbers(version) < OLDEST:
+        oldest = ".".join(str(part) for part in OLDEST)
+        return [
+            f"wandb {version} is older than {oldest}: its metrics may show late, or in part; 0.31 or newer is better"
+        ]
+    return [f"wandb {version} writes its file in blocks: metrics may show late while the job runs; 0.31 writes at once"]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
