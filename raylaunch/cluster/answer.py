@@ -1,0 +1,51 @@
+"""One question to a server on loopback, and its answer. Standard library only, so that `up` stays quick."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from dataclasses import dataclass
+
+import anyio.to_thread
+
+from raylaunch.cluster.ports import LOOPBACK
+from raylaunch.version import __version__
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An HTTP answer. `status` is 0 when there was none, and `why` says what happened instead."""
+
+    status: int
+    body: bytes = b""
+    why: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is a 200."""
+        return self.status == http.client.OK
+
+    def json(self) -> object:
+        """Return the body's JSON, or None if it is none."""
+        try:
+            return json.loads(self.body)
+        except ValueError:
+            return None
+
+
+async def ask(port: int, path: str, *, token: str, limit_s: float = 5) -> Answer:
+    """GET `path` from the server on `port`, with a bearer token. A refused or broken connection is an `Answer` too."""
+
+    def get() -> Answer:
+        connection = http.client.HTTPConnection(LOOPBACK, port, timeout=limit_s)
+        try:
+            headers = {"Authorization": f"Bearer {token}", "X-Raylaunch-Version": __version__}
+            connection.request("GET", path, headers=headers)
+            response = connection.getresponse()
+            return Answer(response.status, response.read())
+        except (OSError, http.client.HTTPException) as error:
+            return Answer(0, why=str(error) or type(error).__name__)
+        finally:
+            connection.close()
+
+    return await anyio.to_thread.run_sync(get)

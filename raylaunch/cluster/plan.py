@@ -1,0 +1,81 @@
+"""What the verbs of a backend take and give: steps, plans, reports, and the way to the controller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Step:
+    """One named step of ``up``, when it begins, when it is done, and when it had nothing to do."""
+
+    name: str
+    state: Literal["begins", "done", "kept", "note"]
+    message: str
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        took = f" ({self.seconds:.1f} s)" if self.state == "done" else ""
+        return f"{self.name}: {self.message}{took}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``up`` would do now. It prints itself."""
+
+    cluster: str
+    actions: tuple[str, ...]
+    """In order; empty when there is nothing to do."""
+    keeps: tuple[str, ...] = ()
+    """What runs already and stays as it is."""
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        head = f"cluster {self.cluster}: " + ("would start" if self.actions else "nothing to do, it is up")
+        lines = [*(f"  + {one}" for one in self.actions), *(f"  = {one}" for one in self.keeps)]
+        return "\n".join([head, *lines, *(f"  ! {one}" for one in self.notes)])
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One process that ``down`` ended, and how."""
+
+    what: str
+    pid: int
+    how: str
+
+    def __str__(self) -> str:
+        return f"{self.what} (pid {self.pid}): {self.how}"
+
+
+@dataclass(frozen=True)
+class DownReport:
+    """What ``down`` ended. It is returned only when nothing of the cluster is left."""
+
+    cluster: str
+    ended: tuple[Ended, ...]
+    store: str
+    """Where jobs, logs and outputs stay."""
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def was_running(self) -> bool:
+        """Whether there was anything to end."""
+        return bool(self.ended)
+
+    def __str__(self) -> str:
+        stays = f"jobs, logs and outputs stay in {self.store}"
+        if not self.ended:
+            return f"cluster {self.cluster} was not running; {stays}"
+        lines = [*(f"  {one}" for one in self.ended), *(f"  ! {one}" for one in self.notes)]
+        return "\n".join([f"cluster {self.cluster} is down; {stays}", *lines])
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How to reach the controller from here."""
+
+    url: str
+    token: str = field(repr=False)

@@ -1,0 +1,125 @@
+"""Free ports on loopback: distinct, never within a range that Ray's workers take, and said by name when taken."""
+
+from __future__ import annotations
+
+import random
+import re
+import socket
+from collections.abc import Collection, Iterable
+
+import psutil
+
+from raylaunch.cluster.home import user_name
+from raylaunch.errors import ClusterStartError
+
+LOOPBACK = "127.0.0.1"
+RAY_PORTS = (
+    "gcs",
+    "dashboard",
+    "dashboard_agent",
+    "dashboard_agent_grpc",
+    "metrics",
+    "runtime_env_agent",
+    "client_server",
+    "node_manager",
+    "object_manager",
+)
+"""The ports that a Ray head listens on, beside those of its workers."""
+
+# Below the kernel's ephemeral range (from 32768), so that an outgoing connection cannot take a port while Ray is down.
+_SINGLE = range(20000, 26000)
+_WORKERS = range(26000, 32700)
+WORKER_PORTS = 800
+
+_RAYLET_RANGE = re.compile(r"--(min|max)_worker_port=(\d+)")
+
+
+def is_free(port: int) -> bool:
+    """Say whether a program could listen on `port` of loopback now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not count
+        try:
+            probe.bind((LOOPBACK, port))
+            probe.listen(1)
+        except OSError:
+            return False
+    return True
+
+
+def free_ports(count: int, *, avoid: Collection[int] = ()) -> tuple[int, ...]:
+    """Return `count` distinct free ports, none of them in `avoid` or in the range where worker ports are chosen.
+
+    Raises:
+        ClusterStartError: there are not so many.
+    """
+    found: list[int] = []
+    for port in random.sample(_SINGLE, len(_SINGLE)):
+        if len(found) == count:
+            break
+        if port not in avoid and is_free(port):
+            found.append(port)
+    if len(found) < count:
+        msg = f"only {len(found)} of the {count} ports needed are free between {_SINGLE.start} and {_SINGLE.stop - 1}"
+        raise ClusterStartError(msg, hint="end what holds them: ss -ltnp", step="ports")
+    return tuple(found)
+
+
+def worker_range(*, avoid: Collection[int] = (), taken: Iterable[range] | None = None) -> range:
+    """Return a free block of `WORKER_PORTS` ports for the workers of one Ray.
+
+    Args:
+        avoid: Ports that must not lie in it.
+        taken: Blocks of other Rays on this machine; by default those that are seen.
+
+    Raises:
+        ClusterStartError: no block is free.
+    """
+    others = list(ray_worker_ranges() if taken is None else taken)
+    starts = list(range(_WORKERS.start, _WORKERS.stop - WORKER_PORTS, 100))
+    random.shuffle(starts)
+    for start in starts:
+        block = range(start, start + WORKER_PORTS)
+        if any(_overlap(block, other) for other in others) or any(port in block for port in avoid):
+            continue
+        if all(is_free(port) for port in block):
+            return block
+    msg = f"no {WORKER_PORTS} consecutive ports are free between {_WORKERS.start} and {_WORKERS.stop - 1}"
+    raise ClusterStartError(msg, hint="another Ray on this machine may hold them: ss -ltnp", step="ports")
+
+
+def _overlap(one: range, other: range) -> bool:
+    return one.start < other.stop and other.start < one.stop
+
+
+def ray_worker_ranges() -> list[range]:
+    """Return the worker port ranges of all Rays that run on this machine, as their raylets state them."""
+    found = []
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.info["name"] != "raylet":
+            continue
+        limits = {key: int(value) for key, value in _RAYLET_RANGE.findall(" ".join(process.info["cmdline"] or ()))}
+        if limits.get("min") and limits.get("max"):
+            found.append(range(limits["min"], limits["max"] + 1))
+    return found
+
+
+def holder(port: int) -> str:
+    """Return who listens on `port`, as ``pid 4711 (python3, user anna)``, or that it cannot be seen."""
+    try:
+        listening = psutil.net_connections(kind="inet")
+    except psutil.AccessDenied:  # macOS shows them to root alone
+        listening = []
+    for connection in listening:
+        if connection.status != psutil.CONN_LISTEN or not connection.laddr or not connection.pid:
+            continue
+        if connection.laddr.port == port:
+            return _describe(connection.pid)
+    return "a process of another user"
+
+
+def _describe(pid: int) -> str:
+    try:
+        process = psutil.Process(pid)
+        return f"pid {pid} ({process.name()}, user {user_name(process.uids().real)})"
+    except psutil.Error:
+        return f"pid {pid}"

@@ -1,0 +1,200 @@
+"""Ray's head on this machine: which Ray is installed, how it is started, and when it is ready. Never imports Ray."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+import raylaunch
+from raylaunch.cluster.answer import ask
+from raylaunch.cluster.gpus import GpuChoice
+from raylaunch.cluster.home import ClusterPaths, storage_errors
+from raylaunch.cluster.ports import LOOPBACK
+from raylaunch.errors import SpecError, VersionError
+from raylaunch.spec import GPU_VARIABLES, ClusterSpec
+from raylaunch.version import __version__
+
+NEEDED = "2.60"
+"""The Ray that this raylaunch was made for and tested with."""
+
+VAR_CLUSTER_ID = "RAYLAUNCH_CLUSTER_ID"
+"""In the environment of Ray and of all that it starts: what `down` ends is found by it."""
+
+_A_YEAR_S = 365 * 24 * 3600
+
+_FOREIGN = re.compile(r"RAY_|RAYLAUNCH_|WANDB_|PYTHON(PATH|HOME|STARTUP|SAFEPATH|INSPECT)$|SSH_")
+_SECRET = re.compile(
+    r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|(^|_)AUTH($|_)|NETRC", re.IGNORECASE
+)
+_PROXIES = re.compile(r"(http|https|all)_proxy", re.IGNORECASE)
+
+_FLAGS = {
+    "port": "gcs",
+    "dashboard-port": "dashboard",
+    "dashboard-agent-listen-port": "dashboard_agent",
+    "dashboard-agent-grpc-port": "dashboard_agent_grpc",
+    "metrics-export-port": "metrics",
+    "runtime-env-agent-port": "runtime_env_agent",
+    "ray-client-server-port": "client_server",
+    "node-manager-port": "node_manager",
+    "object-manager-port": "object_manager",
+    "min-worker-port": "worker_min",
+    "max-worker-port": "worker_max",
+}
+
+
+def installed_ray() -> str:
+    """Return the version of the Ray that is installed beside this raylaunch.
+
+    Raises:
+        VersionError: there is none, or not one that this raylaunch knows.
+    """
+    command = f'{sys.executable} -m pip install "ray[default]=={NEEDED}.*"'
+    try:
+        version = importlib.metadata.version("ray")
+    except importlib.metadata.PackageNotFoundError:
+        msg = f"Ray is not installed in {sys.prefix}"
+        raise VersionError(msg, hint=f"install it: {command}") from None
+    if not version.startswith(f"{NEEDED}."):
+        msg = f"raylaunch {__version__} needs Ray {NEEDED}, and Ray {version} is installed in {sys.prefix}"
+        raise VersionError(msg, hint=f"install the one that fits: {command}")
+    return version
+
+
+def clean_environment(environ: Mapping[str, str], paths: ClusterPaths) -> dict[str, str]:
+    """Return the environment that Ray and the controller begin with.
+
+    What belongs to another Ray, to one person's W&B or to Python's start is left out, and so is all that looks like a
+    secret: jobs inherit Ray's environment, and get secrets by name instead.
+    """
+    kept = {key: value for key, value in environ.items() if not (_FOREIGN.match(key) or _SECRET.search(key))}
+    kept = {key: value for key, value in kept.items() if key not in GPU_VARIABLES}
+    if any(_PROXIES.fullmatch(key) for key in kept):
+        for key in ("NO_PROXY", "no_proxy"):
+            kept[key] = ",".join(dict.fromkeys([*filter(None, kept.get(key, "").split(",")), LOOPBACK, "localhost"]))
+    kept["RAYLAUNCH_HOME"] = str(paths.home)
+    if not _is_installed():
+        kept["PYTHONPATH"] = str(paths.imports)
+    return kept
+
+
+def _package_dir() -> Path:
+    return Path(str(raylaunch.__file__)).resolve().parent
+
+
+def _is_installed() -> bool:
+    return str(_package_dir().parent) in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+
+
+def make_importable(paths: ClusterPaths) -> None:
+    """Let Ray's workers import raylaunch from a checkout, through a folder that holds nothing else.
+
+    A checkout itself on ``PYTHONPATH`` would let its other folders shadow modules of the training.
+    """
+    if _is_installed():
+        return
+    link = paths.imports / "raylaunch"
+    with storage_errors(link):
+        paths.imports.mkdir(mode=0o700, exist_ok=True)
+        if not link.is_symlink() or link.resolve() != _package_dir():
+            link.unlink(missing_ok=True)
+            link.symlink_to(_package_dir())
+
+
+@dataclass(frozen=True)
+class RayHead:
+    """All that decides how the head is started."""
+
+    paths: ClusterPaths
+    spec: ClusterSpec
+    cluster_id: str
+    ports: Mapping[str, int]
+    gpus: GpuChoice
+
+    def argv(self) -> list[str]:
+        """Return the program and its arguments; nothing in them is secret."""
+        argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+        argv += [f"--node-ip-address={LOOPBACK}", f"--dashboard-host={LOOPBACK}", "--include-dashboard=true"]
+        argv += [f"--{flag}={self.ports[name]}" for flag, name in _FLAGS.items()]
+        argv += [f"--temp-dir={self.paths.temp}", f"--num-gpus={self.gpus.count}", "--log-color=false"]
+        if self.spec.cpus is not None:
+            argv.append(f"--num-cpus={whole_cpus(self.spec.cpus)}")
+        if self.spec.labels:
+            argv.append("--labels=" + ",".join(f"{key}={value}" for key, value in self.spec.labels.items()))
+        return argv
+
+    def environment(self, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+        """Return the whole environment of the head, which everything that Ray starts inherits."""
+        env = clean_environment(environ, self.paths)
+        env |= {
+            VAR_CLUSTER_ID: self.cluster_id,
+            "RAYLAUNCH_NODE_ROOT": str(self.paths.node),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # with it, every socket is bound to loopback
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.paths.ray_token),
+            "RAY_gcs_storage": "rocksdb",
+            "RAY_gcs_storage_path": str(self.paths.gcs),
+            "RAY_JOB_START_TIMEOUT_SECONDS": str(_A_YEAR_S),  # the queue is ours; Ray must not fail what waits
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_DEDUP_LOGS": "0",
+            "SPT_NOENV": "1",  # a process that sets its title must not wipe out the environment by which it is found
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a job without GPUs sees none
+        }
+        if self.gpus.gpus:
+            env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": self.gpus.visible}
+        return env
+
+
+def whole_cpus(cpus: float) -> int:
+    """Return the number of CPU cores that Ray is told.
+
+    Raises:
+        SpecError: it is not a whole number; Ray counts a node's cores in whole ones.
+    """
+    if not math.isclose(cpus, round(cpus)):
+        msg = f"cpus: {cpus:g} is not a whole number of cores"
+        raise SpecError(msg, hint=f"write {max(1, round(cpus))}; jobs may ask for fractions", field="cpus")
+    return round(cpus)
+
+
+async def jobs_answer(ports: Mapping[str, int], token: str) -> str:
+    """Ask Ray's Jobs endpoint; return an empty string when it answered, else why not."""
+    answer = await ask(ports["dashboard"], "/api/jobs/", token=token)
+    return "" if answer.ok else answer.why or f"it answered HTTP {answer.status}"
+
+
+async def nodes_alive(ports: Mapping[str, int], token: str) -> int:
+    """Return how many nodes Ray lists as alive."""
+    answer = await ask(ports["dashboard"], "/api/v0/nodes", token=token)
+    try:
+        listed = _Answer.model_validate_json(answer.body)
+    except ValidationError:
+        return 0
+    return sum(node.state == "ALIVE" for node in listed.data.result.result)
+
+
+class _Node(BaseModel):
+    state: str
+
+
+class _Nodes(BaseModel):
+    result: tuple[_Node, ...]
+
+
+class _Data(BaseModel):
+    result: _Nodes
+
+
+class _Answer(BaseModel):
+    """The answer of Ray's state API. Unlike ``/nodes?view=summary`` it does not lag seconds behind."""
+
+    data: _Data

@@ -1,0 +1,167 @@
+"""What was started: ``cluster.json`` beside the cluster's files, and the lock under which it changes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import json
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Literal
+
+import anyio
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from raylaunch.cluster.home import ClusterPaths, storage_errors, write_private
+from raylaunch.cluster.process import ProcessIdentity
+from raylaunch.errors import ConflictError
+from raylaunch.spec import ClusterSpec
+
+_POLL_S = 0.05
+
+
+class Versions(BaseModel):
+    """What the cluster was started with."""
+
+    model_config = ConfigDict(frozen=True)
+
+    raylaunch: str = ""
+    ray: str = ""
+    python: str = ""
+
+
+class ClusterRecord(BaseModel):
+    """A cluster as it was last started. Frozen: a change is a new record, written as a whole."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    kind: Literal["local"] = "local"
+    cluster_id: str
+    """In the environment of every process of the cluster; stays over restarts."""
+    owner: str
+    machine: str
+    wanted: Literal["running", "stopped"] = "stopped"
+    spec: ClusterSpec
+    store: str
+    ports: dict[str, int] = Field(default_factory=dict)
+    gpu_uuids: tuple[str, ...] = ()
+    ray: ProcessIdentity | None = None
+    controller: ProcessIdentity | None = None
+    versions: Versions = Versions()
+
+    def with_(self, **changes: object) -> ClusterRecord:
+        """Return a copy with some fields changed."""
+        return self.model_copy(update=changes)
+
+
+def machine_id() -> str:
+    """Return what names this machine over reboots and changes of address."""
+    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        with contextlib.suppress(OSError):
+            if text := Path(path).read_text(encoding="ascii").strip():
+                return text
+    return os.uname().nodename
+
+
+def new_record(spec: ClusterSpec, paths: ClusterPaths, *, cluster_id: str = "") -> ClusterRecord:
+    """Return the record of a cluster that was never started."""
+    return ClusterRecord(
+        name=spec.name,
+        cluster_id=cluster_id or secrets.token_hex(8),
+        owner=getpass.getuser(),
+        machine=machine_id(),
+        spec=spec,
+        store=store_of(spec, paths),
+    )
+
+
+def store_of(spec: ClusterSpec, paths: ClusterPaths) -> str:
+    """Return the folder of records, logs and outputs that the spec asks for."""
+    return str(Path(spec.store).expanduser().absolute()) if spec.store else str(paths.default_store)
+
+
+def load_record(paths: ClusterPaths) -> ClusterRecord | None:
+    """Return the record, or None when there is none or it cannot be understood.
+
+    Raises:
+        ConflictError: it was written on another machine (a home folder that machines share).
+        StorageError: it is there and cannot be read.
+    """
+    try:
+        with storage_errors(paths.record), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            record = ClusterRecord.model_validate_json(paths.record.read_bytes())
+            _check_machine(record, paths)
+            return record
+    except ValidationError:
+        return None
+    return None
+
+
+def _check_machine(record: ClusterRecord, paths: ClusterPaths) -> None:
+    if record.machine != machine_id():
+        msg = f"cluster {record.name} was started on another machine that shares {paths.home}"
+        raise ConflictError(msg, hint="use it there, or set RAYLAUNCH_HOME to a folder of this machine")
+
+
+def keep_unreadable_aside(paths: ClusterPaths) -> Path | None:
+    """Rename a record that cannot be understood, so that nothing is lost; return its new name."""
+    if not paths.record.exists() or load_record(paths) is not None:
+        return None
+    aside = paths.record.with_name(f"{paths.record.name}.unreadable-{time.time():.0f}")
+    with storage_errors(paths.record):
+        paths.record.rename(aside)
+    return aside
+
+
+def recalled_cluster_id(paths: ClusterPaths) -> str:
+    """Return the cluster's id from its controller's configuration, for when the record is gone; else empty."""
+    try:
+        value = json.loads(paths.controller_config.read_bytes())["cluster_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return value if isinstance(value, str) else ""
+
+
+def save_record(paths: ClusterPaths, record: ClusterRecord) -> ClusterRecord:
+    """Write the record, and return it."""
+    write_private(paths.record, record.model_dump_json(indent=2))
+    return record
+
+
+@contextlib.asynccontextmanager
+async def cluster_lock(paths: ClusterPaths, *, limit_s: float) -> AsyncIterator[None]:
+    """Hold the cluster's lock: of two that change it at once, one waits. The kernel frees it when its holder dies.
+
+    Raises:
+        ConflictError: another process held it for all of `limit_s` seconds.
+        StorageError: the lock file cannot be made.
+    """
+    with storage_errors(paths.lock):
+        descriptor = os.open(paths.lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        await _take(descriptor, paths, limit_s)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+async def _take(descriptor: int, paths: ClusterPaths, limit_s: float) -> None:
+    with anyio.move_on_after(limit_s):
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                await anyio.sleep(_POLL_S)
+                continue
+            with storage_errors(paths.lock):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            return
+    held_by = os.pread(descriptor, 32, 0).decode(errors="replace") or "?"
+    msg = f"another raylaunch (pid {held_by}) has been changing cluster {paths.name} for more than {limit_s:.0f} s"
+    raise ConflictError(msg, hint=f"wait for it, or look at it: ps -fp {held_by}")
