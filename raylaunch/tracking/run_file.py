@@ -15,9 +15,9 @@ interval  median   95 %    most   CPU
 0.1       0.05 s   0.10 s  0.14   1.8
 ========  =======  ======  =====  =====
 
-So 0.25 keeps the promise of a second with room for the way to the store, and costs next to nothing. wandb 0.28 to 0.30
-do not know the variable: they write whenever a block of 32 KiB is full, and at the end. At a row a second without system
-statistics, 0.30 wrote nothing for 40 s: such rows are late, and a SIGKILL loses what is in the block.
+So 0.25 keeps the promise of a second with room for the way to the store, and costs next to nothing. wandb 0.28 to
+0.30 do not know the variable: they write whenever a block of 32 KiB is full, and at the end. At a row a second without
+system statistics, 0.28 and 0.30 wrote nothing for 40 s: such rows are late, and a SIGKILL loses what is in the block.
 """
 
 from __future__ import annotations
