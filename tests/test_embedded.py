@@ -439,8 +439,7 @@ def test_an_installed_ray_that_does_not_fit_is_said_with_the_command_that_helps(
     program += "try: anyio.run(embedded.plan, ClusterSpec())\nexcept VersionError as error: print(error)"
     env = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(embedded.__file__).parents[2]}", "RAYLAUNCH_HOME": str(home)}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
-    assert f"needs Ray 2.60, and Ray 2.9.3 is installed in {sys.prefix}
-  → install the one that fits: " in done.stdout
+    assert f"needs Ray 2.60, and Ray 2.9.3 is installed in {sys.prefix}\n  → install the one that fits: " in done.stdout
 
 
 # Neighbours
