@@ -35,7 +35,7 @@ MAY: dict[str, frozenset[str]] = {
     "client": GROUND | READING | SENDING | {"cluster"},
     "sdk": GROUND | READING | {"client"},
     "cli": GROUND | READING | VERBS | {"packing", "cluster", "job"},
-    "mcp_server": GROUND | READING | VERBS,
+    "mcp_server": GROUND | READING | VERBS | {"cluster"},
     "runner": frozenset(),
     "job": frozenset({"runner.contract"}),
     "tracking": GROUND | {"runner.contract"},

@@ -12,13 +12,17 @@ from pathlib import Path
 import click
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from raylaunch.cli.connect import Place, finish
+from raylaunch.cli.console import count, size, span
+from raylaunch.cli.plot import chart
 from raylaunch.client import Client
-from raylaunch.cluster.backends import Step, backend_for
-from raylaunch.config import load_cluster_spec, load_job_spec
+from raylaunch.cluster.backends import Step
+from raylaunch.config import load_job_spec
 from raylaunch.errors import ClusterError, ConflictError, RaylaunchError
 from raylaunch.state import JobState, JobView, MetricSeries, MetricsPage
 
@@ -37,13 +41,14 @@ _SHOWN = ("loss", "accuracy")
     show_default=True,
     help="Folder for the model.",
 )
-def demo(dest: Path) -> None:
+@click.pass_obj
+def demo(cluster_file: Path | None, dest: Path) -> None:
     """Start a cluster here, train on real data, fetch the model, and use it."""
     folder = example_folder()
     if importlib.util.find_spec("sklearn") is None:
         msg = "the demo trains with scikit-learn, which is not installed here"
         raise RaylaunchError(msg, hint="pip install 'raylaunch[demo]'")
-    asyncio.run(_demo(folder, dest, Console(stderr=True, highlight=False)))
+    finish(_demo(Place(cluster_file), folder, dest, Console(stderr=True, highlight=False)))
 
 
 def example_folder() -> Path:
@@ -56,14 +61,11 @@ def example_folder() -> Path:
     raise RaylaunchError(msg, hint="install it again: pip install --force-reinstall 'raylaunch[demo]'")
 
 
-async def _demo(folder: Path, dest: Path, console: Console) -> None:
-    spec = load_cluster_spec()
-    backend = backend_for(spec)
-
+async def _demo(place: Place, folder: Path, dest: Path, console: Console) -> None:
     _heading(console, "A cluster", "Ray and raylaunch's controller, on this machine, reachable from this machine only")
-    await backend.up(spec, on_step=lambda step: _say_step(console, step))
+    await place.backend.up(place.spec, on_step=lambda step: _say_step(console, step))
 
-    async with Client(await backend.reach(spec), cluster=spec.name) as client:
+    async with place.client() as client:
         _heading(console, "A job", f"train.py learns to read handwritten digits ({_shown(folder)})")
         answer = await client.submit(load_job_spec(folder / "job.yaml"))
         console.print(f"  {answer.job.id}: {answer.job.entrypoint}")
@@ -72,9 +74,10 @@ async def _demo(folder: Path, dest: Path, console: Console) -> None:
         job = await _watch(client, answer.job, console)
         _check(job)
 
-        metrics = await client.metrics(job.id, keys=_SHOWN, max_points=60)
-        _heading(console, "Metrics", "read from the run's own file; nothing left this machine unless W&B is set up")
-        console.print(curves(metrics.series))
+        metrics = await client.metrics(job.id, keys=_SHOWN)
+        _heading(console, "Metrics", "read from the run's own W&B file, on-line or off")
+        for series in metrics.series:
+            console.print(Padding(Text(chart(series, width=64, height=6)), (0, 0, 1, 2)))
         _heading(console, "What is known of the job", f"raylaunch show {job.id}")
         console.print(facts(job))
 
@@ -179,14 +182,14 @@ def facts(job: JobView) -> Table:
         "id": job.id,
         "state": job.state.value,
         "node": attempt.node if attempt else "",
-        "ran for": f"{job.ended_at - job.started_at:.1f} s" if job.ended_at and job.started_at else "",
+        "ran for": span(job.ended_at - job.started_at) if job.ended_at and job.started_at else "",
         "python": f"{job.environment.version} ({job.environment.python})" if job.environment else "",
         "git commit": job.git.commit[:12] + (" with changes" if job.git.dirty else "") if job.git else "",
-        "packed": f"{job.pack.files} files, {job.pack.bytes / 1024:.1f} KiB" if job.pack else "",
+        "packed": f"{count(job.pack.files, 'file')}, {size(job.pack.bytes)}" if job.pack else "",
         "W&B": f"{job.wandb.mode}, run {job.wandb.run_id}" + (f" ({job.wandb.why})" if job.wandb.why else "")
         if job.wandb
         else "",
-        "outputs": f"{job.outputs} files, {job.output_bytes / 1024:.1f} KiB",
+        "outputs": f"{count(job.outputs, 'file')}, {size(job.output_bytes)}",
     }
     table = Table(box=None, show_header=False, padding=(0, 1))
     for name, value in rows.items():
