@@ -1,4 +1,4 @@
-"""Evidence → reason, sentence and verdict. Pure functions: what an attempt left behind goes in, what it means comes out."""
+"""Evidence → reason, sentence, verdict. Pure: what an attempt left behind goes in, what it means comes out."""
 
 from __future__ import annotations
 
@@ -51,9 +51,18 @@ class Finding(NamedTuple):
     signal: str = ""
 
 
+_RAY_LOST = Finding(Change.LOSE, Reason.RAY_LOST, "Ray was restarted under it, which ended its processes")
+_RAY_GOING_DOWN = ("SIGTERM", "SIGKILL")
+
+
 def diagnose(evidence: Evidence) -> Finding:
     """Classify an attempt that is over. Exit facts outrank everything else."""
-    return _without_exit(evidence) if evidence.exit is None else _from_exit(evidence.exit, evidence.log_tail)
+    exit_ = evidence.exit
+    if exit_ is None:
+        return _without_exit(evidence)
+    if evidence.ray_lost and not evidence.stop_wanted and (exit_["by_ray"] or exit_["signal"] in _RAY_GOING_DOWN):
+        return _RAY_LOST
+    return _from_exit(exit_, evidence.log_tail)
 
 
 def _without_exit(evidence: Evidence) -> Finding:
@@ -62,7 +71,7 @@ def _without_exit(evidence: Evidence) -> Finding:
     if not evidence.node_alive:
         return Finding(Change.LOSE, Reason.NODE_LOST, "its node is gone, and with it the attempt")
     if evidence.ray_lost:
-        return Finding(Change.LOSE, Reason.RAY_LOST, "Ray was restarted under it, which ended its processes")
+        return _RAY_LOST
     if not evidence.claimed:
         return Finding(Change.FAIL, Reason.RAY_REFUSED, _ray_words(evidence.ray_message))
     message = "raylaunch's runner was killed (SIGKILL?); its training was ended with it"

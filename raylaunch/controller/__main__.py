@@ -1,0 +1,180 @@
+"""``python -m raylaunch.controller --config FILE``: the program that runs next to the Ray head.
+
+Exit status: 0 after SIGTERM (jobs go on), 2 for a wrong configuration, 3 when the port is taken, 4 when another
+controller holds the store, 5 when the store cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+from pydantic import ValidationError
+
+from raylaunch.controller import logs
+from raylaunch.controller.app import create_app
+from raylaunch.controller.artifacts import Artifacts
+from raylaunch.controller.auth import TokenBook
+from raylaunch.controller.driver import Driver, Leavings
+from raylaunch.controller.lifecycle import Lifecycle
+from raylaunch.controller.link import Link
+from raylaunch.controller.metrics import Metrics
+from raylaunch.controller.packages import PackageStore
+from raylaunch.controller.ray_jobs import RayJobs
+from raylaunch.controller.records import JobRecord, Records
+from raylaunch.controller.secret_store import SecretStore
+from raylaunch.controller.services import Services
+from raylaunch.controller.settings import Settings
+from raylaunch.controller.sight import Sight
+from raylaunch.controller.verbs import Verbs
+from raylaunch.errors import ConflictError, RaylaunchError
+
+_log = logging.getLogger(__name__)
+
+_TAIL_LINES = 30
+_CONFIG, _PORT, _LOCKED, _STORE = 2, 3, 4, 5
+
+
+def main() -> int:
+    """Run the controller until SIGTERM or SIGINT; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m raylaunch.controller", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="the cluster's controller.json")
+    config = parser.parse_args().config
+    os.umask(0o077)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    try:
+        settings = Settings.model_validate_json(config.read_bytes())
+    except (OSError, ValidationError) as error:
+        return _give_up(_CONFIG, f"cannot read {config}: {error}")
+    try:
+        listener = _listen(settings.port)
+    except OSError as error:
+        return _give_up(_PORT, f"port {settings.port} on 127.0.0.1 cannot be used: {error.strerror}")
+    try:
+        records = Records(settings.store)
+    except ConflictError as error:
+        return _give_up(_LOCKED, error.message)
+    except RaylaunchError as error:
+        return _give_up(_STORE, error.message)
+    for sentence in records.healed:
+        _log.warning("%s", sentence)
+    try:
+        asyncio.run(serve(settings, records, listener))
+    finally:
+        records.close()
+    return 0
+
+
+async def serve(settings: Settings, records: Records, listener: socket.socket) -> None:
+    """Serve HTTP on `listener` and run the lifecycle, until a signal ends both."""
+    sight = Sight()
+    secrets = SecretStore(settings.store)
+    artifacts = Artifacts(settings.store)
+    packages = PackageStore(settings.store / "packages")
+    metrics = Metrics(settings.store)
+    ray = RayJobs(settings.dashboard_url, settings.ray_token)
+    link = Link(
+        gcs_address=settings.gcs_address,
+        ray_token_path=settings.ray_token_path,
+        store=settings.store,
+        on_event=lambda event: lifecycle.see(event),  # noqa: PLW0108 -- made below; the link needs it first
+        log_path=settings.store / "link.log",
+    )
+    driver = Driver(
+        settings=settings,
+        records=records,
+        secrets=secrets,
+        link=link,
+        ray=ray,
+        sight=sight,
+        leavings=lambda record: leavings_of(record, records=records, artifacts=artifacts, metrics=metrics),
+    )
+    lifecycle = Lifecycle(
+        settings=settings, records=records, artifacts=artifacts, link=link, ray=ray, sight=sight, driver=driver
+    )
+    verbs = Verbs(
+        settings=settings, records=records, packages=packages, secrets=secrets, artifacts=artifacts, sight=sight
+    )
+    services = Services(
+        store=settings.store,
+        records=records,
+        packages=packages,
+        secrets=secrets,
+        tokens=TokenBook(settings.store),
+        artifacts=artifacts,
+        metrics=metrics,
+        jobs=verbs,
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(services), log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+    )
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        services.closing.set()
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    await link.start()
+    loop_task = asyncio.create_task(lifecycle.run(), name="lifecycle")
+    loop_task.add_done_callback(lambda _: stop())
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        loop_task.cancel()
+        await asyncio.gather(loop_task, return_exceptions=True)
+        await link.close()
+        await ray.close()
+
+
+async def leavings_of(record: JobRecord, *, records: Records, artifacts: Artifacts, metrics: Metrics) -> Leavings:
+    """Read what a job has left in the store so far, and write its manifest; in a thread, for it may be much."""
+    return await asyncio.to_thread(_leavings_of, record, records, artifacts, metrics)
+
+
+def _leavings_of(record: JobRecord, records: Records, artifacts: Artifacts, metrics: Metrics) -> Leavings:
+    folder = records.folder(record.id)
+    log = logs.log_path(folder, attempt=len(record.attempts), rank=0)
+    offset = logs.tail_offset(log, _TAIL_LINES, max_back=64 * 1024)
+    text = logs.read(log, offset=offset).data.decode(errors="replace")
+    artifacts.seal(record.id)
+    count, size = artifacts.outputs(record.id)
+    last, _ = metrics.last(record.id, record.attempts)
+    return Leavings(
+        log_tail=tuple(line.rstrip("\r")[-2000:] for line in text.splitlines()[-_TAIL_LINES:]),
+        outputs=count,
+        output_bytes=size,
+        last_metrics=last,
+        progress=metrics.progress(record.id, record.attempts),
+    )
+
+
+def _listen(port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+        listener.listen(256)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _give_up(status: int, why: str) -> int:
+    sys.stderr.write(f"raylaunch controller: {why}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

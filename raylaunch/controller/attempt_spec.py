@@ -1,0 +1,79 @@
+"""From a job's record to what a runner is told: a pure function, and the names that go with it."""
+
+from __future__ import annotations
+
+import hashlib
+
+from raylaunch.controller.settings import Settings
+from raylaunch.runner.contract import AttemptSpec, EnvironmentSpec, WandbSpec
+from raylaunch.spec import Environment, JobSpec
+from raylaunch.state import WandbLink
+
+DEFAULT_PROJECT = "raylaunch"
+
+
+def attempt_tag(settings: Settings, attempt: str) -> str:
+    """Return the mark that every process of the attempt bears in its environment."""
+    return f"{settings.cluster_id}/{attempt}"
+
+
+def wandb_link(spec: JobSpec, *, job: str, cluster_id: str) -> WandbLink:
+    """Return the W&B run that belongs to a job for life. Whether it is on-line is found on the node.
+
+    The run id is made from cluster and job, so that every attempt, and a controller that forgot, finds the same.
+    """
+    run_id = "rl" + hashlib.sha256(f"{cluster_id}/{job}".encode()).hexdigest()[:10]
+    tracking = spec.tracking
+    mode = "offline" if tracking.mode == "auto" else tracking.mode
+    why = "" if tracking.mode == "auto" else "asked for in the job's spec"
+    return WandbLink(
+        mode=mode, run_id=run_id, project=tracking.project or DEFAULT_PROJECT, entity=tracking.entity, why=why
+    )
+
+
+def attempt_spec(  # noqa: PLR0913 -- each is one fact, and all are named
+    spec: JobSpec, *, job: str, n: int, epoch: str, settings: Settings, force_offline: bool = False
+) -> AttemptSpec:
+    """Return what the runner of attempt `n` of `job` is told."""
+    attempt = f"{job}-{n}"
+    environment = spec.environment if spec.environment.kind != "default" else settings.default_environment
+    return AttemptSpec(
+        attempt=attempt,
+        tag=attempt_tag(settings, attempt),
+        job=job,
+        name=spec.display_name,
+        n=n,
+        cluster=settings.cluster,
+        epoch=epoch,
+        entrypoint=spec.entrypoint if isinstance(spec.entrypoint, str) else list(spec.entrypoint),
+        env={**settings.env, **spec.env},
+        secrets=list(spec.secrets),
+        environment=_environment(environment),
+        envs_dir="",
+        gpus=spec.resources.gpus,
+        arch=spec.where.arch,
+        timeout_s=spec.timeout_s,
+        grace_s=spec.grace_s,
+        outputs=list(spec.outputs),
+        wandb=_wandb(spec, job=job, n=n, settings=settings, force_offline=force_offline),
+    )
+
+
+def _environment(environment: Environment) -> EnvironmentSpec:
+    return EnvironmentSpec(kind=environment.kind, value=environment.value, requirements=list(environment.requirements))
+
+
+def _wandb(spec: JobSpec, *, job: str, n: int, settings: Settings, force_offline: bool) -> WandbSpec:
+    tracking = spec.tracking
+    link = wandb_link(spec, job=job, cluster_id=settings.cluster_id)
+    return WandbSpec(
+        mode="offline" if force_offline and tracking.mode != "disabled" else tracking.mode,
+        run_id=link.run_id,
+        project=link.project,
+        entity=tracking.entity,
+        group=tracking.group or spec.display_name,
+        job_type=tracking.job_type,
+        name=job,
+        tags=[*spec.tags, "raylaunch"],
+        notes=f"raylaunch job {job} on cluster {settings.cluster} (attempt {n}): raylaunch show {job}",
+    )

@@ -1,0 +1,259 @@
+"""The controller's loop: see, admit, drive, reconcile. What a person asks for comes in through `verbs`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets as random_secrets
+import time
+from collections.abc import Coroutine
+
+from raylaunch.controller.artifacts import Artifacts
+from raylaunch.controller.attempt_spec import attempt_tag
+from raylaunch.controller.driver import Driver
+from raylaunch.controller.foreign import foreign_view
+from raylaunch.controller.link import (
+    AttemptSeen,
+    Grew,
+    Link,
+    LinkDown,
+    LinkEvent,
+    LinkUp,
+    NodesChanged,
+    Stored,
+    StoreProblem,
+)
+from raylaunch.controller.queue import Admit, Wait, plan_queue
+from raylaunch.controller.ray_jobs import RayJob, RayJobs
+from raylaunch.controller.records import JobRecord, Records
+from raylaunch.controller.rooms import ask_of, holdings_of, rooms_of, waiting
+from raylaunch.controller.settings import Settings
+from raylaunch.controller.sight import Sight
+from raylaunch.errors import ClusterError, NotFoundError, RaylaunchError
+from raylaunch.reasons import Reason
+from raylaunch.state import AttemptView, Change, JobView
+
+_log = logging.getLogger(__name__)
+
+_TICK_S = 1.0
+_REVIVE_AFTER_S = 4.0
+_REVIVE_EVERY_S = 20.0
+
+
+class Lifecycle:
+    """Keeps what is recorded and what is true together."""
+
+    def __init__(  # noqa: PLR0913 -- the parts of the loop, all named
+        self,
+        *,
+        settings: Settings,
+        records: Records,
+        artifacts: Artifacts,
+        link: Link,
+        ray: RayJobs,
+        sight: Sight,
+        driver: Driver,
+    ) -> None:
+        self._settings = settings
+        self._records = records
+        self._artifacts = artifacts
+        self._link = link
+        self._ray = ray
+        self._sight = sight
+        self._driver = driver
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._foreign: dict[str, RayJob] = {}
+        self._ray_silent_since: float | None = None
+        self._revived_at = 0.0
+
+    async def run(self) -> None:
+        """Run until cancelled. Jobs go on when this ends; the next `run` finds them again."""
+        poll = asyncio.create_task(self._poll_ray(), name="poll ray")
+        try:
+            while True:
+                self._step()
+                if poll.done():
+                    poll.result()
+                await self._sight.changed(_TICK_S)
+        finally:
+            for task in [poll, *self._tasks.values()]:
+                task.cancel()
+            await asyncio.gather(poll, *self._tasks.values(), return_exceptions=True)
+
+    def see(self, event: LinkEvent) -> None:
+        """Take in what the link says. Called in the event loop; never blocks."""
+        sight = self._sight
+        match event:
+            case LinkUp():
+                sight.link_up, sight.link_why = True, ""
+                self._background("nodes", self._refresh_nodes())
+            case LinkDown(why=why):
+                sight.link_up, sight.link_why = False, why
+            case NodesChanged():
+                self._background("nodes", self._refresh_nodes())
+            case AttemptSeen():
+                sight.attempts[event.attempt] = event
+                sight.grew(event.attempt)
+                self._tidy(event)
+            case StoreProblem(attempt=attempt, message=message):
+                sight.store_problems.pop(attempt, None)
+                if message:
+                    sight.store_problems[attempt] = message
+            case Stored(attempt=attempt, path=path, size=size, sha256=sha256):
+                job, _, n = attempt.rpartition("-")
+                self._artifacts.note(job, f"attempt-{n}/{path}", size=size, sha256=sha256)
+                sight.grew(attempt)
+                return
+            case Grew(attempt=attempt):
+                sight.grew(attempt)
+                return
+        sight.ring()
+
+    # -- one step: nothing here waits ---------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        unfinished = self._records.unfinished()
+        for record in unfinished:
+            if record.state.active:
+                self._background(record.id, self._drive(record.id))
+        self._admit(unfinished)
+
+    def _admit(self, unfinished: list[JobRecord]) -> None:
+        queued = waiting(unfinished)
+        if not queued:
+            return
+        if not self._sight.link_up:
+            why = f"waits for Ray: {self._sight.link_why or 'its link is starting'}"
+            for record in queued:
+                self._say(record, Wait(record.id, Reason.WAITING_FOR_RAY, why))
+            return
+        holdings = holdings_of(unfinished, released=self._sight.released, seen=self._sight.attempts)
+        by_id = {record.id: record for record in queued}
+        for decision in plan_queue([ask_of(record) for record in queued], rooms_of(self._sight.nodes), holdings):
+            record = by_id[decision.job]
+            if isinstance(decision, Admit):
+                self._start(record, decision)
+            else:
+                self._say(record, decision)
+
+    def _start(self, record: JobRecord, admit: Admit) -> None:
+        n = len(record.attempts) + 1
+        attempt = AttemptView(
+            id=f"{record.id}-{n}", n=n, node=admit.hostname, node_id=admit.node_id, admitted_at=time.time()
+        )
+        self._records.update(
+            record.id,
+            kind="admitted",
+            message=f"starts on {admit.hostname}",
+            change=Change.ADMIT,
+            reason=Reason.SENDING_CODE,
+            attempts=(*record.attempts, attempt),
+            epoch=random_secrets.token_hex(8),
+            submitted_to_ray=False,
+            environment=None,
+        )
+        self._background(record.id, self._drive(record.id))
+
+    def _say(self, record: JobRecord, wait: Wait) -> None:
+        if (record.reason, record.message) == (wait.reason, wait.message):
+            return
+        kind = "waiting" if record.reason is not wait.reason else ""
+        self._records.update(record.id, kind=kind, message=wait.message, reason=wait.reason)
+
+    # -- tasks --------------------------------------------------------------------------------------------------------
+
+    def _background(self, name: str, work: Coroutine[None, None, None]) -> None:
+        """Run `work` unless work of this name is under way."""
+        if name in self._tasks:
+            work.close()
+            return
+        task = asyncio.create_task(work, name=name)
+        self._tasks[name] = task
+        task.add_done_callback(lambda done: self._ended(name, done))
+
+    def _ended(self, name: str, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(name, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("%s failed; it is tried again", name, exc_info=error)
+        self._sight.ring()
+
+    async def _drive(self, job: str) -> None:
+        try:
+            await self._driver.drive(job)
+        except asyncio.CancelledError:
+            raise
+        except Exception:  # noqa: BLE001 -- the top of a task: a bug of one job must not stop the others
+            _log.exception("driving %s failed; it is tried again", job)
+            await asyncio.sleep(_TICK_S)
+
+    async def _refresh_nodes(self) -> None:
+        with contextlib.suppress(ClusterError):
+            self._sight.nodes = await self._link.nodes()
+
+    def _tidy(self, seen: AttemptSeen) -> None:
+        """See to an attempt that no job of ours waits for: an older one, or one whose job has ended or is gone."""
+        job, _, n = seen.attempt.rpartition("-")
+        try:
+            record = self._records.get(job)
+        except NotFoundError:
+            record = None
+        latest = record.attempts[-1].id if record is not None and record.attempts else ""
+        if record is None or latest != seen.attempt or record.state.ended:
+            self._background(f"tidy {seen.attempt}", self._clear(seen, keep=record is not None and n.isdigit()))
+
+    async def _clear(self, seen: AttemptSeen, *, keep: bool) -> None:
+        tag = attempt_tag(self._settings, seen.attempt)
+        try:
+            await self._link.fence(seen.node_id, seen.attempt, tag)
+            if not keep or await self._link.settle(seen.node_id, seen.attempt, 600):
+                await self._link.forget(seen.node_id, seen.attempt)
+                self._sight.attempts.pop(seen.attempt, None)
+        except RaylaunchError as error:
+            _log.warning("%s is not cleared from its node yet: %s", seen.attempt, error.message)
+
+    # -- Ray ----------------------------------------------------------------------------------------------------------
+
+    async def _poll_ray(self) -> None:
+        while True:
+            try:
+                if not self._sight.ray_version:
+                    self._sight.ray_version = await self._ray.version()
+                self._take(await self._ray.all())
+            except ClusterError:
+                self._sight.ray_answers = False
+                await self._revive()
+            await asyncio.sleep(_TICK_S)
+
+    def _take(self, jobs: list[RayJob]) -> None:
+        self._sight.ray_answers = True
+        self._ray_silent_since = None
+        seen = {job.submission_id or "": job for job in jobs}
+        if seen == self._sight.ray_jobs:
+            return
+        self._sight.ray_jobs = seen
+        for name, job in seen.items():
+            if not (job.metadata or {}).get("raylaunch_job") and self._foreign.get(name) != job:
+                self._records.put_foreign(self._foreign_view(job))
+                self._foreign[name] = job
+        self._sight.ring()
+
+    def _foreign_view(self, job: RayJob) -> JobView:
+        return foreign_view(job, now=time.time())
+
+    async def _revive(self) -> None:
+        """Where Ray has been silent for a while, run the command that starts it again."""
+        now = time.monotonic()
+        self._ray_silent_since = self._ray_silent_since or now
+        silent = now - self._ray_silent_since
+        if not self._settings.revive or silent < _REVIVE_AFTER_S or now - self._revived_at < _REVIVE_EVERY_S:
+            return
+        self._revived_at = now
+        _log.warning("Ray has been silent for %.0f s; starting it again", silent)
+        process = await asyncio.create_subprocess_exec(
+            *self._settings.revive, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+        )
+        status = await process.wait()
+        self._revived_at = time.monotonic()
+        if status:
+            _log.error("the command that starts Ray again ended with status %d: %s", status, self._settings.revive)

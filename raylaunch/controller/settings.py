@@ -1,0 +1,33 @@
+"""What the controller is told at its start: ``controller.json`` in the cluster's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from raylaunch.spec import Environment
+
+
+class Settings(BaseModel):
+    """``controller.json``, written by whoever starts the controller. It holds paths of secrets, never a secret."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cluster: str
+    cluster_id: str
+    store: Path
+    port: int
+    gcs_address: str
+    dashboard_url: str
+    ray_token_path: Path
+    default_environment: Environment = Environment()
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of every job of the cluster; a job's own win."""
+    revive: tuple[str, ...] = ()
+    """Command that starts Ray again when it is found dead; empty where somebody else looks after it."""
+
+    @property
+    def ray_token(self) -> str:
+        """Ray's token, read from its 0600 file."""
+        return self.ray_token_path.read_text().strip()

@@ -1,0 +1,66 @@
+"""What the controller sees of Ray, the nodes and the attempts: filled by the link's events and by polls, read by all.
+
+Nothing here is remembered over a restart; it is seen again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from raylaunch.controller.link import AttemptSeen
+from raylaunch.controller.ray_jobs import RayJob
+from raylaunch.state import NodeView
+
+
+@dataclass
+class Sight:
+    """One place for what is seen, and a bell that rings when it changes."""
+
+    nodes: tuple[NodeView, ...] = ()
+    attempts: dict[str, AttemptSeen] = field(default_factory=dict)
+    ray_jobs: dict[str, RayJob] = field(default_factory=dict)
+    ray_version: str = ""
+    ray_answers: bool = False
+    link_up: bool = False
+    link_why: str = ""
+    store_problems: dict[str, str] = field(default_factory=dict)
+    released: set[str] = field(default_factory=set)
+    """Attempts that are proven gone from their node, while their files still travel: they hold nothing any more."""
+    _bell: asyncio.Event = field(default_factory=asyncio.Event)
+    _growth: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    def grew(self, attempt: str) -> None:
+        """Wake everybody who waits for a file of this attempt to grow."""
+        growth = self._growth.pop(attempt, None)
+        if growth is not None:
+            growth.set()
+
+    async def growth(self, attempt: str, timeout_s: float) -> None:
+        """Wait until a file of the attempt grows, or the time is over."""
+        growth = self._growth.setdefault(attempt, asyncio.Event())
+        await _wait(growth, timeout_s)
+
+    def ring(self) -> None:
+        """Wake everybody who waits in `changed`."""
+        self._bell.set()
+        self._bell = asyncio.Event()
+
+    async def changed(self, timeout_s: float) -> None:
+        """Wait until something changes, or the time is over."""
+        await _wait(self._bell, timeout_s)
+
+    def node(self, node_id: str) -> NodeView | None:
+        """Return a node that is alive, or None."""
+        return next((node for node in self.nodes if node.id == node_id and node.alive), None)
+
+    def ready_nodes(self) -> list[NodeView]:
+        """Return the nodes that are alive and whose steward answers: those on which an attempt can start."""
+        return [node for node in self.nodes if node.alive and node.steward]
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), timeout_s)
+    except asyncio.TimeoutError:
+        return

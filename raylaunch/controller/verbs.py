@@ -1,0 +1,195 @@
+"""The verbs that a person's request becomes: submit, stop, remove; and what the controller says of itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+
+from raylaunch.controller.artifacts import Artifacts
+from raylaunch.controller.attempt_spec import wandb_link
+from raylaunch.controller.packages import PackageStore
+from raylaunch.controller.queue import Admit, plan_queue, why_never
+from raylaunch.controller.records import JobRecord, Records
+from raylaunch.controller.rooms import ask_for, ask_of, holdings_of, rooms_of, waiting
+from raylaunch.controller.secret_store import SecretStore
+from raylaunch.controller.services import DryRun
+from raylaunch.controller.settings import Settings
+from raylaunch.controller.sight import Sight
+from raylaunch.errors import ConflictError, SpecError, UnsatisfiableError
+from raylaunch.reasons import Reason
+from raylaunch.runner.contract import StopWish
+from raylaunch.spec import JobSpec
+from raylaunch.state import Change, ControllerStatus, JobState, JobView, RayAccess, SubmitAnswer, SubmitRequest
+from raylaunch.version import API, __version__
+
+
+class Verbs:
+    """What clients may ask for. Each answers at once; the lifecycle carries on from the record."""
+
+    def __init__(  # noqa: PLR0913 -- the parts that verbs touch, all named
+        self,
+        *,
+        settings: Settings,
+        records: Records,
+        packages: PackageStore,
+        secrets: SecretStore,
+        artifacts: Artifacts,
+        sight: Sight,
+    ) -> None:
+        self._settings = settings
+        self._records = records
+        self._packages = packages
+        self._secrets = secrets
+        self._artifacts = artifacts
+        self._sight = sight
+        self._began_at = time.time()
+
+    async def submit(self, request: SubmitRequest, person: str) -> SubmitAnswer:
+        """Take a job in. From the answer on, nothing is lost.
+
+        Raises:
+            SpecError: a secret that it names is not set.
+            UnsatisfiableError: no node could ever run it.
+            ConflictError: its code has not arrived, or the request id made another job.
+            StorageError: the store's disk is full.
+        """
+        self._check(request)
+        record, created = self._records.create(
+            request,
+            owner=person,
+            wandb=lambda job: wandb_link(request.spec, job=job, cluster_id=self._settings.cluster_id),
+        )
+        if request.secrets and not record.state.ended:
+            self._secrets.put_job(record.id, request.secrets)
+        return SubmitAnswer(job=record.view(), created=created)
+
+    async def dry_run(self, request: SubmitRequest) -> DryRun:
+        """Say where the job could run now, or what it would wait for.
+
+        Raises:
+            SpecError: as `submit`.
+            UnsatisfiableError: as `submit`.
+        """
+        self._check(request, package=False)
+        rooms = rooms_of(self._sight.nodes)
+        ask = ask_for(request.spec, job="(this job)", since=time.time())
+        unfinished = self._records.unfinished()
+        holdings = holdings_of(unfinished, released=self._sight.released, seen=self._sight.attempts)
+        asks = [*(ask_of(record) for record in waiting(unfinished)), ask]
+        decision = next(item for item in plan_queue(asks, rooms, holdings) if item.job == ask.job)
+        if isinstance(decision, Admit):
+            return DryRun(fits=(decision.hostname,), message=f"would start on {decision.hostname} at once")
+        return DryRun(fits=(), message=decision.message)
+
+    async def stop(self, record: JobRecord, *, grace_s: float | None, person: str) -> JobView:
+        """Ask for the end of a job; it is ``stopped`` once none of its processes is left.
+
+        Raises:
+            ConflictError: it has ended already, or is foreign.
+        """
+        if record.foreign:
+            msg = f"{record.id} was submitted with plain ray job submit"
+            raise ConflictError(msg, hint=f'eval "$(raylaunch env)"; ray job stop {record.id}')
+        if record.state.ended:
+            msg = f"{record.id} has ended already: {record.state.value}"
+            raise ConflictError(msg, hint=f"raylaunch show {record.id}")
+        message = f"{person} asked to stop it"
+        if not record.state.active:
+            stopped = self._records.update(
+                record.id,
+                kind="ended",
+                message=f"{message} before it started",
+                change=Change.END_STOPPED,
+                reason=Reason.STOP_REQUESTED,
+                ended_at=time.time(),
+            )
+            self._secrets.forget_job(record.id)
+            return stopped.view()
+        spec_grace = record.spec.grace_s if record.spec is not None else 30.0
+        wish = StopWish(why="stopped", grace_s=spec_grace if grace_s is None else grace_s)
+        change = None if record.state is JobState.STOPPING else Change.STOP
+        updated = self._records.update(
+            record.id,
+            kind="stopping",
+            message=message,
+            change=change,
+            reason=Reason.STOP_REQUESTED,
+            stop_wish=wish,
+        )
+        self._sight.ring()
+        return updated.view()
+
+    async def remove(self, record: JobRecord) -> int:
+        """Delete an ended job, its record and all its files; return the bytes that it took.
+
+        Raises:
+            ConflictError: it has not ended.
+        """
+        if not record.state.ended:
+            msg = f"{record.id} is {record.state.value}; only a job that has ended can be removed"
+            raise ConflictError(msg, hint=f"raylaunch stop {record.id}")
+        freed = self._artifacts.bytes_of(record.id)
+        self._records.delete(record.id)
+        self._secrets.forget_job(record.id)
+        return freed
+
+    def status(self, person: str, role: str) -> ControllerStatus:
+        """Say how the controller, Ray and the nodes are."""
+        sight = self._sight
+        unfinished = self._records.unfinished()
+        return ControllerStatus(
+            cluster=self._settings.cluster,
+            version=__version__,
+            api=API,
+            pid=os.getpid(),
+            person=person,
+            role=role,
+            started_at=self._began_at,
+            ray="up" if sight.link_up and sight.ray_answers else "down",
+            ray_version=sight.ray_version,
+            nodes=sight.nodes,
+            queued=sum(1 for record in unfinished if record.state in {JobState.QUEUED, JobState.HELD}),
+            running=sum(1 for record in unfinished if record.state.active),
+            store=str(self._settings.store),
+            store_free=shutil.disk_usage(self._settings.store).free,
+            problems=self._problems(),
+        )
+
+    async def wait_growth(self, attempt_id: str, timeout_s: float) -> None:
+        """Return when anything of the attempt changed, or the time is over."""
+        await self._sight.growth(attempt_id, timeout_s)
+
+    def ray_access(self) -> RayAccess:
+        """Return what Ray's own tools need to reach the cluster."""
+        settings = self._settings
+        return RayAccess(
+            gcs_address=settings.gcs_address, dashboard_url=settings.dashboard_url, token=settings.ray_token
+        )
+
+    def _problems(self) -> tuple[str, ...]:
+        sight = self._sight
+        found = list(self._records.healed)
+        if not sight.link_up:
+            found.append(f"Ray cannot be reached: {sight.link_why or 'its link is starting'}")
+        mute = [node for node in sight.nodes if node.alive and not node.steward]
+        found += [f"the steward of {node.hostname} does not answer" for node in mute]
+        found += [f"{attempt}: {message}" for attempt, message in sight.store_problems.items()]
+        return tuple(found)
+
+    def _check(self, request: SubmitRequest, *, package: bool = True) -> None:
+        missing = self._secrets.missing(request.spec.secrets, given=request.secrets)
+        if missing:
+            msg = f"the secret {missing[0]} is not set on cluster {self._settings.cluster}"
+            raise SpecError(msg, hint=f"raylaunch secret set {missing[0]}", field="secrets")
+        self._check_fits(request.spec)
+        if package and request.package and not self._packages.have(request.package).complete:
+            msg = f"the code of this job (package {request.package[:12]}) has not arrived"
+            raise ConflictError(msg, hint="submit it again; what has arrived is not sent again")
+
+    def _check_fits(self, spec: JobSpec) -> None:
+        rooms = rooms_of(self._sight.nodes)
+        never = why_never(ask_for(spec), rooms) if rooms else ""
+        if never:
+            msg = f"{spec.display_name} can never run on cluster {self._settings.cluster}: {never}"
+            raise UnsatisfiableError(msg, hint="ask for less, or see what there is with: raylaunch status")

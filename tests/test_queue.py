@@ -1,0 +1,145 @@
+"""Whose turn it is, and why not yours."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raylaunch.controller.queue import Admit, Ask, Holding, Room, Wait, free_in, needs, plan_queue, why_never
+from raylaunch.reasons import Reason
+from raylaunch.spec import JobSpec, Resources, Where
+
+GIB = 1024**3
+
+
+def room(name: str = "dgx", *, gpus: float = 8, cpus: float = 64, outside: int = 0, gpu_type: str = "") -> Room:
+    total = {"GPU": gpus, "CPU": cpus, "memory": 512.0 * GIB}
+    return Room(
+        node_id=f"id-{name}",
+        hostname=name,
+        total=total,
+        ray_free=dict(total),
+        outside=outside,
+        outside_users=("bob's python",) if outside else (),
+        arch="x86_64",
+        gpu_type=gpu_type,
+    )
+
+
+def ask(job: str, *, gpus: float = 0, cpus: float = 0, since: float = 0, priority: int = 0, **where: object) -> Ask:
+    amounts = {name: amount for name, amount in (("GPU", gpus), ("CPU", cpus)) if amount}
+    return Ask(job, job, since, amounts, Where.model_validate(where), priority)
+
+
+def holding(job: str, gpus: float, *, placed: bool = True) -> Holding:
+    return Holding(job, job, "id-dgx", {"GPU": gpus}, placed=placed)
+
+
+def used(of: Room, gpus: float) -> Room:
+    return Room(of.node_id, of.hostname, of.total, {**of.ray_free, "GPU": of.total["GPU"] - gpus})
+
+
+def test_a_job_that_fits_starts_at_once() -> None:
+    assert plan_queue([ask("a", gpus=8)], [room()], []) == [Admit("a", "id-dgx", "dgx")]
+
+
+def test_the_older_job_goes_first() -> None:
+    first, second = plan_queue([ask("young", gpus=8, since=2), ask("old", gpus=8, since=1)], [room()], [])
+    assert first == Admit("old", "id-dgx", "dgx")
+    assert isinstance(second, Wait)
+
+
+def test_a_higher_priority_goes_before_age() -> None:
+    first, _ = plan_queue([ask("old", gpus=8, since=1), ask("urgent", gpus=8, since=2, priority=5)], [room()], [])
+    assert first.job == "urgent"
+
+
+def test_why_not_yours_is_arithmetic() -> None:
+    busy = used(room(), 7)
+    (wait,) = plan_queue([ask("a", gpus=4)], [busy], [holding("x", 5)])
+    assert wait == Wait(
+        "a",
+        Reason.WAITING_FOR_GPUS,
+        "needs 4 GPUs on one node; dgx has 1 free of 8: 5 held by x (x), 2 held in Ray by others",
+    )
+
+
+def test_gpus_that_processes_outside_raylaunch_use_are_not_given_away() -> None:
+    (wait,) = plan_queue([ask("a", gpus=8)], [room(outside=1)], [])
+    assert wait == Wait(
+        "a",
+        Reason.GPU_BUSY_OUTSIDE,
+        "needs 8 GPUs on one node; dgx has 7 free of 8: 1 used by processes outside raylaunch (bob's python)",
+    )
+
+
+def test_a_small_job_does_not_starve_a_large_one() -> None:
+    asks = [ask("large", gpus=8, since=1), ask("small", gpus=1, since=2)]
+    large, small = plan_queue(asks, [used(room(), 4)], [holding("x", 4)])
+    assert isinstance(large, Wait)
+    assert small == Wait(
+        "small",
+        Reason.WAITING_FOR_TURN,
+        "would fit on dgx, but large (large) is ahead of it and waits for 8 GPUs there",
+    )
+
+
+def test_a_job_that_takes_nothing_of_what_the_first_waits_for_goes_on() -> None:
+    asks = [ask("large", gpus=8, since=1), ask("cpu", cpus=2, since=2)]
+    _, cpu = plan_queue(asks, [used(room(), 4)], [holding("x", 4)])
+    assert cpu == Admit("cpu", "id-dgx", "dgx")
+
+
+def test_a_job_without_gpus_goes_where_no_gpus_are() -> None:
+    decisions = plan_queue([ask("cpu", cpus=1)], [room(), room("plain", gpus=0)], [])
+    assert decisions == [Admit("cpu", "id-plain", "plain")]
+
+
+def test_two_jobs_do_not_get_the_same_gpus_in_one_plan() -> None:
+    decisions = plan_queue([ask("a", gpus=5), ask("b", gpus=5)], [room()], [])
+    assert [type(decision) for decision in decisions] == [Admit, Wait]
+
+
+def test_an_attempt_that_ray_does_not_count_yet_still_holds_its_gpus() -> None:
+    assert free_in(room(), [holding("x", 6, placed=False)])["GPU"] == 2
+
+
+def test_more_than_the_largest_node_has_is_said_with_what_there_is() -> None:
+    said = why_never(ask("a", gpus=16), [room(), room("small", gpus=2)])
+    assert said == "asks 16 GPUs on one node; the largest has 8 (dgx)"
+
+
+def test_a_resource_that_no_node_has_is_said() -> None:
+    asked = Ask("a", "a", 0, {"scratch": 1})
+    assert why_never(asked, [room()]) == "asks 1 scratch on one node; no node has any"
+
+
+def test_a_host_that_does_not_exist_is_said() -> None:
+    said = why_never(ask("a", hosts=("spark",)), [room()])
+    assert said == "dgx: is not one of the hosts asked for (spark)"
+
+
+def test_a_gpu_type_is_matched_by_a_part_of_its_name() -> None:
+    rooms = [room("old", gpu_type="NVIDIA A100"), room("new", gpu_type="NVIDIA H100 80GB")]
+    assert plan_queue([ask("a", gpus=1, gpu_type="h100")], rooms, []) == [Admit("a", "id-new", "new")]
+
+
+def test_a_job_with_gpus_holds_no_cpu_unless_it_asks_for_some() -> None:
+    assert needs(JobSpec(entrypoint="x", resources=Resources(gpus=2))) == {"GPU": 2}
+    assert needs(JobSpec(entrypoint="x")) == {"CPU": 1}
+
+
+@given(
+    wanted=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(-2, 2)), max_size=12),
+    held=st.lists(st.integers(1, 3), max_size=3),
+)
+def test_no_plan_ever_gives_more_than_there_is(wanted: list[tuple[int, int, int]], held: list[int]) -> None:
+    holdings = [holding(f"h{index}", gpus) for index, gpus in enumerate(held) if sum(held) <= 8]
+    dgx = used(room(cpus=6), sum(one.amounts["GPU"] for one in holdings))
+    asks = [ask(f"j{index}", gpus=g, cpus=c, since=index, priority=p) for index, (g, c, p) in enumerate(wanted)]
+    decisions = plan_queue(asks, [dgx], holdings)
+    admitted = {decision.job for decision in decisions if isinstance(decision, Admit)}
+    given_gpus = sum(one.needs.get("GPU", 0) for one in asks if one.job in admitted)
+    assert len(decisions) == len(asks)
+    assert given_gpus + sum(one.amounts["GPU"] for one in holdings) <= 8
+    assert sum(one.needs.get("CPU", 0) for one in asks if one.job in admitted) <= 6

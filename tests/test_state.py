@@ -1,0 +1,60 @@
+"""What may follow what."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from raylaunch.reasons import Reason, Verdict
+from raylaunch.state import ENDED, Change, IllegalTransition, JobState, transition
+
+
+def test_a_job_that_runs_to_its_end_succeeds() -> None:
+    state = JobState.QUEUED
+    for change in (Change.ADMIT, Change.START, Change.SUCCEED):
+        state = transition(state, change)
+    assert state is JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize(("state", "change"), list(itertools.product(sorted(ENDED), Change)))
+def test_an_ended_state_never_changes(state: JobState, change: Change) -> None:
+    with pytest.raises(IllegalTransition, match=f"{change.value} cannot happen to a job that is {state.value}"):
+        transition(state, change)
+
+
+def test_a_job_that_waits_is_stopped_without_having_started() -> None:
+    assert transition(JobState.QUEUED, Change.END_STOPPED) is JobState.STOPPED
+
+
+def test_a_job_that_was_asked_to_stop_is_not_tried_again() -> None:
+    with pytest.raises(IllegalTransition):
+        transition(JobState.STOPPING, Change.REQUEUE)
+
+
+def test_a_running_job_can_go_back_into_the_queue() -> None:
+    assert transition(JobState.RUNNING, Change.REQUEUE) is JobState.QUEUED
+
+
+@pytest.mark.parametrize("state", list(JobState))
+def test_every_state_that_has_not_ended_can_reach_an_end(state: JobState) -> None:
+    reached = {state}
+    while True:
+        more = {_after(one, change) for one in reached for change in Change} | reached
+        if more == reached:
+            break
+        reached = more
+    assert reached & ENDED
+
+
+def _after(state: JobState, change: Change) -> JobState:
+    try:
+        return transition(state, change)
+    except IllegalTransition:
+        return state
+
+
+@pytest.mark.parametrize("reason", list(Reason))
+def test_every_reason_has_a_sentence_and_a_verdict(reason: Reason) -> None:
+    assert reason.sentence
+    assert reason.verdict in Verdict
