@@ -32,7 +32,7 @@ format: .venv/.test ## let ruff format and fix what it can
 	$(BIN)/ruff format .
 
 bench: .venv/.test ## measure raylaunch beside its peers; writes benchmarks/results.json
-	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 clean: ## remove what the targets above have made in this folder
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist build raylaunch-demo
