@@ -16,9 +16,11 @@ from raylaunch.controller.journal import JOURNAL, write_problem
 from raylaunch.controller.packages import file_sha256
 from raylaunch.errors import NotFoundError
 from raylaunch.runner.contract import CHECKPOINTS, LOGS, OUTPUTS, WANDB
-from raylaunch.state import Artifact, JobView, Usage
+from raylaunch.state import Artifact, JobState, Usage
 
 MANIFEST = "manifest.json"
+_UNDER_WAY = (f"{MANIFEST}.new", ".replicated.json", ".raylaunch-part")
+"""Files whose names hold one of these are the store's own bookkeeping, and are not shown."""
 
 Kind: TypeAlias = Literal["output", "checkpoint", "log", "wandb", "record"]
 
@@ -124,15 +126,15 @@ class Artifacts:
         """Return the bytes that the job's files take in the store."""
         return sum(facts.st_size for _, facts in _walk(self._jobs / job_id))
 
-    def usage(self, view: JobView) -> Usage:
+    def usage(self, job_id: str, *, name: str, state: JobState) -> Usage:
         """Return the bytes that a job takes in the store. Walks its folder: call it from a worker thread."""
         sizes: dict[Kind, int] = {"output": 0, "checkpoint": 0, "log": 0, "wandb": 0, "record": 0}
-        for path, facts in _walk(self._jobs / view.id):
+        for path, facts in _walk(self._jobs / job_id):
             sizes[_kind(path)] += facts.st_size
         return Usage(
-            job=view.id,
-            name=view.name,
-            state=view.state,
+            job=job_id,
+            name=name,
+            state=state,
             bytes=sum(sizes.values()),
             outputs=sizes["output"],
             checkpoints=sizes["checkpoint"],
@@ -157,7 +159,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Yield regular files with their facts, sorted by path; links are not followed."""
     for root, folders, names in os.walk(folder):
         folders.sort()
-        for name in sorted(names):
+        for name in sorted(name for name in names if not any(mark in name for mark in _UNDER_WAY)):
             path = Path(root, name)
             try:
                 facts = path.lstat()

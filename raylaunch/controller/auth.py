@@ -71,8 +71,8 @@ class _Tokens(BaseModel):
 class TokenBook:
     """``tokens.json``: hashes of tokens, never tokens. Read again whenever the file changes."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, store: Path) -> None:
+        self._path = store / "tokens.json"
         self._stamp: tuple[int, int, int] | None = None
         self._callers: dict[str, Caller] = {}
 

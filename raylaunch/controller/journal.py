@@ -107,6 +107,13 @@ def read(path: Path) -> Iterator[JournalLine | None]:
             yield _parse(data)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small file for people, readable by the owner alone."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+
+
 def sync_folder(folder: Path) -> None:
     """Make sure that the names in `folder` are on the disk."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -177,6 +177,11 @@ class Records:
         filters = Filters(tuple(states), name, owner, tag, since)
         return page_of(self._db, filters, limit=limit, cursor=cursor)
 
+    def names(self) -> list[tuple[str, str, JobState]]:
+        """Return id, name and state of every job of ours."""
+        rows = self._db.execute("SELECT id, name, state FROM jobs WHERE NOT is_foreign")
+        return [(job, name, JobState(state)) for job, name, state in rows]
+
     def unfinished(self) -> list[JobRecord]:
         """Return the jobs that have not ended, oldest first, without foreign ones and without heavy fields."""
         return sorted(self._live.values(), key=lambda record: (record.created_at, record.id))
@@ -274,6 +279,9 @@ class Records:
             StorageError: it cannot be written; the job is still there then.
         """
         record = self._by_id(job_id)
+        if record.foreign:
+            msg = f"{job_id} was submitted with Ray's own tools and is not raylaunch's to remove"
+            raise ConflictError(msg, hint=f'eval "$(raylaunch env)"; ray job delete {job_id}')
         if not record.state.ended:
             msg = f"{job_id} is {record.state.value}; only a job that has ended can be removed"
             raise ConflictError(msg, hint=f"stop it first: raylaunch stop {job_id}")
@@ -327,9 +335,9 @@ class Records:
         journal.sync_folder(folder.parent)
         if record.spec is not None:
             spec = record.spec.model_dump(mode="json", exclude_defaults=True)
-            _write_file(folder / "spec.yaml", yaml.safe_dump(spec, sort_keys=False, allow_unicode=True))
+            journal.write_text(folder / "spec.yaml", yaml.safe_dump(spec, sort_keys=False, allow_unicode=True))
         if record.git is not None and record.git.diff:
-            _write_file(folder / "git.diff", record.git.diff)
+            journal.write_text(folder / "git.diff", record.git.diff)
 
     def _write(self, old: JobRecord | None, new: JobRecord, *, kind: str, note: str) -> JobRecord:
         event = self._event(new, kind, note) if kind else None
@@ -348,7 +356,7 @@ class Records:
         self._commit(event, self.folder(new.id) / JOURNAL, line, record=new, own_journal=True)
         if heavy and new.environment is not None and new.environment.packages:
             with contextlib.suppress(OSError):  # a copy for people; the record has it
-                _write_file(self.folder(new.id) / "packages.txt", "\n".join(new.environment.packages) + "\n")
+                journal.write_text(self.folder(new.id) / "packages.txt", "\n".join(new.environment.packages) + "\n")
         if new.state.ended:
             self._live.pop(new.id, None)
         else:
@@ -391,9 +399,3 @@ class Records:
             changed.set()
         for listener in self._listeners:
             listener()
-
-
-def _write_file(path: Path, text: str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)

@@ -1,0 +1,120 @@
+"""How answers are written: models as JSON, errors in one form, files with ranges."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+
+import anyio
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, JsonValue
+from starlette.background import BackgroundTask
+
+from raylaunch.errors import RaylaunchError
+from raylaunch.version import API, __version__
+
+OURS = {"X-Raylaunch-Version": __version__, "X-Raylaunch-Api": str(API)}
+"""Headers of every answer."""
+
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_BLOCK = 1024 * 1024
+
+
+def answer(value: BaseModel | Sequence[BaseModel], *, background: BackgroundTask | None = None) -> Response:
+    """Return a model, or several, as JSON."""
+    if isinstance(value, BaseModel):
+        return json_answer(value.model_dump(mode="json"), background=background)
+    return json_answer([item.model_dump(mode="json") for item in value], background=background)
+
+
+def json_answer(
+    data: JsonValue,
+    *,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+    background: BackgroundTask | None = None,
+) -> Response:
+    """Return JSON. Losses become NaN: such numbers travel as text, which our models read and other programs survive."""
+    try:
+        text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    except ValueError:
+        text = json.dumps(_speakable(data), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    body = text.encode(errors="backslashreplace")
+    return Response(body, status, dict(headers or {}), "application/json", background=background)
+
+
+def error_answer(error: RaylaunchError, *, status: int = 0, headers: Mapping[str, str] | None = None) -> Response:
+    """Return ``{"error": {"code", "message", "hint"}}`` with the error's own status, or another."""
+    body: JsonValue = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
+    return json_answer(body, status=status or error.status, headers={**OURS, **(headers or {})})
+
+
+def file_answer(path: Path, request: Request, *, headers: Mapping[str, str]) -> Response:
+    """Return a file's bytes as they are now, or the range that was asked for (206; 416 when it lies beyond the end).
+
+    A file that grows meanwhile is sent up to the size it had.
+    """
+    facts = path.stat()
+    size = facts.st_size
+    etag = f'"{facts.st_mtime_ns:x}-{size:x}"'
+    common = {**headers, "Accept-Ranges": "bytes", "ETag": etag}
+    span = _span(request, size, etag)
+    if span is None:
+        begin, end, status = 0, size, 200
+    elif span[0] >= size:
+        error = RaylaunchError(f"the file has {size} bytes", hint="ask for a range within it")
+        return error_answer(error, status=416, headers={"Content-Range": f"bytes */{size}"})
+    else:
+        begin, end, status = span[0], min(span[1], size), 206
+        common["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
+    common["Content-Length"] = str(end - begin)
+    if request.method == "HEAD":
+        return Response(None, status, common, "application/octet-stream")
+    return StreamingResponse(_bytes(path, facts, begin, end), status, common, "application/octet-stream")
+
+
+def _speakable(data: JsonValue) -> JsonValue:
+    match data:
+        case float() if math.isnan(data):
+            return "NaN"
+        case float() if math.isinf(data):
+            return "Infinity" if data > 0 else "-Infinity"
+        case dict():
+            return {key: _speakable(value) for key, value in data.items()}
+        case list():
+            return [_speakable(value) for value in data]
+        case _:
+            return data
+
+
+def _span(request: Request, size: int, etag: str) -> tuple[int, int] | None:
+    """Return the one range that was asked for, or None for the whole (RFC 9110, sections 14.2 and 13.1.5)."""
+    match = _RANGE.fullmatch(request.headers.get("range", "").strip())
+    if match is None or match.group(0) == "bytes=-" or request.headers.get("if-range", etag) != etag:
+        return None
+    first, last = match.groups()
+    if not first:
+        return max(0, size - int(last)), size
+    if last and int(last) < int(first):
+        return None
+    return int(first), int(last) + 1 if last else size
+
+
+async def _bytes(path: Path, facts: os.stat_result, begin: int, end: int) -> AsyncIterator[bytes]:
+    async with await anyio.open_file(path, "rb") as file:
+        if os.fstat(file.wrapped.fileno()).st_ino != facts.st_ino:
+            msg = f"{path} was replaced while it was about to be sent"  # the connection ends; the client asks again
+            raise RuntimeError(msg)
+        await file.seek(begin)
+        while begin < end:
+            data = await file.read(min(_BLOCK, end - begin))
+            if not data:
+                msg = f"{path} became shorter while it was sent"
+                raise RuntimeError(msg)
+            begin += len(data)
+            yield data

@@ -1,0 +1,68 @@
+"""What routes take from a request: the services, who asks, and the job that is meant."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Query, Request
+
+from raylaunch.controller.auth import Caller, Role
+from raylaunch.controller.record import JobRecord
+from raylaunch.controller.services import Services
+from raylaunch.errors import AccessError, NotFoundError
+
+WAIT_S = 25.0
+"""Longest that an answer is held back for news."""
+
+
+async def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+async def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+Has = Annotated[Services, Depends(_services)]
+Who = Annotated[Caller, Depends(_caller)]
+
+
+async def _job(ref: str, request: Request, services: Has, caller: Who) -> JobRecord:
+    record = services.records.get(ref, owner=caller.person)
+    request.state.about = record.id
+    return record
+
+
+Job = Annotated[JobRecord, Depends(_job)]
+WaitS = Annotated[float, Query(ge=0, le=WAIT_S, description="how long to wait for news, seconds")]
+
+
+def require_own(caller: Caller, record: JobRecord, what: str) -> None:
+    """Let through who may change this job: its owner as a trainer, anybody as an operator.
+
+    Raises:
+        AccessError: the caller may not.
+    """
+    caller.require(Role.TRAINER, f"{what} jobs")
+    if record.owner != caller.person and not caller.role.allows(Role.OPERATOR):
+        whose = f"which is {record.owner}'s" if record.owner else "which was submitted with Ray's own tools"
+        msg = f"{caller.person} may not {what} {record.id}, {whose}"
+        raise AccessError(msg, hint="its owner may, and whoever has the role operator")
+
+
+def pick_attempt(record: JobRecord, n: int | None) -> int:
+    """Return the number of the attempt that is meant: `n`, or the latest; 0 before the first.
+
+    Raises:
+        NotFoundError: there is no attempt `n`, or the job is not raylaunch's.
+    """
+    if record.foreign:
+        msg = f"{record.id} was submitted with Ray's own tools: raylaunch has no log of it"
+        raise NotFoundError(msg, hint=f'eval "$(raylaunch env)"; ray job logs {record.id}')
+    if n is not None and not 1 <= n <= len(record.attempts):
+        has = f"it has {len(record.attempts)}" if record.attempts else "it has not started yet"
+        msg_0 = f"{record.id} has no attempt {n}"
+        raise NotFoundError(msg_0, hint=has)
+    return n or len(record.attempts)

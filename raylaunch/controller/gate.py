@@ -1,0 +1,93 @@
+"""What every request passes first: token, version, audit. Nothing behind it is reached without a token."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from raylaunch.controller.answers import OURS, error_answer
+from raylaunch.controller.audit import AuditLog
+from raylaunch.controller.auth import Caller, TokenBook
+from raylaunch.errors import AccessError, RaylaunchError, SpecError, VersionError
+from raylaunch.version import API, __version__
+
+_READS = frozenset({"GET", "HEAD"})
+_BODY_BYTES = 16 * 1024 * 1024
+_UNAUTHORIZED = 401
+
+
+class Gate:
+    """ASGI middleware, outermost. Puts the `Caller` into ``request.state.caller``."""
+
+    def __init__(self, app: ASGIApp, *, tokens: TokenBook, audit: AuditLog) -> None:
+        self._app = app
+        self._tokens = tokens
+        self._audit = audit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer why not."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        caller = self._caller(headers)
+        if caller is None:
+            await _no_token(headers)(scope, receive, send)
+            return
+        problem = _problem(headers)
+        if problem is not None:
+            await error_answer(problem)(scope, receive, send)
+            return
+        scope.setdefault("state", {})["caller"] = caller
+        await self._pass_on(scope, receive, send, caller)
+
+    def _caller(self, headers: Headers) -> Caller | None:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        return self._tokens.who(token.strip()) if scheme.lower() == "bearer" else None
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        status = 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).update(OURS)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        finally:
+            if scope["method"] not in _READS and scope["state"].get("audited", True):
+                self._write_down(scope, caller, status)
+
+    def _write_down(self, scope: Scope, caller: Caller, status: int) -> None:
+        verb = getattr(scope.get("route"), "name", "") or f"{scope['method']} {scope['path']}"
+        job = scope["state"].get("about") or scope.get("path_params", {}).get("ref", "")
+        self._audit.write(person=caller.person, verb=verb, job=job, status=status)
+
+
+def _no_token(headers: Headers) -> ASGIApp:
+    sent = "authorization" in headers
+    message = "the token is not one of this cluster's" if sent else "the request carries no token"
+    hint = "send 'Authorization: Bearer TOKEN'; raylaunch's own commands take it from the cluster's folder"
+    error = AccessError(message, hint=hint)
+    return error_answer(error, status=_UNAUTHORIZED, headers={"WWW-Authenticate": "Bearer"})
+
+
+def _problem(headers: Headers) -> RaylaunchError | None:
+    theirs = headers.get("x-raylaunch-api", str(API))
+    if theirs != str(API):
+        version = headers.get("x-raylaunch-version", "of an unknown version")
+        msg = f"the client is raylaunch {version} and the controller {__version__}: they do not speak the same protocol"
+        newer = theirs.isdigit() and int(theirs) > API
+        older_hint = f"install the controller's version on the client's side: pip install raylaunch=={__version__}"
+        newer_hint = "raylaunch up starts a controller of the client's version; running jobs go on"
+        return VersionError(f"{msg} ({theirs} there, {API} here)", hint=newer_hint if newer else older_hint)
+    if int(headers.get("content-length", "0")) > _BODY_BYTES:
+        msg = f"the request's body is larger than {_BODY_BYTES // 1024 // 1024} MiB"
+        return SpecError(msg, hint="send a package in pieces of at most 8 MiB")
+    return None

@@ -1,0 +1,78 @@
+"""Routes about the cluster: status, Ray's own access, secrets, and the room that jobs take."""
+
+from __future__ import annotations
+
+import anyio
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from raylaunch.controller.answers import answer, json_answer
+from raylaunch.controller.asking import Has, Who
+from raylaunch.controller.auth import Role
+from raylaunch.controller.services import Services
+from raylaunch.state import ControllerStatus, JobState, RayAccess, UsagePage
+
+router = APIRouter()
+
+
+class SecretValue(BaseModel):
+    """The value of a secret."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    value: str = Field(repr=False)
+
+
+@router.get("/status", response_model=ControllerStatus)
+async def status(services: Has, caller: Who) -> Response:
+    """Say how the controller, Ray and the nodes are."""
+    return answer(services.jobs.status(caller.person, caller.role.value))
+
+
+@router.get("/ray", response_model=RayAccess)
+async def ray(services: Has, caller: Who) -> Response:
+    """Return what Ray's own tools need."""
+    caller.require(Role.OPERATOR, "use Ray's own tools")
+    return answer(services.jobs.ray_access())
+
+
+@router.get("/secrets", response_model=list[str])
+async def secret_names(services: Has, caller: Who) -> Response:
+    """Return the names of the cluster's secrets."""
+    caller.require(Role.OPERATOR, "see the names of secrets")
+    return json_answer(list(services.secrets.names()))
+
+
+@router.put("/secrets/{name}")
+async def set_secret(name: str, body: SecretValue, request: Request, services: Has, caller: Who) -> Response:
+    """Set a secret."""
+    caller.require(Role.OPERATOR, "set secrets")
+    request.state.about = name
+    services.secrets.put(name, body.value)
+    return json_answer({})
+
+
+@router.delete("/secrets/{name}")
+async def remove_secret(name: str, request: Request, services: Has, caller: Who) -> Response:
+    """Delete a secret."""
+    caller.require(Role.OPERATOR, "delete secrets")
+    request.state.about = name
+    services.secrets.remove(name)
+    return json_answer({})
+
+
+@router.get("/usage", response_model=UsagePage)
+async def usage(services: Has) -> Response:
+    """Say what the store holds, largest first."""
+    return answer(await anyio.to_thread.run_sync(_usage, services, services.records.names()))
+
+
+def _usage(services: Services, jobs: list[tuple[str, str, JobState]]) -> UsagePage:
+    found = [services.artifacts.usage(job, name=name, state=state) for job, name, state in jobs]
+    packages = services.packages.bytes()
+    return UsagePage(
+        jobs=tuple(sorted(found, key=lambda usage: usage.bytes, reverse=True)),
+        packages=packages,
+        total=packages + sum(usage.bytes for usage in found),
+        free=services.artifacts.free_bytes(),
+    )

@@ -1,0 +1,63 @@
+"""Routes about what a job produces: metrics and files."""
+
+# ruff: noqa: FAST003 -- `asking.Job` takes the path's {ref}
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from itertools import chain, islice
+from typing import Annotated
+
+import anyio
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
+
+from raylaunch.controller.answers import answer, file_answer
+from raylaunch.controller.asking import Has, Job
+from raylaunch.state import Artifact, MetricsPage
+
+router = APIRouter()
+
+_LINES = 1000
+
+Keys = Annotated[list[str] | None, Query(alias="key", description="names of metrics; may be repeated")]
+
+
+@router.get("/jobs/{ref}/metrics", response_model=MetricsPage)
+async def metrics(
+    record: Job, services: Has, keys: Keys = None, max_points: Annotated[int, Query(ge=2, le=100_000)] = 500
+) -> Response:
+    """Return which metrics there are and their last values; and points of those that are named."""
+    page = partial(services.metrics.page, record, keys=keys or [], max_points=max_points)
+    return answer(await anyio.to_thread.run_sync(page))
+
+
+@router.get("/jobs/{ref}/metrics.csv", response_class=StreamingResponse)
+async def metrics_csv(record: Job, services: Has, keys: Keys = None) -> Response:
+    """Return every point as CSV: step,at,key,value."""
+    lines = iter(services.metrics.csv(record, keys=keys or []))
+    first = await anyio.to_thread.run_sync(next, lines, "")  # what cannot be read is an error, not half an answer
+    return StreamingResponse(_encoded(chain([first], lines)), 200, None, "text/csv")
+
+
+@router.get("/jobs/{ref}/files", response_model=list[Artifact])
+async def files(record: Job, services: Has) -> Response:
+    """Return the files that a job left behind."""
+    return answer(await anyio.to_thread.run_sync(services.artifacts.files, record.id))
+
+
+@router.api_route("/jobs/{ref}/files/{path:path}", methods=["GET", "HEAD"], response_class=Response)
+async def file(record: Job, path: str, request: Request, services: Has) -> Response:
+    """Return one file, or a range of it."""
+    where, artifact = await anyio.to_thread.run_sync(services.artifacts.path, record.id, path)
+    headers = {"X-Sha256": artifact.sha256} if artifact.sha256 else {}
+    return file_answer(where, request, headers=headers)
+
+
+async def _encoded(lines: Iterator[str]) -> AsyncIterator[bytes]:
+    while text := await anyio.to_thread.run_sync(_some, lines):
+        yield text.encode()
+
+
+def _some(lines: Iterator[str]) -> str:
+    return "".join(islice(lines, _LINES))

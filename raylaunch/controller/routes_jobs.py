@@ -1,0 +1,98 @@
+"""Routes about jobs: submit, list, show, stop, remove."""
+
+# ruff: noqa: FAST003 -- `asking.Job` takes the path's {ref}
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict
+from starlette.background import BackgroundTask
+
+from raylaunch.controller.answers import answer, json_answer
+from raylaunch.controller.asking import Has, Job, Who, require_own
+from raylaunch.controller.auth import Role
+from raylaunch.controller.recovery import empty_trash
+from raylaunch.errors import SpecError
+from raylaunch.state import JobPage, JobState, JobView, SubmitAnswer, SubmitRequest
+
+router = APIRouter()
+
+
+class StopRequest(BaseModel):
+    """How to stop: seconds between SIGTERM and SIGKILL, or null for the job's own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    grace_s: float | None = None
+
+
+@router.post("/jobs", response_model=SubmitAnswer)
+async def submit(
+    submitted: SubmitRequest,
+    request: Request,
+    services: Has,
+    caller: Who,
+    *,
+    dry_run: bool = False,
+) -> Response:
+    """Take a job in; with ``dry_run`` only say where it could run."""
+    caller.require(Role.TRAINER, "submit jobs")
+    if dry_run:
+        request.state.audited = False
+        return answer(await services.jobs.dry_run(submitted))
+    result = await services.jobs.submit(submitted, caller.person)
+    request.state.about = result.job.id
+    return answer(result)
+
+
+@router.get("/jobs", response_model=JobPage)
+async def jobs(  # noqa: PLR0913 -- each is one filter
+    services: Has,
+    *,
+    state: str = "",
+    name: str = "",
+    owner: str = "",
+    tag: str = "",
+    since: float | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    cursor: str = "",
+) -> Response:
+    """Return one page of jobs, newest first, without their heavy fields."""
+    page = services.records.page(
+        states=_states(state), name=name, owner=owner, tag=tag, since=since, limit=limit, cursor=cursor
+    )
+    return answer(page)
+
+
+@router.get("/jobs/{ref}", response_model=JobView)
+async def job(record: Job) -> Response:
+    """Return one job with all its fields."""
+    return answer(record.view())
+
+
+@router.post("/jobs/{ref}/stop", response_model=JobView)
+async def stop(record: Job, services: Has, caller: Who, asked: StopRequest | None = None) -> Response:
+    """Ask a job to stop."""
+    require_own(caller, record, "stop")
+    grace_s = asked.grace_s if asked is not None else None
+    return answer(await services.jobs.stop(record, grace_s=grace_s, person=caller.person))
+
+
+@router.delete("/jobs/{ref}")
+async def remove(record: Job, services: Has, caller: Who) -> Response:
+    """Delete an ended job with all its files."""
+    require_own(caller, record, "remove")
+    freed = await services.jobs.remove(record)
+    later = BackgroundTask(empty_trash, services.store)
+    return json_answer({"removed": record.id, "bytes": freed}, background=later)
+
+
+def _states(text: str) -> tuple[JobState, ...]:
+    known = [state.value for state in JobState]
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    for word in words:
+        if word not in known:
+            msg = f"there is no state {word!r}"
+            raise SpecError(msg, hint=f"states are {', '.join(known)}", field="state")
+    return tuple(JobState(word) for word in words)

@@ -1,0 +1,46 @@
+"""The HTTP server: uvicorn, told to let those who wait for news go first when it shuts down."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from raylaunch.controller.app import create_app
+from raylaunch.controller.services import Services
+
+
+class ApiServer(uvicorn.Server):
+    """Serves the API. Set `should_exit` to end it: long polls and event streams then answer at once.
+
+    Signals are the program's own matter: uvicorn's handlers are not installed.
+    """
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        super().__init__(
+            uvicorn.Config(
+                create_app(services),
+                http="h11",
+                loop="asyncio",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=5,
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wake everybody who waits, then end as uvicorn does."""
+        self._services.closing.set()
+        await super().shutdown(sockets)
