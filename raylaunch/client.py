@@ -8,14 +8,13 @@ import secrets as random_source
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 from pydantic import TypeAdapter
 from typing_extensions import Self
 
 from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
-from raylaunch.packing import Packed, pack
 from raylaunch.spec import JobSpec
 from raylaunch.state import (
     Artifact,
@@ -38,7 +37,10 @@ from raylaunch.submission import DryRun, with_wandb
 from raylaunch.transfer import Downloaded, OnProgress, chosen, download, local_name, no_progress, safe_target, upload
 from raylaunch.wire import NoAnswerError, Params, Reachable, Wire
 
-__all__ = ["Client", "Downloaded", "DryRun", "LogChunk", "NoAnswerError", "Reachable", "with_wandb"]
+if TYPE_CHECKING:
+    from raylaunch.packing import Packed
+
+__all__ = ["Client", "Downloaded", "DryRun", "LogChunk", "NoAnswerError", "OnProgress", "Reachable", "with_wandb"]
 
 _Result = TypeVar("_Result")
 
@@ -169,6 +171,8 @@ class Client:
         key = request_id or random_source.token_hex(16)
         if not spec.working_dir:
             return await self._submit(SubmitRequest(spec=spec, request_id=key, secrets=dict(secrets or {})))
+        from raylaunch.packing import pack  # noqa: PLC0415 -- only a submission reads ignore files and writes archives
+
         folder = Path(spec.working_dir)
         with await _uninterrupted(lambda: pack(folder)) as packed:
             if on_packed:

@@ -55,12 +55,19 @@ class Problem(NamedTuple):
 def spec_error(error: ValidationError, model: type[BaseModel], data: object, locate: Locate) -> SpecError:
     """Return one error that says everything that pydantic found, each with its place."""
     found = list(_problems(error, model, data))
-    first, *others = [(locate(problem.path), problem) for problem in found]
+    first, *others = [_named(locate(problem.path), problem) for problem in found]
     lines = [
         first[1].message,
         *(f"{where}: {problem.message}" if where else problem.message for where, problem in others),
     ]
     return SpecError("\n".join(lines), where=first[0], field=first[1].field)
+
+
+def _named(where: str, problem: Problem) -> tuple[str, Problem]:
+    """An option's name says which field it is: the field need not be said again."""
+    if where.startswith("--"):
+        return where, problem._replace(message=problem.message.removeprefix(f"{problem.field}: "))
+    return where, problem
 
 
 def _problems(error: ValidationError, model: type[BaseModel], data: object) -> Iterator[Problem]:

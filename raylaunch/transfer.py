@@ -10,14 +10,16 @@ import hashlib
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 from raylaunch.errors import NotFoundError, StorageError, TransferError
-from raylaunch.packing import Packed
 from raylaunch.runner.contract import OUTPUTS
 from raylaunch.state import Artifact
 from raylaunch.wire import Answer, Wire
+
+if TYPE_CHECKING:
+    from raylaunch.packing import Packed
 
 OnProgress = Callable[[str, int, int], None]
 """Called with what travels, bytes done, and bytes in all."""

@@ -1,0 +1,143 @@
+"""The command ``raylaunch``: its commands by name, and what becomes of errors."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from io import TextIOWrapper
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import click
+
+from raylaunch.cli.console import complain
+from raylaunch.errors import RaylaunchError, SpecError
+from raylaunch.version import __version__
+
+INTERRUPTED = 130
+_PIPE_CLOSED = 141
+
+
+class _Lazy(NamedTuple):
+    """A command that is imported when it is used."""
+
+    module: str
+    attribute: str
+    help: str
+
+
+_SECTIONS: dict[str, dict[str, _Lazy]] = {
+    "Cluster": {
+        "up": _Lazy("cluster", "up", "Start the cluster, or what is missing of it."),
+        "down": _Lazy("cluster", "down", "End the cluster; jobs, logs and outputs stay on disk."),
+        "status": _Lazy("cluster", "status", "Show what runs: controller, Ray, nodes, GPUs, queue."),
+        "env": _Lazy("cluster", "env", "Print what Ray's own tools need in the environment."),
+    },
+    "Jobs": {
+        "run": _Lazy("run", "run", "Submit a job and follow it to its end."),
+        "submit": _Lazy("run", "submit", "Submit a job and print its id."),
+        "list": _Lazy("jobs", "list_", "List jobs, newest first."),
+        "show": _Lazy("jobs", "show", "Show everything about a job."),
+        "follow": _Lazy("follow", "follow", "Follow a job's log and state to its end."),
+        "wait": _Lazy("follow", "wait", "Wait for a job's end; exit with its status."),
+        "stop": _Lazy("jobs", "stop", "Stop jobs."),
+        "rm": _Lazy("jobs", "rm", "Delete ended jobs with their files."),
+    },
+    "What a job leaves behind": {
+        "logs": _Lazy("logs", "logs", "Print, follow or search a job's log."),
+        "metrics": _Lazy("metrics", "metrics", "Show or plot a job's metrics, or give them as CSV."),
+        "files": _Lazy("files", "files", "List a job's files."),
+        "get": _Lazy("files", "get", "Download a job's outputs or other files."),
+        "du": _Lazy("files", "du", "Show what the jobs take on disk."),
+    },
+    "More": {
+        "secret": _Lazy("secret", "secret", "Set, list and remove secrets."),
+        "demo": _Lazy("demo", "demo", "Train a small real model, from start to downloaded file."),
+    },
+}
+_COMMANDS = {name: lazy for section in _SECTIONS.values() for name, lazy in section.items()}
+
+
+class LazyGroup(click.Group):
+    """Commands that are imported when they are used: ``raylaunch list`` loads nothing of ``raylaunch run``."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 -- click's signature
+        """Return all names."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 -- as above
+        """Import the command of that name."""
+        lazy = _COMMANDS.get(cmd_name)
+        if lazy is None:
+            return None
+        command = getattr(importlib.import_module(f"raylaunch.cli.{lazy.module}"), lazy.attribute)
+        return command if isinstance(command, click.Command) else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Refuse an unknown name with the nearest known one."""
+        name = args[0]
+        if not name.startswith("-") and name not in _COMMANDS:
+            import difflib  # noqa: PLC0415 -- only for this sentence
+
+            close = difflib.get_close_matches(name, _COMMANDS, n=1)
+            ctx.fail(f"there is no command {name!r}" + (f" (nearest: {close[0]})" if close else ""))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 -- as above
+        """List the commands without importing them."""
+        for title, commands in _SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, lazy.help) for name, lazy in commands.items()])
+
+
+@click.command(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Example:  raylaunch run --gpus 1 -- python train.py --lr 0.1",
+)
+@click.version_option(__version__, prog_name="raylaunch")
+@click.option(
+    "-c",
+    "--cluster-file",
+    type=click.Path(path_type=Path),
+    help="The cluster's file; else $RAYLAUNCH_CLUSTER_FILE, ./cluster.yaml, or the embedded cluster 'local'.",
+)
+@click.pass_context
+def raylaunch(ctx: click.Context, cluster_file: Path | None) -> None:
+    """Train on your own GPU machines.
+
+    JOB is a job's id, its name (then the latest job of that name), or 'last'.
+    """
+    ctx.obj = cluster_file
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    sys.exit(_status_of_run())
+
+
+def _status_of_run() -> int:
+    try:
+        done = raylaunch.main(standalone_mode=False, prog_name="raylaunch")
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show(sys.stderr)
+        return error.exit_code
+    except RaylaunchError as error:
+        complain(error)
+        return 2 if isinstance(error, SpecError) else 1
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):  # what reads our output has gone; nothing is to be flushed at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    return done if isinstance(done, int) else 0

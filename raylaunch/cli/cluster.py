@@ -1,0 +1,135 @@
+"""``up``, ``down``, ``status``, ``env``: the cluster itself."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from raylaunch.cli.connect import Place, finish, show_step
+from raylaunch.cli.console import count, say, say_json, size, span, styled
+from raylaunch.cli.log_view import clean
+from raylaunch.cli.options import as_json
+from raylaunch.state import ClusterStatus, GpuView, NodeView, ProcessView, RayAccess
+
+
+@click.command(epilog="Example:  raylaunch up")
+@click.option("--dry-run", is_flag=True, help="Say what would be started, and start nothing.")
+@as_json
+@click.pass_obj
+def up(cluster_file: Path | None, *, dry_run: bool, as_json: bool) -> None:
+    """Start the cluster, or what is missing of it; return when it can take jobs."""
+    place = Place(cluster_file)
+    if dry_run:
+        say(str(finish(place.backend.plan(place.spec))))
+        return
+    _say_status(finish(place.backend.up(place.spec, on_step=show_step)), as_json=as_json)
+
+
+@click.command(epilog="Example:  raylaunch down")
+@click.pass_obj
+def down(cluster_file: Path | None) -> None:
+    """End exactly what 'up' started. Jobs that run are ended; records, logs and outputs stay."""
+    place = Place(cluster_file)
+    say(str(finish(place.backend.down(place.spec))))
+
+
+@click.command(epilog="Example:  raylaunch status --json | jq .controller.pid")
+@as_json
+@click.pass_obj
+def status(cluster_file: Path | None, *, as_json: bool) -> None:
+    """Show what runs: controller and Ray with pids and ports, nodes, GPUs, queue, problems."""
+    place = Place(cluster_file)
+    _say_status(finish(place.backend.status(place.spec)), as_json=as_json)
+
+
+@click.command(epilog='Example:  eval "$(raylaunch env)" && ray job list')
+@click.pass_obj
+def env(cluster_file: Path | None) -> None:
+    """Print export lines for Ray's own tools. They hold the cluster's token: do not share them."""
+
+    async def work() -> RayAccess:
+        async with Place(cluster_file).client() as client:
+            return await client.ray_access()
+
+    for line in export_lines(finish(work())):
+        say(line)
+
+
+def export_lines(access: RayAccess) -> list[str]:
+    """Return the lines that a shell evaluates."""
+    values = {
+        "RAY_ADDRESS": access.gcs_address,
+        "RAY_API_SERVER_ADDRESS": access.dashboard_url,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": access.token,
+    }
+    return [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
+
+
+def _say_status(found: ClusterStatus, *, as_json: bool) -> None:
+    if as_json:
+        say_json(found)
+    else:
+        say("\n".join(status_lines(found, now=time.time())))
+
+
+_STATES = {"running": "green", "degraded": "yellow", "stopped": "dim"}
+
+
+def status_lines(found: ClusterStatus, *, now: float) -> Iterator[str]:
+    """Yield a cluster's status for people."""
+    yield f"cluster {found.name} is {styled(found.state, _STATES[found.state])}"
+    for problem in found.problems:
+        yield f"  ! {clean(problem, colour=False)}"
+    yield from _process_lines("controller", found.controller, now)
+    yield from _process_lines("ray", found.ray, now)
+    if found.ray_ports:
+        yield f"  ray ports   {', '.join(f'{name} {port}' for name, port in sorted(found.ray_ports.items()))}"
+    for node in found.nodes:
+        yield from _node_lines(node, logical=found.gpus_logical)
+    if found.state != "stopped":
+        yield f"  jobs        {found.running} running, {found.queued} queued"
+    if found.store:
+        free = f" ({size(found.store_free)} free)" if found.store_free is not None else ""
+        yield f"  store       {found.store}{free}"
+    if found.state == "stopped":
+        yield "start it: raylaunch up"
+
+
+def _process_lines(what: str, process: ProcessView | None, now: float) -> Iterator[str]:
+    if process is None:
+        return
+    if not process.alive:
+        yield f"  {what:<11} dead (was pid {process.pid}), log {process.log}"
+        return
+    version = f", {process.version}" if process.version else ""
+    yield f"  {what:<11} pid {process.pid}, {process.url}, up {span(now - process.started_at)}{version}"
+
+
+def _node_lines(node: NodeView, *, logical: bool) -> Iterator[str]:
+    parts = [f"{node.cpus_free:g} of {node.cpus:g} CPUs free"]
+    if node.gpus:
+        kind = f" {node.gpu_type}" if node.gpu_type else " logical" if logical else ""
+        parts.insert(0, f"{node.gpus_free:g} of {node.gpus:g}{kind} GPUs free")
+    parts.append(f"{size(node.memory_free)} of {size(node.memory)} memory free")
+    beside = "" if node.alive and node.steward else " (no steward yet)" if node.alive else " (dead)"
+    yield f"  node        {node.hostname}{beside}: {', '.join(parts)}"
+    for gpu in node.gpu:
+        yield f"    gpu {gpu.index:<5} {_gpu_words(gpu)}"
+
+
+def _gpu_words(gpu: GpuView) -> str:
+    words = [gpu.name]
+    if gpu.memory_total is not None and gpu.memory_used is not None:
+        words.append(f"{size(gpu.memory_used)} of {size(gpu.memory_total)} used")
+    if gpu.utilization is not None:
+        words.append(f"{gpu.utilization:g} % busy")
+    if gpu.processes:
+        words.append(
+            f"{count(len(gpu.processes), 'process', 'processes')} outside raylaunch: {', '.join(gpu.processes)}"
+        )
+    return clean(", ".join(word for word in words if word), colour=False)

@@ -1,0 +1,97 @@
+"""How all commands speak: results on stdout, all else on stderr, colour only where somebody looks at it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import IO
+
+import click
+from pydantic import BaseModel
+
+from raylaunch.errors import RaylaunchError
+
+_COLOURS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "cyan": 36, "dim": 2, "bold": 1}
+_MINUTE, _HOUR, _DAY = 60, 3600, 86400
+_KIB = 1024
+
+
+def is_terminal(stream: IO[str]) -> bool:
+    """Return whether a person looks at the stream."""
+    return stream.isatty()
+
+
+def colour_wanted(stream: IO[str]) -> bool:
+    """Return whether colour may go to the stream: a terminal, and NO_COLOR is not set (https://no-color.org)."""
+    return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def styled(text: str, style: str, stream: IO[str] | None = None) -> str:
+    """Return `text` in a colour, where the stream (stdout by default) may have colour."""
+    if not style or not colour_wanted(stream or sys.stdout):
+        return text
+    return f"\x1b[{_COLOURS[style]}m{text}\x1b[0m"
+
+
+def say(text: str = "") -> None:
+    """Print a result."""
+    click.echo(text, color=True)
+
+
+def note(text: str) -> None:
+    """Print what is not the result."""
+    click.echo(text, err=True, color=True)
+
+
+def say_json(model: BaseModel) -> None:
+    """Print a model as JSON."""
+    say(model.model_dump_json(indent=2))
+
+
+def complain(error: RaylaunchError) -> None:
+    """Print an error: what failed and why, then what to do."""
+    note(f"{styled('error:', 'red', sys.stderr)} {error.message}")
+    if error.hint:
+        note(f"  → {error.hint}")
+
+
+def size(number: float) -> str:
+    """Return bytes for people: ``512 B``, ``3.4 MiB``."""
+    if number < _KIB:
+        return f"{number:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        number /= _KIB
+        if number < _KIB:
+            return f"{number:.1f} {unit}"
+    return f"{number / _KIB:.1f} TiB"
+
+
+def span(seconds: float) -> str:
+    """Return a duration for people: ``8 s``, ``3 m 20 s``, ``5 h 2 m``, ``3 d 4 h``."""
+    whole = max(0, round(seconds))
+    if whole < _MINUTE:
+        return f"{whole} s"
+    if whole < _HOUR:
+        return f"{whole // _MINUTE} m {whole % _MINUTE} s"
+    if whole < _DAY:
+        return f"{whole // _HOUR} h {whole % _HOUR // _MINUTE} m"
+    return f"{whole // _DAY} d {whole % _DAY // _HOUR} h"
+
+
+def count(number: int, one: str, many: str = "") -> str:
+    """Return ``1 file``, ``3 files``."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> str:
+    """Return rows in columns under their titles; the columns in `right` are flush right."""
+    lines = [tuple(titles), *(tuple(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,103 @@
+"""``files``, ``get``, ``du``: what jobs leave behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from pydantic import RootModel
+
+from raylaunch.cli.connect import Place, finish
+from raylaunch.cli.console import count, note, say, say_json, size, table
+from raylaunch.cli.log_view import clean
+from raylaunch.cli.options import as_json, job_argument
+from raylaunch.cli.transfer_bar import transfer_bar
+from raylaunch.client import Downloaded
+from raylaunch.state import Artifact, UsagePage
+
+
+@click.command(epilog="Example:  raylaunch files last --kind output")
+@job_argument
+@click.option(
+    "--kind", type=click.Choice(["output", "checkpoint", "log", "wandb", "record"]), help="Only files of this kind."
+)
+@as_json
+@click.pass_obj
+def files(cluster_file: Path | None, *, job: str, kind: str | None, as_json: bool) -> None:
+    """List the files that a job has left behind so far."""
+
+    async def work() -> tuple[Artifact, ...]:
+        async with Place(cluster_file).client() as client:
+            return await client.files(job)
+
+    found = [file for file in finish(work()) if kind is None or file.kind == kind]
+    if as_json:
+        say_json(RootModel[list[Artifact]](found))
+    elif found:
+        rows = [
+            (file.kind, size(file.bytes), file.sha256[:12] or "-", clean(file.path, colour=False)) for file in found
+        ]
+        say(table(("KIND", "SIZE", "SHA256", "FILE"), rows, right=(1,)))
+    else:
+        note("no files yet")
+
+
+@click.command(epilog="Example:  raylaunch get last model.pt --to models/")
+@job_argument
+@click.argument("paths", nargs=-1, metavar="[FILE]...")
+@click.option(
+    "--to", "dest", type=click.Path(file_okay=False, path_type=Path), help="Folder; by default one with the job's id."
+)
+@click.option("--all", "everything", is_flag=True, help="Checkpoints, logs, tracking and records too.")
+@click.pass_obj
+def get(cluster_file: Path | None, *, job: str, paths: tuple[str, ...], dest: Path | None, everything: bool) -> None:
+    """Download a job's outputs, or the files, folders or globs named.
+
+    Each file is verified against its checksum. An interrupted download goes on where it stopped, and files that are
+    here already are not fetched again. Their places are printed to stdout.
+    """
+
+    async def work() -> tuple[Downloaded, ...]:
+        async with Place(cluster_file).client() as client:
+            found = await client.job(job)
+            with transfer_bar() as progress:
+                return await client.download(
+                    found.id, paths, dest=dest or Path(found.id), everything=everything, on_progress=progress
+                )
+
+    done = finish(work())
+    for file in done:
+        say(str(file.local))
+    if not done:
+        note("the job has no outputs; --all fetches everything that it left, raylaunch files lists it")
+        return
+    fetched = [file for file in done if file.fetched]
+    here = f", {count(len(done) - len(fetched), 'file')} already here" if len(fetched) < len(done) else ""
+    note(f"{count(len(fetched), 'file')} fetched, {size(sum(file.bytes for file in fetched))}{here}; checksums agree")
+
+
+@click.command(epilog="Example:  raylaunch du --json")
+@as_json
+@click.pass_obj
+def du(cluster_file: Path | None, *, as_json: bool) -> None:
+    """Show what the jobs take on disk, largest first."""
+
+    async def work() -> UsagePage:
+        async with Place(cluster_file).client() as client:
+            return await client.usage()
+
+    page = finish(work())
+    if as_json:
+        say_json(page)
+        return
+    rows = [
+        (
+            job.job,
+            job.state.value,
+            *(size(part) for part in (job.bytes, job.outputs, job.checkpoints, job.logs, job.wandb)),
+        )
+        for job in page.jobs
+    ]
+    titles = ("JOB", "STATE", "TOTAL", "OUTPUTS", "CHECKPOINTS", "LOGS", "W&B")
+    say(table(titles, rows, right=(2, 3, 4, 5, 6)))
+    say(f"\n{size(page.total)} in all, {size(page.packages)} of it code; {size(page.free)} free")

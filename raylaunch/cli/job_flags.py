@@ -1,0 +1,151 @@
+"""The options that describe a job, and the flags that they become."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from raylaunch.config import Flag, job_spec_from_flags
+from raylaunch.errors import SpecError
+from raylaunch.spec import JobSpec
+
+_Command = TypeVar("_Command", bound=Callable[..., object])
+
+_FIELDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "name": ("--name", ("name",)),
+    "gpus": ("--gpus", ("resources", "gpus")),
+    "cpus": ("--cpus", ("resources", "cpus")),
+    "memory": ("--memory", ("resources", "memory")),
+    "working_dir": ("--working-dir", ("working_dir",)),
+    "environment": ("--environment", ("environment",)),
+    "timeout": ("--timeout", ("timeout_s",)),
+    "grace": ("--grace", ("grace_s",)),
+    "tracking": ("--tracking", ("tracking", "mode")),
+    "project": ("--project", ("tracking", "project")),
+    "priority": ("--priority", ("priority",)),
+    "retries": ("--retries", ("retries",)),
+    "gpu_type": ("--gpu-type", ("where", "gpu_type")),
+}
+_LISTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "secret": ("--secret", ("secrets",)),
+    "output": ("--output", ("outputs",)),
+    "tag": ("--tag", ("tags",)),
+    "host": ("--host", ("where", "hosts")),
+}
+_PAIRS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "env": ("--env", ("env",)),
+    "label": ("--label", ("where", "labels")),
+    "resource": ("--resource", ("resources", "custom")),
+}
+
+_OPTIONS = (
+    click.option("-f", "--file", type=click.Path(path_type=Path), help="job.yaml; flags are laid over it."),
+    click.option("--name", help="Name; by default made from the program."),
+    click.option("--gpus", metavar="N", help="GPUs."),
+    click.option("--cpus", metavar="N", help="CPU cores."),
+    click.option("--memory", metavar="SIZE", help="Memory, as 8GiB."),
+    click.option("--resource", multiple=True, metavar="NAME=N", help="A custom Ray resource."),
+    click.option("--env", multiple=True, metavar="K=V", help="An environment variable; K alone takes it from here."),
+    click.option("--secret", multiple=True, metavar="NAME", help="A secret that becomes an environment variable."),
+    click.option("--timeout", metavar="TIME", help="Longest run of an attempt, as 2h."),
+    click.option("--grace", metavar="TIME", help="Between SIGTERM and SIGKILL at a stop."),
+    click.option("--output", multiple=True, metavar="GLOB", help="Files in the working directory to keep."),
+    click.option("--tag", multiple=True, help="A tag."),
+    click.option(
+        "--environment",
+        "--env-python",
+        "environment",
+        metavar="ENV",
+        help="/path/to/python, venv:PATH, conda:NAME, uv, pip:requirements.txt.",
+    ),
+    click.option("--working-dir", metavar="DIR", help="Folder to pack; by default this one ('' for none)."),
+    click.option("--tracking", metavar="MODE", help="W&B: auto, online, offline or disabled."),
+    click.option("--project", help="W&B project."),
+    click.option("--host", multiple=True, help="Run on this machine (or one of these)."),
+    click.option("--label", multiple=True, metavar="K=V", help="Run on machines with this label."),
+    click.option("--gpu-type", metavar="TEXT", help="Run on GPUs with this in their name."),
+    click.option("--priority", metavar="N", help="-100 to 100; higher runs earlier."),
+    click.option("--retries", metavar="N", help="More attempts when the program fails."),
+    click.option("--shell", metavar="COMMAND", help="A shell command, instead of a program after --."),
+    click.option("--request-id", default="", help="The same id again returns the same job."),
+    click.option("--dry-run", is_flag=True, help="Say where it could run, and submit nothing."),
+    click.argument("command", nargs=-1, type=click.UNPROCESSED),
+)
+
+
+def job_options(command: _Command) -> _Command:
+    """Give a command all options that describe a job."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def spec_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> JobSpec:
+    """Return the job that the options describe.
+
+    Raises:
+        SpecError: they, or the file, say something that cannot be.
+    """
+    return job_spec_from_flags(flags_of(given, environ), file=given.get("file"))
+
+
+def flags_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> list[Flag]:
+    """Return the flags that were given, in the order of their names."""
+    flags = [
+        Flag(option, field, _number(given[name])) for name, (option, field) in _FIELDS.items() if _given(given, name)
+    ]
+    flags += [Flag(option, field, tuple(given[name])) for name, (option, field) in _LISTS.items() if given.get(name)]
+    for name, (option, field) in _PAIRS.items():
+        if given.get(name):
+            flags.append(Flag(option, field, _pairs(option, given[name], environ)))
+    return [*flags, *_entrypoint(given)]
+
+
+def _given(given: Mapping[str, Any], name: str) -> bool:
+    return given.get(name) is not None
+
+
+def _number(value: object) -> object:
+    """A priority of ``-5`` is a number; validation says of other words that they are none."""
+    return int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value
+
+
+def _pairs(option: str, pairs: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals and option == "--env" and name in environ:
+            value = environ[name]
+        elif not equals or not name:
+            hint = f"there is no {name} in the environment here" if option == "--env" and name else ""
+            msg = f"{option}: {pair!r} is not NAME=VALUE"
+            raise SpecError(msg, hint=hint)
+        found[name] = value
+    return found
+
+
+def _entrypoint(given: Mapping[str, Any]) -> list[Flag]:
+    command, shell = tuple(given.get("command") or ()), given.get("shell")
+    if command and shell is not None:
+        msg = "both --shell and a program after -- were given"
+        raise SpecError(msg, field="entrypoint", hint="give one of the two")
+    if shell is not None:
+        return [Flag("--shell", ("entrypoint",), shell)]
+    if len(command) == 1 and any(letter in command[0] for letter in " |&;<>$"):
+        return [Flag("--", ("entrypoint",), command[0])]  # one quoted word with a blank in it was meant for a shell
+    return [Flag("--", ("entrypoint",), command)] if command else []
+
+
+def warn_of_options_after(command: Sequence[str]) -> None:
+    """Nothing is parsed after the program's name: say so when one of our own options stands there without ``--``."""
+    if "--" in sys.argv:
+        return
+    ours = {option for option, _ in (*_FIELDS.values(), *_LISTS.values(), *_PAIRS.values())}
+    for word in command[1:]:
+        if word.partition("=")[0] in ours:
+            click.echo(f"note: {word} goes to {command[0]}; options of raylaunch stand before --", err=True)
+            return

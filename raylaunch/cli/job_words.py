@@ -1,0 +1,189 @@
+"""Jobs in words and colours, and as exit statuses. Pure functions."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+from raylaunch.cli.console import count, size, span, styled, table
+from raylaunch.cli.log_view import clean
+from raylaunch.state import AttemptView, JobState, JobView, PackReport
+
+TIMED_OUT = 124
+_SIGNALLED = 128
+_STYLES = {
+    JobState.HELD: "yellow",
+    JobState.QUEUED: "yellow",
+    JobState.STARTING: "cyan",
+    JobState.RUNNING: "cyan",
+    JobState.STOPPING: "cyan",
+    JobState.SUCCEEDED: "green",
+    JobState.FAILED: "red",
+    JobState.STOPPED: "dim",
+    JobState.TIMED_OUT: "red",
+    JobState.LOST: "red",
+}
+
+
+def exit_status(job: JobView) -> int:
+    """Return what a shell should see of an ended job: its own status; 128+N for signal N; 124 when it timed out."""
+    if job.state is JobState.SUCCEEDED:
+        return 0
+    if job.state is JobState.TIMED_OUT:
+        return TIMED_OUT
+    attempt = job.attempt
+    if attempt and attempt.signal:
+        return _SIGNALLED + _signal_number(attempt.signal)
+    if attempt and attempt.exit_code:
+        return attempt.exit_code & 0xFF or 1
+    return _SIGNALLED + signal.SIGTERM if job.state is JobState.STOPPED else 1
+
+
+def _signal_number(name: str) -> int:
+    try:
+        return int(signal.Signals[name])
+    except KeyError:
+        return int(signal.SIGKILL)
+
+
+def state_words(job: JobView) -> str:
+    """Return the state, coloured on a terminal, with what stands beside it."""
+    beside = " (unreachable)" if job.unreachable else ""
+    return styled(job.state.value, _STYLES[job.state]) + beside
+
+
+def sentence(job: JobView) -> str:
+    """Return why a job stands where it stands; control characters of a job's own words are shown, not obeyed."""
+    return clean(job.message or (job.reason.sentence if job.reason else ""), colour=False)
+
+
+def jobs_table(jobs: tuple[JobView, ...], *, now: float) -> str:
+    """Return jobs as a table."""
+    rows = [
+        (
+            clean(job.id, colour=False) + (" (ray job)" if job.foreign else ""),
+            job.state.value + (" (unreachable)" if job.unreachable else ""),
+            clean(job.owner, colour=False) or "-",
+            str(job.spec.resources.gpus) if job.spec else "-",
+            f"{span(now - job.created_at)} ago",
+            _ran(job, now) or "-",
+            sentence(job),
+        )
+        for job in jobs
+    ]
+    return table(("JOB", "STATE", "OWNER", "GPUS", "SUBMITTED", "RAN", "WHY"), rows, right=(3,))
+
+
+def _ran(job: JobView, now: float) -> str:
+    return span((job.ended_at or now) - job.started_at) if job.started_at else ""
+
+
+def describe(job: JobView, *, now: float) -> str:
+    """Return everything about a job, for people."""
+    facts = [(title, words) for title, words in _facts(job, now) if words]
+    width = max(len(title) for title, _ in facts)
+    lines = [f"{title:<{width}}  {words}" for title, words in facts]
+    lines += [_attempt_line(attempt, now) for attempt in job.attempts]
+    return "\n".join([*lines, *log_lines(job)])
+
+
+def _facts(job: JobView, now: float) -> Iterator[tuple[str, str]]:
+    yield "job", job.id + (" (submitted with plain ray job submit)" if job.foreign else "")
+    yield "state", state_words(job)
+    yield "why", sentence(job)
+    yield "owner", clean(job.owner, colour=False)
+    yield "runs", clean(job.entrypoint or (job.spec.command if job.spec else ""), colour=False)
+    yield "asks for", _asks(job)
+    yield "submitted", f"{span(now - job.created_at)} ago"
+    yield "ran", _ran(job, now)
+    if job.progress:
+        total = f" of {job.progress.total:g}" if job.progress.total else ""
+        yield "progress", f"step {job.progress.step:g}{total}"
+    yield "metrics", metrics_words(job.last_metrics)
+    yield "W&B", _wandb(job)
+    yield "code", _code(job)
+    if job.environment:
+        found = job.environment
+        names = [f"torch {found.torch}" if found.torch else "", f"wandb {found.wandb}" if found.wandb else ""]
+        yield "python", " ".join(word for word in (found.version, f"({found.python})", *names) if word)
+        yield "warnings", "; ".join(clean(warning, colour=False) for warning in found.warnings)
+    yield "outputs", f"{count(job.outputs, 'file')}, {size(job.output_bytes)}" if job.outputs else ""
+    yield "tags", ", ".join(job.spec.tags) if job.spec else ""
+
+
+def _asks(job: JobView) -> str:
+    if job.spec is None:
+        return ""
+    asked = job.spec.resources
+    words = [count(asked.gpus, "GPU") if asked.gpus else "", f"{asked.effective_cpus:g} CPU"]
+    words += [size(asked.memory) if asked.memory else "", *(f"{n:g} {name}" for name, n in asked.custom.items())]
+    return ", ".join(word for word in words if word)
+
+
+def _wandb(job: JobView) -> str:
+    link = job.wandb
+    if link is None:
+        return ""
+    why = f" ({link.why})" if link.why else ""
+    return clean(f"{link.mode}{why}  {link.url}".rstrip() if link.mode != "disabled" else f"off{why}", colour=False)
+
+
+def _code(job: JobView) -> str:
+    words = []
+    if job.pack:
+        words.append(f"{count(job.pack.files, 'file')}, {size(job.pack.bytes)}")
+    if job.git and job.git.commit:
+        branch = f" on {job.git.branch}" if job.git.branch else ""
+        words.append(f"commit {job.git.commit[:10]}{branch}{', with changes' if job.git.dirty else ''}")
+    return clean("; ".join(words), colour=False)
+
+
+def _attempt_line(attempt: AttemptView, now: float) -> str:
+    words = [f"attempt {attempt.n}", f"on {attempt.node}" if attempt.node else ""]
+    words.append(f"GPUs {','.join(attempt.gpus)}" if attempt.gpus else "")
+    if attempt.started_at:
+        words.append(f"ran {span((attempt.ended_at or now) - attempt.started_at)}")
+    words.append(attempt.signal or (f"exit code {attempt.exit_code}" if attempt.exit_code is not None else ""))
+    words.append(clean(attempt.message, colour=False))
+    return ", ".join(word for word in words if word)
+
+
+def log_lines(job: JobView) -> list[str]:
+    """Return the last lines that a job without success has left, under a title; nothing for others."""
+    if not job.log_tail:
+        return []
+    return ["last lines of its log:", *(f"  │ {clean(line, colour=False)}" for line in job.log_tail)]
+
+
+def metrics_words(last: dict[str, float], *, limit: int = 8) -> str:
+    """Return the last values in one line."""
+    shown = [f"{clean(key, colour=False)} {value:.5g}" for key, value in list(last.items())[:limit]]
+    more = [f"… {len(last) - limit} more"] if len(last) > limit else []
+    return ", ".join([*shown, *more])
+
+
+def final_facts(job: JobView) -> list[str]:
+    """Return what to say when a job has ended: state, why, last lines, metrics, and how to get what it left."""
+    why = sentence(job)
+    lines = [f"{job.id} {state_words(job)}" + (f": {why}" if why and job.state is not JobState.SUCCEEDED else "")]
+    lines += log_lines(job)
+    if job.last_metrics:
+        lines.append(f"metrics: {metrics_words(job.last_metrics)}   (raylaunch metrics {job.id} --plot)")
+    if job.outputs:
+        lines.append(f"outputs: {count(job.outputs, 'file')}, {size(job.output_bytes)}   (raylaunch get {job.id})")
+    if job.wandb and job.wandb.url:
+        lines.append(f"W&B: {clean(job.wandb.url, colour=False)}")
+    return lines
+
+
+def pack_words(report: PackReport, archive_bytes: int) -> list[str]:
+    """Return what was packed, what was left out by which rules, and the largest files."""
+    lines = [f"packed {count(report.files, 'file')}, {size(report.bytes)} ({size(archive_bytes)} to send)"]
+    if report.ignored:
+        rules = "; ".join(clean(rule, colour=False) for rule in report.ignored_by)
+        what = count(report.ignored, "file or folder", "files and folders")
+        lines.append(f"left out {what} ({rules})")
+    if report.largest and report.bytes:
+        largest = ", ".join(f"{clean(one.path, colour=False)} {size(one.bytes)}" for one in report.largest)
+        lines.append(f"largest: {largest}")
+    return lines

@@ -1,0 +1,177 @@
+"""``list``, ``show``, ``stop``, ``rm``: jobs as they stand."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from pathlib import Path
+
+import click
+
+from raylaunch.cli.connect import Place, finish
+from raylaunch.cli.console import count, note, say, say_json, size
+from raylaunch.cli.job_words import describe, jobs_table, state_words
+from raylaunch.cli.options import as_json, job_argument
+from raylaunch.client import Client
+from raylaunch.errors import SpecError
+from raylaunch.spec import seconds
+from raylaunch.state import JobPage, JobState, JobView
+
+_PAGE = 500
+
+
+def since_time(text: str, *, now: float) -> float:
+    """Read ``2h`` (ago), a date, or a date with time; return seconds since the epoch.
+
+    Raises:
+        SpecError: it is none of these.
+    """
+    try:
+        ago = seconds(text)
+    except ValueError:
+        ago = None
+    if isinstance(ago, int | float):
+        return now - ago
+    try:
+        return datetime.fromisoformat(text).astimezone().timestamp()
+    except ValueError:
+        msg = f"--since: {text!r} is neither a duration nor a date"
+        raise SpecError(msg, hint="write 30m, 2h, 7d, 2026-03-01 or 2026-03-01T14:30") from None
+
+
+@click.command("list", epilog="Example:  raylaunch list --state failed,lost --since 2d")
+@click.option(
+    "--state", "states", metavar="A,B", help=f"One or more of {', '.join(state.value for state in JobState)}."
+)
+@click.option("--name", default="", help="Jobs of this name.")
+@click.option("--owner", default="", help="Jobs of this person.")
+@click.option("--tag", default="", help="Jobs with this tag.")
+@click.option("--since", default="", metavar="WHEN", help="Submitted since: 2h (ago), or a date.")
+@click.option("--limit", type=click.IntRange(1, _PAGE), default=50, show_default=True, help="Jobs of one page.")
+@click.option("--cursor", default="", help="Go on after an earlier page.")
+@click.option("--all", "everything", is_flag=True, help="All pages.")
+@as_json
+@click.pass_obj
+def list_(  # noqa: PLR0913 -- each is one filter
+    cluster_file: Path | None,
+    *,
+    states: str | None,
+    name: str,
+    owner: str,
+    tag: str,
+    since: str,
+    limit: int,
+    cursor: str,
+    everything: bool,
+    as_json: bool,
+) -> None:
+    """List jobs, newest first. Those of plain 'ray job submit' are marked (ray job)."""
+    wanted = _states(states or "")
+    after = since_time(since, now=time.time()) if since else None
+
+    async def work() -> JobPage:
+        async with Place(cluster_file).client() as client:
+
+            async def page(at: str) -> JobPage:
+                return await client.jobs(
+                    states=wanted, name=name, owner=owner, tag=tag, since=after, limit=limit, cursor=at
+                )
+
+            found = await page(cursor)
+            while everything and found.next_cursor:
+                more = await page(found.next_cursor)
+                found = more.model_copy(update={"jobs": (*found.jobs, *more.jobs)})
+            return found
+
+    found = finish(work())
+    if as_json:
+        say_json(found)
+        return
+    if found.jobs:
+        say(jobs_table(found.jobs, now=time.time()))
+    else:
+        note("no jobs" + (" that fit" if found.total == 0 and any((states, name, owner, tag, since)) else ""))
+    if found.next_cursor:
+        note(f"{len(found.jobs)} of {count(found.total, 'job')}; the next: raylaunch list --cursor {found.next_cursor}")
+
+
+def _states(text: str) -> tuple[JobState, ...]:
+    known = [state.value for state in JobState]
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    for word in words:
+        if word not in known:
+            msg = f"--state: {word!r} is not a state"
+            raise SpecError(msg, hint=f"states are {', '.join(known)}")
+    return tuple(JobState(word) for word in words)
+
+
+@click.command(epilog="Example:  raylaunch show last")
+@job_argument
+@as_json
+@click.pass_obj
+def show(cluster_file: Path | None, *, job: str, as_json: bool) -> None:
+    """Show everything about a job."""
+
+    async def work() -> JobView:
+        async with Place(cluster_file).client() as client:
+            return await client.job(job)
+
+    found = finish(work())
+    if as_json:
+        say_json(found)
+    else:
+        say(describe(found, now=time.time()))
+
+
+@click.command(epilog="Example:  raylaunch stop digits-k3f9qa --wait")
+@click.argument("jobs", nargs=-1, required=True, metavar="JOB...")
+@click.option("--grace", metavar="TIME", help="Between SIGTERM and SIGKILL, as 10s; by default the job's own.")
+@click.option("--wait/--no-wait", default=False, help="Return when all their processes are gone.")
+@as_json
+@click.pass_obj
+def stop(cluster_file: Path | None, *, jobs: tuple[str, ...], grace: str | None, wait: bool, as_json: bool) -> None:
+    """Stop jobs: SIGTERM, the grace time, SIGKILL."""
+    grace_s = _grace(grace)
+
+    async def one(client: Client, ref: str) -> None:
+        stopped = await client.stop(ref, grace_s=grace_s)
+        if wait:
+            stopped = await client.wait(stopped.id)
+        if as_json:
+            say_json(stopped)
+        else:
+            say(f"{stopped.id} {state_words(stopped)}")
+
+    async def work() -> None:
+        async with Place(cluster_file).client() as client:
+            for ref in jobs:
+                await one(client, ref)
+
+    finish(work())
+
+
+def _grace(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        value = seconds(text)
+    except ValueError as error:
+        msg = f"--grace: {error}"
+        raise SpecError(msg) from None
+    return float(str(value))
+
+
+@click.command(epilog="Example:  raylaunch rm digits-k3f9qa")
+@click.argument("jobs", nargs=-1, required=True, metavar="JOB...")
+@click.pass_obj
+def rm(cluster_file: Path | None, *, jobs: tuple[str, ...]) -> None:
+    """Delete ended jobs with their logs, metrics and outputs."""
+
+    async def work() -> None:
+        async with Place(cluster_file).client() as client:
+            for ref in jobs:
+                job = await client.job(ref)
+                freed = await client.remove(job.id)
+                say(f"removed {job.id} ({size(freed)})")
+
+    finish(work())

@@ -1,0 +1,136 @@
+"""``logs``: print, follow or search what a job has written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import click
+
+from raylaunch.cli.connect import Place, finish
+from raylaunch.cli.console import colour_wanted, is_terminal, note, say, say_json
+from raylaunch.cli.follow import detachable
+from raylaunch.cli.log_view import LogView, clean
+from raylaunch.cli.options import as_json, attempt_option, job_argument, rank_option
+from raylaunch.client import Client, LogChunk
+
+_TAIL = 100
+
+
+@click.command(epilog="Example:  raylaunch logs last --tail 1000 --follow")
+@job_argument
+@click.option("--tail", type=click.IntRange(0), metavar="N", help=f"The last N lines; by default {_TAIL}.")
+@click.option("--since", type=click.IntRange(0), metavar="OFFSET", help="From this byte on, instead.")
+@click.option("-f", "--follow", "follows", is_flag=True, help="Go on until the job has ended.")
+@click.option("--search", metavar="TEXT", help="Only lines that hold this, each with its offset.")
+@click.option("--regex", is_flag=True, help="TEXT is a regular expression.")
+@click.option("-i", "--ignore-case", is_flag=True, help="Search in any case.")
+@attempt_option
+@rank_option
+@click.option("--raw", is_flag=True, help="The bytes as they were written.")
+@as_json
+@click.pass_obj
+def logs(  # noqa: PLR0913 -- each is one option
+    cluster_file: Path | None,
+    *,
+    job: str,
+    tail: int | None,
+    since: int | None,
+    follows: bool,
+    search: str | None,
+    regex: bool,
+    ignore_case: bool,
+    attempt: int | None,
+    rank: int,
+    raw: bool,
+    as_json: bool,
+) -> None:
+    """Print the end of a job's log.
+
+    Bytes that are no text are replaced, control characters written out, long lines cut; --raw changes nothing.
+    """
+    if tail is not None and since is not None:
+        msg = "give --tail or --since, not both"
+        raise click.UsageError(msg)
+    if as_json and search is None:
+        msg = "--json goes with --search; --raw gives the bytes of a log"
+        raise click.UsageError(msg)
+    last = None if since is not None else _TAIL if tail is None else tail
+
+    async def work() -> None:
+        async with Place(cluster_file).client() as client:
+            if search is not None:
+                await _search(
+                    client,
+                    job,
+                    search,
+                    regex=regex,
+                    ignore_case=ignore_case,
+                    offset=since or 0,
+                    attempt=attempt,
+                    rank=rank,
+                    as_json=as_json,
+                )
+            elif follows:
+                await _print(client.follow_logs(job, attempt=attempt, rank=rank, tail=last, offset=since), raw=raw)
+            else:
+                await _print(_present(client, job, attempt=attempt, rank=rank, tail=last, offset=since), raw=raw)
+
+    def ended() -> int:
+        finish(work())
+        return 0
+
+    click.get_current_context().exit(detachable(ended, lambda: job if follows else ""))
+
+
+async def _present(  # noqa: PLR0913 -- each says where to read
+    client: Client, job: str, *, attempt: int | None, rank: int, tail: int | None, offset: int | None
+) -> AsyncIterator[LogChunk]:
+    """Yield what a log holds now: not what is written to it meanwhile, or printing would never end."""
+    chunk = await client.logs(job, attempt=attempt, rank=rank, tail=tail, offset=offset)
+    size = chunk.size
+    yield chunk
+    while chunk.data and chunk.next_offset < size:
+        chunk = await client.logs(job, attempt=chunk.attempt or attempt, rank=rank, offset=chunk.next_offset)
+        yield chunk
+
+
+async def _print(chunks: AsyncIterator[LogChunk], *, raw: bool) -> None:
+    view = LogView(terminal=is_terminal(sys.stdout), colour=colour_wanted(sys.stdout))
+    async for chunk in chunks:
+        if raw:
+            click.echo(chunk.data, nl=False)
+        else:
+            click.echo(view.feed(chunk.data), nl=False, color=True)
+    click.echo("" if raw else view.finish(), nl=False, color=True)
+
+
+async def _search(  # noqa: PLR0913 -- each is one option of the search
+    client: Client,
+    job: str,
+    pattern: str,
+    *,
+    regex: bool,
+    ignore_case: bool,
+    offset: int,
+    attempt: int | None,
+    rank: int,
+    as_json: bool,
+) -> None:
+    found = 0
+    while True:
+        page = await client.search_logs(
+            job, pattern, regex=regex, ignore_case=ignore_case, offset=offset, attempt=attempt, rank=rank
+        )
+        if as_json:
+            say_json(page)
+            return
+        for match in page.matches:
+            say(f"{match.offset}: {clean(match.text, colour=False)}")
+        found += len(page.matches)
+        if not page.more or page.next_offset <= offset:
+            break
+        offset = page.next_offset
+    if not found:
+        note(f"no line holds {pattern!r}")

@@ -1,0 +1,89 @@
+"""``metrics``: last values, names, points as CSV, or a plot in the terminal."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import click
+
+from raylaunch.cli.connect import Place, finish
+from raylaunch.cli.console import note, say, say_json, table
+from raylaunch.cli.log_view import clean
+from raylaunch.cli.options import as_json, job_argument
+from raylaunch.cli.plot import chart
+from raylaunch.errors import NotFoundError
+from raylaunch.state import MetricsPage
+
+_PLOTTED = 4
+
+
+@click.command(epilog="Example:  raylaunch metrics last --key loss --plot")
+@job_argument
+@click.option("--key", "chosen", multiple=True, metavar="NAME", help="A metric; may be repeated.")
+@click.option("--last", "form", flag_value="last", default=True, help="Last values (the default).")
+@click.option("--keys", "form", flag_value="keys", help="Names only.")
+@click.option("--csv", "form", flag_value="csv", help="All points: step,at,key,value.")
+@click.option("--plot", "form", flag_value="plot", help=f"A chart of each --key, or of the first {_PLOTTED}.")
+@click.option("--points", type=click.IntRange(2, 10_000), default=500, show_default=True, help="Points at most.")
+@as_json
+@click.pass_obj
+def metrics(  # noqa: PLR0913 -- each is one option
+    cluster_file: Path | None, *, job: str, chosen: tuple[str, ...], form: str, points: int, as_json: bool
+) -> None:
+    """Show a job's metrics."""
+
+    async def work() -> None:
+        async with Place(cluster_file).client() as client:
+            if form == "csv":
+                async for data in client.metrics_csv(job, keys=chosen):
+                    click.echo(data, nl=False)
+                return
+            page = await client.metrics(job, keys=chosen, max_points=points)
+            _check(chosen, page)
+            if form == "plot" and not chosen:
+                page = await client.metrics(job, keys=_worth_plotting(page), max_points=points)
+            if as_json:
+                say_json(page)
+            else:
+                _show(page, form=form, chosen=chosen)
+
+    finish(work())
+
+
+def _check(chosen: tuple[str, ...], page: MetricsPage) -> None:
+    for key in chosen:
+        if key not in page.keys:
+            msg = f"the job has no metric {key!r}"
+            raise NotFoundError(msg, hint=f"it has: {', '.join(page.keys[:20])}" if page.keys else "it has none yet")
+
+
+def _worth_plotting(page: MetricsPage) -> list[str]:
+    """Return the first metrics that are not W&B's own."""
+    return [key for key in page.keys if not key.startswith("_")][:_PLOTTED]
+
+
+def _show(page: MetricsPage, *, form: str, chosen: tuple[str, ...]) -> None:
+    if not page.keys:
+        note("no metrics yet: a job's metrics are what it gives to wandb.log() or raylaunch.report()")
+    elif form == "keys":
+        say("\n".join(clean(key, colour=False) for key in page.keys))
+    elif form == "plot":
+        width = min(shutil.get_terminal_size((80, 24)).columns, 100)
+        drawn = [
+            chart(series.model_copy(update={"key": clean(series.key, colour=False)}), width=width)
+            for series in page.series
+        ]
+        say("\n\n".join(drawn))
+    else:
+        rows = [
+            (clean(key, colour=False), _value(value)) for key, value in page.last.items() if not chosen or key in chosen
+        ]
+        say(table(("METRIC", "LAST"), rows))
+        if page.last_step is not None:
+            note(f"at step {page.last_step:g}")
+
+
+def _value(value: float) -> str:
+    return f"{value:.6g}" if math.isfinite(value) else str(value)

@@ -1,0 +1,118 @@
+"""``run`` and ``submit``: from words on a command line to a job."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from raylaunch.cli.connect import Place, finish
+from raylaunch.cli.console import note, say, say_json
+from raylaunch.cli.follow import detachable, follow_to_end, say_end
+from raylaunch.cli.job_flags import job_options, spec_of, warn_of_options_after
+from raylaunch.cli.job_words import pack_words, sentence
+from raylaunch.cli.options import as_json
+from raylaunch.cli.transfer_bar import transfer_bar
+from raylaunch.client import Client, with_wandb
+from raylaunch.packing import checked_working_dir
+from raylaunch.spec import JobSpec
+from raylaunch.state import JobView, PackReport, SubmitAnswer
+
+_SETTINGS = {"ignore_unknown_options": False, "allow_interspersed_args": False}
+
+
+def _prepared(given: dict[str, Any]) -> JobSpec:
+    """Return the spec, checked as far as can be done without a cluster."""
+    spec = spec_of(given, os.environ)
+    warn_of_options_after(given["command"])
+    if spec.working_dir:
+        checked_working_dir(spec.working_dir)
+    return spec
+
+
+async def _submit(client: Client, spec: JobSpec, *, request_id: str) -> SubmitAnswer:
+    spec, secrets = with_wandb(spec, os.environ)
+    if secrets:
+        note("the W&B key of this environment (WANDB_API_KEY) goes along, for this job alone")
+
+    def packed(report: PackReport, archive_bytes: int) -> None:
+        for line in pack_words(report, archive_bytes):
+            note(line)
+
+    with transfer_bar() as progress:
+        answer = await client.submit(
+            spec, request_id=request_id, secrets=secrets, on_packed=packed, on_progress=progress
+        )
+    job = answer.job
+    if not answer.created:
+        note(f"{job.id} was submitted with this request id before; it is {job.state.value}")
+    else:
+        why = sentence(job)
+        note(f"submitted {job.id}: {job.state.value}" + (f", {why}" if why else ""))
+    return answer
+
+
+async def _dry_run(client: Client, spec: JobSpec, *, as_json: bool) -> None:
+    found = await client.dry_run(spec)
+    if as_json:
+        say_json(found)
+    else:
+        say(found.message or f"could run on: {', '.join(found.fits)}")
+
+
+@click.command(
+    context_settings=_SETTINGS,
+    epilog="Example:  raylaunch run --gpus 2 --env SEED=1 -- python train.py --lr 0.1",
+)
+@job_options
+@as_json
+@click.pass_obj
+def run(cluster_file: Path | None, /, *, as_json: bool, **given: Any) -> None:  # noqa: ANN401 -- options of job_options
+    """Submit a job and follow it to its end; start the cluster when there is none.
+
+    The program stands after --. Its log goes to stdout, all else to stderr. The exit status is the job's own: its exit
+    code, 128+N for signal N, 124 when it timed out. Ctrl-C detaches; the job goes on.
+    """
+    spec = _prepared(given)
+    known: list[str] = []
+
+    async def work() -> JobView | None:
+        async with Place(cluster_file).client(start=True) as client:
+            if given["dry_run"]:
+                await _dry_run(client, spec, as_json=as_json)
+                return None
+            answer = await _submit(client, spec, request_id=given["request_id"])
+            known.append(answer.job.id)
+            return await follow_to_end(client, answer.job.id, log_to_stderr=as_json)
+
+    def ended() -> int:
+        job = finish(work())
+        return say_end(job, as_json=as_json) if job else 0
+
+    click.get_current_context().exit(detachable(ended, lambda: known[0] if known else ""))
+
+
+@click.command(
+    context_settings=_SETTINGS, epilog="Example:  raylaunch submit -f job.yaml --request-id nightly-2026-03-01"
+)
+@job_options
+@as_json
+@click.pass_obj
+def submit(cluster_file: Path | None, /, *, as_json: bool, **given: Any) -> None:  # noqa: ANN401 -- as above
+    """Submit a job and print its id; start the cluster when there is none."""
+    spec = _prepared(given)
+
+    async def work() -> None:
+        async with Place(cluster_file).client(start=True) as client:
+            if given["dry_run"]:
+                await _dry_run(client, spec, as_json=as_json)
+                return
+            answer = await _submit(client, spec, request_id=given["request_id"])
+            if as_json:
+                say_json(answer)
+            else:
+                say(answer.job.id)
+
+    finish(work())
