@@ -51,7 +51,7 @@ def _list_of_jobs(environ: dict[str, str]) -> Result:
     try:
         _run((*_RAYLAUNCH, "up"), environ, limit_s=300)
         for_ray = environ | _exports(_run((*_RAYLAUNCH, "env"), environ))
-        _run((*_RAYLAUNCH, "run", "--dir", "", "--", "true"), environ)
+        _run((*_RAYLAUNCH, "run", "--working-dir", "", "--", "true"), environ)
         figure, peer = medians(
             lambda: _run((*_RAYLAUNCH, "list"), environ), lambda: _run((*_RAY, "job", "list"), for_ray), rounds=7
         )

@@ -33,9 +33,11 @@ _BARS = "▁▂▃▄▅▆▇█"
 _SHOWN = ("loss", "accuracy")
 
 
-@click.command(epilog="Example:  raylaunch demo --dest /tmp/digits")
+@click.command(epilog="Example:  raylaunch demo --to /tmp/digits")
 @click.option(
+    "--to",
     "--dest",
+    "dest",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("raylaunch-demo"),
     show_default=True,
