@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from raylaunch.state import MetricPoint
-from raylaunch.tracking.run_file import History, Item, RunInfo, StepMetric, Summary
+from raylaunch.tracking.run_file import History, Item, StepMetric, Summary
 
 WANDB_STEP = ""
 """The axis of a metric for which the run names none: W&B's own step."""
@@ -152,7 +152,6 @@ class Segment:
         self.cuts = dict(cuts or {})
         self.shift = 0.0
         """Added to W&B's steps when this file began at 0 again though it continues another."""
-        self.starting_step = 0
         self.last_main: tuple[str, float] | None = None
         self._source = source
         self._axes = Axes()
@@ -191,8 +190,6 @@ class Segment:
                 self._axes.define(item)
             elif isinstance(item, Summary):
                 self.summary.update(item.values)
-            elif isinstance(item, RunInfo):
-                self.starting_step = item.starting_step
 
     def refresh(self) -> None:
         """Read what is new.

@@ -189,8 +189,8 @@ class _Curve:
             reach = segment.reach.get("")
             if reach is None:
                 continue
-            again = reach.first == 0 and segment.starting_step == 0 and end is not None
-            segment.shift = end + 1 if again and end is not None and path.name != contract.PROGRESS else 0.0
+            again = reach.first == 0 and path.name != contract.PROGRESS
+            segment.shift = end + 1 if again and end is not None else 0.0
             end = reach.highest + segment.shift
 
     def _cut(self) -> None:

@@ -62,7 +62,7 @@ class StepMetric:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Who the run is. `starting_step` is above 0 when an on-line run was resumed."""
+    """Who the run is. wandb 0.31 writes a `starting_step` of 0 even for a resumed run, whose rows begin higher."""
 
     run_id: str
     project: str
