@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypedDict, cast
 
 from raylaunch.node.files import FileStat, is_append, open_regular, quick_files, slow_files
 from raylaunch.node.folder import attempts_in, read_claim, read_json
@@ -278,10 +278,10 @@ def _send_whole(  # noqa: PLR0913, PLR0917
 
 def _facts_of(name: str, folder: Path, known: _Attempt) -> AttemptFacts:
     """Read the contract's small files again when one of them changed."""
-    seen = tuple(FileStat.of(folder / file) for file in (CLAIM, STARTED, FACTS, EXIT))
-    claim: Claim | None = read_claim(folder)
+    seen = tuple(FileStat.of(f"{folder}/{file}") for file in (CLAIM, STARTED, FACTS, EXIT))
     if known.facts is not None and seen == known.json_seen:
-        return {**known.facts, "runner_alive": runner_alive(claim)}
+        return {**known.facts, "runner_alive": runner_alive(cast("Claim | None", known.facts["claim"]))}
+    claim = read_claim(folder)
     found = AttemptFacts(
         attempt=name,
         claim=dict(claim) if claim is not None else None,

@@ -38,7 +38,7 @@ class FileStat(NamedTuple):
     inode: int
 
     @classmethod
-    def of(cls, path: Path) -> FileStat | None:
+    def of(cls, path: Path | str) -> FileStat | None:
         """Look at a path; None when there is no regular file (a link is none)."""
         try:
             return cls._from(os.lstat(path))
@@ -70,7 +70,7 @@ def quick_files(folder: Path) -> Iterator[tuple[str, FileStat]]:
             found = _files_in(folder, f"{WANDB}/wandb/{run}")
             yield from ((path, stat) for path, stat in found if path.endswith(".wandb"))
     for name in _RECORDS:
-        stat = FileStat.of(folder / name)
+        stat = FileStat.of(f"{folder}/{name}")
         if stat is not None:
             yield name, stat
 
@@ -137,7 +137,7 @@ def _names(folder: Path) -> list[str]:
 
 def _files_in(folder: Path, below: str) -> Iterator[tuple[str, FileStat]]:
     for name in _names(folder / below):
-        stat = FileStat.of(folder / below / name)
+        stat = FileStat.of(f"{folder}/{below}/{name}")
         if stat is not None:
             yield f"{below}/{name}", stat
 

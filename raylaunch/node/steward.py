@@ -32,8 +32,11 @@ _Result = TypeVar("_Result")
 
 _WATCH_S = 0.25
 _LIVE_LOOK_S = 0.02
+_QUIET_LOOK_S = 0.05
+_QUIET_AFTER_S = 2.0
 _IDLE_LOOK_S = 0.5
 _GATHER_S = 0.03
+_MUCH = 1024 * 1024
 _THREADS = 16
 
 
@@ -106,7 +109,8 @@ class Steward:
         self._checksums: dict[str, dict[str, tuple[FileStat, str]]] = {}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="steward")
         self._woken: asyncio.Event | None = None
-        self._answered_at = 0.0
+        self._answered_at = float("-inf")
+        self._full = False
         threading.Thread(target=watch, args=(self._root,), name="watch", daemon=True).start()
 
     async def ready(self) -> int:
@@ -166,17 +170,19 @@ class Steward:
         """Return what changed in the attempts' files; wait up to `wait_s` for something. See `Changes.take`."""
         woken = self._woken = self._woken or asyncio.Event()
         deadline = time.monotonic() + wait_s
-        await _at(self._answered_at + _GATHER_S)
+        if not self._full:
+            await _at(self._answered_at + _GATHER_S)
         while True:
             woken.clear()
             first, have = have, None
             answer = await self._in_thread(lambda: self._changes.take(session, first))  # noqa: B023 -- awaited at once
             left_s = deadline - time.monotonic()
             if answer["resync"] or answer["chunks"] or answer["attempts"] or left_s <= 0:
-                full = sum(len(chunk["data"]) for chunk in answer["chunks"]) > 1 << 20
-                self._answered_at = 0.0 if full else time.monotonic()
+                self._full = sum(len(chunk["data"]) for chunk in answer["chunks"]) > _MUCH
+                if left_s > 0:
+                    self._answered_at = time.monotonic()
                 return answer
-            look_s = _LIVE_LOOK_S if answer["live"] else _IDLE_LOOK_S
+            look_s = _look_s(live=answer["live"], quiet_s=time.monotonic() - self._answered_at)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(woken.wait(), min(look_s, left_s))
 
@@ -197,6 +203,13 @@ class Steward:
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _look_s(*, live: bool, quiet_s: float) -> float:
+    """Return how long to wait between two looks at the files."""
+    if not live:
+        return _IDLE_LOOK_S
+    return _LIVE_LOOK_S if quiet_s < _QUIET_AFTER_S else _QUIET_LOOK_S
 
 
 async def _at(when: float) -> None:

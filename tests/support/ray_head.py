@@ -1,0 +1,83 @@
+"""A bare Ray head of the test's own: loopback only, token on, free ports. For what stands on Ray without a controller."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from raylaunch.cluster.ports import LOOPBACK, free_ports, worker_range
+from support.waiting import wait_until
+
+_FLAGS = (
+    "port",
+    "dashboard-port",
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "metrics-export-port",
+    "runtime-env-agent-port",
+    "ray-client-server-port",
+    "node-manager-port",
+    "object-manager-port",
+)
+
+
+@dataclass(frozen=True)
+class RayHeadRunning:
+    """A Ray that runs."""
+
+    gcs_address: str
+    token_path: Path
+    node_root: Path
+    """Where its node's steward keeps attempts: on another machine in earnest, so only the tests look into it."""
+    process: subprocess.Popen[bytes]
+
+
+@contextlib.contextmanager
+def ray_head(*, gpus: int = 2, cpus: int = 4) -> Iterator[RayHeadRunning]:
+    """Run a head with logical GPUs; end all of its processes afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="rlh-", dir="/tmp"))
+    token = folder / "token"
+    token.write_text("a" * 48)
+    token.chmod(0o600)
+    ports = dict(zip(_FLAGS, free_ports(len(_FLAGS)), strict=True))
+    workers = worker_range(avoid=ports.values())
+    argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    argv += [f"--node-ip-address={LOOPBACK}", f"--dashboard-host={LOOPBACK}", f"--temp-dir={folder / 'r'}"]
+    argv += [f"--{flag}={port}" for flag, port in ports.items()]
+    argv += [f"--min-worker-port={workers.start}", f"--max-worker-port={workers[-1]}"]
+    argv += [f"--num-gpus={gpus}", f"--num-cpus={cpus}", '--resources={"fast_disk": 2}', "--labels=zone=attic"]
+    argv += ["--object-store-memory=200000000"]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env = {
+        **kept,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAYLAUNCH_NODE_ROOT": str(folder / "node"),
+        "RAY_free_objects_period_milliseconds": "50",
+        "SPT_NOENV": "1",
+    }
+    with (folder / "ray.log").open("wb") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=log, env=env, start_new_session=True)
+    try:
+        wait_until(lambda: b"Ray runtime started" in (folder / "ray.log").read_bytes(), 60, "Ray's head has started")
+        yield RayHeadRunning(f"{LOOPBACK}:{ports['port']}", token, folder / "node", process)
+    finally:
+        _end(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for signal_number, limit_s in ((signal.SIGTERM, 15), (signal.SIGKILL, 10)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal_number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(limit_s)

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raylaunch.errors import ConflictError, NotFoundError
+from raylaunch.node import folder
+from raylaunch.node.processes import boot_id, started_ticks
+from raylaunch.node.steward import sweep
+from raylaunch.runner.contract import VAR_ATTEMPT
+from support.attempts import attempt_spec
+from support.waiting import wait_until
+
+
+def prepared(root: Path, package: Path | None = None, attempt: str = "digits-abc-1") -> folder.Ready:
+    secrets = {"KEY": "planted"}
+    return folder.prepare(
+        root, spec=attempt_spec(attempt), package=package, secrets=secrets, runner=b"zip", python="/a b/python"
+    )
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
+def test_no_other_user_may_read_what_is_prepared(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "train.py").write_text("print()")
+    (package / "train.py").chmod(0o644)
+    path = Path(prepared(tmp_path, package)["folder"])
+    assert mode(path) == 0o700
+    assert {mode(found) for found in path.rglob("*") if found.is_file()} == {0o600}
+    assert {mode(found) for found in path.rglob("*") if found.is_dir()} == {0o700}
+
+
+def test_programs_stay_executable_and_links_stay_links(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "run.sh").write_text("#!/bin/sh\n")
+    (package / "run.sh").chmod(0o755)
+    (package / "link").symlink_to("run.sh")
+    code = Path(prepared(tmp_path, package)["folder"]) / "code"
+    assert mode(code / "run.sh") == 0o700
+    assert (code / "link").readlink() == Path("run.sh")
+
+
+def test_a_job_that_changes_its_code_changes_only_its_own_copy(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "data.txt").write_text("one")
+    (Path(prepared(tmp_path, package)["folder"]) / "code/data.txt").write_text("two")
+    assert (package / "data.txt").read_text() == "one"
+
+
+def test_the_command_survives_a_shell(tmp_path: Path) -> None:
+    ready = prepared(tmp_path)
+    words = ["/a b/python", "-I", f"{ready['folder']}/runner.pyz", ready["folder"]]
+    assert shlex.split(ready["command"]) == words
+
+
+def test_preparing_again_after_the_claim_changes_nothing(tmp_path: Path) -> None:
+    path = Path(prepared(tmp_path)["folder"])
+    (path / "secrets.json").unlink()
+    claim = {"epoch": "epoch-1", "pid": 1, "started_ticks": 1, "boot_id": "b", "at": 1.0}
+    (path / "claim.json").write_text(json.dumps(claim))
+    prepared(tmp_path)
+    assert not (path / "secrets.json").exists()
+
+
+def test_a_fence_takes_the_claim_before_any_runner(tmp_path: Path) -> None:
+    claim = folder.close(tmp_path, "digits-abc-1")
+    assert claim["epoch"] == folder.FENCED
+    with pytest.raises(FileExistsError):
+        os.open(tmp_path / "attempts/digits-abc-1/claim.json", os.O_CREAT | os.O_EXCL)
+    with pytest.raises(ConflictError, match="was ended on this node before it began"):
+        prepared(tmp_path)
+
+
+def test_a_fence_leaves_a_runners_claim_and_deletes_secrets(tmp_path: Path) -> None:
+    path = Path(prepared(tmp_path)["folder"])
+    claim = {"epoch": "epoch-1", "pid": 0, "started_ticks": 1, "boot_id": "b", "at": 1.0}
+    (path / "claim.json").write_text(json.dumps(claim))
+    assert folder.close(tmp_path, "digits-abc-1") == claim
+    assert not (path / "secrets.json").exists()
+
+
+@pytest.mark.parametrize("name", ["../digits-1", "a/b-1", "", "digits", ".hidden-1", "digits-1\n"])
+def test_a_name_that_is_no_attempts_id_reaches_no_path(tmp_path: Path, name: str) -> None:
+    with pytest.raises(NotFoundError):
+        folder.attempt_folder(tmp_path, name)
+
+
+def test_forgetting_twice_is_forgetting_once(tmp_path: Path) -> None:
+    path = Path(prepared(tmp_path)["folder"])
+    folder.forget(tmp_path, "digits-abc-1")
+    folder.forget(tmp_path, "digits-abc-1")
+    assert not path.exists()
+
+
+def test_training_dies_with_its_runner(tmp_path: Path) -> None:
+    path = Path(prepared(tmp_path)["folder"])
+    spec = attempt_spec("digits-abc-1")
+    training = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"],
+        env={**os.environ, VAR_ATTEMPT: spec["tag"]},
+        start_new_session=True,
+    )
+    claim = {"epoch": "epoch-1", "pid": training.pid, "started_ticks": 1, "boot_id": "b", "at": 1.0}
+    (path / "claim.json").write_text(json.dumps(claim))
+    swept: set[str] = set()
+    wait_until(lambda: sweep(tmp_path, swept) or training.poll() is not None, 10, "the sweep found it")
+    assert training.wait(10) == -9
+
+
+def test_training_of_a_living_runner_is_left_alone(tmp_path: Path) -> None:
+    path = Path(prepared(tmp_path)["folder"])
+    claim = {
+        "epoch": "epoch-1",
+        "pid": os.getpid(),
+        "started_ticks": started_ticks(os.getpid()),
+        "boot_id": boot_id(),
+        "at": 1.0,
+    }
+    (path / "claim.json").write_text(json.dumps(claim))
+    assert sweep(tmp_path, set()) == []

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from raylaunch.errors import NotFoundError, TransferError
+from raylaunch.node.packages import COMPLETE, Packages
+
+
+def archive(**files: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(data), 0o755
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_a_package_in_pieces_is_unpacked_once_it_is_whole(tmp_path: Path) -> None:
+    data = archive(train=b"print()")
+    packages = Packages(tmp_path)
+    assert packages.put(sha256(data), 0, len(data), data[:20]) == 20
+    assert packages.have(sha256(data)) == 20
+    with pytest.raises(NotFoundError):
+        packages.path(sha256(data))
+    assert packages.put(sha256(data), 20, len(data), data[20:]) == COMPLETE
+    assert (packages.path(sha256(data)) / "train").read_bytes() == b"print()"
+    assert (packages.path(sha256(data)) / "train").stat().st_mode & 0o100
+
+
+def test_a_piece_that_does_not_fit_changes_nothing_and_says_where_to_go_on(tmp_path: Path) -> None:
+    data = archive(train=b"print()")
+    packages = Packages(tmp_path)
+    packages.put(sha256(data), 0, len(data), data[:20])
+    assert packages.put(sha256(data), 0, len(data), data[:30]) == 20
+    assert packages.put(sha256(data), 50, len(data), data[50:]) == 20
+
+
+def test_a_damaged_package_is_refused_and_can_be_sent_again(tmp_path: Path) -> None:
+    data = archive(train=b"print()")
+    packages = Packages(tmp_path)
+    with pytest.raises(TransferError, match="arrived damaged"):
+        packages.put(sha256(data), 0, len(data), bytes(len(data)))
+    assert packages.put(sha256(data), 0, len(data), data) == COMPLETE
+
+
+def test_an_archive_cannot_write_outside_its_folder(tmp_path: Path) -> None:
+    data = archive(**{"../../escaped": b"x"})
+    with pytest.raises(TransferError, match="cannot be unpacked"):
+        Packages(tmp_path / "root").put(sha256(data), 0, len(data), data)
+    assert not list(tmp_path.rglob("escaped"))
+
+
+def test_a_name_that_is_no_checksum_reaches_no_path(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError):
+        Packages(tmp_path).have("../../etc")
