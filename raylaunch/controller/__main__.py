@@ -15,21 +15,20 @@ import socket
 import sys
 from pathlib import Path
 
-import uvicorn
 from pydantic import ValidationError
 
 from raylaunch.controller import logs
-from raylaunch.controller.app import create_app
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.auth import TokenBook
-from raylaunch.controller.driver import Driver, Leavings
 from raylaunch.controller.lifecycle import Lifecycle
 from raylaunch.controller.link import Link
+from raylaunch.controller.means import Leavings, Means
 from raylaunch.controller.metrics import Metrics
 from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.ray_jobs import RayJobs
 from raylaunch.controller.records import JobRecord, Records
 from raylaunch.controller.secret_store import SecretStore
+from raylaunch.controller.server import ApiServer
 from raylaunch.controller.services import Services
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.sight import Sight
@@ -88,7 +87,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         on_event=lambda event: lifecycle.see(event),  # noqa: PLW0108 -- made below; the link needs it first
         log_path=settings.store / "link.log",
     )
-    driver = Driver(
+    means = Means(
         settings=settings,
         records=records,
         secrets=secrets,
@@ -97,9 +96,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         sight=sight,
         leavings=lambda record: leavings_of(record, records=records, artifacts=artifacts, metrics=metrics),
     )
-    lifecycle = Lifecycle(
-        settings=settings, records=records, artifacts=artifacts, link=link, ray=ray, sight=sight, driver=driver
-    )
+    lifecycle = Lifecycle(means, artifacts)
     verbs = Verbs(
         settings=settings, records=records, packages=packages, secrets=secrets, artifacts=artifacts, sight=sight
     )
@@ -113,18 +110,13 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         metrics=metrics,
         jobs=verbs,
     )
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(services), log_level="warning", access_log=False, timeout_graceful_shutdown=3)
-    )
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-    loop = asyncio.get_running_loop()
+    server = ApiServer(services)
 
     def stop() -> None:
-        services.closing.set()
         server.should_exit = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+        asyncio.get_running_loop().add_signal_handler(number, stop)
     await link.start()
     loop_task = asyncio.create_task(lifecycle.run(), name="lifecycle")
     loop_task.add_done_callback(lambda _: stop())
@@ -132,7 +124,9 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         await server.serve(sockets=[listener])
     finally:
         loop_task.cancel()
-        await asyncio.gather(loop_task, return_exceptions=True)
+        failure = (await asyncio.gather(loop_task, return_exceptions=True))[0]
+        if isinstance(failure, Exception):
+            _log.error("the lifecycle failed", exc_info=failure)
         await link.close()
         await ray.close()
 

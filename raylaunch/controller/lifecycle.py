@@ -16,7 +16,6 @@ from raylaunch.controller.foreign import foreign_view
 from raylaunch.controller.link import (
     AttemptSeen,
     Grew,
-    Link,
     LinkDown,
     LinkEvent,
     LinkUp,
@@ -24,15 +23,14 @@ from raylaunch.controller.link import (
     Stored,
     StoreProblem,
 )
+from raylaunch.controller.means import Means
 from raylaunch.controller.queue import Admit, Wait, plan_queue
-from raylaunch.controller.ray_jobs import RayJob, RayJobs
-from raylaunch.controller.records import JobRecord, Records
+from raylaunch.controller.ray_jobs import RayJob
+from raylaunch.controller.records import JobRecord
 from raylaunch.controller.rooms import ask_of, holdings_of, rooms_of, waiting
-from raylaunch.controller.settings import Settings
-from raylaunch.controller.sight import Sight
 from raylaunch.errors import ClusterError, NotFoundError, RaylaunchError
 from raylaunch.reasons import Reason
-from raylaunch.state import AttemptView, Change, JobView
+from raylaunch.state import AttemptView, Change, JobView, NodeView
 
 _log = logging.getLogger(__name__)
 
@@ -44,24 +42,14 @@ _REVIVE_EVERY_S = 20.0
 class Lifecycle:
     """Keeps what is recorded and what is true together."""
 
-    def __init__(  # noqa: PLR0913 -- the parts of the loop, all named
-        self,
-        *,
-        settings: Settings,
-        records: Records,
-        artifacts: Artifacts,
-        link: Link,
-        ray: RayJobs,
-        sight: Sight,
-        driver: Driver,
-    ) -> None:
-        self._settings = settings
-        self._records = records
+    def __init__(self, means: Means, artifacts: Artifacts) -> None:
+        self._settings = means.settings
+        self._records = means.records
         self._artifacts = artifacts
-        self._link = link
-        self._ray = ray
-        self._sight = sight
-        self._driver = driver
+        self._link = means.link
+        self._ray = means.ray
+        self._sight = means.sight
+        self._driver = Driver(means)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._foreign: dict[str, RayJob] = {}
         self._ray_silent_since: float | None = None
@@ -189,7 +177,7 @@ class Lifecycle:
 
     async def _refresh_nodes(self) -> None:
         with contextlib.suppress(ClusterError):
-            self._sight.nodes = await self._link.nodes()
+            self._sight.nodes = _current(await self._link.nodes())
 
     def _tidy(self, seen: AttemptSeen) -> None:
         """See to an attempt that no job of ours waits for: an older one, or one whose job has ended or is gone."""
@@ -257,3 +245,9 @@ class Lifecycle:
         self._revived_at = time.monotonic()
         if status:
             _log.error("the command that starts Ray again ended with status %d: %s", status, self._settings.revive)
+
+
+def _current(nodes: tuple[NodeView, ...]) -> tuple[NodeView, ...]:
+    """Leave out what a machine was before its Ray was restarted: Ray lists its dead nodes for ever."""
+    alive = {node.hostname for node in nodes if node.alive}
+    return tuple(node for node in nodes if node.alive or node.hostname not in alive)

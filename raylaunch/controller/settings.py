@@ -12,7 +12,7 @@ from raylaunch.spec import Environment
 class Settings(BaseModel):
     """``controller.json``, written by whoever starts the controller. It holds paths of secrets, never a secret."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     cluster: str
     cluster_id: str

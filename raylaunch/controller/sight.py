@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from raylaunch.controller.link import AttemptSeen
 from raylaunch.controller.ray_jobs import RayJob
-from raylaunch.state import NodeView
+from raylaunch.state import AttemptView, NodeView
 
 
 @dataclass
@@ -53,6 +53,18 @@ class Sight:
     def node(self, node_id: str) -> NodeView | None:
         """Return a node that is alive, or None."""
         return next((node for node in self.nodes if node.id == node_id and node.alive), None)
+
+    def node_of(self, attempt: AttemptView) -> str:
+        """Return the id of the node alive where the attempt is, or nothing.
+
+        That is where it was seen last, else where it was sent; and when Ray was restarted there, the new node on the
+        same machine.
+        """
+        seen = self.attempts.get(attempt.id)
+        for node_id in (seen.node_id if seen is not None else "", attempt.node_id):
+            if node_id and self.node(node_id) is not None:
+                return node_id
+        return next((node.id for node in self.ready_nodes() if node.hostname == attempt.node), "")
 
     def ready_nodes(self) -> list[NodeView]:
         """Return the nodes that are alive and whose steward answers: those on which an attempt can start."""

@@ -62,6 +62,7 @@ class Verbs:
         )
         if request.secrets and not record.state.ended:
             self._secrets.put_job(record.id, request.secrets)
+        self._sight.ring()
         return SubmitAnswer(job=record.view(), created=created)
 
     async def dry_run(self, request: SubmitRequest) -> DryRun:

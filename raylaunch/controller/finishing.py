@@ -1,0 +1,188 @@
+"""The last part of an attempt: prove that nothing of it is left, collect what it left behind, say how it ended."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from raylaunch.controller.attempt_spec import attempt_tag
+from raylaunch.controller.diagnose import Evidence, Finding, diagnose, retry_follows
+from raylaunch.controller.following import note
+from raylaunch.controller.link import Fenced
+from raylaunch.controller.means import NODE_LEASE_S, STEP_S, Leavings, Means, latest, replaced
+from raylaunch.controller.records import JobRecord
+from raylaunch.controller.rooms import asked
+from raylaunch.errors import ClusterError, RaylaunchError
+from raylaunch.reasons import Reason, Verdict
+from raylaunch.state import AttemptView, Change
+
+_log = logging.getLogger(__name__)
+
+_SETTLE_S = 60.0
+_RAY_WORD_S = 15.0
+_FENCED = "fenced"
+
+
+class Finisher:
+    """Finishes attempts. Until the fence has answered, an attempt keeps what it holds."""
+
+    def __init__(self, means: Means) -> None:
+        self._means = means
+
+    async def finish(self, job: str, refused: str) -> None:
+        """Prove that nothing of the attempt is left, collect what it left behind, and say how it ended."""
+        record = self._means.records.get(job)
+        attempt = latest(record)
+        fenced = await self._fence(record)
+        self._means.sight.released.add(attempt.id)
+        self._means.sight.ring()
+        replicated = fenced is not None and await self._settle(record)
+        record = self._means.records.get(job)
+        seen = self._means.sight.attempts.get(attempt.id)
+        if seen is not None:
+            record = note(self._means, record, seen)
+        leavings = await self._means.leavings(record)
+        finding = await self._find(record, fenced, leavings, refused)
+        self._end(record, finding, leavings, replicated=replicated)
+        self._means.sight.released.discard(attempt.id)
+        self._means.sight.grew(attempt.id)
+        self._means.sight.ring()
+        if replicated:
+            await self._forget(attempt)
+
+    async def _fence(self, record: JobRecord) -> Fenced | None:
+        """End what is left of the attempt on its node. None when the node is gone, and its lease with it."""
+        attempt = latest(record)
+        gone_since: float | None = None
+        while True:
+            node_id = self._means.sight.node_of(attempt)
+            if node_id:
+                gone_since = None
+                try:
+                    return await self._means.link.fence(
+                        node_id, attempt.id, attempt_tag(self._means.settings, attempt.id)
+                    )
+                except RaylaunchError as error:
+                    self._means.say(record, record.reason, f"cannot be ended on {attempt.node} yet: {error.message}")
+            elif self._means.sight.link_up:
+                gone_since = gone_since or time.monotonic()
+                if time.monotonic() - gone_since > NODE_LEASE_S:
+                    return None
+            await self._means.sight.changed(STEP_S)
+
+    async def _settle(self, record: JobRecord) -> bool:
+        """Wait until the attempt's files are in the store. False when the node went away meanwhile."""
+        attempt = latest(record)
+        gone_since: float | None = None
+        while True:
+            node_id = self._means.sight.node_of(attempt)
+            if node_id:
+                gone_since = None
+                if await self._settle_once(record, node_id):
+                    return True
+            elif self._means.sight.link_up:
+                gone_since = gone_since or time.monotonic()
+                if time.monotonic() - gone_since > NODE_LEASE_S:
+                    return False
+            await self._means.sight.changed(STEP_S)
+
+    async def _settle_once(self, record: JobRecord, node_id: str) -> bool:
+        attempt = latest(record)
+        try:
+            if await self._means.link.settle(node_id, attempt.id, _SETTLE_S):
+                return True
+            problem = self._means.sight.store_problems.get(attempt.id, "its files are on the way to the store")
+        except RaylaunchError as error:
+            problem = f"its files are still on {attempt.node}: {error.message}"
+        self._means.say(record, record.reason, problem)
+        return False
+
+    async def _forget(self, attempt: AttemptView) -> None:
+        """Free the room on the node; what fails here is made good when the steward shows the attempt again."""
+        node_id = self._means.sight.node_of(attempt)
+        try:
+            if node_id:
+                await self._means.link.forget(node_id, attempt.id)
+                self._means.sight.attempts.pop(attempt.id, None)
+        except RaylaunchError as error:
+            _log.info("%s is not cleared from its node yet: %s", attempt.id, error.message)
+
+    async def _find(self, record: JobRecord, fenced: Fenced | None, leavings: Leavings, refused: str) -> Finding:
+        if refused and not (fenced is not None and fenced.exit is not None):
+            if self._means.gone(record):
+                return Finding(Change.LOSE, Reason.NODE_LOST, refused)
+            return Finding(Change.FAIL, Reason.RAY_REFUSED, refused)
+        attempt = latest(record)
+        exit_ = fenced.exit if fenced is not None else None
+        seen = self._means.sight.attempts.get(attempt.id)
+        restarted = self._means.sight.link_up and self._means.sight.node(attempt.node_id) is None
+        if exit_ is not None and exit_["by_ray"] and record.stop_wish is None and not restarted:
+            restarted = not await self._stopped_with_ray(attempt)
+        ray_job = self._means.sight.ray_jobs.get(attempt.id)
+        claim = fenced.claim if fenced is not None else (seen.claim if seen is not None else None)
+        return diagnose(
+            Evidence(
+                exit=exit_,
+                claimed=claim is not None and claim["epoch"] != _FENCED,
+                stop_wanted=record.stop_wish is not None,
+                node_alive=fenced is not None,
+                ray_message=(ray_job.message or "") if ray_job is not None else "",
+                ray_lost=restarted,
+                log_tail=leavings.log_tail,
+            )
+        )
+
+    async def _stopped_with_ray(self, attempt: AttemptView) -> bool:
+        """A SIGTERM from outside is a person's stop only if Ray says so too; else Ray went down under the attempt."""
+        deadline = time.monotonic() + _RAY_WORD_S
+        while time.monotonic() < deadline:
+            try:
+                ray_job = await self._means.ray.get(attempt.id)
+            except ClusterError:
+                return False
+            if ray_job is None or ray_job.ended:
+                return ray_job is not None and ray_job.status == "STOPPED"
+            await self._means.sight.changed(STEP_S)
+        return True
+
+    def _end(self, record: JobRecord, finding: Finding, leavings: Leavings, *, replicated: bool) -> None:
+        now = time.time()
+        attempts = replaced(
+            record,
+            ended_at=now,
+            exit_code=finding.exit_code,
+            signal=finding.signal,
+            reason=finding.reason,
+            message=finding.message,
+            replicated=replicated,
+        )
+        free = finding.reason.verdict is Verdict.RETRY_FREE
+        again = record.stop_wish is None and retry_follows(
+            finding.reason, attempts=len(attempts), free_retries=record.free_retries, retries=asked(record).retries
+        )
+        common: dict[str, Any] = {
+            "attempts": attempts,
+            "reason": finding.reason,
+            "log_tail": () if finding.change is Change.SUCCEED else leavings.log_tail,
+            "outputs": leavings.outputs,
+            "output_bytes": leavings.output_bytes,
+            "last_metrics": leavings.last_metrics,
+            "progress": leavings.progress,
+            "unreachable": False,
+        }
+        if again:
+            self._means.records.update(
+                record.id,
+                kind="retry",
+                message=f"{finding.message}; another attempt follows",
+                change=Change.REQUEUE,
+                free_retries=record.free_retries + (1 if free else 0),
+                submitted_to_ray=False,
+                **common,
+            )
+            return
+        self._means.records.update(
+            record.id, kind="ended", message=finding.message, change=finding.change, ended_at=now, **common
+        )
+        self._means.secrets.forget_job(record.id)

@@ -1,0 +1,79 @@
+"""The first part of an attempt: its code and runner to the node, and its submission to Ray."""
+
+from __future__ import annotations
+
+from raylaunch.controller.attempt_spec import attempt_spec
+from raylaunch.controller.means import STEP_S, Means, latest
+from raylaunch.controller.queue import CPUS, GPUS, MEMORY, needs
+from raylaunch.controller.ray_jobs import Submission
+from raylaunch.controller.records import JobRecord
+from raylaunch.controller.rooms import asked
+from raylaunch.errors import ClusterError, ConflictError, NotFoundError, RaylaunchError, StorageError, TransferError
+from raylaunch.reasons import Reason
+from raylaunch.state import AttemptView
+
+_TRANSFERS = 3
+WANDB_KEY = "WANDB_API_KEY"
+"""Sent to the node when it is set, whether or not a job names it: with it, a job tracks on-line."""
+
+
+class Sender:
+    """Sends attempts. What has been done already is found done."""
+
+    def __init__(self, means: Means) -> None:
+        self._means = means
+
+    async def send(self, job: str) -> str:
+        """Bring code and runner to the node, and submit. Returns why it can never start, or nothing."""
+        transfers = 0
+        while True:
+            record = self._means.records.get(job)
+            if record.stop_wish is not None:
+                return ""
+            if self._means.gone(record):
+                return "its node left the cluster before it started"
+            try:
+                await self._send_once(record)
+            except ConflictError as error:
+                return error.message
+            except TransferError as error:
+                transfers += 1
+                if transfers >= _TRANSFERS:
+                    return error.message
+            except (ClusterError, StorageError, NotFoundError) as error:
+                self._means.say(record, _waiting_reason(error), error.message)
+            else:
+                return ""
+            await self._means.sight.changed(STEP_S)
+
+    async def _send_once(self, record: JobRecord) -> None:
+        attempt = latest(record)
+        wanted = asked(record)
+        secrets = self._means.secrets.for_job(record.id, {*wanted.secrets, WANDB_KEY})
+        missing = sorted(set(wanted.secrets) - set(secrets))
+        if missing:
+            msg = f"the secret {missing[0]} is not set any more"
+            raise ConflictError(msg)
+        spec = attempt_spec(wanted, job=record.id, n=attempt.n, epoch=record.epoch, settings=self._means.settings)
+        prepared = await self._means.link.prepare(attempt.node_id, spec=spec, package=record.package, secrets=secrets)
+        await self._means.ray.submit(_submission(record, attempt, prepared.command))
+        self._means.records.update(record.id, kind="", submitted_to_ray=True)
+
+
+def _waiting_reason(error: RaylaunchError) -> Reason:
+    return Reason.DISK_FULL if isinstance(error, StorageError) else Reason.WAITING_FOR_RAY
+
+
+def _submission(record: JobRecord, attempt: AttemptView, command: str) -> Submission:
+    amounts = needs(asked(record))
+    return Submission(
+        id=attempt.id,
+        entrypoint=command,
+        node_id=attempt.node_id,
+        gpus=amounts.pop(GPUS, 0),
+        cpus=amounts.pop(CPUS, 0),
+        memory=int(amounts.pop(MEMORY, 0)),
+        custom=amounts,
+        env_vars={"RAY_JOB_STOP_WAIT_TIME_S": str(int(asked(record).grace_s + 10))},
+        metadata={"raylaunch_job": record.id, "name": record.name, "owner": record.owner},
+    )
