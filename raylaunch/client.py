@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets as random_source
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -35,7 +34,7 @@ from raylaunch.state import (
 )
 from raylaunch.submission import DryRun, with_wandb
 from raylaunch.transfer import Downloaded, OnProgress, chosen, download, local_name, no_progress, safe_target, upload
-from raylaunch.wire import NoAnswerError, Params, Reachable, Wire
+from raylaunch.wire import NoAnswerError, Params, Patience, Reachable, Wire
 
 if TYPE_CHECKING:
     from raylaunch.packing import Packed
@@ -48,7 +47,6 @@ HOLD_S = 25.0
 """How long one question about news is held open."""
 PATIENCE_S = 60.0
 """How long a lost controller is waited for where something is followed: it restarts in a few seconds."""
-_PAUSE_S = 0.5
 
 
 def _say_nothing(_sentence: str) -> None:
@@ -85,9 +83,7 @@ class Client:
         heal: Callable[[], Awaitable[Reachable]] | None = None,
     ) -> None:
         self._wire = Wire(reach, cluster=cluster)
-        self._patience_s = patience_s
-        self._notice = on_notice
-        self._heal = heal
+        self._patience = Patience(self._wire, limit_s=patience_s, on_notice=on_notice, heal=heal)
 
     async def __aenter__(self) -> Self:
         return self
@@ -97,24 +93,7 @@ class Client:
 
     async def patient(self, call: Callable[[], Awaitable[_Result]]) -> _Result:
         """Repeat a call that may be repeated while nothing answers, for `patience_s` at most."""
-        deadline = 0.0
-        while True:
-            try:
-                result = await call()
-            except NoAnswerError as error:  # noqa: PERF203 -- each turn is a request
-                now = time.monotonic()
-                if not deadline:
-                    deadline = now + self._patience_s
-                    self._notice(f"{error.message}; trying again for {self._patience_s:g} s")
-                if now >= deadline:
-                    raise
-                await asyncio.sleep(_PAUSE_S)
-                if self._heal:
-                    await self._wire.move(await self._heal())
-            else:
-                if deadline:
-                    self._notice(f"cluster {self._wire.cluster!r} answers again")
-                return result
+        return await self._patience.outlast(call)
 
     # --- the cluster
 

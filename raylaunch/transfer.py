@@ -41,6 +41,8 @@ class Downloaded(NamedTuple):
     bytes: int
     fetched: bool
     """False when the same file was here already."""
+    verified: bool
+    """Whether its checksum was known, and agrees."""
 
 
 def no_progress(_what: str, _done: int, _total: int, /) -> None:
@@ -114,11 +116,11 @@ async def download(
     try:
         here = await asyncio.to_thread(_is_here, target, artifact)
         if here:
-            return Downloaded(artifact.path, target, artifact.bytes, fetched=False)
+            return Downloaded(artifact.path, target, artifact.bytes, fetched=False, verified=True)
         part = _part_of(target, artifact)
         sha256 = await _fetch(wire, job, artifact, part, on_progress)
         await asyncio.to_thread(_accept, part, target, artifact, sha256)
-        return Downloaded(artifact.path, target, _size(target), fetched=True)
+        return Downloaded(artifact.path, target, _size(target), fetched=True, verified=bool(sha256))
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         why = "the disk is full" if full else f"{error.strerror}"

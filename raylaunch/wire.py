@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 import httpx2
@@ -14,11 +16,13 @@ from typing_extensions import Self
 from raylaunch.errors import ClusterDownError, ClusterError, RaylaunchError, VersionError, from_wire
 from raylaunch.version import API, __version__
 
+_Result = TypeVar("_Result")
 _Model = TypeVar("_Model", bound=BaseModel)
 Params = Mapping[str, str | int | float | bool | list[str] | None]
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 30.0
+_PAUSE_S = 0.5
 
 
 class Reachable(Protocol):
@@ -224,6 +228,60 @@ class Wire:
         msg = f"this is raylaunch {__version__}, and the controller of cluster {self.cluster!r} is raylaunch {version}"
         msg += f": they do not speak the same protocol ({API} here, {theirs} there)"
         raise VersionError(msg, hint=hint)
+
+
+class Patience:
+    """Outlasts a controller that is away: it restarts in a few seconds, and jobs go on meanwhile.
+
+    Args:
+        wire: the connection; it is moved when the controller answers elsewhere afterwards.
+        limit_s: how long a call is repeated.
+        on_notice: told once that the connection was lost, and once that it is back, however many calls wait for it.
+        heal: called between the tries; returns where to go on.
+    """
+
+    def __init__(
+        self,
+        wire: Wire,
+        *,
+        limit_s: float,
+        on_notice: Callable[[str], None],
+        heal: Callable[[], Awaitable[Reachable]] | None,
+    ) -> None:
+        self._wire = wire
+        self._limit_s = limit_s
+        self._notice = on_notice
+        self._heal = heal
+        self._healing = asyncio.Lock()
+        self._lost = False
+
+    async def outlast(self, call: Callable[[], Awaitable[_Result]]) -> _Result:
+        """Repeat a call that may be repeated until it is answered. Raises what it raised last when the time is over."""
+        deadline = 0.0
+        while True:
+            try:
+                result = await call()
+            except NoAnswerError as error:  # noqa: PERF203 -- each turn is a request
+                now = time.monotonic()
+                deadline = deadline or now + self._limit_s
+                if now >= deadline:
+                    raise
+                self._say(error.message, lost=True)
+                await asyncio.sleep(_PAUSE_S)
+                await self._find_again()
+            else:
+                self._say(f"cluster {self._wire.cluster!r} answers again", lost=False)
+                return result
+
+    def _say(self, sentence: str, *, lost: bool) -> None:
+        if lost != self._lost:
+            self._lost = lost
+            self._notice(f"{sentence}; trying again for {self._limit_s:g} s" if lost else sentence)
+
+    async def _find_again(self) -> None:
+        if self._heal:
+            async with self._healing:
+                await self._wire.move(await self._heal())
 
 
 def _timeout(answer_s: float) -> httpx2.Timeout:

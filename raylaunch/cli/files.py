@@ -73,7 +73,9 @@ def get(cluster_file: Path | None, *, job: str, paths: tuple[str, ...], dest: Pa
         return
     fetched = [file for file in done if file.fetched]
     here = f", {count(len(done) - len(fetched), 'file')} already here" if len(fetched) < len(done) else ""
-    note(f"{count(len(fetched), 'file')} fetched, {size(sum(file.bytes for file in fetched))}{here}; checksums agree")
+    unknown = sum(not file.verified for file in done)
+    checked = f"; {count(unknown, 'file')} without a recorded checksum" if unknown else "; checksums agree"
+    note(f"{count(len(fetched), 'file')} fetched, {size(sum(file.bytes for file in fetched))}{here}{checked}")
 
 
 @click.command(epilog="Example:  raylaunch du --json")
