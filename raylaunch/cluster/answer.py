@@ -34,12 +34,12 @@ class Answer:
 
 
 async def ask(port: int, path: str, *, token: str, limit_s: float = 5) -> Answer:
-    """GET `path` from the server on `port`, with a bearer token. A refused or broken connection is an `Answer` too."""
+    """GET `path` from `port`, with a bearer token unless empty; a broken connection is an `Answer` too."""
 
     def get() -> Answer:
         connection = http.client.HTTPConnection(LOOPBACK, port, timeout=limit_s)
         try:
-            headers = {"Authorization": f"Bearer {token}", "X-Raylaunch-Version": __version__}
+            headers = {"X-Raylaunch-Version": __version__} | ({"Authorization": f"Bearer {token}"} if token else {})
             connection.request("GET", path, headers=headers)
             response = connection.getresponse()
             return Answer(response.status, response.read())

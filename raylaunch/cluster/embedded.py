@@ -24,13 +24,15 @@ from raylaunch.cluster.record import (
     recalled_cluster_id,
     save_record,
 )
-from raylaunch.cluster.sweep import of_controller, of_ray, sweep_ray
+from raylaunch.cluster.sweep import of_controller, of_ray, runners, sweep_ray
 from raylaunch.errors import ClusterDownError, ClusterError
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import ClusterStatus
 
 LOCK_S = 600.0
+_REVIVE_LOCK_S = 1.0
 _CONTROLLER_GRACE_S = 10.0
+_JOB_GRACE_S = 15.0
 _RAY_GRACE_S = 15.0
 
 
@@ -103,9 +105,13 @@ async def revive_ray(name: str, /, *, on_step: Callable[[Step], None]) -> bool:
     """Start Ray again if the cluster should run and its Ray is dead; return whether there was something to do.
 
     Ports, token and storage stay as they were. The controller stays too, unless a port had to change.
+
+    Raises:
+        ConflictError: another raylaunch is at work on the cluster. An `up` is not waited for: it waits for the
+            controller, which may wait for this.
     """
     paths = cluster_paths(name)
-    async with cluster_lock(paths, limit_s=LOCK_S):
+    async with cluster_lock(paths, limit_s=_REVIVE_LOCK_S):
         seen = await look(paths)
         if seen.record is None or seen.record.wanted != "running" or seen.ray_alive:
             return False
@@ -154,7 +160,9 @@ async def _end_controller(record: ClusterRecord) -> tuple[Ended, ...]:
 
 
 async def _end_ray(record: ClusterRecord, paths: ClusterPaths) -> tuple[Ended, ...]:
-    ended = []
+    jobs = runners(record.cluster_id)
+    how = await end(jobs, grace_s=_JOB_GRACE_S)
+    ended = [Ended("job's runner", one.pid, how[one.pid]) for one in jobs]
     family = of_ray(record.cluster_id, record.ray, paths.temp)
     if record.ray is not None and is_alive(record.ray):
         how = await end([record.ray], grace_s=_RAY_GRACE_S)  # it drains, and ends what it started

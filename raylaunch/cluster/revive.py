@@ -9,7 +9,7 @@ import anyio
 
 from raylaunch.cluster.embedded import revive_ray
 from raylaunch.cluster.plan import Step
-from raylaunch.errors import RaylaunchError
+from raylaunch.errors import ConflictError, RaylaunchError
 
 _log = logging.getLogger("raylaunch.cluster.revive")
 
@@ -26,6 +26,9 @@ def main(argv: list[str]) -> int:
 
     try:
         started = anyio.run(revive)
+    except ConflictError as error:
+        _log.info("left to another: %s", error.message)
+        return 0
     except RaylaunchError as error:
         _log.error("%s", error)
         return 1

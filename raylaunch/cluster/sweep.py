@@ -32,6 +32,16 @@ def of_controller(cluster_id: str) -> list[ProcessIdentity]:
     return matching(lambda process: process.environ().get(VAR_CONTROLLER_OF) == cluster_id, uid=os.getuid())
 
 
+def runners(cluster_id: str) -> list[ProcessIdentity]:
+    """Return the runners of a cluster's jobs: at SIGTERM they stop their training with its grace, and W&B in order."""
+
+    def ours(process: psutil.Process) -> bool:
+        tagged = process.environ().get(_VAR_ATTEMPT, "").startswith(f"{cluster_id}/")
+        return tagged and any(word.endswith("/runner.pyz") for word in process.cmdline())
+
+    return matching(ours, uid=os.getuid())
+
+
 def _descendants(head: ProcessIdentity | None) -> set[int]:
     if head is None or not is_alive(head):
         return set()
