@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 from support.run_writer import framed, history, run, step_metric, summary, write_run
 
 from raylaunch.controller.metrics import Metrics
@@ -250,11 +249,12 @@ def test_csv_of_many_points_comes_in_pieces_and_is_complete(tmp_path: Path) -> N
     assert (len(lines), lines[0], lines[-1]) == (10_001, "step,at,key,value", "9999,10999.0,loss,9999")
 
 
-@pytest.mark.parametrize("jobs", [40])
-def test_more_jobs_than_are_kept_in_memory_are_all_answered(tmp_path: Path, jobs: int) -> None:
+def test_what_is_held_of_a_job_is_dropped_after_many_others_were_asked_for(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path)
-    for n in range(jobs):
-        write_run(tmp_path / "jobs" / f"j{n}" / "attempt-1", [history(0, {"loss": float(n)})])
+    files = [write_run(tmp_path / "jobs" / f"j{n}" / "attempt-1", [history(0, {"loss": float(n)})]) for n in range(40)]
     attempts = _job().attempts
-    for _ in range(2):
-        assert [metrics.last(f"j{n}", attempts)[0]["loss"] for n in range(jobs)] == list(range(jobs))
+    assert [metrics.last(f"j{n}", attempts)[0]["loss"] for n in range(40)] == list(range(40))
+    for path in files:
+        path.unlink()
+    assert metrics.last("j39", attempts)[0] == {"loss": 39.0}
+    assert metrics.last("j0", attempts)[0] == {}

@@ -158,7 +158,7 @@ def test_a_row_has_its_numbers_under_dotted_keys_and_nothing_else(tmp_path: Path
 
 def test_a_text_that_holds_the_bytes_of_a_fields_tag_is_still_a_text(tmp_path: Path) -> None:
     record = pb.Record()
-    record.history.item.add(nested_key=["tricky"], value_json='"\u0082\x01\x017"')
+    record.history.item.add(nested_key=["tricky"], value_json='"\u0082\x01\x027"')
     record.history.item.add(nested_key=["a"], value_json="7")
     record.history.item.add(nested_key=["typed"], number=2.5)
     record.history.item.add(nested_key=["whole"], integer=-3)
@@ -166,6 +166,14 @@ def test_a_text_that_holds_the_bytes_of_a_fields_tag_is_still_a_text(tmp_path: P
     path.write_bytes(framed([record.SerializeToString()]))
     (row,) = _rows(RunFile(path))
     assert row.values == {"a": 7.0, "typed": 2.5, "whole": -3.0}
+
+
+def test_a_field_that_a_later_wandb_adds_to_an_item_is_passed_over(tmp_path: Path) -> None:
+    item = b"\x12\x01a" + b"\x82\x01\x017" + b"\x8a\x01\x03new"
+    path = tmp_path / "run-r1.wandb"
+    path.write_bytes(framed([b"\x12" + bytes([len(item) + 2]) + b"\x0a" + bytes([len(item)]) + item]))
+    (row,) = _rows(RunFile(path))
+    assert row.values == {"a": 7.0}
 
 
 def test_run_step_metrics_summary_and_exit_are_read(tmp_path: Path) -> None:
