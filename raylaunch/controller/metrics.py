@@ -137,6 +137,8 @@ class _Curve:
 
     def __init__(self, prefix: str = "") -> None:
         self.prefix = prefix
+        self.attempts: set[int] = set()
+        """Numbers of the attempts that have files of it."""
         self.sources: dict[Path, RunFile | ReportFile] = {}
         self.segments: dict[Path, Segment] = {}
         self._failed: dict[Path, str] = {}
@@ -221,16 +223,16 @@ class _JobCurves:
 
     def refresh(self, attempts: Iterable[int]) -> None:
         """Find the files of these attempts and read what is new in them."""
-        counted: dict[str, set[int]] = {}
         for n in sorted(attempts):
             attempt = self._folder / f"attempt-{n}"
             files = (attempt / contract.WANDB / "wandb").glob("*run-*/run-*.wandb")
             for path in sorted(files, key=_started):
                 run_id = path.stem[len("run-") :]
-                counted.setdefault(run_id, set()).add(n)
-                self._runs.setdefault(run_id, _Curve()).take(path)
+                curve = self._runs.setdefault(run_id, _Curve())
+                curve.attempts.add(n)
+                curve.take(path)
             self._reports.take(attempt / contract.PROGRESS)
-        main = max(counted, key=lambda run_id: len(counted[run_id]), default="")
+        main = max(self._runs, key=lambda run_id: len(self._runs[run_id].attempts), default="")
         for run_id, curve in self._runs.items():
             curve.prefix = "" if run_id == main else f"{run_id}/"
         for curve in self._all():
