@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.attempts import attempt_spec
+from support.waiting import wait_until
 
 from raylaunch.errors import ConflictError, NotFoundError
 from raylaunch.node import folder
 from raylaunch.node.processes import boot_id, started_ticks
 from raylaunch.node.steward import sweep
 from raylaunch.runner.contract import VAR_ATTEMPT
-from support.attempts import attempt_spec
-from support.waiting import wait_until
 
 
 def prepared(root: Path, package: Path | None = None, attempt: str = "digits-abc-1") -> folder.Ready:

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from support.waiting import wait_until
 
 from raylaunch.node.processes import boot_id, end_processes, processes_of, runner_alive, started_ticks
 from raylaunch.runner.contract import VAR_ATTEMPT, Claim
-from support.waiting import wait_until
 
 FAMILY = """
 import os, sys, time

@@ -1,4 +1,4 @@
-"""A bare Ray head of the test's own: loopback only, token on, free ports. For what stands on Ray without a controller."""
+"""A bare Ray head of the test's own: loopback only, token on, free ports. For tests that need no controller."""
 
 from __future__ import annotations
 

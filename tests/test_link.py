@@ -1,0 +1,322 @@
+"""The link and real stewards on a real Ray. The node root is never opened by the link: tests play the runner in it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from support.attempts import attempt_spec
+from support.ray_head import RayHeadRunning, ray_head
+from support.waiting import wait_until
+
+from raylaunch.controller.link import AttemptSeen, Grew, Link, LinkDown, LinkEvent, LinkUp, Stored
+from raylaunch.errors import ClusterDownError, NotFoundError
+from raylaunch.runner.contract import VAR_ATTEMPT, VAR_NODE_ROOT
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayHeadRunning]:
+    with ray_head() as running:
+        yield running
+
+
+class Store:
+    """A store, and what the link said about it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "store"
+        self.log_path = folder / "link.log"
+        self.events: list[LinkEvent] = []
+
+    def add_job(self, job: str) -> None:
+        (self.path / "jobs" / job).mkdir(parents=True)
+
+    def file(self, attempt: str, path: str) -> Path:
+        job, _, number = attempt.rpartition("-")
+        return self.path / "jobs" / job / f"attempt-{number}" / path
+
+    def size(self, attempt: str, path: str) -> int:
+        return max(
+            (
+                event.size
+                for event in self.events
+                if isinstance(event, Grew) and (event.attempt, event.path) == (attempt, path)
+            ),
+            default=0,
+        )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+@asynccontextmanager
+async def linked(head: RayHeadRunning, store: Store) -> AsyncIterator[Link]:
+    link = Link(
+        gcs_address=head.gcs_address,
+        ray_token_path=head.token_path,
+        store=store.path,
+        on_event=store.events.append,
+        log_path=store.log_path,
+    )
+    await link.start()
+    try:
+        await until(lambda: link.up, 60, "the link is up")
+        yield link
+    finally:
+        await link.close()
+
+
+async def until(condition: Callable[[], object], timeout_s: float, what: str) -> None:
+    await asyncio.to_thread(wait_until, condition, timeout_s, what)
+
+
+async def node_of(link: Link) -> str:
+    return (await link.nodes())[0].id
+
+
+async def prepared(link: Link, store: Store, attempt: str) -> Path:
+    """Prepare an attempt, and return its folder on the node."""
+    store.add_job(attempt.rpartition("-")[0])
+    ready = await link.prepare(await node_of(link), spec=attempt_spec(attempt), package="", secrets={"KEY": "planted"})
+    return Path(ready.folder)
+
+
+def steward_of(head: RayHeadRunning) -> psutil.Process | None:
+    """Find the steward's process on this Ray; None while it is being started."""
+    return next((process for process in psutil.process_iter() if _is_steward(process, head)), None)
+
+
+def _is_steward(process: psutil.Process, head: RayHeadRunning) -> bool:
+    try:
+        return process.name() == "ray::Steward" and process.environ().get(VAR_NODE_ROOT) == str(head.node_root)
+    except psutil.Error:
+        return False
+
+
+def test_a_node_is_seen_with_what_it_has(head: RayHeadRunning, store: Store) -> None:
+    async def scenario() -> None:
+        async with linked(head, store) as link:
+            (node,) = await link.nodes()
+            assert (node.alive, node.cpus, node.gpus, node.cpus_free, node.gpus_free) == (True, 4, 2, 4, 2)
+            assert node.custom == {"fast_disk": 2}
+            assert node.labels["zone"] == "attic"
+            assert node.arch == os.uname().machine
+            assert node.disk_free
+            await until(lambda: any(isinstance(event, LinkUp) for event in store.events), 5, "LinkUp")
+
+    asyncio.run(scenario())
+
+
+def test_an_attempt_is_prepared_with_its_code_and_settled_in_the_store(head: RayHeadRunning, store: Store) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        info = tarfile.TarInfo("train.py")
+        info.size = 9 << 20
+        tar.addfile(info, io.BytesIO(os.urandom(9 << 20)))
+    sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
+    (store.path / "packages").mkdir(parents=True)
+    (store.path / f"packages/{sha256}.tar.gz").write_bytes(buffer.getvalue())
+    store.add_job("code-a")
+
+    async def scenario() -> None:
+        async with linked(head, store) as link:
+            node = await node_of(link)
+            ready = await link.prepare(node, spec=attempt_spec("code-a-1"), package=sha256, secrets={})
+            folder = Path(ready.folder)
+            assert (folder / "code/train.py").stat().st_size == 9 << 20
+            (folder / "logs/rank-0.log").write_bytes(b"hello\n")
+            (folder / "outputs/model.bin").write_bytes(b"m" * (20 << 20))
+            fenced = await link.fence(node, "code-a-1", "cluster/code-a-1")
+            assert fenced.claim is not None
+            assert fenced.claim["epoch"] == "fenced"
+            assert await link.settle(node, "code-a-1", 30)
+            assert store.file("code-a-1", "outputs/model.bin").stat().st_size == 20 << 20
+            stored = {event.path: event.sha256 for event in store.events if isinstance(event, Stored)}
+            assert stored["logs/rank-0.log"] == hashlib.sha256(b"hello\n").hexdigest()
+            assert stored["outputs/model.bin"] == hashlib.sha256(b"m" * (20 << 20)).hexdigest()
+            await link.forget(node, "code-a-1")
+            assert not await asyncio.to_thread(folder.exists)
+
+    asyncio.run(scenario())
+
+
+def test_the_link_writes_into_the_store_and_nowhere_else(head: RayHeadRunning, store: Store) -> None:
+    async def scenario() -> None:
+        async with linked(head, store) as link:
+            folder = await prepared(link, store, "opened-a-1")
+            (folder / "logs/rank-0.log").write_bytes(b"line\n")
+            await until(lambda: store.size("opened-a-1", "logs/rank-0.log"), 10, "the line is in the store")
+            child = psutil.Process(link.pid)
+            opened = [file.path for file in child.open_files()]
+            assert not [path for path in opened if path.startswith(str(head.node_root))]
+            assert head.token_path.read_text() not in " ".join(child.cmdline())
+
+    asyncio.run(scenario())
+
+
+def test_children_in_sessions_of_their_own_die_at_a_fence(head: RayHeadRunning, store: Store) -> None:
+    family = "import os, time\nfor _ in range(2):\n    if os.fork() == 0: os.setsid()\ntime.sleep(600)"
+
+    async def scenario() -> None:
+        async with linked(head, store) as link:
+            await prepared(link, store, "family-a-1")
+            env = {**os.environ, VAR_ATTEMPT: "cluster/family-a-1"}
+            first = subprocess.Popen([sys.executable, "-c", family], env=env)  # noqa: ASYNC220 -- returns at once
+            me = psutil.Process(first.pid)
+            await until(lambda: len(me.children(recursive=True)) == 3, 10, "three children")
+            children = me.children(recursive=True)
+            fenced = await link.fence(await node_of(link), "family-a-1", "cluster/family-a-1")
+            assert fenced.killed == 4
+            assert first.wait(5) == -9
+            assert not [child for child in children if child.is_running() and child.status() != "zombie"]
+
+    asyncio.run(scenario())
+
+
+def test_a_steward_killed_ten_times_loses_no_byte(head: RayHeadRunning, store: Store) -> None:
+    dice = random.Random(7)  # noqa: S311 -- dice, not a secret
+
+    async def scenario() -> None:
+        async with linked(head, store) as link:
+            folder = await prepared(link, store, "kills-a-1")
+            path = folder / "logs/rank-0.log"
+            kills = 0
+            with path.open("ab", buffering=0) as file:
+                while kills < 10:
+                    next_kill = time.monotonic() + dice.uniform(0.05, 0.6)
+                    while time.monotonic() < next_kill:
+                        file.write(dice.randbytes(dice.randrange(1, 100_000)))
+                        await asyncio.sleep(0.005)
+                    if steward := steward_of(head):
+                        steward.kill()
+                        kills += 1
+            size = path.stat().st_size
+            await until(lambda: store.size("kills-a-1", "logs/rank-0.log") == size, 60, "all bytes are in the store")
+            assert store.file("kills-a-1", "logs/rank-0.log").read_bytes() == path.read_bytes()
+            assert not [event for event in store.events if isinstance(event, LinkDown)]
+
+    asyncio.run(scenario())
+
+
+def test_a_link_that_is_killed_comes_back_and_sends_nothing_twice(head: RayHeadRunning, store: Store) -> None:
+    async def scenario() -> None:
+        async with linked(head, store) as link:
+            folder = await prepared(link, store, "again-a-1")
+            (folder / "logs/rank-0.log").write_bytes(b"before\n")
+            await until(lambda: store.size("again-a-1", "logs/rank-0.log") == 7, 10, "the first line")
+            psutil.Process(link.pid).kill()
+            await until(lambda: not link.up, 10, "the link is down")
+            with pytest.raises(ClusterDownError, match="Ray cannot be reached"):
+                await link.nodes()
+            with (folder / "logs/rank-0.log").open("ab") as file:
+                file.write(b"after\n")
+            await until(lambda: store.size("again-a-1", "logs/rank-0.log") == 13, 30, "the second line")
+            assert store.file("again-a-1", "logs/rank-0.log").read_bytes() == b"before\nafter\n"
+            assert [event for event in store.events if isinstance(event, AttemptSeen) and event.attempt == "again-a-1"]
+
+    asyncio.run(scenario())
+
+
+def test_a_large_log_leaves_the_memory_of_link_and_steward_flat(head: RayHeadRunning, store: Store) -> None:
+    async def scenario() -> None:
+        async with linked(head, store) as link:
+            folder = await prepared(link, store, "large-a-1")
+            (folder / "logs/rank-0.log").write_bytes(b"x" * 1_000_000)
+            await until(lambda: store.size("large-a-1", "logs/rank-0.log") == 1_000_000, 20, "the first megabyte")
+            steward = steward_of(head)
+            assert steward is not None
+            both = (psutil.Process(link.pid), steward)
+            before = [process.memory_info().rss for process in both]
+            with (folder / "logs/rank-0.log").open("ab") as file:
+                for _ in range(200):
+                    file.write(b"y" * 1_000_000)
+            await until(lambda: store.size("large-a-1", "logs/rank-0.log") == 201_000_000, 60, "all of the log")
+            grown = [process.memory_info().rss - was for process, was in zip(both, before, strict=True)]
+            assert max(grown) < 120_000_000
+
+    asyncio.run(scenario())
+
+
+def test_a_line_is_in_the_store_soon_after_it_was_written(
+    head: RayHeadRunning, store: Store, record_property: Callable[[str, object], None]
+) -> None:
+    async def scenario() -> None:
+        async with linked(head, store) as link:
+            folder = await prepared(link, store, "soon-a-1")
+            took = []
+            with (folder / "logs/rank-0.log").open("ab", buffering=0) as file:
+                for number in range(1, 31):
+                    began = time.monotonic()
+                    file.write(b"a line\n")
+                    await until(lambda: store.size("soon-a-1", "logs/rank-0.log") == 7 * number, 10, "the line")  # noqa: B023
+                    took.append(time.monotonic() - began)
+            record_property("median_latency_s", statistics.median(took))
+
+    asyncio.run(scenario())
+
+
+def test_an_unknown_node_is_said(head: RayHeadRunning, store: Store) -> None:
+    async def scenario() -> None:
+        async with linked(head, store) as link:
+            with pytest.raises(NotFoundError, match="no living node"):
+                await link.fence("0" * 56, "x-a-1", "tag")
+
+    asyncio.run(scenario())
+
+
+def test_a_store_that_is_full_is_said_and_nothing_is_lost(head: RayHeadRunning, store: Store) -> None:
+    """A file where a folder must be stands for a disk that refuses; root ignores permissions."""
+
+    async def scenario() -> None:
+        async with linked(head, store) as link:
+            folder = await prepared(link, store, "full-a-1")
+            await until(lambda: store.file("full-a-1", "attempt.json").exists(), 10, "the first file")
+            store.file("full-a-1", "logs").write_text("in the way")
+            (folder / "logs/rank-0.log").write_bytes(b"kept\n")
+            await until(
+                lambda: "StoreProblem" in {type(event).__name__ for event in store.events}, 10, "a word about it"
+            )
+            store.file("full-a-1", "logs").unlink()
+            await until(lambda: store.size("full-a-1", "logs/rank-0.log") == 5, 30, "the line after all")
+
+    asyncio.run(scenario())
+
+
+def test_a_link_without_ray_says_why(store: Store, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("t" * 48)
+
+    async def scenario() -> None:
+        link = Link(
+            gcs_address="127.0.0.1:9",
+            ray_token_path=token,
+            store=store.path,
+            on_event=store.events.append,
+            log_path=store.log_path,
+        )
+        await link.start()
+        try:
+            await until(lambda: [event for event in store.events if isinstance(event, LinkDown)], 40, "LinkDown")
+            with pytest.raises(ClusterDownError, match=r"127\.0\.0\.1:9"):
+                await link.nodes()
+        finally:
+            await link.close()
+
+    asyncio.run(scenario())

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from support.attempts import attempt_spec
+
+from raylaunch.controller.link import Stored
+from raylaunch.controller.mirror import GapError, Mirror
+from raylaunch.node.changes import BUDGET, Answer, Changes
+from raylaunch.node.files import inventory
+from raylaunch.node.folder import prepare
+
+ATTEMPT = "digits-abc-1"
+
+
+class World:
+    """One node and one store, without Ray between them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.store = folder / "node", folder / "store"
+        ready = prepare(
+            self.root, spec=attempt_spec(ATTEMPT), package=None, secrets={"K": "planted"}, runner=b"", python="python"
+        )
+        self.node = Path(ready["folder"])
+        self.kept = self.store / "jobs/digits-abc/attempt-1"
+        self.kept.parent.mkdir(parents=True)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew on both sides, as after a crash of the link and the steward."""
+        self.changes, self.mirror = Changes(self.root), Mirror(self.store)
+        self.answer = self.changes.take("session", self.mirror.have([ATTEMPT]))
+
+    def carry(self) -> int:
+        """Carry until nothing changes; return how many bytes went over."""
+        carried = 0
+        while self.answer["chunks"]:
+            carried += self.write(self.answer)
+            self.answer = self.changes.take("session", None)
+        self.mirror.save(at_once=True)
+        self.answer = self.changes.take("session", None)
+        return carried + (self.carry() if self.answer["chunks"] else 0)
+
+    def write(self, answer: Answer) -> int:
+        for chunk in answer["chunks"]:
+            self.mirror.write(chunk)
+        return sum(len(chunk["data"]) for chunk in answer["chunks"])
+
+    def end(self) -> None:
+        """Let the attempt be over."""
+        self.carry()
+        (self.node / "exit.json").write_text(json.dumps({"ended": "completed"}))
+        self.answer = self.changes.take("session", None)
+        self.changes.look_again(ATTEMPT)
+
+    def output(self, path: str, data: bytes, *, age_s: float = 10) -> Path:
+        """Write an output that has been at rest for a while."""
+        where = self.node / path
+        where.parent.mkdir(parents=True, exist_ok=True)
+        where.write_bytes(data)
+        os.utime(where, (time.time() - age_s, time.time() - age_s))
+        return where
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def log(world: World, data: bytes, rank: int = 0) -> None:
+    with (world.node / f"logs/rank-{rank}.log").open("ab") as file:
+        file.write(data)
+
+
+def test_a_log_arrives_byte_for_byte_however_it_is_cut(world: World) -> None:
+    log(world, b"\xff\xfe not utf-8\r")
+    world.carry()
+    log(world, b"x" * (BUDGET + 12345))
+    world.carry()
+    assert (world.kept / "logs/rank-0.log").read_bytes() == (world.node / "logs/rank-0.log").read_bytes()
+
+
+def test_one_answer_is_bounded(world: World) -> None:
+    world.carry()
+    log(world, b"x" * (3 * BUDGET))
+    answer = world.changes.take("session", None)
+    assert 0 < sum(len(chunk["data"]) for chunk in answer["chunks"]) <= BUDGET
+
+
+def test_secrets_and_heartbeats_stay_on_the_node(world: World) -> None:
+    (world.node / "heartbeat").touch()
+    (world.node / "tmp/scratch").write_text("x")
+    (world.node / "code/train.py").write_text("x")
+    world.carry()
+    world.end()
+    world.carry()
+    found = {str(path.relative_to(world.kept)) for path in world.kept.rglob("*") if path.is_file()}
+    assert found == {"attempt.json", "exit.json", ".replicated.json"}
+
+
+def test_after_a_restart_nothing_is_sent_that_is_there(world: World) -> None:
+    log(world, b"line\n" * 1000)
+    world.output("outputs/model.bin", b"m" * 5_000_000)
+    world.restart()
+    assert world.carry() > 5_000_000
+    world.restart()
+    assert world.carry() == 0
+    log(world, b"more\n")
+    world.restart()
+    assert world.carry() == 5
+
+
+def test_a_half_written_piece_is_healed_after_a_crash(world: World) -> None:
+    log(world, b"0123456789" * 100)
+    world.carry()
+    os.truncate(world.kept / "logs/rank-0.log", 345)
+    world.restart()
+    world.carry()
+    assert (world.kept / "logs/rank-0.log").read_bytes() == b"0123456789" * 100
+
+
+def test_an_answer_that_was_lost_is_noticed_and_sent_again(world: World) -> None:
+    world.carry()
+    log(world, b"lost")
+    world.changes.take("session", None)
+    log(world, b"found")
+    with pytest.raises(GapError):
+        world.write(world.changes.take("session", None))
+    world.restart()
+    world.carry()
+    assert (world.kept / "logs/rank-0.log").read_bytes() == b"lostfound"
+
+
+def test_a_steward_that_was_restarted_asks_to_begin_anew(world: World) -> None:
+    assert Changes(world.root).take("session", None)["resync"]
+
+
+def test_an_output_travels_when_it_is_at_rest_or_the_attempt_is_over(world: World) -> None:
+    world.output("outputs/resting.bin", b"done")
+    world.output("outputs/growing.bin", b"half", age_s=0)
+    world.restart()
+    world.carry()
+    assert (world.kept / "outputs/resting.bin").exists()
+    assert not (world.kept / "outputs/growing.bin").exists()
+    world.end()
+    world.carry()
+    assert (world.kept / "outputs/growing.bin").read_bytes() == b"half"
+
+
+def test_an_output_that_changes_is_replaced_as_a_whole(world: World) -> None:
+    world.output("checkpoints/last.ckpt", b"first", age_s=100)
+    world.restart()
+    world.carry()
+    world.output("checkpoints/last.ckpt", b"second", age_s=50)
+    world.restart()
+    world.carry()
+    assert (world.kept / "checkpoints/last.ckpt").read_bytes() == b"second"
+
+
+def test_a_file_that_changes_while_it_is_sent_never_arrives_mixed(world: World) -> None:
+    world.output("outputs/big.bin", b"a" * (2 * BUDGET), age_s=100)
+    world.restart()
+    world.write(world.answer)
+    world.output("outputs/big.bin", b"b" * (2 * BUDGET), age_s=50)
+    world.answer = world.changes.take("session", None)
+    world.carry()
+    assert not (world.kept / "outputs/big.bin").exists()
+    world.restart()
+    world.carry()
+    assert (world.kept / "outputs/big.bin").read_bytes() == b"b" * (2 * BUDGET)
+
+
+def test_a_log_that_was_truncated_is_sent_anew(world: World) -> None:
+    log(world, b"a long first life\n")
+    world.carry()
+    (world.node / "logs/rank-0.log").write_bytes(b"second\n")
+    world.answer = world.changes.take("session", None)
+    world.carry()
+    log(world, b"and on\n")
+    world.answer = world.changes.take("session", None)
+    world.carry()
+    assert (world.kept / "logs/rank-0.log").read_bytes() == b"second\nand on\n"
+
+
+def test_the_wandb_file_grows_and_what_lies_beside_it_comes_at_the_end(world: World) -> None:
+    run = "wandb/wandb/offline-run-1-abc"
+    world.output(f"{run}/run-abc.wandb", b":W&B")
+    world.output(f"{run}/files/config.yaml", b"lr: 1")
+    world.output(f"{run}/logs/debug.log", b"noise")
+    world.restart()
+    world.carry()
+    assert (world.kept / run / "run-abc.wandb").read_bytes() == b":W&B"
+    assert not (world.kept / run / "files").exists()
+    world.end()
+    world.carry()
+    assert (world.kept / run / "files/config.yaml").read_bytes() == b"lr: 1"
+    assert not (world.kept / run / "logs").exists()
+
+
+def test_a_link_out_of_the_folder_is_not_followed(world: World, tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private/key").write_text("planted")
+    (world.node / "outputs/key").symlink_to(tmp_path / "private/key")
+    (world.node / "outputs/all").symlink_to(tmp_path / "private")
+    (world.node / "logs/rank-0.log").symlink_to(tmp_path / "private/key")
+    world.end()
+    world.carry()
+    assert not [path for path in world.store.rglob("*") if path.is_file() and b"planted" in path.read_bytes()]
+
+
+def test_a_link_to_a_file_of_the_same_attempt_arrives_as_a_file(world: World) -> None:
+    world.output("checkpoints/epoch-3.ckpt", b"weights")
+    (world.node / "checkpoints/last.ckpt").symlink_to("epoch-3.ckpt")
+    world.end()
+    world.carry()
+    assert (world.kept / "checkpoints/last.ckpt").read_bytes() == b"weights"
+
+
+def test_a_piece_that_names_a_path_outside_is_refused(world: World) -> None:
+    chunk = world.answer["chunks"][0]
+    for path in ("../escaped", "/etc/escaped", "outputs/../../escaped", ""):
+        with pytest.raises(ValueError, match="is not a path"):
+            world.mirror.write({**chunk, "path": path})
+
+
+def test_a_link_planted_in_the_store_is_not_written_through(world: World, tmp_path: Path) -> None:
+    world.kept.mkdir()
+    (world.kept / "logs").symlink_to(tmp_path)
+    log(world, b"line")
+    world.answer = world.changes.take("session", {})
+    with pytest.raises(ValueError, match="is a link"):
+        world.carry()
+
+
+def test_what_a_removed_job_left_on_a_node_is_not_brought_back(world: World) -> None:
+    world.kept.parent.rmdir()
+    world.carry()
+    assert not world.kept.exists()
+
+
+def test_a_checksum_that_differs_is_found_and_healed(world: World) -> None:
+    log(world, b"good")
+    world.end()
+    world.carry()
+    (world.kept / "logs/rank-0.log").write_bytes(b"evil")
+    found = inventory(world.node, checksums=True, known={})
+    checksums = {path: sha256 for path, (_, sha256) in found.items()}
+    assert world.mirror.missing(ATTEMPT, {path: size for path, (size, _) in found.items()}) == []
+    assert world.mirror.differing(ATTEMPT, checksums) == ["logs/rank-0.log"]
+    world.mirror.drop(ATTEMPT, ["logs/rank-0.log"])
+    world.restart()
+    world.carry()
+    assert world.mirror.differing(ATTEMPT, checksums) == []
+
+
+def test_sealing_says_the_checksum_of_what_grew(world: World) -> None:
+    log(world, b"good")
+    world.end()
+    world.carry()
+    found = inventory(world.node, checksums=True, known={})
+    events = world.mirror.seal(ATTEMPT, {path: sha256 for path, (_, sha256) in found.items()})
+    sha256 = hashlib.sha256(b"good").hexdigest()
+    assert events == [Stored(attempt=ATTEMPT, path="logs/rank-0.log", size=4, sha256=sha256)]
+
+
+def test_a_vanished_file_is_not_an_error(world: World) -> None:
+    path = world.output("outputs/a.bin", b"a" * (2 * BUDGET))
+    world.restart()
+    path.unlink()
+    world.carry()
+    assert not (world.kept / "outputs/a.bin").exists()
+
+
+def test_facts_are_told_once_and_again_when_they_change(world: World) -> None:
+    assert [facts["attempt"] for facts in world.answer["attempts"]] == [ATTEMPT]
+    assert world.changes.take("session", None)["attempts"] == []
+    (world.node / "exit.json").write_text('{"ended": "comp')
+    assert world.changes.take("session", None)["attempts"] == []
+    (world.node / "exit.json").write_text('{"ended": "completed"}')
+    facts = world.changes.take("session", None)["attempts"]
+    assert [found["exit"] for found in facts] == [{"ended": "completed"}]
