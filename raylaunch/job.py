@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import SupportsFloat
-from collections.abc import Mapping
 
 from raylaunch.runner import contract
 
@@ -103,13 +103,15 @@ def _append(path: str, data: bytes) -> None:
 
 
 def _numbers(metrics: Mapping[str, Number]) -> dict[str, float]:
-    found = {}
-    for name, value in metrics.items():
-        try:
-            found[str(name)] = float(value)
-        except (TypeError, ValueError, RuntimeError):
-            continue  # not a number: a report is not the place to fail for it
-    return found
+    numbers = {str(name): _number(value) for name, value in metrics.items()}
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+def _number(value: Number) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None  # not a number: a report is not the place to fail for it
 
 
 def _whole(text: str | None, default: int) -> int:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raylaunch.runner import claim, contract, keeper, outputs, probe, training, wandb_env, wandb_failure
+from raylaunch.runner.builds import Place
 from raylaunch.runner.ending import Sweep, stop_training
-from raylaunch.runner.environment import Place, Prepared, prepare
+from raylaunch.runner.environment import Prepared, prepare
 from raylaunch.runner.processes import ancestors, oom_kills, signal_name
 from raylaunch.runner.relay import Relay
 
@@ -90,12 +91,10 @@ class Attempt:
             "packages": sorted(f"{name}=={number}" for name, number in seen.packages.items()),
             "warnings": [*seen.warnings, *wandb_env.version_warnings(version)],
         }
-        mode = wandb_env.find_mode(
-            spec["wandb"], prepared.env, version=version, code=self._code, tmp=place.tmp, pulse=self._pulse
-        )
+        mode = wandb_env.find_mode(spec["wandb"], prepared.env, version=version, place=place, pulse=self._pulse)
         self._say_mode(mode)
         own = {**spec["env"], **secrets}
-        home = Path(base.get("HOME") or os.path.expanduser("~"))
+        home = wandb_env.home_of(base)
         env = {
             **prepared.env,
             **wandb_env.variables(spec["wandb"], mode, own, folder=folder, home=home),

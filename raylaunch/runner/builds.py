@@ -10,9 +10,9 @@ import re
 import shutil
 import sys
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from raylaunch.runner.watch import Pulse, Ran, run_program
 
@@ -20,15 +20,25 @@ if TYPE_CHECKING:
     from raylaunch.runner.contract import EnvironmentSpec
 
 _BUILD_S = 3600.0
+_NESTED_LIMIT = 5
 _COMPLETE = ".raylaunch-complete"
 _NESTED = re.compile(r"^\s*(?:-r|--requirement|-c|--constraint)[ =]\s*(\S+)", re.MULTILINE)
+
+
+class Place(NamedTuple):
+    """Folders: the attempt's working directory and scratch, the node's environments; and the log of what is made."""
+
+    code: Path
+    tmp: Path
+    envs: Path
+    setup_log: Path
 
 
 class EnvironmentProblem(Exception):  # noqa: N818 -- the word that the exit facts use
     """The environment cannot be used; the text says what is missing and what to do."""
 
 
-def uv_environment(env: dict[str, str], code: Path, envs: Path, log: Path, pulse: Pulse) -> Path:
+def uv_environment(env: dict[str, str], place: Place, pulse: Pulse) -> Path:
     """Return the folder of the environment that the project's own lock describes, synced if it is not there yet.
 
     The project itself is not installed into it: other attempts share it, with other copies of the code.
@@ -37,7 +47,7 @@ def uv_environment(env: dict[str, str], code: Path, envs: Path, log: Path, pulse
         EnvironmentProblem: no lock file, no uv, or the sync failed.
     """
     for name in ("pyproject.toml", "uv.lock"):
-        if not (code / name).is_file():
+        if not (place.code / name).is_file():
             hint = "; make it with: uv lock" if name == "uv.lock" else ""
             msg = f"the environment uv needs {name} in the working directory{hint}"
             raise EnvironmentProblem(msg)
@@ -46,27 +56,25 @@ def uv_environment(env: dict[str, str], code: Path, envs: Path, log: Path, pulse
         msg = "the environment uv needs the program uv, which is not on this node's PATH; install it, or use pip"
         raise EnvironmentProblem(msg)
     names = ("pyproject.toml", "uv.lock", ".python-version")
-    content = b"\0".join((code / name).read_bytes() if (code / name).is_file() else b"" for name in names)
-    prefix = envs / f"uv-{hashlib.sha256(content).hexdigest()[:16]}"
+    content = b"\0".join((place.code / name).read_bytes() if (place.code / name).is_file() else b"" for name in names)
+    prefix = place.envs / f"uv-{hashlib.sha256(content).hexdigest()[:16]}"
     build_env = {**env, "UV_PROJECT_ENVIRONMENT": str(prefix)}
     build_env.pop("VIRTUAL_ENV", None)
     with _building(prefix, pulse) as needed:
         if needed:
             command = [uv, "sync", "--frozen", "--no-install-project", "--no-progress"]
-            _build(command, build_env, code, log, pulse, what="uv sync --frozen")
+            _build(command, build_env, place, pulse, what="uv sync --frozen")
     return prefix
 
 
-def pip_environment(
-    spec: EnvironmentSpec, env: dict[str, str], code: Path, envs: Path, log: Path, pulse: Pulse
-) -> Path:
+def pip_environment(spec: EnvironmentSpec, env: dict[str, str], place: Place, pulse: Pulse) -> Path:
     """Return the folder of a virtual environment with these requirements, made if it is not there yet.
 
     Raises:
         EnvironmentProblem: no such file, or the installation failed.
     """
     if spec["value"]:
-        file = code / spec["value"]
+        file = place.code / spec["value"]
         if not file.is_file():
             msg = f"the requirements file {spec['value']} is not in the working directory"
             raise EnvironmentProblem(msg)
@@ -74,21 +82,21 @@ def pip_environment(
     else:
         content, arguments = "\n".join(spec["requirements"]), list(spec["requirements"])
     key = f"{sys.version}\0{sys.executable}\0{content}"
-    prefix = envs / f"pip-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    prefix = place.envs / f"pip-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     build_env = {name: value for name, value in env.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     with _building(prefix, pulse) as needed:
         if needed:
-            _make_venv(prefix, build_env, code, log, pulse)
+            _make_venv(prefix, build_env, place, pulse)
             python = str(prefix / "bin" / "python")
             install = _installer(python, build_env) + arguments
-            _build(install, build_env, code, log, pulse, what="the installation of the requirements")
+            _build(install, build_env, place, pulse, what="the installation of the requirements")
     return prefix
 
 
 def _requirements_text(file: Path, *, depth: int) -> str:
     """Return a requirements file and those that it includes: what decides whether an environment can be used again."""
     text = file.read_text(encoding="utf-8", errors="replace")
-    for name in _NESTED.findall(text) if depth < 5 else []:
+    for name in _NESTED.findall(text) if depth < _NESTED_LIMIT else []:
         nested = file.parent / name
         if nested.is_file():
             text += f"\0{name}\0" + _requirements_text(nested, depth=depth + 1)
@@ -101,16 +109,16 @@ def _find_uv(env: dict[str, str]) -> str | None:
     return shutil.which("uv", path=os.pathsep.join(places))
 
 
-def _make_venv(prefix: Path, env: dict[str, str], code: Path, log: Path, pulse: Pulse) -> None:
+def _make_venv(prefix: Path, env: dict[str, str], place: Place, pulse: Pulse) -> None:
     """Make an empty environment; where ensurepip is missing (Debian without python3-venv), uv can."""
     uv = _find_uv(env)
     try:
-        _build([sys.executable, "-I", "-m", "venv", str(prefix)], env, code, log, pulse, what="python -m venv")
+        _build([sys.executable, "-I", "-m", "venv", str(prefix)], env, place, pulse, what="python -m venv")
     except EnvironmentProblem:
         shutil.rmtree(str(prefix), ignore_errors=True)
         if uv is None:
             raise
-        _build([uv, "venv", "--python", sys.executable, str(prefix)], env, code, log, pulse, what="uv venv")
+        _build([uv, "venv", "--python", sys.executable, str(prefix)], env, place, pulse, what="uv venv")
 
 
 def _installer(python: str, env: dict[str, str]) -> list[str]:
@@ -120,10 +128,10 @@ def _installer(python: str, env: dict[str, str]) -> list[str]:
     return [_find_uv(env) or "uv", "pip", "install", "--python", python]
 
 
-def _build(command: Sequence[str], env: dict[str, str], code: Path, log: Path, pulse: Pulse, *, what: str) -> None:
+def _build(command: Sequence[str], env: dict[str, str], place: Place, pulse: Pulse, *, what: str) -> None:
     try:
-        with log.open("a+b") as output:
-            ran = run_program(command, env=env, cwd=code, timeout_s=_BUILD_S, pulse=pulse, output=output)
+        with place.setup_log.open("a+b") as output:
+            ran = run_program(command, env=env, cwd=place.code, timeout_s=_BUILD_S, pulse=pulse, output=output)
     except OSError as error:
         msg = f"{what} could not be started: {error}"
         raise EnvironmentProblem(msg) from None
@@ -137,7 +145,7 @@ def last_words(ran: Ran) -> str:
     if ran.status is None:
         return "it did not end in time"
     lines = [line.strip() for line in ran.output.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"error|not find|no such|×", line, re.IGNORECASE)]
+    telling = [line for line in lines if re.search(r"error|not find|no such|\u00d7", line, re.IGNORECASE)]
     return (telling or lines or [f"exit status {ran.status}"])[-1][:400]
 
 
@@ -148,7 +156,7 @@ def _building(prefix: Path, pulse: Pulse) -> Iterator[bool]:
     if (prefix / _COMPLETE).exists():
         yield False
         return
-    with open(f"{prefix}.lock", "ab") as lock:
+    with prefix.with_name(f"{prefix.name}.lock").open("ab") as lock:
         while not _locked(lock.fileno()):
             pulse.check()
             time.sleep(0.2)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
-from collections.abc import Mapping
 
 from raylaunch.runner import contract
 from raylaunch.runner.processes import boot_id, started_ticks
@@ -80,4 +80,4 @@ def write_whole(path: Path, content: Mapping[str, object]) -> None:
         json.dump(content, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(str(beside), str(path))
+    beside.replace(path)

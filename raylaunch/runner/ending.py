@@ -20,7 +20,7 @@ _POLL_S = 0.1
 
 
 def stop_training(kept: Kept, wish: Wish, pulse: Pulse) -> None:
-    """SIGTERM to the training's process group, the grace, SIGKILL. W&B's core has a session of its own: it is spared."""
+    """SIGTERM to the training's process group, the grace, SIGKILL. W&B's core, in a session of its own, is spared."""
     kept.terminate()
     deadline = time.monotonic() + wish.grace_s
     while not kept.poll(_POLL_S) and time.monotonic() < deadline:

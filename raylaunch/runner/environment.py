@@ -1,4 +1,4 @@
-"""The Python environment of a job, in its six kinds: variables and an interpreter, or a sentence that says what is missing."""
+"""The Python environment of a job, in its six kinds: its variables and interpreter, or what is missing, in words."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from raylaunch.runner import builds
+from raylaunch.runner.builds import Place
 from raylaunch.runner.watch import Pulse, run_program
 
 if TYPE_CHECKING:
@@ -18,15 +19,6 @@ if TYPE_CHECKING:
 _CONDA_PLACES = ("miniforge3", "miniconda3", "anaconda3", "mambaforge", "conda")
 _CONDA_ROOTS = ("~", "/opt", "/usr/local")
 _CONDA_S = 120.0
-
-
-class Place(NamedTuple):
-    """Where an environment is prepared: the attempt's working directory and scratch, and the node's folder of builds."""
-
-    code: Path
-    tmp: Path
-    envs: Path
-    setup_log: Path
 
 
 class Prepared(NamedTuple):
@@ -59,10 +51,10 @@ def prepare(spec: EnvironmentSpec, env: dict[str, str], *, place: Place, pulse: 
     if kind == "conda":
         return _conda(value, env, place, pulse)
     if kind == "uv":
-        prefix = builds.uv_environment(env, place.code, place.envs, place.setup_log, pulse)
+        prefix = builds.uv_environment(env, place, pulse)
         return _with_project(activate(prefix, env, what="uv"), place.code)
     if kind == "pip":
-        prefix = builds.pip_environment(spec, env, place.code, place.envs, place.setup_log, pulse)
+        prefix = builds.pip_environment(spec, env, place, pulse)
         return activate(prefix, env, what="pip")
     msg = f"this runner knows no environment of the kind {kind!r}; cluster and client do not fit: raylaunch up"
     raise builds.EnvironmentProblem(msg)
@@ -81,7 +73,8 @@ def activate(prefix: Path, env: dict[str, str], *, what: str) -> Prepared:
         raise builds.EnvironmentProblem(msg)
     if not python.exists():
         broken = " (a link to an interpreter that is gone)" if python.is_symlink() else ""
-        msg = f"{prefix} is not a Python environment: it has no bin/python{broken}; make it with: python3 -m venv {prefix}"
+        why = f"it has no bin/python{broken}"
+        msg = f"{prefix} is not a Python environment: {why}; make it with: python3 -m venv {prefix}"
         raise builds.EnvironmentProblem(msg)
     changed = with_bin(env, prefix / "bin")
     changed["VIRTUAL_ENV"] = str(prefix)
@@ -182,7 +175,7 @@ def find_conda(env: dict[str, str]) -> str | None:
 
 
 def _with_project(prepared: Prepared, code: Path) -> Prepared:
-    """Let the project import itself: it is not installed in the shared environment, for each attempt has its own copy."""
+    """Let the project import itself; it is not installed in the shared environment, for each attempt has its own."""
     source = code / "src" if (code / "src").is_dir() else code
     before = prepared.env.get("PYTHONPATH")
     path = os.pathsep.join([str(source), before] if before else [str(source)])

@@ -2,8 +2,8 @@
 
 It stands apart (two forks, a session of its own), so the training is not a descendant of the Ray job's driver. That has
 two uses. Ray's stop signals every descendant of the driver, W&B's core too, which then drops what it has buffered; kept
-apart, only the runner hears of the stop and ends the training in order. And when the runner is killed, its end of a pipe
-closes: the keeper then ends every process of the attempt at once.
+apart, only the runner hears of the stop and ends the training in order. And when the runner is killed, its end of a
+pipe closes: the keeper then ends every process of the attempt at once.
 
 The runner speaks to it with single bytes: ``T`` and ``K`` signal the training's process group, ``.`` says that all is
 over. It answers ``pid N`` or ``error TEXT``, and later ``exit STATUS`` (as `subprocess.Popen.returncode`).
@@ -11,6 +11,7 @@ over. It answers ``pid N`` or ``error TEXT``, and later ``exit STATUS`` (as `sub
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -18,8 +19,8 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from raylaunch.runner.processes import of_attempt, send
 
@@ -79,7 +80,7 @@ class Kept:
             self.keeper_died = True
 
 
-def start(
+def start(  # noqa: PLR0913 -- what a process needs
     argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path, tag: str, spare: frozenset[int]
 ) -> Kept:
     """Start the training under a keeper; its output goes straight into `log`.
@@ -161,10 +162,8 @@ class _Keeper:
         os.close(nothing)
 
     def _answer(self, text: str) -> None:
-        try:
+        with contextlib.suppress(BrokenPipeError):  # the runner is gone; its end of the other pipe says so
             os.write(self._report, " ".join(text.split()).encode() + b"\n")
-        except BrokenPipeError:
-            pass  # the runner is gone; reading its end of the other pipe says so
 
     def _obey(self, child: subprocess.Popen[bytes]) -> bool:
         words = os.read(self._control, 64)
@@ -194,10 +193,8 @@ class _Keeper:
 
 
 def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # all of the group are gone
         os.killpg(child.pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass  # all of the group are gone
 
 
 def _spawn(argv: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> subprocess.Popen[bytes]:

@@ -6,9 +6,9 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-from collections.abc import Sequence
 
 from raylaunch.runner import claim, contract, wandb_env
 from raylaunch.runner.attempt import Attempt
@@ -88,4 +88,4 @@ def say(text: str) -> None:
     try:
         print(text, flush=True)  # noqa: T201 -- the runner's output is Ray's log of the job
     except OSError:
-        sys.stdout = None  # type: ignore[assignment]  # nobody reads it; Python must not fail for it at its end
+        sys.stdout = None  # nobody reads it; Python must not fail for it at its end

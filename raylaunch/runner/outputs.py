@@ -1,18 +1,18 @@
-"""Files of the working directory that the spec names as outputs, kept beside what the program wrote to its output folder."""
+"""Files of the working directory that the spec names as outputs, kept beside what the program wrote there itself."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 
 def collect(code: Path, outputs: Path, patterns: Sequence[str]) -> list[str]:
     """Keep the files of `code` that match, under their relative paths in `outputs`. Returns warnings in words."""
     warnings = []
     for pattern in patterns:
-        if os.path.isabs(pattern) or ".." in Path(pattern).parts:
+        if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
             warnings.append(f"outputs: {pattern!r} leads out of the working directory and was not kept")
             continue
         found = False

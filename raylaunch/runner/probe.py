@@ -1,4 +1,4 @@
-"""Looking at an environment before training starts: does its interpreter run, what is installed, does torch see the GPUs.
+"""Looking at an environment before training starts: does its interpreter run, what is in it, does torch see the GPUs.
 
 One child of that interpreter answers, and its answer is kept in the node's folder of environments until something is
 installed or removed: the next start costs nothing.
@@ -6,7 +6,6 @@ installed or removed: the next start costs nothing.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -14,8 +13,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from raylaunch.runner.builds import EnvironmentProblem, last_words
-from raylaunch.runner.environment import Place, Prepared
+from raylaunch.runner.builds import EnvironmentProblem, Place, last_words
+from raylaunch.runner.environment import Prepared
 from raylaunch.runner.watch import Pulse, Ran, run_program
 
 _PROBE_S = 60.0
@@ -115,7 +114,7 @@ def _torch_warnings(prepared: Prepared, version: str, gpus: int, place: Place, p
 
 
 def _has_gpus() -> bool:
-    return bool(glob.glob("/dev/nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
 def _cached(prepared: Prepared, program: str, more: str, place: Place, pulse: Pulse) -> dict[str, object]:
@@ -139,20 +138,26 @@ def _cached(prepared: Prepared, program: str, more: str, place: Place, pulse: Pu
 
 def _key(prepared: Prepared, program: str, more: str) -> str:
     """Name the content of an environment: its interpreter, and when something was last installed or removed."""
-    prefix = Path(prepared.python).parent.parent
-    places = [prepared.python, os.path.realpath(prepared.python), str(prefix / "pyvenv.cfg")]
-    roots = [str(prefix), os.path.dirname(os.path.dirname(os.path.realpath(prepared.python)))]
-    roots += ["/usr", "/usr/local", os.path.expanduser("~/.local")]
-    for root in roots:
+    python = Path(prepared.python)
+    real = python.resolve()
+    places = [python, real, python.parent.parent / "pyvenv.cfg"]
+    for root in (
+        python.parent.parent,
+        real.parent.parent,
+        Path("/usr"),
+        Path("/usr/local"),
+        Path("~/.local").expanduser(),
+    ):
         for kind in ("site-packages", "dist-packages"):
-            places += sorted(glob.glob(f"{root}/lib*/python3*/{kind}"))
-    places += [path for path in prepared.env.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return hashlib.sha256(repr((program, more, [(path, _changed(path)) for path in places])).encode()).hexdigest()[:24]
+            places += sorted(root.glob(f"lib*/python3*/{kind}"))
+    places += [Path(path) for path in prepared.env.get("PYTHONPATH", "").split(os.pathsep) if path]
+    content = (program, more, [(str(path), _changed(path)) for path in places])
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:24]
 
 
-def _changed(path: str) -> int:
+def _changed(path: Path) -> int:
     try:
-        return os.stat(path).st_mtime_ns
+        return path.stat().st_mtime_ns
     except OSError:
         return 0
 
@@ -199,7 +204,7 @@ def _why_not_executed(python: str, error: OSError) -> str:
 def _elf_machine(path: str) -> str:
     """Return the architecture that an ELF file's header names, or an empty text."""
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             head = file.read(20)
     except OSError:
         return ""

@@ -62,7 +62,8 @@ def of_attempt(tag: str, spare: frozenset[int]) -> list[Found]:
     """Return the living processes whose environment carries the attempt's tag, without those in `spare`."""
     mark = f"{VAR_ATTEMPT}={tag}".encode()
     found = []
-    for entry in os.listdir("/proc") if _PROC.is_dir() else []:
+    entries = [path.name for path in _PROC.iterdir()] if _PROC.is_dir() else []
+    for entry in entries:
         if not entry.isdigit() or int(entry) in spare:
             continue
         try:

@@ -1,8 +1,8 @@
 """The copy of the training's output that goes to Ray's own driver log, in a form that Ray's log tools bear.
 
-They end a follow on a byte that is not UTF-8 or a very long line, and read a whole log to show its end. The attempt's own
-log keeps every byte; this copy has valid UTF-8, lines of at most 16 KiB, one line where a progress bar drew many times,
-and at most `contract.RAY_LOG_LIMIT` bytes.
+They end a follow on a byte that is not UTF-8 or a very long line, and read a whole log to show its end. The attempt's
+own log keeps every byte; this copy has valid UTF-8, lines of at most 16 KiB, one line where a progress bar drew many
+times, and at most `contract.RAY_LOG_LIMIT` bytes.
 """
 
 from __future__ import annotations

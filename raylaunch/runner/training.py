@@ -6,9 +6,9 @@ import difflib
 import os
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
-from collections.abc import Iterator, Mapping
 
 from raylaunch.runner import contract
 
@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from raylaunch.runner.contract import AttemptSpec
 
 _MANY_FILES = 5000
+_FEW_LINES = 5
+_NOT_FOUND = 127
+"""A shell's exit status for a command that is not there."""
+_USAGE = 2
+"""Python's exit status for a script that is not there."""
 _RUNNER_ONLY = ("OMP_NUM_THREADS", contract.VAR_NODE_ROOT)
 """Ray sets OMP_NUM_THREADS to 1 for a driver without CPUs, which would slow a training down without a word."""
 _SHELL_MISSING = re.compile(
-    r"^(?:/bin/)?(?:ba)?sh: (?:line )?\d+: (.+?): (?:command )?not found$|"
-    r"^(?:/bin/)?bash: line \d+: (.+?): No such file or directory$",
+    r"^\S*sh: (?:line )?\d+: (.+?): (?:command )?not found$|^\S*sh: line \d+: (.+?): No such file or directory$",
     re.MULTILINE,
 )
 _PYTHON_MISSING = re.compile(r"can't open file '([^']+)': \[Errno 2\]")
@@ -98,7 +102,8 @@ def _not_on_path(program: str, path: str, code: Path) -> str:
     if (code / program).is_file():
         hint = f"; the working directory has a file of that name: start it as python {program}, or ./{program}"
         return f"the program {program!r} is not on the PATH of the job's environment{hint}"
-    names = {name for folder in path.split(os.pathsep) if os.path.isdir(folder) for name in os.listdir(folder)}
+    folders = [Path(folder) for folder in path.split(os.pathsep) if Path(folder).is_dir()]
+    names = {file.name for folder in folders for file in folder.iterdir()}
     near = difflib.get_close_matches(program, sorted(names), n=1, cutoff=0.7)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"the program {program!r} is not on the PATH of the job's environment{hint} PATH is {path}"
@@ -107,9 +112,8 @@ def _not_on_path(program: str, path: str, code: Path) -> str:
 def nearest_file(name: str, code: Path) -> str:
     """Return words that name the file of the working directory that is nearest to `name`, or what is there."""
     files = list(_files(code))
-    wanted = os.path.relpath(name, str(code)) if os.path.isabs(name) else os.path.normpath(name)
-    base = os.path.basename(wanted)
-    same = [file for file in files if os.path.basename(file) == base]
+    wanted = os.path.relpath(name, str(code)) if Path(name).is_absolute() else os.path.normpath(name)
+    same = [file for file in files if Path(file).name == Path(wanted).name]
     near = same or difflib.get_close_matches(wanted, files, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
@@ -125,17 +129,17 @@ def _files(code: Path) -> Iterator[str]:
             count += 1
             if count > _MANY_FILES:
                 return
-            yield os.path.relpath(os.path.join(folder, name), str(code))
+            yield os.path.relpath(Path(folder) / name, code)
 
 
 def explain_missing(entrypoint: str | list[str], status: int, log_tail: str, code: Path) -> str:
     """Return a sentence when the program ended because a file to run was not found, else an empty text."""
-    if status == 127 and isinstance(entrypoint, str):
+    if status == _NOT_FOUND and isinstance(entrypoint, str):
         for match in _SHELL_MISSING.finditer(log_tail):
             program = match.group(1) or match.group(2)
             hint = nearest_file(program, code) if "/" in program or program.endswith((".py", ".sh")) else ""
             return f"the shell did not find {program!r}{hint}"
-    if status == 2:
+    if status == _USAGE:
         found = _PYTHON_MISSING.search(log_tail)
         if found:
             missing = found.group(1)
@@ -143,6 +147,6 @@ def explain_missing(entrypoint: str | list[str], status: int, log_tail: str, cod
             return f"python did not find {relative!r} in the working directory{nearest_file(missing, code)}"
     if status == 1:
         found = _MODULE_MISSING.search(log_tail)
-        if found and log_tail.count("\n") < 5:
+        if found and log_tail.count("\n") < _FEW_LINES:
             return f"python did not find the module {found.group(1)!r} that it was to run"
     return ""

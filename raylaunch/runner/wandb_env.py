@@ -1,25 +1,26 @@
 """The variables with which a script's own ``wandb.init()`` becomes this attempt's run; and whether it runs on-line.
 
 What was measured on wandb 0.31: ``WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL`` takes fractions of a second (0.1, 0.25, 0.5
-gave writes 0.10, 0.25, 0.50 s apart); 0.28 to 0.30 ignore it and write when a block is full or the run ends.
+gave writes 0.10, 0.25, 0.50 s apart). 0.28 to 0.30 ignore it and write when a block is full or the run ends; when their
+training is killed, or ended by SIGTERM without a handler, what is not written yet is lost (seen on 0.29 and 0.30).
 """
 
 from __future__ import annotations
 
 import configparser
 import netrc
-import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from raylaunch.runner import contract
 from raylaunch.runner.watch import Pulse, run_program
 
 if TYPE_CHECKING:
+    from raylaunch.runner.builds import Place
     from raylaunch.runner.contract import WandbSpec
 
 FLUSH_S = "0.25"
@@ -55,15 +56,14 @@ class Mode(NamedTuple):
     base_url: str = ""
 
 
-def find_mode(spec: WandbSpec, env: Mapping[str, str], *, version: str, code: Path, tmp: Path, pulse: Pulse) -> Mode:
+def find_mode(spec: WandbSpec, env: Mapping[str, str], *, version: str, place: Place, pulse: Pulse) -> Mode:
     """Decide between on-line and off-line: on-line takes credentials, and a server that answers within 10 s.
 
     Args:
         spec: what the job asks for.
         env: the variables of the training.
         version: of the environment's wandb, or empty when it has none.
-        code: the working directory; a `wandb/settings` file there counts as wandb itself reads it.
-        tmp: scratch.
+        place: folders; a `wandb/settings` file in the working directory counts, as wandb itself reads it.
         pulse: goes on meanwhile.
 
     Raises:
@@ -76,11 +76,11 @@ def find_mode(spec: WandbSpec, env: Mapping[str, str], *, version: str, code: Pa
         return Mode("disabled", "asked for")
     if not version:
         return Mode("offline", "the job's environment has no wandb")
-    base_url, found = _credentials(env, version, code)
+    base_url, found = _credentials(env, version, place.code)
     if not found:
         where = urlsplit(base_url).netloc
         return Mode("offline", f"no W&B credentials: neither WANDB_API_KEY nor a netrc entry for {where}")
-    silence = _knock(base_url, env, tmp, pulse)
+    silence = _knock(base_url, env, place.tmp, pulse)
     if silence:
         return Mode("offline", f"W&B at {base_url} did not answer within {PROBE_S:g} s: {silence}")
     return Mode("online", "W&B credentials were found, and the server answers", base_url)
@@ -101,7 +101,12 @@ def _credentials(env: Mapping[str, str], version: str, code: Path) -> tuple[str,
 
 def _settings_home(env: Mapping[str, str]) -> Path:
     given = env.get("WANDB_CONFIG_DIR")
-    return Path(given) if given else Path(env.get("HOME") or os.path.expanduser("~")) / ".config" / "wandb"
+    return Path(given) if given else home_of(env) / ".config" / "wandb"
+
+
+def home_of(env: Mapping[str, str]) -> Path:
+    """Return the person's home on this node."""
+    return Path(env.get("HOME") or "~").expanduser()
 
 
 def _settings(folder: Path) -> dict[str, str]:
@@ -114,14 +119,19 @@ def _settings(folder: Path) -> dict[str, str]:
 
 
 def _netrc_hosts(env: Mapping[str, str]) -> frozenset[str]:
-    home = Path(env.get("HOME") or os.path.expanduser("~"))
+    home = home_of(env)
     places = [Path(env["NETRC"]).expanduser()] if env.get("NETRC") else [home / ".netrc", home / "_netrc"]
     for place in places:
-        try:
-            return frozenset(netrc.netrc(str(place)).hosts)
-        except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
-            continue
+        if place.is_file():
+            return _hosts(place)
     return frozenset()
+
+
+def _hosts(place: Path) -> frozenset[str]:
+    try:
+        return frozenset(netrc.netrc(str(place)).hosts)
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
+        return frozenset()
 
 
 def _knock(base_url: str, env: Mapping[str, str], tmp: Path, pulse: Pulse) -> str:
@@ -187,7 +197,8 @@ def version_warnings(version: str) -> list[str]:
         return [
             f"wandb {version} is older than {oldest}: its metrics may show late, or in part; 0.31 or newer is better"
         ]
-    return [f"wandb {version} writes its file in blocks: metrics may show late while the job runs; 0.31 writes at once"]
+    late = "metrics may show late, and a stop or a kill may lose the latest"
+    return [f"wandb {version} writes its file in blocks only: {late}; 0.31 or newer writes at once"]
 
 
 def _numbers(version: str) -> tuple[int, ...]:

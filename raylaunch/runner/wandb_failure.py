@@ -10,7 +10,9 @@ from raylaunch.runner import contract
 
 _BLOCK = 32 * 1024
 _FILE_HEADER = 7
+_RECORD_HEADER = 7
 _FULL, _FIRST = 1, 2
+_LENGTH_DELIMITED = 2
 _HISTORY = 2
 """Number of the field `history` in wandb.proto's Record."""
 _BROKEN_INIT = re.compile(
@@ -32,15 +34,15 @@ def has_history(path: Path) -> bool:
     """Return whether a .wandb file (LevelDB's log format around protobuf records) holds a history record."""
     data = path.read_bytes()[: 8 * 1024 * 1024]
     offset = _FILE_HEADER
-    while offset + 7 <= len(data):
-        if _BLOCK - offset % _BLOCK < 7:
+    while offset + _RECORD_HEADER <= len(data):
+        if _BLOCK - offset % _BLOCK < _RECORD_HEADER:
             offset += _BLOCK - offset % _BLOCK
             continue
         _, length, kind = struct.unpack_from("<IHB", data, offset)
-        payload = data[offset + 7 : offset + 7 + length]
+        payload = data[offset + _RECORD_HEADER : offset + _RECORD_HEADER + length]
         if kind in (_FULL, _FIRST) and _HISTORY in _first_fields(payload):
             return True
-        offset += 7 + length
+        offset += _RECORD_HEADER + length
     return False
 
 
@@ -53,7 +55,7 @@ def _first_fields(record: bytes) -> set[int]:
         found.add(tag >> 3)
         value, offset = _varint(record, offset)
         wire = tag & 7
-        if wire == 2:
+        if wire == _LENGTH_DELIMITED:
             offset += value
         elif wire != 0:
             break

@@ -7,9 +7,9 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
-from collections.abc import Mapping, Sequence
 
 from raylaunch.runner import contract
 
@@ -120,7 +120,7 @@ class Ran(NamedTuple):
     output: str
 
 
-def run_program(
+def run_program(  # noqa: PLR0913 -- what a process needs
     argv: Sequence[str],
     *,
     env: Mapping[str, str],
