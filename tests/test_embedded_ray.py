@@ -26,7 +26,7 @@ from raylaunch.cluster.answer import ask
 from raylaunch.cluster.backends import Step
 from raylaunch.cluster.home import ClusterPaths, cluster_paths
 from raylaunch.cluster.ports import RAY_PORTS, is_free
-from raylaunch.cluster.process import ProcessIdentity, is_alive
+from raylaunch.cluster.process import ProcessIdentity, identify, is_alive
 from raylaunch.cluster.record import ClusterRecord, load_record
 from raylaunch.cluster.sweep import of_controller, of_ray
 from raylaunch.spec import ClusterSpec
@@ -244,10 +244,11 @@ def test_down_ends_all_that_it_started_and_what_jobs_left_behind_and_the_store_s
     script = f"setsid sh -c 'echo $$ > {marker}.new; mv {marker}.new {marker}; exec sleep 1000' & exec sleep 1000"
     submit(cluster, script)
     wait_until(marker.exists, 120, "the job's child")
-    stray = psutil.Process(int(marker.read_text()))
+    stray = identify(int(marker.read_text()))
     found, ports = cluster.processes(), cluster.record.ports
     report = anyio.run(embedded.down, SPEC)
-    assert not stray.is_running()
+    assert stray is not None
+    assert not is_alive(stray)
     assert not any(is_alive(process) for process in found)
     assert report.notes == ()
     assert all(is_free(port) for port in ports.values())
