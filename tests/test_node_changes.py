@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -284,3 +285,21 @@ def test_facts_are_told_once_and_again_when_they_change(world: World) -> None:
     (world.node / "exit.json").write_text('{"ended": "completed"}')
     facts = world.changes.take("session", None)["attempts"]
     assert [found["exit"] for found in facts] == [{"ended": "completed"}]
+
+
+def test_a_write_that_fails_halfway_leaves_the_file_as_it_was(world: World) -> None:
+    """A limit on file sizes stands for a disk that fills up in the middle of a piece."""
+    log(world, b"0123456789")
+    world.carry()
+    log(world, b"x" * 100_000)
+    answer = world.changes.take("session", None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            world.write(answer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (world.kept / "logs/rank-0.log").read_bytes() == b"0123456789"
+    world.write(answer)
+    assert (world.kept / "logs/rank-0.log").stat().st_size == 100_010

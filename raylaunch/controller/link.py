@@ -15,13 +15,39 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypedDict, cast
 
+from raylaunch.controller.link_events import (
+    AttemptSeen,
+    Grew,
+    LinkDown,
+    LinkEvent,
+    LinkUp,
+    NodesChanged,
+    Stored,
+    StoreProblem,
+    event_from,
+)
 from raylaunch.errors import ClusterDownError, RaylaunchError, from_wire
-from raylaunch.runner.contract import AttemptSpec, Claim, Exit, Facts, Started, StopWish
+from raylaunch.runner.contract import AttemptSpec, Claim, Exit, StopWish
 from raylaunch.state import NodeView
+
+__all__ = [
+    "AttemptSeen",
+    "Config",
+    "Fenced",
+    "Grew",
+    "Link",
+    "LinkDown",
+    "LinkEvent",
+    "LinkUp",
+    "NodesChanged",
+    "Prepared",
+    "StoreProblem",
+    "Stored",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -30,81 +56,6 @@ _LOG_LIMIT = 16 * 1024 * 1024
 _CLOSE_S = 5.0
 _LONGEST_BACKOFF_S = 10.0
 _STEADY_S = 30.0
-
-
-@dataclass(frozen=True)
-class LinkUp:
-    """The child is connected to Ray."""
-
-    ray_version: str
-
-
-@dataclass(frozen=True)
-class LinkDown:
-    """The child is gone, or could not connect. It is started again by itself; `why` is for people."""
-
-    why: str
-
-
-@dataclass(frozen=True)
-class NodesChanged:
-    """A node joined or was lost, a steward came or went, or free resources changed: ask `Link.nodes`."""
-
-
-@dataclass(frozen=True)
-class AttemptSeen:
-    """What a steward sees of one attempt on its node: sent once after each connection, and whenever it changes."""
-
-    node_id: str
-    attempt: str
-    claim: Claim | None
-    started: Started | None
-    facts: Facts | None
-    exit: Exit | None
-    runner_alive: bool
-    """Whether the process named by the claim lives. False also before there is a claim."""
-
-
-@dataclass(frozen=True)
-class Grew:
-    """A file of an attempt has more bytes in the store. Logs, W&B files and progress grow; `size` is the size there."""
-
-    attempt: str
-    path: str
-    size: int
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A file of an attempt is whole in the store, with this checksum. It is said again when the file changes."""
-
-    attempt: str
-    path: str
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class StoreProblem:
-    """The store cannot be written (disk full, as a rule). It is tried again; nothing is lost on the node.
-
-    An empty `message` says that writing works again.
-    """
-
-    attempt: str
-    message: str
-
-
-LinkEvent = LinkUp | LinkDown | NodesChanged | AttemptSeen | Grew | Stored | StoreProblem
-
-_EVENTS: dict[str, Callable[..., LinkEvent]] = {
-    "up": LinkUp,
-    "nodes": NodesChanged,
-    "attempt": AttemptSeen,
-    "grew": Grew,
-    "stored": Stored,
-    "store_problem": StoreProblem,
-}
 
 
 @dataclass(frozen=True)
@@ -302,6 +253,8 @@ class Link:
             raise ClusterDownError(msg, hint=f"its log: {self._log_path}") from None
         finally:
             self._waiting.pop(number, None)
+            if future.done() and not future.cancelled():
+                future.exception()  # taken, also when the write failed first
 
     def _down(self) -> ClusterDownError:
         return ClusterDownError(f"Ray cannot be reached: {self._why}", hint=f"the link's log: {self._log_path}")
@@ -374,7 +327,7 @@ class Link:
             future.set_result(frame["result"])
 
     def _event(self, frame: dict[str, object]) -> None:
-        event = _EVENTS[str(frame.pop("event"))](**frame)
+        event = event_from(frame)
         if isinstance(event, LinkUp):
             self._up = True
         self._tell(event)
@@ -391,12 +344,6 @@ class Link:
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(self._down())
-
-
-def event_frame(event: LinkEvent) -> dict[str, object]:
-    """Return an event as the child sends it."""
-    name = next(name for name, kind in _EVENTS.items() if kind is type(event))
-    return {"event": name, **asdict(event)}
 
 
 def error_frame(error: RaylaunchError) -> dict[str, str]:

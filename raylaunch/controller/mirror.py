@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from raylaunch.controller.link import Grew, LinkEvent, Stored
+from raylaunch.controller.link_events import Grew, LinkEvent, Stored
 from raylaunch.node.changes import Chunk, Have, HaveFile
 from raylaunch.node.files import is_append
 from raylaunch.node.packages import file_sha256

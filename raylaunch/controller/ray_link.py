@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import os
+import queue
 import sys
 import threading
 import traceback
@@ -24,7 +25,8 @@ from ray._private import state as ray_state
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raylaunch.controller.link import Config, LinkEvent, LinkUp, NodesChanged, error_frame, event_frame
+from raylaunch.controller.link import Config, error_frame
+from raylaunch.controller.link_events import LinkEvent, LinkUp, NodesChanged, event_frame
 from raylaunch.controller.mirror import Mirror
 from raylaunch.controller.nodes import RayNode, node_view
 from raylaunch.controller.replication import Replication
@@ -66,6 +68,23 @@ class Stdout:
         """Say why the link is down, and end at once: Ray's own threads may hang."""
         self.send({"event": "down", "why": why})
         os._exit(1)
+
+
+class Stdin:
+    """The controller's frames. When they end the controller is gone: this process ends, whatever it does then."""
+
+    def __init__(self) -> None:
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="stdin", daemon=True).start()
+
+    def next(self) -> dict[str, object]:
+        """Wait for the next frame, and return it."""
+        return cast("dict[str, object]", json.loads(self._lines.get()))
+
+    def _read(self) -> None:
+        for line in sys.stdin.buffer:
+            self._lines.put(line)
+        os._exit(0)
 
 
 class Node:
@@ -170,19 +189,19 @@ class Program:
             "forget": self.forget,
         }
 
-    async def run(self, requests: asyncio.Queue[dict[str, object]]) -> None:
+    async def run(self, stdin: Stdin) -> None:
         """Look at the nodes and answer requests, for ever."""
         await self._look()
         self._emit(LinkUp(ray_version=ray.__version__))
-        ends = [asyncio.create_task(self._watch()), asyncio.create_task(self._serve_all(requests))]
+        ends = [asyncio.create_task(self._watch()), asyncio.create_task(self._serve_all(stdin))]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
             if end.done():
                 end.result()
 
-    async def _serve_all(self, requests: asyncio.Queue[dict[str, object]]) -> None:
+    async def _serve_all(self, stdin: Stdin) -> None:
         while True:
-            task = asyncio.create_task(self._serve(await requests.get()))
+            task = asyncio.create_task(self._serve(await asyncio.to_thread(stdin.next)))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -321,30 +340,14 @@ def _connect(config: Config, stdout: Stdout) -> None:
     late.cancel()
 
 
-async def _run(config: Config, stdout: Stdout) -> None:
-    requests: asyncio.Queue[dict[str, object]] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-
-    def read() -> None:
-        for line in sys.stdin.buffer:
-            loop.call_soon_threadsafe(requests.put_nowait, json.loads(line))
-        os._exit(0)
-
-    threading.Thread(target=read, name="stdin", daemon=True).start()
-    await Program(config, stdout).run(requests)
-
-
 def main() -> None:
     """Read the configuration from stdin, connect, and serve until stdin closes."""
     os.umask(0o077)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    stdout = Stdout()
-    first = sys.stdin.buffer.readline()
-    if not first:
-        return
-    config = cast("Config", json.loads(first))
+    stdin, stdout = Stdin(), Stdout()
+    config = cast("Config", stdin.next())
     _connect(config, stdout)
-    asyncio.run(_run(config, stdout))
+    asyncio.run(Program(config, stdout).run(stdin))
 
 
 if __name__ == "__main__":

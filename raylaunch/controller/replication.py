@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar, cast
 
-from raylaunch.controller.link import AttemptSeen, Grew, LinkEvent, StoreProblem
+from raylaunch.controller.link_events import AttemptSeen, Grew, LinkEvent, StoreProblem
 from raylaunch.controller.mirror import GapError, Mirror
 from raylaunch.errors import ClusterError
 from raylaunch.node.changes import Answer, AttemptFacts, Chunk

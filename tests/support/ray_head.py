@@ -63,6 +63,7 @@ def ray_head(*, gpus: int = 2, cpus: int = 4) -> Iterator[RayHeadRunning]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAYLAUNCH_NODE_ROOT": str(folder / "node"),
         "RAY_free_objects_period_milliseconds": "50",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "SPT_NOENV": "1",
     }
     with (folder / "ray.log").open("wb") as log:
