@@ -50,7 +50,7 @@ class Artifacts:
         self._noted: dict[str, dict[str, ManifestEntry]] = {}
 
     def files(self, job_id: str) -> tuple[Artifact, ...]:
-        """Return the job's files, by path. A checksum is given where the file is still as when it was taken."""
+        """Return the job's files, a folder's own before those of its folders; checksums where they still hold."""
         known = self._known(job_id)
         return tuple(_artifact(path, facts, known.get(path)) for path, facts in _walk(self._jobs / job_id))
 
@@ -156,7 +156,7 @@ class Artifacts:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield regular files with their facts, sorted by path; links are not followed."""
+    """Yield regular files with their facts, a folder's own first, by name; links are not followed."""
     for root, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(name for name in names if not any(mark in name for mark in _UNDER_WAY)):

@@ -46,7 +46,8 @@ async def files(record: Job, services: Has) -> Response:
     return answer(await anyio.to_thread.run_sync(services.artifacts.files, record.id))
 
 
-@router.api_route("/jobs/{ref}/files/{path:path}", methods=["GET", "HEAD"], response_class=Response)
+@router.head("/jobs/{ref}/files/{path:path}", response_class=Response, include_in_schema=False)
+@router.get("/jobs/{ref}/files/{path:path}", response_class=Response)
 async def file(record: Job, path: str, request: Request, services: Has) -> Response:
     """Return one file, or a range of it."""
     where, artifact = await anyio.to_thread.run_sync(services.artifacts.path, record.id, path)

@@ -1,0 +1,175 @@
+"""The real HTTP API on a real port, over real stores, in a thread; only the verbs behind it are a small stand-in."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import httpx2
+
+from raylaunch.controller.artifacts import Artifacts
+from raylaunch.controller.auth import TokenBook
+from raylaunch.controller.metrics import Metrics
+from raylaunch.controller.packages import PackageStore
+from raylaunch.controller.records import JobRecord, Records
+from raylaunch.controller.secret_store import SecretStore
+from raylaunch.controller.server import ApiServer
+from raylaunch.controller.services import DryRun, Services
+from raylaunch.state import Change, ControllerStatus, JobView, RayAccess, SubmitAnswer, SubmitRequest
+from raylaunch.version import API, __version__
+from support.waiting import wait_until
+
+_T = TypeVar("_T")
+
+PEOPLE = {"vera": "viewer", "tom": "trainer", "tina": "trainer", "olga": "operator", "ada": "admin"}
+
+
+def token_of(person: str) -> str:
+    """Return a person's token."""
+    return f"token-of-{person}"
+
+
+def write_tokens(store: Path, people: dict[str, str]) -> None:
+    """Write ``tokens.json``."""
+    tokens = [
+        {"sha256": hashlib.sha256(token_of(person).encode()).hexdigest(), "person": person, "role": role}
+        for person, role in people.items()
+    ]
+    (store / "tokens.json").write_text(json.dumps({"tokens": tokens}))
+
+
+class Desk:
+    """Takes jobs in and ends them on paper: what stands behind the API where there is no Ray."""
+
+    def __init__(self, records: Records, artifacts: Artifacts) -> None:
+        self._records = records
+        self._artifacts = artifacts
+        self._grown: dict[str, asyncio.Event] = {}
+
+    async def submit(self, request: SubmitRequest, person: str) -> SubmitAnswer:
+        record, created = self._records.create(request, owner=person, wandb=None)
+        return SubmitAnswer(job=record.view(), created=created)
+
+    async def dry_run(self, request: SubmitRequest) -> DryRun:
+        return DryRun(fits=("here",), message=f"{request.spec.display_name} would start on here at once")
+
+    async def stop(self, record: JobRecord, *, grace_s: float | None, person: str) -> JobView:
+        message = f"{person} asked to stop it, grace {grace_s}"
+        return self._records.update(record.id, kind="ended", message=message, change=Change.END_STOPPED).view()
+
+    async def remove(self, record: JobRecord) -> int:
+        freed = self._artifacts.bytes_of(record.id)
+        self._records.delete(record.id)
+        return freed
+
+    def status(self, person: str, role: str) -> ControllerStatus:
+        return ControllerStatus(
+            cluster="test",
+            version=__version__,
+            api=API,
+            pid=os.getpid(),
+            person=person,
+            role=role,
+            started_at=time.time(),
+            ray="down",
+        )
+
+    async def wait_growth(self, attempt_id: str, timeout_s: float) -> None:
+        grown = self._grown.setdefault(attempt_id, asyncio.Event())
+        try:
+            await asyncio.wait_for(grown.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            return
+
+    def grew(self, attempt_id: str) -> None:
+        """Say that a file of the attempt has grown."""
+        grown = self._grown.pop(attempt_id, None)
+        if grown is not None:
+            grown.set()
+
+    def ray_access(self) -> RayAccess:
+        return RayAccess(gcs_address="127.0.0.1:1", dashboard_url="http://127.0.0.1:2", token="ray-token")  # noqa: S106
+
+
+class Api:
+    """A running API."""
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+        self.url = ""
+        self._ready = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="api")
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._thread.start()
+        wait_until(lambda: self._ready.is_set() and self.server.started, 30, "the API is up")
+
+    def stop(self) -> None:
+        """End it, and wait until it has ended."""
+        self.server.should_exit = True
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def do(self, work: Callable[[], _T]) -> _T:
+        """Run `work` on the API's event loop, where the records live."""
+
+        async def run() -> _T:
+            return work()
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(30)
+
+    def client(self, person: str = "tom", **headers: str) -> httpx2.Client:
+        """Return a client with the person's token."""
+        return httpx2.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {token_of(person)}", **headers},
+            timeout=40,
+            trust_env=False,
+        )
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.records = Records(self.store)
+        artifacts = Artifacts(self.store)
+        self.desk = Desk(self.records, artifacts)
+        self.services = Services(
+            store=self.store,
+            records=self.records,
+            packages=PackageStore(self.store / "packages"),
+            secrets=SecretStore(self.store),
+            tokens=TokenBook(self.store),
+            artifacts=artifacts,
+            metrics=Metrics(self.store),
+            jobs=self.desk,
+        )
+        self.server = ApiServer(self.services)
+        self._ready.set()
+        try:
+            await self.server.serve(sockets=[self._listener])
+        finally:
+            self.records.close()
+
+
+@contextmanager
+def serving(store: Path) -> Iterator[Api]:
+    """Serve `store` on a free port of the loopback."""
+    store.mkdir(parents=True, exist_ok=True)
+    write_tokens(store, PEOPLE)
+    api = Api(store)
+    api.start()
+    try:
+        yield api
+    finally:
+        api.stop()

@@ -1,0 +1,502 @@
+"""The records of jobs: found again, never lost, healed when damaged."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from support.disks import fill, small_disk
+
+from raylaunch.controller.records import JobRecord, Records
+from raylaunch.controller.recovery import empty_trash
+from raylaunch.errors import ConflictError, NotFoundError, SpecError, StorageError, VersionError
+from raylaunch.reasons import Reason
+from raylaunch.spec import JobSpec
+from raylaunch.state import (
+    Change,
+    EnvironmentFacts,
+    FileFact,
+    GitFacts,
+    IllegalTransition,
+    JobState,
+    JobView,
+    PackReport,
+    SubmitRequest,
+    WandbLink,
+)
+
+
+@contextmanager
+def opened(store: Path) -> Iterator[Records]:
+    records = Records(store)
+    try:
+        yield records
+    finally:
+        records.close()
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Iterator[Records]:
+    with opened(tmp_path / "store") as found:
+        yield found
+
+
+def request(name: str = "digits", **fields: object) -> SubmitRequest:
+    spec = JobSpec.model_validate({"name": name, "entrypoint": "python train.py", **fields})
+    return SubmitRequest(spec=spec)
+
+
+def submit(records: Records, name: str = "digits", owner: str = "ana", **fields: object) -> JobRecord:
+    return records.create(request(name, **fields), owner=owner, wandb=None)[0]
+
+
+def end(records: Records, job: JobRecord, change: Change = Change.FAIL) -> JobRecord:
+    return records.update(job.id, kind="ended", message="it ended", change=change)
+
+
+def kinds(records: Records, job: str = "") -> list[str]:
+    return [event.kind for event in records.events(after=0, job=job).events]
+
+
+# -- finding ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_id_is_the_name_and_six_letters_that_cannot_be_mistaken(records: Records) -> None:
+    name, _, mark = submit(records).id.rpartition("-")
+    assert name == "digits"
+    assert len(mark) == 6
+    assert set(mark) <= set("abcdefghijklmnopqrstuvwxyz234567")
+
+
+def test_a_name_means_the_latest_job_of_that_name(records: Records) -> None:
+    submit(records)
+    latest = submit(records)
+    submit(records, "other")
+    assert records.get("digits").id == latest.id
+
+
+def test_last_is_the_owners_latest_and_else_anybodys(records: Records) -> None:
+    of_ana = submit(records, owner="ana")
+    of_ben = submit(records, owner="ben")
+    assert records.get("last", owner="ana").id == of_ana.id
+    assert records.get("last", owner="cleo").id == of_ben.id
+
+
+def test_last_without_any_job_says_how_to_submit_one(records: Records) -> None:
+    with pytest.raises(NotFoundError) as raised:
+        records.get("last")
+    assert str(raised.value) == "there is no job yet\n  → submit one: raylaunch run -- python train.py"
+
+
+def test_a_mistyped_name_is_answered_with_the_nearest(records: Records) -> None:
+    submit(records, "digits")
+    with pytest.raises(NotFoundError) as raised:
+        records.get("digist")
+    assert str(raised.value) == "there is no job 'digist'\n  → did you mean digits?"
+
+
+def test_a_name_like_nothing_points_to_the_list(records: Records) -> None:
+    submit(records, "digits")
+    with pytest.raises(NotFoundError) as raised:
+        records.get("zzz")
+    assert str(raised.value) == "there is no job 'zzz'\n  → see what there is: raylaunch list"
+
+
+# -- pages -----------------------------------------------------------------------------------------------------------
+
+
+def test_pages_show_every_job_once_newest_first(records: Records) -> None:
+    made = [submit(records, f"job{number}").id for number in range(7)]
+    seen: list[str] = []
+    cursor = ""
+    while True:
+        page = records.page(limit=3, cursor=cursor)
+        assert page.total == 7
+        seen += [job.id for job in page.jobs]
+        cursor = page.next_cursor
+        if not cursor:
+            break
+    assert seen == made[::-1]
+
+
+def test_a_page_is_filtered_by_state_name_owner_tag_and_time(records: Records) -> None:
+    old = submit(records, "old", owner="ana", tags=["first", "both"])
+    new = submit(records, "new", owner="ben", tags=["both"])
+    end(records, old)
+
+    def ids(**filters: object) -> list[str]:
+        return [job.id for job in records.page(**filters).jobs]  # type: ignore[arg-type] # one helper for all filters
+
+    assert ids(states=(JobState.FAILED,)) == [old.id]
+    assert ids(states=(JobState.FAILED, JobState.QUEUED)) == [new.id, old.id]
+    assert ids(name="new") == ids(name="n*") == [new.id]
+    assert ids(owner="ana") == [old.id]
+    assert ids(tag="both") == [new.id, old.id]
+    assert ids(tag="firs") == []
+    assert ids(since=new.created_at) == [new.id]
+
+
+def test_lists_leave_heavy_fields_out_and_a_single_job_has_them(records: Records) -> None:
+    asked = request().model_copy(
+        update={
+            "git": GitFacts(commit="abc", dirty=True, diff="+ a line"),
+            "pack": PackReport(files=1, largest=(FileFact(path="a", bytes=3),)),
+        }
+    )
+    job, _ = records.create(asked, owner="ana", wandb=None)
+    records.update(job.id, environment=EnvironmentFacts(packages=("torch==2.9",)), log_tail=("last words",))
+    (listed,) = records.page().jobs
+    assert (listed.git, listed.pack, listed.environment, listed.log_tail) == (None, None, None, ())
+    whole = records.get(job.id)
+    assert whole.git is not None
+    assert whole.git.diff == "+ a line"
+    assert whole.environment is not None
+    assert whole.environment.packages == ("torch==2.9",)
+    assert whole.log_tail == ("last words",)
+
+
+def test_a_cursor_that_is_not_ours_is_refused(records: Records) -> None:
+    with pytest.raises(SpecError) as raised:
+        records.page(cursor="page 2")
+    assert raised.value.message == "'page 2' is not a cursor of a page of jobs"
+
+
+# -- submitting ------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_request_id_returns_the_same_job(records: Records) -> None:
+    asked = request().model_copy(update={"request_id": "r1"})
+    first, created = records.create(asked, owner="ana", wandb=None)
+    again, created_again = records.create(asked, owner="ana", wandb=None)
+    assert (created, created_again) == (True, False)
+    assert first.id == again.id
+    assert records.page().total == 1
+
+
+def test_the_same_request_id_of_another_person_is_another_job(records: Records) -> None:
+    asked = request().model_copy(update={"request_id": "r1"})
+    records.create(asked, owner="ana", wandb=None)
+    assert records.create(asked, owner="ben", wandb=None)[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"spec": JobSpec(name="digits", entrypoint="python other.py")}, "another spec"),
+        ({"package": "b" * 64}, "other code"),
+    ],
+)
+def test_the_same_request_id_for_something_else_is_a_conflict(
+    records: Records, change: dict[str, object], what: str
+) -> None:
+    asked = request().model_copy(update={"request_id": "r1"})
+    job, _ = records.create(asked, owner="ana", wandb=None)
+    with pytest.raises(ConflictError) as raised:
+        records.create(asked.model_copy(update=change), owner="ana", wandb=None)
+    assert str(raised.value) == (
+        f"request id 'r1' has already made {job.id}, from {what}\n  → use a new request id for a new job"
+    )
+
+
+def test_the_folder_holds_what_a_person_can_read_without_raylaunch(records: Records) -> None:
+    spec = JobSpec.model_validate({"entrypoint": "python train.py", "environment": "venv:/v", "timeout_s": "2h"})
+    asked = SubmitRequest(spec=spec, git=GitFacts(diff="+ größer\n"))
+    job, _ = records.create(asked, owner="ana", wandb=None)
+    records.update(job.id, environment=EnvironmentFacts(packages=("numpy==2", "torch==2.9")))
+    folder = records.folder(job.id)
+    assert JobSpec.model_validate(yaml.safe_load((folder / "spec.yaml").read_text())) == spec
+    assert (folder / "git.diff").read_text() == "+ größer\n"
+    assert (folder / "packages.txt").read_text() == "numpy==2\ntorch==2.9\n"
+
+
+def test_nobody_else_can_read_the_store_and_no_secret_is_in_it(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        with opened(tmp_path / "store") as records:
+            asked = request(secrets=["KEY"]).model_copy(update={"secrets": {"KEY": "planted-secret"}})
+            end(records, records.create(asked, owner="ana", wandb=None)[0])
+            everything = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
+            assert {path.name for path in everything} >= {"raylaunch.db", "lock", "journal.jsonl", "spec.yaml"}
+            assert [path for path in everything if path.stat().st_mode & 0o077] == []
+            assert [path for path in everything if b"planted-secret" in path.read_bytes()] == []
+    finally:
+        os.umask(old)
+
+
+def test_the_wandb_run_may_be_named_after_the_job(records: Records) -> None:
+    def link(job: str) -> WandbLink:
+        return WandbLink(mode="offline", run_id=f"run-{job}", project="p")
+
+    job, _ = records.create(request(), owner="ana", wandb=link)
+    assert job.wandb is not None
+    assert job.wandb.run_id == f"run-{job.id}"
+
+
+# -- changing --------------------------------------------------------------------------------------------------------
+
+
+def test_a_change_moves_the_state_and_is_an_event(records: Records) -> None:
+    job = submit(records)
+    running = records.update(job.id, kind="admitted", message="starts", change=Change.ADMIT, reason=Reason.SENDING_CODE)
+    assert (running.state, running.message, running.reason) == (JobState.STARTING, "starts", Reason.SENDING_CODE)
+    last = records.events(after=0, job=job.id).events[-1]
+    assert (last.kind, last.message, last.state, last.seq) == ("admitted", "starts", JobState.STARTING, running.cursor)
+
+
+def test_times_of_start_and_end_are_set_once(records: Records) -> None:
+    job = submit(records)
+    records.update(job.id, change=Change.ADMIT)
+    started = records.update(job.id, change=Change.START)
+    records.update(job.id, change=Change.REQUEUE)
+    records.update(job.id, change=Change.ADMIT)
+    again = records.update(job.id, change=Change.START)
+    ended = records.update(job.id, change=Change.SUCCEED, ended_at=7.0)
+    assert started.started_at is not None
+    assert again.started_at == started.started_at
+    assert ended.ended_at == 7.0
+
+
+def test_an_ended_job_never_changes_its_state(records: Records) -> None:
+    job = end(records, submit(records), Change.END_STOPPED)
+    journal = (records.folder(job.id) / "journal.jsonl").read_bytes()
+    with pytest.raises(IllegalTransition, match="admit cannot happen to a job that is stopped"):
+        records.update(job.id, kind="admitted", change=Change.ADMIT)
+    assert records.get(job.id) == job
+    assert (records.folder(job.id) / "journal.jsonl").read_bytes() == journal
+
+
+def test_a_quiet_change_is_recorded_without_an_event(records: Records) -> None:
+    job = submit(records)
+    records.update(job.id, message="waits for GPUs")
+    assert records.get(job.id).message == "waits for GPUs"
+    assert kinds(records) == ["submitted"]
+
+
+def test_a_field_that_does_not_exist_is_a_bug_that_is_shown(records: Records) -> None:
+    job = submit(records)
+    with pytest.raises(TypeError, match="not fields of a job that update can set: reasn, state"):
+        records.update(job.id, reasn=None, state=JobState.FAILED)
+
+
+def test_a_loss_that_is_not_a_number_survives(tmp_path: Path) -> None:
+    with opened(tmp_path) as records:
+        job = submit(records)
+        records.update(job.id, last_metrics={"loss": math.nan, "best": math.inf})
+        (tmp_path / "raylaunch.db").unlink()
+    with opened(tmp_path) as records:
+        metrics = records.get(job.id).last_metrics
+        assert math.isnan(metrics["loss"])
+        assert metrics["best"] == math.inf
+
+
+def test_unfinished_jobs_come_oldest_first_without_ended_ones(tmp_path: Path) -> None:
+    with opened(tmp_path) as records:
+        first, second, third = (submit(records, name) for name in ("a", "b", "c"))
+        end(records, second)
+        assert [job.id for job in records.unfinished()] == [first.id, third.id]
+    with opened(tmp_path) as records:
+        assert [job.id for job in records.unfinished()] == [first.id, third.id]
+
+
+def test_whoever_listens_hears_of_each_write(records: Records) -> None:
+    heard: list[int] = []
+    records.listen(lambda: heard.append(records.cursor))
+    with records.subscribe() as changed:
+        submit(records)
+        assert changed.is_set()
+    assert heard == [1]
+
+
+# -- foreign jobs ----------------------------------------------------------------------------------------------------
+
+
+def test_a_foreign_job_is_listed_and_tells_only_new_states(records: Records) -> None:
+    view = JobView(
+        id="raysubmit_1", name="raysubmit_1", owner="", state=JobState.RUNNING, created_at=1.0, updated_at=1.0
+    )
+    records.put_foreign(view)
+    records.put_foreign(view.model_copy(update={"updated_at": 2.0, "message": "still running"}))
+    records.put_foreign(view.model_copy(update={"state": JobState.SUCCEEDED}))
+    assert [(job.id, job.foreign) for job in records.page().jobs] == [("raysubmit_1", True)]
+    assert [event.state for event in records.events(after=0).events] == [JobState.RUNNING, JobState.SUCCEEDED]
+    assert records.unfinished() == []
+
+
+def test_a_foreign_job_cannot_be_removed(records: Records) -> None:
+    records.put_foreign(JobView(id="r1", name="r1", owner="", state=JobState.FAILED, created_at=1.0, updated_at=1.0))
+    with pytest.raises(ConflictError) as raised:
+        records.delete("r1")
+    assert raised.value.hint == 'eval "$(raylaunch env)"; ray job delete r1'
+
+
+# -- removing --------------------------------------------------------------------------------------------------------
+
+
+def test_only_an_ended_job_can_be_removed(records: Records) -> None:
+    job = submit(records)
+    with pytest.raises(ConflictError) as raised:
+        records.delete(job.id)
+    assert str(raised.value) == (
+        f"{job.id} is queued; only a job that has ended can be removed\n  → stop it first: raylaunch stop {job.id}"
+    )
+
+
+def test_a_removed_job_is_gone_with_its_files(records: Records) -> None:
+    job = end(records, submit(records))
+    records.delete(job.id)
+    empty_trash(records.store)
+    assert records.page().total == 0
+    assert not records.folder(job.id).exists()
+    assert not (records.store / "trash").exists()
+    assert kinds(records) == ["removed"]
+
+
+def test_a_removal_that_a_crash_cut_short_is_finished_at_the_next_open(tmp_path: Path) -> None:
+    with opened(tmp_path) as records:
+        job = end(records, submit(records))
+        shutil.copytree(records.folder(job.id), tmp_path / "copy")
+        shutil.copy(tmp_path / "raylaunch.db", tmp_path / "before.db")
+        shutil.copy(tmp_path / "raylaunch.db-wal", tmp_path / "before.db-wal")
+        records.delete(job.id)
+    shutil.move(tmp_path / "copy", tmp_path / "jobs" / job.id)
+    shutil.move(tmp_path / "before.db", tmp_path / "raylaunch.db")
+    shutil.move(tmp_path / "before.db-wal", tmp_path / "raylaunch.db-wal")
+    with opened(tmp_path) as records:
+        assert records.page().total == 0
+        assert not records.folder(job.id).exists()
+
+
+def test_a_sequence_number_is_never_given_twice(tmp_path: Path) -> None:
+    with opened(tmp_path) as records:
+        job = end(records, submit(records))
+        records.delete(job.id)
+        before = records.cursor
+    (tmp_path / "raylaunch.db").write_bytes(b"garbage")
+    with opened(tmp_path) as records:
+        assert records.cursor == before
+        assert submit(records).cursor == before + 1
+
+
+# -- opening ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_controller_is_refused_with_the_first_ones_pid(records: Records) -> None:
+    with pytest.raises(ConflictError) as raised:
+        Records(records.store)
+    assert str(raised.value) == (
+        f"the store {records.store} is in use by the controller with pid {os.getpid()}\n"
+        "  → one controller at a time can use a store; end that one, or use another store"
+    )
+
+
+def _damage_with_garbage(db: Path) -> str:
+    db.write_bytes(b"this was a database once " * 400)
+    return "file is not a database"
+
+
+def _damage_by_truncation(db: Path) -> str:
+    db.write_bytes(db.read_bytes()[: db.stat().st_size // 2])
+    return "database disk image is malformed"
+
+
+@pytest.mark.parametrize("damage", [_damage_with_garbage, _damage_by_truncation])
+def test_a_damaged_database_is_kept_aside_and_rebuilt_from_the_journals(tmp_path: Path, damage: object) -> None:
+    with opened(tmp_path) as records:
+        waiting = submit(records, "waiting", tags=["t"])
+        ended = end(records, submit(records, "ended"))
+        ended = records.update(ended.id, log_tail=("last words",))
+        events = records.events(after=0)
+    assert callable(damage)
+    why = damage(tmp_path / "raylaunch.db")
+    with opened(tmp_path) as records:
+        (aside,) = [path.name for path in tmp_path.glob("raylaunch.db.corrupt-*")]
+        assert records.healed == (
+            f"The database was damaged ({why}; it was kept as {aside}) and was rebuilt from the journals of 2 jobs.",
+        )
+        assert records.get(waiting.id) == waiting
+        assert records.get(ended.id) == ended
+        assert records.events(after=0) == events
+        assert [job.id for job in records.unfinished()] == [waiting.id]
+        assert submit(records).cursor == events.cursor + 1
+    with opened(tmp_path) as records:
+        assert records.healed == ()
+
+
+def test_a_database_that_vanished_is_rebuilt_from_the_journals(tmp_path: Path) -> None:
+    with opened(tmp_path) as records:
+        job = submit(records)
+    (tmp_path / "raylaunch.db").unlink()
+    with opened(tmp_path) as records:
+        assert records.healed == (f"Found in the journals and taken up again: 1 job ({job.id}).",)
+        assert records.get(job.id) == job
+
+
+def test_a_journal_that_is_ahead_of_the_database_is_applied(tmp_path: Path) -> None:
+    with opened(tmp_path) as records:
+        job = submit(records)
+    shutil.copy(tmp_path / "raylaunch.db", tmp_path / "before.db")
+    with opened(tmp_path) as records:
+        ended = end(records, job)
+    shutil.move(tmp_path / "before.db", tmp_path / "raylaunch.db")
+    with opened(tmp_path) as records:
+        assert records.healed == (f"Brought up to date from the journals: 1 job ({job.id}).",)
+        assert records.get(job.id) == ended
+        assert kinds(records) == ["submitted", "ended"]
+        assert records.unfinished() == []
+
+
+def test_a_submission_of_which_only_half_a_line_reached_the_disk_is_no_job(tmp_path: Path) -> None:
+    with opened(tmp_path) as records:
+        job = submit(records)
+        journal = records.folder(job.id) / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-20])
+    (tmp_path / "raylaunch.db").unlink()
+    with opened(tmp_path) as records:
+        assert records.page().total == 0
+
+
+def test_a_damaged_line_in_a_journal_is_said_and_the_rest_is_used(tmp_path: Path) -> None:
+    with opened(tmp_path) as records:
+        job = submit(records)
+        with (records.folder(job.id) / "journal.jsonl").open("ab") as journal:
+            journal.write(b"\xff\xfe\n")
+    with opened(tmp_path) as records:
+        assert records.healed == (f"Journals with damaged lines, which were left out: {job.id}.",)
+        assert records.get(job.id) == job
+
+
+def test_a_store_of_a_newer_raylaunch_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with opened(tmp_path):
+        pass
+    with sqlite3.connect(tmp_path / "raylaunch.db") as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(VersionError) as raised:
+        Records(tmp_path)
+    assert str(raised.value) == (
+        f"the database {tmp_path}/raylaunch.db was written by a newer raylaunch (schema 99, this one knows 1)\n"
+        "  → upgrade raylaunch here, or give this cluster another store"
+    )
+
+
+def test_a_full_disk_is_said_and_nothing_half_written_is_taken_for_done(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kib=1024) as disk, opened(disk) as records:
+        job = submit(records)
+        ballast = fill(disk)
+        with pytest.raises(StorageError) as raised:
+            records.update(job.id, kind="ended", change=Change.FAIL, log_tail=("x" * 2000,) * 50)
+        assert raised.value.message.endswith("No space left on device")
+        with pytest.raises(StorageError):
+            submit(records, "second")
+        assert records.get(job.id) == job
+        assert [listed.id for listed in records.page().jobs] == [job.id]
+        ballast.unlink()
+        assert end(records, job).state is JobState.FAILED
+        assert kinds(records) == ["submitted", "ended"]
