@@ -110,7 +110,7 @@ def transition(state: JobState, change: Change) -> JobState:
 class View(BaseModel):
     """Base of everything that is observed: immutable, and tolerant of fields that a newer controller adds."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
 
 class WandbLink(View):

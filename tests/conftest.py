@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["support.cluster"]
+
 MAY_BE_MISSING = ("needs PyTorch", "needs a GPU")
 ALL = os.environ.get("RAYLAUNCH_TEST_ALL", "") not in {"", "0"}
 

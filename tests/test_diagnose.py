@@ -36,7 +36,7 @@ def test_a_program_that_exits_with_zero_has_succeeded() -> None:
 def test_a_killed_program_is_a_failure_that_names_the_signal() -> None:
     finding = diagnose(evidence(left("signal", None, "SIGKILL")))
     assert (finding.change, finding.reason, finding.signal) == (Change.FAIL, Reason.SIGNAL, "SIGKILL")
-    assert finding.message == "the program was ended by SIGKILL"
+    assert finding.message == "the training was ended by SIGKILL"
 
 
 def test_the_kernels_memory_killer_is_told_from_other_kills() -> None:

@@ -113,8 +113,9 @@ def _stopped(exit_: Exit) -> Finding:
 
 def _program_failed(exit_: Exit, log_tail: tuple[str, ...]) -> Finding:
     code, signal = exit_["exit_code"], exit_["signal"]
-    said = f": {exit_['message']}" if exit_["message"] else ""
-    how = f"the program was ended by {signal}{said}" if signal else f"the program exited with status {code}{said}"
+    how = exit_["message"] or (
+        f"the training was ended by {signal}" if signal else f"the training exited with status {code}"
+    )
     tail = "\n".join(log_tail)
     if exit_["oom"]:
         message = f"{how}: the machine ran out of memory, and the kernel ended it"

@@ -210,7 +210,7 @@ class Lifecycle:
                 self._take(await self._ray.all())
             except ClusterError:
                 self._sight.ray_answers = False
-                await self._revive()
+                self._consider_reviving()
             await asyncio.sleep(_TICK_S)
 
     def _take(self, jobs: list[RayJob]) -> None:
@@ -229,20 +229,24 @@ class Lifecycle:
     def _foreign_view(self, job: RayJob) -> JobView:
         return foreign_view(job, now=time.time())
 
-    async def _revive(self) -> None:
-        """Where Ray has been silent for a while, run the command that starts it again."""
+    def _consider_reviving(self) -> None:
+        """Where Ray has been silent for a while, have it started again."""
         now = time.monotonic()
         self._ray_silent_since = self._ray_silent_since or now
         silent = now - self._ray_silent_since
         if not self._settings.revive or silent < _REVIVE_AFTER_S or now - self._revived_at < _REVIVE_EVERY_S:
             return
-        self._revived_at = now
         _log.warning("Ray has been silent for %.0f s; starting it again", silent)
+        self._background("revive", self._revive())
+
+    async def _revive(self) -> None:
+        """Run the command that starts Ray again: who started it knows how."""
         process = await asyncio.create_subprocess_exec(
             *self._settings.revive, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
         )
         status = await process.wait()
         self._revived_at = time.monotonic()
+        self._sight.ray_version = ""
         if status:
             _log.error("the command that starts Ray again ended with status %d: %s", status, self._settings.revive)
 

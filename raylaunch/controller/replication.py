@@ -110,6 +110,7 @@ class Replication:
         self._anew.clear()
         session = secrets.token_hex(8)
         attempts = cast("list[str]", await self._call("attempts", timeout_s=_CALL_S))
+        self.answering = True
         have = await self._write(lambda: self._mirror.have(attempts))
         asked = self._ask(session, have)
         anew = asyncio.create_task(self._anew.wait())
