@@ -317,7 +317,7 @@ def test_a_link_without_ray_says_why(store: Store, tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_the_link_ends_when_its_controller_is_killed(store: Store, tmp_path: Path) -> None:
+def test_the_link_ends_when_its_controller_is_killed(tmp_path: Path) -> None:
     """`python` in the middle is the controller; it is killed while the link tries to connect."""
     controller = f"""
 import asyncio
