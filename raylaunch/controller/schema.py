@@ -52,6 +52,10 @@ MIGRATIONS = (
 """Each brings the database one version on; ``PRAGMA user_version`` counts those that were applied."""
 
 
+_BUSY_S = 2.0
+"""How long a write waits for a person who holds the database with sqlite3."""
+
+
 def open_database(path: Path) -> tuple[sqlite3.Connection, str]:
     """Open the database, bring it to this version, and keep a damaged one aside.
 
@@ -143,7 +147,7 @@ def event_from(row: tuple[int, float, str, str, str, str | None]) -> Event:
 
 def _open_sound(path: Path) -> sqlite3.Connection:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    connection = sqlite3.connect(path, isolation_level=None, timeout=10)
+    connection = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_S)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")

@@ -1,0 +1,45 @@
+"""Records of a store, and jobs in them, in few words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from raylaunch.controller.records import JobRecord, Records
+from raylaunch.spec import JobSpec
+from raylaunch.state import (
+    Change,
+    SubmitRequest,
+)
+
+
+@contextmanager
+def opened(store: Path) -> Iterator[Records]:
+    """Open a store, and close it."""
+    records = Records(store)
+    try:
+        yield records
+    finally:
+        records.close()
+
+
+def request(name: str = "digits", **fields: object) -> SubmitRequest:
+    """Return what a client would send."""
+    spec = JobSpec.model_validate({"name": name, "entrypoint": "python train.py", **fields})
+    return SubmitRequest(spec=spec)
+
+
+def submit(records: Records, name: str = "digits", owner: str = "ana", **fields: object) -> JobRecord:
+    """Take a job in."""
+    return records.create(request(name, **fields), owner=owner, wandb=None)[0]
+
+
+def end(records: Records, job: JobRecord, change: Change = Change.FAIL) -> JobRecord:
+    """Let a job end."""
+    return records.update(job.id, kind="ended", message="it ended", change=change)
+
+
+def kinds(records: Records, job: str = "") -> list[str]:
+    """Return the kinds of the events so far."""
+    return [event.kind for event in records.events(after=0, job=job).events]
