@@ -66,7 +66,9 @@ def spec_error(error: ValidationError, model: type[BaseModel], data: object, loc
 def _named(where: str, problem: Problem) -> tuple[str, Problem]:
     """An option's name says which field it is: the field need not be said again."""
     if where.startswith("--"):
-        return where, problem._replace(message=problem.message.removeprefix(f"{problem.field}: "))
+        head, colon, tail = problem.message.partition(": ")
+        if colon and problem.field.startswith(head):
+            return where, problem._replace(message=tail)
     return where, problem
 
 

@@ -226,4 +226,4 @@ def _fits(file: Artifact, name: str) -> bool:
 def _no_such_file(name: str, files: list[Artifact]) -> NotFoundError:
     close = difflib.get_close_matches(name, [local_name(file) for file in files], n=3, cutoff=0.3)
     hint = f"nearest: {', '.join(close)}" if close else "raylaunch files shows what there is"
-    return NotFoundError(f"the job has no file {name!r}", hint=hint)
+    return NotFoundError(f"the job has left no file {name!r}", hint=hint)

@@ -1,0 +1,226 @@
+"""Files, environment and flags become specs; what is wrong is said with its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from raylaunch.config import Flag, job_spec_from_flags, load_cluster_spec, load_job_spec
+from raylaunch.errors import SpecError
+from raylaunch.spec import ClusterSpec
+
+Here = Callable[[str, str], Path]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAYLAUNCH_CLUSTER_FILE", raising=False)
+
+    def write(name: str, text: str) -> Path:
+        Path(name).write_text(text)
+        return Path(name)
+
+    return write
+
+
+def job_error(here: Here, text: str) -> SpecError:
+    with pytest.raises(SpecError) as caught:
+        load_job_spec(here("job.yaml", text))
+    return caught.value
+
+
+def flag_error(*flags: Flag) -> SpecError:
+    with pytest.raises(SpecError) as caught:
+        job_spec_from_flags([Flag("--", ("entrypoint",), ("python", "train.py")), *flags])
+    return caught.value
+
+
+def test_an_unknown_key_is_refused_with_file_line_and_nearest_key(here: Here) -> None:
+    error = job_error(here, "name: a\nentrypoint: x\n\nresorces:\n  gpus: 1\n")
+    assert str(error) == "job.yaml:4: unknown key 'resorces' (nearest: resources)"
+    assert (error.where, error.field) == ("job.yaml:4", "resorces")
+
+
+def test_an_unknown_nested_key_is_refused_where_it_stands(here: Here) -> None:
+    error = job_error(here, "entrypoint: x\nresources:\n  gpu: 1\n")
+    assert str(error) == "job.yaml:3: unknown key 'gpu' in resources (nearest: gpus)"
+
+
+def test_a_key_that_belongs_one_level_deeper_is_pointed_there(here: Here) -> None:
+    assert str(job_error(here, "entrypoint: x\ngpus: 1\n")) == (
+        "job.yaml:2: unknown key 'gpus' (nearest: resources.gpus)"
+    )
+
+
+def test_a_key_near_to_none_is_answered_with_all_keys(here: Here) -> None:
+    error = job_error(here, "entrypoint: x\ntracking:\n  zzzz: 1\n")
+    assert str(error) == ("job.yaml:3: unknown key 'zzzz' in tracking (known: mode, project, entity, group, job_type)")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("resources: {gpus: two}", "job.yaml:2: resources.gpus: 'two' is not a whole number"),
+        ("resources: {gpus: -1}", "job.yaml:2: resources.gpus: -1 is less than 0"),
+        ("priority: 200", "job.yaml:2: priority: 200 is more than 100"),
+        ("where: 5", "job.yaml:2: where: 5 is not a mapping of keys to values"),
+        ("tags: [a, 1]", "job.yaml:2: tags.1: 1 is not text; write it in quotes"),
+        ("tracking: {mode: on}", "job.yaml:2: tracking.mode: true is not one of auto, online, offline, disabled"),
+        (
+            "timeout_s: soon",
+            "job.yaml:2: timeout_s: 'soon' is not a duration; write seconds, or 90s, 15m, 2h, 1h30m, 2d",
+        ),
+        (
+            "resources: {memory: 8 apples}",
+            "job.yaml:2: resources.memory: '8 apples' is not a size; write bytes, or 512MiB, 8GiB, 16G",
+        ),
+        (
+            "env:\n  A: 1\n  CUDA_VISIBLE_DEVICES: 0",
+            (
+                "job.yaml:4: env: CUDA_VISIBLE_DEVICES cannot be set: "
+                "raylaunch gives each job its GPUs; ask for them with resources.gpus"
+            ),
+        ),
+    ],
+)
+def test_a_wrong_value_is_said_with_its_place(here: Here, text: str, sentence: str) -> None:
+    assert str(job_error(here, f"entrypoint: x\n{text}\n")) == sentence
+
+
+def test_everything_that_is_wrong_is_said_at_once(here: Here) -> None:
+    error = job_error(here, "entrypoint: 5\nretries: -1\nnmae: x\n")
+    assert str(error).splitlines() == [
+        "job.yaml:1: entrypoint: 5 is not text or a list",
+        "job.yaml:2: retries: -1 is less than 0",
+        "job.yaml:3: unknown key 'nmae' (nearest: name)",
+    ]
+
+
+def test_the_inside_of_a_value_that_may_be_secret_is_not_repeated(here: Here) -> None:
+    assert "hunter2" not in str(job_error(here, "entrypoint: x\nenv:\n  PASSWORD: [hunter2]\n"))
+
+
+def test_a_missing_entrypoint_is_named(here: Here) -> None:
+    assert str(job_error(here, "name: a\n")) == "job.yaml: the key 'entrypoint' is missing"
+
+
+def test_a_key_given_twice_is_refused(here: Here) -> None:
+    error = job_error(here, "entrypoint: x\nenv:\n  A: 1\n  A: 2\n")
+    assert str(error) == "job.yaml:4: the key 'env.A' is given twice (first on line 3)\n  → keep one of the two"
+
+
+def test_a_file_that_is_not_yaml_is_refused_with_its_line(here: Here) -> None:
+    error = job_error(here, "name: a\nentrypoint: [\n")
+    assert str(error).startswith("job.yaml:3: this is not YAML: expected the node content")
+
+
+def test_a_file_with_a_tag_that_makes_objects_is_refused(here: Here) -> None:
+    error = job_error(here, "entrypoint: !!python/object/apply:os.system [echo]\n")
+    assert str(error).startswith("job.yaml:1: this is not YAML: could not determine a constructor for the tag")
+
+
+def test_a_list_instead_of_keys_is_refused(here: Here) -> None:
+    assert str(job_error(here, "- a\n")) == (
+        "job.yaml:1: the file holds a list, not keys with values\n  → write it as: key: value"
+    )
+
+
+def test_a_missing_file_is_said_with_the_folder_that_was_looked_in(here: Here, tmp_path: Path) -> None:
+    here("other.yaml", "")
+    with pytest.raises(SpecError) as caught:
+        load_job_spec(Path("nope.yaml"))
+    assert str(caught.value) == f"nope.yaml: there is no such file\n  → looked in {tmp_path}"
+
+
+def test_a_file_that_is_not_text_is_refused(here: Here) -> None:
+    here("job.yaml", "")
+    Path("job.yaml").write_bytes(b"name: \xff\n")
+    with pytest.raises(SpecError) as caught:
+        load_job_spec(Path("job.yaml"))
+    assert caught.value.message == "job.yaml: the file is not UTF-8 text (byte 6)"
+
+
+def test_numbers_and_booleans_in_env_are_text(here: Here) -> None:
+    spec = load_job_spec(here("job.yaml", "entrypoint: x\nenv: {A: 1, B: true, C: 0.5}\n"))
+    assert spec.env == {"A": "1", "B": "true", "C": "0.5"}
+
+
+def test_the_working_directory_of_a_file_is_relative_to_the_file(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    spec = load_job_spec(here("deep/job.yaml", "entrypoint: x\nworking_dir: code\n"))
+    assert spec.working_dir == str(tmp_path / "deep" / "code")
+    assert load_job_spec(here("deep/job.yaml", "entrypoint: x\n")).working_dir == str(tmp_path / "deep")
+    assert load_job_spec(here("deep/job.yaml", "entrypoint: x\nworking_dir: ''\n")).working_dir == ""
+
+
+def test_a_flag_replaces_what_the_file_says_and_adds_to_lists_and_env(here: Here) -> None:
+    file = here("job.yaml", "entrypoint: x\ntags: [a]\nenv: {A: 1, B: 1}\nresources: {gpus: 1, cpus: 3}\n")
+    flags = [
+        Flag("--gpus", ("resources", "gpus"), 2),
+        Flag("--tag", ("tags",), ("b",)),
+        Flag("--env", ("env",), {"B": "2"}),
+        Flag("--", ("entrypoint",), ("python", "train.py")),
+    ]
+    spec = job_spec_from_flags(flags, file=file)
+    assert (spec.resources.gpus, spec.resources.cpus, spec.tags) == (2, 3, ("a", "b"))
+    assert spec.env == {"A": "1", "B": "2"}
+    assert spec.entrypoint == ("python", "train.py")
+
+
+def test_a_wrong_flag_is_named_by_its_option() -> None:
+    assert str(flag_error(Flag("--gpus", ("resources", "gpus"), "two"))) == "--gpus: 'two' is not a whole number"
+    assert str(flag_error(Flag("--timeout", ("timeout_s",), "soon"))).startswith("--timeout: 'soon' is not a duration")
+
+
+def test_a_gpu_variable_is_refused_as_a_flag_too() -> None:
+    assert str(flag_error(Flag("--env", ("env",), {"CUDA_VISIBLE_DEVICES": "0"}))) == (
+        "--env: CUDA_VISIBLE_DEVICES cannot be set: raylaunch gives each job its GPUs; ask for them with resources.gpus"
+    )
+
+
+def test_no_program_at_all_says_how_to_give_one() -> None:
+    with pytest.raises(SpecError) as caught:
+        job_spec_from_flags([])
+    assert str(caught.value) == (
+        "there is nothing to run: no entrypoint was given\n"
+        "  → write the command after --, as: raylaunch run -- python train.py; or name a file: -f job.yaml"
+    )
+
+
+def test_without_a_cluster_file_the_cluster_is_the_embedded_one(here: Here) -> None:
+    here("job.yaml", "")
+    assert load_cluster_spec() == ClusterSpec()
+
+
+def test_the_cluster_file_here_applies_and_one_named_by_the_environment_goes_before_it(here: Here) -> None:
+    here("cluster.yaml", "name: here\n")
+    named = here("other.yaml", "name: other\ngpus: [0, 1]\n")
+    assert load_cluster_spec(environ={}).name == "here"
+    spec = load_cluster_spec(environ={"RAYLAUNCH_CLUSTER_FILE": str(named)})
+    assert (spec.name, spec.gpus) == ("other", ("0", "1"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("ssh", "a cluster of machines over SSH"),
+        ("existing", "a Ray cluster that somebody else runs"),
+        ("k8s", "no kind that is known"),
+    ],
+)
+def test_a_kind_that_this_version_cannot_run_is_refused_honestly(here: Here, kind: str, what: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_cluster_spec(here("cluster.yaml", f"name: dgx\nkind: {kind}\nhosts: [a]\n"))
+    assert str(caught.value) == (
+        f"cluster.yaml:2: kind: {kind} ({what}) cannot be run by this version of raylaunch; "
+        "it runs kind: local, Ray and the controller on this machine\n  → write kind: local, or leave the key out"
+    )
+
+
+def test_a_wrong_value_in_a_cluster_file_says_all_that_would_be_right(here: Here) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_cluster_spec(here("cluster.yaml", "gpus: some\n"))
+    assert str(caught.value) == "cluster.yaml:1: gpus: 'some' is not 'auto', a whole number or a list"

@@ -1,0 +1,275 @@
+"""The working directory as an archive: what goes in, what stays, and what cannot be packed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import tarfile
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from raylaunch.errors import ConflictError, SpecError, StorageError
+from raylaunch.git_facts import DIFF_LIMIT, git_facts
+from raylaunch.packing import pack
+from raylaunch.state import PackReport
+
+
+def tree(root: Path, files: Mapping[str, str | bytes]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return root
+
+
+def names(root: Path) -> list[str]:
+    """Return the packed files and links."""
+    with pack(root) as packed, tarfile.open(packed.path) as archive:
+        return sorted(member.name for member in archive if not member.isdir())
+
+
+def report(root: Path) -> PackReport:
+    with pack(root) as packed:
+        return packed.report
+
+
+def git(folder: Path, *words: str) -> None:
+    identity = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main")
+    subprocess.run(["git", "-C", str(folder), *identity, *words], check=True, capture_output=True, timeout=60)
+
+
+def test_equal_folders_make_equal_archives_whatever_their_times(tmp_path: Path) -> None:
+    first = tree(tmp_path / "a", {"train.py": "1", "lib/x.py": "2"})
+    second = tree(tmp_path / "b", {"lib/x.py": "2", "train.py": "1"})
+    os.utime(second / "train.py", (1, 1))
+    with pack(first) as one, pack(second) as other:
+        assert one.sha256 == other.sha256
+        assert one.path.read_bytes() == other.path.read_bytes()
+
+
+def test_another_content_makes_another_name(tmp_path: Path) -> None:
+    with pack(tree(tmp_path, {"train.py": "1"})) as one, pack(tree(tmp_path, {"train.py": "2"})) as other:
+        assert one.sha256 != other.sha256
+
+
+def test_a_program_stays_executable(tmp_path: Path) -> None:
+    tree(tmp_path, {"run.sh": "", "data.txt": ""})
+    (tmp_path / "run.sh").chmod(0o700)
+    with pack(tmp_path) as packed, tarfile.open(packed.path) as archive:
+        assert archive.getmember("run.sh").mode == 0o755
+        assert archive.getmember("data.txt").mode == 0o644
+
+
+def test_the_archive_goes_when_it_is_no_longer_needed(tmp_path: Path) -> None:
+    with pack(tree(tmp_path, {"a": ""})) as packed:
+        assert packed.path.exists()
+    assert not packed.path.exists()
+
+
+def test_what_is_built_in_stays_at_home(tmp_path: Path) -> None:
+    tree(
+        tmp_path,
+        {
+            "train.py": "",
+            ".git/HEAD": "",
+            "lib/__pycache__/x.pyc": "",
+            ".venv/bin/python": "",
+            "myenv/pyvenv.cfg": "",
+            "myenv/bin/python": "",
+            "web/node_modules/x.js": "",
+            "wandb/run-1/x.wandb": "",
+            ".raylaunch/x": "",
+            ".mypy_cache/x": "",
+        },
+    )
+    assert names(tmp_path) == ["train.py"]
+
+
+def test_a_folder_called_venv_that_is_none_is_packed(tmp_path: Path) -> None:
+    assert names(tree(tmp_path, {"venv/notes.txt": ""})) == ["venv/notes.txt"]
+
+
+def test_ignore_files_of_every_level_apply_below_themselves_only(tmp_path: Path) -> None:
+    tree(
+        tmp_path,
+        {
+            ".gitignore": "*.pt\n/data/\n",
+            "a.pt": "",
+            "data/x": "",
+            "sub/data/x": "",
+            "sub/.gitignore": "*.log\n!keep.pt\n",
+            "sub/keep.pt": "",
+            "sub/x.log": "",
+            "x.log": "",
+        },
+    )
+    assert names(tmp_path) == [".gitignore", "sub/.gitignore", "sub/data/x", "sub/keep.pt", "x.log"]
+
+
+def test_raylaunchignore_has_the_last_word(tmp_path: Path) -> None:
+    tree(tmp_path, {".gitignore": "weights.pt\n", ".raylaunchignore": "!weights.pt\n!wandb/\nnotes/\n"})
+    tree(tmp_path, {"weights.pt": "", "wandb/x": "", "notes/x": ""})
+    assert names(tmp_path) == [".gitignore", ".raylaunchignore", "wandb/x", "weights.pt"]
+
+
+def test_rules_above_a_folder_apply_up_to_the_repository(tmp_path: Path) -> None:
+    tree(tmp_path, {".gitignore": "*.py\n", "repo/.git/HEAD": "", "repo/.gitignore": "*.pt\n/exp/out/\n"})
+    tree(tmp_path, {"repo/exp/train.py": "", "repo/exp/a.pt": "", "repo/exp/out/x": ""})
+    assert names(tmp_path / "repo" / "exp") == ["train.py"]
+
+
+def test_a_working_directory_that_git_ignores_is_packed_all_the_same(tmp_path: Path) -> None:
+    tree(tmp_path, {".git/HEAD": "", ".gitignore": "scratch/\n", "scratch/train.py": ""})
+    assert names(tmp_path / "scratch") == ["train.py"]
+
+
+def test_the_report_says_what_went_in_what_stayed_and_the_largest_files(tmp_path: Path) -> None:
+    tree(tmp_path, {f"f{n}": "x" * n for n in range(1, 8)})
+    tree(tmp_path, {".gitignore": "*.pt", "a.pt": "12345", "wandb/x": ""})
+    found = report(tmp_path)
+    assert (found.files, found.bytes) == (8, 28 + 4)
+    assert (found.ignored, found.ignored_bytes) == (2, 5)
+    assert found.ignored_by == (".gitignore: *.pt", "built in: wandb/")
+    assert [(one.path, one.bytes) for one in found.largest] == [
+        ("f7", 7),
+        ("f6", 6),
+        ("f5", 5),
+        (".gitignore", 4),
+        ("f4", 4),
+    ]
+
+
+def test_a_link_inside_stays_a_link(tmp_path: Path) -> None:
+    tree(tmp_path, {"data/x": "1"})
+    (tmp_path / "data" / "link").symlink_to("../data/x")
+    (tmp_path / "folder").symlink_to("data")
+    assert names(tmp_path) == ["data/link", "data/x", "folder"]
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "../outside"])
+def test_a_link_that_leaves_the_folder_is_refused_by_name(tmp_path: Path, target: str) -> None:
+    root = tree(tmp_path / "code", {"a": ""})
+    (root / "link").symlink_to(target)
+    with pytest.raises(SpecError) as caught:
+        pack(root)
+    assert str(caught.value) == (
+        f"link in the working directory is a link to {target}, which is not in it\n"
+        "  → copy what it points to, or leave it out with a line in .raylaunchignore: /link"
+    )
+
+
+def test_a_missing_working_directory_is_said() -> None:
+    with pytest.raises(SpecError) as caught:
+        pack("/nowhere/at/all")
+    assert str(caught.value) == (
+        "the working directory /nowhere/at/all does not exist\n"
+        "  → give another with --working-dir, or working_dir: in job.yaml"
+    )
+
+
+def test_a_file_is_not_a_working_directory(tmp_path: Path) -> None:
+    tree(tmp_path, {"train.py": ""})
+    with pytest.raises(SpecError, match=r"train\.py is a file, not a folder"):
+        pack(tmp_path / "train.py")
+
+
+@contextlib.contextmanager
+def not_root() -> Iterator[None]:
+    """Root may read everything: be nobody for a while."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_file_that_cannot_be_read_is_named() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        root = tree(Path(folder), {"secret.bin": ""})
+        root.chmod(0o755)
+        (root / "secret.bin").chmod(0)
+        with not_root(), pytest.raises(StorageError) as caught:
+            pack(root)
+    assert str(caught.value) == (
+        "secret.bin in the working directory cannot be read: Permission denied\n"
+        "  → make it readable, or leave it out with a line in .raylaunchignore: /secret.bin"
+    )
+
+
+def test_a_file_that_is_written_to_meanwhile_is_found_out(tmp_path: Path) -> None:
+    tree(tmp_path, {"train.log": b"x" * 4_000_000})
+    done = threading.Event()
+
+    def write() -> None:
+        with (tmp_path / "train.log").open("ab") as file:
+            while not done.is_set():
+                file.write(b"x")
+                file.flush()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        with pytest.raises(ConflictError) as caught:
+            pack(tmp_path)
+    finally:
+        done.set()
+        writer.join(10)
+    assert str(caught.value) == (
+        "train.log in the working directory was written to while it was packed\n"
+        "  → wait until it is written, or leave it out with a line in .raylaunchignore: /train.log"
+    )
+
+
+def test_a_name_that_is_not_utf8_is_packed_and_reported_as_text(tmp_path: Path) -> None:
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt"))).write_text("x")
+    assert report(tmp_path).largest[0].path == "\ufffd.txt"
+
+
+def test_sockets_and_pipes_stay_at_home(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert report(tree(tmp_path, {"a": ""})).ignored_by == ("built in: sockets, pipes and devices",)
+
+
+def test_git_says_commit_branch_and_what_differs(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    tree(tmp_path, {"train.py": "one\n"})
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "x")
+    clean = git_facts(tmp_path)
+    assert clean is not None
+    assert (len(clean.commit), clean.branch, clean.dirty, clean.diff) == (40, "main", False, "")
+    tree(tmp_path, {"train.py": "two\n"})
+    dirty = git_facts(tmp_path)
+    assert dirty is not None
+    assert dirty.dirty
+    assert "-one\n+two\n" in dirty.diff
+
+
+def test_a_diff_is_cut_at_one_mebibyte(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    tree(tmp_path, {"data.txt": "\n"})
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "x")
+    tree(tmp_path, {"data.txt": "0123456789abcde\n" * 100_000})
+    facts = git_facts(tmp_path)
+    assert facts is not None
+    assert (len(facts.diff), facts.diff_truncated) == (DIFF_LIMIT, True)
+
+
+def test_a_folder_without_git_has_no_git_facts(tmp_path: Path) -> None:
+    assert git_facts(tmp_path) is None
+
+
+def test_a_repository_without_a_commit_has_no_commit(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    facts = git_facts(tree(tmp_path, {"a": ""}))
+    assert facts is not None
+    assert (facts.commit, facts.branch, facts.dirty, facts.diff) == ("", "main", True, "")
