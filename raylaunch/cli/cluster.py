@@ -13,7 +13,9 @@ from raylaunch.cli.connect import Place, finish, show_step
 from raylaunch.cli.console import count, say, say_json, size, span, styled
 from raylaunch.cli.log_view import clean
 from raylaunch.cli.options import as_json
-from raylaunch.state import ClusterStatus, GpuView, NodeView, ProcessView, RayAccess
+from raylaunch.cluster.backends import DownReport
+from raylaunch.errors import ConflictError
+from raylaunch.state import ClusterStatus, GpuView, JobView, NodeView, ProcessView, RayAccess
 
 
 @click.command(epilog="Example:  raylaunch up")
@@ -30,11 +32,26 @@ def up(cluster_file: Path | None, *, dry_run: bool, as_json: bool) -> None:
 
 
 @click.command(epilog="Example:  raylaunch down")
+@click.option("--force", is_flag=True, help="Also while jobs run: they are ended, and tried again at the next up.")
 @click.pass_obj
-def down(cluster_file: Path | None) -> None:
-    """End exactly what 'up' started. Jobs that run are ended; records, logs and outputs stay."""
+def down(cluster_file: Path | None, *, force: bool) -> None:
+    """End exactly what 'up' started; refuses while jobs run. Records, logs and outputs stay."""
     place = Place(cluster_file)
-    say(str(finish(place.backend.down(place.spec))))
+
+    async def work() -> DownReport:
+        if not force:
+            _refuse_while_jobs_run(await place.running_jobs(), place.spec.name)
+        return await place.backend.down(place.spec)
+
+    say(str(finish(work())))
+
+
+def _refuse_while_jobs_run(jobs: tuple[JobView, ...], cluster: str) -> None:
+    if jobs:
+        names = ", ".join(job.id for job in jobs[:3]) + (" and others" if len(jobs) > 3 else "")  # noqa: PLR2004 -- a few
+        msg = f"{count(len(jobs), 'job runs', 'jobs run')} on cluster {cluster}: {names}"
+        hint = f"raylaunch stop {jobs[0].id}; or raylaunch down --force: the next up tries them again"
+        raise ConflictError(msg, hint=hint)
 
 
 @click.command(epilog="Example:  raylaunch status --json | jq .controller.pid")

@@ -15,6 +15,7 @@ from raylaunch.cluster.backends import Backend, Reach, Step, backend_for
 from raylaunch.config import load_cluster_spec
 from raylaunch.errors import ClusterDownError
 from raylaunch.spec import ClusterSpec
+from raylaunch.state import JobState, JobView
 
 _Result = TypeVar("_Result")
 _KNOCK_S = 2.0
@@ -53,6 +54,15 @@ class Place:
         """Start what is missing, with its steps on stderr, and return where the controller answers."""
         await self.backend.up(self.spec, on_step=show_step)
         return await self.backend.reach(self.spec)
+
+    async def running_jobs(self) -> tuple[JobView, ...]:
+        """Return the jobs of ours that run; none where no controller answers."""
+        try:
+            async with Client(await self.backend.reach(self.spec), cluster=self.spec.name, patience_s=0) as client:
+                page = await client.jobs(states=[JobState.STARTING, JobState.RUNNING, JobState.STOPPING])
+        except ClusterDownError:
+            return ()
+        return tuple(job for job in page.jobs if not job.foreign)
 
     async def _reach(self, *, start: bool) -> Reach:
         with contextlib.suppress(ClusterDownError):

@@ -230,7 +230,7 @@ def running_cluster(spec: Mapping[str, object] | None = None) -> Iterator[Cluste
         cluster.good("up", timeout_s=UP_S)
         yield cluster
     finally:
-        down = cluster.cli("down", timeout_s=UP_S)
+        down = cluster.cli("down", "--force", timeout_s=UP_S)
         left = cluster.processes() if cluster.paths.record.exists() else []
         shutil.rmtree(home, ignore_errors=True)
     assert not left, f"left over after raylaunch down ({down.out} {down.err}): {left}"
