@@ -6,15 +6,14 @@ import asyncio
 import importlib.util
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.live import Live
-from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from raylaunch.cli.connect import Place, finish
@@ -29,6 +28,7 @@ from raylaunch.state import JobState, JobView, MetricSeries, MetricsPage
 LIMIT_S = 20 * 60.0
 _LOOK_EVERY_S = 0.2
 _EVALUATE_LIMIT_S = 120.0
+_SAY_EVERY = 5
 _BARS = "▁▂▃▄▅▆▇█"
 _SHOWN = ("loss", "accuracy")
 
@@ -70,7 +70,7 @@ async def _demo(place: Place, folder: Path, dest: Path, console: Console) -> Non
     async with place.client() as client:
         _heading(console, "A job", f"train.py learns to read handwritten digits ({_shown(folder)})")
         answer = await client.submit(load_job_spec(folder / "job.yaml"))
-        console.print(f"  {answer.job.id}: {answer.job.entrypoint}")
+        console.print(f"  {answer.job.id}: {answer.job.entrypoint}", soft_wrap=True)
 
         _heading(console, "Training", "epochs, loss and accuracy, as the script logs them with wandb")
         job = await _watch(client, answer.job, console)
@@ -79,23 +79,24 @@ async def _demo(place: Place, folder: Path, dest: Path, console: Console) -> Non
         metrics = await client.metrics(job.id, keys=_SHOWN)
         _heading(console, "Metrics", "read from the run's own W&B file, on-line or off")
         for series in metrics.series:
-            console.print(Padding(Text(chart(series, width=64, height=6)), (0, 0, 1, 2)))
+            console.print(textwrap.indent(chart(series, width=64, height=5), "  "), soft_wrap=True)
         _heading(console, "What is known of the job", f"raylaunch show {job.id}")
-        console.print(facts(job))
+        console.print(facts(job), soft_wrap=True)
 
         _heading(console, "The model", f"from the cluster's store to {dest}")
         for fetched in await client.download(job.id, dest=dest):
-            console.print(f"  {fetched.path}")
+            console.print(f"  {fetched.local}  {size(fetched.bytes)}", soft_wrap=True)
 
     _heading(console, "Using it", "evaluate.py loads it in a process of its own")
     python = job.environment.python if job.environment and job.environment.python else sys.executable
     click.echo(await _evaluate(python, folder / "evaluate.py", dest))
-    console.print(_next_steps())
+    _heading(console, "Now try", "")
+    console.print(_next_steps(), soft_wrap=True)
 
 
 def _heading(console: Console, title: str, what: str) -> None:
     console.print()
-    console.print(Text.assemble((title, "bold"), ("  ", ""), (what, "dim")))
+    console.print(Text.assemble((title, "bold"), "  " if what else "", (what, "dim")), soft_wrap=True)
 
 
 def _say_step(console: Console, step: Step) -> None:
@@ -121,36 +122,35 @@ async def _follow(client: Client, job: JobView, console: Console) -> JobView:
     task = bar.add_task("epochs", total=None)
     with Live(console=console, refresh_per_second=8, auto_refresh=console.is_terminal) as live:
         while True:
-            metrics = await client.metrics(job.id, keys=_SHOWN, max_points=60)
             job = await client.job(job.id)
-            if job.progress:
-                bar.update(task, completed=int(job.progress.step), total=_whole(job.progress.total))
+            metrics = await client.metrics(job.id, keys=_SHOWN, max_points=60)
+            total = job.progress.total if job.progress else None
+            bar.update(task, completed=_epoch(metrics), total=None if total is None else int(total))
             if console.is_terminal:
-                live.update(_picture(job, bar, metrics))
-            elif (line := _line(job)) != said:
-                console.print(line)
+                live.update(Group(bar, curves(metrics.series)) if metrics.last else Text(_state(job), style="dim"))
+            elif (line := _line(job, metrics)) != said:
+                console.print(line, soft_wrap=True)
                 said = line
             if job.state.ended:
                 return job
             await asyncio.sleep(_LOOK_EVERY_S)
 
 
-def _picture(job: JobView, bar: Progress, metrics: MetricsPage) -> RenderableType:
-    if job.state is not JobState.RUNNING and not job.progress:
-        return Text(f"  {job.state.value}: {job.message or 'waits'}", style="dim")
-    return Group(bar, curves(metrics.series))
+def _epoch(metrics: MetricsPage) -> int:
+    return int(metrics.last.get("epoch", 0))
 
 
-def _line(job: JobView) -> str:
-    """Return the state of training as one line, for where output is no terminal; it changes every tenth epoch."""
-    if not job.progress or not job.state.active:
-        return f"  {job.state.value}" + (f": {job.message}" if job.message else "")
-    epoch, total = int(job.progress.step), _whole(job.progress.total)
-    return f"  epoch {epoch - epoch % 10 or 1} of {total} passed" if total else f"  epoch {epoch}"
+def _state(job: JobView) -> str:
+    return f"  {job.state.value}" + (f": {job.message}" if job.message else "")
 
 
-def _whole(number: float | None) -> int | None:
-    return None if number is None else int(number)
+def _line(job: JobView, metrics: MetricsPage) -> str:
+    """Return where training stands as one line, for where output is no terminal; it changes every few epochs."""
+    passed = _epoch(metrics) // _SAY_EVERY * _SAY_EVERY
+    if job.state.ended or not passed:
+        return _state(job)
+    at = {series.key: series.points[min(passed, len(series.points)) - 1].value for series in metrics.series}
+    return f"  epoch {passed:>2}" + "".join(f"  {key} {value:.4f}" for key, value in at.items())
 
 
 def _check(job: JobView) -> None:
@@ -167,37 +167,31 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(_BARS[round((value - low) * scale)] for value in values)
 
 
-def curves(series: Sequence[MetricSeries]) -> Table:
-    """Return one row a metric: its name, its course, where it began and where it stands."""
-    table = Table(box=None, show_header=False, padding=(0, 1))
+def curves(series: Sequence[MetricSeries]) -> Text:
+    """Return one line a metric: its name, its course, where it began and where it stands."""
+    lines = []
     for one in series:
         values = [point.value for point in one.points]
         if values:
-            table.add_row("", one.key, Text(sparkline(values), style="cyan"), f"{values[0]:.4f} → {values[-1]:.4f}")
-    return table
+            lines.append(f"  {one.key:<9} {sparkline(values)}  {values[0]:.4f} → {values[-1]:.4f}")
+    return Text("\n".join(lines))
 
 
-def facts(job: JobView) -> Table:
-    """Return what is worth knowing of an ended job."""
-    attempt = job.attempt
+def facts(job: JobView) -> str:
+    """Return what is worth knowing of an ended job, a line each."""
+    attempt, wandb = job.attempt, job.wandb
     rows = {
         "id": job.id,
         "state": job.state.value,
         "node": attempt.node if attempt else "",
         "ran for": span(job.ended_at - job.started_at) if job.ended_at and job.started_at else "",
         "python": f"{job.environment.version} ({job.environment.python})" if job.environment else "",
-        "git commit": job.git.commit[:12] + (" with changes" if job.git.dirty else "") if job.git else "",
-        "packed": f"{count(job.pack.files, 'file')}, {size(job.pack.bytes)}" if job.pack else "",
-        "W&B": f"{job.wandb.mode}, run {job.wandb.run_id}" + (f" ({job.wandb.why})" if job.wandb.why else "")
-        if job.wandb
-        else "",
+        "git": job.git.commit[:12] + (" with changes" if job.git.dirty else "") if job.git else "",
+        "code": f"{count(job.pack.files, 'file')}, {size(job.pack.bytes)}" if job.pack else "",
+        "W&B": f"{wandb.mode}, run {wandb.run_id}" + (f" ({wandb.why})" if wandb.why else "") if wandb else "",
         "outputs": f"{count(job.outputs, 'file')}, {size(job.output_bytes)}",
     }
-    table = Table(box=None, show_header=False, padding=(0, 1))
-    for name, value in rows.items():
-        if value:
-            table.add_row("", Text(name, style="dim"), Text(value))
-    return table
+    return "\n".join(f"  {name:<9} {value}" for name, value in rows.items() if value)
 
 
 async def _evaluate(python: str, program: Path, folder: Path) -> str:
@@ -221,20 +215,16 @@ async def _evaluate(python: str, program: Path, folder: Path) -> str:
     return output.decode().strip()
 
 
-def _next_steps() -> Table:
-    table = Table(
-        box=None, show_header=False, padding=(0, 1), title="\nNow try", title_justify="left", title_style="bold"
-    )
-    for command, what in (
+def _next_steps() -> str:
+    steps = (
         ("raylaunch list", "this job, and all others"),
         ("raylaunch logs last", "what the training printed"),
         ("raylaunch metrics last --plot", "its curves"),
         ("raylaunch run -- python train.py", "your own script, from its folder"),
         ('eval "$(raylaunch env)" && ray job list', "Ray's own tools on the same cluster"),
         ("raylaunch down", "ends the cluster; jobs and files stay"),
-    ):
-        table.add_row("", Text(command, style="cyan"), Text(what, style="dim"))
-    return table
+    )
+    return "\n".join(f"  {command:<40} {what}" for command, what in steps)
 
 
 def _shown(path: Path) -> str:
