@@ -1,0 +1,380 @@
+"""The command line as processes: exit statuses, stdout and stderr, and the exact words of errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import click
+import pytest
+from support.api import Api, serving, token_of
+from support.waiting import wait_until
+
+from raylaunch.cli.app import LazyGroup, raylaunch
+from raylaunch.cluster.home import cluster_paths, make_cluster_dirs, write_private
+from raylaunch.cluster.process import identify
+from raylaunch.cluster.record import new_record, save_record
+from raylaunch.spec import ClusterSpec
+from raylaunch.state import AttemptView, Change
+
+COMMANDS = sorted(LazyGroup().list_commands(click.Context(raylaunch)))
+
+
+def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAYLAUNCH_", "WANDB_"))}
+    return {**kept, "RAYLAUNCH_HOME": str(home), "COLUMNS": "100", **(extra or {})}
+
+
+def cli(
+    home: Path, *words: str, cwd: Path | None = None, text: str = "", extra: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "raylaunch", *words],
+        cwd=cwd or home,
+        env=environment(home, extra),
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def api(home: Path, tmp_path: Path) -> Iterator[Api]:
+    """A cluster whose controller is the API of this test: its record names a process that does nothing."""
+    paths = cluster_paths("local")
+    make_cluster_dirs(paths)
+    with (
+        serving(tmp_path / "store") as running,
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stand_in,
+    ):
+        record = new_record(ClusterSpec(), paths)
+        port = int(running.url.rpartition(":")[2])
+        save_record(
+            paths, record.with_(wanted="running", controller=identify(stand_in.pid), ports={"controller": port})
+        )
+        write_private(paths.token, token_of("olga"))
+        assert home
+        try:
+            yield running
+        finally:
+            stand_in.kill()
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Path:
+    folder = tmp_path / "code"
+    folder.mkdir()
+    (folder / "train.py").write_text("print(1)\n")
+    return folder
+
+
+def submitted(home: Path, code: Path) -> str:
+    done = cli(home, "submit", "--name", "digits", "--", "python", "train.py", cwd=code)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def with_log(api: Api, job: str, data: bytes) -> None:
+    log = api.store / "jobs" / job / "attempt-1" / "logs" / "rank-0.log"
+    log.parent.mkdir(parents=True)
+    log.write_bytes(data)
+    attempts = (AttemptView(id=f"{job}-1", n=1, admitted_at=1.0),)
+    api.do(lambda: api.records.update(job, kind="starting", message="starts", change=Change.ADMIT, attempts=attempts))
+
+
+def end_with(api: Api, job: str, *, exit_code: int) -> None:
+    def end() -> None:
+        facts = {"replicated": True, "ended_at": 2.0, "exit_code": exit_code}
+        attempts = tuple(one.model_copy(update=facts) for one in api.records.get(job).attempts)
+        change = Change.FAIL if exit_code else Change.SUCCEED
+        api.records.update(job, kind="ended", message=f"exited with {exit_code}", change=change, attempts=attempts)
+
+    api.do(end)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(home: Path, command: str) -> None:
+    done = cli(home, command, "--help")
+    assert done.returncode == 0
+    assert "Example:  " in done.stdout
+
+
+def test_the_help_lists_every_command_without_loading_them(home: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "raylaunch", "--help"],
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert all(f"  {command} " in done.stdout for command in COMMANDS)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not loaded & {"raylaunch.client", "raylaunch.cli.run", "httpx2", "rich", "ray", "wandb"}
+
+
+def test_listing_loads_nothing_that_only_a_submission_needs(home: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "raylaunch", "list"],
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "raylaunch.client" in loaded
+    assert not loaded & {"ray", "wandb", "asyncssh", "fastapi", "rich", "pathspec", "tarfile", "raylaunch.cli.run"}
+
+
+def test_a_mistyped_command_is_a_usage_error_with_the_nearest(home: Path) -> None:
+    done = cli(home, "lits")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "Error: there is no command 'lits' (nearest: list)"
+
+
+@pytest.mark.parametrize("words", [("list",), ("show", "x"), ("logs",), ("env",), ("stop", "x"), ("get",), ("du",)])
+def test_without_a_cluster_a_command_says_how_to_start_one(home: Path, words: tuple[str, ...]) -> None:
+    done = cli(home, *words)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: there is no cluster here\n  → start it: raylaunch up\n"
+
+
+def test_the_status_of_no_cluster_is_stopped(home: Path) -> None:
+    done = cli(home, "status", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["state"] == "stopped"
+
+
+def test_a_wrong_job_file_is_a_usage_error_before_anything_is_started(home: Path) -> None:
+    (home / "job.yaml").write_text("entrypoint: x\nresorces: {}\n")
+    done = cli(home, "run", "-f", "job.yaml")
+    assert (done.returncode, done.stderr) == (2, "error: job.yaml:2: unknown key 'resorces' (nearest: resources)\n")
+    assert not (home / "clusters").exists()
+
+
+def test_a_missing_working_directory_is_said_before_anything_is_started(home: Path) -> None:
+    done = cli(home, "run", "--working-dir", "/nowhere", "--", "true")
+    assert (done.returncode, done.stderr) == (
+        2,
+        (
+            "error: the working directory /nowhere does not exist\n"
+            "  → give another with --working-dir, or working_dir: in job.yaml\n"
+        ),
+    )
+    assert not (home / "clusters").exists()
+
+
+def test_submit_prints_the_id_and_says_on_stderr_what_was_packed(home: Path, api: Api, code: Path) -> None:
+    assert api.url
+    (code / "a.pyc").write_text("")
+    done = cli(home, "submit", "--name", "digits", "--", "python", "train.py", "--gpus", "4", cwd=code)
+    assert done.returncode == 0
+    assert done.stdout.startswith("digits-")
+    assert done.stderr.splitlines()[0].startswith("packed 1 file, 9 B (")
+    assert done.stderr.splitlines()[1:] == [
+        "left out 1 file or folder (built in: *.pyc)",
+        "largest: train.py 9 B",
+        f"submitted {done.stdout.strip()}: queued",
+    ]
+    spec = json.loads(cli(home, "show", "--json").stdout)["spec"]
+    assert spec["entrypoint"] == ["python", "train.py", "--gpus", "4"]
+
+
+def test_an_option_behind_the_program_without_dashes_is_pointed_out(home: Path, api: Api, code: Path) -> None:
+    assert api.url
+    done = cli(home, "submit", "train.py", "--gpus", "4", cwd=code)
+    assert "note: --gpus goes to train.py; options of raylaunch stand before --" in done.stderr
+
+
+def test_the_same_request_id_twice_is_one_job(home: Path, api: Api, code: Path) -> None:
+    assert api.url
+    first, again = (cli(home, "submit", "--request-id", "night", "--", "x", cwd=code) for _ in range(2))
+    assert first.stdout == again.stdout
+    assert f"{first.stdout.strip()} was submitted with this request id before; it is queued" in again.stderr
+
+
+def test_the_key_of_the_environment_goes_along_and_is_said_but_not_shown(home: Path, api: Api, code: Path) -> None:
+    key = "0123456789" * 4
+    done = cli(home, "submit", "--", "x", cwd=code, extra={"WANDB_API_KEY": key})
+    assert "the W&B key of this environment (WANDB_API_KEY) goes along, for this job alone" in done.stderr
+    assert key not in done.stdout + done.stderr + cli(home, "show", "--json").stdout
+    assert not [path for path in (api.store / "jobs").rglob("*") if path.is_file() and key in path.read_text()]
+
+
+def test_a_dry_run_submits_nothing(home: Path, api: Api, code: Path) -> None:
+    assert api.url
+    done = cli(home, "run", "--dry-run", "--", "python", "train.py", cwd=code)
+    assert (done.returncode, done.stdout) == (0, "train would start on here at once\n")
+    assert json.loads(cli(home, "list", "--json").stdout)["total"] == 0
+
+
+def test_lists_and_shows_are_the_models_json(home: Path, api: Api, code: Path) -> None:
+    assert api.url
+    job = submitted(home, code)
+    page = json.loads(cli(home, "list", "--json", "--state", "queued,running", "--name", "digits").stdout)
+    assert [one["id"] for one in page["jobs"]] == [job]
+    assert json.loads(cli(home, "show", "digits", "--json").stdout)["id"] == job
+    assert cli(home, "list").stdout.splitlines()[1].startswith(f"{job}  queued  olga")
+
+
+def test_a_page_says_how_to_get_the_next_and_all_gets_every_page(home: Path, api: Api, code: Path) -> None:
+    assert api.url
+    jobs = [submitted(home, code) for _ in range(3)]
+    page = cli(home, "list", "--limit", "2")
+    assert page.stderr.startswith("2 of 3 jobs; the next: raylaunch list --cursor ")
+    cursor = page.stderr.split()[-1]
+    assert cli(home, "list", "--cursor", cursor).stdout.splitlines()[1].startswith(jobs[0])
+    assert len(json.loads(cli(home, "list", "--limit", "1", "--all", "--json").stdout)["jobs"]) == 3
+
+
+def test_an_unknown_job_is_an_error_on_stderr(home: Path, api: Api) -> None:
+    assert api.url
+    done = cli(home, "show", "nope")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: there is no job 'nope'")
+
+
+def test_logs_show_the_last_lines_and_raw_gives_the_bytes(home: Path, api: Api, code: Path) -> None:
+    job = submitted(home, code)
+    with_log(api, job, b"one\ntwo \xff\nthree\n")
+    assert cli(home, "logs", "--tail", "2").stdout == "two \ufffd\nthree\n"
+    assert cli(home, "logs", job, "--since", "4").stdout == "two \ufffd\nthree\n"
+    raw = subprocess.run(
+        [sys.executable, "-m", "raylaunch", "logs", "--raw", "--tail", "2"],
+        env=environment(home),
+        cwd=home,
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    assert raw.stdout == b"two \xff\nthree\n"
+    assert cli(home, "logs", "--search", "th.ee", "--regex").stdout == "10: three\n"
+
+
+def test_a_log_larger_than_one_answer_is_printed_whole(home: Path, api: Api, code: Path) -> None:
+    job = submitted(home, code)
+    lines = b"".join(b"line %d\n" % n for n in range(300_000))
+    with_log(api, job, lines)
+    assert cli(home, "logs", "--tail", "1000000").stdout.encode() == lines
+
+
+def test_wait_exits_with_the_jobs_own_status(home: Path, api: Api, code: Path) -> None:
+    job = submitted(home, code)
+    with_log(api, job, b"")
+    end_with(api, job, exit_code=7)
+    done = cli(home, "wait")
+    assert (done.returncode, done.stdout) == (7, f"{job} failed: exited with 7\n")
+
+
+def test_wait_gives_up_after_its_timeout(home: Path, api: Api, code: Path) -> None:
+    assert api.url
+    job = submitted(home, code)
+    done = cli(home, "wait", job, "--timeout", "0.2")
+    assert (done.returncode, done.stderr) == (124, f"{job} has not ended within 0.2 s\n")
+
+
+def started(home: Path, code: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "raylaunch", *words],
+        cwd=code,
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def only_job(api: Api) -> str:
+    def ids() -> list[str]:
+        return api.do(lambda: [record.id for record in api.records.unfinished()])
+
+    return wait_until(ids, 30, "the job is submitted")[0]
+
+
+def test_run_prints_the_log_to_stdout_and_exits_with_the_jobs_status(home: Path, api: Api, code: Path) -> None:
+    with started(home, code, "run", "--name", "digits", "--", "python", "train.py") as process:
+        job = only_job(api)
+        with_log(api, job, b"epoch 1\n")
+        end_with(api, job, exit_code=3)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (3, "epoch 1\n")
+    assert err.splitlines()[-1] == f"{job} failed: exited with 3"
+    assert "· starts" in err
+
+
+def test_run_with_json_gives_the_job_on_stdout_and_the_log_on_stderr(home: Path, api: Api, code: Path) -> None:
+    with started(home, code, "run", "--json", "--", "python", "train.py") as process:
+        job = only_job(api)
+        with_log(api, job, b"epoch 1\n")
+        end_with(api, job, exit_code=0)
+        out, err = process.communicate(timeout=60)
+    assert json.loads(out)["state"] == "succeeded"
+    assert "epoch 1\n" in err
+
+
+def test_ctrl_c_while_following_detaches_and_leaves_the_job_alone(home: Path, api: Api, code: Path) -> None:
+    with started(home, code, "run", "--", "python", "train.py") as process:
+        job = only_job(api)
+        with_log(api, job, b"epoch 1\n")
+        assert process.stdout is not None
+        assert process.stdout.readline() == "epoch 1\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert err.splitlines()[-1] == f"detached; the job goes on: raylaunch follow {job}"
+    assert json.loads(cli(home, "show", job, "--json").stdout)["state"] == "starting"
+
+
+def test_get_downloads_and_prints_where_and_finds_again_what_is_here(home: Path, api: Api, code: Path) -> None:
+    job = submitted(home, code)
+    output = api.store / "jobs" / job / "attempt-1" / "outputs" / "model.pt"
+    output.parent.mkdir(parents=True)
+    output.write_bytes(b"weights")
+    api.services.artifacts.seal(job)
+    first, again = (cli(home, "get", "digits", "--to", "here") for _ in range(2))
+    assert (first.stdout, first.stderr) == ("here/model.pt\n", "1 file fetched, 7 B; checksums agree\n")
+    assert again.stderr == "0 files fetched, 0 B, 1 file already here; checksums agree\n"
+    assert (home / "here" / "model.pt").read_bytes() == b"weights"
+    assert cli(home, "get", "digits").stdout == f"{job}/model.pt\n"
+
+
+def test_secrets_come_from_stdin_and_only_their_names_come_back(home: Path, api: Api) -> None:
+    assert api.url
+    assert cli(home, "secret", "set", "HF_TOKEN", text="hunter2\n").stderr == "HF_TOKEN is set\n"
+    assert cli(home, "secret", "list").stdout == "HF_TOKEN\n"
+    assert cli(home, "secret", "rm", "HF_TOKEN").returncode == 0
+    assert cli(home, "secret", "set", "EMPTY").returncode == 2
+
+
+def test_env_prints_lines_that_a_shell_evaluates(home: Path, api: Api) -> None:
+    assert api.url
+    lines = cli(home, "env").stdout
+    shell = subprocess.run(["sh", "-c", f"{lines}\necho $RAY_AUTH_TOKEN"], capture_output=True, text=True, check=True)
+    assert shell.stdout == "ray-token\n"
+
+
+def test_an_output_pipe_that_closes_is_no_traceback(home: Path, api: Api, code: Path) -> None:
+    job = submitted(home, code)
+    with_log(api, job, b"line\n" * 300_000)
+    command = f"{sys.executable} -m raylaunch logs --tail 1000000 | head -1"
+    done = subprocess.run(
+        ["sh", "-c", command], env=environment(home), cwd=home, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert (done.stdout, done.stderr) == ("line\n", "")
+
+
+def test_stop_and_rm_take_several_jobs(home: Path, api: Api, code: Path) -> None:
+    assert api.url
+    one, other = submitted(home, code), submitted(home, code)
+    stopped = cli(home, "stop", one, other, "--wait")
+    assert stopped.stdout == f"{one} stopped\n{other} stopped\n"
+    assert cli(home, "rm", one, other).stdout.startswith(f"removed {one} (")
+    assert cli(home, "list").stderr == "no jobs\n"
