@@ -148,7 +148,7 @@ class RayHead:
             "RAY_DEDUP_LOGS": "0",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # a node with a steward is never idle: it would wait in vain
             "SPT_NOENV": "1",  # a process that sets its title must not wipe out the environment by which it is found
-            "RAY_free_objects_period_milliseconds": "50",  # what stewards send is freed as it is written, not a second on
+            "RAY_free_objects_period_milliseconds": "50",  # what stewards sent is freed at once, not a second on
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a job without GPUs sees none
         }
         if self.gpus.gpus:
