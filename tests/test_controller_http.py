@@ -253,3 +253,15 @@ def test_a_loss_that_is_not_a_number_reaches_the_client(api: Api, tom: httpx2.Cl
     metrics = JobView.model_validate_json(answer.content).last_metrics
     assert math.isnan(metrics["loss"])
     assert metrics["best"] == -math.inf
+
+
+def test_small_answers_do_not_wait_for_acknowledgements(api: Api) -> None:
+    def nodelay() -> list[int]:
+        connections = [protocol.transport.get_extra_info("socket") for protocol in api.server.server_state.connections]
+        return [connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for connection in connections]
+
+    with api.client("tom") as tom:
+        tom.get("/v1/status")
+        options = api.do(nodelay)
+    assert options
+    assert all(options)

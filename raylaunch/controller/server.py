@@ -40,6 +40,16 @@ class ApiServer(uvicorn.Server):
         """Leave signals alone."""
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to serve. Accepted connections inherit the option that is set here.
+
+        Without it an answer's head waits 40 ms for the acknowledgement of the one before: asyncio sets it only on
+        sockets that were made with the protocol number of TCP, which ready-made listeners are not.
+        """
+        for listener in sockets or []:
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await super().startup(sockets)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wake everybody who waits, then end as uvicorn does."""
         self._services.closing.set()
