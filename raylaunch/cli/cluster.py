@@ -17,6 +17,9 @@ from raylaunch.cluster.backends import DownReport
 from raylaunch.errors import ConflictError
 from raylaunch.state import ClusterStatus, GpuView, JobView, NodeView, ProcessView, RayAccess
 
+_NAMED = 3
+"""Jobs that a refusal names."""
+
 
 @click.command(epilog="Example:  raylaunch up")
 @click.option("--dry-run", is_flag=True, help="Say what would be started, and start nothing.")
@@ -48,7 +51,7 @@ def down(cluster_file: Path | None, *, force: bool) -> None:
 
 def _refuse_while_jobs_run(jobs: tuple[JobView, ...], cluster: str) -> None:
     if jobs:
-        names = ", ".join(job.id for job in jobs[:3]) + (" and others" if len(jobs) > 3 else "")  # noqa: PLR2004 -- a few
+        names = ", ".join(job.id for job in jobs[:_NAMED]) + (" and others" if len(jobs) > _NAMED else "")
         msg = f"{count(len(jobs), 'job runs', 'jobs run')} on cluster {cluster}: {names}"
         hint = f"raylaunch stop {jobs[0].id}; or raylaunch down --force: the next up tries them again"
         raise ConflictError(msg, hint=hint)
