@@ -227,7 +227,13 @@ def test_export_lines_are_quoted_for_a_shell() -> None:
         "export RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265",
         "export RAY_AUTH_MODE=token",
         "export RAY_AUTH_TOKEN='a'\"'\"'b $c'",
+        "export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0",
     ]
+
+
+def test_rays_tools_may_look_beyond_loopback_for_a_cluster_that_is_there() -> None:
+    access = RayAccess(gcs_address="10.0.0.1:6379", dashboard_url="http://127.0.0.1:8265", token="t")  # noqa: S106
+    assert not any("RAY_ENABLE" in line for line in export_lines(access))
 
 
 def test_the_status_shows_pids_ports_and_problems() -> None:

@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 
@@ -19,6 +20,9 @@ from raylaunch.state import ClusterStatus, GpuView, JobView, NodeView, ProcessVi
 
 _NAMED = 3
 """Jobs that a refusal names."""
+
+
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 @click.command(epilog="Example:  raylaunch up")
@@ -87,6 +91,8 @@ def export_lines(access: RayAccess) -> list[str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": access.token,
     }
+    if urlsplit(f"//{access.gcs_address}").hostname in _LOOPBACK:
+        values["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else Ray's tools look for it at the outward address
     return [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
 
 
