@@ -11,7 +11,7 @@ from raylaunch.controller.records import JobRecord
 from raylaunch.controller.rooms import asked
 from raylaunch.errors import RaylaunchError
 from raylaunch.reasons import Reason
-from raylaunch.runner.contract import StopWish
+from raylaunch.runner.contract import Facts, StopWish
 from raylaunch.state import Change, EnvironmentFacts, JobState, WandbLink
 
 _RAY_GRACE_S = 5.0
@@ -83,12 +83,10 @@ class Follower:
 def note(means: Means, record: JobRecord, seen: AttemptSeen) -> JobRecord:
     """Write down what is new about the attempt: that it runs, and what the runner found."""
     attempt = latest(record)
-    if seen.facts is not None and record.environment is None and "python" in seen.facts:
-        link = record.wandb
-        if link is not None and "wandb_mode" in seen.facts:
-            why = seen.facts.get("wandb_why", link.why)
-            link = WandbLink.model_validate({**link.model_dump(), "mode": seen.facts["wandb_mode"], "why": why})
-        record = means.records.update(record.id, kind="", environment=_environment(seen), wandb=link)
+    if seen.facts is not None and "python" in seen.facts:
+        environment, link = _environment(seen.facts), _wandb(record.wandb, seen.facts)
+        if (environment, link) != (record.environment, record.wandb):
+            record = means.records.update(record.id, kind="", environment=environment, wandb=link)
     if seen.started is not None and attempt.started_at is None:
         started = seen.started
         runs = record.state is JobState.STARTING
@@ -125,8 +123,7 @@ def _wish(record: JobRecord) -> StopWish:
     return StopWish(why="stopped", grace_s=float(wish["grace_s"]))
 
 
-def _environment(seen: AttemptSeen) -> EnvironmentFacts:
-    facts = seen.facts or {}
+def _environment(facts: Facts) -> EnvironmentFacts:
     return EnvironmentFacts(
         python=facts.get("python", ""),
         version=facts.get("version", ""),
@@ -135,3 +132,12 @@ def _environment(seen: AttemptSeen) -> EnvironmentFacts:
         packages=tuple(facts.get("packages", ())),
         warnings=tuple(facts.get("warnings", ())),
     )
+
+
+def _wandb(link: WandbLink | None, facts: Facts) -> WandbLink | None:
+    """Return the run as this attempt tracks it; its address stays when a later attempt tracks off-line."""
+    if link is None or "wandb_mode" not in facts:
+        return link
+    url = facts.get("wandb_url", "") or link.url
+    found = {"mode": facts["wandb_mode"], "why": facts.get("wandb_why", link.why), "url": url}
+    return WandbLink.model_validate({**link.model_dump(), **found})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import anyio
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict
 from starlette.background import BackgroundTask
@@ -12,7 +13,9 @@ from starlette.background import BackgroundTask
 from raylaunch.controller.answers import answer, json_answer
 from raylaunch.controller.asking import Has, Job, Who, require_own
 from raylaunch.controller.auth import Role
+from raylaunch.controller.record import JobRecord
 from raylaunch.controller.recovery import empty_trash
+from raylaunch.controller.services import MetricsReader
 from raylaunch.errors import SpecError
 from raylaunch.state import JobPage, JobState, JobView, SubmitAnswer, SubmitRequest
 
@@ -66,9 +69,12 @@ async def jobs(  # noqa: PLR0913 -- each is one filter
 
 
 @router.get("/jobs/{ref}", response_model=JobView)
-async def job(record: Job) -> Response:
-    """Return one job with all its fields."""
-    return answer(record.view())
+async def job(record: Job, services: Has) -> Response:
+    """Return one job with all its fields; of one that runs, with what it has measured so far."""
+    view = record.view()
+    if record.state.active:
+        view = view.model_copy(update=await anyio.to_thread.run_sync(_measured, services.metrics, record))
+    return answer(view)
 
 
 @router.post("/jobs/{ref}/stop", response_model=JobView)
@@ -86,6 +92,11 @@ async def remove(record: Job, services: Has, caller: Who) -> Response:
     freed = await services.jobs.remove(record)
     later = BackgroundTask(empty_trash, services.store)
     return json_answer({"removed": record.id, "bytes": freed}, background=later)
+
+
+def _measured(metrics: MetricsReader, record: JobRecord) -> dict[str, object]:
+    last, _ = metrics.last(record.id, record.attempts)
+    return {"last_metrics": last, "progress": metrics.progress(record.id, record.attempts)}
 
 
 def _states(text: str) -> tuple[JobState, ...]:

@@ -14,7 +14,17 @@ from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.record import JobRecord
 from raylaunch.controller.records import Records
 from raylaunch.controller.secret_store import SecretStore
-from raylaunch.state import ControllerStatus, JobView, MetricsPage, RayAccess, SubmitAnswer, SubmitRequest, View
+from raylaunch.state import (
+    AttemptView,
+    ControllerStatus,
+    JobView,
+    MetricsPage,
+    Progress,
+    RayAccess,
+    SubmitAnswer,
+    SubmitRequest,
+    View,
+)
 
 
 class DryRun(View):
@@ -29,6 +39,12 @@ class MetricsReader(Protocol):
 
     def page(self, record: JobRecord, *, keys: Sequence[str], max_points: int) -> MetricsPage:
         """Return keys, last values and, for `keys`, at most `max_points` points each."""
+
+    def last(self, job_id: str, attempts: Sequence[AttemptView]) -> tuple[dict[str, float], float | None]:
+        """Return the last value of each metric, and the step reached."""
+
+    def progress(self, job_id: str, attempts: Sequence[AttemptView]) -> Progress | None:
+        """Return how far the training said it is, or None when it never did."""
 
     def csv(self, record: JobRecord, *, keys: Sequence[str]) -> Iterator[str]:
         """Yield ``step,at,key,value`` lines, a header first."""

@@ -15,6 +15,7 @@ from raylaunch.runner.ending import Sweep, stop_training
 from raylaunch.runner.environment import Prepared, prepare
 from raylaunch.runner.processes import ancestors, oom_kills, signal_name
 from raylaunch.runner.relay import Relay
+from raylaunch.runner.wandb_url import RunAddress
 
 if TYPE_CHECKING:
     from raylaunch.runner.contract import AttemptSpec, Exit, Facts, Started
@@ -39,6 +40,7 @@ class Attempt:
         self._facts: Facts = {"warnings": []}
         self._kept: keeper.Kept | None = None
         self._sweep = Sweep(spec["tag"], self._spare, pulse)
+        self._address = RunAddress(self._log, spec["wandb"]["run_id"])
 
     def run(self) -> Exit:
         """Prepare, start, watch and end the training.
@@ -61,6 +63,7 @@ class Attempt:
             mode = mode._replace(mode="offline")
             wish = self._watch(deadline)
         self._end_leftovers(wish, online=mode.mode == "online")
+        self._look_for_address()
         self._relay.finish(5.0)
         self._keep_outputs()
         end = self._facts_of_end(wish)
@@ -131,6 +134,7 @@ class Attempt:
         if kept is None:
             return None
         while not kept.poll(_POLL_S):
+            self._look_for_address()
             wish = self._pulse.poll()
             if wish is None and time.monotonic() >= deadline:
                 wish = self._pulse.time_out()
@@ -138,6 +142,11 @@ class Attempt:
                 stop_training(kept, wish, self._pulse)
                 return wish
         return None
+
+    def _look_for_address(self) -> None:
+        if self._facts.get("wandb_mode") == "online" and self._address.look():
+            self._facts["wandb_url"] = self._address.url
+            claim.write_whole(self._folder / contract.FACTS, self._facts)
 
     def _wandb_broke(self) -> bool:
         kept = self._kept

@@ -148,6 +148,8 @@ class Facts(TypedDict, total=False):
     warnings: list[str]
     wandb_mode: str
     wandb_why: str
+    wandb_url: str
+    """Where the run can be seen, once W&B has said so."""
 
 
 class StopWish(TypedDict):

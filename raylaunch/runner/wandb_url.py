@@ -1,0 +1,41 @@
+"""Where an on-line run can be seen: the address that W&B itself prints into the training's log.
+
+Only the server knows the entity when the person names none; neither the run's file nor its settings hold it. So what
+W&B says is read: ``wandb: 🚀 View run at https://…/team/project/runs/ID``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_LOOK_INTO = 32 * 1024 * 1024
+_BLOCK = 1024 * 1024
+_OVERLAP = 4096
+
+
+class RunAddress:
+    """Looks for the run's address in a growing log, as far as it has not been found."""
+
+    def __init__(self, log: Path, run_id: str) -> None:
+        self._log = log
+        self._pattern = re.compile(rb"https?://[^\s\x1b\"'<>]+/runs/" + re.escape(run_id.encode()) + rb"(?![\w-])")
+        self._at = 0
+        self.url = ""
+
+    def look(self) -> bool:
+        """Read on in the log; True when the address has been found just now."""
+        if self.url or self._at >= _LOOK_INTO:
+            return False
+        try:
+            with self._log.open("rb") as log:
+                log.seek(max(0, self._at - _OVERLAP))
+                block = log.read(_BLOCK + _OVERLAP)
+                end = log.tell()
+        except FileNotFoundError:
+            return False
+        found = self._pattern.search(block) if end > self._at else None
+        self._at = end
+        if found is not None:
+            self.url = found.group().decode("utf-8", "replace")
+        return found is not None
