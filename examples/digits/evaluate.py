@@ -10,19 +10,20 @@ import json
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 
-def predict(arrays: dict[str, np.ndarray], images: np.ndarray) -> np.ndarray:
+def predict(arrays: dict[str, NDArray[np.float64]], images: NDArray[np.float64]) -> NDArray[np.intp]:
     """Run the network on images, shape (n, 64), and return the likeliest digit of each, shape (n,)."""
     last = len(arrays) // 2 - 1
-    signal: np.ndarray = images
+    signal = images
     for layer in range(last + 1):
         signal = signal @ arrays[f"weights_{layer}"] + arrays[f"bias_{layer}"]
         if layer < last:
             signal = np.maximum(signal, 0)
-    likeliest: np.ndarray = signal.argmax(axis=1)
+    likeliest: NDArray[np.intp] = signal.argmax(axis=1)
     return likeliest
 
 
