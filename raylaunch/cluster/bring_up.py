@@ -84,16 +84,31 @@ class BringUp:
         self._take_record(seen, ray_version)
         self._check_fixed_port()
         try:
-            await self._ray()
-            await self._controller(wait=not ray_only, upgrade=upgrade)
-            await self._step("node", "waits until Ray lists this machine", self._node, NODE_S)
-            if not ray_only:
-                await self._step("steward", "waits for the node's steward", self._steward, STEWARD_S)
+            await self._start_missing(ray_only=ray_only, upgrade=upgrade)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self._undo()
             raise
         return await look(self.paths)
+
+    async def _start_missing(self, *, ray_only: bool, upgrade: bool) -> None:
+        """Start what does not run. What ends after it had answered is started once more: Ray gives up when it is slow.
+
+        (Its head ends itself when its node is not listed 30 s after its start, however busy the machine is.)
+        """
+        for last_try in (False, True):
+            await self._ray()
+            await self._controller(wait=not ray_only, upgrade=upgrade and not last_try)
+            try:
+                await self._step("node", "waits until Ray lists this machine", self._node, NODE_S)
+                if not ray_only:
+                    await self._step("steward", "waits for the node's steward", self._steward, STEWARD_S)
+            except _DiedError as error:
+                if last_try:
+                    raise
+                self._note(error.step, "it ended while it was waited for; it is started again")
+            else:
+                return
 
     def _note(self, name: str, message: str) -> None:
         self.on_step(Step(name=name, state="note", message=message))

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import secrets as random_secrets
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.attempt_spec import attempt_tag
@@ -28,7 +28,7 @@ from raylaunch.controller.queue import Admit, Wait, plan_queue
 from raylaunch.controller.ray_jobs import RayJob
 from raylaunch.controller.records import JobRecord
 from raylaunch.controller.rooms import ask_of, holdings_of, rooms_of, waiting
-from raylaunch.errors import ClusterError, NotFoundError, RaylaunchError
+from raylaunch.errors import ClusterError, NotFoundError, RaylaunchError, StorageError
 from raylaunch.reasons import Reason
 from raylaunch.state import AttemptView, Change, JobView, NodeView
 
@@ -60,7 +60,7 @@ class Lifecycle:
         poll = asyncio.create_task(self._poll_ray(), name="poll ray")
         try:
             while True:
-                self._step()
+                self._unless_unwritten(self._step)
                 if poll.done():
                     poll.result()
                 await self._sight.changed(_TICK_S)
@@ -106,6 +106,14 @@ class Lifecycle:
             if record.state.active:
                 self._background(record.id, self._drive(record.id))
         self._admit(unfinished)
+
+    def _unless_unwritten(self, work: Callable[[], None]) -> None:
+        """Do `work`; a store that cannot be written ends nothing: the same is tried a second later."""
+        try:
+            work()
+        except StorageError as error:
+            self._sight.unwritten = error.message
+            _log.warning("%s; it is tried again", error.message)
 
     def _admit(self, unfinished: list[JobRecord]) -> None:
         queued = waiting(unfinished)
@@ -171,6 +179,9 @@ class Lifecycle:
             await self._driver.drive(job)
         except asyncio.CancelledError:
             raise
+        except StorageError as error:
+            self._sight.unwritten = error.message
+            await asyncio.sleep(_TICK_S)
         except Exception:  # noqa: BLE001 -- the top of a task: a bug of one job must not stop the others
             _log.exception("driving %s failed; it is tried again", job)
             await asyncio.sleep(_TICK_S)
@@ -207,7 +218,8 @@ class Lifecycle:
             try:
                 if not self._sight.ray_version:
                     self._sight.ray_version = await self._ray.version()
-                self._take(await self._ray.all())
+                jobs = await self._ray.all()
+                self._unless_unwritten(lambda: self._take(jobs))  # noqa: B023 -- called at once
             except ClusterError:
                 self._sight.ray_answers = False
                 self._consider_reviving()
@@ -217,14 +229,13 @@ class Lifecycle:
         self._sight.ray_answers = True
         self._ray_silent_since = None
         seen = {job.submission_id or "": job for job in jobs}
-        if seen == self._sight.ray_jobs:
-            return
-        self._sight.ray_jobs = seen
+        if seen != self._sight.ray_jobs:
+            self._sight.ray_jobs = seen
+            self._sight.ring()
         for name, job in seen.items():
             if not (job.metadata or {}).get("raylaunch_job") and self._foreign.get(name) != job:
                 self._records.put_foreign(self._foreign_view(job))
                 self._foreign[name] = job
-        self._sight.ring()
 
     def _foreign_view(self, job: RayJob) -> JobView:
         return foreign_view(job, now=time.time())

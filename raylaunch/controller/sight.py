@@ -6,11 +6,14 @@ Nothing here is remembered over a restart; it is seen again.
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 
 from raylaunch.controller.link import AttemptSeen
 from raylaunch.controller.ray_jobs import RayJob
 from raylaunch.state import AttemptView, NodeView
+
+_UNWRITTEN_S = 5.0
 
 
 @dataclass
@@ -27,8 +30,19 @@ class Sight:
     store_problems: dict[str, str] = field(default_factory=dict)
     released: set[str] = field(default_factory=set)
     """Attempts that are proven gone from their node, while their files still travel: they hold nothing any more."""
+    _unwritten: tuple[str, float] = ("", 0.0)
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
     _growth: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    @property
+    def unwritten(self) -> str:
+        """Why records could not be written a moment ago; empty when they could. What failed is tried each second."""
+        message, at = self._unwritten
+        return message if time.monotonic() - at < _UNWRITTEN_S else ""
+
+    @unwritten.setter
+    def unwritten(self, message: str) -> None:
+        self._unwritten = (message, time.monotonic())
 
     def grew(self, attempt: str) -> None:
         """Wake everybody who waits for a file of this attempt to grow."""

@@ -176,6 +176,7 @@ class Verbs:
         mute = [node for node in sight.nodes if node.alive and not node.steward]
         found += [f"the steward of {node.hostname} does not answer" for node in mute]
         found += [f"{attempt}: {message}" for attempt, message in sight.store_problems.items()]
+        found += [sight.unwritten] if sight.unwritten else []
         return tuple(found)
 
     def _check(self, request: SubmitRequest, *, package: bool = True) -> None:

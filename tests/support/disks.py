@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
@@ -30,9 +31,10 @@ def small_disk(folder: Path, *, kib: int) -> Iterator[Path]:
 
 
 def fill(folder: Path, *, but_kib: int = 0) -> Path:
-    """Fill the disk of `folder` with a file, leaving about `but_kib` KiB, and return the file."""
+    """Fill the disk of `folder` with a file, leaving about `but_kib` KiB, and return the file. Others may write too."""
     ballast = folder / "ballast"
-    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-    with ballast.open("wb") as file:
-        file.write(b"\0" * max(0, free - but_kib * 1024))
+    left = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize - but_kib * 1024
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while left > 0:
+            left -= file.write(b"\0" * min(left, 65536)) or 0
     return ballast

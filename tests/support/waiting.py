@@ -11,7 +11,7 @@ _T = TypeVar("_T")
 _POLL_S = 0.02
 
 
-def wait_until(condition: Callable[[], _T], timeout_s: float, what: str) -> _T:
+def wait_until(condition: Callable[[], _T | None], timeout_s: float, what: str) -> _T:
     """Poll `condition` until it is true, and return what it returned; fail the test after `timeout_s` seconds."""
     limit = time.monotonic() + timeout_s
     while True:

@@ -1,0 +1,466 @@
+"""Disasters on a real cluster: what is killed, cut off or full, and that no job is lost, doubled or falsely told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from support.cluster import Cluster, Reach, running_cluster
+from support.disks import fill, small_disk
+from support.waiting import wait_until
+
+from raylaunch.client import Client
+from raylaunch.cluster.controller_program import controller_argv, controller_environment
+from raylaunch.cluster.process import ProcessIdentity, is_alive
+from raylaunch.cluster.sweep import of_controller, of_ray
+from raylaunch.errors import RaylaunchError
+from raylaunch.reasons import Reason
+from raylaunch.spec import JobSpec
+from raylaunch.state import JobState, JobView
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+KILLS = 10
+LEDGER = (
+    "import os\n"
+    "line = os.environ['RAYLAUNCH_JOB_ID'] + ' ' + os.environ['RAYLAUNCH_ATTEMPT'] + '\\n'\n"
+    "file = os.open(os.environ['LEDGER'], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)\n"
+    "os.write(file, line.encode())\n"
+)
+"""Each attempt writes one line with its job's id and its number: what ran, and how often."""
+FIRST_WAITS = LEDGER + (
+    "import time\nprint('ready', flush=True)\nif os.environ['RAYLAUNCH_ATTEMPT'] == '1': time.sleep(600)"
+)
+TALKS = LEDGER + (
+    "import itertools, pathlib, time\n"
+    "for n in itertools.count():\n"
+    "    print(n, 'x' * 200, flush=True)\n"
+    "    if n > 20000 or pathlib.Path(os.environ['ENOUGH']).exists(): break\n"
+    "    time.sleep(0.005)\n"
+)
+TRACKS = (
+    "import os, pathlib, time, wandb\n"
+    "run = wandb.init()\n"
+    "for step in range(5): run.log({'loss': 1 / (step + 1)})\n"
+    "print('trained without being seen', flush=True)\n"
+    "pathlib.Path(os.environ['RAYLAUNCH_OUTPUT_DIR'], 'model.bin').write_bytes(bytes(range(256)) * 2000)\n"
+    "while not pathlib.Path(os.environ['ENOUGH']).exists(): time.sleep(0.05)\n"
+    "run.finish()\n"
+)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A cluster of this module's own, because it breaks things."""
+    with running_cluster() as broken:
+        yield broken
+
+
+class Book:
+    """What ran, as the jobs themselves wrote it down."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.env = ("--env", f"LEDGER={path}", "--tracking", "disabled")
+
+    def runs(self) -> Counter[str]:
+        """Return how often each attempt ran, by job and number."""
+        return Counter(self.path.read_text().splitlines() if self.path.exists() else [])
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Book:
+    return Book(tmp_path / "ledger")
+
+
+def kill(process: ProcessIdentity | None) -> None:
+    """SIGKILL, and wait for the end."""
+    assert process is not None
+    if is_alive(process):
+        os.kill(process.pid, signal.SIGKILL)
+    wait_until(lambda: not is_alive(process), 20, "its death")
+
+
+def kill_controller(cluster: Cluster) -> None:
+    kill(cluster.record().controller)
+
+
+def jobs(cluster: Cluster, name: str = "") -> list[JobView]:
+    """Return all jobs, newest first."""
+    return [job for job in cluster.ask(lambda client: client.jobs(limit=500, name=name)).jobs if not job.foreign]
+
+
+def ended(cluster: Cluster, ids: set[str], timeout_s: float = 120) -> dict[str, JobView]:
+    """Wait until these jobs have ended, and return them."""
+
+    def all_ended() -> dict[str, JobView] | None:
+        found = {job.id: job for job in jobs(cluster) if job.id in ids}
+        return found if ids == found.keys() and all(job.state.ended for job in found.values()) else None
+
+    return wait_until(all_ended, timeout_s, f"the end of {len(ids)} jobs")
+
+
+def healthy(cluster: Cluster, timeout_s: float = 120) -> None:
+    """Wait until ``raylaunch status`` has nothing to complain about."""
+
+    def is_healthy() -> bool:
+        found = json.loads(cluster.good("status", "--json"))
+        return found["state"] == "running" and not found["problems"] and found["ray"]["alive"]
+
+    wait_until(is_healthy, timeout_s, "a healthy cluster")
+
+
+@contextmanager
+def at_random_moments(strike: Callable[[], object], seed: int, longest_s: float) -> Iterator[list[int]]:
+    """Strike `KILLS` times in the background; the list that is yielded grows with each strike."""
+    chance, done, leave = random.Random(seed), list[int](), threading.Event()  # noqa: S311 -- no secret
+
+    def strikes() -> None:
+        while len(done) < KILLS and not leave.wait(chance.uniform(0, longest_s)):
+            strike()
+            done.append(len(done))
+
+    with ThreadPoolExecutor(1) as pool:
+        striking = pool.submit(strikes)
+        try:
+            yield done
+        finally:
+            leave.set()
+            striking.result(60)
+
+
+def test_killing_the_controller_ten_times_loses_no_job_and_runs_none_twice(cluster: Cluster, book: Book) -> None:
+    """One submits with the client, one with the command line; both repeat a request that was not answered."""
+    made: dict[str, set[str]] = {}
+    killed: set[int] = set()
+    spec = JobSpec(
+        entrypoint=("python", "-c", LEDGER),
+        working_dir="",
+        env={"LEDGER": str(book.path)},
+        tracking={"mode": "disabled"},
+    )
+
+    def strike() -> None:
+        process = wait_until(lambda: new_controller(cluster, killed), 120, "a controller to kill")
+        kill(process)
+        killed.add(process.pid)
+
+    async def submit_with_the_client(strikes: list[int]) -> None:
+        async def heal() -> Reach:
+            return cluster.reach()  # the command line beside us brings it up
+
+        async with Client(cluster.reach(), patience_s=120, heal=heal) as client:
+            for n in numbers(strikes, seed=1):
+                named = spec.model_copy(update={"name": f"storm-{n}"})
+                answer = await client.submit(named, request_id=f"storm-{n}")
+                made.setdefault(f"storm-{n}", set()).add(answer.job.id)
+
+    def submit_with_the_command_line(strikes: list[int]) -> None:
+        words = ("--working-dir", "", *book.env, "--", "python", "-c", LEDGER)
+        for n in numbers(strikes, seed=2):
+            name = f"hail-{n}"
+            named = ("submit", "--json", "--name", name, "--request-id", name, *words)
+            out = wait_until(lambda: answered(cluster, *named), 180, f"{name} is taken")  # noqa: B023 -- at once
+            made.setdefault(name, set()).add(json.loads(out)["job"]["id"])
+
+    with at_random_moments(strike, seed=0, longest_s=1.5) as strikes, ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(submit_with_the_command_line, strikes)
+        asyncio.run(submit_with_the_client(strikes))
+        beside.result(300)
+    cluster.good("up")
+    assert len(killed) == KILLS
+    ids = {job for found in made.values() for job in found}
+    assert [name for name, found in made.items() if len(found) != 1] == []
+    found = ended(cluster, ids)
+    assert {job.state for job in found.values()} == {JobState.SUCCEEDED}
+    assert book.runs() == Counter(f"{job} 1" for job in ids)
+    listed = [*jobs(cluster, "storm-*"), *jobs(cluster, "hail-*")]
+    assert sorted(job.id for job in listed) == sorted(ids)
+
+
+def new_controller(cluster: Cluster, killed: set[int]) -> ProcessIdentity | None:
+    """Return a controller that lives and was not killed yet."""
+    found = cluster.record().controller
+    return found if found is not None and found.pid not in killed and is_alive(found) else None
+
+
+def numbers(strikes: list[int], seed: int) -> Iterator[int]:
+    """Yield numbers of jobs until the last strike and a little on: new ones after each strike, and old ones again."""
+    chance = random.Random(seed)  # noqa: S311 -- no secret
+    yield 0
+    while len(strikes) < KILLS:
+        yield chance.randrange(len(strikes) + 1)
+    yield from range(KILLS)
+
+
+def answered(cluster: Cluster, *words: str) -> str:
+    result = cluster.cli(*words)
+    return result.out if result.status == 0 else ""
+
+
+def test_killing_the_steward_ten_times_loses_no_job_and_no_byte(cluster: Cluster, book: Book, tmp_path: Path) -> None:
+    enough = tmp_path / "enough"
+    env = (*book.env, "--env", f"ENOUGH={enough}")
+    talking = [cluster.python(TALKS, *env) for _ in range(2)]
+    for job in talking:
+        cluster.runs(job)
+    killed: set[int] = set()
+    others: list[str] = []
+
+    def strike() -> None:
+        process = wait_until(lambda: new_steward(cluster, killed), 60, "a steward to kill")
+        process.kill()
+        killed.add(process.pid)
+
+    with at_random_moments(strike, seed=3, longest_s=1.0) as strikes:
+        while len(strikes) < KILLS:
+            if len(others) < len(strikes) / 2:
+                others.append(cluster.python(LEDGER, *book.env))
+            wait_until(lambda: len(strikes) == KILLS or len(others) < len(strikes) / 2, 60, "more strikes")
+    enough.touch()
+    ids = {*talking, *others}
+    found = ended(cluster, ids)
+    assert {job.state for job in found.values()} == {JobState.SUCCEEDED}
+    assert book.runs() == Counter(f"{job} 1" for job in ids)
+    for job in talking:
+        lines = cluster.log(job).splitlines()
+        assert lines == [b"%d %s" % (n, b"x" * 200) for n in range(len(lines))]
+        assert len(lines) > 100
+
+
+def new_steward(cluster: Cluster, killed: set[int]) -> psutil.Process | None:
+    """Return the steward's process, when it is not one that was killed."""
+    found = (process for process in cluster.processes() if process.pid not in killed)
+    return next((process for process in found if title(process).startswith("ray::Steward")), None)
+
+
+def title(process: psutil.Process) -> str:
+    """Return what a process calls itself; nothing when it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def test_killing_the_client_ten_times_makes_one_job_each(cluster: Cluster, book: Book) -> None:
+    chance, moment = random.Random(4), threading.Event()  # noqa: S311 -- no secret
+    folder = cluster.work / "killed_client"
+    folder.mkdir()
+    (folder / "train.py").write_text(LEDGER)
+    ids = []
+    for n in range(KILLS):
+        words = ["submit", "--json", "--name", f"cut-{n}", "--request-id", f"cut-{n}", *book.env]
+        words += ["--", "python", "train.py"]
+        first = subprocess.Popen(
+            [sys.executable, "-m", "raylaunch", *words],
+            cwd=folder,
+            env=cluster.env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        moment.wait(chance.uniform(0.1, 1.5))
+        first.kill()
+        first.wait(10)
+        ids.append(json.loads(cluster.good(*words, cwd=folder))["job"]["id"])
+    found = ended(cluster, set(ids))
+    assert {job.state for job in found.values()} == {JobState.SUCCEEDED}
+    assert book.runs() == Counter(f"{job} 1" for job in ids)
+    assert sorted(job.id for job in jobs(cluster, "cut-*")) == sorted(ids)
+
+
+@pytest.mark.parametrize("victim", ["ray start --block", "gcs_server"])
+def test_a_killed_ray_comes_back_by_itself_and_its_job_is_tried_again(
+    cluster: Cluster, book: Book, victim: str
+) -> None:
+    running = cluster.python(FIRST_WAITS, *book.env, "--gpus", "4")
+    cluster.runs(running)
+    wait_until(book.runs, 20, "its training has begun")
+    queued = cluster.python(LEDGER, *book.env, "--gpus", "4")
+    before = cluster.record().ray
+    assert before is not None
+    head = psutil.Process(before.pid)
+    doomed = head if victim == "ray start --block" else named(head, victim)
+    doomed.kill()
+    again = cluster.ended(running, 150)
+    assert (again.state, [attempt.reason for attempt in again.attempts]) == (
+        JobState.SUCCEEDED,
+        [Reason.RAY_LOST, Reason.COMPLETED],
+    )
+    assert cluster.ended(queued, 60).state is JobState.SUCCEEDED
+    assert book.runs() == Counter([f"{running} 1", f"{running} 2", f"{queued} 1"])
+    healthy(cluster)
+    assert cluster.record().ray != before
+
+
+def named(parent: psutil.Process, name: str) -> psutil.Process:
+    """Return the child of this name."""
+    return next(child for child in parent.children(recursive=True) if child.name() == name)
+
+
+def test_any_verb_heals_a_dead_controller_and_says_so(cluster: Cluster) -> None:
+    before = jobs(cluster)
+    kill_controller(cluster)
+    result = cluster.cli("list", "--json")
+    assert result.status == 0
+    assert "cluster 'local' should run, and its controller does not answer; healing it" in result.err
+    assert jobs(cluster) == before
+
+
+def test_after_a_reboot_two_ups_at_once_give_one_cluster_with_the_same_jobs(cluster: Cluster, book: Book) -> None:
+    running = cluster.python(FIRST_WAITS, *book.env)
+    cluster.runs(running)
+    wait_until(book.runs, 20, "its training has begun")
+    before = [job for job in jobs(cluster) if job.id != running]
+    record = cluster.record()
+
+    def left() -> list[ProcessIdentity]:
+        return [*of_controller(record.cluster_id), *of_ray(record.cluster_id, record.ray, cluster.paths.temp)]
+
+    def strike() -> bool:
+        for process in left():
+            kill(process)
+        return not left()
+
+    wait_until(strike, 60, "all of it is gone")
+    assert "is stopped" in cluster.good("status")
+    with ThreadPoolExecutor(2) as pool:
+        ups = [pool.submit(cluster.good, "up", "--json") for _ in range(2)]
+        one, other = (json.loads(up.result(180)) for up in ups)
+    pids = [(found["controller"]["pid"], found["ray"]["pid"]) for found in (one, other)]
+    assert pids[0] == pids[1]
+    assert len(of_controller(record.cluster_id)) <= 2  # itself and its link
+    again = cluster.ended(running, 90)
+    assert (again.state, again.attempts[0].reason) == (JobState.SUCCEEDED, Reason.RAY_LOST)
+    assert book.runs() == Counter([f"{running} 1", f"{running} 2"])
+    assert [job for job in jobs(cluster) if job.id != running] == before
+
+
+def test_a_corrupted_database_is_kept_aside_said_and_rebuilt_from_the_journals(cluster: Cluster) -> None:
+    before = jobs(cluster)
+    assert before
+    kill_controller(cluster)
+    store = Path(cluster.record().store)
+    garbage = b"this is no database\n" * 5000
+    (store / "raylaunch.db").write_bytes(garbage)
+    for beside in ("raylaunch.db-wal", "raylaunch.db-shm"):
+        (store / beside).unlink(missing_ok=True)
+    cluster.good("up")
+    (aside,) = store.glob("raylaunch.db.corrupt-*")
+    assert aside.read_bytes() == garbage
+    said = (
+        f"The database was damaged (file is not a database; it was kept as {aside.name}) "
+        f"and was rebuilt from the journals of {len(before)} jobs."
+    )
+    assert said in cluster.good("status")
+    assert jobs(cluster) == before
+
+
+def test_the_controller_opens_no_file_of_an_attempt_by_path(cluster: Cluster, tmp_path: Path) -> None:
+    """It runs where the folder of the node is covered: all that it knows of an attempt came through the steward."""
+    kill_controller(cluster)
+    with blind_controller(cluster) as controller:
+        enough = tmp_path / "enough"
+        job = cluster.python(TRACKS, "--env", f"ENOUGH={enough}")
+        wait_until(lambda: b"trained without being seen" in cluster.log(job), 60, "its log")
+        node = cluster.paths.node
+        assert os.listdir(f"/proc/{controller.pid}/root{node}") == []  # noqa: PTH208 -- the controller's view
+        assert (node / "attempts" / f"{job}-1").is_dir()
+        losses = wait_until(lambda: points(cluster, job), 20, "its metrics while it runs")
+        assert losses == [1 / (step + 1) for step in range(5)]
+        enough.touch()
+        done = cluster.ended(job)
+        assert (done.state, done.outputs) == (JobState.SUCCEEDED, 1)
+        cluster.good("get", job, "--to", str(tmp_path / "model"))
+    assert (tmp_path / "model" / "model.bin").read_bytes() == bytes(range(256)) * 2000
+    cluster.good("up")
+
+
+def points(cluster: Cluster, job: str) -> list[float]:
+    """Return the losses, when all five are there."""
+    page = cluster.ask(lambda client: client.metrics(job, keys=["loss"]))
+    values = [point.value for series in page.series for point in series.points]
+    return values if len(values) == 5 else []
+
+
+@contextmanager
+def blind_controller(cluster: Cluster) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the controller where an empty file system covers the node's folder."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to cover a folder for one process")
+    covering = "mount -t tmpfs tmpfs /mnt"
+    if subprocess.run(["unshare", "--mount", "--propagation", "private", "sh", "-c", covering], check=False).returncode:
+        pytest.skip("cannot cover a folder for one process here")
+    covered = f'mount -t tmpfs tmpfs {shlex.quote(str(cluster.paths.node))} && exec "$@"'
+    argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", covered, "sh"]
+    env = controller_environment(cluster.paths, cluster.record(), cluster.env)
+    with cluster.paths.controller_log.open("ab") as log:
+        controller = subprocess.Popen(
+            [*argv, *controller_argv(cluster.paths)], env=env, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        wait_until(lambda: answers(cluster), 60, "the controller answers")
+        yield controller
+    finally:
+        controller.terminate()
+        controller.wait(20)
+
+
+def answers(cluster: Cluster) -> bool:
+    """Say whether the controller answers and reaches Ray and the steward."""
+    try:
+        status = cluster.ask(lambda client: client.status())
+    except RaylaunchError:
+        return False
+    return status.ray == "up" and any(node.steward for node in status.nodes)
+
+
+def test_a_full_store_is_said_and_files_wait_on_their_node_and_down_ends_all(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "store", kib=16 * 1024) as store, running_cluster({"store": str(store)}) as full:
+        enough = tmp_path / "enough"
+        code = TALKS + "print('y' * 3_000_000)\n"
+        words = ("--tracking", "disabled", "--env", f"ENOUGH={enough}", "--env", f"LEDGER={tmp_path / 'ledger'}")
+        running = full.python(code, *words, "--gpus", "4")
+        full.runs(running)
+        waiting = full.python("print('after all')", "--gpus", "1", "--tracking", "disabled")
+        ballast = fill(store)
+        refused = full.cli("submit", "--working-dir", "", "--", "python", "-c", "print(1)")
+        assert refused.status == 1
+        assert re.search(rf"cannot write {store}/jobs/python-\w+.*: No space left on device", refused.err)
+        hint = "nothing was recorded; free space on that disk (raylaunch du shows what jobs take), then try again"
+        assert hint in refused.err
+        enough.touch()
+        problem = f"{running}-1: the store cannot be written: the disk of {os.uname().nodename} is full"
+        wait_until(lambda: problem in full.good("status"), 60, "the problem is said")
+        assert not full.job(running).state.ended
+        ballast.unlink()
+        done = full.ended(running, 90)
+        assert done.state is JobState.SUCCEEDED
+        lines = full.log(running).splitlines()
+        assert lines.pop() == b"y" * 3_000_000
+        assert lines == [b"%d %s" % (n, b"x" * 200) for n in range(len(lines))]
+        assert full.ended(waiting).state is JobState.SUCCEEDED
+        last = full.python("import time; time.sleep(600)", "--tracking", "disabled")
+        full.runs(last)
+        refusal = full.cli("down")
+        assert refusal.status == 1
+        assert last in refusal.err
+        record = full.record()
+        full.good("down", "--force")
+        assert of_controller(record.cluster_id) == []
+        assert of_ray(record.cluster_id, record.ray, full.paths.temp) == []
+        assert full.of_attempt(f"{last}-1") == []
