@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from raylaunch.client import Client
+from raylaunch.cluster.controller_program import VAR_CONTROLLER_OF
 from raylaunch.cluster.home import cluster_paths
 from raylaunch.cluster.record import ClusterRecord
 from raylaunch.state import JobView
@@ -109,7 +110,7 @@ class Cluster:
             return seen[0] if holds(seen[0]) else None
 
         try:
-            return wait_until(look, timeout_s, f"{ref}: {what}")  # type: ignore[return-value]  # None is not true
+            return wait_until(look, timeout_s, f"{ref}: {what}")
         except AssertionError as error:
             last = seen[0]
             msg = f"{error}; it is {last.state.value}: {last.message}"
@@ -166,16 +167,9 @@ class Cluster:
 
     def processes(self) -> list[psutil.Process]:
         """Return every process of the cluster: Ray, controller, and what they started."""
-        mark = f"RAYLAUNCH_CLUSTER_ID={self.record().cluster_id}"
-        found = []
-        for process in psutil.process_iter():
-            try:
-                environ = Path(f"/proc/{process.pid}/environ").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if mark in environ.split("\0"):
-                found.append(process)
-        return found
+        cluster_id = self.record().cluster_id
+        marks = {f"RAYLAUNCH_CLUSTER_ID={cluster_id}", f"{VAR_CONTROLLER_OF}={cluster_id}"}
+        return [process for process in psutil.process_iter() if not marks.isdisjoint(_environ(process.pid))]
 
     def of_attempt(self, attempt: str) -> list[psutil.Process]:
         """Return every process that bears the attempt's mark."""
