@@ -17,7 +17,7 @@ import pytest
 
 pytest_plugins = ["support.cluster"]
 
-MAY_BE_MISSING = ("needs PyTorch", "needs a GPU", "needs a Python 3.")
+MAY_BE_MISSING = ("needs PyTorch", "needs a GPU", "needs a Python 3.", "needs Python 3.")
 ALL = os.environ.get("RAYLAUNCH_TEST_ALL", "") not in {"", "0"}
 
 _Report = pytest.TestReport | pytest.CollectReport
