@@ -26,7 +26,8 @@ from support.waiting import wait_until
 
 from raylaunch.client import Client
 from raylaunch.cluster.controller_program import controller_argv, controller_environment
-from raylaunch.cluster.process import ProcessIdentity, is_alive
+from raylaunch.cluster.process import ProcessIdentity, identify, is_alive
+from raylaunch.cluster.record import save_record
 from raylaunch.cluster.sweep import of_controller, of_ray
 from raylaunch.errors import RaylaunchError
 from raylaunch.reasons import Reason
@@ -351,8 +352,9 @@ def test_after_a_reboot_two_ups_at_once_give_one_cluster_with_the_same_jobs(clus
 
 
 def test_a_corrupted_database_is_kept_aside_said_and_rebuilt_from_the_journals(cluster: Cluster) -> None:
+    for number in ("1", "2"):
+        cluster.ended(cluster.python(f"print({number})", "--tracking", "disabled"))
     before = jobs(cluster)
-    assert before
     kill_controller(cluster)
     store = Path(cluster.record().store)
     garbage = b"this is no database\n" * 5000
@@ -378,6 +380,7 @@ def test_the_controller_opens_no_file_of_an_attempt_by_path(cluster: Cluster, tm
         job = cluster.python(TRACKS, "--env", f"ENOUGH={enough}")
         wait_until(lambda: b"trained without being seen" in cluster.log(job), 60, "its log")
         node = cluster.paths.node
+        assert cluster.controller_pid() == controller.pid
         assert os.listdir(f"/proc/{controller.pid}/root{node}") == []  # noqa: PTH208 -- the controller's view
         assert (node / "attempts" / f"{job}-1").is_dir()
         losses = wait_until(lambda: points(cluster, job), 20, "its metrics while it runs")
@@ -413,6 +416,7 @@ def blind_controller(cluster: Cluster) -> Iterator[subprocess.Popen[bytes]]:
             [*argv, *controller_argv(cluster.paths)], env=env, stdout=log, stderr=log, start_new_session=True
         )
     try:
+        save_record(cluster.paths, cluster.record().with_(controller=identify(controller.pid)))  # else it is replaced
         wait_until(lambda: answers(cluster), 60, "the controller answers")
         yield controller
     finally:
