@@ -11,10 +11,10 @@ from raylaunch.cli.console import count, size, span, table
 from raylaunch.cli.job_flags import flags_of
 from raylaunch.cli.job_words import describe, exit_status, final_facts, jobs_table, metrics_words, pack_words
 from raylaunch.cli.jobs import since_time
-from raylaunch.cli.log_view import LINE_LIMIT, LogView, clean
 from raylaunch.cli.plot import chart
 from raylaunch.config import Flag, job_spec_from_flags
 from raylaunch.errors import SpecError
+from raylaunch.log_view import LINE_LIMIT, LogView, clean
 from raylaunch.reasons import Reason
 from raylaunch.state import (
     AttemptView,

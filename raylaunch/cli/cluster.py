@@ -12,10 +12,10 @@ import click
 
 from raylaunch.cli.connect import Place, finish, show_step
 from raylaunch.cli.console import count, say, say_json, size, span, styled
-from raylaunch.cli.log_view import clean
 from raylaunch.cli.options import as_json
 from raylaunch.cluster.backends import DownReport
 from raylaunch.errors import ConflictError
+from raylaunch.log_view import clean
 from raylaunch.state import ClusterStatus, GpuView, JobView, NodeView, ProcessView, RayAccess
 
 _NAMED = 3

@@ -9,10 +9,10 @@ from pydantic import RootModel
 
 from raylaunch.cli.connect import Place, finish
 from raylaunch.cli.console import count, note, say, say_json, size, table
-from raylaunch.cli.log_view import clean
 from raylaunch.cli.options import as_json, job_argument
 from raylaunch.cli.transfer_bar import transfer_bar
 from raylaunch.client import Downloaded
+from raylaunch.log_view import clean
 from raylaunch.state import Artifact, UsagePage
 
 

@@ -13,9 +13,9 @@ import click
 from raylaunch.cli.connect import Place, finish
 from raylaunch.cli.console import colour_wanted, is_terminal, note, say, say_json, styled
 from raylaunch.cli.job_words import exit_status, final_facts, sentence
-from raylaunch.cli.log_view import LogView, clean
 from raylaunch.cli.options import as_json, job_argument
 from raylaunch.client import Client
+from raylaunch.log_view import LogView, clean
 from raylaunch.state import JobView
 
 

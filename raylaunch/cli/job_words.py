@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 
 from raylaunch.cli.console import count, size, span, styled, table
-from raylaunch.cli.log_view import clean
+from raylaunch.log_view import clean
 from raylaunch.state import AttemptView, JobState, JobView, PackReport
 
 TIMED_OUT = 124

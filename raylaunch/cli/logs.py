@@ -11,9 +11,9 @@ import click
 from raylaunch.cli.connect import Place, finish
 from raylaunch.cli.console import colour_wanted, is_terminal, note, say, say_json
 from raylaunch.cli.follow import detachable
-from raylaunch.cli.log_view import LogView, clean
 from raylaunch.cli.options import as_json, attempt_option, job_argument, rank_option
 from raylaunch.client import Client, LogChunk
+from raylaunch.log_view import LogView, clean
 
 _TAIL = 100
 

@@ -10,10 +10,10 @@ import click
 
 from raylaunch.cli.connect import Place, finish
 from raylaunch.cli.console import note, say, say_json, table
-from raylaunch.cli.log_view import clean
 from raylaunch.cli.options import as_json, job_argument
 from raylaunch.cli.plot import chart
 from raylaunch.errors import NotFoundError
+from raylaunch.log_view import clean
 from raylaunch.state import MetricsPage
 
 _PLOTTED = 4

@@ -1,0 +1,117 @@
+"""Which cluster is meant, where it answers, and what heals it when it does not: the way from every door to a client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from urllib.parse import urlsplit
+
+from raylaunch.client import PATIENCE_S, Client
+from raylaunch.cluster.backends import Backend, Reach, Step, backend_for
+from raylaunch.errors import ClusterDownError
+from raylaunch.spec import ClusterSpec
+from raylaunch.state import JobState, JobView
+
+_KNOCK_S = 2.0
+
+
+class Place:
+    """Where one cluster lives, seen from here.
+
+    Args:
+        spec: the cluster.
+        on_notice: told in a sentence what a person should know meanwhile.
+        on_step: told each step when something is started.
+        heals: whether a cluster that should run, and does not, is started again. Without it nothing is ever started.
+    """
+
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        *,
+        on_notice: Callable[[str], None],
+        on_step: Callable[[Step], None],
+        heals: bool = True,
+    ) -> None:
+        self.spec = spec
+        self.backend: Backend = backend_for(spec)
+        self._notice = on_notice
+        self._step = on_step
+        self._heals = heals
+
+    @contextlib.asynccontextmanager
+    async def client(self, *, start: bool = False, patience_s: float = PATIENCE_S) -> AsyncIterator[Client]:
+        """Yield a client. A cluster that should run and does not is healed; with `start`, a missing one is started.
+
+        Raises:
+            ClusterDownError: there is no cluster here.
+            ClusterStartError: a step of starting it failed.
+        """
+        reach = await self._reach(start=start) if self._heals else await self.backend.reach(self.spec)
+        async with Client(
+            reach,
+            cluster=self.spec.name,
+            patience_s=patience_s,
+            on_notice=self._notice,
+            heal=self._heal if self._heals else None,
+        ) as client:
+            yield client
+
+    async def up(self) -> Reach:
+        """Start what is missing, and return where the controller answers."""
+        await self.backend.up(self.spec, on_step=self._step)
+        return await self.backend.reach(self.spec)
+
+    async def running_jobs(self) -> tuple[JobView, ...]:
+        """Return the jobs of ours that run; none where no controller answers."""
+        try:
+            async with Client(await self.backend.reach(self.spec), cluster=self.spec.name, patience_s=0) as client:
+                page = await client.jobs(states=[JobState.STARTING, JobState.RUNNING, JobState.STOPPING])
+        except ClusterDownError:
+            return ()
+        return tuple(job for job in page.jobs if not job.foreign)
+
+    async def _reach(self, *, start: bool) -> Reach:
+        with contextlib.suppress(ClusterDownError):
+            reach = await self.backend.reach(self.spec)
+            if await _answers(reach):
+                return reach
+        if await self._should_run():
+            self._notice(f"cluster {self.spec.name!r} should run, and its controller does not answer; healing it")
+        elif start:
+            self._notice(f"there is no cluster here yet; starting {self.spec.name!r}")
+        else:
+            msg = "there is no cluster here"
+            raise ClusterDownError(msg, hint="start it: raylaunch up")
+        return await self.up()
+
+    async def _should_run(self) -> bool:
+        """Return whether somebody wants this cluster to run: it was started, and not taken down."""
+        if (await self.backend.status(self.spec)).state != "stopped":
+            return True
+        from raylaunch.cluster.home import cluster_paths  # noqa: PLC0415 -- only where something is wrong
+        from raylaunch.cluster.record import load_record  # noqa: PLC0415
+
+        record = load_record(cluster_paths(self.spec.name))
+        return record is not None and record.wanted == "running"
+
+    async def _heal(self) -> Reach:
+        """Return where to go on after the controller was lost. A cluster that was taken down is not started again."""
+        try:
+            return await self.backend.reach(self.spec)
+        except ClusterDownError:
+            if await self._should_run():
+                return await self.up()
+            raise
+
+
+async def _answers(reach: Reach) -> bool:
+    """Return whether somebody listens there; what they say is the client's to judge."""
+    address = urlsplit(reach.url)
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(address.hostname, address.port), _KNOCK_S)
+    except (OSError, asyncio.TimeoutError):
+        return False
+    writer.close()
+    return True
