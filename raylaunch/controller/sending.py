@@ -10,11 +10,11 @@ from raylaunch.controller.queue import CPUS, GPUS, MEMORY, needs
 from raylaunch.controller.ray_jobs import Submission
 from raylaunch.controller.records import JobRecord
 from raylaunch.controller.rooms import asked
-from raylaunch.errors import ClusterError, ConflictError, NotFoundError, RaylaunchError, StorageError, TransferError
+from raylaunch.errors import ClusterError, ConflictError, NotFoundError, RaylaunchError, StorageError
 from raylaunch.reasons import Reason
 from raylaunch.state import AttemptView
 
-_TRANSFERS = 3
+_FAILURES = 3
 _SECRETS_S = 60.0
 """How long a new job waits for secrets that came with it: the controller may have died between the job and them."""
 WANDB_KEY = "WANDB_API_KEY"
@@ -29,7 +29,7 @@ class Sender:
 
     async def send(self, job: str) -> str:
         """Bring code and runner to the node, and submit. Returns why it can never start, or nothing."""
-        transfers = 0
+        failures = 0
         while True:
             record = self._means.records.get(job)
             if record.stop_wish is not None:
@@ -40,12 +40,13 @@ class Sender:
                 await self._send_once(record)
             except ConflictError as error:
                 return error.message
-            except TransferError as error:
-                transfers += 1
-                if transfers >= _TRANSFERS:
-                    return error.message
             except (ClusterError, StorageError, NotFoundError) as error:
                 self._means.say(record, _waiting_reason(error), error.message)
+            except RaylaunchError as error:
+                failures += 1
+                if failures >= _FAILURES:
+                    return error.message
+                self._means.say(record, Reason.SENDING_CODE, error.message)
             else:
                 return ""
             await self._means.sight.changed(STEP_S)
