@@ -2,7 +2,8 @@
 
 BIN := .venv/bin
 SOURCES := raylaunch mcp_server tests examples benchmarks
-PYTEST := $(BIN)/python -m pytest
+# Two workers, whole files each: a file that starts a cluster keeps it to itself.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 ARGS :=
 
 .DEFAULT_GOAL := help

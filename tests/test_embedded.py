@@ -156,7 +156,7 @@ def test_another_user_of_the_machine_can_read_neither_token_nor_record_nor_log(p
 def test_a_full_disk_is_an_error_with_the_path_and_the_free_bytes(home: Path) -> None:
     disk = home / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount")
     try:
