@@ -112,6 +112,7 @@ def test_conda_is_activated_as_a_shell_would(make: Make, tmp_path: Path, venv: P
     assert end["message"].startswith("conda activate other failed on this node: NotFound: other;")
 
 
+@pytest.mark.slow
 def test_pip_requirements_are_installed_once_per_content(make: Make, tmp_path: Path) -> None:
     package = tmp_path / "tiny"
     package.mkdir()
@@ -128,6 +129,7 @@ def test_pip_requirements_are_installed_once_per_content(make: Make, tmp_path: P
     assert second.run(timeout_s=120)["ended"] == "completed"
 
 
+@pytest.mark.slow
 def test_requirements_that_cannot_be_installed_are_said_with_pips_words(make: Make, tmp_path: Path) -> None:
     attempt = make("true", environment=kind("pip", "", f"{tmp_path}/missing-1.0-py3-none-any.whl"))
     end = attempt.run(timeout_s=120)
