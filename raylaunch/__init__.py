@@ -11,11 +11,42 @@ from typing import TYPE_CHECKING
 from raylaunch.version import __version__
 
 if TYPE_CHECKING:
+    from raylaunch.errors import JobFailedError, RaylaunchError
     from raylaunch.job import context, report
+    from raylaunch.sdk import AsyncCluster, AsyncJob, Cluster, Job, aconnect, connect
+    from raylaunch.spec import JobSpec
+    from raylaunch.state import JobState
 
-_HOMES = {"context": "raylaunch.job", "report": "raylaunch.job"}
+_HOMES = {
+    "AsyncCluster": "raylaunch.sdk",
+    "AsyncJob": "raylaunch.sdk",
+    "Cluster": "raylaunch.sdk",
+    "Job": "raylaunch.sdk",
+    "JobFailedError": "raylaunch.errors",
+    "JobSpec": "raylaunch.spec",
+    "JobState": "raylaunch.state",
+    "RaylaunchError": "raylaunch.errors",
+    "aconnect": "raylaunch.sdk",
+    "connect": "raylaunch.sdk",
+    "context": "raylaunch.job",
+    "report": "raylaunch.job",
+}
 
-__all__ = ["__version__", "context", "report"]
+__all__ = [
+    "AsyncCluster",
+    "AsyncJob",
+    "Cluster",
+    "Job",
+    "JobFailedError",
+    "JobSpec",
+    "JobState",
+    "RaylaunchError",
+    "__version__",
+    "aconnect",
+    "connect",
+    "context",
+    "report",
+]
 
 
 def __getattr__(name: str) -> object:

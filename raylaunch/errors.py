@@ -14,7 +14,8 @@
     │   └── VersionError         client and cluster, or cluster and Ray, do not fit together
     ├── StorageError             a disk is full, a file or a database cannot be read or written
     ├── TransferError            bytes did not arrive as they were sent
-    └── TrackingError            Weights & Biases data cannot be read
+    ├── TrackingError            Weights & Biases data cannot be read
+    └── JobFailedError           a job's result was asked for, and it did not succeed; its last lines are here
 
 A `RaylaunchError` is exactly an error whose text a person (or a model) should act on. Anything else is a bug and shows
 its traceback.
@@ -132,6 +133,33 @@ class TrackingError(RaylaunchError):
 
     code = "tracking"
     status = 500
+
+
+class JobFailedError(RaylaunchError):
+    """A job's result was asked for, and the job ended otherwise than succeeded.
+
+    `job` is its id, `state` how it ended (``failed``, ``stopped``, ``timed_out``, ``lost``), `exit_code` the program's
+    own where it had one, `log_tail` the last lines that it wrote.
+    """
+
+    code = "job_failed"
+    status = 409
+
+    def __init__(  # noqa: PLR0913 -- each is a fact that a program may ask for
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        job: str = "",
+        state: str = "",
+        exit_code: int | None = None,
+        log_tail: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.job = job
+        self.state = state
+        self.exit_code = exit_code
+        self.log_tail = log_tail
 
 
 def _tree(root: type[RaylaunchError]) -> list[type[RaylaunchError]]:

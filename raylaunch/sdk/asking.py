@@ -1,0 +1,70 @@
+"""From what a person wrote in Python to a `JobSpec`: a command, a job file or a spec, with keywords laid over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from raylaunch.config import Flag, job_spec_from_flags
+from raylaunch.errors import SpecError
+from raylaunch.spec import JobSpec, Spec
+from raylaunch.state import JobState
+
+_LISTS = frozenset({"outputs", "secrets", "tags"})
+
+Asked = str | Sequence[str] | Path | JobSpec
+"""A shell command, a program with its arguments, a job file's path, or a whole spec."""
+
+
+def spec_of(job: Asked, given: Mapping[str, object], *, gpus: int | None = None, cwd: Path | None = None) -> JobSpec:
+    """Return the job that is asked for.
+
+    Args:
+        job: what to run.
+        given: `JobSpec`'s fields; those that are None say nothing. A field replaces what a file or spec says; `env`
+            and lists add to it.
+        gpus: short for ``resources={"gpus": …}``.
+        cwd: what relative paths are relative to; by default the current directory.
+
+    Raises:
+        SpecError: a value that cannot be.
+    """
+    flags = [Flag("", (name,), _plain(name, value)) for name, value in given.items() if value is not None]
+    if gpus is not None:
+        flags.append(Flag("", ("resources", "gpus"), gpus))
+    if isinstance(job, Path):
+        return job_spec_from_flags(flags, file=job, cwd=cwd)
+    if isinstance(job, JobSpec):
+        base = job.model_dump(exclude_unset=True)
+        laid = {name: list(value) if name in _LISTS else value for name, value in base.items()}
+        return job_spec_from_flags([*(Flag("", (name,), laid[name]) for name in laid), *flags], cwd=cwd)
+    entrypoint = job if isinstance(job, str) else tuple(job)
+    return job_spec_from_flags([Flag("", ("entrypoint",), entrypoint), *flags], cwd=cwd)
+
+
+def _plain(name: str, value: object) -> object:
+    """Return a value as it would stand in a file; nothing of the caller's own is kept."""
+    if isinstance(value, str):
+        return (value,) if name in _LISTS else value
+    if isinstance(value, Spec):
+        return value.model_dump(exclude_unset=True)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def states_of(words: Sequence[JobState | str]) -> tuple[JobState, ...]:
+    """Return states by their names.
+
+    Raises:
+        SpecError: a word that is no state.
+    """
+    try:
+        return tuple(JobState(word) for word in words)
+    except ValueError:
+        known = [state.value for state in JobState]
+        wrong = next(word for word in words if word not in known)
+        msg = f"{str(wrong)!r} is not a state"
+        raise SpecError(msg, field="states", hint=f"known: {', '.join(known)}") from None

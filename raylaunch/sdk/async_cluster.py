@@ -1,0 +1,239 @@
+"""A cluster, asynchronously: the truth that `Cluster` repeats in blocking form."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from typing_extensions import Self
+
+from raylaunch.client import Client, DryRun, Reachable, with_wandb
+from raylaunch.sdk.asking import Asked, spec_of, states_of
+from raylaunch.sdk.async_job import AsyncJob
+from raylaunch.sdk.display import cluster_html, cluster_line
+from raylaunch.sdk.place import Notice, Place, meant, say
+from raylaunch.spec import Environment, Resources, Tracking, Where
+from raylaunch.state import ControllerStatus, JobState, PackReport
+
+_PAGE = 500
+
+_log = logging.getLogger(__name__)
+
+
+class AsyncCluster:
+    """One cluster. An async context manager; `connect` makes it.
+
+    ::
+
+        async with await AsyncCluster.connect() as cluster:
+            job = await cluster.submit("python train.py", gpus=1)
+            await job.result()
+    """
+
+    def __init__(self, client: Client, *, name: str, seen: ControllerStatus | None = None) -> None:
+        self._client = client
+        self._name = name
+        self._seen = seen
+
+    @classmethod
+    async def connect(
+        cls,
+        name: str = "",
+        *,
+        start: bool = True,
+        cluster_file: Path | str | None = None,
+        reach: Reachable | None = None,
+        on_notice: Notice = say,
+    ) -> Self:
+        """Return the cluster, which has answered.
+
+        Args:
+            name: a cluster's name; by default the one that cluster.yaml here describes, else the embedded ``local``.
+            start: whether a cluster that does not run is started. One that should run and does not is always healed.
+            cluster_file: another cluster.yaml.
+            reach: where a controller answers and with which token, where that is known already, as for a tunnel of
+                your own. Nothing is started or healed then.
+            on_notice: told in a sentence that something is started or was lost; by default it is logged as a warning.
+
+        Raises:
+            ClusterDownError: there is no cluster, and `start` is False; or nothing answers at `reach`.
+            ClusterStartError: a step of starting it failed.
+            SpecError: the file cannot be read, or says something that cannot be.
+        """
+        if reach is not None:
+            label = name or "local"
+            client = Client(reach, cluster=label, on_notice=on_notice)
+        else:
+            spec = meant(name, Path(cluster_file) if cluster_file else None)
+            label, client = spec.name, await Place(spec, on_notice).client(start=start)
+        cluster = cls(client, name=label)
+        try:
+            await cluster.status()
+        except BaseException:
+            await cluster.close()
+            raise
+        return cluster
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        await self.close()
+
+    @property
+    def name(self) -> str:
+        """The cluster's name."""
+        return self._name
+
+    def __repr__(self) -> str:
+        return cluster_line(self._name, self._seen).replace("<Cluster", "<AsyncCluster", 1)
+
+    def _repr_html_(self) -> str:
+        return cluster_html(self._name, self._seen)
+
+    async def close(self) -> None:
+        """Close the connection. Cluster and jobs go on."""
+        await self._client.__aexit__()
+
+    async def status(self) -> ControllerStatus:
+        """Return what the controller says of itself, Ray and the nodes."""
+        self._seen = await self._client.status()
+        return self._seen
+
+    async def submit(  # noqa: PLR0913 -- each is one field of a job
+        self,
+        job: Asked,
+        *,
+        name: str | None = None,
+        gpus: int | None = None,
+        working_dir: Path | str | None = None,
+        resources: Resources | Mapping[str, object] | None = None,
+        where: Where | Mapping[str, object] | None = None,
+        env: Mapping[str, str] | None = None,
+        secrets: Sequence[str] | None = None,
+        environment: Environment | Mapping[str, object] | str | None = None,
+        timeout_s: float | str | None = None,
+        grace_s: float | str | None = None,
+        outputs: Sequence[str] | str | None = None,
+        tags: Sequence[str] | str | None = None,
+        tracking: Tracking | Mapping[str, object] | None = None,
+        priority: int | None = None,
+        retries: int | None = None,
+        request_id: str = "",
+    ) -> AsyncJob:
+        """Pack the working directory, send what the cluster lacks of it, and submit.
+
+        The keywords are the fields of a job file. One that is None leaves what `job` says, else the default; `env` and
+        lists add to what `job` says.
+
+        Args:
+            job: a shell command (text), a program with its arguments (a list), a job file (a `Path`), or a `JobSpec`.
+            name: letters, digits, ``.``, ``_``, ``-``; by default made from the command.
+            gpus: GPUs on the node; short for ``resources={"gpus": …}``.
+            working_dir: the folder that is packed; by default the current one, "" for none.
+            resources: GPUs, CPUs, memory, custom resources.
+            where: which nodes it may run on.
+            env: environment variables.
+            secrets: names of secrets that become environment variables; the cluster holds their values.
+            environment: the Python environment, as ``conda:train``.
+            timeout_s: the longest run of one attempt: seconds, or text as ``2h``.
+            grace_s: between SIGTERM and SIGKILL at a stop: seconds, or text.
+            outputs: files and globs to keep, beside everything in ``$RAYLAUNCH_OUTPUT_DIR``.
+            tags: words to find the job by.
+            tracking: Weights & Biases. The key of this Python's ``WANDB_API_KEY`` goes along, for this job alone.
+            priority: from -100 to 100; higher goes first.
+            retries: more attempts when the program fails.
+            request_id: the same id with the same job returns the job that is there, also from another Python.
+
+        Raises:
+            SpecError: a value that cannot be, a folder that cannot be packed, or what no node could ever run.
+            ConflictError: `request_id` was used for something else.
+        """
+        given: dict[str, object] = {
+            "name": name,
+            "working_dir": working_dir,
+            "resources": resources,
+            "where": where,
+            "env": env,
+            "secrets": secrets,
+            "environment": environment,
+            "timeout_s": timeout_s,
+            "grace_s": grace_s,
+            "outputs": outputs,
+            "tags": tags,
+            "tracking": tracking,
+            "priority": priority,
+            "retries": retries,
+        }
+        spec, values = with_wandb(spec_of(job, given, gpus=gpus), os.environ)
+        answer = await self._client.submit(spec, request_id=request_id, secrets=values, on_packed=_log_packed)
+        return AsyncJob(self._client, answer.job)
+
+    async def dry_run(self, job: Asked, *, gpus: int | None = None) -> DryRun:
+        """Return where a job could run, and a sentence, without submitting it.
+
+        Args:
+            job: as for `submit`.
+            gpus: GPUs on the node.
+
+        Raises:
+            SpecError: a value that cannot be, or what no node could ever run.
+        """
+        return await self._client.dry_run(spec_of(job, {}, gpus=gpus))
+
+    async def job(self, ref: str = "last") -> AsyncJob:
+        """Return a job.
+
+        Args:
+            ref: its id, its name (then its latest job), or ``last``.
+
+        Raises:
+            NotFoundError: there is none; the message names the nearest.
+        """
+        return AsyncJob(self._client, await self._client.job(ref))
+
+    async def jobs(  # noqa: PLR0913 -- each is one filter
+        self,
+        *,
+        states: Sequence[JobState | str] = (),
+        name: str = "",
+        owner: str = "",
+        tag: str = "",
+        since: float | None = None,
+        limit: int = 50,
+    ) -> tuple[AsyncJob, ...]:
+        """Return jobs, newest first.
+
+        Args:
+            states: only jobs in these states, as ``["running", "queued"]``.
+            name: only jobs of this name.
+            owner: only jobs of this person.
+            tag: only jobs with this tag.
+            since: only jobs submitted since then, in seconds since the epoch.
+            limit: jobs at most.
+
+        Raises:
+            SpecError: a word that is no state.
+        """
+        wanted, found, cursor = states_of(states), list[AsyncJob](), ""
+        while len(found) < limit:
+            page = await self._client.jobs(
+                states=wanted,
+                name=name,
+                owner=owner,
+                tag=tag,
+                since=since,
+                limit=min(limit - len(found), _PAGE),
+                cursor=cursor,
+            )
+            found += [AsyncJob(self._client, view) for view in page.jobs]
+            cursor = page.next_cursor
+            if not cursor:
+                break
+        return tuple(found)
+
+
+def _log_packed(report: PackReport, archive_bytes: int) -> None:
+    _log.info("packed %d files, %d bytes to send; %d files left out", report.files, archive_bytes, report.ignored)

@@ -1,0 +1,269 @@
+"""A job, asynchronously: the truth that `Job` repeats in blocking form."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raylaunch.client import Client, Downloaded, OnProgress
+from raylaunch.errors import JobFailedError, RaylaunchError
+from raylaunch.sdk.display import Card, Metrics, job_line, loss_key, sentence
+from raylaunch.sdk.lines import LineReader
+from raylaunch.sdk.words import plain
+from raylaunch.state import Artifact, Event, JobState, JobView, LogMatches
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_CURVES = 20
+_POINTS = 500
+_EVIDENCE_LINES = 20
+
+
+def no_progress(_what: str, _done: int, _total: int, /) -> None:
+    """Show nothing."""
+
+
+class AsyncJob:
+    """One job. `AsyncCluster.submit` and `AsyncCluster.job` make it.
+
+    It holds nothing that could be lost: end this Python during any verb, and the job goes on as it was.
+    """
+
+    def __init__(self, client: Client, view: JobView) -> None:
+        self._client = client
+        self._view = view
+
+    @property
+    def id(self) -> str:
+        """The job's id, for life."""
+        return self._view.id
+
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        return self._view.name
+
+    @property
+    def view(self) -> JobView:
+        """The job as it was last seen; `status` looks again."""
+        return self._view
+
+    def __repr__(self) -> str:
+        return job_line(self._view).replace("<Job", "<AsyncJob", 1)
+
+    def _repr_html_(self) -> str:
+        return Card(self._view, note="as it was last seen; await job.card() looks again")._repr_html_()
+
+    async def status(self) -> JobView:
+        """Return the job as it is now, with everything about it."""
+        self._view = await self._client.job(self.id)
+        return self._view
+
+    async def wait(self, *, timeout_s: float | None = None) -> JobView:
+        """Return the job when it has ended, however it ended.
+
+        Ctrl-C ends the waiting; the job goes on.
+
+        Args:
+            timeout_s: seconds to wait at most; by default as long as it takes.
+
+        Raises:
+            TimeoutError: it has not ended within `timeout_s`.
+        """
+        try:
+            self._view = await asyncio.wait_for(self._client.wait(self.id), timeout_s)
+        except asyncio.TimeoutError:
+            msg = f"{self.id} has not ended within {timeout_s or 0:g} s; it is {self._view.state.value} and goes on"
+            raise TimeoutError(msg) from None
+        return self._view
+
+    async def result(self, *, timeout_s: float | None = None) -> tuple[Artifact, ...]:
+        """Return the job's outputs when it has succeeded: names, bytes and checksums. `download` fetches them.
+
+        Args:
+            timeout_s: seconds to wait at most; by default as long as it takes.
+
+        Raises:
+            JobFailedError: it ended otherwise; the message holds its last lines.
+            TimeoutError: it has not ended within `timeout_s`.
+        """
+        job = await self.wait(timeout_s=timeout_s)
+        if job.state is not JobState.SUCCEEDED:
+            raise _failure(job)
+        return tuple(file for file in await self.files() if file.kind == "output")
+
+    async def stop(self, *, grace_s: float | None = None) -> JobView:
+        """Ask the job to stop. It is `stopped` only when all its processes are gone, so `wait` for that.
+
+        Args:
+            grace_s: seconds between SIGTERM and SIGKILL; by default what the job's spec says.
+        """
+        self._view = await self._client.stop(self.id, grace_s=grace_s)
+        return self._view
+
+    async def remove(self) -> int:
+        """Delete the job, which must have ended, with all its files in the cluster; return how many bytes that were.
+
+        Raises:
+            ConflictError: it has not ended.
+        """
+        return await self._client.remove(self.id)
+
+    async def events(self, *, after: int = 0) -> tuple[Event, ...]:
+        """Return what has happened to the job so far, oldest first.
+
+        Args:
+            after: the `seq` of an event; only later ones are returned.
+        """
+        found: list[Event] = []
+        while (page := await self._client.events(self.id, after=after)).events:
+            found += page.events
+            after = page.cursor
+        return tuple(found)
+
+    async def follow(self, *, after: int = 0) -> AsyncGenerator[Event, None]:
+        """Yield what has happened to the job and what happens, until it has ended.
+
+        Args:
+            after: the `seq` of an event; only later ones are yielded.
+        """
+        async for event in self._client.follow(self.id, after=after):
+            yield event
+
+    async def logs(self, *, tail: int | None = 1000, attempt: int | None = None, rank: int = 0) -> str:
+        """Return the log's last lines, as text; what is not UTF-8 is replaced.
+
+        Args:
+            tail: lines; None for the whole log, which is then held in memory.
+            attempt: which attempt, from 1; by default the latest.
+            rank: which of the attempt's processes.
+        """
+        chunk = await self._client.logs(
+            self.id, tail=tail, offset=0 if tail is None else None, attempt=attempt, rank=rank
+        )
+        parts = [chunk.data]
+        while chunk.data and chunk.next_offset < chunk.size:
+            chunk = await self._client.logs(self.id, offset=chunk.next_offset, attempt=chunk.attempt, rank=rank)
+            parts.append(chunk.data)
+        return b"".join(parts).decode("utf-8", "replace")
+
+    async def follow_logs(
+        self, *, tail: int | None = None, attempt: int | None = None, rank: int = 0
+    ) -> AsyncGenerator[str, None]:
+        """Yield the log's lines, without their ends, as they are written, until the job has ended.
+
+        A line of more than 64 KiB comes in pieces.
+
+        Args:
+            tail: begin with the last lines; by default with the first.
+            attempt: only this attempt; by default the latest and those that follow it.
+            rank: which of the attempt's processes.
+        """
+        lines, current = LineReader(), 0
+        async for chunk in self._client.follow_logs(self.id, tail=tail, attempt=attempt, rank=rank):
+            if chunk.attempt != current:
+                for line in lines.finish():
+                    yield line
+            current = chunk.attempt
+            for line in lines.feed(chunk.data):
+                yield line
+        for line in lines.finish():
+            yield line
+
+    async def search_logs(
+        self, pattern: str, *, regex: bool = False, ignore_case: bool = False, limit: int = 100
+    ) -> LogMatches:
+        """Return the lines of the latest attempt's log that hold a pattern, each with its place in bytes.
+
+        Args:
+            pattern: text, or with `regex` a regular expression.
+            regex: whether `pattern` is one.
+            ignore_case: whether upper and lower case are the same.
+            limit: lines at most.
+        """
+        return await self._client.search_logs(self.id, pattern, regex=regex, ignore_case=ignore_case, limit=limit)
+
+    async def metrics(self, keys: Sequence[str] = (), *, max_points: int = 500) -> Metrics:
+        """Return the job's metrics: last values, and curves. A notebook draws them.
+
+        Args:
+            keys: the metrics whose curves are wanted; by default all, 20 at most.
+            max_points: points of a curve at most; longer ones are thinned evenly.
+        """
+        page = await self._client.metrics(self.id, keys=keys, max_points=max_points)
+        if not keys and page.keys:
+            page = await self._client.metrics(self.id, keys=page.keys[:_CURVES], max_points=max_points)
+        return Metrics(page)
+
+    async def metrics_frame(self, keys: Sequence[str] = ()) -> pd.DataFrame:
+        """Return every point as a pandas table: a row a step, a column a metric.
+
+        Args:
+            keys: the metrics that are wanted; by default all.
+
+        Raises:
+            RaylaunchError: pandas is not installed.
+        """
+        from raylaunch.sdk.frame import frame_of_csv  # noqa: PLC0415 -- only who wants a table has pandas
+
+        return frame_of_csv(b"".join([data async for data in self._client.metrics_csv(self.id, keys=keys)]))
+
+    async def files(self) -> tuple[Artifact, ...]:
+        """Return the files that the job has left behind so far: outputs, checkpoints, logs, tracking, records."""
+        return await self._client.files(self.id)
+
+    async def download(
+        self,
+        paths: Sequence[str] | str = (),
+        *,
+        to: Path | str,
+        everything: bool = False,
+        on_progress: OnProgress = no_progress,
+    ) -> tuple[Downloaded, ...]:
+        """Fetch files, each verified against its checksum; what is there already is not fetched again.
+
+        Args:
+            paths: names, folders or globs; by default the job's outputs, each from the latest attempt that has it.
+            to: the folder that they go into; it is made.
+            everything: without `paths`, checkpoints, logs, tracking and records too.
+            on_progress: called with what travels, bytes done and bytes in all.
+
+        Raises:
+            NotFoundError: a name fits no file.
+            TransferError: a file did not arrive as it was sent.
+        """
+        wanted = (paths,) if isinstance(paths, str) else tuple(paths)
+        return await self._client.download(
+            self.id, wanted, dest=Path(to), everything=everything, on_progress=on_progress
+        )
+
+    async def card(self) -> Card:
+        """Return the job as a notebook shows it: state, progress, last metrics, and the curve of its loss."""
+        job = await self.status()
+        key = loss_key(tuple(job.last_metrics))
+        if not key:
+            return Card(job)
+        try:
+            page = await self._client.metrics(job.id, keys=[key], max_points=_POINTS)
+        except RaylaunchError as error:
+            return Card(job, note=error.message)
+        return Card(job, curve=next(iter(page.series), None))
+
+
+def _failure(job: JobView) -> JobFailedError:
+    """Return how a job ended as an error: why, its last lines, and the next call."""
+    tail = tuple(plain(line) for line in job.log_tail[-_EVIDENCE_LINES:])
+    why = f"{job.id} {job.state.value.replace('_', ' ')}" + (f": {sentence(job)}" if sentence(job) else "")
+    lines = [why, *(["its last lines:"] if tail else []), *(f"  | {line}" for line in tail)]
+    hint = "print(job.logs()) shows more of its log, job.events() what happened to it"
+    return JobFailedError(
+        "\n".join(lines),
+        hint=hint,
+        job=job.id,
+        state=job.state.value,
+        exit_code=job.attempt.exit_code if job.attempt else None,
+        log_tail=tail,
+    )

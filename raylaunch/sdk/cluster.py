@@ -1,0 +1,216 @@
+"""A cluster, blocking: each verb is that of `AsyncCluster`, run to its end, also inside a notebook's running loop.
+
+A test keeps both equal, verb by verb: signatures and docstrings are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from typing_extensions import Self
+
+from raylaunch.client import DryRun, Reachable
+from raylaunch.sdk.asking import Asked
+from raylaunch.sdk.async_cluster import AsyncCluster
+from raylaunch.sdk.job import Job
+from raylaunch.sdk.loop import LoopThread, shared_loop
+from raylaunch.sdk.place import Notice, say
+from raylaunch.spec import Environment, Resources, Tracking, Where
+from raylaunch.state import ControllerStatus, JobState
+
+
+class Cluster:
+    """One cluster. A context manager; `connect` makes it.
+
+    ::
+
+        with Cluster.connect() as cluster:
+            job = cluster.submit("python train.py", gpus=1)
+            job.result()
+    """
+
+    def __init__(self, truth: AsyncCluster, loop: LoopThread) -> None:
+        self._truth = truth
+        self._loop = loop
+
+    @classmethod
+    def connect(
+        cls,
+        name: str = "",
+        *,
+        start: bool = True,
+        cluster_file: Path | str | None = None,
+        reach: Reachable | None = None,
+        on_notice: Notice = say,
+    ) -> Self:
+        """Return the cluster, which has answered.
+
+        Args:
+            name: a cluster's name; by default the one that cluster.yaml here describes, else the embedded ``local``.
+            start: whether a cluster that does not run is started. One that should run and does not is always healed.
+            cluster_file: another cluster.yaml.
+            reach: where a controller answers and with which token, where that is known already, as for a tunnel of
+                your own. Nothing is started or healed then.
+            on_notice: told in a sentence that something is started or was lost; by default it is logged as a warning.
+
+        Raises:
+            ClusterDownError: there is no cluster, and `start` is False; or nothing answers at `reach`.
+            ClusterStartError: a step of starting it failed.
+            SpecError: the file cannot be read, or says something that cannot be.
+        """
+        loop = shared_loop()
+        work = AsyncCluster.connect(name, start=start, cluster_file=cluster_file, reach=reach, on_notice=on_notice)
+        truth = loop.run(work)
+        loop.keep(truth)
+        return cls(truth, loop)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return repr(self._truth).replace("<AsyncCluster", "<Cluster", 1)
+
+    def _repr_html_(self) -> str:
+        return self._truth._repr_html_()
+
+    @property
+    def name(self) -> str:
+        """The cluster's name."""
+        return self._truth.name
+
+    def close(self) -> None:
+        """Close the connection. Cluster and jobs go on."""
+        self._loop.close(self._truth)
+
+    def status(self) -> ControllerStatus:
+        """Return what the controller says of itself, Ray and the nodes."""
+        return self._loop.run(self._truth.status())
+
+    def submit(  # noqa: PLR0913 -- each is one field of a job
+        self,
+        job: Asked,
+        *,
+        name: str | None = None,
+        gpus: int | None = None,
+        working_dir: Path | str | None = None,
+        resources: Resources | Mapping[str, object] | None = None,
+        where: Where | Mapping[str, object] | None = None,
+        env: Mapping[str, str] | None = None,
+        secrets: Sequence[str] | None = None,
+        environment: Environment | Mapping[str, object] | str | None = None,
+        timeout_s: float | str | None = None,
+        grace_s: float | str | None = None,
+        outputs: Sequence[str] | str | None = None,
+        tags: Sequence[str] | str | None = None,
+        tracking: Tracking | Mapping[str, object] | None = None,
+        priority: int | None = None,
+        retries: int | None = None,
+        request_id: str = "",
+    ) -> Job:
+        """Pack the working directory, send what the cluster lacks of it, and submit.
+
+        The keywords are the fields of a job file. One that is None leaves what `job` says, else the default; `env` and
+        lists add to what `job` says.
+
+        Args:
+            job: a shell command (text), a program with its arguments (a list), a job file (a `Path`), or a `JobSpec`.
+            name: letters, digits, ``.``, ``_``, ``-``; by default made from the command.
+            gpus: GPUs on the node; short for ``resources={"gpus": …}``.
+            working_dir: the folder that is packed; by default the current one, "" for none.
+            resources: GPUs, CPUs, memory, custom resources.
+            where: which nodes it may run on.
+            env: environment variables.
+            secrets: names of secrets that become environment variables; the cluster holds their values.
+            environment: the Python environment, as ``conda:train``.
+            timeout_s: the longest run of one attempt: seconds, or text as ``2h``.
+            grace_s: between SIGTERM and SIGKILL at a stop: seconds, or text.
+            outputs: files and globs to keep, beside everything in ``$RAYLAUNCH_OUTPUT_DIR``.
+            tags: words to find the job by.
+            tracking: Weights & Biases. The key of this Python's ``WANDB_API_KEY`` goes along, for this job alone.
+            priority: from -100 to 100; higher goes first.
+            retries: more attempts when the program fails.
+            request_id: the same id with the same job returns the job that is there, also from another Python.
+
+        Raises:
+            SpecError: a value that cannot be, a folder that cannot be packed, or what no node could ever run.
+            ConflictError: `request_id` was used for something else.
+        """
+        return Job(
+            self._loop.run(
+                self._truth.submit(
+                    job,
+                    name=name,
+                    gpus=gpus,
+                    working_dir=working_dir,
+                    resources=resources,
+                    where=where,
+                    env=env,
+                    secrets=secrets,
+                    environment=environment,
+                    timeout_s=timeout_s,
+                    grace_s=grace_s,
+                    outputs=outputs,
+                    tags=tags,
+                    tracking=tracking,
+                    priority=priority,
+                    retries=retries,
+                    request_id=request_id,
+                )
+            ),
+            self._loop,
+        )
+
+    def dry_run(self, job: Asked, *, gpus: int | None = None) -> DryRun:
+        """Return where a job could run, and a sentence, without submitting it.
+
+        Args:
+            job: as for `submit`.
+            gpus: GPUs on the node.
+
+        Raises:
+            SpecError: a value that cannot be, or what no node could ever run.
+        """
+        return self._loop.run(self._truth.dry_run(job, gpus=gpus))
+
+    def job(self, ref: str = "last") -> Job:
+        """Return a job.
+
+        Args:
+            ref: its id, its name (then its latest job), or ``last``.
+
+        Raises:
+            NotFoundError: there is none; the message names the nearest.
+        """
+        return Job(self._loop.run(self._truth.job(ref)), self._loop)
+
+    def jobs(  # noqa: PLR0913 -- each is one filter
+        self,
+        *,
+        states: Sequence[JobState | str] = (),
+        name: str = "",
+        owner: str = "",
+        tag: str = "",
+        since: float | None = None,
+        limit: int = 50,
+    ) -> tuple[Job, ...]:
+        """Return jobs, newest first.
+
+        Args:
+            states: only jobs in these states, as ``["running", "queued"]``.
+            name: only jobs of this name.
+            owner: only jobs of this person.
+            tag: only jobs with this tag.
+            since: only jobs submitted since then, in seconds since the epoch.
+            limit: jobs at most.
+
+        Raises:
+            SpecError: a word that is no state.
+        """
+        found = self._loop.run(
+            self._truth.jobs(states=states, name=name, owner=owner, tag=tag, since=since, limit=limit)
+        )
+        return tuple(Job(job, self._loop) for job in found)

@@ -1,0 +1,205 @@
+"""How jobs, metrics and clusters look: HTML in a notebook, a few lines in a terminal. Pure functions.
+
+Everything that a job wrote is untrusted: it is escaped, shown as text, and never obeyed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+from raylaunch.sdk.curve import curve_svg
+from raylaunch.sdk.words import plain
+from raylaunch.state import ControllerStatus, JobState, JobView, MetricSeries, MetricsPage
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_COLOURS = {
+    JobState.HELD: "#b58900",
+    JobState.QUEUED: "#b58900",
+    JobState.STARTING: "#268bd2",
+    JobState.RUNNING: "#268bd2",
+    JobState.STOPPING: "#268bd2",
+    JobState.SUCCEEDED: "#3a9a3a",
+    JobState.FAILED: "#d33",
+    JobState.STOPPED: "#888",
+    JobState.TIMED_OUT: "#d33",
+    JobState.LOST: "#d33",
+}
+_METRICS_SHOWN = 8
+_LINES_SHOWN = 10
+_MUTED = "opacity:.65"
+
+
+def sentence(job: JobView) -> str:
+    """Return why a job stands where it stands, in a line."""
+    return plain(job.message or (job.reason.sentence if job.reason else "")).replace("\n", " ")
+
+
+def loss_key(keys: Sequence[str]) -> str:
+    """Return the metric to draw where nobody chose one: the loss, else the first; "" where there is none.
+
+    ``loss`` itself goes before the shortest name that holds the word, as ``train/loss``.
+    """
+    losses = sorted((key for key in keys if "loss" in key.lower()), key=lambda key: (len(key), key))
+    return losses[0] if losses else next(iter(keys), "")
+
+
+@dataclass(frozen=True, repr=False)
+class Card:
+    """A job at one moment: state, progress, last metrics, and a curve. A notebook shows it as a small panel."""
+
+    job: JobView
+    curve: MetricSeries | None = None
+    note: str = ""
+    """Why this is not the latest, where it is not."""
+
+    def __repr__(self) -> str:
+        return job_line(self.job)
+
+    def _repr_html_(self) -> str:
+        job = self.job
+        parts = [
+            _head(job),
+            _muted(sentence(job)),
+            _progress(job),
+            _table(list(job.last_metrics.items())[:_METRICS_SHOWN]),
+            curve_svg(self.curve) if self.curve else "",
+            _lines(job.log_tail),
+            _tracking(job),
+            _muted(self.note),
+        ]
+        return _panel(parts)
+
+
+@dataclass(frozen=True, repr=False)
+class Metrics:
+    """A job's metrics: last values, and curves thinned to a number of points."""
+
+    page: MetricsPage
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The last value of each metric."""
+        return self.page.last
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of all metrics."""
+        return self.page.keys
+
+    @property
+    def series(self) -> tuple[MetricSeries, ...]:
+        """The curves that were asked for, each with its points, oldest first."""
+        return self.page.series
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return the curves as a table: a row a step, a column a metric. `metrics_frame` has every point.
+
+        Raises:
+            RaylaunchError: pandas is not installed.
+        """
+        from raylaunch.sdk.frame import frame_of_series  # noqa: PLC0415 -- pandas takes half a second
+
+        return frame_of_series(self.page.series)
+
+    def __repr__(self) -> str:
+        return f"<Metrics {metrics_words(self.last)}>" if self.last else "<Metrics: nothing logged yet>"
+
+    def _repr_html_(self) -> str:
+        if not self.last:
+            return _panel([_muted("nothing logged yet")])
+        curves = "".join(curve_svg(series) for series in self.series[:_METRICS_SHOWN])
+        return _panel([_table(list(self.last.items())), f'<div style="display:flex;flex-wrap:wrap">{curves}</div>'])
+
+
+def job_line(job: JobView) -> str:
+    """Return a job in a line, as ``<Job digits-k3f9qa: running, step 7 of 30, loss 0.21>``."""
+    words = [job.state.value + (" (unreachable)" if job.unreachable else "")]
+    if job.state.ended or not job.state.active:
+        words += [sentence(job)] if sentence(job) and job.state is not JobState.SUCCEEDED else []
+    elif job.progress:
+        words.append(progress_words(job))
+    if job.last_metrics:
+        words.append(metrics_words(job.last_metrics, limit=3))
+    return f"<Job {plain(job.id)}: {', '.join(words)}>"
+
+
+def progress_words(job: JobView) -> str:
+    """Return how far the training says it is, as ``step 7 of 30``."""
+    if job.progress is None:
+        return ""
+    total = f" of {job.progress.total:g}" if job.progress.total else ""
+    return f"step {job.progress.step:g}{total}"
+
+
+def metrics_words(last: dict[str, float], *, limit: int = 6) -> str:
+    """Return last values in a line, as ``loss 0.21, accuracy 0.98``."""
+    shown = [f"{plain(key)} {value:.4g}" for key, value in list(last.items())[:limit]]
+    return ", ".join([*shown, f"and {len(last) - limit} more"] if len(last) > limit else shown)
+
+
+def cluster_line(name: str, status: ControllerStatus | None) -> str:
+    """Return a cluster in a line."""
+    return f"<Cluster {name}: {_cluster_words(status)}>" if status else f"<Cluster {name}>"
+
+
+def cluster_html(name: str, status: ControllerStatus | None) -> str:
+    """Return a cluster as a small panel: its nodes, their free GPUs, what waits and runs."""
+    if status is None:
+        return _panel([f"<b>{escape(name)}</b>"])
+    nodes = [(node.hostname, f"{node.gpus_free:g} of {node.gpus:g} GPUs free") for node in status.nodes]
+    rows = "".join(f"<tr><td>{escape(host)}</td><td>{escape(free)}</td></tr>" for host, free in nodes)
+    parts = [f"<b>{escape(name)}</b> {escape(_cluster_words(status))}", f"<table>{rows}</table>" if rows else ""]
+    return _panel([*parts, *(_muted(problem) for problem in status.problems)])
+
+
+def _cluster_words(status: ControllerStatus) -> str:
+    free, gpus = sum(node.gpus_free for node in status.nodes), sum(node.gpus for node in status.nodes)
+    nodes = f"{len(status.nodes)} node{'' if len(status.nodes) == 1 else 's'}"
+    return f"{nodes}, {free:g} of {gpus:g} GPUs free, {status.running} running, {status.queued} queued"
+
+
+def _panel(parts: Iterable[str]) -> str:
+    inside = "".join(f"<div>{part}</div>" for part in parts if part)
+    return f'<div style="font-family:system-ui,sans-serif;line-height:1.5;max-width:42em">{inside}</div>'
+
+
+def _head(job: JobView) -> str:
+    dot = f'<span style="color:{_COLOURS[job.state]}">●</span>'
+    beside = " (unreachable)" if job.unreachable else ""
+    return f"{dot} <b>{escape(job.id)}</b> {escape(job.state.value)}{beside}"
+
+
+def _muted(text: str) -> str:
+    return f'<span style="{_MUTED}">{escape(plain(text))}</span>' if text else ""
+
+
+def _progress(job: JobView) -> str:
+    words = progress_words(job)
+    if job.progress is None or not job.progress.total or not math.isfinite(job.progress.step):
+        return escape(words)
+    part = min(max(job.progress.step / job.progress.total, 0.0), 1.0)
+    return f'<progress value="{part:.4f}" max="1"></progress> {escape(words)}'
+
+
+def _table(items: Sequence[tuple[str, float]]) -> str:
+    rows = "".join(f"<tr><td>{escape(plain(key))}</td><td>{value:.6g}</td></tr>" for key, value in items)
+    return f"<table>{rows}</table>" if rows else ""
+
+
+def _lines(lines: Sequence[str]) -> str:
+    if not lines:
+        return ""
+    text = "\n".join(plain(line) for line in lines[-_LINES_SHOWN:])
+    return f'<pre style="font-size:.85em;white-space:pre-wrap">{escape(text)}</pre>'
+
+
+def _tracking(job: JobView) -> str:
+    if job.wandb is None or not job.wandb.url.startswith("https://"):
+        return ""
+    return f'<a href="{escape(job.wandb.url)}" target="_blank" rel="noopener noreferrer">Weights &amp; Biases</a>'

@@ -1,0 +1,207 @@
+"""A job, blocking: each verb is that of `AsyncJob`, run to its end.
+
+A test keeps both equal, verb by verb: signatures and docstrings are the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raylaunch.client import Downloaded, OnProgress
+from raylaunch.errors import RaylaunchError
+from raylaunch.sdk.async_job import AsyncJob, no_progress
+from raylaunch.sdk.display import Card, Metrics, job_line
+from raylaunch.sdk.loop import LoopThread
+from raylaunch.state import Artifact, Event, JobView, LogMatches
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_DISPLAY_S = 3.0
+
+
+class Job:
+    """One job. `Cluster.submit` and `Cluster.job` make it.
+
+    It holds nothing that could be lost: end this Python during any verb, and the job goes on as it was.
+    """
+
+    def __init__(self, truth: AsyncJob, loop: LoopThread) -> None:
+        self._truth = truth
+        self._loop = loop
+
+    def __repr__(self) -> str:
+        return job_line(self._truth.view)
+
+    def _repr_html_(self) -> str:
+        try:
+            card = self._loop.run(asyncio.wait_for(self._truth.card(), _DISPLAY_S))
+        except (RaylaunchError, asyncio.TimeoutError):
+            card = Card(self._truth.view, note="as it was last seen: the cluster does not answer now")
+        return card._repr_html_()
+
+    @property
+    def id(self) -> str:
+        """The job's id, for life."""
+        return self._truth.id
+
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        return self._truth.name
+
+    @property
+    def view(self) -> JobView:
+        """The job as it was last seen; `status` looks again."""
+        return self._truth.view
+
+    def status(self) -> JobView:
+        """Return the job as it is now, with everything about it."""
+        return self._loop.run(self._truth.status())
+
+    def wait(self, *, timeout_s: float | None = None) -> JobView:
+        """Return the job when it has ended, however it ended.
+
+        Ctrl-C ends the waiting; the job goes on.
+
+        Args:
+            timeout_s: seconds to wait at most; by default as long as it takes.
+
+        Raises:
+            TimeoutError: it has not ended within `timeout_s`.
+        """
+        return self._loop.run(self._truth.wait(timeout_s=timeout_s))
+
+    def result(self, *, timeout_s: float | None = None) -> tuple[Artifact, ...]:
+        """Return the job's outputs when it has succeeded: names, bytes and checksums. `download` fetches them.
+
+        Args:
+            timeout_s: seconds to wait at most; by default as long as it takes.
+
+        Raises:
+            JobFailedError: it ended otherwise; the message holds its last lines.
+            TimeoutError: it has not ended within `timeout_s`.
+        """
+        return self._loop.run(self._truth.result(timeout_s=timeout_s))
+
+    def stop(self, *, grace_s: float | None = None) -> JobView:
+        """Ask the job to stop. It is `stopped` only when all its processes are gone, so `wait` for that.
+
+        Args:
+            grace_s: seconds between SIGTERM and SIGKILL; by default what the job's spec says.
+        """
+        return self._loop.run(self._truth.stop(grace_s=grace_s))
+
+    def remove(self) -> int:
+        """Delete the job, which must have ended, with all its files in the cluster; return how many bytes that were.
+
+        Raises:
+            ConflictError: it has not ended.
+        """
+        return self._loop.run(self._truth.remove())
+
+    def events(self, *, after: int = 0) -> tuple[Event, ...]:
+        """Return what has happened to the job so far, oldest first.
+
+        Args:
+            after: the `seq` of an event; only later ones are returned.
+        """
+        return self._loop.run(self._truth.events(after=after))
+
+    def follow(self, *, after: int = 0) -> Generator[Event, None, None]:
+        """Yield what has happened to the job and what happens, until it has ended.
+
+        Args:
+            after: the `seq` of an event; only later ones are yielded.
+        """
+        return self._loop.each(self._truth.follow(after=after))
+
+    def logs(self, *, tail: int | None = 1000, attempt: int | None = None, rank: int = 0) -> str:
+        """Return the log's last lines, as text; what is not UTF-8 is replaced.
+
+        Args:
+            tail: lines; None for the whole log, which is then held in memory.
+            attempt: which attempt, from 1; by default the latest.
+            rank: which of the attempt's processes.
+        """
+        return self._loop.run(self._truth.logs(tail=tail, attempt=attempt, rank=rank))
+
+    def follow_logs(
+        self, *, tail: int | None = None, attempt: int | None = None, rank: int = 0
+    ) -> Generator[str, None, None]:
+        """Yield the log's lines, without their ends, as they are written, until the job has ended.
+
+        A line of more than 64 KiB comes in pieces.
+
+        Args:
+            tail: begin with the last lines; by default with the first.
+            attempt: only this attempt; by default the latest and those that follow it.
+            rank: which of the attempt's processes.
+        """
+        return self._loop.each(self._truth.follow_logs(tail=tail, attempt=attempt, rank=rank))
+
+    def search_logs(
+        self, pattern: str, *, regex: bool = False, ignore_case: bool = False, limit: int = 100
+    ) -> LogMatches:
+        """Return the lines of the latest attempt's log that hold a pattern, each with its place in bytes.
+
+        Args:
+            pattern: text, or with `regex` a regular expression.
+            regex: whether `pattern` is one.
+            ignore_case: whether upper and lower case are the same.
+            limit: lines at most.
+        """
+        return self._loop.run(self._truth.search_logs(pattern, regex=regex, ignore_case=ignore_case, limit=limit))
+
+    def metrics(self, keys: Sequence[str] = (), *, max_points: int = 500) -> Metrics:
+        """Return the job's metrics: last values, and curves. A notebook draws them.
+
+        Args:
+            keys: the metrics whose curves are wanted; by default all, 20 at most.
+            max_points: points of a curve at most; longer ones are thinned evenly.
+        """
+        return self._loop.run(self._truth.metrics(keys, max_points=max_points))
+
+    def metrics_frame(self, keys: Sequence[str] = ()) -> pd.DataFrame:
+        """Return every point as a pandas table: a row a step, a column a metric.
+
+        Args:
+            keys: the metrics that are wanted; by default all.
+
+        Raises:
+            RaylaunchError: pandas is not installed.
+        """
+        return self._loop.run(self._truth.metrics_frame(keys))
+
+    def files(self) -> tuple[Artifact, ...]:
+        """Return the files that the job has left behind so far: outputs, checkpoints, logs, tracking, records."""
+        return self._loop.run(self._truth.files())
+
+    def download(
+        self,
+        paths: Sequence[str] | str = (),
+        *,
+        to: Path | str,
+        everything: bool = False,
+        on_progress: OnProgress = no_progress,
+    ) -> tuple[Downloaded, ...]:
+        """Fetch files, each verified against its checksum; what is there already is not fetched again.
+
+        Args:
+            paths: names, folders or globs; by default the job's outputs, each from the latest attempt that has it.
+            to: the folder that they go into; it is made.
+            everything: without `paths`, checkpoints, logs, tracking and records too.
+            on_progress: called with what travels, bytes done and bytes in all.
+
+        Raises:
+            NotFoundError: a name fits no file.
+            TransferError: a file did not arrive as it was sent.
+        """
+        return self._loop.run(self._truth.download(paths, to=to, everything=everything, on_progress=on_progress))
+
+    def card(self) -> Card:
+        """Return the job as a notebook shows it: state, progress, last metrics, and the curve of its loss."""
+        return self._loop.run(self._truth.card())
