@@ -131,7 +131,7 @@ def _ages(cluster: Cluster, job: str) -> list[float]:
 @pytest.mark.parametrize("by", ["stop", "timeout", "kill"])
 def test_no_point_older_than_a_second_is_lost_by_a(by: str, cluster: Cluster, tmp_path: Path) -> None:
     diary = tmp_path / "diary"
-    limit = ["--timeout", "6s"] if by == "timeout" else []
+    limit = ["--timeout", "10s"] if by == "timeout" else []
     job = cluster.python(KEEPS_A_DIARY, "--env", f"DIARY={diary}", "--grace", "2s", *limit)
     wait_until(lambda: len(_diary(diary)) > 20, 60, "the training logs")
     if by == "stop":

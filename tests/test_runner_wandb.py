@@ -120,7 +120,7 @@ def test_points_that_are_a_second_old_survive_the_sigkill_of_everything(make: Ma
 
 @pytest.mark.parametrize("by", ["stop", "ray", "kill", "timeout"])
 def test_no_point_older_than_a_second_is_lost_when_the_training_is_ended_by(by: str, make: Make) -> None:
-    attempt = make(LOGS_FOR_EVER, timeout_s=4.0 if by == "timeout" else None)
+    attempt = make(LOGS_FOR_EVER, timeout_s=10.0 if by == "timeout" else None)
     runner = attempt.start()
     attempt.wait_log("logged 20\n", 60)
     if by == "stop":

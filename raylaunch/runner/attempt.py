@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raylaunch.runner import claim, contract, keeper, outputs, probe, training, wandb_env, wandb_failure
+from raylaunch.runner import claim, contract, keeper, outputs, probe, training, wandb_core, wandb_env, wandb_failure
 from raylaunch.runner.builds import Place
 from raylaunch.runner.ending import Sweep, stop_training
 from raylaunch.runner.environment import Prepared, prepare
@@ -35,6 +35,9 @@ class Attempt:
         self._pulse = pulse
         self._code = folder / contract.CODE
         self._log = folder / contract.RANK_LOG.format(rank=0)
+        self._place = Place(
+            self._code, folder / contract.TMP, Path(spec["envs_dir"]), folder / contract.LOGS / "setup.log"
+        )
         self._spare = ancestors(os.getpid())
         self._relay = Relay(self._log, sys.stdout.fileno(), job=spec["job"])
         self._facts: Facts = {"warnings": []}
@@ -55,8 +58,8 @@ class Attempt:
         argv = training.command(self._spec["entrypoint"], prepared.env, self._code)
         self._pulse.check()
         oom_before = oom_kills()
-        deadline = time.monotonic() + (self._spec["timeout_s"] or float("inf"))
         self._start(argv, prepared)
+        deadline = time.monotonic() + (self._spec["timeout_s"] or float("inf"))
         wish = self._watch(deadline)
         if wish is None and mode.mode == "online" and self._wandb_broke():
             self._restart_offline(argv, prepared)
@@ -80,7 +83,7 @@ class Attempt:
 
     def _prepare(self, secrets: dict[str, str]) -> tuple[Prepared, wandb_env.Mode]:
         spec, folder = self._spec, self._folder
-        place = Place(self._code, folder / contract.TMP, Path(spec["envs_dir"]), folder / contract.LOGS / "setup.log")
+        place = self._place
         base = training.base_variables(os.environ, spec, secrets)
         base.update(training.job_variables(spec, folder, os.environ))
         prepared = prepare(spec["environment"], base, place=place, pulse=self._pulse)
@@ -113,9 +116,16 @@ class Attempt:
         claim.write_whole(self._folder / contract.FACTS, self._facts)
 
     def _start(self, argv: list[str], prepared: Prepared) -> None:
+        env = self._with_core(prepared)
         try:
             self._kept = keeper.start(
-                argv, env=prepared.env, cwd=self._code, log=self._log, tag=self._spec["tag"], spare=self._spare
+                argv,
+                env=env,
+                cwd=self._code,
+                log=self._log,
+                tag=self._spec["tag"],
+                spare=self._spare,
+                core=self._sweep.core,
             )
         except keeper.StartError as error:
             msg = f"{argv[0]} could not be started: {error}"
@@ -127,6 +137,19 @@ class Attempt:
         }
         claim.write_whole(self._folder / contract.STARTED, started)
         self._relay.start()
+
+    def _with_core(self, prepared: Prepared) -> dict[str, str]:
+        """Return the training's variables, after W&B's core has been started apart where its version needs that."""
+        needed = wandb_env.writes_in_blocks(self._facts["wandb"]) and self._facts["wandb_mode"] != "disabled"
+        if not needed or prepared.env.get(wandb_core.VARIABLE):
+            return prepared.env
+        self._sweep.core = wandb_core.start(prepared, self._place, self._pulse)
+        if self._sweep.core:
+            return {**prepared.env, wandb_core.VARIABLE: self._sweep.core}
+        lost = "wandb's core could not be started apart: a stop or a kill may lose the latest points"
+        self._facts["warnings"] = [*self._facts["warnings"], lost]
+        claim.write_whole(self._folder / contract.FACTS, self._facts)
+        return prepared.env
 
     def _watch(self, deadline: float) -> Wish | None:
         """Wait for the training's end; returns the wish that it was ended for, or None when it ended by itself."""

@@ -21,8 +21,9 @@ _NOT_FOUND = 127
 """A shell's exit status for a command that is not there."""
 _USAGE = 2
 """Python's exit status for a script that is not there."""
-_RUNNER_ONLY = ("OMP_NUM_THREADS", contract.VAR_NODE_ROOT)
-"""Ray sets OMP_NUM_THREADS to 1 for a driver without CPUs, which would slow a training down without a word."""
+_RUNNER_ONLY = ("OMP_NUM_THREADS", "PYTHONPATH", contract.VAR_NODE_ROOT)
+"""Ray sets OMP_NUM_THREADS to 1 for a driver without CPUs, which would slow a training down without a word. Its
+PYTHONPATH may lead to the cluster's own raylaunch, which is not for every Python, nor for every environment."""
 _SHELL_MISSING = re.compile(
     r"^\S*sh: (?:line )?\d+: (.+?): (?:command )?not found$|^\S*sh: line \d+: (.+?): No such file or directory$",
     re.MULTILINE,

@@ -1,8 +1,9 @@
 """The variables with which a script's own ``wandb.init()`` becomes this attempt's run; and whether it runs on-line.
 
 What was measured on wandb 0.31: ``WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL`` takes fractions of a second (0.1, 0.25, 0.5
-gave writes 0.10, 0.25, 0.50 s apart). 0.28 to 0.30 ignore it and write when a block is full or the run ends; when their
-training is killed, or ended by SIGTERM without a handler, what is not written yet is lost (seen on 0.29 and 0.30).
+gave writes 0.10, 0.25, 0.50 s apart). 0.28 to 0.30 ignore it and write when a block is full or the run ends;
+when their training is killed, or ended by SIGTERM without a handler, what is not written yet is lost, unless their core
+was started apart (`raylaunch.runner.wandb_core`).
 """
 
 from __future__ import annotations
@@ -197,8 +198,12 @@ def version_warnings(version: str) -> list[str]:
         return [
             f"wandb {version} is older than {oldest}: its metrics may show late, or in part; 0.31 or newer is better"
         ]
-    late = "metrics may show late, and a stop or a kill may lose the latest"
-    return [f"wandb {version} writes its file in blocks only: {late}; 0.31 or newer writes at once"]
+    return [f"wandb {version} writes its file in blocks: metrics may show late; 0.31 or newer writes at once"]
+
+
+def writes_in_blocks(version: str) -> bool:
+    """Whether this version keeps up to 32 KiB of points in memory, and can have its core started apart."""
+    return OLDEST <= _numbers(version) < FLUSHES_SINCE
 
 
 def _numbers(version: str) -> tuple[int, ...]:
