@@ -184,6 +184,18 @@ def test_the_end_of_a_job_that_succeeded_says_what_there_is_and_how_to_get_it() 
     ]
 
 
+def test_the_end_says_why_a_run_tracked_off_line_and_what_the_environment_does_less_well() -> None:
+    done = job(
+        last_metrics={"loss": 0.25},
+        wandb={"mode": "offline", "run_id": "r", "project": "p", "why": "no W&B credentials"},
+        environment={"warnings": ["wandb 0.30.0 writes its file in blocks"]},
+    )
+    assert final_facts(done)[2:] == [
+        "W&B: offline (no W&B credentials)",
+        "warning: wandb 0.30.0 writes its file in blocks",
+    ]
+
+
 def test_a_foreign_job_is_marked_in_the_list() -> None:
     text = jobs_table((job(foreign=True, started_at=NOW - 60, ended_at=NOW - 30),), now=NOW)
     assert text.splitlines() == [

@@ -173,6 +173,10 @@ def final_facts(job: JobView) -> list[str]:
         lines.append(f"outputs: {count(job.outputs, 'file')}, {size(job.output_bytes)}   (raylaunch get {job.id})")
     if job.wandb and job.wandb.url:
         lines.append(f"W&B: {clean(job.wandb.url, colour=False)}")
+    elif job.wandb and job.wandb.mode == "offline" and job.last_metrics:
+        lines.append(f"W&B: {_wandb(job)}")
+    if job.environment:
+        lines += [f"warning: {clean(warning, colour=False)}" for warning in job.environment.warnings]
     return lines
 
 
