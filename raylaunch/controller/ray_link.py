@@ -11,8 +11,10 @@ import json
 import logging
 import os
 import queue
+import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
@@ -39,6 +41,7 @@ from raylaunch.version import __version__
 _log = logging.getLogger(__name__)
 
 _CONNECT_S = 20.0
+_KNOCK_S = 0.2
 _LOOK_S = 1.0
 _RAY_S = 10.0
 _FACTS_S = 2.0
@@ -330,6 +333,8 @@ def _connect(config: Config, stdout: Stdout) -> None:
     late = threading.Timer(_CONNECT_S, partial(stdout.fail, f"Ray at {address} did not answer in {_CONNECT_S:.0f} s"))
     late.daemon = True
     late.start()
+    while not _listens(address):  # a connection that Ray begins before hangs, long after its head has come back
+        time.sleep(_KNOCK_S)
     root = Path(__file__).resolve().parents[2]
     os.chdir("/" if root.name in {"site-packages", "dist-packages"} else root)  # Ray puts it on workers' sys.path
     try:
@@ -338,6 +343,15 @@ def _connect(config: Config, stdout: Stdout) -> None:
         traceback.print_exc()
         stdout.fail(f"no connection to Ray at {address}: {str(error).partition(chr(10))[0]}")
     late.cancel()
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def main() -> None:
