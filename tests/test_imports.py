@@ -33,7 +33,7 @@ MAY: dict[str, frozenset[str]] = {
     **dict.fromkeys(SENDING, GROUND | SENDING | {"runner.contract"}),
     "cluster": GROUND,
     "client": GROUND | READING | SENDING | {"cluster"},
-    "sdk": GROUND | READING | {"client", "cluster"},
+    "sdk": GROUND | READING | {"client", "cluster", "place", "log_view"},
     "place": GROUND | {"client", "cluster"},
     "log_view": frozenset(),
     "cli": GROUND | READING | VERBS | {"packing", "cluster", "job", "place", "log_view"},

@@ -86,9 +86,12 @@ def test_where_there_is_no_cluster_connecting_says_how_to_start_one(home: Path) 
     assert home
     with pytest.raises(ClusterDownError) as caught:
         raylaunch.connect("nowhere", start=False)
-    assert str(caught.value) == (
-        "there is no cluster 'nowhere' here\n  → start it: raylaunch up; or let Python do so: connect(start=True)"
-    )
+    assert str(caught.value) == "there is no cluster here\n  → start it: raylaunch up"
+
+
+def test_a_name_that_cannot_be_a_clusters_is_said() -> None:
+    with pytest.raises(SpecError, match="'a/b' is not a cluster name"):
+        raylaunch.connect("a/b")
 
 
 def test_a_controller_that_does_not_answer_is_an_error_at_once(api: Api) -> None:

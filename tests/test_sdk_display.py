@@ -11,7 +11,17 @@ import pytest
 from raylaunch.sdk.curve import curve_svg
 from raylaunch.sdk.display import Card, Metrics, cluster_html, cluster_line, job_line, loss_key
 from raylaunch.sdk.lines import LONGEST, LineReader
-from raylaunch.state import JobState, JobView, MetricPoint, MetricSeries, MetricsPage, Progress, WandbLink
+from raylaunch.state import (
+    ControllerStatus,
+    JobState,
+    JobView,
+    MetricPoint,
+    MetricSeries,
+    MetricsPage,
+    NodeView,
+    Progress,
+    WandbLink,
+)
 
 HOSTILE = "<script>alert('x')</script>\x1b[31m&\u202e"
 
@@ -125,9 +135,13 @@ def test_metrics_are_a_table_of_last_values_and_a_curve_each() -> None:
     assert repr(metrics) == "<Metrics acc 0.5, loss 1>"
 
 
-def test_a_cluster_that_nobody_asked_yet_shows_its_name() -> None:
-    assert cluster_line("local", None) == "<Cluster local>"
-    assert "<b>local</b>" in cluster_html("local", None)
+def test_a_cluster_shows_its_nodes_and_what_is_free() -> None:
+    node = NodeView(id="n", hostname="<dgx>", address="10.0.0.1", alive=True, gpus=8, gpus_free=3)
+    status = ControllerStatus(
+        cluster="lab", version="1", api=1, pid=1, person="ana", role="admin", started_at=1, ray="up", nodes=(node,)
+    )
+    assert cluster_line("lab", status) == "<Cluster lab: 1 node, 3 of 8 GPUs free, 0 running, 0 queued>"
+    assert "<td>&lt;dgx&gt;</td><td>3 of 8 GPUs free</td>" in cluster_html("lab", status)
 
 
 def test_lines_come_whole_and_a_line_without_end_is_not_held_for_ever() -> None:

@@ -1,19 +1,37 @@
-"""From what a person wrote in Python to a `JobSpec`: a command, a job file or a spec, with keywords laid over it."""
+"""From what a person wrote in Python to specs: the cluster that is meant, and the job with keywords laid over it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from raylaunch.config import Flag, job_spec_from_flags
+from pydantic import ValidationError
+
+from raylaunch.config import Flag, job_spec_from_flags, load_cluster_spec
 from raylaunch.errors import SpecError
-from raylaunch.spec import JobSpec, Spec
+from raylaunch.spec import ClusterSpec, JobSpec, Spec
+from raylaunch.spec_problems import spec_error
 from raylaunch.state import JobState
 
 _LISTS = frozenset({"outputs", "secrets", "tags"})
 
 Asked = str | Sequence[str] | Path | JobSpec
 """A shell command, a program with its arguments, a job file's path, or a whole spec."""
+
+
+def cluster_spec_of(name: str, cluster_file: Path | None) -> ClusterSpec:
+    """Return the cluster that is meant: the file's, and where the file's is not `name`, the embedded one of that name.
+
+    Raises:
+        SpecError: the file cannot be read, or the name cannot be one.
+    """
+    spec = load_cluster_spec(cluster_file)
+    if not name or spec.name == name:
+        return spec
+    try:
+        return ClusterSpec(name=name)
+    except ValidationError as error:
+        raise spec_error(error, ClusterSpec, {"name": name}, lambda _path: "") from None
 
 
 def spec_of(job: Asked, given: Mapping[str, object], *, gpus: int | None = None, cwd: Path | None = None) -> JobSpec:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from typing_extensions import Self
 
 from raylaunch.client import Client, DryRun, Reachable, with_wandb
-from raylaunch.sdk.asking import Asked, spec_of, states_of
+from raylaunch.cluster.backends import Step
+from raylaunch.place import Place
+from raylaunch.sdk.asking import Asked, cluster_spec_of, spec_of, states_of
 from raylaunch.sdk.async_job import AsyncJob
 from raylaunch.sdk.display import cluster_html, cluster_line
-from raylaunch.sdk.place import Notice, Place, meant, say
 from raylaunch.spec import Environment, Resources, Tracking, Where
 from raylaunch.state import ControllerStatus, JobState, PackReport
 
 _PAGE = 500
 
 _log = logging.getLogger(__name__)
+
+Notice = Callable[[str], None]
+"""Told in a sentence what a person should know meanwhile."""
+
+
+def say(sentence: str) -> None:
+    """Log a notice. Python shows warnings on stderr where nobody has configured logging, as in a notebook."""
+    _log.warning("%s", sentence)
 
 
 class AsyncCluster:
@@ -32,9 +42,10 @@ class AsyncCluster:
             await job.result()
     """
 
-    def __init__(self, client: Client, *, name: str, seen: ControllerStatus | None = None) -> None:
+    def __init__(self, client: Client, *, name: str, holds: contextlib.AsyncExitStack, seen: ControllerStatus) -> None:
         self._client = client
         self._name = name
+        self._holds = holds
         self._seen = seen
 
     @classmethod
@@ -62,18 +73,17 @@ class AsyncCluster:
             ClusterStartError: a step of starting it failed.
             SpecError: the file cannot be read, or says something that cannot be.
         """
-        if reach is not None:
-            label = name or "local"
-            client = Client(reach, cluster=label, on_notice=on_notice)
-        else:
-            spec = meant(name, Path(cluster_file) if cluster_file else None)
-            label, client = spec.name, await Place(spec, on_notice).client(start=start)
-        cluster = cls(client, name=label)
-        try:
+        async with contextlib.AsyncExitStack() as stack:
+            if reach is not None:
+                label = name or "local"
+                client = await stack.enter_async_context(Client(reach, cluster=label, on_notice=on_notice))
+            else:
+                spec = cluster_spec_of(name, Path(cluster_file) if cluster_file else None)
+                place = Place(spec, on_notice=on_notice, on_step=_log_step)
+                label, client = spec.name, await stack.enter_async_context(place.client(start=start))
+            cluster = cls(client, name=label, holds=stack)
             await cluster.status()
-        except BaseException:
-            await cluster.close()
-            raise
+            cluster._holds = stack.pop_all()
         return cluster
 
     async def __aenter__(self) -> Self:
@@ -95,7 +105,7 @@ class AsyncCluster:
 
     async def close(self) -> None:
         """Close the connection. Cluster and jobs go on."""
-        await self._client.__aexit__()
+        await self._holds.aclose()
 
     async def status(self) -> ControllerStatus:
         """Return what the controller says of itself, Ray and the nodes."""
@@ -233,6 +243,10 @@ class AsyncCluster:
             if not cursor:
                 break
         return tuple(found)
+
+
+def _log_step(step: Step) -> None:
+    _log.info("%s", step)
 
 
 def _log_packed(report: PackReport, archive_bytes: int) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from raylaunch.client import Client, Downloaded, OnProgress
 from raylaunch.errors import JobFailedError, RaylaunchError
+from raylaunch.log_view import clean
 from raylaunch.sdk.display import Card, Metrics, job_line, loss_key, sentence
 from raylaunch.sdk.lines import LineReader
-from raylaunch.sdk.words import plain
 from raylaunch.state import Artifact, Event, JobState, JobView, LogMatches
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ class AsyncJob:
 
 def _failure(job: JobView) -> JobFailedError:
     """Return how a job ended as an error: why, its last lines, and the next call."""
-    tail = tuple(plain(line) for line in job.log_tail[-_EVIDENCE_LINES:])
+    tail = tuple(clean(line, colour=False) for line in job.log_tail[-_EVIDENCE_LINES:])
     why = f"{job.id} {job.state.value.replace('_', ' ')}" + (f": {sentence(job)}" if sentence(job) else "")
     lines = [why, *(["its last lines:"] if tail else []), *(f"  | {line}" for line in tail)]
     hint = "print(job.logs()) shows more of its log, job.events() what happened to it"

@@ -12,10 +12,9 @@ from typing_extensions import Self
 
 from raylaunch.client import DryRun, Reachable
 from raylaunch.sdk.asking import Asked
-from raylaunch.sdk.async_cluster import AsyncCluster
+from raylaunch.sdk.async_cluster import AsyncCluster, Notice, say
 from raylaunch.sdk.job import Job
 from raylaunch.sdk.loop import LoopThread, shared_loop
-from raylaunch.sdk.place import Notice, say
 from raylaunch.spec import Environment, Resources, Tracking, Where
 from raylaunch.state import ControllerStatus, JobState
 

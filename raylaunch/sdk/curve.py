@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from html import escape
 
-from raylaunch.sdk.words import plain
+from raylaunch.log_view import clean
 from raylaunch.state import MetricPoint, MetricSeries
 
 _WIDTH, _HEIGHT = 300, 90
@@ -49,7 +49,7 @@ def _framed(title: str, below: str, inside: str) -> str:
     style = "font:11px system-ui,sans-serif;color:inherit;margin:2px"
     return (
         f'<svg width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" style="{style}">'
-        f"<title>{escape(plain(title))}</title>"
-        f'<text x="{_LEFT}" y="12" fill="currentColor">{escape(plain(title))}</text>{inside}'
+        f"<title>{escape(clean(title, colour=False))}</title>"
+        f'<text x="{_LEFT}" y="12" fill="currentColor">{escape(clean(title, colour=False))}</text>{inside}'
         f'<text x="{_LEFT}" y="{_HEIGHT - 3}" fill="currentColor" opacity=".65">{escape(below)}</text></svg>'
     )

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
+from raylaunch.log_view import clean
 from raylaunch.sdk.curve import curve_svg
-from raylaunch.sdk.words import plain
 from raylaunch.state import ControllerStatus, JobState, JobView, MetricSeries, MetricsPage
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _MUTED = "opacity:.65"
 
 def sentence(job: JobView) -> str:
     """Return why a job stands where it stands, in a line."""
-    return plain(job.message or (job.reason.sentence if job.reason else "")).replace("\n", " ")
+    return clean(job.message or (job.reason.sentence if job.reason else ""), colour=False).replace("\n", " ")
 
 
 def loss_key(keys: Sequence[str]) -> str:
@@ -126,7 +126,7 @@ def job_line(job: JobView) -> str:
         words.append(progress_words(job))
     if job.last_metrics:
         words.append(metrics_words(job.last_metrics, limit=3))
-    return f"<Job {plain(job.id)}: {', '.join(words)}>"
+    return f"<Job {clean(job.id, colour=False)}: {', '.join(words)}>"
 
 
 def progress_words(job: JobView) -> str:
@@ -139,19 +139,17 @@ def progress_words(job: JobView) -> str:
 
 def metrics_words(last: dict[str, float], *, limit: int = 6) -> str:
     """Return last values in a line, as ``loss 0.21, accuracy 0.98``."""
-    shown = [f"{plain(key)} {value:.4g}" for key, value in list(last.items())[:limit]]
+    shown = [f"{clean(key, colour=False)} {value:.4g}" for key, value in list(last.items())[:limit]]
     return ", ".join([*shown, f"and {len(last) - limit} more"] if len(last) > limit else shown)
 
 
-def cluster_line(name: str, status: ControllerStatus | None) -> str:
+def cluster_line(name: str, status: ControllerStatus) -> str:
     """Return a cluster in a line."""
-    return f"<Cluster {name}: {_cluster_words(status)}>" if status else f"<Cluster {name}>"
+    return f"<Cluster {name}: {_cluster_words(status)}>"
 
 
-def cluster_html(name: str, status: ControllerStatus | None) -> str:
+def cluster_html(name: str, status: ControllerStatus) -> str:
     """Return a cluster as a small panel: its nodes, their free GPUs, what waits and runs."""
-    if status is None:
-        return _panel([f"<b>{escape(name)}</b>"])
     nodes = [(node.hostname, f"{node.gpus_free:g} of {node.gpus:g} GPUs free") for node in status.nodes]
     rows = "".join(f"<tr><td>{escape(host)}</td><td>{escape(free)}</td></tr>" for host, free in nodes)
     parts = [f"<b>{escape(name)}</b> {escape(_cluster_words(status))}", f"<table>{rows}</table>" if rows else ""]
@@ -176,7 +174,7 @@ def _head(job: JobView) -> str:
 
 
 def _muted(text: str) -> str:
-    return f'<span style="{_MUTED}">{escape(plain(text))}</span>' if text else ""
+    return f'<span style="{_MUTED}">{escape(clean(text, colour=False))}</span>' if text else ""
 
 
 def _progress(job: JobView) -> str:
@@ -188,14 +186,14 @@ def _progress(job: JobView) -> str:
 
 
 def _table(items: Sequence[tuple[str, float]]) -> str:
-    rows = "".join(f"<tr><td>{escape(plain(key))}</td><td>{value:.6g}</td></tr>" for key, value in items)
+    rows = "".join(f"<tr><td>{escape(clean(key, colour=False))}</td><td>{value:.6g}</td></tr>" for key, value in items)
     return f"<table>{rows}</table>" if rows else ""
 
 
 def _lines(lines: Sequence[str]) -> str:
     if not lines:
         return ""
-    text = "\n".join(plain(line) for line in lines[-_LINES_SHOWN:])
+    text = "\n".join(clean(line, colour=False) for line in lines[-_LINES_SHOWN:])
     return f'<pre style="font-size:.85em;white-space:pre-wrap">{escape(text)}</pre>'
 
 
