@@ -297,7 +297,7 @@ def test_a_killed_ray_comes_back_by_itself_and_its_job_is_tried_again(
     head = psutil.Process(before.pid)
     doomed = head if victim == "ray start --block" else named(head, victim)
     doomed.kill()
-    again = cluster.ended(running, 150)
+    again = cluster.ended(running, 240)
     assert (again.state, [attempt.reason for attempt in again.attempts]) == (
         JobState.SUCCEEDED,
         [Reason.RAY_LOST, Reason.COMPLETED],
