@@ -81,10 +81,8 @@ class AsyncCluster:
                 spec = cluster_spec_of(name, Path(cluster_file) if cluster_file else None)
                 place = Place(spec, on_notice=on_notice, on_step=_log_step)
                 label, client = spec.name, await stack.enter_async_context(place.client(start=start))
-            cluster = cls(client, name=label, holds=stack)
-            await cluster.status()
-            cluster._holds = stack.pop_all()
-        return cluster
+            seen = await client.status()
+            return cls(client, name=label, holds=stack.pop_all(), seen=seen)
 
     async def __aenter__(self) -> Self:
         return self
