@@ -226,6 +226,7 @@ def running_cluster(spec: Mapping[str, object] | None = None) -> Iterator[Cluste
     finally:
         down = cluster.cli("down", "--force", timeout_s=UP_S)
         left = cluster.processes() if cluster.paths.record.exists() else []
+        shutil.rmtree(cluster.paths.temp, ignore_errors=True)
         shutil.rmtree(home, ignore_errors=True)
     assert not left, f"left over after raylaunch down ({down.out} {down.err}): {left}"
 
