@@ -6,6 +6,7 @@ import asyncio
 import json
 import secrets as random_source
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
@@ -335,13 +336,14 @@ class Client:
         answer = await self._wire.ask("GET", _of(ref, "files"))
         return TypeAdapter(tuple[Artifact, ...]).validate_json(answer.body)
 
-    async def download(
+    async def download(  # noqa: PLR0913 -- each says what goes where
         self,
         ref: str,
         paths: Sequence[str] = (),
         *,
         dest: Path,
         everything: bool = False,
+        replace: bool = True,
         on_progress: OnProgress = no_progress,
     ) -> tuple[Downloaded, ...]:
         """Fetch files into `dest`, each verified against its checksum; what is there already is not fetched again.
@@ -351,9 +353,11 @@ class Client:
             paths: names, folders or globs; none means the job's outputs, each from the latest attempt that has it.
             dest: folder that they go into: outputs under the names that the job gave them, others as in the store.
             everything: without `paths`: checkpoints, logs, tracking and records too.
+            replace: whether a file that is there already, with other content, is replaced.
             on_progress: told how far each file is.
 
         Raises:
+            ConflictError: a file is there already with other content, and `replace` is False.
             NotFoundError: a name fits no file.
             TransferError: a file did not arrive as it was sent; the message names it.
         """
@@ -361,14 +365,9 @@ class Client:
         found = []
         for artifact in chosen(list(await self.files(job.id)), tuple(paths), everything=everything):
             target = safe_target(dest, artifact.path if everything else local_name(artifact))
-            found.append(await self.patient(_fetching(self._wire, job.id, artifact, target, on_progress)))
+            fetch = partial(download, self._wire, job.id, artifact, target, replace=replace, on_progress=on_progress)
+            found.append(await self.patient(fetch))
         return tuple(found)
-
-
-def _fetching(
-    wire: Wire, job_id: str, artifact: Artifact, target: Path, on_progress: OnProgress
-) -> Callable[[], Awaitable[Downloaded]]:
-    return lambda: download(wire, job_id, artifact, target, on_progress=on_progress)
 
 
 def _of(ref: str, verb: str = "") -> str:

@@ -8,12 +8,13 @@ import errno
 import fnmatch
 import hashlib
 import json
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
-from raylaunch.errors import NotFoundError, StorageError, TransferError
+from raylaunch.errors import ConflictError, NotFoundError, StorageError, TransferError
 from raylaunch.runner.contract import OUTPUTS
 from raylaunch.state import Artifact
 from raylaunch.wire import Answer, Wire
@@ -43,6 +44,8 @@ class Downloaded(NamedTuple):
     """False when the same file was here already."""
     verified: bool
     """Whether its checksum was known, and agrees."""
+    sha256: str = ""
+    """What it was verified against; empty where no checksum was known."""
 
 
 def no_progress(_what: str, _done: int, _total: int, /) -> None:
@@ -104,28 +107,37 @@ def safe_target(dest: Path, path: str) -> Path:
     return dest.joinpath(*parts)
 
 
-async def download(
-    wire: Wire, job: str, artifact: Artifact, target: Path, *, on_progress: OnProgress = no_progress
+async def download(  # noqa: PLR0913 -- what goes where
+    wire: Wire,
+    job: str,
+    artifact: Artifact,
+    target: Path,
+    *,
+    replace: bool = True,
+    on_progress: OnProgress = no_progress,
 ) -> Downloaded:
     """Fetch one file: into a ``.part`` beside its place, verified, then renamed. A part that is there is gone on with.
 
     Raises:
+        ConflictError: something else is there already, and `replace` is False.
         TransferError: the bytes do not have the checksum that the cluster recorded.
         StorageError: it cannot be written here.
     """
     try:
-        here = await asyncio.to_thread(_is_here, target, artifact)
+        here = await asyncio.to_thread(_is_here, target, artifact, replace=replace)
         if here:
-            return Downloaded(artifact.path, target, artifact.bytes, fetched=False, verified=True)
+            sha256 = artifact.sha256
+            return Downloaded(artifact.path, target, artifact.bytes, fetched=False, verified=True, sha256=sha256)
         part = _part_of(target, artifact)
         sha256 = await _fetch(wire, job, artifact, part, on_progress)
         await asyncio.to_thread(_accept, part, target, artifact, sha256)
-        return Downloaded(artifact.path, target, _size(target), fetched=True, verified=bool(sha256))
+        return Downloaded(artifact.path, target, _size(target), fetched=True, verified=bool(sha256), sha256=sha256)
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         why = "the disk is full" if full else f"{error.strerror}"
         msg = f"{artifact.path} cannot be written to {target}: {why}"
-        hint = "free some space and repeat the command: it goes on where it stopped" if full else "choose another --to"
+        go_on = "free some space and repeat the command: it goes on where it stopped"
+        hint = go_on if full else "choose another folder to download into"
         raise StorageError(msg, hint=hint) from None
 
 
@@ -159,13 +171,17 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _is_here(target: Path, artifact: Artifact) -> bool:
-    return (
+def _is_here(target: Path, artifact: Artifact, *, replace: bool) -> bool:
+    same = (
         bool(artifact.sha256)
         and target.is_file()
         and target.stat().st_size == artifact.bytes
         and file_sha256(target) == artifact.sha256
     )
+    if not same and not replace and os.path.lexists(target):
+        msg = f"{artifact.path} was not downloaded: {target} is there already, and is something else"
+        raise ConflictError(msg, hint="choose another folder to download into, or move that file away")
+    return same
 
 
 def _accept(part: Path, target: Path, artifact: Artifact, sha256: str) -> None:

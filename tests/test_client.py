@@ -419,6 +419,15 @@ def test_a_file_that_is_here_is_not_fetched_again(api: Api, tmp_path: Path) -> N
     assert not again.fetched
 
 
+def test_a_file_that_is_there_is_not_replaced_where_that_is_not_wanted(api: Api, tmp_path: Path) -> None:
+    job = submitted(api)
+    write(api, job.id, "attempt-1/outputs/model.pt", b"weights")
+    (tmp_path / "model.pt").write_bytes(b"mine")
+    with pytest.raises(ConflictError, match=r"model\.pt is there already, and is something else"):
+        ask(api, lambda client: client.download(job.id, dest=tmp_path, replace=False))
+    assert (tmp_path / "model.pt").read_bytes() == b"mine"
+
+
 def part_of(tmp_path: Path, data: bytes) -> Path:
     return tmp_path / f".model.pt.{hashlib.sha256(data).hexdigest()[:12]}.part"
 

@@ -1,0 +1,148 @@
+"""``train_job`` and ``stop_job``: what begins and ends jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+from mcp_server.arguments import StopJob, TrainJob
+from mcp_server.bounds import Json, short, without_empty
+from mcp_server.call import Call, News, here, local_path
+from mcp_server.words import job_facts, job_row, next_for
+from raylaunch.client import Client, with_wandb
+from raylaunch.config import Flag, job_spec_from_flags
+from raylaunch.errors import SpecError
+from raylaunch.packing import checked_working_dir, pack
+from raylaunch.spec import JobSpec
+from raylaunch.state import PackReport
+
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "entrypoint": ("entrypoint",),
+    "working_dir": ("working_dir",),
+    "name": ("name",),
+    "gpus": ("resources", "gpus"),
+    "environment": ("environment",),
+    "env": ("env",),
+    "timeout": ("timeout_s",),
+    "retries": ("retries",),
+    "secrets": ("secrets",),
+    "outputs": ("outputs",),
+}
+_LARGEST = 3
+
+
+async def train_job(given: TrainJob, call: Call) -> Json:
+    """Submit a job, or say what submitting it would do."""
+    spec, secrets = with_wandb(await asyncio.to_thread(_spec_of, given), os.environ)
+    notes = ["the W&B key of this server's environment goes along, for this job alone"] if secrets else []
+    async with call.client() as client:
+        if given.dry_run:
+            return await _dry_run(client, spec, notes)
+        packed: list[PackReport] = []
+        news = [News(0, None, "packs the working directory")]
+
+        def travels(_what: str, done: int, total: int) -> None:
+            news[0] = News(done, total, "sends the code")
+
+        async with call.telling(lambda: news[0]):
+            answer = await client.submit(
+                spec,
+                request_id=given.request_id,
+                secrets=secrets,
+                on_packed=lambda report, _size: packed.append(report),
+                on_progress=travels,
+            )
+    if not answer.created:
+        notes = ["this request_id was used before, for the same job; nothing new was submitted"]
+    return {
+        "job": job_facts(answer.job, now=time.time()),
+        "created": answer.created,
+        **without_empty(
+            {
+                "packed": _packed(packed[0], spec) if packed else None,
+                "request_id": given.request_id,
+                "notes": notes,
+            }
+        ),
+        "next": next_for(answer.job),
+    }
+
+
+async def stop_job(given: StopJob, call: Call) -> Json:
+    """Ask a job to stop."""
+    async with call.client() as client:
+        job = await client.stop(given.job, grace_s=given.grace_s)
+    return {"job": job_row(job, now=time.time()), "cursor": job.cursor, "next": next_for(job)}
+
+
+def _spec_of(given: TrainJob) -> JobSpec:
+    spec = job_spec_from_flags(_flags(given), file=_job_file(given), cwd=here())
+    if spec.working_dir:
+        checked_working_dir(local_path(spec.working_dir, field="working_dir"))
+    return spec
+
+
+def _job_file(given: TrainJob) -> Path | None:
+    if not given.job_file and given.entrypoint is None and "entrypoint" not in (given.more or {}):
+        msg = "there is nothing to run: neither entrypoint nor job_file was given"
+        raise SpecError(msg, field="entrypoint", hint="give entrypoint, as 'python train.py', or job_file")
+    return local_path(given.job_file, field="job_file") if given.job_file else None
+
+
+def _flags(given: TrainJob) -> list[Flag]:
+    flags = []
+    for key, value in (given.more or {}).items():
+        if key in _FIELDS and getattr(given, key) not in (None, []):
+            msg = f"{key} is given twice: as an argument and in `more`"
+            raise SpecError(msg, field=key, hint=f"leave {key} out of `more`")
+        if key == "working_dir":
+            msg = "working_dir is an argument of its own"
+            raise SpecError(msg, field=key, hint="leave it out of `more`")
+        flags.append(Flag("more", (key,), tuple(value) if isinstance(value, list) and key != "entrypoint" else value))
+    for name, field in _FIELDS.items():
+        value = getattr(given, name)
+        if name == "working_dir" and value:
+            value = str(local_path(value, field=name))
+        if value not in (None, []):
+            flags.append(Flag(name, field, tuple(value) if isinstance(value, list) else value))
+    return flags
+
+
+async def _dry_run(client: Client, spec: JobSpec, notes: list[str]) -> Json:
+    found = await client.dry_run(spec)
+    report = await asyncio.to_thread(_report, spec.working_dir) if spec.working_dir else None
+    return {
+        "dry_run": True,
+        "would_run": spec.display_name,
+        "entrypoint": short(spec.command),
+        "outcome": short(found.message or f"could run on {', '.join(found.fits)}"),
+        **without_empty(
+            {
+                "fits": [short(host, 63) for host in found.fits[:20]],
+                "packed": _packed(report, spec) if report else None,
+                "environment": str(spec.environment) if spec.environment.kind != "default" else "",
+                "notes": notes,
+            }
+        ),
+        "next": "nothing was submitted; call train_job again without dry_run to submit it",
+    }
+
+
+def _report(working_dir: str) -> PackReport:
+    with pack(working_dir) as packed:
+        return packed.report
+
+
+def _packed(report: PackReport, spec: JobSpec) -> Json:
+    return without_empty(
+        {
+            "working_dir": spec.working_dir,
+            "files": report.files,
+            "bytes": report.bytes,
+            "left_out": report.ignored or None,
+            "left_out_by": [short(rule, 100) for rule in report.ignored_by[:10]],
+            "largest": [f"{short(one.path, 100)} {one.bytes} B" for one in report.largest[:_LARGEST]],
+        }
+    )

@@ -1,0 +1,213 @@
+"""A coding agent as the tests see one: the official SDK's client, speaking to ``raylaunch-mcp`` over stdio."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from mcp import StdioServerParameters
+from mcp.client import Client
+from mcp.client.stdio import stdio_client
+from mcp.types import TextContent, Tool
+
+from raylaunch.cluster.home import cluster_paths, make_cluster_dirs, write_private
+from raylaunch.cluster.process import identify
+from raylaunch.cluster.record import new_record, save_record
+from raylaunch.spec import ClusterSpec
+from support.api import Api, serving, token_of
+from support.waiting import wait_until
+from typing_extensions import Self
+
+_T = TypeVar("_T")
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = [sys.executable, "-c", "from mcp_server.server import main; main()"]
+
+
+class Answer(NamedTuple):
+    """What a tool answered."""
+
+    error: bool
+    text: str
+    facts: dict[str, Any]
+
+
+def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of a server whose clusters live in `home`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAYLAUNCH_", "WANDB_", "RAY_"))}
+    return {**kept, "RAYLAUNCH_HOME": str(home), "PYTHONPATH": str(ROOT), **(extra or {})}
+
+
+class Agent:
+    """A client with a server of its own. Its verbs block; the SDK's client runs in a thread.
+
+    Args:
+        home: raylaunch's home.
+        cwd: where the server is started.
+        extra: more environment.
+        mode: ``auto`` (2026-07-28), or ``legacy`` (the handshake).
+    """
+
+    def __init__(self, home: Path, cwd: Path, *, extra: Mapping[str, str] | None = None, mode: str = "auto") -> None:
+        self._program = StdioServerParameters(
+            command=PROGRAM[0], args=PROGRAM[1:], env=environment(home, extra), cwd=cwd
+        )
+        self._mode = mode
+        self.log = home / "mcp-server.log"
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._live()), name="agent")
+
+    def open(self) -> None:
+        """Start the server, and wait until it has answered."""
+        self._thread.start()
+        wait_until(lambda: self._ready.is_set() or not self._thread.is_alive(), 60, "the MCP server answers")
+
+    def close(self) -> None:
+        """End client and server."""
+        self._loop.call_soon_threadsafe(self._over.set)
+        self._thread.join(30)
+
+    def call(self, tool: str, /, **arguments: object) -> Answer:
+        """Call a tool."""
+        return self.call_with(tool, arguments)
+
+    def call_with(
+        self, tool: str, arguments: dict[str, object], news: list[tuple[float, float | None, str | None]] | None = None
+    ) -> Answer:
+        """Call a tool; progress notifications are added to `news`."""
+
+        async def heard(progress: float, total: float | None, message: str | None) -> None:
+            if news is not None:
+                news.append((progress, total, message))
+
+        result = self._do(self.client.call_tool(tool, arguments, progress_callback=heard if news is not None else None))
+        (content,) = result.content
+        assert isinstance(content, TextContent)
+        return Answer(bool(result.is_error), content.text, dict(result.structured_content or {}))
+
+    def tools(self) -> list[Tool]:
+        """Return the tools."""
+        return self._do(self.client.list_tools()).tools
+
+    def _do(self, work: Coroutine[None, None, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(120)
+
+    async def _live(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._over = asyncio.Event()
+        with self.log.open("a", encoding="utf-8") as errors:
+            async with Client(stdio_client(self._program, errlog=errors), mode=self._mode) as self.client:
+                await self.client.list_tools()
+                self._ready.set()
+                await self._over.wait()
+
+
+@contextmanager
+def agent_at(home: Path, cwd: Path, *, extra: Mapping[str, str] | None = None, mode: str = "auto") -> Iterator[Agent]:
+    """Open an agent, and close it."""
+    agent = Agent(home, cwd, extra=extra, mode=mode)
+    agent.open()
+    try:
+        yield agent
+    finally:
+        agent.close()
+
+
+@contextmanager
+def cluster_of_paper(home: Path, store: Path, *, person: str = "olga") -> Iterator[Api]:
+    """Let the cluster ``local`` of `home` be the API over `store`: its record names a process that does nothing."""
+    paths = cluster_paths("local", {"RAYLAUNCH_HOME": str(home)})
+    make_cluster_dirs(paths)
+    with (
+        serving(store) as running,
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stand_in,
+    ):
+        port = int(running.url.rpartition(":")[2])
+        record = new_record(ClusterSpec(), paths)
+        save_record(
+            paths, record.with_(wanted="running", controller=identify(stand_in.pid), ports={"controller": port})
+        )
+        write_private(paths.token, token_of(person))
+        try:
+            yield running
+        finally:
+            stand_in.kill()
+
+
+class Raw:
+    """A server that is spoken to line by line; what it says on stdout is kept as it is."""
+
+    def __init__(self, home: Path, cwd: Path, *, extra: Mapping[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            PROGRAM,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment(home, extra),
+            cwd=cwd,
+        )
+        self.said: list[bytes] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.process.kill()
+        self.process.wait(10)
+        self._reader.join(10)
+
+    def send(self, *lines: bytes) -> None:
+        """Send lines."""
+        assert self.process.stdin
+        self.process.stdin.write(b"".join(line + b"\n" for line in lines))
+        self.process.stdin.flush()
+
+    def ask(self, number: int, method: str, params: Mapping[str, object]) -> None:
+        """Send a request."""
+        self.send(json.dumps({"jsonrpc": "2.0", "id": number, "method": method, "params": params}).encode())
+
+    def greet(self) -> None:
+        """Shake hands."""
+        facts = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "raw", "version": "1"}}
+        self.ask(0, "initialize", facts)
+        self.answer(0)
+        self.send(b'{"jsonrpc":"2.0","method":"notifications/initialized"}')
+
+    def answer(self, number: int, timeout_s: float = 60) -> dict[str, Any]:
+        """Wait for the answer to a request, and return it."""
+        found: list[dict[str, Any]] = []
+
+        def look() -> bool:
+            found[:] = [message for message in self.messages() if message.get("id") == number]
+            return bool(found)
+
+        wait_until(look, timeout_s, f"request {number} is answered")
+        return found[0]
+
+    def messages(self) -> list[dict[str, Any]]:
+        """Return what was said so far; every line must be a message of the protocol."""
+        return [json.loads(line) for line in list(self.said)]
+
+    def end(self) -> int:
+        """Close its stdin, and wait for its end."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        status = self.process.wait(30)
+        self._reader.join(10)
+        return status
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.said.append(line)
+        self.process.stdout.close()
