@@ -218,9 +218,10 @@ def _get(url: str, token: str, path: str) -> httpx2.Response:
 def _files_with(values: Iterable[bytes], *roots: Path) -> list[Path]:
     """Return the regular files below some folders that hold one of the values: databases, journals, logs, all."""
     found = []
-    for path in {path for root in roots for path in root.rglob("*") if path.is_file() and not path.is_symlink()}:
+    names = (Path(folder, name) for root in roots for folder, _, files in os.walk(root) for name in files)
+    for path in names:
         try:
-            data = path.read_bytes()
+            data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
         except FileNotFoundError:
             continue
         if any(value in data for value in values):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import socket
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import psutil
 
@@ -29,7 +30,8 @@ RAY_PORTS = (
 # Below the kernel's ephemeral range (from 32768), so that an outgoing connection cannot take a port while Ray is down.
 _SINGLE = range(20000, 26000)
 _WORKERS = range(26000, 32700)
-WORKER_PORTS = 800
+WORKER_PORTS = max(400, 4 * (os.cpu_count() or 1))
+"""Each worker and each driver of a Ray takes one."""
 
 _RAYLET_RANGE = re.compile(r"--(min|max)_worker_port=(\d+)")
 
@@ -64,12 +66,15 @@ def free_ports(count: int, *, avoid: Collection[int] = ()) -> tuple[int, ...]:
     return tuple(found)
 
 
-def worker_range(*, avoid: Collection[int] = (), taken: Iterable[range] | None = None) -> range:
+def worker_range(
+    *, avoid: Collection[int] = (), taken: Iterable[range] | None = None, free: Callable[[int], bool] = is_free
+) -> range:
     """Return a free block of `WORKER_PORTS` ports for the workers of one Ray.
 
     Args:
         avoid: Ports that must not lie in it.
         taken: Blocks of other Rays on this machine; by default those that are seen.
+        free: Whether a port can be had.
 
     Raises:
         ClusterStartError: no block is free.
@@ -81,7 +86,7 @@ def worker_range(*, avoid: Collection[int] = (), taken: Iterable[range] | None =
         block = range(start, start + WORKER_PORTS)
         if any(_overlap(block, other) for other in others) or any(port in block for port in avoid):
             continue
-        if all(is_free(port) for port in block):
+        if all(free(port) for port in block):
             return block
     msg = f"no {WORKER_PORTS} consecutive ports are free between {_WORKERS.start} and {_WORKERS.stop - 1}"
     raise ClusterStartError(msg, hint="another Ray on this machine may hold them: ss -ltnp", step="ports")

@@ -119,7 +119,10 @@ def memory_of(cluster: Cluster) -> Memory:
     """Return the memory of the controller, its link and the steward."""
     found: list[tuple[str, psutil.Process]] = [("controller", psutil.Process(cluster.controller_pid()))]
     for process in cluster.processes():
-        words = " ".join(process.cmdline())
+        try:
+            words = " ".join(process.cmdline())
+        except psutil.Error:  # it has just ended
+            continue
         if words.startswith("ray::Steward"):
             found.append(("steward", process))
         elif "raylaunch.controller.ray_link" in words:
