@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import shlex
+import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -216,7 +217,10 @@ async def _evaluate(python: str, program: Path, folder: Path) -> str:
 
 
 def _next_steps() -> str:
+    activate = _shown(Path(sys.executable).with_name("activate"))
+    on_path = shutil.which("raylaunch") is not None
     steps = (
+        *(() if on_path else ((f"source {activate}", "once in each shell: it finds raylaunch and ray"),)),
         ("raylaunch list", "this job, and all others"),
         ("raylaunch logs last", "what the training printed"),
         ("raylaunch metrics last --plot", "its curves"),
