@@ -389,7 +389,8 @@ def test_a_controller_that_restarts_elsewhere_is_found_again_and_that_is_said_on
         ask(after, lambda client: client.stop(job.id))
         waiter.join(30)
     assert found[0].state is JobState.STOPPED
-    assert notices[0].startswith("cluster 'test' does not answer at http://127.0.0.1:")
+    lost = ("cluster 'test' does not answer at http://", "the connection to cluster 'test' at http://")
+    assert notices[0].startswith(lost)  # the server was gone before the question, or in the middle of it
     assert notices[0].endswith("; trying again for 30 s")
     assert notices[1:] == ["cluster 'test' answers again"]
 
