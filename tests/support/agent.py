@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import subprocess
@@ -17,14 +18,16 @@ from mcp import StdioServerParameters
 from mcp.client import Client
 from mcp.client.stdio import stdio_client
 from mcp.types import TextContent, Tool
+from typing_extensions import Self
 
 from raylaunch.cluster.home import cluster_paths, make_cluster_dirs, write_private
 from raylaunch.cluster.process import identify
 from raylaunch.cluster.record import new_record, save_record
 from raylaunch.spec import ClusterSpec
+from raylaunch.state import JobView
 from support.api import Api, serving, token_of
+from support.api_use import write
 from support.waiting import wait_until
-from typing_extensions import Self
 
 _T = TypeVar("_T")
 
@@ -140,6 +143,13 @@ def cluster_of_paper(home: Path, store: Path, *, person: str = "olga") -> Iterat
             yield running
         finally:
             stand_in.kill()
+
+
+def keep(api: Api, job: JobView, path: str, content: bytes) -> None:
+    """Put a file that is complete, with its checksum, into the job's folder."""
+    write(api, job, path, content)
+    sha256 = hashlib.sha256(content).hexdigest()
+    api.do(lambda: api.services.artifacts.note(job.id, path, size=len(content), sha256=sha256))
 
 
 class Raw:
