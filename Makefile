@@ -7,10 +7,10 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 ARGS :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format bench clean
+.PHONY: help demo test test-clients check lint format bench clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-21s %s\n", $$1, $$2}'
 	@echo
 	@echo "  PYTHON=/path/to/python3 chooses the interpreter, TORCH= leaves PyTorch out, ARGS='-k name' goes to pytest."
 
@@ -19,6 +19,10 @@ demo: .venv/.demo ## start a cluster here, train on real data, fetch the model
 
 test: lint ## all checks and tests
 	$(PYTEST) $(ARGS)
+
+test-clients: .venv/.test ## Claude Code's own command line connects to the MCP server (from npm, 360 MB)
+	tools/node.sh claude @anthropic-ai/claude-code@2.1.330
+	$(BIN)/python -m pytest tests/clients_claude_code.py $(ARGS)
 
 check: lint ## lint, format, types and the pure tests; under two minutes
 	$(PYTEST) -m "not ray and not wandb and not slow" $(ARGS)
@@ -44,6 +48,6 @@ clean: ## remove what the targets above have made in this folder
 	@tools/setup.sh demo
 	@touch $@
 
-.venv/.test: pyproject.toml constraints.txt tools/setup.sh
+.venv/.test: pyproject.toml constraints.txt tools/setup.sh tools/node.sh
 	@tools/setup.sh test
 	@touch $@ .venv/.demo

@@ -17,6 +17,7 @@ from support.agent import PROGRAM, Agent, Raw, agent_at, cluster_of_paper, envir
 from support.api import Api
 from support.waiting import wait_until
 
+from mcp_server import reference
 from mcp_server.tools import offered
 from raylaunch.state import JobState
 
@@ -313,6 +314,11 @@ def test_a_closed_stdin_ends_the_server_in_the_middle_of_a_call(place: Path, api
         raw.greet()
         raw.ask(1, "tools/call", {"name": "monitor_job", "arguments": {"job": job, "wait_s": 50}})
         assert raw.end() == 0
+
+
+def test_the_page_about_the_tools_is_what_the_tools_say() -> None:
+    text = reference.PAGE.read_text(encoding="utf-8")
+    assert text == reference.page(text), "python -m mcp_server.reference writes it anew"
 
 
 def test_the_mcp_file_of_the_repository_names_the_program() -> None:

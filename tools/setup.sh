@@ -86,6 +86,8 @@ if [ "$WHAT" = test ]; then
     fi
     say "installs raylaunch with what its tests need"
     pip_install -e '.[demo,dev]'
+    # A client that is not ours, for the tests of the MCP server. Without it they are skipped.
+    tools/node.sh inspector @modelcontextprotocol/inspector@2.12.0 || say "could not install the MCP Inspector; its tests will be skipped."
 else
     say "installs raylaunch with what its demo needs (about a minute)"
     pip_install -e '.[demo]'
