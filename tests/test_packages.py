@@ -65,6 +65,12 @@ def test_a_package_that_is_here_is_not_written_again(packages: PackageStore) -> 
     assert packages.put(SHA, offset=0, total=len(DATA), data=DATA[:10]) == Have(len(DATA), complete=True)
 
 
+def test_bytes_that_are_all_here_and_not_yet_verified_are_completed_by_an_empty_piece(packages: PackageStore) -> None:
+    packages.put(SHA, offset=0, total=len(DATA) + 1, data=DATA)  # as a controller leaves them that died at this point
+    assert packages.have(SHA) == Have(len(DATA), complete=False)
+    assert packages.put(SHA, offset=len(DATA), total=len(DATA), data=b"") == Have(len(DATA), complete=True)
+
+
 def test_several_who_send_the_same_package_at_once_make_it_whole(packages: PackageStore) -> None:
     piece = 10_000
 

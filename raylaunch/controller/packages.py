@@ -73,7 +73,7 @@ class PackageStore:
             sha: sha256 of the whole archive, in hex.
             offset: where the piece begins, bytes.
             total: size of the whole archive, bytes.
-            data: the piece.
+            data: the piece; nothing, at the end, where all bytes are here and nobody has verified them yet.
 
         Raises:
             SpecError: the numbers do not fit together.
@@ -81,7 +81,7 @@ class PackageStore:
             TransferError: the whole is not what its name says; what was here of it is deleted.
             StorageError: the disk is full; what was here before is still here.
         """
-        if offset < 0 or not data or offset + len(data) > total or len(data) > PIECE_BYTES:
+        if offset < 0 or not (data or offset == total) or offset + len(data) > total or len(data) > PIECE_BYTES:
             msg = f"a piece of {len(data)} bytes at {offset} does not fit a package of {total} bytes"
             raise SpecError(msg, hint=f"send pieces of 1 to {PIECE_BYTES} bytes that lie within the package")
         with self._turn(sha):
