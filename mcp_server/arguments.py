@@ -66,6 +66,7 @@ class TrainJob(Arguments):
     ] = None
     name: str | None = None
     gpus: Annotated[int | None, Field(description="on one node")] = None
+    launcher: Annotated[str | None, Field(description="script (default), torchrun, ray (Train, Tune)")] = None
     environment: Annotated[
         str | None, Field(description="/path/to/python, venv:PATH, conda:NAME, uv, pip:requirements.txt")
     ] = None

@@ -23,6 +23,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "working_dir": ("working_dir",),
     "name": ("name",),
     "gpus": ("resources", "gpus"),
+    "launcher": ("launcher",),
     "environment": ("environment",),
     "env": ("env",),
     "timeout": ("timeout_s",),

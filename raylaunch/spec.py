@@ -10,7 +10,7 @@ import re
 import shlex
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -105,6 +105,8 @@ class Tracking(Spec):
     job_type: str = "train"
 
 
+Launcher = Literal["script", "torchrun", "ray"]
+
 EnvironmentKind = Literal["default", "python", "conda", "venv", "uv", "pip"]
 
 
@@ -179,6 +181,16 @@ class JobSpec(Spec):
     entrypoint: Annotated[
         str | tuple[str, ...], Field(description="a shell command (string), or a program with its arguments (list)")
     ]
+    launcher: Annotated[
+        Launcher,
+        Field(
+            description="script runs the entrypoint as it is; torchrun starts one rank of it a GPU; "
+            "ray is for a Ray Train or Tune program"
+        ),
+    ] = "script"
+    processes: (
+        Annotated[int, Field(ge=1, le=1024, description="ranks on the node; by default one a GPU, else 1")] | None
+    ) = None
     working_dir: Annotated[str, Field(description="packed and sent at submit; empty for none")] = "."
     resources: Resources = Resources()
     where: Where = Where()
@@ -200,6 +212,15 @@ class JobSpec(Spec):
     def _entrypoint_given(cls, value: object) -> object:
         if (isinstance(value, str) and not value.strip()) or value in ((), []):
             msg = "the entrypoint is empty; give a command, as: python train.py"
+            raise ValueError(msg)
+        return value
+
+    @field_validator("processes")
+    @classmethod
+    def _processes_of_torchrun(cls, value: int | None, info: ValidationInfo) -> int | None:
+        launcher = info.data.get("launcher")
+        if value is not None and launcher not in {None, "torchrun"}:
+            msg = f"only launcher: torchrun starts ranks, and the launcher is {launcher}; write launcher: torchrun"
             raise ValueError(msg)
         return value
 

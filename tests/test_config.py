@@ -67,6 +67,12 @@ def test_a_key_near_to_none_is_answered_with_all_keys(here: Here) -> None:
         ("resources: {gpus: -1}", "job.yaml:2: resources.gpus: -1 is less than 0"),
         ("priority: 200", "job.yaml:2: priority: 200 is more than 100"),
         ("where: 5", "job.yaml:2: where: 5 is not a mapping of keys to values"),
+        ("launcher: mpirun", "job.yaml:2: launcher: 'mpirun' is not one of script, torchrun, ray"),
+        (
+            "processes: 2",
+            "job.yaml:2: processes: only launcher: torchrun starts ranks, and the launcher is script; "
+            "write launcher: torchrun",
+        ),
         ("tags: [a, 1]", "job.yaml:2: tags.1: 1 is not text; write it in quotes"),
         ("tracking: {mode: on}", "job.yaml:2: tracking.mode: true is not one of auto, online, offline, disabled"),
         (

@@ -18,6 +18,8 @@ _Command = TypeVar("_Command", bound=Callable[..., object])
 _FIELDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "name": ("--name", ("name",)),
     "gpus": ("--gpus", ("resources", "gpus")),
+    "launcher": ("--launcher", ("launcher",)),
+    "processes": ("--processes", ("processes",)),
     "cpus": ("--cpus", ("resources", "cpus")),
     "memory": ("--memory", ("resources", "memory")),
     "working_dir": ("--working-dir", ("working_dir",)),
@@ -46,6 +48,8 @@ _OPTIONS = (
     click.option("-f", "--file", type=click.Path(path_type=Path), help="job.yaml; flags are laid over it."),
     click.option("--name", help="Name; by default made from the program."),
     click.option("--gpus", metavar="N", help="GPUs."),
+    click.option("--launcher", metavar="KIND", help="script, torchrun, or ray (a Ray Train or Tune program)."),
+    click.option("--processes", metavar="N", help="Ranks that torchrun starts; by default one a GPU."),
     click.option("--cpus", metavar="N", help="CPU cores."),
     click.option("--memory", metavar="SIZE", help="Memory, as 8GiB."),
     click.option("--resource", multiple=True, metavar="NAME=N", help="A custom Ray resource."),

@@ -46,6 +46,8 @@ def attempt_spec(  # noqa: PLR0913 -- each is one fact, and all are named
         cluster=settings.cluster,
         epoch=epoch,
         entrypoint=spec.entrypoint if isinstance(spec.entrypoint, str) else list(spec.entrypoint),
+        launcher=spec.launcher,
+        processes=spec.processes,
         env={**settings.env, **spec.env},
         secrets=list(spec.secrets),
         environment=_environment(environment),

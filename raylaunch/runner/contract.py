@@ -105,6 +105,9 @@ class AttemptSpec(TypedDict):
     epoch: str
     """Random; a runner claims (attempt, epoch), and a stale one finds another epoch and exits."""
     entrypoint: str | list[str]
+    launcher: Literal["script", "torchrun", "ray"]
+    processes: int | None
+    """Ranks on the node, under torchrun; None is one a GPU, else 1."""
     env: dict[str, str]
     secrets: list[str]
     environment: EnvironmentSpec

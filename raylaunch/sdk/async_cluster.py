@@ -16,7 +16,7 @@ from raylaunch.place import Place
 from raylaunch.sdk.asking import Asked, cluster_spec_of, spec_of, states_of
 from raylaunch.sdk.async_job import AsyncJob
 from raylaunch.sdk.display import cluster_html, cluster_line
-from raylaunch.spec import Environment, Resources, Tracking, Where
+from raylaunch.spec import Environment, Launcher, Resources, Tracking, Where
 from raylaunch.state import ControllerStatus, JobState, PackReport
 
 _PAGE = 500
@@ -116,6 +116,8 @@ class AsyncCluster:
         *,
         name: str | None = None,
         gpus: int | None = None,
+        launcher: Launcher | None = None,
+        processes: int | None = None,
         working_dir: Path | str | None = None,
         resources: Resources | Mapping[str, object] | None = None,
         where: Where | Mapping[str, object] | None = None,
@@ -140,6 +142,8 @@ class AsyncCluster:
             job: a shell command (text), a program with its arguments (a list), a job file (a `Path`), or a `JobSpec`.
             name: letters, digits, ``.``, ``_``, ``-``; by default made from the command.
             gpus: GPUs on the node; short for ``resources={"gpus": …}``.
+            launcher: ``torchrun`` starts one rank of the program a GPU, ``ray`` is for a Ray Train or Tune program.
+            processes: ranks that torchrun starts; by default one a GPU, else 1.
             working_dir: the folder that is packed; by default the current one, "" for none.
             resources: GPUs, CPUs, memory, custom resources.
             where: which nodes it may run on.
@@ -161,6 +165,8 @@ class AsyncCluster:
         """
         given: dict[str, object] = {
             "name": name,
+            "launcher": launcher,
+            "processes": processes,
             "working_dir": working_dir,
             "resources": resources,
             "where": where,

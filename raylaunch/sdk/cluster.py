@@ -15,7 +15,7 @@ from raylaunch.sdk.asking import Asked
 from raylaunch.sdk.async_cluster import AsyncCluster, Notice, say
 from raylaunch.sdk.job import Job
 from raylaunch.sdk.loop import LoopThread, shared_loop
-from raylaunch.spec import Environment, Resources, Tracking, Where
+from raylaunch.spec import Environment, Launcher, Resources, Tracking, Where
 from raylaunch.state import ControllerStatus, JobState
 
 
@@ -95,6 +95,8 @@ class Cluster:
         *,
         name: str | None = None,
         gpus: int | None = None,
+        launcher: Launcher | None = None,
+        processes: int | None = None,
         working_dir: Path | str | None = None,
         resources: Resources | Mapping[str, object] | None = None,
         where: Where | Mapping[str, object] | None = None,
@@ -119,6 +121,8 @@ class Cluster:
             job: a shell command (text), a program with its arguments (a list), a job file (a `Path`), or a `JobSpec`.
             name: letters, digits, ``.``, ``_``, ``-``; by default made from the command.
             gpus: GPUs on the node; short for ``resources={"gpus": …}``.
+            launcher: ``torchrun`` starts one rank of the program a GPU, ``ray`` is for a Ray Train or Tune program.
+            processes: ranks that torchrun starts; by default one a GPU, else 1.
             working_dir: the folder that is packed; by default the current one, "" for none.
             resources: GPUs, CPUs, memory, custom resources.
             where: which nodes it may run on.
@@ -144,6 +148,8 @@ class Cluster:
                     job,
                     name=name,
                     gpus=gpus,
+                    launcher=launcher,
+                    processes=processes,
                     working_dir=working_dir,
                     resources=resources,
                     where=where,

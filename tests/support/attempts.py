@@ -17,6 +17,8 @@ def attempt_spec(attempt: str, *, epoch: str = "epoch-1", entrypoint: str = "tru
         "cluster": "test",
         "epoch": epoch,
         "entrypoint": entrypoint,
+        "launcher": "script",
+        "processes": None,
         "env": {},
         "secrets": [],
         "environment": {"kind": "default", "value": "", "requirements": []},
