@@ -70,8 +70,10 @@ def test_a_key_near_to_none_is_answered_with_all_keys(here: Here) -> None:
         ("launcher: mpirun", "job.yaml:2: launcher: 'mpirun' is not one of script, torchrun, ray"),
         (
             "processes: 2",
-            "job.yaml:2: processes: only launcher: torchrun starts ranks, and the launcher is script; "
-            "write launcher: torchrun",
+            (
+                "job.yaml:2: processes: only launcher: torchrun starts ranks, and the launcher is script; "
+                "write launcher: torchrun"
+            ),
         ),
         ("tags: [a, 1]", "job.yaml:2: tags.1: 1 is not text; write it in quotes"),
         ("tracking: {mode: on}", "job.yaml:2: tracking.mode: true is not one of auto, online, offline, disabled"),
