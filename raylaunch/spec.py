@@ -12,48 +12,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from raylaunch.units import seconds, size_bytes
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)?")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-
-
-def seconds(value: object) -> object:
-    """Read a duration: a number of seconds, or ``"90s"``, ``"15m"``, ``"2h"``, ``"1.5d"``, ``"1h30m"``.
-
-    Raises:
-        ValueError: the text is not a duration.
-    """
-    if not isinstance(value, str):
-        return value
-    text = value.strip().lower()
-    parts = list(_DURATION.finditer(text))
-    if not parts or "".join(part.group(0) for part in parts).replace(" ", "") != text.replace(" ", ""):
-        msg = f"{value!r} is not a duration; write seconds, or 90s, 15m, 2h, 1h30m, 2d"
-        raise ValueError(msg)
-    return sum(float(part.group(1)) * _SECONDS[part.group(2) or "s"] for part in parts)
-
-
-def size_bytes(value: object) -> object:
-    """Read a size: a number of bytes, or ``"8GiB"``, ``"500MB"``, ``"16G"`` (powers of 1024, but of 1000 for KB to TB).
-
-    Raises:
-        ValueError: the text is not a size.
-    """
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value.strip())
-    if match is None:
-        msg = f"{value!r} is not a size; write bytes, or 512MiB, 8GiB, 16G"
-        raise ValueError(msg)
-    number, unit = float(match.group(1)), (match.group(2) or "").lower()
-    if not unit:
-        return int(number)
-    decimal = value.strip().lower().endswith("b") and not unit.endswith("i")
-    return int(number * (1000 if decimal else 1024) ** ("kmgt".index(unit[0]) + 1))
 
 
 Seconds = Annotated[float, BeforeValidator(seconds), Field(gt=0)]
@@ -61,22 +25,25 @@ Bytes = Annotated[int, BeforeValidator(size_bytes), Field(ge=0)]
 
 
 class Spec(BaseModel):
-    """Base of everything that is asked for: frozen, and strict about unknown fields."""
+    """Base of everything that is asked for: frozen, and strict about unknown fields.
+
+    The text under a field, with its example, is what the reference prints of it (``make docs-reference``).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Resources(Spec):
-    """What a job needs, on one node."""
+    """What a job holds on its node while it runs. What no node could ever give is refused at submit."""
 
-    gpus: Annotated[int, Field(ge=0, description="GPUs on each node")] = 0
-    cpus: (
-        Annotated[float, Field(ge=0, description="CPU cores; by default 1, or none when GPUs are asked for")] | None
-    ) = None
-    memory: Annotated[Bytes, Field(description="memory, as 8GiB")] = 0
-    custom: Annotated[dict[str, float], Field(description="custom Ray resources, as {scratch: 1}")] = Field(
-        default_factory=dict
-    )
+    gpus: Annotated[int, Field(ge=0)] = 0
+    """GPUs. Example: `1`"""
+    cpus: Annotated[float, Field(ge=0)] | None = None
+    """CPU cores; without it 1, or none when GPUs are asked for. Example: `4`"""
+    memory: Bytes = 0
+    """Counted when placing, not enforced. Example: `16GiB`"""
+    custom: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources. Example: `{scratch: 1}`"""
 
     @property
     def effective_cpus(self) -> float:
@@ -87,40 +54,51 @@ class Resources(Spec):
 
 
 class Where(Spec):
-    """Where a job may run. Empty means anywhere."""
+    """Which nodes a job may run on. Empty means any."""
 
     hosts: tuple[str, ...] = ()
+    """Hostnames, any of them. Example: `[dgx-1]`"""
     labels: dict[str, str] = Field(default_factory=dict)
-    gpu_type: Annotated[str, Field(description="part of the GPU's name, as H100")] = ""
+    """Labels that the node must have. Example: `{disk: nvme}`"""
+    gpu_type: str = ""
+    """A part of the GPU's name. Example: `H100`"""
     arch: Literal["", "x86_64", "aarch64"] = ""
+    """The node's architecture. Example: `aarch64`"""
 
 
 class Tracking(Spec):
-    """Weights & Biases. ``auto`` is on-line where credentials are found and off-line where not."""
+    """Weights & Biases."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto` is on-line where credentials are found, and off-line where not. Example: `offline`"""
     project: str = ""
+    """The W&B project; without it what the script names, else `raylaunch`. Example: `mnist`"""
     entity: str = ""
+    """The W&B team or user; without it yours. Example: `my-team`"""
     group: str = ""
+    """Groups runs in W&B. Example: `ablation`"""
     job_type: str = "train"
+    """W&B's job type. Example: `finetune`"""
 
 
 Launcher = Literal["script", "torchrun", "ray"]
 
 EnvironmentKind = Literal["default", "python", "conda", "venv", "uv", "pip"]
 
+ENVIRONMENTS: tuple[tuple[str | dict[str, object], str], ...] = (
+    ("default", "The cluster's own: `environment` in cluster.yaml, else the interpreter that runs Ray there."),
+    ("/opt/train/bin/python", "That interpreter; a path on the node."),
+    ("venv:/opt/train", "A virtual environment on the node, activated as a shell would."),
+    ("conda:train", "A conda environment on the node, activated as a shell would."),
+    ("uv", "The project's own `uv.lock`, synced once for each content."),
+    ({"pip": ["numpy", "torch==2.13.0"]}, "Packages, installed once for each content."),
+    ({"pip": "requirements.txt"}, "A requirements file in the working directory; `pip:requirements.txt` is the same."),
+)
+"""How a person writes each kind of environment, and what it is."""
+
 
 class Environment(Spec):
-    """The Python environment of a job, in one of six kinds.
-
-    ==================================  ==============================================================
-    ``default``                         the cluster's own (the interpreter that runs Ray there)
-    ``/path/to/python``                 that interpreter
-    ``venv:PATH``, ``conda:NAME``       activated as a shell would, so that console scripts are found
-    ``uv``                              the project's own lock file, synced once per content
-    ``pip: [..]`` or ``pip: FILE``      a list, or a requirements file in the working directory
-    ==================================  ==============================================================
-    """
+    """The Python environment of a job, in one of six kinds: ENVIRONMENTS says how each is written."""
 
     kind: EnvironmentKind = "default"
     value: str = ""
@@ -177,35 +155,48 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 class JobSpec(Spec):
     """One piece of training."""
 
-    name: Annotated[str, Field(description="letters, digits, . _ -; by default made from the entrypoint")] = ""
-    entrypoint: Annotated[
-        str | tuple[str, ...], Field(description="a shell command (string), or a program with its arguments (list)")
-    ]
-    launcher: Annotated[
-        Launcher,
-        Field(
-            description="script runs the entrypoint as it is; torchrun starts one rank of it a GPU; "
-            "ray is for a Ray Train or Tune program"
-        ),
-    ] = "script"
-    processes: (
-        Annotated[int, Field(ge=1, le=1024, description="ranks on the node; by default one a GPU, else 1")] | None
-    ) = None
-    working_dir: Annotated[str, Field(description="packed and sent at submit; empty for none")] = "."
+    name: str = ""
+    """Letters, digits, `.`, `_`, `-`, at most 63; without it made from the entrypoint. A name may be used again, and
+    then means its latest job; `last` is taken. Example: `digits`"""
+    entrypoint: str | tuple[str, ...]
+    """What to run. Text is a shell command; a list is a program with its arguments: no shell, no quoting.
+    Example: `python train.py --epochs 30`"""
+    launcher: Launcher = "script"
+    """How the entrypoint is started: `script` runs it as it is, `torchrun` starts one rank of it a GPU, `ray` is for a
+    Ray Train or Tune program. Example: `torchrun`"""
+    processes: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Ranks on the node, with `launcher: torchrun`; without it one a GPU, else 1. Example: `2`"""
+    working_dir: str = "."
+    """The folder that is packed and sent, relative to the file; empty for none. The job runs in a copy of it.
+    Example: `src`"""
     resources: Resources = Resources()
+    """What the job holds while it runs. Example: `{gpus: 1, memory: 16GiB}`"""
     where: Where = Where()
+    """Which nodes it may run on. Example: `{gpu_type: H100}`"""
     env: dict[str, str] = Field(default_factory=dict)
-    secrets: Annotated[Words, Field(description="names of secrets that become environment variables")] = ()
+    """Environment variables. Names that begin with `RAYLAUNCH_`, and those that choose GPUs, are refused: raylaunch
+    gives each job its GPUs. Example: `{DATA: /raid/digits}`"""
+    secrets: Words = ()
+    """Names of secrets that become environment variables; `raylaunch secret set NAME` sets one.
+    Example: `[HF_TOKEN]`"""
     environment: Environment = Environment()
-    timeout_s: Annotated[Seconds | None, Field(description="longest run of one attempt, as 2h")] = None
-    grace_s: Annotated[Seconds, Field(description="between SIGTERM and SIGKILL at a stop")] = 30.0
-    outputs: Annotated[
-        Words, Field(description="files and globs in the working directory to keep, beside $RAYLAUNCH_OUTPUT_DIR")
-    ] = ()
+    """The Python environment. Example: `conda:train`"""
+    timeout_s: Seconds | None = None
+    """The longest run of one attempt; waiting does not count. Example: `6h`"""
+    grace_s: Seconds = 30.0
+    """From SIGTERM to SIGKILL when the job is stopped or timed out. Example: `60s`"""
+    outputs: Words = ()
+    """Files and globs in the working directory to keep, beside all in `$RAYLAUNCH_OUTPUT_DIR`.
+    Example: `["results/*.csv"]`"""
     tags: Words = ()
+    """Words to find it by; W&B sees them too. Example: `[baseline]`"""
     tracking: Tracking = Tracking()
+    """Weights & Biases. Example: `{project: digits}`"""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
-    retries: Annotated[int, Field(ge=0, le=100, description="more attempts when the program fails")] = 0
+    """Higher goes first, equal ones by age. Example: `10`"""
+    retries: Annotated[int, Field(ge=0, le=100)] = 0
+    """More attempts when the program fails. One that failed because a machine did is repeated without counting.
+    Example: `2`"""
 
     @field_validator("entrypoint", mode="before")
     @classmethod
@@ -311,18 +302,24 @@ class ClusterSpec(Spec):
     """A cluster, as cluster.yaml describes it. Without a file: the embedded cluster ``local`` on this machine."""
 
     name: str = "local"
+    """Its name; several clusters run side by side. Example: `scratch`"""
     kind: Literal["local"] = "local"
-    gpus: Annotated[
-        ClusterGpus, Field(description="auto, a list of ids or UUIDs to use, or a number of logical GPUs")
-    ] = "auto"
-    cpus: Annotated[float, Field(gt=0, description="CPU cores that jobs may use; by default all")] | None = None
-    port: (
-        Annotated[int, Field(ge=1024, le=65535, description="the controller's port; by default a free one")] | None
-    ) = None
-    store: Annotated[str, Field(description="folder for records, logs and outputs")] = ""
-    environment: Annotated[Environment, Field(description="environment of jobs that name none")] = Environment()
+    """`local`: Ray and the controller on this machine. Example: `local`"""
+    gpus: ClusterGpus = "auto"
+    """`auto` for all that `nvidia-smi` lists, a list of indices or UUIDs to use only these, or a number of logical
+    GPUs, to try GPU jobs out on a machine without one. Example: `[0, 1]`"""
+    cpus: Annotated[float, Field(gt=0)] | None = None
+    """CPU cores that jobs may use; without it all. Example: `16`"""
+    port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    """The controller's port, on loopback; without it a free one. Example: `8642`"""
+    store: str = ""
+    """The folder of records, logs and outputs; without it in the cluster's own folder. Example: `/raid/raylaunch`"""
+    environment: Environment = Environment()
+    """The Python environment of jobs that name none. Example: `venv:/opt/train`"""
     env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of all jobs. Example: `{HF_HOME: /raid/hf}`"""
     labels: dict[str, str] = Field(default_factory=dict)
+    """Labels of this node, for `where` in jobs. Example: `{disk: nvme}`"""
 
     @field_validator("name")
     @classmethod

@@ -14,8 +14,8 @@ from raylaunch.cli.job_words import describe, jobs_table, state_words
 from raylaunch.cli.options import as_json, job_argument
 from raylaunch.client import Client
 from raylaunch.errors import SpecError
-from raylaunch.spec import seconds
 from raylaunch.state import JobPage, JobState, JobView
+from raylaunch.units import seconds
 
 _PAGE = 500
 

@@ -1,0 +1,44 @@
+"""Durations and sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)?")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def seconds(value: object) -> object:
+    """Read a duration: a number of seconds, or ``"90s"``, ``"15m"``, ``"2h"``, ``"1.5d"``, ``"1h30m"``.
+
+    Raises:
+        ValueError: the text is not a duration.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    parts = list(_DURATION.finditer(text))
+    if not parts or "".join(part.group(0) for part in parts).replace(" ", "") != text.replace(" ", ""):
+        msg = f"{value!r} is not a duration; write seconds, or 90s, 15m, 2h, 1h30m, 2d"
+        raise ValueError(msg)
+    return sum(float(part.group(1)) * _SECONDS[part.group(2) or "s"] for part in parts)
+
+
+def size_bytes(value: object) -> object:
+    """Read a size: a number of bytes, or ``"8GiB"``, ``"500MB"``, ``"16G"`` (powers of 1024, but of 1000 for KB to TB).
+
+    Raises:
+        ValueError: the text is not a size.
+    """
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        msg = f"{value!r} is not a size; write bytes, or 512MiB, 8GiB, 16G"
+        raise ValueError(msg)
+    number, unit = float(match.group(1)), (match.group(2) or "").lower()
+    if not unit:
+        return int(number)
+    decimal = value.strip().lower().endswith("b") and not unit.endswith("i")
+    return int(number * (1000 if decimal else 1024) ** ("kmgt".index(unit[0]) + 1))
