@@ -34,7 +34,7 @@ from raylaunch.cluster.look import look
 from raylaunch.cluster.neighbours import Neighbour, check_gpus, neighbours
 from raylaunch.cluster.ports import RAY_PORTS
 from raylaunch.cluster.process import ProcessIdentity, identify, is_alive, start_apart
-from raylaunch.cluster.ray_head import VAR_CLUSTER_ID, RayHead, clean_environment, whole_cpus
+from raylaunch.cluster.ray_head import VAR_CLUSTER_ID, RayStart, clean_environment, whole_cpus
 from raylaunch.cluster.record import (
     ClusterRecord,
     Versions,
@@ -359,11 +359,11 @@ def test_half_a_cpu_is_refused_with_what_to_write() -> None:
 # Ray's arguments and environment
 
 
-def head_of(paths: ClusterPaths, spec: ClusterSpec) -> RayHead:
+def head_of(paths: ClusterPaths, spec: ClusterSpec) -> RayStart:
     record = new_record(spec, paths)
     choice = choose_gpus(spec, parse_gpus(ROWS), {})
     names = [*RAY_PORTS, "worker_min", "worker_max"]
-    return RayHead(paths, spec, record.cluster_id, {name: 20000 + n for n, name in enumerate(names)}, choice)
+    return RayStart(paths, spec, record.cluster_id, {name: 20000 + n for n, name in enumerate(names)}, choice)
 
 
 def test_a_list_of_gpus_limits_what_ray_sees_by_ids_in_the_order_of_nvidia_smi(paths: ClusterPaths) -> None:

@@ -6,39 +6,50 @@ from collections.abc import Callable, Mapping
 
 import anyio
 
-from raylaunch.cluster.ports import RAY_PORTS, free_ports, holder, is_free, ray_worker_ranges, worker_range
+from raylaunch.cluster.ports import (
+    LOOPBACK,
+    RAY_PORTS,
+    free_ports,
+    holder,
+    is_free,
+    ray_worker_ranges,
+    worker_range,
+)
 from raylaunch.errors import ConflictError
 
 _POLL_S = 0.05
 
 
-def ray_ports(had: Mapping[str, int], *, say: Callable[[str], None], avoid: tuple[int, ...]) -> dict[str, int]:
-    """Return ports for a Ray head that is about to start.
+def ray_ports(
+    had: Mapping[str, int], *, say: Callable[[str], None], avoid: tuple[int, ...], address: str = LOOPBACK
+) -> dict[str, int]:
+    """Return ports for a Ray node that is about to start.
 
     Args:
         had: Its ports of the last time, or empty.
         say: Is told which of them somebody else has taken meanwhile.
         avoid: Ports that are promised to others (the controller's).
+        address: Where they must be free.
 
     Raises:
         ClusterStartError: not enough ports are free.
     """
-    ports = {name: had[name] for name in RAY_PORTS if _still_free(had, name, say)}
+    ports = {name: had[name] for name in RAY_PORTS if _still_free(had, name, say, address)}
     missing = [name for name in RAY_PORTS if name not in ports]
-    ports |= zip(missing, free_ports(len(missing), avoid=(*avoid, *had.values())), strict=True)
+    ports |= zip(missing, free_ports(len(missing), avoid=(*avoid, *had.values()), address=address), strict=True)
     first, last = had.get("worker_min", 0), had.get("worker_max", 0)
     others = ray_worker_ranges()
     crossed = any(other.start <= last and first < other.stop for other in others)
     if not first or crossed or any(first <= port <= last for port in avoid):
-        block = worker_range(avoid=(*avoid, *ports.values()), taken=others)
+        block = worker_range(avoid=(*avoid, *ports.values()), taken=others, free=lambda port: is_free(port, address))
         first, last = block.start, block.stop - 1
     return ports | {"worker_min": first, "worker_max": last}
 
 
-def _still_free(had: Mapping[str, int], name: str, say: Callable[[str], None]) -> bool:
+def _still_free(had: Mapping[str, int], name: str, say: Callable[[str], None], address: str = LOOPBACK) -> bool:
     if name not in had:
         return False
-    if is_free(had[name]):
+    if is_free(had[name], address):
         return True
     say(f"port {had[name]} ({name}) is taken by {holder(had[name])}; another one is used")
     return False

@@ -49,7 +49,7 @@ def write_config(paths: ClusterPaths, record: ClusterRecord) -> None:
         "cluster_id": record.cluster_id,
         "store": record.store,
         "port": record.ports["controller"],
-        "gcs_address": f"{LOOPBACK}:{record.ports['gcs']}",
+        "gcs_address": f"{record.place.ray_address}:{record.ports['gcs']}",
         "dashboard_url": f"http://{LOOPBACK}:{record.ports['dashboard']}",
         "ray_token_path": str(paths.ray_token),
         "default_environment": record.spec.environment.model_dump(mode="json"),

@@ -36,19 +36,22 @@ WORKER_PORTS = max(400, 4 * (os.cpu_count() or 1))
 _RAYLET_RANGE = re.compile(r"--(min|max)_worker_port=(\d+)")
 
 
-def is_free(port: int) -> bool:
-    """Say whether a program could listen on `port` of loopback now."""
+ANYWHERE = "0.0.0.0"  # noqa: S104 -- asked for, never listened on: is the port free on every address?
+
+
+def is_free(port: int, address: str = LOOPBACK) -> bool:
+    """Say whether a program could listen on `port` of `address` (by default loopback) now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not count
         try:
-            probe.bind((LOOPBACK, port))
+            probe.bind((address, port))
             probe.listen(1)
         except OSError:
             return False
     return True
 
 
-def free_ports(count: int, *, avoid: Collection[int] = ()) -> tuple[int, ...]:
+def free_ports(count: int, *, avoid: Collection[int] = (), address: str = LOOPBACK) -> tuple[int, ...]:
     """Return `count` distinct free ports, none of them in `avoid` or in the range where worker ports are chosen.
 
     Raises:
@@ -58,7 +61,7 @@ def free_ports(count: int, *, avoid: Collection[int] = ()) -> tuple[int, ...]:
     for port in random.sample(_SINGLE, len(_SINGLE)):
         if len(found) == count:
             break
-        if port not in avoid and is_free(port):
+        if port not in avoid and is_free(port, address):
             found.append(port)
     if len(found) < count:
         msg = f"only {len(found)} of the {count} ports needed are free between {_SINGLE.start} and {_SINGLE.stop - 1}"

@@ -9,7 +9,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -19,6 +19,7 @@ from raylaunch.cluster.answer import ask
 from raylaunch.cluster.gpus import GpuChoice
 from raylaunch.cluster.home import ClusterPaths, storage_errors
 from raylaunch.cluster.ports import LOOPBACK
+from raylaunch.cluster.record import NodePlace
 from raylaunch.errors import SpecError, VersionError
 from raylaunch.spec import GPU_VARIABLES, ClusterSpec
 from raylaunch.version import __version__
@@ -29,7 +30,12 @@ NEEDED = "2.60"
 VAR_CLUSTER_ID = "RAYLAUNCH_CLUSTER_ID"
 """In the environment of Ray and of all that it starts: what `down` ends is found by it."""
 
+HOST_LABEL = "raylaunch-host"
+"""Ray's label of a node that bears the host's name in cluster.yaml."""
+
 _A_YEAR_S = 365 * 24 * 3600
+_HEADLESS_S = 600
+"""How long jobs of a node go on without the head: it may be booting."""
 
 _FOREIGN = re.compile(r"RAY_|RAYLAUNCH_|WANDB_|PYTHON(PATH|HOME|STARTUP|SAFEPATH|INSPECT)$|SSH_")
 _SECRET = re.compile(
@@ -50,6 +56,7 @@ _FLAGS = {
     "min-worker-port": "worker_min",
     "max-worker-port": "worker_max",
 }
+_HEAD_FLAGS = ("port", "dashboard-port", "ray-client-server-port")
 
 
 def installed_ray() -> str:
@@ -111,38 +118,42 @@ def make_importable(paths: ClusterPaths) -> None:
 
 
 @dataclass(frozen=True)
-class RayHead:
-    """All that decides how the head is started."""
+class RayStart:
+    """All that decides how Ray is started on this machine: as the head, or as a node that joins one."""
 
     paths: ClusterPaths
     spec: ClusterSpec
     cluster_id: str
     ports: Mapping[str, int]
     gpus: GpuChoice
+    place: NodePlace = field(default_factory=NodePlace)
 
     def argv(self) -> list[str]:
         """Return the program and its arguments; nothing in them is secret."""
-        argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-        argv += [f"--node-ip-address={LOOPBACK}", f"--dashboard-host={LOOPBACK}", "--include-dashboard=true"]
-        argv += [f"--{flag}={self.ports[name]}" for flag, name in _FLAGS.items()]
+        argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        if self.place.is_worker:
+            argv.append(f"--address={self.place.head}")
+        else:
+            argv += ["--head", f"--dashboard-host={LOOPBACK}", "--include-dashboard=true"]
+        flags = {flag: name for flag, name in _FLAGS.items() if not (self.place.is_worker and flag in _HEAD_FLAGS)}
+        argv.append(f"--node-ip-address={self.place.ray_address}")
+        argv += [f"--{flag}={self.ports[name]}" for flag, name in flags.items()]
         argv += [f"--temp-dir={self.paths.temp}", f"--num-gpus={self.gpus.count}", "--log-color=false"]
         if self.spec.cpus is not None:
             argv.append(f"--num-cpus={whole_cpus(self.spec.cpus)}")
-        if self.spec.labels:
-            argv.append("--labels=" + ",".join(f"{key}={value}" for key, value in self.spec.labels.items()))
+        labels = self.spec.labels | ({HOST_LABEL: self.place.host} if self.place.host else {})
+        if labels:
+            argv.append("--labels=" + ",".join(f"{key}={value}" for key, value in labels.items()))
         return argv
 
     def environment(self, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-        """Return the whole environment of the head, which everything that Ray starts inherits."""
+        """Return Ray's whole environment here, which everything that it starts inherits."""
         env = clean_environment(environ, self.paths)
         env |= {
             VAR_CLUSTER_ID: self.cluster_id,
             "RAYLAUNCH_NODE_ROOT": str(self.paths.node),
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # with it, every socket is bound to loopback
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.paths.ray_token),
-            "RAY_gcs_storage": "rocksdb",
-            "RAY_gcs_storage_path": str(self.paths.gcs),
             "RAY_JOB_START_TIMEOUT_SECONDS": str(_A_YEAR_S),  # the queue is ours; Ray must not fail what waits
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DEDUP_LOGS": "0",
@@ -151,6 +162,15 @@ class RayHead:
             "RAY_free_objects_period_milliseconds": "50",  # what stewards sent is freed at once, not a second on
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a job without GPUs sees none
         }
+        if not self.place.is_worker:
+            env |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self.paths.gcs)}
+        if self.place.address:
+            env["RAY_gcs_rpc_server_reconnect_timeout_s"] = str(_HEADLESS_S)
+            env["RAY_enable_metrics_collection"] = "0"  # its port answers anybody, without the token
+        else:
+            env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # with it, every socket is bound to loopback
+        if self.place.interface:
+            env |= {"NCCL_SOCKET_IFNAME": self.place.interface, "GLOO_SOCKET_IFNAME": self.place.interface}
         if self.gpus.gpus:
             env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": self.gpus.visible}
         return env

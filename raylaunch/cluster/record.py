@@ -17,6 +17,7 @@ import anyio
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raylaunch.cluster.home import ClusterPaths, storage_errors, write_private
+from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.process import ProcessIdentity
 from raylaunch.errors import ConflictError
 from raylaunch.spec import ClusterSpec
@@ -32,6 +33,31 @@ class Versions(BaseModel):
     raylaunch: str = ""
     ray: str = ""
     python: str = ""
+
+
+class NodePlace(BaseModel):
+    """Which part of a cluster this machine is. An embedded cluster is alone on loopback, and has no host's name."""
+
+    model_config = ConfigDict(frozen=True)
+
+    host: str = ""
+    """Its name in cluster.yaml."""
+    address: str = ""
+    """Its address on the cluster's network; empty for loopback."""
+    interface: str = ""
+    """The network interface that bears the address, for NCCL and Gloo."""
+    head: str = ""
+    """``address:port`` of Ray's head; empty on the head itself."""
+
+    @property
+    def ray_address(self) -> str:
+        """The address that Ray's node has."""
+        return self.address or LOOPBACK
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether Ray's head is on another machine."""
+        return bool(self.head)
 
 
 class ClusterRecord(BaseModel):
@@ -50,6 +76,7 @@ class ClusterRecord(BaseModel):
     store: str
     ports: dict[str, int] = Field(default_factory=dict)
     gpu_uuids: tuple[str, ...] = ()
+    place: NodePlace = NodePlace()
     ray: ProcessIdentity | None = None
     controller: ProcessIdentity | None = None
     versions: Versions = Versions()

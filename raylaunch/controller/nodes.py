@@ -8,6 +8,9 @@ from typing import TypedDict
 from raylaunch.node.facts import NodeFacts
 from raylaunch.state import GpuView, NodeView
 
+HOST_LABEL = "raylaunch-host"
+"""Ray's label of a node that bears the host's name in cluster.yaml; `raylaunch.cluster.ray_head` sets it."""
+
 _BUILT_IN = ("CPU", "GPU", "memory", "object_store_memory")
 _INTERNAL = ("node:", "accelerator_type:", "bundle_")
 _ACCELERATOR = "accelerator_type:"
@@ -24,6 +27,8 @@ class RayNode(TypedDict):
     total: dict[str, float]
     free: dict[str, float]
     labels: dict[str, str]
+    logs: str
+    """Folder on the node where Ray keeps its logs."""
 
 
 def node_view(row: RayNode, facts: NodeFacts | None, *, steward: bool) -> NodeView:
@@ -38,7 +43,7 @@ def node_view(row: RayNode, facts: NodeFacts | None, *, steward: bool) -> NodeVi
     gpus = tuple(GpuView.model_validate(gpu) for gpu in facts["gpus"]) if facts else ()
     return NodeView(
         id=row["id"],
-        hostname=row["hostname"],
+        hostname=row["labels"].get(HOST_LABEL) or row["hostname"],
         address=row["address"],
         alive=row["alive"],
         arch=facts["arch"] if facts else "",

@@ -1,0 +1,214 @@
+"""The host program: ``python -m raylaunch.cluster.on_host``, started over SSH, does on a host what a client asks for.
+
+One request as JSON on stdin; JSON lines on stdout: each step as it goes, then one result or one error. Secrets travel
+in these, never in arguments. Everything it does may be asked for twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import anyio
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from raylaunch.cluster import embedded
+from raylaunch.cluster.bring_up import BringUp
+from raylaunch.cluster.home import cluster_paths, make_cluster_dirs, secret_file
+from raylaunch.cluster.joining import Joining
+from raylaunch.cluster.look import client_token, look, status_of
+from raylaunch.cluster.plan import Step
+from raylaunch.cluster.record import NodePlace, Versions, cluster_lock
+from raylaunch.errors import ConflictError, RaylaunchError
+from raylaunch.spec import ClusterSpec
+from raylaunch.state import ClusterStatus
+from raylaunch.version import __version__
+
+_LOCK_S = 600.0
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class UpHead(_Message):
+    """Bring the cluster's head up on this host: Ray's head and the controller."""
+
+    verb: Literal["up"] = "up"
+    spec: ClusterSpec
+    place: NodePlace
+
+
+class Join(_Message):
+    """Bring this host into the cluster of a head."""
+
+    verb: Literal["join"] = "join"
+    spec: ClusterSpec
+    place: NodePlace
+    cluster_id: str
+    ray_token: str = Field(repr=False)
+
+
+class Look(_Message):
+    """Say what runs of the cluster on this host."""
+
+    verb: Literal["look"] = "look"
+    name: str
+    host: str = ""
+    """Of a worker; empty for the head."""
+
+
+class Down(_Message):
+    """End what runs of the cluster on this host."""
+
+    verb: Literal["down"] = "down"
+    name: str
+    host: str = ""
+    """Of a worker; empty for the head."""
+
+
+Request = Annotated[UpHead | Join | Look | Down, Field(discriminator="verb")]
+_REQUEST: TypeAdapter[UpHead | Join | Look | Down] = TypeAdapter(Request)
+
+
+class HostState(_Message):
+    """What runs of a cluster on a host; `wanted` is empty where it was never started.
+
+    The tokens are there for whoever may read this host's files: the client that reached it as their owner.
+    """
+
+    name: str
+    wanted: str = ""
+    place: NodePlace = NodePlace()
+    cluster_id: str = ""
+    owner: str = ""
+    ray_alive: bool = False
+    controller_alive: bool = False
+    problems: tuple[str, ...] = ()
+    ports: dict[str, int] = Field(default_factory=dict)
+    versions: Versions = Versions()
+    raylaunch: str = __version__
+    token: str = Field(default="", repr=False)
+    ray_token: str = Field(default="", repr=False)
+    status: ClusterStatus | None = None
+    """As the head's controller says; None on a worker."""
+
+
+class Ended(_Message):
+    """What `down` ended, in words; nothing of the cluster is left on this host."""
+
+    ended: tuple[str, ...]
+    store: str
+    notes: tuple[str, ...] = ()
+
+
+def folder_name(cluster: str, worker: str) -> str:
+    """Return the name of the cluster's folder on a host: a worker's is its own, for homes may be shared."""
+    return f"{cluster}.{worker}"[:63] if worker else cluster
+
+
+async def _up(request: UpHead, tell: Callable[[Step], None]) -> HostState:
+    paths = cluster_paths(request.spec.name)
+    make_cluster_dirs(paths)
+    async with cluster_lock(paths, limit_s=_LOCK_S):
+        seen = await look(paths)
+        if seen.record and seen.ray_alive and seen.record.place.address != request.place.address:
+            msg = f"cluster {paths.name} runs on {seen.record.place.ray_address}, not on {request.place.ray_address}"
+            raise ConflictError(
+                msg, hint="raylaunch down, then raylaunch up: Ray cannot change its address while it runs"
+            )
+        await BringUp(paths, request.spec, tell, place=request.place).run()
+    return await _look(Look(name=paths.name))
+
+
+async def _join(request: Join, tell: Callable[[Step], None]) -> HostState:
+    paths = cluster_paths(folder_name(request.spec.name, request.place.host))
+    make_cluster_dirs(paths)
+    async with cluster_lock(paths, limit_s=_LOCK_S):
+        joining = Joining(
+            paths,
+            request.spec,
+            tell,
+            place=request.place,
+            cluster_id=request.cluster_id,
+            ray_token=request.ray_token,
+        )
+        await joining.run()
+    return await _look(Look(name=request.spec.name, host=request.place.host))
+
+
+async def _look(request: Look) -> HostState:
+    paths = cluster_paths(folder_name(request.name, request.host))
+    seen = await look(paths)
+    record = seen.record
+    if record is None:
+        return HostState(name=request.name)
+    worker = record.place.is_worker
+    problems = () if worker and seen.ray_alive else seen.problems
+    return HostState(
+        name=record.name,
+        wanted=record.wanted,
+        place=record.place,
+        cluster_id=record.cluster_id,
+        owner=record.owner,
+        ray_alive=seen.ray_alive,
+        controller_alive=seen.controller_alive,
+        problems=problems if record.wanted == "running" else (),
+        ports=record.ports,
+        versions=record.versions,
+        token=client_token(paths),
+        ray_token="" if worker else secret_file(paths.ray_token),
+        status=None if worker else status_of(seen, paths),
+    )
+
+
+async def _down(request: Down) -> Ended:
+    report = await embedded.down(folder_name(request.name, request.host))
+    return Ended(ended=tuple(str(one) for one in report.ended), store=report.store, notes=report.notes)
+
+
+async def _serve(request: UpHead | Join | Look | Down, tell: Callable[[Step], None]) -> BaseModel:
+    match request:
+        case UpHead():
+            return await _up(request, tell)
+        case Join():
+            return await _join(request, tell)
+        case Look():
+            return await _look(request)
+        case Down():
+            return await _down(request)
+
+
+def main() -> int:
+    """Read the request, do it, and say how it went; return the exit status."""
+    os.umask(0o077)
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # nothing else may print between the answers
+
+    def say(kind: str, body: object) -> None:
+        answers.write(json.dumps({kind: body}, separators=(",", ":")) + "\n")
+        answers.flush()
+
+    def tell(step: Step) -> None:
+        say("step", {"name": step.name, "state": step.state, "message": step.message, "seconds": step.seconds})
+
+    try:
+        result = anyio.run(_serve, _REQUEST.validate_json(sys.stdin.buffer.read()), tell)
+    except ValidationError as error:
+        say(
+            "error",
+            {"code": "version", "message": f"the request is not understood by raylaunch {__version__}: {error}"},
+        )
+        return 2
+    except RaylaunchError as error:
+        say("error", {"code": error.code, "message": error.message, "hint": error.hint})
+        return 1
+    say("result", result.model_dump(mode="json"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
