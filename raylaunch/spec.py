@@ -10,27 +10,40 @@ import re
 import shlex
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from raylaunch.units import seconds, size_bytes
+from raylaunch.cluster_spec import ClusterGpus, ClusterSpec
+from raylaunch.spec_parts import (
+    ENVIRONMENTS,
+    GPU_VARIABLES,
+    NAME,
+    VARIABLE,
+    Bytes,
+    Environment,
+    EnvironmentKind,
+    Seconds,
+    Spec,
+    Words,
+    scalar_text,
+)
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
-GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-
-
-Seconds = Annotated[float, BeforeValidator(seconds), Field(gt=0)]
-Bytes = Annotated[int, BeforeValidator(size_bytes), Field(ge=0)]
-
-
-class Spec(BaseModel):
-    """Base of everything that is asked for: frozen, and strict about unknown fields.
-
-    The text under a field, with its example, is what the reference prints of it (``make docs-reference``).
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+__all__ = [
+    "ENVIRONMENTS",
+    "GPU_VARIABLES",
+    "Bytes",
+    "ClusterGpus",
+    "ClusterSpec",
+    "Environment",
+    "EnvironmentKind",
+    "JobSpec",
+    "Launcher",
+    "Resources",
+    "Seconds",
+    "Spec",
+    "Tracking",
+    "Where",
+    "Words",
+]
 
 
 class Resources(Spec):
@@ -82,74 +95,6 @@ class Tracking(Spec):
 
 
 Launcher = Literal["script", "torchrun", "ray"]
-
-EnvironmentKind = Literal["default", "python", "conda", "venv", "uv", "pip"]
-
-ENVIRONMENTS: tuple[tuple[str | dict[str, object], str], ...] = (
-    ("default", "The cluster's own: `environment` in cluster.yaml, else the interpreter that runs Ray there."),
-    ("/opt/train/bin/python", "That interpreter; a path on the node."),
-    ("venv:/opt/train", "A virtual environment on the node, activated as a shell would."),
-    ("conda:train", "A conda environment on the node, activated as a shell would."),
-    ("uv", "The project's own `uv.lock`, synced once for each content."),
-    ({"pip": ["numpy", "torch==2.13.0"]}, "Packages, installed once for each content."),
-    ({"pip": "requirements.txt"}, "A requirements file in the working directory; `pip:requirements.txt` is the same."),
-)
-"""How a person writes each kind of environment, and what it is."""
-
-
-class Environment(Spec):
-    """The Python environment of a job, in one of six kinds: ENVIRONMENTS says how each is written."""
-
-    kind: EnvironmentKind = "default"
-    value: str = ""
-    requirements: tuple[str, ...] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read(cls, data: object) -> object:
-        if isinstance(data, str):
-            return _environment_from_text(data)
-        if isinstance(data, dict) and set(data) == {"pip"}:
-            pip = data["pip"]
-            if isinstance(pip, str):
-                return {"kind": "pip", "value": pip}
-            return {"kind": "pip", "requirements": pip}
-        return data
-
-    def __str__(self) -> str:
-        match self.kind:
-            case "default" | "uv":
-                return self.kind
-            case "python":
-                return self.value
-            case "pip":
-                return f"pip:{self.value}" if self.value else f"pip: {', '.join(self.requirements)}"
-            case _:
-                return f"{self.kind}:{self.value}"
-
-
-def _environment_from_text(text: str) -> dict[str, object]:
-    if text in {"", "default"}:
-        return {"kind": "default"}
-    if text == "uv":
-        return {"kind": "uv"}
-    kind, colon, value = text.partition(":")
-    if colon and kind in {"conda", "venv", "pip"}:
-        if not value:
-            msg = f"{text!r} names no {kind} environment"
-            raise ValueError(msg)
-        return {"kind": kind, "value": value}
-    if "/" in text or text.startswith("python"):
-        return {"kind": "python", "value": text}
-    msg = f"{text!r} is not an environment; write default, /path/to/python, venv:PATH, conda:NAME, uv, or pip: [...]"
-    raise ValueError(msg)
-
-
-def _as_list(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-Words = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 
 
 class JobSpec(Spec):
@@ -218,7 +163,7 @@ class JobSpec(Spec):
     @field_validator("name")
     @classmethod
     def _name_is_plain(cls, value: str) -> str:
-        if value and not _NAME.fullmatch(value):
+        if value and not NAME.fullmatch(value):
             msg = f"{value!r} is not a job name; use letters, digits, '.', '_' and '-', at most 63"
             raise ValueError(msg)
         if value == "last":
@@ -231,13 +176,13 @@ class JobSpec(Spec):
     def _env_is_text(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
-        return {key: _scalar_text(item) for key, item in value.items()}
+        return {key: scalar_text(item) for key, item in value.items()}
 
     @field_validator("env")
     @classmethod
     def _env_is_allowed(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
-            if not _VARIABLE.fullmatch(name):
+            if not VARIABLE.fullmatch(name):
                 msg = f"{name!r} is not an environment variable's name"
                 raise ValueError(msg)
             if name in GPU_VARIABLES:
@@ -252,7 +197,7 @@ class JobSpec(Spec):
     @classmethod
     def _secrets_are_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if not _VARIABLE.fullmatch(name):
+            if not VARIABLE.fullmatch(name):
                 msg = (
                     f"{name!r} is not a secret's name; list names here, and set values with: raylaunch secret set NAME"
                 )
@@ -270,13 +215,6 @@ class JobSpec(Spec):
         return self.name or _name_from(self.command)
 
 
-def _scalar_text(value: object) -> object:
-    """YAML reads ``1`` and ``true`` as numbers and booleans; in an environment they are text."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return str(value) if isinstance(value, int | float) else value
-
-
 def _name_from(command: str) -> str:
     try:
         words = shlex.split(command)
@@ -287,44 +225,3 @@ def _name_from(command: str) -> str:
     chosen = script.rsplit("/", 1)[-1].rsplit(".", 1)[0] or module or (words[0].rsplit("/", 1)[-1] if words else "")
     cleaned = re.sub(r"[^A-Za-z0-9_.-]+", "-", chosen).strip("-._")[:63]
     return cleaned if cleaned and cleaned != "last" else "job"
-
-
-def _gpus_words(value: object) -> object:
-    if isinstance(value, list):
-        return tuple(str(item) for item in value)
-    return value
-
-
-ClusterGpus = Annotated[Literal["auto"] | Annotated[int, Field(ge=0)] | tuple[str, ...], BeforeValidator(_gpus_words)]
-
-
-class ClusterSpec(Spec):
-    """A cluster, as cluster.yaml describes it. Without a file: the embedded cluster ``local`` on this machine."""
-
-    name: str = "local"
-    """Its name; several clusters run side by side. Example: `scratch`"""
-    kind: Literal["local"] = "local"
-    """`local`: Ray and the controller on this machine. Example: `local`"""
-    gpus: ClusterGpus = "auto"
-    """`auto` for all that `nvidia-smi` lists, a list of indices or UUIDs to use only these, or a number of logical
-    GPUs, to try GPU jobs out on a machine without one. Example: `[0, 1]`"""
-    cpus: Annotated[float, Field(gt=0)] | None = None
-    """CPU cores that jobs may use; without it all. Example: `16`"""
-    port: Annotated[int, Field(ge=1024, le=65535)] | None = None
-    """The controller's port, on loopback; without it a free one. Example: `8642`"""
-    store: str = ""
-    """The folder of records, logs and outputs; without it in the cluster's own folder. Example: `/raid/raylaunch`"""
-    environment: Environment = Environment()
-    """The Python environment of jobs that name none. Example: `venv:/opt/train`"""
-    env: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of all jobs. Example: `{HF_HOME: /raid/hf}`"""
-    labels: dict[str, str] = Field(default_factory=dict)
-    """Labels of this node, for `where` in jobs. Example: `{disk: nvme}`"""
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_plain(cls, value: str) -> str:
-        if not _NAME.fullmatch(value):
-            msg = f"{value!r} is not a cluster name; use letters, digits, '.', '_' and '-'"
-            raise ValueError(msg)
-        return value

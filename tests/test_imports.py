@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("raylaunch", "mcp_server")
 
-GROUND = frozenset({"errors", "reasons", "version", "spec", "state", "units"})
+SPECS = frozenset({"spec", "cluster_spec", "spec_parts", "units"})
+GROUND = frozenset({"errors", "reasons", "version", "state"}) | SPECS
 READING = frozenset({"config", "spec_problems", "yaml_file"})
 SENDING = frozenset({"packing", "ignoring", "git_facts", "submission", "transfer", "wire", "log_reading"})
 VERBS = frozenset({"client", "sdk"})
@@ -27,8 +28,7 @@ MAY: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "reasons": frozenset(),
     "version": frozenset(),
-    "spec": frozenset({"units"}),
-    "units": frozenset(),
+    **dict.fromkeys(SPECS, SPECS),
     "state": frozenset({"reasons", "spec"}),
     **dict.fromkeys(READING, GROUND | READING),
     **dict.fromkeys(SENDING, GROUND | SENDING | {"runner.contract"}),

@@ -1,0 +1,104 @@
+"""What specs are made of: their base, names, durations and sizes, and the Python environment of a job."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from raylaunch.units import seconds, size_bytes
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+
+
+Seconds = Annotated[float, BeforeValidator(seconds), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(size_bytes), Field(ge=0)]
+
+
+class Spec(BaseModel):
+    """Base of everything that is asked for: frozen, and strict about unknown fields.
+
+    The text under a field, with its example, is what the reference prints of it (``make docs-reference``).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+EnvironmentKind = Literal["default", "python", "conda", "venv", "uv", "pip"]
+
+ENVIRONMENTS: tuple[tuple[str | dict[str, object], str], ...] = (
+    ("default", "The cluster's own: `environment` in cluster.yaml, else the interpreter that runs Ray there."),
+    ("/opt/train/bin/python", "That interpreter; a path on the node."),
+    ("venv:/opt/train", "A virtual environment on the node, activated as a shell would."),
+    ("conda:train", "A conda environment on the node, activated as a shell would."),
+    ("uv", "The project's own `uv.lock`, synced once for each content."),
+    ({"pip": ["numpy", "torch==2.13.0"]}, "Packages, installed once for each content."),
+    ({"pip": "requirements.txt"}, "A requirements file in the working directory; `pip:requirements.txt` is the same."),
+)
+"""How a person writes each kind of environment, and what it is."""
+
+
+class Environment(Spec):
+    """The Python environment of a job, in one of six kinds: ENVIRONMENTS says how each is written."""
+
+    kind: EnvironmentKind = "default"
+    value: str = ""
+    requirements: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, data: object) -> object:
+        if isinstance(data, str):
+            return _environment_from_text(data)
+        if isinstance(data, dict) and set(data) == {"pip"}:
+            pip = data["pip"]
+            if isinstance(pip, str):
+                return {"kind": "pip", "value": pip}
+            return {"kind": "pip", "requirements": pip}
+        return data
+
+    def __str__(self) -> str:
+        match self.kind:
+            case "default" | "uv":
+                return self.kind
+            case "python":
+                return self.value
+            case "pip":
+                return f"pip:{self.value}" if self.value else f"pip: {', '.join(self.requirements)}"
+            case _:
+                return f"{self.kind}:{self.value}"
+
+
+def _environment_from_text(text: str) -> dict[str, object]:
+    if text in {"", "default"}:
+        return {"kind": "default"}
+    if text == "uv":
+        return {"kind": "uv"}
+    kind, colon, value = text.partition(":")
+    if colon and kind in {"conda", "venv", "pip"}:
+        if not value:
+            msg = f"{text!r} names no {kind} environment"
+            raise ValueError(msg)
+        return {"kind": kind, "value": value}
+    if "/" in text or text.startswith("python"):
+        return {"kind": "python", "value": text}
+    msg = f"{text!r} is not an environment; write default, /path/to/python, venv:PATH, conda:NAME, uv, or pip: [...]"
+    raise ValueError(msg)
+
+
+def _as_list(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+
+
+def scalar_text(value: object) -> object:
+    """YAML reads ``1`` and ``true`` as numbers and booleans; in an environment they are text."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if isinstance(value, int | float) else value
