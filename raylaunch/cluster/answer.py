@@ -33,14 +33,18 @@ class Answer:
             return None
 
 
-async def ask(port: int, path: str, *, token: str, limit_s: float = 5) -> Answer:
-    """GET `path` from `port`, with a bearer token unless empty; a broken connection is an `Answer` too."""
+async def ask(  # noqa: PLR0913 -- each is one fact of the question, and all are named
+    port: int, path: str, *, token: str, limit_s: float = 5, method: str = "GET", body: bytes | None = None
+) -> Answer:
+    """Ask for `path` at `port`, with a bearer token unless empty; a broken connection is an `Answer` too."""
 
     def get() -> Answer:
         connection = http.client.HTTPConnection(LOOPBACK, port, timeout=limit_s)
         try:
             headers = {"X-Raylaunch-Version": __version__} | ({"Authorization": f"Bearer {token}"} if token else {})
-            connection.request("GET", path, headers=headers)
+            if body is not None:
+                headers["Content-Type"] = "application/json"
+            connection.request(method, path, body=body, headers=headers)
             response = connection.getresponse()
             return Answer(response.status, response.read())
         except (OSError, http.client.HTTPException) as error:

@@ -22,6 +22,7 @@ from raylaunch.cluster.joining import Joining
 from raylaunch.cluster.look import client_token, look, status_of
 from raylaunch.cluster.plan import Step
 from raylaunch.cluster.record import NodePlace, Versions, cluster_lock
+from raylaunch.cluster.staying import end_kept, ensure_kept
 from raylaunch.errors import ConflictError, RaylaunchError
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import ClusterStatus
@@ -88,6 +89,10 @@ class HostState(_Message):
     ray_alive: bool = False
     controller_alive: bool = False
     problems: tuple[str, ...] = ()
+    kept: str = ""
+    """What starts it again after a reboot, in words; empty when nothing does."""
+    gpus: int = 0
+    """GPUs that Ray was told of, real or logical."""
     ports: dict[str, int] = Field(default_factory=dict)
     versions: Versions = Versions()
     raylaunch: str = __version__
@@ -121,7 +126,8 @@ async def _up(request: UpHead, tell: Callable[[Step], None]) -> HostState:
                 msg, hint="raylaunch down, then raylaunch up: Ray cannot change its address while it runs"
             )
         await BringUp(paths, request.spec, tell, place=request.place).run()
-    return await _look(Look(name=paths.name))
+    kept = await ensure_kept(paths)
+    return (await _look(Look(name=paths.name))).model_copy(update={"kept": kept})
 
 
 async def _join(request: Join, tell: Callable[[Step], None]) -> HostState:
@@ -137,7 +143,8 @@ async def _join(request: Join, tell: Callable[[Step], None]) -> HostState:
             ray_token=request.ray_token,
         )
         await joining.run()
-    return await _look(Look(name=request.spec.name, host=request.place.host))
+    kept = await ensure_kept(paths)
+    return (await _look(Look(name=request.spec.name, host=request.place.host))).model_copy(update={"kept": kept})
 
 
 async def _look(request: Look) -> HostState:
@@ -157,6 +164,7 @@ async def _look(request: Look) -> HostState:
         ray_alive=seen.ray_alive,
         controller_alive=seen.controller_alive,
         problems=problems if record.wanted == "running" else (),
+        gpus=record.spec.gpus if isinstance(record.spec.gpus, int) else len(record.gpu_uuids),
         ports=record.ports,
         versions=record.versions,
         token=client_token(paths),
@@ -166,7 +174,9 @@ async def _look(request: Look) -> HostState:
 
 
 async def _down(request: Down) -> Ended:
-    report = await embedded.down(folder_name(request.name, request.host))
+    paths = cluster_paths(folder_name(request.name, request.host))
+    report = await embedded.down(paths.name)
+    await end_kept(paths)
     return Ended(ended=tuple(str(one) for one in report.ended), store=report.store, notes=report.notes)
 
 

@@ -79,3 +79,7 @@ class Reach:
 
     url: str
     token: str = field(repr=False)
+    dashboard_url: str = ""
+    """Where Ray's dashboard and Jobs API are reached from here; empty where that is the controller's own address."""
+    gcs_address: str = ""
+    """The same of Ray's head."""

@@ -1,0 +1,130 @@
+"""``python -m raylaunch.cluster.keep NAME``: starts a host's part of a cluster again when it is gone.
+
+It looks at processes and nothing else, so that a cluster whose head is away is left in peace. It ends by itself when
+the cluster is taken down here. systemd or cron start it at boot (`raylaunch.cluster.staying`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import sys
+from collections.abc import Iterator
+
+import anyio
+import psutil
+
+from raylaunch.cluster.bring_up import BringUp
+from raylaunch.cluster.home import ClusterPaths, cluster_paths, storage_errors
+from raylaunch.cluster.joining import Joining
+from raylaunch.cluster.plan import Step
+from raylaunch.cluster.process import is_alive
+from raylaunch.cluster.record import ClusterRecord, cluster_lock, load_record
+from raylaunch.errors import ConflictError, RaylaunchError
+
+_log = logging.getLogger("raylaunch.cluster.keep")
+
+_LOOK_S = 2.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
+_LOCK_S = 1.0
+
+
+def missing(record: ClusterRecord) -> str:
+    """Return in words what of this host's part of the cluster does not run; empty when all does."""
+    if not is_alive(record.ray):
+        return "Ray"
+    if not record.place.is_worker and not is_alive(record.controller):
+        return "the controller"
+    return ""
+
+
+def has_address(address: str) -> bool:
+    """Say whether this machine has the address now: at boot, a network may come up late."""
+    return not address or any(one.address == address for found in psutil.net_if_addrs().values() for one in found)
+
+
+async def wake(paths: ClusterPaths) -> str:
+    """Start what should run here and does not; return in words what that was.
+
+    Raises:
+        ConflictError: another raylaunch is at work on it.
+        RaylaunchError: it could not be started.
+    """
+    async with cluster_lock(paths, limit_s=_LOCK_S):
+        record = load_record(paths)
+        if record is None or record.wanted != "running" or not (gone := missing(record)):
+            return ""
+        if not has_address(record.place.address):
+            msg = f"this machine does not have its address {record.place.address}"
+            raise RaylaunchError(msg, hint="it is tried again: the network may be about to come up")
+        if record.place.is_worker:
+            await Joining(paths, record.spec, _tell, place=record.place, cluster_id=record.cluster_id).run()
+        else:
+            await BringUp(paths, record.spec, _tell).run()
+    return gone
+
+
+async def keep(paths: ClusterPaths) -> None:
+    """Wake it whenever something is gone, until the cluster is not wanted here any more."""
+    pause = _FIRST_PAUSE_S
+    while (record := load_record(paths)) is not None and record.wanted == "running":
+        if not missing(record):
+            pause = _FIRST_PAUSE_S
+            await anyio.sleep(_LOOK_S)
+            continue
+        try:
+            if gone := await wake(paths):
+                _log.info("%s was gone, and runs again", gone)
+        except ConflictError as error:
+            _log.info("left to another: %s", error.message)
+        except RaylaunchError as error:
+            _log.warning("%s", error)
+        await anyio.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def _tell(step: Step) -> None:
+    _log.info("%s", step)
+
+
+@contextlib.contextmanager
+def alone(paths: ClusterPaths) -> Iterator[bool]:
+    """Yield whether this is the only keeper of the cluster here, for as long as the block lasts."""
+    path = paths.root / "keep.lock"
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def is_kept(paths: ClusterPaths) -> bool:
+    """Say whether a keeper of the cluster runs here."""
+    with alone(paths) as nobody_else:
+        return not nobody_else
+
+
+def main(argv: list[str]) -> int:
+    """Keep the cluster that is named; return the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    os.umask(0o077)
+    paths = cluster_paths(argv[0])
+    if not paths.root.is_dir():
+        _log.error("cluster %s was never started here", argv[0])
+        return 2
+    with alone(paths) as nobody_else:
+        if nobody_else:
+            anyio.run(keep, paths)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
