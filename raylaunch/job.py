@@ -24,17 +24,23 @@ class Context:
     """Where this process stands. Outside a job `in_job` is False and the folders lie in the current one."""
 
     in_job: bool
+    """Whether this process belongs to a job."""
     job: str
     """The job's id, the same for all its attempts; empty outside a job."""
     name: str
+    """The job's name; empty outside a job."""
     attempt: int
     """1 for the first attempt, 2 for the first retry; 0 outside a job."""
     cluster: str
+    """The cluster's name; empty outside a job."""
     output_dir: Path
     """What is written here is kept with the job (`raylaunch files`, `raylaunch get`)."""
     checkpoint_dir: Path
+    """The same, for checkpoints."""
     rank: int
+    """Which of the training's processes this is, from 0."""
     world_size: int
+    """How many processes the training has; 1 unless a launcher says otherwise."""
 
 
 def context() -> Context:

@@ -22,6 +22,7 @@ class Verdict(str, Enum):
 class _Facts(NamedTuple):
     verdict: Verdict
     sentence: str
+    advice: str
 
 
 class Reason(str, Enum):
@@ -63,31 +64,84 @@ class Reason(str, Enum):
         """The reason in words, for where no better sentence with the job's own numbers is at hand."""
         return _TABLE[self].sentence
 
+    @property
+    def advice(self) -> str:
+        """What a person can do about it."""
+        return _TABLE[self].advice
+
 
 _TABLE: dict[Reason, _Facts] = {
-    Reason.WAITING_FOR_GPUS: _Facts(Verdict.WAIT, "waits for GPUs"),
-    Reason.WAITING_FOR_CPUS: _Facts(Verdict.WAIT, "waits for CPUs"),
-    Reason.WAITING_FOR_MEMORY: _Facts(Verdict.WAIT, "waits for memory"),
-    Reason.WAITING_FOR_RESOURCE: _Facts(Verdict.WAIT, "waits for a custom resource"),
-    Reason.WAITING_FOR_NODE: _Facts(Verdict.WAIT, "waits for a node that can run it"),
-    Reason.WAITING_FOR_TURN: _Facts(Verdict.WAIT, "waits for a job ahead of it"),
-    Reason.WAITING_FOR_RAY: _Facts(Verdict.WAIT, "waits for Ray to answer"),
-    Reason.GPU_BUSY_OUTSIDE: _Facts(Verdict.WAIT, "waits for GPUs that processes outside raylaunch use"),
-    Reason.SENDING_CODE: _Facts(Verdict.WAIT, "its code is on the way to the node"),
-    Reason.COMPLETED: _Facts(Verdict.FINAL, "completed"),
-    Reason.EXIT_CODE: _Facts(Verdict.RETRY, "the program exited with an error"),
-    Reason.SIGNAL: _Facts(Verdict.RETRY, "the program was ended by a signal"),
-    Reason.OUT_OF_MEMORY: _Facts(Verdict.RETRY, "the machine ran out of memory"),
-    Reason.GPU_OUT_OF_MEMORY: _Facts(Verdict.FINAL, "the GPU ran out of memory"),
-    Reason.DISK_FULL: _Facts(Verdict.FINAL, "the disk is full"),
-    Reason.STOP_REQUESTED: _Facts(Verdict.FINAL, "stopped on request"),
-    Reason.STOPPED_BY_RAY: _Facts(Verdict.FINAL, "stopped with Ray's own tools"),
-    Reason.TIMEOUT: _Facts(Verdict.FINAL, "ran longer than its timeout"),
-    Reason.ENVIRONMENT: _Facts(Verdict.FINAL, "its Python environment cannot be used"),
-    Reason.ENTRYPOINT_NOT_FOUND: _Facts(Verdict.FINAL, "the program to run was not found"),
-    Reason.SECRET_MISSING: _Facts(Verdict.FINAL, "a secret it names is not set"),
-    Reason.RUNNER_DIED: _Facts(Verdict.RETRY, "raylaunch's runner was killed, and the training with it"),
-    Reason.NODE_LOST: _Facts(Verdict.RETRY_FREE, "its node was lost"),
-    Reason.RAY_REFUSED: _Facts(Verdict.FINAL, "Ray refused the submission"),
-    Reason.RAY_LOST: _Facts(Verdict.RETRY_FREE, "Ray was restarted under it"),
+    Reason.WAITING_FOR_GPUS: _Facts(
+        Verdict.WAIT, "waits for GPUs", "wait, or stop a job that holds them; `raylaunch show` names those"
+    ),
+    Reason.WAITING_FOR_CPUS: _Facts(
+        Verdict.WAIT, "waits for CPUs", "wait, ask for fewer `resources.cpus`, or stop a job that holds them"
+    ),
+    Reason.WAITING_FOR_MEMORY: _Facts(
+        Verdict.WAIT, "waits for memory", "wait, ask for less `resources.memory`, or stop a job that holds it"
+    ),
+    Reason.WAITING_FOR_RESOURCE: _Facts(
+        Verdict.WAIT, "waits for a custom resource", "wait, or stop a job that holds it"
+    ),
+    Reason.WAITING_FOR_NODE: _Facts(
+        Verdict.WAIT, "waits for a node that can run it", "see `raylaunch status`: a node that could run it is away"
+    ),
+    Reason.WAITING_FOR_TURN: _Facts(
+        Verdict.WAIT, "waits for a job ahead of it", "wait, or submit it with a higher `priority`"
+    ),
+    Reason.WAITING_FOR_RAY: _Facts(
+        Verdict.WAIT, "waits for Ray to answer", "wait: Ray is started again by itself; if it stays so, `raylaunch up`"
+    ),
+    Reason.GPU_BUSY_OUTSIDE: _Facts(
+        Verdict.WAIT,
+        "waits for GPUs that processes outside raylaunch use",
+        "end those processes, or wait; `raylaunch status` lists them",
+    ),
+    Reason.SENDING_CODE: _Facts(Verdict.WAIT, "its code is on the way to the node", "wait"),
+    Reason.COMPLETED: _Facts(Verdict.FINAL, "completed", "fetch what it made: `raylaunch get`"),
+    Reason.EXIT_CODE: _Facts(
+        Verdict.RETRY, "the program exited with an error", "read its last lines: `raylaunch logs`"
+    ),
+    Reason.SIGNAL: _Facts(
+        Verdict.RETRY,
+        "the program was ended by a signal",
+        "read its last lines: `raylaunch logs`; who sent the signal is not known",
+    ),
+    Reason.OUT_OF_MEMORY: _Facts(
+        Verdict.RETRY,
+        "the machine ran out of memory",
+        "use less, or ask for more with `resources.memory`, so that less runs beside it",
+    ),
+    Reason.GPU_OUT_OF_MEMORY: _Facts(
+        Verdict.FINAL, "the GPU ran out of memory", "use a smaller batch or model, or larger GPUs"
+    ),
+    Reason.DISK_FULL: _Facts(
+        Verdict.FINAL, "the disk is full", "make room on the node; `raylaunch du` and `raylaunch rm` free the store"
+    ),
+    Reason.STOP_REQUESTED: _Facts(Verdict.FINAL, "stopped on request", "nothing; submit it again to run it again"),
+    Reason.STOPPED_BY_RAY: _Facts(
+        Verdict.FINAL, "stopped with Ray's own tools", "nothing; somebody used `ray job stop`"
+    ),
+    Reason.TIMEOUT: _Facts(
+        Verdict.FINAL, "ran longer than its timeout", "give a longer `timeout_s`, or continue from a checkpoint"
+    ),
+    Reason.ENVIRONMENT: _Facts(
+        Verdict.FINAL,
+        "its Python environment cannot be used",
+        "name another `environment`; `raylaunch show` says what was wrong with this one",
+    ),
+    Reason.ENTRYPOINT_NOT_FOUND: _Facts(
+        Verdict.FINAL, "the program to run was not found", "check `entrypoint`, `working_dir` and `environment`"
+    ),
+    Reason.SECRET_MISSING: _Facts(Verdict.FINAL, "a secret it names is not set", "set it: `raylaunch secret set NAME`"),
+    Reason.RUNNER_DIED: _Facts(
+        Verdict.RETRY,
+        "raylaunch's runner was killed, and the training with it",
+        "find who killed it: the kernel for want of memory, or a person",
+    ),
+    Reason.NODE_LOST: _Facts(
+        Verdict.RETRY_FREE, "its node was lost", "nothing, if it is tried again; else see `raylaunch status`"
+    ),
+    Reason.RAY_REFUSED: _Facts(Verdict.FINAL, "Ray refused the submission", "read what Ray says: `raylaunch show`"),
+    Reason.RAY_LOST: _Facts(Verdict.RETRY_FREE, "Ray was restarted under it", "nothing, if it is tried again"),
 }

@@ -1,110 +1,23 @@
-"""What is observed: jobs, attempts, events, metrics, artifacts, the cluster; and `transition`, what may follow what.
+"""What is observed: jobs, attempts, events, metrics, artifacts, the cluster.
 
 Every model here is the wire format: the same object is the HTTP answer, the CLI's ``--json``, MCP's structured content
-and the notebook's repr. Times are seconds since the epoch (UTC), sizes bytes, durations seconds.
+and the notebook's repr. Times are seconds since the epoch (UTC), sizes bytes, durations seconds. Where a job stands
+(`raylaunch.job_state`) is had from here as well.
 """
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from raylaunch.job_state import ENDED as ENDED  # noqa: PLC0414 -- exported again
+from raylaunch.job_state import Change as Change  # noqa: PLC0414 -- exported again
+from raylaunch.job_state import IllegalTransition as IllegalTransition  # noqa: PLC0414 -- exported again
+from raylaunch.job_state import JobState as JobState  # noqa: PLC0414 -- exported again
+from raylaunch.job_state import transition as transition  # noqa: PLC0414 -- exported again
 from raylaunch.reasons import Reason
 from raylaunch.spec import JobSpec
-
-
-class JobState(str, Enum):
-    """Where a job stands. The last five are ends and never change."""
-
-    HELD = "held"
-    QUEUED = "queued"
-    STARTING = "starting"
-    RUNNING = "running"
-    STOPPING = "stopping"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    STOPPED = "stopped"
-    TIMED_OUT = "timed_out"
-    LOST = "lost"
-
-    @property
-    def ended(self) -> bool:
-        """Whether this state is final."""
-        return self in ENDED
-
-    @property
-    def active(self) -> bool:
-        """Whether an attempt of the job may have processes on a node."""
-        return self in {JobState.STARTING, JobState.RUNNING, JobState.STOPPING}
-
-
-ENDED = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.STOPPED, JobState.TIMED_OUT, JobState.LOST})
-
-
-class Change(str, Enum):
-    """What can happen to a job; the input of `transition`."""
-
-    HOLD = "hold"
-    RELEASE = "release"
-    ADMIT = "admit"
-    START = "start"
-    REQUEUE = "requeue"
-    STOP = "stop"
-    SUCCEED = "succeed"
-    FAIL = "fail"
-    END_STOPPED = "end_stopped"
-    TIME_OUT = "time_out"
-    LOSE = "lose"
-
-
-_ENDS = {
-    Change.SUCCEED: JobState.SUCCEEDED,
-    Change.FAIL: JobState.FAILED,
-    Change.END_STOPPED: JobState.STOPPED,
-    Change.TIME_OUT: JobState.TIMED_OUT,
-    Change.LOSE: JobState.LOST,
-}
-
-_NEXT: dict[JobState, dict[Change, JobState]] = {
-    JobState.HELD: {
-        Change.RELEASE: JobState.QUEUED,
-        Change.END_STOPPED: JobState.STOPPED,
-        Change.FAIL: JobState.FAILED,
-    },
-    JobState.QUEUED: {
-        Change.HOLD: JobState.HELD,
-        Change.ADMIT: JobState.STARTING,
-        Change.END_STOPPED: JobState.STOPPED,
-        Change.FAIL: JobState.FAILED,
-    },
-    JobState.STARTING: {
-        Change.START: JobState.RUNNING,
-        Change.REQUEUE: JobState.QUEUED,
-        Change.STOP: JobState.STOPPING,
-        **_ENDS,
-    },
-    JobState.RUNNING: {Change.REQUEUE: JobState.QUEUED, Change.STOP: JobState.STOPPING, **_ENDS},
-    JobState.STOPPING: dict(_ENDS),
-}
-
-
-class IllegalTransition(ValueError):  # noqa: N818 -- a bug of ours, not an error that a person acts on
-    """A change that cannot happen in this state."""
-
-
-def transition(state: JobState, change: Change) -> JobState:
-    """Return the state that follows `state` when `change` happens.
-
-    Raises:
-        IllegalTransition: `change` cannot happen in `state`; ended states never change.
-    """
-    try:
-        return _NEXT[state][change]
-    except KeyError:
-        msg = f"{change.value} cannot happen to a job that is {state.value}"
-        raise IllegalTransition(msg) from None
 
 
 class View(BaseModel):
@@ -126,7 +39,10 @@ class WandbLink(View):
 
 
 class AttemptView(View):
-    """One run of a job: one Ray submission with the id ``<job>-<n>``."""
+    """One run of a job: one Ray submission with the id ``<job>-<n>``, where `n` counts from 1.
+
+    It was `admitted_at` when its turn came; its program ran from `started_at`. `pid` is its program's, on the node.
+    """
 
     id: str
     n: int
@@ -149,7 +65,7 @@ class AttemptView(View):
 
 
 class Progress(View):
-    """How far the training says it is."""
+    """How far the training says it is: `step` of `total`, in whatever it counts; said `at`."""
 
     step: float
     total: float | None = None
@@ -164,7 +80,7 @@ class FileFact(View):
 
 
 class PackReport(View):
-    """What the client packed: said to the person, and kept with the job."""
+    """What the client packed: said to the person, and kept with the job. `ignored` counts files and whole folders."""
 
     files: int = 0
     bytes: int = 0
@@ -199,7 +115,11 @@ class EnvironmentFacts(View):
 
 
 class JobView(View):
-    """One job as anybody with the role to see it sees it."""
+    """One job as anybody with the role to see it sees it.
+
+    It is `unreachable` while its node does not answer, and `state` is then as it was last seen. `outputs` counts files,
+    `entrypoint` is its command as one line, `owner` the person who submitted it.
+    """
 
     id: str
     name: str
@@ -247,7 +167,10 @@ class JobPage(View):
 
 
 class Event(View):
-    """Something that happened; `seq` grows by one and never repeats within a cluster."""
+    """Something that happened; `seq` grows by one and never repeats within a cluster.
+
+    `kind` is a word for programs, `message` a sentence, `state` the job's when it had happened.
+    """
 
     seq: int
     at: float
@@ -286,7 +209,7 @@ class SubmitAnswer(View):
 
 
 class MetricPoint(View):
-    """One value of one metric."""
+    """One value of one metric: at which of the run's steps, and when it was logged."""
 
     step: float
     value: float
@@ -303,7 +226,7 @@ class MetricSeries(View):
 
 
 class MetricsPage(View):
-    """Metrics of a job, over all its attempts."""
+    """Metrics of a job, over all its attempts: all `keys`, the `last` value of each, and the curves asked for."""
 
     keys: tuple[str, ...]
     last: dict[str, float]
@@ -312,14 +235,14 @@ class MetricsPage(View):
 
 
 class LogMatch(View):
-    """One line that matched a search."""
+    """One line that matched a search; `offset` is where it begins, in bytes."""
 
     offset: int
     text: str
 
 
 class LogMatches(View):
-    """Matches of a search in one log; search again from `next_offset` when `more`."""
+    """Matches of a search in one log; search again from `next_offset` (bytes) when there is `more`."""
 
     matches: tuple[LogMatch, ...]
     next_offset: int
@@ -327,7 +250,7 @@ class LogMatches(View):
 
 
 class Artifact(View):
-    """One file that a job left behind."""
+    """One file that a job left behind. `attempt` is the one that wrote it; 0 for what belongs to the job."""
 
     path: str
     bytes: int
@@ -352,7 +275,7 @@ class GpuView(View):
 
 
 class NodeView(View):
-    """One machine of the Ray cluster."""
+    """One machine of the Ray cluster: what it has, and what of that nothing holds."""
 
     id: str
     hostname: str
@@ -370,6 +293,7 @@ class NodeView(View):
     gpu_type: str = ""
     gpu: tuple[GpuView, ...] = ()
     disk_free: int | None = None
+    """What the disk of raylaunch's folder there has left."""
     steward: bool = False
     """Whether its steward answers."""
 
@@ -406,7 +330,11 @@ class ClusterStatus(View):
 
 
 class ControllerStatus(View):
-    """What the controller says of itself, Ray and the nodes (``GET /v1/status``)."""
+    """What the controller says of itself, Ray and the nodes (``GET /v1/status``).
+
+    `person` and `role` are those of the token that asks; `queued` and `running` count jobs; `store` is a folder on the
+    head, `store_free` what its disk has left.
+    """
 
     cluster: str
     version: str

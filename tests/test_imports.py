@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("raylaunch", "mcp_server")
 
 SPECS = frozenset({"spec", "cluster_spec", "spec_parts", "units"})
-GROUND = frozenset({"errors", "reasons", "version", "state"}) | SPECS
+GROUND = frozenset({"errors", "reasons", "version", "job_state", "state"}) | SPECS
 READING = frozenset({"config", "spec_problems", "yaml_file"})
 SENDING = frozenset({"packing", "ignoring", "git_facts", "submission", "transfer", "wire", "log_reading"})
 VERBS = frozenset({"client", "sdk"})
@@ -29,7 +29,9 @@ MAY: dict[str, frozenset[str]] = {
     "reasons": frozenset(),
     "version": frozenset(),
     **dict.fromkeys(SPECS, SPECS),
-    "state": frozenset({"reasons", "spec"}),
+    "spec": SPECS | {"runner.entrypoint"},
+    "job_state": frozenset(),
+    "state": frozenset({"job_state", "reasons", "spec"}),
     **dict.fromkeys(READING, GROUND | READING),
     **dict.fromkeys(SENDING, GROUND | SENDING | {"runner.contract"}),
     "cluster": GROUND,
@@ -43,7 +45,7 @@ MAY: dict[str, frozenset[str]] = {
     "job": frozenset({"runner.contract"}),
     "tracking": GROUND | {"runner.contract"},
     "node": GROUND | {"runner.contract"},
-    "controller": GROUND | {"node", "tracking", "runner.contract", "runner.archive"},
+    "controller": GROUND | {"node", "tracking", "runner.contract", "runner.archive", "runner.rank_failure"},
     "__init__": GROUND | READING | VERBS | {"job"},
     "__main__": frozenset({"cli"}),
 }
@@ -51,7 +53,12 @@ MAY: dict[str, frozenset[str]] = {
 # A foreign library, and the only places that may import it.
 KNOWN_TO: dict[str, tuple[str, ...]] = {
     "asyncssh": ("raylaunch/cluster/ssh.py",),
-    "ray": ("raylaunch/controller/ray_jobs.py", "raylaunch/controller/ray_link.py", "raylaunch/node/"),
+    "ray": (
+        "raylaunch/controller/ray_calls.py",
+        "raylaunch/controller/ray_jobs.py",
+        "raylaunch/controller/ray_link.py",
+        "raylaunch/node/",
+    ),
     "wandb": ("raylaunch/tracking/",),
     "mcp": ("mcp_server/",),
     "httpx2": ("raylaunch/wire.py", "raylaunch/controller/ray_jobs.py"),

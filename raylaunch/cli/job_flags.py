@@ -97,6 +97,15 @@ def spec_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> JobSpec:
     return job_spec_from_flags(flags_of(given, environ), file=given.get("file"))
 
 
+def flag_of(field: tuple[str, ...]) -> str:
+    """Return the option that sets a field of a job, and "" where there is none."""
+    for options in (_FIELDS, _LISTS, _PAIRS):
+        for option, path in options.values():
+            if path == field:
+                return option
+    return "--shell" if field == ("entrypoint",) else ""
+
+
 def flags_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> list[Flag]:
     """Return the flags that were given, in the order of their names."""
     flags = [
