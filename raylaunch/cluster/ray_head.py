@@ -148,7 +148,7 @@ class RayStart:
 
     def environment(self, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
         """Return Ray's whole environment here, which everything that it starts inherits."""
-        env = clean_environment(environ, self.paths)
+        env = clean_environment(environ, self.paths) | self.place.env
         env |= {
             VAR_CLUSTER_ID: self.cluster_id,
             "RAYLAUNCH_NODE_ROOT": str(self.paths.node),
@@ -170,7 +170,8 @@ class RayStart:
         else:
             env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # with it, every socket is bound to loopback
         if self.place.interface:
-            env |= {"NCCL_SOCKET_IFNAME": self.place.interface, "GLOO_SOCKET_IFNAME": self.place.interface}
+            interfaces = dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), self.place.interface)
+            env |= {name: value for name, value in interfaces.items() if name not in self.place.env}
         if self.gpus.gpus:
             env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": self.gpus.visible}
         return env

@@ -48,6 +48,8 @@ class NodePlace(BaseModel):
     """The network interface that bears the address, for NCCL and Gloo."""
     head: str = ""
     """``address:port`` of Ray's head; empty on the head itself."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of all that runs here."""
 
     @property
     def ray_address(self) -> str:
