@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from raylaunch.cluster_spec import ClusterGpus, ClusterSpec
+from raylaunch.runner.entrypoint import pasted, problem_of
 from raylaunch.spec_parts import (
     ENVIRONMENTS,
     GPU_VARIABLES,
@@ -151,12 +152,24 @@ class JobSpec(Spec):
             raise ValueError(msg)
         return value
 
+    @field_validator("launcher")
+    @classmethod
+    def _torchrun_can_start_it(cls, value: Launcher, info: ValidationInfo) -> Launcher:
+        problem = problem_of(info.data.get("entrypoint") or "python -c pass") if value == "torchrun" else ""
+        if problem:
+            raise ValueError(problem)
+        return value
+
     @field_validator("processes")
     @classmethod
     def _processes_of_torchrun(cls, value: int | None, info: ValidationInfo) -> int | None:
         launcher = info.data.get("launcher")
         if value is not None and launcher not in {None, "torchrun"}:
             msg = f"only launcher: torchrun starts ranks, and the launcher is {launcher}; write launcher: torchrun"
+            raise ValueError(msg)
+        found = pasted(info.data.get("entrypoint") or "")
+        if value is not None and found is not None and found.ranks:
+            msg = f"the entrypoint says itself how many ranks there are ({found.ranks}); leave one of the two out"
             raise ValueError(msg)
         return value
 

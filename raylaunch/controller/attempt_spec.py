@@ -48,6 +48,7 @@ def attempt_spec(  # noqa: PLR0913 -- each is one fact, and all are named
         entrypoint=spec.entrypoint if isinstance(spec.entrypoint, str) else list(spec.entrypoint),
         launcher=spec.launcher,
         processes=spec.processes,
+        cpus=spec.resources.cpus,
         env={**settings.env, **spec.env},
         secrets=list(spec.secrets),
         environment=_environment(environment),

@@ -8,7 +8,15 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_MAIN = "import sys\n\nfrom raylaunch.runner.main import main\n\nsys.exit(main(sys.argv[1:]))\n"
+_MAIN = """import sys
+
+if sys.argv[1:2] == ["--rank"]:
+    from raylaunch.runner.rank import main
+else:
+    from raylaunch.runner.main import main
+
+sys.exit(main(sys.argv[1:]))
+"""
 _JOB_MODULES = ("__init__.py", "job.py", "version.py")
 """What a job's own code may import (`raylaunch.context`, `raylaunch.report`), where raylaunch is not installed."""
 

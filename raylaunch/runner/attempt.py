@@ -9,11 +9,23 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raylaunch.runner import claim, contract, keeper, outputs, probe, training, wandb_core, wandb_env, wandb_failure
+from raylaunch.runner import (
+    claim,
+    contract,
+    keeper,
+    launch,
+    outputs,
+    probe,
+    training,
+    wandb_core,
+    wandb_env,
+    wandb_failure,
+)
 from raylaunch.runner.builds import Place
 from raylaunch.runner.ending import Sweep, stop_training
 from raylaunch.runner.environment import Prepared, prepare
 from raylaunch.runner.processes import ancestors, oom_kills, signal_name
+from raylaunch.runner.rank_failure import RankFailure, before_report, rank_failure
 from raylaunch.runner.relay import Relay
 from raylaunch.runner.wandb_url import RunAddress
 
@@ -24,6 +36,8 @@ if TYPE_CHECKING:
 _POLL_S = 0.1
 _TAIL = 64 * 1024
 _SHELL_SIGNAL = 128
+_FAILED = 1
+"""torchrun's exit status when a rank failed, whatever the rank's was."""
 
 
 class Attempt:
@@ -42,6 +56,7 @@ class Attempt:
         self._relay = Relay(self._log, sys.stdout.fileno(), job=spec["job"])
         self._facts: Facts = {"warnings": []}
         self._kept: keeper.Kept | None = None
+        self._launch = launch.as_it_is(spec)
         self._sweep = Sweep(spec["tag"], self._spare, pulse)
         self._address = RunAddress(self._log, spec["wandb"]["run_id"])
 
@@ -55,7 +70,8 @@ class Attempt:
         """
         secrets = claim.take_secrets(self._folder)
         prepared, mode = self._prepare(secrets)
-        argv = training.command(self._spec["entrypoint"], prepared.env, self._code)
+        prepared = self._plan(prepared)
+        argv = training.command(self._launch.entrypoint, prepared.env, self._code)
         self._pulse.check()
         oom_before = oom_kills()
         self._start(argv, prepared)
@@ -110,6 +126,18 @@ class Attempt:
             env["PYTHONPATH"] = os.pathsep.join([*path, str(folder / contract.RUNNER)])
         return Prepared(env, prepared.python), mode
 
+    def _plan(self, prepared: Prepared) -> Prepared:
+        """Plan how the training is started; returns its variables with those of its launcher."""
+        self._launch = launch.plan(
+            self._spec,
+            env=prepared.env,
+            python=prepared.python,
+            torch=self._facts["torch"],
+            shim=launch.shim_in(self._folder),
+            node=launch.look_at_node(),
+        )
+        return prepared._replace(env={**prepared.env, **self._launch.env})
+
     def _say_mode(self, mode: wandb_env.Mode) -> None:
         self._facts["wandb_mode"] = mode.mode
         self._facts["wandb_why"] = mode.why
@@ -134,6 +162,7 @@ class Attempt:
             "pid": self._kept.pid,
             "at": time.time(),
             "gpus": training.gpu_ids(self._spec, prepared.env),
+            "ranks": self._launch.ranks,
         }
         claim.write_whole(self._folder / contract.STARTED, started)
         self._relay.start()
@@ -174,7 +203,7 @@ class Attempt:
     def _wandb_broke(self) -> bool:
         kept = self._kept
         failed = kept is not None and kept.status is not None and kept.status > 0
-        return failed and wandb_failure.init_broke(self._folder, self._log_tail())
+        return failed and wandb_failure.init_broke(self._folder, b"\n".join(self._tail_of(log) for log in self._logs()))
 
     def _restart_offline(self, argv: list[str], prepared: Prepared) -> None:
         why = "wandb.init failed on-line, so the training was started again off-line"
@@ -204,12 +233,15 @@ class Attempt:
     def _facts_of_end(self, wish: Wish | None) -> Exit:
         kept = self._kept
         status = kept.status if kept is not None else None
-        code, by_signal = self._read_status(status)
+        failure = self._failure_of_rank(status) if wish is None else None
+        code, by_signal = self._read_status(status) if failure is None else _read_rank(failure)
+        who = "the training" if failure is None else f"rank {failure.rank}"
         end: Exit = {
             "ended": "completed",
             "exit_code": code,
             "signal": by_signal,
             "message": "",
+            "rank": failure.rank if failure else None,
             "at": time.time(),
             "by_ray": wish is not None and wish.by_ray,
             "killed": self._sweep.killed,
@@ -224,10 +256,11 @@ class Attempt:
             end["message"] = "the process that looks after the training was killed, and the training with it"
         elif by_signal:
             end["ended"] = "signal"
-            end["message"] = f"the training was ended by {by_signal}"
+            end["message"] = f"{who} was ended by {by_signal}"
         elif code:
             end["ended"] = "exit_code"
-            tail = self._log_tail().decode("utf-8", "replace")
+            end["message"] = f"{who} exited with status {code}" if failure else ""
+            tail = self._last_words(failure)
             missing = training.explain_missing(self._spec["entrypoint"], code, tail, self._code)
             if missing:
                 end["ended"], end["message"] = "entrypoint_not_found", missing
@@ -243,13 +276,35 @@ class Attempt:
             return status, signal_name(status - _SHELL_SIGNAL)
         return status, ""
 
-    def _log_tail(self) -> bytes:
+    def _failure_of_rank(self, status: int | None) -> RankFailure | None:
+        """Return which rank failed, where torchrun has ended with its report; else the command's own status counts."""
+        if not self._launch.elastic or status != _FAILED:
+            return None
+        return rank_failure(self._tail_of(self._log).decode("utf-8", "replace"))
+
+    def _last_words(self, failure: RankFailure | None) -> str:
+        log = self._folder / contract.RANK_LOG.format(rank=failure.rank if failure else 0)
+        text = self._tail_of(log).decode("utf-8", "replace")
+        return before_report(text) if self._launch.elastic else text
+
+    def _logs(self) -> list[Path]:
+        return sorted((self._folder / contract.LOGS).glob(contract.RANK_LOG.rpartition("/")[2].format(rank="*")))
+
+    @staticmethod
+    def _tail_of(path: Path) -> bytes:
         try:
-            with self._log.open("rb") as log:
+            with path.open("rb") as log:
                 log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL))
                 return log.read()
         except FileNotFoundError:
             return b""
+
+
+def _read_rank(failure: RankFailure) -> tuple[int, str]:
+    """Return exit code and signal of a rank."""
+    if failure.status < 0:
+        return _SHELL_SIGNAL - failure.status, signal_name(-failure.status)
+    return failure.status, ""
 
 
 _FATAL = frozenset(

@@ -12,7 +12,8 @@ One attempt has one folder on its node, ``<node root>/attempts/<attempt id>/``::
     heartbeat         touched every second while the runner lives (`HEARTBEAT`)
     stop.json         a wish to stop, written by the steward (`STOP`)
     exit.json         how it ended; written last, beside and renamed (`EXIT`)
-    logs/rank-0.log   stdout and stderr of the training, byte for byte (`LOGS`)
+    logs/rank-0.log   stdout and stderr of the training, byte for byte (`LOGS`); of rank 0 and its launcher
+    logs/rank-N.log   the same of rank N, where a launcher starts several
     wandb/            WANDB_DIR; the run's file is wandb/wandb/*run-*/run-*.wandb (`WANDB`)
     outputs/          $RAYLAUNCH_OUTPUT_DIR; kept (`OUTPUTS`)
     checkpoints/      $RAYLAUNCH_CHECKPOINT_DIR; kept (`CHECKPOINTS`)
@@ -55,10 +56,18 @@ VAR_CHECKPOINT_DIR = "RAYLAUNCH_CHECKPOINT_DIR"
 VAR_CLUSTER = "RAYLAUNCH_CLUSTER"
 VAR_PROGRESS = "RAYLAUNCH_PROGRESS_FILE"
 """File to which `raylaunch.report` appends JSON lines: ``{"at", "step", "total", "metrics"}``."""
+VAR_WANDB_RUN = "RAYLAUNCH_WANDB_RUN_ID"
+"""The job's W&B run, under ``launcher: ray``: WANDB_RUN_ID would make all processes of the training one run."""
+VAR_TRAIN_REPORTS = "RAYLAUNCH_TRAIN_REPORTS"
+"""File to which `raylaunch.tracking.train_callback` appends what Ray Train's workers report (`TRAIN_REPORTS`)."""
 VAR_NODE_ROOT = "RAYLAUNCH_NODE_ROOT"
 """In the environment of Ray on a node: the folder where its steward keeps packages and attempts."""
 
 PROGRESS = "progress.jsonl"
+TRAIN_REPORTS = "tmp/train-reports.jsonl"
+
+INTERRUPTED = 130
+"""Exit status of what somebody interrupted, as shells say it."""
 
 RAY_SECRETS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
 
@@ -108,6 +117,8 @@ class AttemptSpec(TypedDict):
     launcher: Literal["script", "torchrun", "ray"]
     processes: int | None
     """Ranks on the node, under torchrun; None is one a GPU, else 1."""
+    cpus: float | None
+    """CPU cores that the job asks for, if it says so."""
     env: dict[str, str]
     secrets: list[str]
     environment: EnvironmentSpec
@@ -138,6 +149,8 @@ class Started(TypedDict):
     pid: int
     at: float
     gpus: list[str]
+    ranks: int
+    """How many ranks its launcher starts, each with a log of its own; 0 when that cannot be known before."""
 
 
 class Facts(TypedDict, total=False):
@@ -170,6 +183,8 @@ class Exit(TypedDict):
     signal: str
     message: str
     """For people; empty when exit code or signal say all."""
+    rank: int | None
+    """The rank that failed first, whose exit code and signal these are; None where nobody says which."""
     at: float
     by_ray: bool
     """Stopped by a SIGTERM from outside (``ray job stop``), not by a wish of ours."""

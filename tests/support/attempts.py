@@ -19,6 +19,7 @@ def attempt_spec(attempt: str, *, epoch: str = "epoch-1", entrypoint: str = "tru
         "entrypoint": entrypoint,
         "launcher": "script",
         "processes": None,
+        "cpus": None,
         "env": {},
         "secrets": [],
         "environment": {"kind": "default", "value": "", "requirements": []},

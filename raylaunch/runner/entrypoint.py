@@ -1,0 +1,235 @@
+"""What an entrypoint starts: a Python program, or a launcher that starts ranks by itself. Pure functions.
+
+Both sides rely on this: a spec that torchrun cannot start is refused when it is made, and the runner starts what was
+found here. A pasted ``torchrun …`` is found behind variables, ``uv run`` and the like, and is never wrapped again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from raylaunch.runner.shell_words import Word, read, spliced
+
+TORCHRUN = "torchrun"
+ACCELERATE = "accelerate"
+DEEPSPEED = "deepspeed"
+
+COUNTS = {
+    TORCHRUN: ("nproc-per-node", "nproc"),
+    ACCELERATE: ("num-processes",),
+    DEEPSPEED: ("num-gpus", "num-accelerators", "include", "exclude"),
+}
+"""Options that say how many ranks there are."""
+PLACES = (
+    *("rdzv-backend", "rdzv-endpoint", "rdzv-id", "rdzv-conf", "node-rank", "master-addr"),
+    *("num-machines", "machine-rank", "main-process-ip", "num-nodes", "hostfile", "no-ssh", "launcher"),
+)
+"""Options that say where ranks meet, or that there are several nodes: then nothing is decided here."""
+
+_PROGRAMS = {
+    "torchrun": TORCHRUN,
+    "accelerate-launch": ACCELERATE,
+    "deepspeed": DEEPSPEED,
+    "ds": DEEPSPEED,
+}
+_MODULES = {
+    "torch.distributed.run": TORCHRUN,
+    "torch.distributed.launch": TORCHRUN,
+    "accelerate.commands.launch": ACCELERATE,
+    "deepspeed.launcher.runner": DEEPSPEED,
+}
+_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*\+?=")
+_PYTHON = re.compile(r"python[\d.]*")
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+_BEFORE = ("env", "exec", "time", "nohup", "command")
+_RUN = ("uv", "poetry", "pdm", "pipenv", "pixi", "hatch", "rye", "conda", "mamba", "micromamba")
+_WRAPPERS = ("nice", "ionice", "numactl", "taskset", "timeout", "stdbuf", "nsys", "ncu", "uvx", "srun")
+_NAMES_ONE = ("-p", "--python", "--with", "--from", "-n", "--name", "--env")
+"""Options of what stands before a program whose value may look like one."""
+_BRING_ONE = (*_RUN, "uvx")
+"""These bring an interpreter of their own."""
+_SHELLS = ("sh", "bash", "zsh", "dash")
+_WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
+_IN_ORDER = ("&&", ";", "\n")
+_ADVICE = (
+    "write the program alone, as python train.py, or with launcher: script a command that starts the ranks itself, "
+    "as torchrun --nproc-per-node=2 train.py"
+)
+
+
+class Pasted(NamedTuple):
+    """A launcher in the entrypoint that starts ranks by itself."""
+
+    launcher: str
+    options: dict[str, str]
+    """Its own options, as ``{"nproc-per-node": "2"}``; those without a value have an empty one."""
+    at: int
+    """Where further options may be put, or -1 where none can be."""
+
+    @property
+    def ranks(self) -> str:
+        """How many ranks it names, in its own words (``4``, ``gpu``); empty when it names none."""
+        return next((self.options[name] for name in COUNTS[self.launcher] if name in self.options), "")
+
+    @property
+    def names_places(self) -> bool:
+        """Whether it says itself where its ranks meet, or asks for several nodes."""
+        nodes = self.options.get("nnodes", "1")
+        named = {name: self.options[name] for name in PLACES if name in self.options}
+        if named.get("master-addr") in _LOCAL:
+            del named["master-addr"]
+        if named.get("node-rank", named.get("machine-rank")) == "0":
+            named = {name: value for name, value in named.items() if name not in ("node-rank", "machine-rank")}
+        if named.get("num-machines", named.get("num-nodes")) == "1":
+            named = {name: value for name, value in named.items() if name not in ("num-machines", "num-nodes")}
+        return bool(named) or nodes not in ("1", "1:1")
+
+
+def pasted(entrypoint: str | Sequence[str]) -> Pasted | None:
+    """Return the launcher that the entrypoint names, or None."""
+    for command in read(entrypoint).commands:
+        at = _program(command)
+        found = _launcher(command, at) if at < len(command) else None
+        if found is not None:
+            return found
+    return None
+
+
+def problem_of(entrypoint: str | Sequence[str]) -> str:
+    """Return why torchrun cannot start this as ranks, and what to write; empty when it can."""
+    line = read(entrypoint)
+    if pasted(entrypoint) is not None:
+        return ""
+    odd = next((operator for operator in line.operators if operator not in _IN_ORDER), "")
+    if odd:
+        shown = "what no shell would read" if odd == "?" else repr(odd)
+        return f"torchrun starts a Python program, and this is a shell command with {shown}; {_ADVICE}"
+    programs = [found for found in map(_python, line.commands) if found is not None]
+    if not programs:
+        return f"torchrun starts a Python program, and this names none; {_ADVICE}"
+    if len(programs) > 1:
+        return f"torchrun starts one Python program, and this names {len(programs)}; {_ADVICE}"
+    return ""
+
+
+def python_word(entrypoint: str | Sequence[str]) -> str:
+    """Return the interpreter that the Python program asks for; empty when it is the one of the job's environment."""
+    found = next(found for found in map(_python, read(entrypoint).commands) if found is not None)
+    return found[2]
+
+
+def wrapped(entrypoint: str | list[str], launcher: Sequence[str], python: str) -> str | list[str]:
+    """Return the entrypoint with its Python program started by a launcher.
+
+    Args:
+        entrypoint: one for which `problem_of` finds nothing, and `pasted` neither.
+        launcher: what to put before the program.
+        python: the interpreter, which is put between the two.
+    """
+    start, end, _ = next(found for found in map(_python, read(entrypoint).commands) if found is not None)
+    return spliced(entrypoint, start, end, [*launcher, python])
+
+
+def with_options(entrypoint: str | list[str], found: Pasted, options: Sequence[str]) -> str | list[str]:
+    """Return the entrypoint with further options for the launcher in it; where they cannot be put, it as it is."""
+    return spliced(entrypoint, found.at, found.at, options) if found.at >= 0 and options else entrypoint
+
+
+def _program(command: Sequence[Word]) -> int:
+    """Return the index of the command's program: what stands before it is passed over."""
+    at = 0
+    while at < len(command):
+        text = command[at].text
+        name = text.rpartition("/")[2]
+        if name in _RUN and at + 1 < len(command) and command[at + 1].text == "run":
+            return _scan(command, at + 2)
+        if name in _WRAPPERS:
+            return _scan(command, at + 1)
+        passed = name in _BEFORE or _ASSIGNMENT.match(text) or (at and text.startswith("-"))
+        if not passed:
+            return at
+        at += 1
+    return at
+
+
+def _scan(command: Sequence[Word], begin: int) -> int:
+    """Return the index of the first word that looks like a program of interest, else where it was begun."""
+    for at in range(begin, len(command)):
+        before, text = command[at - 1].text, command[at].text
+        name = text.rpartition("/")[2]
+        known = name in _PROGRAMS or name == ACCELERATE or name in _SHELLS or _PYTHON.fullmatch(name)
+        if before not in _NAMES_ONE and not text.startswith("-") and (known or name.endswith(".py")):
+            return at
+    return begin
+
+
+def _launcher(command: Sequence[Word], at: int) -> Pasted | None:
+    name = command[at].text.rpartition("/")[2]
+    following = [word.text for word in command[at + 1 :]]
+    if name in _SHELLS:
+        return _in_shell(following)
+    if name in _PROGRAMS:
+        return _with_options_of(_PROGRAMS[name], command, at)
+    if name == ACCELERATE and following[:1] == ["launch"]:
+        return _with_options_of(ACCELERATE, command, at + 1)
+    if _PYTHON.fullmatch(name):
+        script = _script(command, at)
+        if script is None:
+            return None
+        text, module = command[script].text, command[script - 1].text == "-m"
+        kind = _MODULES.get(text) if module else _PROGRAMS.get(text.rpartition("/")[2])
+        return _with_options_of(kind, command, script) if kind else None
+    return None
+
+
+def _in_shell(arguments: Sequence[str]) -> Pasted | None:
+    for at, option in enumerate(arguments[:-1]):
+        if option.startswith("-") and option.endswith("c"):
+            inner = pasted(arguments[at + 1])
+            return inner._replace(at=-1) if inner else None
+    return None
+
+
+def _with_options_of(launcher: str, command: Sequence[Word], at: int) -> Pasted:
+    """Read a launcher's options up to the program that it starts."""
+    options: dict[str, str] = {}
+    words = [word.text for word in command[at + 1 :]]
+    for index, word in enumerate(words):
+        if word.endswith(".py") or word in ("-m", "--module", "--"):
+            break
+        if word.startswith("-"):
+            name, equals, value = word.lstrip("-").partition("=")
+            after = words[index + 1] if index + 1 < len(words) and not words[index + 1].startswith("-") else ""
+            options[name.replace("_", "-")] = value if equals else after
+    return Pasted(launcher, options, command[at].end)
+
+
+def _script(command: Sequence[Word], at: int) -> int | None:
+    """Return the index of what an interpreter runs: a script, a module's name, or code; None when there is nothing."""
+    at += 1
+    while at < len(command):
+        text = command[at].text
+        if text in ("-m", "-c"):
+            return at + 1 if at + 1 < len(command) else None
+        if not text.startswith("-") or text == "-":
+            return at
+        at += 2 if text in _WITH_VALUE else 1
+    return None
+
+
+def _python(command: Sequence[Word]) -> tuple[int, int, str] | None:
+    """Return which part of the text a launcher with an interpreter takes the place of, and which interpreter."""
+    at = _program(command)
+    if at >= len(command):
+        return None
+    word = command[at]
+    name = word.text.rpartition("/")[2]
+    brings_one = any(before.text.rpartition("/")[2] in _BRING_ONE for before in command[:at])
+    if _PYTHON.fullmatch(name) and _script(command, at) is not None:
+        plain = word.text in ("python", "python3") and not brings_one
+        return word.start, word.end, "" if plain else word.text
+    if name.endswith(".py"):
+        return word.start, word.start, "python" if brings_one else ""
+    return None
