@@ -56,17 +56,14 @@ def load_cluster_spec(
 
 def _refuse_other_kinds(file: YamlFile) -> None:
     kind = file.data.get("kind", "local")
-    if kind == "local":
+    if kind in {"local", "ssh"}:
         return
-    what = {"ssh": "a cluster of machines over SSH", "existing": "a Ray cluster that somebody else runs"}.get(str(kind))
-    sentence = f"kind: {kind} ({what or 'no kind that is known'}) cannot be run by this version of raylaunch"
-    msg = f"{sentence}; it runs kind: local, Ray and the controller on this machine"
-    raise SpecError(
-        msg,
-        where=file.where(("kind",)),
-        field="kind",
-        hint="write kind: local, or leave the key out",
+    what = "a Ray cluster that somebody else runs" if kind == "existing" else "no kind that is known"
+    msg = (
+        f"kind: {kind} ({what}) cannot be run by this version of raylaunch; "
+        "it runs kind: local, on this machine, and kind: ssh, on hosts over SSH"
     )
+    raise SpecError(msg, where=file.where(("kind",)), field="kind", hint="write kind: local, or leave the key out")
 
 
 def load_job_spec(path: Path) -> JobSpec:

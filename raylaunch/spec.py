@@ -12,20 +12,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from raylaunch.cluster_spec import ClusterGpus, ClusterSpec
+from raylaunch.cluster_spec import ClusterGpus, ClusterSpec, HostDefaults, HostSpec
 from raylaunch.runner.entrypoint import pasted, problem_of
 from raylaunch.spec_parts import (
     ENVIRONMENTS,
     GPU_VARIABLES,
     NAME,
-    VARIABLE,
     Bytes,
     Environment,
     EnvironmentKind,
     Seconds,
+    SecretNames,
     Spec,
+    Variables,
     Words,
-    scalar_text,
 )
 
 __all__ = [
@@ -36,6 +36,8 @@ __all__ = [
     "ClusterSpec",
     "Environment",
     "EnvironmentKind",
+    "HostDefaults",
+    "HostSpec",
     "JobSpec",
     "Launcher",
     "Resources",
@@ -119,10 +121,10 @@ class JobSpec(Spec):
     """What the job holds while it runs. Example: `{gpus: 1, memory: 16GiB}`"""
     where: Where = Where()
     """Which nodes it may run on. Example: `{gpu_type: H100}`"""
-    env: dict[str, str] = Field(default_factory=dict)
+    env: Variables = Field(default_factory=dict)
     """Environment variables. Names that begin with `RAYLAUNCH_`, and those that choose GPUs, are refused: raylaunch
     gives each job its GPUs. Example: `{DATA: /raid/digits}`"""
-    secrets: Words = ()
+    secrets: SecretNames = ()
     """Names of secrets that become environment variables; `raylaunch secret set NAME` sets one.
     Example: `[HF_TOKEN]`"""
     environment: Environment = Environment()
@@ -182,39 +184,6 @@ class JobSpec(Spec):
         if value == "last":
             msg = "a job cannot be named 'last': that word names the latest job everywhere"
             raise ValueError(msg)
-        return value
-
-    @field_validator("env", mode="before")
-    @classmethod
-    def _env_is_text(cls, value: object) -> object:
-        if not isinstance(value, dict):
-            return value
-        return {key: scalar_text(item) for key, item in value.items()}
-
-    @field_validator("env")
-    @classmethod
-    def _env_is_allowed(cls, value: dict[str, str]) -> dict[str, str]:
-        for name in value:
-            if not VARIABLE.fullmatch(name):
-                msg = f"{name!r} is not an environment variable's name"
-                raise ValueError(msg)
-            if name in GPU_VARIABLES:
-                msg = f"{name} cannot be set: raylaunch gives each job its GPUs; ask for them with resources.gpus"
-                raise ValueError(msg)
-            if name.startswith("RAYLAUNCH_"):
-                msg = f"{name} cannot be set: names that begin with RAYLAUNCH_ are raylaunch's own"
-                raise ValueError(msg)
-        return value
-
-    @field_validator("secrets")
-    @classmethod
-    def _secrets_are_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            if not VARIABLE.fullmatch(name):
-                msg = (
-                    f"{name!r} is not a secret's name; list names here, and set values with: raylaunch secret set NAME"
-                )
-                raise ValueError(msg)
         return value
 
     @property

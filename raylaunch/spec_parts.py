@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from raylaunch.units import seconds, size_bytes
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
@@ -97,8 +97,49 @@ def _as_list(value: object) -> object:
 Words = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 
 
-def scalar_text(value: object) -> object:
+def _as_text(value: object) -> object:
     """YAML reads ``1`` and ``true`` as numbers and booleans; in an environment they are text."""
+    return {key: _scalar_text(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _scalar_text(value: object) -> object:
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value) if isinstance(value, int | float) else value
+
+
+def _variables(value: dict[str, str]) -> dict[str, str]:
+    for name in value:
+        if not _VARIABLE.fullmatch(name):
+            msg = f"{name!r} is not an environment variable's name"
+            raise ValueError(msg)
+        if name in GPU_VARIABLES:
+            msg = f"{name} cannot be set: raylaunch gives each job its GPUs; ask for them with resources.gpus"
+            raise ValueError(msg)
+        if name.startswith("RAYLAUNCH_"):
+            msg = f"{name} cannot be set: names that begin with RAYLAUNCH_ are raylaunch's own"
+            raise ValueError(msg)
+    return value
+
+
+Variables = Annotated[dict[str, str], BeforeValidator(_as_text), AfterValidator(_variables)]
+"""Environment variables that a person may set for jobs."""
+
+
+def _secret_names(value: tuple[str, ...]) -> tuple[str, ...]:
+    for name in value:
+        if not _VARIABLE.fullmatch(name):
+            msg = f"{name!r} is not a secret's name; list names here, and set values with: raylaunch secret set NAME"
+            raise ValueError(msg)
+    return value
+
+
+SecretNames = Annotated[Words, AfterValidator(_secret_names)]
+
+
+class PlacedError(ValueError):
+    """What is wrong with a value, and at which place inside it: the line of that place is the one to show."""
+
+    def __init__(self, message: str, inside: tuple[str | int, ...]) -> None:
+        super().__init__(message)
+        self.inside = inside

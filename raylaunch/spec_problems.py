@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from raylaunch.errors import SpecError
+from raylaunch.spec_parts import PlacedError
 from raylaunch.yaml_file import KeyPath
 
 Locate = Callable[[KeyPath], str]
@@ -107,8 +108,7 @@ def _problem(path: KeyPath, details: list[ErrorDetails], model: type[BaseModel])
     if kind == "missing":
         return Problem(path, f"the key {dotted!r} is missing")
     if words is not None:
-        sentence = str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"]
-        return _inside(path, detail["input"], sentence)
+        return _in_words(path, words)
     if kind in _BOUNDS:
         name, phrase = _BOUNDS[kind]
         return Problem(path, f"{dotted}: {_shown(detail['input'])} {phrase} {detail['ctx'][name]:g}")
@@ -118,6 +118,13 @@ def _problem(path: KeyPath, details: list[ErrorDetails], model: type[BaseModel])
     quotes = expected == ["text"] and isinstance(detail["input"], int | float)
     ending = "; write it in quotes" if quotes else ""
     return Problem(path, f"{dotted}: {_shown(detail['input'])} is not {_either(expected)}{ending}")
+
+
+def _in_words(path: KeyPath, detail: ErrorDetails) -> Problem:
+    error = detail["ctx"]["error"] if "ctx" in detail else None
+    if isinstance(error, PlacedError):
+        return Problem((*path, *error.inside), str(error))
+    return _inside(path, detail["input"], str(error) if error else detail["msg"])
 
 
 def _inside(path: KeyPath, value: object, sentence: str) -> Problem:

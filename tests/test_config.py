@@ -214,7 +214,6 @@ def test_the_cluster_file_here_applies_and_one_named_by_the_environment_goes_bef
 @pytest.mark.parametrize(
     ("kind", "what"),
     [
-        ("ssh", "a cluster of machines over SSH"),
         ("existing", "a Ray cluster that somebody else runs"),
         ("k8s", "no kind that is known"),
     ],
@@ -224,7 +223,7 @@ def test_a_kind_that_this_version_cannot_run_is_refused_honestly(here: Here, kin
         load_cluster_spec(here("cluster.yaml", f"name: dgx\nkind: {kind}\nhosts: [a]\n"))
     assert str(caught.value) == (
         f"cluster.yaml:2: kind: {kind} ({what}) cannot be run by this version of raylaunch; "
-        "it runs kind: local, Ray and the controller on this machine\n  → write kind: local, or leave the key out"
+        "it runs kind: local, on this machine, and kind: ssh, on hosts over SSH\n  → write kind: local, or leave the key out"
     )
 
 

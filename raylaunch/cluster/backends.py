@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from raylaunch.cluster.plan import DownReport, Ended, Plan, Reach, Step
+from raylaunch.errors import ClusterError
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import ClusterStatus
 
@@ -43,3 +44,6 @@ def backend_for(spec: ClusterSpec) -> Backend:
             from raylaunch.cluster import embedded  # noqa: PLC0415 -- one backend is loaded, the one that is used
 
             return embedded
+        case "ssh":
+            msg = f"cluster {spec.name} is of kind: ssh, and this version of raylaunch cannot start one yet"
+            raise ClusterError(msg, hint="raylaunch doctor says whether its hosts are ready; kind: local runs here")

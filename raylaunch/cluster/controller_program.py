@@ -54,6 +54,7 @@ def write_config(paths: ClusterPaths, record: ClusterRecord) -> None:
         "ray_token_path": str(paths.ray_token),
         "default_environment": record.spec.environment.model_dump(mode="json"),
         "env": record.spec.env,
+        "secrets": record.spec.secrets,
         "revive": [sys.executable, "-m", "raylaunch.cluster.revive", record.name],
         "runner_python": sys.executable,
     }

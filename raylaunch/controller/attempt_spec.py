@@ -50,7 +50,7 @@ def attempt_spec(  # noqa: PLR0913 -- each is one fact, and all are named
         processes=spec.processes,
         cpus=spec.resources.cpus,
         env={**settings.env, **spec.env},
-        secrets=list(spec.secrets),
+        secrets=list(dict.fromkeys((*settings.secrets, *spec.secrets))),
         environment=_environment(environment),
         envs_dir="",
         gpus=spec.resources.gpus,

@@ -24,6 +24,8 @@ class Settings(BaseModel):
     default_environment: Environment = Environment()
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every job of the cluster; a job's own win."""
+    secrets: tuple[str, ...] = ()
+    """Names of secrets that every job of the cluster gets."""
     revive: tuple[str, ...] = ()
     """Command that starts Ray again when it is found dead; empty where somebody else looks after it."""
 

@@ -180,7 +180,7 @@ class Verbs:
         return tuple(found)
 
     def _check(self, request: SubmitRequest, *, package: bool = True) -> None:
-        missing = self._secrets.missing(request.spec.secrets, given=request.secrets)
+        missing = self._secrets.missing((*self._settings.secrets, *request.spec.secrets), given=request.secrets)
         if missing:
             msg = f"the secret {missing[0]} is not set on cluster {self._settings.cluster}"
             raise SpecError(msg, hint=f"raylaunch secret set {missing[0]}", field="secrets")

@@ -1,0 +1,291 @@
+"""cluster.yaml for hosts: names and objects, defaults and overrides, and what is refused with which words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from raylaunch.cluster.backends import backend_for
+from raylaunch.config import load_cluster_spec
+from raylaunch.errors import ClusterError, SpecError
+from raylaunch.spec import ClusterSpec, Environment, HostDefaults, HostSpec
+
+Written = Callable[[str], ClusterSpec]
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Written:
+    """Give the spec that a cluster.yaml with a text says."""
+    monkeypatch.chdir(tmp_path)
+
+    def read(text: str) -> ClusterSpec:
+        Path("cluster.yaml").write_text(text, encoding="utf-8")
+        return load_cluster_spec(Path("cluster.yaml"))
+
+    return read
+
+
+def refusal(written: Written, text: str) -> str:
+    with pytest.raises(SpecError) as caught:
+        written(text)
+    return str(caught.value)
+
+
+def test_hosts_alone_make_a_cluster_over_ssh_that_is_called_as_its_head(written: Written) -> None:
+    spec = written("hosts: [dgx-1.example.org, dgx-2.example.org]\n")
+    assert (spec.kind, spec.name) == ("ssh", "dgx-1")
+    assert [(host.name, host.host) for host in spec.host_specs()] == [
+        ("dgx-1", "dgx-1.example.org"),
+        ("dgx-2", "dgx-2.example.org"),
+    ]
+
+
+def test_a_host_is_a_name_or_an_object(written: Written) -> None:
+    spec = written("""
+name: dgx
+hosts:
+  - dgx-1
+  - host: spark
+    address: 10.0.0.2
+    interface: enp1s0f0np0
+    gpus: 1
+    labels: {kind: spark}
+""")
+    plain, spark = spec.hosts
+    assert plain == HostSpec(host="dgx-1", name="dgx-1")
+    assert (spark.address, spark.interface, spark.gpus) == ("10.0.0.2", "enp1s0f0np0", 1)
+    assert spark.labels == {"kind": "spark"}
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "user", "port"),
+    [
+        ("ml@dgx", "dgx", "ml", None),
+        ("dgx:2222", "dgx", "", 2222),
+        ("ml@10.0.0.1:22", "10.0.0.1", "ml", 22),
+        ("fd00::2", "fd00::2", "", None),
+        ("ml@[fd00::2]:2222", "fd00::2", "ml", 2222),
+        ("ssh://ml@dgx:2222", "dgx", "ml", 2222),
+    ],
+)
+def test_a_host_may_be_written_as_ssh_has_it(text: str, host: str, user: str, port: int | None) -> None:
+    read = HostSpec.model_validate(text)
+    assert (read.host, read.user, read.port) == (host, user, port)
+
+
+def test_an_ipv6_host_has_a_name_that_labels_can_bear() -> None:
+    spec = ClusterSpec(name="c", kind="ssh", hosts=(HostSpec(host="fd00::2"), HostSpec(host="10.0.0.1")))
+    assert [host.name for host in spec.hosts] == ["fd00--2", "10.0.0.1"]
+
+
+def test_hosts_whose_first_parts_are_the_same_keep_their_whole_names(written: Written) -> None:
+    spec = written("name: both\nhosts: [dgx.north.example.org, dgx.south.example.org]\n")
+    assert [host.name for host in spec.hosts] == ["dgx.north.example.org", "dgx.south.example.org"]
+
+
+def test_defaults_hold_for_all_hosts_unless_a_host_says_otherwise(written: Written) -> None:
+    spec = written("""
+name: lab
+gpus: [0, 1]
+labels: {site: north}
+defaults:
+  user: ml
+  jump: gate
+  labels: {disk: nvme}
+  env: {TMPDIR: /raid/tmp}
+hosts:
+  - a
+  - {host: b, user: root, jump: [], gpus: auto, labels: {disk: hdd}}
+""")
+    a, b = spec.host_specs()
+    assert (a.user, a.jump, a.gpus, a.labels) == ("ml", ("gate",), ("0", "1"), {"site": "north", "disk": "nvme"})
+    assert (b.user, b.jump, b.gpus, b.labels) == ("root", (), "auto", {"site": "north", "disk": "hdd"})
+    assert a.env == b.env == {"TMPDIR": "/raid/tmp"}
+
+
+def test_a_variable_that_one_host_says_differently_is_each_hosts_own(written: Written) -> None:
+    spec = written("env: {HF_HOME: /raid/hf, LANG: C}\nhosts:\n  - a\n  - {host: b, env: {HF_HOME: /data/hf}}\n")
+    assert spec.job_env == {"LANG": "C"}
+    assert [host.env for host in spec.hosts] == [{"HF_HOME": "/raid/hf"}, {"HF_HOME": "/data/hf"}]
+
+
+def test_a_spec_that_travelled_as_json_is_the_same(written: Written) -> None:
+    spec = written("""
+name: lab
+env: {A: 1}
+defaults: {user: ml, gpus: 2, env: {B: x}}
+hosts: [a, {host: b, gpus: auto, env: {A: 2}}]
+""")
+    again = ClusterSpec.model_validate_json(spec.model_dump_json())
+    assert again == spec
+    assert again.hosts == spec.hosts
+
+
+def test_python_says_it_as_the_file_does() -> None:
+    spec = ClusterSpec(name="lab", hosts=(HostSpec(host="a"),), defaults=HostDefaults(user="ml"))
+    assert (spec.kind, spec.hosts[0].user) == ("ssh", "ml")
+
+
+def test_the_store_of_the_cluster_is_that_of_its_head(written: Written) -> None:
+    spec = written("store: /raid/store\nhosts: [a, b]\n")
+    assert [host.store for host in spec.hosts] == ["/raid/store", ""]
+
+
+def test_each_machine_is_told_its_own_part(written: Written) -> None:
+    spec = written("""
+name: lab
+store: /raid/store
+secrets: [HF_TOKEN]
+environment: conda:train
+hosts: [a, {host: b, gpus: 1, cpus: 8, labels: {disk: hdd}}]
+""")
+    head, worker = (spec.part_of(host) for host in spec.hosts)
+    assert (head.name, head.kind, head.store, head.gpus, head.secrets) == (
+        "lab",
+        "local",
+        "/raid/store",
+        "auto",
+        ("HF_TOKEN",),
+    )
+    assert head.environment == Environment(kind="conda", value="train")
+    assert (worker.gpus, worker.cpus, worker.labels, worker.store) == (1, 8, {"disk": "hdd"}, "")
+
+
+def test_one_host_listens_on_loopback_unless_it_may_grow_and_several_on_the_network(written: Written) -> None:
+    assert written("hosts: [a]\n").loopback
+    assert not written("bind: network\nhosts: [a]\n").loopback
+    assert not written("hosts: [a, b]\n").loopback
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "hosts: [a, b]\nbind: loopback\n",
+            (
+                "cluster.yaml:2: bind: loopback cannot be with 2 hosts: they reach each other over a network; "
+                "write bind: network, or leave it out"
+            ),
+        ),
+        ("kind: ssh\n", "cluster.yaml:1: kind: ssh needs hosts; write hosts: [NAME, …], the first is the head"),
+        (
+            "kind: local\nhosts: [a]\n",
+            "cluster.yaml:2: hosts are for kind: ssh; leave kind out, or write kind: ssh",
+        ),
+        (
+            "name: local\nhosts: [a]\n",
+            (
+                "cluster.yaml:1: the name 'local' is that of the embedded cluster, which the head may have too; "
+                "give it another"
+            ),
+        ),
+        (
+            "bind: network\n",
+            "cluster.yaml:1: bind: network is for kind: ssh; the embedded cluster listens on loopback alone",
+        ),
+        ("hosts:\n  - a\n  - b\n  - A\n", "cluster.yaml:4: host A is given twice; list each host once"),
+        (
+            "hosts:\n  - {host: a, name: x}\n  - host: b\n    name: x\n",
+            "cluster.yaml:4: name x is given twice (a and b); list each host once",
+        ),
+        (
+            "hosts:\n  - {host: a, address: 10.0.0.1}\n  - {host: b, address: 10.0.0.1}\n",
+            "cluster.yaml:3: address 10.0.0.1 is given twice (a and b); list each host once",
+        ),
+        (
+            "hosts:\n  - a\n  - host: b\n    store: /raid\n",
+            "cluster.yaml:4: b is not the head, and the store is on the head; leave store out here",
+        ),
+        (
+            "hosts:\n  - host: a\n    adress: 10.0.0.1\n",
+            "cluster.yaml:3: unknown key 'adress' in hosts.0 (nearest: address)",
+        ),
+        (
+            "user: ml\nhosts: [a]\n",
+            "cluster.yaml:1: unknown key 'user' (nearest: defaults.user)",
+        ),
+        (
+            "defaults:\n  fingerprint: x\nhosts: [a]\n",
+            (
+                "cluster.yaml:2: unknown key 'fingerprint' in defaults (known: user, port, key, jump, interface, gpus, "
+                "cpus, labels, root, environment, env)"
+            ),
+        ),
+        (
+            "hosts:\n  - a b\n",
+            (
+                "cluster.yaml:2: hosts.0: 'a b' is not a host; write a name from ~/.ssh/config, a DNS name or an "
+                "address, as user@host:port"
+            ),
+        ),
+        (
+            "hosts:\n  - host: ml@a\n    user: root\n",
+            "cluster.yaml:3: hosts.0: user is given twice, in host (ml) and as user (root)",
+        ),
+        ("hosts:\n  - {name: a}\n", "cluster.yaml:2: the key 'hosts.0.host' is missing"),
+        (
+            "hosts:\n  - host: a\n    address: a.example.org\n",
+            (
+                "cluster.yaml:3: hosts.0.address: 'a.example.org' is not an IP address; names are for host, and what "
+                "Ray binds to is an address"
+            ),
+        ),
+        (
+            "hosts:\n  - host: a\n    environment: uv\n",
+            (
+                "cluster.yaml:3: hosts.0.environment: 'uv' is made for a job; a host needs one that is there: "
+                "venv:PATH, conda:NAME, /path/to/python"
+            ),
+        ),
+        (
+            "hosts:\n  - host: a\n    fingerprint: aa:bb\n",
+            (
+                "cluster.yaml:3: hosts.0.fingerprint: 'aa:bb' is not a fingerprint; it looks as SHA256:… in the output "
+                "of: ssh-keygen -lf KEY"
+            ),
+        ),
+        (
+            "hosts:\n  - host: a\n    labels: {site: north and south}\n",
+            (
+                "cluster.yaml:3: hosts.0.labels: site has the value 'north and south'; a label's value is letters, "
+                "digits, '.', '_' and '-', at most 63"
+            ),
+        ),
+        (
+            "env: {CUDA_VISIBLE_DEVICES: 0}\n",
+            (
+                "cluster.yaml:1: env: CUDA_VISIBLE_DEVICES cannot be set: raylaunch gives each job its GPUs; ask for "
+                "them with resources.gpus"
+            ),
+        ),
+        (
+            "secrets: [sk-123]\n",
+            (
+                "cluster.yaml:1: secrets: 'sk-123' is not a secret's name; list names here, and set values with: "
+                "raylaunch secret set NAME"
+            ),
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_line_and_what_would_be_right(
+    written: Written, text: str, words: str
+) -> None:
+    assert refusal(written, text) == words
+
+
+def test_a_host_in_words_that_are_wrong_and_defaults_that_are_wrong_are_both_said(written: Written) -> None:
+    said = refusal(written, "defaults: {port: 99999}\nhosts:\n  - {host: a, gpus: some}\n")
+    assert "cluster.yaml:1: defaults.port: 99999 is more than 65535" in said
+    assert "cluster.yaml:3: hosts.0.gpus: 'some' is not 'auto', a whole number or a list" in said
+
+
+def test_a_kind_whose_backend_is_not_there_yet_says_so_when_it_is_to_be_used(written: Written) -> None:
+    spec = written("hosts: [dgx]\n")
+    with pytest.raises(ClusterError) as caught:
+        backend_for(spec)
+    assert str(caught.value) == (
+        "cluster dgx is of kind: ssh, and this version of raylaunch cannot start one yet\n"
+        "  → raylaunch doctor says whether its hosts are ready; kind: local runs here"
+    )
