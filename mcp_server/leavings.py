@@ -68,6 +68,7 @@ async def _read(client: Client, job: JobView, given: JobLogs, place: _Place | No
         "attempt": chunk.attempt,
         "log": {"untrusted": UNTRUSTED, "lines": lines, **without_empty({"cut": cut})},
         "log_bytes": chunk.size,
+        **({"rank": given.rank, "ranks": chunk.ranks} if chunk.ranks > 1 else {}),
         "cursor": str(after),
         "next": _next_of_log(job, chunk, after),
     }

@@ -90,7 +90,8 @@ def next_for(job: JobView) -> str:  # noqa: PLR0911 -- one sentence a state
             return "to run it again: train_job"
         case _:
             remedy = _REMEDIES.get(job.reason) if job.reason else None
-            look = f"find the cause: job_logs job={job.id}"
+            rank = job.attempt.failed_rank if job.attempt else None
+            look = f"find the cause: job_logs job={job.id}" + (f" rank={rank}" if rank else "")
             return f"{look}; {remedy}" if remedy else f"{look}; correct it, then train_job again"
 
 
@@ -148,6 +149,8 @@ def _attempt(attempt: AttemptView) -> Json:
             "gpus": list(attempt.gpus),
             "exit_code": attempt.exit_code,
             "signal": attempt.signal,
+            "ranks": attempt.ranks if attempt.ranks > 1 else None,
+            "failed_rank": attempt.failed_rank,
         }
     )
 

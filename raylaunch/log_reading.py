@@ -35,6 +35,8 @@ class LogChunk(NamedTuple):
     attempt: int
     ended: bool
     """Whether the attempt is over and all of its log is there."""
+    ranks: int = 1
+    """How many ranks the attempt has, each with a log of its own."""
 
 
 async def read_chunk(wire: Wire, ref: str, place: LogPlace, *, limit: int | None, wait_s: float) -> LogChunk:
@@ -49,6 +51,7 @@ async def read_chunk(wire: Wire, ref: str, place: LogPlace, *, limit: int | None
         size=answer.number("X-Log-Size"),
         attempt=answer.number("X-Log-Attempt"),
         ended=answer.header("X-Log-Ended") == "1",
+        ranks=answer.number("X-Log-Ranks", 1),
     )
 
 

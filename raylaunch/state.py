@@ -58,6 +58,10 @@ class AttemptView(View):
     gpus: tuple[str, ...] = ()
     """Ids that the attempt saw in ``CUDA_VISIBLE_DEVICES``."""
     pid: int | None = None
+    ranks: int = 1
+    """How many ranks its launcher starts, each with a log of its own; 0 where that cannot be known before."""
+    failed_rank: int | None = None
+    """The rank that failed first: exit code, signal and last lines are its own."""
     reason: Reason | None = None
     message: str = ""
     replicated: bool = False

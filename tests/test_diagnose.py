@@ -17,7 +17,7 @@ def left(ended: Ended, code: int | None = None, signal: str = "", **more: object
         "signal": signal,
         "message": "",
         "at": 0.0,
-        "rank": None,
+        "failed_rank": None,
         "by_ray": False,
         "killed": 0,
         "oom": False,

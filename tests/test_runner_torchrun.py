@@ -116,7 +116,7 @@ def test_each_rank_has_its_log_and_only_rank_0_the_jobs_run(
 def test_the_rank_that_failed_is_named_with_its_own_exit_code(make: Make) -> None:
     attempt = make("python train.py 1 3", FAILS, processes=2)
     end = attempt.run()
-    assert (end["ended"], end["rank"], end["exit_code"], end["message"]) == (
+    assert (end["ended"], end["failed_rank"], end["exit_code"], end["message"]) == (
         "exit_code",
         1,
         3,
@@ -130,7 +130,7 @@ def test_the_rank_that_failed_is_named_with_its_own_exit_code(make: Make) -> Non
 
 def test_the_signal_that_killed_a_rank_is_named(make: Make) -> None:
     end = make("torchrun --nproc-per-node=2 train.py 0 killed", FAILS).run()
-    assert (end["ended"], end["rank"], end["exit_code"], end["signal"]) == ("signal", 0, 137, "SIGKILL")
+    assert (end["ended"], end["failed_rank"], end["exit_code"], end["signal"]) == ("signal", 0, 137, "SIGKILL")
     assert end["message"] == "rank 0 was ended by SIGKILL"
 
 

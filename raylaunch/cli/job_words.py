@@ -94,6 +94,7 @@ def _facts(job: JobView, now: float) -> Iterator[tuple[str, str]]:
     yield "owner", clean(job.owner, colour=False)
     yield "runs", clean(job.entrypoint or (job.spec.command if job.spec else ""), colour=False)
     yield "asks for", _asks(job)
+    yield "launcher", _launcher(job)
     yield "submitted", f"{span(now - job.created_at)} ago"
     yield "ran", _ran(job, now)
     if job.progress:
@@ -120,6 +121,12 @@ def _asks(job: JobView) -> str:
     return ", ".join(word for word in words if word)
 
 
+def _launcher(job: JobView) -> str:
+    if job.spec is None or job.spec.launcher == "script":
+        return ""
+    return f"{job.spec.launcher}, {count(job.spec.processes, 'rank')}" if job.spec.processes else job.spec.launcher
+
+
 def _wandb(job: JobView) -> str:
     link = job.wandb
     if link is None:
@@ -141,6 +148,7 @@ def _code(job: JobView) -> str:
 def _attempt_line(attempt: AttemptView, now: float) -> str:
     words = [f"attempt {attempt.n}", f"on {attempt.node}" if attempt.node else ""]
     words.append(f"GPUs {','.join(attempt.gpus)}" if attempt.gpus else "")
+    words.append(f"{attempt.ranks} ranks (logs --rank 0 to {attempt.ranks - 1})" if attempt.ranks > 1 else "")
     if attempt.started_at:
         words.append(f"ran {span((attempt.ended_at or now) - attempt.started_at)}")
     words.append(attempt.signal or (f"exit code {attempt.exit_code}" if attempt.exit_code is not None else ""))
@@ -152,7 +160,9 @@ def log_lines(job: JobView) -> list[str]:
     """Return the last lines that a job without success has left, under a title; nothing for others."""
     if not job.log_tail:
         return []
-    return ["last lines of its log:", *(f"  │ {clean(line, colour=False)}" for line in job.log_tail)]
+    rank = job.attempt.failed_rank if job.attempt else None
+    whose = f"rank {rank}'s" if rank else "its"
+    return [f"last lines of {whose} log:", *(f"  │ {clean(line, colour=False)}" for line in job.log_tail)]
 
 
 def metrics_words(last: dict[str, float], *, limit: int = 8) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from raylaunch.cli.connect import Place, finish
 from raylaunch.cli.console import colour_wanted, is_terminal, note, say, say_json
@@ -20,7 +22,7 @@ _TAIL = 100
 
 @click.command(epilog="Example:  raylaunch logs last --tail 1000 --follow")
 @job_argument
-@click.option("--tail", type=click.IntRange(0), metavar="N", help=f"The last N lines; by default {_TAIL}.")
+@click.option("-n", "--tail", type=click.IntRange(0), metavar="N", help=f"The last N lines; by default {_TAIL}.")
 @click.option("--since", type=click.IntRange(0), metavar="OFFSET", help="From this byte on, instead.")
 @click.option("-f", "--follow", "follows", is_flag=True, help="Go on until the job has ended.")
 @click.option("--search", metavar="TEXT", help="Only lines that hold this, each with its offset.")
@@ -72,10 +74,11 @@ def logs(  # noqa: PLR0913 -- each is one option
                     rank=rank,
                     as_json=as_json,
                 )
-            elif follows:
-                await _print(client.follow_logs(job, attempt=attempt, rank=rank, tail=last, offset=since), raw=raw)
             else:
-                await _print(_present(client, job, attempt=attempt, rank=rank, tail=last, offset=since), raw=raw)
+                read = client.follow_logs if follows else partial(_present, client)
+                ranks = await _print(read(job, attempt=attempt, rank=rank, tail=last, offset=since), raw=raw)
+                if ranks > 1 and click.get_current_context().get_parameter_source("rank") is ParameterSource.DEFAULT:
+                    note(f"this is rank 0 of {ranks}; of another: raylaunch logs {job} --rank 1")
 
     def ended() -> int:
         finish(work())
@@ -96,14 +99,18 @@ async def _present(  # noqa: PLR0913 -- each says where to read
         yield chunk
 
 
-async def _print(chunks: AsyncIterator[LogChunk], *, raw: bool) -> None:
+async def _print(chunks: AsyncIterator[LogChunk], *, raw: bool) -> int:
+    """Print what comes; return how many ranks the attempt has."""
+    ranks = 1
     view = LogView(terminal=is_terminal(sys.stdout), colour=colour_wanted(sys.stdout))
     async for chunk in chunks:
+        ranks = chunk.ranks
         if raw:
             click.echo(chunk.data, nl=False)
         else:
             click.echo(view.feed(chunk.data), nl=False, color=True)
     click.echo("" if raw else view.finish(), nl=False, color=True)
+    return ranks
 
 
 async def _search(  # noqa: PLR0913 -- each is one option of the search

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from raylaunch.controller import logs
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.auth import TokenBook
+from raylaunch.controller.evidence import last_lines
 from raylaunch.controller.lifecycle import Lifecycle
 from raylaunch.controller.link import Link
 from raylaunch.controller.means import Leavings, Means
@@ -37,7 +37,6 @@ from raylaunch.errors import ConflictError, RaylaunchError
 
 _log = logging.getLogger(__name__)
 
-_TAIL_LINES = 30
 _CONFIG, _PORT, _LOCKED, _STORE = 2, 3, 4, 5
 
 
@@ -138,14 +137,11 @@ async def leavings_of(record: JobRecord, *, records: Records, artifacts: Artifac
 
 def _leavings_of(record: JobRecord, records: Records, artifacts: Artifacts, metrics: Metrics) -> Leavings:
     folder = records.folder(record.id)
-    log = logs.log_path(folder, attempt=len(record.attempts), rank=0)
-    offset = logs.tail_offset(log, _TAIL_LINES, max_back=64 * 1024)
-    text = logs.read(log, offset=offset).data.decode(errors="replace")
     artifacts.seal(record.id)
     count, size = artifacts.outputs(record.id)
     last, _ = metrics.last(record.id, record.attempts)
     return Leavings(
-        log_tail=tuple(line.rstrip("\r")[-2000:] for line in text.splitlines()[-_TAIL_LINES:]),
+        log_tail=last_lines(folder, attempt=len(record.attempts)),
         outputs=count,
         output_bytes=size,
         last_metrics=last,

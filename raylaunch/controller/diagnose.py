@@ -29,7 +29,7 @@ class Evidence:
         node_alive: whether its node is still in the cluster.
         ray_message: what Ray says of the submission.
         ray_lost: whether Ray itself was restarted meanwhile.
-        log_tail: last lines of the training's output.
+        log_tail: last lines of the training's output; of the rank that failed, where that is known.
     """
 
     exit: Exit | None
@@ -49,6 +49,7 @@ class Finding(NamedTuple):
     message: str
     exit_code: int | None = None
     signal: str = ""
+    failed_rank: int | None = None
 
 
 _RAY_LOST = Finding(Change.LOSE, Reason.RAY_LOST, "Ray was restarted under it, which ended its processes")
@@ -62,7 +63,7 @@ def diagnose(evidence: Evidence) -> Finding:
         return _without_exit(evidence)
     if evidence.ray_lost and not evidence.stop_wanted and (exit_["by_ray"] or exit_["signal"] in _RAY_GOING_DOWN):
         return _RAY_LOST
-    return _from_exit(exit_, evidence.log_tail)
+    return _from_exit(exit_, evidence.log_tail)._replace(failed_rank=exit_.get("failed_rank"))
 
 
 def _without_exit(evidence: Evidence) -> Finding:

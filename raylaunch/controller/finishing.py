@@ -153,6 +153,7 @@ class Finisher:
             ended_at=now,
             exit_code=finding.exit_code,
             signal=finding.signal,
+            failed_rank=finding.failed_rank,
             reason=finding.reason,
             message=finding.message,
             replicated=replicated,

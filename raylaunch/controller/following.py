@@ -96,7 +96,13 @@ def note(means: Means, record: JobRecord, seen: AttemptSeen) -> JobRecord:
             message=f"runs on {attempt.node}" if runs else None,
             change=Change.START if runs else None,
             reason=None if runs else record.reason,
-            attempts=replaced(record, started_at=started["at"], pid=started["pid"], gpus=tuple(started["gpus"])),
+            attempts=replaced(
+                record,
+                started_at=started["at"],
+                pid=started["pid"],
+                gpus=tuple(started["gpus"]),
+                ranks=started.get("ranks", 1),  # an attempt that an older runner started does not say
+            ),
             started_at=record.started_at or started["at"],
         )
     return record

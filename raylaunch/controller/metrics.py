@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
 import threading
 from collections import OrderedDict
@@ -78,7 +79,7 @@ class Metrics:
             curves = self._curves(record.id, record.attempts)
             last, step = curves.last()
             return MetricsPage(
-                keys=tuple(sorted(curves.keys())),
+                keys=tuple(curves.keys()),
                 last=last,
                 last_step=step,
                 series=tuple(
@@ -219,6 +220,8 @@ class _JobCurves:
         self._folder = folder
         self._runs: dict[str, _Curve] = {}
         self._reports = _Curve()
+        self._own = ""
+        """Id of the job's own W&B run: the one that its attempts are told."""
         self.held = 0
 
     def refresh(self, attempts: Iterable[int]) -> None:
@@ -232,12 +235,17 @@ class _JobCurves:
                 curve.attempts.add(n)
                 curve.take(path)
             self._reports.take(attempt / contract.PROGRESS)
-        main = max(self._runs, key=lambda run_id: len(self._runs[run_id].attempts), default="")
+            self._own = self._own or _run_of(attempt / contract.ATTEMPT)
+        main = self._own if self._own in self._runs else self._most_present()
         for run_id, curve in self._runs.items():
             curve.prefix = "" if run_id == main else f"{run_id}/"
         for curve in self._all():
             curve.refresh()
         self.held = total_points(self._segments())
+
+    def _most_present(self) -> str:
+        """Return the run that most attempts have: the training gave it an id of its own."""
+        return max(self._runs, key=lambda run_id: len(self._runs[run_id].attempts), default="")
 
     def thin(self, most: int) -> None:
         """Hold no more than `most` points, if that can be done."""
@@ -247,11 +255,16 @@ class _JobCurves:
                 return
             self.held = total_points(self._segments())
 
-    def keys(self) -> set[str]:
-        """Return the names of all metrics that have points."""
-        return {
-            curve.prefix + key for curve in self._all() for segment in curve.segments.values() for key in segment.series
-        }
+    def keys(self) -> list[str]:
+        """Return the names of all metrics that have points, those of further runs last."""
+        return self._in_order(
+            {
+                curve.prefix + key
+                for curve in self._all()
+                for segment in curve.segments.values()
+                for key in segment.series
+            }
+        )
 
     def points(self, key: str) -> tuple[list[MetricPoint], int]:
         """Return the points that are held of one metric, and how many there are in all."""
@@ -278,7 +291,7 @@ class _JobCurves:
                 if segment.last_step is not None and not curve.prefix:
                     steps.append(segment.last_step)
             last.update({curve.prefix + key: value for key, value in told.items()})
-        return dict(sorted(last.items())), steps[-1] if steps else None
+        return {key: last[key] for key in self._in_order(last)}, steps[-1] if steps else None
 
     def progress(self) -> Progress | None:
         """Return what the latest report says."""
@@ -302,6 +315,11 @@ class _JobCurves:
             for segment, prefix in curve.again()
         ]
 
+    def _in_order(self, keys: Iterable[str]) -> list[str]:
+        """Sort names; those of further runs (of other ranks, say) come last."""
+        further = tuple(curve.prefix for curve in self._runs.values() if curve.prefix)
+        return sorted(keys, key=lambda key: (key.startswith(further), key))
+
     def _all(self) -> Iterator[_Curve]:
         """Yield the job's own run first, then further ones, then the reports."""
         yield from sorted(self._runs.values(), key=lambda curve: curve.prefix)
@@ -313,6 +331,14 @@ class _JobCurves:
 
 def _source(path: Path) -> RunFile | ReportFile:
     return ReportFile(path) if path.name == contract.PROGRESS else RunFile(path)
+
+
+def _run_of(attempt_file: Path) -> str:
+    try:
+        found = json.loads(attempt_file.read_text(encoding="utf-8"))
+        return str(found["wandb"]["run_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _started(path: Path) -> tuple[str, str]:

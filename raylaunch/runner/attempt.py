@@ -241,7 +241,7 @@ class Attempt:
             "exit_code": code,
             "signal": by_signal,
             "message": "",
-            "rank": failure.rank if failure else None,
+            "failed_rank": failure.rank if failure else None,
             "at": time.time(),
             "by_ray": wish is not None and wish.by_ray,
             "killed": self._sweep.killed,

@@ -183,7 +183,7 @@ class Exit(TypedDict):
     signal: str
     message: str
     """For people; empty when exit code or signal say all."""
-    rank: int | None
+    failed_rank: int | None
     """The rank that failed first, whose exit code and signal these are; None where nobody says which."""
     at: float
     by_ray: bool

@@ -93,6 +93,8 @@ class AsyncJob:
         job = await self.wait(timeout_s=timeout_s)
         if job.state is not JobState.SUCCEEDED:
             raise _failure(job)
+        if job.foreign:
+            return ()
         return tuple(file for file in await self.files() if file.kind == "output")
 
     async def stop(self, *, grace_s: float | None = None) -> JobView:
@@ -139,7 +141,7 @@ class AsyncJob:
         Args:
             tail: lines; None for the whole log, which is then held in memory.
             attempt: which attempt, from 1; by default the latest.
-            rank: which of the attempt's processes.
+            rank: which of the attempt's ranks; `view.attempt.ranks` says how many there are.
         """
         chunk = await self._client.logs(
             self.id, tail=tail, offset=0 if tail is None else None, attempt=attempt, rank=rank
@@ -160,7 +162,7 @@ class AsyncJob:
         Args:
             tail: begin with the last lines; by default with the first.
             attempt: only this attempt; by default the latest and those that follow it.
-            rank: which of the attempt's processes.
+            rank: which of the attempt's ranks; `view.attempt.ranks` says how many there are.
         """
         lines, current = LineReader(), 0
         async for chunk in self._client.follow_logs(self.id, tail=tail, attempt=attempt, rank=rank):
@@ -253,11 +255,16 @@ class AsyncJob:
         return Card(job, curve=next(iter(page.series), None))
 
 
+def _whose(job: JobView) -> str:
+    rank = job.attempt.failed_rank if job.attempt else None
+    return f"rank {rank}'s" if rank else "its"
+
+
 def _failure(job: JobView) -> JobFailedError:
     """Return how a job ended as an error: why, its last lines, and the next call."""
     tail = tuple(clean(line, colour=False) for line in job.log_tail[-_EVIDENCE_LINES:])
     why = f"{job.id} {job.state.value.replace('_', ' ')}" + (f": {sentence(job)}" if sentence(job) else "")
-    lines = [why, *(["its last lines:"] if tail else []), *(f"  | {line}" for line in tail)]
+    lines = [why, *([f"{_whose(job)} last lines:"] if tail else []), *(f"  | {line}" for line in tail)]
     hint = "print(job.logs()) shows more of its log, job.events() what happened to it"
     return JobFailedError(
         "\n".join(lines),

@@ -125,7 +125,7 @@ class Job:
         Args:
             tail: lines; None for the whole log, which is then held in memory.
             attempt: which attempt, from 1; by default the latest.
-            rank: which of the attempt's processes.
+            rank: which of the attempt's ranks; `view.attempt.ranks` says how many there are.
         """
         return self._loop.run(self._truth.logs(tail=tail, attempt=attempt, rank=rank))
 
@@ -139,7 +139,7 @@ class Job:
         Args:
             tail: begin with the last lines; by default with the first.
             attempt: only this attempt; by default the latest and those that follow it.
-            rank: which of the attempt's processes.
+            rank: which of the attempt's ranks; `view.attempt.ranks` says how many there are.
         """
         return self._loop.each(self._truth.follow_logs(tail=tail, attempt=attempt, rank=rank))
 
