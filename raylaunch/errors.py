@@ -11,7 +11,15 @@
     ├── ClusterError             the cluster as a whole
     │   ├── ClusterDownError     it is not running, or not answering
     │   ├── ClusterStartError    a step of ``up`` failed; ``step`` and ``log_path`` say which and where
-    │   └── VersionError         client and cluster, or cluster and Ray, do not fit together
+    │   ├── VersionError         client and cluster, or cluster and Ray, do not fit together
+    │   └── HostError            one machine over SSH; ``host`` and ``step`` say which and where
+    │       ├── HostUnreachableError  its name does not resolve, nobody listens, or nothing answers
+    │       ├── HostKeyError          it shows an unknown host key, or another one than before
+    │       ├── HostAuthError         it takes none of the keys that were offered
+    │       ├── HostLostError         the connection went away before the end: nothing is known of the outcome
+    │       ├── HostTimeoutError      a step did not end within its limit
+    │       ├── HostStorageError      its disk is full, or refuses to be written
+    │       └── HostStepError         a step ran to its end and failed
     ├── StorageError             a disk is full, a file or a database cannot be read or written
     ├── TransferError            bytes did not arrive as they were sent
     ├── TrackingError            Weights & Biases data cannot be read
@@ -112,6 +120,99 @@ class VersionError(ClusterError):
 
     code = "version"
     status = 409
+
+
+class HostError(ClusterError):
+    """One machine over SSH. `host` is its name as the person wrote it, `step` what was being done there."""
+
+    code = "host"
+    status = 502
+
+    def __init__(self, message: str, *, hint: str = "", host: str = "", step: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.host = host
+        self.step = step
+
+
+class HostUnreachableError(HostError):
+    """No connection could be made: the name does not resolve, nobody listens on the port, or nothing answers."""
+
+    code = "host_unreachable"
+
+
+class HostKeyError(HostError):
+    """The host showed a key that nobody has accepted. Nothing was sent to it.
+
+    `fingerprint` is what it showed, `known` what was expected: empty for a host that was never seen before.
+    """
+
+    code = "host_key"
+
+    def __init__(  # noqa: PLR0913 -- each is a fact that a program may ask for
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        host: str = "",
+        step: str = "",
+        fingerprint: str = "",
+        known: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message, hint=hint, host=host, step=step)
+        self.fingerprint = fingerprint
+        self.known = known
+
+
+class HostAuthError(HostError):
+    """The host takes none of the keys that were offered to it; `tried` names them."""
+
+    code = "host_auth"
+
+    def __init__(
+        self, message: str, *, hint: str = "", host: str = "", step: str = "", tried: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message, hint=hint, host=host, step=step)
+        self.tried = tried
+
+
+class HostLostError(HostError):
+    """The connection went away before the command had ended. What it did is not known: look, or do it again."""
+
+    code = "host_lost"
+
+
+class HostTimeoutError(HostError):
+    """A step did not end within its limit, and was ended."""
+
+    code = "host_timeout"
+    status = 504
+
+
+class HostStorageError(HostError):
+    """A disk of the host is full, or a path there cannot be written or read."""
+
+    code = "host_storage"
+    status = 507
+
+
+class HostStepError(HostError):
+    """A step ran to its end on the host and failed. `exit_status` is its own, `tail` the last lines that it printed."""
+
+    code = "host_step"
+
+    def __init__(  # noqa: PLR0913 -- each is a fact that a program may ask for
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        host: str = "",
+        step: str = "",
+        exit_status: int | None = None,
+        tail: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message, hint=hint, host=host, step=step)
+        self.exit_status = exit_status
+        self.tail = tail
 
 
 class StorageError(RaylaunchError):

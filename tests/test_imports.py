@@ -52,8 +52,11 @@ MAY: dict[str, frozenset[str]] = {
 
 # A foreign library, and the only places that may import it.
 KNOWN_TO: dict[str, tuple[str, ...]] = {
-    "asyncssh": ("raylaunch/cluster/ssh.py",),
+    "asyncssh": tuple(
+        f"raylaunch/cluster/{name}.py" for name in ("ssh", "ssh_connect", "ssh_host_keys", "ssh_identities", "ssh_talk")
+    ),
     "ray": (
+        "raylaunch/tracking/train_callback.py",
         "raylaunch/controller/ray_calls.py",
         "raylaunch/controller/ray_jobs.py",
         "raylaunch/controller/ray_link.py",

@@ -1,0 +1,331 @@
+"""From a target to an open, trusted connection: configuration, jump hosts, host keys, keys. Each fault in words."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import anyio
+import asyncssh
+
+from raylaunch.cluster import ssh_host_keys as host_keys
+from raylaunch.cluster.ssh_identities import Identities, agent_keys, agent_socket, identities, refused_error, unlock
+from raylaunch.cluster.ssh_target import OnPrompt, Prompt, Target, own_known_hosts
+from raylaunch.errors import HostError, HostKeyError, HostUnreachableError, SpecError
+
+_FAST_CIPHERS = "aes128-gcm@openssh.com,aes256-gcm@openssh.com"
+_KEEPALIVE_S = 5
+_KEEPALIVES_MISSED = 3
+_JUMPS_AT_MOST = 8
+_CLOSE_S = 3
+_CLOSED = "look at sshd's log on the host (journalctl -u ssh); it may be full (MaxStartups), or a firewall cuts in"
+_JUMP = "check the name and port as the jump host sees them; on it: ssh or nc -vz"
+_OLD = "update its sshd, or this client"
+_SILENT = "is it on, and on this network or VPN? A firewall that drops packets looks the same"
+_REVOKED = "the key is marked @revoked in known_hosts, or its certificate is not valid for this name or any more"
+_TOO_MANY = "it allows fewer keys than were offered; name the right one, as  key: ~/.ssh/id_ed25519"
+_HOP = re.compile(r"(?:(?P<user>[^@]+)@)?(?:\[(?P<six>[^\]]+)\]|(?P<host>[^:\[\]]+))(?::(?P<port>\d+))?")
+
+
+class _NotTrusted(Exception):  # noqa: N818 -- a turn on the way, never seen outside
+    """The host showed a key that no file vouches for."""
+
+    def __init__(self, key: asyncssh.SSHKey | None) -> None:
+        super().__init__("host key")
+        self.key = key
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A target as the configuration completes it."""
+
+    target: Target
+    host: str
+    port: int
+    user: str
+    key_name: str
+    jumps: tuple[Target, ...]
+    identity_files: tuple[str, ...]
+    identities_only: bool
+    agent: str
+    known_files: tuple[Path, ...]
+    config: tuple[str, ...]
+    ciphers: str | None
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+class Route:
+    """Open connections, one behind the other; `connection` is the last one."""
+
+    def __init__(self, hops: list[asyncssh.SSHClientConnection]) -> None:
+        self._hops = hops
+        self.connection = hops[-1]
+
+    async def close(self) -> None:
+        """Close them all, the last first; what does not answer is dropped after some seconds."""
+        for hop in reversed(self._hops):
+            hop.close()
+            with anyio.move_on_after(_CLOSE_S, shield=True):
+                with suppress(OSError, asyncssh.Error):
+                    await hop.wait_closed()
+                continue
+            hop.abort()
+
+
+async def connect(target: Target, *, limit_s: float, on_prompt: OnPrompt | None) -> Route:
+    """Connect to a host, through its jump hosts. Each hop may take `limit_s` seconds, besides a person's answers.
+
+    Raises:
+        HostUnreachableError: no connection can be made.
+        HostKeyError: it shows a key that nobody accepted.
+        HostAuthError: it takes none of the keys.
+        SpecError: ``~/.ssh/config`` or a known_hosts file cannot be read.
+    """
+    hops: list[asyncssh.SSHClientConnection] = []
+    try:
+        for place in _places(target, final=target):
+            tunnel = hops[-1] if hops else None
+            hops.append(await _hop(place, tunnel, limit_s=limit_s, on_prompt=on_prompt, extra=target.key))
+    except BaseException as error:
+        if isinstance(error, HostError):
+            error.host = target.name
+        if hops:
+            await Route(hops).close()
+        raise
+    return Route(hops)
+
+
+def _places(target: Target, *, final: Target, depth: int = 0) -> list[_Place]:
+    """Return all hops to a target, itself the last."""
+    place = _look(target)
+    if depth + len(place.jumps) > _JUMPS_AT_MOST:
+        msg = f"the way to {final.name} has more than {_JUMPS_AT_MOST} jump hosts"
+        raise SpecError(msg, hint="look for a ProxyJump in ~/.ssh/config that leads back to itself", field="jump")
+    if not place.jumps:
+        return [place]
+    first, *others = (
+        replace(hop, name=f"{hop.name}, the jump host of {final.name}", ssh_config=final.ssh_config)
+        for hop in place.jumps
+    )
+    # As with `ssh`, only the first hop's own ProxyJump counts; the others are reached from the one before.
+    return [*_places(first, final=final, depth=depth + 1), *(_look(hop, jumps=False) for hop in others), place]
+
+
+def _look(target: Target, *, jumps: bool = True) -> _Place:
+    """Complete a target from the person's configuration. Reads files, connects to nothing."""
+    path = target.ssh_config or Path("~/.ssh/config").expanduser()
+    config = (str(path),) if target.ssh_config or os.access(path, os.R_OK) else ()
+    try:
+        # Without keys: they are gathered apart, because here a missing or encrypted one would be an error.
+        options = asyncssh.SSHClientConnectionOptions(
+            host=target.alias,
+            port=target.port if target.port is not None else (),
+            username=target.user or (),
+            config=list(config),
+            client_keys=None,
+            encryption_algs=(),
+        )
+    except (ValueError, OSError, asyncssh.Error) as error:
+        msg = f"the SSH configuration for {target.name} cannot be used: {error}"
+        raise SpecError(msg, hint=f"try: ssh -G {target.alias}", where=str(path)) from None
+    chosen = options.config
+    ways = target.jump or tuple(str(chosen.get("ProxyJump") or "").split(",") if jumps else ())
+    configured = [*_strings(chosen.get("UserKnownHostsFile")), *_strings(chosen.get("GlobalKnownHostsFile"))]
+    return _Place(
+        target=target,
+        host=options.host,
+        port=options.port,
+        user=options.username,
+        key_name=options.host_key_alias or options.host,
+        jumps=tuple(_parse_hop(way, target) for way in ways if way not in {"", "none"}) if jumps else (),
+        identity_files=tuple(_strings(chosen.get("IdentityFile"))),
+        identities_only=bool(chosen.get("IdentitiesOnly")),
+        agent=agent_socket(chosen.get("IdentityAgent")),
+        known_files=tuple(host_keys.files_for(target, configured)),
+        config=config,
+        ciphers=str(chosen.get("Ciphers")) if chosen.get("Ciphers") else None,
+    )
+
+
+def _strings(value: object) -> list[str]:
+    return [str(one) for one in value] if isinstance(value, list) else []
+
+
+def _parse_hop(text: str, behind: Target) -> Target:
+    match = _HOP.fullmatch(text.strip())
+    if match is None:
+        msg = f"{text!r} is not a jump host (for {behind.name})"
+        raise SpecError(msg, hint="write host, user@host or user@host:port", field="jump")
+    host = match["six"] or match["host"]
+    port = int(match["port"]) if match["port"] else None
+    return Target(
+        name=host,
+        host=host,
+        port=port,
+        user=match["user"] or "",
+        ssh_config=behind.ssh_config,
+        known_hosts=behind.known_hosts,
+    )
+
+
+@dataclass
+class _Attempt:
+    """What one attempt to connect depends on. `tried` names the keys that were offered in the last one."""
+
+    place: _Place
+    tunnel: asyncssh.SSHClientConnection | None
+    ours: Identities
+    limit_s: float
+    tried: list[str] = field(default_factory=list)
+
+
+async def _hop(
+    place: _Place,
+    tunnel: asyncssh.SSHClientConnection | None,
+    *,
+    limit_s: float,
+    on_prompt: OnPrompt | None,
+    extra: str,
+) -> asyncssh.SSHClientConnection:
+    target = place.target
+    ours = identities(
+        target,
+        configured=place.identity_files,
+        only_these=place.identities_only,
+        extra="" if extra == target.key else extra,
+    )
+    attempt = _Attempt(place, tunnel, ours, limit_s)
+    while True:
+        expected = host_keys.known(place.known_files, place.key_name, place.port)
+        try:
+            return await _trusted(attempt, expected)
+        except _NotTrusted as error:
+            if error.key is None or not expected.nothing:
+                raise host_keys.changed_error(target, error.key, place.address, expected) from None
+            await _ask_to_accept(place, error.key, on_prompt)
+        except asyncssh.PermissionDenied as error:
+            ours = attempt.ours
+            opened = await unlock(ours.locked, target, on_prompt) if on_prompt else []
+            if not opened:
+                raise refused_error(target, place.user, attempt.tried, ours.locked, error.reason) from None
+            attempt.ours = replace(ours, keys=(*ours.keys, *opened), locked=())
+
+
+async def _ask_to_accept(place: _Place, key: asyncssh.SSHKey, on_prompt: OnPrompt | None) -> None:
+    """Ask a person whether the key of an unknown host is right, and remember it if so."""
+    target = place.target
+    error = host_keys.unknown_error(target, key, place.address)
+    if on_prompt is None:
+        raise error
+    text = f"{error.message}\nIs that its key? It will be remembered. [yes/no]: "
+    answer = await on_prompt(Prompt("host_key", target.name, text, fingerprint=error.fingerprint))
+    if (answer or "").strip().lower() not in {"yes", error.fingerprint.lower()}:
+        raise error
+    host_keys.accept(key, place.key_name, place.port, target.known_hosts or own_known_hosts())
+
+
+async def _trusted(attempt: _Attempt, expected: host_keys.Known) -> asyncssh.SSHClientConnection:
+    """Connect, if the host shows a key that is known or pinned."""
+    target = attempt.place.target
+    if not target.fingerprint:
+        # No certificate where nobody is known who could have signed it: the plain key is what a person can compare.
+        return await _once(attempt, expected, ",".join(host_keys.FAMILIES) if expected.nothing else "")
+    shown: asyncssh.SSHKey | None = None
+    for family in host_keys.FAMILIES:
+        try:
+            return await _once(attempt, host_keys.Known(), family)
+        except _NotTrusted as error:  # noqa: PERF203 -- three at most
+            shown = shown or error.key
+    raise host_keys.pinned_error(target, shown, attempt.place.address)
+
+
+async def _once(attempt: _Attempt, expected: host_keys.Known, algorithms: str) -> asyncssh.SSHClientConnection:
+    place, ours, target = attempt.place, attempt.ours, attempt.place.target
+    seen: list[asyncssh.SSHKey] = []
+    with _in_words(place, attempt.limit_s, seen), anyio.fail_after(attempt.limit_s):
+        async with agent_keys(place.agent, ours.only) as held:
+            mine = {key.public_data for key in ours.keys}
+            from_agent = [pair for pair in held if pair.public_data not in mine]
+            attempt.tried = [*ours.names, *(f"{pair.get_comment()} (agent)" for pair in from_agent)]
+            keys = [*ours.keys, *from_agent] if ours.first else [*from_agent, *ours.keys]
+            return await asyncssh.connect(
+                target.alias,
+                target.port if target.port is not None else (),
+                username=target.user or (),
+                config=list(place.config),
+                tunnel=attempt.tunnel,
+                client_factory=lambda: host_keys.HostKeyWatch(target.fingerprint, seen),
+                known_hosts=lambda _host, _address, _port: expected.as_asyncssh(),
+                server_host_key_algs=algorithms or (),
+                client_keys=keys or None,
+                agent_path=None,
+                agent_identities=None,
+                encryption_algs=() if place.ciphers else f"^{_FAST_CIPHERS}",
+                keepalive_interval=_KEEPALIVE_S,
+                keepalive_count_max=_KEEPALIVES_MISSED,
+                x509_trusted_certs=None,
+                gss_auth=False,
+                gss_kex=False,
+                request_pty=False,
+            )
+
+
+@contextmanager
+def _in_words(place: _Place, limit_s: float, seen: list[asyncssh.SSHKey]) -> Iterator[None]:  # noqa: C901 -- a line for each fault
+    """Turn what can go wrong while connecting into errors that say what to do. `seen` are keys nobody vouched for."""
+    try:
+        yield
+    except asyncssh.PermissionDenied:
+        raise
+    except asyncssh.HostKeyNotVerifiable as error:
+        if seen:
+            raise _NotTrusted(seen[-1]) from None
+        msg = f"{place.target.name} ({place.address}): {error.reason}"  # revoked, or a certificate that is not valid
+        raise HostKeyError(msg, hint=_REVOKED, host=place.target.name, step="host key") from None
+    except asyncssh.KeyExchangeFailed as error:
+        if "host key" in error.reason.lower():
+            raise _NotTrusted(None) from None
+        raise _unreachable(place, f"has no SSH algorithm in common with this client: {error.reason}", _OLD) from None
+    except asyncssh.ChannelOpenError as error:
+        raise _unreachable(place, f"cannot be reached from its jump host: {error.reason}", _JUMP) from None
+    except asyncssh.DisconnectError as error:
+        if "too many authentication failures" in error.reason.lower():
+            raise asyncssh.PermissionDenied(_TOO_MANY) from None
+        raise _unreachable(place, f"ended the connection before the log-in: {error.reason}", _CLOSED) from None
+    except (TimeoutError, asyncio.TimeoutError):
+        raise _unreachable(place, f"did not answer within {limit_s:g} s", _SILENT) from None
+    except OSError as error:
+        raise _unreachable(place, *_why(error, place)) from None
+
+
+def _unreachable(place: _Place, why: str, hint: str) -> HostUnreachableError:
+    name = place.target.name
+    return HostUnreachableError(f"{name} ({place.address}) {why}", hint=hint, host=name, step="connect")
+
+
+def _why(error: OSError, place: _Place) -> tuple[str, str]:
+    """Say why no TCP connection could be made, and what to do. Several addresses give one error without a number."""
+    text = str(error)
+    if isinstance(error, socket.gaierror):
+        hint = "check the spelling, /etc/hosts and your VPN; or give an address, or a HostName in ~/.ssh/config"
+        return f"cannot be found: there is no address for the name {place.host}", hint
+    if isinstance(error, ConnectionResetError | BrokenPipeError):
+        return "closed the connection before the log-in", _CLOSED
+    if error.errno == errno.ECONNREFUSED or f"[Errno {errno.ECONNREFUSED}]" in text:
+        return "refuses connections: nothing listens on that port", (
+            f"is sshd running there, and on port {place.port}? On the host: systemctl status ssh"
+        )
+    unrouted = (errno.EHOSTUNREACH, errno.ENETUNREACH)
+    if error.errno in unrouted or any(f"[Errno {number}]" in text for number in unrouted):
+        return "cannot be reached: there is no way to it from here", "is it on, and are you on its network or VPN?"
+    return f"cannot be reached: {error.strerror or text}", f"try: ssh -v {place.target.alias}"
