@@ -318,7 +318,7 @@ class ClusterStatus(View):
     """The cluster as a whole."""
 
     name: str
-    kind: Literal["local"]
+    kind: Literal["local", "ssh"]
     state: Literal["running", "degraded", "stopped"]
     problems: tuple[str, ...] = ()
     controller: ProcessView | None = None

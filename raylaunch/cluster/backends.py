@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 from raylaunch.cluster.plan import DownReport, Ended, Plan, Reach, Step
-from raylaunch.errors import ClusterError
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import ClusterStatus
 
@@ -45,5 +44,6 @@ def backend_for(spec: ClusterSpec) -> Backend:
 
             return embedded
         case "ssh":
-            msg = f"cluster {spec.name} is of kind: ssh, and this version of raylaunch cannot start one yet"
-            raise ClusterError(msg, hint="raylaunch doctor says whether its hosts are ready; kind: local runs here")
+            from raylaunch.cluster import ssh_backend  # noqa: PLC0415 -- as above
+
+            return ssh_backend

@@ -11,7 +11,7 @@ class Step:
     """One named step of ``up``, when it begins, when it is done, and when it had nothing to do."""
 
     name: str
-    state: Literal["begins", "done", "kept", "note"]
+    state: Literal["begins", "waits", "done", "kept", "note"]
     message: str
     seconds: float = 0.0
 

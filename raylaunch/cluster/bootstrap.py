@@ -1,0 +1,218 @@
+"""From hosts that run nothing but sshd to a working cluster: connect, probe, install, start, each host at its own pace.
+
+A host that fails does not stop the others; what it failed at is kept by its name, and the next `up` goes on from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import anyio
+
+from raylaunch.cluster import host_calls, pythons
+from raylaunch.cluster.client_record import HeadProgram
+from raylaunch.cluster.facts import HostFacts
+from raylaunch.cluster.install import HostPython, ensure_beside, ensure_environment
+from raylaunch.cluster.on_host import HostState, Join, UpHead
+from raylaunch.cluster.plan import Step
+from raylaunch.cluster.probe import probe
+from raylaunch.cluster.problems import Problem, problems
+from raylaunch.cluster.ssh import Machine, OnPrompt, Wait, machine
+from raylaunch.cluster.targets import place_of, root_of, target_of
+from raylaunch.cluster.wheels import WheelStore
+from raylaunch.errors import ClusterError, ClusterStartError, RaylaunchError
+from raylaunch.spec import ClusterSpec, HostSpec
+from raylaunch.version import __version__
+
+CONNECT_S = 20.0
+
+_Result = TypeVar("_Result")
+
+
+@dataclass
+class Outcome:
+    """How far each host came, by its name."""
+
+    facts: dict[str, HostFacts] = field(default_factory=dict)
+    programs: dict[str, HeadProgram] = field(default_factory=dict)
+    states: dict[str, HostState] = field(default_factory=dict)
+    errors: dict[str, RaylaunchError] = field(default_factory=dict)
+    warnings: tuple[Problem, ...] = ()
+    fresh: set[str] = field(default_factory=set)
+    """Hosts on which something was started now."""
+    actions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """What would be done on each host, where nothing was."""
+    keeps: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+class Bootstrap:
+    """One bring-up of a cluster of hosts.
+
+    Args:
+        spec: the cluster.
+        on_step: told each step of each host; its name begins with the host's.
+        on_prompt: asks a person; None where nobody is there.
+    """
+
+    def __init__(
+        self, spec: ClusterSpec, on_step: Callable[[Step], None], *, on_prompt: OnPrompt | None = None
+    ) -> None:
+        self._spec = spec
+        self._hosts = spec.host_specs()
+        self._head = self._hosts[0]
+        self._tell = on_step
+        self._prompt = on_prompt
+        self._store = WheelStore()
+        self._left = len(self._hosts)
+        self._all_probed = anyio.Event()
+        self._head_settled = anyio.Event()
+        self._problems: tuple[Problem, ...] = ()
+        self._pythons: Mapping[str, HostPython] = {}
+        self._no_python: ClusterStartError | None = None
+        self.outcome = Outcome()
+
+    async def run(self) -> Outcome:
+        """Bring up what can be brought up; what went wrong is in the outcome, host by host."""
+        return await self._all(self._bring_up)
+
+    async def look(self) -> Outcome:
+        """Probe every host, say what `run` would do, and change nothing."""
+        return await self._all(self._foresee)
+
+    async def _all(self, then: Callable[[HostSpec, Machine], Awaitable[None]]) -> Outcome:
+        async with anyio.create_task_group() as group:
+            for host in self._hosts:
+                group.start_soon(self._host, host, then)
+        return self.outcome
+
+    async def _host(self, host: HostSpec, then: Callable[[HostSpec, Machine], Awaitable[None]]) -> None:
+        """Connect to one host, probe it, and go on when all are probed."""
+        counted = False
+        try:
+            async with machine(
+                target_of(host), limit_s=CONNECT_S, on_prompt=self._prompt, on_wait=self._waits
+            ) as connection:
+                self.outcome.facts[host.name] = await self._timed(host, "probe", probe(connection, host))
+                counted = True
+                self._count_probed()
+                await self._all_probed.wait()
+                self._refuse_blocking(host)
+                await then(host, connection)
+        except RaylaunchError as error:
+            self.outcome.errors[host.name] = error
+            self._tell(Step(host.name, "note", error.message))
+        finally:
+            if not counted:
+                self._count_probed()
+            if host is self._head:
+                self._head_settled.set()
+
+    async def _bring_up(self, host: HostSpec, connection: Machine) -> None:
+        program = await self._install(host, connection)
+        self.outcome.programs[host.name] = program
+        self.outcome.states[host.name] = await self._start(host, connection, program)
+
+    async def _foresee(self, host: HostSpec, _connection: Machine) -> None:
+        facts = self.outcome.facts[host.name]
+        runs = any(one.name == self._spec.name and one.wanted == "running" for one in facts.clusters)
+        if runs:
+            self.outcome.keeps[host.name] = ("its part of the cluster, if it is well",)
+            return
+        self.outcome.actions[host.name] = (self._how_installed(host, facts), self._how_started(host, facts))
+
+    def _how_installed(self, host: HostSpec, facts: HostFacts) -> str:
+        if host.environment:
+            return f"raylaunch {__version__} beside {host.environment}"
+        if self._no_python is not None:
+            raise self._no_python
+        python = self._pythons[host.name]
+        source = "from its package index" if facts.index.reachable else "from wheels that are pushed"
+        made = f"raylaunch {__version__}, Ray and wandb in {root_of(host, facts)}/versions"
+        return f"{made}, with Python {python.platform.python} ({python.path}), {source}"
+
+    def _how_started(self, host: HostSpec, facts: HostFacts) -> str:
+        place = place_of(self._spec, host, facts)
+        what = "Ray's head and the controller" if host is self._head else f"Ray, joining {self._head.name}"
+        found = len(facts.gpus.gpus)
+        gpus = host.gpus if isinstance(host.gpus, int) else found if host.gpus == "auto" else len(host.gpus)
+        return f"{what}, with {gpus} GPUs, on {place.ray_address}"
+
+    def _count_probed(self) -> None:
+        """When the last host is probed, or has failed to be, look at all of them together."""
+        self._left -= 1
+        if self._left:
+            return
+        self._problems = problems(self._spec, {**self.outcome.facts, **self.outcome.errors})
+        self.outcome.warnings = tuple(one for one in self._problems if one.level == "warning")
+        made_here = {host.name for host in self._hosts if not host.environment}
+        try:
+            self._pythons = pythons.choose(
+                {name: facts for name, facts in self.outcome.facts.items() if name in made_here}
+            )
+        except ClusterStartError as error:
+            self._no_python = error
+        self._all_probed.set()
+
+    def _refuse_blocking(self, host: HostSpec) -> None:
+        found = [one for one in self._problems if one.level == "blocking" and one.host == host.name]
+        if found:
+            first, *others = found
+            more = "".join(f"\n    {one.message}" for one in others)
+            msg = f"{host.name}: {first.message}{more}"
+            raise ClusterStartError(msg, hint=first.mend, step="probe")
+
+    async def _install(self, host: HostSpec, connection: Machine) -> HeadProgram:
+        """Have this raylaunch, Ray and wandb on the host."""
+        facts = self.outcome.facts[host.name]
+        root = root_of(host, facts)
+        tell = self._of_host(host)
+        if host.environment:
+            python = await ensure_beside(connection, host.environment, store=self._store, root=root, on_step=tell)
+        elif self._no_python is not None:
+            raise self._no_python
+        else:
+            python = await ensure_environment(
+                connection,
+                self._pythons[host.name],
+                store=self._store,
+                index_reachable=bool(facts.index.reachable),
+                root=root,
+                on_step=tell,
+            )
+        return HeadProgram(python=python, root=root)
+
+    async def _start(self, host: HostSpec, connection: Machine, program: HeadProgram) -> HostState:
+        """Bring the host's part of the cluster up: the head's at once, a worker's when the head is up."""
+        facts = self.outcome.facts[host.name]
+        spec, place = self._spec.part_of(host), place_of(self._spec, host, facts)
+        tell = self._of_host(host)
+        if host is self._head:
+            return await host_calls.bring_up(connection, program, UpHead(spec=spec, place=place), tell=tell)
+        await self._head_settled.wait()
+        head = self.outcome.states.get(self._head.name)
+        if head is None:
+            msg = f"{host.name}: was not started, for the head {self._head.name} did not come up"
+            raise ClusterError(msg, hint=f"mend {self._head.name}, then run raylaunch up again")
+        place = place.model_copy(update={"head": f"{head.place.ray_address}:{head.ports['gcs']}"})
+        request = Join(spec=spec, place=place, cluster_id=head.cluster_id, ray_token=head.ray_token)
+        return await host_calls.bring_up(connection, program, request, tell=tell)
+
+    def _of_host(self, host: HostSpec) -> Callable[[Step], None]:
+        def tell(step: Step) -> None:
+            if step.name in {"ray", "controller"} and step.state in {"begins", "done"}:
+                self.outcome.fresh.add(host.name)
+            self._tell(Step(f"{host.name}: {step.name}", step.state, step.message, step.seconds))
+
+        return tell
+
+    def _waits(self, wait: Wait) -> None:
+        self._tell(Step(f"{wait.host}: {wait.step}", "waits", str(wait), wait.waited_s))
+
+    async def _timed(self, host: HostSpec, name: str, work: Awaitable[_Result]) -> _Result:
+        began = time.monotonic()
+        result = await work
+        self._tell(Step(f"{host.name}: {name}", "done", "looked at what it is and has", time.monotonic() - began))
+        return result

@@ -1,0 +1,125 @@
+"""What this machine knows of a cluster on other machines: ``client.json``, and ``tunnel.json`` beside it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from raylaunch.cluster.home import ClusterPaths, storage_errors, write_private
+from raylaunch.cluster.process import ProcessIdentity, is_alive
+from raylaunch.spec import ClusterSpec
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class HeadProgram(BaseModel):
+    """How the host program is started on a host."""
+
+    model_config = ConfigDict(frozen=True)
+
+    python: str
+    """The environment's interpreter."""
+    root: str
+    """raylaunch's folder there, absolute."""
+
+
+class ClientRecord(BaseModel):
+    """A cluster as it was last brought up, or joined, from here."""
+
+    model_config = ConfigDict(frozen=True)
+
+    spec: ClusterSpec
+    cluster_id: str = ""
+    wanted: Literal["running", "stopped"] = "running"
+    token: str = Field(default="", repr=False)
+    programs: dict[str, HeadProgram] = Field(default_factory=dict)
+    """By host."""
+    head_ports: dict[str, int] = Field(default_factory=dict)
+    head_address: str = "127.0.0.1"
+    """Where Ray's head listens on its host."""
+    started: tuple[str, ...] = ()
+    """Hosts that were brought up, also such as are not in the spec any more."""
+    at: float = Field(default_factory=time.time)
+
+    def with_(self, **changes: object) -> ClientRecord:
+        """Return a copy with some fields changed."""
+        return self.model_copy(update=changes)
+
+
+class TunnelRecord(BaseModel):
+    """A tunnel's process, and where it listens here."""
+
+    model_config = ConfigDict(frozen=True)
+
+    process: ProcessIdentity
+    ports: dict[str, int]
+    """``controller``, ``dashboard`` and ``gcs``, on loopback."""
+    up: bool = False
+    why: str = ""
+    """Why it is not up, in words."""
+    hint: str = ""
+    code: str = ""
+    """The error's."""
+    at: float = 0.0
+    """When it came up, or went down; seconds since the epoch."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs."""
+        return is_alive(self.process)
+
+
+def client_file(paths: ClusterPaths) -> Path:
+    """Return the path of ``client.json``."""
+    return paths.root / "client.json"
+
+
+def tunnel_file(paths: ClusterPaths) -> Path:
+    """Return the path of ``tunnel.json``."""
+    return paths.root / "tunnel.json"
+
+
+def tunnel_log(paths: ClusterPaths) -> Path:
+    """Return the path of what the tunnel says."""
+    return paths.root / "tunnel.log"
+
+
+def load_client(paths: ClusterPaths) -> ClientRecord | None:
+    """Return what is known of the cluster here; None when there is nothing that can be understood.
+
+    Raises:
+        StorageError: it is there and cannot be read.
+    """
+    return _load(client_file(paths), ClientRecord)
+
+
+def load_tunnel(paths: ClusterPaths) -> TunnelRecord | None:
+    """Return what the tunnel last said; None when there was none.
+
+    Raises:
+        StorageError: it is there and cannot be read.
+    """
+    return _load(tunnel_file(paths), TunnelRecord)
+
+
+def _load(path: Path, model: type[_Model]) -> _Model | None:
+    with storage_errors(path):
+        try:
+            return model.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError, ValidationError):
+            return None
+
+
+def save_client(paths: ClusterPaths, record: ClientRecord) -> ClientRecord:
+    """Write ``client.json``, and return the record."""
+    write_private(client_file(paths), record.model_dump_json(indent=2))
+    return record
+
+
+def save_tunnel(paths: ClusterPaths, record: TunnelRecord) -> TunnelRecord:
+    """Write ``tunnel.json``, and return the record."""
+    write_private(tunnel_file(paths), record.model_dump_json(indent=2))
+    return record

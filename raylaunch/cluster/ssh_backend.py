@@ -1,0 +1,211 @@
+"""Clusters of hosts over SSH: the verbs of a backend. Ray and the controller run there; here is a tunnel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import anyio
+
+from raylaunch.cluster import host_calls
+from raylaunch.cluster.bootstrap import Bootstrap, Outcome
+from raylaunch.cluster.client_record import ClientRecord, load_client, load_tunnel, save_client
+from raylaunch.cluster.controller_program import controller_status
+from raylaunch.cluster.home import ClusterPaths, cluster_paths, make_private_dir
+from raylaunch.cluster.plan import DownReport, Ended, Plan, Reach, Step
+from raylaunch.cluster.ports import LOOPBACK
+from raylaunch.cluster.proving import Proof
+from raylaunch.cluster.record import cluster_lock
+from raylaunch.cluster.ssh import machine
+from raylaunch.cluster.targets import target_of
+from raylaunch.cluster.tunnel import end_tunnel, ensure_tunnel
+from raylaunch.errors import ClusterDownError, ClusterStartError, RaylaunchError
+from raylaunch.spec import ClusterSpec
+from raylaunch.state import ClusterStatus, ControllerStatus
+
+_LOCK_S = 1800.0
+
+
+def _paths(spec: ClusterSpec | str) -> ClusterPaths:
+    return cluster_paths(spec if isinstance(spec, str) else spec.name)
+
+
+def _known(spec: ClusterSpec | str) -> tuple[ClusterPaths, ClientRecord]:
+    paths = _paths(spec)
+    record = load_client(paths)
+    if record is None or record.wanted != "running" or not record.token:
+        msg = f"cluster {paths.name} is not up, as far as this machine knows"
+        raise ClusterDownError(msg, hint="bring it up: raylaunch up")
+    return paths, record
+
+
+async def up(spec: ClusterSpec, /, *, on_step: Callable[[Step], None]) -> ClusterStatus:
+    """Bring every host into the cluster; what runs and is well is left as it is.
+
+    Raises:
+        ClusterStartError: something is missing at the end: it says what, host by host. What came up stays up, and the
+            next `up` goes on from there.
+    """
+    paths = _paths(spec)
+    for folder in (paths.home, paths.home / "clusters", paths.root):
+        make_private_dir(folder)
+    async with cluster_lock(paths, limit_s=_LOCK_S):
+        outcome = await Bootstrap(spec, on_step).run()
+        head = outcome.states.get(spec.host_specs()[0].name)
+        if head is None:
+            raise _failure(spec, outcome)
+        record = _remember(paths, spec, outcome)
+        tunnel = load_tunnel(paths)
+        moved = tunnel is not None and record.head_ports != head.ports
+        save_client(paths, record.with_(head_ports=head.ports))
+        tunnel = await ensure_tunnel(paths, fresh=moved)
+        proof = Proof(tunnel.ports["controller"], record.token, outcome.states, on_step=on_step)
+        await proof.nodes()
+        await proof.jobs(outcome.fresh & outcome.states.keys())
+        outcome.errors.update(proof.errors)
+    if outcome.errors:
+        raise _failure(spec, outcome)
+    return await status(spec)
+
+
+def _remember(paths: ClusterPaths, spec: ClusterSpec, outcome: Outcome) -> ClientRecord:
+    """Write what is known now; hosts that were up before and are not in the spec any more stay known."""
+    head = outcome.states[spec.host_specs()[0].name]
+    had = load_client(paths)
+    record = ClientRecord(
+        spec=spec,
+        cluster_id=head.cluster_id,
+        token=head.token,
+        programs={**(had.programs if had else {}), **outcome.programs},
+        head_ports=had.head_ports if had else head.ports,
+        head_address=head.place.ray_address,
+        started=tuple(dict.fromkeys([*(had.started if had else ()), *outcome.states])),
+    )
+    return save_client(paths, record)
+
+
+def _failure(spec: ClusterSpec, outcome: Outcome) -> RaylaunchError:
+    first, *others = outcome.errors.values()
+    if not others and not outcome.states:
+        return first
+    lines = [str(error).replace("\n", "\n    ") for error in outcome.errors.values()]
+    well = f"; {', '.join(outcome.states)} came up" if outcome.states else ""
+    msg = f"cluster {spec.name}: {len(lines)} of {len(spec.host_specs())} hosts failed{well}\n  " + "\n  ".join(lines)
+    return ClusterStartError(msg, hint="mend them, then run raylaunch up again: it goes on from here")
+
+
+async def reach(spec: ClusterSpec | str, /) -> Reach:
+    """Return where the tunnel listens here, and the token; a tunnel that does not run is started.
+
+    Raises:
+        ClusterDownError: the cluster is not up as far as this machine knows, or its head cannot be reached.
+    """
+    paths, record = _known(spec)
+    tunnel = await ensure_tunnel(paths)
+    return Reach(
+        url=f"http://{LOOPBACK}:{tunnel.ports['controller']}",
+        token=record.token,
+        dashboard_url=f"http://{LOOPBACK}:{tunnel.ports['dashboard']}",
+        gcs_address=f"{LOOPBACK}:{tunnel.ports['gcs']}",
+    )
+
+
+async def status(spec: ClusterSpec | str, /) -> ClusterStatus:
+    """Ask the cluster how it is, and change nothing but that a tunnel is made."""
+    paths = _paths(spec)
+    record = load_client(paths)
+    if record is None or record.wanted != "running":
+        return ClusterStatus(name=paths.name, kind="ssh", state="stopped")
+    try:
+        tunnel = await ensure_tunnel(paths)
+    except RaylaunchError as error:
+        return ClusterStatus(name=paths.name, kind="ssh", state="degraded", problems=(error.message,))
+    says = await controller_status(tunnel.ports["controller"], record.token)
+    if isinstance(says, str):
+        why = f"the controller does not answer: {says}"
+        return ClusterStatus(name=paths.name, kind="ssh", state="degraded", problems=(why,))
+    return status_of(record, says)
+
+
+def status_of(record: ClientRecord, says: ControllerStatus) -> ClusterStatus:
+    """Put together what the spec names and what the controller sees. Pure."""
+    hosts = record.spec.host_specs()
+    living = {node.hostname for node in says.nodes if node.alive}
+    missing = [f"{host.name}: is not in the Ray cluster" for host in hosts if host.name not in living]
+    dead = () if says.ray == "up" else ("the controller does not reach Ray",)
+    problems = (*dead, *missing, *says.problems)
+    return ClusterStatus(
+        name=record.spec.name,
+        kind="ssh",
+        state="degraded" if missing or dead else "running",
+        problems=problems,
+        nodes=says.nodes,
+        queued=says.queued,
+        running=says.running,
+        store=says.store,
+        store_free=says.store_free,
+        gpus_logical=isinstance(record.spec.gpus, int) and record.spec.gpus > 0,
+        owner=hosts[0].name,
+    )
+
+
+async def plan(spec: ClusterSpec, /) -> Plan:
+    """Say what `up` would do now: every host is probed, and nothing is changed."""
+    outcome = await Bootstrap(spec, lambda _: None).look()
+    return Plan(
+        cluster=spec.name,
+        actions=tuple(f"{host}: {one}" for host, found in outcome.actions.items() for one in found),
+        keeps=tuple(f"{host}: {one}" for host, found in outcome.keeps.items() for one in found),
+        notes=(
+            *(f"{host}: {error.message}" for host, error in outcome.errors.items()),
+            *(f"{one.host}: {one.message}" for one in outcome.warnings),
+        ),
+    )
+
+
+async def down(spec: ClusterSpec | str, /) -> DownReport:
+    """End exactly what `up` started, on every host, and return when nothing of it is left.
+
+    Raises:
+        ClusterError: a host could not be reached or something could not be ended; the others are down.
+    """
+    began = time.monotonic()
+    paths = _paths(spec)
+    record = load_client(paths)
+    if record is None:
+        return DownReport(cluster=paths.name, ended=(), store="")
+    async with cluster_lock(paths, limit_s=_LOCK_S):
+        save_client(paths, record.with_(wanted="stopped"))
+        ended: list[Ended] = []
+        errors: dict[str, RaylaunchError] = {}
+        notes: list[str] = []
+        store = ""
+        head, *workers = record.started
+
+        async def end(name: str, worker: str) -> str:
+            host = next(host for host in record.spec.host_specs() if host.name == name)
+            try:
+                async with machine(target_of(host)) as connection:
+                    done = await host_calls.down(
+                        connection, record.programs[name], name=record.spec.name, worker=worker
+                    )
+            except RaylaunchError as error:
+                errors[name] = error
+                return ""
+            ended.extend(Ended(f"{name}: {one}", 0, "") for one in done.ended)
+            notes.extend(f"{name}: {one}" for one in done.notes)
+            return done.store
+
+        async with anyio.create_task_group() as group:
+            for name in workers:
+                group.start_soon(end, name, name)
+        store = await end(head, "")
+        await end_tunnel(paths)
+        save_client(paths, record.with_(wanted="stopped", started=tuple(errors)))
+    if errors:
+        lines = "\n  ".join(str(error) for error in errors.values())
+        msg = f"cluster {paths.name}: could not be ended on {', '.join(errors)}\n  {lines}"
+        raise ClusterStartError(msg, hint="run raylaunch down again when they can be reached")
+    return DownReport(
+        cluster=paths.name, ended=tuple(ended), store=store, notes=tuple(notes), seconds=time.monotonic() - began
+    )
