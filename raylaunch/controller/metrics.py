@@ -222,6 +222,8 @@ class _JobCurves:
         self._reports = _Curve()
         self._own = ""
         """Id of the job's own W&B run: the one that its attempts are told."""
+        self._of_ray = False
+        """Whether the job is a Ray driver: its trials and workers may each have a run."""
         self.held = 0
 
     def refresh(self, attempts: Iterable[int]) -> None:
@@ -235,7 +237,8 @@ class _JobCurves:
                 curve.attempts.add(n)
                 curve.take(path)
             self._reports.take(attempt / contract.PROGRESS)
-            self._own = self._own or _run_of(attempt / contract.ATTEMPT)
+            if not self._own:
+                self._own, self._of_ray = _run_of(attempt / contract.ATTEMPT)
         main = self._own if self._own in self._runs else self._most_present()
         for run_id, curve in self._runs.items():
             curve.prefix = "" if run_id == main else f"{run_id}/"
@@ -244,7 +247,9 @@ class _JobCurves:
         self.held = total_points(self._segments())
 
     def _most_present(self) -> str:
-        """Return the run that most attempts have: the training gave it an id of its own."""
+        """Return the run that most attempts have: the training gave it an id of its own. Of a sweep's none is it."""
+        if self._of_ray and len(self._runs) > 1:
+            return ""
         return max(self._runs, key=lambda run_id: len(self._runs[run_id].attempts), default="")
 
     def thin(self, most: int) -> None:
@@ -333,12 +338,13 @@ def _source(path: Path) -> RunFile | ReportFile:
     return ReportFile(path) if path.name == contract.PROGRESS else RunFile(path)
 
 
-def _run_of(attempt_file: Path) -> str:
+def _run_of(attempt_file: Path) -> tuple[str, bool]:
+    """Return the W&B run that an attempt was told, and whether it is a Ray driver."""
     try:
         found = json.loads(attempt_file.read_text(encoding="utf-8"))
-        return str(found["wandb"]["run_id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        return str(found["wandb"]["run_id"]), found.get("launcher") == "ray"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "", False
 
 
 def _started(path: Path) -> tuple[str, str]:

@@ -23,6 +23,8 @@ class ReportFile:
         self._at = 0
         self._lines = 0
         self._broken = 0
+        self._asked = False
+        """Whether the program itself says how far it is; then what Ray Train's workers report is only metrics."""
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -58,8 +60,11 @@ class ReportFile:
             total = told.get("total")
             values = {str(key): float(value) for key, value in (told.get("metrics") or {}).items()}
             place = self._lines if step is None else float(step)
-            if math.isfinite(place):
-                self.progress = Progress(step=place, total=None if total is None else float(total), at=at)
+            of_train = "source" in told
+            if math.isfinite(place) and not (of_train and self._asked):
+                done = place + 1 if of_train else place  # the first report of a training is its step 0
+                self.progress = Progress(step=done, total=None if total is None else float(total), at=at)
+            self._asked = self._asked or not of_train
         except (ValueError, TypeError, KeyError, AttributeError):
             self._broken += 1
             return

@@ -73,7 +73,7 @@ def _waiting_reason(error: RaylaunchError) -> Reason:
 
 
 def _submission(record: JobRecord, attempt: AttemptView, command: str) -> Submission:
-    amounts = needs(asked(record))
+    amounts = {} if asked(record).launcher == "ray" else needs(asked(record))  # its workers ask for theirs themselves
     return Submission(
         id=attempt.id,
         entrypoint=command,

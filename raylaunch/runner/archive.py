@@ -6,19 +6,31 @@ import io
 import zipfile
 from pathlib import Path
 
+from raylaunch.runner.contract import STARTUP
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _MAIN = """import sys
 
 if sys.argv[1:2] == ["--rank"]:
     from raylaunch.runner.rank import main
+elif sys.argv[1:2] == ["--fit"]:
+    from raylaunch.runner.ray_fit import main
 else:
     from raylaunch.runner.main import main
 
 sys.exit(main(sys.argv[1:]))
 """
-_JOB_MODULES = ("__init__.py", "job.py", "version.py")
-"""What a job's own code may import (`raylaunch.context`, `raylaunch.report`), where raylaunch is not installed."""
+_JOB_MODULES = (
+    "__init__.py",
+    "job.py",
+    "version.py",
+    "tracking/__init__.py",
+    "tracking/train_callback.py",
+    "tracking/train_writer.py",
+)
+"""What a job's own code may import (`raylaunch.context`, `raylaunch.report`), and what tracks Ray Train, where no
+raylaunch is installed."""
 
 
 def runner_zip() -> bytes:
@@ -32,6 +44,8 @@ def runner_zip() -> bytes:
         files[f"raylaunch/{name}"] = (_PACKAGE / name).read_bytes()
     for path in sorted((_PACKAGE / "runner").glob("*.py")):
         files[f"raylaunch/runner/{path.name}"] = path.read_bytes()
+    for path in (_PACKAGE / "runner" / STARTUP).glob("*.py"):
+        files[f"{STARTUP}/{path.name}"] = path.read_bytes()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(files):

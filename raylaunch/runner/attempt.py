@@ -16,17 +16,20 @@ from raylaunch.runner import (
     launch,
     outputs,
     probe,
+    ray_driver,
+    ray_fit,
     training,
     wandb_core,
     wandb_env,
     wandb_failure,
 )
-from raylaunch.runner.builds import Place
+from raylaunch.runner.builds import EnvironmentProblem, Place
 from raylaunch.runner.ending import Sweep, stop_training
 from raylaunch.runner.environment import Prepared, prepare
 from raylaunch.runner.processes import ancestors, oom_kills, signal_name
 from raylaunch.runner.rank_failure import RankFailure, before_report, rank_failure
 from raylaunch.runner.relay import Relay
+from raylaunch.runner.train_reports import TrainReports
 from raylaunch.runner.wandb_url import RunAddress
 
 if TYPE_CHECKING:
@@ -57,6 +60,8 @@ class Attempt:
         self._facts: Facts = {"warnings": []}
         self._kept: keeper.Kept | None = None
         self._launch = launch.as_it_is(spec)
+        self._driver: ray_driver.Driver | None = None
+        self._reports = TrainReports(folder)
         self._sweep = Sweep(spec["tag"], self._spare, pulse)
         self._address = RunAddress(self._log, spec["wandb"]["run_id"])
 
@@ -81,6 +86,7 @@ class Attempt:
             self._restart_offline(argv, prepared)
             mode = mode._replace(mode="offline")
             wish = self._watch(deadline)
+        self._finish_reports(wish)
         self._end_leftovers(wish, online=mode.mode == "online")
         self._look_for_address()
         self._relay.finish(5.0)
@@ -91,6 +97,7 @@ class Attempt:
 
     def end_everything(self) -> None:
         """End what may still live of the attempt, and let its keeper go."""
+        ray_driver.forget(self._folder)
         if self._kept is not None:
             self._kept.kill()
             self._sweep.end_all()
@@ -103,7 +110,8 @@ class Attempt:
         base = training.base_variables(os.environ, spec, secrets)
         base.update(training.job_variables(spec, folder, os.environ))
         prepared = prepare(spec["environment"], base, place=place, pulse=self._pulse)
-        seen = probe.look(prepared, arch=spec["arch"], gpus=spec["gpus"], place=place, pulse=self._pulse)
+        gpus = 0 if spec["launcher"] == "ray" else spec["gpus"]
+        seen = probe.look(prepared, arch=spec["arch"], gpus=gpus, place=place, pulse=self._pulse)
         version = seen.packages.get("wandb", "")
         self._facts = {
             "python": seen.python,
@@ -115,6 +123,11 @@ class Attempt:
         }
         mode = wandb_env.find_mode(spec["wandb"], prepared.env, version=version, place=place, pulse=self._pulse)
         self._say_mode(mode)
+        if spec["launcher"] == "ray":
+            self._check_ray(seen)
+            self._driver = ray_driver.Driver(
+                spec, prepared.env, secrets, seen.python, imports=seen.ray_train, wandb_url=mode.base_url
+            )
         own = {**spec["env"], **secrets}
         home = wandb_env.home_of(base)
         env = {
@@ -125,6 +138,12 @@ class Attempt:
             path = [env["PYTHONPATH"]] if env.get("PYTHONPATH") else []
             env["PYTHONPATH"] = os.pathsep.join([*path, str(folder / contract.RUNNER)])
         return Prepared(env, prepared.python), mode
+
+    def _check_ray(self, seen: probe.Look) -> None:
+        found = ray_fit.Versions(seen.version, seen.packages.get("ray", ray_fit.NO_RAY))
+        problem = ray_fit.mismatch(found, ray_fit.of_cluster(), self._spec["environment"], seen.python)
+        if problem:
+            raise EnvironmentProblem(problem)
 
     def _plan(self, prepared: Prepared) -> Prepared:
         """Plan how the training is started; returns its variables with those of its launcher."""
@@ -145,6 +164,11 @@ class Attempt:
 
     def _start(self, argv: list[str], prepared: Prepared) -> None:
         env = self._with_core(prepared)
+        if self._driver is not None:
+            self._driver = self._driver._replace(env=env)
+            env = ray_driver.prepare(self._driver, self._folder, os.environ)
+            if self._facts["wandb"] and self._facts["wandb_mode"] != "disabled":
+                self._reports.begin(env, self._driver.python)
         try:
             self._kept = keeper.start(
                 argv,
@@ -187,6 +211,7 @@ class Attempt:
             return None
         while not kept.poll(_POLL_S):
             self._look_for_address()
+            self._reports.look()
             wish = self._pulse.poll()
             if wish is None and time.monotonic() >= deadline:
                 wish = self._pulse.time_out()
@@ -207,6 +232,7 @@ class Attempt:
 
     def _restart_offline(self, argv: list[str], prepared: Prepared) -> None:
         why = "wandb.init failed on-line, so the training was started again off-line"
+        self._finish_reports(None)
         self._end_leftovers(None, online=False)
         self._relay.finish(5.0)
         if self._kept is not None:
@@ -217,6 +243,13 @@ class Attempt:
         self._facts["warnings"] = [*self._facts["warnings"], why]
         self._say_mode(wandb_env.Mode("offline", why))
         self._start(argv, Prepared({**prepared.env, "WANDB_MODE": "offline"}, prepared.python))
+
+    def _finish_reports(self, wish: Wish | None) -> None:
+        """Say to the program that logs what Ray Train reports how the training ended."""
+        status = self._kept.status if self._kept is not None else None
+        code = self._read_status(status)[0] if wish is None else _SHELL_SIGNAL + signal.SIGTERM
+        online = self._facts.get("wandb_mode") == "online"
+        self._reports.finish(1 if code is None else code, online=online, wish=wish, pulse=self._pulse)
 
     def _end_leftovers(self, wish: Wish | None, *, online: bool) -> None:
         if wish is None:

@@ -65,6 +65,8 @@ VAR_NODE_ROOT = "RAYLAUNCH_NODE_ROOT"
 
 PROGRESS = "progress.jsonl"
 TRAIN_REPORTS = "tmp/train-reports.jsonl"
+STARTUP = "startup"
+"""Folder in the runner's archive with a ``sitecustomize``, for PYTHONPATH under ``launcher: ray``."""
 
 INTERRUPTED = 130
 """Exit status of what somebody interrupted, as shells say it."""

@@ -60,9 +60,9 @@ class Sweep:
 
     def after_stop(self, wish: Wish) -> None:
         """The training was stopped: its leftovers get a SIGTERM and a moment, W&B's core a few seconds."""
-        self._end_own(grace_s=min(wish.grace_s, LEFTOVERS_S, _left_s(wish) / 2))
+        self._end_own(grace_s=min(wish.grace_s, LEFTOVERS_S, left_s(wish) / 2))
         tell_to_end(self.core)
-        self._wait(own_s=0.0, wandb_s=min(WANDB_S, _left_s(wish) / 2))
+        self._wait(own_s=0.0, wandb_s=min(WANDB_S, left_s(wish) / 2))
         self.end_all()
 
     def _wait(self, *, own_s: float, wandb_s: float) -> None:
@@ -106,6 +106,6 @@ class Sweep:
             time.sleep(_POLL_S / 5)
 
 
-def _left_s(wish: Wish) -> float:
+def left_s(wish: Wish) -> float:
     """Return how much of the time for the whole ending is left, at least a moment."""
     return max(0.4, wish.until - time.monotonic())

@@ -35,10 +35,11 @@ except ImportError:
 try:
     import importlib.util
     raylaunch = importlib.util.find_spec("raylaunch") is not None
+    ray_train = raylaunch and importlib.util.find_spec("raylaunch.tracking.train_callback") is not None
 except Exception:
-    raylaunch = False
+    raylaunch = ray_train = False
 print("\\n@raylaunch " + json.dumps({"python": sys.executable, "version": platform.python_version(),
-    "machine": platform.machine(), "packages": packages, "raylaunch": raylaunch}))
+    "machine": platform.machine(), "packages": packages, "raylaunch": raylaunch, "ray_train": ray_train}))
 """
 
 _LOOK_AT_GPUS = """
@@ -55,6 +56,9 @@ class Look(NamedTuple):
     version: str
     packages: dict[str, str]
     raylaunch: bool
+    """Whether the environment has a raylaunch of its own."""
+    ray_train: bool
+    """Whether that one can track Ray Train."""
     warnings: tuple[str, ...]
 
 
@@ -77,7 +81,7 @@ def look(prepared: Prepared, *, arch: str, gpus: int, place: Place, pulse: Pulse
         msg = f"the job asks for {arch}, and this node is {host}"
         raise EnvironmentProblem(msg)
     if not prepared.python:
-        return Look("", "", {}, raylaunch=False, warnings=("the environment has no python",))
+        return Look("", "", {}, raylaunch=False, ray_train=False, warnings=("the environment has no python",))
     seen = _cached(prepared, _LOOK, "", place, pulse)
     machine = _architecture(str(seen["machine"]))
     if machine != host:
@@ -90,7 +94,14 @@ def look(prepared: Prepared, *, arch: str, gpus: int, place: Place, pulse: Pulse
     warnings = []
     if gpus and "torch" in packages and _has_gpus():
         warnings = _torch_warnings(prepared, packages["torch"], gpus, place, pulse)
-    return Look(str(seen["python"]), str(seen["version"]), packages, bool(seen["raylaunch"]), tuple(warnings))
+    return Look(
+        str(seen["python"]),
+        str(seen["version"]),
+        packages,
+        raylaunch=bool(seen["raylaunch"]),
+        ray_train=bool(seen["ray_train"]),
+        warnings=tuple(warnings),
+    )
 
 
 def _torch_warnings(prepared: Prepared, version: str, gpus: int, place: Place, pulse: Pulse) -> list[str]:

@@ -41,12 +41,16 @@ def base_variables(environ: Mapping[str, str], spec: AttemptSpec, secrets: Mappi
 
     Ray's own are left out: its token is an account's whole power over the cluster.
     """
-    kept = {
+    return {**without_ray(environ), **spec["env"], **secrets}
+
+
+def without_ray(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the machine's variables without those of Ray, and without those meant for this runner."""
+    return {
         name: value
         for name, value in environ.items()
         if not name.startswith(("RAY_", "__RAY")) and name not in (*contract.RAY_SECRETS, *_RUNNER_ONLY)
     }
-    return {**kept, **spec["env"], **secrets}
 
 
 def job_variables(spec: AttemptSpec, folder: Path, environ: Mapping[str, str]) -> dict[str, str]:

@@ -1,0 +1,182 @@
+"""``launcher: ray``: what makes a training this Ray job's driver, and how its workers start.
+
+Ray's workers inherit nothing of their driver. They get the variables of its runtime environment, which anybody with
+Ray's token can read, and start with the cluster's own interpreter. So the runner writes into the driver's job config:
+what the job's environment and raylaunch have set, never a secret; and ``py_executable``, a script in the attempt's
+folder that sets the secrets and becomes the interpreter of the job's environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
+
+from raylaunch.runner import contract
+
+if TYPE_CHECKING:
+    from raylaunch.runner.contract import AttemptSpec
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""The variable with which Ray Jobs tells `ray.init` of runtime environment and metadata."""
+_ADDRESS = "RAY_ADDRESS"
+_CALLBACKS = "RAY_TRAIN_CALLBACKS"
+_CALLBACK = "raylaunch.tracking.train_callback.TrainReports"
+_WANDB_KEY = "WANDB_API_KEY"
+_HIDES_GPUS = "RAY_EXPERIMENTAL_NOSET_"
+_GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+_DRIVER_ONLY = (JOB_CONFIG, _CALLBACKS, "RAY_OVERRIDE_JOB_RUNTIME_ENV", "RAY_AUTH_TOKEN", *_GPU_VARIABLES)
+"""What workers must not get: Ray gives each its GPUs, and a setting of ours would win over them."""
+
+_DEFAULTS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # Train takes one report in each: by default every two seconds
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it each line that a worker prints appears twice
+    "RAY_DEDUP_LOGS": "0",  # equal lines of several ranks are several lines
+    "RAY_COLOR_PREFIX": "0",  # a log is not a terminal
+    "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",  # driver and workers are one interpreter anyway
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # what the program gives to ray.init wins over ours, instead of a refusal
+}
+
+
+class Driver(NamedTuple):
+    """What a driver is made from.
+
+    Args:
+        spec: the attempt's.
+        env: the variables of the training so far.
+        secrets: those that must not be seen in Ray's runtime environment; `env` has them too.
+        python: interpreter of the job's environment.
+        imports: whether that environment has a raylaunch which knows Ray Train.
+        wandb_url: W&B's server, when the attempt tracks on-line.
+    """
+
+    spec: AttemptSpec
+    env: Mapping[str, str]
+    secrets: Mapping[str, str]
+    python: str
+    imports: bool
+    wandb_url: str
+
+
+def prepare(driver: Driver, folder: Path, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the driver's variables, and write what its workers start with into the attempt's folder.
+
+    Args:
+        driver: what it is made from.
+        folder: the attempt's.
+        environ: the runner's own variables: Ray's for this job among them.
+    """
+    place = folder / contract.TMP / "ray"
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    env = _variables(driver, folder, environ)
+    env.update(_wandb_key(driver, place, env))
+    hidden = {name: value for name, value in driver.secrets.items() if name != _WANDB_KEY}
+    start = place / "worker"
+    write_private(start, _worker_start(driver.python, hidden, _python_path(driver, folder), folder), mode=0o700)
+    return {**env, **_job_config(driver, env, environ, start)}
+
+
+def _variables(driver: Driver, folder: Path, environ: Mapping[str, str]) -> dict[str, str]:
+    own = {**driver.spec["env"], **driver.secrets}
+    of_ray = {
+        name: value
+        for name, value in environ.items()
+        if name.startswith("RAY_") and not name.startswith(_HIDES_GPUS) and name not in own
+    }
+    env = {**_DEFAULTS, **of_ray, **driver.env, "CUDA_VISIBLE_DEVICES": ""}
+    for name, value in _DEFAULTS.items():
+        env[name] = own.get(name, value)
+    env.pop("WANDB_RUN_ID", None)
+    if _WANDB_KEY in driver.secrets:
+        del env[_WANDB_KEY]
+    env[contract.VAR_WANDB_RUN] = driver.spec["wandb"]["run_id"]
+    env[contract.VAR_TRAIN_REPORTS] = str(folder / contract.TRAIN_REPORTS)
+    env[_CALLBACKS] = ",".join(filter(None, [own.get(_CALLBACKS, ""), _CALLBACK]))
+    env["PYTHONPATH"] = os.pathsep.join(_appended(env.get("PYTHONPATH", ""), _python_path(driver, folder)))
+    for of_tune, of_wandb in (("WANDB_PROJECT_NAME", "WANDB_PROJECT"), ("WANDB_GROUP_NAME", "WANDB_RUN_GROUP")):
+        if of_tune not in own and env.get(of_wandb):
+            env[of_tune] = env[of_wandb]
+    return env
+
+
+def _python_path(driver: Driver, folder: Path) -> list[str]:
+    """Return what goes to the end of PYTHONPATH: the archive, where raylaunch is missing, and its start-up folder."""
+    archive = str(folder / contract.RUNNER)
+    return ([] if driver.imports else [archive]) + [f"{archive}/{contract.STARTUP}"]
+
+
+def _appended(path: str, more: Iterable[str]) -> list[str]:
+    """An empty part would be the current folder, whose scripts could be taken for modules."""
+    parts = [part for part in path.split(os.pathsep) if part]
+    return parts + [part for part in more if part not in parts]
+
+
+def _wandb_key(driver: Driver, place: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """Give W&B its key in a file: Tune's callback would copy the variable into a runtime environment."""
+    key = driver.secrets.get(_WANDB_KEY, "")
+    if not key or not driver.wandb_url:
+        return {}
+    theirs = Path(env.get("NETRC") or Path(env.get("HOME") or "~") / ".netrc").expanduser()
+    try:
+        content = theirs.read_text(encoding="utf-8").rstrip() + "\n"
+    except (OSError, UnicodeDecodeError):
+        content = ""
+    machine = f"machine {urlsplit(driver.wandb_url).netloc}\n  login user\n  password {key}\n"
+    write_private(place / "netrc", content + machine, mode=0o600)
+    return {"NETRC": str(place / "netrc")}
+
+
+def _worker_start(python: str, secrets: Mapping[str, str], path: Iterable[str], folder: Path) -> str:
+    """Return the script that becomes a worker's interpreter. What Ray or the program set for the worker wins."""
+    lines = ["#!/bin/sh", "# raylaunch: a worker of this attempt starts here"]
+    lines += [f'[ -n "${{{name}+set}}" ] || export {name}={shlex.quote(value)}' for name, value in secrets.items()]
+    for part in path:
+        quoted = shlex.quote(part)
+        lines.append(f'case ":${{PYTHONPATH-}}:" in *:{quoted}:*) ;; *)')
+        lines.append(f'  export PYTHONPATH="${{PYTHONPATH:+$PYTHONPATH:}}"{quoted} ;; esac')
+    here, code = shlex.quote(str(Path.cwd())), shlex.quote(str(folder / contract.CODE))
+    lines.append(f'[ "$(pwd -P)" != {here} ] || cd {code} || exit 1')
+    lines.append(f'exec {shlex.quote(python)} "$@"')
+    return "\n".join(lines) + "\n"
+
+
+def _job_config(driver: Driver, env: Mapping[str, str], environ: Mapping[str, str], start: Path) -> dict[str, str]:
+    try:
+        config = json.loads(environ[JOB_CONFIG])
+    except (KeyError, ValueError):
+        return {}  # not in a Ray job
+    runtime_env = config.setdefault("runtime_env", {})
+    runtime_env["env_vars"] = {**(runtime_env.get("env_vars") or {}), **_worker_variables(driver, env, environ)}
+    runtime_env["py_executable"] = shlex.quote(str(start))
+    return {JOB_CONFIG: json.dumps(config)}
+
+
+def _worker_variables(driver: Driver, env: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what the driver has beyond that with which Ray starts its workers, without secrets."""
+    hidden = {*driver.secrets, *_DRIVER_ONLY}
+    found = {
+        name: value
+        for name, value in env.items()
+        if name not in hidden and (environ.get(name) != value or name in driver.spec["env"])
+    }
+    found["PYTHONPATH"] = env["PYTHONPATH"]
+    if environ.get(_ADDRESS):
+        found[_ADDRESS] = environ[_ADDRESS]  # a worker that asks for Ray's state must not guess among several Rays
+    return found
+
+
+def write_private(path: Path, text: str, *, mode: int) -> None:
+    """Write a file that nobody else can read at any moment."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def forget(folder: Path) -> None:
+    """Delete what holds secrets; for the end of the attempt."""
+    for name in ("worker", "netrc"):
+        (folder / contract.TMP / "ray" / name).unlink(missing_ok=True)

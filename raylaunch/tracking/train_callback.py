@@ -1,0 +1,261 @@
+"""What Ray Train's workers report, written down for the job's W&B run. The only module that knows Ray Train.
+
+``RAY_TRAIN_CALLBACKS`` names `TrainReports`: Ray Train V2 makes one in the driver of each training run and calls it in
+the run's controller, a process of its own on the driver's node. Its base classes are internal to Ray
+(ray/train/v2/_internal/execution/callback.py, read in Ray 2.60).
+
+Here nothing waits for W&B, for a controller that waits holds up its training, and one that is killed says nothing any
+more. Reports are appended to a file of the attempt, and `raylaunch.tracking.train_writer`, which outlives controller
+and driver, logs what stands there. Each also becomes a line of ``progress.jsonl``, as `raylaunch.report` would write
+it, and so is kept and shown where W&B is switched off.
+
+A report is what rank 0 says, and its step is its number. After a restart of the workers the number goes back to their
+latest checkpoint, where they resume; steps that they repeat are written down once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ray
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from ray.train.v2._internal.execution.callback import ControllerCallback, ReportCallback, WorkerGroupCallback
+
+from raylaunch.runner import contract
+
+if TYPE_CHECKING:
+    from typing_extensions import ParamSpec
+
+    _Params = ParamSpec("_Params")
+
+_log = logging.getLogger(__name__)
+_Done = TypeVar("_Done")
+
+_LONGEST_TEXT = 1000
+_LONGEST_LIST = 1000
+_MANY_RUNS = 1000
+_FINISH_S = 20.0
+"""How long the workers' own W&B runs may take to finish."""
+
+
+def _spares_the_training(hook: Callable[_Params, _Done]) -> Callable[_Params, _Done | None]:
+    """Let a hook fail without a consequence: Ray Train would end the training for it."""
+
+    @functools.wraps(hook)
+    def guarded(*args: _Params.args, **named: _Params.kwargs) -> _Done | None:
+        try:
+            return hook(*args, **named)
+        except Exception:  # noqa: BLE001 -- telling must not end what is told of
+            _log.exception("raylaunch could not write down what the training reports (%s)", hook.__name__)
+            return None
+
+    return guarded
+
+
+class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # type: ignore[misc]  # ray has no types
+    """Writes down the reports of one training run. Outside a raylaunch job it does nothing."""
+
+    def __init__(self) -> None:
+        environ = os.environ
+        self._file = environ.get(contract.VAR_TRAIN_REPORTS, "")
+        self._progress = environ.get(contract.VAR_PROGRESS, "")
+        self._run = environ.get(contract.VAR_WANDB_RUN, "")
+        self._label = environ.get("WANDB_NAME", "")
+        self._next = 0
+        """The step of the next report."""
+        self._written = 0
+        """Steps below this are written down."""
+        self._resumes_at = 0
+        """The step after the latest checkpoint."""
+        self._own: bool | None = None
+        """Whether rank 0 tracks with W&B itself; None until its first report."""
+        self._workers: Any = None
+
+    # -- hooks of Ray Train ----------------------------------------------------------------------------------------
+
+    @_spares_the_training
+    def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ANN401 -- Ray's own, without a public type
+        """Name the W&B run; find where a run that goes on in the same storage has stopped."""
+        if not self._file:
+            return
+        run_config = train_run_context.get_run_config()
+        n = self._claim_number()
+        if n > 1:
+            self._run, self._label = f"{self._run}-{n}", f"{self._label}-{run_config.name}"
+        self._next = self._written = self._resumes_at = _reports_before(run_config.storage_context)
+        config = train_run_context.train_loop_config
+        self._tell(
+            event="start",
+            name=self._label,
+            config=plain_row(config) if isinstance(config, Mapping) else {},
+            workers=train_run_context.scaling_config.num_workers,
+        )
+
+    @_spares_the_training
+    def after_worker_group_start(self, worker_group: Any) -> None:  # noqa: ANN401 -- as above
+        """Give each rank a W&B run of its own, should it open one; rank 0's is the job's."""
+        super().after_worker_group_start(worker_group)
+        if not self._file:
+            return
+        self._workers = worker_group
+        self._next = self._resumes_at
+        worker_group.execute(_naming(self._run, self._label, rank_0=self._own is not False))
+
+    @_spares_the_training
+    def after_report(self, training_report: Any, metrics: Sequence[Mapping[str, Any]]) -> None:  # noqa: ANN401 -- as above
+        """Write down what rank 0 reports."""
+        if not self._file or not metrics:
+            return
+        step = self._next
+        self._next += 1
+        if training_report.checkpoint is not None:
+            self._resumes_at = self._next
+        if step < self._written:
+            return
+        self._written = self._next
+        if self._own is None:
+            self._own = bool(self._workers.execute_single(0, _looking_for_own_run()))
+        row = plain_row(metrics[0])
+        if not self._own:
+            self._tell(event="report", step=step, row=row)
+        self._tell_progress(step, row)
+
+    @_spares_the_training
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:  # noqa: ANN401 -- as above
+        """Finish the W&B runs that workers have opened: what ends them does not let them do it themselves."""
+        super().before_worker_group_shutdown(worker_group)
+        if not self._file:
+            return
+        status = worker_group.get_latest_poll_status()
+        finishing = worker_group.execute_async(_finishing(1 if status is not None and status.errors else 0))
+        ray.wait(finishing, num_returns=len(finishing), timeout=_FINISH_S)
+
+    @_spares_the_training
+    def after_controller_finish(self, result: Any) -> None:  # noqa: ANN401 -- as above
+        """Say that the run is over, and whether it failed."""
+        if self._file:
+            self._tell(event="end", exit_code=1 if result.error else 0)
+
+    @_spares_the_training
+    def before_controller_abort(self) -> None:
+        """Say that the run is over: somebody interrupted it."""
+        if self._file:
+            self._tell(event="end", exit_code=contract.INTERRUPTED)
+
+    # -- what is written -------------------------------------------------------------------------------------------
+
+    def _claim_number(self) -> int:
+        """Return which training run of the attempt this is, from 1. No two get the same."""
+        for n in range(1, _MANY_RUNS):
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(f"{self._file}.{n}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+                return n
+        return _MANY_RUNS
+
+    def _tell(self, **facts: object) -> None:
+        _append(self._file, {"at": time.time(), "run": self._run, **facts})
+
+    def _tell_progress(self, step: int, row: Mapping[str, object]) -> None:
+        numbers = {
+            name: float(value)
+            for name, value in row.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        if self._progress:
+            _append(self._progress, {"at": time.time(), "step": step, "metrics": numbers, "source": "ray.train"})
+
+
+def _append(path: str, facts: Mapping[str, object]) -> None:
+    """Append one line with one write, so that lines of several processes do not mix."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, json.dumps(facts).encode() + b"\n")
+    finally:
+        os.close(fd)
+
+
+def _reports_before(storage: Any) -> int:  # noqa: ANN401 -- Ray's own, without a public type
+    """Return how many reports stand before the checkpoint at which a run in this storage goes on; 0 for a new run."""
+    place = Path(storage.experiment_fs_path, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).as_posix()
+    try:
+        with storage.storage_filesystem.open_input_stream(place) as file:
+            snapshot = json.loads(file.read())
+    except (OSError, ValueError):
+        return 0
+    return int(snapshot.get("current_report_index", 0)) if isinstance(snapshot, dict) else 0
+
+
+# -- what is run in workers. Functions in functions travel by value: a worker needs no raylaunch. ---------------------
+
+
+def _naming(run: str, label: str, *, rank_0: bool) -> Callable[[], None]:
+    def name_the_run() -> None:
+        from ray.train import get_context  # noqa: PLC0415 -- in the worker
+
+        rank = get_context().get_world_rank()
+        if rank or rank_0:
+            os.environ["WANDB_RUN_ID"] = f"{run}-rank-{rank}" if rank else run
+        if label:
+            os.environ["WANDB_NAME"] = f"{label}-rank-{rank}" if rank else label
+
+    return name_the_run
+
+
+def _finishing(exit_code: int) -> Callable[[], None]:
+    def finish_own_run() -> None:
+        run = getattr(sys.modules.get("wandb"), "run", None)
+        if run is not None:
+            run.finish(exit_code=exit_code)
+
+    return finish_own_run
+
+
+def _looking_for_own_run() -> Callable[[], bool]:
+    def has_own_run() -> bool:
+        """Whether this process has opened a W&B run. If not, the job's run is not for it any more."""
+        if getattr(sys.modules.get("wandb"), "run", None) is not None:
+            return True
+        os.environ.pop("WANDB_RUN_ID", None)
+        return False
+
+    return has_own_run
+
+
+# -- values ----------------------------------------------------------------------------------------------------------
+
+
+def plain_row(values: Mapping[Any, Any]) -> dict[str, object]:
+    """Return a mapping as JSON can carry it: ``a/b`` for the value ``b`` of a mapping ``a``, numbers as numbers."""
+    row: dict[str, object] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            row.update({f"{name}/{inner}": found for inner, found in plain_row(value).items()})
+        else:
+            row[str(name)] = plain(value)
+    return row
+
+
+def plain(value: Any) -> object:  # noqa: ANN401 -- whatever a person reports
+    """Return a value as JSON can carry it. What is no number, text or list of such becomes text."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value[:_LONGEST_TEXT] if isinstance(value, str) else value
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value[:_LONGEST_LIST]]
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        number = float(value)  # numpy's scalars, and tensors with one element
+        return int(number) if math.isfinite(number) and number == int(number) and _is_whole(value) else number
+    return str(value)[:_LONGEST_TEXT]
+
+
+def _is_whole(value: object) -> bool:
+    return "int" in str(getattr(value, "dtype", ""))

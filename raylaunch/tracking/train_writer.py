@@ -1,0 +1,152 @@
+"""``python -m raylaunch.tracking.train_writer FILE``: logs to W&B what `raylaunch.tracking.train_callback` writes down.
+
+It is started by the runner in the job's environment, detaches itself, and lives until the runner has said on stdin how
+the training ended (``{"exit_code": 0}``); the end of stdin without a word means that the runner was killed. So a run is
+finished, with the right status, whatever has become of the training's driver and of Ray's processes.
+
+Its process is named as W&B's own helpers are: what ends an attempt's processes gives those a moment to write.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import wandb
+
+_POLL_S = 0.1
+_PR_SET_NAME = 15
+_COMM = b"wandb-reports"
+_RUNNER_KILLED = 1
+
+
+class ReportFile:
+    """The growing file of events, one JSON object a line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._at = 0
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """Yield the events in whole lines beyond the last read."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._at)
+                while (line := file.readline()).endswith(b"\n"):
+                    self._at += len(line)
+                    yield json.loads(line)
+        except FileNotFoundError:
+            return
+
+
+class Runs:
+    """The W&B runs of one attempt. A run is opened with its first report."""
+
+    def __init__(self) -> None:
+        self._begun: dict[str, Mapping[str, Any]] = {}
+        self._open: dict[str, wandb.Run] = {}
+        self._shift: dict[str, int] = {}
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Take one event."""
+        run_id = str(event["run"])
+        match event["event"]:
+            case "start":
+                self._begun[run_id] = event
+            case "report":
+                run = self._open.get(run_id) or self._begin(run_id, event["step"])
+                run.log(dict(event["row"]), step=event["step"] + self._shift[run_id])
+            case "end" if run_id in self._open:
+                self._open.pop(run_id).finish(exit_code=event["exit_code"])
+            case _:
+                return
+
+    def finish(self, exit_code: int) -> None:
+        """Finish what is still open."""
+        for run in self._open.values():
+            run.finish(exit_code=exit_code)
+        self._open.clear()
+
+    def _begin(self, run_id: str, step: int) -> wandb.Run:
+        """Open a run. One that goes on from an earlier attempt, with a training that began anew, goes on behind it."""
+        begun = self._begun.get(run_id, {})
+        name = begun.get("name") or None
+        config = begun.get("config") or {}
+        try:
+            run = _init(run_id, name, config, mode=None)
+        except Exception as error:  # noqa: BLE001 -- wandb raises many kinds; the reports are to be kept all the same
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            _say(f"wandb.init failed on-line ({why}); what the training reports is tracked off-line")
+            run = _init(run_id, name, config, mode="offline")
+        if run.url:
+            _say(f"View run at {run.url}")
+        self._open[run_id] = run
+        self._shift[run_id] = 0 if step else run.step
+        return run
+
+
+def _init(run_id: str, name: str | None, config: Mapping[str, Any], *, mode: Any) -> wandb.Run:  # noqa: ANN401 -- wandb's own literals
+    import wandb  # noqa: PLC0415 -- it starts threads, and this process forks first
+
+    return wandb.init(
+        id=run_id,
+        name=name,
+        config=dict(config),
+        mode=mode,
+        resume="allow",
+        reinit="create_new",
+        settings=wandb.Settings(console="off", silent=True),
+    )
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"raylaunch: {text}\n")
+    sys.stderr.flush()
+
+
+def follow(path: Path, control: int) -> None:
+    """Log what is written to `path`, until `control` says how the training ended."""
+    file, runs = ReportFile(path), Runs()
+    word = b""
+    while not word.endswith(b"\n"):
+        for event in file.new():
+            runs.take(event)
+        if select.select([control], [], [], _POLL_S)[0]:
+            data = os.read(control, 4096)
+            if not data:
+                break
+            word += data
+    for event in file.new():
+        runs.take(event)
+    runs.finish(int(json.loads(word)["exit_code"]) if word.endswith(b"\n") else _RUNNER_KILLED)
+
+
+def _detach() -> None:
+    """Leave the runner's children: Ray's stop signals all of them, W&B's core too, which then drops what it has."""
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform.startswith("linux") else None
+    if prctl is not None:
+        prctl(_PR_SET_NAME, _COMM, 0, 0, 0)
+
+
+def main() -> None:
+    """Detach, and log until the training has ended."""
+    path = Path(sys.argv[1])
+    _detach()
+    follow(path, sys.stdin.fileno())
+
+
+if __name__ == "__main__":
+    main()
