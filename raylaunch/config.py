@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 from pydantic import ValidationError
 
 from raylaunch.errors import SpecError
+from raylaunch.ray_yaml import is_ray_yaml, read_ray_yaml
 from raylaunch.spec import ClusterSpec, JobSpec, Spec
 from raylaunch.spec_problems import spec_error
 from raylaunch.yaml_file import KeyPath, YamlFile, read_yaml
@@ -46,12 +47,40 @@ def load_cluster_spec(
     Raises:
         SpecError: the file cannot be read, or says something that cannot be.
     """
+    return load_cluster_file(path, environ=environ, cwd=cwd).spec
+
+
+class ClusterFile(NamedTuple):
+    """A cluster, the file that describes it (None for the embedded one), and what in that file has no meaning here."""
+
+    spec: ClusterSpec
+    path: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def load_cluster_file(
+    path: Path | None = None, *, environ: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> ClusterFile:
+    """Return the cluster as `load_cluster_spec` does, with where it came from. Ray's own cluster.yaml is understood.
+
+    Raises:
+        SpecError: the file cannot be read, or says something that cannot be.
+    """
     chosen = path or find_cluster_file(environ=environ, cwd=cwd)
     if chosen is None:
-        return ClusterSpec()
+        return ClusterFile(ClusterSpec())
     file = read_yaml(chosen)
+    if is_ray_yaml(file.data):
+        return _of_ray(chosen, file)
     _refuse_other_kinds(file)
-    return _validated(ClusterSpec, file.data, file, ())
+    return ClusterFile(_validated(ClusterSpec, file.data, file, ()), chosen)
+
+
+def _of_ray(path: Path, file: YamlFile) -> ClusterFile:
+    ray = read_ray_yaml(file)
+    lines = {place: file.lines[origin] for place, origin in ray.origins.items() if origin in file.lines}
+    ours = YamlFile(path, ray.data, lines)
+    return ClusterFile(_validated(ClusterSpec, ray.data, ours, ()), path, tuple(str(note) for note in ray.notes))
 
 
 def _refuse_other_kinds(file: YamlFile) -> None:

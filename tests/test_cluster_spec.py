@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.cluster.backends import backend_for
 from raylaunch.config import load_cluster_spec
-from raylaunch.errors import ClusterError, SpecError
+from raylaunch.errors import SpecError
 from raylaunch.spec import ClusterSpec, Environment, HostDefaults, HostSpec
 
 Written = Callable[[str], ClusterSpec]
@@ -279,13 +278,3 @@ def test_a_host_in_words_that_are_wrong_and_defaults_that_are_wrong_are_both_sai
     said = refusal(written, "defaults: {port: 99999}\nhosts:\n  - {host: a, gpus: some}\n")
     assert "cluster.yaml:1: defaults.port: 99999 is more than 65535" in said
     assert "cluster.yaml:3: hosts.0.gpus: 'some' is not 'auto', a whole number or a list" in said
-
-
-def test_a_kind_whose_backend_is_not_there_yet_says_so_when_it_is_to_be_used(written: Written) -> None:
-    spec = written("hosts: [dgx]\n")
-    with pytest.raises(ClusterError) as caught:
-        backend_for(spec)
-    assert str(caught.value) == (
-        "cluster dgx is of kind: ssh, and this version of raylaunch cannot start one yet\n"
-        "  → raylaunch doctor says whether its hosts are ready; kind: local runs here"
-    )

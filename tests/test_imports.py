@@ -19,7 +19,7 @@ PACKAGES = ("raylaunch", "mcp_server")
 
 SPECS = frozenset({"spec", "cluster_spec", "spec_parts", "units"})
 GROUND = frozenset({"errors", "reasons", "version", "job_state", "state"}) | SPECS
-READING = frozenset({"config", "spec_problems", "yaml_file"})
+READING = frozenset({"config", "ray_yaml", "spec_problems", "yaml_file"})
 SENDING = frozenset({"packing", "ignoring", "git_facts", "submission", "transfer", "wire", "log_reading"})
 VERBS = frozenset({"client", "sdk"})
 
