@@ -28,9 +28,16 @@ RAY_PORTS = (
 """The ports that a Ray head listens on, beside those of its workers."""
 
 # Below the kernel's ephemeral range (from 32768), so that an outgoing connection cannot take a port while Ray is down.
-_SINGLE = range(20000, 26000)
-_WORKERS = range(26000, 32700)
-WORKER_PORTS = max(400, 4 * (os.cpu_count() or 1))
+SINGLE_PORTS = range(20000, 26000)
+WORKER_BLOCKS = range(26000, 32700)
+
+
+def worker_ports(cpus: int | None) -> int:
+    """Return how many ports the workers of one Ray may need on a machine with so many cores."""
+    return max(400, 4 * (cpus or 1))
+
+
+WORKER_PORTS = worker_ports(os.cpu_count())
 """Each worker and each driver of a Ray takes one."""
 
 _RAYLET_RANGE = re.compile(r"--(min|max)_worker_port=(\d+)")
@@ -58,13 +65,14 @@ def free_ports(count: int, *, avoid: Collection[int] = (), address: str = LOOPBA
         ClusterStartError: there are not so many.
     """
     found: list[int] = []
-    for port in random.sample(_SINGLE, len(_SINGLE)):
+    for port in random.sample(SINGLE_PORTS, len(SINGLE_PORTS)):
         if len(found) == count:
             break
         if port not in avoid and is_free(port, address):
             found.append(port)
     if len(found) < count:
-        msg = f"only {len(found)} of the {count} ports needed are free between {_SINGLE.start} and {_SINGLE.stop - 1}"
+        between = f"between {SINGLE_PORTS.start} and {SINGLE_PORTS.stop - 1}"
+        msg = f"only {len(found)} of the {count} ports needed are free {between}"
         raise ClusterStartError(msg, hint="end what holds them: ss -ltnp", step="ports")
     return tuple(found)
 
@@ -83,7 +91,7 @@ def worker_range(
         ClusterStartError: no block is free.
     """
     others = list(ray_worker_ranges() if taken is None else taken)
-    starts = list(range(_WORKERS.start, _WORKERS.stop - WORKER_PORTS, 100))
+    starts = list(range(WORKER_BLOCKS.start, WORKER_BLOCKS.stop - WORKER_PORTS, 100))
     random.shuffle(starts)
     for start in starts:
         block = range(start, start + WORKER_PORTS)
@@ -91,7 +99,7 @@ def worker_range(
             continue
         if all(free(port) for port in block):
             return block
-    msg = f"no {WORKER_PORTS} consecutive ports are free between {_WORKERS.start} and {_WORKERS.stop - 1}"
+    msg = f"no {WORKER_PORTS} consecutive ports are free between {WORKER_BLOCKS.start} and {WORKER_BLOCKS.stop - 1}"
     raise ClusterStartError(msg, hint="another Ray on this machine may hold them: ss -ltnp", step="ports")
 
 
