@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from raylaunch.cli.connect import Place, finish, show_step
+from raylaunch.cli.connect import Place, ask_person, finish, show_step
 from raylaunch.cli.console import count, say, say_json, size, span, styled
 from raylaunch.cli.options import as_json
 from raylaunch.cluster.backends import DownReport
@@ -33,9 +33,9 @@ def up(cluster_file: Path | None, *, dry_run: bool, as_json: bool) -> None:
     """Start the cluster, or what is missing of it; return when it can take jobs."""
     place = Place(cluster_file)
     if dry_run:
-        say(str(finish(place.backend.plan(place.spec))))
+        say(str(finish(place.backend.plan(place.spec, on_prompt=ask_person))))
         return
-    _say_status(finish(place.backend.up(place.spec, on_step=show_step)), as_json=as_json)
+    _say_status(finish(place.backend.up(place.spec, on_step=show_step, on_prompt=ask_person)), as_json=as_json)
 
 
 @click.command(epilog="Example:  raylaunch down")
@@ -48,7 +48,7 @@ def down(cluster_file: Path | None, *, force: bool) -> None:
     async def work() -> DownReport:
         if not force:
             _refuse_while_jobs_run(await place.running_jobs(), place.spec.name)
-        return await place.backend.down(place.spec)
+        return await place.backend.down(place.spec, on_prompt=ask_person)
 
     say(str(finish(work())))
 
@@ -74,10 +74,14 @@ def status(cluster_file: Path | None, *, as_json: bool) -> None:
 @click.pass_obj
 def env(cluster_file: Path | None) -> None:
     """Print export lines for Ray's own tools. They hold the cluster's token: do not share them."""
+    place = Place(cluster_file)
 
     async def work() -> RayAccess:
-        async with Place(cluster_file).client() as client:
-            return await client.ray_access()
+        async with place.client() as client:
+            access = await client.ray_access()
+        reach = await place.backend.reach(place.spec)
+        through = {"gcs_address": reach.gcs_address, "dashboard_url": reach.dashboard_url}
+        return access.model_copy(update={key: value for key, value in through.items() if value})
 
     for line in export_lines(finish(work())):
         say(line)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import TypeVar
 
+import click
+
 from raylaunch import place
-from raylaunch.cli.console import note
+from raylaunch.cli.console import is_terminal, note
 from raylaunch.cluster.backends import Step
+from raylaunch.cluster.ssh_target import Prompt
 from raylaunch.config import load_cluster_spec
 
 _Result = TypeVar("_Result")
@@ -21,9 +25,17 @@ def finish(work: Coroutine[None, None, _Result]) -> _Result:
 
 
 def show_step(step: Step) -> None:
-    """Print a step of ``up`` to stderr when it has done something."""
-    if step.state in {"done", "note"}:
+    """Print a step of ``up`` to stderr when it has done something, or takes long."""
+    if step.state in {"done", "note", "waits"}:
         note(str(step))
+
+
+async def ask_person(prompt: Prompt) -> str | None:
+    """Ask the person at the terminal; without one nobody answers, and the error says what to type."""
+    if not is_terminal(sys.stdin):
+        return None
+    secret = prompt.kind == "passphrase"
+    return str(await asyncio.to_thread(click.prompt, prompt.text, hide_input=secret, default="", err=True))
 
 
 class Place(place.Place):

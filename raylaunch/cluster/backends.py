@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from raylaunch.cluster.plan import DownReport, Ended, Plan, Reach, Step
+from raylaunch.cluster.ssh_target import OnPrompt
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import ClusterStatus
 
@@ -15,15 +16,20 @@ __all__ = ["Backend", "DownReport", "Ended", "Plan", "Reach", "Step", "backend_f
 class Backend(Protocol):
     """A place where clusters live."""
 
-    async def plan(self, spec: ClusterSpec, /) -> Plan:
+    async def plan(self, spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:
         """Say what `up` would do now, and change nothing."""
         ...
 
-    async def up(self, spec: ClusterSpec, /, *, on_step: Callable[[Step], None]) -> ClusterStatus:
-        """Bring the cluster up, starting only what does not run, and return when it can take jobs."""
+    async def up(
+        self, spec: ClusterSpec, /, *, on_step: Callable[[Step], None], on_prompt: OnPrompt | None = None
+    ) -> ClusterStatus:
+        """Bring the cluster up, starting only what does not run, and return when it can take jobs.
+
+        `on_prompt` asks a person, where one is there, what only a person can say.
+        """
         ...
 
-    async def down(self, spec: ClusterSpec | str, /) -> DownReport:
+    async def down(self, spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:
         """End exactly what `up` started, and return when nothing of it is left."""
         ...
 

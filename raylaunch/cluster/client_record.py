@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raylaunch.cluster.home import ClusterPaths, storage_errors, write_private
 from raylaunch.cluster.process import ProcessIdentity, is_alive
-from raylaunch.spec import ClusterSpec
+from raylaunch.spec import ClusterSpec, HostSpec
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -40,8 +40,10 @@ class ClientRecord(BaseModel):
     head_ports: dict[str, int] = Field(default_factory=dict)
     head_address: str = "127.0.0.1"
     """Where Ray's head listens on its host."""
-    started: tuple[str, ...] = ()
-    """Hosts that were brought up, also such as are not in the spec any more."""
+    hosts: dict[str, HostSpec] = Field(default_factory=dict)
+    """Those that were brought up, also such as are not in the spec any more; by name."""
+    head: str = ""
+    """The name of the one with the controller."""
     at: float = Field(default_factory=time.time)
 
     def with_(self, **changes: object) -> ClientRecord:

@@ -24,6 +24,7 @@ from raylaunch.cluster.record import (
     recalled_cluster_id,
     save_record,
 )
+from raylaunch.cluster.ssh_target import OnPrompt
 from raylaunch.cluster.sweep import of_controller, of_ray, runners, sweep_ray
 from raylaunch.errors import ClusterDownError, ClusterError
 from raylaunch.spec import ClusterSpec
@@ -40,7 +41,7 @@ def _paths(spec: ClusterSpec | str) -> ClusterPaths:
     return cluster_paths(spec if isinstance(spec, str) else spec.name)
 
 
-async def plan(spec: ClusterSpec, /) -> Plan:
+async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:  # noqa: ARG001 -- nothing here asks
     """Say what `up` would do now, and change nothing.
 
     Raises:
@@ -79,7 +80,13 @@ def plan_up(spec: ClusterSpec, seen: Seen, *, ray: str, log: str, upgrade: bool)
     return Plan(cluster=spec.name, actions=tuple(actions), keeps=tuple(keeps), notes=notes)
 
 
-async def up(spec: ClusterSpec, /, *, on_step: Callable[[Step], None]) -> ClusterStatus:
+async def up(
+    spec: ClusterSpec,
+    /,
+    *,
+    on_step: Callable[[Step], None],
+    on_prompt: OnPrompt | None = None,  # noqa: ARG001 -- nothing here asks
+) -> ClusterStatus:
     """Bring the cluster up, starting only what does not run, and return when it can take jobs.
 
     That is: Ray's Jobs endpoint answered, the node is listed, the controller reaches Ray, the node's steward answers.
@@ -119,7 +126,7 @@ async def revive_ray(name: str, /, *, on_step: Callable[[Step], None]) -> bool:
     return True
 
 
-async def down(spec: ClusterSpec | str, /) -> DownReport:
+async def down(spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:  # noqa: ARG001 -- as above
     """End exactly what `up` started, and return when nothing of it is left: no process, and every port free.
 
     A cluster that does not run is a success too. The store stays.

@@ -55,10 +55,11 @@ async def _ask(  # noqa: PLR0913 -- private; all are named at its uses
     tell: Callable[[Step], None],
     limit_s: float,
 ) -> _Answer:
-    argv = ["env", f"RAYLAUNCH_HOME={program.root}", program.python, "-I", "-m", "raylaunch.cluster.on_host"]
+    argv = [program.python, "-I", "-m", "raylaunch.cluster.on_host"]
     body = request.model_dump_json().encode()
+    env = {"RAYLAUNCH_HOME": program.root}
     result: object = None
-    async with machine.lines(argv, input=body, limit_s=limit_s) as lines:
+    async with machine.lines(argv, input=body, limit_s=limit_s, env=env, step=type(request).__name__.lower()) as lines:
         async for line in lines:
             kind, value = _read(line)
             if kind == "step" and isinstance(value, dict):

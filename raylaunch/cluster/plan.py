@@ -42,11 +42,11 @@ class Ended:
     """One process that ``down`` ended, and how."""
 
     what: str
-    pid: int
-    how: str
+    pid: int = 0
+    how: str = ""
 
     def __str__(self) -> str:
-        return f"{self.what} (pid {self.pid}): {self.how}"
+        return f"{self.what} (pid {self.pid}): {self.how}" if self.pid else self.what
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import anyio
-
-from raylaunch.cluster import host_calls
 from raylaunch.cluster.bootstrap import Bootstrap, Outcome
 from raylaunch.cluster.client_record import ClientRecord, load_client, load_tunnel, save_client
 from raylaunch.cluster.controller_program import controller_status
 from raylaunch.cluster.home import ClusterPaths, cluster_paths, make_private_dir
-from raylaunch.cluster.plan import DownReport, Ended, Plan, Reach, Step
+from raylaunch.cluster.plan import DownReport, Plan, Reach, Step
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.proving import Proof
 from raylaunch.cluster.record import cluster_lock
-from raylaunch.cluster.ssh import machine
-from raylaunch.cluster.targets import target_of
+from raylaunch.cluster.ssh_target import OnPrompt
+from raylaunch.cluster.take_down import TakeDown
 from raylaunch.cluster.tunnel import end_tunnel, ensure_tunnel
-from raylaunch.errors import ClusterDownError, ClusterStartError, RaylaunchError
+from raylaunch.errors import ClusterDownError, ClusterError, ClusterStartError, RaylaunchError
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import ClusterStatus, ControllerStatus
 
@@ -39,7 +36,9 @@ def _known(spec: ClusterSpec | str) -> tuple[ClusterPaths, ClientRecord]:
     return paths, record
 
 
-async def up(spec: ClusterSpec, /, *, on_step: Callable[[Step], None]) -> ClusterStatus:
+async def up(
+    spec: ClusterSpec, /, *, on_step: Callable[[Step], None], on_prompt: OnPrompt | None = None
+) -> ClusterStatus:
     """Bring every host into the cluster; what runs and is well is left as it is.
 
     Raises:
@@ -50,7 +49,7 @@ async def up(spec: ClusterSpec, /, *, on_step: Callable[[Step], None]) -> Cluste
     for folder in (paths.home, paths.home / "clusters", paths.root):
         make_private_dir(folder)
     async with cluster_lock(paths, limit_s=_LOCK_S):
-        outcome = await Bootstrap(spec, on_step).run()
+        outcome = await Bootstrap(spec, on_step, on_prompt=on_prompt).run()
         head = outcome.states.get(spec.host_specs()[0].name)
         if head is None:
             raise _failure(spec, outcome)
@@ -72,6 +71,7 @@ def _remember(paths: ClusterPaths, spec: ClusterSpec, outcome: Outcome) -> Clien
     """Write what is known now; hosts that were up before and are not in the spec any more stay known."""
     head = outcome.states[spec.host_specs()[0].name]
     had = load_client(paths)
+    up_now = {host.name: host for host in spec.host_specs() if host.name in outcome.states}
     record = ClientRecord(
         spec=spec,
         cluster_id=head.cluster_id,
@@ -79,7 +79,8 @@ def _remember(paths: ClusterPaths, spec: ClusterSpec, outcome: Outcome) -> Clien
         programs={**(had.programs if had else {}), **outcome.programs},
         head_ports=had.head_ports if had else head.ports,
         head_address=head.place.ray_address,
-        started=tuple(dict.fromkeys([*(had.started if had else ()), *outcome.states])),
+        hosts={**(had.hosts if had else {}), **up_now},
+        head=head.place.host,
     )
     return save_client(paths, record)
 
@@ -149,9 +150,9 @@ def status_of(record: ClientRecord, says: ControllerStatus) -> ClusterStatus:
     )
 
 
-async def plan(spec: ClusterSpec, /) -> Plan:
+async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:
     """Say what `up` would do now: every host is probed, and nothing is changed."""
-    outcome = await Bootstrap(spec, lambda _: None).look()
+    outcome = await Bootstrap(spec, lambda _: None, on_prompt=on_prompt).look()
     return Plan(
         cluster=spec.name,
         actions=tuple(f"{host}: {one}" for host, found in outcome.actions.items() for one in found),
@@ -163,7 +164,7 @@ async def plan(spec: ClusterSpec, /) -> Plan:
     )
 
 
-async def down(spec: ClusterSpec | str, /) -> DownReport:
+async def down(spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:
     """End exactly what `up` started, on every host, and return when nothing of it is left.
 
     Raises:
@@ -176,36 +177,16 @@ async def down(spec: ClusterSpec | str, /) -> DownReport:
         return DownReport(cluster=paths.name, ended=(), store="")
     async with cluster_lock(paths, limit_s=_LOCK_S):
         save_client(paths, record.with_(wanted="stopped"))
-        ended: list[Ended] = []
-        errors: dict[str, RaylaunchError] = {}
-        notes: list[str] = []
-        store = ""
-        head, *workers = record.started
-
-        async def end(name: str, worker: str) -> str:
-            host = next(host for host in record.spec.host_specs() if host.name == name)
-            try:
-                async with machine(target_of(host)) as connection:
-                    done = await host_calls.down(
-                        connection, record.programs[name], name=record.spec.name, worker=worker
-                    )
-            except RaylaunchError as error:
-                errors[name] = error
-                return ""
-            ended.extend(Ended(f"{name}: {one}", 0, "") for one in done.ended)
-            notes.extend(f"{name}: {one}" for one in done.notes)
-            return done.store
-
-        async with anyio.create_task_group() as group:
-            for name in workers:
-                group.start_soon(end, name, name)
-        store = await end(head, "")
+        work = TakeDown(record, on_prompt=on_prompt)
+        await work.run()
         await end_tunnel(paths)
-        save_client(paths, record.with_(wanted="stopped", started=tuple(errors)))
-    if errors:
-        lines = "\n  ".join(str(error) for error in errors.values())
-        msg = f"cluster {paths.name}: could not be ended on {', '.join(errors)}\n  {lines}"
-        raise ClusterStartError(msg, hint="run raylaunch down again when they can be reached")
+        left = {name: host for name, host in record.hosts.items() if name in work.errors}
+        save_client(paths, record.with_(wanted="stopped", hosts=left))
+    if work.errors:
+        lines = "\n  ".join(str(error).replace("\n", "\n  ") for error in work.errors.values())
+        msg = f"cluster {paths.name}: could not be ended on {', '.join(work.errors)}\n  {lines}"
+        raise ClusterError(msg, hint="run raylaunch down again when they can be reached")
+    took = time.monotonic() - began
     return DownReport(
-        cluster=paths.name, ended=tuple(ended), store=store, notes=tuple(notes), seconds=time.monotonic() - began
+        cluster=paths.name, ended=tuple(work.ended), store=work.store, notes=tuple(work.notes), seconds=took
     )

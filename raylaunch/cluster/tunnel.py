@@ -40,6 +40,7 @@ _POLL_S = 0.05
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 _PORTS = ("controller", "dashboard", "gcs")
 _KNOWN_LATE_S = 2.0
+_LOOK_S = 20.0
 
 
 async def ensure_tunnel(paths: ClusterPaths, *, fresh: bool = False) -> TunnelRecord:
@@ -110,6 +111,7 @@ class Tunnel:
         ports = {key: had.ports[key] for key in _PORTS if had and key in had.ports and is_free(had.ports[key])}
         missing = [key for key in _PORTS if key not in ports]
         ports |= zip(missing, free_ports(len(missing), avoid=tuple(ports.values())), strict=True)
+        self._remote: dict[str, int] = {}
         self._record = TunnelRecord(process=own, ports=ports, at=time.time())
 
     async def run(self) -> None:
@@ -123,7 +125,7 @@ class Tunnel:
                     self._save(up=True)
                     _log.info("up: %s", self._record.ports)
                     pause = _FIRST_PAUSE_S
-                    await head.wait_lost()
+                    await self._until_over(head, client)
                 self._save(up=False, why=f"the connection to {head.name} was lost; it is being made again")
             except RaylaunchError as error:
                 self._save(up=False, why=error.message, hint=error.hint, code=error.code)
@@ -132,10 +134,19 @@ class Tunnel:
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     async def _open(self, head: Machine, client: ClientRecord) -> None:
-        remote = await head_ports(head, client)
+        self._remote = await head_ports(head, client)
         for key in _PORTS:
             host = client.head_address if key == "gcs" else LOOPBACK
-            await head.forward(self._record.ports[key], host, remote[key])
+            await head.forward(self._record.ports[key], host, self._remote[key])
+
+    async def _until_over(self, head: Machine, client: ClientRecord) -> None:
+        """Return when the connection is lost, or the head's ports are other ones: its controller may have moved."""
+        while True:
+            with anyio.move_on_after(_LOOK_S):
+                await head.wait_lost()
+                return
+            if await head_ports(head, client) != self._remote:
+                return
 
     def _save(self, *, up: bool, why: str = "", hint: str = "", code: str = "cluster_down") -> None:
         self._record = self._record.model_copy(
