@@ -30,6 +30,8 @@ class _Lazy(NamedTuple):
 
 _SECTIONS: dict[str, dict[str, _Lazy]] = {
     "Cluster": {
+        "init": _Lazy("init", "init", "Write a cluster.yaml from the names of hosts."),
+        "doctor": _Lazy("doctor", "doctor", "Say what is wrong with the hosts, and what mends it."),
         "up": _Lazy("cluster", "up", "Start the cluster, or what is missing of it."),
         "down": _Lazy("cluster", "down", "End the cluster; jobs, logs and outputs stay on disk."),
         "status": _Lazy("cluster", "status", "Show what runs: controller, Ray, nodes, GPUs, queue."),

@@ -77,7 +77,8 @@ async def probe(machine: Runs, host: HostSpec | None = None, *, now: Callable[[]
 
 def script() -> bytes:
     """Return the script's text."""
-    return resources.files("raylaunch.cluster").joinpath("probe_script.sh").read_bytes()
+    folder = resources.files("raylaunch.cluster")
+    return b"".join(folder.joinpath(name).read_bytes() for name in ("probe_slow.sh", "probe_script.sh"))
 
 
 def _clock(answer: Answer, sent: float, received: float) -> Clock:

@@ -22,7 +22,10 @@ from raylaunch.spec import ClusterSpec, HostSpec
 __all__ = ["CODES", "Problem", "blocking", "problems", "warning"]
 
 _NOT_HERE = frozenset(
-    {"python_missing", "python_without_venv", "index_unreachable", "no_start_after_reboot", "root_noexec", "container"}
+    [
+        *("system_unsupported", "architecture_unsupported", "python_missing", "python_without_venv"),
+        *("index_unreachable", "no_start_after_reboot", "root_noexec", "container", "not_answered"),
+    ]
 )
 """What an embedded cluster does not need: it runs in the environment that runs this."""
 

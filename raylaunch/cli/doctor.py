@@ -1,0 +1,128 @@
+"""``doctor``: what the cluster's hosts are and have, what is wrong with them, and what mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from raylaunch.cli.connect import finish
+from raylaunch.cli.console import count, note, say, say_json, size, styled, table
+from raylaunch.cli.options import as_json
+from raylaunch.cluster.doctor import Findings, examine
+from raylaunch.cluster.facts import HostFacts
+from raylaunch.cluster.problem import Problem
+from raylaunch.cluster.ssh_target import Wait
+from raylaunch.config import load_cluster_file
+from raylaunch.log_view import clean
+
+_MARKS = {"blocking": ("✗", "red"), "warning": ("!", "yellow")}
+_STATES = {"ready": "green", "blocked": "red"}
+
+
+@click.command(epilog="Example:  raylaunch doctor --json | jq '.problems[] | select(.level == \"blocking\")'")
+@as_json
+@click.pass_obj
+def doctor(cluster_file: Path | None, *, as_json: bool) -> int:
+    """Look at every host of the cluster, and say what is wrong and what mends it; nothing is changed.
+
+    The exit status is 1 when something keeps 'raylaunch up' from beginning on a host.
+    """
+    file = load_cluster_file(cluster_file)
+    for line in file.notes:
+        note(line)
+    found = finish(examine(file.spec, on_wait=_show_wait))
+    if as_json:
+        say_json(found)
+    else:
+        say("\n".join(doctor_lines(found)))
+    return 1 if found.blocking else 0
+
+
+def _show_wait(wait: Wait) -> None:
+    note(str(wait))
+
+
+def doctor_lines(found: Findings) -> Iterator[str]:
+    """Yield the findings for people: a table of the hosts, then each problem with its mend, blocking ones first."""
+    warnings = len(found.problems) - len(found.blocking)
+    verdict = ", ".join(
+        [
+            count(len(found.hosts), "host"),
+            count(len(found.blocking), "blocking problem") if found.blocking else "nothing blocking",
+            *([count(warnings, "warning")] if warnings else []),
+        ]
+    )
+    yield f"cluster {found.cluster}: {verdict}"
+    yield ""
+    yield from _host_table(found)
+    if found.problems:
+        yield ""
+    for problem in found.problems:
+        yield from _problem_lines(problem)
+
+
+def _host_table(found: Findings) -> Iterator[str]:
+    rows = [_row(name, found) for name in found.hosts]
+    header, *lines = table(("HOST", "", "SYSTEM", "GPUS", "MEMORY", "FREE DISK", "PYTHON"), rows).splitlines()
+    yield header
+    for row, line in zip(rows, lines, strict=True):
+        yield line.replace(row[1], styled(row[1], _STATES[row[1]]), 1) if row[1] in _STATES else line
+
+
+def _row(name: str, found: Findings) -> tuple[str, ...]:
+    blocked = any(one.level == "blocking" for one in found.of(name))
+    state = "blocked" if blocked else "ready"
+    facts = found.facts.get(name)
+    if facts is None:
+        return (name, state, "not looked at", "", "", "", "")
+    disk = facts.disks.get("root")
+    system = ", ".join(word for word in (_system_words(facts), facts.arch) if word)
+    return tuple(
+        clean(cell, colour=False)
+        for cell in (
+            name,
+            state,
+            system,
+            gpu_words(facts),
+            _memory_words(facts),
+            size(disk.free) if disk is not None and disk.free is not None else "?",
+            _python_words(facts),
+        )
+    )
+
+
+def _system_words(facts: HostFacts) -> str:
+    return f"DGX OS {facts.system.dgx}" if facts.system.dgx else facts.system.name or facts.system.kind
+
+
+def gpu_words(facts: HostFacts) -> str:
+    """Return a host's GPUs in short: ``8 NVIDIA H100 80GB HBM3 (driver 550.54)``."""
+    kinds: dict[str, int] = {}
+    for gpu in facts.gpus.gpus:
+        kinds[gpu.name] = kinds.get(gpu.name, 0) + 1
+    words = " + ".join(f"{number} {name}" for name, number in kinds.items())
+    if not words:
+        return "?" if facts.gpus.problem else "none"
+    return f"{words} (driver {facts.gpus.driver})" if facts.gpus.driver else words
+
+
+def _memory_words(facts: HostFacts) -> str:
+    usable = facts.memory.usable
+    shared = " unified" if facts.memory.unified else ""
+    return f"{size(usable)}{shared}" if usable is not None else "?"
+
+
+def _python_words(facts: HostFacts) -> str:
+    minors = sorted({one.minor for one in facts.pythons if one.minor >= (3, 10)})
+    return ", ".join(f"{major}.{minor}" for major, minor in minors) or "none"
+
+
+def _problem_lines(problem: Problem) -> Iterator[str]:
+    mark, colour = _MARKS[problem.level]
+    where = f"{problem.host}: " if problem.host else ""
+    message = clean(problem.message, colour=False)
+    yield f"{styled(mark, colour)} {where}{message} [{problem.code}]"
+    if problem.mend:
+        yield f"    → {clean(problem.mend, colour=False)}"

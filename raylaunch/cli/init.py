@@ -1,0 +1,185 @@
+"""``init``: a commented cluster.yaml from the names of hosts, or from Ray's own cluster.yaml."""
+
+from __future__ import annotations
+
+import fnmatch
+import ipaddress
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import click
+from pydantic import ValidationError
+
+from raylaunch.cli.console import count, note, say
+from raylaunch.config import CLUSTER_FILE, load_cluster_file
+from raylaunch.errors import ConflictError, SpecError, StorageError
+from raylaunch.spec import ClusterSpec, HostSpec
+from raylaunch.spec_problems import spec_error
+
+_INCLUDES = 16
+"""How deep configurations of ssh may include others, as in OpenSSH."""
+_PLAIN = re.compile(r"[A-Za-z/~][\w./@~-]*")
+
+
+@click.command(epilog="Example:  raylaunch init lab dgx-1 dgx-2   then:  raylaunch doctor && raylaunch up")
+@click.argument("name", required=False, default="")
+@click.argument("hosts", nargs=-1, metavar="[HOST]...")
+@click.option("--from", "ray_file", type=click.Path(path_type=Path), help="Take all from Ray's own cluster.yaml.")
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+@click.pass_obj
+def init(cluster_file: Path | None, name: str, hosts: tuple[str, ...], *, ray_file: Path | None, force: bool) -> None:
+    """Write cluster.yaml for the cluster NAME on HOSTs, the first of which is the head.
+
+    A HOST is written as for ssh: a name from ~/.ssh/config, a DNS name or an address, with user@ and :port where they
+    are needed. A single word is a host, and the cluster is called as it is.
+    """
+    if ray_file is not None:
+        text, spec = _from_ray(ray_file, name)
+    else:
+        spec = _spec_of(name, hosts)
+        text = cluster_text(spec.name, [word for word in (hosts or (name,)) if word])
+    target = cluster_file or Path(CLUSTER_FILE)
+    _write(target, text, force=force)
+    for line in ssh_notes(spec.hosts, Path("~/.ssh/config").expanduser()):
+        note(line)
+    names = [f"{host.name} (the head)" if at == 0 else host.name for at, host in enumerate(spec.hosts)]
+    say(f"{target}: cluster {spec.name} of {count(len(names), 'host')}: {', '.join(names)}")
+    say("next: raylaunch doctor, then raylaunch up")
+
+
+def _spec_of(name: str, hosts: Sequence[str]) -> ClusterSpec:
+    if not name:
+        msg = "no host was given"
+        raise SpecError(msg, hint="name the cluster and its hosts, the head first: raylaunch init lab dgx-1 dgx-2")
+    data: dict[str, object] = {"name": name, "hosts": list(hosts)} if hosts else {"hosts": [name]}
+    try:
+        return ClusterSpec.model_validate(data)
+    except ValidationError as error:
+        raise spec_error(error, ClusterSpec, data, lambda _path: "") from None
+
+
+def cluster_text(name: str, hosts: Sequence[str]) -> str:
+    """Return the text of a cluster.yaml for these hosts, with what else it may say in comments."""
+    return _text(name, [{"host": host} for host in hosts], {}, ())
+
+
+def _from_ray(path: Path, name: str) -> tuple[str, ClusterSpec]:
+    if name:
+        msg = "hosts were given, and a file to take them from"
+        raise SpecError(msg, hint="leave one of the two out")
+    file = load_cluster_file(path)
+    if file.spec.kind != "ssh":
+        msg = f"{path}: this is no cluster of hosts"
+        raise SpecError(msg, hint="name Ray's own cluster.yaml, with provider: {type: local, …}")
+    spec = file.spec
+    defaults = spec.defaults.model_dump(exclude_defaults=True, mode="json")
+    own = {"gpus", "cpus"} - defaults.keys()
+    hosts = [{"host": host.host} | host.model_dump(include=own, exclude_defaults=True) for host in spec.hosts]
+    return _text(spec.name, hosts, defaults, file.notes), spec
+
+
+def _text(
+    name: str, hosts: Sequence[Mapping[str, object]], defaults: Mapping[str, object], notes: Sequence[str]
+) -> str:
+    lines = [
+        "# A cluster of hosts over SSH, for raylaunch: `raylaunch doctor` looks at them, `raylaunch up` starts it.",
+        "# A line that begins with # says what else could stand there. Reference: docs/cluster.md",
+        "",
+        f"name: {_scalar(name)}",
+        "",
+        "# The first is the head: Ray's head and raylaunch's controller run there, and there lies what jobs leave.",
+        "hosts:",
+        *(f"  - {_host_words(host)}" for host in hosts),
+        "# A host that differs from the others is an object:",
+        "#  - host: dgx-2.example.org",
+        "#    gpus: [0, 1, 2, 3]            # only these, by index or UUID; or a number",
+        "#    address: 10.0.0.2             # on the cluster's network, where ssh goes to another one",
+        "#    interface: ens1f0np0          # for NCCL and Gloo; without it the one that bears the address",
+        "#    labels: {kind: spark}         # for `where` in jobs",
+        "",
+        "# What holds for all hosts. ~/.ssh/config and ssh-agent are used as well; no key is copied to a host.",
+        *(["defaults:"] if defaults else ["# defaults:"]),
+        *(f"  {key}: {_scalar(value)}" for key, value in defaults.items()),
+        *(line for key, line in _DEFAULTS.items() if key not in defaults),
+        "",
+        "# store: /raid/ml/store           # on the head: records, logs, outputs; without it below ~/.raylaunch",
+        "# environment: conda:train        # the Python environment of jobs that name none",
+        "# env: {HF_HOME: /raid/hf}        # environment variables of all jobs",
+        "# secrets: [HF_TOKEN]             # secrets that all jobs get: raylaunch secret set HF_TOKEN",
+        *(["# bind: network                   # so that other hosts can join later"] if len(hosts) == 1 else []),
+    ]
+    if notes:
+        lines += ["", "# From Ray's file these have no counterpart:", *(f"#   {one}" for one in notes)]
+    return "\n".join(lines) + "\n"
+
+
+_DEFAULTS = {
+    "user": "#  user: ml                       # need not be root, and needs no sudo",
+    "key": "#  key: ~/.ssh/id_ed25519",
+    "jump": "#  jump: [gate.example.org]       # machines to go through, as ProxyJump has them",
+    "root": "#  root: /raid/ml/raylaunch       # raylaunch's folder on each host, instead of ~/.raylaunch",
+}
+
+
+def _host_words(host: Mapping[str, object]) -> str:
+    if set(host) == {"host"}:
+        return _scalar(host["host"])
+    return "{" + ", ".join(f"{key}: {_scalar(value)}" for key, value in host.items()) + "}"
+
+
+def _scalar(value: object) -> str:
+    """Return a value as YAML reads it back; what could be anything but a text is quoted."""
+    plain = isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _WORDS
+    return str(value) if plain else json.dumps(value, ensure_ascii=False)
+
+
+_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null", "~"})
+
+
+def _write(target: Path, text: str, *, force: bool) -> None:
+    try:
+        with target.open("w" if force else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        msg = f"{target} is there already"
+        raise ConflictError(msg, hint="replace it: --force; or write another one: raylaunch -c FILE init …") from None
+    except OSError as error:
+        msg = f"{target} cannot be written: {error.strerror}"
+        raise StorageError(msg) from None
+
+
+def ssh_notes(hosts: Sequence[HostSpec], config: Path) -> Iterator[str]:
+    """Yield a sentence for each host of whose name nothing here knows what it means."""
+    patterns = list(_patterns(config, _INCLUDES))
+    for host in hosts:
+        known = any(fnmatch.fnmatchcase(host.host, pattern) for pattern in patterns) or "." in host.host
+        if not known and not _is_address(host.host):
+            yield f"{host.host} is not in ~/.ssh/config: `ssh {host.host}` must work as it stands"
+
+
+def _patterns(config: Path, depth: int) -> Iterator[str]:
+    """Yield the patterns of ``Host`` lines, with those of included files; ``*`` alone names no host."""
+    try:
+        lines = config.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        key, *words = line.replace("=", " ", 1).split()[:64] or [""]
+        if key.lower() == "host":
+            yield from (word for word in words if word != "*" and not word.startswith("!"))
+        elif key.lower() == "include" and depth:
+            for word in words:
+                base = Path(word).expanduser()
+                found = base if base.is_absolute() else config.parent / base
+                for path in sorted(found.parent.glob(found.name)):
+                    yield from _patterns(path, depth - 1)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True

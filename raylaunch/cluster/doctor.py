@@ -1,0 +1,106 @@
+"""Look at all hosts of a cluster at once, and say what is wrong with them and what mends it. Nothing is changed."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import AsyncIterator, Callable
+
+import anyio
+from pydantic import BaseModel, ConfigDict, Field
+
+from raylaunch.cluster.facts import HostFacts
+from raylaunch.cluster.home import raylaunch_home
+from raylaunch.cluster.probe import Runs, probe
+from raylaunch.cluster.problem import Problem
+from raylaunch.cluster.problems import problems
+from raylaunch.cluster.ssh_target import OnPrompt, OnWait
+from raylaunch.errors import RaylaunchError
+from raylaunch.spec import ClusterSpec, HostSpec
+
+CONNECT_S = 20.0
+
+
+class Findings(BaseModel):
+    """What the doctor found: facts by host, and problems, blocking ones first."""
+
+    model_config = ConfigDict(frozen=True)
+
+    cluster: str
+    kind: str
+    hosts: tuple[str, ...]
+    """Names, in the order of cluster.yaml."""
+    facts: dict[str, HostFacts] = Field(default_factory=dict)
+    """Without the hosts that could not be looked at."""
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def blocking(self) -> tuple[Problem, ...]:
+        """The problems that keep `up` from beginning on a host."""
+        return tuple(one for one in self.problems if one.level == "blocking")
+
+    def of(self, host: str) -> tuple[Problem, ...]:
+        """Return the problems of one host."""
+        return tuple(one for one in self.problems if one.host == host)
+
+
+async def examine(
+    spec: ClusterSpec,
+    *,
+    on_host: Callable[[str, HostFacts | RaylaunchError], None] | None = None,
+    on_prompt: OnPrompt | None = None,
+    on_wait: OnWait | None = None,
+) -> Findings:
+    """Probe all hosts of a cluster in parallel; of an embedded one this machine.
+
+    Args:
+        spec: the cluster.
+        on_host: told each host when it is probed, or when that failed.
+        on_prompt: asks a person for passphrases, and about unknown host keys; None where nobody is there.
+        on_wait: told every few seconds what has not ended yet.
+    """
+    seen: dict[str, HostFacts | RaylaunchError] = {}
+    hosts = spec.host_specs() if spec.kind == "ssh" else (_this_host(spec),)
+
+    async def look(host: HostSpec) -> None:
+        try:
+            async with _connected(spec, host, on_prompt, on_wait) as machine:
+                seen[host.name] = await probe(machine, host)
+        except RaylaunchError as error:
+            seen[host.name] = error
+        if on_host is not None:
+            on_host(host.name, seen[host.name])
+
+    async with anyio.create_task_group() as group:
+        for host in hosts:
+            group.start_soon(look, host)
+    return Findings(
+        cluster=spec.name,
+        kind=spec.kind,
+        hosts=tuple(host.name for host in hosts),
+        facts={host.name: one for host in hosts if isinstance(one := seen[host.name], HostFacts)},
+        problems=problems(spec, {host.name: seen[host.name] for host in hosts}),
+    )
+
+
+def _this_host(spec: ClusterSpec) -> HostSpec:
+    name = platform.node().partition(".")[0]
+    return HostSpec(
+        host="localhost", name=name if name.isalnum() else "here", root=str(raylaunch_home()), store=spec.store
+    )
+
+
+@contextlib.asynccontextmanager
+async def _connected(
+    spec: ClusterSpec, host: HostSpec, on_prompt: OnPrompt | None, on_wait: OnWait | None
+) -> AsyncIterator[Runs]:
+    if spec.kind == "local":
+        from raylaunch.cluster.this_machine import ThisMachine  # noqa: PLC0415 -- either this or asyncssh is loaded
+
+        yield ThisMachine(host.name)
+        return
+    from raylaunch.cluster.ssh import machine  # noqa: PLC0415 -- as above
+    from raylaunch.cluster.targets import target_of  # noqa: PLC0415
+
+    async with machine(target_of(host), limit_s=CONNECT_S, on_prompt=on_prompt, on_wait=on_wait) as connection:
+        yield connection
