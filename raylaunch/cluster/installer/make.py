@@ -1,0 +1,171 @@
+"""Making the environment: one process at a time, beside its place, checked before it gets its name."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from raylaunch.cluster.installer.look import MARKER, Places, is_ready
+from raylaunch.cluster.installer.programs import LAST_LINES, MAKE_S, Uv, find_uv
+from raylaunch.cluster.installer.words import ConflictProblem, Problem, Request, goes
+
+_TELL_EVERY_S = 1.0
+_POLL_S = 0.05
+_IMPORT_S = 300.0
+_SYNC_S = 60.0
+_CHECK = """
+import importlib, json, sys
+from importlib.metadata import version
+modules, names = json.loads(sys.argv[1])
+for module in modules:
+    importlib.import_module(module)
+print(json.dumps({name: version(name) for name in names}))
+"""
+
+
+def make(request: Request) -> dict[str, object]:
+    """Make the environment, unless it is there by now.
+
+    Raises:
+        Problem: it cannot be made.
+    """
+    with making(request) as (places, needed):
+        if needed:
+            _make(request, places)
+            complete(request, places)
+    return {"python": str(places.python)}
+
+
+def _make(request: Request, places: Places) -> None:
+    uv = find_uv(request, places, places.wheel(request.uv) if request.uv else None)
+    uv.run(
+        "venv",
+        "--quiet",
+        "--relocatable",
+        "--python",
+        sys.executable,
+        str(places.making),
+        what="makes a virtual environment",
+    )
+    install = ["pip", "install", "--python", str(places.making / "bin" / "python"), "--no-deps", "--no-build"]
+    uv.run(*install, *_sources(request, places, uv), what="installs Ray, wandb and what they need")
+    if request.own:
+        own = str(places.wheel(request.own))
+        uv.run(*install, "--offline", "--no-index", own, what="installs raylaunch")
+
+
+def _sources(request: Request, places: Places, uv: Uv) -> list[str]:
+    """Return what to install: wheels of the host's folder, or versions of which its package index knows where."""
+    pins = places.making / "pins.txt"
+    if request.wheels:
+        pins.write_text("".join(f"{one.name}=={one.version}\n" for one in request.wheels), encoding="utf-8")
+        links = [f"--find-links={places.wheel(one).parent}" for one in request.wheels]
+        return ["--offline", "--no-index", *links, "--requirement", str(pins)]
+    wanted = places.making / "wanted.txt"
+    wanted.write_text("".join(f"{one}\n" for one in request.requirements), encoding="utf-8")
+    preferred = (f"{name}=={version}\n" for name, version in request.preferences.items())
+    pins.write_text("".join(preferred), encoding="utf-8")  # uv keeps to what its output holds, where that fits
+    options = ["--quiet", "--no-build", "--no-header", "--no-annotate", "--python", sys.executable]
+    uv.run("pip", "compile", *options, "--output-file", str(pins), str(wanted), what="asks the package index")
+    return ["--requirement", str(pins)]
+
+
+@contextlib.contextmanager
+def making(request: Request) -> Iterator[tuple[Places, bool]]:
+    """Hold the lock of one environment; yields its places, and whether it has to be made. What was left is swept.
+
+    Raises:
+        Problem: another process held the lock too long.
+    """
+    places = Places(request)
+    places.make()
+    with places.lock.open("a+b") as lock:
+        _take(lock.fileno(), places)
+        if is_ready(request, places):
+            yield places, False
+            return
+        _sweep(places)
+        try:
+            yield places, True
+        finally:
+            _sweep(places)
+
+
+def _sweep(places: Places) -> None:
+    for left in places.versions.glob(f".{places.env.name}.making-*"):
+        shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            left.unlink()
+
+
+def _take(descriptor: int, places: Places) -> None:
+    began = told = time.monotonic()
+    while not _is_taken(descriptor):
+        holder, now = os.pread(descriptor, 32, 0).decode(errors="replace") or "?", time.monotonic()
+        if now - began > MAKE_S:
+            msg = f"another process (pid {holder}) has been making {places.env} for more than {MAKE_S:.0f} s"
+            raise ConflictProblem(msg, f"look at it on that host: ps -fp {holder}")
+        if now - told > _TELL_EVERY_S:
+            told = now
+            goes(f"waits for another that makes the same (pid {holder}, {now - began:.0f} s)")
+        time.sleep(_POLL_S)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+
+
+def _is_taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def complete(request: Request, places: Places) -> None:
+    """Check what was made, write it to the disk, and give it its name.
+
+    Raises:
+        Problem: something cannot be imported, or has another version.
+    """
+    _check_made(request, places.making)
+    made = {"versions": request.versions, "python": sys.executable, "wheels": [one.file for one in request.files()]}
+    (places.making / MARKER).write_text(json.dumps(made, indent=1), encoding="utf-8")
+    _sync(places.making)
+    if places.env.exists():  # it was complete once and does not run any more: its interpreter is gone
+        places.env.replace(places.making.with_name(f"{places.making.name}-gone"))
+    places.making.replace(places.env)
+
+
+def _sync(folder: Path) -> None:
+    """Have all of it written to the disk, so that a power cut leaves the name of a complete environment only."""
+    goes("writes everything to the disk")
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        writing = subprocess.Popen(["sync", "-f", str(folder)], stderr=subprocess.DEVNULL)  # noqa: S603, S607 -- coreutils'
+        writing.wait(_SYNC_S)  # a process that writes cannot be ended: it is left alone then
+
+
+def _check_made(request: Request, folder: Path) -> None:
+    goes("checks that everything can be imported")
+    facts = json.dumps([request.imports, sorted(request.versions)])
+    argv = [str(folder / "bin" / "python"), "-I", "-c", _CHECK, facts]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=_IMPORT_S, check=False)  # noqa: S603 -- ours
+    except subprocess.TimeoutExpired:
+        why = f"importing {', '.join(request.imports)} has not ended after {_IMPORT_S:.0f} s"
+    else:
+        lines = done.stdout.strip().splitlines()
+        found = json.loads(lines[-1]) if done.returncode == 0 and lines else None
+        if found == request.versions:
+            return
+        said = "\n".join(f"    {line}" for line in done.stderr.strip().splitlines()[-LAST_LINES:])
+        why = f"\n{said}" if found is None else f"it holds {found} and should hold {request.versions}"
+    msg = f"the environment was made and does not work: {why}"
+    raise Problem(msg, "see why above")

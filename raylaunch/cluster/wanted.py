@@ -1,0 +1,57 @@
+"""What a host's environment must hold, computed from what is installed here; and so its name. No network is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from raylaunch.cluster.own_wheel import OwnWheel, own_wheel
+from raylaunch.cluster.pins import EXACT, WheelPlatform, exact_requirements, installed_pins, installed_version
+from raylaunch.version import __version__
+
+_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """All that decides what is in a host's environment, and so its name."""
+
+    own: OwnWheel
+    requirements: tuple[str, ...]
+    """What is needed beside raylaunch, `EXACT` pinned."""
+    pins: Mapping[str, str]
+    """The versions that are installed here, preferred on the host."""
+    versions: Mapping[str, str]
+    """Of raylaunch and of `EXACT`: these must be exactly so."""
+    place: tuple[str, ...]
+    """Of the host: its platform and Python, or the path of the environment that the user names."""
+
+    @property
+    def name(self) -> str:
+        """Return the environment's name."""
+        facts = [self.own.digest, self.requirements, sorted(self.pins.items()), self.place]
+        return f"{__version__}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:_DIGITS]}"
+
+
+def wanted_on(platform: WheelPlatform) -> Wanted:
+    """Say what an environment of our own for that platform must hold.
+
+    Raises:
+        VersionError: Ray or wandb is not installed here, or there is none for that platform.
+    """
+    own = own_wheel()
+    requirements = exact_requirements(own.requirements)
+    place = (platform.uv_name, platform.glibc, platform.minor)
+    return Wanted(own, requirements, installed_pins(requirements, platform), _versions(), place)
+
+
+def wanted_beside(environment: str) -> Wanted:
+    """Say what must be beside and in an environment of a host that the user names."""
+    own = own_wheel()
+    return Wanted(own, exact_requirements(own.requirements), {}, _versions(), (environment,))
+
+
+def _versions() -> dict[str, str]:
+    return {"raylaunch": __version__, **{name: installed_version(name) for name in EXACT}}
