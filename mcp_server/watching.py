@@ -120,7 +120,7 @@ def _line(job: JobView) -> str:
 
 
 async def _end_of_log(client: Client, job: JobView, most: int) -> Json | None:
-    if job.foreign or job.state in {JobState.QUEUED, JobState.HELD} or not job.attempts:
+    if job.state in {JobState.QUEUED, JobState.HELD} or not job.attempts:
         return None
     chunk = await client.patient(lambda: client.logs(job.id, tail=most))
     if chunk.next_offset < chunk.size:

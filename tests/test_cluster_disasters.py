@@ -22,6 +22,7 @@ import psutil
 import pytest
 from support.cluster import Cluster, Reach, running_cluster
 from support.disks import fill, small_disk
+from support.plain_ray import plain_python, started_plain, submit_plain
 from support.waiting import wait_until
 
 from raylaunch.client import Client
@@ -292,6 +293,9 @@ def test_a_killed_ray_comes_back_by_itself_and_its_job_is_tried_again(
     cluster.runs(running)
     wait_until(book.runs, 20, "its training has begun")
     queued = cluster.python(LEDGER, *book.env, "--gpus", "4")
+    plain = plain_python(cluster, "plain", "import time\nprint('ready', flush=True)\ntime.sleep(600)")
+    started_plain(cluster, plain)
+    waiting = submit_plain(cluster, "plain-waits", ["true"], entrypoint_num_gpus=64)
     before = cluster.record().ray
     assert before is not None
     head = psutil.Process(before.pid)
@@ -306,6 +310,11 @@ def test_a_killed_ray_comes_back_by_itself_and_its_job_is_tried_again(
     assert book.runs() == Counter([f"{running} 1", f"{running} 2", f"{queued} 1"])
     healthy(cluster)
     assert cluster.record().ray != before
+    lost = cluster.ended(plain, 120)
+    assert (lost.state, lost.reason) in {(JobState.FAILED, Reason.NODE_LOST), (JobState.LOST, Reason.NODE_LOST)}
+    assert b"ready" in cluster.log(plain)
+    cluster.good("stop", waiting, "--wait")  # Ray has lost the actor that waited, and would let it wait for ever
+    assert cluster.job(waiting).state is JobState.STOPPED
 
 
 def named(parent: psutil.Process, name: str) -> psutil.Process:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import cast
-
 import httpx2
 import pytest
 from support.cluster import Cluster
+from support.plain_ray import listed_ids
+from support.tokens import people
 from support.waiting import wait_until
 
 from raylaunch.reasons import Reason
@@ -33,10 +28,6 @@ def listed(cluster: Cluster, job: str) -> JobView:
     return cluster.until(job, lambda view: view.state.ended, 30, "raylaunch sees its end")
 
 
-def ids(cluster: Cluster) -> list[str]:
-    return [job.id for job in cluster.ask(lambda client: client.jobs()).jobs]
-
-
 def line_of(table: str, job: str) -> str:
     return next(line for line in table.splitlines() if job in line)
 
@@ -55,10 +46,29 @@ def test_rays_own_tools_show_a_job_its_log_and_the_cluster(cluster: Cluster) -> 
     assert "4.0 GPU" in status.out
 
 
+@pytest.mark.parametrize(("what", "shown"), [("nodes", "ALIVE"), ("actors", "Steward"), ("jobs", "SUBMISSION")])
+def test_rays_state_tools_work_in_that_environment(cluster: Cluster, what: str, shown: str) -> None:
+    cluster.ended(cluster.python("print(1)"))
+    found = cluster.ray("list", what)
+    assert found.status == 0, found.err
+    assert shown in found.out
+
+
+def test_a_browser_gets_in_with_the_token_and_not_without(cluster: Cluster) -> None:
+    env = cluster.ray_env()
+    token = {"Authorization": f"Bearer {env['RAY_AUTH_TOKEN']}"}
+    with httpx2.Client(base_url=env["RAY_API_SERVER_ADDRESS"], trust_env=False, timeout=20) as browser:
+        page = browser.get("/")
+        assert (page.status_code, "<title>Ray Dashboard</title>" in page.text) == (200, True)
+        assert browser.get("/api/version").status_code == 401
+        assert browser.post("/api/authenticate", headers=token).status_code == 200  # what the page's dialog asks
+        assert browser.get("/api/version").status_code == 200  # with the cookie that it got
+
+
 def test_a_job_of_plain_ray_is_listed_marked_and_shown(cluster: Cluster) -> None:
     submitted = cluster.ray("job", "submit", "--no-wait", "--submission-id", "plain-one", "--", "echo", "hi")
     assert submitted.status == 0, submitted.err
-    wait_until(lambda: "plain-one" in ids(cluster), 30, "raylaunch lists it")
+    wait_until(lambda: "plain-one" in listed_ids(cluster), 30, "raylaunch lists it")
     job = listed(cluster, "plain-one")
     assert (job.state, job.foreign, job.entrypoint) == (JobState.SUCCEEDED, True, "echo hi")
     assert line_of(cluster.good("list"), "plain-one").split()[:4] == ["plain-one", "(ray", "job)", "succeeded"]
@@ -69,25 +79,10 @@ def test_a_job_of_plain_ray_is_listed_marked_and_shown(cluster: Cluster) -> None
 
 def test_a_job_of_plain_ray_that_fails_has_failed_with_rays_words(cluster: Cluster) -> None:
     cluster.ray("job", "submit", "--no-wait", "--submission-id", "plain-two", "--", "bash", "-c", "exit 3")
-    wait_until(lambda: "plain-two" in ids(cluster), 30, "raylaunch lists it")
+    wait_until(lambda: "plain-two" in listed_ids(cluster), 30, "raylaunch lists it")
     job = listed(cluster, "plain-two")
     assert job.state is JobState.FAILED
     assert "exit code 3" in job.message
-
-
-def test_a_job_of_plain_ray_is_stopped_and_read_with_rays_tools_and_raylaunch_says_how(cluster: Cluster) -> None:
-    cluster.ray("job", "submit", "--no-wait", "--submission-id", "plain-three", "--", "sleep", "600")
-    wait_until(lambda: "plain-three" in ids(cluster), 30, "raylaunch lists it")
-    refused = cluster.cli("stop", "plain-three")
-    assert refused.status == 1
-    assert "plain-three was submitted with plain ray job submit" in refused.err
-    assert 'eval "$(raylaunch env)"; ray job stop plain-three' in refused.err
-    unread = cluster.cli("logs", "plain-three")
-    assert unread.status == 1
-    assert 'eval "$(raylaunch env)"; ray job logs plain-three' in unread.err
-    stopped = cluster.ray("job", "stop", "plain-three")
-    assert stopped.status == 0, stopped.err
-    assert listed(cluster, "plain-three").state is JobState.STOPPED
 
 
 def test_ray_job_stop_ends_a_job_of_ours_with_nothing_left_and_says_who_stopped_it(cluster: Cluster) -> None:
@@ -101,23 +96,6 @@ def test_ray_job_stop_ends_a_job_of_ours_with_nothing_left_and_says_who_stopped_
     assert (stopped.state, stopped.reason) == (JobState.STOPPED, Reason.STOPPED_BY_RAY)
     assert stopped.message == "stopped with Ray's own tools"
     assert not cluster.of_attempt(f"{job}-1")
-
-
-@contextmanager
-def people(cluster: Cluster, **roles: str) -> Iterator[None]:
-    """Give people tokens, each the name itself, beside those there are."""
-    path = Path(cluster.record().store) / "tokens.json"
-    before = path.read_text()
-    book = cast("dict[str, list[dict[str, str]]]", json.loads(before))
-    book["tokens"] += [
-        {"sha256": hashlib.sha256(name.encode()).hexdigest(), "person": name, "role": role}
-        for name, role in roles.items()
-    ]
-    path.write_text(json.dumps(book))
-    try:
-        yield
-    finally:
-        path.write_text(before)
 
 
 def test_rays_own_access_takes_an_operator(cluster: Cluster) -> None:

@@ -57,7 +57,6 @@ KNOWN_TO: dict[str, tuple[str, ...]] = {
     ),
     "ray": (
         "raylaunch/tracking/train_callback.py",
-        "raylaunch/tracking/train_callback.py",
         "raylaunch/controller/ray_calls.py",
         "raylaunch/controller/ray_jobs.py",
         "raylaunch/controller/ray_link.py",

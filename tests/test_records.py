@@ -300,11 +300,27 @@ def test_a_foreign_job_is_listed_and_tells_only_new_states(records: Records) -> 
     assert records.unfinished() == []
 
 
-def test_a_foreign_job_cannot_be_removed(records: Records) -> None:
-    records.put_foreign(JobView(id="r1", name="r1", owner="", state=JobState.FAILED, created_at=1.0, updated_at=1.0))
-    with pytest.raises(ConflictError) as raised:
+def test_a_foreign_job_is_removed_without_touching_a_folder(records: Records) -> None:
+    records.put_foreign(JobView(id="../r", name="r", owner="", state=JobState.FAILED, created_at=1.0, updated_at=1.0))
+    (records.store / "r").mkdir()
+    records.delete("../r")
+    assert records.page().total == 0
+    assert (records.store / "r").is_dir()
+
+
+def test_a_name_means_our_job_before_a_foreign_one(records: Records) -> None:
+    ours = submit(records, "train")
+    view = JobView(id="raysubmit_1", name="train", owner="", state=JobState.RUNNING, created_at=9e9, updated_at=9e9)
+    records.put_foreign(view)
+    records.put_foreign(view.model_copy(update={"id": "raysubmit_2", "name": "theirs"}))
+    assert (records.get("train").id, records.get("theirs").id) == (ours.id, "raysubmit_2")
+
+
+def test_an_unfinished_foreign_job_is_found_and_not_removed(records: Records) -> None:
+    records.put_foreign(JobView(id="r1", name="r", owner="", state=JobState.RUNNING, created_at=1.0, updated_at=1.0))
+    assert [record.id for record in records.foreign_unfinished()] == ["r1"]
+    with pytest.raises(ConflictError, match="r1 is running; only a job that has ended can be removed"):
         records.delete("r1")
-    assert raised.value.hint == 'eval "$(raylaunch env)"; ray job delete r1'
 
 
 # -- removing --------------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from pydantic import ValidationError
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.auth import TokenBook
 from raylaunch.controller.evidence import last_lines
+from raylaunch.controller.foreign import ForeignJobs
+from raylaunch.controller.foreign_logs import ForeignLogs
 from raylaunch.controller.lifecycle import Lifecycle
 from raylaunch.controller.link import Link
 from raylaunch.controller.means import Leavings, Means
@@ -95,9 +97,16 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         sight=sight,
         leavings=lambda record: leavings_of(record, records=records, artifacts=artifacts, metrics=metrics),
     )
-    lifecycle = Lifecycle(means, artifacts)
+    foreign = ForeignJobs(records=records, ray=ray, link=link, sight=sight)
+    lifecycle = Lifecycle(means, artifacts, foreign)
     verbs = Verbs(
-        settings=settings, records=records, packages=packages, secrets=secrets, artifacts=artifacts, sight=sight
+        settings=settings,
+        records=records,
+        packages=packages,
+        secrets=secrets,
+        artifacts=artifacts,
+        sight=sight,
+        foreign=foreign,
     )
     services = Services(
         store=settings.store,
@@ -108,6 +117,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         artifacts=artifacts,
         metrics=metrics,
         jobs=verbs,
+        foreign_logs=ForeignLogs(link=link, ray=ray, sight=sight),
     )
     server = ApiServer(services)
 

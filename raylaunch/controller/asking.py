@@ -56,13 +56,23 @@ def pick_attempt(record: JobRecord, n: int | None) -> int:
     """Return the number of the attempt that is meant: `n`, or the latest; 0 before the first.
 
     Raises:
-        NotFoundError: there is no attempt `n`, or the job is not raylaunch's.
+        NotFoundError: there is no attempt `n`.
     """
-    if record.foreign:
-        msg = f"{record.id} was submitted with Ray's own tools: raylaunch has no log of it"
-        raise NotFoundError(msg, hint=f'eval "$(raylaunch env)"; ray job logs {record.id}')
     if n is not None and not 1 <= n <= len(record.attempts):
         has = f"it has {len(record.attempts)}" if record.attempts else "it has not started yet"
         msg_0 = f"{record.id} has no attempt {n}"
         raise NotFoundError(msg_0, hint=has)
     return n or len(record.attempts)
+
+
+def require_ours(record: JobRecord, what: str) -> None:
+    """Refuse what raylaunch does not have of a job of plain Ray.
+
+    Raises:
+        NotFoundError: the job is one.
+    """
+    if record.foreign:
+        msg = f"{record.id} was submitted with plain ray job submit: raylaunch keeps no {what} of it"
+        raise NotFoundError(
+            msg, hint=f"its log: raylaunch logs {record.id}; what is submitted with raylaunch keeps all"
+        )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.attempt_spec import attempt_tag
 from raylaunch.controller.driver import Driver
-from raylaunch.controller.foreign import foreign_view
+from raylaunch.controller.foreign import ForeignJobs
 from raylaunch.controller.link import (
     AttemptSeen,
     Grew,
@@ -30,7 +30,7 @@ from raylaunch.controller.records import JobRecord
 from raylaunch.controller.rooms import ask_of, holdings_of, rooms_of, waiting
 from raylaunch.errors import ClusterError, NotFoundError, RaylaunchError, StorageError
 from raylaunch.reasons import Reason
-from raylaunch.state import AttemptView, Change, JobView, NodeView
+from raylaunch.state import AttemptView, Change, NodeView
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _REVIVE_EVERY_S = 20.0
 class Lifecycle:
     """Keeps what is recorded and what is true together."""
 
-    def __init__(self, means: Means, artifacts: Artifacts) -> None:
+    def __init__(self, means: Means, artifacts: Artifacts, foreign: ForeignJobs) -> None:
         self._settings = means.settings
         self._records = means.records
         self._artifacts = artifacts
@@ -51,7 +51,7 @@ class Lifecycle:
         self._sight = means.sight
         self._driver = Driver(means)
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._foreign: dict[str, RayJob] = {}
+        self._foreign = foreign
         self._ray_silent_since: float | None = None
         self._revived_at = 0.0
 
@@ -105,6 +105,8 @@ class Lifecycle:
         for record in unfinished:
             if record.state.active:
                 self._background(record.id, self._drive(record.id))
+        for job in self._foreign.stopping():
+            self._background(f"stop {job}", self._foreign.end(job))
         self._admit(unfinished)
 
     def _unless_unwritten(self, work: Callable[[], None]) -> None:
@@ -232,13 +234,7 @@ class Lifecycle:
         if seen != self._sight.ray_jobs:
             self._sight.ray_jobs = seen
             self._sight.ring()
-        for name, job in seen.items():
-            if not (job.metadata or {}).get("raylaunch_job") and self._foreign.get(name) != job:
-                self._records.put_foreign(self._foreign_view(job))
-                self._foreign[name] = job
-
-    def _foreign_view(self, job: RayJob) -> JobView:
-        return foreign_view(job, now=time.time())
+        self._foreign.take(seen)
 
     def _consider_reviving(self) -> None:
         """Where Ray has been silent for a while, have it started again."""

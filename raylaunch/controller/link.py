@@ -14,11 +14,12 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypedDict, cast
 
+from raylaunch.controller.link_child import end, open_log
 from raylaunch.controller.link_events import (
     AttemptSeen,
     Grew,
@@ -52,8 +53,6 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 _LINE_LIMIT = 64 * 1024 * 1024
-_LOG_LIMIT = 16 * 1024 * 1024
-_CLOSE_S = 5.0
 _LONGEST_BACKOFF_S = 10.0
 _STEADY_S = 30.0
 
@@ -158,7 +157,7 @@ class Link:
         Raises:
             ClusterDownError: The link is down.
         """
-        answer = await self._ask("nodes", {}, timeout_s=30)
+        answer = await self.ask("nodes", {}, timeout_s=30)
         return tuple(NodeView.model_validate(node) for node in cast("list[object]", answer))
 
     async def prepare(self, node_id: str, *, spec: AttemptSpec, package: str, secrets: Mapping[str, str]) -> Prepared:
@@ -178,7 +177,7 @@ class Link:
             TransferError: The package arrived damaged.
         """
         params = {"node_id": node_id, "spec": spec, "package": package, "secrets": dict(secrets)}
-        answer = cast("dict[str, str]", await self._ask("prepare", params, timeout_s=900))
+        answer = cast("dict[str, str]", await self.ask("prepare", params, timeout_s=900))
         return Prepared(folder=answer["folder"], command=answer["command"])
 
     async def stop(self, node_id: str, attempt: str, wish: StopWish) -> None:
@@ -189,7 +188,7 @@ class Link:
             NotFoundError: There is no such node.
             ClusterError: The node's steward does not answer.
         """
-        await self._ask("stop", {"node_id": node_id, "attempt": attempt, "wish": wish}, timeout_s=60)
+        await self.ask("stop", {"node_id": node_id, "attempt": attempt, "wish": wish}, timeout_s=60)
 
     async def fence(self, node_id: str, attempt: str, tag: str) -> Fenced:
         """End every process of the attempt on the node, and make sure that none can start there again.
@@ -205,7 +204,7 @@ class Link:
             ClusterError: The node's steward does not answer, or processes survived SIGKILL for 30 s.
         """
         params = {"node_id": node_id, "attempt": attempt, "tag": tag}
-        answer = cast("dict[str, object]", await self._ask("fence", params, timeout_s=90))
+        answer = cast("dict[str, object]", await self.ask("fence", params, timeout_s=90))
         return Fenced(
             killed=cast("int", answer["killed"]),
             claim=cast("Claim | None", answer["claim"]),
@@ -223,7 +222,7 @@ class Link:
             NotFoundError: There is no such node.
         """
         params = {"node_id": node_id, "attempt": attempt, "timeout_s": timeout_s}
-        return bool(await self._ask("settle", params, timeout_s=timeout_s + 30))
+        return bool(await self.ask("settle", params, timeout_s=timeout_s + 30))
 
     async def forget(self, node_id: str, attempt: str) -> None:
         """Delete the attempt's folder on the node. May be repeated.
@@ -233,9 +232,15 @@ class Link:
             NotFoundError: There is no such node.
             ClusterError: The node's steward does not answer.
         """
-        await self._ask("forget", {"node_id": node_id, "attempt": attempt}, timeout_s=120)
+        await self.ask("forget", {"node_id": node_id, "attempt": attempt}, timeout_s=120)
 
-    async def _ask(self, method: str, params: Mapping[str, object], *, timeout_s: float) -> object:
+    async def ask(self, method: str, params: Mapping[str, object], *, timeout_s: float) -> object:
+        """Ask the child for one of the methods of `raylaunch.controller.ray_link.Program`.
+
+        Raises:
+            ClusterDownError: The link is down, or did not answer within `timeout_s`.
+            RaylaunchError: What the method raised.
+        """
         child = self._child
         if not self._up or child is None or child.stdin is None:
             raise self._down()
@@ -277,7 +282,7 @@ class Link:
 
     async def _run_child(self) -> str:
         """Run one child to its end, and return why it ended."""
-        with _open_log(self._log_path) as log:
+        with open_log(self._log_path) as log:
             child = await asyncio.create_subprocess_exec(
                 *child_command(self.module),
                 stdin=asyncio.subprocess.PIPE,
@@ -294,7 +299,7 @@ class Link:
             last_words = await self._listen(child)
             return last_words or f"the link ended with exit status {await child.wait()}"
         finally:
-            await asyncio.shield(_end(child))
+            await asyncio.shield(end(child))
             self._child = None
 
     async def _listen(self, child: asyncio.subprocess.Process) -> str:
@@ -373,26 +378,3 @@ def child_environment(base: Mapping[str, str], *, ray_token_path: Path) -> dict[
 
 def _line(frame: Mapping[str, object]) -> bytes:
     return json.dumps(frame, separators=(",", ":")).encode() + b"\n"
-
-
-@contextlib.contextmanager
-def _open_log(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        if os.fstat(fd).st_size > _LOG_LIMIT:
-            os.ftruncate(fd, 0)
-        yield fd
-    finally:
-        os.close(fd)
-
-
-async def _end(child: asyncio.subprocess.Process) -> None:
-    """End the child: closing its stdin asks it, SIGKILL after a while makes it."""
-    if child.stdin is not None:
-        child.stdin.close()
-    try:
-        await asyncio.wait_for(child.wait(), _CLOSE_S)
-    except asyncio.TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        await child.wait()

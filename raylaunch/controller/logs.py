@@ -1,41 +1,41 @@
-"""Reading logs that may be huge, still growing, and not text: in blocks, so that memory stays flat."""
+"""Logs of attempts: where they lie, and searching what may be huge, still growing, and not text.
+
+Everything is read in blocks, so that memory stays flat.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 from raylaunch.errors import NotFoundError, SpecError
+from raylaunch.node.log_files import READ_BYTES, TAIL_BYTES, Slice, read, size_of, tail_offset
 from raylaunch.runner.contract import LOGS, RANK_LOG
-from raylaunch.state import LogMatch, LogMatches
+from raylaunch.state import AttemptView, LogMatch, LogMatches
 
-READ_BYTES = 1024 * 1024
-"""Most bytes of one read."""
-TAIL_BYTES = 8 * 1024 * 1024
-"""How far back a tail looks for its first line."""
+__all__ = [
+    "READ_BYTES",
+    "SEARCH_BYTES",
+    "TAIL_BYTES",
+    "Slice",
+    "check_known_rank",
+    "check_rank",
+    "log_path",
+    "ranks",
+    "read",
+    "search",
+    "search_in",
+    "size_of",
+    "tail_offset",
+]
+
 SEARCH_BYTES = 64 * 1024 * 1024
 """How much one search reads before it hands back what it has."""
 
-_BLOCK = 64 * 1024
 _PIECE = 64 * 1024
 _TEXT = 2000
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Some bytes of a log: those from `offset` on, of a log of `size` bytes."""
-
-    offset: int
-    data: bytes
-    size: int
-
-    @property
-    def next(self) -> int:
-        """Where the next read begins."""
-        return self.offset + len(self.data)
 
 
 def log_path(job_folder: Path, *, attempt: int, rank: int) -> Path:
@@ -47,49 +47,6 @@ def ranks(job_folder: Path, *, attempt: int) -> tuple[int, ...]:
     """Return the ranks of an attempt that have a log."""
     names = (path.stem for path in (job_folder / f"attempt-{attempt}" / LOGS).glob("rank-*.log"))
     return tuple(sorted(int(name[5:]) for name in names if name[5:].isdigit()))
-
-
-def size_of(path: Path) -> int:
-    """Return the log's size in bytes; 0 before it exists."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def read(path: Path, *, offset: int, limit: int = READ_BYTES) -> Slice:
-    """Return at most `limit` bytes from `offset` on. A log that does not exist yet is an empty one."""
-    size = size_of(path)
-    start = min(max(offset, 0), size)
-    if start == size:
-        return Slice(start, b"", size)
-    with path.open("rb") as file:
-        file.seek(start)
-        data = file.read(min(limit, READ_BYTES))
-    return Slice(start, data, max(size, start + len(data)))
-
-
-def tail_offset(path: Path, lines: int, *, max_back: int = TAIL_BYTES) -> int:
-    """Return where the last `lines` lines begin, found backwards in blocks, at most `max_back` bytes before the end."""
-    size = size_of(path)
-    if lines <= 0 or size == 0:
-        return size
-    floor = max(0, size - max_back)
-    with path.open("rb") as file:
-        end, found = size, 0
-        while end > floor:
-            start = max(floor, end - _BLOCK)
-            file.seek(start)
-            block = file.read(end - start)
-            if end == size and block.endswith(b"\n"):
-                block = block[:-1]  # the end of the last line is not the begin of another
-            position = len(block)
-            while (position := block.rfind(b"\n", 0, position)) >= 0:
-                found += 1
-                if found == lines:
-                    return start + position + 1
-            end = start
-        return _at_character(file, floor)
 
 
 def search(  # noqa: PLR0913 -- each is one option of the search
@@ -119,26 +76,60 @@ def search(  # noqa: PLR0913 -- each is one option of the search
     Raises:
         SpecError: the pattern is empty, or not a regular expression.
     """
+    options = {"regex": regex, "ignore_case": ignore_case}
+    _matcher(pattern, **options)
+    size = size_of(path)
+    start = min(max(offset, 0), size)
+    if start == size:
+        return LogMatches(matches=(), next_offset=start, more=False)
+    with path.open("rb") as file:
+        file.seek(start)
+        found = search_in(file, pattern, **options, offset=start, limit=limit, max_bytes=max_bytes)
+    return found.model_copy(update={"more": found.more and found.next_offset < size_of(path)})
+
+
+class Blocks(Protocol):
+    """What a log is read from, on and on."""
+
+    def read(self, limit: int, /) -> bytes:
+        """Return the next bytes, at most `limit`; none at the end."""
+
+
+def search_in(  # noqa: PLR0913 -- as above
+    log: Blocks,
+    pattern: str,
+    *,
+    regex: bool,
+    ignore_case: bool,
+    offset: int,
+    limit: int,
+    max_bytes: int = SEARCH_BYTES,
+) -> LogMatches:
+    """Search a log that stands at `offset`; as `search`, but `more` may be said where nothing more is to come."""
     matches = _matcher(pattern, regex=regex, ignore_case=ignore_case)
     literal = b"" if regex or ignore_case else pattern.encode()
     found: list[LogMatch] = []
-    size = size_of(path)
-    position = min(max(offset, 0), size)
-    if position == size:
-        return LogMatches(matches=(), next_offset=position, more=False)
-    stop = position + max_bytes
-    with path.open("rb") as file:
-        file.seek(position)
-        for at, end, line in _lines(file, position, literal):
-            position = end
-            text = _matching_text(line, matches) if line else None
-            if text is not None:
-                found.append(LogMatch(offset=at, text=text))
-            if len(found) >= limit or position >= stop:
-                break
-        else:
-            return LogMatches(matches=tuple(found), next_offset=file.tell(), more=False)
-    return LogMatches(matches=tuple(found), next_offset=position, more=position < size_of(path))
+    position = offset
+    for at, end, line in _lines(log, offset, literal):
+        position = end
+        text = _matching_text(line, matches) if line else None
+        if text is not None:
+            found.append(LogMatch(offset=at, text=text))
+        if len(found) >= limit or position >= offset + max_bytes:
+            return LogMatches(matches=tuple(found), next_offset=position, more=True)
+    return LogMatches(matches=tuple(found), next_offset=position, more=False)
+
+
+def check_known_rank(job: str, job_folder: Path, attempt: AttemptView, *, rank: int) -> None:
+    """Refuse a rank that an attempt will never have; while it runs, only where its launcher has said how many.
+
+    Raises:
+        NotFoundError: there is no such rank; the hint says which there are.
+    """
+    known = attempt.ranks if attempt.started_at is not None else 0
+    if known and rank >= known and not log_path(job_folder, attempt=attempt.n, rank=rank).exists():
+        msg = f"attempt {attempt.n} of {job} has no rank {rank}"
+        raise NotFoundError(msg, hint=f"it has {known} ranks: 0 to {known - 1}" if known > 1 else "it has rank 0 only")
 
 
 def check_rank(job: str, job_folder: Path, *, attempt: int, rank: int) -> None:
@@ -154,15 +145,6 @@ def check_rank(job: str, job_folder: Path, *, attempt: int, rank: int) -> None:
         raise NotFoundError(msg, hint=hint)
 
 
-def _at_character(file: BinaryIO, offset: int) -> int:
-    """Move on to where a UTF-8 character begins, if the text is UTF-8."""
-    file.seek(offset)
-    for skipped, byte in enumerate(file.read(4)):
-        if byte & 0xC0 != 0x80:  # noqa: PLR2004 -- 10xxxxxx: a byte that continues a character (RFC 3629)
-            return offset + skipped
-    return offset
-
-
 def _matcher(pattern: str, *, regex: bool, ignore_case: bool) -> Callable[[str], bool]:
     if not pattern:
         msg = "the pattern to search for is empty"
@@ -175,10 +157,10 @@ def _matcher(pattern: str, *, regex: bool, ignore_case: bool) -> Callable[[str],
     return lambda text: compiled.search(text) is not None
 
 
-def _lines(file: BinaryIO, offset: int, literal: bytes) -> Iterator[tuple[int, int, bytes]]:
+def _lines(log: Blocks, offset: int, literal: bytes) -> Iterator[tuple[int, int, bytes]]:
     """Yield (begin, end, line), long lines in pieces; a block without `literal` is one line without bytes."""
     rest = b""
-    while block := file.read(READ_BYTES):
+    while block := log.read(READ_BYTES):
         data = rest + block
         end = data.rfind(b"\n") + 1
         if not end and len(data) > _PIECE:

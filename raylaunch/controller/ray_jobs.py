@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 import httpx2
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -18,7 +19,11 @@ from raylaunch.errors import ClusterDownError, ConflictError
 NODE_LABEL = "ray.io/node-id"
 """The label that Ray gives each node itself."""
 
+SUPERVISOR_LOST = "JOB_SUPERVISOR_ACTOR_"
+"""How Ray's `RayJob.error_type` begins for a job whose supervisor was killed, or lost with its node."""
+
 _TIMEOUT = httpx2.Timeout(20, connect=3)
+_LOG_S = 600
 _ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 _NOT_FOUND = 404
 
@@ -52,6 +57,9 @@ class RayJob(BaseModel):
     end_time: int | None = None
     metadata: dict[str, str] | None = None
     driver_exit_code: int | None = None
+    driver_node_id: str | None = None
+    """Where it runs or ran; None before it began."""
+    error_type: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -114,7 +122,7 @@ class RayJobs:
     async def get(self, submission_id: str) -> RayJob | None:
         """Return what Ray remembers, or None when it knows no such submission."""
         async with self._asking(f"about {submission_id}"):
-            answer = await self._http.get(f"/api/jobs/{submission_id}")
+            answer = await self._http.get(_of(submission_id))
             if answer.status_code == _NOT_FOUND:
                 return None
             answer.raise_for_status()
@@ -130,9 +138,36 @@ class RayJobs:
     async def stop(self, submission_id: str) -> None:
         """Ask Ray to stop it. For a submission that still waits, Ray's answer is no promise: it may yet start."""
         async with self._asking(f"to stop {submission_id}"):
-            answer = await self._http.post(f"/api/jobs/{submission_id}/stop")
+            answer = await self._http.post(f"{_of(submission_id)}/stop")
             if answer.status_code != _NOT_FOUND:
                 answer.raise_for_status()
+
+    async def delete(self, submission_id: str) -> None:
+        """Let Ray forget an ended submission; one that it does not know is forgotten already."""
+        async with self._asking(f"to forget {submission_id}"):
+            answer = await self._http.delete(_of(submission_id))
+            if answer.status_code != _NOT_FOUND:
+                answer.raise_for_status()
+
+    async def driver_log(self, submission_id: str, node_id: str, *, offset: int, limit: int) -> tuple[bytes, int]:
+        """Return some bytes of a submission's log, and the size of all; with nothing and 0 when there is no log.
+
+        Ray knows tails only, so the whole log is read, 200 MB a second; memory stays flat.
+        """
+        name = f"job-driver-{submission_id}.log"
+        params: dict[str, str | int] = {"node_id": node_id, "filename": name, "lines": -1, "timeout": _LOG_S}
+        data, size = bytearray(), 0
+        async with (
+            self._asking(f"for the log of {submission_id}"),
+            self._http.stream("GET", "/api/v0/logs/file", params=params) as answer,
+        ):
+            if answer.is_error and b"file is not found" in await answer.aread():
+                return b"", 0
+            answer.raise_for_status()
+            async for block in answer.aiter_raw():
+                data += block[max(0, offset - size) :][: limit - len(data)]
+                size += len(block)
+        return bytes(data), size
 
     @contextlib.asynccontextmanager
     async def _asking(self, what: str) -> AsyncIterator[None]:
@@ -144,6 +179,10 @@ class RayJobs:
         except httpx2.HTTPError as error:
             msg = f"Ray does not answer at {self._http.base_url} when asked {what} ({type(error).__name__})"
             raise ClusterDownError(msg, hint="raylaunch up") from error
+
+
+def _of(submission_id: str) -> str:
+    return f"/api/jobs/{quote(submission_id, safe='')}"
 
 
 def _last_line(text: str) -> str:

@@ -7,6 +7,7 @@ controller is gone then. It writes into the store and nowhere else.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
 import os
@@ -23,20 +24,17 @@ from typing import BinaryIO, NoReturn, cast
 
 import ray
 import ray.exceptions
-from ray._private import state as ray_state
-from ray.util import list_named_actors
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylaunch.controller.link import Config, error_frame
 from raylaunch.controller.link_events import LinkEvent, LinkUp, NodesChanged, event_frame
 from raylaunch.controller.mirror import Mirror
 from raylaunch.controller.nodes import RayNode, node_view
+from raylaunch.controller.ray_calls import kill_supervisor, nodes_of_ray, steward_on
 from raylaunch.controller.replication import Replication
 from raylaunch.errors import ClusterError, NotFoundError, RaylaunchError
 from raylaunch.node.facts import NodeFacts
-from raylaunch.node.steward import Steward
+from raylaunch.node.ray_logs import Piece
 from raylaunch.runner.archive import runner_zip
-from raylaunch.version import __version__
 
 _log = logging.getLogger(__name__)
 
@@ -93,8 +91,11 @@ class Stdin:
 class Node:
     """A living node, its steward, and the files that come from it."""
 
-    def __init__(self, node_id: str, *, namespace: str, store: Path, emit: Callable[[LinkEvent], None]) -> None:
+    def __init__(
+        self, node_id: str, *, logs: str, namespace: str, store: Path, emit: Callable[[LinkEvent], None]
+    ) -> None:
         self._id = node_id
+        self.logs = logs
         self._namespace = namespace
         self._actor: ray.actor.ActorHandle | None = None
         self._making = asyncio.Lock()
@@ -130,7 +131,7 @@ class Node:
     async def _call(self, method: str, args: tuple[object, ...], named: Mapping[str, object]) -> object:
         async with self._making:
             if self._actor is None:
-                self._actor = await asyncio.to_thread(_steward_on, self._id, self._namespace)
+                self._actor = await asyncio.to_thread(steward_on, self._id, self._namespace)
             actor = self._actor
         return await getattr(actor, method).remote(*args, **named)
 
@@ -146,30 +147,6 @@ class Node:
             except ClusterError as error:
                 _log.warning("%s", error)
         return self._facts
-
-
-def _steward_on(node_id: str, namespace: str) -> ray.actor.ActorHandle:
-    """Return the steward of a node, started when there is none; those of other versions are ended."""
-    prefix = f"raylaunch-steward-{node_id}-"
-    name = f"{prefix}{__version__}"
-    for actor in list_named_actors(all_namespaces=True):
-        if actor["namespace"] == namespace and actor["name"].startswith(prefix) and actor["name"] != name:
-            ray.kill(ray.get_actor(actor["name"], namespace=namespace))
-    return (
-        ray.remote(Steward)
-        .options(
-            name=name,
-            namespace=namespace,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0,
-            max_restarts=-1,
-            max_task_retries=-1,
-            max_concurrency=100,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-        )
-        .remote()
-    )
 
 
 class Program:
@@ -190,6 +167,9 @@ class Program:
             "fence": self.fence,
             "settle": self.settle,
             "forget": self.forget,
+            "ray_log": self.ray_log,
+            "ray_log_grown": self.ray_log_grown,
+            "kill_waiting": self.kill_waiting,
         }
 
     async def run(self, stdin: Stdin) -> None:
@@ -243,6 +223,21 @@ class Program:
         node.replication.forget(attempt)
         return answer
 
+    async def ray_log(self, node_id: str, submission: str, **place: object) -> object:
+        """Return bytes of the log of a job of plain Ray."""
+        node = self._node(node_id)
+        piece = cast("Piece", await node.call("ray_log", node.logs, submission, timeout_s=_CALL_S, **place))
+        return {**piece, "data": base64.b64encode(piece["data"]).decode()}
+
+    async def ray_log_grown(self, node_id: str, submission: str, size: int, wait_s: float) -> object:
+        """Return the size of such a log when it has grown, or after a while."""
+        node = self._node(node_id)
+        return await node.call("ray_log_grown", node.logs, submission, size, wait_s, timeout_s=wait_s + _CALL_S)
+
+    async def kill_waiting(self, submission: str) -> bool:
+        """Kill the actor in which a job of plain Ray waits for its start: nothing else ends it there."""
+        return await asyncio.to_thread(kill_supervisor, submission)
+
     async def _send_package(self, node: Node, sha256: str) -> None:
         path = self._store / "packages" / f"{sha256}.tar.gz"
         have = cast("int", await node.call("package_have", sha256, timeout_s=_CALL_S))
@@ -280,14 +275,17 @@ class Program:
     async def _look(self) -> None:
         """Ask Ray for the nodes; follow the new ones, and leave those that are gone."""
         try:
-            self._rows = await asyncio.wait_for(asyncio.to_thread(_ask_ray), _RAY_S)
+            self._rows = await asyncio.wait_for(asyncio.to_thread(nodes_of_ray), _RAY_S)
         except (asyncio.TimeoutError, ray.exceptions.RayError) as error:
             self._stdout.fail(f"Ray's head does not answer ({str(error) or f'not within {_RAY_S:.0f} s'})")
         alive = {row["id"] for row in self._rows if row["alive"]}
         for gone in self._nodes.keys() - alive:
             self._nodes.pop(gone).leave()
-        for new in alive - self._nodes.keys():
-            self._nodes[new] = Node(new, namespace=self._namespace, store=self._store, emit=self._emit)
+        for row in self._rows:
+            if row["alive"] and row["id"] not in self._nodes:
+                self._nodes[row["id"]] = Node(
+                    row["id"], logs=row["logs"], namespace=self._namespace, store=self._store, emit=self._emit
+                )
         shape = [(row, row["id"] in alive and self._nodes[row["id"]].replication.answering) for row in self._rows]
         if shape != self._shape:
             self._shape = shape
@@ -309,22 +307,6 @@ class Program:
 
     def _emit(self, event: LinkEvent) -> None:
         self._stdout.send(event_frame(event))
-
-
-def _ask_ray() -> list[RayNode]:
-    free = ray_state.available_resources_per_node()
-    return [
-        RayNode(
-            id=node["NodeID"],
-            alive=node["Alive"],
-            hostname=node["NodeManagerHostname"],
-            address=node["NodeManagerAddress"],
-            total=dict(node["Resources"]),
-            free=dict(free.get(node["NodeID"], {})),
-            labels=dict(node.get("Labels") or {}),
-        )
-        for node in ray.nodes()
-    ]
 
 
 def _connect(config: Config, stdout: Stdout) -> None:

@@ -7,22 +7,17 @@ disk has, then a row. What a crash leaves between the two is repaired at the nex
 from __future__ import annotations
 
 import asyncio
-import base64
-import contextlib
 import os
-import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
-from raylaunch.controller import journal, schema
+from raylaunch.controller import job_folder, journal, schema
 from raylaunch.controller.journal import JOURNAL, JournalLine
 from raylaunch.controller.lock import take_lock
-from raylaunch.controller.record import HEAVY, JobRecord, heavy_json, light_json, record_from
+from raylaunch.controller.record import HEAVY, JobRecord, StopWish, heavy_json, light_json, record_from
 from raylaunch.controller.recovery import move_to_trash, reconcile
 from raylaunch.controller.search import Filters, nearest_refs, page_of
 from raylaunch.errors import ConflictError, NotFoundError
@@ -94,7 +89,7 @@ class Records:
         if earlier is not None:
             return earlier, False
         now = time.time()
-        job_id = self._new_id(request.spec.display_name)
+        job_id = job_folder.free_id(self.store / "jobs", request.spec.display_name)
         record = JobRecord(
             id=job_id,
             name=request.spec.display_name,
@@ -112,7 +107,7 @@ class Records:
         )
         folder = self.folder(record.id)
         try:
-            self._make_folder(record)
+            job_folder.make(folder, record)
             return self._write(None, record, kind="submitted", note=f"submitted by {owner}"), True
         except OSError as error:
             move_to_trash(self.store, folder.name)
@@ -125,7 +120,7 @@ class Records:
         """Return a job with all its fields.
 
         Args:
-            ref: an id; or a name, for the latest job of that name; or ``last``, for the latest job.
+            ref: an id; or a name, for the latest job of that name, ours before others'; or ``last``, for our latest.
             owner: whose latest job ``last`` is; when the owner has none, anybody's.
 
         Raises:
@@ -141,7 +136,8 @@ class Records:
                 msg = "there is no job yet"
                 raise NotFoundError(msg, hint="submit one: raylaunch run -- python train.py")
         if row is None:
-            row = self._db.execute(f"{columns} name = ? {latest}", (ref,)).fetchone()
+            ours_first = latest.replace("ORDER BY", "ORDER BY is_foreign,")
+            row = self._db.execute(f"{columns} name = ? {ours_first}", (ref,)).fetchone()
         if row is None:
             near = nearest_refs(self._db, ref)
             hint = f"did you mean {' or '.join(near)}?" if near else "see what there is: raylaunch list"
@@ -228,17 +224,37 @@ class Records:
         new = JobRecord.model_validate({**values, **fields, "updated_at": now})
         return self._write(old, new, kind=kind, note=message or "")
 
-    def put_foreign(self, view: JobView) -> None:
-        """Write a job that somebody submitted with Ray's own tools, as Ray describes it now.
+    def foreign(self, submission: str) -> JobRecord | None:
+        """Return what is recorded of a job that somebody submitted with Ray's own tools.
 
-        An event tells a new state.
+        Raises:
+            ConflictError: a job of ours has that id.
         """
-        row = self._db.execute("SELECT light, heavy FROM jobs WHERE id = ?", (view.id,)).fetchone()
-        old = record_from(*row) if row else None
+        row = self._db.execute("SELECT light, heavy FROM jobs WHERE id = ?", (submission,)).fetchone()
+        record = record_from(*row) if row else None
+        if record is not None and not record.foreign:
+            msg = f"{submission} is the id of a job of raylaunch's"
+            raise ConflictError(msg, hint="submit with another --submission-id")
+        return record
+
+    def foreign_unfinished(self) -> list[JobRecord]:
+        """Return the foreign jobs that have not ended, without heavy fields."""
+        return list(self._load_unfinished(foreign=True))
+
+    def put_foreign(self, view: JobView, *, stop_wish: StopWish | None = None) -> JobRecord:
+        """Write a foreign job as it is now; an event tells a new state. A wish to stop stays until its end.
+
+        Raises:
+            ConflictError: a job of ours has that id.
+            StorageError: it cannot be written.
+        """
+        old = self.foreign(view.id)
         values: dict[str, object] = {name: getattr(view, name) for name in JobView.model_fields}
-        new = JobRecord.model_validate({**values, "foreign": True, "cursor": old.cursor if old else 0})
+        wish = stop_wish or (old.stop_wish if old else None)
+        kept = {"foreign": True, "cursor": old.cursor if old else 0, "stop_wish": wish}
+        new = JobRecord.model_validate({**values, **kept})
         if old is not None and old.model_copy(update={"updated_at": new.updated_at}) == new:
-            return
+            return old
         if old is not None and old.state is new.state:
             with self._storing(), schema.transaction(self._db):
                 schema.put_job(self._db, new, journal_bytes=0)
@@ -247,6 +263,7 @@ class Records:
             new = new.model_copy(update={"cursor": event.seq})
             self._commit(event, self.store / JOURNAL, journal.line_of(event), record=new, own_journal=False)
         self._tell()
+        return new
 
     def events(self, *, after: int, job: str = "", limit: int = 500) -> EventPage:
         """Return events after a cursor, oldest first; of one job (its id) or of all."""
@@ -279,15 +296,13 @@ class Records:
             StorageError: it cannot be written; the job is still there then.
         """
         record = self._by_id(job_id)
-        if record.foreign:
-            msg = f"{job_id} was submitted with Ray's own tools and is not raylaunch's to remove"
-            raise ConflictError(msg, hint=f'eval "$(raylaunch env)"; ray job delete {job_id}')
         if not record.state.ended:
             msg = f"{job_id} is {record.state.value}; only a job that has ended can be removed"
             raise ConflictError(msg, hint=f"stop it first: raylaunch stop {job_id}")
         event = self._event(record, "removed", f"{record.name} was removed")
         self._commit(event, self.store / JOURNAL, journal.line_of(event), record=None, own_journal=False)
-        move_to_trash(self.store, job_id)
+        if not record.foreign:  # which has no folder, and an id that raylaunch did not make
+            move_to_trash(self.store, job_id)
         self._tell()
 
     def close(self) -> None:
@@ -295,10 +310,10 @@ class Records:
         self._db.close()
         os.close(self._lock)
 
-    def _load_unfinished(self) -> Iterator[JobRecord]:
-        ended = [state.value for state in JobState if state.ended]
-        where = f"NOT is_foreign AND state NOT IN ({', '.join('?' * len(ended))})"
-        rows = self._db.execute(f"SELECT light FROM jobs WHERE {where}", ended)  # noqa: S608 -- only marks
+    def _load_unfinished(self, *, foreign: bool = False) -> Iterator[JobRecord]:
+        going = [state.value for state in JobState if not state.ended]
+        where = f"state IN ({', '.join('?' * len(going))}) AND is_foreign = ?"
+        rows = self._db.execute(f"SELECT light FROM jobs WHERE {where}", [*going, foreign])  # noqa: S608 -- only marks
         return (record_from(light) for (light,) in rows)
 
     def _by_id(self, job_id: str) -> JobRecord:
@@ -323,22 +338,6 @@ class Records:
         msg = f"request id {request.request_id!r} has already made {earlier.id}, from {what}"
         raise ConflictError(msg, hint="use a new request id for a new job")
 
-    def _new_id(self, name: str) -> str:
-        while True:
-            job_id = f"{name}-{base64.b32encode(secrets.token_bytes(4)).decode().lower()[:6]}"
-            if not self.folder(job_id).exists():
-                return job_id
-
-    def _make_folder(self, record: JobRecord) -> None:
-        folder = self.folder(record.id)
-        folder.mkdir(mode=0o700)
-        journal.sync_folder(folder.parent)
-        if record.spec is not None:
-            spec = record.spec.model_dump(mode="json", exclude_defaults=True)
-            journal.write_text(folder / "spec.yaml", yaml.safe_dump(spec, sort_keys=False, allow_unicode=True))
-        if record.git is not None and record.git.diff:
-            journal.write_text(folder / "git.diff", record.git.diff)
-
     def _write(self, old: JobRecord | None, new: JobRecord, *, kind: str, note: str) -> JobRecord:
         event = self._event(new, kind, note) if kind else None
         if event is not None:
@@ -355,8 +354,7 @@ class Records:
         )
         self._commit(event, self.folder(new.id) / JOURNAL, line, record=new, own_journal=True)
         if heavy and new.environment is not None and new.environment.packages:
-            with contextlib.suppress(OSError):  # a copy for people; the record has it
-                journal.write_text(self.folder(new.id) / "packages.txt", "\n".join(new.environment.packages) + "\n")
+            job_folder.write_packages(self.folder(new.id), new.environment.packages)
         if new.state.ended:
             self._live.pop(new.id, None)
         else:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from raylaunch.controller.answers import answer, file_answer
-from raylaunch.controller.asking import Has, Job
+from raylaunch.controller.asking import Has, Job, require_ours
 from raylaunch.state import Artifact, MetricsPage
 
 router = APIRouter()
@@ -28,6 +28,7 @@ async def metrics(
     record: Job, services: Has, keys: Keys = None, max_points: Annotated[int, Query(ge=2, le=100_000)] = 500
 ) -> Response:
     """Return which metrics there are and their last values; and points of those that are named."""
+    require_ours(record, "metrics")
     page = partial(services.metrics.page, record, keys=keys or [], max_points=max_points)
     return answer(await anyio.to_thread.run_sync(page))
 
@@ -35,6 +36,7 @@ async def metrics(
 @router.get("/jobs/{ref}/metrics.csv", response_class=StreamingResponse)
 async def metrics_csv(record: Job, services: Has, keys: Keys = None) -> Response:
     """Return every point as CSV: step,at,key,value."""
+    require_ours(record, "metrics")
     lines = iter(services.metrics.csv(record, keys=keys or []))
     first = await anyio.to_thread.run_sync(next, lines, "")  # what cannot be read is an error, not half an answer
     return StreamingResponse(_encoded(chain([first], lines)), 200, None, "text/csv")
@@ -43,6 +45,7 @@ async def metrics_csv(record: Job, services: Has, keys: Keys = None) -> Response
 @router.get("/jobs/{ref}/files", response_model=list[Artifact])
 async def files(record: Job, services: Has) -> Response:
     """Return the files that a job left behind."""
+    require_ours(record, "files")
     return answer(await anyio.to_thread.run_sync(services.artifacts.files, record.id))
 
 
@@ -50,6 +53,7 @@ async def files(record: Job, services: Has) -> Response:
 @router.get("/jobs/{ref}/files/{path:path}", response_class=Response)
 async def file(record: Job, path: str, request: Request, services: Has) -> Response:
     """Return one file, or a range of it."""
+    require_ours(record, "files")
     where, artifact = await anyio.to_thread.run_sync(services.artifacts.path, record.id, path)
     headers = {"X-Sha256": artifact.sha256} if artifact.sha256 else {}
     return file_answer(where, request, headers=headers)

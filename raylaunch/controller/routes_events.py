@@ -7,13 +7,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from raylaunch.controller.answers import answer
 from raylaunch.controller.asking import Has, Job, WaitS, Who
 from raylaunch.controller.services import Services
-from raylaunch.controller.waits import first_of
+from raylaunch.controller.waits import departure, done, first_of
 from raylaunch.state import Event, EventPage
 
 router = APIRouter()
@@ -24,18 +24,19 @@ Cursor = Annotated[int, Query(ge=0, description="sequence number of the last eve
 
 
 @router.get("/jobs/{ref}/events", response_model=EventPage)
-async def job_events(record: Job, services: Has, after: Cursor = 0, wait_s: WaitS = 0.0) -> Response:
+async def job_events(record: Job, services: Has, request: Request, after: Cursor = 0, wait_s: WaitS = 0.0) -> Response:
     """Return a job's events after a cursor; when there are none, wait for one."""
     loop = asyncio.get_running_loop()
     limit = loop.time() + wait_s
-    with services.records.subscribe() as changed:
-        while True:
-            changed.clear()
-            page = services.records.events(after=after, job=record.id)
-            left = limit - loop.time()
-            if page.events or left <= 0 or services.closing.is_set():
-                return answer(page)
-            await first_of(changed.wait(), services.closing.wait(), timeout_s=left)
+    async with departure(request) as gone:
+        with services.records.subscribe() as changed:
+            while True:
+                changed.clear()
+                page = services.records.events(after=after, job=record.id)
+                left = limit - loop.time()
+                if page.events or left <= 0 or services.closing.is_set() or gone.done():
+                    return answer(page)
+                await first_of(changed.wait(), services.closing.wait(), done(gone), timeout_s=left)
 
 
 @router.get("/events", response_class=StreamingResponse)

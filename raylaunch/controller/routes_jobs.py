@@ -72,7 +72,7 @@ async def jobs(  # noqa: PLR0913 -- each is one filter
 async def job(record: Job, services: Has) -> Response:
     """Return one job with all its fields; of one that runs, with what it has measured so far."""
     view = record.view()
-    if record.state.active:
+    if record.state.active and not record.foreign:
         view = view.model_copy(update=await anyio.to_thread.run_sync(_measured, services.metrics, record))
     return answer(view)
 

@@ -4,19 +4,18 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import Annotated, NamedTuple
 
-import anyio
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from raylaunch.controller import logs
 from raylaunch.controller.answers import answer
 from raylaunch.controller.asking import Has, Job, WaitS, pick_attempt
+from raylaunch.controller.log_sources import Log, Searched, log_of
 from raylaunch.controller.record import JobRecord
 from raylaunch.controller.services import Services
-from raylaunch.controller.waits import first_of
-from raylaunch.errors import SpecError
+from raylaunch.controller.waits import departure, done, first_of
+from raylaunch.errors import ClusterError, NotFoundError, SpecError
 from raylaunch.state import LogMatches
 
 router = APIRouter()
@@ -37,6 +36,7 @@ class _Look(NamedTuple):
 async def log(  # noqa: PLR0913 -- each is one option
     record: Job,
     services: Has,
+    request: Request,
     *,
     attempt: Attempt = None,
     rank: Rank = 0,
@@ -50,17 +50,17 @@ async def log(  # noqa: PLR0913 -- each is one option
         msg = "a log is read from its tail or from an offset, not both"
         raise SpecError(msg, hint="give one of tail and offset")
     n = pick_attempt(record, attempt)
-    path = logs.log_path(services.records.folder(record.id), attempt=n, rank=rank)
     begin = offset or 0
-    if tail is not None and n:
-        begin = await anyio.to_thread.run_sync(logs.tail_offset, path, tail)
-    look = await _look(services, record, n, rank=rank, begin=begin, limit=limit, wait_s=wait_s)
+    if tail is not None:
+        begin = await log_of(services, record, n=n, rank=rank).tail_offset(tail)
+    look = await _look(services, request, _Asked(record.id, n, rank, begin, limit, wait_s))
     headers = {
         "X-Log-Offset": str(look.slice.offset),
         "X-Log-Next": str(look.slice.next),
         "X-Log-Size": str(look.slice.size),
         "X-Log-Attempt": str(look.attempt),
         "X-Log-Ended": "1" if look.ended else "0",
+        "X-Log-Ranks": str(_ranks(services, record.id, look.attempt)),
     }
     return Response(look.slice.data, 200, headers, "application/octet-stream")
 
@@ -80,60 +80,67 @@ async def search(  # noqa: PLR0913 -- each is one option
 ) -> Response:
     """Return lines of a log that match."""
     n = pick_attempt(record, attempt)
-    path = logs.log_path(services.records.folder(record.id), attempt=n, rank=rank)
-    options = {"regex": regex, "ignore_case": ignore_case}
-    found = partial(logs.search, path, pattern, **options, offset=offset, limit=limit)
-    return answer(await anyio.to_thread.run_sync(found))
+    asked = Searched(pattern=pattern, regex=regex, ignore_case=ignore_case, offset=offset, limit=limit)
+    return answer(await log_of(services, record, n=n, rank=rank).search(asked))
 
 
-async def _look(  # noqa: PLR0913 -- all named
-    services: Services, record: JobRecord, n: int, *, rank: int, begin: int, limit: int, wait_s: float
-) -> _Look:
+class _Asked(NamedTuple):
+    """What somebody wants to read; attempt 0 is the first, once it begins."""
+
+    job: str
+    attempt: int
+    rank: int
+    begin: int
+    limit: int
+    wait_s: float
+
+
+async def _look(services: Services, request: Request, asked: _Asked) -> _Look:
     """Look at the log; at its end, look again whenever something changes, until the time is over."""
     loop = asyncio.get_running_loop()
-    until = loop.time() + wait_s
-    with services.records.subscribe() as changed:
-        while True:
-            changed.clear()
-            record = services.records.get(record.id)
-            n = n or len(record.attempts)
-            ended = _over(record, n)  # before reading: what is read then holds all that there will be
-            left = until - loop.time()
-            growth = asyncio.ensure_future(_growth(services, record, n, left))  # before reading: nothing is missed
-            try:
-                look = await _read(services, record, n, rank=rank, begin=begin, limit=limit, ended=ended)
-                if look.slice.data or ended or left <= 0 or services.closing.is_set():
-                    return look
-                await first_of(changed.wait(), services.closing.wait(), _done(growth), timeout_s=left)
-            finally:
-                growth.cancel()
-                await asyncio.gather(growth, return_exceptions=True)
+    until = loop.time() + asked.wait_s
+    async with departure(request) as gone:
+        with services.records.subscribe() as changed:
+            while True:
+                changed.clear()
+                record = services.records.get(asked.job)
+                n = asked.attempt or len(record.attempts)
+                ended = _over(record, n)  # before reading: what is read then holds all that there will be
+                left = until - loop.time()
+                log = log_of(services, record, n=n, rank=asked.rank)
+                growth = asyncio.ensure_future(log.grown(asked.begin, max(0.0, left)))  # before reading: none is missed
+                try:
+                    look = await _read(log, asked, n, ended=ended, patient=left > 0)
+                    if look.slice.data or ended or left <= 0 or services.closing.is_set() or gone.done():
+                        return look
+                    waits = (changed.wait(), services.closing.wait(), done(gone), done(growth))
+                    await first_of(*waits, timeout_s=left)
+                finally:
+                    growth.cancel()
+                    await asyncio.gather(growth, return_exceptions=True)
 
 
-async def _read(  # noqa: PLR0913 -- all named
-    services: Services, record: JobRecord, n: int, *, rank: int, begin: int, limit: int, ended: bool
-) -> _Look:
-    folder = services.records.folder(record.id)
-    if ended and rank and n:
-        logs.check_rank(record.id, folder, attempt=n, rank=rank)
-    path = logs.log_path(folder, attempt=n, rank=rank)
-    piece = await anyio.to_thread.run_sync(partial(logs.read, path, offset=begin, limit=limit))
-    return _Look(piece, n, ended)
+async def _read(log: Log, asked: _Asked, n: int, *, ended: bool, patient: bool) -> _Look:
+    try:
+        return _Look(await log.read(asked.begin, asked.limit, ended=ended), n, ended)
+    except ClusterError:  # who follows outlasts a Ray that is away
+        if ended or not asked.wait_s:
+            raise
+    except NotFoundError:  # so is a node whose Ray has just come back
+        if ended or not patient:
+            raise
+    return _Look(logs.Slice(asked.begin, b"", 0), n, ended)
 
 
-async def _growth(services: Services, record: JobRecord, n: int, timeout_s: float) -> None:
-    if n and timeout_s > 0:
-        await services.jobs.wait_growth(record.attempts[n - 1].id, timeout_s)
-    else:
-        await services.closing.wait()
-
-
-async def _done(task: asyncio.Future[None]) -> None:
-    await asyncio.wait([task])
+def _ranks(services: Services, job: str, n: int) -> int:
+    """Return how many ranks an attempt has; where its launcher does not say, how many have a log so far."""
+    record = services.records.get(job)
+    known = record.attempts[n - 1].ranks if n else 1
+    return known or len(logs.ranks(services.records.folder(job), attempt=n))
 
 
 def _over(record: JobRecord, n: int) -> bool:
-    """Whether the attempt is over and all of its log that will ever come is in the store."""
+    """Whether the attempt is over and all of its log that will ever come is there."""
     if not n:
         return record.state.ended
     attempt = record.attempts[n - 1]

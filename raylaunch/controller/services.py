@@ -10,6 +10,7 @@ from typing import Protocol
 
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.auth import Role, TokenBook
+from raylaunch.controller.foreign_logs import ForeignLogs
 from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.record import JobRecord
 from raylaunch.controller.records import Records
@@ -87,6 +88,7 @@ class Services:
     artifacts: Artifacts
     metrics: MetricsReader
     jobs: JobVerbs
+    foreign_logs: ForeignLogs
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the server shuts down: everything that waits for news then answers at once."""
 

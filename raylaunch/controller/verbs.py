@@ -8,6 +8,7 @@ import time
 
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.attempt_spec import wandb_link
+from raylaunch.controller.foreign import ForeignJobs
 from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.queue import Admit, plan_queue, why_never
 from raylaunch.controller.records import JobRecord, Records
@@ -36,6 +37,7 @@ class Verbs:
         secrets: SecretStore,
         artifacts: Artifacts,
         sight: Sight,
+        foreign: ForeignJobs,
     ) -> None:
         self._settings = settings
         self._records = records
@@ -43,6 +45,7 @@ class Verbs:
         self._secrets = secrets
         self._artifacts = artifacts
         self._sight = sight
+        self._foreign = foreign
         self._began_at = time.time()
 
     async def submit(self, request: SubmitRequest, person: str) -> SubmitAnswer:
@@ -87,11 +90,10 @@ class Verbs:
         """Ask for the end of a job; it is ``stopped`` once none of its processes is left.
 
         Raises:
-            ConflictError: it has ended already, or is foreign.
+            ConflictError: it has ended already.
         """
         if record.foreign:
-            msg = f"{record.id} was submitted with plain ray job submit"
-            raise ConflictError(msg, hint=f'eval "$(raylaunch env)"; ray job stop {record.id}')
+            return self._foreign.stop(record, person=person)
         if record.state.ended:
             msg = f"{record.id} has ended already: {record.state.value}"
             raise ConflictError(msg, hint=f"raylaunch show {record.id}")
@@ -126,10 +128,14 @@ class Verbs:
 
         Raises:
             ConflictError: it has not ended.
+            ClusterDownError: it is one of plain Ray's, which has to forget it too, and Ray does not answer.
         """
         if not record.state.ended:
             msg = f"{record.id} is {record.state.value}; only a job that has ended can be removed"
             raise ConflictError(msg, hint=f"raylaunch stop {record.id}")
+        if record.foreign:
+            await self._foreign.remove(record)
+            return 0
         freed = self._artifacts.bytes_of(record.id)
         self._records.delete(record.id)
         self._secrets.forget_job(record.id)

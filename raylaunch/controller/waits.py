@@ -1,9 +1,12 @@
-"""Waiting for the first of several things, with a limit."""
+"""Waiting for the first of several things, with a limit; and noticing that nobody waits for the answer any more."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+
+from fastapi import Request
 
 
 async def first_of(*waits: Coroutine[object, object, object], timeout_s: float) -> None:
@@ -21,3 +24,27 @@ async def first_of(*waits: Coroutine[object, object, object], timeout_s: float) 
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def done(task: asyncio.Future[None]) -> None:
+    """Wait for the end of `task`, whose own end this is not."""
+    await asyncio.wait([task])
+
+
+@asynccontextmanager
+async def departure(request: Request) -> AsyncIterator[asyncio.Future[None]]:
+    """Yield what is done once the client has closed its connection. For requests whose body has been read, or has none.
+
+    Without it, a question that is held back for news would hold its place for a client that is long gone.
+    """
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task = asyncio.ensure_future(gone())
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

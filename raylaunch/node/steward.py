@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from raylaunch.errors import RaylaunchError
-from raylaunch.node import facts, folder
+from raylaunch.node import facts, folder, ray_logs
 from raylaunch.node.changes import Answer, Changes, Have
 from raylaunch.node.files import FileStat, inventory
 from raylaunch.node.packages import Packages, storage_error
@@ -195,6 +195,22 @@ class Steward:
         if self._woken is not None:
             self._woken.set()
         return found
+
+    async def ray_log(self, logs: str, submission: str, *, offset: int, tail: int | None, limit: int) -> ray_logs.Piece:
+        """Return bytes of the log of a job of plain Ray; `logs` is where Ray keeps them on this node."""
+        return await self._in_thread(
+            lambda: ray_logs.read(Path(logs), submission, offset=offset, tail=tail, limit=limit)
+        )
+
+    async def ray_log_grown(self, logs: str, submission: str, size: int, wait_s: float) -> int:
+        """Return the size of such a log as soon as it is more than `size`, or after `wait_s`."""
+        began = time.monotonic()
+        while True:
+            now = await self._in_thread(lambda: ray_logs.size_of(Path(logs), submission))
+            waited_s = time.monotonic() - began
+            if now > size or waited_s >= wait_s:
+                return now
+            await asyncio.sleep(_LIVE_LOOK_S if waited_s < _QUIET_AFTER_S else _QUIET_LOOK_S)
 
     async def forget(self, attempt: str) -> None:
         """Delete an attempt's folder."""

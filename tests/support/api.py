@@ -18,12 +18,16 @@ import httpx2
 
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.auth import TokenBook
+from raylaunch.controller.foreign_logs import ForeignLogs
+from raylaunch.controller.link import Link
 from raylaunch.controller.metrics import Metrics
 from raylaunch.controller.packages import PackageStore
+from raylaunch.controller.ray_jobs import RayJobs
 from raylaunch.controller.records import JobRecord, Records
 from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.server import ApiServer
 from raylaunch.controller.services import DryRun, Services
+from raylaunch.controller.sight import Sight
 from raylaunch.state import Change, ControllerStatus, JobView, RayAccess, SubmitAnswer, SubmitRequest
 from raylaunch.version import API, __version__
 from support.waiting import wait_until
@@ -153,6 +157,7 @@ class Api:
             artifacts=artifacts,
             metrics=Metrics(self.store),
             jobs=self.desk,
+            foreign_logs=_without_ray(self.store),
         )
         self.server = ApiServer(self.services)
         self._ready.set()
@@ -160,6 +165,18 @@ class Api:
             await self.server.serve(sockets=[self._listener])
         finally:
             self.records.close()
+
+
+def _without_ray(store: Path) -> ForeignLogs:
+    """Return what reads logs of plain Ray's jobs, where there is no Ray."""
+    link = Link(
+        gcs_address="127.0.0.1:9",
+        ray_token_path=store / "none",
+        store=store,
+        on_event=lambda _event: None,
+        log_path=store / "link.log",
+    )
+    return ForeignLogs(link=link, ray=RayJobs("http://127.0.0.1:9", "none"), sight=Sight())
 
 
 @contextmanager

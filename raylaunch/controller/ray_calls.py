@@ -1,0 +1,66 @@
+"""What the link asks of Ray itself: stewards, nodes, supervisors. Blocking, for threads of a connected process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ray
+from ray._private import state as ray_state
+from ray.util import list_named_actors
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raylaunch.controller.nodes import RayNode
+from raylaunch.node.steward import Steward
+from raylaunch.version import __version__
+
+
+def steward_on(node_id: str, namespace: str) -> ray.actor.ActorHandle:
+    """Return the steward of a node, started when there is none; those of other versions are ended."""
+    prefix = f"raylaunch-steward-{node_id}-"
+    name = f"{prefix}{__version__}"
+    for actor in list_named_actors(all_namespaces=True):
+        if actor["namespace"] == namespace and actor["name"].startswith(prefix) and actor["name"] != name:
+            ray.kill(ray.get_actor(actor["name"], namespace=namespace))
+    return (
+        ray.remote(Steward)
+        .options(
+            name=name,
+            namespace=namespace,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            max_concurrency=100,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        )
+        .remote()
+    )
+
+
+def kill_supervisor(submission: str) -> bool:
+    """Kill a job's supervisor by the name that Ray gives it (``ray.dashboard.modules.job.common`` of Ray 2.60)."""
+    try:
+        actor = ray.get_actor(f"_ray_internal_job_actor_{submission}", namespace="SUPERVISOR_ACTOR_RAY_NAMESPACE")
+    except ValueError:  # there is none
+        return False
+    ray.kill(actor, no_restart=True)
+    return True
+
+
+def nodes_of_ray() -> list[RayNode]:
+    """Return every node that Ray lists, dead ones too."""
+    free = ray_state.available_resources_per_node()
+    return [
+        RayNode(
+            id=node["NodeID"],
+            alive=node["Alive"],
+            hostname=node["NodeManagerHostname"],
+            address=node["NodeManagerAddress"],
+            total=dict(node["Resources"]),
+            free=dict(free.get(node["NodeID"], {})),
+            labels=dict(node.get("Labels") or {}),
+            logs=str(Path(node.get("ObjectStoreSocketName", "")).parent.parent / "logs"),
+        )
+        for node in ray.nodes()
+    ]
