@@ -14,7 +14,9 @@ import pytest
 from support.running import Attempt
 from support.waiting import wait_until
 
+from raylaunch.controller.metrics import Metrics
 from raylaunch.runner import contract
+from raylaunch.state import AttemptView
 
 Make = Callable[..., Attempt]
 
@@ -47,6 +49,14 @@ signal.signal(signal.SIGTERM, save)
 print("up", flush=True)
 while True:
     time.sleep(0.1)
+"""
+TRACKS = """
+import os, time, wandb
+rank = int(os.environ["RANK"])
+time.sleep(0 if rank else 2)
+with wandb.init() as run:
+    for step in range(3):
+        run.log({"loss": 10.0 * rank + step})
 """
 MEETS = """
 import os, pathlib, sys, time
@@ -178,3 +188,17 @@ def test_without_pytorch_it_says_what_to_install(make: Make) -> None:
     assert end["message"].startswith(f"launcher: torchrun needs PyTorch, and the job's environment ({bare}) has none: ")
     assert f"{bare} -m pip install torch" in end["message"]
     assert not attempt.log.exists()
+
+
+@pytest.mark.wandb
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the wandb package")
+def test_where_every_rank_tracks_the_job_is_what_rank_0_logged(make: Make, tmp_path: Path) -> None:
+    wandb = {"mode": "offline", "run_id": "own", "name": "job", "tags": [], "notes": "", "job_type": "train"}
+    attempt = make("python train.py", TRACKS, processes=2, wandb={**wandb, "project": "p", "entity": "", "group": "g"})
+    assert attempt.run(timeout_s=120)["ended"] == "completed"
+    (tmp_path / "jobs" / "job-aaaaaa").mkdir(parents=True)
+    (tmp_path / "jobs" / "job-aaaaaa" / "attempt-1").symlink_to(attempt.folder)
+    last, step = Metrics(tmp_path).last("job-aaaaaa", (AttemptView(id="job-aaaaaa-1", n=1, admitted_at=1.0),))
+    assert (next(iter(last.items())), step) == (("loss", 2.0), 2)
+    (other,) = (key for key in last if key.endswith("/loss"))
+    assert last[other] == 12.0
