@@ -27,6 +27,7 @@ from raylaunch.controller.link import Link
 from raylaunch.controller.means import Leavings, Means
 from raylaunch.controller.metrics import Metrics
 from raylaunch.controller.packages import PackageStore
+from raylaunch.controller.ray_fit import RayFit
 from raylaunch.controller.ray_jobs import RayJobs
 from raylaunch.controller.records import JobRecord, Records
 from raylaunch.controller.secret_store import SecretStore
@@ -107,6 +108,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         artifacts=artifacts,
         sight=sight,
         foreign=foreign,
+        ray_fit=RayFit(settings=settings, packages=packages, sight=sight, link=link),
     )
     services = Services(
         store=settings.store,

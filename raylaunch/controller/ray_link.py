@@ -163,6 +163,7 @@ class Program:
         self._methods: dict[str, Callable[..., Awaitable[object]]] = {
             "nodes": self.nodes,
             "prepare": self.prepare,
+            "ray_fit": self.ray_fit,
             "stop": self.stop,
             "fence": self.fence,
             "settle": self.settle,
@@ -198,6 +199,11 @@ class Program:
         if package:
             await self._send_package(node, package)
         return await node.call("prepare", spec, package, secrets, await asyncio.to_thread(runner_zip), timeout_s=600)
+
+    async def ray_fit(self, node_id: str, question: object) -> object:
+        """Ask whether the Ray of an environment fits the cluster's."""
+        archive = await asyncio.to_thread(runner_zip)
+        return await self._node(node_id).call("ray_fit", question, archive, timeout_s=_CALL_S)
 
     async def stop(self, node_id: str, attempt: str, wish: object) -> object:
         """Write the wish to stop."""

@@ -11,6 +11,7 @@ from raylaunch.controller.attempt_spec import wandb_link
 from raylaunch.controller.foreign import ForeignJobs
 from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.queue import Admit, plan_queue, why_never
+from raylaunch.controller.ray_fit import RayFit
 from raylaunch.controller.records import JobRecord, Records
 from raylaunch.controller.rooms import ask_for, ask_of, holdings_of, rooms_of, waiting
 from raylaunch.controller.secret_store import SecretStore
@@ -38,6 +39,7 @@ class Verbs:
         artifacts: Artifacts,
         sight: Sight,
         foreign: ForeignJobs,
+        ray_fit: RayFit,
     ) -> None:
         self._settings = settings
         self._records = records
@@ -46,18 +48,20 @@ class Verbs:
         self._artifacts = artifacts
         self._sight = sight
         self._foreign = foreign
+        self._ray_fit = ray_fit
         self._began_at = time.time()
 
     async def submit(self, request: SubmitRequest, person: str) -> SubmitAnswer:
         """Take a job in. From the answer on, nothing is lost.
 
         Raises:
-            SpecError: a secret that it names is not set.
+            SpecError: a secret that it names is not set, or its Ray does not fit the cluster's.
             UnsatisfiableError: no node could ever run it.
             ConflictError: its code has not arrived, or the request id made another job.
             StorageError: the store's disk is full.
         """
         self._check(request)
+        await self._ray_fit.check(request)
         record, created = self._records.create(
             request,
             owner=person,
@@ -76,6 +80,7 @@ class Verbs:
             UnsatisfiableError: as `submit`.
         """
         self._check(request, package=False)
+        await self._ray_fit.check(request)
         rooms = rooms_of(self._sight.nodes)
         ask = ask_for(request.spec, job="(this job)", since=time.time())
         unfinished = self._records.unfinished()

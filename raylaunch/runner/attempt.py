@@ -143,7 +143,8 @@ class Attempt:
         found = ray_fit.Versions(seen.version, seen.packages.get("ray", ray_fit.NO_RAY))
         problem = ray_fit.mismatch(found, ray_fit.of_cluster(), self._spec["environment"], seen.python)
         if problem:
-            raise EnvironmentProblem(problem)
+            msg = f"{problem.what}: {problem.mend}"
+            raise EnvironmentProblem(msg)
 
     def _plan(self, prepared: Prepared) -> Prepared:
         """Plan how the training is started; returns its variables with those of its launcher."""

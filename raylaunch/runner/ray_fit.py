@@ -40,6 +40,13 @@ class Versions(NamedTuple):
     ray: str
 
 
+class Mismatch(NamedTuple):
+    """What does not fit, and the command that mends it."""
+
+    what: str
+    mend: str
+
+
 NO_RAY = "none"
 
 
@@ -51,8 +58,8 @@ def of_cluster() -> Versions:
         return Versions(platform.python_version(), "")
 
 
-def mismatch(found: Versions, needed: Versions, environment: EnvironmentSpec, python: str) -> str:
-    """Return what does not fit and the command that mends it, or an empty text.
+def mismatch(found: Versions, needed: Versions, environment: EnvironmentSpec, python: str) -> Mismatch | None:
+    """Return what does not fit, or None.
 
     Args:
         found: what the job's environment has.
@@ -63,13 +70,14 @@ def mismatch(found: Versions, needed: Versions, environment: EnvironmentSpec, py
     minor, theirs = _minor(needed.python), _minor(found.python)
     wanted = f"ray[default]=={needed.ray}"
     if found.python and needed.python and minor != theirs:
-        what = f"Python {minor}, as the cluster has, and {python} is Python {found.python}"
-        return f"launcher: ray needs {what}: {_other_python(environment, minor, wanted, python)}"
+        says = ".python-version says" if environment["kind"] == "uv" else f"{python} is"
+        what = f"launcher: ray needs Python {minor}, as the cluster has, and {says} Python {found.python}"
+        return Mismatch(what, _other_python(environment, minor, wanted, python))
     if found.ray and needed.ray and found.ray != needed.ray:
         has = "has no Ray" if found.ray == NO_RAY else f"has Ray {found.ray}"
-        what = f"Ray {needed.ray}, as the cluster has, and {python} {has}"
-        return f"launcher: ray needs {what}: {_other_ray(environment, wanted, python)}"
-    return ""
+        what = f"launcher: ray needs Ray {needed.ray}, as the cluster has, and {python} {has}"
+        return Mismatch(what, _other_ray(environment, wanted, python))
+    return None
 
 
 def _other_ray(environment: EnvironmentSpec, wanted: str, python: str) -> str:
@@ -117,9 +125,9 @@ def of_files(environment: EnvironmentSpec, files: Mapping[str, str]) -> tuple[Ve
     return Versions("", rays[0] if len(rays) == 1 else ""), environment["value"] or "its list of requirements"
 
 
-def of_interpreter(environment: EnvironmentSpec, env: dict[str, str], folder: Path) -> tuple[Versions, str]:
+def of_interpreter(environment: EnvironmentSpec, env: dict[str, str], folder: Path, envs: Path) -> tuple[Versions, str]:
     """Ask an interpreter that is on this node; nothing is known where it is not there, or does not answer."""
-    place = Place(folder / "code", folder / "tmp", folder / "envs", folder / "setup.log")
+    place = Place(folder / "code", folder / "tmp", envs, folder / "setup.log")
     for made in (place.code, place.tmp):
         made.mkdir(parents=True, exist_ok=True)
     pulse = Pulse(folder, grace_s=1.0, environ=env)
@@ -134,19 +142,19 @@ def of_interpreter(environment: EnvironmentSpec, env: dict[str, str], folder: Pa
 
 
 def main(_arguments: Sequence[str]) -> int:
-    """Read a question from stdin, and print what does not fit: ``{"problem": TEXT}``."""
+    """Read a question from stdin, and print what does not fit: ``{"what": TEXT, "mend": TEXT}``."""
     question = json.loads(sys.stdin.buffer.read())
     environment: EnvironmentSpec = question["environment"]
     needed = of_cluster()
     if environment["kind"] == "default":
-        problem = ""
+        problem = None
     elif environment["kind"] in ("uv", "pip"):
         found, where = of_files(environment, question["files"])
         problem = mismatch(found, needed, environment, where)
     else:
         with tempfile.TemporaryDirectory(prefix="raylaunch-fit-") as folder:
             env = {**without_ray(os.environ), **question["env"]}
-            found, python = of_interpreter(environment, env, Path(folder))
+            found, python = of_interpreter(environment, env, Path(folder), Path(question["envs"]))
         problem = mismatch(found, needed, environment, python)
-    sys.stdout.write(json.dumps({"problem": problem}) + "\n")
+    sys.stdout.write(json.dumps((problem or Mismatch("", ""))._asdict()) + "\n")
     return 0

@@ -86,7 +86,7 @@ class Runs:
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             _say(f"wandb.init failed on-line ({why}); what the training reports is tracked off-line")
             run = _init(run_id, name, config, mode="offline")
-        if run.url:
+        if not run.offline and run.url:
             _say(f"View run at {run.url}")
         self._open[run_id] = run
         self._shift[run_id] = 0 if step else run.step
