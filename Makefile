@@ -1,13 +1,13 @@
 # `make demo` and `make test` do everything on a machine that has Python 3, git and make.
 
 BIN := .venv/bin
-SOURCES := raylaunch mcp_server tests examples benchmarks
+SOURCES := raylaunch mcp_server tests examples benchmarks tools docs
 # Two workers, whole files each: a file that starts a cluster keeps it to itself.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 ARGS :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients check lint format bench clean
+.PHONY: help demo test test-clients check lint format bench docs docs-reference clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-21s %s\n", $$1, $$2}'
@@ -39,8 +39,15 @@ format: .venv/.test ## let ruff format and fix what it can
 bench: .venv/.test ## measure raylaunch beside its peers; writes benchmarks/results.json
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
+docs: .venv/.docs ## build the documentation into site/; a broken link fails it
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env -c docs -d build/docs -b html . site
+	@echo "site/index.html"
+
+docs-reference: .venv/.docs ## write docs/reference and the tools in docs/mcp.md anew from the code
+	$(BIN)/python -m tools.reference
+
 clean: ## remove what the targets above have made in this folder
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist build raylaunch-demo
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist build site raylaunch-demo
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: made again when what is installed changes.
@@ -48,6 +55,10 @@ clean: ## remove what the targets above have made in this folder
 	@tools/setup.sh demo
 	@touch $@
 
+.venv/.docs: pyproject.toml constraints.txt tools/setup.sh
+	@tools/setup.sh docs
+	@touch $@
+
 .venv/.test: pyproject.toml constraints.txt tools/setup.sh tools/node.sh
 	@tools/setup.sh test
-	@touch $@ .venv/.demo
+	@touch $@ .venv/.demo .venv/.docs

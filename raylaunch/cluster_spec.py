@@ -87,7 +87,8 @@ class HostSpec(HostDefaults):
     address: str = ""
     """Its address on the cluster's network, where that is not the one that ssh reaches. Example: `10.0.0.1`"""
     fingerprint: str = ""
-    """The host key that it must show; without it known_hosts decides. Example: `SHA256:uNiVztksCsDhcc0u9e8BgrJX…`"""
+    """The host key that it must show; without it known_hosts decides.
+    Example: `SHA256:uNiVztksCsDhcc0u9e8BgrJXVGbmkfEyjFn8WEgbPGI`"""
     store: str = ""
     """The folder of records, logs and outputs; the first host alone has one. Example: `/raid/ml/store`"""
 

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Makes the virtual environment in .venv:   tools/setup.sh demo|test
+# Makes the virtual environment in .venv:   tools/setup.sh demo|docs|test
 #
-# Called by the Makefile. `demo` installs what `make demo` needs, `test` what `make test` needs as well. As root on Debian
+# Called by the Makefile. Installs what `make demo`, `docs` or `test` needs; `test` includes the others. As root on Debian
 # and its relatives, missing system packages are installed; elsewhere a sentence says what to install.
 # Variables: PYTHON (the interpreter to use), TORCH (what to give to pip; empty for none).
 set -eu
@@ -72,7 +72,7 @@ make_venv() {
 
 pip_install() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
 
-[ "$WHAT" = demo ] || [ "$WHAT" = test ] || fail "usage: tools/setup.sh demo|test"
+case $WHAT in demo | docs | test) ;; *) fail "usage: tools/setup.sh demo|docs|test" ;; esac
 
 if ! fits "$VENV/bin/python" || ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
     python=$(find_python)
@@ -85,10 +85,10 @@ if [ "$WHAT" = test ]; then
         say "could not install $TORCH; its tests will be skipped."
     fi
     say "installs raylaunch with what its tests need"
-    pip_install -e '.[demo,dev]'
+    pip_install -e '.[demo,dev,docs]'
     # A client that is not ours, for the tests of the MCP server. Without it they are skipped.
     tools/node.sh inspector @modelcontextprotocol/inspector@2.12.0 || say "could not install the MCP Inspector; its tests will be skipped."
 else
-    say "installs raylaunch with what its demo needs (about a minute)"
-    pip_install -e '.[demo]'
+    say "installs raylaunch with what make $WHAT needs (about a minute)"
+    pip_install -e ".[$WHAT]"
 fi

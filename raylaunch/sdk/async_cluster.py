@@ -33,11 +33,13 @@ def say(sentence: str) -> None:
 
 
 class AsyncCluster:
-    """One cluster. An async context manager; `connect` makes it.
+    """One cluster. An async context manager; `raylaunch.aconnect` makes it.
+
+    All verbs raise `ClusterDownError` when nothing answers, and `AccessError` when the token may not do it.
 
     ::
 
-        async with await AsyncCluster.connect() as cluster:
+        async with await raylaunch.aconnect() as cluster:
             job = await cluster.submit("python train.py", gpus=1)
             await job.result()
     """
@@ -159,7 +161,11 @@ class AsyncCluster:
             retries: more attempts when the program fails.
             request_id: the same id with the same job returns the job that is there, also from another Python.
 
+        Returns:
+            The job. It waits for its turn, and goes on without this Python.
+
         Raises:
+            TransferError: the code did not arrive as it was sent.
             SpecError: a value that cannot be, a folder that cannot be packed, or what no node could ever run.
             ConflictError: `request_id` was used for something else.
         """

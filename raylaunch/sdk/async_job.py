@@ -30,6 +30,9 @@ class AsyncJob:
     """One job. `AsyncCluster.submit` and `AsyncCluster.job` make it.
 
     It holds nothing that could be lost: end this Python during any verb, and the job goes on as it was.
+
+    All verbs raise `ClusterDownError` when nothing answers, `AccessError` when the token may not do it, and
+    `NotFoundError` when the job was removed, or for what is not kept of a job of plain Ray (metrics, files).
     """
 
     def __init__(self, client: Client, view: JobView) -> None:
@@ -102,6 +105,12 @@ class AsyncJob:
 
         Args:
             grace_s: seconds between SIGTERM and SIGKILL; by default what the job's spec says.
+
+        Returns:
+            The job as it is once that is noted: `stopping`, or `stopped` if it was still waiting.
+
+        Raises:
+            ConflictError: it has ended.
         """
         self._view = await self._client.stop(self.id, grace_s=grace_s)
         return self._view
@@ -142,6 +151,9 @@ class AsyncJob:
             tail: lines; None for the whole log, which is then held in memory.
             attempt: which attempt, from 1; by default the latest.
             rank: which of the attempt's ranks; `view.attempt.ranks` says how many there are.
+
+        Raises:
+            NotFoundError: there is no such attempt, or no such rank in it.
         """
         chunk = await self._client.logs(
             self.id, tail=tail, offset=0 if tail is None else None, attempt=attempt, rank=rank
@@ -184,7 +196,10 @@ class AsyncJob:
             pattern: text, or with `regex` a regular expression.
             regex: whether `pattern` is one.
             ignore_case: whether upper and lower case are the same.
-            limit: lines at most.
+            limit: lines at most, 1 or more.
+
+        Raises:
+            SpecError: `pattern` is no regular expression, or empty.
         """
         return await self._client.search_logs(self.id, pattern, regex=regex, ignore_case=ignore_case, limit=limit)
 
@@ -193,7 +208,7 @@ class AsyncJob:
 
         Args:
             keys: the metrics whose curves are wanted; by default all, 20 at most.
-            max_points: points of a curve at most; longer ones are thinned evenly.
+            max_points: points of a curve at most, 2 or more; longer ones are thinned evenly.
         """
         page = await self._client.metrics(self.id, keys=keys, max_points=max_points)
         if not keys and page.keys:
@@ -225,7 +240,9 @@ class AsyncJob:
         everything: bool = False,
         on_progress: OnProgress = no_progress,
     ) -> tuple[Downloaded, ...]:
-        """Fetch files, each verified against its checksum; what is there already is not fetched again.
+        """Fetch files, each verified against its checksum.
+
+        The same file is not fetched again when it is there already; another one of its name is replaced.
 
         Args:
             paths: names, folders or globs; by default the job's outputs, each from the latest attempt that has it.
@@ -233,9 +250,13 @@ class AsyncJob:
             everything: without `paths`, checkpoints, logs, tracking and records too.
             on_progress: called with what travels, bytes done and bytes in all.
 
+        Returns:
+            What is here now, one for each file.
+
         Raises:
             NotFoundError: a name fits no file.
             TransferError: a file did not arrive as it was sent.
+            StorageError: a file cannot be written here.
         """
         wanted = (paths,) if isinstance(paths, str) else tuple(paths)
         return await self._client.download(

@@ -20,11 +20,13 @@ from raylaunch.state import ControllerStatus, JobState
 
 
 class Cluster:
-    """One cluster. A context manager; `connect` makes it.
+    """One cluster. A context manager; `raylaunch.connect` makes it.
+
+    All verbs raise `ClusterDownError` when nothing answers, and `AccessError` when the token may not do it.
 
     ::
 
-        with Cluster.connect() as cluster:
+        with raylaunch.connect() as cluster:
             job = cluster.submit("python train.py", gpus=1)
             job.result()
     """
@@ -138,7 +140,11 @@ class Cluster:
             retries: more attempts when the program fails.
             request_id: the same id with the same job returns the job that is there, also from another Python.
 
+        Returns:
+            The job. It waits for its turn, and goes on without this Python.
+
         Raises:
+            TransferError: the code did not arrive as it was sent.
             SpecError: a value that cannot be, a folder that cannot be packed, or what no node could ever run.
             ConflictError: `request_id` was used for something else.
         """

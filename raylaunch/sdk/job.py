@@ -27,6 +27,9 @@ class Job:
     """One job. `Cluster.submit` and `Cluster.job` make it.
 
     It holds nothing that could be lost: end this Python during any verb, and the job goes on as it was.
+
+    All verbs raise `ClusterDownError` when nothing answers, `AccessError` when the token may not do it, and
+    `NotFoundError` when the job was removed, or for what is not kept of a job of plain Ray (metrics, files).
     """
 
     def __init__(self, truth: AsyncJob, loop: LoopThread) -> None:
@@ -92,6 +95,12 @@ class Job:
 
         Args:
             grace_s: seconds between SIGTERM and SIGKILL; by default what the job's spec says.
+
+        Returns:
+            The job as it is once that is noted: `stopping`, or `stopped` if it was still waiting.
+
+        Raises:
+            ConflictError: it has ended.
         """
         return self._loop.run(self._truth.stop(grace_s=grace_s))
 
@@ -126,6 +135,9 @@ class Job:
             tail: lines; None for the whole log, which is then held in memory.
             attempt: which attempt, from 1; by default the latest.
             rank: which of the attempt's ranks; `view.attempt.ranks` says how many there are.
+
+        Raises:
+            NotFoundError: there is no such attempt, or no such rank in it.
         """
         return self._loop.run(self._truth.logs(tail=tail, attempt=attempt, rank=rank))
 
@@ -152,7 +164,10 @@ class Job:
             pattern: text, or with `regex` a regular expression.
             regex: whether `pattern` is one.
             ignore_case: whether upper and lower case are the same.
-            limit: lines at most.
+            limit: lines at most, 1 or more.
+
+        Raises:
+            SpecError: `pattern` is no regular expression, or empty.
         """
         return self._loop.run(self._truth.search_logs(pattern, regex=regex, ignore_case=ignore_case, limit=limit))
 
@@ -161,7 +176,7 @@ class Job:
 
         Args:
             keys: the metrics whose curves are wanted; by default all, 20 at most.
-            max_points: points of a curve at most; longer ones are thinned evenly.
+            max_points: points of a curve at most, 2 or more; longer ones are thinned evenly.
         """
         return self._loop.run(self._truth.metrics(keys, max_points=max_points))
 
@@ -188,7 +203,9 @@ class Job:
         everything: bool = False,
         on_progress: OnProgress = no_progress,
     ) -> tuple[Downloaded, ...]:
-        """Fetch files, each verified against its checksum; what is there already is not fetched again.
+        """Fetch files, each verified against its checksum.
+
+        The same file is not fetched again when it is there already; another one of its name is replaced.
 
         Args:
             paths: names, folders or globs; by default the job's outputs, each from the latest attempt that has it.
@@ -196,9 +213,13 @@ class Job:
             everything: without `paths`, checkpoints, logs, tracking and records too.
             on_progress: called with what travels, bytes done and bytes in all.
 
+        Returns:
+            What is here now, one for each file.
+
         Raises:
             NotFoundError: a name fits no file.
             TransferError: a file did not arrive as it was sent.
+            StorageError: a file cannot be written here.
         """
         return self._loop.run(self._truth.download(paths, to=to, everything=everything, on_progress=on_progress))
 

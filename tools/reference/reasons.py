@@ -1,0 +1,45 @@
+"""The states of a job and the reasons beside them, from the two enumerations."""
+
+from __future__ import annotations
+
+from raylaunch.reasons import Reason, Verdict
+from raylaunch.state import JobState
+from tools.reference import markdown, source
+
+_GROUPS = {
+    "Why a job waits": {Verdict.WAIT},
+    "Why an attempt ended": {Verdict.FINAL, Verdict.RETRY, Verdict.RETRY_FREE},
+}
+_VERDICTS = {Verdict.FINAL: "no", Verdict.RETRY: "yes", Verdict.RETRY_FREE: "yes, uncounted"}
+
+_INTRODUCTION = """\
+Where a job stands is its state; beside it stands a reason: a stable word for programs, and a sentence for people with
+the numbers of the job. `raylaunch show`, `--json`, Python and the MCP tools all give both."""
+_TRIED = """\
+*Tried again* says whether another attempt follows: `yes` while the job has `retries` left, `uncounted` for what
+machines did: three times at most, whatever `retries` says."""
+
+
+def page() -> str:
+    """Return the reference of states and reasons."""
+    lines = [
+        _INTRODUCTION,
+        *markdown.heading(2, "States"),
+        *markdown.table(
+            ("state", "is"), [(markdown.code(JobState[one.name].value), one.text) for one in source.fields(JobState)]
+        ),
+    ]
+    for title, verdicts in _GROUPS.items():
+        lines += markdown.heading(2, title)
+        lines += _table([reason for reason in Reason if reason.verdict in verdicts])
+        if Verdict.RETRY in verdicts:
+            lines.append(_TRIED)
+    return markdown.page("States and reasons", "raylaunch/reasons.py and raylaunch/state.py", lines)
+
+
+def _table(reasons: list[Reason]) -> list[str]:
+    if reasons[0].verdict is Verdict.WAIT:
+        rows = [(markdown.code(one.value), one.sentence, one.advice) for one in reasons]
+        return markdown.table(("reason", "says", "what to do"), rows)
+    ended = [(markdown.code(one.value), one.sentence, _VERDICTS[one.verdict], one.advice) for one in reasons]
+    return markdown.table(("reason", "says", "tried again", "what to do"), ended)
