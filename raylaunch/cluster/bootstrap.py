@@ -28,6 +28,7 @@ from raylaunch.spec import ClusterSpec, HostSpec
 from raylaunch.version import __version__
 
 CONNECT_S = 20.0
+_QUIET_S = 4.0
 
 _Result = TypeVar("_Result")
 
@@ -72,6 +73,7 @@ class Bootstrap:
         self._problems: tuple[Problem, ...] = ()
         self._pythons: Mapping[str, HostPython] = {}
         self._no_python: ClusterStartError | None = None
+        self._told_at: dict[str, float] = {}
         self.outcome = Outcome()
 
     async def run(self) -> Outcome:
@@ -202,6 +204,7 @@ class Bootstrap:
 
     def _of_host(self, host: HostSpec) -> Callable[[Step], None]:
         def tell(step: Step) -> None:
+            self._told_at[host.name] = time.monotonic()
             if step.name in {"ray", "controller"} and step.state in {"begins", "done"}:
                 self.outcome.fresh.add(host.name)
             self._tell(Step(f"{host.name}: {step.name}", step.state, step.message, step.seconds))
@@ -209,7 +212,10 @@ class Bootstrap:
         return tell
 
     def _waits(self, wait: Wait) -> None:
-        self._tell(Step(f"{wait.host}: {wait.step}", "waits", str(wait), wait.waited_s))
+        """Tell what takes long, unless the steps within it have just told more."""
+        if time.monotonic() - self._told_at.get(wait.host, 0.0) > _QUIET_S:
+            so_far = f"{wait.waited_s:.0f} s so far, at most {wait.limit_s:.0f} s"
+            self._tell(Step(f"{wait.host}: {wait.step}", "waits", so_far, wait.waited_s))
 
     async def _timed(self, host: HostSpec, name: str, work: Awaitable[_Result]) -> _Result:
         began = time.monotonic()

@@ -98,9 +98,9 @@ class BringUp:
         (Its head ends itself when its node is not listed 30 s after its start, however busy the machine is.)
         """
         for last_try in (False, True):
-            await self._ray()
-            await self._controller(wait=not ray_only, upgrade=upgrade and not last_try)
             try:
+                await self._ray()
+                await self._controller(wait=not ray_only, upgrade=upgrade and not last_try)
                 await self.steps.step("node", "waits until Ray lists this machine", self._node, NODE_S)
                 if not ray_only:
                     await self.steps.step("steward", "waits for the node's steward", self._steward, STEWARD_S)

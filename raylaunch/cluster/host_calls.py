@@ -29,17 +29,19 @@ async def bring_up(
     Raises:
         RaylaunchError: as on the host; or the connection's.
     """
-    return await _ask(machine, program, request, HostState, tell=tell, limit_s=UP_S)
+    return await _ask(machine, program, request, HostState, tell=tell, limit_s=UP_S, step=request.verb)
 
 
 async def look(machine: Machine, program: HeadProgram, *, name: str, worker: str = "") -> HostState:
     """Say what runs of the cluster on the host."""
-    return await _ask(machine, program, Look(name=name, host=worker), HostState, tell=_ignore, limit_s=LOOK_S)
+    return await _ask(
+        machine, program, Look(name=name, host=worker), HostState, tell=_ignore, limit_s=LOOK_S, step="look"
+    )
 
 
 async def down(machine: Machine, program: HeadProgram, *, name: str, worker: str = "") -> Ended:
     """End what runs of the cluster on the host."""
-    return await _ask(machine, program, Down(name=name, host=worker), Ended, tell=_ignore, limit_s=DOWN_S)
+    return await _ask(machine, program, Down(name=name, host=worker), Ended, tell=_ignore, limit_s=DOWN_S, step="down")
 
 
 def _ignore(_step: Step) -> None:
@@ -54,12 +56,13 @@ async def _ask(  # noqa: PLR0913 -- private; all are named at its uses
     *,
     tell: Callable[[Step], None],
     limit_s: float,
+    step: str,
 ) -> _Answer:
     argv = [program.python, "-I", "-m", "raylaunch.cluster.on_host"]
     body = request.model_dump_json().encode()
     env = {"RAYLAUNCH_HOME": program.root}
     result: object = None
-    async with machine.lines(argv, input=body, limit_s=limit_s, env=env, step=type(request).__name__.lower()) as lines:
+    async with machine.lines(argv, input=body, limit_s=limit_s, env=env, step=step) as lines:
         async for line in lines:
             kind, value = _read(line)
             if kind == "step" and isinstance(value, dict):

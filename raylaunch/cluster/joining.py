@@ -16,10 +16,10 @@ from raylaunch.cluster.look import Seen, differences
 from raylaunch.cluster.neighbours import check_gpus, neighbours
 from raylaunch.cluster.plan import Step
 from raylaunch.cluster.ports import ANYWHERE
-from raylaunch.cluster.process import end, is_alive, last_lines
+from raylaunch.cluster.process import ProcessIdentity, end, is_alive, last_lines
 from raylaunch.cluster.ray_head import RayStart, installed_ray, make_importable
 from raylaunch.cluster.record import ClusterRecord, NodePlace, Versions, load_record, new_record, save_record
-from raylaunch.cluster.steps import Steps
+from raylaunch.cluster.steps import DiedError, Steps
 from raylaunch.cluster.sweep import sweep_ray
 from raylaunch.spec import ClusterSpec
 from raylaunch.version import __version__
@@ -118,13 +118,24 @@ class Joining:
         record = save_record(self.paths, record.with_(ports=ports, gpu_uuids=gpus.uuids))
         ray = RayStart(self.paths, self.spec, self.cluster_id, ports, gpus, self.place)
         self.steps.begins("ray", f"starts Ray {record.versions.ray} with {gpus}, joining {self.place.head}")
-        process = await self.steps.start(ray.argv(), ray.environment(self.environ), self.paths.ray_log)
-        record = save_record(self.paths, record.with_(ray=process))
+        for tries_left in (2, 1, 0):
+            process = await self.steps.start(ray.argv(), ray.environment(self.environ), self.paths.ray_log)
+            record = save_record(self.paths, record.with_(ray=process))
+            try:
+                await self._joined(process)
+            except DiedError:
+                if not tries_left:
+                    raise
+                self.steps.note("ray", "it gave up, as it does on a busy machine after 30 s; it is started again")
+                await sweep_ray(self.cluster_id, process, self.paths.temp)
+            else:
+                break
+        return record
 
+    async def _joined(self, process: ProcessIdentity) -> None:
         async def joined() -> str:
             self.steps.must_live("ray", "Ray", process, self.paths.ray_log)
             since = last_lines(self.paths.ray_log, count=200).rpartition("\n--- ")[2]
             return "" if _JOINED in since else "it has not registered yet"
 
         await self.steps.step("join", f"waits until Ray has joined {self.place.head}", joined, JOIN_S)
-        return record

@@ -66,11 +66,11 @@ class DownReport:
         return bool(self.ended)
 
     def __str__(self) -> str:
-        stays = f"jobs, logs and outputs stay in {self.store}"
+        stays = f"; jobs, logs and outputs stay in {self.store}" if self.store else ""
         if not self.ended:
-            return f"cluster {self.cluster} was not running; {stays}"
+            return f"cluster {self.cluster} was not running{stays}"
         lines = [*(f"  {one}" for one in self.ended), *(f"  ! {one}" for one in self.notes)]
-        return "\n".join([f"cluster {self.cluster} is down; {stays}", *lines])
+        return "\n".join([f"cluster {self.cluster} is down{stays}", *lines])
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ async def up(
         make_private_dir(folder)
     async with cluster_lock(paths, limit_s=_LOCK_S):
         outcome = await Bootstrap(spec, on_step, on_prompt=on_prompt).run()
+        for one in outcome.warnings:
+            on_step(Step(one.host or spec.name, "note", one.message))
         head = outcome.states.get(spec.host_specs()[0].name)
         if head is None:
             raise _failure(spec, outcome)
