@@ -190,6 +190,14 @@ def test_without_pytorch_it_says_what_to_install(make: Make) -> None:
     assert not attempt.log.exists()
 
 
+def test_a_pasted_torchrun_that_is_not_there_says_where_it_comes_from(make: Make) -> None:
+    bare = {"kind": "python", "value": os.path.realpath(sys.executable), "requirements": []}
+    end = make("torchrun train.py", TELLS, launcher="script", environment=bare, env={"PATH": "/usr/bin:/bin"}).run()
+    assert end["ended"] == "entrypoint_not_found"
+    said = "the shell did not find 'torchrun'; it comes with PyTorch, which the job's environment does not have"
+    assert end["message"] == said
+
+
 @pytest.mark.wandb
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the wandb package")
 def test_where_every_rank_tracks_the_job_is_what_rank_0_logged(make: Make, tmp_path: Path) -> None:

@@ -148,6 +148,8 @@ class Attempt:
 
     def _plan(self, prepared: Prepared) -> Prepared:
         """Plan how the training is started; returns its variables with those of its launcher."""
+        if not launch.starts_ranks(self._spec):
+            return prepared
         self._launch = launch.plan(
             self._spec,
             env=prepared.env,

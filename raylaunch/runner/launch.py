@@ -85,10 +85,15 @@ def as_it_is(spec: AttemptSpec) -> Launch:
     return Launch(spec["entrypoint"], {}, 1, elastic=False)
 
 
+def starts_ranks(spec: AttemptSpec) -> bool:
+    """Whether the training is started by torchrun, or by a launcher that the entrypoint names."""
+    return spec["launcher"] == "torchrun" or entrypoint.pasted(spec["entrypoint"]) is not None
+
+
 def plan(  # noqa: PLR0913 -- each is one fact, and all are named
     spec: AttemptSpec, *, env: Mapping[str, str], python: str, torch: str, shim: Shim, node: Node
 ) -> Launch:
-    """Return how to start the training.
+    """Return how to start a training for which `starts_ranks` holds.
 
     Args:
         spec: the attempt's.
@@ -102,8 +107,6 @@ def plan(  # noqa: PLR0913 -- each is one fact, and all are named
         EnvironmentProblem: torchrun is asked for, and PyTorch is not there.
     """
     found = entrypoint.pasted(spec["entrypoint"])
-    if found is None and spec["launcher"] != "torchrun":
-        return as_it_is(spec)
     if found is None:
         launch = _wrapped(spec, python=python, torch=torch, shim=shim)
     else:

@@ -30,6 +30,7 @@ _SHELL_MISSING = re.compile(
 )
 _PYTHON_MISSING = re.compile(r"can't open file '([^']+)': \[Errno 2\]")
 _MODULE_MISSING = re.compile(r"^\S*python\S*: No module named (\S+?)$", re.MULTILINE)
+_COMES_WITH = {"torchrun": "PyTorch", "accelerate": "accelerate", "deepspeed": "deepspeed"}
 
 
 class EntrypointProblem(Exception):  # noqa: N818 -- the word that the exit facts use
@@ -143,6 +144,8 @@ def explain_missing(entrypoint: str | list[str], status: int, log_tail: str, cod
         for match in _SHELL_MISSING.finditer(log_tail):
             program = match.group(1) or match.group(2)
             hint = nearest_file(program, code) if "/" in program or program.endswith((".py", ".sh")) else ""
+            package = _COMES_WITH.get(program)
+            hint = f"; it comes with {package}, which the job's environment does not have" if package else hint
             return f"the shell did not find {program!r}{hint}"
     if status == _USAGE:
         found = _PYTHON_MISSING.search(log_tail)
