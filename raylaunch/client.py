@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets as random_source
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,7 @@ _Result = TypeVar("_Result")
 
 HOLD_S = 25.0
 """How long one question about news is held open."""
+_LOOK_S = 300.0
 PATIENCE_S = 60.0
 """How long a lost controller is waited for where something is followed: it restarts in a few seconds."""
 
@@ -243,9 +245,15 @@ class Client:
     async def wait(self, ref: str) -> JobView:
         """Return the job when it has ended."""
         job = await self.patient(lambda: self.job(ref))
+        looked = time.monotonic()
         while not job.state.ended:
-            await self._news(job.id, job.cursor, HOLD_S)
-            job = await self.patient(lambda: self.job(job.id))  # noqa: B023 -- called before the next turn
+            asked = time.monotonic()
+            news = await self._news(job.id, job.cursor, HOLD_S)
+            now = time.monotonic()
+            # Each change of state is an event, and a look at a job that runs reads all that its metrics have become. So
+            # it is looked at when there is news, when the controller goes and answers early, and every few minutes.
+            if news.events or now - asked < HOLD_S / 2 or now - looked > _LOOK_S:
+                job, looked = await self.patient(lambda: self.job(job.id)), now  # noqa: B023 -- called before the next turn
         return job
 
     async def _news(self, job_id: str, after: int, wait_s: float) -> EventPage:

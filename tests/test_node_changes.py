@@ -203,6 +203,23 @@ def test_the_wandb_file_grows_and_what_lies_beside_it_comes_at_the_end(world: Wo
     assert not (world.kept / run / "logs").exists()
 
 
+def test_what_grows_with_each_step_is_looked_at_when_asked_for_and_at_the_end(world: World) -> None:
+    run, reports = "wandb/wandb/offline-run-1-abc/run-abc.wandb", "progress.jsonl"
+    world.output(run, b":W&B")
+    world.output(reports, b"{}")
+    log(world, b"line\n")
+    world.restart()
+    assert {chunk["path"] for chunk in world.answer["chunks"]} >= {run, reports, "logs/rank-0.log"}
+    world.output(run, b":W&B and more")
+    log(world, b"another\n")
+    answer = world.changes.take("session", None, metrics=False)
+    assert [chunk["path"] for chunk in answer["chunks"]] == ["logs/rank-0.log"]
+    (world.node / "exit.json").write_text(json.dumps({"ended": "completed"}))
+    world.changes.take("session", None, metrics=False)
+    answer = world.changes.take("session", None, metrics=False)
+    assert run in {chunk["path"] for chunk in answer["chunks"]}
+
+
 def test_a_link_out_of_the_folder_is_not_followed(world: World, tmp_path: Path) -> None:
     (tmp_path / "private").mkdir()
     (tmp_path / "private/key").write_text("planted")

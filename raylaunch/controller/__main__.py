@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -151,13 +152,14 @@ def _leavings_of(record: JobRecord, records: Records, artifacts: Artifacts, metr
     folder = records.folder(record.id)
     artifacts.seal(record.id)
     count, size = artifacts.outputs(record.id)
-    last, _ = metrics.last(record.id, record.attempts)
+    ran_s = time.time() - record.started_at if record.started_at is not None else 0.0
+    last, progress = metrics.at_end(record.id, record.attempts, ran_s=ran_s)
     return Leavings(
         log_tail=last_lines(folder, attempt=len(record.attempts)),
         outputs=count,
         output_bytes=size,
         last_metrics=last,
-        progress=metrics.progress(record.id, record.attempts),
+        progress=progress,
     )
 
 

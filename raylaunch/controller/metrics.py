@@ -29,12 +29,16 @@ from raylaunch.controller.report_file import ReportFile
 from raylaunch.errors import TrackingError
 from raylaunch.runner import contract
 from raylaunch.state import MetricPoint, MetricSeries, MetricsPage, Progress
-from raylaunch.tracking.run_file import RunFile
+from raylaunch.tracking.run_file import History, RunFile
+from raylaunch.tracking.run_tail import last_values
 
 _JOBS_KEPT = 32
 _POINTS_KEPT = 2_000_000
 """Over all jobs; a point takes 24 bytes."""
 _CSV_CHUNK = 64 * 1024
+_READ_AT_LEAST = 256 * 1024
+_READ_OF_RUN = 40_000
+"""Bytes of its file for each second that a job ran: 16 MB of rows are read in a second, so that is its 400th part."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -99,6 +103,21 @@ class Metrics:
         """Return how far the training said it is (`raylaunch.report`), or None when it never did."""
         with self._lock:
             return self._curves(job_id, attempts).progress()
+
+    def at_end(
+        self, job_id: str, attempts: Sequence[AttemptLike], *, ran_s: float
+    ) -> tuple[dict[str, float], Progress | None]:
+        """Return last values and progress of a job none of whose attempts runs, as `last` and `progress` do.
+
+        Where reading all would take more than a small part of the time that the job ran, the last values are those that
+        the end of its run's file has: a training that logs ten thousand rows a second must not pay for it.
+        """
+        with self._lock:
+            few = _end_of(self._jobs_dir / job_id, attempts, most=max(_READ_AT_LEAST, int(ran_s * _READ_OF_RUN)))
+            if few is not None:
+                return few
+            curves = self._curves(job_id, attempts)
+            return curves.last()[0], curves.progress()
 
     def problems(self, job_id: str, attempts: Sequence[AttemptLike]) -> tuple[str, ...]:
         """Return, as sentences, what could not be read of the job's metrics."""
@@ -332,6 +351,23 @@ class _JobCurves:
 
     def _segments(self) -> Iterator[Segment]:
         return chain.from_iterable(curve.segments.values() for curve in self._all())
+
+
+def _end_of(
+    job: Path, attempts: Sequence[AttemptLike], *, most: int
+) -> tuple[dict[str, float], Progress | None] | None:
+    """Return last values and progress of a job with one file of W&B's of more than `most` bytes; None for any other."""
+    attempt = job / f"attempt-{attempts[0].n}" if attempts else job
+    runs = tuple((attempt / contract.WANDB / "wandb").glob("*run-*/run-*.wandb"))
+    if len(attempts) != 1 or len(runs) != 1 or runs[0].stat().st_size <= most:
+        return None
+    try:
+        values = last_values(runs[0], most=most)
+        reports = ReportFile(attempt / contract.PROGRESS)
+        told = {key: value for row in reports.stream() if isinstance(row, History) for key, value in row.values.items()}
+    except TrackingError:
+        return None
+    return dict(sorted({**told, **values}.items())), reports.progress
 
 
 def _source(path: Path) -> RunFile | ReportFile:

@@ -80,6 +80,7 @@ class RayJobs:
         self._http = httpx2.AsyncClient(
             base_url=dashboard_url, headers={"Authorization": f"Bearer {token}"}, timeout=_TIMEOUT, trust_env=False
         )
+        self._all: tuple[bytes, list[RayJob]] = (b"", [])
 
     async def close(self) -> None:
         """Close the connections."""
@@ -133,7 +134,12 @@ class RayJobs:
         async with self._asking("for its jobs"):
             answer = await self._http.get("/api/jobs/")
             answer.raise_for_status()
-        return [job for job in _JOBS.validate_json(answer.content) if job.type == "SUBMISSION" and job.submission_id]
+        if answer.content != self._all[0]:  # mostly nothing has changed, and reading hundreds of jobs takes a while
+            jobs = [
+                job for job in _JOBS.validate_json(answer.content) if job.type == "SUBMISSION" and job.submission_id
+            ]
+            self._all = (answer.content, jobs)
+        return list(self._all[1])
 
     async def stop(self, submission_id: str) -> None:
         """Ask Ray to stop it. For a submission that still waits, Ray's answer is no promise: it may yet start."""

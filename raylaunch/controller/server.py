@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ import uvicorn
 
 from raylaunch.controller.app import create_app
 from raylaunch.controller.services import Services
+
+_LOOK_S = 0.25
 
 
 class ApiServer(uvicorn.Server):
@@ -30,6 +33,7 @@ class ApiServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                date_header=False,
                 timeout_keep_alive=75,
                 timeout_graceful_shutdown=5,
             )
@@ -49,6 +53,12 @@ class ApiServer(uvicorn.Server):
         for listener in sockets or []:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await super().startup(sockets)
+
+    async def main_loop(self) -> None:
+        """Wait for the end. uvicorn's own loop wakes ten times a second, for a date in each answer and a limit."""
+        await self.on_tick(0)
+        while not self.should_exit:  # noqa: ASYNC110 -- uvicorn's own word for its end, and a plain attribute
+            await asyncio.sleep(_LOOK_S)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wake everybody who waits, then end as uvicorn does."""

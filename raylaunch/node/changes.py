@@ -112,12 +112,13 @@ class Changes:
         self._session = ""
         self._attempts: dict[str, _Attempt] = {}
 
-    def take(self, session: str, have: Have | None) -> Answer:
+    def take(self, session: str, have: Have | None, *, metrics: bool = True) -> Answer:
         """Return what changed since the last call, at most about `BUDGET` bytes; possibly nothing. Does not wait.
 
         Args:
             session: The receiver's name for its sequence of calls.
             have: What the receiver has, in the first call of a session; None in those that follow.
+            metrics: Whether to look at W&B's file and at reports of attempts that live; they may grow with each step.
         """
         with self._lock:
             if have is not None:
@@ -125,7 +126,7 @@ class Changes:
                 self._attempts = {attempt: _Attempt(have=dict(files)) for attempt, files in have.items()}
             elif session != self._session:
                 return Answer(resync=True, chunks=[], attempts=[], live=True)
-            return self._take()
+            return self._take(metrics=metrics)
 
     def look_again(self, attempt: str) -> None:
         """Look at an attempt that is over in the next call, and not seconds later."""
@@ -133,7 +134,7 @@ class Changes:
             if attempt in self._attempts:
                 self._attempts[attempt].next_look = 0.0
 
-    def _take(self) -> Answer:
+    def _take(self, *, metrics: bool) -> Answer:
         names = attempts_in(self._root)
         for gone in self._attempts.keys() - set(names):
             del self._attempts[gone]
@@ -148,7 +149,7 @@ class Changes:
                 continue
             known.next_look = now + _IDLE_LOOK_S
             before = len(answer["chunks"])
-            for chunk in self._chunks_of(name, folder, known, left):
+            for chunk in self._chunks_of(name, folder, known, left, metrics=metrics or known.over):
                 left -= len(chunk["data"])
                 answer["chunks"].append(chunk)
             facts = _facts_of(name, folder, known)
@@ -161,9 +162,9 @@ class Changes:
                 known.next_look = now
         return answer
 
-    def _chunks_of(self, name: str, folder: Path, known: _Attempt, budget: int) -> Iterator[Chunk]:
+    def _chunks_of(self, name: str, folder: Path, known: _Attempt, budget: int, *, metrics: bool) -> Iterator[Chunk]:
         left = min(budget, QUICK_BUDGET)
-        for path, stat in quick_files(folder):
+        for path, stat in quick_files(folder, metrics=metrics):
             for chunk in _send(name, folder, path, stat, known, left):
                 left -= len(chunk["data"])
                 budget -= len(chunk["data"])

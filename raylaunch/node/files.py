@@ -62,14 +62,19 @@ def is_append(path: str) -> bool:
     return path == PROGRESS or path.endswith(".wandb") or (path.startswith(f"{LOGS}/") and path.endswith(".log"))
 
 
-def quick_files(folder: Path) -> Iterator[tuple[str, FileStat]]:
-    """Yield the files that are worth a look many times a second: logs, W&B's file, the contract's records."""
+def quick_files(folder: Path, *, metrics: bool = True) -> Iterator[tuple[str, FileStat]]:
+    """Yield the files that are worth a look many times a second: logs, W&B's file, the contract's records.
+
+    Args:
+        folder: The attempt's.
+        metrics: Whether W&B's file and the reports are among them.
+    """
     yield from _files_in(folder, LOGS)
-    for run in _names(folder / WANDB / "wandb"):
+    for run in _names(folder / WANDB / "wandb") if metrics else ():
         if "run-" in run and not (folder / WANDB / "wandb" / run).is_symlink():
             found = _files_in(folder, f"{WANDB}/wandb/{run}")
             yield from ((path, stat) for path, stat in found if path.endswith(".wandb"))
-    for name in _RECORDS:
+    for name in _RECORDS if metrics else tuple(name for name in _RECORDS if name != PROGRESS):
         stat = FileStat.of(f"{folder}/{name}")
         if stat is not None:
             yield name, stat

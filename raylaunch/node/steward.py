@@ -7,7 +7,6 @@ call may be repeated. Blocking work happens in threads.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import sys
@@ -24,18 +23,21 @@ from raylaunch.node.changes import Answer, Changes, Have
 from raylaunch.node.files import FileStat, inventory
 from raylaunch.node.packages import Packages, storage_error
 from raylaunch.node.processes import end_processes, runner_alive
+from raylaunch.node.watching import Watcher
 from raylaunch.runner.contract import ATTEMPT, EXIT, VAR_NODE_ROOT, AttemptSpec, StopWish
 
 _log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
-_WATCH_S = 0.25
+_WATCH_S = 1.0
 _LIVE_LOOK_S = 0.02
 _QUIET_LOOK_S = 0.05
 _QUIET_AFTER_S = 2.0
-_IDLE_LOOK_S = 0.5
+_IDLE_LOOK_S = 2.0
 _GATHER_S = 0.03
+_GATHER_MOST_S = 0.2
+_METRICS_S = 0.6
 _MUCH = 1024 * 1024
 _THREADS = 16
 
@@ -103,13 +105,16 @@ class Steward:
     def __init__(self) -> None:
         os.umask(0o077)
         self._root = node_root()
-        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (self._root / "attempts").mkdir(mode=0o700, parents=True, exist_ok=True)
         self._packages = Packages(self._root)
         self._changes = Changes(self._root)
         self._checksums: dict[str, dict[str, tuple[FileStat, str]]] = {}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="steward")
+        self._watcher = Watcher(self._root)
         self._woken: asyncio.Event | None = None
         self._answered_at = float("-inf")
+        self._gather_s = _GATHER_S
+        self._metrics_at = float("-inf")
         self._full = False
         threading.Thread(target=watch, args=(self._root,), name="watch", daemon=True).start()
 
@@ -175,20 +180,48 @@ class Steward:
         woken = self._woken = self._woken or asyncio.Event()
         deadline = time.monotonic() + wait_s
         if not self._full:
-            await _at(self._answered_at + _GATHER_S)
+            await _at(self._answered_at + self._gather_s)
+        looked = 0
         while True:
             woken.clear()
-            first, have = have, None
-            answer = await self._in_thread(lambda: self._changes.take(session, first))  # noqa: B023 -- awaited at once
+            looked += 1
+            answer = await self._look(session, have)
+            have = None
             left_s = deadline - time.monotonic()
             if answer["resync"] or answer["chunks"] or answer["attempts"] or left_s <= 0:
-                self._full = sum(len(chunk["data"]) for chunk in answer["chunks"]) > _MUCH
-                if left_s > 0:
-                    self._answered_at = time.monotonic()
+                self._pace(answer, at_once=looked == 1, in_time=left_s > 0)
                 return answer
-            look_s = _look_s(live=answer["live"], quiet_s=time.monotonic() - self._answered_at)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(woken.wait(), min(look_s, left_s))
+            await self._watcher.news(woken, min(self._look_s(live=answer["live"]), left_s))
+
+    async def _look(self, session: str, have: Have | None) -> Answer:
+        """Look at the files once; at those that grow with each step of a training, not more often than is read."""
+        now = time.monotonic()
+        metrics = now - self._metrics_at >= _METRICS_S
+        if metrics:
+            self._metrics_at = now
+
+        def take() -> Answer:
+            self._watcher.follow(folder.attempts_in(self._root))
+            self._watcher.drain()
+            return self._changes.take(session, have, metrics=metrics)
+
+        return await self._in_thread(take)
+
+    def _pace(self, answer: Answer, *, at_once: bool, in_time: bool) -> None:
+        """Let what comes without a pause gather for longer, so that a chatty log costs no more than a quiet one."""
+        self._full = sum(len(chunk["data"]) for chunk in answer["chunks"]) > _MUCH
+        self._gather_s = min(self._gather_s * 2, _GATHER_MOST_S) if at_once else _GATHER_S
+        if in_time:
+            self._answered_at = time.monotonic()
+
+    def _look_s(self, *, live: bool) -> float:
+        """Return how long to wait between two looks at the files when there is no news."""
+        if not live:
+            return _IDLE_LOOK_S
+        if self._watcher.works:
+            return _METRICS_S
+        quiet_s = time.monotonic() - self._answered_at
+        return _LIVE_LOOK_S if quiet_s < _QUIET_AFTER_S else _QUIET_LOOK_S
 
     async def inventory(self, attempt: str, *, checksums: bool) -> dict[str, tuple[int, str]]:
         """Return size and checksum of all that an ended attempt has for the store."""
@@ -223,13 +256,6 @@ class Steward:
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
-
-def _look_s(*, live: bool, quiet_s: float) -> float:
-    """Return how long to wait between two looks at the files."""
-    if not live:
-        return _IDLE_LOOK_S
-    return _LIVE_LOOK_S if quiet_s < _QUIET_AFTER_S else _QUIET_LOOK_S
 
 
 async def _at(when: float) -> None:

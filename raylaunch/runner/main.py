@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +52,8 @@ def _run(folder: Path, attempt: Attempt) -> Exit:
         ended: contract.Ended = "timed_out" if asked.wish.why == "timed_out" else "stopped"
         return ending(ended, "it ended before its training had started", by_ray=asked.wish.by_ray)
     except Exception as error:  # noqa: BLE001 -- the process's top: whatever happened must reach the exit file
+        import traceback  # noqa: PLC0415 -- for a bug alone; each start would pay for it
+
         traceback.print_exc()
         return ending("runner_error", f"raylaunch's runner failed: {type(error).__name__}: {error}")
     finally:

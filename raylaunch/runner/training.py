@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import shutil
@@ -110,6 +109,8 @@ def _not_on_path(program: str, path: str, code: Path) -> str:
         return f"the program {program!r} is not on the PATH of the job's environment{hint}"
     folders = [Path(folder) for folder in path.split(os.pathsep) if Path(folder).is_dir()]
     names = {file.name for folder in folders for file in folder.iterdir()}
+    import difflib  # noqa: PLC0415 -- only for a mistake; each start would pay for it
+
     near = difflib.get_close_matches(program, sorted(names), n=1, cutoff=0.7)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"the program {program!r} is not on the PATH of the job's environment{hint} PATH is {path}"
@@ -117,6 +118,8 @@ def _not_on_path(program: str, path: str, code: Path) -> str:
 
 def nearest_file(name: str, code: Path) -> str:
     """Return words that name the file of the working directory that is nearest to `name`, or what is there."""
+    import difflib  # noqa: PLC0415 -- as above
+
     files = list(_files(code))
     wanted = os.path.relpath(name, str(code)) if Path(name).is_absolute() else os.path.normpath(name)
     same = [file for file in files if Path(file).name == Path(wanted).name]

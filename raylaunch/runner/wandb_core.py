@@ -10,7 +10,6 @@ apart cannot know how its training ended.
 from __future__ import annotations
 
 import re
-import socket
 from typing import TYPE_CHECKING
 
 from raylaunch.runner.environment import Prepared
@@ -50,6 +49,8 @@ def tell_to_end(service: str) -> None:
     found = _TOKEN.fullmatch(service)
     if found is None:
         return
+    import socket  # noqa: PLC0415 -- for older versions of W&B alone; each start would pay for it
+
     path, port = found.group("path", "port")
     try:
         with socket.socket(socket.AF_UNIX if path else socket.AF_INET, socket.SOCK_STREAM) as core:

@@ -8,8 +8,6 @@ was started apart (`raylaunch.runner.wandb_core`).
 
 from __future__ import annotations
 
-import configparser
-import netrc
 import re
 import sys
 from collections.abc import Mapping
@@ -111,9 +109,14 @@ def home_of(env: Mapping[str, str]) -> Path:
 
 
 def _settings(folder: Path) -> dict[str, str]:
+    file = folder / "settings"
+    if not file.is_file():
+        return {}
+    import configparser  # noqa: PLC0415 -- few have such a file; each start would pay for it
+
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read(str(folder / "settings"), encoding="utf-8")
+        parser.read(str(file), encoding="utf-8")
     except (configparser.Error, UnicodeDecodeError):
         return {}
     return dict(parser["default"]) if parser.has_section("default") else {}
@@ -129,6 +132,8 @@ def _netrc_hosts(env: Mapping[str, str]) -> frozenset[str]:
 
 
 def _hosts(place: Path) -> frozenset[str]:
+    import netrc  # noqa: PLC0415 -- as above
+
     try:
         return frozenset(netrc.netrc(str(place)).hosts)
     except (OSError, netrc.NetrcParseError, UnicodeDecodeError):

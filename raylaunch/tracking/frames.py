@@ -30,11 +30,16 @@ _PROBLEMS_KEPT = 20
 
 
 class Frames:
-    """The records of one growing file. Holds no descriptor between reads, and never more than one record in memory."""
+    """The records of one growing file. Holds no descriptor between reads, and never more than one record in memory.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        start: a multiple of `BLOCK`; of a record that begins before, nothing is read.
+    """
+
+    def __init__(self, path: Path, *, start: int = 0) -> None:
         self._path = path
-        self._at = 0
+        self._at = start
         self._parts: list[bytes] | None = None
         self._problems: list[str] = []
         self._torn = ""

@@ -82,11 +82,16 @@ Item = History | Summary | StepMetric | RunInfo | Exit
 
 
 class RunFile:
-    """Reads a run's file incrementally: each read goes on where the last whole record ended."""
+    """Reads a run's file incrementally: each read goes on where the last whole record ended.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        start: where to begin, a multiple of `raylaunch.tracking.frames.BLOCK`.
+    """
+
+    def __init__(self, path: Path, *, start: int = 0) -> None:
         self.path = path
-        self._frames = Frames(path)
+        self._frames = Frames(path, start=start)
         self._rows = Rows()
         self._unknown = 0
 
