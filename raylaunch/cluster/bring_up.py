@@ -93,23 +93,22 @@ class BringUp:
         return await look(self.paths)
 
     async def _start_missing(self, *, ray_only: bool, upgrade: bool) -> None:
-        """Start what does not run. What ends after it had answered is started once more: Ray gives up when it is slow.
+        """Start what does not run. What ends while it is waited for is started once more: Ray gives up when it is slow.
 
         (Its head ends itself when its node is not listed 30 s after its start, however busy the machine is.)
         """
-        for last_try in (False, True):
-            try:
-                await self._ray()
-                await self._controller(wait=not ray_only, upgrade=upgrade and not last_try)
-                await self.steps.step("node", "waits until Ray lists this machine", self._node, NODE_S)
-                if not ray_only:
-                    await self.steps.step("steward", "waits for the node's steward", self._steward, STEWARD_S)
-            except DiedError as error:
-                if last_try:
-                    raise
-                self.steps.note(error.step, "it ended while it was waited for; it is started again")
-            else:
-                return
+        try:
+            await self._start_all(ray_only=ray_only, upgrade=upgrade)
+        except DiedError as error:
+            self.steps.note(error.step, "it ended while it was waited for; it is started again")
+            await self._start_all(ray_only=ray_only, upgrade=False)
+
+    async def _start_all(self, *, ray_only: bool, upgrade: bool) -> None:
+        await self._ray()
+        await self._controller(wait=not ray_only, upgrade=upgrade)
+        await self.steps.step("node", "waits until Ray lists this machine", self._node, NODE_S)
+        if not ray_only:
+            await self.steps.step("steward", "waits for the node's steward", self._steward, STEWARD_S)
 
     def _tell_kept(self, seen: Seen) -> None:
         if seen.record is None or seen.record.ray is None or seen.record.controller is None:
