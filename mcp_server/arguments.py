@@ -90,9 +90,7 @@ class MonitorJob(Arguments):
     """Arguments of ``monitor_job``."""
 
     job: JobRef = "last"
-    wait_s: Annotated[
-        float, Field(ge=0, le=LONGEST_WAIT_S, description="wait so long for a change of state or reason, or its end")
-    ] = 0
+    wait_s: Annotated[float, Field(ge=0, le=LONGEST_WAIT_S, description="wait so long for a change")] = 0
     cursor: Annotated[
         int | None, Field(ge=0, description="of the last answer: what changed since then ends the wait at once")
     ] = None

@@ -92,7 +92,8 @@ TOOLS = (
         title="Watch a job",
         description=(
             "How a job goes: state, why, progress, last metrics, last log lines, what to do next. To follow one, call "
-            "again and again with wait_s=50 and the cursor of the last answer, until its state is an end."
+            "again and again with wait_s=50 and the cursor of the last answer, until its state is an end. A wait ends "
+            "with a new state, reason or attempt; progress and metrics come as notifications and with the answer."
         ),
         answers={"job": "object", "changed": "boolean", "cursor": "integer", "log": "object"},
     ),

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 
 from mcp_server.arguments import ClusterStatus, ListJobs, MonitorJob
-from mcp_server.bounds import Json, last_lines, lines_of, without_empty
+from mcp_server.bounds import Json, last_lines, lines_of, short, without_empty
 from mcp_server.call import Call, News
 from mcp_server.words import UNTRUSTED, cluster_facts, job_facts, job_row, next_for, next_for_cluster
-from raylaunch.client import Client
-from raylaunch.errors import ClusterDownError
+from raylaunch.client import HOLD_S, Client, NoAnswerError
+from raylaunch.errors import ClusterDownError, ClusterError, NotFoundError
 from raylaunch.state import JobState, JobView
 
 _LOG_BYTES = 12_000
-_ROWS_BYTES = 60_000
+_LOOK_S = 2.0
+_METRICS_TOLD = 3
 
 
 async def monitor_job(given: MonitorJob, call: Call) -> Json:
@@ -83,48 +83,59 @@ async def cluster_status(_given: ClusterStatus, call: Call) -> Json:
 
 
 async def _after_a_change(client: Client, job: JobView, known: int, wait_s: float, call: Call) -> JobView:
-    """Return the job when something happened to it after `known`, or when the time is over."""
+    """Return the job when something happened to it after `known`, or when the time is over.
+
+    Progress and metrics are told meanwhile and do not end the wait: of a training that logs each second, an agent would
+    read each second.
+    """
     loop = asyncio.get_running_loop()
     began, seen = loop.time(), [job]
 
-    def news() -> News:
-        return News(loop.time() - began, wait_s, _line(seen[0]))
+    async def event() -> None:
+        while (left := began + wait_s - loop.time()) > 0:
+            hold_s = min(left, HOLD_S)
+            if (await client.patient(lambda: client.events(job.id, after=known, wait_s=hold_s))).events:  # noqa: B023 -- called before the next turn
+                return
 
-    async def look() -> None:
-        """Keep what the news say fresh: progress is no event."""
-        while True:
-            await asyncio.sleep(2)
+    async def other_reach() -> None:
+        """Keep the news fresh; return when the job's node is lost or back, which is no event."""
+        while seen[0].unreachable == job.unreachable:
+            await asyncio.sleep(_LOOK_S)
             seen[0] = await client.patient(lambda: client.job(job.id))
 
-    looking = asyncio.ensure_future(look())
+    waits = [asyncio.ensure_future(event()), asyncio.ensure_future(other_reach())]
     try:
-        async with call.telling(news):
-            while (left := began + wait_s - loop.time()) > 0:
-                after, hold_s = known, min(left, 25.0)
-                page = await client.patient(lambda: client.events(job.id, after=after, wait_s=hold_s))  # noqa: B023 -- called before the next turn
-                if page.events:
-                    break
+        async with call.telling(lambda: News(loop.time() - began, wait_s, _line(seen[0]))):
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in done:
+            wait.result()
     finally:
-        looking.cancel()
-        with contextlib.suppress(asyncio.CancelledError, ClusterDownError):
-            await looking
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
     return await client.patient(lambda: client.job(job.id))
 
 
 def _line(job: JobView) -> str:
-    progress = ""
+    words = [f"{job.id} is {job.state.value}" + (", its node cannot be reached" if job.unreachable else "")]
     if job.progress:
         total = f" of {job.progress.total:g}" if job.progress.total else ""
-        progress = f", step {job.progress.step:g}{total}"
-    return f"{job.id} is {job.state.value}{progress}"
+        words.append(f"step {job.progress.step:g}{total}")
+    words += [f"{short(key, 40)} {value:.5g}" for key, value in list(job.last_metrics.items())[:_METRICS_TOLD]]
+    return ", ".join(words)
 
 
 async def _end_of_log(client: Client, job: JobView, most: int) -> Json | None:
     if job.state in {JobState.QUEUED, JobState.HELD} or not job.attempts:
         return None
-    chunk = await client.patient(lambda: client.logs(job.id, tail=most))
-    if chunk.next_offset < chunk.size:
-        chunk = await client.patient(lambda: client.logs(job.id, offset=max(0, chunk.size - 4 * _LOG_BYTES)))
+    try:
+        chunk = await client.patient(lambda: client.logs(job.id, tail=most))
+        if chunk.next_offset < chunk.size:
+            chunk = await client.patient(lambda: client.logs(job.id, offset=max(0, chunk.size - 4 * _LOG_BYTES)))
+    except NoAnswerError:
+        raise
+    except (NotFoundError, ClusterError) as error:  # what else there is to say about the job is said
+        return {"unread": short(error.message)}
     found = last_lines(lines_of(chunk.data), most=most, most_bytes=_LOG_BYTES)
     if not found.lines:
         return None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import pytest
-from support.api import Api, serving
+from support.api import Api, serving, token_of
 from support.api_use import end, error, later, listening, start, submit, write
 from support.waiting import wait_until
 
@@ -55,6 +56,17 @@ def test_a_long_poll_without_news_answers_empty_with_the_same_cursor(tom: httpx2
     job = submit(tom)
     answer = tom.get(f"/v1/jobs/{job.id}/events?after={job.cursor}&wait_s=0.1")
     assert answer.json() == {"events": [], "cursor": job.cursor}
+
+
+@pytest.mark.parametrize("question", ["events?after=1000000&wait_s=25", "logs?wait_s=25"])
+def test_a_question_whose_asker_has_gone_is_not_held_open(api: Api, tom: httpx2.Client, question: str) -> None:
+    job = submit(tom)
+    before = listening(api)
+    request = f"GET /v1/jobs/{job.id}/{question} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token_of('tom')}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(api.url.rpartition(":")[2]))) as asker:
+        asker.sendall(request.encode())
+        wait_until(lambda: listening(api) > before, 10, "the question waits")
+    wait_until(lambda: listening(api) == before, 10, "it is given up")
 
 
 def messages(lines: Iterator[str], count: int) -> list[dict[str, str]]:

@@ -7,7 +7,8 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,10 +16,10 @@ import pytest
 from mcp.client import Client
 from mcp.server import Server
 from mcp.types import TextContent
-from support.agent import Agent, agent_at, cluster_of_paper, keep
+from support.agent import Agent, Answer, agent_at, cluster_of_paper, keep
 from support.api import Api, token_of
-from support.api_use import start, write
-from support.disks import small_disk
+from support.api_use import foreign, start, write
+from support.disks import fill, small_disk
 
 from mcp_server import arguments
 from mcp_server.bounds import Json
@@ -151,11 +152,24 @@ def test_what_cannot_be_is_refused_in_words(agent: Agent, tool: str, given: dict
 
 
 @pytest.mark.parametrize("tool", ABOUT_A_JOB)
-def test_a_job_that_there_is_not_is_said(agent: Agent, tool: str) -> None:
-    answer = agent.call_with(tool, {"job": "no-such-job"})
+def test_a_job_that_there_is_not_is_answered_with_the_nearest(agent: Agent, tool: str) -> None:
+    job = submitted(agent, name="mistyped")
+    answer = agent.call_with(tool, {"job": "mistpyed"})
     assert answer.error
-    assert "no-such-job" in answer.text
-    assert "→" in answer.text
+    assert answer.text.startswith("there is no job 'mistpyed'\n  → did you mean mistyped or mistyped-")
+    api_wide = agent.call_with(tool, {"job": "zzzzzzzz"})
+    assert api_wide.text == "there is no job 'zzzzzzzz'\n  → see what there is: raylaunch list"
+    assert agent.call("monitor_job", job=job).facts["job"]["state"] == "queued"
+
+
+@pytest.mark.parametrize("tool", ABOUT_A_JOB)
+def test_a_name_that_several_jobs_bear_means_the_latest(agent: Agent, api: Api, tool: str) -> None:
+    first, last = (submitted(agent, name=f"twice-{tool[:4]}") for _ in range(2))
+    keep(api, api.do(lambda: api.records.get(last).view()), "attempt-1/outputs/model.pt", b"weights")
+    answer = agent.call_with(tool, {"job": f"twice-{tool[:4]}"})
+    assert not answer.error, answer.text
+    assert last in answer.text
+    assert first not in answer.text
 
 
 @pytest.mark.parametrize("tool", [tool for tool in TOOLS if tool != "cluster_status"])
@@ -209,6 +223,11 @@ STRANGERS: dict[str, tuple[dict[str, str], int, tuple[str, str]]] = {
         200,
         ("they do not speak the same protocol", "pip install raylaunch==9.9"),
     ),
+    "an older one": (
+        {"X-Raylaunch-Api": "0", "X-Raylaunch-Version": "0.0.1"},
+        200,
+        ("the controller of cluster 'local' is raylaunch 0.0.1", "raylaunch up starts a controller of this version"),
+    ),
     "a broken one": (
         {"X-Raylaunch-Api": str(API), "X-Raylaunch-Version": "0.1.0"},
         500,
@@ -237,17 +256,34 @@ def test_what_answers_and_is_not_our_controller_is_said(stranger: tuple[Agent, t
     assert words[1] in answer.text
 
 
-@pytest.mark.parametrize("tool", sorted({"monitor_job", "list_jobs", "job_logs"}))
-def test_a_controller_that_does_not_answer_is_said_to_a_viewer_who_starts_nothing(
-    place: Path, silent: Agent, tool: str
-) -> None:
+def all_at_once(agent: Agent, tools: Sequence[str]) -> dict[str, Answer]:
+    """Call tools at the same time: each waits as long as the others."""
+    with ThreadPoolExecutor(len(tools)) as pool:
+        return dict(zip(tools, pool.map(lambda tool: agent.call_with(tool, GOOD[tool]), tools), strict=True))
+
+
+def test_a_controller_that_does_not_answer_is_said_to_a_viewer_who_starts_nothing(place: Path, silent: Agent) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with moved(place, port):
-        answer = silent.call_with(tool, GOOD[tool])
-    assert answer.error
-    assert f"cluster 'local' does not answer at http://127.0.0.1:{port}" in answer.text
-    assert "raylaunch up starts what is missing" in answer.text
+        answers = all_at_once(silent, ["monitor_job", "list_jobs", "job_logs", "cluster_status"])
+    words = f"cluster 'local' does not answer at http://127.0.0.1:{port}"
+    status = answers.pop("cluster_status")
+    assert (status.error, status.facts["problems"][0]) == (False, words)
+    for answer in answers.values():
+        assert answer.error
+        assert answer.text == f"{words}\n  → raylaunch up starts what is missing; raylaunch status shows what runs"
+
+
+def test_a_controller_that_hangs_is_said_by_every_tool(place: Path, agent: Agent) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as mute, moved(place, mute.getsockname()[1]):
+        answers = all_at_once(agent, TOOLS)
+        words = f"cluster 'local' did not answer within 30 s at http://127.0.0.1:{mute.getsockname()[1]}"
+    status = answers.pop("cluster_status")
+    assert (status.error, status.facts["problems"][0]) == (False, words)
+    for tool, answer in answers.items():
+        assert answer.error, tool
+        assert answer.text.startswith(f"{words}\n  → raylaunch up starts what is missing"), tool
 
 
 @pytest.fixture(scope="module")
@@ -386,6 +422,40 @@ def test_a_disk_that_is_full_is_said(agent: Agent, api: Api, tmp_path: Path) -> 
         answer = agent.call("download_model", job=job, to=str(disk / "here"))
     assert answer.error
     assert "the disk is full\n  → free some space" in answer.text
+
+
+def test_a_folder_that_may_not_be_written_is_said(agent: Agent, api: Api, tmp_path: Path) -> None:
+    job = with_output(agent, api)
+    with small_disk(tmp_path / "fixed", kib=64, options="ro") as disk:
+        answer = agent.call("download_model", job=job, to=str(disk / "here"))
+    assert answer.error
+    assert f"cannot be written to {disk / 'here' / 'model.pt'}: Read-only file system\n  → choose" in answer.text
+
+
+def test_a_store_that_is_full_is_said_and_nothing_is_recorded(home: Path, tmp_path: Path) -> None:
+    with (
+        small_disk(tmp_path / "disk", kib=512) as disk,
+        cluster_of_paper(home, disk / "store") as api,
+        agent_at(home, tmp_path) as opened,
+    ):
+        fill(disk)
+        answer = opened.call("train_job", **GOOD["train_job"])
+        assert answer.error
+        assert "No space left on device" in answer.text or "disk is full" in answer.text
+        assert "→" in answer.text
+        assert not api.do(api.records.unfinished)
+
+
+@pytest.mark.parametrize("tool", ["job_logs", "download_model"])
+def test_what_cannot_be_had_of_a_job_of_plain_ray_is_said(agent: Agent, api: Api, tool: str) -> None:
+    job = foreign(api, f"raysubmit_{tool}")
+    answer = agent.call_with(tool, {"job": job.id})
+    assert answer.error
+    assert (  # there is no Ray behind this API
+        f"when asked for the log of {job.id} (ConnectError)\n  → raylaunch up"
+        if tool == "job_logs"
+        else f"{job.id} was submitted with plain ray job submit: raylaunch keeps no files of it\n  → its log: "
+    ) in answer.text
 
 
 def test_bytes_that_did_not_arrive_as_they_were_sent_are_refused(agent: Agent, api: Api, place: Path) -> None:

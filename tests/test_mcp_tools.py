@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.agent import Agent, agent_at, cluster_of_paper, keep
+from support.agent import Agent, Answer, agent_at, cluster_of_paper, keep
 from support.api import Api
-from support.api_use import end, listening, start, write
+from support.api_use import end, foreign, listening, start, write
 from support.waiting import wait_until
 
 from mcp_server.bounds import MOST_BYTES
@@ -134,6 +135,40 @@ def test_a_change_since_the_cursor_ends_the_wait_at_once(agent: Agent, api: Api)
 def test_a_wait_without_a_change_ends_in_time(agent: Agent, api: Api) -> None:
     job = trained(agent, api, "quiet")
     assert agent.call("monitor_job", job=job.id, wait_s=1).facts["changed"] is False
+
+
+def test_progress_and_metrics_are_told_while_it_waits_and_do_not_end_the_wait(agent: Agent, api: Api) -> None:
+    job = trained(agent, api, "going")
+    start(api, job)
+    row = {"at": 1.0, "step": 3, "total": 10, "metrics": {"loss": 0.25, "\x1b[2Jstrange": 1.0}}
+    write(api, job, "attempt-1/progress.jsonl", json.dumps(row).encode() + b"\n")
+    news: list[tuple[float, float | None, str | None]] = []
+    answer = agent.call_with("monitor_job", {"job": job.id, "wait_s": 5}, news)
+    assert answer.facts["changed"] is False
+    assert answer.facts["job"]["progress"] == {"step": 3.0, "total": 10.0, "percent": 30.0}
+    assert news[-1][2] == f"{job.id} is running, step 3 of 10, strange 1, loss 0.25"
+
+
+def test_a_lost_node_ends_the_wait(agent: Agent, api: Api) -> None:
+    job = trained(agent, api, "away")
+    start(api, job)
+    job = api.do(lambda: api.records.get(job.id).view())
+    given = {"job": job.id, "cursor": job.cursor, "wait_s": 50}
+    answers: list[Answer] = []
+    watcher = threading.Thread(target=lambda: answers.append(agent.call_with("monitor_job", given)))
+    watcher.start()
+    wait_until(lambda: listening(api), 30, "it waits")
+    api.do(lambda: api.records.update(job.id, kind="", unreachable=True))
+    watcher.join(40)
+    assert answers[0].facts["job"]["unreachable"] is True
+    assert "cannot be reached" in answers[0].facts["next"]
+
+
+def test_of_a_job_whose_log_cannot_be_read_the_rest_is_said(agent: Agent, api: Api) -> None:
+    job = foreign(api, "raysubmit_quiet")
+    facts = agent.call("monitor_job", job=job.id).facts
+    assert facts["job"]["state"] == "running"
+    assert facts["log"]["unread"].startswith("Ray does not answer at ")
 
 
 def test_an_ended_job_is_not_waited_for(agent: Agent, api: Api) -> None:

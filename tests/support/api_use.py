@@ -10,6 +10,7 @@ import httpx2
 from raylaunch.state import (
     AttemptView,
     Change,
+    JobState,
     JobView,
     SubmitAnswer,
 )
@@ -54,6 +55,22 @@ def write(api: Api, job: JobView, path: str, content: bytes, *, mode: str = "wb"
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open(mode) as opened:
         opened.write(content)
+
+
+def foreign(api: Api, submission: str, state: JobState = JobState.RUNNING) -> JobView:
+    """Let Ray have a job that somebody submitted to it alone."""
+    attempt = AttemptView(id=submission, n=1, node="dgx", node_id="aa" * 28, admitted_at=1.0)
+    view = JobView(
+        id=submission,
+        name="plain",
+        owner="",
+        state=state,
+        foreign=True,
+        created_at=1.0,
+        updated_at=1.0,
+        attempts=(attempt,),
+    )
+    return api.do(lambda: api.records.put_foreign(view).view())
 
 
 def error(answer: httpx2.Response) -> tuple[int, str, str, str]:
