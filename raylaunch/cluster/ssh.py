@@ -192,7 +192,7 @@ class Machine:
             with anyio.fail_after(_SLACK_S * 2):
                 return await self.connection.create_process(COMMAND, encoding=None, window=_WINDOW, stdin=asyncssh.PIPE)
         except (OSError, asyncssh.Error, TimeoutError) as error:
-            if isinstance(error, asyncssh.ChannelOpenError) and not self.connection.is_closed():
+            if isinstance(error, asyncssh.ChannelOpenError) and "connection closed" not in error.reason:
                 msg = f"{self.name} allows no further session on this connection: {error.reason}"
                 hint = "raise MaxSessions in its sshd_config to 10, the usual value"
                 raise HostStepError(msg, hint=hint, host=self.name, step=what) from None

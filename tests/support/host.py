@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOT = Path(__file__).with_name("hosts_boot.sh")
+WIRE = Path(__file__).with_name("slow_link.py")
 
 # What a system has in its root folder. Anything else there (a repository, a data disk) is this machine's own business.
 _SYSTEM = frozenset(
@@ -80,6 +81,7 @@ class Host:
         self._shm_mib = shm_mib
         self._share = dict(share)
         self._leash: subprocess.Popen[bytes] | None = None
+        self._wire: subprocess.Popen[bytes] | None = None
         self.pid = 0
         self._lay_out(disk_mib)
 
@@ -154,20 +156,54 @@ class Host:
 
     def power_off(self) -> None:
         """Pull its plug: nothing on it ends in order, and nobody hears of it. Its disk keeps what it had."""
+        self.unplug()
+        wait_until(lambda: not psutil.pid_exists(self.pid), 30, f"{self.name} is off")
+
+    def unplug(self) -> None:
+        """Pull its plug without waiting until the kernel has taken its namespaces apart."""
         if self._leash is None:
             return
+        if self._wire is not None:
+            self._wire.kill()
+            self._wire.wait(10)
+            self._wire = None
         for order in range(len(self._networks)):
             run_ip("link", "del", self._link(order), check=False)  # first, so that no process's end is seen on the wire
         assert self._leash.stdin is not None
         self._leash.stdin.close()
         self._leash.wait(20)
         self._leash = None
-        wait_until(lambda: not psutil.pid_exists(self.pid), 20, f"{self.name} is off")
 
     def reboot(self) -> None:
         """Power off and on again: ``/tmp``, ``/run`` and all processes are gone, the disk is not."""
         self.power_off()
         self.boot()
+
+    def slow(self, *, rtt_ms: float = 50, mbit_per_s: float = 0) -> None:
+        """Make its link to the first network long (added round-trip time) or narrow (0: as wide as it is)."""
+        self.fast()
+        link, tap = self._link(0), self._tap
+        run_ip("link", "set", link, "nomaster")
+        run_ip("link", "set", link, "arp", "off")  # this machine must not answer on it in the bridge's place
+        with Path(f"/proc/sys/net/ipv6/conf/{link}/disable_ipv6").open("w", encoding="ascii") as switch:
+            switch.write("1")
+        words = [sys.executable, str(WIRE), link, tap, str(rtt_ms / 2), str(mbit_per_s)]
+        self._wire = subprocess.Popen(words, stdout=subprocess.PIPE)
+        assert self._wire.stdout is not None
+        assert self._wire.stdout.readline() == b"ready\n", "the slow link did not start"
+        bridge = next(iter(self._networks.values())).bridge
+        run_ip("link", "set", tap, "master", bridge, "up")
+
+    def fast(self) -> None:
+        """Undo `slow`."""
+        if self._wire is None:
+            return
+        self._wire.kill()
+        self._wire.wait(10)
+        self._wire = None
+        link = self._link(0)
+        run_ip("link", "set", link, "arp", "on", check=False)
+        run_ip("link", "set", link, "master", next(iter(self._networks.values())).bridge, check=False)
 
     def cut(self) -> None:
         """Cut its link to the first network: frames vanish in both directions, and no end notices at once."""
@@ -230,6 +266,12 @@ class Host:
                 if process.name().startswith("sshd"):
                     process.send_signal(number)
 
+    def reload_sshd(self) -> None:
+        """Let its sshd read its configuration again; connections stay."""
+        before = self.out("grep -c listening /var/log/sshd.log || true")
+        self.run("kill -HUP $(cat /run/sshd.pid)")
+        wait_until(lambda: self.out("grep -c listening /var/log/sshd.log || true") != before, 20, "sshd listens again")
+
     def _lay_out(self, disk_mib: int | None) -> None:
         """Make its folders, and write what a fresh installation has."""
         for name in ("upper", "work", "root", "disk"):
@@ -243,8 +285,8 @@ class Host:
             if (skeleton := Path("/etc/skel") / name).exists():
                 shutil.copy(skeleton, self.folder / "disk/root" / name)
         etc = self.folder / "upper/etc"
-        (etc / "ssh").mkdir(parents=True)
-        for path in (self.folder / "upper", etc, etc / "ssh"):
+        (etc / "ssh/test.d").mkdir(parents=True)
+        for path in (self.folder / "upper", etc, etc / "ssh", etc / "ssh/test.d"):
             path.chmod(0o755)
         make_key(self.host_key)
         (etc / "hostname").write_text(f"{self.name}\n")
@@ -256,11 +298,19 @@ class Host:
     def _link(self, order: int) -> str:
         return f"{self.world.links}h{self.number}{'ab'[order]}"
 
+    @property
+    def _tap(self) -> str:
+        return f"{self.world.links}t{self.number}"
+
     def _mac(self, order: int) -> str:
         return f"02:52:4c:{order:02x}:{self.world.slot:02x}:{self.number:02x}"
 
     def _port(self, state: str) -> None:
-        subprocess.run(["bridge", "link", "set", "dev", self._link(0), "state", state], check=True, capture_output=True)
+        subprocess.run(
+            ["bridge", "link", "set", "dev", self._tap if self._wire else self._link(0), "state", state],
+            check=True,
+            capture_output=True,
+        )
 
     def _died(self) -> bool:
         assert self._leash is not None
@@ -272,6 +322,7 @@ class Host:
 
 
 _SSHD_CONFIG = """\
+Include /etc/ssh/test.d/*.conf
 Port 22
 HostKey /etc/ssh/ssh_host_ed25519_key
 PidFile /run/sshd.pid

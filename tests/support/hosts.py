@@ -96,6 +96,8 @@ class World:
     def close(self) -> None:
         """Switch everything off and remove it."""
         for host in self.hosts:
+            host.unplug()
+        for host in self.hosts:
             host.power_off()
         for network in (self.front, self.back):
             run_ip("link", "del", network.bridge, check=False)
@@ -169,6 +171,8 @@ def _make_world() -> World:
                 run_ip("addr", "add", f"{network.four}.1/24", "dev", network.bridge)
                 run_ip("addr", "add", f"{network.six}::1/64", "dev", network.bridge, "nodad", check=False)
             run_ip("link", "set", network.bridge, "up")
+        # Nobody answers for the back network here. Without this, its packets would leave by the default route.
+        run_ip("route", "add", f"{made.back.four}.0/24", "dev", made.front.bridge)
     return made
 
 
