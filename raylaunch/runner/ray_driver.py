@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
@@ -76,7 +76,7 @@ def prepare(driver: Driver, folder: Path, environ: Mapping[str, str]) -> dict[st
     env.update(_wandb_key(driver, place, env))
     hidden = {name: value for name, value in driver.secrets.items() if name != _WANDB_KEY}
     start = place / "worker"
-    write_private(start, _worker_start(driver.python, hidden, _python_path(driver, folder), folder), mode=0o700)
+    write_private(start, _worker_start(driver, hidden, folder), mode=0o700)
     return {**env, **_job_config(driver, env, environ, start)}
 
 
@@ -96,23 +96,23 @@ def _variables(driver: Driver, folder: Path, environ: Mapping[str, str]) -> dict
     env[contract.VAR_WANDB_RUN] = driver.spec["wandb"]["run_id"]
     env[contract.VAR_TRAIN_REPORTS] = str(folder / contract.TRAIN_REPORTS)
     env[_CALLBACKS] = ",".join(filter(None, [own.get(_CALLBACKS, ""), _CALLBACK]))
-    env["PYTHONPATH"] = os.pathsep.join(_appended(env.get("PYTHONPATH", ""), _python_path(driver, folder)))
+    first, last = _python_path(driver, folder)
+    theirs = [part for part in env.get("PYTHONPATH", "").split(os.pathsep) if part and part not in last]
+    env["PYTHONPATH"] = os.pathsep.join([*first, *theirs, *last])
     for of_tune, of_wandb in (("WANDB_PROJECT_NAME", "WANDB_PROJECT"), ("WANDB_GROUP_NAME", "WANDB_RUN_GROUP")):
         if of_tune not in own and env.get(of_wandb):
             env[of_tune] = env[of_wandb]
     return env
 
 
-def _python_path(driver: Driver, folder: Path) -> list[str]:
-    """Return what goes to the end of PYTHONPATH: the archive, where raylaunch is missing, and its start-up folder."""
+def _python_path(driver: Driver, folder: Path) -> tuple[list[str], list[str]]:
+    """Return what goes to both ends of PYTHONPATH.
+
+    First the archive's start-up folder, with its one module; last the archive, where raylaunch is missing. An empty
+    part, which would be the current folder with the person's scripts, never comes into it.
+    """
     archive = str(folder / contract.RUNNER)
-    return ([] if driver.imports else [archive]) + [f"{archive}/{contract.STARTUP}"]
-
-
-def _appended(path: str, more: Iterable[str]) -> list[str]:
-    """An empty part would be the current folder, whose scripts could be taken for modules."""
-    parts = [part for part in path.split(os.pathsep) if part]
-    return parts + [part for part in more if part not in parts]
+    return [f"{archive}/{contract.STARTUP}"], [] if driver.imports else [archive]
 
 
 def _wandb_key(driver: Driver, place: Path, env: Mapping[str, str]) -> dict[str, str]:
@@ -130,17 +130,20 @@ def _wandb_key(driver: Driver, place: Path, env: Mapping[str, str]) -> dict[str,
     return {"NETRC": str(place / "netrc")}
 
 
-def _worker_start(python: str, secrets: Mapping[str, str], path: Iterable[str], folder: Path) -> str:
+def _worker_start(driver: Driver, secrets: Mapping[str, str], folder: Path) -> str:
     """Return the script that becomes a worker's interpreter. What Ray or the program set for the worker wins."""
+    first, last = _python_path(driver, folder)
     lines = ["#!/bin/sh", "# raylaunch: a worker of this attempt starts here"]
     lines += [f'[ -n "${{{name}+set}}" ] || export {name}={shlex.quote(value)}' for name, value in secrets.items()]
-    for part in path:
+    for part in [*first, *last]:
         quoted = shlex.quote(part)
-        lines.append(f'case ":${{PYTHONPATH-}}:" in *:{quoted}:*) ;; *)')
-        lines.append(f'  export PYTHONPATH="${{PYTHONPATH:+$PYTHONPATH:}}"{quoted} ;; esac')
+        joined = (
+            f'{quoted}"${{PYTHONPATH:+:$PYTHONPATH}}"' if part in first else f'"${{PYTHONPATH:+$PYTHONPATH:}}"{quoted}'
+        )
+        lines.append(f'case ":${{PYTHONPATH-}}:" in *:{quoted}:*) ;; *) export PYTHONPATH={joined} ;; esac')
     here, code = shlex.quote(str(Path.cwd())), shlex.quote(str(folder / contract.CODE))
     lines.append(f'[ "$(pwd -P)" != {here} ] || cd {code} || exit 1')
-    lines.append(f'exec {shlex.quote(python)} "$@"')
+    lines.append(f'exec {shlex.quote(driver.python)} "$@"')
     return "\n".join(lines) + "\n"
 
 

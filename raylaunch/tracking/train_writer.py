@@ -62,8 +62,11 @@ class Runs:
             case "start":
                 self._begun[run_id] = event
             case "report":
-                run = self._open.get(run_id) or self._begin(run_id, event["step"])
-                run.log(dict(event["row"]), step=event["step"] + self._shift[run_id])
+                if run_id not in self._shift:
+                    self._begin(run_id, event["step"])
+                run = self._open.get(run_id)
+                if run is not None:
+                    run.log(dict(event["row"]), step=event["step"] + self._shift[run_id], commit=True)
             case "end" if run_id in self._open:
                 self._open.pop(run_id).finish(exit_code=event["exit_code"])
             case _:
@@ -75,31 +78,45 @@ class Runs:
             run.finish(exit_code=exit_code)
         self._open.clear()
 
-    def _begin(self, run_id: str, step: int) -> wandb.Run:
+    def _begin(self, run_id: str, step: int) -> None:
         """Open a run. One that goes on from an earlier attempt, with a training that began anew, goes on behind it."""
-        begun = self._begun.get(run_id, {})
-        name = begun.get("name") or None
-        config = begun.get("config") or {}
-        try:
-            run = _init(run_id, name, config, mode=None)
-        except Exception as error:  # noqa: BLE001 -- wandb raises many kinds; the reports are to be kept all the same
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
-            _say(f"wandb.init failed on-line ({why}); what the training reports is tracked off-line")
-            run = _init(run_id, name, config, mode="offline")
+        self._shift[run_id] = 0
+        run = self._init_somehow(run_id, self._begun.get(run_id, {}))
+        if run is None:
+            return
         if not run.offline and run.url:
             _say(f"View run at {run.url}")
         self._open[run_id] = run
-        self._shift[run_id] = 0 if step else run.step
-        return run
+        self._shift[run_id] = 0 if step else run.starting_step
+
+    def _init_somehow(self, run_id: str, begun: Mapping[str, Any]) -> wandb.Run | None:
+        """Open a run, off-line if it must be. None when that fails too: the metrics are in ``progress.jsonl`` then."""
+        import wandb  # noqa: PLC0415 -- it starts threads, and this process forks first
+
+        try:
+            return _init(run_id, begun, mode=None)
+        except Exception as error:  # noqa: BLE001 -- wandb raises many kinds; the reports are to be kept all the same
+            _say(f"wandb.init failed ({_line(error)}); what the training reports is tracked off-line")
+        try:
+            if not self._open:
+                wandb.teardown()  # else its core holds that the run is in use
+            return _init(run_id, begun, mode="offline")
+        except Exception as error:  # noqa: BLE001 -- as above
+            _say(f"wandb.init failed off-line too ({_line(error)}); what the training reports is not in W&B")
+            return None
 
 
-def _init(run_id: str, name: str | None, config: Mapping[str, Any], *, mode: Any) -> wandb.Run:  # noqa: ANN401 -- wandb's own literals
-    import wandb  # noqa: PLC0415 -- it starts threads, and this process forks first
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _init(run_id: str, begun: Mapping[str, Any], *, mode: Any) -> wandb.Run:  # noqa: ANN401 -- wandb's own literals
+    import wandb  # noqa: PLC0415 -- as above
 
     return wandb.init(
         id=run_id,
-        name=name,
-        config=dict(config),
+        name=begun.get("name") or None,
+        config=dict(begun.get("config") or {}),
         mode=mode,
         resume="allow",
         reinit="create_new",

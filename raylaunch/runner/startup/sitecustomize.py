@@ -1,7 +1,7 @@
 """Lets results of Ray Train and Tune land in the job's folder for checkpoints, where a program names no storage.
 
-Python imports a module of this name at its start. Under ``launcher: ray`` this one lies at the end of PYTHONPATH, in
-the runner's archive. Ray keeps results in ``~/ray_results`` by a constant (ray/train/constants.py in Ray 2.60; the
+Python imports a module of this name at its start. Under ``launcher: ray`` this one lies first on PYTHONPATH, in the
+runner's archive. Ray keeps results in ``~/ray_results`` by a constant (ray/train/constants.py in Ray 2.60; the
 variables that once set it are errors by now), where two jobs with one run name would resume each other. The
 environment's own ``sitecustomize``, if there is one, is run first.
 """
