@@ -10,7 +10,9 @@ from raylaunch.cluster.facts import GpuProcess, Gpus, HostGpu
 from raylaunch.cluster.probe_answer import Answer, Section
 
 _MIB = 1024 * 1024
-_CUDA = re.compile(r"CUDA Version\s*:\s*([0-9.]+)")
+_CUDA = re.compile(r"CUDA (?:UMD )?Version\s*:\s*([0-9.]+)")
+"""Drivers from 610 on say "CUDA UMD Version"."""
+_MODULE = re.compile(r"Module\s+(?:for \S+\s+)?([0-9.]+)")
 _MIG_DEVICE = re.compile(r"^\s+MIG .*\(UUID: MIG-", re.MULTILINE)
 _NO_DEVICES = "No devices were found"
 
@@ -21,12 +23,15 @@ def read_gpus(answer: Answer) -> Gpus:
     rows = _table(query.text) if query.status == 0 and _NO_DEVICES not in query.text else []
     users = _processes(answer["gpu_apps"])
     found = tuple(_gpu(row, users.get(row.get("uuid", ""), ())) for row in rows)
+    module = _MODULE.search(hardware.one("module"))
     cuda = _CUDA.search(answer["gpu_version"].text)
     return Gpus(
         hardware=len(hardware.all("pci")) if hardware.status == 0 else None,
         nvidia_smi=hardware.one("smi"),
         problem=_problem(query),
-        driver=next((row["driver_version"] for row in rows if row.get("driver_version")), ""),
+        driver=next(
+            (row["driver_version"] for row in rows if row.get("driver_version")), module.group(1) if module else ""
+        ),
         cuda=cuda.group(1) if cuda else "",
         gpus=found,
         mig_devices=len(_MIG_DEVICE.findall(answer["gpu_list"].text)),

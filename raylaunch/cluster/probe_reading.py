@@ -33,6 +33,8 @@ _INFINIBAND_TYPE = "32"
 """ARPHRD_INFINIBAND, in /sys/class/net/*/type."""
 _NO_LIMIT = 1 << 60
 """Control groups of the first version say "no limit" with a number above this."""
+_MAY_BE_UNKNOWN = frozenset({"index", "ntp", "xid"})
+"""Sections that fail where nothing there can be asked; the facts say so themselves."""
 _UNIFIED = re.compile(r"\b(GB10|GH200|GB200|GB300|Thor|Orin)\b")
 
 
@@ -78,7 +80,7 @@ def read_facts(answer: Answer, *, clock: Clock, took_s: float) -> HostFacts:
         infiniband=tuple(_infiniband(answer["infiniband"])),
         services=_services(answer["services"]),
         nofile=_nofile(limits),
-        unanswered=tuple(sorted({*answer.unanswered} - {"ntp", "xid"})),
+        unanswered=tuple(sorted({*answer.unanswered} - _MAY_BE_UNKNOWN)),
         took_s=took_s,
     )
 

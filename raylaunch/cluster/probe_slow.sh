@@ -53,7 +53,7 @@ gpu_apps() {
 gpu_list() { ask_smi -L; }
 
 gpu_version() {
-    ask_smi --version 2>/dev/null | grep -i 'cuda version' || ask_smi 2>/dev/null | grep -i 'cuda version'
+    ask_smi --version 2>/dev/null | grep -i 'cuda.*version' || ask_smi 2>/dev/null | grep -i 'cuda.*version'
 }
 
 xid() { # the kernel's log may be closed to users: then nothing is known, and the status says so

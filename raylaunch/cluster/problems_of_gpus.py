@@ -161,7 +161,8 @@ def _xids(host: HostSpec, facts: HostFacts) -> Iterator[Problem]:
         return
     last = found[-1]
     grave = sorted({int(one["number"]) for one in found} & _GRAVE.keys())
-    message = f"the driver reported {len(found)} errors since the boot, last Xid {last['number']} of {last['device']}"
+    number = f"{len(found)} error{'s' if len(found) > 1 else ''}"
+    message = f"the driver reported {number} since the boot, last Xid {last['number']} of {last['device']}"
     if grave:
         message += "; " + ", ".join(f"Xid {number} is: {_GRAVE[number]}" for number in grave)
         mend = "reset the GPU or reboot the host; if they come back it is failing"

@@ -1,0 +1,215 @@
+"""What may be wrong with GPUs, and with what else runs on a host: the facts, the words, and the mend."""
+
+from __future__ import annotations
+
+import pytest
+from support.facts import BLOCKING, SOMEBODY, WARNING, Case, check_alone, check_words, facts, one_host
+
+from raylaunch.cluster.problems import problems
+from raylaunch.spec import ClusterSpec, HostSpec
+
+LAB2 = {"name": "lab2", "user": "anna", "folder": "/home/anna/.raylaunch/clusters/lab2", "pid": 77, "wanted": "running"}
+GPU0 = "GPU-0aaa1111-0000-0000-0000-000000000000"
+MINE = {"name": "lab", "user": "ml", "folder": "/home/ml/.raylaunch/clusters/lab", "pid": 99, "gpu_uuids": [GPU0]}
+RAYLET = {"pid": 31, "kind": "raylet", "user": "anna", "worker_ports": [10002, 19999], "temp_dir": "/tmp/ray"}  # noqa: S108 -- Ray's default
+
+CASES = (
+    Case(
+        "driver_missing",
+        BLOCKING,
+        "8 NVIDIA GPUs are on its bus, and no nvidia-smi",
+        "install the NVIDIA driver (sudo apt install nvidia-driver-…-server); gpus: 0 leaves the GPUs out",
+        {"gpus": {"hardware": 8}},
+    ),
+    Case(
+        "driver_broken",
+        BLOCKING,
+        "nvidia-smi fails: Failed to initialize NVML: Driver/library version mismatch",
+        "a reboot mends a driver that was updated; else install the driver again; gpus: 0 leaves the GPUs out",
+        {
+            "gpus": {
+                "hardware": 8,
+                "nvidia_smi": "/usr/bin/nvidia-smi",
+                "problem": "Failed to initialize NVML: Driver/library version mismatch",
+            }
+        },
+    ),
+    Case(
+        "gpus_missing",
+        BLOCKING,
+        "16 GPUs are asked for, and it has 8: " + ", ".join(f"{i} (NVIDIA H100 80GB HBM3)" for i in range(8)),
+        "write gpus: 8, or look for the others: lspci",
+        host={"gpus": 16},
+    ),
+    Case(
+        "gpus_missing",
+        BLOCKING,
+        ("it has no GPU 9, GPU-ffff; it has " + ", ".join(f"{i} (NVIDIA H100 80GB HBM3)" for i in range(8))),
+        "list ids or UUIDs from: nvidia-smi -L",
+        host={"gpus": [0, 9, "GPU-ffff"]},
+    ),
+    Case(
+        "gpus_missing",
+        WARNING,
+        "nvidia-smi lists 8 of the 9 NVIDIA GPUs on its bus",
+        "look at sudo dmesg | grep -i nvrm: one may have failed",
+        {"gpus.hardware": 9},
+    ),
+    Case(
+        "gpus_logical",
+        WARNING,
+        "it has no GPU: its 8 are logical ones, which jobs are given but cannot compute on",
+        "leave gpus out for a host without GPUs",
+        {"gpus": {"hardware": 0}},
+        {"gpus": 8},
+    ),
+    Case(
+        "gpus_busy",
+        WARNING,
+        "GPU 0 (NVIDIA H100 80GB HBM3) is used by python3 (pid 4711, user anna)",
+        "jobs wait for that GPU until it is free; to leave it out, list the others: gpus: [..]",
+        {"gpus.gpus.0.processes": [SOMEBODY]},
+    ),
+    Case(
+        "gpus_of_another_cluster",
+        BLOCKING,
+        "cluster lab2 of user anna (controller pid 77, /home/anna/.raylaunch/clusters/lab2) uses GPU 0",
+        ("use that cluster (its owner runs: raylaunch token create --for ml), or list other GPUs: gpus: [..]"),
+        {"clusters": [LAB2 | {"gpu_uuids": [GPU0]}]},
+    ),
+    Case(
+        "gpus_of_another_cluster",
+        BLOCKING,
+        (
+            "cluster lab2 of user anna (controller pid 77, /home/anna/.raylaunch/clusters/lab2) may use GPUs "
+            "0, 1, 2, 3, 4, 5, 6, 7: which ones cannot be read"
+        ),
+        ("use that cluster (its owner runs: raylaunch token create --for ml), or list other GPUs: gpus: [..]"),
+        {"clusters": [LAB2]},
+    ),
+    Case(
+        "gpus_of_another_cluster",
+        WARNING,
+        (
+            "cluster lab2 of user anna (controller pid 77, /home/anna/.raylaunch/clusters/lab2) may use GPU 5: "
+            "which ones cannot be read, and you list yours"
+        ),
+        "ask anna which they are",
+        {"clusters": [LAB2]},
+        {"gpus": [5]},
+    ),
+    Case(
+        "mig_enabled",
+        WARNING,
+        ("MIG is on for GPU 0 (7 slices): a job is given the whole GPU's number, and CUDA then shows it one slice"),
+        "sudo nvidia-smi -i 0 -mig 0, when nobody uses it",
+        {"gpus.gpus.0.mig": True, "gpus.mig_devices": 7},
+    ),
+    Case(
+        "gpu_not_for_compute",
+        BLOCKING,
+        "the compute mode of GPU 0 is Prohibited: no program may use it",
+        "sudo nvidia-smi -i 0 -c DEFAULT",
+        {"gpus.gpus.0.compute_mode": "Prohibited"},
+    ),
+    Case(
+        "gpu_errors",
+        WARNING,
+        "GPU 0 (NVIDIA H100 80GB HBM3) has 3 uncorrected memory errors since its driver began",
+        "reset it when nobody uses it: sudo nvidia-smi -i 0 -r; if they come back it is failing",
+        {"gpus.gpus.0.ecc_errors": 3},
+    ),
+    Case(
+        "gpu_xid",
+        WARNING,
+        ("the driver reported 2 errors since the boot, last Xid 79 of PCI:0000:1b:00; Xid 79 is: fallen off the bus"),
+        "reset the GPU or reboot the host; if they come back it is failing",
+        {
+            "gpus.xids": [
+                "[  812.1] NVRM: Xid (PCI:0000:1b:00): 31, pid=9, name=python, MMU Fault: ENGINE GRAPHICS",
+                "[ 1812.1] NVRM: Xid (PCI:0000:1b:00): 79, pid='<unknown>', GPU has fallen off the bus.",
+            ]
+        },
+    ),
+    Case(
+        "gpu_xid",
+        WARNING,
+        "the driver reported 1 error since the boot, last Xid 13 of PCI:0000:1b:00",
+        "such a number is mostly a program's own bug; look them up if jobs fail for no reason",
+        {"gpus.xids": ["NVRM: Xid (PCI:0000:1b:00): 13, pid=9, Graphics Exception"]},
+    ),
+    Case(
+        "no_free_ports",
+        BLOCKING,
+        (
+            "Ray's ports do not fit: it needs 10 from 20000 to 25999 (6000 are free), and a block of 896 from 26000 to "
+            "32699"
+        ),
+        "end what holds them: ss -ltnp",
+        {
+            "clusters": [LAB2 | {"gpu_uuids": []}],
+            "rays": [RAYLET | {"worker_ports": [25000, 32767], "temp_dir": "/tmp/raylaunch-1002/x"}],
+        },  # noqa: S108 -- a fact
+    ),
+    Case(
+        "other_ray",
+        WARNING,
+        (
+            "another Ray runs there (pid 31 of anna); it is left alone, and raylaunch does not see what GPUs it has "
+            "given away"
+        ),
+        "list GPUs that it does not use (gpus: [..]), or end it; never with ray stop, which ends every Ray",
+        {"rays": [RAYLET]},
+    ),
+    Case(
+        "same_name_cluster",
+        WARNING,
+        (
+            "anna runs a cluster of the same name there: cluster lab of user anna (controller pid 77, "
+            "/home/anna/.raylaunch/clusters/lab)"
+        ),
+        "use it (anna runs: raylaunch token create --for ml), or give yours another name",
+        {"clusters": [LAB2 | {"name": "lab", "folder": "/home/anna/.raylaunch/clusters/lab", "gpu_uuids": []}]},
+    ),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.code}-{case.level}")
+def test_a_problem_has_its_words_and_its_mend(case: Case) -> None:
+    check_words(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.code}-{case.level}")
+def test_one_thing_is_said_where_one_thing_is_wrong(case: Case) -> None:
+    check_alone(case)
+
+
+def test_a_port_of_the_controller_that_is_taken_blocks_its_head() -> None:
+    spec = ClusterSpec(name="lab", port=8642, hosts=(HostSpec(host="dgx-1"),))
+    (found,) = problems(spec, {"dgx-1": facts(changes={"listening": [22, 8642]})})
+    assert (found.code, found.level) == ("port_taken", "blocking")
+    assert found.message == "port 8642, which cluster.yaml wants for the controller, is taken there"
+    assert found.mend == "leave port out; or see who has it: ss -ltnp sport = :8642"
+
+
+def test_what_our_own_cluster_holds_is_no_problem() -> None:
+    own = facts(
+        changes={
+            "clusters": [MINE],
+            "listening": [22, 8642, *range(26000, 32700)],
+            "rays": [RAYLET | {"user": "ml", "temp_dir": "/tmp/raylaunch-1001/abc"}],  # noqa: S108 -- a fact
+            "gpus.gpus.0.processes": [SOMEBODY | {"user": "ml", "ours": True}],
+        }
+    )
+    spec = ClusterSpec(name="lab", port=8642, hosts=(HostSpec(host="dgx-1"),))
+    assert problems(spec, {"dgx-1": own}) == ()
+
+
+def test_a_cluster_that_was_taken_down_holds_no_gpus() -> None:
+    stopped = LAB2 | {"pid": None, "wanted": "stopped", "gpu_uuids": [GPU0]}
+    assert one_host({"clusters": [stopped]}) == ()
+
+
+def test_gpus_that_are_left_out_are_not_looked_at() -> None:
+    assert one_host({"gpus": {"hardware": 8, "problem": "No NVML", "nvidia_smi": "/x"}}, gpus=0) == ()
+    assert one_host({"gpus.gpus.0.processes": [SOMEBODY]}, gpus=[1, 2]) == ()
