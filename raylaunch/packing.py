@@ -7,6 +7,7 @@ ignore file brings a folder back; only ``.git`` and ``.raylaunch`` never travel.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -32,13 +33,16 @@ _MEMBER_TIME = 315_619_200
 
 
 class Packed:
-    """An archive in a temporary file. A context manager: the file goes with it."""
+    """An archive in a temporary file without a name, of which nothing is left even when this process is killed.
 
-    def __init__(self, path: Path, sha256: str, report: PackReport) -> None:
-        self.path = path
+    A context manager: the file goes with it.
+    """
+
+    def __init__(self, file: IO[bytes], sha256: str, report: PackReport) -> None:
+        self.file = file
         self.sha256 = sha256
         self.report = report
-        self.bytes = path.stat().st_size
+        self.bytes = os.fstat(file.fileno()).st_size
 
     def __enter__(self) -> Self:
         return self
@@ -46,7 +50,7 @@ class Packed:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.path.unlink(missing_ok=True)
+        self.file.close()
 
 
 def pack(working_dir: str | Path) -> Packed:
@@ -58,22 +62,20 @@ def pack(working_dir: str | Path) -> Packed:
         ConflictError: a file was written to while it was read.
     """
     root = checked_working_dir(working_dir)
-    handle, name = tempfile.mkstemp(prefix="raylaunch-", suffix=".tar.gz")
-    path = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as raw:
-            sink = _Hashing(raw)
+    with contextlib.ExitStack() as unless_done:
+        try:
+            file = unless_done.enter_context(tempfile.TemporaryFile())
+            sink = _Hashing(file)
             report = _write(root, sink)
-        return Packed(path, sink.sha256.hexdigest(), report)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            msg = f"there is no room to pack {root}: the disk of {path.parent} is full"
-            raise StorageError(msg, hint="free some space there, or set TMPDIR to a folder on another disk") from None
-        raise
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+            file.seek(0)
+        except OSError as error:
+            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+                msg = f"there is no room to pack {root}: the disk of {tempfile.gettempdir()} is full"
+                hint = "free some space there, or set TMPDIR to a folder on another disk"
+                raise StorageError(msg, hint=hint) from None
+            raise
+        unless_done.pop_all()
+        return Packed(file, sink.sha256.hexdigest(), report)
 
 
 def checked_working_dir(working_dir: str | Path) -> Path:

@@ -63,20 +63,19 @@ async def upload(wire: Wire, packed: Packed, *, patient: Patient, on_progress: O
     have, sent = answer.number("X-Have"), 0
     if answer.header("X-Complete") == "1":
         return 0
-    with packed.path.open("rb") as file:
-        while True:
-            on_progress("code", have, packed.bytes)
-            file.seek(have)
-            data = file.read(CHUNK)
-            answer = await _put(wire, path, packed.bytes, have, data, patient=patient)
-            if answer.status == _CONFLICT:
-                have = _other_offset(answer, have)  # an answer was lost on the way, or somebody else sends the same
-                continue
-            facts = json.loads(answer.body)
-            sent, have = sent + len(data), int(facts["have"])
-            if facts["complete"]:
-                on_progress("code", packed.bytes, packed.bytes)
-                return sent
+    while True:
+        on_progress("code", have, packed.bytes)
+        packed.file.seek(have)
+        data = packed.file.read(CHUNK)
+        answer = await _put(wire, path, packed.bytes, have, data, patient=patient)
+        if answer.status == _CONFLICT:
+            have = _other_offset(answer, have)  # an answer was lost on the way, or somebody else sends the same
+            continue
+        facts = json.loads(answer.body)
+        sent, have = sent + len(data), int(facts["have"])
+        if facts["complete"]:
+            on_progress("code", packed.bytes, packed.bytes)
+            return sent
 
 
 async def _put(  # noqa: PLR0913 -- what goes where

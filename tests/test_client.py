@@ -190,7 +190,7 @@ def test_a_submission_sends_code_report_and_git_facts(api: Api, code: Path) -> N
 
     job = ask(api, submit)
     with pack(code) as packed:
-        assert (api.store / "packages" / f"{packed.sha256}.tar.gz").read_bytes() == packed.path.read_bytes()
+        assert (api.store / "packages" / f"{packed.sha256}.tar.gz").read_bytes() == packed.file.read()
         assert said == [(1, packed.bytes)]
     assert job.pack is not None
     assert job.pack.files == 1
@@ -214,7 +214,7 @@ def test_an_upload_goes_on_where_an_earlier_one_stopped(api: Api, code: Path) ->
     (code / "noise.bin").write_bytes(noise)
     progress: list[int] = []
     with pack(code) as packed, api.client() as http_client:
-        first = packed.path.read_bytes()[: CHUNK // 4]
+        first = packed.file.read(CHUNK // 4)
         answer = http_client.put(
             f"/v1/packages/{packed.sha256}", params={"offset": 0, "total": packed.bytes}, content=first
         )

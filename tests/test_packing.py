@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
+import sys
 import tarfile
 import tempfile
 import threading
@@ -29,7 +31,7 @@ def tree(root: Path, files: Mapping[str, str | bytes]) -> Path:
 
 def names(root: Path) -> list[str]:
     """Return the packed files and links."""
-    with pack(root) as packed, tarfile.open(packed.path) as archive:
+    with pack(root) as packed, tarfile.open(fileobj=packed.file) as archive:
         return sorted(member.name for member in archive if not member.isdir())
 
 
@@ -49,7 +51,7 @@ def test_equal_folders_make_equal_archives_whatever_their_times(tmp_path: Path) 
     os.utime(second / "train.py", (1, 1))
     with pack(first) as one, pack(second) as other:
         assert one.sha256 == other.sha256
-        assert one.path.read_bytes() == other.path.read_bytes()
+        assert one.file.read() == other.file.read()
 
 
 def test_another_content_makes_another_name(tmp_path: Path) -> None:
@@ -60,15 +62,33 @@ def test_another_content_makes_another_name(tmp_path: Path) -> None:
 def test_a_program_stays_executable(tmp_path: Path) -> None:
     tree(tmp_path, {"run.sh": "", "data.txt": ""})
     (tmp_path / "run.sh").chmod(0o700)
-    with pack(tmp_path) as packed, tarfile.open(packed.path) as archive:
+    with pack(tmp_path) as packed, tarfile.open(fileobj=packed.file) as archive:
         assert archive.getmember("run.sh").mode == 0o755
         assert archive.getmember("data.txt").mode == 0o644
 
 
 def test_the_archive_goes_when_it_is_no_longer_needed(tmp_path: Path) -> None:
     with pack(tree(tmp_path, {"a": ""})) as packed:
-        assert packed.path.exists()
-    assert not packed.path.exists()
+        assert not packed.file.closed
+    assert packed.file.closed
+
+
+def test_a_process_that_is_killed_leaves_no_archive_behind(tmp_path: Path) -> None:
+    (tmp_path / "temp").mkdir()
+    tree(tmp_path / "code", {"a": "x" * 1000})
+    script = (
+        "import os, signal, sys; from raylaunch.packing import pack\n"
+        "with pack(sys.argv[1]) as packed:\n    print(packed.bytes, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "code")],
+        env={**os.environ, "TMPDIR": str(tmp_path / "temp")},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, int(done.stdout) > 0) == (-signal.SIGKILL, True)
+    assert list((tmp_path / "temp").iterdir()) == []
 
 
 def test_what_is_built_in_stays_at_home(tmp_path: Path) -> None:
