@@ -50,6 +50,7 @@ include_patterns = ["README.md", "CHANGELOG.md", "docs/**.md", "examples/**/READ
 exclude_patterns = [".*", "**/.*", "build", "dist", "site"]
 root_doc = "docs/index"
 myst_heading_anchors = 4
+copybutton_prompt_text = "$ "  # of a transcript, what is typed is copied
 smartquotes = False  # quotes are copied into shells
 
 html_theme = "furo"

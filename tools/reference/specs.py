@@ -41,6 +41,7 @@ _KINDS: dict[object, str] = {
 """What is read by a function, in words."""
 
 
+_PLAIN: dict[type, str] = {str: "text", int: "a whole number", float: "a number", bool: "`true` or `false`"}
 _BESIDE: dict[str, dict[str, object]] = {
     "processes": {"launcher": "torchrun"},
     "kind": {"hosts": ["dgx-1"]},
@@ -153,12 +154,9 @@ def kind_words(hint: object) -> str:  # noqa: PLR0911 -- one sentence a kind
         return "one of the [environments](job-file.md#environments)"
     if isinstance(hint, type) and issubclass(hint, Spec):
         return "a mapping, with the fields below"
-    return {str: "text", int: "a whole number", float: "a number", bool: "`true` or `false`"}[_plain(hint)]
-
-
-def _plain(hint: object) -> type:
-    if isinstance(hint, type):
-        return hint
+    for plain, words in _PLAIN.items():
+        if hint is plain:
+            return words
     msg = f"tools/reference/specs.py has no words for the type {hint}"
     raise TypeError(msg)
 
