@@ -34,7 +34,7 @@ def page() -> str:
         lines += _table([reason for reason in Reason if reason.verdict in verdicts])
         if Verdict.RETRY in verdicts:
             lines.append(_TRIED)
-    return markdown.page("States and reasons", "raylaunch/reasons.py and raylaunch/state.py", lines)
+    return markdown.page("States and reasons", "raylaunch/reasons.py and raylaunch/job_state.py", lines)
 
 
 def _table(reasons: list[Reason]) -> list[str]:

@@ -22,7 +22,7 @@ from raylaunch.units import seconds, size_bytes
 from tools.reference import markdown, source
 
 _EXAMPLE = re.compile(r"\s*Example: `(.+)`$")
-_SOURCE = "the models in raylaunch/spec.py"
+_SOURCE = "the models in raylaunch/spec.py and raylaunch/cluster_spec.py"
 _JOB = """\
 A job file is YAML. Only [`entrypoint`](#entrypoint) is required. The same fields are the flags of
 [`raylaunch run`](cli.md#raylaunch-run) and the keywords of [`cluster.submit`](python.md#clustersubmit). An unknown
