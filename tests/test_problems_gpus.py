@@ -11,7 +11,8 @@ from raylaunch.spec import ClusterSpec, HostSpec
 LAB2 = {"name": "lab2", "user": "anna", "folder": "/home/anna/.raylaunch/clusters/lab2", "pid": 77, "wanted": "running"}
 GPU0 = "GPU-0aaa1111-0000-0000-0000-000000000000"
 MINE = {"name": "lab", "user": "ml", "folder": "/home/ml/.raylaunch/clusters/lab", "pid": 99, "gpu_uuids": [GPU0]}
-RAYLET = {"pid": 31, "kind": "raylet", "user": "anna", "worker_ports": [10002, 19999], "temp_dir": "/tmp/ray"}  # noqa: S108 -- Ray's default
+OURS = "/tmp/raylaunch-1001/abc"  # noqa: S108 -- where raylaunch keeps a Ray's files
+RAYLET = {"pid": 31, "kind": "raylet", "user": "anna", "worker_ports": [10002, 19999], "temp_dir": "/scratch/ray"}
 
 CASES = (
     Case(
@@ -148,8 +149,8 @@ CASES = (
         "end what holds them: ss -ltnp",
         {
             "clusters": [LAB2 | {"gpu_uuids": []}],
-            "rays": [RAYLET | {"worker_ports": [25000, 32767], "temp_dir": "/tmp/raylaunch-1002/x"}],
-        },  # noqa: S108 -- a fact
+            "rays": [RAYLET | {"worker_ports": [25000, 32767], "temp_dir": OURS}],
+        },
     ),
     Case(
         "other_ray",
@@ -197,7 +198,7 @@ def test_what_our_own_cluster_holds_is_no_problem() -> None:
         changes={
             "clusters": [MINE],
             "listening": [22, 8642, *range(26000, 32700)],
-            "rays": [RAYLET | {"user": "ml", "temp_dir": "/tmp/raylaunch-1001/abc"}],  # noqa: S108 -- a fact
+            "rays": [RAYLET | {"user": "ml", "temp_dir": OURS}],
             "gpus.gpus.0.processes": [SOMEBODY | {"user": "ml", "ours": True}],
         }
     )
