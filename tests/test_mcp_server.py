@@ -15,11 +15,9 @@ import pytest
 from mcp.types import ListToolsResult
 from support.agent import PROGRAM, Agent, Raw, agent_at, cluster_of_paper, environment
 from support.api import Api
-from support.waiting import wait_until
 
 from mcp_server import reference
 from mcp_server.tools import offered
-from raylaunch.state import JobState
 
 pytestmark = pytest.mark.slow
 
@@ -279,32 +277,6 @@ def test_lines_that_are_no_messages_end_nothing(place: Path, api: Api) -> None:
         assert {"error"} & raw.answer(70).keys()
         assert raw.end() == 0
         assert all(message["jsonrpc"] == "2.0" for message in raw.messages())
-
-
-def test_a_killed_server_leaves_its_job_and_the_same_key_finds_it(place: Path, api: Api) -> None:
-    given = {"name": "train_job", "arguments": {"entrypoint": "python train.py", "request_id": "the-key"}}
-    with Raw(place, place / "work") as raw:
-        raw.greet()
-        raw.ask(1, "tools/call", given)
-        job = raw.answer(1)["result"]["structuredContent"]["job"]["id"]
-        raw.process.kill()
-        raw.process.wait(10)
-        assert api.do(lambda: api.records.get(job).state) is JobState.QUEUED
-        with agent_at(place, place / "work") as after:
-            again = after.call("train_job", entrypoint="python train.py", request_id="the-key")
-        assert (again.facts["job"]["id"], again.facts["created"]) == (job, False)
-        assert "nothing new was submitted" in again.facts["notes"][0]
-
-
-def test_a_server_that_is_killed_while_it_waits_leaves_the_job_as_it_was(place: Path, api: Api, agent: Agent) -> None:
-    job = agent.call("train_job", entrypoint="python train.py", name="waited").facts["job"]["id"]
-    with Raw(place, place / "work") as raw:
-        raw.greet()
-        raw.ask(1, "tools/call", {"name": "monitor_job", "arguments": {"job": job, "wait_s": 50}})
-        wait_until(lambda: api.do(lambda: len(api.records._changed)), 20, "it waits")  # noqa: SLF001 -- shows nowhere else
-        raw.process.kill()
-        raw.process.wait(10)
-        assert api.do(lambda: api.records.get(job).state) is JobState.QUEUED
 
 
 def test_a_closed_stdin_ends_the_server_in_the_middle_of_a_call(place: Path, api: Api, agent: Agent) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 from support.api import Api, serving, token_of
-from support.api_use import end, listening, start, write
+from support.api_use import end, large, listening, start, write
 from support.waiting import wait_until
 
 import raylaunch
@@ -391,6 +391,35 @@ def test_a_python_killed_while_it_sends_its_code_can_send_it_again(api: Api, clu
         python.communicate(timeout=30)
     job = cluster.submit("python train.py", working_dir=folder, request_id="night")
     assert [other.id for other in cluster.jobs()] == [job.id]
+
+
+DOWNLOAD = """
+import sys
+from typing import NamedTuple
+import raylaunch
+
+class Reach(NamedTuple):
+    url: str
+    token: str
+
+raylaunch.connect(reach=Reach(*sys.argv[1:3])).job("heavy").download(to=sys.argv[3])
+"""
+
+
+def test_a_download_that_was_killed_is_completed_by_the_next_and_leaves_nothing_else(
+    api: Api, cluster: Cluster, tmp_path: Path
+) -> None:
+    size = 150_000_000
+    job = submitted(cluster, "heavy")
+    sha256 = large(api, job.view, "attempt-1/outputs/model.pt", size)
+    folder = tmp_path / "here"
+    with subprocess.Popen([sys.executable, "-c", DOWNLOAD, *reach(api), str(folder)]) as python:
+        wait_until(lambda: any(part.stat().st_size for part in folder.glob(".*.part")), 60, "some of it is here")
+        python.kill()
+        python.wait(30)
+    (file,) = job.download(to=folder)
+    assert (file.sha256, file.bytes, file.verified) == (sha256, size, True)
+    assert [left.name for left in folder.iterdir()] == ["model.pt"]
 
 
 def test_a_python_that_ends_with_open_connections_ends_in_silence(api: Api) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.cluster import Cluster
+from support.cluster import Cluster, unstarted_cluster
 from support.waiting import wait_until
 
 from raylaunch.state import JobState
@@ -67,3 +67,33 @@ def test_a_killed_kernel_leaves_its_job_running_and_the_same_request_id_finds_it
     wait_until(lambda: b"ready" in cluster.log(job), 30, "its log goes on")
     cluster.good("stop", job)
     cluster.ended(job)
+
+
+START = """
+import raylaunch
+with raylaunch.connect(start=True) as cluster:
+    job = cluster.submit("echo trained", name="first", working_dir="", request_id="first")
+    print(job.id, job.wait(timeout_s=120).state.value, flush=True)
+"""
+
+
+def test_connecting_starts_a_cluster_from_nothing_and_a_kernel_killed_meanwhile_is_made_good_by_the_next() -> None:
+    with unstarted_cluster() as nothing:
+        with python(nothing, START) as first:
+            wait_until(lambda: ray_began(nothing) or first.poll() is not None, 60, "Ray is being started")
+            first.kill()
+            first.communicate(timeout=30)
+        with python(nothing, START) as second:
+            out, _ = second.communicate(timeout=240)
+        assert second.returncode == 0
+        job, state = out.split()
+        assert state == "succeeded"
+        with python(nothing, START) as third:
+            out, _ = third.communicate(timeout=120)
+        assert out.split() == [job, "succeeded"]
+        heads = [one for one in nothing.processes() if "ray.scripts.scripts" in one.cmdline()]
+        assert [head.pid for head in heads] == [nothing.ray_pid()]
+
+
+def ray_began(cluster: Cluster) -> bool:
+    return cluster.paths.record.exists() and cluster.record().ray is not None

@@ -14,6 +14,7 @@ from raylaunch.state import (
     JobView,
     SubmitAnswer,
 )
+from raylaunch.transfer import file_sha256
 from support.api import Api
 
 
@@ -71,6 +72,17 @@ def foreign(api: Api, submission: str, state: JobState = JobState.RUNNING) -> Jo
         attempts=(attempt,),
     )
     return api.do(lambda: api.records.put_foreign(view).view())
+
+
+def large(api: Api, job: JobView, path: str, size: int) -> str:
+    """Put a file of `size` zeros that is complete into the job's folder; return its checksum."""
+    file = api.store / "jobs" / job.id / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("wb") as opened:
+        opened.truncate(size)
+    sha256 = file_sha256(file)
+    api.do(lambda: api.services.artifacts.note(job.id, path, size=size, sha256=sha256))
+    return sha256
 
 
 def error(answer: httpx2.Response) -> tuple[int, str, str, str]:

@@ -214,6 +214,14 @@ def _environ(pid: int) -> list[str]:
 @contextmanager
 def running_cluster(spec: Mapping[str, object] | None = None) -> Iterator[Cluster]:
     """Start an embedded cluster in a home of its own, and end it."""
+    with unstarted_cluster(spec) as cluster:
+        cluster.good("up", timeout_s=UP_S)
+        yield cluster
+
+
+@contextmanager
+def unstarted_cluster(spec: Mapping[str, object] | None = None) -> Iterator[Cluster]:
+    """Make a home of its own for an embedded cluster, and end whatever of it runs at the end."""
     home = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
     work = home / "work"
     work.mkdir()
@@ -221,7 +229,6 @@ def running_cluster(spec: Mapping[str, object] | None = None) -> Iterator[Cluste
     (work / "cluster.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in lines.items()))
     cluster = Cluster(home, work)
     try:
-        cluster.good("up", timeout_s=UP_S)
         yield cluster
     finally:
         down = cluster.cli("down", "--force", timeout_s=UP_S)
