@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import click
 
 from raylaunch.cli.connect import Place, ask_person, finish, show_step
-from raylaunch.cli.console import count, say, say_json, size, span, styled
+from raylaunch.cli.console import count, note, say, say_json, size, span, styled
 from raylaunch.cli.options import as_json
 from raylaunch.cluster.backends import DownReport
 from raylaunch.errors import ConflictError
@@ -32,6 +32,8 @@ _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 def up(cluster_file: Path | None, *, dry_run: bool, as_json: bool) -> None:
     """Start the cluster, or what is missing of it; return when it can take jobs."""
     place = Place(cluster_file)
+    for line in place.notes:
+        note(line)
     if dry_run:
         say(str(finish(place.backend.plan(place.spec, on_prompt=ask_person))))
         return

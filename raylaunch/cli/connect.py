@@ -14,7 +14,7 @@ from raylaunch import place
 from raylaunch.cli.console import is_terminal, note
 from raylaunch.cluster.backends import Step
 from raylaunch.cluster.ssh_target import Prompt
-from raylaunch.config import load_cluster_spec
+from raylaunch.config import load_cluster_file
 
 _Result = TypeVar("_Result")
 
@@ -30,16 +30,23 @@ def show_step(step: Step) -> None:
         note(str(step))
 
 
+_ONE_AT_A_TIME = asyncio.Lock()
+"""Hosts are asked in parallel; a person is not."""
+
+
 async def ask_person(prompt: Prompt) -> str | None:
     """Ask the person at the terminal; without one nobody answers, and the error says what to type."""
     if not is_terminal(sys.stdin):
         return None
     secret = prompt.kind == "passphrase"
-    return str(await asyncio.to_thread(click.prompt, prompt.text, hide_input=secret, default="", err=True))
+    async with _ONE_AT_A_TIME:
+        return str(await asyncio.to_thread(click.prompt, prompt.text, hide_input=secret, default="", err=True))
 
 
 class Place(place.Place):
     """The cluster that a command is about."""
 
     def __init__(self, cluster_file: Path | None) -> None:
-        super().__init__(load_cluster_spec(cluster_file), on_notice=note, on_step=show_step)
+        file = load_cluster_file(cluster_file)
+        super().__init__(file.spec, on_notice=note, on_step=show_step)
+        self.notes = file.notes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from raylaunch.cli.connect import finish
+from raylaunch.cli.connect import ask_person, finish
 from raylaunch.cli.console import count, note, say, say_json, size, styled, table
 from raylaunch.cli.options import as_json
 from raylaunch.cluster.doctor import Findings, examine
@@ -32,7 +32,7 @@ def doctor(cluster_file: Path | None, *, as_json: bool) -> int:
     file = load_cluster_file(cluster_file)
     for line in file.notes:
         note(line)
-    found = finish(examine(file.spec, on_wait=_show_wait))
+    found = finish(examine(file.spec, on_prompt=ask_person, on_wait=_show_wait))
     if as_json:
         say_json(found)
     else:
