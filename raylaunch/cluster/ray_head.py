@@ -34,6 +34,8 @@ HOST_LABEL = "raylaunch-host"
 """Ray's label of a node that bears the host's name in cluster.yaml."""
 
 _A_YEAR_S = 365 * 24 * 3600
+_NO_PORT = "65536"
+"""A port that there is not: Ray then says in a log that it has no such server, and goes on without."""
 _HEADLESS_S = 600
 """How long jobs of a node go on without the head: it may be booting."""
 
@@ -167,6 +169,7 @@ class RayStart:
         if self.place.address:
             env["RAY_gcs_rpc_server_reconnect_timeout_s"] = str(_HEADLESS_S)
             env["RAY_enable_metrics_collection"] = "0"  # its port answers anybody, without the token
+            env |= dict.fromkeys(("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT"), _NO_PORT)  # as these do
         else:
             env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # with it, every socket is bound to loopback
         if self.place.interface:

@@ -1,0 +1,181 @@
+"""`raylaunch up` on hosts that run nothing but sshd, as a person at a laptop does it: three fresh, air-gapped hosts."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from support.hosts import Host, World, world
+from support.waiting import wait_until
+
+pytestmark = [pytest.mark.machines, pytest.mark.ray, pytest.mark.timeout(900)]
+
+FILE = """\
+name: lab
+cpus: 4
+hosts:
+  - {host: h1, gpus: 0}
+  - {host: h2, gpus: 8}
+  - {host: h3, gpus: 8}
+"""
+UP_S = 600
+
+
+class Laptop:
+    """A person's machine: a home of its own, a cluster.yaml, and the command line."""
+
+    def __init__(self, lab: World, folder: Path) -> None:
+        self.lab = lab
+        self.folder = folder
+        self.home = folder / "raylaunch-home"
+        folder.mkdir(exist_ok=True)
+        (folder / "cluster.yaml").write_text(FILE)
+
+    def call(self, *words: str, limit_s: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run ``raylaunch WORDS`` there."""
+        env = {
+            key: value for key, value in os.environ.items() if key not in {"SSH_AUTH_SOCK", "RAYLAUNCH_CLUSTER_FILE"}
+        }
+        env |= {"HOME": str(self.lab.home), "RAYLAUNCH_HOME": str(self.home)}
+        argv = [sys.executable, "-m", "raylaunch", *words]
+        done = subprocess.run(
+            argv, cwd=self.folder, env=env, capture_output=True, text=True, timeout=limit_s, check=False
+        )
+        assert not check or done.returncode == 0, f"{words}: {done.stdout}\n{done.stderr}"
+        return done
+
+    def status(self) -> dict[str, object]:
+        """Return what ``raylaunch status --json`` says."""
+        found = json.loads(self.call("status", "--json").stdout)
+        assert isinstance(found, dict)
+        return found
+
+    def living(self) -> set[str]:
+        """Return the hosts that Ray lists as alive and whose steward answers."""
+        nodes = self.status()["nodes"]
+        assert isinstance(nodes, list)
+        return {str(node["hostname"]) for node in nodes if node["alive"] and node["steward"]}
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[World]:
+    with world(3) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def laptop(lab: World, tmp_path_factory: pytest.TempPathFactory) -> Laptop:
+    return Laptop(lab, tmp_path_factory.mktemp("laptop"))
+
+
+@pytest.fixture(scope="module")
+def first_up(laptop: Laptop) -> subprocess.CompletedProcess[str]:
+    return laptop.call("up", limit_s=UP_S)
+
+
+@pytest.fixture(scope="module")
+def cluster(laptop: Laptop, first_up: subprocess.CompletedProcess[str]) -> Laptop:
+    assert first_up.returncode == 0
+    return laptop
+
+
+def rays(host: Host) -> dict[str, int]:
+    """Return the processes of ours on a host, by what they are, with their pids."""
+    found = {}
+    for process in host.processes():
+        try:
+            line = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        for what in ("ray.scripts.scripts start", "raylaunch.controller --config", "raylaunch.cluster.keep"):
+            if what in line:
+                found[what] = process.pid
+    return found
+
+
+def test_a_dry_run_says_what_would_be_done_on_each_host_and_does_nothing(laptop: Laptop, lab: World) -> None:
+    said = laptop.call("up", "--dry-run").stdout
+    assert "h1: Ray's head and the controller, with 0 GPUs" in said
+    assert "h3: Ray, joining h1, with 8 GPUs" in said
+    assert "from wheels that are pushed" in said
+    assert all(not rays(host) for host in lab.hosts)
+
+
+def test_three_bare_hosts_become_a_cluster_on_which_a_job_has_run_everywhere(
+    laptop: Laptop, first_up: subprocess.CompletedProcess[str]
+) -> None:
+    assert "nodes: 3 alive, each with its GPUs" in first_up.stderr
+    assert all(f"{host}: job: a job ran there" in first_up.stderr for host in ("h1", "h2", "h3"))
+    assert laptop.living() == {"h1", "h2", "h3"}
+    assert laptop.status()["state"] == "running"
+
+
+def test_jobs_hold_the_gpus_of_both_workers_at_once_and_their_logs_arrive_here(cluster: Laptop) -> None:
+    words = "echo on $(hostname) with $CUDA_VISIBLE_DEVICES"
+    ids = [
+        cluster.call("submit", "--host", host, "--gpus", "8", "--name", f"on-{host}", "--", words).stdout.strip()
+        for host in ("h2", "h3")
+    ]
+    for job, host in zip(ids, ("h2", "h3"), strict=True):
+        assert cluster.call("wait", job).returncode == 0
+        assert cluster.call("logs", job).stdout.strip() == f"on {host} with 0,1,2,3,4,5,6,7"
+
+
+def test_up_on_a_healthy_cluster_changes_nothing(cluster: Laptop, lab: World) -> None:
+    before = [rays(host) for host in lab.hosts]
+    again = cluster.call("up", limit_s=UP_S)
+    assert [rays(host) for host in lab.hosts] == before
+    assert "a job ran there" not in again.stderr
+
+
+def test_no_port_of_a_host_answers_a_stranger_beside_sshd(cluster: Laptop, lab: World) -> None:
+    """From the bridge's side, which is a further machine of the same network, and without the token."""
+    assert cluster.living()
+    answers = {}
+    for host in lab.hosts:
+        for port in listening(host) - {22}:
+            for method, path in (("GET", "/"), ("GET", "/metrics"), ("POST", "/api/job_agent/jobs/")):
+                if (status := knock(host.address, port, method, path)) is not None:
+                    answers[host.name, port, path] = status
+    assert answers, "Ray's agents speak HTTP, and must have been knocked at"
+    assert set(answers.values()) <= {401, 403, 404, 405}, answers
+
+
+def listening(host: Host) -> set[int]:
+    """Return the ports on which a host listens for others."""
+    lines = host.out("ss -Hltn").splitlines()
+    places = [line.split()[3].rpartition(":") for line in lines]
+    return {int(port) for address, _, port in places if not address.startswith("127.") and address != "[::1]"}
+
+
+def knock(address: str, port: int, method: str, path: str) -> int | None:
+    """Return the status with which a port answers a request without a token; None if it does not speak HTTP/1."""
+    connection = http.client.HTTPConnection(address, port, timeout=3)
+    try:
+        connection.request(method, path, body=b'{"entrypoint": "true"}' if method == "POST" else None)
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def test_a_rays_crash_on_a_worker_is_mended_by_its_keeper(cluster: Laptop, lab: World) -> None:
+    worker = lab.hosts[2]
+    ray = rays(worker)["ray.scripts.scripts start"]
+    psutil.Process(ray).kill()
+    wait_until(lambda: rays(worker).get("ray.scripts.scripts start", ray) != ray, 120, "Ray is started again")
+    wait_until(lambda: cluster.living() == {"h1", "h2", "h3"}, 180, "the worker is back")
+
+
+def test_down_leaves_no_process_on_any_host(cluster: Laptop, lab: World) -> None:
+    cluster.call("down", limit_s=300)
+    wait_until(lambda: not any(rays(host) for host in lab.hosts), 30, "nothing of the cluster runs")
+    assert cluster.call("list", check=False).returncode == 1
