@@ -6,41 +6,26 @@ that decides what is in it: raylaunch's own code, the versions that are installe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import anyio.to_thread
 
-from raylaunch.cluster.host_installer import LOADER, HostInstaller
-from raylaunch.cluster.pins import WheelPlatform
+from raylaunch.cluster.host_installer import LOOK_S, HostInstaller
+from raylaunch.cluster.host_wheels import HostWheels, Seen
+from raylaunch.cluster.installer_call import STEP, Interpreter, OnStep, ask_installer
+from raylaunch.cluster.pins import HostPython
 from raylaunch.cluster.plan import Step
-from raylaunch.cluster.scripts import Script
 from raylaunch.cluster.ssh import Machine
 from raylaunch.cluster.wanted import wanted_beside, wanted_on
 from raylaunch.cluster.wheels import WheelStore
 from raylaunch.errors import HostStepError
 
+__all__ = ["HostPython", "OnStep", "Way", "ensure_beside", "ensure_environment", "provide_wheels"]
+
 Way = Literal["auto", "index", "push"]
-OnStep = Callable[[Step], None]
 
 ROOT = "~/.raylaunch"
-_NAMED = """
-case $1 in '~'/*) named=$HOME/${1#??} ;; *) named=$1 ;; esac
-for python in "$named/bin/python" "$named/bin/python3" "$named"; do
-    [ -f "$python" ] && [ -x "$python" ] && exec "$python" -I -c "$2"
-done
-printf '%s is neither a Python interpreter nor an environment with bin/python\\n' "$named" >&2
-exit 127
-"""
-
-
-@dataclass(frozen=True)
-class HostPython:
-    """The interpreter on a host from which the environment is made."""
-
-    path: str
-    platform: WheelPlatform
 
 
 async def ensure_environment(  # noqa: PLR0913 -- all keywords, each with a sentence
@@ -74,10 +59,15 @@ async def ensure_environment(  # noqa: PLR0913 -- all keywords, each with a sent
         StorageError: the disk here is full.
     """
     wanted = await anyio.to_thread.run_sync(wanted_on, python.platform)
-    command = [python.path, "-I", "-c", LOADER]
-    facts = {"arch": python.platform.arch, "minor": python.platform.minor}
     host = HostInstaller(
-        machine, command, wanted, store, on_step, root=root, limit_bytes_per_s=limit_bytes_per_s, facts=facts
+        machine,
+        Interpreter(python.path),
+        wanted,
+        store,
+        on_step,
+        root=root,
+        limit_bytes_per_s=limit_bytes_per_s,
+        platform=python.platform,
     )
     if ready := await host.look():
         return ready
@@ -89,7 +79,7 @@ async def ensure_environment(  # noqa: PLR0913 -- all keywords, each with a sent
         if way == "index":
             raise
         words = f"the host's package index did not serve, so wheels are pushed: {error.message}"
-        on_step(Step("install", "note", words))
+        on_step(Step(STEP, "note", words))
         return await host.by_pushing(python.platform)
 
 
@@ -117,9 +107,44 @@ async def ensure_beside(  # noqa: PLR0913 -- as above
         HostError: it cannot be used, a step failed on the host, or it was lost.
     """
     wanted = await anyio.to_thread.run_sync(wanted_beside, environment)
-    command = Script(_NAMED, args=(environment, LOADER), name="install")
-    facts = {"named": True}
-    host = HostInstaller(
-        machine, command, wanted, store, on_step, root=root, limit_bytes_per_s=limit_bytes_per_s, facts=facts
-    )
+    interpreter = Interpreter(environment, named=True)
+    host = HostInstaller(machine, interpreter, wanted, store, on_step, root=root, limit_bytes_per_s=limit_bytes_per_s)
     return await host.look() or await host.beside()
+
+
+async def provide_wheels(  # noqa: PLR0913 -- as above
+    machine: Machine,
+    python: HostPython,
+    requirements: Sequence[str],
+    *,
+    store: WheelStore,
+    preferences: Mapping[str, str] | None = None,
+    root: str = ROOT,
+    limit_bytes_per_s: float | None = None,
+    on_step: OnStep,
+) -> tuple[str, ...]:
+    """Have the wheels of requirements on a host without a package index: what a job's own ``pip`` or ``uv`` needs.
+
+    Args:
+        machine: the host.
+        python: the interpreter that the wheels are for.
+        requirements: as in a requirements file.
+        store: where wheels are gathered here.
+        preferences: versions to take where they fit, by name.
+        root: raylaunch's folder on the host.
+        limit_bytes_per_s: how much of the link pushing may take.
+        on_step: told each step, and how far it is.
+
+    Returns:
+        Folders on the host: install there with ``--no-index``, and ``--find-links`` for each.
+
+    Raises:
+        RaylaunchError: as `ensure_environment`.
+    """
+    interpreter = Interpreter(python.path)
+    wheels = HostWheels(machine, interpreter, store, on_step, limit_bytes_per_s=limit_bytes_per_s)
+    request = {"verb": "look", "root": root, "name": "", "arch": python.platform.arch, "minor": python.platform.minor}
+    seen = Seen.model_validate(await ask_installer(machine, interpreter, request, limit_s=LOOK_S, on_step=on_step))
+    gathered = await wheels.gather(requirements, python.platform, preferences or {})
+    await wheels.push(gathered, seen)
+    return tuple(f"{seen.wheels}/{one.sha256}" for one in gathered)

@@ -100,6 +100,14 @@ class WheelPlatform:
         return int(found[1]) if found else 0
 
 
+@dataclass(frozen=True)
+class HostPython:
+    """The interpreter on a host from which an environment is made, and what it runs on."""
+
+    path: str
+    platform: WheelPlatform
+
+
 def exact_requirements(requirements: Iterable[str]) -> tuple[str, ...]:
     """Return the same requirements, those of `EXACT` pinned to what is installed here, extras kept.
 

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Mapping
 
 from raylaunch.cluster.facts import HostFacts, Python
-from raylaunch.cluster.install import HostPython
-from raylaunch.cluster.pins import WheelPlatform
+from raylaunch.cluster.pins import HostPython, WheelPlatform
 from raylaunch.errors import ClusterStartError
 
 OLDEST, NEWEST = (3, 10), (3, 14)

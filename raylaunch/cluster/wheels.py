@@ -32,7 +32,7 @@ from raylaunch.cluster.resolving import STEP, Wheel, find_uv, resolve
 from raylaunch.errors import ClusterStartError, ConflictError, RaylaunchError, TransferError
 
 OnBytes = Callable[[int, int], None]
-"""Called with bytes done, and bytes in all."""
+"""Called with bytes done, and bytes in all: 0 where the index does not say."""
 
 GATHER_S = 1800.0
 _AT_ONCE = 4
@@ -150,8 +150,8 @@ class WheelStore:
 
         def tell() -> None:
             done = sum(one.bytes for one in arrived.values()) + _size(incoming)
-            total = sum(one.bytes for one in missing)
-            on_bytes(min(done, total), total)
+            total = sum(one.bytes for one in missing) if all(one.bytes for one in missing) else 0
+            on_bytes(min(done, total) if total else done, total)
 
         try:
             async with anyio.create_task_group() as telling:

@@ -13,12 +13,12 @@ import pytest
 
 
 @contextmanager
-def small_disk(folder: Path, *, kib: int) -> Iterator[Path]:
+def small_disk(folder: Path, *, kib: int, options: str = "exec") -> Iterator[Path]:
     """Mount an empty file system of `kib` KiB at `folder`; skip the test where that is not possible."""
     if os.geteuid() != 0:
         pytest.skip("needs root to mount a small disk")
     folder.mkdir(parents=True, exist_ok=True)
-    options = f"size={kib}k,mode=0700"
+    options = f"size={kib}k,mode=0700,{options}"
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True, check=False
     )

@@ -30,12 +30,13 @@ def tiny_wheel(  # noqa: PLR0913 -- each is one line of metadata
     python: str = ">=3.10",
     tag: str = "py3-none-any",
     filler: int = 0,
+    body: str = "",
 ) -> Path:
-    """Make a wheel with one module that knows its version, and `filler` random bytes; return its path."""
+    """Make a wheel with one module that knows its version and runs `body`, and `filler` random bytes."""
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", f"Requires-Python: {python}"]
     lines += [f"Provides-Extra: {extra}" for extra in extras] + [f"Requires-Dist: {one}" for one in requires]
     files = {
-        f"{name}/__init__.py": f"__version__ = {version!r}\n".encode(),
+        f"{name}/__init__.py": f"__version__ = {version!r}\n{body}\n".encode(),
         f"{name}/filler": os.urandom(filler),
         f"{name}-{version}.dist-info/METADATA": ("\n".join(lines) + "\n").encode(),
         f"{name}-{version}.dist-info/WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n".encode(),

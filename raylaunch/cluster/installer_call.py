@@ -1,0 +1,125 @@
+"""Running the installer (`raylaunch.cluster.installer`) on a host: it is sent as text, with one request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from raylaunch.cluster import installer
+from raylaunch.cluster.plan import Step
+from raylaunch.cluster.scripts import Script
+from raylaunch.cluster.ssh import Lines, Machine
+from raylaunch.errors import HostError, HostStepError, RaylaunchError, from_wire
+
+OnStep = Callable[[Step], None]
+
+STEP = "install"
+_LAST_LINES = 12
+_CANNOT_RUN = (126, 127)
+
+_PACKAGE = "raylaunch.cluster.installer"
+_MODULES = ("words", "index_settings", "named", "look", "programs", "make", "beside", "program")
+# Runs modules that come on stdin, under their own names and in order: the host has none of our files yet.
+_LOADER = """
+import json, sys, types
+order = json.load(sys.stdin)
+for name, text in order["modules"]:
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__path__ = []
+    exec(compile(text, name, "exec"), module.__dict__)
+sys.exit(module.main(order["request"]))
+"""
+_NAMED = """
+case $1 in '~'/*) named=$HOME/${1#??} ;; *) named=$1 ;; esac
+for python in "$named/bin/python" "$named/bin/python3" "$named"; do
+    [ -f "$python" ] && [ -x "$python" ] && exec "$python" -I -c "$2"
+done
+printf '%s is neither a Python interpreter nor an environment with bin/python\\n' "$named" >&2
+exit 127
+"""
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """A Python on a host: by its path or, if `named`, by the environment whose it is."""
+
+    path: str
+    named: bool = False
+
+    def runs(self, program: str) -> Sequence[str] | Script:
+        """Return how a program is run by it, isolated from the user's own settings."""
+        if self.named:
+            return Script(_NAMED, args=(self.path, program), name=STEP)
+        return [self.path, "-I", "-c", program]
+
+
+class _Answer(BaseModel):
+    """One line of the installer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: Step | None = None
+    error: dict[str, str] | None = None
+    result: dict[str, object] | None = None
+
+    @staticmethod
+    def read(line: bytes) -> _Answer:
+        """Read a line; what is no answer is noise."""
+        try:
+            return _Answer.model_validate_json(line)
+        except ValidationError:
+            return _Answer()
+
+
+async def ask_installer(
+    machine: Machine, interpreter: Interpreter, request: Mapping[str, object], *, limit_s: float, on_step: OnStep
+) -> dict[str, object]:
+    """Send the installer with one request, tell its steps, and return its result.
+
+    Raises:
+        RaylaunchError: as the installer says; or the connection's.
+        HostStepError: it cannot be run, or ended without an answer.
+    """
+    body = json.dumps({"modules": _modules(), "request": json.dumps(request)}).encode()
+    result: dict[str, object] | None = None
+    async with machine.lines(interpreter.runs(_LOADER), input=body, limit_s=limit_s, step=STEP) as lines:
+        async for line in lines:
+            answer = _Answer.read(line)
+            if answer.step:
+                on_step(answer.step)
+            if answer.error:
+                raise _error(machine, answer.error)
+            result = answer.result or result
+    if result is None:
+        raise _no_answer(machine, interpreter, lines)
+    return result
+
+
+def _modules() -> list[tuple[str, str]]:
+    """Return the installer's modules with their text, those that others import first."""
+    folder = Path(str(installer.__file__)).parent
+    packages = [(_PACKAGE.rsplit(".", count)[0], "") for count in (2, 1, 0)]
+    return [*packages, *((f"{_PACKAGE}.{name}", (folder / f"{name}.py").read_text("utf-8")) for name in _MODULES)]
+
+
+def _error(machine: Machine, value: Mapping[str, str]) -> RaylaunchError:
+    error = from_wire(value["code"], f"{machine.name}: {value['message']}", value["hint"])
+    if isinstance(error, HostError):
+        error.host, error.step = machine.name, STEP
+    return error
+
+
+def _no_answer(machine: Machine, interpreter: Interpreter, lines: Lines) -> HostStepError:
+    said = tuple(lines.err.decode(errors="replace").strip().splitlines()[-_LAST_LINES:])
+    if lines.status in _CANNOT_RUN:
+        msg = f"{machine.name}: {interpreter.path} cannot be run there: {said[-1] if said else 'no reason given'}"
+        hint = "name another Python or environment of that host in cluster.yaml"
+    else:
+        printed = "".join(f"\n    {one}" for one in said)
+        msg = f"{machine.name}: the installer ended without an answer (exit status {lines.status}):{printed}"
+        hint = "see why above, mend it, and run the same command again"
+    return HostStepError(msg, hint=hint, host=machine.name, step=STEP, exit_status=lines.status, tail=said)
