@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from support.facts import BLOCKING, SOMEBODY, WARNING, Case, check_alone, check_words, facts, one_host
 
+from raylaunch.cluster.host_gpus import counted
 from raylaunch.cluster.problems import problems
 from raylaunch.spec import ClusterSpec, HostSpec
 
@@ -214,3 +215,19 @@ def test_a_cluster_that_was_taken_down_holds_no_gpus() -> None:
 def test_gpus_that_are_left_out_are_not_looked_at() -> None:
     assert one_host({"gpus": {"hardware": 8, "problem": "No NVML", "nvidia_smi": "/x"}}, gpus=0) == ()
     assert one_host({"gpus.gpus.0.processes": [SOMEBODY]}, gpus=[1, 2]) == ()
+
+
+def test_a_number_of_gpus_means_those_that_no_other_cluster_has_and_stays_the_same() -> None:
+    spec = ClusterSpec(name="lab", hosts=(HostSpec(host="dgx-1", gpus=2),))
+    (host,) = spec.hosts
+    seen = facts(changes={"clusters": [LAB2 | {"gpu_uuids": [GPU0]}]})
+    uuids = [gpu.uuid for gpu in seen.gpus.gpus]
+    assert counted(spec, host, seen).gpus == (uuids[1], uuids[2])
+    assert problems(spec, {"dgx-1": seen}) == ()
+    has = facts(changes={"clusters": [MINE | {"gpu_uuids": [uuids[5], uuids[6]]}]})
+    assert counted(spec, host, has).gpus == (uuids[5], uuids[6])
+
+
+def test_a_number_of_gpus_on_a_host_without_any_stays_a_number() -> None:
+    spec = ClusterSpec(name="lab", hosts=(HostSpec(host="dgx-1", gpus=8),))
+    assert counted(spec, spec.hosts[0], facts(changes={"gpus": {"hardware": 0}})).gpus == 8

@@ -15,6 +15,7 @@ import anyio
 from raylaunch.cluster import host_calls, pythons
 from raylaunch.cluster.client_record import HeadProgram
 from raylaunch.cluster.facts import HostFacts
+from raylaunch.cluster.host_gpus import counted
 from raylaunch.cluster.install import HostPython, ensure_beside, ensure_environment
 from raylaunch.cluster.on_host import HostState, Join, UpHead
 from raylaunch.cluster.plan import Step
@@ -189,7 +190,7 @@ class Bootstrap:
     async def _start(self, host: HostSpec, connection: Machine, program: HeadProgram) -> HostState:
         """Bring the host's part of the cluster up: the head's at once, a worker's when the head is up."""
         facts = self.outcome.facts[host.name]
-        spec, place = self._spec.part_of(host), place_of(self._spec, host, facts)
+        spec, place = self._spec.part_of(counted(self._spec, host, facts)), place_of(self._spec, host, facts)
         tell = self._of_host(host)
         if host is self._head:
             return await host_calls.bring_up(connection, program, UpHead(spec=spec, place=place), tell=tell)

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator, Sequence
 
 from raylaunch.cluster.facts import HostFacts, HostGpu
+from raylaunch.cluster.host_gpus import chosen_gpus, find_gpu
 from raylaunch.cluster.own import is_own
 from raylaunch.cluster.problem import Problem, blocking, warning
 from raylaunch.spec import ClusterSpec, HostSpec
 
-_SHORTEST_UUID = len("GPU-") + 4
 _XID = re.compile(r"NVRM: Xid \((?P<device>[^)]*)\): (?P<number>\d+)")
 _GRAVE = {
     48: "uncorrected memory error",
@@ -33,31 +33,10 @@ def problems_of_gpus(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> Ite
         yield missing
         return
     yield from _count(host, facts)
-    chosen = chosen_gpus(host, facts)
+    chosen = chosen_gpus(spec, host, facts)
     yield from _busy(host, chosen)
     yield from _of_other_clusters(spec, host, facts, chosen)
     yield from _health(host, facts, chosen)
-
-
-def chosen_gpus(host: HostSpec, facts: HostFacts) -> tuple[HostGpu, ...]:
-    """Return the real GPUs that the cluster would use on the host."""
-    gpus = facts.gpus.gpus
-    match host.gpus:
-        case "auto":
-            return gpus
-        case int(count):
-            return gpus[:count]
-        case words:
-            return tuple(gpu for word in words if (gpu := find_gpu(word, gpus)) is not None)
-
-
-def find_gpu(word: str, gpus: Sequence[HostGpu]) -> HostGpu | None:
-    """Return the GPU with that index or UUID, or whose UUID alone begins so."""
-    exact = next((gpu for gpu in gpus if word in (gpu.index, gpu.uuid)), None)
-    if exact is not None or len(word) < _SHORTEST_UUID:
-        return exact
-    close = [gpu for gpu in gpus if gpu.uuid.startswith(word)]
-    return close[0] if len(close) == 1 else None
 
 
 def _driver(host: HostSpec, facts: HostFacts) -> Problem | None:
