@@ -8,20 +8,20 @@ takes longer than some seconds is told to `on_wait`.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import anyio
 import asyncssh
 
-from raylaunch.cluster import ssh_files
 from raylaunch.cluster.scripts import COMMAND, Script, as_script, courier, new_nonce
 from raylaunch.cluster.ssh_connect import Route, connect
-from raylaunch.cluster.ssh_files import OnBytes, PushFile
+from raylaunch.cluster.ssh_fetch import fetch
+from raylaunch.cluster.ssh_files import OnBytes, PushFile, push
 from raylaunch.cluster.ssh_talk import Lines, Ran, Talk, step_error
-from raylaunch.cluster.ssh_target import OnPrompt, OnWait, Prompt, Target, Wait
+from raylaunch.cluster.ssh_target import OnPrompt, OnWait, Prompt, Target, Wait, telling
+from raylaunch.cluster.ssh_transfer import STALL_S
 from raylaunch.errors import HostError, HostLostError, HostStepError
 
 __all__ = [
@@ -41,11 +41,10 @@ __all__ = [
 ]
 
 _SESSIONS = 8  # sshd allows ten on one connection (MaxSessions); two are left for ending commands
-_SLACK_S = 10.0
+_START_S = 20.0
 _END_S = 5.0
 _CHUNK = 256 * 1024
 _WINDOW = 16 * 1024 * 1024
-_TELL_S = 5.0
 _OUTPUT_BYTES = 64 * 1024 * 1024
 
 
@@ -129,15 +128,23 @@ class Machine:
 
     @asynccontextmanager
     async def talk(
-        self, command: Sequence[str] | Script, *, limit_s: float, env: Mapping[str, str] | None = None, step: str = ""
+        self,
+        command: Sequence[str] | Script,
+        *,
+        limit_s: float,
+        env: Mapping[str, str] | None = None,
+        step: str = "",
+        told: bool = True,
     ) -> AsyncIterator[Talk]:
-        """Start a command and yield it; leaving the context before its end ends it on the host."""
+        """Start a command and yield it; leaving the context before its end ends it on the host.
+
+        The arguments are those of `run`; with `told` false, `on_wait` hears nothing of it.
+        """
         script = as_script(command)
         what = step or script.name or "a script"
         nonce = new_nonce()
-        async with self._sessions:
-            with self._told(what, limit_s):
-                process = await self._start(what)
+        with telling(self._on_wait if told else None, self.name, what, limit_s):
+            async with self._session(what) as process:
                 talk = Talk(process, host=self.name, step=what, nonce=nonce, limit_s=limit_s)
                 try:
                     await talk.send(courier(script, nonce=nonce, limit_s=limit_s, env=env or {}))
@@ -156,13 +163,15 @@ class Machine:
         step: str = "push files",
     ) -> None:
         """Put files on the host: see `raylaunch.cluster.ssh_files.push`."""
-        await ssh_files.push(self, files, on_bytes=on_bytes, limit_bytes_per_s=limit_bytes_per_s, step=step)
+        with telling(self._on_wait, self.name, step, STALL_S):
+            await push(self, files, on_bytes=on_bytes, limit_bytes_per_s=limit_bytes_per_s, step=step)
 
     async def fetch(
         self, remote: str, local: Path, *, on_bytes: OnBytes | None = None, step: str = "fetch a file"
     ) -> None:
-        """Get one file from the host: see `raylaunch.cluster.ssh_files.fetch`."""
-        await ssh_files.fetch(self, remote, local, on_bytes=on_bytes, step=step)
+        """Get one file from the host: see `raylaunch.cluster.ssh_fetch.fetch`."""
+        with telling(self._on_wait, self.name, step, STALL_S):
+            await fetch(self, remote, local, on_bytes=on_bytes, step=step)
 
     async def forward(self, listen_port: int, host: str, port: int) -> int:
         """Make ``127.0.0.1:listen_port`` here lead to `host`:`port` as the machine sees it; return the port here.
@@ -187,18 +196,36 @@ class Machine:
         """Close the connection."""
         await self._route.close()
 
-    async def _start(self, what: str) -> asyncssh.SSHClientProcess[bytes]:
+    @asynccontextmanager
+    async def _session(self, what: str) -> AsyncIterator[asyncssh.SSHClientProcess[bytes]]:
+        """Open a session; wait for another's end where the host allows no more of them at once."""
+        while True:
+            mine = object()  # not this task: it may have other sessions open
+            await self._sessions.acquire_on_behalf_of(mine)
+            try:
+                process = await self._start(what, alone=self._sessions.borrowed_tokens == 1)
+                if process is None:
+                    self._sessions.total_tokens = max(1, self._sessions.borrowed_tokens - 1)
+                    continue
+                yield process
+                return
+            finally:
+                self._sessions.release_on_behalf_of(mine)
+
+    async def _start(self, what: str, *, alone: bool) -> asyncssh.SSHClientProcess[bytes] | None:
+        """Start the far side's shell; None if the host refuses and this is not the only session."""
         try:
-            with anyio.fail_after(_SLACK_S * 2):
+            with anyio.fail_after(_START_S):
                 return await self.connection.create_process(COMMAND, encoding=None, window=_WINDOW, stdin=asyncssh.PIPE)
         except (OSError, asyncssh.Error, TimeoutError) as error:
-            if isinstance(error, asyncssh.ChannelOpenError) and "connection closed" not in error.reason:
-                msg = f"{self.name} allows no further session on this connection: {error.reason}"
-                hint = "raise MaxSessions in its sshd_config to 10, the usual value"
-                raise HostStepError(msg, hint=hint, host=self.name, step=what) from None
-            msg = f"the connection to {self.name} was lost before: {what}"
-            hint = "run the same command again"
-            raise HostLostError(msg, hint=hint, host=self.name, step=what) from None
+            if not isinstance(error, asyncssh.ChannelOpenError) or "connection closed" in error.reason:
+                msg = f"the connection to {self.name} was lost before: {what}"
+                raise HostLostError(msg, hint="run the same command again", host=self.name, step=what) from None
+            if not alone:
+                return None
+            msg = f"{self.name} opens no session: {error.reason}"
+            hint = "look at MaxSessions in its sshd_config (the usual value is 10), and at sshd's log there"
+            raise HostStepError(msg, hint=hint, host=self.name, step=what) from None
 
     async def _end_remote(self, talk: Talk) -> None:
         """End what a script has started. Needs its own session: sshd passes no signals on to a root login's command."""
@@ -206,18 +233,6 @@ class Machine:
             return
         with anyio.move_on_after(_END_S, shield=True), suppress(OSError, asyncssh.Error):
             await self.connection.run(f"kill -TERM {talk.pid}", check=False)
-
-    @contextmanager
-    def _told(self, what: str, limit_s: float) -> Iterator[None]:
-        """Tell `on_wait` every few seconds that this has not ended yet."""
-        if self._on_wait is None:
-            yield
-            return
-        telling = asyncio.ensure_future(_tell(self._on_wait, self.name, what, limit_s))
-        try:
-            yield
-        finally:
-            telling.cancel()
 
 
 @asynccontextmanager
@@ -238,12 +253,7 @@ async def machine(
         HostAuthError: the host takes none of the keys.
         SpecError: ``~/.ssh/config`` or a known_hosts file cannot be read.
     """
-    telling = asyncio.ensure_future(_tell(on_wait, target.name, "connect", limit_s)) if on_wait else None
-    try:
-        route = await connect(target, limit_s=limit_s, on_prompt=on_prompt)
-    finally:
-        if telling:
-            telling.cancel()
+    route = await connect(target, limit_s=limit_s, on_prompt=on_prompt, on_wait=on_wait)
     opened = Machine(target, route, on_wait=on_wait)
     try:
         yield opened
@@ -257,10 +267,3 @@ async def _feed(talk: Talk, data: bytes) -> None:
         if not await talk.send(bytes(view[start : start + _CHUNK])):
             return
     talk.close_input()
-
-
-async def _tell(on_wait: OnWait, host: str, what: str, limit_s: float) -> None:
-    started = time.monotonic()
-    while True:
-        await anyio.sleep(_TELL_S)
-        on_wait(Wait(host, what, time.monotonic() - started, limit_s))

@@ -17,7 +17,7 @@ import asyncssh
 
 from raylaunch.cluster import ssh_host_keys as host_keys
 from raylaunch.cluster.ssh_identities import Identities, agent_keys, agent_socket, identities, refused_error, unlock
-from raylaunch.cluster.ssh_target import OnPrompt, Prompt, Target, own_known_hosts
+from raylaunch.cluster.ssh_target import OnPrompt, OnWait, Prompt, Target, own_known_hosts, telling
 from raylaunch.errors import HostError, HostKeyError, HostUnreachableError, SpecError
 
 _FAST_CIPHERS = "aes128-gcm@openssh.com,aes256-gcm@openssh.com"
@@ -25,13 +25,14 @@ _KEEPALIVE_S = 5
 _KEEPALIVES_MISSED = 3
 _JUMPS_AT_MOST = 8
 _CLOSE_S = 3
-_CLOSED = "look at sshd's log on the host (journalctl -u ssh); it may be full (MaxStartups), or a firewall cuts in"
+_CLOSED_EARLY = "closed the connection before the log-in"
+_CLOSED = "is it sshd that listens on that port? Look at sshd's log on the host (journalctl -u ssh); it may be full (MaxStartups), or refuse this address"
 _JUMP = "check the name and port as the jump host sees them; on it: ssh or nc -vz"
 _OLD = "update its sshd, or this client"
 _SILENT = "is it on, and on this network or VPN? A firewall that drops packets looks the same"
 _REVOKED = "the key is marked @revoked in known_hosts, or its certificate is not valid for this name or any more"
 _TOO_MANY = "it allows fewer keys than were offered; name the right one, as  key: ~/.ssh/id_ed25519"
-_HOP = re.compile(r"(?:(?P<user>[^@]+)@)?(?:\[(?P<six>[^\]]+)\]|(?P<host>[^:\[\]]+))(?::(?P<port>\d+))?")
+_HOP = re.compile(r"(?:(?P<user>[^@]+)@)?(?:\[(?P<six>[^\]@]+)\]|(?P<host>[^:\[\]@]+))(?::(?P<port>\d+))?")
 
 
 class _NotTrusted(Exception):  # noqa: N818 -- a turn on the way, never seen outside
@@ -63,6 +64,11 @@ class _Place:
     def address(self) -> str:
         return f"{self.host}:{self.port}"
 
+    @property
+    def entry(self) -> str:
+        """Its name in known_hosts."""
+        return host_keys.entry(self.key_name, self.port)
+
 
 class Route:
     """Open connections, one behind the other; `connection` is the last one."""
@@ -82,7 +88,7 @@ class Route:
             hop.abort()
 
 
-async def connect(target: Target, *, limit_s: float, on_prompt: OnPrompt | None) -> Route:
+async def connect(target: Target, *, limit_s: float, on_prompt: OnPrompt | None, on_wait: OnWait | None) -> Route:
     """Connect to a host, through its jump hosts. Each hop may take `limit_s` seconds, besides a person's answers.
 
     Raises:
@@ -95,7 +101,8 @@ async def connect(target: Target, *, limit_s: float, on_prompt: OnPrompt | None)
     try:
         for place in _places(target, final=target):
             tunnel = hops[-1] if hops else None
-            hops.append(await _hop(place, tunnel, limit_s=limit_s, on_prompt=on_prompt, extra=target.key))
+            attempt = _Attempt(place, tunnel, _identities(place, target.key), limit_s, on_wait)
+            hops.append(await _hop(attempt, on_prompt))
     except BaseException as error:
         if isinstance(error, HostError):
             error.host = target.name
@@ -186,33 +193,28 @@ class _Attempt:
     tunnel: asyncssh.SSHClientConnection | None
     ours: Identities
     limit_s: float
+    on_wait: OnWait | None
     tried: list[str] = field(default_factory=list)
 
 
-async def _hop(
-    place: _Place,
-    tunnel: asyncssh.SSHClientConnection | None,
-    *,
-    limit_s: float,
-    on_prompt: OnPrompt | None,
-    extra: str,
-) -> asyncssh.SSHClientConnection:
-    target = place.target
-    ours = identities(
-        target,
-        configured=place.identity_files,
-        only_these=place.identities_only,
-        extra="" if extra == target.key else extra,
-    )
-    attempt = _Attempt(place, tunnel, ours, limit_s)
+def _identities(place: _Place, final_key: str) -> Identities:
+    extra = "" if final_key == place.target.key else final_key
+    return identities(place.target, configured=place.identity_files, only_these=place.identities_only, extra=extra)
+
+
+async def _hop(attempt: _Attempt, on_prompt: OnPrompt | None) -> asyncssh.SSHClientConnection:
+    place, target = attempt.place, attempt.place.target
     while True:
         expected = host_keys.known(place.known_files, place.key_name, place.port)
         try:
             return await _trusted(attempt, expected)
         except _NotTrusted as error:
-            if error.key is None or not expected.nothing:
-                raise host_keys.changed_error(target, error.key, place.address, expected) from None
-            await _ask_to_accept(place, error.key, on_prompt)
+            key = error.key or await _shown(attempt)
+            if key in expected.keys:
+                raise _unreachable(place, _CLOSED_EARLY, _CLOSED) from None
+            if not expected.nothing:
+                raise host_keys.changed_error(target, key, place.address, place.entry, expected) from None
+            await _ask_to_accept(place, key, on_prompt)
         except asyncssh.PermissionDenied as error:
             ours = attempt.ours
             opened = await unlock(ours.locked, target, on_prompt) if on_prompt else []
@@ -231,7 +233,7 @@ async def _ask_to_accept(place: _Place, key: asyncssh.SSHKey, on_prompt: OnPromp
     answer = await on_prompt(Prompt("host_key", target.name, text, fingerprint=error.fingerprint))
     if (answer or "").strip().lower() not in {"yes", error.fingerprint.lower()}:
         raise error
-    host_keys.accept(key, place.key_name, place.port, target.known_hosts or own_known_hosts())
+    host_keys.accept(key, place.entry, target.known_hosts or own_known_hosts())
 
 
 async def _trusted(attempt: _Attempt, expected: host_keys.Known) -> asyncssh.SSHClientConnection:
@@ -246,13 +248,29 @@ async def _trusted(attempt: _Attempt, expected: host_keys.Known) -> asyncssh.SSH
             return await _once(attempt, host_keys.Known(), family)
         except _NotTrusted as error:  # noqa: PERF203 -- three at most
             shown = shown or error.key
+    if shown is None:
+        raise _unreachable(attempt.place, _CLOSED_EARLY, _CLOSED)
     raise host_keys.pinned_error(target, shown, attempt.place.address)
+
+
+async def _shown(attempt: _Attempt) -> asyncssh.SSHKey:
+    """Return the key that the host shows when it may show any."""
+    try:
+        connection = await _once(attempt, host_keys.Known(), ",".join(host_keys.FAMILIES))
+    except _NotTrusted as error:
+        if error.key is not None:
+            return error.key
+    else:
+        connection.abort()  # never: nothing is known in that attempt
+    raise _unreachable(attempt.place, _CLOSED_EARLY, _CLOSED)
 
 
 async def _once(attempt: _Attempt, expected: host_keys.Known, algorithms: str) -> asyncssh.SSHClientConnection:
     place, ours, target = attempt.place, attempt.ours, attempt.place.target
     seen: list[asyncssh.SSHKey] = []
-    with _in_words(place, attempt.limit_s, seen), anyio.fail_after(attempt.limit_s):
+    told = telling(attempt.on_wait, target.name, "connect", attempt.limit_s)
+    narrowed = bool(expected.keys) or (bool(algorithms) and bool(target.fingerprint))
+    with told, _in_words(place, attempt.limit_s, seen, narrowed=narrowed), anyio.fail_after(attempt.limit_s):
         async with agent_keys(place.agent, ours.only) as held:
             mine = {key.public_data for key in ours.keys}
             from_agent = [pair for pair in held if pair.public_data not in mine]
@@ -274,15 +292,20 @@ async def _once(attempt: _Attempt, expected: host_keys.Known, algorithms: str) -
                 keepalive_interval=_KEEPALIVE_S,
                 keepalive_count_max=_KEEPALIVES_MISSED,
                 x509_trusted_certs=None,
-                gss_auth=False,
                 gss_kex=False,
                 request_pty=False,
             )
 
 
 @contextmanager
-def _in_words(place: _Place, limit_s: float, seen: list[asyncssh.SSHKey]) -> Iterator[None]:  # noqa: C901 -- a line for each fault
-    """Turn what can go wrong while connecting into errors that say what to do. `seen` are keys nobody vouched for."""
+def _in_words(  # noqa: C901 -- a line for each fault
+    place: _Place, limit_s: float, seen: list[asyncssh.SSHKey], *, narrowed: bool
+) -> Iterator[None]:
+    """Turn what can go wrong while connecting into errors that say what to do.
+
+    `seen` are keys that nobody vouched for. `narrowed` says that the host was asked for certain kinds of keys only: one
+    that has none of them closes the connection, without a word to us.
+    """
     try:
         yield
     except asyncssh.PermissionDenied:
@@ -293,11 +316,13 @@ def _in_words(place: _Place, limit_s: float, seen: list[asyncssh.SSHKey]) -> Ite
         msg = f"{place.target.name} ({place.address}): {error.reason}"  # revoked, or a certificate that is not valid
         raise HostKeyError(msg, hint=_REVOKED, host=place.target.name, step="host key") from None
     except asyncssh.KeyExchangeFailed as error:
-        if "host key" in error.reason.lower():
-            raise _NotTrusted(None) from None
         raise _unreachable(place, f"has no SSH algorithm in common with this client: {error.reason}", _OLD) from None
     except asyncssh.ChannelOpenError as error:
         raise _unreachable(place, f"cannot be reached from its jump host: {error.reason}", _JUMP) from None
+    except (asyncssh.ConnectionLost, ConnectionResetError, BrokenPipeError):
+        if narrowed:
+            raise _NotTrusted(None) from None
+        raise _unreachable(place, _CLOSED_EARLY, _CLOSED) from None
     except asyncssh.DisconnectError as error:
         if "too many authentication failures" in error.reason.lower():
             raise asyncssh.PermissionDenied(_TOO_MANY) from None
@@ -319,8 +344,6 @@ def _why(error: OSError, place: _Place) -> tuple[str, str]:
     if isinstance(error, socket.gaierror):
         hint = "check the spelling, /etc/hosts and your VPN; or give an address, or a HostName in ~/.ssh/config"
         return f"cannot be found: there is no address for the name {place.host}", hint
-    if isinstance(error, ConnectionResetError | BrokenPipeError):
-        return "closed the connection before the log-in", _CLOSED
     if error.errno == errno.ECONNREFUSED or f"[Errno {errno.ECONNREFUSED}]" in text:
         return "refuses connections: nothing listens on that port", (
             f"is sshd running there, and on port {place.port}? On the host: systemctl status ssh"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +14,8 @@ import asyncssh
 from raylaunch.cluster.home import make_private_dir, storage_errors
 from raylaunch.cluster.ssh_target import Target, own_known_hosts
 from raylaunch.errors import HostKeyError, SpecError
+
+_log = logging.getLogger(__name__)
 
 _DEFAULT_PORT = 22
 _SYSTEM = (Path("/etc/ssh/ssh_known_hosts"), Path("/etc/ssh/ssh_known_hosts2"))
@@ -60,7 +64,7 @@ def known(files: Iterable[Path], host: str, port: int) -> Known:
     """Return what `files` say about a host, as `ssh` reads them: also hashed names, patterns and authorities.
 
     Raises:
-        SpecError: a file has a line that cannot be read.
+        SpecError: a line that marks a key as revoked cannot be read.
     """
     keys: list[asyncssh.SSHKey] = []
     authorities: list[asyncssh.SSHKey] = []
@@ -78,15 +82,29 @@ def known(files: Iterable[Path], host: str, port: int) -> Known:
 
 def _read(file: Path) -> asyncssh.SSHKnownHosts:
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
+        facts = file.stat()
     except OSError:
         return asyncssh.import_known_hosts("")
+    return _parse(file, facts.st_mtime_ns, facts.st_size)
+
+
+@functools.lru_cache(maxsize=16)
+def _parse(file: Path, _changed: int, _size: int) -> asyncssh.SSHKnownHosts:
+    """Read a file, once for all hosts. A line that cannot be read vouches for nobody and is left out, as `ssh` does."""
     try:
-        return asyncssh.import_known_hosts(text)
-    except ValueError as error:
-        msg = f"{file} cannot be read: {error}"
-        hint = "repair or remove that line; `ssh` ignores it, raylaunch will not guess"
-        raise SpecError(msg, hint=hint, where=str(file)) from None
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = asyncssh.SSHKnownHosts()
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            found.load(line)
+        except ValueError as error:  # noqa: PERF203 -- each line for itself
+            if line.lstrip().startswith("@revoked"):  # left out, it would let in what it is to keep out
+                msg = f"a revoked key cannot be read: {error}"
+                raise SpecError(msg, hint="repair that line", where=f"{file}:{number}") from None
+            _log.warning("%s:%d is left out: %s", file, number, error)
+    return found
 
 
 class HostKeyWatch(asyncssh.SSHClient):
@@ -109,13 +127,17 @@ class HostKeyWatch(asyncssh.SSHClient):
         return False
 
 
-def accept(key: asyncssh.SSHKey, host: str, port: int, file: Path) -> None:
-    """Append a key that a person accepted to `file`, 0600, for exactly this host and port.
+def entry(name: str, port: int) -> str:
+    """Return how known_hosts calls a host at a port."""
+    return name if port == _DEFAULT_PORT else f"[{name}]:{port}"
+
+
+def accept(key: asyncssh.SSHKey, name: str, file: Path) -> None:
+    """Append a key that a person accepted to `file`, 0600, for exactly this host and port (see `entry`).
 
     Raises:
         StorageError: the file cannot be written.
     """
-    name = host if port == _DEFAULT_PORT else f"[{host}]:{port}"
     line = f"{name} {key.export_public_key('openssh').decode().strip()}\n"
     with storage_errors(file):
         if not file.parent.is_dir():
@@ -142,34 +164,30 @@ def unknown_error(target: Target, key: asyncssh.SSHKey, address: str) -> HostKey
     return HostKeyError(msg, hint=hint, host=target.name, step="host key", fingerprint=fingerprint)
 
 
-def changed_error(target: Target, key: asyncssh.SSHKey | None, address: str, expected: Known) -> HostKeyError:
+def changed_error(target: Target, key: asyncssh.SSHKey, address: str, name: str, expected: Known) -> HostKeyError:
     """Say that a host shows another key than the one that is known, with both and the command that forgets the old."""
-    name, _, port = address.rpartition(":")
-    entry = name if port == str(_DEFAULT_PORT) else f"[{name}]:{port}"
     old = ", ".join(describe(one) for one in expected.keys) or "one signed by a known authority"
-    shows = describe(key) if key else "none of that kind"
     file = next(iter(expected.where.values()), None)
-    msg = f"{target.name} ({address}) shows another host key than before: {shows}; known is {old}" + (
+    msg = f"{target.name} ({address}) shows another host key than before: {describe(key)}; known is {old}" + (
         f" in {file}" if file else ""
     )
     hint = (
         "somebody may be between you and the host. If it was reinstalled, compare the new fingerprint with the host's "
-        f"own, then forget the old: ssh-keygen -R '{entry}'" + (f" -f {file}" if file else "")
+        f"own, then forget the old: ssh-keygen -R '{name}'" + (f" -f {file}" if file else "")
     )
     return HostKeyError(
         msg,
         hint=hint,
         host=target.name,
         step="host key",
-        fingerprint=key.get_fingerprint() if key else "",
+        fingerprint=key.get_fingerprint(),
         known=tuple(one.get_fingerprint() for one in expected.keys),
     )
 
 
-def pinned_error(target: Target, key: asyncssh.SSHKey | None, address: str) -> HostKeyError:
+def pinned_error(target: Target, key: asyncssh.SSHKey, address: str) -> HostKeyError:
     """Say that a host shows another key than the pinned one."""
-    shows = f"shows the host key {describe(key)}" if key else "shows no host key of a kind that is known here"
-    msg = f"{target.name} ({address}) {shows}, and {target.fingerprint} is pinned for it"
+    msg = f"{target.name} ({address}) shows the host key {describe(key)}, and {target.fingerprint} is pinned for it"
     hint = (
         "somebody may be between you and the host. If it was reinstalled, compare the new fingerprint with the host's "
         "own, then change `fingerprint` in cluster.yaml"
@@ -179,6 +197,6 @@ def pinned_error(target: Target, key: asyncssh.SSHKey | None, address: str) -> H
         hint=hint,
         host=target.name,
         step="host key",
-        fingerprint=key.get_fingerprint() if key else "",
+        fingerprint=key.get_fingerprint(),
         known=(target.fingerprint,),
     )

@@ -115,6 +115,8 @@ class Talk:
             raise self._timeout(err)
         if self._out.status is not None:
             return self._out.status, err
+        with anyio.move_on_after(_END_S):
+            await self._process.wait_closed()
         raise self._no_status(err)
 
     async def close(self) -> None:
@@ -149,14 +151,16 @@ class Talk:
         return HostTimeoutError(msg, hint=hint, host=self.host, step=self.step)
 
     def _no_status(self, err: bytes) -> HostError:
-        if self._out.begun or self._process.exit_status is None:
+        status = self._process.exit_status
+        if self._out.begun or status is None:
             lost = f"the connection to {self.host} was lost during: {self.step}"
+            if status is not None:
+                lost = f"{self.host}: {self.step} was killed there before its end"
             hint = "whether it was done is not known; the same command may be run again, it finds out"
             return HostLostError(lost, hint=hint, host=self.host, step=self.step)
         noise = (self._out.noise + self._out.close() + self._err.noise + err).decode(errors="replace").strip()
         msg = f"{self.host}: the login shell did not run what it was sent ({self.step}); it printed: {noise[-500:]!r}"
         hint = "the account needs bash, and start-up files (~/.bashrc) that neither exit nor start another program"
-        status = self._process.exit_status
         return HostStepError(msg, hint=hint, host=self.host, step=self.step, exit_status=status)
 
 

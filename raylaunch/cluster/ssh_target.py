@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import anyio
+
 from raylaunch.cluster.home import raylaunch_home
+
+_TELL_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,26 @@ class Wait:
 
 OnWait = Callable[[Wait], None]
 """Called every few seconds while something has not ended yet."""
+
+
+@contextmanager
+def telling(on_wait: OnWait | None, host: str, step: str, limit_s: float) -> Iterator[None]:
+    """Tell `on_wait` every five seconds that this has not ended yet."""
+    if on_wait is None:
+        yield
+        return
+    task = asyncio.ensure_future(_tell(on_wait, host, step, limit_s))
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+async def _tell(on_wait: OnWait, host: str, step: str, limit_s: float) -> None:
+    started = time.monotonic()
+    while True:
+        await anyio.sleep(_TELL_S)
+        on_wait(Wait(host, step, time.monotonic() - started, limit_s))
 
 
 def own_known_hosts() -> Path:

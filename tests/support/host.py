@@ -157,7 +157,7 @@ class Host:
     def power_off(self) -> None:
         """Pull its plug: nothing on it ends in order, and nobody hears of it. Its disk keeps what it had."""
         self.unplug()
-        wait_until(lambda: not psutil.pid_exists(self.pid), 30, f"{self.name} is off")
+        wait_until(lambda: not self.pid or not psutil.pid_exists(self.pid), 30, f"{self.name} is off")
 
     def unplug(self) -> None:
         """Pull its plug without waiting until the kernel has taken its namespaces apart."""

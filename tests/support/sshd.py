@@ -67,6 +67,7 @@ class Sshd:
         self.host_keys = [make_key(folder / f"host_{kind}", kind=kind) for kind in kinds]
         self.authorized = folder / "authorized_keys"
         self.authorize(self.key)
+        self.config()
         self.extra = list(extra)
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -80,7 +81,7 @@ class Sshd:
             port=self.port,
             user=self.user,
             key=str(self.key),
-            ssh_config=self.config(),
+            ssh_config=self.client / "config",
             known_hosts=self.known_hosts,
         )
 
