@@ -104,6 +104,9 @@ class HostSpec(HostDefaults):
                     msg = f"{key} is given twice, in host ({parsed[key]}) and as {key} ({data[key]})"
                     raise ValueError(msg)
             return data | parsed
+        if isinstance(data, bool | int | float | list) or data is None:
+            msg = "this is not a host: write a name, or a mapping with host; a name that is a number or a yes needs quotes"
+            raise ValueError(msg)
         return data
 
     @field_validator("name")

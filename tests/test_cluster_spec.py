@@ -223,6 +223,13 @@ def test_one_host_listens_on_loopback_unless_it_may_grow_and_several_on_the_netw
             "hosts:\n  - host: ml@a\n    user: root\n",
             "cluster.yaml:3: hosts.0: user is given twice, in host (ml) and as user (root)",
         ),
+        (
+            "hosts:\n  - a\n  - off\n",
+            (
+                "cluster.yaml:3: hosts.1: this is not a host: write a name, or a mapping with host; a name that is a "
+                "number or a yes needs quotes"
+            ),
+        ),
         ("hosts:\n  - {name: a}\n", "cluster.yaml:2: the key 'hosts.0.host' is missing"),
         (
             "hosts:\n  - host: a\n    address: a.example.org\n",
