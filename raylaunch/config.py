@@ -31,12 +31,38 @@ class Flag(NamedTuple):
 
 
 def find_cluster_file(*, environ: Mapping[str, str] | None = None, cwd: Path | None = None) -> Path | None:
-    """Return the cluster file that applies here: ``$RAYLAUNCH_CLUSTER_FILE``, else ``./cluster.yaml``, else None."""
-    named = (os.environ if environ is None else environ).get(CLUSTER_FILE_VARIABLE, "")
-    if named:
+    """Return the cluster file that applies here.
+
+    That is ``$RAYLAUNCH_CLUSTER_FILE``, else ``./cluster.yaml``, else that of the cluster chosen with ``raylaunch
+    switch``, else None.
+    """
+    variables = os.environ if environ is None else environ
+    if named := variables.get(CLUSTER_FILE_VARIABLE, ""):
         return Path(named).expanduser()
     here = cwd / CLUSTER_FILE if cwd else Path(CLUSTER_FILE)
-    return here if here.is_file() else None
+    if here.is_file():
+        return here
+    chosen = chosen_file(variables)
+    return chosen if chosen.is_file() else None
+
+
+def chosen_file(environ: Mapping[str, str]) -> Path:
+    """Return the link that ``raylaunch switch`` sets; it may not be there."""
+    return _home(environ) / "chosen.yaml"
+
+
+def kept_file(name: str, environ: Mapping[str, str]) -> Path:
+    """Return where the last `up` has kept the file of cluster `name`; it may not be there."""
+    return _home(environ) / "clusters" / name / CLUSTER_FILE
+
+
+def kept_clusters(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the names of the clusters over SSH that were brought up, or joined, from here."""
+    return tuple(sorted(file.parent.name for file in (_home(environ) / "clusters").glob(f"*/{CLUSTER_FILE}")))
+
+
+def _home(environ: Mapping[str, str]) -> Path:
+    return Path(environ.get("RAYLAUNCH_HOME") or "~/.raylaunch").expanduser()
 
 
 def load_cluster_spec(

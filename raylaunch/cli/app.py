@@ -36,6 +36,8 @@ _SECTIONS: dict[str, dict[str, _Lazy]] = {
         "down": _Lazy("cluster", "down", "End the cluster; jobs, logs and outputs stay on disk."),
         "status": _Lazy("cluster", "status", "Show what runs: controller, Ray, nodes, GPUs, queue."),
         "env": _Lazy("cluster", "env", "Print what Ray's own tools need in the environment."),
+        "switch": _Lazy("switch", "switch", "Choose among several clusters."),
+        "ssh": _Lazy("switch", "ssh", "Open a shell on a host."),
     },
     "Jobs": {
         "run": _Lazy("run", "run", "Submit a job and follow it to its end."),
@@ -106,14 +108,22 @@ class LazyGroup(click.Group):
     "-c",
     "--cluster-file",
     type=click.Path(path_type=Path),
-    help="The cluster's file; else $RAYLAUNCH_CLUSTER_FILE, ./cluster.yaml, or the embedded cluster 'local'.",
+    help="The cluster's file; else $RAYLAUNCH_CLUSTER_FILE, ./cluster.yaml, the one chosen with 'switch', or 'local'.",
 )
+@click.option("--cluster", metavar="NAME", help="A cluster over SSH that was brought up from here, by its name.")
 @click.pass_context
-def raylaunch(ctx: click.Context, cluster_file: Path | None) -> None:
+def raylaunch(ctx: click.Context, cluster_file: Path | None, cluster: str | None) -> None:
     """Train on your own GPU machines.
 
     JOB is a job's id, its name (then the latest job of that name), or 'last'.
     """
+    if cluster and cluster_file:
+        msg = "--cluster and --cluster-file name a cluster each; give one"
+        raise click.UsageError(msg)
+    if cluster:
+        from raylaunch.cli.switch import named_file  # noqa: PLC0415 -- only where it is asked for
+
+        cluster_file = named_file(cluster)
     ctx.obj = cluster_file
 
 

@@ -116,8 +116,10 @@ def _load(path: Path, model: type[_Model]) -> _Model | None:
 
 
 def save_client(paths: ClusterPaths, record: ClientRecord) -> ClientRecord:
-    """Write ``client.json``, and return the record."""
+    """Write ``client.json``, and the spec as a cluster file beside it; return the record."""
     write_private(client_file(paths), record.model_dump_json(indent=2))
+    spec = record.spec.model_dump_json(indent=2, exclude_defaults=True)
+    write_private(paths.root / "cluster.yaml", f"# As it was last brought up. JSON is YAML too.\n{spec}\n")
     return record
 
 
