@@ -105,7 +105,7 @@ class HostSpec(HostDefaults):
                     raise ValueError(msg)
             return data | parsed
         if isinstance(data, bool | int | float | list) or data is None:
-            msg = "this is not a host: write a name, or a mapping with host; a name that is a number or a yes needs quotes"
+            msg = "this is not a host: write a name, or a mapping; a name that is a number or yes needs quotes"
             raise ValueError(msg)
         return data
 

@@ -226,8 +226,8 @@ def test_one_host_listens_on_loopback_unless_it_may_grow_and_several_on_the_netw
         (
             "hosts:\n  - a\n  - off\n",
             (
-                "cluster.yaml:3: hosts.1: this is not a host: write a name, or a mapping with host; a name that is a "
-                "number or a yes needs quotes"
+                "cluster.yaml:3: hosts.1: this is not a host: write a name, or a mapping; a name that is a "
+                "number or yes needs quotes"
             ),
         ),
         ("hosts:\n  - {name: a}\n", "cluster.yaml:2: the key 'hosts.0.host' is missing"),
