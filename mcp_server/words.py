@@ -84,6 +84,8 @@ def next_for(job: JobView) -> str:  # noqa: PLR0911 -- one sentence a state
             return f"it has ended when its state is stopped: {_monitor(job)}"
         case JobState.SUCCEEDED if job.outputs:
             return f"fetch what it made: download_model job={job.id}"
+        case JobState.SUCCEEDED if job.foreign:
+            return "it was submitted with plain ray job submit: raylaunch keeps no files of it; job_logs reads its log"
         case JobState.SUCCEEDED:
             return "it left no outputs; files are kept that it writes to $RAYLAUNCH_OUTPUT_DIR or that `outputs` names"
         case JobState.STOPPED:

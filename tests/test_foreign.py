@@ -186,7 +186,7 @@ def test_submissions_of_raylaunch_itself_are_left_out(foreign: ForeignJobs, reco
 def test_a_wish_to_stop_is_kept_until_ray_says_how_it_ended(foreign: ForeignJobs, records: Records) -> None:
     running = job("RUNNING", driver_node_id=NODE, message="Job is currently running.")
     foreign.take({"raysubmit_1": running})
-    stopping = foreign.stop(recorded(records), person="olga")
+    stopping = foreign.stop(recorded(records), grace_s=None, person="olga")
     assert (stopping.state, stopping.message) == (JobState.STOPPING, "olga asked to stop it")
     foreign.take({"raysubmit_1": running.model_copy(update={"message": "other words"})})
     assert recorded(records).state is JobState.STOPPING
@@ -201,9 +201,22 @@ def test_a_wish_to_stop_is_kept_until_ray_says_how_it_ended(foreign: ForeignJobs
     assert foreign.stopping() == []
 
 
+def test_a_wish_to_stop_outlives_the_controller(
+    foreign: ForeignJobs, records: Records, sight: Sight, tmp_path: Path
+) -> None:
+    running = {"raysubmit_1": job("RUNNING", driver_node_id=NODE)}
+    foreign.take(running)
+    foreign.stop(recorded(records), grace_s=60, person="olga")
+    ray = RayJobs("http://127.0.0.1:9", "none")
+    again = ForeignJobs(records=records, ray=ray, link=link_to_nothing(tmp_path), sight=sight)
+    again.take(running)
+    assert (recorded(records).state, again.stopping()) == (JobState.STOPPING, ["raysubmit_1"])
+    assert recorded(records).message == "olga asked to stop it, with Ray's own grace"
+
+
 def test_a_waiting_job_that_was_killed_on_request_was_stopped(foreign: ForeignJobs, records: Records) -> None:
     foreign.take({"raysubmit_1": job("PENDING")})
-    foreign.stop(recorded(records), person="olga")
+    foreign.stop(recorded(records), grace_s=None, person="olga")
     foreign.take({"raysubmit_1": job("FAILED", error_type="JOB_SUPERVISOR_ACTOR_DIED", message="Job supervisor died")})
     ended = recorded(records)
     assert (ended.state, ended.message) == (JobState.STOPPED, "olga asked to stop it before it began")
@@ -211,7 +224,7 @@ def test_a_waiting_job_that_was_killed_on_request_was_stopped(foreign: ForeignJo
 
 def test_a_job_that_succeeded_before_the_stop_has_succeeded(foreign: ForeignJobs, records: Records) -> None:
     foreign.take({"raysubmit_1": job("RUNNING", driver_node_id=NODE)})
-    foreign.stop(recorded(records), person="olga")
+    foreign.stop(recorded(records), grace_s=None, person="olga")
     foreign.take({"raysubmit_1": job("SUCCEEDED", driver_node_id=NODE, message="Job finished successfully.")})
     assert (recorded(records).state, recorded(records).message) == (JobState.SUCCEEDED, "Job finished successfully.")
 
@@ -219,7 +232,7 @@ def test_a_job_that_succeeded_before_the_stop_has_succeeded(foreign: ForeignJobs
 def test_what_has_ended_is_not_stopped(foreign: ForeignJobs, records: Records) -> None:
     foreign.take({"raysubmit_1": job("SUCCEEDED", driver_node_id=NODE)})
     with pytest.raises(ConflictError, match="raysubmit_1 has ended already: succeeded"):
-        foreign.stop(recorded(records), person="olga")
+        foreign.stop(recorded(records), grace_s=None, person="olga")
 
 
 def test_the_hostname_is_kept_when_the_node_has_gone(foreign: ForeignJobs, records: Records, sight: Sight) -> None:

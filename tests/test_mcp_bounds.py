@@ -120,6 +120,7 @@ def test_the_next_step_fits_the_reason() -> None:
     assert "smaller batch" in next_for(_job(JobState.FAILED, reason=Reason.GPU_OUT_OF_MEMORY))
     assert next_for(_job(JobState.SUCCEEDED, outputs=1)) == "fetch what it made: download_model job=digits-1"
     assert "cannot be reached" in next_for(_job(JobState.RUNNING, unreachable=True))
+    assert "plain ray job submit" in next_for(_job(JobState.SUCCEEDED, foreign=True))
 
 
 def test_a_time_is_said_as_people_write_it() -> None:

@@ -177,8 +177,13 @@ class ForeignJobs:
         """Return the jobs that somebody wants ended and that have not ended yet."""
         return [record.id for record in self._records.foreign_unfinished() if record.stop_wish is not None]
 
-    def stop(self, record: JobRecord, *, person: str) -> JobView:
+    def stop(self, record: JobRecord, *, grace_s: float | None, person: str) -> JobView:
         """Note that a job is to end; `end` sees to it, however long Ray is away.
+
+        Args:
+            record: the job.
+            grace_s: what was asked for between SIGTERM and SIGKILL; Ray knows only its own, 3 s as a rule.
+            person: who asks.
 
         Raises:
             ConflictError: it has ended.
@@ -188,12 +193,12 @@ class ForeignJobs:
             msg = f"{record.id} has ended already: {record.state.value}"
             raise ConflictError(msg, hint=f"raylaunch show {record.id}")
         wish = StopWish(why="stopped", grace_s=0)
-        waits = "" if record.attempts else " before it began"
+        how = " before it began" if not record.attempts else "" if grace_s is None else ", with Ray's own grace"
         view = record.view().model_copy(
             update={
                 "state": JobState.STOPPING,
                 "reason": Reason.STOP_REQUESTED,
-                "message": f"{person} asked to stop it{waits}",
+                "message": f"{person} asked to stop it{how}",
                 "updated_at": time.time(),
             }
         )

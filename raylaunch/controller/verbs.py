@@ -98,7 +98,7 @@ class Verbs:
             ConflictError: it has ended already.
         """
         if record.foreign:
-            return self._foreign.stop(record, person=person)
+            return self._foreign.stop(record, grace_s=grace_s, person=person)
         if record.state.ended:
             msg = f"{record.id} has ended already: {record.state.value}"
             raise ConflictError(msg, hint=f"raylaunch show {record.id}")
