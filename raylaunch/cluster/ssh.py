@@ -179,8 +179,12 @@ class Machine:
         It lasts as long as the connection. With 0 a free port is chosen.
 
         Raises:
-            HostError: the port here is taken, or the connection is gone.
+            HostError: the port here is taken.
+            HostLostError: the connection is gone.
         """
+        if self.connection.is_closed():
+            msg = f"the connection to {self.name} was lost"
+            raise HostLostError(msg, hint="connect again", host=self.name, step="forward")
         try:
             listener = await self.connection.forward_local_port("127.0.0.1", listen_port, host, port)
         except (OSError, asyncssh.Error) as error:

@@ -26,7 +26,10 @@ _KEEPALIVES_MISSED = 3
 _JUMPS_AT_MOST = 8
 _CLOSE_S = 3
 _CLOSED_EARLY = "closed the connection before the log-in"
-_CLOSED = "is it sshd that listens on that port? Look at sshd's log on the host (journalctl -u ssh); it may be full (MaxStartups), or refuse this address"
+_CLOSED = (
+    "is it sshd that listens on that port? Look at its log on the host (journalctl -u ssh); it may be full "
+    "(MaxStartups), or refuse this address"
+)
 _JUMP = "check the name and port as the jump host sees them; on it: ssh or nc -vz"
 _OLD = "update its sshd, or this client"
 _SILENT = "is it on, and on this network or VPN? A firewall that drops packets looks the same"
