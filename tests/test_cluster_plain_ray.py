@@ -48,6 +48,21 @@ def waiting(cluster: Cluster) -> Iterator[str]:
         cluster.good("stop", job, "--wait")
 
 
+QUICK = {
+    "good": ["true"],
+    "seven": ["sh", "-c", "echo before; echo boom >&2; exit 7"],
+    "killed": ["sh", "-c", "exec sh -c 'kill -9 $$'"],
+    "removed": ["true"],
+    "gone": ["echo", "hi"],
+}
+
+
+@pytest.fixture(scope="module")
+def quick(cluster: Cluster) -> dict[str, str]:
+    """Jobs that end by themselves: each takes Ray some seconds, so that all begin together."""
+    return {name: submit_plain(cluster, f"plain-{name}", words) for name, words in QUICK.items()}
+
+
 # -- read ------------------------------------------------------------------------------------------------------------
 
 
@@ -77,8 +92,8 @@ def test_a_line_is_followed_while_it_is_young(cluster: Cluster) -> None:
         assert not cluster.job(job).state.ended
 
 
-def test_a_log_that_ray_has_thrown_away_is_said_to_be_gone(cluster: Cluster) -> None:
-    job = submit_plain(cluster, "plain-gone", ["echo", "hi"])
+def test_a_log_that_ray_has_thrown_away_is_said_to_be_gone(cluster: Cluster, quick: dict[str, str]) -> None:
+    job = quick["gone"]
     cluster.ended(job)
     for log in cluster.paths.temp.glob(f"session_*/logs/job-driver-{job}.log"):
         log.unlink()
@@ -117,17 +132,9 @@ def test_where_the_link_hangs_rays_own_api_gives_the_log(cluster: Cluster, waiti
 # -- its end ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "words", "status"),
-    [
-        ("ok", ["true"], 0),
-        ("seven", ["sh", "-c", "exit 7"], 7),
-        ("killed", ["sh", "-c", "exec sh -c 'kill -9 $$'"], 137),
-    ],
-)
-def test_waiting_for_it_exits_with_its_status(cluster: Cluster, name: str, words: list[str], status: int) -> None:
-    job = submit_plain(cluster, f"plain-{name}", words)
-    assert cluster.cli("wait", job).status == status
+@pytest.mark.parametrize(("name", "status"), [("good", 0), ("seven", 7), ("killed", 128 + signal.SIGKILL)])
+def test_waiting_for_it_exits_with_its_status(cluster: Cluster, quick: dict[str, str], name: str, status: int) -> None:
+    assert cluster.cli("wait", quick[name]).status == status
 
 
 def test_a_running_one_is_stopped_and_ray_agrees(cluster: Cluster) -> None:
@@ -171,8 +178,8 @@ def test_one_that_waits_for_gpus_is_stopped_at_once_and_never_starts(cluster: Cl
     assert cluster.cli("logs", job).out == ""
 
 
-def test_one_that_has_ended_is_removed_from_ray_too(cluster: Cluster) -> None:
-    job = submit_plain(cluster, "plain-removed", ["true"])
+def test_one_that_has_ended_is_removed_from_ray_too(cluster: Cluster, quick: dict[str, str]) -> None:
+    job = quick["removed"]
     cluster.ended(job)
     assert cluster.good("rm", job) == f"removed {job} (0 B)\n"
     assert job not in listed_ids(cluster)
@@ -221,13 +228,12 @@ def test_python_follows_reads_stops_and_waits_for_it(cluster: Cluster) -> None:
             job.stop()
 
 
-def test_its_result_is_its_success_or_its_last_lines(cluster: Cluster) -> None:
-    with found_in_python(cluster, submit_plain(cluster, "plain-good", ["true"])) as job:
+def test_its_result_is_its_success_or_its_last_lines(cluster: Cluster, quick: dict[str, str]) -> None:
+    with found_in_python(cluster, quick["good"]) as job:
         assert job.result(timeout_s=30) == ()
-    failing = submit_plain(cluster, "plain-bad", ["sh", "-c", "echo before; echo boom >&2; exit 3"])
-    with found_in_python(cluster, failing) as job, pytest.raises(JobFailedError, match="boom") as caught:
+    with found_in_python(cluster, quick["seven"]) as job, pytest.raises(JobFailedError, match="boom") as caught:
         job.result(timeout_s=30)
-    assert caught.value.exit_code == 3
+    assert caught.value.exit_code == 7
 
 
 @pytest.fixture(scope="module")
