@@ -248,8 +248,10 @@ def test_no_devices_is_no_gpus_and_no_failure(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_driver_that_hangs_is_given_up_and_the_rest_is_known(tmp_path: Path) -> None:
-    facts = facts_of(with_smi(tmp_path, NvidiaSmi(hangs_s=120)))
+    calls = tmp_path / "calls"
+    facts = facts_of(with_smi(tmp_path, NvidiaSmi(hangs_s=120, calls=str(calls))))
     assert facts.gpus.problem == "it did not answer within 10 s"
+    assert len(calls.read_text().splitlines()) == 1, "a driver that hangs is asked once"
     assert facts.hostname == platform.node()
     assert "gpu_query" in facts.unanswered
 

@@ -244,11 +244,13 @@ class FoundCluster(_Facts):
 
 
 class Index(_Facts):
-    """Whether packages can be fetched from an index; asked of `tool`, with its own settings."""
+    """Whether packages can be fetched from an index; asked as `tool` would, with its settings."""
 
     reachable: bool | None = None
     """None where there is no tool to ask."""
     tool: str = ""
+    url: str = ""
+    """The index, without credentials; empty where only `tool` knows."""
     words: str = ""
     """What it said when it could not."""
 

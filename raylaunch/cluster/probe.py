@@ -78,7 +78,9 @@ async def probe(machine: Runs, host: HostSpec | None = None, *, now: Callable[[]
 def script() -> bytes:
     """Return the script's text."""
     folder = resources.files("raylaunch.cluster")
-    return b"".join(folder.joinpath(name).read_bytes() for name in ("probe_slow.sh", "probe_script.sh"))
+    return b"".join(
+        folder.joinpath(name).read_bytes() for name in ("probe_gpus.sh", "probe_python.sh", "probe_script.sh")
+    )
 
 
 def _clock(answer: Answer, sent: float, received: float) -> Clock:

@@ -194,14 +194,15 @@ def _cpu_share(text: str) -> float | None:
 
 
 def _disks(answer: Answer) -> dict[str, Disk]:
+    section = answer["disks"]
     mounts = _mounts(answer["mounts"].text)
+    space = {row[0]: [_whole(cell) for cell in row[1:]] for row in section.all("space") if len(row) == 6}  # noqa: PLR2004 -- as printed
+    owners = {row[0]: row[1:] for row in section.all("owner") if len(row) == 4}  # noqa: PLR2004 -- as above
     found = {}
-    for row in answer["disks"].all("disk"):
-        label, wanted, path, writable, space, inodes, about = (*row, *([""] * 7))[:7]
-        total, free, source, mount = (*space.split(" ", 3), "", "", "", "")[:4]
-        kind, options = mounts.get(mount, ("", ()))
-        counted, inodes_free = (*inodes.split(), "", "")[:2]
-        owner, mode = (*about.split(), "", "")[:2]
+    for label, wanted, path, writable in (row for row in section.all("disk") if len(row) == 4):  # noqa: PLR2004 -- as above
+        block, blocks, free, inodes, inodes_free = space.get(path, [None] * 5)
+        owner, mode, mount = owners.get(path, ("", "", ""))
+        source, kind, options = mounts.get(mount, ("", "", ()))
         found[label] = Disk(
             wanted=wanted,
             exists=wanted == path,
@@ -209,9 +210,9 @@ def _disks(answer: Answer) -> dict[str, Disk]:
             source=source,
             kind=kind,
             options=options,
-            total=_kib(total),
-            free=_kib(free),
-            inodes_free=_whole(inodes_free) if _whole(counted) else None,
+            total=blocks * block if blocks is not None and block is not None else None,
+            free=free * block if free is not None and block is not None else None,
+            inodes_free=inodes_free if inodes else None,
             writable={"yes": True, "no": False}.get(writable),
             owner=owner,
             mode=mode,
@@ -219,16 +220,11 @@ def _disks(answer: Answer) -> dict[str, Disk]:
     return found
 
 
-def _kib(text: str) -> int | None:
-    number = _whole(text)
-    return None if number is None else number * _KIB
-
-
-def _mounts(text: str) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Read /proc/self/mounts: kind and options by mount point. Of two on the same point the later one is seen."""
+def _mounts(text: str) -> dict[str, tuple[str, str, tuple[str, ...]]]:
+    """Read /proc/self/mounts: source, kind and options by mount point. Of two on one point the later is seen."""
     rows = (line.split(" ") for line in text.splitlines())
     return {
-        row[1].replace("\\040", " "): (row[2], tuple(row[3].split(",")))
+        row[1].replace("\\040", " "): (row[0], row[2], tuple(row[3].split(",")))
         for row in rows
         if len(row) >= 4  # noqa: PLR2004 -- source, point, kind, options
     }
@@ -308,10 +304,11 @@ def _clusters(section: Section) -> Iterator[FoundCluster]:
 
 
 def _index(section: Section) -> Index:
-    if tool := section.one("reached"):
-        return Index(reachable=True, tool=tool)
-    tool, words = section.first("refused", width=2)
-    return Index(reachable=False, tool=tool, words=" ".join(words.split())) if tool else Index()
+    tool, url = section.first("reached", width=2)
+    if tool:
+        return Index(reachable=True, tool=tool, url=url)
+    tool, url, words = section.first("refused", width=3)
+    return Index(reachable=False, tool=tool, url=url, words=" ".join(words.split())) if tool else Index()
 
 
 def _proxies(section: Section) -> dict[str, str]:

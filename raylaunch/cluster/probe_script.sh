@@ -1,4 +1,4 @@
-# What a host is and has, in one go: cat probe_slow.sh probe_script.sh | sh -s -- MARK ROOT STORE ENVIRONMENT
+# What a host is and has, in one go: cat probe_*.sh | sh -s -- MARK ROOT STORE ENVIRONMENT
 #
 # Plain POSIX sh, without Python (one that is found is only asked what it is), and changes nothing. Everything that can
 # hang runs under a limit, and all together under BUDGET seconds. Each section stands between two lines that bear MARK,
@@ -7,6 +7,9 @@
 
 BUDGET=20
 LONGEST_TEXT=65536
+TAB=$(printf '\t')
+NEWLINE='
+'
 
 main() {
     mark=$1 root=$2 store=$3
@@ -18,7 +21,8 @@ main() {
     case $root in '') root=$HOME/.raylaunch ;; '~'/*) root=$HOME/${root#??} ;; esac
     case $store in '') store=$root ;; '~'/*) store=$HOME/${store#??} ;; esac
     named_python=$(python_of "$4")
-    deadline=$(($(date +%s) + BUDGET))
+    now
+    deadline=$((seconds + BUDGET))
 
     section clock_first clock
     # What is slow runs beside the rest; its words wait in a pipe, so that no file is needed on the host.
@@ -64,7 +68,8 @@ section() { # NAME COMMAND: what the command prints, between two marked lines; t
 within() { # SECONDS COMMAND…: exit status 124 when the limit ends it, or no time is left
     limit=$1
     shift
-    left=$((deadline - $(date +%s)))
+    now
+    left=$((deadline - seconds))
     [ "$left" -lt "$limit" ] && limit=$left
     [ "$limit" -gt 0 ] || return 124
     if has timeout; then
@@ -88,13 +93,20 @@ within_without_timeout() (
     exit "$status"
 )
 
+now() { # seconds of some clock that nobody sets; without a fork, for it is asked often
+    if read -r seconds _ 2>/dev/null </proc/uptime; then seconds=${seconds%%.*}; else seconds=$(date +%s); fi
+}
+
 has() { command -v "$1" >/dev/null 2>&1; }
 
 fact() { # NAME VALUE…: one line, its parts separated by tabs
-    printf '%s' "$1"
+    line=$1
     shift
-    for value in "$@"; do printf '\t%s' "$(printf '%s' "$value" | tr '\t\n' '  ')"; done
-    printf '\n'
+    for value in "$@"; do
+        case $value in *"$TAB"* | *"$NEWLINE"*) value=$(printf '%s' "$value" | tr '\t\n' '  ') ;; esac
+        line=$line$TAB$value
+    done
+    printf '%s\n' "$line"
 }
 
 contents() { # FILE: its first line, or nothing
@@ -154,65 +166,6 @@ names() {
     printf '%s\n' "$found" | awk 'NF { print $1 }' | sort -u | while read -r address; do fact address "$address"; done
 }
 
-# One line for each: path, real path, version, release level, implementation, 64 bits, in an environment, venv,
-# ensurepip, pip, conda, free-threaded, platform.
-PYTHON='
-import os, sys
-def found(name):
-    try:
-        from importlib.util import find_spec
-        return int(find_spec(name) is not None)
-    except Exception:
-        return 0
-try:
-    import sysconfig
-    platform, gil = sysconfig.get_platform(), int(bool(sysconfig.get_config_var("Py_GIL_DISABLED")))
-except Exception:
-    platform, gil = "", 0
-facts = [sys.argv[1], os.path.realpath(sys.executable), "%d.%d.%d" % sys.version_info[:3], sys.version_info[3],
-         sys.implementation.name, int(sys.maxsize > 2**32), int(sys.prefix != sys.base_prefix), found("venv"),
-         found("ensurepip"), found("pip"), int(os.path.isdir(os.path.join(sys.prefix, "conda-meta"))), gil, platform]
-print("\t".join(["python"] + [str(fact) for fact in facts]))
-'
-
-python_of() { # ENVIRONMENT: the interpreter of venv:PATH, conda:NAME, or a path of either; nothing for nothing
-    path=$1
-    case $path in
-        '') return ;;
-        venv:*) path=${path#venv:} ;;
-        conda:*)
-            name=${path#conda:}
-            for path in "$name" "$HOME"/*conda3/envs/"$name" "$HOME"/*forge*/envs/"$name" "$HOME"/.conda/envs/"$name" \
-                /opt/*/envs/"$name"; do
-                [ -x "$path/bin/python" ] && break
-            done ;;
-    esac
-    case $path in '~'/*) path=$HOME/${path#??} ;; esac
-    [ -d "$path" ] && path=$path/bin/python
-    printf '%s' "$path"
-}
-
-python_paths() {
-    for name in python3 python3.10 python3.11 python3.12 python3.13 python3.14 python; do command -v "$name"; done
-    for path in /usr/bin/python3.1? /usr/local/bin/python3.1? /opt/*/bin/python3 "$HOME"/.pyenv/versions/*/bin/python3 \
-        "$HOME"/.local/share/uv/python/*/bin/python3 "$HOME"/*conda3/bin/python3 "$HOME"/*forge*/bin/python3; do
-        [ -x "$path" ] && printf '%s\n' "$path"
-    done
-}
-
-pythons() {
-    fact named "$named_python"
-    [ -n "$named_python" ] && { within 5 "$named_python" -I -c "$PYTHON" "$named_python" || fact unusable "$named_python" "$?"; }
-    seen=:
-    python_paths 2>/dev/null | while read -r path; do
-        case $path in */shims/*) continue ;; esac # pyenv's shims are slow; what they stand for is found beside them
-        real=$(readlink -f "$path")
-        case $seen in *":$real:"*) continue ;; esac
-        seen=$seen$real:
-        within 5 "$path" -I -c "$PYTHON" "$path" 2>/dev/null || fact unusable "$path" "$?"
-    done
-}
-
 tools() {
     for name in bash tar sha256sum timeout uv conda mamba docker podman apptainer singularity enroot curl wget systemctl loginctl crontab; do
         path=$(command -v "$name") || continue
@@ -245,17 +198,27 @@ memory() {
 }
 
 disks() {
+    set --
     for place in "home $HOME" "root $root" "store $store" "tmp ${TMPDIR:-/tmp}" "raytmp /tmp" "shm /dev/shm"; do
         wanted=${place#* }
         path=$wanted
-        while [ ! -e "$path" ] && [ "$path" != / ] && [ -n "$path" ]; do path=$(dirname "$path"); done
+        while [ ! -e "$path" ] && [ "$path" != / ] && [ -n "$path" ]; do
+            case $path in */*) path=${path%/*} ;; *) path= ;; esac
+            path=${path:-/}
+        done
         writable=no
         [ -w "$path" ] && writable=yes
-        fact disk "${place%% *}" "$wanted" "$path" "$writable" \
-            "$(within 3 df -Pk "$path" 2>/dev/null | awk 'NR == 2 { print $2, $4, $1, $6 }')" \
-            "$(within 3 df -Pi "$path" 2>/dev/null | awk 'NR == 2 { print $2, $4 }')" \
-            "$(within 3 stat -c '%U %a' "$path" 2>/dev/null)"
+        fact disk "${place%% *}" "$wanted" "$path" "$writable"
+        case "$TAB$*$TAB" in *"$TAB$path$TAB"*) ;; *) IFS=$TAB; set -- "$@" "$path" ;; esac
     done
+    IFS=' '$TAB$NEWLINE
+    space "$@" || for path in "$@"; do space "$path"; done
+    return 0
+}
+
+space() { # PATH…: size, free, inodes; then who owns it. All at once, and one by one where one of them hangs
+    within 4 stat -f -c "space$TAB%n$TAB%S$TAB%b$TAB%a$TAB%c$TAB%d" "$@" 2>/dev/null &&
+        within 4 stat -c "owner$TAB%n$TAB%U$TAB%a$TAB%m" "$@" 2>/dev/null
 }
 
 mounts() { head -c "$LONGEST_TEXT" /proc/self/mounts; }

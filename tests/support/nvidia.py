@@ -14,6 +14,8 @@ _PROGRAM = """#!{python}
 import json, sys, time
 shape = json.loads({shape!r})
 asked = sys.argv[1] if len(sys.argv) > 1 else ""
+if shape["calls"]:
+    open(shape["calls"], "a").write(" ".join(sys.argv[1:]) + "\\n")
 time.sleep(shape["hangs_s"])
 if shape["fails"]:
     print(shape["fails"])
@@ -62,6 +64,8 @@ class NvidiaSmi:
     unknown_fields: tuple[str, ...] = ()
     cuda: str = "12.4"
     cuda_words: str = "CUDA Version"
+    calls: str = ""
+    """A file that each call writes a line to."""
 
     def install(self, folder: Path) -> Path:
         """Write the program into `folder`."""

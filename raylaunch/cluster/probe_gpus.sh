@@ -1,5 +1,4 @@
-# The part of the probe that takes longest: GPUs, and whether packages can be fetched. Functions only;
-# probe_script.sh follows behind it, and runs them beside the rest.
+# The part of the probe that is about GPUs. Functions only: probe_script.sh follows behind, and runs them.
 
 GPU_FIELDS=index,uuid,name,memory.total,memory.used,utilization.gpu
 MORE_GPU_FIELDS=driver_version,pci.bus_id,compute_cap,compute_mode,mig.mode.current,ecc.errors.uncorrected.volatile.total
@@ -26,15 +25,15 @@ gpu_hardware() {
 ask_smi() { # a driver that hangs does so each time: asked once, not five times
     [ -z "${smi_hangs-}" ] || return 124
     within 10 "$smi" "$@"
-    status=$?
-    [ "$status" -eq 124 ] && smi_hangs=yes
-    return "$status"
 }
 
 gpu_query() {
-    answer=$(ask_smi "--query-gpu=$GPU_FIELDS,$MORE_GPU_FIELDS" --format=csv,nounits 2>&1) ||
-        answer=$(ask_smi "--query-gpu=$GPU_FIELDS" --format=csv,nounits 2>&1)
+    answer=$(ask_smi "--query-gpu=$GPU_FIELDS,$MORE_GPU_FIELDS" --format=csv,nounits 2>&1)
     status=$?
+    [ "$status" -eq 124 ] && smi_hangs=yes
+    if [ "$status" -ne 0 ]; then # an older driver refuses the fields that it does not know
+        retry=$(ask_smi "--query-gpu=$GPU_FIELDS" --format=csv,nounits 2>&1) && answer=$retry status=0
+    fi
     printf '%s\n' "$answer"
     return "$status"
 }
@@ -63,34 +62,4 @@ xid() { # the kernel's log may be closed to users: then nothing is known, and th
     }
     printf '%s\n' "$text" | grep 'NVRM: Xid' | tail -n 20
     return 0
-}
-
-# Whether packages can be had here is asked of the tool that would fetch them: it knows its own index, proxies,
-# certificates and credentials.
-index() {
-    for python in "$named_python" python3 python3.10 python3.11 python3.12 python3.13 python3.14; do
-        [ -n "$python" ] && has "$python" || continue
-        within 3 "$python" -c 'import pip' >/dev/null 2>&1 || continue
-        answer=$(within 10 "$python" -m pip --no-input --disable-pip-version-check --no-cache-dir \
-            index versions --retries 0 --timeout 7 pip 2>&1)
-        case $? in
-            0) fact reached pip && return ;;
-            124) answer='no answer within 10 s' ;;
-        esac
-        case $answer in *'unknown command'*) continue ;; esac # pip before 21.2
-        refused pip "$answer"
-        return
-    done
-    has uv || return 1
-    answer=$(echo pip | within 10 uv pip compile --quiet --no-cache --no-header --no-annotate - 2>&1)
-    case $? in
-        0) fact reached uv ;;
-        124) refused uv 'no answer within 10 s' ;;
-        *) refused uv "$answer" ;;
-    esac
-}
-
-refused() { # TOOL ANSWER: its last words, without the credentials that an index's address may bear
-    fact refused "$1" "$(printf '%s\n' "$2" | grep -v '^WARNING: pip index is currently' | sed 's#//[^/@]*@#//***@#g' |
-        tail -n 6 | head -c 2000)"
 }
