@@ -265,3 +265,9 @@ def test_an_embedded_cluster_is_asked_only_what_it_needs() -> None:
     assert problems(ClusterSpec(), {"here": here}) == ()
     busy = facts(changes={"gpus.gpus.0.processes": [SOMEBODY]})
     assert [one.code for one in problems(ClusterSpec(), {"here": busy})] == ["gpus_busy"]
+
+
+def test_a_full_disk_does_not_keep_a_cluster_that_is_there_from_being_healed() -> None:
+    cluster = {"name": "lab", "user": "ml", "folder": "/home/ml/.raylaunch/clusters/lab"}
+    (found,) = one_host({"disks.root": disk(free=GIB), "clusters": [cluster]})
+    assert (found.code, found.level) == ("disk_low", "warning")

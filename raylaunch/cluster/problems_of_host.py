@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from raylaunch.cluster.facts import Disk, HostFacts
+from raylaunch.cluster.own import is_own
 from raylaunch.cluster.problem import Problem, blocking, warning
 from raylaunch.cluster.pythons import usable
 from raylaunch.spec import ClusterSpec, HostSpec
@@ -131,7 +132,8 @@ def _space(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> Iterator[Prob
     is_head = spec.kind == "local" or host.name == spec.hosts[0].name
     if root is not None:
         mend = "free some, or set root for this host to a folder on a larger disk"
-        yield from _disk(host, root, ROOT_NEEDS, ROOT_WANTS, "raylaunch's folder", mend)
+        installed = any(is_own(cluster, spec, facts) for cluster in facts.clusters)
+        yield from _disk(host, root, 0 if installed else ROOT_NEEDS, ROOT_WANTS, "raylaunch's folder", mend)
     if tmp is not None and (root is None or tmp.mount != root.mount):
         mend = "free some: Ray keeps its sockets, logs and spilled objects there"
         yield from _disk(host, tmp, TMP_NEEDS, TMP_WANTS, "Ray's temporary files", mend)
