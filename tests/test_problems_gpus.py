@@ -231,3 +231,9 @@ def test_a_number_of_gpus_means_those_that_no_other_cluster_has_and_stays_the_sa
 def test_a_number_of_gpus_on_a_host_without_any_stays_a_number() -> None:
     spec = ClusterSpec(name="lab", hosts=(HostSpec(host="dgx-1", gpus=8),))
     assert counted(spec, spec.hosts[0], facts(changes={"gpus": {"hardware": 0}})).gpus == 8
+
+
+def test_a_cluster_of_the_same_name_and_account_in_another_folder_is_another_one() -> None:
+    elsewhere = MINE | {"folder": "/scratch/home/clusters/lab"}
+    (found,) = one_host({"clusters": [elsewhere]})
+    assert (found.code, found.level) == ("gpus_of_another_cluster", "blocking")
