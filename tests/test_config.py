@@ -223,7 +223,8 @@ def test_a_kind_that_this_version_cannot_run_is_refused_honestly(here: Here, kin
         load_cluster_spec(here("cluster.yaml", f"name: dgx\nkind: {kind}\nhosts: [a]\n"))
     assert str(caught.value) == (
         f"cluster.yaml:2: kind: {kind} ({what}) cannot be run by this version of raylaunch; "
-        "it runs kind: local, on this machine, and kind: ssh, on hosts over SSH\n  → write kind: local, or leave the key out"
+        "it runs kind: local, on this machine, and kind: ssh, on hosts over SSH\n"
+        "  → write kind: local, or leave the key out"
     )
 
 
