@@ -336,11 +336,10 @@ def test_another_shell_finds_the_same(shell: Sequence[str], here: HostFacts) -> 
 
 
 def test_what_a_login_shell_prints_is_no_fact(here: HostFacts) -> None:
-    noise = (
-        "echo WELCOME; echo '@@0 begin system'; echo uname EvilOS; printf '@@0 complete\\n'; echo x >&2; exec sh \"$@\""
-    )
+    gpu = "@@0 begin gpu_query\\nindex, uuid, name\\n0, GPU-0, Fake\\n@@0 end gpu_query 0\\n@@0 complete\\n"
+    noise = f"echo WELCOME; printf '{gpu}'; echo x >&2; exec sh \"$@\""
     facts = facts_of(Here(program=("sh", "-c", noise, "sh")))
-    assert facts.system == here.system
+    assert (facts.system, facts.gpus) == (here.system, here.gpus)
 
 
 def test_a_script_that_was_cut_off_on_the_way_runs_nothing(tmp_path: Path) -> None:
