@@ -150,9 +150,9 @@ class Machine:
                     await talk.send(courier(script, nonce=nonce, limit_s=limit_s, env=env or {}))
                     yield talk
                 finally:
-                    if not talk.ended:
-                        await self._end_remote(talk)
-                    await talk.close()
+                    ending = asyncio.ensure_future(self._end(talk))
+                    with anyio.CancelScope(shield=True):
+                        await asyncio.wait({ending})  # not awaited plainly: a second cancel would go into it
 
     async def push(
         self,
@@ -231,12 +231,15 @@ class Machine:
             hint = "look at MaxSessions in its sshd_config (the usual value is 10), and at sshd's log there"
             raise HostStepError(msg, hint=hint, host=self.name, step=what) from None
 
-    async def _end_remote(self, talk: Talk) -> None:
-        """End what a script has started. Needs its own session: sshd passes no signals on to a root login's command."""
-        if not talk.pid or self.connection.is_closed():
-            return
-        with anyio.move_on_after(_END_S, shield=True), suppress(OSError, asyncssh.Error):
-            await self.connection.run(f"kill -TERM {talk.pid}", check=False)
+    async def _end(self, talk: Talk) -> None:
+        """End what a script has started, unless it has ended, and let go of its session.
+
+        That needs a session of its own: sshd passes no signals on to the command of a root login.
+        """
+        if talk.pid and not talk.ended and not self.connection.is_closed():
+            with anyio.move_on_after(_END_S), suppress(OSError, asyncssh.Error):
+                await self.connection.run(f"kill -TERM {talk.pid}", check=False)
+        await talk.close()
 
 
 @asynccontextmanager

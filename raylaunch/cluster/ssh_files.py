@@ -66,10 +66,12 @@ _TAKE = (
     COMMON
     + r"""trap 'echo "space $(df -Pk "$folder" | tail -n 1 | tr -s " " | cut -d " " -f 4) KiB" >&2' ERR
 set -E
+declare -A folders=()
+right() { [ -f "$path" ] && [ "$(sum "$path")" = "$sha" ]; } # somebody else has just brought the same
 while IFS=' ' read -r verb offset length mode sha given; do
   place "$given" "$sha"
+  [ -d "$folder" ] || mkdir -p -- "$folder"
   if [ "$verb" = range ]; then
-    mkdir -p -- "$folder"
     dd of="$part" bs=1M iflag=fullblock,count_bytes oflag=seek_bytes seek="$offset" count="$length" conv=notrunc \
       status=none
     IFS= read -r end
@@ -77,24 +79,19 @@ while IFS=' ' read -r verb offset length mode sha given; do
     echo "$offset" >>"$part.ranges"
     echo "range $offset"
   else
-    if [ ! -e "$part" ] && [ -f "$path" ] && [ "$(sum "$path")" = "$sha" ]; then
-      echo done # somebody else has just brought the same
-      continue
-    fi
-    [ -e "$part" ] || : >"$part"
-    if [ "$(sum "$part")" != "$sha" ]; then
+    [ "$length" -gt 0 ] || : >"$part"
+    if [ -f "$part" ] && [ "$(sum "$part")" = "$sha" ]; then
+      chmod -- "$mode" "$part" && { sync -- "$part" 2>/dev/null || sync; } && mv -fT -- "$part" "$path" || right
+    elif ! right; then
       rm -f "$part" "$part.ranges"
-      echo "checksum" >&2
       exit 66
     fi
-    chmod -- "$mode" "$part"
-    sync -- "$part" 2>/dev/null || sync
-    mv -fT -- "$part" "$path"
     rm -f -- "$path".part-*
-    sync -- "$folder" 2>/dev/null || sync
+    folders[$folder]=
     echo done
   fi
 done
+[ ${#folders[@]} -eq 0 ] || sync -- "${!folders[@]}" 2>/dev/null || sync
 """
 )
 
@@ -215,7 +212,7 @@ class _Push:
             if self._finish:
                 job = self._finish.popleft()
                 sent.append((job, True))
-                await talk.send(job.line("finish"))
+                await talk.send(job.line("finish", 0, job.ranges.size))
             elif self._queue:
                 job, offset, length = self._queue.popleft()
                 sent.append((job, False))

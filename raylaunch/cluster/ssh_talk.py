@@ -124,7 +124,7 @@ class Talk:
         self._errors.cancel()
         with suppress(asyncio.CancelledError):
             await self._errors
-        self._process.close()
+        self._process.channel.abort()  # what it did not take is dropped: a channel that closes waits for that
 
     async def _read(self, stream: asyncssh.SSHReader[bytes]) -> bytes:
         with suppress(OSError, asyncssh.Error):

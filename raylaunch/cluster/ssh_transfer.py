@@ -17,7 +17,6 @@ from raylaunch.errors import (
     HostStepError,
     HostStorageError,
     HostTimeoutError,
-    RaylaunchError,
 )
 
 RANGE_BYTES = 32 * 1024 * 1024
@@ -145,12 +144,18 @@ async def together(streams: Sequence[Coroutine[Any, Any, None]], progress: Progr
 
 
 async def cancel(*tasks: asyncio.Future[Any]) -> None:
-    """Cancel tasks, and wait until they have ended."""
+    """Cancel tasks, and wait until they have ended: also when this one is cancelled meanwhile, without hurrying them.
+
+    A task that is awaited in the plain way is cancelled again with whoever awaits it, in the middle of its cleaning up.
+    """
     for task in tasks:
         task.cancel()
+    if tasks:
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait(tasks)
     for task in tasks:
-        with contextlib.suppress(asyncio.CancelledError, RaylaunchError):
-            await task
+        if not task.cancelled():
+            task.exception()  # looked at, so that nobody complains
 
 
 @contextlib.contextmanager

@@ -1,0 +1,311 @@
+"""Files to and from a host: whole, once, and in their place only when they are complete."""
+
+# ruff: noqa: ASYNC240 -- the files are what is looked at, and nothing else runs meanwhile
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import pytest
+from support.disks import small_disk
+from support.sshd import Sshd, sshd
+from support.waiting import wait_until
+
+from raylaunch.cluster.ssh import Machine, PushFile, machine
+from raylaunch.cluster.ssh_transfer import RANGE_BYTES
+from raylaunch.errors import HostLostError, HostStorageError, RaylaunchError, SpecError, StorageError, TransferError
+
+pytestmark = pytest.mark.anyio
+
+MB = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    with sshd(tmp_path_factory.mktemp("sshd")) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+async def there(host: Sshd) -> AsyncIterator[Machine]:
+    async with machine(host.target) as opened:
+        yield opened
+
+
+def noise(size: int, *, seed: int) -> bytes:
+    return random.Random(seed).randbytes(size)  # noqa: S311 -- no secret
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three ranges and a bit."""
+    path = tmp_path_factory.mktemp("big") / "big.whl"
+    path.write_bytes(noise(3 * RANGE_BYTES + 12345, seed=1))
+    return path
+
+
+class Meter:
+    """Counts bytes as they are told."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    def __call__(self, count: int) -> None:
+        self.told.append(count)
+
+    @property
+    def total(self) -> int:
+        return sum(self.told)
+
+
+async def refusal(there: Machine, *files: PushFile) -> RaylaunchError:
+    with pytest.raises(RaylaunchError) as caught:
+        await there.push(files)
+    return caught.value
+
+
+async def test_files_arrive_as_they_are_with_their_modes_in_folders_of_their_own(
+    there: Machine, tmp_path: Path, big: Path
+) -> None:
+    far = tmp_path / "far/with a space"
+    meter = Meter()
+    files = [
+        PushFile(big, f"{far}/big.whl", 0o644),
+        PushFile(b"secret", f"{far}/token"),
+        PushFile(b"#!/bin/sh\n", f"{far}/program", 0o755),
+        PushFile(b"", f"{far}/empty"),
+    ]
+    await there.push(files, on_bytes=meter)
+    assert (far / "big.whl").read_bytes() == big.read_bytes()
+    assert (far / "token").read_bytes() == b"secret"
+    assert {path.name: path.stat().st_mode & 0o777 for path in far.iterdir()} == {
+        "big.whl": 0o644,
+        "token": 0o600,
+        "program": 0o755,
+        "empty": 0o600,
+    }
+    assert far.stat().st_mode & 0o777 == 0o700
+    assert meter.total == big.stat().st_size + 16
+
+
+async def test_a_tilde_is_the_home_there(there: Machine) -> None:
+    home = Path((await there.run(["sh", "-c", "echo $HOME"], limit_s=20)).text)
+    name = f".raylaunch-test-{os.getpid()}"
+    try:
+        await there.push([PushFile(b"x", f"~/{name}")])
+        assert (home / name).read_bytes() == b"x"
+    finally:
+        (home / name).unlink(missing_ok=True)
+
+
+async def test_many_files_share_a_few_sessions(there: Machine, tmp_path: Path) -> None:
+    files = [PushFile(f"file {number}".encode(), f"{tmp_path}/many/{number}") for number in range(60)]
+    await there.push(files)
+    assert all((tmp_path / f"many/{number}").read_text() == f"file {number}" for number in range(60))
+
+
+async def test_what_is_there_already_is_not_sent_again(there: Machine, tmp_path: Path, big: Path) -> None:
+    far = tmp_path / "big.whl"
+    await there.push([PushFile(big, str(far))])
+    inode = far.stat().st_ino
+    await there.push([PushFile(big, str(far), 0o640)])
+    assert far.stat().st_ino == inode
+    assert far.stat().st_mode & 0o777 == 0o640
+
+
+async def test_a_file_of_the_same_size_and_other_content_is_replaced(there: Machine, tmp_path: Path, big: Path) -> None:
+    far = tmp_path / "big.whl"
+    far.write_bytes(b"\0" * big.stat().st_size)
+    await there.push([PushFile(big, str(far))])
+    assert far.read_bytes() == big.read_bytes()
+
+
+async def interrupted(there: Machine, big: Path, far: Path) -> None:
+    """Push a file and stop in the middle, when a range and more has arrived."""
+    meter = Meter()
+
+    async def push() -> None:
+        await there.push([PushFile(big, str(far))], on_bytes=meter, limit_bytes_per_s=200 * MB)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(push)
+        notes = partial(far.parent.glob, "*.ranges")
+        await anyio.to_thread.run_sync(wait_until, lambda: list(notes()), 60, "a range has arrived")
+        assert not far.exists()
+        group.cancel_scope.cancel()
+
+
+async def test_an_interrupted_push_is_taken_up_where_it_was(there: Machine, tmp_path: Path, big: Path) -> None:
+    far = tmp_path / "far/big.whl"
+    await interrupted(there, big, far)
+    assert not far.exists()
+    meter = Meter()
+    await there.push([PushFile(big, str(far))], on_bytes=meter)
+    assert meter.told[0] >= RANGE_BYTES or meter.told[0] == big.stat().st_size % RANGE_BYTES
+    assert meter.total == big.stat().st_size
+    assert far.read_bytes() == big.read_bytes()
+    assert [path.name for path in far.parent.iterdir()] == ["big.whl"]
+
+
+async def test_two_contents_of_one_name_are_never_mixed(there: Machine, tmp_path: Path, big: Path) -> None:
+    far = tmp_path / "far/big.whl"
+    await interrupted(there, big, far)
+    other = tmp_path / "other"
+    other.write_bytes(noise(big.stat().st_size, seed=2))
+    await there.push([PushFile(other, str(far))])
+    assert far.read_bytes() == other.read_bytes()
+    assert [path.name for path in far.parent.iterdir()] == ["big.whl"]
+
+
+async def test_a_piece_that_went_bad_while_nobody_looked_is_found_and_sent_anew(
+    there: Machine, tmp_path: Path, big: Path
+) -> None:
+    far = tmp_path / "far/big.whl"
+    await interrupted(there, big, far)
+    part = next(path for path in far.parent.iterdir() if path.suffix != ".ranges")
+    with part.open("r+b") as file:
+        first = int(Path(f"{part}.ranges").read_text().split()[0])
+        file.seek(first)
+        file.write(b"bad")
+    error = await refusal(there, PushFile(big, str(far)))
+    assert isinstance(error, TransferError)
+    assert not far.exists()
+    await there.push([PushFile(big, str(far))])
+    assert far.read_bytes() == big.read_bytes()
+
+
+async def test_a_connection_lost_in_the_middle_keeps_what_has_arrived(tmp_path: Path, big: Path) -> None:
+    far = tmp_path / "far/big.whl"
+    with sshd(tmp_path / "sshd") as own:
+
+        def lose(_count: int) -> None:
+            if list(far.parent.glob("*.ranges")):
+                own.drop()
+
+        async with machine(own.target) as there:
+            with pytest.raises(HostLostError) as caught:
+                await there.push([PushFile(big, str(far))], on_bytes=lose, step="push wheels")
+            assert caught.value.step == "push wheels"
+        assert not far.exists()
+        meter = Meter()
+        async with machine(own.target) as there:
+            await there.push([PushFile(big, str(far))], on_bytes=meter)
+    assert meter.told[0] > 0
+    assert far.read_bytes() == big.read_bytes()
+
+
+async def test_two_that_push_the_same_at_once_do_not_disturb_each_other(
+    there: Machine, host: Sshd, tmp_path: Path, big: Path
+) -> None:
+    far = tmp_path / "far/big.whl"
+    async with machine(host.target) as other, anyio.create_task_group() as group:
+        group.start_soon(there.push, [PushFile(big, str(far))])
+        group.start_soon(other.push, [PushFile(big, str(far))])
+    assert far.read_bytes() == big.read_bytes()
+
+
+async def test_a_speed_limit_holds_for_all_files_together(there: Machine, tmp_path: Path) -> None:
+    started = time.monotonic()
+    files = [PushFile(bytes(MB // 2), f"{tmp_path}/far/{number}") for number in range(4)]
+    await there.push(files, limit_bytes_per_s=2 * MB)
+    assert time.monotonic() - started >= 0.8  # 2 MB at 2 MB/s, less the last pieces, which nobody waits for
+
+
+# What can go wrong
+
+
+async def test_a_full_disk_is_said_to_be_full_and_what_was_there_stays(
+    there: Machine, tmp_path: Path, big: Path
+) -> None:
+    with small_disk(tmp_path / "small", kib=40 * 1024) as disk:
+        (disk / "big.whl").write_text("the old one")
+        with pytest.raises(HostStorageError) as caught:
+            await there.push([PushFile(big, f"{disk}/big.whl")], step="push wheels")
+        assert "here: the disk is full (push wheels)" in caught.value.message
+        assert "0 KiB free" in caught.value.message
+        assert "root" in caught.value.hint
+        assert (disk / "big.whl").read_text() == "the old one"
+
+
+async def test_a_place_that_cannot_be_written_is_named(there: Machine) -> None:
+    error = await refusal(there, PushFile(b"x", "/proc/nowhere/x"))
+    assert isinstance(error, HostStorageError)
+    assert "cannot create directory '/proc/nowhere'" in error.message
+
+
+@pytest.mark.parametrize("remote", ["relative/path", "", "/with\na newline"])
+async def test_a_place_must_be_one(there: Machine, remote: str) -> None:
+    assert isinstance(await refusal(there, PushFile(b"x", remote)), SpecError)
+
+
+async def test_a_file_here_that_is_missing_is_named(there: Machine, tmp_path: Path) -> None:
+    error = await refusal(there, PushFile(tmp_path / "missing", f"{tmp_path}/far"))
+    assert isinstance(error, StorageError)
+    assert str(tmp_path / "missing") in error.message
+
+
+async def test_a_file_that_does_not_have_the_checksum_that_was_said_is_not_put_in_place(
+    there: Machine, tmp_path: Path
+) -> None:
+    error = await refusal(there, PushFile(b"x", f"{tmp_path}/far/x", sha256=hashlib.sha256(b"y").hexdigest()))
+    assert isinstance(error, TransferError)
+    assert list((tmp_path / "far").iterdir()) == []
+
+
+# The other way
+
+
+async def test_a_file_is_fetched_as_it_lies_there(there: Machine, tmp_path: Path, big: Path) -> None:
+    meter = Meter()
+    await there.fetch(str(big), tmp_path / "back", on_bytes=meter)
+    assert (tmp_path / "back").read_bytes() == big.read_bytes()
+    assert (tmp_path / "back").stat().st_mode & 0o777 == 0o600
+    assert meter.total == big.stat().st_size
+    assert [path.name for path in tmp_path.iterdir()] == ["back"]
+
+
+async def test_an_empty_file_can_be_fetched(there: Machine, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    await there.fetch(str(tmp_path / "empty"), tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == b""
+
+
+async def test_an_interrupted_fetch_is_taken_up_where_it_was(there: Machine, tmp_path: Path, big: Path) -> None:
+    local = tmp_path / "back"
+    async with anyio.create_task_group() as group:
+        group.start_soon(there.fetch, str(big), local)
+        await anyio.to_thread.run_sync(wait_until, lambda: list(tmp_path.glob("*.ranges")), 60, "a range has arrived")
+        group.cancel_scope.cancel()
+    assert not local.exists()
+    meter = Meter()
+    await there.fetch(str(big), local, on_bytes=meter)
+    assert meter.told[0] > 0
+    assert local.read_bytes() == big.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["back"]
+
+
+@pytest.mark.parametrize("remote", ["/nonexistent/file", "/etc"])
+async def test_what_is_no_file_cannot_be_fetched(there: Machine, tmp_path: Path, remote: str) -> None:
+    with pytest.raises(HostStorageError, match=remote):
+        await there.fetch(remote, tmp_path / "back")
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_full_disk_here_is_said_to_be_here(there: Machine, tmp_path: Path, big: Path) -> None:
+    with small_disk(tmp_path / "small", kib=20 * 1024) as disk:
+        with pytest.raises(StorageError, match="no space left to write"):
+            await there.fetch(str(big), disk / "back")
+        assert not (disk / "back").exists()
