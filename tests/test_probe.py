@@ -323,8 +323,10 @@ def test_an_index_that_is_served_is_reachable(tmp_path: Path) -> None:
 
 
 def test_proxies_are_told_without_their_passwords() -> None:
-    proxies = facts_of(Here(env={"https_proxy": "http://me:hunter2@proxy:3128", "no_proxy": "localhost"})).proxies
+    env = {"https_proxy": "http://me:hun/ter2@proxy:3128", "http_proxy": "me:hunter2@proxy", "no_proxy": "localhost"}
+    proxies = facts_of(Here(env=env)).proxies
     assert proxies["https_proxy"] == "http://***@proxy:3128"
+    assert proxies["http_proxy"] == "***@proxy"
     assert proxies["no_proxy"] == "localhost"
 
 

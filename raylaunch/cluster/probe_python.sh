@@ -121,6 +121,6 @@ index() {
     case $? in
         0) fact reached uv ;;
         124) fact refused uv '' 'no answer within 8 s' ;;
-        *) fact refused uv '' "$(printf '%s\n' "$answer" | sed 's#//[^/@]*@#//***@#g' | tail -n 6 | head -c 2000)" ;;
+        *) fact refused uv '' "$(printf '%s\n' "$answer" | sed 's#//[^ @]*@#//***@#g' | tail -n 6 | head -c 2000)" ;;
     esac
 }

@@ -285,7 +285,7 @@ clusters() {
 record() { [ -r "$1" ] && head -c "$LONGEST_TEXT" "$1" | tr -d '\n'; }
 
 proxies() {
-    env | grep -iE '^(https?|all|no)_proxy=' | sed 's#//[^/@]*@#//***@#' | while read -r line; do fact proxy "$line"; done
+    env | grep -iE '^(https?|all|no)_proxy=' | sed 's#=\([a-z]*://\)\{0,1\}.*@#=\1***@#' | while read -r line; do fact proxy "$line"; done
     return 0
 }
 
