@@ -178,6 +178,11 @@ def test_the_folders_that_the_spec_names_are_looked_at(tmp_path: Path) -> None:
     assert (facts.disks["root"].exists, facts.disks["store"].exists) == (False, True)
 
 
+@pytest.mark.parametrize(("root", "meant"), [("~/rl", "rl"), ("data/rl", "data/rl"), ("~", ""), ("", ".raylaunch")])
+def test_a_folder_is_meant_from_the_home_unless_it_is_absolute(root: str, meant: str) -> None:
+    assert facts_of(spec=HostSpec(host="h", root=root)).root == str(Path.home() / meant)
+
+
 def test_a_dgx_has_eight_gpus_with_their_driver(tmp_path: Path) -> None:
     gpus = facts_of(with_smi(tmp_path, dgx_h100())).gpus
     assert [gpu.name for gpu in gpus.gpus] == [H100] * 8

@@ -33,7 +33,7 @@ python_of() { # ENVIRONMENT: the interpreter of venv:PATH, conda:NAME, or a path
                 [ -x "$path/bin/python" ] && break
             done ;;
     esac
-    case $path in '~'/*) path=$HOME/${path#??} ;; esac
+    path=$(absolute "$path")
     [ -d "$path" ] && path=$path/bin/python
     printf '%s' "$path"
 }

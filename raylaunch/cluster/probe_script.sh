@@ -12,14 +12,14 @@ NEWLINE='
 '
 
 main() {
-    mark=$1 root=$2 store=$3
+    mark=$1
     set +e +u
     umask 077
     LC_ALL=C
     PATH=$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:$HOME/.local/bin
     export LC_ALL PATH
-    case $root in '') root=$HOME/.raylaunch ;; '~'/*) root=$HOME/${root#??} ;; esac
-    case $store in '') store=$root ;; '~'/*) store=$HOME/${store#??} ;; esac
+    root=$(absolute "${2:-.raylaunch}")
+    store=$(absolute "${3:-$root}")
     named_python=$(python_of "$4")
     now
     deadline=$((seconds + BUDGET))
@@ -36,6 +36,15 @@ main() {
     }
     section clock_last clock
     printf '@@%s complete\n' "$mark"
+}
+
+absolute() { # PATH: as it is meant on the host
+    case $1 in
+        /*) printf '%s' "$1" ;;
+        '~') printf '%s' "$HOME" ;;
+        '~'/*) printf '%s' "$HOME/${1#??}" ;;
+        *) printf '%s' "$HOME/$1" ;;
+    esac
 }
 
 quick_sections() {
