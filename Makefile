@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 ARGS :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients check lint format bench docs docs-reference clean
+.PHONY: help demo test test-machines test-clients check lint format bench docs docs-reference clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-21s %s\n", $$1, $$2}'
@@ -19,6 +19,9 @@ demo: .venv/.demo ## start a cluster here, train on real data, fetch the model
 
 test: lint ## all checks and tests
 	$(PYTEST) $(ARGS)
+
+test-machines: .venv/.test ## hosts made of namespaces: clusters over SSH, alone (needs root)
+	$(PYTEST) -m machines $(ARGS)
 
 test-clients: .venv/.test ## Claude Code's own command line connects to the MCP server (from npm, 360 MB)
 	tools/node.sh claude @anthropic-ai/claude-code@2.1.330

@@ -79,7 +79,23 @@ if ! fits "$VENV/bin/python" || ! "$VENV/bin/python" -m pip --version >/dev/null
     make_venv "$python"
 fi
 
+# Hosts for tests are made of namespaces, each with a real sshd; cron brings a cluster back when one "reboots".
+get_machines() {
+    needed=
+    for pair in sshd:openssh-server ssh:openssh-client ip:iproute2 crontab:cron; do
+        PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null || needed="$needed ${pair#*:}"
+    done
+    [ -n "$needed" ] || return 0
+    if can_apt; then
+        # shellcheck disable=SC2086 -- words
+        apt_install $needed || say "could not install$needed; the tests that need them will be skipped."
+    else
+        say "tests of hosts over SSH need$needed and will be skipped: sudo apt-get install$needed"
+    fi
+}
+
 if [ "$WHAT" = test ]; then
+    get_machines
     # First, before anything could ask for another PyTorch: only plain pip finds the build for CPUs where one is offered.
     if [ -n "$TORCH" ] && ! pip_install "$TORCH"; then
         say "could not install $TORCH; its tests will be skipped."
