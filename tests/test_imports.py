@@ -71,7 +71,7 @@ KNOWN_TO: dict[str, tuple[str, ...]] = {
     "pandas": ("raylaunch/sdk/",),
     "click": ("raylaunch/cli/",),
 }
-STDLIB_ONLY = ("raylaunch/runner/", "raylaunch/job.py", "raylaunch/__init__.py")
+STDLIB_ONLY = ("raylaunch/runner/", "raylaunch/cluster/installer/", "raylaunch/job.py", "raylaunch/__init__.py")
 
 
 class Import(NamedTuple):

@@ -24,6 +24,7 @@ from support.index import Index, index, installed_wheel, tiny_wheel
 from support.sshd import Sshd, sshd
 from support.waiting import wait_until
 
+from raylaunch.cluster.host_wheels import HOLD
 from raylaunch.cluster.install import HostPython, Way, ensure_beside, ensure_environment
 from raylaunch.cluster.own_wheel import own_wheel
 from raylaunch.cluster.pins import EXACT, WheelPlatform, installed_pins, installed_version
@@ -272,6 +273,29 @@ def test_two_callers_at_once_make_it_once(fresh: Host) -> None:
     assert not fresh.left_over()
 
 
+def holder(folder: Path, patience_s: float) -> subprocess.Popen[str]:
+    """Run what holds the lock of a host's wheels for a client."""
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    process.stdin.write(json.dumps([str(folder), patience_s]) + "\n")
+    process.stdin.flush()
+    return process
+
+
+def test_a_client_that_has_fallen_silent_holds_no_lock_for_ever(tmp_path: Path) -> None:
+    with holder(tmp_path / "wheels", 1) as silent:
+        assert silent.stdout is not None
+        assert silent.stdout.readline() == "holds\n"
+        with holder(tmp_path / "wheels", 60) as second:
+            assert second.stdout is not None
+            assert second.stdin is not None
+            assert second.stdout.readline() == "waits\n"
+            assert any(line == "holds\n" for line in second.stdout)
+            second.stdin.close()
+
+
 def test_a_folder_without_its_mark_is_not_taken_for_an_environment(host: Host) -> None:
     python = host.ensure()
     (python.parent.parent / "raylaunch.json").unlink()
@@ -292,6 +316,7 @@ CLIENT = """
 import json, sys
 import anyio
 from pathlib import Path
+from raylaunch.cluster.host_wheels import HOLD
 from raylaunch.cluster.install import HostPython, ensure_environment
 from raylaunch.cluster.pins import WheelPlatform
 from raylaunch.cluster.ssh import Target, machine

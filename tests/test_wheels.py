@@ -106,6 +106,17 @@ def test_where_that_version_does_not_fit_the_hosts_python_another_is_taken(store
     assert gathered(store, "engine", platform=SPARK, engine="1.1")["engine"].version == "1.1"
 
 
+def test_a_mirror_that_has_only_part_of_the_preferred_version_does_not_hide_the_rest(
+    served: Index, tmp_path: Path
+) -> None:
+    tiny_wheel(served.folder, "engine", "1.1", tag="cp310-cp310-manylinux2014_x86_64")
+    tiny_wheel(tmp_path / "mirror", "engine", "1.1", tag="cp311-cp311-manylinux2014_x86_64")
+    with index(tmp_path / "mirror") as mirror:
+        environ = {**served.environ(tmp_path), "PIP_EXTRA_INDEX_URL": mirror.url}
+        found = gathered(WheelStore(tmp_path / "home", environ=environ), "engine", engine="1.1")
+    assert found["engine"].file == "engine-1.1-cp310-cp310-manylinux2014_x86_64.whl"
+
+
 def test_what_only_an_older_python_needs_comes_with_it(store: WheelStore, served: Index) -> None:
     tiny_wheel(served.folder, "engine", "1.0", requires=["backport; python_version < '3.11'"])
     tiny_wheel(served.folder, "backport", "1.0")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 
+import anyio
 from pydantic import BaseModel
 
 from raylaunch.cluster.installer_call import Interpreter, OnStep
@@ -22,16 +24,16 @@ from raylaunch.errors import HostStorageError
 PUSH_S = 6 * 3600.0
 _STEP = "push"
 _MODE = 0o600
+_BEAT_S = 5.0
+_PATIENCE_S = 60.0
 _TELL_EVERY_S = 1.0
 _RESERVE = 3.0
 """What wheels take on the disk, in sizes of theirs: they are kept, and unpacked to twice that."""
 _MB = 1_000_000
 
-# Holds the lock of the host's wheels until its stdin ends. Two clients that push the same file would take each other's
-# half of it for their own; the kernel frees the lock of one that dies.
-_HOLD = """
-import fcntl, json, os, sys, time
-folder = json.loads(sys.stdin.readline())
+HOLD = """
+import fcntl, json, os, select, time
+folder, patience_s = json.loads(os.read(0, 65536))
 os.makedirs(folder, mode=0o700, exist_ok=True)
 lock = open(os.path.join(folder, ".lock"), "a")
 while True:
@@ -42,7 +44,11 @@ while True:
         print("waits", flush=True)
         time.sleep(0.5)
 print("holds", flush=True)
-sys.stdin.read()
+while select.select([0], [], [], patience_s)[0] and os.read(0, 4096):
+    pass
+"""
+"""Holds the lock of the host's wheels until its stdin ends, or says nothing any more: where a link is cut, the host may
+not notice for hours. Two clients that pushed the same file would take each other's half of it for their own.
 """
 
 
@@ -133,10 +139,14 @@ class HostWheels:
     @contextlib.asynccontextmanager
     async def _alone(self, folder: str) -> AsyncIterator[None]:
         """Hold the lock of the host's wheels; wait while another client pushes."""
-        async with self._machine.talk(self._interpreter.runs(_HOLD), limit_s=PUSH_S, step=_STEP) as talk:
-            await talk.send(json.dumps(folder).encode() + b"\n")
+        async with self._machine.talk(self._interpreter.runs(HOLD), limit_s=PUSH_S, step=_STEP) as talk:
+            await talk.send(json.dumps([folder, _PATIENCE_S]).encode() + b"\n")
             await self._wait_for_lock(talk)
-            yield
+            beating = asyncio.ensure_future(_beat(talk))
+            try:
+                yield
+            finally:
+                beating.cancel()
             talk.close_input()
             async for _ in talk.chunks():
                 pass
@@ -169,6 +179,12 @@ class HostWheels:
             PushFile(self._store.path(one), f"{folder}/{one.sha256}/{one.file}", _MODE, one.sha256) for one in wheels
         ]
         await push(self._machine, files, on_bytes=told, limit_bytes_per_s=self._limit, step="push wheels")
+
+
+async def _beat(talk: Talk) -> None:
+    while True:
+        await anyio.sleep(_BEAT_S)
+        await talk.send(b"\n")
 
 
 def mb(size: int) -> str:

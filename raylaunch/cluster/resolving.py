@@ -77,10 +77,27 @@ async def resolve(
 ) -> tuple[Wheel, ...]:
     """Find the wheels of everything that is required, for that platform, in the versions preferred where they fit.
 
+    Where an index of several has wheels of the preferred version, but none that fits, uv does not look at the others.
+    Such a preference is dropped then, and in the end all are.
+
     Raises:
         ClusterStartError: the index cannot be reached from here, or uv is not here or does not end.
         VersionError: nothing fits: a package has no wheel for the platform, or versions contradict each other.
     """
+    left = dict(preferences)
+    while True:
+        try:
+            return await _resolve(requirements, left, platform, environ)
+        except NoWheelError as error:
+            dropped = error.names & left.keys()
+            if not left:
+                raise
+        left = {name: version for name, version in left.items() if dropped and name not in dropped}
+
+
+async def _resolve(
+    requirements: Sequence[str], preferences: Mapping[str, str], platform: WheelPlatform, environ: Mapping[str, str]
+) -> tuple[Wheel, ...]:
     with TemporaryDirectory(prefix="raylaunch-resolve-") as name:  # no project of the user's has a say there
         folder = Path(name)
         lock = folder / "pylock.toml"
@@ -167,10 +184,10 @@ def _problem(text: str, platform: WheelPlatform) -> ClusterStartError | VersionE
         msg = f"the package index cannot be reached from here:\n{last}"
         hint = "check the network and the index in pip's or uv's configuration (pip config list)"
         return IndexUnreachableError(msg, hint=hint, step=STEP)
-    without = sorted(set(_NO_WHEEL.findall(text)))
+    without = frozenset(str(canonicalize_name(name)) for name in _NO_WHEEL.findall(text))
     if without:
-        msg = f"{', '.join(without)}: no wheel for {platform}\n{last}"
-        return VersionError(msg, hint=_NO_WHEEL_HINT)
+        msg = f"{', '.join(sorted(without))}: no wheel for {platform}\n{last}"
+        return NoWheelError(msg, hint=_NO_WHEEL_HINT, names=without)
     if "No solution found" in text:
         return VersionError(f"nothing on the package index fits {platform}:\n{last}", hint=_NO_WHEEL_HINT)
     return ClusterStartError(f"uv could not find what a host with {platform} needs:\n{last}", step=STEP)
@@ -178,3 +195,11 @@ def _problem(text: str, platform: WheelPlatform) -> ClusterStartError | VersionE
 
 class IndexUnreachableError(ClusterStartError):
     """The package index does not answer here; a host may still reach one."""
+
+
+class NoWheelError(VersionError):
+    """Packages have no wheel that fits; `names` are theirs."""
+
+    def __init__(self, message: str, *, hint: str = "", names: frozenset[str] = frozenset()) -> None:
+        super().__init__(message, hint=hint)
+        self.names = names

