@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve()
 # Hosts from which packages are installed are the machine's setting, not the project's.
 REGISTRIES = re.compile(
     r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|registry\.npmjs|registry\.yarnpkg|deb\.debian\.org"
-    r"|conda\.anaconda\.org|--(?:extra-)?index-url|--find-links|_authToken"
+    r"|conda\.anaconda\.org|--(?:extra-)?index-url|--find-links[= ]\S*://|_authToken"
 )
 TOO_SHORT_TO_TELL = 2  # a clone in /raylaunch: that is a word of the project too
 LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#\s]+)(?:#[^)]*)?\)")
