@@ -85,7 +85,7 @@ def loop(config):
 scaling = ScalingConfig(num_workers=1)
 DataParallelTrainer(loop, train_loop_config={"lr": 0.1}, scaling_config=scaling).fit()
 """
-THREE_TRAININGS = """
+TWO_TRAININGS = """
 import os, tempfile
 from pathlib import Path
 from ray import train
@@ -98,23 +98,23 @@ def loop(config):
     if checkpoint:
         with checkpoint.as_directory() as folder:
             first = int(Path(folder, "next").read_text())
-    if rank < config["own_runs"]:
+    if config["tracks"]:
         import wandb
         run = wandb.init()
     for number in range(first, 6):
         if config["crash"] and rank and number == 4 and not first:
             os._exit(3)
-        if rank < config["own_runs"]:
+        if config["tracks"]:
             run.log({"own": number + 100 * rank})
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "next").write_text(str(number + 1))
             kept = Checkpoint.from_directory(folder) if number == 1 and not rank else None
             train.report({"number": number, "rank": rank}, checkpoint=kept)
 
-for name, own_runs in (("reports", 0), ("rank-zero", 1), ("all-ranks", 2)):
+for name in ("reports", "own-runs"):
     DataParallelTrainer(
         loop,
-        train_loop_config={"own_runs": own_runs, "crash": name == "reports"},
+        train_loop_config={"tracks": name == "own-runs", "crash": name == "reports"},
         scaling_config=ScalingConfig(num_workers=2),
         run_config=RunConfig(name=name, failure_config=FailureConfig(max_failures=1)),
     ).fit()
@@ -267,8 +267,8 @@ def test_what_ray_train_reports_can_be_read_at_once_and_a_stop_ends_its_run(clus
 def test_each_report_is_tracked_once_and_runs_of_the_workers_own_stand_beside(
     cluster: Cluster, server: WandbServer
 ) -> None:
-    folder = project(cluster, "three", main__py=THREE_TRAININGS)
-    words = ["--launcher", "ray", "--cpus", "2", "--name", "three", "--", "python", "main.py"]
+    folder = project(cluster, "two", main__py=TWO_TRAININGS)
+    words = ["--launcher", "ray", "--cpus", "2", "--name", "two", "--", "python", "main.py"]
     job = cluster.submit(*words, cwd=folder, env=server.environment())
     done = cluster.ended(job, 280)
     assert done.state is JobState.SUCCEEDED, done.message
@@ -280,17 +280,13 @@ def test_each_report_is_tracked_once_and_runs_of_the_workers_own_stand_beside(
     first = server.runs[run]
     assert [(row["_step"], row["number"]) for row in first.history] == [(number, number) for number in range(6)]
     assert (first.complete, first.exit_code) == (True, 0)
-    assert first.fields["groupName"] == "three"
+    assert first.fields["groupName"] == "two"
 
     own = {name: [row["own"] for row in found.history] for name, found in server.runs.items() if name != run}
-    assert own == {
-        f"{run}-2": list(range(6)),
-        f"{run}-3": list(range(6)),
-        f"{run}-3-rank-1": list(range(100, 106)),
-    }
+    assert own == {f"{run}-2": list(range(6)), f"{run}-2-rank-1": list(range(100, 106))}
     assert all(found.complete for found in server.runs.values())
     metrics = metrics_of(cluster, job)
-    assert [value for _, value in metrics[f"{run}-3-rank-1/own"]] == list(range(100, 106))
+    assert [value for _, value in metrics[f"{run}-2-rank-1/own"]] == list(range(100, 106))
     assert server.key not in json.dumps(ask_ray(cluster, "/api/v0/runtime_envs?detail=1&limit=10000"))
 
 
@@ -341,6 +337,8 @@ def test_the_tune_example_gives_each_trial_a_run(cluster: Cluster) -> None:
     cluster.good("get", "tune", "--to", "best", cwd=folder)
     found = json.loads((folder / "best" / "best.json").read_text())
     assert found["accuracy"] == pytest.approx(best)
+    statuses = {found["submission_id"]: found["status"] for found in ask_ray(cluster, "/api/jobs/")}
+    assert statuses[f"{job['id']}-1"] == "SUCCEEDED"
     files = json.loads(cluster.good("files", "tune", "--json"))
     assert sum(file["path"].endswith("result.json") for file in files) == 4
 

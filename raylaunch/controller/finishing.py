@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 
 _SETTLE_S = 60.0
 _RAY_WORD_S = 15.0
+_ACTORS_S = 20.0
 _FENCED = "fenced"
 
 
@@ -34,6 +35,8 @@ class Finisher:
         """Prove that nothing of the attempt is left, collect what it left behind, and say how it ended."""
         record = self._means.records.get(job)
         attempt = latest(record)
+        if asked(record).launcher == "ray":
+            await self._end_actors(attempt)
         fenced = await self._fence(record)
         self._means.sight.released.add(attempt.id)
         self._means.sight.ring()
@@ -50,6 +53,17 @@ class Finisher:
         self._means.sight.ring()
         if replicated:
             await self._forget(attempt)
+
+    async def _end_actors(self, attempt: AttemptView) -> None:
+        """Let Ray start none of a driver's actors again; their processes are the fence's concern."""
+        try:
+            ray_job = await self._means.ray.get(attempt.id)
+            if ray_job is not None and ray_job.job_id:
+                ended = await self._means.link.ask("end_actors", {"job_id": ray_job.job_id}, timeout_s=_ACTORS_S)
+                if ended:
+                    _log.info("%s left actors behind, which were ended: %s", attempt.id, ended)
+        except RaylaunchError as error:
+            _log.warning("the actors of %s may be started again: %s", attempt.id, error.message)
 
     async def _fence(self, record: JobRecord) -> Fenced | None:
         """End what is left of the attempt on its node. None when the node is gone, and its lease with it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import ray
@@ -46,6 +47,27 @@ def kill_supervisor(submission: str) -> bool:
         return False
     ray.kill(actor, no_restart=True)
     return True
+
+
+def end_actors(job_id: str) -> list[str]:
+    """Kill what named actors a job of Ray has left, so that Ray does not start them again; return their classes.
+
+    Killing their processes is not enough: Ray Train and Data keep helpers of the whole cluster as detached actors that
+    are restarted for ever, and with the job's own interpreter, which is gone.
+    """
+    left = {
+        str(actor["ActorID"]): str(actor["ActorClassName"])
+        for actor in ray_state.actors().values()
+        if actor["JobID"] == job_id and actor["State"] != "DEAD" and actor["Name"]
+    }
+    ended = []
+    for named in list_named_actors(all_namespaces=True) if left else []:
+        with contextlib.suppress(ValueError):  # it has ended meanwhile
+            actor = ray.get_actor(named["name"], namespace=named["namespace"])
+            if actor._actor_id.hex() in left:  # noqa: SLF001 -- a name alone may stand in several namespaces
+                ray.kill(actor, no_restart=True)
+                ended.append(left[actor._actor_id.hex()])  # noqa: SLF001 -- as above
+    return ended
 
 
 def nodes_of_ray() -> list[RayNode]:

@@ -50,6 +50,8 @@ class RayJob(BaseModel):
 
     type: str = "SUBMISSION"
     submission_id: str | None = None
+    job_id: str | None = None
+    """Ray's own id of its driver; None while that has not connected."""
     status: str
     entrypoint: str = ""
     message: str | None = None

@@ -29,7 +29,7 @@ from raylaunch.controller.link import Config, error_frame
 from raylaunch.controller.link_events import LinkEvent, LinkUp, NodesChanged, event_frame
 from raylaunch.controller.mirror import Mirror
 from raylaunch.controller.nodes import RayNode, node_view
-from raylaunch.controller.ray_calls import kill_supervisor, nodes_of_ray, steward_on
+from raylaunch.controller.ray_calls import end_actors, kill_supervisor, nodes_of_ray, steward_on
 from raylaunch.controller.replication import Replication
 from raylaunch.errors import ClusterError, NotFoundError, RaylaunchError
 from raylaunch.node.facts import NodeFacts
@@ -171,6 +171,7 @@ class Program:
             "ray_log": self.ray_log,
             "ray_log_grown": self.ray_log_grown,
             "kill_waiting": self.kill_waiting,
+            "end_actors": self.end_actors,
         }
 
     async def run(self, stdin: Stdin) -> None:
@@ -243,6 +244,10 @@ class Program:
     async def kill_waiting(self, submission: str) -> bool:
         """Kill the actor in which a job of plain Ray waits for its start: nothing else ends it there."""
         return await asyncio.to_thread(kill_supervisor, submission)
+
+    async def end_actors(self, job_id: str) -> list[str]:
+        """Kill the actors that a Ray job has left, for good."""
+        return await asyncio.to_thread(end_actors, job_id)
 
     async def _send_package(self, node: Node, sha256: str) -> None:
         path = self._store / "packages" / f"{sha256}.tar.gz"

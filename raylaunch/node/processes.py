@@ -54,6 +54,13 @@ def runner_alive(claim: Claim | None) -> bool:
     return started_ticks(claim["pid"]) == claim["started_ticks"]
 
 
+def wait_for_runner(claim: Claim, *, limit_s: float) -> None:
+    """Wait until the runner that made a claim has ended by itself, at most `limit_s`."""
+    deadline = time.monotonic() + limit_s
+    while runner_alive(claim) and time.monotonic() < deadline:
+        time.sleep(_ROUND_S)
+
+
 def environment_of(pid: int) -> tuple[bytes, ...]:
     """Return the ``NAME=value`` entries with which a process was started; none when it may not be read."""
     try:

@@ -22,7 +22,7 @@ from raylaunch.node import facts, folder, ray_fit, ray_logs
 from raylaunch.node.changes import Answer, Changes, Have
 from raylaunch.node.files import FileStat, inventory
 from raylaunch.node.packages import Packages, storage_error
-from raylaunch.node.processes import end_processes, runner_alive
+from raylaunch.node.processes import end_processes, runner_alive, wait_for_runner
 from raylaunch.node.watching import Watcher
 from raylaunch.runner.contract import ATTEMPT, EXIT, VAR_NODE_ROOT, AttemptSpec, StopWish
 
@@ -39,6 +39,8 @@ _GATHER_S = 0.03
 _GATHER_MOST_S = 0.2
 _METRICS_S = 0.6
 _MUCH = 1024 * 1024
+_RUNNER_ENDS_S = 3.0
+"""How long a runner may still live after its last word: Ray takes the status that it exits with for the job's."""
 _THREADS = 16
 
 
@@ -169,8 +171,10 @@ class Steward:
 
         def end() -> FenceResult:
             claim = folder.close(self._root, attempt)
-            killed = end_processes(tag, claim)
             path = folder.attempt_folder(self._root, attempt)
+            if folder.read_json(path / EXIT) is not None:
+                wait_for_runner(claim, limit_s=_RUNNER_ENDS_S)
+            killed = end_processes(tag, claim)
             return FenceResult(killed=killed, claim=dict(claim), exit=folder.read_json(path / EXIT))
 
         return await self._in_thread(end)
