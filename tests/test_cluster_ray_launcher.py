@@ -98,12 +98,15 @@ def loop(config):
     if checkpoint:
         with checkpoint.as_directory() as folder:
             first = int(Path(folder, "next").read_text())
+    print("begins at", first, "in attempt", os.environ["RAYLAUNCH_ATTEMPT"], flush=True)
     if config["tracks"]:
         import wandb
         run = wandb.init()
     for number in range(first, 6):
         if config["crash"] and rank and number == 4 and not first:
-            os._exit(3)
+            os._exit(3)  # once: the workers are restarted
+        if config["crash"] and number == 5 and os.environ["RAYLAUNCH_ATTEMPT"] == "1":
+            raise RuntimeError("beyond what Ray Train tries again")
         if config["tracks"]:
             run.log({"own": number + 100 * rank})
         with tempfile.TemporaryDirectory() as folder:
@@ -268,10 +271,11 @@ def test_each_report_is_tracked_once_and_runs_of_the_workers_own_stand_beside(
     cluster: Cluster, server: WandbServer
 ) -> None:
     folder = project(cluster, "two", main__py=TWO_TRAININGS)
-    words = ["--launcher", "ray", "--cpus", "2", "--name", "two", "--", "python", "main.py"]
+    words = ["--launcher", "ray", "--cpus", "2", "--retries", "1", "--name", "two", "--", "python", "main.py"]
     job = cluster.submit(*words, cwd=folder, env=server.environment())
     done = cluster.ended(job, 280)
-    assert done.state is JobState.SUCCEEDED, done.message
+    assert (done.state, len(done.attempts)) == (JobState.SUCCEEDED, 2), done.message
+    assert b"begins at 2 in attempt 2" in cluster.log(job)
     assert done.wandb is not None
     run = done.wandb.run_id
     assert done.wandb.mode == "online"

@@ -52,6 +52,21 @@ def test_programs_stay_executable_and_links_stay_links(tmp_path: Path) -> None:
     assert (code / "link").readlink() == Path("run.sh")
 
 
+@pytest.mark.parametrize("tidied", [True, False])
+def test_a_job_that_is_tried_again_begins_with_the_checkpoints_before(*, tidied: bool, tmp_path: Path) -> None:
+    first = Path(prepared(tmp_path)["folder"])
+    (first / "checkpoints/run").mkdir()
+    (first / "checkpoints/run/model.pt").write_text("weights")
+    if tidied:
+        folder.forget(tmp_path, "digits-abc-1", again=True)
+        assert not first.exists()
+    second = Path(prepared(tmp_path, attempt="digits-abc-2")["folder"])
+    assert (second / "checkpoints/run/model.pt").read_text() == "weights"
+    assert Path(prepared(tmp_path, attempt="digits-abc-2")["folder"]) == second
+    folder.forget(tmp_path, "digits-abc-2")
+    assert not [path for path in tmp_path.rglob("model.pt") if "digits-abc-1" not in str(path)]
+
+
 def test_a_job_that_changes_its_code_changes_only_its_own_copy(tmp_path: Path) -> None:
     package = tmp_path / "package"
     package.mkdir()

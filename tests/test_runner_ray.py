@@ -137,6 +137,13 @@ def test_a_worker_begins_in_the_working_directory_unless_ray_gave_it_another(tmp
     assert worker(env, cwd=tmp_path)["cwd"] == str(tmp_path)
 
 
+def test_on_a_node_that_lacks_the_attempts_folder_a_worker_starts_without_its_secrets(tmp_path: Path) -> None:
+    env = prepared(tmp_path, secrets={"HF_TOKEN": "t"})
+    ray_driver.forget(tmp_path)
+    seen = worker(env)
+    assert (seen["env"]["EPOCHS"], "HF_TOKEN" in seen["env"]) == ("3", False)
+
+
 def test_a_python_path_of_the_programs_own_keeps_what_raylaunch_adds(tmp_path: Path) -> None:
     env = prepared(tmp_path)
     archive = str(tmp_path / contract.RUNNER)

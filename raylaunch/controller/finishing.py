@@ -52,7 +52,7 @@ class Finisher:
         self._means.sight.grew(attempt.id)
         self._means.sight.ring()
         if replicated:
-            await self._forget(attempt)
+            await self._forget(job)
 
     async def _end_actors(self, attempt: AttemptView) -> None:
         """Let Ray start none of a driver's actors again; their processes are the fence's concern."""
@@ -112,12 +112,14 @@ class Finisher:
         self._means.say(record, record.reason, problem)
         return False
 
-    async def _forget(self, attempt: AttemptView) -> None:
+    async def _forget(self, job: str) -> None:
         """Free the room on the node; what fails here is made good when the steward shows the attempt again."""
+        record = self._means.records.get(job)
+        attempt = latest(record)
         node_id = self._means.sight.node_of(attempt)
         try:
             if node_id:
-                await self._means.link.forget(node_id, attempt.id)
+                await self._means.link.forget(node_id, attempt.id, again=not record.state.ended)
                 self._means.sight.attempts.pop(attempt.id, None)
         except RaylaunchError as error:
             _log.info("%s is not cleared from its node yet: %s", attempt.id, error.message)

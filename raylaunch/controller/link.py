@@ -224,15 +224,20 @@ class Link:
         params = {"node_id": node_id, "attempt": attempt, "timeout_s": timeout_s}
         return bool(await self.ask("settle", params, timeout_s=timeout_s + 30))
 
-    async def forget(self, node_id: str, attempt: str) -> None:
+    async def forget(self, node_id: str, attempt: str, *, again: bool = False) -> None:
         """Delete the attempt's folder on the node. May be repeated.
+
+        Args:
+            node_id: Ray's id of the node.
+            attempt: The attempt's id.
+            again: Another attempt follows; its checkpoints wait there for it.
 
         Raises:
             ClusterDownError: The link is down.
             NotFoundError: There is no such node.
             ClusterError: The node's steward does not answer.
         """
-        await self.ask("forget", {"node_id": node_id, "attempt": attempt}, timeout_s=120)
+        await self.ask("forget", {"node_id": node_id, "attempt": attempt, "again": again}, timeout_s=120)
 
     async def ask(self, method: str, params: Mapping[str, object], *, timeout_s: float) -> object:
         """Ask the child for one of the methods of `raylaunch.controller.ray_link.Program`.

@@ -223,10 +223,10 @@ class Program:
             _log.warning("%s is not settled: %s", attempt, error or "it took too long")
             return False
 
-    async def forget(self, node_id: str, attempt: str) -> object:
+    async def forget(self, node_id: str, attempt: str, *, again: bool) -> object:
         """Delete the attempt's folder on the node."""
         node = self._node(node_id)
-        answer = await node.call("forget", attempt, timeout_s=2 * _CALL_S)
+        answer = await node.call("forget", attempt, again=again, timeout_s=2 * _CALL_S)
         node.replication.forget(attempt)
         return answer
 

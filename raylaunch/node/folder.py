@@ -40,6 +40,9 @@ _ATTEMPT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}-[0-9]{1,6}")
 _LARGEST_JSON = 16 * 1024 * 1024
 _FICLONE = 0x40049409
 _HALF_WRITTEN_S = 1.0
+_KEPT = "checkpoints"
+"""Below the node root: checkpoints of jobs between two attempts."""
+_KEPT_S = 7 * 24 * 3600
 
 
 class Ready(TypedDict):
@@ -96,6 +99,7 @@ def prepare(  # noqa: PLR0913 -- what an attempt consists of
     if claim is not None:
         return ready
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _take_over_checkpoints(root, spec["job"], spec["n"], folder / CHECKPOINTS)
     for name in (LOGS, WANDB, OUTPUTS, CHECKPOINTS, TMP):
         (folder / name).mkdir(mode=0o700, exist_ok=True)
     _copy_code(package, folder / CODE)
@@ -137,13 +141,42 @@ def close(root: Path, attempt: str) -> Claim:
     return claim
 
 
-def forget(root: Path, attempt: str) -> None:
-    """Delete an attempt's folder. May be repeated."""
+def forget(root: Path, attempt: str, *, again: bool = False) -> None:
+    """Delete an attempt's folder. May be repeated.
+
+    Args:
+        root: The node root.
+        attempt: Its id.
+        again: Another attempt follows; if that is made here too, it begins with the checkpoints of this one.
+    """
     folder = attempt_folder(root, attempt)
+    kept = root / _KEPT / attempt.rpartition("-")[0]
+    shutil.rmtree(kept, ignore_errors=True)
+    if again and (folder / CHECKPOINTS).is_dir():
+        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / CHECKPOINTS).rename(kept)
+        os.utime(kept)
     aside = folder.with_name(f".forgotten-{attempt}")
     with contextlib.suppress(FileNotFoundError):
         folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _take_over_checkpoints(root: Path, job: str, n: int, checkpoints: Path) -> None:
+    """Begin with the checkpoints that the attempt before has left on this node: a program goes on where they end."""
+    for kept in (root / _KEPT).glob("*"):
+        if time.time() - kept.stat().st_mtime > _KEPT_S:  # its job went on elsewhere
+            shutil.rmtree(kept, ignore_errors=True)
+    before = attempt_folder(root, f"{job}-{n - 1}") / CHECKPOINTS if n > 1 else None
+    if checkpoints.exists() or before is None:
+        return
+    if (root / _KEPT / job).is_dir():
+        (root / _KEPT / job).rename(checkpoints)
+    elif before.is_dir() and not before.is_symlink():
+        beside = checkpoints.with_name(f".{checkpoints.name}.new")
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(before, beside, symlinks=True, copy_function=_copy_file)
+        beside.rename(checkpoints)
 
 
 def read_json(path: Path) -> dict[str, object] | None:

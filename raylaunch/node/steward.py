@@ -253,10 +253,10 @@ class Steward:
                 return now
             await asyncio.sleep(_LIVE_LOOK_S if waited_s < _QUIET_AFTER_S else _QUIET_LOOK_S)
 
-    async def forget(self, attempt: str) -> None:
-        """Delete an attempt's folder."""
+    async def forget(self, attempt: str, *, again: bool = False) -> None:
+        """Delete an attempt's folder; its checkpoints wait for the next one, if another follows."""
         self._checksums.pop(attempt, None)
-        await self._in_thread(lambda: folder.forget(self._root, attempt))
+        await self._in_thread(lambda: folder.forget(self._root, attempt, again=again))
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

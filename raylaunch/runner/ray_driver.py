@@ -154,8 +154,14 @@ def _job_config(driver: Driver, env: Mapping[str, str], environ: Mapping[str, st
         return {}  # not in a Ray job
     runtime_env = config.setdefault("runtime_env", {})
     runtime_env["env_vars"] = {**(runtime_env.get("env_vars") or {}), **_worker_variables(driver, env, environ)}
-    runtime_env["py_executable"] = shlex.quote(str(start))
+    runtime_env["py_executable"] = _command(start, driver.python)
     return {JOB_CONFIG: json.dumps(config)}
+
+
+def _command(start: Path, python: str) -> str:
+    """Return what Ray puts before a worker's arguments, in bash. Where the script is not, the interpreter may be."""
+    become = f'[ -x "$0" ] && exec "$0" "$@"; exec {shlex.quote(python)} "$@"'
+    return f"bash -c {shlex.quote(become)} {shlex.quote(str(start))}"
 
 
 def _worker_variables(driver: Driver, env: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:

@@ -64,9 +64,9 @@ class Runs:
             case "report":
                 if run_id not in self._shift:
                     self._begin(run_id, event["step"])
-                run = self._open.get(run_id)
-                if run is not None:
-                    run.log(dict(event["row"]), step=event["step"] + self._shift[run_id], commit=True)
+                run, step = self._open.get(run_id), event["step"] + self._shift[run_id]
+                if run is not None and step >= run.starting_step:  # else an earlier attempt has logged it
+                    run.log(dict(event["row"]), step=step, commit=True)
             case "end" if run_id in self._open:
                 self._open.pop(run_id).finish(exit_code=event["exit_code"])
             case _:
