@@ -1,76 +1,78 @@
-"""Measure raylaunch beside its peers, print the ratios, and keep them in benchmarks/results.json.
+"""Measure raylaunch beside its peers, print the ratios, and keep them in results.json and docs/benchmarks.md.
 
-``make bench``, or ``python -m benchmarks.run [NAME …]``. Exit status 1 when a ratio exceeds its bar.
+``make bench``, or ``make bench ARGS='NAME …'``. Exit status 1 when a bar is not met, or a figure could not be taken.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import argparse
 import sys
-from collections.abc import Iterator
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks import packing, start_up
-from benchmarks.measure import Result, Skipped, machine
-
-BENCHMARKS = {"packing": packing.run, "start_up": start_up.run}
-RESULTS = Path(__file__).parent / "results.json"
-
-
-def _measured(names: list[str]) -> list[Result]:
-    results: list[Result] = []
-    for name in names:
-        with _skips_said(name):
-            for result in BENCHMARKS[name]():
-                results.append(result)
-                print(_line(result), flush=True)
-    return results
+from benchmarks import command_line, first_line, logs, mcp, packing, records, tracking
+from benchmarks.measure import Result, Skipped
+from benchmarks.report import PAGE, RESULTS, entry, keep, line, met
+from benchmarks.workshop import Workshop
 
 
-@contextlib.contextmanager
-def _skips_said(name: str) -> Iterator[None]:
-    try:
-        yield
-    except Skipped as reason:
-        print(f"{name}: skipped: {reason}", file=sys.stderr)
+class Benchmark(NamedTuple):
+    """A function, and the names of the results that it yields."""
+
+    names: tuple[str, ...]
+    measure: Callable[[Workshop], Iterator[Result]]
 
 
-def _line(result: Result) -> str:
-    figures = f"{result.figure:.3f} {result.unit}, {result.peer}: {result.peer_figure:.3f} {result.unit}"
-    verdict = "held" if result.held else "EXCEEDED"
-    return f"{result.name}: {figures}, ratio {result.ratio:.2f} (bar {result.bar:.2f}, {verdict})"
-
-
-def _keep(results: list[Result]) -> None:
-    """Write the results, in place of earlier ones of the same name."""
-    kept = {row["name"]: row for row in json.loads(RESULTS.read_text(encoding="utf-8"))} if RESULTS.exists() else {}
-    today = datetime.now(tz=timezone.utc).date().isoformat()
-    for result in results:
-        kept[result.name] = {
-            "name": result.name,
-            "figure": round(result.figure, 4),
-            "unit": result.unit,
-            "peer": result.peer,
-            "peer_figure": round(result.peer_figure, 4),
-            "ratio": round(result.ratio, 3),
-            "bar": result.bar,
-            "machine": machine(),
-            "date": today,
-        }
-    RESULTS.write_text(json.dumps(list(kept.values()), indent=2) + "\n", encoding="utf-8")
+BENCHMARKS = (
+    Benchmark(("list",), command_line.list_jobs),
+    Benchmark(("list_help",), command_line.list_help),
+    Benchmark(("first_line", "first_line_shown"), first_line.run),
+    Benchmark(("log_tail",), logs.tail),
+    Benchmark(("followed_line",), logs.followed_line),
+    Benchmark(("page_10000", "controller_memory"), records.run),
+    Benchmark(("wandb_overhead",), tracking.run),
+    Benchmark(("mcp_start",), mcp.start),
+    Benchmark(("mcp_call",), mcp.call),
+    Benchmark(("mcp_tools_list",), mcp.tools_list),
+    Benchmark(("pack_time", "pack_size"), packing.run),
+)
+NAMES = tuple(name for benchmark in BENCHMARKS for name in benchmark.names)
 
 
 def main() -> int:
     """Run the named benchmarks, or all."""
-    names = sys.argv[1:] or list(BENCHMARKS)
-    if unknown := [name for name in names if name not in BENCHMARKS]:
-        print(f"there is no benchmark {unknown[0]!r}; there are: {', '.join(BENCHMARKS)}", file=sys.stderr)
-        return 2
-    results = _measured(names)
-    _keep(results)
-    return 0 if all(result.held for result in results) else 1
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to measure; by default all: {', '.join(NAMES)}")
+    parser.add_argument("--quick", action="store_true", help="a few small rounds, to see that all run; keeps nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where figures are kept")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page whose table is written from them")
+    asked = parser.parse_args()
+    wanted = asked.names or NAMES
+    if unknown := [name for name in wanted if name not in NAMES]:
+        parser.error(f"there is no benchmark {unknown[0]!r}; there are: {', '.join(NAMES)}")
+    results = measured(wanted, quick=asked.quick)
+    if not asked.quick:
+        keep(results, results_file=asked.results, page=asked.page)
+    missing = set(wanted) - {result.name for result in results}
+    return 0 if not missing and (asked.quick or all(met(result) is not False for result in results)) else 1
+
+
+def measured(wanted: Sequence[str], *, quick: bool) -> list[Result]:
+    """Measure what is wanted, and print each result as it comes."""
+    results: list[Result] = []
+    with Workshop(quick=quick) as shop:
+        for benchmark in BENCHMARKS:
+            if set(benchmark.names).isdisjoint(wanted):
+                continue
+            try:
+                for result in benchmark.measure(shop):
+                    if result.name in wanted:
+                        results.append(result)
+                        print(line(entry(result)), flush=True)
+            except Skipped as reason:
+                print(f"{', '.join(benchmark.names)}: not measured: {reason}", file=sys.stderr, flush=True)
+    return results
 
 
 if __name__ == "__main__":

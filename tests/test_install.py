@@ -24,8 +24,8 @@ from support.index import Index, index, installed_wheel, tiny_wheel
 from support.sshd import Sshd, sshd
 from support.waiting import wait_until
 
-from raylaunch.cluster.host_wheels import HOLD
 from raylaunch.cluster.install import HostPython, Way, ensure_beside, ensure_environment
+from raylaunch.cluster.installer_call import LOADER, Answer, installer_input
 from raylaunch.cluster.own_wheel import own_wheel
 from raylaunch.cluster.pins import EXACT, WheelPlatform, installed_pins, installed_version
 from raylaunch.cluster.plan import Step
@@ -273,26 +273,26 @@ def test_two_callers_at_once_make_it_once(fresh: Host) -> None:
     assert not fresh.left_over()
 
 
-def holder(folder: Path, patience_s: float) -> subprocess.Popen[str]:
+def receiver(root: Path, patience_s: float) -> subprocess.Popen[bytes]:
     """Run what holds the lock of a host's wheels for a client."""
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    argv = [sys.executable, "-I", "-c", LOADER]
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    request = {"verb": "receive", "root": str(root), "name": "", "patience_s": patience_s}
     assert process.stdin is not None
-    process.stdin.write(json.dumps([str(folder), patience_s]) + "\n")
+    process.stdin.write(installer_input(request))
     process.stdin.flush()
     return process
 
 
 def test_a_client_that_has_fallen_silent_holds_no_lock_for_ever(tmp_path: Path) -> None:
-    with holder(tmp_path / "wheels", 1) as silent:
+    with receiver(tmp_path, 1) as silent:
         assert silent.stdout is not None
-        assert silent.stdout.readline() == "holds\n"
-        with holder(tmp_path / "wheels", 60) as second:
+        assert Answer.read(silent.stdout.readline()).state == "holds"
+        with receiver(tmp_path, 60) as second:
             assert second.stdout is not None
             assert second.stdin is not None
-            assert second.stdout.readline() == "waits\n"
-            assert any(line == "holds\n" for line in second.stdout)
+            assert Answer.read(second.stdout.readline()).state == "waits"
+            assert any(Answer.read(line).state == "holds" for line in second.stdout)
             second.stdin.close()
 
 
@@ -316,7 +316,6 @@ CLIENT = """
 import json, sys
 import anyio
 from pathlib import Path
-from raylaunch.cluster.host_wheels import HOLD
 from raylaunch.cluster.install import HostPython, ensure_environment
 from raylaunch.cluster.pins import WheelPlatform
 from raylaunch.cluster.ssh import Target, machine

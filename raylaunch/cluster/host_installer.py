@@ -58,7 +58,7 @@ class HostInstaller:
         self._wanted = wanted
         self._store = store
         self._tell = on_step
-        self._wheels = HostWheels(machine, interpreter, store, on_step, limit_bytes_per_s=limit_bytes_per_s)
+        self._wheels = HostWheels(machine, interpreter, store, on_step, root=root, limit_bytes_per_s=limit_bytes_per_s)
         self._seen = Seen(wheels="")
         self._request: dict[str, object] = {
             "root": root,

@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import json
+import hashlib
+import io
+import tarfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import anyio
+import anyio.to_thread
 from pydantic import BaseModel
 
+from raylaunch.cluster.home import storage_errors
 from raylaunch.cluster.installer_call import Interpreter, OnStep
 from raylaunch.cluster.pins import WheelPlatform
 from raylaunch.cluster.plan import Step
+from raylaunch.cluster.receiver import receiving
 from raylaunch.cluster.resolving import Wheel
 from raylaunch.cluster.ssh import Machine
 from raylaunch.cluster.ssh_files import PushFile, push
-from raylaunch.cluster.ssh_talk import Talk, step_error
 from raylaunch.cluster.wheels import WheelStore
 from raylaunch.errors import HostStorageError
 
-PUSH_S = 6 * 3600.0
 _STEP = "push"
 _MODE = 0o600
-_BEAT_S = 5.0
-_PATIENCE_S = 60.0
 _TELL_EVERY_S = 1.0
 _RESERVE = 3.0
 """What wheels take on the disk, in sizes of theirs: they are kept, and unpacked to twice that."""
 _MB = 1_000_000
-
-HOLD = """
-import fcntl, json, os, select, time
-folder, patience_s = json.loads(os.read(0, 65536))
-os.makedirs(folder, mode=0o700, exist_ok=True)
-lock = open(os.path.join(folder, ".lock"), "a")
-while True:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        break
-    except BlockingIOError:
-        print("waits", flush=True)
-        time.sleep(0.5)
-print("holds", flush=True)
-while select.select([0], [], [], patience_s)[0] and os.read(0, 4096):
-    pass
-"""
-"""Holds the lock of the host's wheels until its stdin ends, or says nothing any more: where a link is cut, the host may
-not notice for hours. Two clients that pushed the same file would take each other's half of it for their own.
-"""
+_SMALL_BYTES = 2 * 1024 * 1024
 
 
 class Seen(BaseModel):
@@ -72,19 +51,22 @@ class HostWheels:
         interpreter: a Python there.
         store: where wheels are gathered here.
         on_step: told each step, and how far it is.
+        root: raylaunch's folder on the host.
         limit_bytes_per_s: how much of the link pushing may take.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- each is one fact
         self,
         machine: Machine,
         interpreter: Interpreter,
         store: WheelStore,
         on_step: OnStep,
         *,
+        root: str,
         limit_bytes_per_s: float | None,
     ) -> None:
         self._machine = machine
+        self._root = root
         self._interpreter = interpreter
         self._store = store
         self._tell = on_step
@@ -124,8 +106,7 @@ class HostWheels:
             return
         self._check_room(total, seen)
         self._tell(Step(_STEP, "begins", f"pushes {len(missing)} of {len(wheels)} wheels, {mb(total)}"))
-        async with self._alone(seen.wheels):
-            await self._push(missing, seen.wheels, total)
+        await self._push(missing, seen.wheels, total)
         self._tell(Step(_STEP, "done", f"pushed {len(missing)} wheels, {mb(total)}", time.monotonic() - began))
 
     def _check_room(self, total: int, seen: Seen) -> None:
@@ -136,36 +117,8 @@ class HostWheels:
             hint = "free some space there, or set root: to a folder on another disk of that host"
             raise HostStorageError(msg, hint=hint, host=name, step=_STEP)
 
-    @contextlib.asynccontextmanager
-    async def _alone(self, folder: str) -> AsyncIterator[None]:
-        """Hold the lock of the host's wheels; wait while another client pushes."""
-        async with self._machine.talk(self._interpreter.runs(HOLD), limit_s=PUSH_S, step=_STEP) as talk:
-            await talk.send(json.dumps([folder, _PATIENCE_S]).encode() + b"\n")
-            await self._wait_for_lock(talk)
-            beating = asyncio.ensure_future(_beat(talk))
-            try:
-                yield
-            finally:
-                beating.cancel()
-            talk.close_input()
-            async for _ in talk.chunks():
-                pass
-            await talk.end()
-
-    async def _wait_for_lock(self, talk: Talk) -> None:
-        told_at = time.monotonic()
-        printed = b""
-        async for data in talk.chunks():
-            printed += data
-            if b"holds" in printed:
-                return
-            if time.monotonic() - told_at > _TELL_EVERY_S:
-                told_at = time.monotonic()
-                self._tell(Step(_STEP, "waits", "waits for another client that pushes to the same host"))
-        status, err = await talk.end()
-        raise step_error(self._machine.name, _STEP, status, printed, err)
-
     async def _push(self, wheels: Sequence[Wheel], folder: str, total: int) -> None:
+        """Send large wheels one by one, and small ones in one piece: each file costs the host programs and writes."""
         done, told_at = 0, 0.0
 
         def told(count: int) -> None:
@@ -175,16 +128,30 @@ class HostWheels:
                 told_at = time.monotonic()
                 self._tell(Step(_STEP, "waits", f"pushed {mb(done)} of {mb(total)}"))
 
+        large = [one for one in wheels if one.bytes >= _SMALL_BYTES]
+        small = [one for one in wheels if one.bytes < _SMALL_BYTES]
         files = [
-            PushFile(self._store.path(one), f"{folder}/{one.sha256}/{one.file}", _MODE, one.sha256) for one in wheels
+            PushFile(self._store.path(one), f"{folder}/{one.sha256}/{one.file}", _MODE, one.sha256) for one in large
         ]
-        await push(self._machine, files, on_bytes=told, limit_bytes_per_s=self._limit, step="push wheels")
+        bundle = await anyio.to_thread.run_sync(self._bundle, small, folder) if small else None
+        async with receiving(self._machine, self._interpreter, self._root, self._tell) as receiver:
+            files += [bundle] if bundle else []
+            await push(self._machine, files, on_bytes=told, limit_bytes_per_s=self._limit, step="push wheels")
+            if bundle:
+                await receiver.unpack(bundle.remote)
 
-
-async def _beat(talk: Talk) -> None:
-    while True:
-        await anyio.sleep(_BEAT_S)
-        await talk.send(b"\n")
+    def _bundle(self, wheels: Sequence[Wheel], folder: str) -> PushFile:
+        """Pack wheels into one file, the same whenever it is made of the same."""
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for wheel in sorted(wheels, key=lambda one: one.sha256):
+                member = tarfile.TarInfo(f"{wheel.sha256}/{wheel.file}")
+                with storage_errors(self._store.path(wheel)):
+                    content = self._store.path(wheel).read_bytes()
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        sha256 = hashlib.sha256(buffer.getbuffer()).hexdigest()
+        return PushFile(buffer.getvalue(), f"{folder}/.bundle-{sha256[:16]}", _MODE, sha256)
 
 
 def mb(size: int) -> str:

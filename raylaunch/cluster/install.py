@@ -142,7 +142,7 @@ async def provide_wheels(  # noqa: PLR0913 -- as above
         RaylaunchError: as `ensure_environment`.
     """
     interpreter = Interpreter(python.path)
-    wheels = HostWheels(machine, interpreter, store, on_step, limit_bytes_per_s=limit_bytes_per_s)
+    wheels = HostWheels(machine, interpreter, store, on_step, root=root, limit_bytes_per_s=limit_bytes_per_s)
     request = {"verb": "look", "root": root, "name": "", "arch": python.platform.arch, "minor": python.platform.minor}
     seen = Seen.model_validate(await ask_installer(machine, interpreter, request, limit_s=LOOK_S, on_step=on_step))
     gathered = await wheels.gather(requirements, python.platform, preferences or {})

@@ -22,17 +22,18 @@ _LAST_LINES = 12
 _CANNOT_RUN = (126, 127)
 
 _PACKAGE = "raylaunch.cluster.installer"
-_MODULES = ("words", "index_settings", "named", "look", "programs", "make", "beside", "program")
-# Runs modules that come on stdin, under their own names and in order: the host has none of our files yet.
-_LOADER = """
+_MODULES = ("words", "places", "index_settings", "named", "look", "programs", "make", "beside", "receive", "program")
+LOADER = """
 import json, sys, types
-order = json.load(sys.stdin)
+order = json.loads(sys.stdin.readline())
 for name, text in order["modules"]:
     module = sys.modules[name] = types.ModuleType(name)
     module.__path__ = []
     exec(compile(text, name, "exec"), module.__dict__)
 sys.exit(module.main(order["request"]))
 """
+"""Runs modules that come on stdin, under their own names and in order: the host has none of our files yet."""
+
 _NAMED = """
 case $1 in '~'/*) named=$HOME/${1#??} ;; *) named=$1 ;; esac
 for python in "$named/bin/python" "$named/bin/python3" "$named"; do
@@ -57,22 +58,24 @@ class Interpreter:
         return [self.path, "-I", "-c", program]
 
 
-class _Answer(BaseModel):
+class Answer(BaseModel):
     """One line of the installer."""
 
     model_config = ConfigDict(extra="forbid")
 
     step: Step | None = None
+    state: str = ""
+    """Of one that receives wheels: ``waits``, ``holds``, ``unpacked``."""
     error: dict[str, str] | None = None
     result: dict[str, object] | None = None
 
     @staticmethod
-    def read(line: bytes) -> _Answer:
+    def read(line: bytes) -> Answer:
         """Read a line; what is no answer is noise."""
         try:
-            return _Answer.model_validate_json(line)
+            return Answer.model_validate_json(line)
         except ValidationError:
-            return _Answer()
+            return Answer()
 
 
 async def ask_installer(
@@ -84,19 +87,24 @@ async def ask_installer(
         RaylaunchError: as the installer says; or the connection's.
         HostStepError: it cannot be run, or ended without an answer.
     """
-    body = json.dumps({"modules": _modules(), "request": json.dumps(request)}).encode()
+    body = installer_input(request)
     result: dict[str, object] | None = None
-    async with machine.lines(interpreter.runs(_LOADER), input=body, limit_s=limit_s, step=STEP) as lines:
+    async with machine.lines(interpreter.runs(LOADER), input=body, limit_s=limit_s, step=STEP) as lines:
         async for line in lines:
-            answer = _Answer.read(line)
+            answer = Answer.read(line)
             if answer.step:
                 on_step(answer.step)
             if answer.error:
-                raise _error(machine, answer.error)
+                raise installer_error(machine, answer.error)
             result = answer.result or result
     if result is None:
         raise _no_answer(machine, interpreter, lines)
     return result
+
+
+def installer_input(request: Mapping[str, object]) -> bytes:
+    """Return the line that `LOADER` reads: the installer, and what is asked of it."""
+    return json.dumps({"modules": _modules(), "request": json.dumps(request)}).encode() + b"\n"
 
 
 def _modules() -> list[tuple[str, str]]:
@@ -106,7 +114,8 @@ def _modules() -> list[tuple[str, str]]:
     return [*packages, *((f"{_PACKAGE}.{name}", (folder / f"{name}.py").read_text("utf-8")) for name in _MODULES)]
 
 
-def _error(machine: Machine, value: Mapping[str, str]) -> RaylaunchError:
+def installer_error(machine: Machine, value: Mapping[str, str]) -> RaylaunchError:
+    """Return the error that the installer told."""
     error = from_wire(value["code"], f"{machine.name}: {value['message']}", value["hint"])
     if isinstance(error, HostError):
         error.host, error.step = machine.name, STEP

@@ -8,56 +8,15 @@ import platform
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 from raylaunch.cluster.installer.named import check_named
-from raylaunch.cluster.installer.words import (
-    ConflictProblem,
-    File,
-    Request,
-    StorageProblem,
-    TransferProblem,
-    VersionProblem,
-    existing,
-)
+from raylaunch.cluster.installer.places import Places, existing
+from raylaunch.cluster.installer.words import ConflictProblem, Request, StorageProblem, VersionProblem
 
 MARKER = "raylaunch.json"
 """In a complete environment: what it was made of."""
 
-_PRIVATE = 0o700
 _ASK_S = 60.0
-
-
-class Places:
-    """The folders on the host."""
-
-    def __init__(self, request: Request) -> None:
-        self.root = Path(request.root).expanduser().absolute()
-        self.versions = self.root / "versions"
-        self.env = self.versions / request.name
-        self.python = self.env / "bin" / "python"
-        self.making = self.versions / f".{request.name}.making-{os.getpid()}"
-        self.lock = self.versions / f".{request.name}.lock"
-        self.wheels = self.root / "wheels"
-        """Below, each in a folder named by its checksum; a file that bears its name is whole."""
-        self.cache = self.root / "cache" / "uv"
-
-    def wheel(self, file: File) -> Path:
-        """Return the path of a wheel.
-
-        Raises:
-            Problem: it is not there.
-        """
-        path = self.wheels / file.sha256 / file.file
-        if not path.is_file():
-            msg = f"{path} is not there"
-            raise TransferProblem(msg, "run the same command again: what is missing is pushed")
-        return path
-
-    def make(self) -> None:
-        """Make the folders, which nobody else may enter."""
-        for folder in (self.root, self.versions, self.wheels, self.cache):
-            folder.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
 
 
 def look(request: Request) -> dict[str, object]:

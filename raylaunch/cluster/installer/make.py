@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -13,14 +12,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from raylaunch.cluster.installer.look import MARKER, Places, is_ready
+from raylaunch.cluster.installer.look import MARKER, is_ready
+from raylaunch.cluster.installer.places import Places, is_taken, sync
 from raylaunch.cluster.installer.programs import LAST_LINES, MAKE_S, Uv, find_uv
 from raylaunch.cluster.installer.words import ConflictProblem, Problem, Request, goes
 
 _TELL_EVERY_S = 1.0
 _POLL_S = 0.05
 _IMPORT_S = 300.0
-_SYNC_S = 60.0
 _CHECK = """
 import importlib, json, sys
 from importlib.metadata import version
@@ -108,7 +107,7 @@ def _sweep(places: Places) -> None:
 
 def _take(descriptor: int, places: Places) -> None:
     began = told = time.monotonic()
-    while not _is_taken(descriptor):
+    while not is_taken(descriptor):
         holder, now = os.pread(descriptor, 32, 0).decode(errors="replace") or "?", time.monotonic()
         if now - began > MAKE_S:
             msg = f"another process (pid {holder}) has been making {places.env} for more than {MAKE_S:.0f} s"
@@ -121,14 +120,6 @@ def _take(descriptor: int, places: Places) -> None:
     os.pwrite(descriptor, str(os.getpid()).encode(), 0)
 
 
-def _is_taken(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def complete(request: Request, places: Places) -> None:
     """Check what was made, write it to the disk, and give it its name.
 
@@ -138,18 +129,11 @@ def complete(request: Request, places: Places) -> None:
     _check_made(request, places.making)
     made = {"versions": request.versions, "python": sys.executable, "wheels": [one.file for one in request.files()]}
     (places.making / MARKER).write_text(json.dumps(made, indent=1), encoding="utf-8")
-    _sync(places.making)
+    goes("writes everything to the disk")
+    sync(places.making)
     if places.env.exists():  # it was complete once and does not run any more: its interpreter is gone
         places.env.replace(places.making.with_name(f"{places.making.name}-gone"))
     places.making.replace(places.env)
-
-
-def _sync(folder: Path) -> None:
-    """Have all of it written to the disk, so that a power cut leaves the name of a complete environment only."""
-    goes("writes everything to the disk")
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        writing = subprocess.Popen(["sync", "-f", str(folder)], stderr=subprocess.DEVNULL)  # noqa: S603, S607 -- coreutils'
-        writing.wait(_SYNC_S)  # a process that writes cannot be ended: it is left alone then
 
 
 def _check_made(request: Request, folder: Path) -> None:

@@ -8,7 +8,11 @@ from pathlib import Path
 from raylaunch.cluster.installer.beside import add_beside
 from raylaunch.cluster.installer.look import look
 from raylaunch.cluster.installer.make import make
-from raylaunch.cluster.installer.words import Problem, Request, say, storage_problem
+from raylaunch.cluster.installer.places import storage_problem
+from raylaunch.cluster.installer.receive import receive
+from raylaunch.cluster.installer.words import Problem, Request, say
+
+_VERBS = {"look": look, "make": make, "add_beside": add_beside, "receive": receive}
 
 
 def main(body: str) -> int:
@@ -16,7 +20,7 @@ def main(body: str) -> int:
     os.umask(0o077)
     request = Request.read(body)
     try:
-        result = {"look": look, "make": make, "add_beside": add_beside}[request.verb](request)
+        result = _VERBS[request.verb](request)
     except Problem as problem:
         return _refuse(problem)
     except OSError as error:

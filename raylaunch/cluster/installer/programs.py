@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from raylaunch.cluster.installer.index_settings import index_settings
-from raylaunch.cluster.installer.look import Places
-from raylaunch.cluster.installer.words import Problem, Request, goes, storage_problem
+from raylaunch.cluster.installer.places import Places, storage_problem
+from raylaunch.cluster.installer.words import Problem, Request, goes
 
 MAKE_S = 1800.0
 LAST_LINES = 20

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class Request:
     """What is asked for."""
 
     verb: str
-    """``look``, ``make`` or ``add_beside``."""
+    """``look``, ``make``, ``add_beside`` or ``receive``."""
     root: str
     """raylaunch's folder; ``~`` is the home of who runs this."""
     name: str
@@ -46,6 +43,8 @@ class Request:
     """With none, the host's package index is asked."""
     own: File | None = None
     """raylaunch's own wheel."""
+    patience_s: float = 60.0
+    """How long a client that pushes may be silent."""
     uv: File | None = None
     """uv's wheel; with none, the host's own uv is looked for."""
 
@@ -105,18 +104,3 @@ def say(kind: str, body: object) -> None:
 def goes(message: str) -> None:
     """Say how far it is."""
     say("step", {"name": "install", "state": "waits", "message": message, "seconds": 0.0})
-
-
-def storage_problem(error: OSError, path: Path) -> StorageProblem:
-    """Say what the operating system had against `path`, with the free bytes if the disk is full."""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        free = shutil.disk_usage(existing(path)).free
-        msg = f"no space left to write {path}: {free} bytes free"
-        return StorageProblem(msg, "free some space there, or set root: to a folder on another disk of that host")
-    msg = f"cannot use {path}: {error.strerror or error}"
-    return StorageProblem(msg, "check who owns it and its modes, or set root: to another folder of that host")
-
-
-def existing(path: Path) -> Path:
-    """Return the nearest folder on the way to `path` that is there."""
-    return next((folder for folder in (path, *path.parents) if folder.exists()), Path("/"))
