@@ -21,6 +21,7 @@ test: lint ## all checks and tests
 	$(PYTEST) $(ARGS)
 
 test-machines: .venv/.test ## hosts made of namespaces: clusters over SSH, alone (needs root)
+	@tools/setup.sh machines
 	$(PYTEST) -m machines $(ARGS)
 
 test-clients: .venv/.test ## Claude Code's own command line connects to the MCP server (from npm, 360 MB)

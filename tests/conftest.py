@@ -17,7 +17,7 @@ import pytest
 
 pytest_plugins = ["support.cluster"]
 
-MAY_BE_MISSING = ("needs PyTorch", "needs a GPU", "needs a Python 3.", "needs Python 3.")
+MAY_BE_MISSING = ("needs PyTorch", "needs a GPU", "needs a Python 3.", "needs Python 3.", "needs IPv6")
 ALL = os.environ.get("RAYLAUNCH_TEST_ALL", "") not in {"", "0"}
 
 _Report = pytest.TestReport | pytest.CollectReport
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     They wait with limits, and a machine that is busy with something else may exceed any.
     """
     for item in items:
-        if item.get_closest_marker("ray") or item.get_closest_marker("wandb"):
+        if any(item.get_closest_marker(name) for name in ("ray", "wandb", "machines")):
             item.add_marker(pytest.mark.flaky(reruns=1))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -63,8 +61,9 @@ def running(mark: str) -> list[psutil.Process]:
 
 
 def sleeper(mark: str) -> Script:
-    """A script that never ends by itself, with a child that bears `mark`."""
-    return Script(f"echo started; {shlex.quote(sys.executable)} -c 'import time; time.sleep(600)' {mark}; echo after")
+    """A script that never ends by itself; its child bears `mark`, and says that it has started."""
+    child = "import time; print('started', flush=True); time.sleep(600)"
+    return Script(f"{quote(sys.executable, '-c', child, mark)}; echo after")
 
 
 async def gone(mark: str) -> None:
@@ -285,11 +284,14 @@ async def test_a_script_whose_client_was_killed_ends_too(host: Sshd, tmp_path: P
     target = host.target
     words = [str(target.port), target.user, target.key, str(target.known_hosts), str(target.ssh_config)]
     argv = [sys.executable, str(client), *words, sleeper("mark-killed").text]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:  # noqa: ASYNC220 -- it is to be killed, not awaited
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE)  # noqa: ASYNC220 -- it is to be killed, not awaited
+    try:
         assert process.stdout is not None
         assert await anyio.to_thread.run_sync(process.stdout.readline) == b"started\n"
         assert running("mark-killed")
-        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.communicate(timeout=20)
     await gone("mark-killed")
 
 

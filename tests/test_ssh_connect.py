@@ -402,7 +402,7 @@ async def test_a_host_is_reached_by_its_ipv6_address(tmp_path: Path) -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
-        pytest.skip("needs IPv6 on loopback")
+        pytest.skip("needs IPv6")
     with sshd(tmp_path, extra=["ListenAddress ::1"]) as one:
         target = replace(one.target, host="::1")
         one.trust(host="::1")

@@ -72,27 +72,37 @@ make_venv() {
 
 pip_install() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
 
-case $WHAT in demo | docs | test) ;; *) fail "usage: tools/setup.sh demo|docs|test" ;; esac
+case $WHAT in demo | docs | test | machines) ;; *) fail "usage: tools/setup.sh demo|docs|test|machines" ;; esac
+
+# Hosts for tests are made of namespaces, each with a real sshd; cron brings a cluster back when one "reboots", and
+# faketime puts a clock wrong. None of their services is started on this machine, now or at its next boot.
+get_machines() {
+    needed=
+    for pair in sshd:openssh-server ssh:openssh-client ip:iproute2 crontab:cron faketime:faketime; do
+        PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null || needed="$needed ${pair#*:}"
+    done
+    [ -n "$needed" ] || return 0
+    if ! can_apt; then
+        say "tests of hosts over SSH need$needed and will be skipped: sudo apt-get install$needed"
+        return 0
+    fi
+    policy=/usr/sbin/policy-rc.d
+    [ -e $policy ] && policy= || { printf '#!/bin/sh\nexit 101\n' >$policy && chmod 755 $policy; }
+    # shellcheck disable=SC2086 -- words
+    apt_install $needed || say "could not install$needed; the tests that need them will be skipped."
+    [ -z "$policy" ] || rm -f $policy
+    case $needed in *openssh-server*) systemctl --quiet disable ssh 2>/dev/null || true ;; esac
+}
+
+if [ "$WHAT" = machines ]; then
+    get_machines
+    exit
+fi
 
 if ! fits "$VENV/bin/python" || ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
     python=$(find_python)
     make_venv "$python"
 fi
-
-# Hosts for tests are made of namespaces, each with a real sshd; cron brings a cluster back when one "reboots".
-get_machines() {
-    needed=
-    for pair in sshd:openssh-server ssh:openssh-client ip:iproute2 crontab:cron; do
-        PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null || needed="$needed ${pair#*:}"
-    done
-    [ -n "$needed" ] || return 0
-    if can_apt; then
-        # shellcheck disable=SC2086 -- words
-        apt_install $needed || say "could not install$needed; the tests that need them will be skipped."
-    else
-        say "tests of hosts over SSH need$needed and will be skipped: sudo apt-get install$needed"
-    fi
-}
 
 if [ "$WHAT" = test ]; then
     get_machines

@@ -34,7 +34,7 @@ _MEASURE_S = 600.0
 _GIVE = (
     COMMON
     + r"""place "$1" 0
-dd if="$path" bs=1M iflag=skip_bytes,count_bytes skip="$2" count="$3" status=none
+dd if="$path" bs=256k iflag=skip_bytes,count_bytes skip="$2" count="$3" status=none
 """
 )
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["OnBytes", "PushFile", "push"]
 
 _CHUNK = 256 * 1024
+_READ = 2 * 1024 * 1024  # read here at once: each time costs a thread's turn
 _ASK_FIRST_BYTES = 1024 * 1024
 _WRONG_SUM = 66
 
@@ -72,7 +73,7 @@ while IFS=' ' read -r verb offset length mode sha given; do
   place "$given" "$sha"
   [ -d "$folder" ] || mkdir -p -- "$folder"
   if [ "$verb" = range ]; then
-    dd of="$part" bs=1M iflag=fullblock,count_bytes oflag=seek_bytes seek="$offset" count="$length" conv=notrunc \
+    dd of="$part" bs=256k iflag=fullblock,count_bytes oflag=seek_bytes seek="$offset" count="$length" conv=notrunc \
       status=none
     IFS= read -r end
     [ "$end" = end ]
@@ -224,13 +225,14 @@ class _Push:
     async def _send_range(self, talk: Talk, job: _Job, offset: int, length: int) -> None:
         if not await talk.send(job.line("range", offset, length)):
             return
-        for start in range(offset, offset + length, _CHUNK):
-            want = min(_CHUNK, offset + length - start)
-            data = await _read_here(job.file, start, want)
-            await self._pace.take(want)
-            if not await talk.send(data):
-                return
-            self._progress.add(want)
+        for start in range(offset, offset + length, _READ):
+            block = memoryview(await _read_here(job.file, start, min(_READ, offset + length - start)))
+            for at in range(0, len(block), _CHUNK):
+                piece = bytes(block[at : at + _CHUNK])
+                await self._pace.take(len(piece))
+                if not await talk.send(piece):
+                    return
+                self._progress.add(len(piece))
         await talk.send(b"end\n")
 
     async def _read(self, talk: Talk, sent: deque[tuple[_Job, bool]]) -> None:

@@ -55,7 +55,10 @@ for link in $links; do
     until [ -e "$root/sys/class/net/$device" ]; do sleep 0.01; done
     ip link set "$device" up
     for address in $(tr , ' ' <<<"${link#*=}"); do
-        ip addr add "$address" dev "$device" nodad 2>/dev/null || ip addr add "$address" dev "$device"
+        case $address in
+            *:*) ip addr add "$address" dev "$device" nodad || true ;; # a kernel may be without IPv6
+            *) ip addr add "$address" dev "$device" ;;
+        esac
     done
 done
 mkdir -p "$root/run/sshd" "$root/run/lock"
