@@ -1,25 +1,19 @@
-"""The way to a host: keys, host keys, configuration, jump hosts; and the words for each that fails."""
+"""The way to a host: keys, configuration, jump hosts; and the words for each that fails."""
 
 from __future__ import annotations
 
-import os
-import re
-import shlex
 import socket
-import stat
-import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.sshd import LOOPBACK, Sshd, fingerprint, free_port, make_key, sshd
-from support.waiting import wait_until
+from support.laptop import Person, agent, empty_laptop, hello, program, refusal
+from support.sshd import LOOPBACK, Sshd, free_port, make_key, sshd
 
-from raylaunch.cluster.ssh import Prompt, Target, machine
-from raylaunch.errors import HostAuthError, HostKeyError, HostUnreachableError, RaylaunchError, SpecError
+from raylaunch.cluster.ssh import Target, machine
+from raylaunch.errors import HostAuthError, HostUnreachableError, SpecError
 
 pytestmark = pytest.mark.anyio
 
@@ -33,65 +27,13 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
-    with sshd(tmp_path_factory.mktemp("sshd"), kinds=("ed25519", "ecdsa", "rsa")) as served:
+    with sshd(tmp_path_factory.mktemp("sshd")) as served:
         yield served
 
 
 @pytest.fixture(autouse=True)
 def laptop(host: Sshd, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home of the client's own: without keys, agent or configuration of this machine's user."""
-    host.authorize(host.key)
-    host.config()
-    monkeypatch.setenv("HOME", str(host.folder / "empty"))
-    monkeypatch.setenv("RAYLAUNCH_HOME", str(host.folder / "raylaunch"))
-    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-    (host.folder / "empty").mkdir(exist_ok=True)
-    return host.folder / "empty"
-
-
-async def hello(target: Target, **how: object) -> str:
-    """Connect, and let the host say something."""
-    async with machine(target, **how) as there:  # type: ignore[arg-type]  # the keywords of `machine`, as they are
-        return (await there.run(["echo", "hello"], limit_s=20)).text
-
-
-async def refusal(target: Target, **how: object) -> RaylaunchError:
-    """Connect, which must fail with an error of ours."""
-    with pytest.raises(RaylaunchError) as caught:
-        await hello(target, **how)
-    return caught.value
-
-
-class Person:
-    """Somebody who is asked, and answers what she was told to."""
-
-    def __init__(self, *answers: str) -> None:
-        self.answers = list(answers)
-        self.asked: list[Prompt] = []
-
-    async def __call__(self, prompt: Prompt) -> str | None:
-        self.asked.append(prompt)
-        return self.answers.pop(0)
-
-
-@contextmanager
-def agent(folder: Path, *keys: Path) -> Iterator[str]:
-    """Run an ssh-agent that holds these keys; yields its socket."""
-    path = folder / "agent"
-    with subprocess.Popen(["ssh-agent", "-D", "-a", str(path)], stdout=subprocess.DEVNULL) as process:
-        try:
-            wait_until(path.exists, 20, "the agent listens")
-            env = {**os.environ, "SSH_AUTH_SOCK": str(path)}
-            for key in keys:
-                subprocess.run(["ssh-add", "-q", str(key)], env=env, check=True, timeout=20, capture_output=True)
-            yield str(path)
-        finally:
-            process.terminate()
-
-
-def program(*words: str) -> None:
-    """Run a program to its good end."""
-    subprocess.run(words, check=True, capture_output=True, timeout=20)
+    return empty_laptop(host, monkeypatch)
 
 
 # Keys
@@ -182,128 +124,6 @@ async def test_of_an_agents_keys_only_the_named_one_is_offered(
 async def test_an_agent_that_is_gone_does_no_harm(host: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSH_AUTH_SOCK", "/nonexistent/agent")
     assert await hello(host.target) == "hello"
-
-
-# Host keys
-
-
-async def test_an_unknown_host_is_shown_with_the_fingerprint_that_it_has(host: Sshd) -> None:
-    error = await refusal(host.stranger)
-    assert isinstance(error, HostKeyError)
-    assert error.fingerprint == fingerprint(host.host_keys[0])
-    assert f"{LOOPBACK}:{host.port}" in error.message
-    assert f"fingerprint: {error.fingerprint}" in error.hint
-    assert error.known == ()
-
-
-async def test_a_host_that_a_person_accepted_is_known_from_then_on_to_raylaunch_alone(
-    host: Sshd, laptop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAYLAUNCH_HOME", str(tmp_path / "raylaunch"))
-    target = replace(host.target, known_hosts=None)
-    person = Person("yes")
-    assert await hello(target, on_prompt=person) == "hello"
-    assert fingerprint(host.host_keys[0]) in person.asked[0].text
-    assert await hello(target) == "hello"
-    own = tmp_path / "raylaunch/known_hosts"
-    assert stat.S_IMODE(own.stat().st_mode) == 0o600
-    assert not (laptop / ".ssh/known_hosts").exists()
-
-
-async def test_a_host_that_a_person_did_not_accept_gets_no_key_of_hers(host: Sshd) -> None:
-    before = host.log().count("Accepted publickey")
-    error = await refusal(host.stranger, on_prompt=Person("no"))
-    assert isinstance(error, HostKeyError)
-    assert host.log().count("Accepted publickey") == before
-
-
-@pytest.mark.parametrize("number", [0, 1, 2])
-async def test_a_pinned_fingerprint_of_any_of_its_keys_makes_a_host_known(host: Sshd, number: int) -> None:
-    assert await hello(replace(host.stranger, fingerprint=fingerprint(host.host_keys[number]))) == "hello"
-
-
-async def test_a_pinned_fingerprint_counts_more_than_known_hosts(host: Sshd) -> None:
-    pinned = "SHA256:" + "A" * 43
-    error = await refusal(replace(host.target, fingerprint=pinned), on_prompt=Person())
-    assert isinstance(error, HostKeyError)
-    assert error.known == (pinned,)
-    assert fingerprint(host.host_keys[0]) in error.message
-
-
-async def test_a_changed_host_key_shows_both_and_the_command_that_forgets_the_old(host: Sshd, tmp_path: Path) -> None:
-    target = host.target
-    old = make_key(tmp_path / "old")
-    host.trust(keys=[old])
-    error = await refusal(target, on_prompt=Person())
-    assert isinstance(error, HostKeyError)
-    assert error.fingerprint == fingerprint(host.host_keys[0])
-    assert error.known == (fingerprint(old),)
-    assert error.fingerprint in error.message
-    assert error.known[0] in error.message
-    command = re.search(r"ssh-keygen .*", error.hint)
-    assert command is not None
-    program(*shlex.split(command[0]))
-    after = await refusal(target)
-    assert isinstance(after, HostKeyError)
-    assert after.known == ()
-
-
-async def test_a_host_known_by_another_kind_of_key_is_no_stranger(host: Sshd) -> None:
-    target = host.target
-    host.trust(keys=[host.host_keys[2]])
-    assert await hello(target) == "hello"
-
-
-async def test_a_host_that_lost_the_kind_of_key_it_is_known_by_has_changed(tmp_path: Path) -> None:
-    with sshd(tmp_path / "one") as one:
-        target = one.target
-        one.trust(keys=[make_key(tmp_path / "old", kind="rsa")])
-        error = await refusal(target, on_prompt=Person())
-    assert isinstance(error, HostKeyError)
-    assert error.known == (fingerprint(tmp_path / "old"),)
-
-
-async def test_hashed_names_in_known_hosts_are_found(host: Sshd) -> None:
-    target = host.target
-    program("ssh-keygen", "-H", "-f", str(host.known_hosts))
-    assert LOOPBACK not in host.known_hosts.read_text()
-    assert await hello(target) == "hello"
-
-
-async def test_an_authority_in_known_hosts_vouches_for_a_host(tmp_path: Path) -> None:
-    authority = make_key(tmp_path / "ca")
-    certificate = tmp_path / "sshd/host_ed25519-cert.pub"
-    with sshd(tmp_path / "sshd", extra=[f"HostCertificate {certificate}"]) as one:
-        public = f"{one.host_keys[0]}.pub"
-        program("ssh-keygen", "-q", "-s", str(authority), "-I", "host", "-h", "-n", LOOPBACK, public)
-        one.stop()
-        one.start()
-        target = one.target
-        mark = f"@cert-authority [{LOOPBACK}]:{one.port} "
-        one.known_hosts.write_text(mark + authority.with_suffix(".pub").read_text())
-        assert await hello(target) == "hello"
-        stranger = await refusal(one.stranger)
-    assert isinstance(stranger, HostKeyError)
-    assert stranger.fingerprint == fingerprint(one.host_keys[0])
-
-
-async def test_a_revoked_host_key_is_refused(host: Sshd) -> None:
-    target = host.target
-    lines = host.known_hosts.read_text()
-    host.known_hosts.write_text(lines + "".join(f"@revoked {line}\n" for line in lines.splitlines()))
-    error = await refusal(target, on_prompt=Person())
-    assert isinstance(error, HostKeyError)
-    assert "revoked" in error.message
-
-
-async def test_a_broken_line_in_known_hosts_vouches_for_nobody_and_stops_nothing(host: Sshd) -> None:
-    target = host.target
-    host.known_hosts.write_text("nonsense\n" + host.known_hosts.read_text())
-    assert await hello(target) == "hello"
-    host.known_hosts.write_text("@revoked nonsense\n" + host.known_hosts.read_text())
-    error = await refusal(target)
-    assert isinstance(error, SpecError)
-    assert error.where == f"{host.known_hosts}:1"
 
 
 # No connection
