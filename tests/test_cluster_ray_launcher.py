@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,12 +73,13 @@ print("held", ray.get([left.hold.remote(), ours.hold.remote()]), flush=True)
 time.sleep(600)
 """
 TRAINS_ON = """
-import time
+import sys, time
 from ray import train
 from ray.train import RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 def loop(config):
+    print("begins in", sys.prefix, flush=True)
     for step in range(100_000):
         train.report({"loss": 1 / (step + 1), "number": step})
         time.sleep(0.2)
@@ -254,14 +256,33 @@ def test_nothing_of_a_driver_is_left_after_a(by: str, cluster: Cluster) -> None:
     nothing_is_left(cluster, job)
 
 
-def test_what_ray_train_reports_can_be_read_at_once_and_a_stop_ends_its_run(cluster: Cluster) -> None:
-    job = cluster.submit("--launcher", "ray", "--working-dir", "", "--", "python", "-c", TRAINS_ON)
+@pytest.fixture
+def without_raylaunch(tmp_path: Path) -> Path:
+    """An environment beside the cluster's own, with all that is installed there but raylaunch."""
+    prefix = tmp_path / "without"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(prefix)], check=True, timeout=60)
+    packages = prefix / "packages"
+    packages.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if "raylaunch" not in path.name:
+            (packages / path.name).symlink_to(path)
+    (Path(next(prefix.glob("lib/python3*/site-packages"))) / "packages.pth").write_text(f"{packages}\n")
+    return prefix
+
+
+def test_what_ray_train_reports_can_be_read_at_once_and_a_stop_ends_its_run(
+    cluster: Cluster, without_raylaunch: Path
+) -> None:
+    words = ["--launcher", "ray", "--working-dir", "", "--environment", f"venv:{without_raylaunch}"]
+    job = cluster.submit(*words, "--", "python", "-c", TRAINS_ON)
     wait_until(lambda: len(metrics_of(cluster, job).get("number", [])) > 5, 120, "reports are readable")
     assert cluster.job(job).state is JobState.RUNNING
+    assert f"begins in {without_raylaunch}" in cluster.log(job).decode()
     cluster.good("stop", job)
     assert cluster.ended(job).state is JobState.STOPPED
     points = metrics_of(cluster, job)["number"]
     assert points == [(step, step) for step in range(len(points))]
+    assert "left over" not in cluster.job(job).message
     items = RunFile(run_files(cluster, job)[own_run(cluster, job)]).read_new()
     assert [item.code for item in items if isinstance(item, Exit)] == [143]
     nothing_is_left(cluster, job)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.attempts import attempt_spec
+from support.running import Attempt
 
 from raylaunch.runner import contract, ray_driver
 from raylaunch.runner.archive import runner_zip
@@ -270,3 +271,14 @@ def test_a_lock_file_or_requirements_say_which_ray_there_will_be(
     of: EnvironmentSpec, files: dict[str, str], versions: Versions
 ) -> None:
     assert of_files(of, files)[0] == versions
+
+
+def test_what_could_not_be_known_at_submit_is_said_before_the_training_starts(tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True, timeout=60)
+    attempt = Attempt(tmp_path, "echo started", launcher="ray", environment=environment("venv", str(bare)))
+    end = attempt.run()
+    assert end["ended"] == "environment"
+    assert end["message"].startswith("launcher: ray needs Ray ")
+    assert end["message"].endswith(f"has no Ray: uv pip install --python {bare}/bin/python 'ray[default]==2.60.0'")
+    assert not attempt.log.exists()

@@ -251,8 +251,7 @@ class Attempt:
         """Say to the program that logs what Ray Train reports how the training ended."""
         status = self._kept.status if self._kept is not None else None
         code = self._read_status(status)[0] if wish is None else _SHELL_SIGNAL + signal.SIGTERM
-        online = self._facts.get("wandb_mode") == "online"
-        self._reports.finish(1 if code is None else code, online=online, wish=wish, pulse=self._pulse)
+        self._reports.finish(1 if code is None else code, wish=wish, pulse=self._pulse)
 
     def _end_leftovers(self, wish: Wish | None, *, online: bool) -> None:
         if wish is None:

@@ -6,7 +6,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from raylaunch.runner.processes import of_attempt, send
+from raylaunch.runner.processes import Found, of_attempt, send
 from raylaunch.runner.wandb_core import tell_to_end
 from raylaunch.runner.watch import Pulse, Wish
 
@@ -40,13 +40,14 @@ class Sweep:
         self._spare = spare
         self._pulse = pulse
         self._signalled: set[tuple[int, int]] = set()
+        self._counted: set[tuple[int, int]] = set()
         self.core = ""
         """W&B's core that was started apart: it ends when it is told to, not with the training."""
 
     @property
     def killed(self) -> int:
-        """How many processes of the program (not W&B's own) did not end by themselves."""
-        return len(self._signalled)
+        """How many processes of the program (not W&B's own, nor Ray's workers) did not end by themselves."""
+        return len(self._counted)
 
     def after_end(self, *, online: bool) -> None:
         """The training ended by itself: its children get some seconds, W&B's core the time that its uploads take."""
@@ -70,7 +71,7 @@ class Sweep:
         while True:
             left = of_attempt(self._tag, self._spare)
             waited = time.monotonic() - begun
-            own = waited < own_s and any(not process.wandb for process in left)
+            own = waited < own_s and any(not process.wandb and not _of_ray(process) for process in left)
             core = waited < wandb_s and any(process.name == "wandb-core" for process in left)
             if not own and not core:
                 return
@@ -86,7 +87,7 @@ class Sweep:
             for process in left:
                 identity = (process.pid, process.ticks)
                 if identity not in self._signalled and send(process, signal.SIGTERM):
-                    self._signalled.add(identity)
+                    self._note(process)
             if not left or time.monotonic() >= deadline:
                 return
             self._pulse.poll()
@@ -100,10 +101,21 @@ class Sweep:
             if not left:
                 return
             for process in left:
-                if send(process, signal.SIGKILL) and not process.wandb:
-                    self._signalled.add((process.pid, process.ticks))
+                if send(process, signal.SIGKILL):
+                    self._note(process)
             self._pulse.poll()
             time.sleep(_POLL_S / 5)
+
+    def _note(self, process: Found) -> None:
+        identity = (process.pid, process.ticks)
+        self._signalled.add(identity)
+        if not process.wandb and not _of_ray(process):
+            self._counted.add(identity)
+
+
+def _of_ray(process: Found) -> bool:
+    """Whether it is a worker of Ray: those end with their driver, or, detached, only when they are ended."""
+    return process.name.startswith("ray::")
 
 
 def left_s(wish: Wish) -> float:

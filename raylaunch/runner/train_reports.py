@@ -15,12 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from raylaunch.runner import contract
-from raylaunch.runner.ending import WANDB_ONLINE_S, WANDB_S, left_s
+from raylaunch.runner.ending import left_s
 from raylaunch.runner.watch import Pulse, Wish
 
 _MODULE = "raylaunch.tracking.train_writer"
 _REPORT = b'"event": "report"'
 _POLL_S = 0.1
+_FINISH_S = 60.0
+"""For uploads; and off-line for a machine that is so busy that wandb takes long to begin."""
 
 
 class TrainReports:
@@ -67,14 +69,12 @@ class TrainReports:
         os.close(done)
         child.wait()
 
-    def finish(self, exit_code: int, *, online: bool, wish: Wish | None, pulse: Pulse) -> None:
+    def finish(self, exit_code: int, *, wish: Wish | None, pulse: Pulse) -> None:
         """Say how the training ended, and wait until all is written; not longer than a wish to stop allows."""
         self.look()
         if self._control < 0:
             return
-        limit_s = WANDB_ONLINE_S if online else WANDB_S
-        if wish is not None:
-            limit_s = min(WANDB_S, left_s(wish) / 2)
+        limit_s = _FINISH_S if wish is None else left_s(wish) / 2
         with contextlib.suppress(BrokenPipeError):  # it has ended by itself: what it said stands in the log
             os.write(self._control, json.dumps({"exit_code": exit_code}).encode() + b"\n")
         os.close(self._control)
