@@ -5,9 +5,12 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import anyio
 import pytest
 from support.laptop import Person, agent, empty_laptop, hello, program, refusal
 from support.sshd import LOOPBACK, Sshd, free_port, make_key, sshd
@@ -83,6 +86,18 @@ async def test_a_person_opens_an_encrypted_key_at_the_second_try(host: Sshd, tmp
     assert "That was not it" in person.asked[1].text
 
 
+async def test_a_passphrase_is_asked_for_once_for_all_hosts(host: Sshd, tmp_path: Path) -> None:
+    locked = make_key(tmp_path / "locked", passphrase=PASSPHRASE)
+    host.authorize(locked)
+    person = Person(PASSPHRASE)
+    target = replace(host.target, key=str(locked))
+    async with anyio.create_task_group() as group:
+        for _ in range(3):
+            group.start_soon(partial(hello, target, on_prompt=person))
+    assert await hello(target) == "hello"
+    assert len(person.asked) == 1
+
+
 async def test_nobody_is_asked_for_a_passphrase_while_another_key_opens_the_door(host: Sshd, tmp_path: Path) -> None:
     locked = make_key(tmp_path / "locked", passphrase=PASSPHRASE)
     config = host.config(f"IdentityFile {locked}\nIdentityFile {host.key}\n")
@@ -152,18 +167,36 @@ async def test_a_port_that_takes_connections_and_says_nothing_is_given_up_after_
 
 async def test_a_port_of_something_else_than_ssh_is_told_from_a_door_that_is_closed(host: Sshd) -> None:
     def serve(server: socket.socket) -> None:
-        connection, _ = server.accept()
-        connection.recv(100)
-        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-        connection.close()
+        with suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                connection.recv(100)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                connection.close()
 
     with socket.create_server((LOOPBACK, 0)) as server:
         thread = threading.Thread(target=serve, args=(server,))
         thread.start()
         error = await refusal(replace(host.stranger, port=server.getsockname()[1]))
+        server.shutdown(socket.SHUT_RDWR)
         thread.join(20)
     assert isinstance(error, HostUnreachableError)
     assert "closed the connection before the log-in" in error.message
+
+
+async def test_a_host_that_is_busy_with_other_log_ins_is_asked_again(tmp_path: Path) -> None:
+    answers: list[str] = []
+    with sshd(tmp_path, extra=["MaxStartups 2:100:2"]) as busy:
+        target = busy.target
+
+        async def one() -> None:
+            answers.append(await hello(target))
+
+        async with anyio.create_task_group() as group:
+            for _ in range(5):
+                group.start_soon(one)
+        assert "MaxStartups" in busy.log()  # it did hang up on some
+    assert answers == ["hello"] * 5
 
 
 async def test_a_frozen_sshd_is_given_up_after_the_limit(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import shlex
 import stat
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import anyio
 import pytest
 from support.laptop import Person, empty_laptop, hello, program, refusal
 from support.sshd import LOOPBACK, Sshd, fingerprint, make_key, sshd
@@ -55,6 +57,17 @@ async def test_a_host_that_a_person_accepted_is_known_from_then_on_to_raylaunch_
     own = tmp_path / "raylaunch/known_hosts"
     assert stat.S_IMODE(own.stat().st_mode) == 0o600
     assert not (laptop / ".ssh/known_hosts").exists()
+
+
+async def test_a_person_is_asked_once_about_a_host_that_is_connected_to_many_times_at_once(
+    host: Sshd, tmp_path: Path
+) -> None:
+    person = Person("yes")
+    target = replace(host.target, known_hosts=tmp_path / "known_hosts")
+    async with anyio.create_task_group() as group:
+        for _ in range(4):
+            group.start_soon(partial(hello, target, on_prompt=person))
+    assert len(person.asked) == 1
 
 
 async def test_a_host_that_a_person_did_not_accept_gets_no_key_of_hers(host: Sshd) -> None:

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
-import re
+import random
 import socket
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import anyio
 import asyncssh
 
 from raylaunch.cluster import ssh_host_keys as host_keys
-from raylaunch.cluster.ssh_identities import Identities, agent_keys, agent_socket, identities, refused_error, unlock
+from raylaunch.cluster.ssh_identities import Identities, agent_keys, identities, refused_error, unlock
+from raylaunch.cluster.ssh_places import Place, places_of
 from raylaunch.cluster.ssh_target import OnPrompt, OnWait, Prompt, Target, own_known_hosts, telling
-from raylaunch.errors import HostError, HostKeyError, HostUnreachableError, SpecError
+from raylaunch.errors import HostError, HostKeyError, HostUnreachableError
 
 _FAST_CIPHERS = "aes128-gcm@openssh.com,aes256-gcm@openssh.com"
 _KEEPALIVE_S = 5
 _KEEPALIVES_MISSED = 3
-_JUMPS_AT_MOST = 8
 _CLOSE_S = 3
+_PAUSES_S = (0.2, 0.6, 1.5)
 _CLOSED_EARLY = "closed the connection before the log-in"
 _CLOSED = (
     "is it sshd that listens on that port? Look at its log on the host (journalctl -u ssh); it may be full "
@@ -35,7 +35,6 @@ _OLD = "update its sshd, or this client"
 _SILENT = "is it on, and on this network or VPN? A firewall that drops packets looks the same"
 _REVOKED = "the key is marked @revoked in known_hosts, or its certificate is not valid for this name or any more"
 _TOO_MANY = "it allows fewer keys than were offered; name the right one, as  key: ~/.ssh/id_ed25519"
-_HOP = re.compile(r"(?:(?P<user>[^@]+)@)?(?:\[(?P<six>[^\]@]+)\]|(?P<host>[^:\[\]@]+))(?::(?P<port>\d+))?")
 
 
 class _NotTrusted(Exception):  # noqa: N818 -- a turn on the way, never seen outside
@@ -46,31 +45,8 @@ class _NotTrusted(Exception):  # noqa: N818 -- a turn on the way, never seen out
         self.key = key
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A target as the configuration completes it."""
-
-    target: Target
-    host: str
-    port: int
-    user: str
-    key_name: str
-    jumps: tuple[Target, ...]
-    identity_files: tuple[str, ...]
-    identities_only: bool
-    agent: str
-    known_files: tuple[Path, ...]
-    config: tuple[str, ...]
-    ciphers: str | None
-
-    @property
-    def address(self) -> str:
-        return f"{self.host}:{self.port}"
-
-    @property
-    def entry(self) -> str:
-        """Its name in known_hosts."""
-        return host_keys.entry(self.key_name, self.port)
+class _HungUp(Exception):  # noqa: N818 -- as above
+    """The host closed the connection before its first word."""
 
 
 class Route:
@@ -102,7 +78,7 @@ async def connect(target: Target, *, limit_s: float, on_prompt: OnPrompt | None,
     """
     hops: list[asyncssh.SSHClientConnection] = []
     try:
-        for place in _places(target, final=target):
+        for place in places_of(target, final=target):
             tunnel = hops[-1] if hops else None
             attempt = _Attempt(place, tunnel, _identities(place, target.key), limit_s, on_wait)
             hops.append(await _hop(attempt, on_prompt))
@@ -115,84 +91,11 @@ async def connect(target: Target, *, limit_s: float, on_prompt: OnPrompt | None,
     return Route(hops)
 
 
-def _places(target: Target, *, final: Target, depth: int = 0) -> list[_Place]:
-    """Return all hops to a target, itself the last."""
-    place = _look(target)
-    if depth + len(place.jumps) > _JUMPS_AT_MOST:
-        msg = f"the way to {final.name} has more than {_JUMPS_AT_MOST} jump hosts"
-        raise SpecError(msg, hint="look for a ProxyJump in ~/.ssh/config that leads back to itself", field="jump")
-    if not place.jumps:
-        return [place]
-    first, *others = (
-        replace(hop, name=f"{hop.name}, the jump host of {final.name}", ssh_config=final.ssh_config)
-        for hop in place.jumps
-    )
-    # As with `ssh`, only the first hop's own ProxyJump counts; the others are reached from the one before.
-    return [*_places(first, final=final, depth=depth + 1), *(_look(hop, jumps=False) for hop in others), place]
-
-
-def _look(target: Target, *, jumps: bool = True) -> _Place:
-    """Complete a target from the person's configuration. Reads files, connects to nothing."""
-    path = target.ssh_config or Path("~/.ssh/config").expanduser()
-    config = (str(path),) if target.ssh_config or os.access(path, os.R_OK) else ()
-    try:
-        # Without keys: they are gathered apart, because here a missing or encrypted one would be an error.
-        options = asyncssh.SSHClientConnectionOptions(
-            host=target.alias,
-            port=target.port if target.port is not None else (),
-            username=target.user or (),
-            config=list(config),
-            client_keys=None,
-            encryption_algs=(),
-        )
-    except (ValueError, OSError, asyncssh.Error) as error:
-        msg = f"the SSH configuration for {target.name} cannot be used: {error}"
-        raise SpecError(msg, hint=f"try: ssh -G {target.alias}", where=str(path)) from None
-    chosen = options.config
-    ways = target.jump or tuple(str(chosen.get("ProxyJump") or "").split(",") if jumps else ())
-    configured = [*_strings(chosen.get("UserKnownHostsFile")), *_strings(chosen.get("GlobalKnownHostsFile"))]
-    return _Place(
-        target=target,
-        host=options.host,
-        port=options.port,
-        user=options.username,
-        key_name=options.host_key_alias or options.host,
-        jumps=tuple(_parse_hop(way, target) for way in ways if way not in {"", "none"}) if jumps else (),
-        identity_files=tuple(_strings(chosen.get("IdentityFile"))),
-        identities_only=bool(chosen.get("IdentitiesOnly")),
-        agent=agent_socket(chosen.get("IdentityAgent")),
-        known_files=tuple(host_keys.files_for(target, configured)),
-        config=config,
-        ciphers=str(chosen.get("Ciphers")) if chosen.get("Ciphers") else None,
-    )
-
-
-def _strings(value: object) -> list[str]:
-    return [str(one) for one in value] if isinstance(value, list) else []
-
-
-def _parse_hop(text: str, behind: Target) -> Target:
-    match = _HOP.fullmatch(text.strip())
-    if match is None:
-        msg = f"{text!r} is not a jump host (for {behind.name})"
-        raise SpecError(msg, hint="write host, user@host or user@host:port", field="jump")
-    host = match["six"] or match["host"]
-    port = int(match["port"]) if match["port"] else None
-    return Target(
-        name=host,
-        host=host,
-        port=port,
-        user=match["user"] or "",
-        ssh_config=behind.ssh_config,
-        known_hosts=behind.known_hosts,
-    )
-
-
 @dataclass
 class _Attempt:
     """What one attempt to connect depends on. `tried` names the keys that were offered in the last one."""
 
-    place: _Place
+    place: Place
     tunnel: asyncssh.SSHClientConnection | None
     ours: Identities
     limit_s: float
@@ -200,7 +103,7 @@ class _Attempt:
     tried: list[str] = field(default_factory=list)
 
 
-def _identities(place: _Place, final_key: str) -> Identities:
+def _identities(place: Place, final_key: str) -> Identities:
     extra = "" if final_key == place.target.key else final_key
     return identities(place.target, configured=place.identity_files, only_these=place.identities_only, extra=extra)
 
@@ -217,16 +120,28 @@ async def _hop(attempt: _Attempt, on_prompt: OnPrompt | None) -> asyncssh.SSHCli
                 raise _unreachable(place, _CLOSED_EARLY, _CLOSED) from None
             if not expected.nothing:
                 raise host_keys.changed_error(target, key, place.address, place.entry, expected) from None
-            await _ask_to_accept(place, key, on_prompt)
+            async with _asking():
+                if host_keys.known(place.known_files, place.key_name, place.port).nothing:
+                    await _ask_to_accept(place, key, on_prompt)
         except asyncssh.PermissionDenied as error:
             ours = attempt.ours
-            opened = await unlock(ours.locked, target, on_prompt) if on_prompt else []
+            async with _asking():
+                opened = await unlock(ours.locked, target, on_prompt) if on_prompt else []
             if not opened:
                 raise refused_error(target, place.user, attempt.tried, ours.locked, error.reason) from None
             attempt.ours = replace(ours, keys=(*ours.keys, *opened), locked=())
 
 
-async def _ask_to_accept(place: _Place, key: asyncssh.SSHKey, on_prompt: OnPrompt | None) -> None:
+# A person is asked one thing at a time, and nothing twice: of hosts that are connected to at once, many lie behind one
+# jump host, or take one key. A lock is of one event loop.
+_LOCKS: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
+
+
+def _asking() -> asyncio.Lock:
+    return _LOCKS.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+
+
+async def _ask_to_accept(place: Place, key: asyncssh.SSHKey, on_prompt: OnPrompt | None) -> None:
     """Ask a person whether the key of an unknown host is right, and remember it if so."""
     target = place.target
     error = host_keys.unknown_error(target, key, place.address)
@@ -269,11 +184,28 @@ async def _shown(attempt: _Attempt) -> asyncssh.SSHKey:
 
 
 async def _once(attempt: _Attempt, expected: host_keys.Known, algorithms: str) -> asyncssh.SSHClientConnection:
+    """Connect once; again where the host hung up before its first word: it was busy with others' log-ins.
+
+    sshd does so when more than some ten connections are in that state (MaxStartups), as when sixteen hosts lie behind
+    one jump host.
+    """
+    for pause_s in _PAUSES_S:
+        try:
+            return await _connect(attempt, expected, algorithms)
+        except _HungUp:  # noqa: PERF203 -- a few at most
+            await anyio.sleep(pause_s * random.uniform(0.5, 1.5))  # noqa: S311 -- so that not all come again at once
+    try:
+        return await _connect(attempt, expected, algorithms)
+    except _HungUp:
+        raise _unreachable(attempt.place, _CLOSED_EARLY, _CLOSED) from None
+
+
+async def _connect(attempt: _Attempt, expected: host_keys.Known, algorithms: str) -> asyncssh.SSHClientConnection:
     place, ours, target = attempt.place, attempt.ours, attempt.place.target
-    seen: list[asyncssh.SSHKey] = []
+    watch = host_keys.HostKeyWatch(target.fingerprint)
     told = telling(attempt.on_wait, target.name, "connect", attempt.limit_s)
-    narrowed = bool(expected.keys) or (bool(algorithms) and bool(target.fingerprint))
-    with told, _in_words(place, attempt.limit_s, seen, narrowed=narrowed), anyio.fail_after(attempt.limit_s):
+    narrowed = bool(expected.keys or target.fingerprint)
+    with told, _in_words(place, attempt.limit_s, watch, narrowed=narrowed), anyio.fail_after(attempt.limit_s):
         async with agent_keys(place.agent, ours.only) as held:
             mine = {key.public_data for key in ours.keys}
             from_agent = [pair for pair in held if pair.public_data not in mine]
@@ -285,7 +217,7 @@ async def _once(attempt: _Attempt, expected: host_keys.Known, algorithms: str) -
                 username=target.user or (),
                 config=list(place.config),
                 tunnel=attempt.tunnel,
-                client_factory=lambda: host_keys.HostKeyWatch(target.fingerprint, seen),
+                client_factory=lambda: watch,
                 known_hosts=lambda _host, _address, _port: expected.as_asyncssh(),
                 server_host_key_algs=algorithms or (),
                 client_keys=keys or None,
@@ -302,20 +234,20 @@ async def _once(attempt: _Attempt, expected: host_keys.Known, algorithms: str) -
 
 @contextmanager
 def _in_words(  # noqa: C901 -- a line for each fault
-    place: _Place, limit_s: float, seen: list[asyncssh.SSHKey], *, narrowed: bool
+    place: Place, limit_s: float, watch: host_keys.HostKeyWatch, *, narrowed: bool
 ) -> Iterator[None]:
     """Turn what can go wrong while connecting into errors that say what to do.
 
-    `seen` are keys that nobody vouched for. `narrowed` says that the host was asked for certain kinds of keys only: one
-    that has none of them closes the connection, without a word to us.
+    `narrowed` says that the host was asked for certain kinds of keys only: one that has none of them closes the
+    connection, without a word to us.
     """
     try:
         yield
     except asyncssh.PermissionDenied:
         raise
     except asyncssh.HostKeyNotVerifiable as error:
-        if seen:
-            raise _NotTrusted(seen[-1]) from None
+        if watch.shown is not None:
+            raise _NotTrusted(watch.shown) from None
         msg = f"{place.target.name} ({place.address}): {error.reason}"  # revoked, or a certificate that is not valid
         raise HostKeyError(msg, hint=_REVOKED, host=place.target.name, step="host key") from None
     except asyncssh.KeyExchangeFailed as error:
@@ -323,6 +255,8 @@ def _in_words(  # noqa: C901 -- a line for each fault
     except asyncssh.ChannelOpenError as error:
         raise _unreachable(place, f"cannot be reached from its jump host: {error.reason}", _JUMP) from None
     except (asyncssh.ConnectionLost, ConnectionResetError, BrokenPipeError):
+        if not watch.spoke:
+            raise _HungUp from None
         if narrowed:
             raise _NotTrusted(None) from None
         raise _unreachable(place, _CLOSED_EARLY, _CLOSED) from None
@@ -336,12 +270,12 @@ def _in_words(  # noqa: C901 -- a line for each fault
         raise _unreachable(place, *_why(error, place)) from None
 
 
-def _unreachable(place: _Place, why: str, hint: str) -> HostUnreachableError:
+def _unreachable(place: Place, why: str, hint: str) -> HostUnreachableError:
     name = place.target.name
     return HostUnreachableError(f"{name} ({place.address}) {why}", hint=hint, host=name, step="connect")
 
 
-def _why(error: OSError, place: _Place) -> tuple[str, str]:
+def _why(error: OSError, place: Place) -> tuple[str, str]:
     """Say why no TCP connection could be made, and what to do. Several addresses give one error without a number."""
     text = str(error)
     if isinstance(error, socket.gaierror):

@@ -108,22 +108,32 @@ def _parse(file: Path, _changed: int, _size: int) -> asyncssh.SSHKnownHosts:
 
 
 class HostKeyWatch(asyncssh.SSHClient):
-    """Remembers the key that a host showed and that no file vouches for; accepts the pinned one."""
+    """Sees what a host shows: `shown` is a key that no file vouches for. The pinned one is accepted."""
 
-    def __init__(self, pinned: str, seen: list[asyncssh.SSHKey]) -> None:
+    def __init__(self, pinned: str) -> None:
         self._pinned = pinned
-        self._seen = seen
+        self._connection: asyncssh.SSHClientConnection | None = None
+        self.shown: asyncssh.SSHKey | None = None
+
+    @property
+    def spoke(self) -> bool:
+        """Whether the host has said who it is."""
+        return self._connection is not None and bool(self._connection.get_extra_info("server_version"))
+
+    def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
+        """Take note of the connection."""
+        self._connection = conn
 
     def validate_host_public_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
         """Say whether a key that is in no file is trusted all the same."""
         del host, addr, port
-        self._seen.append(key)
+        self.shown = key
         return bool(self._pinned) and key.get_fingerprint() == self._pinned
 
     def validate_host_ca_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
         """Say whether an authority that is in no file is trusted all the same: never."""
         del host, addr, port
-        self._seen.append(key)
+        self.shown = key
         return False
 
 

@@ -57,12 +57,13 @@ def identities(target: Target, *, configured: Sequence[str], only_these: bool, e
             continue
         names.append(str(file))
         public += _public(file)
+        if opened := _opened(file):
+            keys += opened
+            continue
         try:
             keys += asyncssh.load_keypairs([str(file)])
-        except asyncssh.KeyEncryptionError:
-            locked.append(file)
         except (asyncssh.KeyImportError, OSError) as error:
-            if str(error).startswith("Passphrase"):
+            if isinstance(error, asyncssh.KeyEncryptionError) or str(error).startswith("Passphrase"):
                 locked.append(file)
             elif target.key and not public:
                 msg = f"the key {file} for {target.name} cannot be read: {error}"
@@ -78,22 +79,42 @@ def identities(target: Target, *, configured: Sequence[str], only_these: bool, e
     )
 
 
+# Keys that a person has opened, by file and its state: she is asked once for all hosts. As long as the process lasts.
+_OPENED: dict[tuple[Path, int, int], list[asyncssh.SSHKeyPair]] = {}
+
+
 async def unlock(files: Iterable[Path], target: Target, on_prompt: OnPrompt) -> list[asyncssh.SSHKeyPair]:
     """Ask for the passphrases of encrypted keys; return those keys that could be opened."""
     keys: list[asyncssh.SSHKeyPair] = []
     for file in files:
         again = ""
         for _ in range(_PASSPHRASE_TRIES):
+            if opened := _opened(file):
+                keys += opened
+                break
             text = f"{again}Passphrase for the key {file} (for {target.name}): "
             answer = await on_prompt(Prompt("passphrase", target.name, text, path=str(file)))
             if not answer:
                 break
             try:
-                keys += asyncssh.load_keypairs([str(file)], passphrase=answer)
-                break
+                _OPENED[_state(file)] = list(asyncssh.load_keypairs([str(file)], passphrase=answer))
             except (asyncssh.KeyImportError, asyncssh.KeyEncryptionError):
                 again = "That was not it. "
+        else:
+            keys += _opened(file)
     return keys
+
+
+def _opened(file: Path) -> list[asyncssh.SSHKeyPair]:
+    try:
+        return _OPENED.get(_state(file), [])
+    except OSError:  # only its public half is here
+        return []
+
+
+def _state(file: Path) -> tuple[Path, int, int]:
+    facts = file.stat()
+    return file, facts.st_mtime_ns, facts.st_ino
 
 
 @asynccontextmanager
