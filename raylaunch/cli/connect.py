@@ -40,7 +40,11 @@ async def ask_person(prompt: Prompt) -> str | None:
         return None
     secret = prompt.kind == "passphrase"
     async with _ONE_AT_A_TIME:
-        return str(await asyncio.to_thread(click.prompt, prompt.text, hide_input=secret, default="", err=True))
+        return str(
+            await asyncio.to_thread(
+                click.prompt, prompt.text, hide_input=secret, default="", show_default=False, prompt_suffix="", err=True
+            )
+        )
 
 
 class Place(place.Place):
