@@ -10,14 +10,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import anyio
 import pytest
 
-from benchmarks.measure import Result, Skipped, medians
+from benchmarks.measure import Result, Skipped, compared, in_turns, seconds
+from benchmarks.workshop import Workshop
 from raylaunch.cluster.host_wheels import HostWheels, Seen
 from raylaunch.cluster.installer_call import Interpreter
 from raylaunch.cluster.resolving import Wheel
@@ -33,20 +34,29 @@ _SIZES_MB = (79.3, 20.3, 17.6, 7.4, 5.7, 4.8, 2.9, 2.3, *([0.2] * 76))
 _PYTHON = "/usr/bin/python3"
 _ROUNDS = 3
 _DELAY_MS = 50.0
-_AS_FAST = 1 / 0.9
-"""At least nine tenths of scp's throughput."""
 
 
-def run() -> Iterator[Result]:
-    """Yield seconds of pushing and of scp, for one host, one far away, and four."""
-    with _lab(4) as lab, tempfile.TemporaryDirectory() as name:
+def run(shop: Workshop) -> Iterator[Result]:
+    """Measure pushing and scp for one host, for four at once, and for one that is far away."""
+    with _lab(4) as lab, tempfile.TemporaryDirectory(dir=shop.folder) as name:
         store = WheelStore(Path(name))
         wheels = [_wheel(store, number, round(size * _MB)) for number, size in enumerate(_SIZES_MB)]
-        yield _compared("pushing wheels to one host", lab, lab.hosts[:1], store, wheels, bar=_AS_FAST)
-        yield _compared("pushing wheels to four hosts at once", lab, lab.hosts, store, wheels, bar=_AS_FAST)
+
+        def result(name: str, hosts: Sequence[Host], how: str) -> Result:
+            pairs = in_turns(
+                lambda: _emptied_first(hosts, lambda: _push_to(hosts, store, wheels)),
+                lambda: _emptied_first(hosts, lambda: _copy_to(lab, hosts, [store.path(one) for one in wheels])),
+                rounds=shop.rounds(_ROUNDS),
+            )
+            return compared(name, pairs, unit="s", peer="scp", how=how)
+
+        what = f"the {len(wheels)} wheels of an environment, {sum(_SIZES_MB):.0f} MB,"
+        yield result("push_wheels", lab.hosts[:1], f"Time to push {what} to a host without any, connecting included.")
+        yield result(
+            "push_wheels_to_four", lab.hosts, f"The same to four hosts at once, beside four scp at once: {what}"
+        )
         lab.hosts[0].slow(rtt_ms=_DELAY_MS)
-        title = f"pushing wheels to one host {_DELAY_MS:.0f} ms away"
-        yield _compared(title, lab, lab.hosts[:1], store, wheels, bar=1.0)
+        yield result("push_wheels_far", lab.hosts[:1], f"The same to one host {_DELAY_MS:.0f} ms away.")
 
 
 @contextmanager
@@ -67,24 +77,16 @@ def _wheel(store: WheelStore, number: int, size: int) -> Wheel:
     return wheel
 
 
-def _compared(  # noqa: PLR0913, PLR0917 -- what is measured
-    title: str, lab: World, hosts: Sequence[Host], store: WheelStore, wheels: Sequence[Wheel], bar: float
-) -> Result:
-    def push() -> None:
-        _emptied(hosts)
-        anyio.run(_push_to_all, hosts, store, wheels)
-
-    def copy() -> None:
-        _emptied(hosts)
-        _copy_to_all(lab, hosts, [store.path(one) for one in wheels])
-
-    ours, theirs = medians(push, copy, rounds=_ROUNDS)
-    return Result(title, ours, "s", "scp", theirs, bar)
+def _push_to(hosts: Sequence[Host], store: WheelStore, wheels: Sequence[Wheel]) -> None:
+    anyio.run(_push_to_all, hosts, store, wheels)
 
 
-def _emptied(hosts: Sequence[Host]) -> None:
+def _emptied_first(hosts: Sequence[Host], work: Callable[[], object]) -> float:
+    """Return how long `work` takes on hosts without wheels; what is still to be written is written before."""
     for host in hosts:
         host.run("rm -rf /root/pushed; mkdir -p /root/pushed/wheels")
+    os.sync()
+    return seconds(work)
 
 
 async def _push_to_all(hosts: Sequence[Host], store: WheelStore, wheels: Sequence[Wheel]) -> None:
@@ -101,7 +103,7 @@ async def _push(host: Host, store: WheelStore, wheels: Sequence[Wheel]) -> None:
         await on_host.push(wheels, seen)
 
 
-def _copy_to_all(lab: World, hosts: Sequence[Host], files: Sequence[Path]) -> None:
+def _copy_to(lab: World, hosts: Sequence[Host], files: Sequence[Path]) -> None:
     copying = [
         subprocess.Popen(["scp", "-q", "-F", str(lab.config), *map(str, files), f"{host.name}:/root/pushed/wheels"])
         for host in hosts

@@ -243,6 +243,16 @@ def test_a_wheel_that_is_there_is_not_pushed_again(host: Host) -> None:
     assert host.did("push") == ["kept"]
 
 
+def test_a_wheel_that_was_damaged_on_the_host_is_pushed_anew(host: Host) -> None:
+    (wheel,) = host.root.glob("wheels/*/psutil-*.whl")
+    whole = wheel.read_bytes()
+    wheel.unlink()  # the file is another host's as well
+    wheel.write_bytes(whole[:1000])
+    assert versions_of(host.ensure()) == VERSIONS
+    assert host.did("install") == ["begins", "note", "begins", "done"]
+    assert wheel.read_bytes() == whole
+
+
 def test_another_version_shares_its_files_with_the_first(host: Host) -> None:
     python = host.ensure()
     first = python.parent.parent

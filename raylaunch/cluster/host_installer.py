@@ -17,6 +17,7 @@ from raylaunch.cluster.resolving import IndexUnreachableError, Wheel
 from raylaunch.cluster.ssh import Machine
 from raylaunch.cluster.wanted import Wanted
 from raylaunch.cluster.wheels import WheelStore
+from raylaunch.errors import TransferError
 
 LOOK_S = 120.0
 MAKE_S = 2400.0
@@ -82,9 +83,16 @@ class HostInstaller:
         """Gather the wheels here, push those that the host has not, and have it install them without any network."""
         wheels = await self._wheels.gather(self._wanted.requirements, platform, self._wanted.pins)
         own = self._store.add(self._wanted.own)
-        await self._wheels.push([*wheels, own], self._seen)
         uv = next(one for one in wheels if one.name == "uv")
-        return await self._make("make", wheels=[_file(one) for one in wheels], own=_file(own), uv=_file(uv))
+        files = {"wheels": [_file(one) for one in wheels], "own": _file(own), "uv": _file(uv)}
+        await self._wheels.push([*wheels, own], self._seen)
+        try:
+            return await self._make("make", **files)
+        except TransferError as error:
+            self._tell(Step(STEP, "note", error.message))
+            await self.look()
+            await self._wheels.push([*wheels, own], self._seen)
+            return await self._make("make", **files)
 
     async def from_index(self, platform: WheelPlatform) -> str:
         """Push uv and raylaunch's own wheel, and have the host install the rest from its package index."""

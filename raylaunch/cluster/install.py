@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import anyio.to_thread
-
 from raylaunch.cluster.host_installer import LOOK_S, HostInstaller
 from raylaunch.cluster.host_wheels import HostWheels, Seen
 from raylaunch.cluster.installer_call import STEP, Interpreter, OnStep, ask_installer
@@ -58,7 +56,7 @@ async def ensure_environment(  # noqa: PLR0913 -- all keywords, each with a sent
         VersionError: what it needs does not exist for its platform.
         StorageError: the disk here is full.
     """
-    wanted = await anyio.to_thread.run_sync(wanted_on, python.platform)
+    wanted = wanted_on(store.own, python.platform)
     host = HostInstaller(
         machine,
         Interpreter(python.path),
@@ -106,7 +104,7 @@ async def ensure_beside(  # noqa: PLR0913 -- as above
         VersionError: it does not hold what is needed; the hint is the command that mends it.
         HostError: it cannot be used, a step failed on the host, or it was lost.
     """
-    wanted = await anyio.to_thread.run_sync(wanted_beside, environment)
+    wanted = wanted_beside(store.own, environment)
     interpreter = Interpreter(environment, named=True)
     host = HostInstaller(machine, interpreter, wanted, store, on_step, root=root, limit_bytes_per_s=limit_bytes_per_s)
     return await host.look() or await host.beside()

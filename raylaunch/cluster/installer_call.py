@@ -22,17 +22,24 @@ _LAST_LINES = 12
 _CANNOT_RUN = (126, 127)
 
 _PACKAGE = "raylaunch.cluster.installer"
-_MODULES = ("words", "places", "index_settings", "named", "look", "programs", "make", "beside", "receive", "program")
+
 LOADER = """
-import json, sys, types
+import json, sys
+from importlib.machinery import ModuleSpec
 order = json.loads(sys.stdin.readline())
-for name, text in order["modules"]:
-    module = sys.modules[name] = types.ModuleType(name)
-    module.__path__ = []
-    exec(compile(text, name, "exec"), module.__dict__)
-sys.exit(module.main(order["request"]))
+texts = order["modules"]
+class Sent:
+    def find_spec(self, name, path, target=None):
+        return ModuleSpec(name, self, is_package=not texts[name]) if name in texts else None
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        exec(compile(texts[module.__name__], module.__name__, "exec"), module.__dict__)
+sys.meta_path.insert(0, Sent())
+from raylaunch.cluster.installer.program import main
+sys.exit(main(order["request"]))
 """
-"""Runs modules that come on stdin, under their own names and in order: the host has none of our files yet."""
+"""Imports modules from the line that comes on stdin: the host has none of our files yet."""
 
 _NAMED = """
 case $1 in '~'/*) named=$HOME/${1#??} ;; *) named=$1 ;; esac
@@ -107,11 +114,11 @@ def installer_input(request: Mapping[str, object]) -> bytes:
     return json.dumps({"modules": _modules(), "request": json.dumps(request)}).encode() + b"\n"
 
 
-def _modules() -> list[tuple[str, str]]:
-    """Return the installer's modules with their text, those that others import first."""
+def _modules() -> dict[str, str]:
+    """Return the installer's modules by name, with their text; packages have none."""
     folder = Path(str(installer.__file__)).parent
-    packages = [(_PACKAGE.rsplit(".", count)[0], "") for count in (2, 1, 0)]
-    return [*packages, *((f"{_PACKAGE}.{name}", (folder / f"{name}.py").read_text("utf-8")) for name in _MODULES)]
+    texts = {f"{_PACKAGE}.{path.stem}": path.read_text("utf-8") for path in folder.glob("[!_]*.py")}
+    return {_PACKAGE.rsplit(".", count)[0]: "" for count in (2, 1, 0)} | texts
 
 
 def installer_error(machine: Machine, value: Mapping[str, str]) -> RaylaunchError:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from email.parser import HeaderParser
 from functools import cached_property
 
 from packaging.requirements import Requirement
@@ -22,6 +24,7 @@ _OLDEST_GLIBC = 17
 _KNOWN_TO_UV = (17, 28, *range(31, 41))  # `uv pip compile --help`, --python-platform
 _LEGACY = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}  # PEP 600
 _FIRST_MANYLINUX = 5
+_ONLY_EXTRA = re.compile(r"^[^;]*;(?:(?! or ).)*\bextra *== *['\"](?:(?! or ).)*$")  # most; not worth parsing
 
 
 @dataclass(frozen=True)
@@ -152,14 +155,25 @@ def installed_pins(requirements: Iterable[str], platform: WheelPlatform) -> dict
                 continue
             seen.add((name, extra))
             try:
-                distribution = importlib.metadata.distribution(name)
+                version, needs = _facts(name)
             except importlib.metadata.PackageNotFoundError:
                 continue
-            pins[name] = distribution.version
-            todo += _applying(distribution.requires or [], extra, markers)
+            pins[name] = version
+            todo += _applying(needs, extra, markers)
     return dict(sorted(pins.items()))
 
 
+@functools.cache
+def _facts(name: str) -> tuple[str, tuple[str, ...]]:
+    """Return version and requirements of what is installed here, without parsing the long text behind the header."""
+    distribution = importlib.metadata.distribution(name)
+    text = distribution.read_text("METADATA")
+    if text is None:  # installed by a setuptools of old, which spreads it over several files
+        return distribution.version, tuple(distribution.requires or ())
+    parsed = HeaderParser().parsestr(text.partition("\n\n")[0])
+    return str(parsed["Version"]), tuple(parsed.get_all("Requires-Dist") or ())
+
+
 def _applying(requirements: Iterable[str], extra: str, markers: dict[str, str]) -> list[Requirement]:
-    parsed = [Requirement(text) for text in requirements]
+    parsed = [Requirement(text) for text in requirements if extra or not _ONLY_EXTRA.search(text)]
     return [one for one in parsed if one.marker is None or one.marker.evaluate(markers | {"extra": extra})]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from raylaunch.cluster.own_wheel import OwnWheel, own_wheel
+from raylaunch.cluster.own_wheel import OwnWheel
 from raylaunch.cluster.pins import EXACT, WheelPlatform, exact_requirements, installed_pins, installed_version
 from raylaunch.version import __version__
 
@@ -35,21 +36,28 @@ class Wanted:
         return f"{__version__}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:_DIGITS]}"
 
 
-def wanted_on(platform: WheelPlatform) -> Wanted:
+def wanted_on(own: OwnWheel, platform: WheelPlatform) -> Wanted:
     """Say what an environment of our own for that platform must hold.
 
     Raises:
         VersionError: Ray or wandb is not installed here, or there is none for that platform.
     """
-    own = own_wheel()
     requirements = exact_requirements(own.requirements)
     place = (platform.uv_name, platform.glibc, platform.minor)
-    return Wanted(own, requirements, installed_pins(requirements, platform), _versions(), place)
+    return Wanted(own, requirements, _pins(requirements, platform), _versions(), place)
 
 
-def wanted_beside(environment: str) -> Wanted:
+@functools.lru_cache
+def _pins(requirements: tuple[str, ...], platform: WheelPlatform) -> Mapping[str, str]:
+    """Walk once for all hosts that are alike; what is installed here does not change under a running process.
+
+    Never in a thread: CPython 3.11 before 3.11.8 may raise SystemError where two parse markers at once (gh-106905).
+    """
+    return installed_pins(requirements, platform)
+
+
+def wanted_beside(own: OwnWheel, environment: str) -> Wanted:
     """Say what must be beside and in an environment of a host that the user names."""
-    own = own_wheel()
     return Wanted(own, exact_requirements(own.requirements), {}, _versions(), (environment,))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
@@ -25,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from raylaunch.cluster.home import make_private_dir, raylaunch_home, storage_error, storage_errors, write_private
 from raylaunch.cluster.installer.index_settings import pip_settings
-from raylaunch.cluster.own_wheel import OwnWheel
+from raylaunch.cluster.own_wheel import OwnWheel, own_wheel
 from raylaunch.cluster.pins import WheelPlatform
 from raylaunch.cluster.programs import run_program
 from raylaunch.cluster.resolving import STEP, Wheel, find_uv, resolve
@@ -61,6 +62,11 @@ class WheelStore:
     def __init__(self, home: Path | None = None, *, environ: Mapping[str, str] = os.environ) -> None:
         self.folder = (home or raylaunch_home(environ)) / "wheels"
         self.environ = environ
+
+    @functools.cached_property
+    def own(self) -> OwnWheel:
+        """The wheel of raylaunch itself, as the package was when this store was first asked for it."""
+        return own_wheel()
 
     def path(self, wheel: Wheel) -> Path:
         """Return where a wheel is kept; it is there once it was gathered."""

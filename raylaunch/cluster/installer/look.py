@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 
-from raylaunch.cluster.installer.named import check_named
 from raylaunch.cluster.installer.places import Places, existing
 from raylaunch.cluster.installer.words import ConflictProblem, Request, StorageProblem, VersionProblem
 
@@ -28,6 +27,8 @@ def look(request: Request) -> dict[str, object]:
     places = Places(request)
     _check_python(request)
     if request.named:
+        from raylaunch.cluster.installer.named import check_named  # noqa: PLC0415 -- see `program`
+
         check_named(request)
     ready = is_ready(request, places)
     if not ready:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -15,11 +16,12 @@ from pathlib import Path
 from raylaunch.cluster.installer.look import MARKER, is_ready
 from raylaunch.cluster.installer.places import Places, is_taken, sync
 from raylaunch.cluster.installer.programs import LAST_LINES, MAKE_S, Uv, find_uv
-from raylaunch.cluster.installer.words import ConflictProblem, Problem, Request, goes
+from raylaunch.cluster.installer.words import ConflictProblem, Problem, Request, TransferProblem, goes
 
 _TELL_EVERY_S = 1.0
 _POLL_S = 0.05
 _IMPORT_S = 300.0
+_CHUNK = 1024 * 1024
 _CHECK = """
 import importlib, json, sys
 from importlib.metadata import version
@@ -45,15 +47,8 @@ def make(request: Request) -> dict[str, object]:
 
 def _make(request: Request, places: Places) -> None:
     uv = find_uv(request, places, places.wheel(request.uv) if request.uv else None)
-    uv.run(
-        "venv",
-        "--quiet",
-        "--relocatable",
-        "--python",
-        sys.executable,
-        str(places.making),
-        what="makes a virtual environment",
-    )
+    make_venv = ["venv", "--quiet", "--relocatable", "--python", sys.executable, str(places.making)]
+    uv.run(*make_venv, what="makes a virtual environment")
     install = ["pip", "install", "--python", str(places.making / "bin" / "python"), "--no-deps", "--no-build"]
     uv.run(*install, *_sources(request, places, uv), what="installs Ray, wandb and what they need")
     if request.own:
@@ -87,28 +82,63 @@ def making(request: Request) -> Iterator[tuple[Places, bool]]:
     places = Places(request)
     places.make()
     with places.lock.open("a+b") as lock:
-        _take(lock.fileno(), places)
+        booted_then = _take(lock.fileno(), places)
         if is_ready(request, places):
             yield places, False
             return
-        _sweep(places)
+        if _sweep(places) and booted_then != _boot_id():  # what was unpacked may never have reached the disk
+            shutil.rmtree(places.cache, ignore_errors=True)
+        _check_wheels(request, places)
         try:
             yield places, True
         finally:
             _sweep(places)
 
 
-def _sweep(places: Places) -> None:
-    for left in places.versions.glob(f".{places.env.name}.making-*"):
+def _sweep(places: Places) -> bool:
+    """Remove what interrupted ones left; say whether there was anything."""
+    found = list(places.versions.glob(f".{places.env.name}.making-*"))
+    for left in found:
         shutil.rmtree(left, ignore_errors=True)
         with contextlib.suppress(OSError):
             left.unlink()
+    return bool(found)
 
 
-def _take(descriptor: int, places: Places) -> None:
+def _check_wheels(request: Request, places: Places) -> None:
+    """Compare the wheels with their checksums: power that fails may leave the name of a file, and not its bytes."""
+    damaged = [path for path in map(places.wheel, request.files()) if _sha256(path) != path.parent.name]
+    for path in damaged:
+        path.unlink()
+    if damaged:
+        msg = f"these wheels were damaged, and are removed: {', '.join(path.name for path in damaged)}"
+        raise TransferProblem(msg, "run the same command again: they are pushed anew")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _take(descriptor: int, places: Places) -> str:
+    """Take the lock of the environment; return the boot during which it was held before.
+
+    Raises:
+        Problem: another process held it too long.
+    """
     began = told = time.monotonic()
     while not is_taken(descriptor):
-        holder, now = os.pread(descriptor, 32, 0).decode(errors="replace") or "?", time.monotonic()
+        holder, now = _read(descriptor)[0], time.monotonic()
         if now - began > MAKE_S:
             msg = f"another process (pid {holder}) has been making {places.env} for more than {MAKE_S:.0f} s"
             raise ConflictProblem(msg, f"look at it on that host: ps -fp {holder}")
@@ -116,8 +146,16 @@ def _take(descriptor: int, places: Places) -> None:
             told = now
             goes(f"waits for another that makes the same (pid {holder}, {now - began:.0f} s)")
         time.sleep(_POLL_S)
+    booted_then = _read(descriptor)[1]
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    os.pwrite(descriptor, f"{os.getpid()} {_boot_id()}".encode(), 0)
+    return booted_then
+
+
+def _read(descriptor: int) -> tuple[str, str]:
+    """Return who holds the lock, or held it last: the pid, and the boot."""
+    pid, _, boot = os.pread(descriptor, 128, 0).decode(errors="replace").partition(" ")
+    return pid or "?", boot
 
 
 def complete(request: Request, places: Places) -> None:

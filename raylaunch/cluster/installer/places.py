@@ -27,7 +27,7 @@ class Places:
         self.making = self.versions / f".{request.name}.making-{os.getpid()}"
         self.lock = self.versions / f".{request.name}.lock"
         self.wheels = self.root / "wheels"
-        """Below, each in a folder named by its checksum; a file that bears its name is whole."""
+        """Below, each in a folder named by its checksum."""
         self.cache = self.root / "cache" / "uv"
 
     def wheel(self, file: File) -> Path:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
-from raylaunch.cluster.installer.beside import add_beside
-from raylaunch.cluster.installer.look import look
-from raylaunch.cluster.installer.make import make
 from raylaunch.cluster.installer.places import storage_problem
-from raylaunch.cluster.installer.receive import receive
 from raylaunch.cluster.installer.words import Problem, Request, say
 
-_VERBS = {"look": look, "make": make, "add_beside": add_beside, "receive": receive}
+_MODULES = {"look": "look", "make": "make", "add_beside": "beside", "receive": "receive"}
 
 
 def main(body: str) -> int:
@@ -20,7 +17,9 @@ def main(body: str) -> int:
     os.umask(0o077)
     request = Request.read(body)
     try:
-        result = _VERBS[request.verb](request)
+        # What the verb does not need is not imported: starting is most of what a look takes.
+        module = importlib.import_module(f"raylaunch.cluster.installer.{_MODULES[request.verb]}")
+        result = getattr(module, request.verb)(request)
     except Problem as problem:
         return _refuse(problem)
     except OSError as error:

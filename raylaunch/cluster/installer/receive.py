@@ -14,7 +14,7 @@ import tarfile
 import time
 from pathlib import Path
 
-from raylaunch.cluster.installer.places import Places, is_taken, sync
+from raylaunch.cluster.installer.places import Places, is_taken
 from raylaunch.cluster.installer.words import Request, TransferProblem, say
 
 _TELL_EVERY_S = 0.5
@@ -44,7 +44,10 @@ def receive(request: Request) -> dict[str, object]:
 
 
 def _unpack(bundle: Path, places: Places) -> None:
-    """Put the wheels of a tar file (``<sha256>/<file>`` each) into their places, checked and written to the disk."""
+    """Put the wheels of a tar file (``<sha256>/<file>`` each) into their places.
+
+    They are not forced to the disk, which takes longest: `make` compares all checksums before it uses any.
+    """
     folder = places.wheels / f".unpacking-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -52,7 +55,6 @@ def _unpack(bundle: Path, places: Places) -> None:
             for member in archive:
                 content = archive.extractfile(member)
                 _write(folder, member.name, content.read() if content else b"")
-        sync(folder)
         for path in folder.glob("*/*"):
             target = places.wheels / path.relative_to(folder)
             target.parent.mkdir(exist_ok=True)
