@@ -44,7 +44,7 @@ def holdings_of(
     """Return what our attempts hold: those of active jobs, until they are proven gone (`released`).
 
     An attempt is where a steward sees it: a restarted Ray gives its node a new id. A driver (``launcher: ray``) asks
-    for nothing itself, and its workers take what it holds when it pleases them: that much of what Ray counts as used is
+    for nothing itself, and its workers take what it holds when it pleases them: as much of what Ray counts as used is
     taken for theirs, so that nothing is counted twice.
     """
     return [
@@ -53,7 +53,7 @@ def holdings_of(
             name=record.name,
             node_id=sight.node_id if sight is not None else attempt.node_id,
             amounts=needs(asked(record)),
-            placed=asked(record).launcher == "ray" or (sight is not None and sight.claim is not None),
+            placed=sight is not None and sight.claim is not None,
         )
         for record in records
         if record.state.active
