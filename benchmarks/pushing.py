@@ -20,7 +20,6 @@ import pytest
 from benchmarks.measure import Result, Skipped, compared, in_turns, seconds
 from benchmarks.workshop import Workshop
 from raylaunch.cluster.host_wheels import HostWheels, Seen
-from raylaunch.cluster.installer_call import Interpreter
 from raylaunch.cluster.resolving import Wheel
 from raylaunch.cluster.ssh import machine
 from raylaunch.cluster.wheels import WheelStore
@@ -31,7 +30,6 @@ from support.hosts import Host, World, world
 _MB = 1_000_000
 # As Ray, wandb and what they need were in November 2026: a few large wheels and many small ones, 155 MB in all.
 _SIZES_MB = (79.3, 20.3, 17.6, 7.4, 5.7, 4.8, 2.9, 2.3, *([0.2] * 76))
-_PYTHON = "/usr/bin/python3"
 _ROUNDS = 3
 _DELAY_MS = 50.0
 
@@ -98,9 +96,7 @@ async def _push_to_all(hosts: Sequence[Host], store: WheelStore, wheels: Sequenc
 async def _push(host: Host, store: WheelStore, wheels: Sequence[Wheel]) -> None:
     seen = Seen(wheels="/root/pushed/wheels", free_bytes=sys.maxsize)
     async with machine(host.target()) as connection:
-        python = Interpreter(_PYTHON)
-        on_host = HostWheels(connection, python, store, lambda _step: None, root="/root/pushed", limit_bytes_per_s=None)
-        await on_host.push(wheels, seen)
+        await HostWheels(connection, store, lambda _step: None, limit_bytes_per_s=None).push(wheels, seen)
 
 
 def _copy_to(lab: World, hosts: Sequence[Host], files: Sequence[Path]) -> None:

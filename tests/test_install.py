@@ -25,7 +25,6 @@ from support.sshd import Sshd, sshd
 from support.waiting import wait_until
 
 from raylaunch.cluster.install import HostPython, Way, ensure_beside, ensure_environment
-from raylaunch.cluster.installer_call import LOADER, Answer, installer_input
 from raylaunch.cluster.own_wheel import own_wheel
 from raylaunch.cluster.pins import EXACT, WheelPlatform, installed_pins, installed_version
 from raylaunch.cluster.plan import Step
@@ -281,29 +280,6 @@ def test_two_callers_at_once_make_it_once(fresh: Host) -> None:
     assert len(set(made)) == 1
     assert sum("checks that everything" in step.message for step in fresh.steps) == 1
     assert not fresh.left_over()
-
-
-def receiver(root: Path, patience_s: float) -> subprocess.Popen[bytes]:
-    """Run what holds the lock of a host's wheels for a client."""
-    argv = [sys.executable, "-I", "-c", LOADER]
-    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    request = {"verb": "receive", "root": str(root), "name": "", "patience_s": patience_s}
-    assert process.stdin is not None
-    process.stdin.write(installer_input(request))
-    process.stdin.flush()
-    return process
-
-
-def test_a_client_that_has_fallen_silent_holds_no_lock_for_ever(tmp_path: Path) -> None:
-    with receiver(tmp_path, 1) as silent:
-        assert silent.stdout is not None
-        assert Answer.read(silent.stdout.readline()).state == "holds"
-        with receiver(tmp_path, 60) as second:
-            assert second.stdout is not None
-            assert second.stdin is not None
-            assert Answer.read(second.stdout.readline()).state == "waits"
-            assert any(Answer.read(line).state == "holds" for line in second.stdout)
-            second.stdin.close()
 
 
 def test_a_folder_without_its_mark_is_not_taken_for_an_environment(host: Host) -> None:

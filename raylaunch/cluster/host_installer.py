@@ -59,7 +59,7 @@ class HostInstaller:
         self._wanted = wanted
         self._store = store
         self._tell = on_step
-        self._wheels = HostWheels(machine, interpreter, store, on_step, root=root, limit_bytes_per_s=limit_bytes_per_s)
+        self._wheels = HostWheels(machine, store, on_step, limit_bytes_per_s=limit_bytes_per_s)
         self._seen = Seen(wheels="")
         self._request: dict[str, object] = {
             "root": root,
@@ -85,14 +85,12 @@ class HostInstaller:
         own = self._store.add(self._wanted.own)
         uv = next(one for one in wheels if one.name == "uv")
         files = {"wheels": [_file(one) for one in wheels], "own": _file(own), "uv": _file(uv)}
-        await self._wheels.push([*wheels, own], self._seen)
         try:
-            return await self._make("make", **files)
-        except TransferError as error:
+            return await self._make("make", bundle=await self._wheels.push([*wheels, own], self._seen), **files)
+        except TransferError as error:  # damaged ones are removed there, and pushed anew
             self._tell(Step(STEP, "note", error.message))
             await self.look()
-            await self._wheels.push([*wheels, own], self._seen)
-            return await self._make("make", **files)
+            return await self._make("make", bundle=await self._wheels.push([*wheels, own], self._seen), **files)
 
     async def from_index(self, platform: WheelPlatform) -> str:
         """Push uv and raylaunch's own wheel, and have the host install the rest from its package index."""
@@ -103,15 +101,16 @@ class HostInstaller:
         except IndexUnreachableError:
             words = "no package index can be reached from here: the host must have uv, or get it itself"
             self._tell(Step("wheels", "note", words))
-        await self._wheels.push([own, *tools], self._seen)
+        bundle = await self._wheels.push([own, *tools], self._seen)
         uv = _file(tools[0]) if tools else None
-        return await self._make("make", preferences=dict(self._wanted.pins), own=_file(own), uv=uv)
+        preferences = dict(self._wanted.pins)
+        return await self._make("make", bundle=bundle, preferences=preferences, own=_file(own), uv=uv)
 
     async def beside(self) -> str:
         """Push raylaunch's own wheel, and have it put beside the named environment."""
         own = self._store.add(self._wanted.own)
-        await self._wheels.push([own], self._seen)
-        return await self._make("add_beside", own=_file(own))
+        bundle = await self._wheels.push([own], self._seen)
+        return await self._make("add_beside", bundle=bundle, own=_file(own))
 
     async def _make(self, verb: str, **facts: object) -> str:
         began, words = time.monotonic(), f"the environment {self._wanted.name}"

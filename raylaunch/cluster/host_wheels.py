@@ -12,10 +12,9 @@ import anyio.to_thread
 from pydantic import BaseModel
 
 from raylaunch.cluster.home import storage_errors
-from raylaunch.cluster.installer_call import Interpreter, OnStep
+from raylaunch.cluster.installer_call import OnStep
 from raylaunch.cluster.pins import WheelPlatform
 from raylaunch.cluster.plan import Step
-from raylaunch.cluster.receiver import receiving
 from raylaunch.cluster.resolving import Wheel
 from raylaunch.cluster.ssh import Machine
 from raylaunch.cluster.ssh_files import PushFile, push
@@ -48,26 +47,20 @@ class HostWheels:
 
     Args:
         machine: the host.
-        interpreter: a Python there.
         store: where wheels are gathered here.
         on_step: told each step, and how far it is.
-        root: raylaunch's folder on the host.
         limit_bytes_per_s: how much of the link pushing may take.
     """
 
-    def __init__(  # noqa: PLR0913 -- each is one fact
+    def __init__(
         self,
         machine: Machine,
-        interpreter: Interpreter,
         store: WheelStore,
         on_step: OnStep,
         *,
-        root: str,
         limit_bytes_per_s: float | None,
     ) -> None:
         self._machine = machine
-        self._root = root
-        self._interpreter = interpreter
         self._store = store
         self._tell = on_step
         self._limit = limit_bytes_per_s
@@ -92,8 +85,11 @@ class HostWheels:
         self._tell(Step("wheels", "done", words, time.monotonic() - began))
         return wheels
 
-    async def push(self, wheels: Sequence[Wheel], seen: Seen) -> None:
-        """Have wheels on the host that are gathered here.
+    async def push(self, wheels: Sequence[Wheel], seen: Seen) -> str:
+        """Have wheels on the host that are gathered here; return the path there of the bundle that holds some of them.
+
+        Large ones are sent one by one, small ones in one piece: each file costs the host some programs and writes. The
+        installer unpacks the bundle.
 
         Raises:
             HostError: its disk has no room, or it was lost.
@@ -103,11 +99,19 @@ class HostWheels:
         total, began = sum(one.bytes for one in missing), time.monotonic()
         if not missing:
             self._tell(Step(_STEP, "kept", f"all {len(wheels)} wheels are there"))
-            return
+            return ""
         self._check_room(total, seen)
         self._tell(Step(_STEP, "begins", f"pushes {len(missing)} of {len(wheels)} wheels, {mb(total)}"))
-        await self._push(missing, seen.wheels, total)
+        small = [one for one in missing if one.bytes < _SMALL_BYTES]
+        bundle = await anyio.to_thread.run_sync(self._bundle, small, seen.wheels) if len(small) > 1 else None
+        alone = [one for one in missing if bundle is None or one not in small]
+        files = [
+            PushFile(self._store.path(one), f"{seen.wheels}/{one.sha256}/{one.file}", _MODE, one.sha256)
+            for one in alone
+        ]
+        await self._push([*files, *([bundle] if bundle else [])], total)
         self._tell(Step(_STEP, "done", f"pushed {len(missing)} wheels, {mb(total)}", time.monotonic() - began))
+        return bundle.remote if bundle else ""
 
     def _check_room(self, total: int, seen: Seen) -> None:
         needed = int(total * _RESERVE)
@@ -117,8 +121,7 @@ class HostWheels:
             hint = "free some space there, or set root: to a folder on another disk of that host"
             raise HostStorageError(msg, hint=hint, host=name, step=_STEP)
 
-    async def _push(self, wheels: Sequence[Wheel], folder: str, total: int) -> None:
-        """Send large wheels one by one, and small ones in one piece: each file costs the host programs and writes."""
+    async def _push(self, files: Sequence[PushFile], total: int) -> None:
         done, told_at = 0, 0.0
 
         def told(count: int) -> None:
@@ -126,19 +129,9 @@ class HostWheels:
             done += count
             if time.monotonic() - told_at > _TELL_EVERY_S:
                 told_at = time.monotonic()
-                self._tell(Step(_STEP, "waits", f"pushed {mb(done)} of {mb(total)}"))
+                self._tell(Step(_STEP, "waits", f"pushed {mb(min(done, total))} of {mb(total)}"))
 
-        large = [one for one in wheels if one.bytes >= _SMALL_BYTES]
-        small = [one for one in wheels if one.bytes < _SMALL_BYTES]
-        files = [
-            PushFile(self._store.path(one), f"{folder}/{one.sha256}/{one.file}", _MODE, one.sha256) for one in large
-        ]
-        bundle = await anyio.to_thread.run_sync(self._bundle, small, folder) if small else None
-        async with receiving(self._machine, self._interpreter, self._root, self._tell) as receiver:
-            files += [bundle] if bundle else []
-            await push(self._machine, files, on_bytes=told, limit_bytes_per_s=self._limit, step="push wheels")
-            if bundle:
-                await receiver.unpack(bundle.remote)
+        await push(self._machine, files, on_bytes=told, limit_bytes_per_s=self._limit, step="push wheels")
 
     def _bundle(self, wheels: Sequence[Wheel], folder: str) -> PushFile:
         """Pack wheels into one file, the same whenever it is made of the same."""

@@ -140,9 +140,12 @@ async def provide_wheels(  # noqa: PLR0913 -- as above
         RaylaunchError: as `ensure_environment`.
     """
     interpreter = Interpreter(python.path)
-    wheels = HostWheels(machine, interpreter, store, on_step, root=root, limit_bytes_per_s=limit_bytes_per_s)
-    request = {"verb": "look", "root": root, "name": "", "arch": python.platform.arch, "minor": python.platform.minor}
+    wheels = HostWheels(machine, store, on_step, limit_bytes_per_s=limit_bytes_per_s)
+    platform = python.platform
+    request = {"verb": "look", "root": root, "name": "", "arch": platform.arch, "minor": platform.minor}
     seen = Seen.model_validate(await ask_installer(machine, interpreter, request, limit_s=LOOK_S, on_step=on_step))
-    gathered = await wheels.gather(requirements, python.platform, preferences or {})
-    await wheels.push(gathered, seen)
+    gathered = await wheels.gather(requirements, platform, preferences or {})
+    if bundle := await wheels.push(gathered, seen):
+        request |= {"verb": "unpack", "bundle": bundle}
+        await ask_installer(machine, interpreter, request, limit_s=LOOK_S, on_step=on_step)
     return tuple(f"{seen.wheels}/{one.sha256}" for one in gathered)

@@ -22,8 +22,8 @@ _LAST_LINES = 12
 _CANNOT_RUN = (126, 127)
 
 _PACKAGE = "raylaunch.cluster.installer"
-
-LOADER = """
+# Imports modules from the line that comes on stdin: the host has none of our files yet.
+_LOADER = """
 import json, sys
 from importlib.machinery import ModuleSpec
 order = json.loads(sys.stdin.readline())
@@ -39,7 +39,6 @@ sys.meta_path.insert(0, Sent())
 from raylaunch.cluster.installer.program import main
 sys.exit(main(order["request"]))
 """
-"""Imports modules from the line that comes on stdin: the host has none of our files yet."""
 
 _NAMED = """
 case $1 in '~'/*) named=$HOME/${1#??} ;; *) named=$1 ;; esac
@@ -65,24 +64,22 @@ class Interpreter:
         return [self.path, "-I", "-c", program]
 
 
-class Answer(BaseModel):
+class _Answer(BaseModel):
     """One line of the installer."""
 
     model_config = ConfigDict(extra="forbid")
 
     step: Step | None = None
-    state: str = ""
-    """Of one that receives wheels: ``waits``, ``holds``, ``unpacked``."""
     error: dict[str, str] | None = None
     result: dict[str, object] | None = None
 
     @staticmethod
-    def read(line: bytes) -> Answer:
+    def read(line: bytes) -> _Answer:
         """Read a line; what is no answer is noise."""
         try:
-            return Answer.model_validate_json(line)
+            return _Answer.model_validate_json(line)
         except ValidationError:
-            return Answer()
+            return _Answer()
 
 
 async def ask_installer(
@@ -94,24 +91,19 @@ async def ask_installer(
         RaylaunchError: as the installer says; or the connection's.
         HostStepError: it cannot be run, or ended without an answer.
     """
-    body = installer_input(request)
+    body = json.dumps({"modules": _modules(), "request": json.dumps(request)}).encode() + b"\n"
     result: dict[str, object] | None = None
-    async with machine.lines(interpreter.runs(LOADER), input=body, limit_s=limit_s, step=STEP) as lines:
+    async with machine.lines(interpreter.runs(_LOADER), input=body, limit_s=limit_s, step=STEP) as lines:
         async for line in lines:
-            answer = Answer.read(line)
+            answer = _Answer.read(line)
             if answer.step:
                 on_step(answer.step)
             if answer.error:
-                raise installer_error(machine, answer.error)
+                raise _error(machine, answer.error)
             result = answer.result or result
     if result is None:
         raise _no_answer(machine, interpreter, lines)
     return result
-
-
-def installer_input(request: Mapping[str, object]) -> bytes:
-    """Return the line that `LOADER` reads: the installer, and what is asked of it."""
-    return json.dumps({"modules": _modules(), "request": json.dumps(request)}).encode() + b"\n"
 
 
 def _modules() -> dict[str, str]:
@@ -121,7 +113,7 @@ def _modules() -> dict[str, str]:
     return {_PACKAGE.rsplit(".", count)[0]: "" for count in (2, 1, 0)} | texts
 
 
-def installer_error(machine: Machine, value: Mapping[str, str]) -> RaylaunchError:
+def _error(machine: Machine, value: Mapping[str, str]) -> RaylaunchError:
     """Return the error that the installer told."""
     error = from_wire(value["code"], f"{machine.name}: {value['message']}", value["hint"])
     if isinstance(error, HostError):

@@ -16,6 +16,7 @@ from pathlib import Path
 from raylaunch.cluster.installer.look import MARKER, is_ready
 from raylaunch.cluster.installer.places import Places, is_taken, sync
 from raylaunch.cluster.installer.programs import LAST_LINES, MAKE_S, Uv, find_uv
+from raylaunch.cluster.installer.unpack import unpack
 from raylaunch.cluster.installer.words import ConflictProblem, Problem, Request, TransferProblem, goes
 
 _TELL_EVERY_S = 1.0
@@ -88,6 +89,7 @@ def making(request: Request) -> Iterator[tuple[Places, bool]]:
             return
         if _sweep(places) and booted_then != _boot_id():  # what was unpacked may never have reached the disk
             shutil.rmtree(places.cache, ignore_errors=True)
+        unpack(request)
         _check_wheels(request, places)
         try:
             yield places, True

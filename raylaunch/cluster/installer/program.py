@@ -9,7 +9,7 @@ from pathlib import Path
 from raylaunch.cluster.installer.places import storage_problem
 from raylaunch.cluster.installer.words import Problem, Request, say
 
-_MODULES = {"look": "look", "make": "make", "add_beside": "beside", "receive": "receive"}
+_MODULES = {"look": "look", "make": "make", "add_beside": "beside", "unpack": "unpack"}
 
 
 def main(body: str) -> int:

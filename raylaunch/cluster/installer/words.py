@@ -22,7 +22,7 @@ class Request:
     """What is asked for."""
 
     verb: str
-    """``look``, ``make``, ``add_beside`` or ``receive``."""
+    """``look``, ``make``, ``add_beside`` or ``unpack``."""
     root: str
     """raylaunch's folder; ``~`` is the home of who runs this."""
     name: str
@@ -43,8 +43,8 @@ class Request:
     """With none, the host's package index is asked."""
     own: File | None = None
     """raylaunch's own wheel."""
-    patience_s: float = 60.0
-    """How long a client that pushes may be silent."""
+    bundle: str = ""
+    """Path of a file that holds several of these wheels, if they were pushed so."""
     uv: File | None = None
     """uv's wheel; with none, the host's own uv is looked for."""
 
