@@ -17,19 +17,19 @@ help: ## this list
 demo: .venv/.demo ## start a cluster here, train on real data, fetch the model
 	$(BIN)/raylaunch demo
 
-test: lint ## all checks and tests
-	$(PYTEST) $(ARGS)
+test: lint ## all checks and tests, but for those marked long, which it counts
+	$(PYTEST) -m "not long" $(ARGS)
 
-test-machines: .venv/.test ## hosts made of namespaces: clusters over SSH, alone (needs root)
+test-machines: .venv/.test ## hosts made of namespaces: clusters over SSH, alone, and the long tests (needs root)
 	@tools/setup.sh machines
-	$(PYTEST) -m machines $(ARGS)
+	$(PYTEST) -m "machines or long" $(ARGS)
 
 test-clients: .venv/.test ## Claude Code's own command line connects to the MCP server (from npm, 360 MB)
 	tools/node.sh claude @anthropic-ai/claude-code@2.1.330
 	$(BIN)/python -m pytest tests/clients_claude_code.py $(ARGS)
 
 check: lint ## lint, format, types and the pure tests; under two minutes
-	$(PYTEST) -m "not ray and not wandb and not slow" $(ARGS)
+	$(PYTEST) -m "not ray and not wandb and not slow and not long" $(ARGS)
 
 lint: .venv/.test
 	$(BIN)/ruff check .

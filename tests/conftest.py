@@ -1,4 +1,4 @@
-"""What all tests share: a short home for clusters, and what a skip means.
+"""What all tests share: a short home for clusters, what a skip means, and how many long tests were left out.
 
 With ``RAYLAUNCH_TEST_ALL=1`` (continuous integration) a skipped test is a failed one, so that a level that silently
 stopped running is noticed. Only what not every machine can have may be missing even then; such a skip's reason begins
@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +58,42 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _failed_if_skipped(report)
     return report
+
+
+_LEFT_OUT = pytest.StashKey[set[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin the count of long tests that a run leaves out."""
+    config.stash[_LEFT_OUT] = set()
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Count the long tests that this run leaves out."""
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.config.stash[_LEFT_OUT].add(item.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
+    """Tell the process that started the workers what a worker has left out."""
+    yield
+    if hasattr(session.config, "workeroutput"):
+        left_out = session.config.stash[_LEFT_OUT]
+        session.config.workeroutput["left_out"] = sorted(left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:  # noqa: ANN401 -- a class of xdist, which ships no types
+    """Take over what a worker has left out; each has collected all tests."""
+    node.config.stash[_LEFT_OUT].update(getattr(node, "workeroutput", {}).get("left_out", ()))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how many long tests were left out: what did not run is not what passed."""
+    if left_out := config.stash[_LEFT_OUT]:
+        terminalreporter.write_line(f"left out: {len(left_out)} tests marked long; `make test-machines` runs them")
 
 
 @pytest.fixture
