@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from raylaunch.errors import JobFailedError, RaylaunchError
     from raylaunch.job import context, report
     from raylaunch.sdk import AsyncCluster, AsyncJob, Cluster, Job, aconnect, connect
-    from raylaunch.spec import JobSpec
+    from raylaunch.spec import ClusterSpec, JobSpec
     from raylaunch.state import JobState
 
 _HOMES = {
     "AsyncCluster": "raylaunch.sdk",
     "AsyncJob": "raylaunch.sdk",
     "Cluster": "raylaunch.sdk",
+    "ClusterSpec": "raylaunch.spec",
     "Job": "raylaunch.sdk",
     "JobFailedError": "raylaunch.errors",
     "JobSpec": "raylaunch.spec",
@@ -36,6 +37,7 @@ __all__ = [
     "AsyncCluster",
     "AsyncJob",
     "Cluster",
+    "ClusterSpec",
     "Job",
     "JobFailedError",
     "JobSpec",

@@ -11,9 +11,12 @@ class Step:
     """One named step of ``up``, when it begins, when it is done, and when it had nothing to do."""
 
     name: str
+    """Of hosts over SSH it begins with the host's, as ``dgx-1: ray``."""
     state: Literal["begins", "waits", "done", "kept", "note"]
+    """``kept``: there was nothing to do. ``note``: what a person should know."""
     message: str
     seconds: float = 0.0
+    """What it took, or has taken so far."""
 
     def __str__(self) -> str:
         took = f" ({self.seconds:.1f} s)" if self.state == "done" else ""
@@ -42,8 +45,10 @@ class Ended:
     """One process that ``down`` ended, and how."""
 
     what: str
+    """A process, or a host's part of the cluster."""
     pid: int = 0
     how: str = ""
+    """By which signal, or what else became of it."""
 
     def __str__(self) -> str:
         return f"{self.what} (pid {self.pid}): {self.how}" if self.pid else self.what

@@ -160,7 +160,7 @@ async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Pl
         actions=tuple(f"{host}: {one}" for host, found in outcome.actions.items() for one in found),
         keeps=tuple(f"{host}: {one}" for host, found in outcome.keeps.items() for one in found),
         notes=(
-            *(f"{host}: {error.message}" for host, error in outcome.errors.items()),
+            *(f"{host}: {error}".replace("\n", "\n    ") for host, error in outcome.errors.items()),
             *(f"{one.host}: {one.message}" for one in outcome.warnings),
         ),
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from raylaunch.config import Flag, job_spec_from_flags, load_cluster_spec
+from raylaunch.config import Flag, job_spec_from_flags, kept_file, load_cluster_spec
 from raylaunch.errors import SpecError
 from raylaunch.spec import ClusterSpec, JobSpec, Spec
 from raylaunch.spec_problems import spec_error
@@ -18,9 +19,26 @@ _LISTS = frozenset({"outputs", "secrets", "tags"})
 Asked = str | Sequence[str] | Path | JobSpec
 """A shell command, a program with its arguments, a job file's path, or a whole spec."""
 
+Which = str | Path | ClusterSpec
+"""A cluster: its name, a cluster file's path, or a whole spec. "" is the one that applies here."""
+
+
+def cluster_of(which: Which) -> ClusterSpec:
+    """Return the cluster that is meant.
+
+    Raises:
+        SpecError: the file cannot be read, or the name cannot be one.
+    """
+    if isinstance(which, ClusterSpec):
+        return which
+    return cluster_spec_of("", which) if isinstance(which, Path) else cluster_spec_of(which, None)
+
 
 def cluster_spec_of(name: str, cluster_file: Path | None) -> ClusterSpec:
-    """Return the cluster that is meant: the file's, and where the file's is not `name`, the embedded one of that name.
+    """Return the cluster that is meant.
+
+    That is the file's; where the file's is not `name`, the one of that name that was brought up from here, else the
+    embedded one.
 
     Raises:
         SpecError: the file cannot be read, or the name cannot be one.
@@ -29,6 +47,9 @@ def cluster_spec_of(name: str, cluster_file: Path | None) -> ClusterSpec:
     if not name or spec.name == name:
         return spec
     try:
+        kept = kept_file(ClusterSpec(name=name).name, os.environ)
+        if kept.is_file():
+            return load_cluster_spec(kept)
         return ClusterSpec(name=name)
     except ValidationError as error:
         raise spec_error(error, ClusterSpec, {"name": name}, lambda _path: "") from None

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 
 from typing_extensions import Self
 
 from raylaunch.client import Client, DryRun, Reachable, with_wandb
-from raylaunch.cluster.backends import Step
+from raylaunch.cluster.plan import DownReport, Plan, Step
 from raylaunch.place import Place
-from raylaunch.sdk.asking import Asked, cluster_spec_of, spec_of, states_of
+from raylaunch.sdk.asking import Asked, Which, cluster_of, cluster_spec_of, spec_of, states_of
 from raylaunch.sdk.async_job import AsyncJob
+from raylaunch.sdk.bringing_up import refuse_while_jobs_run, steps_of_up
 from raylaunch.sdk.display import cluster_html, cluster_line
+from raylaunch.sdk.live import OnStep, show_steps
 from raylaunch.spec import Environment, Launcher, Resources, Tracking, Where
-from raylaunch.state import ControllerStatus, JobState, PackReport
+from raylaunch.state import ClusterStatus, ControllerStatus, JobState, PackReport
 
 _PAGE = 500
 
@@ -81,10 +83,98 @@ class AsyncCluster:
                 client = await stack.enter_async_context(Client(reach, cluster=label, on_notice=on_notice))
             else:
                 spec = cluster_spec_of(name, Path(cluster_file) if cluster_file else None)
-                place = Place(spec, on_notice=on_notice, on_step=_log_step)
+                place = Place(spec, on_notice=on_notice, on_step=show_steps(spec.name))
                 label, client = spec.name, await stack.enter_async_context(place.client(start=start))
             seen = await client.status()
             return cls(client, name=label, holds=stack.pop_all(), seen=seen)
+
+    @classmethod
+    async def plan(cls, which: Which = "") -> Plan:
+        """Return what `up` would do now. Nothing is changed; the plan prints itself.
+
+        Args:
+            which: the cluster: a name, a cluster file's `Path`, or a `ClusterSpec`; by default the one that applies
+                here.
+
+        Raises:
+            ClusterError: this machine, or what runs on it, does not fit. Of hosts over SSH the plan's notes say that.
+            SpecError: the file cannot be read, or says something that cannot be.
+        """
+        spec = cluster_of(which)
+        return await Place(spec, on_notice=say, on_step=show_steps(spec.name)).backend.plan(spec)
+
+    @classmethod
+    async def up(cls, which: Which = "", *, on_step: OnStep | None = None, on_notice: Notice = say) -> Self:
+        """Start the cluster, or what is missing of it; return it when it can take jobs.
+
+        It may be repeated: what is well is left as it is. Nobody is asked: what needs a person (the key of a host that
+        is not known yet, a passphrase) is an error that says what to type in a terminal.
+
+        Args:
+            which: the cluster, as for `plan`.
+            on_step: told each step; by default a notebook shows them, and elsewhere they are logged.
+            on_notice: told in a sentence what a person should know.
+
+        Raises:
+            ClusterStartError: something is missing at the end, host by host. What came up stays up.
+            ClusterError: this machine, or what runs on it, does not fit.
+            SpecError: the file cannot be read, or says something that cannot be.
+        """
+        spec = cluster_of(which)
+        place = Place(spec, on_notice=on_notice, on_step=on_step or show_steps(spec.name))
+        async with contextlib.AsyncExitStack() as stack:
+            await place.up()
+            client = await stack.enter_async_context(place.client())
+            seen = await client.status()
+            return cls(client, name=spec.name, holds=stack.pop_all(), seen=seen)
+
+    @classmethod
+    async def up_steps(cls, which: Which = "", *, on_notice: Notice = say) -> AsyncGenerator[Step, None]:
+        """Yield each step of an `up` as it happens; the cluster can take jobs when there are no more.
+
+        Whoever stops listening ends the bring-up; the next one goes on from there.
+
+        Args:
+            which: the cluster, as for `plan`.
+            on_notice: told in a sentence what a person should know.
+
+        Raises:
+            ClusterStartError: something is missing at the end, host by host. What came up stays up.
+        """
+        async with contextlib.aclosing(steps_of_up(cluster_of(which), on_notice=on_notice)) as steps:
+            async for step in steps:
+                yield step
+
+    @classmethod
+    async def look(cls, which: Which = "") -> ClusterStatus:
+        """Return how a cluster is that may not run: ``running``, ``degraded`` or ``stopped``. Nothing is changed.
+
+        Args:
+            which: the cluster, as for `plan`.
+
+        Raises:
+            SpecError: the file cannot be read, or says something that cannot be.
+        """
+        spec = cluster_of(which)
+        return await Place(spec, on_notice=say, on_step=show_steps(spec.name)).backend.status(spec)
+
+    @classmethod
+    async def down(cls, which: Which, *, force: bool = False) -> DownReport:
+        """End exactly what `up` started; return what that was, when nothing of it is left. The store stays.
+
+        Args:
+            which: the cluster, as for `plan`. It has to be named.
+            force: also while jobs run: they are ended, and tried again at the next `up`.
+
+        Raises:
+            ConflictError: jobs run, and `force` is False.
+            ClusterError: something could not be ended; the message says what.
+        """
+        spec = cluster_of(which)
+        place = Place(spec, on_notice=say, on_step=show_steps(spec.name), heals=False)
+        if not force:
+            refuse_while_jobs_run(await place.running_jobs(), spec.name)
+        return await place.backend.down(spec)
 
     async def __aenter__(self) -> Self:
         return self
@@ -253,10 +343,6 @@ class AsyncCluster:
             if not cursor:
                 break
         return tuple(found)
-
-
-def _log_step(step: Step) -> None:
-    _log.info("%s", step)
 
 
 def _log_packed(report: PackReport, archive_bytes: int) -> None:

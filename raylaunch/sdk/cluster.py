@@ -5,18 +5,20 @@ A test keeps both equal, verb by verb: signatures and docstrings are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 from typing_extensions import Self
 
 from raylaunch.client import DryRun, Reachable
-from raylaunch.sdk.asking import Asked
+from raylaunch.cluster.plan import DownReport, Plan, Step
+from raylaunch.sdk.asking import Asked, Which
 from raylaunch.sdk.async_cluster import AsyncCluster, Notice, say
 from raylaunch.sdk.job import Job
+from raylaunch.sdk.live import OnStep
 from raylaunch.sdk.loop import LoopThread, shared_loop
 from raylaunch.spec import Environment, Launcher, Resources, Tracking, Where
-from raylaunch.state import ControllerStatus, JobState
+from raylaunch.state import ClusterStatus, ControllerStatus, JobState
 
 
 class Cluster:
@@ -65,6 +67,83 @@ class Cluster:
         truth = loop.run(work)
         loop.keep(truth)
         return cls(truth, loop)
+
+    @classmethod
+    def plan(cls, which: Which = "") -> Plan:
+        """Return what `up` would do now. Nothing is changed; the plan prints itself.
+
+        Args:
+            which: the cluster: a name, a cluster file's `Path`, or a `ClusterSpec`; by default the one that applies
+                here.
+
+        Raises:
+            ClusterError: this machine, or what runs on it, does not fit. Of hosts over SSH the plan's notes say that.
+            SpecError: the file cannot be read, or says something that cannot be.
+        """
+        return shared_loop().run(AsyncCluster.plan(which))
+
+    @classmethod
+    def up(cls, which: Which = "", *, on_step: OnStep | None = None, on_notice: Notice = say) -> Self:
+        """Start the cluster, or what is missing of it; return it when it can take jobs.
+
+        It may be repeated: what is well is left as it is. Nobody is asked: what needs a person (the key of a host that
+        is not known yet, a passphrase) is an error that says what to type in a terminal.
+
+        Args:
+            which: the cluster, as for `plan`.
+            on_step: told each step; by default a notebook shows them, and elsewhere they are logged.
+            on_notice: told in a sentence what a person should know.
+
+        Raises:
+            ClusterStartError: something is missing at the end, host by host. What came up stays up.
+            ClusterError: this machine, or what runs on it, does not fit.
+            SpecError: the file cannot be read, or says something that cannot be.
+        """
+        loop = shared_loop()
+        truth = loop.run(AsyncCluster.up(which, on_step=on_step, on_notice=on_notice))
+        loop.keep(truth)
+        return cls(truth, loop)
+
+    @classmethod
+    def up_steps(cls, which: Which = "", *, on_notice: Notice = say) -> Generator[Step, None, None]:
+        """Yield each step of an `up` as it happens; the cluster can take jobs when there are no more.
+
+        Whoever stops listening ends the bring-up; the next one goes on from there.
+
+        Args:
+            which: the cluster, as for `plan`.
+            on_notice: told in a sentence what a person should know.
+
+        Raises:
+            ClusterStartError: something is missing at the end, host by host. What came up stays up.
+        """
+        yield from shared_loop().each(AsyncCluster.up_steps(which, on_notice=on_notice))
+
+    @classmethod
+    def look(cls, which: Which = "") -> ClusterStatus:
+        """Return how a cluster is that may not run: ``running``, ``degraded`` or ``stopped``. Nothing is changed.
+
+        Args:
+            which: the cluster, as for `plan`.
+
+        Raises:
+            SpecError: the file cannot be read, or says something that cannot be.
+        """
+        return shared_loop().run(AsyncCluster.look(which))
+
+    @classmethod
+    def down(cls, which: Which, *, force: bool = False) -> DownReport:
+        """End exactly what `up` started; return what that was, when nothing of it is left. The store stays.
+
+        Args:
+            which: the cluster, as for `plan`. It has to be named.
+            force: also while jobs run: they are ended, and tried again at the next `up`.
+
+        Raises:
+            ConflictError: jobs run, and `force` is False.
+            ClusterError: something could not be ended; the message says what.
+        """
+        return shared_loop().run(AsyncCluster.down(which, force=force))
 
     def __enter__(self) -> Self:
         return self

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING
 
+from raylaunch.cluster.plan import Step
 from raylaunch.log_view import clean
 from raylaunch.sdk.curve import curve_svg
 from raylaunch.state import ControllerStatus, JobState, JobView, MetricSeries, MetricsPage
@@ -30,6 +31,8 @@ _COLOURS = {
     JobState.TIMED_OUT: "#d33",
     JobState.LOST: "#d33",
 }
+_MARKS = {"begins": "…", "waits": "…", "done": "✓", "kept": "=", "note": "!"}
+_NOTES_SHOWN = 8
 _METRICS_SHOWN = 8
 _LINES_SHOWN = 10
 _MUTED = "opacity:.65"
@@ -115,6 +118,30 @@ class Metrics:
             return _panel([_muted("nothing logged yet")])
         curves = "".join(curve_svg(series) for series in self.series[:_METRICS_SHOWN])
         return _panel([_table(list(self.last.items())), f'<div style="display:flex;flex-wrap:wrap">{curves}</div>'])
+
+
+@dataclass(frozen=True, repr=False)
+class Steps:
+    """Where a bring-up is: of each host the last step, and what a person should know. A notebook shows it as lines."""
+
+    cluster: str
+    last: dict[str, Step] = field(default_factory=dict)
+    """By host; of the embedded cluster by step."""
+    notes: tuple[Step, ...] = ()
+
+    def with_step(self, step: Step) -> Steps:
+        """Return it after one more step."""
+        if step.state == "note":
+            return replace(self, notes=(*self.notes, step)[-_NOTES_SHOWN:])
+        return replace(self, last={**self.last, step.name.partition(":")[0]: step})
+
+    def __repr__(self) -> str:
+        lines = [f"{_MARKS[step.state]} {step}" for step in (*self.last.values(), *self.notes)]
+        return "\n".join([f"cluster {self.cluster}", *(clean(line, colour=False) for line in lines)])
+
+    def _repr_html_(self) -> str:
+        lines = [f"{_MARKS[step.state]} {escape(clean(str(step), colour=False))}" for step in self.last.values()]
+        return _panel([f"<b>{escape(self.cluster)}</b>", *lines, *(_muted(f"! {note}") for note in self.notes)])
 
 
 def job_line(job: JobView) -> str:

@@ -10,17 +10,19 @@ from collections.abc import Set as AbstractSet
 from functools import cache
 
 from raylaunch import errors, job, sdk, state, submission, transfer, wire
+from raylaunch.cluster import plan
 from raylaunch.errors import RaylaunchError
-from raylaunch.sdk import asking, async_cluster, display
+from raylaunch.sdk import asking, async_cluster, display, live
 from tools.reference import markdown, source
 
 TWINS: dict[type, type] = {sdk.Cluster: sdk.AsyncCluster, sdk.Job: sdk.AsyncJob}
-_HOMES = (state, display, transfer, submission, wire)
-_ALIASES = {"Asked": asking, "Notice": async_cluster, "OnProgress": transfer}
+_HOMES = (state, display, transfer, submission, wire, plan)
+_ALIASES = {"Asked": asking, "Which": asking, "Notice": async_cluster, "OnStep": live, "OnProgress": transfer}
 _SPECS = ("JobSpec", "Resources", "Where", "Tracking", "Environment")
 _ELSEWHERE = {
     **dict.fromkeys(_SPECS, "job-file.md"),
     **dict.fromkeys(_ALIASES, "#words-in-signatures"),
+    "ClusterSpec": "cluster-file.md",
     "JobState": "reasons.md#states",
     "Reason": "reasons.md",
     "TimeoutError": "#errors",
@@ -127,6 +129,7 @@ def _introduction() -> Iterator[str]:
         ("[`raylaunch.context`, `raylaunch.report`](#in-a-job)", "for the training itself"),
         ("[`RaylaunchError`, `JobFailedError`](#errors)", "what is raised on purpose"),
         ("[`JobSpec`](job-file.md)", "the job file as an object; its parts are in `raylaunch.spec`"),
+        ("[`ClusterSpec`](cluster-file.md)", "the cluster file as an object"),
         ("[`JobState`](reasons.md#states)", "where a job stands"),
     ]
     yield from markdown.table(("name", "is"), rows)
@@ -135,8 +138,7 @@ def _introduction() -> Iterator[str]:
 def _cluster() -> Iterator[str]:
     yield from markdown.heading(2, "raylaunch.connect")
     connect = source.function_node(_function_of(vars(sdk.Cluster)["connect"]))
-    connect.returns = ast.Name("Cluster")  # written `Self`
-    yield from _function(connect, "raylaunch.connect")
+    yield from _function(_naming(connect, sdk.Cluster), "raylaunch.connect")
     yield from _class(sdk.Cluster, "cluster", without={"connect"})
 
 
@@ -146,8 +148,21 @@ def _class(kind: type, name: str, *, without: AbstractSet[str] = frozenset()) ->
     yield from _properties(kind, f"{name}.")
     for node in source.functions(kind):
         if not source.is_property(node) and node.name not in without:
-            yield from markdown.heading(3, f"{name}.{node.name}")
-            yield from _function(node, f"{name}.{node.name}")
+            verb = _verb(kind, node, name)
+            yield from markdown.heading(3, verb)
+            yield from _function(_naming(node, kind), verb)
+
+
+def _verb(kind: type, node: source.Function, name: str) -> str:
+    """Return how a method is called: on an object of that name, or on the class."""
+    return f"{kind.__name__ if source.is_of_the_class(node) else name}.{node.name}"
+
+
+def _naming(node: source.Function, kind: type) -> source.Function:
+    """Return a method whose class stands by its name where it is written `Self`."""
+    if _returned(node) == "Self":
+        node.returns = ast.Name(kind.__name__)
+    return node
 
 
 def _properties(kind: type, prefix: str = "") -> list[str]:
@@ -180,9 +195,10 @@ def _asynchronous() -> Iterator[str]:
     for twin, truth in TWINS.items():
         for node in source.functions(truth):
             if not source.is_property(node) and node.name != "connect":
-                verb = f"{twin.__name__.lower()}.{node.name}"
+                verb = _verb(twin, node, twin.__name__.lower())
+                awaited = _verb(truth, node, twin.__name__.lower())
                 loops = _returned(node).startswith("AsyncGenerator")
-                call = f"async for … in {verb}(…)" if loops else f"await {verb}(…)"
+                call = f"async for … in {awaited}(…)" if loops else f"await {awaited}(…)"
                 rows.append((markdown.code(call), f"[`{verb}`](#{markdown.anchor(verb)})"))
     yield from markdown.table(("asynchronous", "is"), rows)
 
@@ -240,6 +256,7 @@ def _linked(words: str) -> str:
     """Return a type with its names as links, where there is something to lead to."""
     known = {**{kind.__name__: f"#{kind.__name__.lower()}" for kind in (*TWINS, *shown())}, **_ELSEWHERE}
     known |= {kind.__name__: "#errors" for kind in _tree(RaylaunchError)}
+    known["ClusterStatus"] = "#clusterstatus-1"  # `cluster.status` has the same anchor, and comes first
     parts = re.split(r"\b([A-Z]\w+)\b", words)
     linked = [f"[`{part}`]({known[part]})" if part in known else _escaped(part) for part in parts]
     return "".join(linked) if any(part in known for part in parts) else markdown.code(words)

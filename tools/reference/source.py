@@ -93,7 +93,16 @@ def functions(kind: type) -> Iterator[Function]:
 
 def is_property(node: Function) -> bool:
     """Whether a method is a property."""
-    return any(isinstance(one, ast.Name) and one.id == "property" for one in node.decorator_list)
+    return _decorated(node, "property")
+
+
+def is_of_the_class(node: Function) -> bool:
+    """Whether a method is called on the class."""
+    return _decorated(node, "classmethod")
+
+
+def _decorated(node: Function, name: str) -> bool:
+    return any(isinstance(one, ast.Name) and one.id == name for one in node.decorator_list)
 
 
 def parameters(node: Function) -> list[str]:
