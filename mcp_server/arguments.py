@@ -143,7 +143,11 @@ class DownloadModel(Arguments):
 
 
 class ClusterStatus(Arguments):
-    """``cluster_status`` takes no arguments."""
+    """Arguments of ``cluster_status``."""
+
+    doctor: Annotated[
+        bool, Field(description="look at every host now (up to 50 s); else what was found within the hour is told")
+    ] = False
 
 
 Given = TypeVar("Given", bound=Arguments)

@@ -13,9 +13,10 @@ from mcp_server import arguments
 from mcp_server.arguments import Given
 from mcp_server.bounds import Json
 from mcp_server.call import Call
+from mcp_server.cluster import cluster_status
 from mcp_server.leavings import download_model, job_logs
 from mcp_server.training import stop_job, train_job
-from mcp_server.watching import cluster_status, list_jobs, monitor_job
+from mcp_server.watching import list_jobs, monitor_job
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,17 @@ TOOLS = (
         takes=arguments.ClusterStatus,
         run=cluster_status,
         title="Show the cluster",
-        description="Whether the cluster runs; nodes, GPUs and what is free; jobs queued and running; problems.",
-        answers={"state": "string", "nodes": "array", "gpus_free": "number", "problems": "array"},
+        description=(
+            "Whether the cluster runs; nodes, GPUs and what is free; jobs queued and running; problems; what the "
+            "doctor found on its hosts, each with its mend."
+        ),
+        answers={
+            "state": "string",
+            "nodes": "array",
+            "gpus_free": "number",
+            "problems": "array",
+            "findings": "object",
+        },
     ),
 )
 

@@ -1,16 +1,16 @@
-"""``monitor_job``, ``list_jobs`` and ``cluster_status``: what there is, and how it goes."""
+"""``monitor_job`` and ``list_jobs``: what there is, and how it goes."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 
-from mcp_server.arguments import ClusterStatus, ListJobs, MonitorJob
+from mcp_server.arguments import ListJobs, MonitorJob
 from mcp_server.bounds import Json, last_lines, lines_of, short, without_empty
 from mcp_server.call import Call, News
-from mcp_server.words import UNTRUSTED, cluster_facts, job_facts, job_row, next_for, next_for_cluster
+from mcp_server.words import UNTRUSTED, job_facts, job_row, next_for
 from raylaunch.client import HOLD_S, Client, NoAnswerError
-from raylaunch.errors import ClusterDownError, ClusterError, NotFoundError
+from raylaunch.errors import ClusterError, NotFoundError
 from raylaunch.state import JobState, JobView
 
 _LOG_BYTES = 12_000
@@ -57,29 +57,6 @@ async def list_jobs(given: ListJobs, call: Call) -> Json:
         filtered = given.states or given.name or given.owner or given.tag
         then = "no job fits; list_jobs without filters shows all" if filtered else "no jobs yet; train_job submits one"
     return {"jobs": rows, "total": page.total, **without_empty({"cursor": page.next_cursor}), "next": then}
-
-
-async def cluster_status(_given: ClusterStatus, call: Call) -> Json:
-    """Say what the cluster is; one that does not run is an answer too. Nothing is started."""
-    place = call.place()
-    try:
-        reach = await place.backend.reach(place.spec)
-        async with Client(reach, cluster=place.spec.name, patience_s=0) as client:
-            status = await client.status()
-    except ClusterDownError as error:
-        seen = await place.backend.status(place.spec)
-        return {
-            "cluster": place.spec.name,
-            "state": "stopped" if seen.state == "stopped" else "degraded",
-            "gpus": 0,
-            "gpus_free": 0,
-            "queued": seen.queued,
-            "running": seen.running,
-            "nodes": [],
-            "problems": [error.message, *seen.problems],
-            "next": "a person, or you in a shell, types: raylaunch up",
-        }
-    return {**cluster_facts(status), "next": next_for_cluster(status)}
 
 
 async def _after_a_change(client: Client, job: JobView, known: int, wait_s: float, call: Call) -> JobView:

@@ -54,7 +54,7 @@ TAKES = {
     "job_logs": "job, tail, search, regex, ignore_case, cursor, attempt, rank",
     "stop_job": "job, grace_s",
     "download_model": "job, what, files, to",
-    "cluster_status": "no arguments",
+    "cluster_status": "doctor",
 }
 
 
@@ -132,6 +132,7 @@ WRONG: list[tuple[str, dict[str, object], str]] = [
     ("job_logs", {"cursor": "zzz"}, "'zzz' is not a cursor of job_logs\n  → pass the cursor of an earlier answer"),
     ("job_logs", {"cursor": "1:5", "attempt": 2}, "attempt 2 and the cursor 1:5 name different attempts"),
     ("job_logs", {"rank": -1}, "rank: -1 is less than 0"),
+    ("cluster_status", {"doctor": "perhaps"}, "doctor: 'perhaps' is not true or false"),
     ("stop_job", {}, "the key 'job' is missing\n  → stop_job takes job, grace_s"),
     ("stop_job", {"job": "a", "grace_s": "x"}, "grace_s: 'x' is not a number"),
     ("download_model", {"what": "weights"}, "what: 'weights' is not one of outputs, checkpoint, all"),

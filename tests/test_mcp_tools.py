@@ -336,5 +336,5 @@ def test_a_cluster_that_does_not_run_is_an_answer_too(home: Path, tmp_path: Path
     with agent_at(home, tmp_path) as agent:
         facts = agent.call("cluster_status").facts
     assert (facts["cluster"], facts["state"]) == ("local", "stopped")
-    assert facts["next"].endswith("raylaunch up")
+    assert "types: raylaunch up; cluster_status with doctor=true says first" in facts["next"]
     assert not (home / "clusters").exists()

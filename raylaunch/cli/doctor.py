@@ -12,6 +12,7 @@ from raylaunch.cli.console import count, note, say, say_json, size, styled, tabl
 from raylaunch.cli.options import as_json
 from raylaunch.cluster.doctor import Findings, examine
 from raylaunch.cluster.facts import HostFacts
+from raylaunch.cluster.last_look import keep_problems
 from raylaunch.cluster.problem import Problem
 from raylaunch.cluster.ssh_target import Wait
 from raylaunch.config import load_cluster_file
@@ -33,6 +34,7 @@ def doctor(cluster_file: Path | None, *, as_json: bool) -> int:
     for line in file.notes:
         note(line)
     found = finish(examine(file.spec, on_prompt=ask_person, on_wait=_show_wait))
+    keep_problems(file.spec, found.problems)
     if as_json:
         say_json(found)
     else:

@@ -42,6 +42,8 @@ class Outcome:
     programs: dict[str, HeadProgram] = field(default_factory=dict)
     states: dict[str, HostState] = field(default_factory=dict)
     errors: dict[str, RaylaunchError] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+    """What the probes found, blocking ones first."""
     warnings: tuple[Problem, ...] = ()
     fresh: set[str] = field(default_factory=set)
     """Hosts on which something was started now."""
@@ -71,7 +73,6 @@ class Bootstrap:
         self._left = len(self._hosts)
         self._all_probed = anyio.Event()
         self._head_settled = anyio.Event()
-        self._problems: tuple[Problem, ...] = ()
         self._pythons: Mapping[str, HostPython] = {}
         self._no_python: ClusterStartError | None = None
         self._told_at: dict[str, float] = {}
@@ -148,8 +149,9 @@ class Bootstrap:
         self._left -= 1
         if self._left:
             return
-        self._problems = problems(self._spec, {**self.outcome.facts, **self.outcome.errors})
-        self.outcome.warnings = tuple(one for one in self._problems if one.level == "warning")
+        found = problems(self._spec, {**self.outcome.facts, **self.outcome.errors})
+        self.outcome.problems = found
+        self.outcome.warnings = tuple(one for one in found if one.level == "warning")
         made_here = {host.name for host in self._hosts if not host.environment}
         try:
             self._pythons = pythons.choose(
@@ -160,7 +162,7 @@ class Bootstrap:
         self._all_probed.set()
 
     def _refuse_blocking(self, host: HostSpec) -> None:
-        found = [one for one in self._problems if one.level == "blocking" and one.host == host.name]
+        found = [one for one in self.outcome.problems if one.level == "blocking" and one.host == host.name]
         if found:
             first, *others = found
             more = "".join(f"\n    {one.message}" for one in others)

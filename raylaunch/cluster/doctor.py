@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 from collections.abc import AsyncIterator, Callable
 
 import anyio
 from pydantic import BaseModel, ConfigDict, Field
 
 from raylaunch.cluster.facts import HostFacts
-from raylaunch.cluster.home import raylaunch_home
+from raylaunch.cluster.last_look import hosts_to_look_at
 from raylaunch.cluster.probe import Runs, probe
 from raylaunch.cluster.problem import Problem
 from raylaunch.cluster.problems import problems
 from raylaunch.cluster.ssh_target import OnPrompt, OnWait
-from raylaunch.errors import RaylaunchError
+from raylaunch.errors import HostTimeoutError, RaylaunchError
 from raylaunch.spec import ClusterSpec, HostSpec
 
 CONNECT_S = 20.0
+LIMIT_S = 600.0
+"""Each part of a look has its own, shorter limit; this one is for a person who is asked."""
 
 
 class Findings(BaseModel):
@@ -50,6 +51,7 @@ async def examine(
     on_host: Callable[[str, HostFacts | RaylaunchError], None] | None = None,
     on_prompt: OnPrompt | None = None,
     on_wait: OnWait | None = None,
+    limit_s: float = LIMIT_S,
 ) -> Findings:
     """Probe all hosts of a cluster in parallel; of an embedded one this machine.
 
@@ -58,16 +60,20 @@ async def examine(
         on_host: told each host when it is probed, or when that failed.
         on_prompt: asks a person for passphrases, and about unknown host keys; None where nobody is there.
         on_wait: told every few seconds what has not ended yet.
+        limit_s: seconds for one host, the way there included; a person's answers too.
     """
     seen: dict[str, HostFacts | RaylaunchError] = {}
-    hosts = spec.host_specs() if spec.kind == "ssh" else (_this_host(spec),)
+    hosts = hosts_to_look_at(spec)
 
     async def look(host: HostSpec) -> None:
         try:
-            async with _connected(spec, host, on_prompt, on_wait) as machine:
-                seen[host.name] = await probe(machine, host)
+            with anyio.fail_after(limit_s):
+                async with _connected(spec, host, on_prompt, on_wait) as machine:
+                    seen[host.name] = await probe(machine, host)
         except RaylaunchError as error:
             seen[host.name] = error
+        except TimeoutError:
+            seen[host.name] = _too_slow(host, limit_s)
         if on_host is not None:
             on_host(host.name, seen[host.name])
 
@@ -83,11 +89,9 @@ async def examine(
     )
 
 
-def _this_host(spec: ClusterSpec) -> HostSpec:
-    name = platform.node().partition(".")[0]
-    return HostSpec(
-        host="localhost", name=name if name.isalnum() else "here", root=str(raylaunch_home()), store=spec.store
-    )
+def _too_slow(host: HostSpec, limit_s: float) -> HostTimeoutError:
+    msg = f"{host.name}: was not looked at within {limit_s:g} s"
+    return HostTimeoutError(msg, hint="raylaunch doctor in a terminal waits longer", host=host.name, step="probe")
 
 
 @contextlib.asynccontextmanager

@@ -9,6 +9,7 @@ from raylaunch.cluster.bootstrap import Bootstrap, Outcome
 from raylaunch.cluster.client_record import ClientRecord, load_client, load_tunnel, save_client
 from raylaunch.cluster.controller_program import controller_status
 from raylaunch.cluster.home import ClusterPaths, cluster_paths, make_private_dir
+from raylaunch.cluster.last_look import keep_problems
 from raylaunch.cluster.plan import DownReport, Plan, Reach, Step
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.proving import Proof
@@ -50,6 +51,7 @@ async def up(
         make_private_dir(folder)
     async with cluster_lock(paths, limit_s=_LOCK_S):
         outcome = await Bootstrap(spec, on_step, on_prompt=on_prompt).run()
+        keep_problems(spec, outcome.problems)
         for one in outcome.warnings:
             on_step(Step(one.host or spec.name, "note", one.message))
         head = outcome.states.get(spec.host_specs()[0].name)

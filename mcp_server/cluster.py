@@ -1,0 +1,70 @@
+"""``cluster_status``: whether the cluster runs, what it has, and what the doctor found on its hosts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from mcp_server.arguments import LONGEST_WAIT_S, ClusterStatus
+from mcp_server.bounds import Json
+from mcp_server.call import Call, News
+from mcp_server.words import cluster_facts, findings_facts, next_for_cluster, next_without_cluster
+from raylaunch.client import Client
+from raylaunch.cluster.last_look import LastLook, hosts_to_look_at, keep_problems, last_look
+from raylaunch.errors import ClusterDownError, HostError
+from raylaunch.place import Place
+from raylaunch.spec import ClusterSpec
+
+_HOST_S = LONGEST_WAIT_S - 5.0
+"""Seconds for one host; all are looked at together."""
+
+
+async def cluster_status(given: ClusterStatus, call: Call) -> Json:
+    """Say what the cluster is; one that does not run is an answer too. Nothing is started."""
+    place = call.place()
+    looking = asyncio.ensure_future(_look(place.spec, call)) if given.doctor else None
+    try:
+        answer = await _status(place)
+        look = await looking if looking else last_look(place.spec, now=time.time())
+    finally:
+        if looking:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+    then = answer.pop("next")
+    found = {"findings": findings_facts(look, now=time.time())} if look else {}
+    if answer["state"] == "up":
+        return {**answer, **found, "next": then}
+    return {**answer, **found, "next": next_without_cluster(str(then), look)}
+
+
+async def _status(place: Place) -> Json:
+    try:
+        reach = await place.backend.reach(place.spec)
+        async with Client(reach, cluster=place.spec.name, patience_s=0) as client:
+            status = await client.status()
+    except (ClusterDownError, HostError) as error:
+        seen = await place.backend.status(place.spec)
+        up = "a person, or you in a shell, types: raylaunch up"
+        return {
+            "cluster": place.spec.name,
+            "state": "stopped" if seen.state == "stopped" else "degraded",
+            "gpus": 0,
+            "gpus_free": 0,
+            "queued": seen.queued,
+            "running": seen.running,
+            "nodes": [],
+            "problems": list(dict.fromkeys([error.message, *seen.problems])),
+            "next": up if isinstance(error, ClusterDownError) else f"{error.hint}; then {up}",
+        }
+    return {**cluster_facts(status), "next": next_for_cluster(status)}
+
+
+async def _look(spec: ClusterSpec, call: Call) -> LastLook:
+    """Look at all hosts now, and say meanwhile how many are done."""
+    from raylaunch.cluster.doctor import examine  # noqa: PLC0415 -- seldom, and it costs 0.1 s to load
+
+    every = len(hosts_to_look_at(spec))
+    done: list[str] = []
+    async with call.telling(lambda: News(len(done), every, f"looked at {len(done)} of {every} hosts")):
+        found = await examine(spec, on_host=lambda host, _: done.append(host), limit_s=_HOST_S)
+    return keep_problems(spec, found.problems)
