@@ -15,6 +15,7 @@ from urllib.parse import quote
 from pydantic import TypeAdapter
 from typing_extensions import Self
 
+from raylaunch.admin import Admin
 from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
 from raylaunch.spec import JobSpec
 from raylaunch.state import (
@@ -86,6 +87,7 @@ class Client:
         heal: Callable[[], Awaitable[Reachable]] | None = None,
     ) -> None:
         self._wire = Wire(reach, cluster=cluster)
+        self.admin = Admin(self._wire)
         self._patience = Patience(self._wire, limit_s=patience_s, on_notice=on_notice, heal=heal)
 
     async def __aenter__(self) -> Self:

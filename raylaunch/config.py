@@ -82,6 +82,8 @@ class ClusterFile(NamedTuple):
     spec: ClusterSpec
     path: Path | None = None
     notes: tuple[str, ...] = ()
+    of_ray: bool = False
+    """Whether the file is one of Ray's own."""
 
 
 def load_cluster_file(
@@ -106,7 +108,9 @@ def _of_ray(path: Path, file: YamlFile) -> ClusterFile:
     ray = read_ray_yaml(file)
     lines = {place: file.lines[origin] for place, origin in ray.origins.items() if origin in file.lines}
     ours = YamlFile(path, ray.data, lines)
-    return ClusterFile(_validated(ClusterSpec, ray.data, ours, ()), path, tuple(str(note) for note in ray.notes))
+    return ClusterFile(
+        _validated(ClusterSpec, ray.data, ours, ()), path, tuple(str(note) for note in ray.notes), of_ray=True
+    )
 
 
 def _refuse_other_kinds(file: YamlFile) -> None:

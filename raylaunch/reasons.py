@@ -34,6 +34,7 @@ class Reason(str, Enum):
     WAITING_FOR_RESOURCE = "waiting_for_resource"
     WAITING_FOR_NODE = "waiting_for_node"
     WAITING_FOR_TURN = "waiting_for_turn"
+    WAITING_FOR_DRAIN = "waiting_for_drain"
     WAITING_FOR_RAY = "waiting_for_ray"
     GPU_BUSY_OUTSIDE = "gpu_busy_outside"
     SENDING_CODE = "sending_code"
@@ -51,6 +52,7 @@ class Reason(str, Enum):
     SECRET_MISSING = "secret_missing"  # noqa: S105 -- a reason, not a secret
     RUNNER_DIED = "runner_died"
     NODE_LOST = "node_lost"
+    HOST_DRAINED = "host_drained"
     RAY_REFUSED = "ray_refused"
     RAY_LOST = "ray_lost"
 
@@ -88,6 +90,11 @@ _TABLE: dict[Reason, _Facts] = {
     ),
     Reason.WAITING_FOR_TURN: _Facts(
         Verdict.WAIT, "waits for a job ahead of it", "wait, or submit it with a higher `priority`"
+    ),
+    Reason.WAITING_FOR_DRAIN: _Facts(
+        Verdict.WAIT,
+        "waits for a host that is drained",
+        "wait, or let the host take jobs again: `raylaunch drain HOST --off`",
     ),
     Reason.WAITING_FOR_RAY: _Facts(
         Verdict.WAIT, "waits for Ray to answer", "wait: Ray is started again by itself; if it stays so, `raylaunch up`"
@@ -141,6 +148,9 @@ _TABLE: dict[Reason, _Facts] = {
     ),
     Reason.NODE_LOST: _Facts(
         Verdict.RETRY_FREE, "its node was lost", "nothing, if it is tried again; else see `raylaunch status`"
+    ),
+    Reason.HOST_DRAINED: _Facts(
+        Verdict.RETRY_FREE, "its host was drained", "nothing; it is queued again, and continues from its checkpoint"
     ),
     Reason.RAY_REFUSED: _Facts(Verdict.FINAL, "Ray refused the submission", "read what Ray says: `raylaunch show`"),
     Reason.RAY_LOST: _Facts(Verdict.RETRY_FREE, "Ray was restarted under it", "nothing, if it is tried again"),

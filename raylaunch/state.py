@@ -7,6 +7,7 @@ and the notebook's repr. Times are seconds since the epoch (UTC), sizes bytes, d
 
 from __future__ import annotations
 
+import time
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -278,6 +279,20 @@ class GpuView(View):
     """Who uses it outside raylaunch: ``user:pid:command``."""
 
 
+class Drain(View):
+    """A host that gets no new attempts, since when, by whom, and until when."""
+
+    host: str
+    person: str
+    since: float
+    until: float | None = None
+    """When it takes jobs again by itself; None for not before somebody says so."""
+
+    def __str__(self) -> str:
+        until = f" until {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(self.until))}" if self.until else ""
+        return f"is drained by {self.person}{until}"
+
+
 class NodeView(View):
     """One machine of the Ray cluster: what it has, and what of that nothing holds."""
 
@@ -300,6 +315,8 @@ class NodeView(View):
     """What the disk of raylaunch's folder there has left."""
     steward: bool = False
     """Whether its steward answers."""
+    drain: Drain | None = None
+    """Set while it gets no new attempts."""
 
 
 class ProcessView(View):
@@ -355,6 +372,24 @@ class ControllerStatus(View):
     store: str = ""
     store_free: int | None = None
     problems: tuple[str, ...] = ()
+
+
+class HostJobs(View):
+    """What runs on one host (``/v1/hosts/HOST``): jobs of ours, without their heavy fields."""
+
+    host: str
+    drain: Drain | None = None
+    jobs: tuple[JobView, ...] = ()
+    others: str = ""
+    """Where no job of ours runs: what Ray counts as used there all the same, in words; empty when nothing is."""
+
+
+class Quiet(View):
+    """A cluster that begins no attempt for a while (``/v1/quiet``): until when, and what still runs."""
+
+    until: float | None = None
+    """None when it is not quiet."""
+    jobs: tuple[JobView, ...] = ()
 
 
 class RayAccess(View):

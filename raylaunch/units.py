@@ -1,8 +1,9 @@
-"""Durations and sizes as people write them."""
+"""Durations, times and sizes as people write them."""
 
 from __future__ import annotations
 
 import re
+from datetime import datetime, timedelta
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
@@ -23,6 +24,35 @@ def seconds(value: object) -> object:
         msg = f"{value!r} is not a duration; write seconds, or 90s, 15m, 2h, 1h30m, 2d"
         raise ValueError(msg)
     return sum(float(part.group(1)) * _SECONDS[part.group(2) or "s"] for part in parts)
+
+
+def point_in_time(text: str, *, now: datetime) -> datetime:
+    """Read a time to come: ``18:00`` (today, or tomorrow if that is over), ``2026-11-28T18:00``, or ``2h`` from now.
+
+    Args:
+        text: what a person wrote.
+        now: the time now, in the zone that the person means.
+
+    Raises:
+        ValueError: it is none of these, or is over.
+    """
+    if clock := re.fullmatch(r"(\d{1,2}):(\d{2})", text.strip()):
+        at = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
+        return at if at > now else at + timedelta(days=1)
+    try:
+        return now + timedelta(seconds=float(str(seconds(text))))
+    except ValueError:
+        pass
+    try:
+        at = datetime.fromisoformat(text.strip())
+    except ValueError:
+        msg = f"{text!r} is not a time; write 18:00, 2026-11-28T18:00, or from now on: 90m, 2h, 3d"
+        raise ValueError(msg) from None
+    at = at if at.tzinfo else at.replace(tzinfo=now.tzinfo)
+    if at <= now:
+        msg = f"{text!r} is over already"
+        raise ValueError(msg)
+    return at
 
 
 def size_bytes(value: object) -> object:

@@ -53,6 +53,58 @@ def read_yaml(path: Path) -> YamlFile:
     return YamlFile(path, data, lines)
 
 
+def with_item(text: str, key: str, item: object) -> str:
+    """Return the text of a file with one more item at the end of the list `key`; all else stays as it is written.
+
+    Raises:
+        SpecError: there is no such list in it.
+    """
+    node = _list_node(text, key)
+    written = yaml.safe_dump(item, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    if node.flow_style:
+        end = node.end_mark.index - 1
+        return f"{text[:end].rstrip()}{', ' if node.value else ''}{written}{text[end:]}"
+    line = max(mark.line for mark in _ends(node)) + 1
+    lines = text.splitlines(keepends=True)
+    if not lines[line - 1].endswith("\n"):
+        lines[line - 1] += "\n"
+    return "".join([*lines[:line], f"{' ' * node.start_mark.column}- {written}\n", *lines[line:]])
+
+
+def without_item(text: str, key: str, index: int) -> str:
+    """Return the text of a file without one item of the list `key`; all else stays as it is written.
+
+    Raises:
+        SpecError: there is no such list in it.
+    """
+    node = _list_node(text, key)
+    item = node.value[index]
+    if node.flow_style:
+        last = index == len(node.value) - 1
+        begin = item.start_mark.index if not last or index == 0 else node.value[index - 1].end_mark.index
+        end = item.end_mark.index if last else node.value[index + 1].start_mark.index
+        return text[:begin] + text[end:]
+    lines = text.splitlines(keepends=True)
+    return "".join([*lines[: item.start_mark.line], *lines[max(mark.line for mark in _ends(item)) + 1 :]])
+
+
+def _list_node(text: str, key: str) -> yaml.SequenceNode:
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    found = next((item for name, item in root.value if name.value == key), None) if root else None
+    if not isinstance(found, yaml.SequenceNode):
+        msg = f"there is no list {key!r} in the file"
+        raise SpecError(msg, field=key)
+    return found
+
+
+def _ends(node: yaml.Node) -> list[yaml.Mark]:
+    """Where what is written of a node ends: of a block, where its parts do, for its own end lies beyond comments."""
+    if not isinstance(node, yaml.CollectionNode) or node.flow_style or not node.value:
+        return [node.end_mark]
+    parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+    return [mark for part in parts for mark in _ends(part)]
+
+
 def _text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

@@ -175,6 +175,26 @@ def test_a_rays_crash_on_a_worker_is_mended_by_its_keeper(cluster: Laptop, lab: 
     wait_until(lambda: cluster.living() == {"h1", "h2", "h3"}, 180, "the worker is back")
 
 
+def test_a_host_joins_the_running_cluster_takes_a_job_and_leaves_again(cluster: Laptop, lab: World) -> None:
+    new = lab.host()
+    before = [rays(host) for host in lab.hosts[:3]]
+    file = (cluster.folder / "cluster.yaml").read_text()
+    cluster.call("add", new.name, "--gpus", "2", limit_s=UP_S)
+    assert f"- {{gpus: 2, host: {new.name}}}" in (cluster.folder / "cluster.yaml").read_text()
+    assert cluster.living() == {"h1", "h2", "h3", new.name}
+    assert [rays(host) for host in lab.hosts[:3]] == before
+    job = cluster.call("submit", "--host", new.name, "--gpus", "2", "--name", "there", "--", "sleep 600").stdout.strip()
+    refused = cluster.call("remove", new.name, check=False)
+    assert refused.returncode == 1
+    assert f"1 job runs: {job} on {new.name}" in refused.stderr
+    cluster.call("remove", new.name, "--stop", limit_s=300)
+    assert not rays(new)
+    assert (cluster.folder / "cluster.yaml").read_text() == file
+    assert cluster.call("list", "--json").stdout.count('"queued"') == 1
+    cluster.call("stop", job)
+    assert cluster.living() == {"h1", "h2", "h3"}
+
+
 def test_down_leaves_no_process_on_any_host(cluster: Laptop, lab: World) -> None:
     cluster.call("down", limit_s=300)
     wait_until(lambda: not any(rays(host) for host in lab.hosts), 30, "nothing of the cluster runs")

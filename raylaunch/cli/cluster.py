@@ -16,6 +16,7 @@ from raylaunch.cli.options import as_json
 from raylaunch.cluster.backends import DownReport
 from raylaunch.errors import ConflictError
 from raylaunch.log_view import clean
+from raylaunch.members import quiet_down
 from raylaunch.state import ClusterStatus, GpuView, JobView, NodeView, ProcessView, RayAccess
 
 _NAMED = 3
@@ -37,18 +38,22 @@ def up(cluster_file: Path | None, *, dry_run: bool, as_json: bool) -> None:
     if dry_run:
         say(str(finish(place.backend.plan(place.spec, on_prompt=ask_person))))
         return
-    _say_status(finish(place.backend.up(place.spec, on_step=show_step, on_prompt=ask_person)), as_json=as_json)
+    say_status(finish(place.backend.up(place.spec, on_step=show_step, on_prompt=ask_person)), as_json=as_json)
 
 
 @click.command(epilog="Example:  raylaunch down")
+@click.option("--stop", is_flag=True, help="Stop jobs first, each with its grace; the next up tries them again.")
 @click.option("--force", is_flag=True, help="Also while jobs run: they are ended, and tried again at the next up.")
 @click.pass_obj
-def down(cluster_file: Path | None, *, force: bool) -> None:
+def down(cluster_file: Path | None, *, stop: bool, force: bool) -> None:
     """End exactly what 'up' started; refuses while jobs run. Records, logs and outputs stay."""
     place = Place(cluster_file)
 
     async def work() -> DownReport:
-        if not force:
+        if stop and await place.running_jobs():
+            async with place.client() as client:
+                await quiet_down(client, on_step=show_step)
+        elif not force:
             _refuse_while_jobs_run(await place.running_jobs(), place.spec.name)
         return await place.backend.down(place.spec, on_prompt=ask_person)
 
@@ -59,7 +64,9 @@ def _refuse_while_jobs_run(jobs: tuple[JobView, ...], cluster: str) -> None:
     if jobs:
         names = ", ".join(job.id for job in jobs[:_NAMED]) + (" and others" if len(jobs) > _NAMED else "")
         msg = f"{count(len(jobs), 'job runs', 'jobs run')} on cluster {cluster}: {names}"
-        hint = f"raylaunch stop {jobs[0].id}; or raylaunch down --force: the next up tries them again"
+        hint = (
+            "stop them, each with its grace: raylaunch down --stop; or at once: --force. The next up tries them again"
+        )
         raise ConflictError(msg, hint=hint)
 
 
@@ -69,7 +76,7 @@ def _refuse_while_jobs_run(jobs: tuple[JobView, ...], cluster: str) -> None:
 def status(cluster_file: Path | None, *, as_json: bool) -> None:
     """Show what runs: controller and Ray with pids and ports, nodes, GPUs, queue, problems."""
     place = Place(cluster_file)
-    _say_status(finish(place.backend.status(place.spec)), as_json=as_json)
+    say_status(finish(place.backend.status(place.spec)), as_json=as_json)
 
 
 @click.command(epilog='Example:  eval "$(raylaunch env)" && ray job list')
@@ -102,7 +109,8 @@ def export_lines(access: RayAccess) -> list[str]:
     return [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
 
 
-def _say_status(found: ClusterStatus, *, as_json: bool) -> None:
+def say_status(found: ClusterStatus, *, as_json: bool) -> None:
+    """Print a cluster's status."""
     if as_json:
         say_json(found)
     else:
@@ -149,6 +157,7 @@ def _node_lines(node: NodeView, *, logical: bool) -> Iterator[str]:
         parts.insert(0, f"{node.gpus_free:g} of {node.gpus:g}{kind} GPUs free")
     parts.append(f"{size(node.memory_free)} of {size(node.memory)} memory free")
     beside = "" if node.alive and node.steward else " (no steward yet)" if node.alive else " (dead)"
+    beside += f", {node.drain}," if node.drain else ""
     yield f"  node        {node.hostname}{beside}: {', '.join(parts)}"
     for gpu in node.gpu:
         yield f"    gpu {gpu.index:<5} {_gpu_words(gpu)}"

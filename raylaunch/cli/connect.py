@@ -53,4 +53,5 @@ class Place(place.Place):
     def __init__(self, cluster_file: Path | None) -> None:
         file = load_cluster_file(cluster_file)
         super().__init__(file.spec, on_notice=note, on_step=show_step)
+        self.file = file
         self.notes = file.notes

@@ -20,9 +20,11 @@ from pydantic import ValidationError
 
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.auth import TokenBook
+from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.evidence import last_lines
 from raylaunch.controller.foreign import ForeignJobs
 from raylaunch.controller.foreign_logs import ForeignLogs
+from raylaunch.controller.host_verbs import HostVerbs
 from raylaunch.controller.lifecycle import Lifecycle
 from raylaunch.controller.link import Link
 from raylaunch.controller.means import Leavings, Means
@@ -79,6 +81,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
     """Serve HTTP on `listener` and run the lifecycle, until a signal ends both."""
     sight = Sight()
     secrets = SecretStore(settings.store)
+    drains = DrainBook(settings.store)
     artifacts = Artifacts(settings.store)
     packages = PackageStore(settings.store / "packages")
     metrics = Metrics(settings.store)
@@ -100,7 +103,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         leavings=lambda record: leavings_of(record, records=records, artifacts=artifacts, metrics=metrics),
     )
     foreign = ForeignJobs(records=records, ray=ray, link=link, sight=sight)
-    lifecycle = Lifecycle(means, artifacts, foreign)
+    lifecycle = Lifecycle(means, artifacts, foreign, drains)
     verbs = Verbs(
         settings=settings,
         records=records,
@@ -108,6 +111,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         secrets=secrets,
         artifacts=artifacts,
         sight=sight,
+        drains=drains,
         foreign=foreign,
         ray_fit=RayFit(settings=settings, packages=packages, sight=sight, link=link),
     )
@@ -120,6 +124,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         artifacts=artifacts,
         metrics=metrics,
         jobs=verbs,
+        hosts=HostVerbs(records=records, drains=drains, sight=sight),
         foreign_logs=ForeignLogs(link=link, ray=ray, sight=sight),
     )
     server = ApiServer(services)

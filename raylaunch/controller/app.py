@@ -8,7 +8,15 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from raylaunch.controller import routes_cluster, routes_data, routes_events, routes_jobs, routes_logs, routes_packages
+from raylaunch.controller import (
+    routes_cluster,
+    routes_data,
+    routes_events,
+    routes_hosts,
+    routes_jobs,
+    routes_logs,
+    routes_packages,
+)
 from raylaunch.controller.answers import error_answer
 from raylaunch.controller.audit import AuditLog
 from raylaunch.controller.gate import Gate
@@ -38,7 +46,7 @@ def create_app(services: Services) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _not_understood)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _bug)
-    for routes in (routes_cluster, routes_jobs, routes_events, routes_logs, routes_data, routes_packages):
+    for routes in (routes_cluster, routes_hosts, routes_jobs, routes_events, routes_logs, routes_data, routes_packages):
         app.include_router(routes.router, prefix="/v1")
     return app
 

@@ -130,6 +130,13 @@ def _program_failed(exit_: Exit, log_tail: tuple[str, ...]) -> Finding:
     return Finding(Change.FAIL, Reason.SIGNAL if signal else Reason.EXIT_CODE, how, code, signal)
 
 
+def after_drain(finding: Finding) -> Finding:
+    """Return what the end of an attempt means whose host was drained: one that was stopped for that is tried again."""
+    if finding.change is not Change.END_STOPPED or finding.reason is not Reason.STOP_REQUESTED:
+        return finding
+    return finding._replace(reason=Reason.HOST_DRAINED, message="stopped because its host was drained")
+
+
 def retry_follows(reason: Reason, *, attempts: int, free_retries: int, retries: int) -> bool:
     """Whether another attempt is made. `attempts` of the job have ended; `free_retries` of those did not count."""
     match reason.verdict:

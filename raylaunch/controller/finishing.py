@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from raylaunch.controller.attempt_spec import attempt_tag
-from raylaunch.controller.diagnose import Evidence, Finding, diagnose, retry_follows
+from raylaunch.controller.diagnose import Evidence, Finding, after_drain, diagnose, retry_follows
 from raylaunch.controller.following import note
 from raylaunch.controller.link import Fenced
 from raylaunch.controller.means import NODE_LEASE_S, STEP_S, Leavings, Means, latest, replaced
@@ -164,6 +164,7 @@ class Finisher:
 
     def _end(self, record: JobRecord, finding: Finding, leavings: Leavings, *, replicated: bool) -> None:
         now = time.time()
+        finding = after_drain(finding) if record.again else finding
         attempts = replaced(
             record,
             ended_at=now,
@@ -175,8 +176,12 @@ class Finisher:
             replicated=replicated,
         )
         free = finding.reason.verdict is Verdict.RETRY_FREE
-        again = record.stop_wish is None and retry_follows(
-            finding.reason, attempts=len(attempts), free_retries=record.free_retries, retries=asked(record).retries
+        drained = finding.reason is Reason.HOST_DRAINED
+        again = drained or (
+            record.stop_wish is None
+            and retry_follows(
+                finding.reason, attempts=len(attempts), free_retries=record.free_retries, retries=asked(record).retries
+            )
         )
         common: dict[str, Any] = {
             "attempts": attempts,
@@ -196,6 +201,8 @@ class Finisher:
                 change=Change.REQUEUE,
                 free_retries=record.free_retries + (1 if free else 0),
                 submitted_to_ray=False,
+                stop_wish=None,
+                again=False,
                 **common,
             )
             return

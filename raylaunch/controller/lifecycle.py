@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.attempt_spec import attempt_tag
+from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.driver import Driver
 from raylaunch.controller.foreign import ForeignJobs
 from raylaunch.controller.link import (
@@ -27,7 +28,7 @@ from raylaunch.controller.means import Means
 from raylaunch.controller.queue import Admit, Wait, plan_queue
 from raylaunch.controller.ray_jobs import RayJob
 from raylaunch.controller.records import JobRecord
-from raylaunch.controller.rooms import ask_of, holdings_of, rooms_of, waiting
+from raylaunch.controller.rooms import ask_of, holdings_of, rooms_of, waiting, with_drains
 from raylaunch.errors import ClusterError, NotFoundError, RaylaunchError, StorageError
 from raylaunch.reasons import Reason
 from raylaunch.state import AttemptView, Change, NodeView
@@ -46,13 +47,14 @@ _REVIVE_EVERY_S = 20.0
 class Lifecycle:
     """Keeps what is recorded and what is true together."""
 
-    def __init__(self, means: Means, artifacts: Artifacts, foreign: ForeignJobs) -> None:
+    def __init__(self, means: Means, artifacts: Artifacts, foreign: ForeignJobs, drains: DrainBook) -> None:
         self._settings = means.settings
         self._records = means.records
         self._artifacts = artifacts
         self._link = means.link
         self._ray = means.ray
         self._sight = means.sight
+        self._drains = drains
         self._driver = Driver(means)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._foreign = foreign
@@ -130,9 +132,15 @@ class Lifecycle:
             for record in queued:
                 self._say(record, Wait(record.id, Reason.WAITING_FOR_RAY, why))
             return
+        if time.time() < self._sight.quiet_until:
+            why = f"waits: {self._sight.quiet_why}, and no job begins until that is done"
+            for record in queued:
+                self._say(record, Wait(record.id, Reason.WAITING_FOR_DRAIN, why))
+            return
         holdings = holdings_of(unfinished, released=self._sight.released, seen=self._sight.attempts)
+        rooms = rooms_of(with_drains(self._sight.nodes, self._drains.now()))
         by_id = {record.id: record for record in queued}
-        for decision in plan_queue([ask_of(record) for record in queued], rooms_of(self._sight.nodes), holdings):
+        for decision in plan_queue([ask_of(record) for record in queued], rooms, holdings):
             record = by_id[decision.job]
             if isinstance(decision, Admit):
                 self._start(record, decision)

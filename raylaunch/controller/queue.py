@@ -70,6 +70,8 @@ class Room:
     arch: str = ""
     gpu_type: str = ""
     labels: dict[str, str] = field(default_factory=dict)
+    drained: str = ""
+    """Why it gets no new attempts, as it follows its name; empty when it gets them."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def plan_queue(asks: list[Ask], rooms: list[Room], holdings: list[Holding]) -> l
     decisions: list[Admit | Wait] = []
     for ask in sorted(asks, key=lambda ask: (-ask.priority, ask.since, ask.job)):
         able = [room for room in rooms if _why_never(ask, room) is None]
-        fitting = [room for room in able if _fits(ask.needs, free[room.node_id])]
+        taking = [room for room in able if not room.drained]
+        fitting = [room for room in taking if _fits(ask.needs, free[room.node_id])]
         allowed = [room for room in fitting if not _hurts(ask, room, free[room.node_id], blocked)]
         if allowed:
             room = min(allowed, key=lambda room: _leftover(ask, free[room.node_id]))
@@ -109,8 +112,10 @@ def plan_queue(asks: list[Ask], rooms: list[Room], holdings: list[Holding]) -> l
             decisions.append(_wait_for_turn(ask, fitting[0], blocked))
         elif not able:
             decisions.append(Wait(ask.job, Reason.WAITING_FOR_NODE, why_never(ask, rooms)))
+        elif not taking:
+            decisions.append(_wait_for_drain(ask, able))
         else:
-            nearest = min(able, key=lambda room: (_deficit(ask.needs, free[room.node_id]), room.hostname))
+            nearest = min(taking, key=lambda room: (_deficit(ask.needs, free[room.node_id]), room.hostname))
             blocked.append((ask, nearest))
             decisions.append(_explain(ask, nearest, free[nearest.node_id], held))
     return decisions
@@ -203,6 +208,11 @@ def _wait_for_turn(ask: Ask, room: Room, blocked: list[tuple[Ask, Room]]) -> Wai
         f"{_list_amounts(ahead.needs)} there"
     )
     return Wait(ask.job, Reason.WAITING_FOR_TURN, message)
+
+
+def _wait_for_drain(ask: Ask, able: list[Room]) -> Wait:
+    drained = "; ".join(f"{room.hostname} {room.drained}" for room in able)
+    return Wait(ask.job, Reason.WAITING_FOR_DRAIN, f"could run, but {drained}")
 
 
 def _explain(ask: Ask, room: Room, free: Amounts, held: list[Holding]) -> Wait:

@@ -30,6 +30,8 @@ class JobRecord(JobView):
     epoch: str = ""
     """Of the latest attempt."""
     stop_wish: StopWish | None = None
+    again: bool = False
+    """Whether another attempt follows its stop."""
     free_retries: int = 0
     """Attempts that were made again without counting, because the machines failed and not the program."""
     force_offline: bool = False

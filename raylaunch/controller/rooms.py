@@ -10,7 +10,7 @@ from raylaunch.controller.link import AttemptSeen
 from raylaunch.controller.queue import CPUS, GPUS, MEMORY, Ask, Holding, Room, needs
 from raylaunch.controller.record import JobRecord
 from raylaunch.spec import JobSpec
-from raylaunch.state import JobState, NodeView
+from raylaunch.state import Drain, JobState, NodeView
 
 
 def ask_of(record: JobRecord) -> Ask:
@@ -64,8 +64,13 @@ def holdings_of(
 
 
 def rooms_of(nodes: Iterable[NodeView]) -> list[Room]:
-    """Return the nodes on which an attempt can start: alive, and their steward answers."""
+    """Return the nodes that are alive and whose steward answers: on these an attempt can start, unless drained."""
     return [_room(node) for node in nodes if node.alive and node.steward]
+
+
+def with_drains(nodes: Iterable[NodeView], drains: Mapping[str, Drain]) -> tuple[NodeView, ...]:
+    """Return the nodes, those that are drained marked so."""
+    return tuple(node.model_copy(update={"drain": drains.get(node.hostname)}) for node in nodes)
 
 
 def _room(node: NodeView) -> Room:
@@ -80,6 +85,7 @@ def _room(node: NodeView) -> Room:
         arch=node.arch,
         gpu_type=node.gpu_type,
         labels=node.labels,
+        drained=str(node.drain or ""),
     )
 
 

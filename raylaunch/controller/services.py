@@ -11,6 +11,7 @@ from typing import Protocol
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.auth import Role, TokenBook
 from raylaunch.controller.foreign_logs import ForeignLogs
+from raylaunch.controller.host_verbs import HostVerbs
 from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.record import JobRecord
 from raylaunch.controller.records import Records
@@ -88,6 +89,7 @@ class Services:
     artifacts: Artifacts
     metrics: MetricsReader
     jobs: JobVerbs
+    hosts: HostVerbs
     foreign_logs: ForeignLogs
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the server shuts down: everything that waits for news then answers at once."""

@@ -30,6 +30,9 @@ class Sight:
     store_problems: dict[str, str] = field(default_factory=dict)
     released: set[str] = field(default_factory=set)
     """Attempts that are proven gone from their node, while their files still travel: they hold nothing any more."""
+    quiet_until: float = 0.0
+    """Until then no attempt begins, on no host; seconds since the epoch. Not remembered over a restart."""
+    quiet_why: str = ""
     _unwritten: tuple[str, float] = ("", 0.0)
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
     _growth: dict[str, asyncio.Event] = field(default_factory=dict)

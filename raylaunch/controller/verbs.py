@@ -8,12 +8,13 @@ import time
 
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.attempt_spec import wandb_link
+from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.foreign import ForeignJobs
 from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.queue import Admit, plan_queue, why_never
 from raylaunch.controller.ray_fit import RayFit
 from raylaunch.controller.records import JobRecord, Records
-from raylaunch.controller.rooms import ask_for, ask_of, holdings_of, rooms_of, waiting
+from raylaunch.controller.rooms import ask_for, ask_of, holdings_of, rooms_of, waiting, with_drains
 from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.services import DryRun
 from raylaunch.controller.settings import Settings
@@ -38,6 +39,7 @@ class Verbs:
         secrets: SecretStore,
         artifacts: Artifacts,
         sight: Sight,
+        drains: DrainBook,
         foreign: ForeignJobs,
         ray_fit: RayFit,
     ) -> None:
@@ -47,6 +49,7 @@ class Verbs:
         self._secrets = secrets
         self._artifacts = artifacts
         self._sight = sight
+        self._drains = drains
         self._foreign = foreign
         self._ray_fit = ray_fit
         self._began_at = time.time()
@@ -81,7 +84,7 @@ class Verbs:
         """
         self._check(request, package=False)
         await self._ray_fit.check(request)
-        rooms = rooms_of(self._sight.nodes)
+        rooms = rooms_of(with_drains(self._sight.nodes, self._drains.now()))
         ask = ask_for(request.spec, job="(this job)", since=time.time())
         unfinished = self._records.unfinished()
         holdings = holdings_of(unfinished, released=self._sight.released, seen=self._sight.attempts)
@@ -124,6 +127,7 @@ class Verbs:
             change=change,
             reason=Reason.STOP_REQUESTED,
             stop_wish=wish,
+            again=False,
         )
         self._sight.ring()
         return updated.view()
@@ -160,7 +164,7 @@ class Verbs:
             started_at=self._began_at,
             ray="up" if sight.link_up and sight.ray_answers else "down",
             ray_version=sight.ray_version,
-            nodes=sight.nodes,
+            nodes=with_drains(sight.nodes, self._drains.now()),
             queued=sum(1 for record in unfinished if record.state in {JobState.QUEUED, JobState.HELD}),
             running=sum(1 for record in unfinished if record.state.active),
             store=str(self._settings.store),
@@ -187,7 +191,7 @@ class Verbs:
         mute = [node for node in sight.nodes if node.alive and not node.steward]
         found += [f"the steward of {node.hostname} does not answer" for node in mute]
         found += [f"{attempt}: {message}" for attempt, message in sight.store_problems.items()]
-        found += [sight.unwritten] if sight.unwritten else []
+        found += [one for one in (sight.unwritten, self._drains.problem) if one]
         return tuple(found)
 
     def _check(self, request: SubmitRequest, *, package: bool = True) -> None:

@@ -18,7 +18,9 @@ import httpx2
 
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.auth import TokenBook
+from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.foreign_logs import ForeignLogs
+from raylaunch.controller.host_verbs import HostVerbs
 from raylaunch.controller.link import Link
 from raylaunch.controller.metrics import Metrics
 from raylaunch.controller.packages import PackageStore
@@ -147,6 +149,7 @@ class Api:
         self.loop = asyncio.get_running_loop()
         self.records = Records(self.store)
         artifacts = Artifacts(self.store)
+        self.sight = Sight()
         self.desk = Desk(self.records, artifacts)
         self.services = Services(
             store=self.store,
@@ -157,6 +160,7 @@ class Api:
             artifacts=artifacts,
             metrics=Metrics(self.store),
             jobs=self.desk,
+            hosts=HostVerbs(records=self.records, drains=DrainBook(self.store), sight=self.sight),
             foreign_logs=_without_ray(self.store),
         )
         self.server = ApiServer(self.services)

@@ -1,0 +1,47 @@
+"""What operators and admins ask of a cluster over HTTP: its hosts, and who may come in."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+from raylaunch.state import HostJobs, Quiet
+from raylaunch.wire import Wire
+
+
+class Admin:
+    """The part of a `raylaunch.client.Client` that is about hosts and people.
+
+    All verbs raise `AccessError` when the token's role is less than what they take.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+
+    async def host_jobs(self, host: str) -> HostJobs:
+        """Return what runs on a host, and whether it is drained."""
+        return await self._wire.model(HostJobs, "GET", f"/v1/hosts/{quote(host, safe='')}")
+
+    async def drain(self, host: str, *, until: float | None = None, stop: bool = False) -> HostJobs:
+        """Let no attempt begin on a host until a time (seconds since the epoch), or until `undrain`.
+
+        With `stop`, what runs there is stopped, each job with its own grace, and queued again.
+        """
+        body: dict[str, object] = {"until": until, "stop": stop}
+        return await self._wire.model(HostJobs, "POST", f"/v1/hosts/{quote(host, safe='')}/drain", body=body)
+
+    async def undrain(self, host: str) -> HostJobs:
+        """Let a host take jobs again."""
+        return await self._wire.model(HostJobs, "DELETE", f"/v1/hosts/{quote(host, safe='')}/drain")
+
+    async def quiet(self, *, limit_s: float | None = None, stop: bool = False) -> Quiet:
+        """Say what runs; with `limit_s`, let no attempt begin for so long, or until `loud`.
+
+        With `stop`, what runs is stopped, each job with its own grace, and queued again.
+        """
+        if limit_s is None:
+            return await self._wire.model(Quiet, "GET", "/v1/quiet")
+        return await self._wire.model(Quiet, "POST", "/v1/quiet", body={"limit_s": limit_s, "stop": stop})
+
+    async def loud(self) -> Quiet:
+        """Let attempts begin again."""
+        return await self._wire.model(Quiet, "DELETE", "/v1/quiet")

@@ -1,0 +1,126 @@
+"""``add``, ``drain``, ``remove``: the hosts of a cluster over SSH."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import click
+
+from raylaunch.cli.cluster import say_status
+from raylaunch.cli.connect import Place, ask_person, finish, show_step
+from raylaunch.cli.console import note, say, say_json
+from raylaunch.cli.options import as_json
+from raylaunch.errors import SpecError
+from raylaunch.members import add as add_host
+from raylaunch.members import plan_add, plan_remove, wait_empty, words
+from raylaunch.members import remove as remove_host
+from raylaunch.state import HostJobs
+from raylaunch.units import point_in_time
+
+
+@click.command(epilog="Example:  raylaunch add dgx-3 --gpus 4")
+@click.argument("host")
+@click.option("--gpus", metavar="GPUS", help="A number, or indices and UUIDs with commas; without it all.")
+@click.option("--address", help="Its address on the cluster's network, where ssh goes to another one.")
+@click.option("--user", help="The account to log in as.")
+@click.option("--key", help="The private key to log in with.")
+@click.option("--jump", multiple=True, help="A machine to go through; may be repeated.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@as_json
+@click.pass_obj
+def add(  # noqa: PLR0913 -- each is one fact of the host
+    cluster_file: Path | None,
+    *,
+    host: str,
+    gpus: str | None,
+    address: str | None,
+    user: str | None,
+    key: str | None,
+    jump: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Add HOST to the cluster, written as for ssh; cluster.yaml gets a line for it once it is in."""
+    place = Place(cluster_file)
+    given = {"gpus": _gpus(gpus), "address": address, "user": user, "key": key, "jump": list(jump)}
+    change = plan_add(place.file, {"host": host, **{name: value for name, value in given.items() if value}})
+    if dry_run:
+        say(str(finish(place.backend.plan(change.spec, on_prompt=ask_person))))
+        return
+    status = finish(add_host(change, host, on_step=show_step, on_prompt=ask_person))
+    if change.path is not None:
+        note(f"{change.path} has a line for {host} now")
+    say_status(status, as_json=as_json)
+
+
+def _gpus(text: str | None) -> object:
+    """A number is so many, as in cluster.yaml; with a comma they are indices or UUIDs."""
+    if text is None:
+        return None
+    return int(text) if text.isdigit() else [one.strip() for one in text.split(",") if one.strip()]
+
+
+@click.command(epilog="Example:  raylaunch drain dgx-2 --until 18:00")
+@click.argument("host")
+@click.option("--until", metavar="TIME", help="When it takes jobs again by itself: 18:00, 2h, 2026-11-28T18:00.")
+@click.option("--stop", is_flag=True, help="Stop what runs there, each job with its grace, and queue it again.")
+@click.option("--wait", is_flag=True, help="Return when none of raylaunch's jobs runs there any more.")
+@click.option("--off", is_flag=True, help="Let it take jobs again.")
+@as_json
+@click.pass_obj
+def drain(  # noqa: PLR0913 -- each is one option
+    cluster_file: Path | None, *, host: str, until: str | None, stop: bool, wait: bool, off: bool, as_json: bool
+) -> None:
+    """Let HOST take no new jobs; what runs there goes on. It takes jobs again at a time, or after --off."""
+    if off and (until or stop or wait):
+        msg = "--off ends a drain; it goes with none of --until, --stop, --wait"
+        raise click.UsageError(msg)
+    at = _until(until)
+
+    async def work() -> HostJobs:
+        async with Place(cluster_file).client() as client:
+            if off:
+                return await client.admin.undrain(host)
+            found = await client.admin.drain(host, until=at, stop=stop)
+            if wait:
+                await wait_empty(client, host, on_step=show_step, told=stop)
+                found = await client.admin.host_jobs(host)
+            return found
+
+    found = finish(work())
+    if as_json:
+        say_json(found)
+        return
+    say(f"{host} {found.drain}" if found.drain else f"{host} takes jobs again")
+    if found.drain and found.jobs:
+        say(f"there {words(found.jobs)}")
+    if found.others:
+        say(f"{found.others}: workers of Ray programs, or plain Ray jobs, which a drain does not hold back")
+
+
+def _until(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        return point_in_time(text, now=datetime.fromtimestamp(time.time(), timezone.utc).astimezone()).timestamp()
+    except ValueError as error:
+        raise SpecError(str(error), field="until") from None
+
+
+@click.command(epilog="Example:  raylaunch remove dgx-2 --stop")
+@click.argument("host")
+@click.option("--stop", is_flag=True, help="Stop what runs there, each job with its grace, and queue it again.")
+@click.option("--forget", is_flag=True, help="Do not reach it: it is gone for ever. What runs there is not ended.")
+@click.pass_obj
+def remove(cluster_file: Path | None, *, host: str, stop: bool, forget: bool) -> None:
+    """Take HOST out of the cluster: end what 'up' started there, and take it out of cluster.yaml."""
+    place = Place(cluster_file)
+    change = plan_remove(place.file, host)
+    report = finish(remove_host(place, change, host, stop=stop, forget=forget, on_step=show_step, on_prompt=ask_person))
+    for one in (*report.ended, *report.notes):
+        say(f"  {one}")
+    if forget:
+        note(f"{host} was not reached: Ray and jobs of cluster {report.cluster} may still run there")
+    say(f"{host} is no host of cluster {report.cluster} any more")

@@ -1,0 +1,75 @@
+"""Routes about hosts: what runs on one, and whether it takes jobs."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from raylaunch.controller.answers import answer
+from raylaunch.controller.asking import Has, Who
+from raylaunch.controller.auth import Role
+from raylaunch.state import HostJobs, Quiet
+
+router = APIRouter()
+
+
+class DrainRequest(BaseModel):
+    """Until when (seconds since the epoch; null for no end), and whether what runs there is stopped."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    until: float | None = None
+    stop: bool = False
+
+
+class QuietRequest(BaseModel):
+    """For how long at most (seconds), and whether what runs is stopped and queued again."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit_s: float = Field(default=600.0, gt=0, le=7 * 86400)
+    stop: bool = False
+
+
+@router.get("/hosts/{host}", response_model=HostJobs)
+async def jobs(host: str, services: Has) -> Response:
+    """Say what runs on a host."""
+    return answer(services.hosts.jobs(host))
+
+
+@router.post("/hosts/{host}/drain", response_model=HostJobs)
+async def drain(host: str, request: Request, services: Has, caller: Who, asked: DrainRequest | None = None) -> Response:
+    """Let no attempt begin on a host."""
+    caller.require(Role.OPERATOR, "drain hosts")
+    request.state.about = host
+    asked = asked or DrainRequest()
+    return answer(services.hosts.drain(host, until=asked.until, stop=asked.stop, person=caller.person))
+
+
+@router.delete("/hosts/{host}/drain", response_model=HostJobs)
+async def undrain(host: str, request: Request, services: Has, caller: Who) -> Response:
+    """Let a host take jobs again."""
+    caller.require(Role.OPERATOR, "let drained hosts take jobs")
+    request.state.about = host
+    return answer(services.hosts.undrain(host))
+
+
+@router.get("/quiet", response_model=Quiet)
+async def is_quiet(services: Has) -> Response:
+    """Say whether attempts begin, and what runs."""
+    return answer(services.hosts.is_quiet())
+
+
+@router.post("/quiet", response_model=Quiet)
+async def quiet(services: Has, caller: Who, asked: QuietRequest | None = None) -> Response:
+    """Let no attempt begin for a while."""
+    caller.require(Role.OPERATOR, "let no job begin")
+    asked = asked or QuietRequest()
+    return answer(services.hosts.quiet(limit_s=asked.limit_s, stop=asked.stop, person=caller.person))
+
+
+@router.delete("/quiet", response_model=Quiet)
+async def loud(services: Has, caller: Who) -> Response:
+    """Let attempts begin again."""
+    caller.require(Role.OPERATOR, "let jobs begin again")
+    return answer(services.hosts.loud())
