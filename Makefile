@@ -2,8 +2,8 @@
 
 BIN := .venv/bin
 SOURCES := raylaunch mcp_server tests examples benchmarks tools docs
-# Two workers, whole files each: a file that starts a cluster keeps it to itself.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two workers, whole files each: a file that starts a cluster keeps it to itself. tests/conftest.py says which come first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARGS :=
 
 .DEFAULT_GOAL := help
@@ -29,7 +29,7 @@ test-clients: .venv/.test ## Claude Code's own command line connects to the MCP 
 	$(BIN)/python -m pytest tests/clients_claude_code.py $(ARGS)
 
 check: lint ## lint, format, types and the pure tests; under two minutes
-	$(PYTEST) -m "not ray and not wandb and not slow and not long" $(ARGS)
+	$(PYTEST) -m "not machines and not ray and not wandb and not slow and not long" $(ARGS)
 
 lint: .venv/.test
 	$(BIN)/ruff check .

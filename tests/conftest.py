@@ -19,6 +19,8 @@ import pytest
 pytest_plugins = ["support.cluster"]
 
 MAY_BE_MISSING = ("needs PyTorch", "needs a GPU", "needs a Python 3.", "needs Python 3.", "needs IPv6")
+_LONGEST = ("long", "machines", "ray", "slow", "wandb")
+"""Marks of tests, those that take longest first."""
 ALL = os.environ.get("RAYLAUNCH_TEST_ALL", "") not in {"", "0"}
 
 _Report = pytest.TestReport | pytest.CollectReport
@@ -35,13 +37,21 @@ def _failed_if_skipped(report: _Report) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let a test of real processes fail twice before it counts; each first failure is shown in the summary.
+    """Put the files that take longest first; let a test of real processes fail twice before it counts.
 
-    They wait with limits, and a machine that is busy with something else may exceed any.
+    A file belongs to one worker, so a long one at the end would let the others wait. Each first failure is shown in the
+    summary: tests of real processes wait with limits, and a machine that is busy with something else may exceed any.
     """
+    turns: dict[Path, int] = {}
     for item in items:
+        turns[item.path] = min(turns.get(item.path, len(_LONGEST)), _turn(item))
         if any(item.get_closest_marker(name) for name in ("ray", "wandb", "machines")):
             item.add_marker(pytest.mark.flaky(reruns=1))
+    items.sort(key=lambda item: turns[item.path])
+
+
+def _turn(item: pytest.Item) -> int:
+    return next((n for n, name in enumerate(_LONGEST) if item.get_closest_marker(name)), len(_LONGEST))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

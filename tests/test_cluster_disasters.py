@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.cluster import Cluster, Reach, running_cluster
+from support.cluster import Cluster, Reach, argv, running_cluster
 from support.disks import fill, small_disk
 from support.plain_ray import plain_python, started_plain, submit_plain
 from support.waiting import wait_until
@@ -248,15 +248,7 @@ def test_killing_the_steward_ten_times_loses_no_job_and_no_byte(cluster: Cluster
 def new_steward(cluster: Cluster, killed: set[int]) -> psutil.Process | None:
     """Return the steward's process, when it is not one that was killed."""
     found = (process for process in cluster.processes() if process.pid not in killed)
-    return next((process for process in found if title(process).startswith("ray::Steward")), None)
-
-
-def title(process: psutil.Process) -> str:
-    """Return what a process calls itself; nothing when it has ended."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+    return next((process for process in found if " ".join(argv(process)).startswith("ray::Steward")), None)
 
 
 def test_killing_the_client_ten_times_makes_one_job_each(cluster: Cluster, book: Book) -> None:
@@ -285,7 +277,7 @@ def test_killing_the_client_ten_times_makes_one_job_each(cluster: Cluster, book:
     assert sorted(job.id for job in jobs(cluster, "cut-*")) == sorted(ids)
 
 
-@pytest.mark.parametrize("victim", ["ray start --block", "gcs_server"])
+@pytest.mark.parametrize("victim", [pytest.param("ray start --block", marks=pytest.mark.long), "gcs_server"])
 def test_a_killed_ray_comes_back_by_itself_and_its_job_is_tried_again(
     cluster: Cluster, book: Book, victim: str
 ) -> None:

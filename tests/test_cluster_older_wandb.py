@@ -16,7 +16,7 @@ from raylaunch.state import JobState
 
 pytestmark = [pytest.mark.ray, pytest.mark.wandb, pytest.mark.slow]
 
-VERSIONS = ("0.29", "0.30")
+VERSIONS = ("0.29", pytest.param("0.30", marks=pytest.mark.long))  # the oldest that is supported, and what follows it
 KEEPS_COUNT = """
 import os, time, wandb
 run = wandb.init()

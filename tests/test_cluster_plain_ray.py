@@ -13,7 +13,7 @@ import psutil
 import pytest
 from support.agent import Agent, agent_at
 from support.background import MB, Command, memory_of, started
-from support.cluster import Cluster
+from support.cluster import Cluster, argv
 from support.plain_ray import listed_ids, plain_python, started_plain, status_in_ray, submit_plain
 from support.tokens import people, person_of
 from support.waiting import wait_until
@@ -120,7 +120,7 @@ def test_where_the_link_hangs_rays_own_api_gives_the_log(cluster: Cluster, waiti
     link = next(
         process
         for process in cluster.processes()
-        if any("raylaunch.controller.ray_link" in word for word in process.cmdline())
+        if any("raylaunch.controller.ray_link" in word for word in argv(process))
     )
     link.send_signal(signal.SIGSTOP)
     try:
@@ -140,7 +140,7 @@ def test_waiting_for_it_exits_with_its_status(cluster: Cluster, quick: dict[str,
 def test_a_running_one_is_stopped_and_ray_agrees(cluster: Cluster) -> None:
     job = plain_python(cluster, "plain-stopped", WAITS)
     started_plain(cluster, job)
-    process = next(one for one in psutil.process_iter() if "import time" in " ".join(_words(one)) and _is_of(one, job))
+    process = next(one for one in psutil.process_iter() if "import time" in " ".join(argv(one)) and _is_of(one, job))
     assert cluster.good("stop", job).split() == [job, "stopping"]
     ended = cluster.ended(job)
     assert (ended.state, ended.reason) == (JobState.STOPPED, Reason.STOP_REQUESTED)
@@ -151,13 +151,6 @@ def test_a_running_one_is_stopped_and_ray_agrees(cluster: Cluster) -> None:
     again = cluster.cli("stop", job)
     assert again.status == 1
     assert f"{job} has ended already: stopped" in again.err
-
-
-def _words(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
 
 
 def _is_of(process: psutil.Process, submission: str) -> bool:

@@ -288,6 +288,7 @@ def test_what_ray_train_reports_can_be_read_at_once_and_a_stop_ends_its_run(
     nothing_is_left(cluster, job)
 
 
+@pytest.mark.long
 def test_each_report_is_tracked_once_and_runs_of_the_workers_own_stand_beside(
     cluster: Cluster, server: WandbServer
 ) -> None:

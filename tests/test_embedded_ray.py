@@ -188,6 +188,7 @@ def test_another_user_can_read_no_log_of_ray(cluster: Cluster) -> None:
     assert "Permission denied" in done.stderr
 
 
+@pytest.mark.long
 def test_a_second_cluster_in_another_home_lives_beside_it(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     before = pids(status())
     with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as home, monkeypatch.context() as environment:

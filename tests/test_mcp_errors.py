@@ -16,7 +16,7 @@ import pytest
 from mcp.client import Client
 from mcp.server import Server
 from mcp.types import TextContent
-from support.agent import Agent, Answer, agent_at, cluster_of_paper, keep
+from support.agent import HASTY, Agent, Answer, agent_at, cluster_of_paper, keep
 from support.api import Api, token_of
 from support.api_use import foreign, start, write
 from support.disks import fill, small_disk
@@ -276,10 +276,10 @@ def test_a_controller_that_does_not_answer_is_said_to_a_viewer_who_starts_nothin
         assert answer.text == f"{words}\n  → raylaunch up starts what is missing; raylaunch status shows what runs"
 
 
-def test_a_controller_that_hangs_is_said_by_every_tool(place: Path, agent: Agent) -> None:
+def test_a_controller_that_hangs_is_said_by_every_tool(place: Path, hasty: Agent) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=100) as mute, moved(place, mute.getsockname()[1]):
-        answers = all_at_once(agent, TOOLS)
-        words = f"cluster 'local' did not answer within 30 s at http://127.0.0.1:{mute.getsockname()[1]}"
+        answers = all_at_once(hasty, TOOLS)
+        words = f"cluster 'local' did not answer within 3 s at http://127.0.0.1:{mute.getsockname()[1]}"
     status = answers.pop("cluster_status")
     assert (status.error, status.facts["problems"][0]) == (False, words)
     for tool, answer in answers.items():
@@ -288,9 +288,16 @@ def test_a_controller_that_hangs_is_said_by_every_tool(place: Path, agent: Agent
 
 
 @pytest.fixture(scope="module")
+def hasty(place: Path, api: Api) -> Iterator[Agent]:
+    assert api
+    with agent_at(place, place / "work", program=HASTY) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
 def silent(place: Path, api: Api) -> Iterator[Agent]:
     assert api
-    with agent_at(place, place / "work", extra={"RAYLAUNCH_ROLE": "viewer"}) as opened:
+    with agent_at(place, place / "work", extra={"RAYLAUNCH_ROLE": "viewer"}, program=HASTY) as opened:
         yield opened
 
 

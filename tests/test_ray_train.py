@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from support.cluster import argv
 from support.waiting import wait_until
 from support.wandb_server import WandbServer
 
@@ -70,7 +71,7 @@ class Writer:
 
     def process(self) -> psutil.Process:
         """Return the program, which has left its parent."""
-        marks = [process for process in psutil.process_iter() if str(self.reports) in _words(process)]
+        marks = [process for process in psutil.process_iter() if str(self.reports) in argv(process)]
         assert len(marks) == 1
         return marks[0]
 
@@ -89,13 +90,6 @@ class Writer:
     def _items(self, run: str) -> list[object]:
         files = (self.folder / "wandb").glob(f"*run-*/run-{run}.wandb")
         return [item for file in files for item in RunFile(file).read_new()]
-
-
-def _words(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
 
 
 @pytest.fixture

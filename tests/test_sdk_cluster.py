@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.cluster import Cluster, unstarted_cluster
+from support.cluster import Cluster, argv, unstarted_cluster
 from support.waiting import wait_until
 
 from raylaunch.state import JobState
@@ -91,7 +91,7 @@ def test_connecting_starts_a_cluster_from_nothing_and_a_kernel_killed_meanwhile_
         with python(nothing, START) as third:
             out, _ = third.communicate(timeout=120)
         assert out.split() == [job, "succeeded"]
-        heads = [one for one in nothing.processes() if "ray.scripts.scripts" in one.cmdline()]
+        heads = [one for one in nothing.processes() if "ray.scripts.scripts" in argv(one)]
         assert [head.pid for head in heads] == [nothing.ray_pid()]
 
 

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -33,6 +33,12 @@ _T = TypeVar("_T")
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, "-c", "from mcp_server.server import main; main()"]
+HASTY = [
+    *PROGRAM[:2],
+    "import mcp_server.call, raylaunch.wire; mcp_server.call.PATIENCE_S = raylaunch.wire.ANSWER_TIMEOUT_S = 3.0; "
+    + PROGRAM[2],
+]
+"""The same server, which waits three seconds for what it else waits thirty for."""
 
 
 class Answer(NamedTuple):
@@ -57,11 +63,20 @@ class Agent:
         cwd: where the server is started.
         extra: more environment.
         mode: ``auto`` (2026-07-28), or ``legacy`` (the handshake).
+        program: the server.
     """
 
-    def __init__(self, home: Path, cwd: Path, *, extra: Mapping[str, str] | None = None, mode: str = "auto") -> None:
+    def __init__(
+        self,
+        home: Path,
+        cwd: Path,
+        *,
+        extra: Mapping[str, str] | None = None,
+        mode: str = "auto",
+        program: Sequence[str] = PROGRAM,
+    ) -> None:
         self._program = StdioServerParameters(
-            command=PROGRAM[0], args=PROGRAM[1:], env=environment(home, extra), cwd=cwd
+            command=program[0], args=list(program[1:]), env=environment(home, extra), cwd=cwd
         )
         self._mode = mode
         self.log = home / "mcp-server.log"
@@ -114,9 +129,16 @@ class Agent:
 
 
 @contextmanager
-def agent_at(home: Path, cwd: Path, *, extra: Mapping[str, str] | None = None, mode: str = "auto") -> Iterator[Agent]:
+def agent_at(
+    home: Path,
+    cwd: Path,
+    *,
+    extra: Mapping[str, str] | None = None,
+    mode: str = "auto",
+    program: Sequence[str] = PROGRAM,
+) -> Iterator[Agent]:
     """Open an agent, and close it."""
-    agent = Agent(home, cwd, extra=extra, mode=mode)
+    agent = Agent(home, cwd, extra=extra, mode=mode, program=program)
     agent.open()
     try:
         yield agent

@@ -204,6 +204,14 @@ class Cluster:
         return Result(done.returncode, done.stdout, done.stderr)
 
 
+def argv(process: psutil.Process) -> list[str]:
+    """Return a process's arguments; none when it has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 def _environ(pid: int) -> list[str]:
     try:
         return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
