@@ -9,7 +9,7 @@ from pathlib import Path
 
 import anyio
 import pytest
-from support.fittings import add_user, find_python, only_python
+from support.fittings import add_user, bare_python, find_python, only_python
 from support.hosts import Host, World, world
 from support.waiting import wait_until
 
@@ -21,7 +21,7 @@ from raylaunch.cluster.wheels import WheelStore
 from raylaunch.errors import HostError, HostLostError
 from raylaunch.version import __version__
 
-pytestmark = [pytest.mark.machines, pytest.mark.slow]
+pytestmark = [pytest.mark.machines, pytest.mark.slow, pytest.mark.long]
 
 VERSIONS = " ".join([__version__, *(installed_version(name) for name in EXACT)])
 SLOW_BYTES_PER_S = 20e6
@@ -37,7 +37,7 @@ def lab() -> Iterator[World]:
 def host(lab: World) -> Host:
     """A host as a minimal Debian is: a Python without pip, ensurepip and venv."""
     made = lab.host("bare")
-    made.run("rm -rf /usr/lib/python3*/{ensurepip,venv} /usr/lib/python3/dist-packages/pip* /usr/bin/pip*")
+    bare_python(made)
     return made
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.fittings import bare_python
 from support.hosts import Host, World, world
 from support.waiting import wait_until
 
@@ -67,6 +68,8 @@ class Laptop:
 @pytest.fixture(scope="module")
 def lab() -> Iterator[World]:
     with world(3) as made:
+        for host in made.hosts:
+            bare_python(host)
         yield made
 
 

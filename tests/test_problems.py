@@ -70,22 +70,15 @@ CASES = (
         "python_missing",
         BLOCKING,
         "it has no Python from 3.10 to 3.14 (it has 3.8.10)",
-        "install one: sudo apt install python3 python3-venv; or without root: uv python install 3.12",
+        "install one: sudo apt install python3; or without root: uv python install 3.12",
         {"pythons": [{"path": "/usr/bin/python3", "version": "3.8.10", "has_venv": True}]},
     ),
     Case(
         "python_missing",
         BLOCKING,
         "it has no Python from 3.10 to 3.14",
-        "install one: sudo apt install python3 python3-venv; or without root: uv python install 3.12",
+        "install one: sudo apt install python3; or without root: uv python install 3.12",
         {"pythons": []},
-    ),
-    Case(
-        "python_without_venv",
-        BLOCKING,
-        "its Python 3.12 cannot make environments (it has no module venv)",
-        "sudo apt install python3.12-venv; or without root: uv python install 3.12",
-        {"pythons": [{"path": "/usr/bin/python3", "version": "3.12.3"}], "uv": ""},
     ),
     Case(
         "environment_missing",
@@ -252,10 +245,12 @@ def test_a_healthy_spark_has_no_problems() -> None:
     assert problems(spec, {"spark-1": facts("spark")}) == ()
 
 
+def test_a_python_without_venv_and_pip_is_enough() -> None:
+    assert one_host({"pythons": [{"path": "/usr/bin/python3", "version": "3.12.3"}], "uv": ""}) == ()
+
+
 def test_what_is_not_known_is_no_problem() -> None:
-    blank = HostFacts.model_validate(
-        {"system": {"kind": "Linux"}, "pythons": [{"path": "p", "version": "3.12.1", "has_venv": True}]}
-    )
+    blank = HostFacts.model_validate({"system": {"kind": "Linux"}, "pythons": [{"path": "p", "version": "3.12.1"}]})
     spec = ClusterSpec(name="lab", hosts=(HostSpec(host="a"),))
     assert problems(spec, {"a": blank}) == ()
 

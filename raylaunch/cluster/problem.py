@@ -41,7 +41,6 @@ CODES: dict[str, str] = {
     "not_answered": "a part of the probe did not end in time, or failed",
     # Python and packages.
     "python_missing": "no Python from 3.10 to 3.14 was found",
-    "python_without_venv": "no Python there can make an environment",
     "environment_missing": "the environment that cluster.yaml names is not there",
     "index_unreachable": "packages cannot be fetched on the host itself",
     # Disks, memory, clock, name.

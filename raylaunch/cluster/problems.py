@@ -23,7 +23,7 @@ __all__ = ["CODES", "Problem", "blocking", "problems", "warning"]
 
 _NOT_HERE = frozenset(
     [
-        *("system_unsupported", "architecture_unsupported", "python_missing", "python_without_venv"),
+        *("system_unsupported", "architecture_unsupported", "python_missing"),
         *("index_unreachable", "no_start_after_reboot", "root_noexec", "container", "not_answered"),
     ]
 )

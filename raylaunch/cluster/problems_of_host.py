@@ -84,17 +84,11 @@ def _python(host: HostSpec, facts: HostFacts) -> Iterator[Problem]:
             message = f"its environment {host.environment} is not there, or its Python does not run"
             yield blocking(host.name, "environment_missing", message, "make it on the host, or leave environment out")
         return
-    found = usable(facts)
-    if not found:
+    if not usable(facts):  # it needs neither venv nor pip: environments are made with the uv that is pushed
         others = ", ".join(sorted({one.version for one in facts.pythons if one.version}))
         message = f"it has no Python from 3.10 to 3.14{f' (it has {others})' if others else ''}"
-        mend = "install one: sudo apt install python3 python3-venv; or without root: uv python install 3.12"
+        mend = "install one: sudo apt install python3; or without root: uv python install 3.12"
         yield blocking(host.name, "python_missing", message, mend)
-    elif not any(one.has_venv for one in found.values()) and not facts.uv:
-        version = "{}.{}".format(*max(found))
-        message = f"its Python {version} cannot make environments (it has no module venv)"
-        mend = f"sudo apt install python{version}-venv; or without root: uv python install 3.12"
-        yield blocking(host.name, "python_without_venv", message, mend)
     if facts.index.reachable is False:
         message = f"it fetches no packages ({facts.index.tool}: {_short(facts.index.words)})"
         mend = "nothing to do: wheels are gathered here and pushed; or set its index or proxy (pip config, https_proxy)"

@@ -160,6 +160,11 @@ def no_python(host: Host) -> None:
     only_python(None, host)
 
 
+def bare_python(host: Host) -> None:
+    """Let the host's Python be that of a minimal Debian: without pip, ensurepip and venv."""
+    host.run("rm -rf /usr/lib/python3*/{ensurepip,venv} /usr/lib/python3/dist-packages/pip* /usr/bin/pip*")
+
+
 def noisy_shell(host: Host, user: str = "root") -> None:
     """Let the user's start-up file print on both outputs, as such files do."""
     home = "/root" if user == "root" else f"/home/{user}"
