@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from urllib.parse import quote
 
-from raylaunch.state import HostJobs, Quiet
+from pydantic import TypeAdapter
+
+from raylaunch.state import Admission, HostJobs, Invitation, Quiet, TokenView
 from raylaunch.wire import Wire
 
 
@@ -45,3 +48,29 @@ class Admin:
     async def loud(self) -> Quiet:
         """Let attempts begin again."""
         return await self._wire.model(Quiet, "DELETE", "/v1/quiet")
+
+    async def tokens(self) -> tuple[TokenView, ...]:
+        """Return who may come in, and who is invited."""
+        answer = await self._wire.ask("GET", "/v1/tokens")
+        return TypeAdapter(tuple[TokenView, ...]).validate_json(answer.body)
+
+    async def invite(
+        self, person: str, role: str, *, valid_s: float, token_expires_at: float | None = None
+    ) -> Invitation:
+        """Invite a person; the code is good once, for `valid_s` seconds."""
+        body: dict[str, object] = {
+            "person": person,
+            "role": role,
+            "valid_s": valid_s,
+            "token_expires_at": token_expires_at,
+        }
+        return await self._wire.model(Invitation, "POST", "/v1/tokens", body=body)
+
+    async def revoke(self, who: str) -> int:
+        """Take back a person's tokens and invitations, or one by its id; return how many those were."""
+        answer = await self._wire.ask("DELETE", f"/v1/tokens/{quote(who, safe='')}")
+        return int(json.loads(answer.body)["revoked"])
+
+    async def take(self, sha256: str) -> Admission:
+        """Take an invitation, where the connection's token is its code; `sha256` is that of a token made here."""
+        return await self._wire.model(Admission, "POST", "/v1/join", body={"sha256": sha256})

@@ -400,6 +400,46 @@ class RayAccess(View):
     token: str = Field(repr=False)
 
 
+class TokenView(View):
+    """Who may come in, without the token itself: `id` is the beginning of its hash."""
+
+    id: str
+    person: str
+    role: str
+    created_at: float | None = None
+    """None for those that were made before this was kept."""
+    expires_at: float | None = None
+    made_by: str = ""
+    invited: bool = False
+    """Whether it is an invitation that nobody has taken yet; it is over at `expires_at`."""
+    mine: bool = False
+    """Whether it is the one that asks."""
+
+
+class Invitation(View):
+    """What a person needs to come in: a code that works once, and is worth nothing afterwards."""
+
+    code: str = Field(repr=False)
+    person: str
+    role: str
+    expires_at: float
+    token_expires_at: float | None = None
+    cluster: str
+    port: int
+    """The controller's, on the head's loopback."""
+
+
+class Admission(View):
+    """What a person became who took an invitation."""
+
+    person: str
+    role: str
+    made_by: str
+    cluster: str
+    cluster_id: str
+    expires_at: float | None = None
+
+
 class Usage(View):
     """Bytes that one job takes in the store."""
 

@@ -60,6 +60,9 @@ _SECTIONS: dict[str, dict[str, _Lazy]] = {
         "du": _Lazy("files", "du", "Show what the jobs take on disk."),
     },
     "More": {
+        "token": _Lazy("people", "token", "Invite people, list and revoke tokens."),
+        "join": _Lazy("people", "join", "Use a cluster that somebody else runs."),
+        "leave": _Lazy("people", "leave", "Forget a cluster that was joined."),
         "secret": _Lazy("secret", "secret", "Set, list and remove secrets."),
         "demo": _Lazy("demo", "demo", "Train a small real model, from start to downloaded file."),
     },

@@ -44,7 +44,14 @@ class ClientRecord(BaseModel):
     """Those that were brought up, also such as are not in the spec any more; by name."""
     head: str = ""
     """The name of the one with the controller."""
+    owner: str = ""
+    """Who brought the cluster up and invited us, where we joined it; empty where that was done from here."""
     at: float = Field(default_factory=time.time)
+
+    @property
+    def joined(self) -> bool:
+        """Whether somebody else runs the cluster: it is used from here, and not brought up, changed or ended."""
+        return bool(self.owner)
 
     def with_(self, **changes: object) -> ClientRecord:
         """Return a copy with some fields changed."""
@@ -59,6 +66,12 @@ class TunnelRecord(BaseModel):
     process: ProcessIdentity
     ports: dict[str, int]
     """``controller``, ``dashboard`` and ``gcs``, on loopback."""
+    head_fingerprint: str = ""
+    """Of the host key that the head showed."""
+    head_address: str = ""
+    """The address that it was reached at."""
+    head_ports: dict[str, int] = Field(default_factory=dict)
+    """Where it leads to on the head."""
     up: bool = False
     why: str = ""
     """Why it is not up, in words."""

@@ -8,6 +8,7 @@ from raylaunch.cluster.client_record import ClientRecord, load_client, save_clie
 from raylaunch.cluster.home import cluster_paths
 from raylaunch.cluster.plan import DownReport
 from raylaunch.cluster.record import cluster_lock
+from raylaunch.cluster.ssh_backend import refuse_joined
 from raylaunch.cluster.ssh_target import OnPrompt
 from raylaunch.cluster.take_down import TakeDown
 from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError
@@ -21,11 +22,13 @@ def known(cluster: str) -> ClientRecord:
 
     Raises:
         ClusterDownError: nothing.
+        AccessError: somebody else runs it.
     """
     record = load_client(cluster_paths(cluster))
     if record is None:
         msg = f"cluster {cluster} was not brought up from here"
         raise ClusterDownError(msg, hint="bring it up: raylaunch up")
+    refuse_joined(record, "changed")
     return record
 
 

@@ -63,6 +63,12 @@ class Machine:
         """The connection itself, for the other modules that know asyncssh."""
         return self._route.connection
 
+    @property
+    def identity(self) -> tuple[str, str]:
+        """The address at which the host was reached, as seen from the last hop, and its host key's fingerprint."""
+        key, peer = self.connection.get_server_host_key(), self.connection.get_extra_info("peername")
+        return str(peer[0]) if peer else "", key.get_fingerprint() if key else ""
+
     async def run(  # noqa: PLR0913 -- all keywords, each with a sentence
         self,
         command: Sequence[str] | Script,

@@ -17,7 +17,7 @@ from raylaunch.cluster.record import cluster_lock
 from raylaunch.cluster.ssh_target import OnPrompt
 from raylaunch.cluster.take_down import TakeDown
 from raylaunch.cluster.tunnel import end_tunnel, ensure_tunnel
-from raylaunch.errors import ClusterDownError, ClusterError, ClusterStartError, RaylaunchError
+from raylaunch.errors import AccessError, ClusterDownError, ClusterError, ClusterStartError, RaylaunchError
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import ClusterStatus, ControllerStatus
 
@@ -37,6 +37,19 @@ def _known(spec: ClusterSpec | str) -> tuple[ClusterPaths, ClientRecord]:
     return paths, record
 
 
+def refuse_joined(record: ClientRecord | None, what: str) -> None:
+    """Refuse to change a cluster that somebody else runs.
+
+    Raises:
+        AccessError: it is one.
+    """
+    if record is not None and record.joined:
+        msg = f"cluster {record.spec.name} is run by {record.owner}, and is not {what} from here"
+        raise AccessError(
+            msg, hint=f"ask {record.owner}; to forget the cluster here: raylaunch leave {record.spec.name}"
+        )
+
+
 async def up(
     spec: ClusterSpec, /, *, on_step: Callable[[Step], None], on_prompt: OnPrompt | None = None
 ) -> ClusterStatus:
@@ -47,6 +60,7 @@ async def up(
             next `up` goes on from there.
     """
     paths = _paths(spec)
+    refuse_joined(load_client(paths), "brought up")
     for folder in (paths.home, paths.home / "clusters", paths.root):
         make_private_dir(folder)
     async with cluster_lock(paths, limit_s=_LOCK_S):
@@ -134,7 +148,7 @@ async def status(spec: ClusterSpec | str, /) -> ClusterStatus:
 
 def status_of(record: ClientRecord, says: ControllerStatus) -> ClusterStatus:
     """Put together what the spec names and what the controller sees. Pure."""
-    hosts = record.spec.host_specs()
+    hosts = () if record.joined else record.spec.host_specs()
     living = {node.hostname for node in says.nodes if node.alive}
     missing = [f"{host.name}: is not in the Ray cluster" for host in hosts if host.name not in living]
     dead = () if says.ray == "up" else ("the controller does not reach Ray",)
@@ -150,7 +164,7 @@ def status_of(record: ClientRecord, says: ControllerStatus) -> ClusterStatus:
         store=says.store,
         store_free=says.store_free,
         gpus_logical=isinstance(record.spec.gpus, int) and record.spec.gpus > 0,
-        owner=hosts[0].name,
+        owner=record.spec.host_specs()[0].name,
     )
 
 
@@ -177,6 +191,7 @@ async def down(spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None)
     began = time.monotonic()
     paths = _paths(spec)
     record = load_client(paths)
+    refuse_joined(record, "taken down")
     if record is None:
         return DownReport(cluster=paths.name, ended=(), store="")
     async with cluster_lock(paths, limit_s=_LOCK_S):

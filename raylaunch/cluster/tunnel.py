@@ -136,8 +136,14 @@ class Tunnel:
     async def _open(self, head: Machine, client: ClientRecord) -> None:
         self._remote = await head_ports(head, client)
         for key in _PORTS:
+            if key not in self._remote:  # who joined as no operator has no use for Ray's
+                continue
             host = client.head_address if key == "gcs" else LOOPBACK
             await head.forward(self._record.ports[key], host, self._remote[key])
+        address, fingerprint = head.identity
+        self._record = self._record.model_copy(
+            update={"head_address": address, "head_fingerprint": fingerprint, "head_ports": self._remote}
+        )
 
     async def _until_over(self, head: Machine, client: ClientRecord) -> None:
         """Return when the connection is lost, or the head's ports are other ones: its controller may have moved."""

@@ -25,6 +25,7 @@ from raylaunch.controller.evidence import last_lines
 from raylaunch.controller.foreign import ForeignJobs
 from raylaunch.controller.foreign_logs import ForeignLogs
 from raylaunch.controller.host_verbs import HostVerbs
+from raylaunch.controller.invitations import Invitations
 from raylaunch.controller.lifecycle import Lifecycle
 from raylaunch.controller.link import Link
 from raylaunch.controller.means import Leavings, Means
@@ -115,12 +116,15 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         foreign=foreign,
         ray_fit=RayFit(settings=settings, packages=packages, sight=sight, link=link),
     )
+    tokens = TokenBook(settings.store)
     services = Services(
+        settings=settings,
         store=settings.store,
         records=records,
         packages=packages,
         secrets=secrets,
-        tokens=TokenBook(settings.store),
+        tokens=tokens,
+        invitations=Invitations(settings.store, tokens),
         artifacts=artifacts,
         metrics=metrics,
         jobs=verbs,

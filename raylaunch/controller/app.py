@@ -16,6 +16,7 @@ from raylaunch.controller import (
     routes_jobs,
     routes_logs,
     routes_packages,
+    routes_tokens,
 )
 from raylaunch.controller.answers import error_answer
 from raylaunch.controller.audit import AuditLog
@@ -41,12 +42,21 @@ def create_app(services: Services) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.services = services
-    app.add_middleware(Gate, tokens=services.tokens, audit=AuditLog(services.store))
+    app.add_middleware(Gate, tokens=services.tokens, invitations=services.invitations, audit=AuditLog(services.store))
     app.add_exception_handler(RaylaunchError, _said)
     app.add_exception_handler(RequestValidationError, _not_understood)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _bug)
-    for routes in (routes_cluster, routes_hosts, routes_jobs, routes_events, routes_logs, routes_data, routes_packages):
+    for routes in (
+        routes_cluster,
+        routes_hosts,
+        routes_jobs,
+        routes_events,
+        routes_logs,
+        routes_data,
+        routes_packages,
+        routes_tokens,
+    ):
         app.include_router(routes.router, prefix="/v1")
     return app
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raylaunch.errors import AccessError
 
 _log = logging.getLogger(__name__)
+
+ID_DIGITS = 8
 
 
 class Role(str, Enum):
@@ -24,9 +28,9 @@ class Role(str, Enum):
     TRAINER = "trainer"
     """Submit, and stop or remove own jobs."""
     OPERATOR = "operator"
-    """Stop or remove anybody's jobs, set secrets, use Ray's own tools."""
+    """Stop or remove anybody's jobs, set secrets, drain hosts, use Ray's own tools."""
     ADMIN = "admin"
-    """Everything."""
+    """Everything; and say who may come in."""
 
     def allows(self, needed: Role) -> bool:
         """Whether this role may do what `needed` may."""
@@ -36,10 +40,11 @@ class Role(str, Enum):
 
 @dataclass(frozen=True)
 class Caller:
-    """The person behind a request."""
+    """The person behind a request. `token` is the hash of what was shown."""
 
     person: str
     role: Role
+    token: str = ""
 
     def require(self, needed: Role, what: str) -> None:
         """Let through who has the role.
@@ -58,29 +63,62 @@ class Caller:
             )
 
 
-class _Token(BaseModel):
+class Token(BaseModel):
+    """One token as ``tokens.json`` keeps it: its hash, never itself."""
+
+    model_config = ConfigDict(frozen=True)
+
     sha256: str
     person: str
     role: Role
+    created_at: float | None = None
+    expires_at: float | None = None
+    made_by: str = ""
+
+    @property
+    def id(self) -> str:
+        """What people call it."""
+        return self.sha256[:ID_DIGITS]
 
 
-class _Tokens(BaseModel):
-    tokens: tuple[_Token, ...]
+class Tokens(BaseModel):
+    """``tokens.json``."""
+
+    tokens: tuple[Token, ...] = ()
+
+
+def digest(token: str) -> str:
+    """Return the hash by which a token is known."""
+    return hashlib.sha256(token.encode()).hexdigest()
 
 
 class TokenBook:
-    """``tokens.json``: hashes of tokens, never tokens. Read again whenever the file changes."""
+    """``tokens.json``: hashes of tokens, never tokens. Read again whenever the file changes.
 
-    def __init__(self, store: Path) -> None:
+    Args:
+        store: the store's folder.
+        clock: the time now, seconds since the epoch.
+    """
+
+    def __init__(self, store: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._path = store / "tokens.json"
+        self._clock = clock
         self._stamp: tuple[int, int, int] | None = None
-        self._callers: dict[str, Caller] = {}
+        self._known: dict[str, Token] = {}
 
     def who(self, token: str) -> Caller | None:
-        """Return whose token it is; None when nobody's."""
+        """Return whose token it is; None when nobody's, or when its time is over."""
         self._refresh()
         # Looked up by hash: what the time of a look-up tells about a hash does not lead back to a token.
-        return self._callers.get(hashlib.sha256(token.encode()).hexdigest())
+        found = self._known.get(digest(token))
+        if found is None or (found.expires_at is not None and found.expires_at <= self._clock()):
+            return None
+        return Caller(found.person, found.role, found.sha256)
+
+    def all(self) -> tuple[Token, ...]:
+        """Return all tokens, those that are over too."""
+        self._refresh()
+        return tuple(self._known.values())
 
     def _refresh(self) -> None:
         try:
@@ -88,15 +126,16 @@ class TokenBook:
             stamp = (facts.st_mtime_ns, facts.st_size, facts.st_ino)
             if stamp == self._stamp:
                 return
-            found = _Tokens.model_validate(json.loads(self._path.read_bytes()))
+            found = Tokens.model_validate(json.loads(self._path.read_bytes()))
         except FileNotFoundError:
-            self._stamp, self._callers = None, {}
+            self._stamp, self._known = None, {}
             return
         except (OSError, ValueError, ValidationError) as error:
             _log.warning("%s cannot be read, the tokens known before stay: %s", self._path, type(error).__name__)
             return
         self._stamp = stamp
-        self._callers = {token.sha256.lower(): Caller(token.person, token.role) for token in found.tokens}
+        tokens = (token.model_copy(update={"sha256": token.sha256.lower()}) for token in found.tokens)
+        self._known = {token.sha256: token for token in tokens}
 
 
 def _article(role: str) -> str:

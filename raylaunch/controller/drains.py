@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from raylaunch.controller.journal import write_problem
+from raylaunch.controller.private_file import write_private
 from raylaunch.errors import NotFoundError
 from raylaunch.state import Drain
 
@@ -73,14 +72,5 @@ class DrainBook:
 
     def _write(self, drains: Mapping[str, Drain]) -> None:
         text = json.dumps({host: drain.model_dump(mode="json") for host, drain in drains.items()}, indent=2)
-        beside = self._path.with_name(f"{self._path.name}.new")
-        try:
-            beside.unlink(missing_ok=True)
-            with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.rename(self._path)
-        except OSError as error:
-            raise write_problem(self._path, error) from error
+        write_private(self._path, text)
         self._known, self.problem = dict(drains), ""

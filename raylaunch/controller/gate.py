@@ -8,6 +8,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from raylaunch.controller.answers import OURS, error_answer
 from raylaunch.controller.audit import AuditLog
 from raylaunch.controller.auth import Caller, TokenBook
+from raylaunch.controller.invitations import Invitations
+from raylaunch.controller.routes_tokens import TAKE
 from raylaunch.errors import AccessError, RaylaunchError, SpecError, VersionError
 from raylaunch.version import API, __version__
 
@@ -19,9 +21,10 @@ _UNAUTHORIZED = 401
 class Gate:
     """ASGI middleware, outermost. Puts the `Caller` into ``request.state.caller``."""
 
-    def __init__(self, app: ASGIApp, *, tokens: TokenBook, audit: AuditLog) -> None:
+    def __init__(self, app: ASGIApp, *, tokens: TokenBook, invitations: Invitations, audit: AuditLog) -> None:
         self._app = app
         self._tokens = tokens
+        self._invitations = invitations
         self._audit = audit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -33,7 +36,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        caller = self._caller(headers)
+        caller = self._caller(headers, scope["path"])
         if caller is None:
             await _no_token(headers)(scope, receive, send)
             return
@@ -44,9 +47,13 @@ class Gate:
         scope.setdefault("state", {})["caller"] = caller
         await self._pass_on(scope, receive, send, caller)
 
-    def _caller(self, headers: Headers) -> Caller | None:
+    def _caller(self, headers: Headers, path: str) -> Caller | None:
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        return self._tokens.who(token.strip()) if scheme.lower() == "bearer" else None
+        if scheme.lower() != "bearer":
+            return None
+        if path == TAKE:
+            return self._invitations.bearer(token)
+        return self._tokens.who(token.strip())
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
         status = 500

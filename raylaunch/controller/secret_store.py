@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from raylaunch.controller.journal import write_problem
+from raylaunch.controller.private_file import write_private
 from raylaunch.errors import NotFoundError, SpecError, StorageError
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -103,18 +102,4 @@ def _read(path: Path) -> dict[str, str]:
 
 
 def _write(path: Path, values: Mapping[str, str]) -> None:
-    beside = path.with_name(f"{path.name}.new")
-    try:
-        beside.unlink(missing_ok=True)
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(fd, "w", encoding="utf-8") as file:
-                json.dump(values, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.rename(path)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise write_problem(path, error) from error
+    write_private(path, json.dumps(values))

@@ -12,10 +12,12 @@ from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.auth import Role, TokenBook
 from raylaunch.controller.foreign_logs import ForeignLogs
 from raylaunch.controller.host_verbs import HostVerbs
+from raylaunch.controller.invitations import Invitations
 from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.record import JobRecord
 from raylaunch.controller.records import Records
 from raylaunch.controller.secret_store import SecretStore
+from raylaunch.controller.settings import Settings
 from raylaunch.state import (
     AttemptView,
     ControllerStatus,
@@ -81,11 +83,13 @@ class JobVerbs(Protocol):
 class Services:
     """All that `raylaunch.controller.app.create_app` needs."""
 
+    settings: Settings
     store: Path
     records: Records
     packages: PackageStore
     secrets: SecretStore
     tokens: TokenBook
+    invitations: Invitations
     artifacts: Artifacts
     metrics: MetricsReader
     jobs: JobVerbs

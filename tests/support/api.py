@@ -21,6 +21,7 @@ from raylaunch.controller.auth import TokenBook
 from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.foreign_logs import ForeignLogs
 from raylaunch.controller.host_verbs import HostVerbs
+from raylaunch.controller.invitations import Invitations
 from raylaunch.controller.link import Link
 from raylaunch.controller.metrics import Metrics
 from raylaunch.controller.packages import PackageStore
@@ -29,6 +30,7 @@ from raylaunch.controller.records import JobRecord, Records
 from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.server import ApiServer
 from raylaunch.controller.services import DryRun, Services
+from raylaunch.controller.settings import Settings
 from raylaunch.controller.sight import Sight
 from raylaunch.state import Change, ControllerStatus, JobView, RayAccess, SubmitAnswer, SubmitRequest
 from raylaunch.version import API, __version__
@@ -51,6 +53,19 @@ def write_tokens(store: Path, people: dict[str, str]) -> None:
         for person, role in people.items()
     ]
     (store / "tokens.json").write_text(json.dumps({"tokens": tokens}))
+
+
+def settings_of(store: Path, port: int) -> Settings:
+    """Return what a controller of that store would have been told."""
+    return Settings(
+        cluster="test",
+        cluster_id="c-test",
+        store=store,
+        port=port,
+        gcs_address="127.0.0.1:1",
+        dashboard_url="http://127.0.0.1:2",
+        ray_token_path=store / "ray_token",
+    )
 
 
 class Desk:
@@ -151,12 +166,15 @@ class Api:
         artifacts = Artifacts(self.store)
         self.sight = Sight()
         self.desk = Desk(self.records, artifacts)
+        tokens = TokenBook(self.store)
         self.services = Services(
+            settings=settings_of(self.store, int(self.url.rpartition(":")[2])),
             store=self.store,
             records=self.records,
             packages=PackageStore(self.store / "packages"),
             secrets=SecretStore(self.store),
-            tokens=TokenBook(self.store),
+            tokens=tokens,
+            invitations=Invitations(self.store, tokens),
             artifacts=artifacts,
             metrics=Metrics(self.store),
             jobs=self.desk,

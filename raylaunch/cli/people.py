@@ -1,0 +1,146 @@
+"""``token``, ``join``, ``leave``: other people on a cluster over SSH."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+import click
+from pydantic import RootModel, ValidationError
+
+from raylaunch.cli.connect import Place, finish
+from raylaunch.cli.console import count, note, say, say_json, table
+from raylaunch.cli.options import as_json
+from raylaunch.cluster import joined
+from raylaunch.errors import SpecError
+from raylaunch.people import choose, invite
+from raylaunch.people import join as join_cluster
+from raylaunch.spec import ClusterSpec
+from raylaunch.spec_problems import spec_error
+from raylaunch.state import TokenView
+from raylaunch.units import point_in_time, seconds
+
+ROLES = ("viewer", "trainer", "operator", "admin")
+
+
+@click.group(epilog="Example:  raylaunch token create --for alice --role trainer")
+def token() -> None:
+    """Say who may use the cluster: invite people, list and revoke tokens."""
+
+
+@token.command(epilog="Example:  raylaunch token create --for alice --role trainer --expires 90d")
+@click.option("--for", "person", required=True, metavar="NAME", help="Whom; the name stands beside her jobs.")
+@click.option("--role", type=click.Choice(ROLES), default="trainer", show_default=True, help="What she may do.")
+@click.option("--expires", metavar="TIME", help="When her token is over: 90d, 2027-01-31; without it never.")
+@click.option("--valid", default="24h", show_default=True, metavar="DURATION", help="How long the line is good.")
+@click.pass_obj
+def create(cluster_file: Path | None, *, person: str, role: str, expires: str | None, valid: str) -> None:
+    """Print the line that lets a person in. It works once; she needs an account of her own on the head."""
+    at = _time(expires)
+    valid_s = _seconds(valid)
+    line, over = finish(invite(Place(cluster_file), person, role, valid_s=valid_s, token_expires_at=at))
+    say(line)
+    note(f"{person} pastes this once, until {_when(over)}; `ssh` to that head must work for her")
+
+
+@token.command("list", epilog="Example:  raylaunch token list --json")
+@as_json
+@click.pass_obj
+def list_(cluster_file: Path | None, *, as_json: bool) -> None:
+    """List whose tokens there are. Tokens themselves are known to nobody but their owners."""
+
+    async def work() -> tuple[TokenView, ...]:
+        async with Place(cluster_file).client() as client:
+            return await client.admin.tokens()
+
+    found = finish(work())
+    if as_json:
+        say_json(RootModel[tuple[TokenView, ...]](found))
+        return
+    say(table(("ID", "PERSON", "ROLE", "SINCE", "UNTIL", ""), (tuple(_row(one)) for one in found)))
+
+
+def _row(one: TokenView) -> Iterator[str]:
+    yield from (one.id, one.person, one.role)
+    yield _when(one.created_at) if one.created_at else ""
+    yield _when(one.expires_at) if one.expires_at else ""
+    over = one.expires_at is not None and one.expires_at <= time.time()
+    yield "invited" if one.invited else "over" if over else "yours" if one.mine else ""
+
+
+@token.command(epilog="Example:  raylaunch token revoke alice")
+@click.argument("who")
+@click.pass_obj
+def revoke(cluster_file: Path | None, *, who: str) -> None:
+    """Take back the tokens and invitations of a person, or one by its ID. Her jobs go on."""
+
+    async def work() -> int:
+        async with Place(cluster_file).client() as client:
+            return await client.admin.revoke(who)
+
+    note(f"{count(finish(work()), 'token')} of {who} revoked")
+
+
+@click.command(epilog="Example:  raylaunch join lab --head dgx-1.example.org --port 41234 --code k7qm2-…")
+@click.argument("name")
+@click.option("--head", required=True, metavar="HOST", help="The cluster's head, as for ssh.")
+@click.option("--port", type=click.IntRange(1, 65535), required=True, help="The controller's, on the head's loopback.")
+@click.option("--code", required=True, help="The invitation's; it works once, and is worth nothing then.")
+@click.option("--fingerprint", help="The host key that the head must show.")
+@click.option("--jump", multiple=True, help="A machine to go through; may be repeated.")
+@click.option("--user", help="Your account on the head, where ~/.ssh/config does not say it.")
+@click.option("--key", help="The private key to log in with.")
+def join(  # noqa: PLR0913 -- each is one fact of the line
+    *,
+    name: str,
+    head: str,
+    port: int,
+    code: str,
+    fingerprint: str | None,
+    jump: tuple[str, ...],
+    user: str | None,
+    key: str | None,
+) -> None:
+    """Use a cluster that somebody else runs: paste the line that she sent you ('raylaunch token create')."""
+    given = {"host": head, "fingerprint": fingerprint, "jump": list(jump), "user": user, "key": key}
+    host: dict[str, object] = {field: value for field, value in given.items() if value}
+    try:
+        ClusterSpec.model_validate({"name": name, "kind": "ssh", "hosts": [host]})
+    except ValidationError as error:
+        raise spec_error(error, ClusterSpec, {"name": name, "hosts": [host]}, lambda _path: "") from None
+    admission = finish(join_cluster(name, host, port=port, code=code))
+    say(f"joined cluster {name} as {admission.person}, {admission.role}; {admission.made_by} runs it")
+    if choose(name, cwd=Path.cwd()):
+        note("it is the one that is meant where no cluster.yaml lies; others: raylaunch switch")
+    else:
+        note(f"name it once: raylaunch --cluster {name} list; or always: raylaunch switch {name}")
+
+
+@click.command(epilog="Example:  raylaunch leave lab")
+@click.argument("name")
+def leave(name: str) -> None:
+    """Forget a cluster that was joined. The cluster, and your jobs there, go on."""
+    finish(joined.leave(name))
+    note(f"cluster {name} is forgotten here; who runs it can revoke the token: raylaunch token revoke")
+
+
+def _time(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        return point_in_time(text, now=datetime.fromtimestamp(time.time(), timezone.utc).astimezone()).timestamp()
+    except ValueError as error:
+        raise SpecError(str(error), field="expires") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(str(seconds(text)))
+    except ValueError as error:
+        raise SpecError(str(error), field="valid") from None
+
+
+def _when(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
