@@ -12,6 +12,7 @@
     │   ├── ClusterDownError     it is not running, or not answering
     │   ├── ClusterStartError    a step of ``up`` failed; ``step`` and ``log_path`` say which and where
     │   ├── VersionError         client and cluster, or cluster and Ray, do not fit together
+    │   │   └── RayVersionError       the cluster runs another Ray: only a restart of Ray mends it
     │   └── HostError            one machine over SSH; ``host`` and ``step`` say which and where
     │       ├── HostUnreachableError  its name does not resolve, nobody listens, or nothing answers
     │       ├── HostKeyError          it shows an unknown host key, or another one than before
@@ -120,6 +121,12 @@ class VersionError(ClusterError):
 
     code = "version"
     status = 409
+
+
+class RayVersionError(VersionError):
+    """The cluster runs another Ray than the one that is installed here; only a restart of Ray mends that."""
+
+    code = "ray_version"
 
 
 class HostError(ClusterError):

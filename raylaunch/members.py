@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import anyio
 from pydantic import ValidationError
 
 from raylaunch.client import Client
@@ -19,18 +17,14 @@ from raylaunch.cluster.home import storage_errors
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.ssh_target import OnPrompt
 from raylaunch.config import ClusterFile, load_cluster_file
-from raylaunch.errors import ClusterDownError, ClusterError, ConflictError, NotFoundError, SpecError
+from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError, SpecError
 from raylaunch.place import Place
+from raylaunch.quieting import until_ended, words
 from raylaunch.spec import ClusterSpec, HostSpec
 from raylaunch.spec_problems import spec_error
 from raylaunch.state import ClusterStatus, HostJobs, JobView
 from raylaunch.yaml_file import with_item, without_item
 
-_POLL_S = 0.5
-_TELL_EVERY_S = 5.0
-_MARGIN_S = 90.0
-"""Beyond a job's grace: its files travel to the store before it counts as ended."""
-_NAMED = 3
 _HOSTS = "hosts"
 
 
@@ -228,59 +222,7 @@ async def wait_empty(client: Client, host: str, *, on_step: Callable[[Step], Non
     async def look() -> tuple[JobView, ...]:
         return (await client.admin.host_jobs(host)).jobs
 
-    await _until_ended(look, where=f" on {host}", on_step=on_step, told=told)
+    await until_ended(look, where=f" on {host}", on_step=on_step, told=told)
 
 
-async def quiet_down(client: Client, *, on_step: Callable[[Step], None]) -> None:
-    """Stop all jobs, each with its own grace, and queue them again; return when none runs and none can begin.
-
-    Raises:
-        ClusterError: some did not end in time; jobs may begin again then.
-    """
-    first = await client.admin.quiet()
-    limit_s = _limit_s(first.jobs) + _MARGIN_S
-    await client.admin.quiet(limit_s=limit_s + _MARGIN_S, stop=True)
-
-    async def look() -> tuple[JobView, ...]:
-        return (await client.admin.quiet()).jobs
-
-    try:
-        await _until_ended(look, where="", on_step=on_step)
-    except BaseException:
-        with anyio.CancelScope(shield=True):
-            await client.admin.loud()
-        raise
-
-
-async def _until_ended(
-    look: Callable[[], Awaitable[tuple[JobView, ...]]],
-    *,
-    where: str,
-    on_step: Callable[[Step], None],
-    told: bool = True,
-) -> None:
-    began, told_at, limit_s = time.monotonic(), 0.0, 0.0
-    while jobs := await look():
-        now = time.monotonic()
-        limit_s = max(limit_s, _limit_s(jobs))
-        if told and now - began > limit_s:
-            msg = f"{words(jobs)}{where} {limit_s:.0f} s after being told to stop"
-            raise ClusterError(msg, hint=f"see why: raylaunch show {jobs[0].id}")
-        if now - told_at > _TELL_EVERY_S:
-            told_at = now
-            on_step(Step("jobs", "waits", f"{words(jobs)}{where}{', told to stop' if told else ''}", now - began))
-        await anyio.sleep(_POLL_S)
-
-
-def _limit_s(jobs: tuple[JobView, ...]) -> float:
-    return max((job.spec.grace_s for job in jobs if job.spec), default=0.0) + _MARGIN_S
-
-
-def words(jobs: tuple[JobView, ...]) -> str:
-    """Say which jobs run, the first few by their ids. Pure."""
-    named = ", ".join(job.id for job in jobs[:_NAMED])
-    more = f" and {len(jobs) - _NAMED} others" if len(jobs) > _NAMED else ""
-    return f"{len(jobs)} {'job runs' if len(jobs) == 1 else 'jobs run'}: {named}{more}" if jobs else "no job runs"
-
-
-__all__ = ["Change", "add", "plan_add", "plan_remove", "quiet_down", "remove", "wait_empty", "words"]
+__all__ = ["Change", "add", "plan_add", "plan_remove", "remove", "wait_empty"]

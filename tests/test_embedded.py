@@ -420,7 +420,9 @@ def test_a_cluster_that_runs_another_ray_is_refused_with_what_to_do(paths: Clust
     with pytest.raises(VersionError) as caught:
         anyio.run(partial(embedded.up, SPEC, on_step=ignore))
     assert caught.value.message.startswith("cluster local runs Ray 2.59.1, and Ray 2.60.")
-    assert caught.value.hint == "raylaunch down, then raylaunch up starts it with this Ray (running jobs end)"
+    assert caught.value.hint == (
+        "raylaunch up --upgrade: when no job runs any more, it starts the cluster anew with this Ray"
+    )
 
 
 def test_a_cluster_of_a_newer_raylaunch_is_refused(paths: ClusterPaths, start: Start) -> None:

@@ -38,11 +38,15 @@ MAY: dict[str, frozenset[str]] = {
     "admin": GROUND | {"wire"},
     "client": GROUND | READING | SENDING | {"cluster", "admin"},
     "people": GROUND | READING | {"client", "cluster", "place"},
-    "members": GROUND | READING | {"client", "cluster", "place"},
+    "quieting": GROUND | {"client", "cluster", "place"},
+    "members": GROUND | READING | {"client", "cluster", "place", "quieting"},
     "sdk": GROUND | READING | {"client", "cluster", "place", "log_view"},
     "place": GROUND | {"client", "cluster"},
     "log_view": frozenset(),
-    "cli": GROUND | READING | VERBS | {"packing", "cluster", "job", "members", "people", "place", "log_view"},
+    "cli": GROUND
+    | READING
+    | VERBS
+    | {"packing", "cluster", "job", "members", "people", "quieting", "place", "log_view"},
     "mcp_server": GROUND | READING | VERBS | {"packing", "cluster", "place", "log_view"},
     "runner": frozenset(),
     "job": frozenset({"runner.contract"}),

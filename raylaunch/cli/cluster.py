@@ -16,7 +16,7 @@ from raylaunch.cli.options import as_json
 from raylaunch.cluster.backends import DownReport
 from raylaunch.errors import ConflictError
 from raylaunch.log_view import clean
-from raylaunch.members import quiet_down
+from raylaunch.quieting import quiet_down, upgraded
 from raylaunch.state import ClusterStatus, GpuView, JobView, NodeView, ProcessView, RayAccess
 
 _NAMED = 3
@@ -28,17 +28,29 @@ _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 @click.command(epilog="Example:  raylaunch up")
 @click.option("--dry-run", is_flag=True, help="Say what would be started, and start nothing.")
+@click.option("--upgrade", is_flag=True, help="Where another Ray runs: wait until no job runs, then start this one.")
+@click.option("--stop", is_flag=True, help="With --upgrade: stop jobs, each with its grace; they are tried again.")
 @as_json
 @click.pass_obj
-def up(cluster_file: Path | None, *, dry_run: bool, as_json: bool) -> None:
-    """Start the cluster, or what is missing of it; return when it can take jobs."""
+def up(cluster_file: Path | None, *, dry_run: bool, upgrade: bool, stop: bool, as_json: bool) -> None:
+    """Start the cluster, or what is missing of it; return when it can take jobs.
+
+    A controller of an older raylaunch is replaced by this one; jobs go on.
+    """
+    if stop and not upgrade:
+        msg = "--stop is for --upgrade; to stop jobs: raylaunch stop JOB"
+        raise click.UsageError(msg)
     place = Place(cluster_file)
     for line in place.notes:
         note(line)
     if dry_run:
         say(str(finish(place.backend.plan(place.spec, on_prompt=ask_person))))
         return
-    say_status(finish(place.backend.up(place.spec, on_step=show_step, on_prompt=ask_person)), as_json=as_json)
+    if upgrade:
+        status = finish(upgraded(place, stop=stop, on_step=show_step, on_prompt=ask_person))
+    else:
+        status = finish(place.backend.up(place.spec, on_step=show_step, on_prompt=ask_person))
+    say_status(status, as_json=as_json)
 
 
 @click.command(epilog="Example:  raylaunch down")

@@ -14,8 +14,9 @@ from raylaunch.cli.console import note, say, say_json
 from raylaunch.cli.options import as_json
 from raylaunch.errors import SpecError
 from raylaunch.members import add as add_host
-from raylaunch.members import plan_add, plan_remove, wait_empty, words
+from raylaunch.members import plan_add, plan_remove, wait_empty
 from raylaunch.members import remove as remove_host
+from raylaunch.quieting import words
 from raylaunch.state import HostJobs
 from raylaunch.units import point_in_time
 

@@ -39,7 +39,7 @@ from raylaunch.cluster.record import (
 )
 from raylaunch.cluster.steps import DiedError, Steps
 from raylaunch.cluster.sweep import of_controller, sweep_ray
-from raylaunch.errors import VersionError
+from raylaunch.errors import RayVersionError, VersionError
 from raylaunch.spec import ClusterSpec
 from raylaunch.version import __version__
 
@@ -282,7 +282,8 @@ def check_versions(seen: Seen, installed: str) -> bool:
     runs = record.versions
     if runs.ray != installed:
         msg = f"cluster {record.name} runs Ray {runs.ray}, and Ray {installed} is installed here"
-        raise VersionError(msg, hint="raylaunch down, then raylaunch up starts it with this Ray (running jobs end)")
+        hint = "raylaunch up --upgrade: when no job runs any more, it starts the cluster anew with this Ray"
+        raise RayVersionError(msg, hint=hint)
     if _number(runs.raylaunch) > _number(__version__):
         msg = f"cluster {record.name} was started by raylaunch {runs.raylaunch}, and this is {__version__}"
         raise VersionError(msg, hint=f"upgrade this one to {runs.raylaunch}, or raylaunch down, then raylaunch up")

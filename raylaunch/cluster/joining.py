@@ -72,6 +72,7 @@ class Joining:
         """
         version = installed_ray()
         had = load_record(self.paths)
+        make_importable(self.paths)
         if had is not None and is_alive(had.ray):
             check_versions(Seen(had, ray_alive=True), version)
             if had.place == self.place and had.cluster_id == self.cluster_id:
@@ -92,7 +93,6 @@ class Joining:
             ray=None,
             controller=None,
         )
-        make_importable(self.paths)
         if self.ray_token:
             write_private(self.paths.ray_token, self.ray_token)
         try:

@@ -11,24 +11,28 @@ import fcntl
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 
 import anyio
 import psutil
 
 from raylaunch.cluster.bring_up import BringUp
-from raylaunch.cluster.home import ClusterPaths, cluster_paths, storage_errors
+from raylaunch.cluster.home import ClusterPaths, cluster_paths, storage_errors, write_private
 from raylaunch.cluster.joining import Joining
 from raylaunch.cluster.plan import Step
 from raylaunch.cluster.process import is_alive
 from raylaunch.cluster.record import ClusterRecord, cluster_lock, load_record
 from raylaunch.errors import ConflictError, RaylaunchError
+from raylaunch.version import __version__
 
 _log = logging.getLogger("raylaunch.cluster.keep")
 
 _LOOK_S = 2.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
 _LOCK_S = 1.0
+HAND_OVER_S = 3 * _LOOK_S
+"""How long a keeper waits for the end of one of another version."""
 
 
 def missing(record: ClusterRecord) -> str:
@@ -67,9 +71,11 @@ async def wake(paths: ClusterPaths) -> str:
 
 
 async def keep(paths: ClusterPaths) -> None:
-    """Wake it whenever something is gone, until the cluster is not wanted here any more."""
+    """Wake it whenever something is gone, until the cluster is not wanted here, or another version is its keeper."""
     pause = _FIRST_PAUSE_S
     while (record := load_record(paths)) is not None and record.wanted == "running":
+        if keeper(paths) != __version__:
+            return
         if not missing(record):
             pause = _FIRST_PAUSE_S
             await anyio.sleep(_LOOK_S)
@@ -106,6 +112,24 @@ def alone(paths: ClusterPaths) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def keeper(paths: ClusterPaths) -> str:
+    """Return the version of raylaunch that is to keep the cluster here; empty when that was never said."""
+    try:
+        return (paths.root / "keeper").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def be_keeper(paths: ClusterPaths) -> None:
+    """Say that this version keeps the cluster here; a keeper of another one ends when it looks next.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    if keeper(paths) != __version__:
+        write_private(paths.root / "keeper", __version__)
+
+
 def is_kept(paths: ClusterPaths) -> bool:
     """Say whether a keeper of the cluster runs here."""
     with alone(paths) as nobody_else:
@@ -120,9 +144,14 @@ def main(argv: list[str]) -> int:
     if not paths.root.is_dir():
         _log.error("cluster %s was never started here", argv[0])
         return 2
-    with alone(paths) as nobody_else:
-        if nobody_else:
-            anyio.run(keep, paths)
+    deadline = time.monotonic() + HAND_OVER_S
+    while time.monotonic() < deadline:  # one of an older version may be about to end
+        with alone(paths) as nobody_else:
+            if nobody_else:
+                be_keeper(paths)
+                anyio.run(keep, paths)
+                return 0
+        time.sleep(_FIRST_PAUSE_S / 4)
     return 0
 
 

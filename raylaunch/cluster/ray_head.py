@@ -7,7 +7,6 @@ import math
 import os
 import re
 import sys
-import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,8 +90,7 @@ def clean_environment(environ: Mapping[str, str], paths: ClusterPaths) -> dict[s
         for key in ("NO_PROXY", "no_proxy"):
             kept[key] = ",".join(dict.fromkeys([*filter(None, kept.get(key, "").split(",")), LOOPBACK, "localhost"]))
     kept["RAYLAUNCH_HOME"] = str(paths.home)
-    if not _is_installed():
-        kept["PYTHONPATH"] = str(paths.imports)
+    kept["PYTHONPATH"] = str(paths.imports)
     return kept
 
 
@@ -100,17 +98,12 @@ def _package_dir() -> Path:
     return Path(str(raylaunch.__file__)).resolve().parent
 
 
-def _is_installed() -> bool:
-    return str(_package_dir().parent) in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-
-
 def make_importable(paths: ClusterPaths) -> None:
-    """Let Ray's workers import raylaunch from a checkout, through a folder that holds nothing else.
+    """Let what runs under Ray import this raylaunch, through a folder that holds nothing else.
 
-    A checkout itself on ``PYTHONPATH`` would let its other folders shadow modules of the training.
+    So stewards are of the controller's version, also where Ray was started by an older one and goes on. And a checkout
+    itself on ``PYTHONPATH`` would let its other folders shadow modules of the training.
     """
-    if _is_installed():
-        return
     link = paths.imports / "raylaunch"
     with storage_errors(link):
         paths.imports.mkdir(mode=0o700, exist_ok=True)

@@ -17,7 +17,14 @@ from raylaunch.cluster.record import cluster_lock
 from raylaunch.cluster.ssh_target import OnPrompt
 from raylaunch.cluster.take_down import TakeDown
 from raylaunch.cluster.tunnel import end_tunnel, ensure_tunnel
-from raylaunch.errors import AccessError, ClusterDownError, ClusterError, ClusterStartError, RaylaunchError
+from raylaunch.errors import (
+    AccessError,
+    ClusterDownError,
+    ClusterError,
+    ClusterStartError,
+    RaylaunchError,
+    RayVersionError,
+)
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import ClusterStatus, ControllerStatus
 
@@ -105,6 +112,9 @@ def _remember(paths: ClusterPaths, spec: ClusterSpec, outcome: Outcome) -> Clien
 
 def _failure(spec: ClusterSpec, outcome: Outcome) -> RaylaunchError:
     first, *others = outcome.errors.values()
+    other_ray = next((one for one in outcome.errors.values() if isinstance(one, RayVersionError)), None)
+    if other_ray is not None:
+        return other_ray
     if not others and not outcome.states:
         return first
     lines = [str(error).replace("\n", "\n    ") for error in outcome.errors.values()]

@@ -19,9 +19,10 @@ from pathlib import Path
 import anyio.to_thread
 
 from raylaunch.cluster.home import ClusterPaths
-from raylaunch.cluster.keep import is_kept
+from raylaunch.cluster.keep import be_keeper, is_kept, keeper
 from raylaunch.cluster.process import start_apart
 from raylaunch.cluster.ray_head import clean_environment
+from raylaunch.version import __version__
 
 _LIMIT_S = 20
 
@@ -32,7 +33,9 @@ async def ensure_kept(paths: ClusterPaths) -> str:
     It may be called again: what is there stays.
     """
     how = await anyio.to_thread.run_sync(lambda: _user_unit(paths) or _system_unit(paths) or _cron(paths))
-    if not is_kept(paths):
+    handed_over = keeper(paths) != __version__
+    be_keeper(paths)
+    if handed_over or not is_kept(paths):
         env = clean_environment(os.environ, paths)
         await start_apart(keep_argv(paths), env=env, cwd=Path("/"), log=paths.root / "keep.log")
     return how

@@ -1,14 +1,17 @@
-"""A drained host on a real cluster; and a cluster that goes down while jobs run, which stop as they wish."""
+"""A cluster that changes under its jobs: a drained host, going down while jobs run, another Ray, a newer raylaunch."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from support.cluster import Cluster, running_cluster
+from support.cluster import ROOT, Cluster, running_cluster
 
 from raylaunch.reasons import Reason
 from raylaunch.state import JobState
+from raylaunch.version import __version__
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 
@@ -81,3 +84,48 @@ def test_down_with_stop_ends_jobs_as_they_wish_and_the_next_up_goes_on_with_them
     assert own.ended(job, timeout_s=120).state is JobState.SUCCEEDED
     assert own.good("logs", job, "--attempt", "1").split() == ["ready", "saved"]
     assert own.job(job).attempts[0].reason is Reason.HOST_DRAINED
+
+
+def test_another_ray_is_started_only_once_no_job_runs_and_only_when_asked_to(own: Cluster) -> None:
+    job = own.python(SAVES, "--name", "runs")
+    own.until(job, lambda seen: b"ready" in own.log(seen.id) if seen.attempts else False, 60, "it is ready")
+    before = own.ray_pid()
+    text = own.paths.record.read_text()
+    installed = own.record().versions.ray
+    own.paths.record.write_text(text.replace(f'"ray": "{installed}"', '"ray": "2.59.1"'))
+    refused = own.cli("up")
+    assert refused.status == 1
+    assert f"runs Ray 2.59.1, and Ray {installed} is installed here" in refused.err
+    assert "raylaunch up --upgrade" in refused.err
+    assert own.ray_pid() == before
+    own.good("up", "--upgrade", "--stop", timeout_s=240)
+    assert own.record().versions.ray == installed
+    assert own.ray_pid() != before
+    assert own.ended(job, timeout_s=120).state is JobState.SUCCEEDED
+    assert own.job(job).attempts[0].reason is Reason.HOST_DRAINED
+
+
+def test_a_newer_raylaunch_replaces_the_controller_and_the_stewards_while_a_job_runs(
+    own: Cluster, tmp_path: Path
+) -> None:
+    shutil.copytree(ROOT / "raylaunch", tmp_path / "raylaunch", ignore=shutil.ignore_patterns("__pycache__"))
+    version = tmp_path / "raylaunch" / "version.py"
+    version.write_text(version.read_text().replace(f'"{__version__}"', '"99.0.0"'))
+    go_on = own.work / "go on"
+    waits = f"import os, time\nprint('ready', flush=True)\nwhile not os.path.exists({str(go_on)!r}): time.sleep(0.1)"
+    job = own.python(waits, "--name", "upgraded")
+    own.until(job, lambda seen: b"ready" in own.log(seen.id) if seen.attempts else False, 60, "it is ready")
+    ray, controller = own.ray_pid(), own.controller_pid()
+    newer = own.cli("up", env={"PYTHONPATH": str(tmp_path)}, timeout_s=240)
+    assert newer.status == 0, newer.err
+    assert own.ray_pid() == ray
+    assert own.controller_pid() != controller
+    assert own.ask(lambda client: client.status()).version == "99.0.0"
+    go_on.touch()
+    ended = own.ended(job)
+    assert (ended.state, len(ended.attempts)) == (JobState.SUCCEEDED, 1)
+    after = own.python("print('after')", "--name", "after")
+    assert own.ended(after).state is JobState.SUCCEEDED
+    older = own.cli("up")
+    assert older.status == 1
+    assert f"cluster local was started by raylaunch 99.0.0, and this is {__version__}" in older.err
