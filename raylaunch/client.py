@@ -37,6 +37,7 @@ from raylaunch.state import (
 )
 from raylaunch.submission import DryRun, with_wandb
 from raylaunch.transfer import Downloaded, OnProgress, chosen, download, local_name, no_progress, safe_target, upload
+from raylaunch.wheel_sets import WheelSet
 from raylaunch.wire import NoAnswerError, Params, Patience, Reachable, Wire
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Client:
         heal: Callable[[], Awaitable[Reachable]] | None = None,
     ) -> None:
         self._wire = Wire(reach, cluster=cluster)
+        self._notice = on_notice
         self.admin = Admin(self._wire)
         self._patience = Patience(self._wire, limit_s=patience_s, on_notice=on_notice, heal=heal)
 
@@ -153,8 +155,11 @@ class Client:
             ConflictError: `request_id` was used for something else.
         """
         key = request_id or random_source.token_hex(16)
+        wheels = await self._send_wheels(spec, on_progress)
         if not spec.working_dir:
-            return await self._submit(SubmitRequest(spec=spec, request_id=key, secrets=dict(secrets or {})))
+            return await self._submit(
+                SubmitRequest(spec=spec, request_id=key, secrets=dict(secrets or {}), wheels=wheels)
+            )
         from raylaunch.packing import pack  # noqa: PLC0415 -- only a submission reads ignore files and writes archives
 
         folder = Path(spec.working_dir)
@@ -170,8 +175,23 @@ class Client:
                 pack=packed.report,
                 git=git,
                 secrets=dict(secrets or {}),
+                wheels=wheels,
             )
             return await self._submit(request)
+
+    async def _send_wheels(self, spec: JobSpec, on_progress: OnProgress) -> tuple[WheelSet, ...]:
+        """Send what the environment is made of, where nodes that could run it reach no package index."""
+        if spec.environment.kind not in {"pip", "uv"}:
+            return ()
+        asked = spec.model_copy(update={"secrets": ()})  # some may come with the submission
+        platforms = (await self.patient(lambda: self.dry_run(asked))).wheels_for
+        if not platforms:
+            return ()
+        from raylaunch.job_wheels import send_wheels  # noqa: PLC0415 -- seldom, and it loads what finds wheels
+
+        return await send_wheels(
+            self._wire, spec, platforms, patient=self.patient, on_progress=on_progress, on_notice=self._notice
+        )
 
     async def _submit(self, request: SubmitRequest) -> SubmitAnswer:
         return await self.patient(lambda: self._wire.model(SubmitAnswer, "POST", "/v1/jobs", body=request))

@@ -19,6 +19,7 @@ from raylaunch.job_state import JobState as JobState  # noqa: PLC0414 -- exporte
 from raylaunch.job_state import transition as transition  # noqa: PLC0414 -- exported again
 from raylaunch.reasons import Reason
 from raylaunch.spec import JobSpec
+from raylaunch.wheel_sets import WheelSet
 
 
 class View(BaseModel):
@@ -204,6 +205,8 @@ class SubmitRequest(View):
     pack: PackReport | None = None
     git: GitFacts | None = None
     secrets: dict[str, str] = Field(default_factory=dict, repr=False)
+    wheels: tuple[WheelSet, ...] = ()
+    """What its environment is made of on nodes that reach no package index; uploaded as packages."""
 
 
 class SubmitAnswer(View):

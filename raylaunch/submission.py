@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from raylaunch.spec import JobSpec
 from raylaunch.state import View
+from raylaunch.wheel_sets import BuildPlatform
 
 WANDB_KEY = "WANDB_API_KEY"
 _WANDB_SERVER = "WANDB_BASE_URL"
@@ -16,6 +17,8 @@ class DryRun(View):
 
     fits: tuple[str, ...]
     message: str
+    wheels_for: tuple[BuildPlatform, ...] = ()
+    """Platforms of nodes that could run it and reach no package index: wheels of its environment go along."""
 
 
 def with_wandb(spec: JobSpec, environ: Mapping[str, str]) -> tuple[JobSpec, dict[str, str]]:

@@ -52,8 +52,12 @@ def no_progress(_what: str, _done: int, _total: int, /) -> None:
     """Show nothing."""
 
 
-async def upload(wire: Wire, packed: Packed, *, patient: Patient, on_progress: OnProgress = no_progress) -> int:
+async def upload(
+    wire: Wire, packed: Packed, *, patient: Patient, on_progress: OnProgress = no_progress, what: str = "code"
+) -> int:
     """Send a package unless the cluster has it, from where an earlier upload stopped. Return the bytes sent.
+
+    `what` is told of progress.
 
     Raises:
         TransferError: it did not arrive as it was sent.
@@ -64,7 +68,7 @@ async def upload(wire: Wire, packed: Packed, *, patient: Patient, on_progress: O
     if answer.header("X-Complete") == "1":
         return 0
     while True:
-        on_progress("code", have, packed.bytes)
+        on_progress(what, have, packed.bytes)
         packed.file.seek(have)
         data = packed.file.read(CHUNK)
         answer = await _put(wire, path, packed.bytes, have, data, patient=patient)
@@ -74,7 +78,7 @@ async def upload(wire: Wire, packed: Packed, *, patient: Patient, on_progress: O
         facts = json.loads(answer.body)
         sent, have = sent + len(data), int(facts["have"])
         if facts["complete"]:
-            on_progress("code", packed.bytes, packed.bytes)
+            on_progress(what, packed.bytes, packed.bytes)
             return sent
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from support.cluster import Cluster
+from support.index import index, tiny_wheel
+from support.sshd import free_port
 
 from raylaunch.state import JobState, JobView
 
@@ -173,3 +175,23 @@ def test_the_package_list_is_kept_with_the_job_and_shown(cluster: Cluster) -> No
     shown = json.loads(cluster.good("show", "--json", job))
     assert shown["environment"]["packages"] == list(packages_of(done))
     assert any(one.startswith("ray==") for one in packages_of(done))
+
+
+def test_what_pip_needs_goes_along_with_a_job_whose_node_reaches_no_index(cluster: Cluster, tmp_path: Path) -> None:
+    tiny_wheel(tmp_path / "index", "alpha", "1.0", requires=["beta"])
+    tiny_wheel(tmp_path / "index", "beta", "2.0")
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "requirements.txt").write_text("alpha\n")
+    words = ["--environment", "pip:requirements.txt", "--env", f"PIP_INDEX_URL=http://127.0.0.1:{free_port()}/simple"]
+    program = ["python", "-c", "import alpha, beta; print('made of', alpha.__version__, beta.__version__)"]
+    with index(tmp_path / "index") as served:
+        own = {name: value for name, value in served.environ(tmp_path).items() if name not in {"PATH", "HOME"}}
+        said = cluster.good("submit", "--dry-run", *words, "--", *program, cwd=code, env=own)
+        assert "reach no package index, and wheels would go along" in said
+        job = cluster.submit(*words, "--", *program, cwd=code, env=own)
+        again = cluster.submit(*words, "--", *program, cwd=code, env=own)
+    assert served.fetched.count("alpha-1.0-py3-none-any.whl") == 1
+    for one in (job, again):
+        assert cluster.ended(one, 120).state is JobState.SUCCEEDED
+        assert b"made of 1.0 2.0" in cluster.log(one)

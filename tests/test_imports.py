@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("raylaunch", "mcp_server")
 
 SPECS = frozenset({"spec", "cluster_spec", "spec_parts", "units"})
-GROUND = frozenset({"errors", "reasons", "version", "job_state", "state"}) | SPECS
+GROUND = frozenset({"errors", "reasons", "version", "job_state", "state", "wheel_sets"}) | SPECS
 READING = frozenset({"config", "ray_yaml", "spec_problems", "yaml_file"})
 SENDING = frozenset({"packing", "ignoring", "git_facts", "submission", "transfer", "wire", "log_reading"})
 VERBS = frozenset({"client", "sdk"})
@@ -31,12 +31,14 @@ MAY: dict[str, frozenset[str]] = {
     **dict.fromkeys(SPECS, SPECS),
     "spec": SPECS | {"runner.entrypoint"},
     "job_state": frozenset(),
-    "state": frozenset({"job_state", "reasons", "spec"}),
+    "wheel_sets": frozenset(),
+    "state": frozenset({"job_state", "reasons", "spec", "wheel_sets"}),
     **dict.fromkeys(READING, GROUND | READING),
     **dict.fromkeys(SENDING, GROUND | SENDING | {"runner.contract"}),
     "cluster": GROUND,
     "admin": GROUND | {"wire"},
-    "client": GROUND | READING | SENDING | {"cluster", "admin"},
+    "job_wheels": GROUND | SENDING | {"cluster"},
+    "client": GROUND | READING | SENDING | {"cluster", "admin", "job_wheels"},
     "people": GROUND | READING | {"client", "cluster", "place"},
     "quieting": GROUND | {"client", "cluster", "place"},
     "members": GROUND | READING | {"client", "cluster", "place", "quieting"},

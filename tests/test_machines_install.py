@@ -13,7 +13,7 @@ from support.fittings import add_user, bare_python, find_python, only_python
 from support.hosts import Host, World, world
 from support.waiting import wait_until
 
-from raylaunch.cluster.install import HostPython, ensure_environment, provide_wheels
+from raylaunch.cluster.install import HostPython, ensure_environment
 from raylaunch.cluster.pins import EXACT, WheelPlatform, installed_version
 from raylaunch.cluster.plan import Step
 from raylaunch.cluster.ssh import machine
@@ -163,18 +163,3 @@ def test_what_arrived_before_the_cut_is_not_sent_again(host: Host, store: WheelS
     total = begun.rpartition(", ")[2]
     assert first.endswith(f"of {total}")
     assert not first.startswith("pushed 0 MB")
-
-
-def test_the_wheels_of_a_jobs_own_requirements_go_the_same_way(host: Host, store: WheelStore) -> None:
-    async def provide() -> tuple[str, ...]:
-        async with machine(host.target()) as connection:
-            return await provide_wheels(
-                connection, python_of(host), ["tqdm>=4"], store=store, root="/root/job", on_step=lambda _step: None
-            )
-
-    folders = anyio.run(provide)
-    python = anyio.run(lambda: installed(host, store))
-    links = " ".join(f"--find-links={folder}" for folder in folders)
-    uv = f"{Path(python).parent}/uv"
-    host.run(f"cd /tmp; {uv} venv -q job && {uv} pip install -q --python job/bin/python --no-index {links} tqdm")
-    assert host.out("cd /tmp; job/bin/python -c 'import tqdm; print(tqdm.__name__)'") == "tqdm"

@@ -6,12 +6,10 @@ that decides what is in it: raylaunch's own code, the versions that are installe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from raylaunch.cluster.host_installer import LOOK_S, HostInstaller
-from raylaunch.cluster.host_wheels import HostWheels, Seen
-from raylaunch.cluster.installer_call import STEP, Interpreter, OnStep, ask_installer
+from raylaunch.cluster.host_installer import HostInstaller
+from raylaunch.cluster.installer_call import STEP, Interpreter, OnStep
 from raylaunch.cluster.pins import HostPython
 from raylaunch.cluster.plan import Step
 from raylaunch.cluster.ssh import Machine
@@ -19,7 +17,7 @@ from raylaunch.cluster.wanted import wanted_beside, wanted_on
 from raylaunch.cluster.wheels import WheelStore
 from raylaunch.errors import HostStepError
 
-__all__ = ["HostPython", "OnStep", "Way", "ensure_beside", "ensure_environment", "provide_wheels"]
+__all__ = ["HostPython", "OnStep", "Way", "ensure_beside", "ensure_environment"]
 
 Way = Literal["auto", "index", "push"]
 
@@ -108,44 +106,3 @@ async def ensure_beside(  # noqa: PLR0913 -- as above
     interpreter = Interpreter(environment, named=True)
     host = HostInstaller(machine, interpreter, wanted, store, on_step, root=root, limit_bytes_per_s=limit_bytes_per_s)
     return await host.look() or await host.beside()
-
-
-async def provide_wheels(  # noqa: PLR0913 -- as above
-    machine: Machine,
-    python: HostPython,
-    requirements: Sequence[str],
-    *,
-    store: WheelStore,
-    preferences: Mapping[str, str] | None = None,
-    root: str = ROOT,
-    limit_bytes_per_s: float | None = None,
-    on_step: OnStep,
-) -> tuple[str, ...]:
-    """Have the wheels of requirements on a host without a package index: what a job's own ``pip`` or ``uv`` needs.
-
-    Args:
-        machine: the host.
-        python: the interpreter that the wheels are for.
-        requirements: as in a requirements file.
-        store: where wheels are gathered here.
-        preferences: versions to take where they fit, by name.
-        root: raylaunch's folder on the host.
-        limit_bytes_per_s: how much of the link pushing may take.
-        on_step: told each step, and how far it is.
-
-    Returns:
-        Folders on the host: install there with ``--no-index``, and ``--find-links`` for each.
-
-    Raises:
-        RaylaunchError: as `ensure_environment`.
-    """
-    interpreter = Interpreter(python.path)
-    wheels = HostWheels(machine, store, on_step, limit_bytes_per_s=limit_bytes_per_s)
-    platform = python.platform
-    request = {"verb": "look", "root": root, "name": "", "arch": platform.arch, "minor": platform.minor}
-    seen = Seen.model_validate(await ask_installer(machine, interpreter, request, limit_s=LOOK_S, on_step=on_step))
-    gathered = await wheels.gather(requirements, platform, preferences or {})
-    if bundle := await wheels.push(gathered, seen):
-        request |= {"verb": "unpack", "bundle": bundle}
-        await ask_installer(machine, interpreter, request, limit_s=LOOK_S, on_step=on_step)
-    return tuple(f"{seen.wheels}/{one.sha256}" for one in gathered)

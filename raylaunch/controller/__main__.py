@@ -40,6 +40,7 @@ from raylaunch.controller.services import Services
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.sight import Sight
 from raylaunch.controller.verbs import Verbs
+from raylaunch.controller.wheel_needs import WheelNeeds
 from raylaunch.errors import ConflictError, RaylaunchError
 
 _log = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         drains=drains,
         foreign=foreign,
         ray_fit=RayFit(settings=settings, packages=packages, sight=sight, link=link),
+        wheel_needs=WheelNeeds(settings=settings, sight=sight, link=link),
     )
     tokens = TokenBook(settings.store)
     services = Services(

@@ -53,6 +53,7 @@ def attempt_spec(  # noqa: PLR0913 -- each is one fact, and all are named
         secrets=list(dict.fromkeys((*settings.secrets, *spec.secrets))),
         environment=_environment(environment),
         envs_dir="",
+        wheels=[],
         gpus=spec.resources.gpus,
         arch=spec.where.arch,
         timeout_s=spec.timeout_s,

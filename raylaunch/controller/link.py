@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypedDict, cast
@@ -34,6 +34,7 @@ from raylaunch.controller.link_events import (
 from raylaunch.errors import ClusterDownError, RaylaunchError, from_wire
 from raylaunch.runner.contract import AttemptSpec, Claim, Exit, StopWish
 from raylaunch.state import NodeView
+from raylaunch.wheel_sets import WheelSet
 
 __all__ = [
     "AttemptSeen",
@@ -160,7 +161,15 @@ class Link:
         answer = await self.ask("nodes", {}, timeout_s=30)
         return tuple(NodeView.model_validate(node) for node in cast("list[object]", answer))
 
-    async def prepare(self, node_id: str, *, spec: AttemptSpec, package: str, secrets: Mapping[str, str]) -> Prepared:
+    async def prepare(
+        self,
+        node_id: str,
+        *,
+        spec: AttemptSpec,
+        package: str,
+        secrets: Mapping[str, str],
+        wheels: Sequence[WheelSet] = (),
+    ) -> Prepared:
         """Make the attempt's folder on a node: code, runner, secrets. May be repeated.
 
         Args:
@@ -168,6 +177,7 @@ class Link:
             spec: What the runner needs to know. An empty ``envs_dir`` is filled in by the steward.
             package: sha256 of the packed code in the store; empty for none. It is sent when the node lacks it.
             secrets: Values by name; they travel by pipe and by Ray's own channel, and lie on the node in a 0600 file.
+            wheels: What its environment is made of, by platform; those of the node's are sent when it lacks them.
 
         Raises:
             ClusterDownError: The link is down.
@@ -176,7 +186,8 @@ class Link:
             StorageError: The node's disk is full.
             TransferError: The package arrived damaged.
         """
-        params = {"node_id": node_id, "spec": spec, "package": package, "secrets": dict(secrets)}
+        sets = [one.model_dump(mode="json") for one in wheels]
+        params = {"node_id": node_id, "spec": spec, "package": package, "secrets": dict(secrets), "wheels": sets}
         answer = cast("dict[str, str]", await self.ask("prepare", params, timeout_s=900))
         return Prepared(folder=answer["folder"], command=answer["command"])
 

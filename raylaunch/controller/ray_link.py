@@ -34,6 +34,7 @@ from raylaunch.controller.replication import Replication
 from raylaunch.errors import ClusterError, NotFoundError, RaylaunchError
 from raylaunch.node.facts import NodeFacts
 from raylaunch.node.ray_logs import Piece
+from raylaunch.node.wheels import Platform, WheelSet, chosen
 from raylaunch.runner.archive import runner_zip
 
 _log = logging.getLogger(__name__)
@@ -164,6 +165,7 @@ class Program:
             "nodes": self.nodes,
             "prepare": self.prepare,
             "ray_fit": self.ray_fit,
+            "index_look": self.index_look,
             "stop": self.stop,
             "fence": self.fence,
             "settle": self.settle,
@@ -194,12 +196,20 @@ class Program:
         """Return the nodes as `raylaunch.state.NodeView`."""
         return list(await asyncio.gather(*(self._view(row) for row in self._rows)))
 
-    async def prepare(self, node_id: str, spec: object, package: str, secrets: object) -> object:
-        """Send the package when the node lacks it, and make the attempt's folder."""
+    async def prepare(
+        self, node_id: str, spec: dict[str, object], package: str, secrets: object, wheels: list[WheelSet]
+    ) -> object:
+        """Send package and wheels when the node lacks them, and make the attempt's folder."""
         node = self._node(node_id)
-        if package:
-            await self._send_package(node, package)
-        return await node.call("prepare", spec, package, secrets, await asyncio.to_thread(runner_zip), timeout_s=600)
+        fitting = chosen(wheels, cast("Platform", await node.call("platform", timeout_s=_CALL_S))) if wheels else []
+        for sha256 in [*([package] if package else []), *(wheel["sha256"] for wheel in fitting)]:
+            await self._send_package(node, sha256)
+        told = {**spec, "wheels": fitting}
+        return await node.call("prepare", told, package, secrets, await asyncio.to_thread(runner_zip), timeout_s=600)
+
+    async def index_look(self, node_id: str, env: object, kind: str) -> object:
+        """Ask whether the node reaches a package index, and what wheels it would take."""
+        return await self._node(node_id).call("index_look", env, kind, timeout_s=_CALL_S)
 
     async def ray_fit(self, node_id: str, question: object) -> object:
         """Ask whether the Ray of an environment fits the cluster's."""

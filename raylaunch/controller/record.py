@@ -10,9 +10,10 @@ from typing_extensions import TypedDict
 
 from raylaunch.spec import JobSpec
 from raylaunch.state import JobView
+from raylaunch.wheel_sets import WheelSet
 
-HEAVY = frozenset({"environment", "git", "pack", "log_tail"})
-"""Fields that may be large (a package list, a dirty diff, the end of a log). Lists leave them out."""
+HEAVY = frozenset({"environment", "git", "pack", "log_tail", "wheels"})
+"""Fields that may be large (package lists, a dirty diff, the end of a log). Lists leave them out."""
 
 
 class StopWish(TypedDict):
@@ -36,6 +37,8 @@ class JobRecord(JobView):
     """Attempts that were made again without counting, because the machines failed and not the program."""
     force_offline: bool = False
     submitted_to_ray: bool = False
+    wheels: tuple[WheelSet, ...] = ()
+    """What its environment is made of where a node reaches no package index."""
 
     @property
     def asked(self) -> JobSpec:
@@ -51,7 +54,7 @@ class JobRecord(JobView):
 
     def light(self) -> JobRecord:
         """Return it without its heavy fields."""
-        return self.model_copy(update={"environment": None, "git": None, "pack": None, "log_tail": ()})
+        return self.model_copy(update={"environment": None, "git": None, "pack": None, "log_tail": (), "wheels": ()})
 
 
 def light_json(record: JobRecord) -> dict[str, JsonValue]:

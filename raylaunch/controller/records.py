@@ -104,6 +104,7 @@ class Records:
             wandb=wandb(job_id) if callable(wandb) else wandb,
             package=request.package,
             request_id=request.request_id,
+            wheels=request.wheels,
         )
         folder = self.folder(record.id)
         try:

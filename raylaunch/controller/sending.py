@@ -63,7 +63,9 @@ class Sender:
             msg = f"the secret {missing[0]} is not set any more"
             raise ConflictError(msg)
         spec = attempt_spec(wanted, job=record.id, n=attempt.n, epoch=record.epoch, settings=self._means.settings)
-        prepared = await self._means.link.prepare(attempt.node_id, spec=spec, package=record.package, secrets=secrets)
+        prepared = await self._means.link.prepare(
+            attempt.node_id, spec=spec, package=record.package, secrets=secrets, wheels=record.wheels
+        )
         await self._means.ray.submit(_submission(record, attempt, prepared.command))
         self._means.records.update(record.id, kind="", submitted_to_ray=True)
 

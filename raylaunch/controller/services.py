@@ -29,6 +29,7 @@ from raylaunch.state import (
     SubmitRequest,
     View,
 )
+from raylaunch.wheel_sets import BuildPlatform
 
 
 class DryRun(View):
@@ -36,6 +37,7 @@ class DryRun(View):
 
     fits: tuple[str, ...]
     message: str
+    wheels_for: tuple[BuildPlatform, ...] = ()
 
 
 class MetricsReader(Protocol):

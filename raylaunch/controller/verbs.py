@@ -19,6 +19,7 @@ from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.services import DryRun
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.sight import Sight
+from raylaunch.controller.wheel_needs import WheelNeeds
 from raylaunch.errors import ConflictError, SpecError, UnsatisfiableError
 from raylaunch.reasons import Reason
 from raylaunch.runner.contract import StopWish
@@ -42,6 +43,7 @@ class Verbs:
         drains: DrainBook,
         foreign: ForeignJobs,
         ray_fit: RayFit,
+        wheel_needs: WheelNeeds,
     ) -> None:
         self._settings = settings
         self._records = records
@@ -52,6 +54,7 @@ class Verbs:
         self._drains = drains
         self._foreign = foreign
         self._ray_fit = ray_fit
+        self._wheel_needs = wheel_needs
         self._began_at = time.time()
 
     async def submit(self, request: SubmitRequest, person: str) -> SubmitAnswer:
@@ -84,15 +87,19 @@ class Verbs:
         """
         self._check(request, package=False)
         await self._ray_fit.check(request)
+        wheels_for = await self._wheel_needs.of(request.spec)
         rooms = rooms_of(with_drains(self._sight.nodes, self._drains.now()))
         ask = ask_for(request.spec, job="(this job)", since=time.time())
         unfinished = self._records.unfinished()
         holdings = holdings_of(unfinished, released=self._sight.released, seen=self._sight.attempts)
         asks = [*(ask_of(record) for record in waiting(unfinished)), ask]
         decision = next(item for item in plan_queue(asks, rooms, holdings) if item.job == ask.job)
-        if isinstance(decision, Admit):
-            return DryRun(fits=(decision.hostname,), message=f"would start on {decision.hostname} at once")
-        return DryRun(fits=(), message=decision.message)
+        message = f"would start on {decision.hostname} at once" if isinstance(decision, Admit) else decision.message
+        if wheels_for:
+            platforms = ", ".join(map(str, wheels_for))
+            message += f"; nodes with {platforms} reach no package index, and wheels would go along"
+        fits = (decision.hostname,) if isinstance(decision, Admit) else ()
+        return DryRun(fits=fits, message=message, wheels_for=wheels_for)
 
     async def stop(self, record: JobRecord, *, grace_s: float | None, person: str) -> JobView:
         """Ask for the end of a job; it is ``stopped`` once none of its processes is left.
@@ -203,6 +210,10 @@ class Verbs:
         if package and request.package and not self._packages.have(request.package).complete:
             msg = f"the code of this job (package {request.package[:12]}) has not arrived"
             raise ConflictError(msg, hint="submit it again; what has arrived is not sent again")
+        for wheel in (one for found in request.wheels for one in found.wheels):
+            if not self._packages.have(wheel.sha256).complete:
+                msg = f"the wheel {wheel.file} of this job has not arrived"
+                raise ConflictError(msg, hint="submit it again; what has arrived is not sent again")
 
     def _check_fits(self, spec: JobSpec) -> None:
         rooms = rooms_of(self._sight.nodes)

@@ -16,6 +16,7 @@ from typing import TypedDict, cast
 
 from raylaunch.errors import ConflictError, NotFoundError
 from raylaunch.node.processes import boot_id
+from raylaunch.node.wheels import lay_out
 from raylaunch.runner.contract import (
     ATTEMPT,
     CHECKPOINTS,
@@ -28,6 +29,7 @@ from raylaunch.runner.contract import (
     STOP,
     TMP,
     WANDB,
+    WHEELS,
     AttemptSpec,
     Claim,
     StopWish,
@@ -103,6 +105,7 @@ def prepare(  # noqa: PLR0913 -- what an attempt consists of
     for name in (LOGS, WANDB, OUTPUTS, CHECKPOINTS, TMP):
         (folder / name).mkdir(mode=0o700, exist_ok=True)
     _copy_code(package, folder / CODE)
+    lay_out(root / "packages", spec["wheels"], folder / WHEELS)
     write_file(folder / RUNNER, runner)
     write_json(folder / SECRETS, secrets)
     envs = spec["envs_dir"] or str(root / "envs")

@@ -1,4 +1,4 @@
-"""Packed working directories on a node: received in pieces, verified, unpacked once for each content."""
+"""Packages on a node, received in pieces and verified: working directories, unpacked once for each content; wheels."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import threading
 from pathlib import Path, PurePosixPath
 
 from raylaunch.errors import NotFoundError, StorageError, TransferError
+from raylaunch.node.wheels import WHOLE
 
 COMPLETE = -1
 """Answer of `Packages.have` for a package that is whole."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 1 << 20
+_ZIP = b"PK\x03\x04"
 
 
 class Packages:
@@ -99,6 +101,10 @@ class Packages:
         beside = self._folder / f"{sha256}.unpacking"
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(mode=0o700)
+        if _is_zip(part):  # a wheel, which is installed as it is
+            part.rename(beside / WHOLE)
+            beside.rename(self._folder / sha256)
+            return
         try:
             with tarfile.open(part, "r:gz") as archive:
                 _extract(archive, beside)
@@ -112,6 +118,11 @@ class Packages:
 
     def _part(self, sha256: str) -> Path:
         return self._folder / f"{_checked(sha256)}.part"
+
+
+def _is_zip(part: Path) -> bool:
+    with part.open("rb") as file:
+        return file.read(len(_ZIP)) == _ZIP
 
 
 def _extract(archive: tarfile.TarFile, folder: Path) -> None:

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from raylaunch.errors import RaylaunchError
-from raylaunch.node import facts, folder, ray_fit, ray_logs
+from raylaunch.node import facts, folder, package_index, ray_fit, ray_logs
 from raylaunch.node.changes import Answer, Changes, Have
 from raylaunch.node.files import FileStat, inventory
 from raylaunch.node.packages import Packages, storage_error
 from raylaunch.node.processes import end_processes, runner_alive, wait_for_runner
 from raylaunch.node.watching import Watcher
+from raylaunch.node.wheels import Platform, this_platform
 from raylaunch.runner.contract import ATTEMPT, EXIT, VAR_NODE_ROOT, AttemptSpec, StopWish
 
 _log = logging.getLogger(__name__)
@@ -161,6 +162,15 @@ class Steward:
     async def ray_fit(self, question: dict[str, object], runner: bytes) -> tuple[str, str]:
         """Return why the Ray of an environment does not fit the cluster's, and what mends it; nothing when it does."""
         return await self._in_thread(lambda: ray_fit.ask(self._root, question, runner))
+
+    async def platform(self) -> Platform:
+        """Return which wheels fit here."""
+        return this_platform()
+
+    async def index_look(self, env: dict[str, str], kind: str) -> dict[str, object]:
+        """Return the same, and under ``index`` whether a package index is reached by a build with these variables."""
+        reached = await self._in_thread(lambda: package_index.reached({**os.environ, **env}, kind=kind))
+        return {**this_platform(), "index": reached}
 
     async def stop(self, attempt: str, wish: StopWish) -> None:
         """Write the wish to stop an attempt."""

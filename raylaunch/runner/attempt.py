@@ -53,7 +53,11 @@ class Attempt:
         self._code = folder / contract.CODE
         self._log = folder / contract.RANK_LOG.format(rank=0)
         self._place = Place(
-            self._code, folder / contract.TMP, Path(spec["envs_dir"]), folder / contract.LOGS / "setup.log"
+            self._code,
+            folder / contract.TMP,
+            Path(spec["envs_dir"]),
+            folder / contract.LOGS / "setup.log",
+            folder / contract.WHEELS,
         )
         self._spare = ancestors(os.getpid())
         self._relay = Relay(self._log, sys.stdout.fileno(), job=spec["job"])

@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 _BUILD_S = 3600.0
 _NESTED_LIMIT = 5
 _COMPLETE = ".raylaunch-complete"
+_NO_INDEX = re.compile(
+    r"Failed to establish a new connection|Temporary failure in name resolution|Network is unreachable|"
+    r"Connect(?:ion)?(?: to \S+)? timed out|ConnectTimeout|dns error|error sending request|client error \(Connect\)",
+    re.IGNORECASE,
+)
+_NO_INDEX_WORDS = (
+    "this node reaches no package index. Submit the job again with raylaunch, from a machine that reaches one: the "
+    "wheels go along then. Or name an environment that is there already (environment: venv:PATH). It said: "
+)
 _NESTED = re.compile(r"^\s*(?:-r|--requirement|-c|--constraint)[ =]\s*(\S+)", re.MULTILINE)
 
 
@@ -32,6 +41,8 @@ class Place(NamedTuple):
     tmp: Path
     envs: Path
     setup_log: Path
+    wheels: Path
+    """Wheels that came with the job; there is no such folder where the node reaches a package index."""
 
 
 class EnvironmentProblem(Exception):  # noqa: N818 -- the word that the exit facts use
@@ -51,6 +62,8 @@ def uv_environment(env: dict[str, str], place: Place, pulse: Pulse) -> Path:
             hint = "; make it with: uv lock" if name == "uv.lock" else ""
             msg = f"the environment uv needs {name} in the working directory{hint}"
             raise EnvironmentProblem(msg)
+    if place.wheels.is_dir():
+        return _from_wheels(env, place, pulse)
     uv = _find_uv(env)
     if uv is None:
         msg = "the environment uv needs the program uv, which is not on this node's PATH; install it, or use pip"
@@ -73,6 +86,8 @@ def pip_environment(spec: EnvironmentSpec, env: dict[str, str], place: Place, pu
     Raises:
         EnvironmentProblem: no such file, or the installation failed.
     """
+    if place.wheels.is_dir():
+        return _from_wheels(env, place, pulse)
     if spec["value"]:
         file = place.code / spec["value"]
         if not file.is_file():
@@ -81,9 +96,8 @@ def pip_environment(spec: EnvironmentSpec, env: dict[str, str], place: Place, pu
         content, arguments = _requirements_text(file, depth=0), ["-r", str(file)]
     else:
         content, arguments = "\n".join(spec["requirements"]), list(spec["requirements"])
-    key = f"{sys.version}\0{sys.executable}\0{content}"
-    prefix = place.envs / f"pip-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    build_env = {name: value for name, value in env.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    prefix = _prefix("pip", content, place)
+    build_env = _without_other_pythons(env)
     with _building(prefix, pulse) as needed:
         if needed:
             _make_venv(prefix, build_env, place, pulse)
@@ -91,6 +105,33 @@ def pip_environment(spec: EnvironmentSpec, env: dict[str, str], place: Place, pu
             install = _installer(python, build_env) + arguments
             _build(install, build_env, place, pulse, what="the installation of the requirements")
     return prefix
+
+
+def _from_wheels(env: dict[str, str], place: Place, pulse: Pulse) -> Path:
+    """Return the folder of an environment of exactly the wheels that came with the job; nothing is asked anywhere.
+
+    Raises:
+        EnvironmentProblem: the installation failed.
+    """
+    wheels = sorted(place.wheels.iterdir())
+    prefix = _prefix("wheels", "\n".join(f"{wheel.name} {wheel.readlink()}" for wheel in wheels), place)
+    build_env = _without_other_pythons(env)
+    with _building(prefix, pulse) as needed:
+        if needed:
+            _make_venv(prefix, build_env, place, pulse)
+            install = [*_installer(str(prefix / "bin" / "python"), build_env), "--no-index", "--no-deps"]
+            command = [*install, *(str(wheel) for wheel in wheels)]
+            _build(command, build_env, place, pulse, what="the installation of the wheels that came with the job")
+    return prefix
+
+
+def _prefix(kind: str, content: str, place: Place) -> Path:
+    key = f"{sys.version}\0{sys.executable}\0{content}"
+    return place.envs / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+def _without_other_pythons(env: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in env.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
 
 
 def _requirements_text(file: Path, *, depth: int) -> str:
@@ -136,7 +177,8 @@ def _build(command: Sequence[str], env: dict[str, str], place: Place, pulse: Pul
         msg = f"{what} could not be started: {error}"
         raise EnvironmentProblem(msg) from None
     if ran.status != 0:
-        msg = f"{what} failed: {last_words(ran)} (all of it is in logs/setup.log)"
+        why = _NO_INDEX_WORDS if _NO_INDEX.search(ran.output) else ""
+        msg = f"{what} failed: {why}{last_words(ran)} (all of it is in logs/setup.log)"
         raise EnvironmentProblem(msg)
 
 

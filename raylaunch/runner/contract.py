@@ -17,6 +17,7 @@ One attempt has one folder on its node, ``<node root>/attempts/<attempt id>/``::
     wandb/            WANDB_DIR; the run's file is wandb/wandb/*run-*/run-*.wandb (`WANDB`)
     outputs/          $RAYLAUNCH_OUTPUT_DIR; kept (`OUTPUTS`)
     checkpoints/      $RAYLAUNCH_CHECKPOINT_DIR; kept (`CHECKPOINTS`)
+    wheels/           what the environment is made of, where the node reaches no package index (`WHEELS`)
     tmp/              W&B cache and staging, and scratch; not kept (`TMP`)
 
 Only logs, the .wandb file, outputs, checkpoints and the JSON files above travel to the store, under the same names
@@ -42,6 +43,7 @@ WANDB = "wandb"
 OUTPUTS = "outputs"
 CHECKPOINTS = "checkpoints"
 TMP = "tmp"
+WHEELS = "wheels"
 
 RANK_LOG = "logs/rank-{rank}.log"
 
@@ -89,6 +91,13 @@ class EnvironmentSpec(TypedDict):
     requirements: list[str]
 
 
+class WheelSpec(TypedDict):
+    """A wheel that came with the job: `raylaunch.wheel_sets.WheelFile`, as plain data."""
+
+    file: str
+    sha256: str
+
+
 class WandbSpec(TypedDict):
     """How the attempt tracks. The runner finds the mode when it is ``auto``."""
 
@@ -126,6 +135,8 @@ class AttemptSpec(TypedDict):
     environment: EnvironmentSpec
     envs_dir: str
     """Folder on the node for environments built once per content."""
+    wheels: list[WheelSpec]
+    """What lies in `WHEELS`; without any the environment is made from the package index."""
     gpus: int
     arch: str
     timeout_s: float | None

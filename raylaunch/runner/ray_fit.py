@@ -127,7 +127,7 @@ def of_files(environment: EnvironmentSpec, files: Mapping[str, str]) -> tuple[Ve
 
 def of_interpreter(environment: EnvironmentSpec, env: dict[str, str], folder: Path, envs: Path) -> tuple[Versions, str]:
     """Ask an interpreter that is on this node; nothing is known where it is not there, or does not answer."""
-    place = Place(folder / "code", folder / "tmp", envs, folder / "setup.log")
+    place = Place(folder / "code", folder / "tmp", envs, folder / "setup.log", folder / "wheels")
     for made in (place.code, place.tmp):
         made.mkdir(parents=True, exist_ok=True)
     pulse = Pulse(folder, grace_s=1.0, environ=env)

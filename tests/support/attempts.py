@@ -24,6 +24,7 @@ def attempt_spec(attempt: str, *, epoch: str = "epoch-1", entrypoint: str = "tru
         "secrets": [],
         "environment": {"kind": "default", "value": "", "requirements": []},
         "envs_dir": "",
+        "wheels": [],
         "gpus": 0,
         "arch": "",
         "timeout_s": None,

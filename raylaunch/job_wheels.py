@@ -1,0 +1,159 @@
+"""A job's own ``pip`` or ``uv`` needs where nodes reach no package index: wheels are gathered here, and go along.
+
+They travel as packages of the cluster: by their sha256, what is there is not sent again, an interrupted upload goes on.
+From the controller they reach the nodes with the job's code, so also those on which it is tried again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+from raylaunch.cluster.pins import WheelPlatform
+from raylaunch.cluster.programs import run_program
+from raylaunch.cluster.resolving import IndexUnreachableError, Wheel, find_uv
+from raylaunch.cluster.wheels import WheelStore
+from raylaunch.errors import SpecError
+from raylaunch.packing import Packed
+from raylaunch.spec import Environment, JobSpec
+from raylaunch.state import PackReport
+from raylaunch.transfer import OnProgress, Patient, upload
+from raylaunch.wheel_sets import BuildPlatform, WheelFile, WheelSet
+from raylaunch.wire import Wire
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_EXPORT_S = 120.0
+_DEEPEST = 5
+_UNGATHERED = (
+    "nodes reach no package index, and wheels for them could not be gathered; "
+    "the job can only start where an earlier one has made its environment"
+)
+_OTHER_FILE = re.compile(r"^(\s*(?:-r|--requirement|-c|--constraint)[ =]\s*)(\S+)")
+
+
+async def send_wheels(  # noqa: PLR0913 -- what goes where, and who is told
+    wire: Wire,
+    spec: JobSpec,
+    platforms: Sequence[BuildPlatform],
+    *,
+    patient: Patient,
+    on_progress: OnProgress,
+    on_notice: Callable[[str], None],
+) -> tuple[WheelSet, ...]:
+    """Gather the wheels of a job's environment for each platform, and send what the cluster lacks of them.
+
+    Where no index can be reached from here either, nothing goes along and `on_notice` is told: the environment may be
+    there from an earlier job.
+
+    Raises:
+        ClusterStartError: they could not be found or downloaded for another reason.
+        SpecError: requirements or lock file cannot be read, or the project needs another Python.
+        TransferError: a wheel did not arrive as it was sent.
+        VersionError: a package has no wheel for a platform; the message names both.
+    """
+    folder = Path(spec.working_dir or ".")
+    environ = {**os.environ, "UV_INDEX_STRATEGY": os.environ.get("UV_INDEX_STRATEGY", "unsafe-best-match")}
+    store = WheelStore(environ=environ if spec.environment.kind == "uv" else os.environ)
+    requirements = await requirements_of(spec.environment, folder)
+    sets = []
+    for platform in platforms:
+        if spec.environment.kind == "uv":
+            _check_python(folder, platform)
+        fits = WheelPlatform(arch=platform.arch, glibc=platform.glibc, python=platform.python)
+        try:
+            wheels = await store.gather(
+                requirements, fits, on_bytes=lambda done, total: on_progress("gathering wheels", done, total)
+            )
+        except IndexUnreachableError as error:
+            on_notice(f"{_UNGATHERED}: {error.message.splitlines()[0]}")
+            continue
+        for wheel in wheels:
+            await _send(wire, store, wheel, patient=patient, on_progress=on_progress)
+        files = tuple(WheelFile(file=wheel.file, sha256=wheel.sha256) for wheel in wheels)
+        sets.append(WheelSet(platform=platform, wheels=files))
+    return tuple(sets)
+
+
+async def _send(wire: Wire, store: WheelStore, wheel: Wheel, *, patient: Patient, on_progress: OnProgress) -> None:
+    empty = PackReport(files=1, bytes=wheel.bytes, ignored=0, ignored_bytes=0)
+    with Packed(store.path(wheel).open("rb"), wheel.sha256, empty) as packed:
+        await upload(wire, packed, patient=patient, on_progress=on_progress, what=wheel.file)
+
+
+async def requirements_of(environment: Environment, folder: Path) -> tuple[str, ...]:
+    """Return what an environment is made of, as lines of a requirements file.
+
+    Raises:
+        SpecError: the file is not there, or uv cannot read the lock.
+    """
+    if environment.kind == "uv":
+        return await _locked(folder)
+    return tuple(_lines(folder / environment.value)) if environment.value else environment.requirements
+
+
+def _lines(file: Path, *, depth: int = 0) -> Iterator[str]:
+    """Yield a requirements file whose references to others are absolute; what is in those is marked beside them."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"the requirements file {file} cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise SpecError(
+            msg, hint="name one in the working directory: environment: pip:FILE", field="environment"
+        ) from None
+    for line in text.splitlines():
+        if found := _OTHER_FILE.match(line):
+            other = file.parent / found[2]
+            inside = "\n".join(_lines(other, depth=depth + 1)) if depth < _DEEPEST else ""
+            yield f"{found[1]}{other.absolute()}  # {hashlib.sha256(inside.encode()).hexdigest()}"
+        else:
+            yield line
+
+
+async def _locked(folder: Path) -> tuple[str, ...]:
+    """Return what a project's ``uv.lock`` names, with its indexes; not the project itself."""
+    argv = [find_uv(os.environ), "export", "--frozen", "--no-emit-project", "--no-hashes", "--no-header", "--quiet"]
+    env = {**os.environ, "UV_NO_PROGRESS": "1"}
+    env.pop("VIRTUAL_ENV", None)
+    ran = await run_program([*argv, "--color=never"], cwd=folder, env=env, limit_s=_EXPORT_S, step="uv export")
+    if ran.status != 0:
+        msg = f"uv cannot read the lock of {folder}: {' '.join(ran.text.split())[-400:]}"
+        raise SpecError(msg, hint="make it anew with: uv lock", field="environment")
+    lines = tuple(line for line in ran.text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
+    return (*_indexes(folder), *lines)
+
+
+def _indexes(folder: Path) -> Iterator[str]:
+    uv = _project(folder).get("tool", {}).get("uv", {})
+    listed = uv.get("index", []) if isinstance(uv, dict) else []
+    for index in listed if isinstance(listed, list) else []:
+        if isinstance(index, dict) and isinstance(index.get("url"), str):
+            yield f"{'--index-url' if index.get('default') is True else '--extra-index-url'} {index['url']}"
+
+
+def _check_python(folder: Path, platform: BuildPlatform) -> None:
+    needs = _project(folder).get("project", {}).get("requires-python", "")
+    try:
+        fits = SpecifierSet(str(needs)).contains(platform.python, prereleases=True)
+    except InvalidSpecifier:
+        return
+    if not fits:
+        msg = f"the project needs Python {needs}; nodes that reach no package index have {platform.python}"
+        raise SpecError(msg, hint="allow that Python in pyproject.toml, then: uv lock", field="environment")
+
+
+def _project(folder: Path) -> dict[str, dict[str, object]]:
+    try:
+        return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        msg = f"{folder / 'pyproject.toml'} cannot be read: {error}"
+        raise SpecError(msg, hint="the environment uv needs pyproject.toml and uv.lock", field="environment") from None

@@ -1,0 +1,44 @@
+"""Wheels that go along with a job, for nodes that reach no package index: on the wire between client and controller."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _View(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class BuildPlatform(_View):
+    """What decides which wheels fit a node."""
+
+    arch: str
+    """As ``uname -m`` says."""
+    glibc: str
+    """Its version, as ``2.35``; empty for another C library."""
+    python: str
+    """The full version of the Python that environments are made from there."""
+
+    @property
+    def minor(self) -> str:
+        """Python's version without the last number."""
+        return ".".join(self.python.split(".")[:2])
+
+    def __str__(self) -> str:
+        return f"Python {self.minor} on {self.arch}"
+
+
+class WheelFile(_View):
+    """One wheel; its bytes are a package of the cluster, by their sha256."""
+
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+!-]+\.whl$", max_length=255)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class WheelSet(_View):
+    """All wheels of an environment, for one platform."""
+
+    platform: BuildPlatform
+    wheels: tuple[WheelFile, ...]

@@ -1,0 +1,276 @@
+"""A job's own needs where nodes reach no package index: what is gathered, how it travels, what a runner makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.api import Api, serving, token_of
+from support.index import Index, index, tiny_sdist, tiny_wheel
+from support.running import Attempt
+from support.sshd import free_port
+
+from raylaunch.cluster.plan import Reach
+from raylaunch.errors import SpecError, VersionError
+from raylaunch.job_wheels import requirements_of, send_wheels
+from raylaunch.node import package_index
+from raylaunch.node.packages import COMPLETE, Packages
+from raylaunch.node.wheels import WHOLE, chosen, lay_out, this_platform
+from raylaunch.runner.contract import WHEELS, Exit, WheelSpec
+from raylaunch.spec import Environment, JobSpec
+from raylaunch.state import SubmitRequest
+from raylaunch.transfer import no_progress
+from raylaunch.wheel_sets import BuildPlatform, WheelSet
+from raylaunch.wire import Answer, Wire
+
+HERE = BuildPlatform.model_validate(this_platform())
+OTHER = BuildPlatform(arch="aarch64", glibc="2.39", python="3.12.3")
+IMPORTS = [
+    "python",
+    "-c",
+    "import sys, alpha, beta; print(alpha.__version__, beta.__version__, sys.prefix != sys.base_prefix)",
+]
+PROJECT = '[project]\nname = "tiny"\nversion = "0"\nrequires-python = ">=3.10"\ndependencies = ["alpha"]\n'
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
+    """An index that this machine alone reaches: ``alpha``, which needs ``beta``; ``native`` for this platform alone."""
+    folder = tmp_path / "index"
+    tiny_wheel(folder, "alpha", "1.0", requires=["beta"])
+    tiny_wheel(folder, "beta", "2.0")
+    native = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    tiny_wheel(folder, "native", "1.0", tag=f"{native}-{native}-manylinux_2_17_{platform.machine()}")
+    monkeypatch.setenv("RAYLAUNCH_HOME", str(tmp_path / "home"))
+    with index(folder) as found:
+        for name, value in found.environ(tmp_path).items():
+            monkeypatch.setenv(name, os.environ["PATH"] if name == "PATH" else value)
+        monkeypatch.delenv("UV_DEFAULT_INDEX", raising=False)
+        monkeypatch.delenv("UV_INDEX_URL", raising=False)
+        yield found
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[Api]:
+    with serving(tmp_path / "store") as running:
+        yield running
+
+
+@dataclass
+class Sent:
+    """What went along, and what was said."""
+
+    sets: tuple[WheelSet, ...]
+    notices: list[str]
+
+    @property
+    def files(self) -> set[str]:
+        return {wheel.file for one in self.sets for wheel in one.wheels}
+
+
+def sent(api: Api, environment: object, folder: Path, platforms: Sequence[BuildPlatform] = (HERE,)) -> Sent:
+    """Gather and send the wheels of an environment, as `Client.submit` does."""
+    spec = JobSpec.model_validate({"entrypoint": "x", "working_dir": str(folder), "environment": environment})
+    notices: list[str] = []
+
+    async def work() -> tuple[WheelSet, ...]:
+        async with Wire(Reach(url=api.url, token=token_of("tom")), cluster="test") as wire:
+
+            async def once(call: Callable[[], Awaitable[Answer]]) -> Answer:
+                return await call()
+
+            return await send_wheels(
+                wire, spec, platforms, patient=once, on_progress=no_progress, on_notice=notices.append
+            )
+
+    return Sent(asyncio.run(work()), notices)
+
+
+def attempt_with(api: Api, sets: Sequence[WheelSet], root: Path, environment: Environment, **files: str) -> Attempt:
+    """Lay an attempt out as a steward does that was sent these wheels by the link."""
+    packages, wheels = Packages(root), list[WheelSpec]()
+    for one in (wheel for found in sets for wheel in found.wheels):
+        data = (api.store / "packages" / f"{one.sha256}.tar.gz").read_bytes()
+        assert packages.put(one.sha256, 0, len(data), data) == COMPLETE
+        wheels.append({"file": one.file, "sha256": one.sha256})
+    attempt = Attempt(
+        root, IMPORTS, environment={**environment.model_dump(), "requirements": list(environment.requirements)}
+    )
+    lay_out(root / "packages", wheels, attempt.folder / WHEELS)
+    for name, text in files.items():
+        attempt.file(name.replace("__", "."), text)
+    return attempt
+
+
+def run_without_index(attempt: Attempt) -> Exit:
+    """Run an attempt where nobody answers at the index that pip and uv are told."""
+    url = f"http://127.0.0.1:{free_port()}/simple"
+    attempt.start(PIP_INDEX_URL=url, UV_DEFAULT_INDEX=url, PIP_RETRIES="1", UV_HTTP_RETRIES="0").wait(120)
+    return attempt.exit()
+
+
+def test_pip_needs_are_made_from_the_wheels_alone_and_once_for_each_content(
+    api: Api, served: Index, tmp_path: Path
+) -> None:
+    found = sent(api, {"pip": ["alpha"]}, tmp_path)
+    assert found.files == {"alpha-1.0-py3-none-any.whl", "beta-2.0-py3-none-any.whl"}
+    environment = Environment(kind="pip", requirements=("alpha",))
+    attempt = attempt_with(api, found.sets, tmp_path / "node", environment)
+    assert run_without_index(attempt)["exit_code"] == 0, attempt.said()
+    assert attempt.log.read_text() == "1.0 2.0 True\n"
+    (made,) = [one for one in (tmp_path / "node" / "envs").iterdir() if one.is_dir()]
+    assert made.name.startswith("wheels-")
+    assert served.fetched
+
+
+def test_what_uv_locks_is_made_from_the_wheels_alone_without_uv_on_the_node(
+    api: Api, served: Index, tmp_path: Path
+) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "pyproject.toml").write_text(PROJECT)
+    uv = str(Path(sys.executable).parent / "uv")
+    subprocess.run([uv, "lock", "--quiet", "--default-index", served.url], cwd=project, check=True, timeout=60)
+    found = sent(api, "uv", project)
+    assert found.files == {"alpha-1.0-py3-none-any.whl", "beta-2.0-py3-none-any.whl"}
+    lock = (project / "uv.lock").read_text()
+    files = {"pyproject__toml": PROJECT, "uv__lock": lock}
+    attempt = attempt_with(api, found.sets, tmp_path / "node", Environment(kind="uv"), **files)
+    assert run_without_index(attempt)["exit_code"] == 0, attempt.said()
+    assert attempt.log.read_text() == "1.0 2.0 True\n"
+
+
+def test_what_the_cluster_has_is_not_sent_again(api: Api, served: Index, tmp_path: Path) -> None:
+    first = sent(api, {"pip": ["alpha"]}, tmp_path)
+    files = {path.name: path.stat().st_mtime_ns for path in (api.store / "packages").iterdir()}
+    fetched = len(served.fetched)
+    assert sent(api, {"pip": ["alpha"]}, tmp_path).sets == first.sets
+    assert {path.name: path.stat().st_mtime_ns for path in (api.store / "packages").iterdir()} == files
+    assert len(served.fetched) == fetched
+
+
+def test_a_package_without_a_wheel_for_a_nodes_platform_is_refused_by_name(
+    api: Api, served: Index, tmp_path: Path
+) -> None:
+    with pytest.raises(VersionError) as caught:
+        sent(api, {"pip": ["native"]}, tmp_path, [HERE, OTHER])
+    assert "native" in caught.value.message
+    assert "no wheel for Python 3.12 on Linux aarch64 with glibc 2.39" in caught.value.message
+    assert "name an environment that has it" in caught.value.hint
+    tiny_sdist(served.folder, "source", "1.0")
+    with pytest.raises(VersionError, match="source"):
+        sent(api, {"pip": ["source"]}, tmp_path)
+
+
+def test_where_this_machine_reaches_no_index_either_that_is_said_and_nothing_goes_along(
+    api: Api, served: Index, tmp_path: Path
+) -> None:
+    served.down = True
+    found = sent(api, {"pip": ["alpha"]}, tmp_path)
+    assert found.sets == ()
+    assert "the job can only start where an earlier one has made its environment" in found.notices[0]
+
+
+def test_an_environment_that_cannot_be_fetched_says_that_the_node_reaches_no_index_and_what_to_do(
+    tmp_path: Path,
+) -> None:
+    environment = Environment(kind="pip", requirements=("alpha",))
+    attempt = Attempt(tmp_path, IMPORTS, environment={**environment.model_dump(), "requirements": ["alpha"]})
+    ended = run_without_index(attempt)
+    assert ended["ended"] == "environment"
+    assert "this node reaches no package index. Submit the job again with raylaunch" in ended["message"]
+
+
+def test_a_project_that_needs_another_python_than_the_nodes_is_refused(api: Api, served: Index, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "pyproject.toml").write_text(PROJECT.replace(">=3.10", ">=3.10,<3.12"))
+    uv = str(Path(sys.executable).parent / "uv")
+    subprocess.run([uv, "lock", "--quiet", "--default-index", served.url], cwd=project, check=True, timeout=60)
+    with pytest.raises(
+        SpecError, match=r"needs Python >=3\.10,<3\.12; nodes that reach no package index have 3\.12\.3"
+    ):
+        sent(api, "uv", project, [OTHER])
+
+
+def test_other_files_of_a_requirements_file_are_found_and_their_change_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "requirements.txt").write_text("alpha\n-r more/base.txt\n-c limits.txt\n")
+    (tmp_path / "more" / "base.txt").write_text("beta\n")
+    (tmp_path / "limits.txt").write_text("beta<3\n")
+    of_file = Environment(kind="pip", value="requirements.txt")
+    before = asyncio.run(requirements_of(of_file, tmp_path))
+    assert before[0] == "alpha"
+    assert before[1].startswith(f"-r {tmp_path}/more/base.txt")
+    (tmp_path / "limits.txt").write_text("beta<2\n")
+    assert asyncio.run(requirements_of(of_file, tmp_path)) != before
+    with pytest.raises(SpecError, match=r"gone\.txt cannot be read"):
+        asyncio.run(requirements_of(Environment(kind="pip", value="gone.txt"), tmp_path))
+
+
+def test_a_node_takes_the_wheels_of_its_own_platform() -> None:
+    wheels: list[WheelSpec] = [{"file": "a-1-py3-none-any.whl", "sha256": "0" * 64}]
+    here, other = this_platform(), OTHER.model_dump()
+    assert chosen([{"platform": here, "wheels": wheels}], here) == wheels
+    assert chosen([{"platform": other, "wheels": wheels}], here) == []  # type: ignore[typeddict-item]  # plain data
+
+
+def test_a_wheel_is_kept_whole_on_a_node_and_a_damaged_one_is_not(tmp_path: Path) -> None:
+    packages, wheel = Packages(tmp_path), tiny_wheel(tmp_path, "alpha", "1.0", filler=1000).read_bytes()
+    sha256 = hashlib.sha256(wheel).hexdigest()
+    assert packages.put(sha256, 0, len(wheel), wheel[:500]) == 500
+    assert packages.put(sha256, 500, len(wheel), wheel[500:]) == COMPLETE
+    assert (packages.path(sha256) / WHOLE).read_bytes() == wheel
+    with pytest.raises(Exception, match="arrived damaged"):
+        packages.put("0" * 64, 0, len(wheel), wheel)
+
+
+def test_a_wheels_name_cannot_lead_anywhere(tmp_path: Path) -> None:
+    for name in ("../x.whl", "/x.whl", "x", "a b.whl"):
+        with pytest.raises(ValueError, match="pattern"):
+            SubmitRequest.model_validate(
+                {
+                    "spec": {"entrypoint": "x"},
+                    "wheels": [{"platform": OTHER.model_dump(), "wheels": [{"file": name, "sha256": "0" * 64}]}],
+                }
+            )
+    lay_out(tmp_path / "packages", [{"file": "../../x.whl", "sha256": "0" * 64}], tmp_path / WHEELS)
+    assert [path.name for path in (tmp_path / WHEELS).iterdir()] == ["x.whl"]
+
+
+def test_whether_an_index_is_reached_is_what_pip_would_find(served: Index, tmp_path: Path) -> None:
+    closed = f"http://127.0.0.1:{free_port()}/simple"
+
+    def reached(kind: str = "pip", **env: str) -> bool:
+        return package_index.reached({"HOME": str(tmp_path / "nobody"), **env}, kind=kind)
+
+    assert reached(PIP_INDEX_URL=served.url)
+    assert not reached(PIP_INDEX_URL=closed)
+    assert not reached(PIP_INDEX_URL="http://no-such-host.invalid/simple")
+    assert reached(PIP_INDEX_URL=closed, PIP_NO_INDEX="1")
+    assert reached("uv", PIP_INDEX_URL=closed, UV_DEFAULT_INDEX=served.url)
+    assert not reached("pip", PIP_INDEX_URL=closed, UV_DEFAULT_INDEX=served.url)
+    served.down = True  # it answers, and what it answers is pip's to say
+    assert reached(PIP_INDEX_URL=served.url)
+    (tmp_path / "pip.conf").write_text(f"[global]\nindex-url = {closed}\n")
+    assert not reached(PIP_CONFIG_FILE=str(tmp_path / "pip.conf"))
+
+
+def test_the_record_keeps_the_wheels_for_later_attempts_and_lists_leave_them_out(
+    api: Api, served: Index, tmp_path: Path
+) -> None:
+    found = sent(api, {"pip": ["alpha"]}, tmp_path)
+    request = SubmitRequest(spec=JobSpec(entrypoint="x", working_dir=""), wheels=found.sets)
+    record, _ = api.do(lambda: api.records.create(request, owner="tom", wandb=None))
+    assert api.do(lambda: api.records.get(record.id)).wheels == found.sets
+    assert "wheels" not in json.loads(record.view().model_dump_json())
+    assert served.asked
