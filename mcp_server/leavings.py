@@ -107,6 +107,7 @@ async def _search(client: Client, job: JobView, given: JobLogs, place: _Place | 
         "attempt": attempt,
         "log": {"untrusted": UNTRUSTED, "lines": last_lines(lines[:fit], most=len(lines)).lines},
         "matches": fit,
+        **({"numbers": "the byte of the log at which each line begins"} if fit else {}),
         **without_empty({"cursor": str(_Place(attempt, offset)) if more else ""}),
         "next": then
         if found

@@ -205,7 +205,7 @@ def _attempt(attempt: AttemptView) -> Json:
 def _wandb(job: JobView) -> str:
     if job.wandb is None or job.wandb.mode == "disabled":
         return ""
-    return short(job.wandb.url or f"{job.wandb.mode} {job.wandb.why}".strip())
+    return short(job.wandb.url or ": ".join(filter(None, (job.wandb.mode, job.wandb.why))))
 
 
 def _node(node: NodeView) -> Json:

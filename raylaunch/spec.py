@@ -149,7 +149,8 @@ class JobSpec(Spec):
     @field_validator("entrypoint", mode="before")
     @classmethod
     def _entrypoint_given(cls, value: object) -> object:
-        if (isinstance(value, str) and not value.strip()) or value in ((), []):
+        program = value[0] if isinstance(value, list | tuple) and value else value
+        if (isinstance(program, str) and not program.strip()) or program in ((), []):
             msg = "the entrypoint is empty; give a command, as: python train.py"
             raise ValueError(msg)
         return value

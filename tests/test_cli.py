@@ -352,6 +352,7 @@ def test_secrets_come_from_stdin_and_only_their_names_come_back(home: Path, api:
     assert cli(home, "secret", "list").stdout == "HF_TOKEN\n"
     assert cli(home, "secret", "rm", "HF_TOKEN").returncode == 0
     assert cli(home, "secret", "set", "EMPTY").returncode == 2
+    assert "'A=b' is not a secret's name" in cli(home, "secret", "set", "A=b").stderr
 
 
 def test_env_prints_lines_that_a_shell_evaluates(home: Path, api: Api) -> None:

@@ -101,6 +101,7 @@ def test_an_unknown_argument_is_refused_with_those_that_there_are(agent: Agent, 
 WRONG: list[tuple[str, dict[str, object], str]] = [
     ("train_job", {}, "there is nothing to run: neither entrypoint nor job_file was given"),
     ("train_job", {"entrypoint": " "}, "the entrypoint is empty"),
+    ("train_job", {"entrypoint": [""]}, "the entrypoint is empty"),
     ("train_job", {"entrypoint": {"a": 1}}, "entrypoint: a mapping is not text or a list"),
     ("train_job", {"entrypoint": "true", "gpus": -1}, "resources.gpus: -1 is less than 0"),
     ("train_job", {"entrypoint": "true", "gpus": "many"}, "gpus: 'many' is not a whole number"),

@@ -254,6 +254,7 @@ def test_a_log_is_searched_page_by_page(agent: Agent, api: Api) -> None:
     first = agent.call("job_logs", job=job.id, search="loss", ignore_case=True, tail=4).facts
     assert first["matches"] == 4
     assert first["log"]["lines"][0].endswith("step 0 LOSS")
+    assert first["numbers"] == "the byte of the log at which each line begins"
     rest = agent.call("job_logs", job=job.id, search="loss", ignore_case=True, cursor=first["cursor"]).facts
     assert rest["matches"] == 6
     assert rest["next"] == "no further line"

@@ -243,7 +243,7 @@ def test_a_program_that_is_not_there_is_said_with_the_nearest(make: Make) -> Non
     end = make(["slep", "1"]).run()
     assert (end["ended"], end["exit_code"]) == ("entrypoint_not_found", 127)
     assert "'slep' is not on the PATH" in end["message"]
-    assert "did you mean 'sleep'?" in end["message"]
+    assert "(did you mean 'sleep'?); its PATH is /" in end["message"]
 
 
 def test_a_script_that_is_not_there_is_said_with_the_nearest(make: Make) -> None:

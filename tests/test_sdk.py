@@ -142,6 +142,8 @@ def test_a_value_that_cannot_be_is_said_with_its_field(cluster: Cluster) -> None
     with pytest.raises(SpecError) as caught:
         cluster.submit("x", working_dir="", resources={"gpu": 1})
     assert str(caught.value) == "unknown key 'gpu' in resources (nearest: gpus)"
+    with pytest.raises(SpecError, match="entrypoint: 5 is not text or a list"):
+        cluster.submit(5, working_dir="")  # type: ignore[arg-type]  # what a person may pass all the same
 
 
 def test_the_same_request_id_finds_the_same_job(cluster: Cluster) -> None:

@@ -23,7 +23,7 @@ def secret() -> None:
 def set_(cluster_file: Path | None, *, name: str) -> None:
     """Set a secret. The value is read from stdin, or asked for; never from the command line, which others can see."""
     value = _value(name)
-    if not value:
+    if not value and name.isidentifier():  # what is no name is the controller's to refuse
         msg = f"the value of {name} is empty"
         raise SpecError(msg, hint=f"give it on stdin: printenv {name} | raylaunch secret set {name}")
 

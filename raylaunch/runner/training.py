@@ -112,8 +112,8 @@ def _not_on_path(program: str, path: str, code: Path) -> str:
     import difflib  # noqa: PLC0415 -- only for a mistake; each start would pay for it
 
     near = difflib.get_close_matches(program, sorted(names), n=1, cutoff=0.7)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"the program {program!r} is not on the PATH of the job's environment{hint} PATH is {path}"
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"the program {program!r} is not on the PATH of the job's environment{hint}; its PATH is {path}"
 
 
 def nearest_file(name: str, code: Path) -> str:

@@ -77,7 +77,7 @@ def spec_of(job: Asked, given: Mapping[str, object], *, gpus: int | None = None,
         base = job.model_dump(exclude_unset=True)
         laid = {name: list(value) if name in _LISTS else value for name, value in base.items()}
         return job_spec_from_flags([*(Flag("", (name,), laid[name]) for name in laid), *flags], cwd=cwd)
-    entrypoint = job if isinstance(job, str) else tuple(job)
+    entrypoint = tuple(job) if isinstance(job, list) else job
     return job_spec_from_flags([Flag("", ("entrypoint",), entrypoint), *flags], cwd=cwd)
 
 
