@@ -215,6 +215,7 @@ def answered(cluster: Cluster, *words: str) -> str:
     return result.out if result.status == 0 else ""
 
 
+@pytest.mark.long
 def test_killing_the_steward_ten_times_loses_no_job_and_no_byte(cluster: Cluster, book: Book, tmp_path: Path) -> None:
     enough = tmp_path / "enough"
     env = (*book.env, "--env", f"ENOUGH={enough}")
@@ -251,6 +252,7 @@ def new_steward(cluster: Cluster, killed: set[int]) -> psutil.Process | None:
     return next((process for process in found if " ".join(argv(process)).startswith("ray::Steward")), None)
 
 
+@pytest.mark.long
 def test_killing_the_client_ten_times_makes_one_job_each(cluster: Cluster, book: Book) -> None:
     chance, moment = random.Random(4), threading.Event()  # noqa: S311 -- no secret
     folder = cluster.work / "killed_client"
