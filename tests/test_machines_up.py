@@ -14,6 +14,7 @@ import psutil
 import pytest
 from support.fittings import bare_python
 from support.hosts import Host, World, world
+from support.index import index, tiny_wheel
 from support.waiting import wait_until
 
 pytestmark = [pytest.mark.machines, pytest.mark.ray, pytest.mark.timeout(900)]
@@ -129,6 +130,27 @@ def test_jobs_hold_the_gpus_of_both_workers_at_once_and_their_logs_arrive_here(c
     for job, host in zip(ids, ("h2", "h3"), strict=True):
         assert cluster.call("wait", job).returncode == 0
         assert cluster.call("logs", job).stdout.strip() == f"on {host} with 0,1,2,3,4,5,6,7"
+
+
+@pytest.mark.long
+def test_what_a_job_needs_from_pip_goes_along_to_hosts_without_a_package_index(
+    cluster: Laptop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_wheel(tmp_path / "index", "alpha", "1.0", requires=["beta"])
+    tiny_wheel(tmp_path / "index", "beta", "2.0")
+    code = cluster.folder / "needs-pip"
+    code.mkdir(exist_ok=True)
+    (code / "requirements.txt").write_text("alpha\n")
+    words = ["--working-dir", "needs-pip", "--environment", "pip:requirements.txt"]
+    program = ["python", "-c", "import alpha, beta; print('made of', alpha.__version__, beta.__version__)"]
+    with index(tmp_path / "index") as served:
+        monkeypatch.setenv("PIP_INDEX_URL", served.url)
+        monkeypatch.setenv("UV_DEFAULT_INDEX", served.url)
+        assert "wheels would go along" in cluster.call("submit", "--dry-run", *words, "--", *program).stdout
+        ids = [cluster.call("submit", "--host", host, *words, "--", *program).stdout.strip() for host in ("h2", "h3")]
+    for job in ids:
+        assert cluster.call("wait", job).returncode == 0
+        assert cluster.call("logs", job).stdout.strip() == "made of 1.0 2.0"
 
 
 def test_up_on_a_healthy_cluster_changes_nothing(cluster: Laptop, lab: World) -> None:
