@@ -31,7 +31,7 @@ REPORTS = (
     "print(sys.version_info[:2], raylaunch.__file__, raylaunch.context().attempt)\n"
     "raylaunch.report({'accuracy': 0.5}, step=2, total=4)\n"
 )
-OTHER_PYTHONS = ("3.10", "3.12", "3.13")
+OTHER_PYTHONS = ("3.10", *(pytest.param(newer, marks=pytest.mark.long) for newer in ("3.12", "3.13")))  # the oldest
 
 
 def python_of(version: str) -> str:

@@ -296,7 +296,8 @@ async def test_a_script_whose_client_was_killed_ends_too(host: Sshd, tmp_path: P
 
 
 @pytest.mark.slow
-async def test_an_sshd_that_hangs_in_the_middle_is_noticed(tmp_path: Path) -> None:
+async def test_an_sshd_that_hangs_in_the_middle_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raylaunch.cluster.ssh_connect._KEEPALIVE_S", 1)  # test_ssh_network waits as long as people do
     with sshd(tmp_path) as frozen:
         async with machine(frozen.target) as there:
             await lost(there, "mark-frozen", frozen.freeze)

@@ -90,7 +90,10 @@ async def test_a_link_that_comes_back_soon_interrupts_nothing(lab: World, there:
 
 
 @pytest.mark.slow
-async def test_a_push_over_a_link_that_was_cut_is_completed_over_the_next_connection(tmp_path: Path) -> None:
+async def test_a_push_over_a_link_that_was_cut_is_completed_over_the_next_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raylaunch.cluster.ssh_connect._KEEPALIVE_S", 1)
     wheel = tmp_path / "big.whl"
     wheel.write_bytes(bytes(range(256)) * (70 * MB // 256))
     with world(1) as own:
