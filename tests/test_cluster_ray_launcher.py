@@ -239,7 +239,7 @@ def test_a_driver_holds_its_workers_gpus_from_its_start_to_its_end(cluster: Clus
     nothing_is_left(cluster, job)
 
 
-@pytest.mark.parametrize("by", ["stop", "kill"])
+@pytest.mark.parametrize("by", [pytest.param("stop", marks=pytest.mark.long), "kill"])
 def test_nothing_of_a_driver_is_left_after_a(by: str, cluster: Cluster) -> None:
     job = cluster.submit("--launcher", "ray", "--gpus", "3", "--working-dir", "", "--", "python", "-c", HOLDS)
     wait_until(lambda: b"held" in cluster.log(job), 90, "its workers hold their GPUs")

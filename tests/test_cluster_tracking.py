@@ -128,7 +128,9 @@ def _ages(cluster: Cluster, job: str) -> list[float]:
     return ages
 
 
-@pytest.mark.parametrize("by", ["stop", "timeout", "kill"])
+@pytest.mark.parametrize(
+    "by", [*(pytest.param(by, marks=pytest.mark.long) for by in ("stop", "timeout")), "kill"]
+)  # test_runner_wandb has them all, without a cluster
 def test_no_point_older_than_a_second_is_lost_by_a(by: str, cluster: Cluster, tmp_path: Path) -> None:
     diary = tmp_path / "diary"
     limit = ["--timeout", "10s"] if by == "timeout" else []

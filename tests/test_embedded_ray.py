@@ -228,6 +228,7 @@ def test_a_killed_ray_is_found_and_started_again_with_the_same_ports_and_the_sam
     }
 
 
+@pytest.mark.long
 def test_a_killed_ray_is_revived_by_the_program_that_the_controller_runs(cluster: Cluster) -> None:
     before = cluster.record
     kill(before.ray)

@@ -321,7 +321,15 @@ anyio.run(main)
 """
 
 
-@pytest.mark.parametrize("step", ["wheels begins", "push waits", "install begins", "install waits"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param("wheels begins", marks=pytest.mark.long),
+        "push waits",
+        pytest.param("install begins", marks=pytest.mark.long),
+        "install waits",
+    ],
+)
 def test_a_client_killed_in_the_middle_of_a_step_can_be_run_again(
     fresh: Host, served: Index, tmp_path: Path, step: str
 ) -> None:
