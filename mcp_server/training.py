@@ -44,8 +44,8 @@ async def train_job(given: TrainJob, call: Call) -> Json:
         packed: list[PackReport] = []
         news = [News(0, None, "packs the working directory")]
 
-        def travels(_what: str, done: int, total: int) -> None:
-            news[0] = News(done, total, "sends the code")
+        def travels(what: str, done: int, total: int) -> None:
+            news[0] = News(done, total or None, what if what.startswith("gathering") else f"sends {what}")
 
         async with call.telling(lambda: news[0]):
             answer = await client.submit(

@@ -42,7 +42,7 @@ MAY: dict[str, frozenset[str]] = {
     "people": GROUND | READING | {"client", "cluster", "place"},
     "quieting": GROUND | {"client", "cluster", "place"},
     "members": GROUND | READING | {"client", "cluster", "place", "quieting"},
-    "sdk": GROUND | READING | {"client", "cluster", "place", "log_view"},
+    "sdk": GROUND | READING | {"client", "cluster", "place", "log_view", "quieting"},
     "place": GROUND | {"client", "cluster"},
     "log_view": frozenset(),
     "cli": GROUND

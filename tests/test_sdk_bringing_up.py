@@ -132,7 +132,7 @@ def test_a_cluster_is_not_taken_down_while_jobs_run(home: Path, tmp_path: Path) 
         with pytest.raises(ConflictError) as caught:
             Cluster.down("local")
         assert f"1 job runs on cluster local: {job.id}" in str(caught.value)
-        assert "force=True" in str(caught.value)
+        assert "down(…, stop=True); or at once: force=True" in str(caught.value)
 
 
 def test_of_each_host_the_last_step_is_shown_and_what_hosts_say_is_text() -> None:

@@ -15,7 +15,7 @@ from raylaunch.cluster.plan import DownReport, Plan, Step
 from raylaunch.place import Place
 from raylaunch.sdk.asking import Asked, Which, cluster_of, cluster_spec_of, spec_of, states_of
 from raylaunch.sdk.async_job import AsyncJob
-from raylaunch.sdk.bringing_up import refuse_while_jobs_run, steps_of_up
+from raylaunch.sdk.bringing_up import steps_of_up, taken_down
 from raylaunch.sdk.display import cluster_html, cluster_line
 from raylaunch.sdk.live import OnStep, show_steps
 from raylaunch.spec import Environment, Launcher, Resources, Tracking, Where
@@ -159,22 +159,25 @@ class AsyncCluster:
         return await Place(spec, on_notice=say, on_step=show_steps(spec.name)).backend.status(spec)
 
     @classmethod
-    async def down(cls, which: Which, *, force: bool = False) -> DownReport:
+    async def down(
+        cls, which: Which, *, stop: bool = False, force: bool = False, on_step: OnStep | None = None
+    ) -> DownReport:
         """End exactly what `up` started; return what that was, when nothing of it is left. The store stays.
 
         Args:
             which: the cluster, as for `plan`. It has to be named.
-            force: also while jobs run: they are ended, and tried again at the next `up`.
+            stop: whether jobs are stopped first, each with its own grace; the next `up` tries them again.
+            force: whether they are ended at once; the next `up` tries them again too.
+            on_step: told what is waited for; by default as for `up`.
 
         Raises:
-            ConflictError: jobs run, and `force` is False.
+            ConflictError: jobs run, and neither `stop` nor `force` is True.
             ClusterError: something could not be ended; the message says what.
         """
         spec = cluster_of(which)
-        place = Place(spec, on_notice=say, on_step=show_steps(spec.name), heals=False)
-        if not force:
-            refuse_while_jobs_run(await place.running_jobs(), spec.name)
-        return await place.backend.down(spec)
+        told = on_step or show_steps(spec.name)
+        place = Place(spec, on_notice=say, on_step=told, heals=False)
+        return await taken_down(place, stop=stop, force=force, on_step=told)
 
     async def __aenter__(self) -> Self:
         return self

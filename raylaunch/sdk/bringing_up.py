@@ -1,13 +1,14 @@
-"""A bring-up as a stream of steps, and what keeps a cluster from being taken down."""
+"""A bring-up as a stream of steps; and taking a cluster down, with what keeps it from that."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from raylaunch.cluster.plan import Step
+from raylaunch.cluster.plan import DownReport, Step
 from raylaunch.errors import ConflictError
 from raylaunch.place import Place
+from raylaunch.quieting import quiet_down
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import JobView
 
@@ -33,14 +34,23 @@ async def steps_of_up(spec: ClusterSpec, *, on_notice: Callable[[str], None]) ->
         await asyncio.gather(work, return_exceptions=True)
 
 
-def refuse_while_jobs_run(jobs: Sequence[JobView], cluster: str) -> None:
-    """Refuse to take a cluster down while jobs of ours run.
+async def taken_down(place: Place, *, stop: bool, force: bool, on_step: Callable[[Step], None]) -> DownReport:
+    """End a cluster; with `stop` its jobs first, each with its grace.
 
     Raises:
-        ConflictError: some do.
+        ConflictError: jobs run, and neither `stop` nor `force` is True.
     """
-    if jobs:
-        names = ", ".join(job.id for job in jobs[:_NAMED]) + (" and others" if len(jobs) > _NAMED else "")
-        msg = f"{len(jobs)} job{' runs' if len(jobs) == 1 else 's run'} on cluster {cluster}: {names}"
-        hint = "stop them first, with job.stop(); or down(…, force=True): the next up tries them again"
-        raise ConflictError(msg, hint=hint)
+    running = () if force else await place.running_jobs()
+    if running and not stop:
+        raise _jobs_run(running, place.spec.name)
+    if running:
+        async with place.client() as client:
+            await quiet_down(client, on_step=on_step)
+    return await place.backend.down(place.spec)
+
+
+def _jobs_run(jobs: Sequence[JobView], cluster: str) -> ConflictError:
+    names = ", ".join(job.id for job in jobs[:_NAMED]) + (" and others" if len(jobs) > _NAMED else "")
+    msg = f"{len(jobs)} job{' runs' if len(jobs) == 1 else 's run'} on cluster {cluster}: {names}"
+    hint = "stop them, each with its grace: down(…, stop=True); or at once: force=True. The next up tries them again"
+    return ConflictError(msg, hint=hint)

@@ -132,18 +132,22 @@ class Cluster:
         return shared_loop().run(AsyncCluster.look(which))
 
     @classmethod
-    def down(cls, which: Which, *, force: bool = False) -> DownReport:
+    def down(
+        cls, which: Which, *, stop: bool = False, force: bool = False, on_step: OnStep | None = None
+    ) -> DownReport:
         """End exactly what `up` started; return what that was, when nothing of it is left. The store stays.
 
         Args:
             which: the cluster, as for `plan`. It has to be named.
-            force: also while jobs run: they are ended, and tried again at the next `up`.
+            stop: whether jobs are stopped first, each with its own grace; the next `up` tries them again.
+            force: whether they are ended at once; the next `up` tries them again too.
+            on_step: told what is waited for; by default as for `up`.
 
         Raises:
-            ConflictError: jobs run, and `force` is False.
+            ConflictError: jobs run, and neither `stop` nor `force` is True.
             ClusterError: something could not be ended; the message says what.
         """
-        return shared_loop().run(AsyncCluster.down(which, force=force))
+        return shared_loop().run(AsyncCluster.down(which, stop=stop, force=force, on_step=on_step))
 
     def __enter__(self) -> Self:
         return self
