@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -16,6 +17,8 @@ _LOCAL_NAME = "local"
 _LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
+_URL = re.compile(r"http://[A-Za-z0-9._\[\]:-]+/?")
+_HOST_PORT = re.compile(r"[A-Za-z0-9._\[\]:-]+:\d{1,5}")
 _LARGEST_PORT = 65535
 
 
@@ -166,9 +169,9 @@ class ClusterSpec(Spec):
 
     name: str = _LOCAL_NAME
     """Its name; several clusters run side by side. Without it `local`, or the first host's name. Example: `scratch`"""
-    kind: Literal["local", "ssh"] = "local"
-    """`local`: Ray and the controller on this machine; `ssh`: on `hosts`, which are reached over SSH. Without it what
-    fits: `ssh` where there are hosts. Example: `ssh`"""
+    kind: Literal["local", "ssh", "existing"] = "local"
+    """`local`: Ray and the controller on this machine; `ssh`: on `hosts`, which are reached over SSH; `existing`: the
+    controller here, and a Ray that somebody else runs at `address`. Without it what fits. Example: `ssh`"""
     gpus: ClusterGpus = "auto"
     """`auto` for all that `nvidia-smi` lists, a list of indices or UUIDs to use only these, or a number: so many of
     them, and where there are none so many logical GPUs, to try GPU jobs out. On each host. Example: `[0, 1]`"""
@@ -196,6 +199,14 @@ class ClusterSpec(Spec):
     """The machines; the first is the head, where Ray's head and the controller run. Each is a name, or an object where
     it differs from the others. Example: `[dgx-1, dgx-2]`"""
 
+    address: str = ""
+    """Of a Ray that somebody else runs: its dashboard, which takes jobs. Example: `http://ray.example.org:8265`"""
+    gcs: str = ""
+    """Of that Ray: `host:port` of its head; without it port 6379 of the host in `address`.
+    Example: `ray.example.org:6379`"""
+    ray_token_file: str = ""
+    """The file with the token of that Ray; without it the Ray asks for none. Example: `~/.ray/auth_token`"""
+
     @model_validator(mode="before")
     @classmethod
     def _kind_and_name_that_fit(cls, data: object) -> object:
@@ -203,8 +214,8 @@ class ClusterSpec(Spec):
             return data
         hosts = data.get("hosts")
         filled = dict(data)
-        if hosts and "kind" not in data:
-            filled["kind"] = "ssh"
+        if "kind" not in data and (hosts or data.get("address")):
+            filled["kind"] = "ssh" if hosts else "existing"
         if filled.get("kind") == "ssh" and not data.get("name") and isinstance(hosts, list | tuple) and hosts:
             filled["name"] = _name_of_raw(hosts[0])
         return filled
@@ -236,8 +247,30 @@ class ClusterSpec(Spec):
         head, *others = (_merged(host, defaults, info.data, common) for host in named)
         return (head.model_copy(update={"store": head.store or info.data.get("store", "")}), *others)
 
+    @field_validator("address")
+    @classmethod
+    def _address_is_a_url(cls, value: str) -> str:
+        if value and not _URL.fullmatch(value):
+            msg = f"{value!r} is not the address of a Ray's dashboard; it looks as http://HOST:8265"
+            raise ValueError(msg)
+        return value.rstrip("/")
+
+    @field_validator("gcs")
+    @classmethod
+    def _gcs_is_host_and_port(cls, value: str) -> str:
+        if value and not _HOST_PORT.fullmatch(value):
+            msg = f"{value!r} is not the address of a Ray's head; it looks as HOST:6379"
+            raise ValueError(msg)
+        return value
+
     @model_validator(mode="after")
     def _kind_has_what_it_needs(self) -> ClusterSpec:
+        for field in ("address", "gcs", "ray_token_file"):
+            if getattr(self, field) and self.kind != "existing":
+                msg = f"{field} is for a Ray that somebody else runs; write kind: existing, or leave it out"
+                raise PlacedError(msg, (field,))
+        if self.kind == "existing":
+            return self._of_somebody_else()
         if self.kind == "local":
             if self.hosts:
                 msg = "hosts are for kind: ssh; leave kind out, or write kind: ssh"
@@ -259,6 +292,24 @@ class ClusterSpec(Spec):
             )
             raise PlacedError(msg, ("bind",))
         return self
+
+    def _of_somebody_else(self) -> ClusterSpec:
+        if not self.address:
+            msg = "kind: existing needs address: the dashboard of that Ray, as http://HOST:8265"
+            raise PlacedError(msg, ("kind",))
+        for field in ("hosts", "gpus", "cpus", "labels", "bind"):
+            if getattr(self, field) != type(self).model_fields[field].get_default(call_default_factory=True):
+                msg = f"{field} is what that Ray was started with, and cannot be changed here; leave it out"
+                raise PlacedError(msg, (field,))
+        if self.name == _LOCAL_NAME:
+            msg = "the name 'local' is that of the embedded cluster; give this one another: name: NAME"
+            raise PlacedError(msg, ("name",) if "name" in self.model_fields_set else ("kind",))
+        return self
+
+    @property
+    def gcs_address(self) -> str:
+        """`host:port` of the head of a Ray that somebody else runs."""
+        return self.gcs or f"{urlsplit(self.address).hostname}:6379"
 
     @property
     def loopback(self) -> bool:

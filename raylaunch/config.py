@@ -115,12 +115,11 @@ def _of_ray(path: Path, file: YamlFile) -> ClusterFile:
 
 def _refuse_other_kinds(file: YamlFile) -> None:
     kind = file.data.get("kind", "local")
-    if kind in {"local", "ssh"}:
+    if kind in {"local", "ssh", "existing"}:
         return
-    what = "a Ray cluster that somebody else runs" if kind == "existing" else "no kind that is known"
     msg = (
-        f"kind: {kind} ({what}) cannot be run by this version of raylaunch; "
-        "it runs kind: local, on this machine, and kind: ssh, on hosts over SSH"
+        f"kind: {kind} is no kind that is known; there are local (this machine), ssh (hosts over SSH) and existing "
+        "(a Ray that somebody else runs)"
     )
     raise SpecError(msg, where=file.where(("kind",)), field="kind", hint="write kind: local, or leave the key out")
 

@@ -338,7 +338,7 @@ class ClusterStatus(View):
     """The cluster as a whole."""
 
     name: str
-    kind: Literal["local", "ssh"]
+    kind: Literal["local", "ssh", "existing"]
     state: Literal["running", "degraded", "stopped"]
     problems: tuple[str, ...] = ()
     controller: ProcessView | None = None

@@ -211,20 +211,39 @@ def test_the_cluster_file_here_applies_and_one_named_by_the_environment_goes_bef
     assert (spec.name, spec.gpus) == ("other", ("0", "1"))
 
 
+def test_a_kind_that_there_is_not_is_refused_with_those_there_are(here: Here) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_cluster_spec(here("cluster.yaml", "name: dgx\nkind: k8s\nhosts: [a]\n"))
+    assert str(caught.value) == (
+        "cluster.yaml:2: kind: k8s is no kind that is known; there are local (this machine), ssh (hosts over SSH) and "
+        "existing (a Ray that somebody else runs)\n  → write kind: local, or leave the key out"
+    )
+
+
 @pytest.mark.parametrize(
-    ("kind", "what"),
+    ("text", "said"),
     [
-        ("existing", "a Ray cluster that somebody else runs"),
-        ("k8s", "no kind that is known"),
+        ("kind: existing\nname: a\n", "kind: existing needs address: the dashboard of that Ray, as http://HOST:8265"),
+        ("name: a\naddress: ray:8265\n", "'ray:8265' is not the address of a Ray's dashboard"),
+        ("name: a\naddress: http://ray:8265\ngcs: ray\n", "'ray' is not the address of a Ray's head"),
+        ("name: a\naddress: http://ray:8265\ngpus: 4\n", "gpus is what that Ray was started with"),
+        ("name: a\naddress: http://ray:8265\nhosts: [b]\n", "address is for a Ray that somebody else runs"),
+        ("address: http://ray:8265\n", "the name 'local' is that of the embedded cluster"),
+        ("kind: local\ngcs: ray:1\n", "gcs is for a Ray that somebody else runs"),
     ],
 )
-def test_a_kind_that_this_version_cannot_run_is_refused_honestly(here: Here, kind: str, what: str) -> None:
+def test_what_cannot_be_said_of_a_ray_of_somebody_elses_is_refused(here: Here, text: str, said: str) -> None:
     with pytest.raises(SpecError) as caught:
-        load_cluster_spec(here("cluster.yaml", f"name: dgx\nkind: {kind}\nhosts: [a]\n"))
-    assert str(caught.value) == (
-        f"cluster.yaml:2: kind: {kind} ({what}) cannot be run by this version of raylaunch; "
-        "it runs kind: local, on this machine, and kind: ssh, on hosts over SSH\n"
-        "  → write kind: local, or leave the key out"
+        load_cluster_spec(here("cluster.yaml", text))
+    assert said in str(caught.value)
+
+
+def test_an_address_alone_means_a_ray_that_somebody_else_runs(here: Here) -> None:
+    spec = load_cluster_spec(here("cluster.yaml", "name: theirs\naddress: http://ray.example.org:8265/\n"))
+    assert (spec.kind, spec.address, spec.gcs_address) == (
+        "existing",
+        "http://ray.example.org:8265",
+        "ray.example.org:6379",
     )
 
 

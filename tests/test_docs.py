@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -97,8 +98,15 @@ def test_every_file_that_is_shown_is_one_that_is_taken(page: Path) -> None:
     for block in pages.blocks(page, "yaml"):
         data = yaml.safe_load(block.text)
         kind = spec_of(page, data)
-        beside = {"entrypoint": "python train.py"} if kind is JobSpec else {}
-        kind.model_validate({**beside, **data})
+        kind.model_validate({**_beside(kind, data), **data})
+
+
+def _beside(kind: type[JobSpec | ClusterSpec], data: Mapping[str, object]) -> dict[str, object]:
+    """What must stand beside a field that is shown alone."""
+    if kind is JobSpec:
+        return {"entrypoint": "python train.py"}
+    of_existing = data.keys() & {"address", "gcs", "ray_token_file"}
+    return {"name": "theirs", "kind": "existing", "address": "http://ray.example.org:8265"} if of_existing else {}
 
 
 def test_every_program_that_is_shown_passes_the_type_checker(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from support.waiting import wait_until
 
 from raylaunch.cluster import embedded
 from raylaunch.cluster.backends import Step, backend_for
-from raylaunch.cluster.bring_up import check_versions
 from raylaunch.cluster.controller_program import admit
 from raylaunch.cluster.gpus import choose_gpus, parse_gpus
 from raylaunch.cluster.home import (
@@ -45,6 +44,7 @@ from raylaunch.cluster.record import (
     save_record,
 )
 from raylaunch.cluster.sweep import of_ray
+from raylaunch.cluster.versions import check_versions
 from raylaunch.errors import ClusterDownError, ConflictError, SpecError, StorageError, VersionError
 from raylaunch.spec import ClusterSpec
 

@@ -62,7 +62,7 @@ def down(cluster_file: Path | None, *, stop: bool, force: bool) -> None:
     place = Place(cluster_file)
 
     async def work() -> DownReport:
-        if stop and await place.running_jobs():
+        if (stop or (force and place.spec.kind == "existing")) and await place.running_jobs():
             async with place.client() as client:
                 await quiet_down(client, on_step=show_step)
         elif not force:

@@ -1,4 +1,4 @@
-"""One question to a server on loopback, and its answer. Standard library only, so that `up` stays quick."""
+"""One question to a server, mostly on loopback, and its answer. Standard library only, so that `up` stays quick."""
 
 from __future__ import annotations
 
@@ -34,12 +34,19 @@ class Answer:
 
 
 async def ask(  # noqa: PLR0913 -- each is one fact of the question, and all are named
-    port: int, path: str, *, token: str, limit_s: float = 5, method: str = "GET", body: bytes | None = None
+    port: int,
+    path: str,
+    *,
+    token: str,
+    host: str = LOOPBACK,
+    limit_s: float = 5,
+    method: str = "GET",
+    body: bytes | None = None,
 ) -> Answer:
     """Ask for `path` at `port`, with a bearer token unless empty; a broken connection is an `Answer` too."""
 
     def get() -> Answer:
-        connection = http.client.HTTPConnection(LOOPBACK, port, timeout=limit_s)
+        connection = http.client.HTTPConnection(host, port, timeout=limit_s)
         try:
             headers = {"X-Raylaunch-Version": __version__} | ({"Authorization": f"Bearer {token}"} if token else {})
             if body is not None:

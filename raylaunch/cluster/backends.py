@@ -53,3 +53,7 @@ def backend_for(spec: ClusterSpec) -> Backend:
             from raylaunch.cluster import ssh_backend  # noqa: PLC0415 -- as above
 
             return ssh_backend
+        case "existing":
+            from raylaunch.cluster import existing  # noqa: PLC0415 -- as above
+
+            return existing

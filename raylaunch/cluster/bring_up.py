@@ -11,20 +11,14 @@ from pathlib import Path
 import anyio
 
 from raylaunch.cluster import assign
-from raylaunch.cluster.controller_program import (
-    admit,
-    controller_argv,
-    controller_environment,
-    controller_status,
-    not_ready,
-    write_config,
-)
+from raylaunch.cluster.controller_program import controller_status, not_ready
+from raylaunch.cluster.controller_start import ControllerStart
 from raylaunch.cluster.gpus import GpuChoice, choose_gpus, detect_gpus
 from raylaunch.cluster.home import ClusterPaths, make_store, secret_file, storage_errors
 from raylaunch.cluster.look import Seen, differences, look
 from raylaunch.cluster.neighbours import check_gpus, neighbours
 from raylaunch.cluster.plan import Step
-from raylaunch.cluster.ports import ANYWHERE, LOOPBACK, is_free
+from raylaunch.cluster.ports import ANYWHERE, LOOPBACK
 from raylaunch.cluster.process import end, is_alive
 from raylaunch.cluster.ray_head import RayStart, installed_ray, jobs_answer, make_importable, nodes_alive
 from raylaunch.cluster.record import (
@@ -39,13 +33,11 @@ from raylaunch.cluster.record import (
 )
 from raylaunch.cluster.steps import DiedError, Steps
 from raylaunch.cluster.sweep import of_controller, sweep_ray
-from raylaunch.errors import RayVersionError, VersionError
+from raylaunch.cluster.versions import check_versions
 from raylaunch.spec import ClusterSpec
 from raylaunch.version import __version__
 
-JOBS_S, NODE_S, CONTROLLER_S, STEWARD_S = 180.0, 120.0, 60.0, 180.0
-_HUNG_S = 15.0
-_POLL_S = 0.1
+JOBS_S, NODE_S, STEWARD_S = 180.0, 120.0, 180.0
 
 
 class BringUp:
@@ -214,81 +206,13 @@ class BringUp:
     # The controller
 
     async def _controller(self, *, wait: bool, upgrade: bool) -> None:
-        if is_alive(self.record.controller) and not upgrade and await self._answers_soon():
-            return
-        for last_try in (False, True):
-            await self._start_controller()
-            if not wait:
-                return
-            try:
-                await self.steps.step("controller", "waits for the controller", self._answering, CONTROLLER_S)
-            except DiedError:
-                if last_try or self.record.spec.port or is_free(self.record.ports["controller"]):
-                    raise
-                self.steps.note("controller", "its port was taken in that moment; another one is used")
-            else:
-                return
-
-    async def _answers_soon(self) -> bool:
-        with anyio.move_on_after(_HUNG_S):
-            while is_alive(self.record.controller):
-                if not await self._answering(check=False):
-                    return True
-                await anyio.sleep(_POLL_S)
-        return False
-
-    async def _start_controller(self) -> None:
-        """Start the controller; one that hangs, or that no record knows of, is ended first. Jobs go on meanwhile."""
-        left = of_controller(self.record.cluster_id)
-        if left:
-            self.steps.note("controller", f"ends the controller of before (pid {left[0].pid}); jobs go on")
-            await end(left, grace_s=5)
-        taken = tuple(port for key, port in self.record.ports.items() if key != "controller")
-        taken += tuple(range(self.record.ports["worker_min"], self.record.ports["worker_max"] + 1))
-        port = assign.controller_port(
-            self.record.ports,
-            fixed=self.record.spec.port,
-            say=lambda words: self.steps.note("ports", words),
-            avoid=taken,
-        )
-        self._save(self.record.with_(ports=self.record.ports | {"controller": port}, controller=None))
-        write_config(self.paths, self.record)
-        admit(Path(self.record.store), self.token)
-        env = controller_environment(self.paths, self.record, self.environ)
-        controller = await self.steps.start(controller_argv(self.paths), env, self.paths.controller_log)
-        self._save(self.record.with_(controller=controller))
-
-    async def _answering(self, *, check: bool = True) -> str:
-        if check:
-            self.steps.must_live("controller", "the controller", self.record.controller, self.paths.controller_log)
-        status = await controller_status(self.record.ports["controller"], self.token)
-        return status if isinstance(status, str) else ""
+        start = ControllerStart(self.paths, self.steps, self.record, token=self.token, environ=self.environ)
+        try:
+            await start.run(wait=wait, upgrade=upgrade)
+        finally:
+            self.record = start.record
 
     async def _steward(self) -> str:
         self.steps.must_live("ray", "Ray", self.record.ray, self.paths.ray_log)
         self.steps.must_live("controller", "the controller", self.record.controller, self.paths.controller_log)
         return not_ready(await controller_status(self.record.ports["controller"], self.token))
-
-
-def check_versions(seen: Seen, installed: str) -> bool:
-    """Return whether the controller that runs is an older one, to be replaced.
-
-    Raises:
-        VersionError: another Ray, or a controller newer than this raylaunch, runs.
-    """
-    record = seen.record
-    if record is None or not (seen.ray_alive or seen.controller_alive):
-        return False
-    runs = record.versions
-    if runs.ray != installed:
-        msg = f"cluster {record.name} runs Ray {runs.ray}, and Ray {installed} is installed here"
-        hint = "raylaunch up --upgrade: when no job runs any more, it starts the cluster anew with this Ray"
-        raise RayVersionError(msg, hint=hint)
-    if _number(runs.raylaunch) > _number(__version__):
-        msg = f"cluster {record.name} was started by raylaunch {runs.raylaunch}, and this is {__version__}"
-        raise VersionError(msg, hint=f"upgrade this one to {runs.raylaunch}, or raylaunch down, then raylaunch up")
-    return seen.controller_alive and runs.raylaunch != __version__
-
-
-def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())

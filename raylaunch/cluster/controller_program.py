@@ -44,18 +44,20 @@ def controller_environment(
 
 def write_config(paths: ClusterPaths, record: ClusterRecord) -> None:
     """Write ``controller.json``: all that the controller is told. Secrets stay in files of their own."""
+    spec, foreign = record.spec, record.spec.kind == "existing"
     config = {
         "cluster": record.name,
         "cluster_id": record.cluster_id,
         "store": record.store,
         "port": record.ports["controller"],
-        "gcs_address": f"{record.place.ray_address}:{record.ports['gcs']}",
-        "dashboard_url": f"http://{LOOPBACK}:{record.ports['dashboard']}",
+        "gcs_address": spec.gcs_address if foreign else f"{record.place.ray_address}:{record.ports['gcs']}",
+        "dashboard_url": spec.address if foreign else f"http://{LOOPBACK}:{record.ports['dashboard']}",
         "ray_token_path": str(paths.ray_token),
         "default_environment": record.spec.environment.model_dump(mode="json"),
         "env": record.spec.env,
         "secrets": record.spec.secrets,
-        "revive": [sys.executable, "-m", "raylaunch.cluster.revive", record.name],
+        "carries_stewards": foreign,
+        "revive": [] if foreign else [sys.executable, "-m", "raylaunch.cluster.revive", record.name],
         "runner_python": sys.executable,
     }
     write_private(paths.controller_config, json.dumps(config, indent=2))

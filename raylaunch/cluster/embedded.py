@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from raylaunch.cluster import assign
-from raylaunch.cluster.bring_up import BringUp, check_versions
+from raylaunch.cluster.bring_up import BringUp
 from raylaunch.cluster.gpus import choose_gpus, detect_gpus
 from raylaunch.cluster.home import ClusterPaths, cluster_paths, make_cluster_dirs
 from raylaunch.cluster.look import Seen, client_token, differences, look, status_of
@@ -26,6 +26,7 @@ from raylaunch.cluster.record import (
 )
 from raylaunch.cluster.ssh_target import OnPrompt
 from raylaunch.cluster.sweep import of_controller, of_ray, runners, sweep_ray
+from raylaunch.cluster.versions import check_versions
 from raylaunch.errors import ClusterDownError, ClusterError
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import ClusterStatus
@@ -144,7 +145,7 @@ async def down(spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None)
         record = record.with_(wanted="stopped")
         if seen.record is not None:
             save_record(paths, record)
-        ended = (*await _end_controller(record), *await _end_ray(record, paths))
+        ended = (*await end_controller(record), *await _end_ray(record, paths))
         _verify(record, paths)
         taken = await assign.wait_free(record.ports, limit_s=5)
         if seen.record is not None:
@@ -157,7 +158,8 @@ def _as_spec(spec: ClusterSpec | str) -> ClusterSpec:
     return ClusterSpec(name=spec) if isinstance(spec, str) else spec
 
 
-async def _end_controller(record: ClusterRecord) -> tuple[Ended, ...]:
+async def end_controller(record: ClusterRecord) -> tuple[Ended, ...]:
+    """End a cluster's controller and what it started; return how."""
     first = [record.controller] if record.controller and is_alive(record.controller) else []
     how = await end(first, grace_s=_CONTROLLER_GRACE_S)
     ended = [Ended("controller", one.pid, how[one.pid]) for one in first]

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 import anyio
 
 from raylaunch.cluster import assign
-from raylaunch.cluster.bring_up import check_versions
 from raylaunch.cluster.gpus import choose_gpus, detect_gpus
 from raylaunch.cluster.home import ClusterPaths, write_private
 from raylaunch.cluster.look import Seen, differences
@@ -21,6 +20,7 @@ from raylaunch.cluster.ray_head import RayStart, installed_ray, make_importable
 from raylaunch.cluster.record import ClusterRecord, NodePlace, Versions, load_record, new_record, save_record
 from raylaunch.cluster.steps import DiedError, Steps
 from raylaunch.cluster.sweep import sweep_ray
+from raylaunch.cluster.versions import check_versions
 from raylaunch.spec import ClusterSpec
 from raylaunch.version import __version__
 

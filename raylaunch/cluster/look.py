@@ -26,9 +26,15 @@ class Seen:
     """The controller's answer, or why there is none."""
 
     @property
+    def runs(self) -> bool:
+        """Whether anything of the cluster runs; a Ray that somebody else runs is none of it."""
+        ours = self.ray_alive and not (self.record and self.record.spec.kind == "existing")
+        return ours or self.controller_alive
+
+    @property
     def problems(self) -> tuple[str, ...]:
         """What keeps it from taking jobs, in words; empty for a healthy cluster."""
-        if self.record is None or not (self.ray_alive or self.controller_alive):
+        if self.record is None or not self.runs:
             return ("it does not run",)
         found = []
         if not self.ray_alive:
@@ -58,7 +64,8 @@ async def look(paths: ClusterPaths) -> Seen:
     says: ControllerStatus | str = "it does not run"
     if controller_alive:
         says = await controller_status(record.ports["controller"], client_token(paths))
-    return Seen(record, ray_alive=is_alive(record.ray), controller_alive=controller_alive, says=says)
+    ray_alive = is_alive(record.ray) or record.spec.kind == "existing"  # whether that lives, its controller says
+    return Seen(record, ray_alive=ray_alive, controller_alive=controller_alive, says=says)
 
 
 def client_token(paths: ClusterPaths) -> str:
@@ -84,7 +91,7 @@ def status_of(seen: Seen, paths: ClusterPaths) -> ClusterStatus:
     record = seen.record
     if record is None:
         return ClusterStatus(name=paths.name, kind="local", state="stopped", problems=_unreadable(paths))
-    running = seen.ray_alive or seen.controller_alive
+    running = seen.runs
     facts = seen.says if isinstance(seen.says, ControllerStatus) else None
     problems = (*seen.problems, *(facts.problems if facts else ())) if running else ()
     return ClusterStatus(

@@ -94,6 +94,8 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         store=settings.store,
         on_event=lambda event: lifecycle.see(event),  # noqa: PLW0108 -- made below; the link needs it first
         log_path=settings.store / "link.log",
+        namespace=settings.namespace,
+        carries=settings.carries_stewards,
     )
     means = Means(
         settings=settings,

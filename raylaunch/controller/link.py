@@ -84,6 +84,7 @@ class Config(TypedDict):
     gcs_address: str
     store: str
     namespace: str
+    carries: bool
 
 
 class Link:
@@ -100,6 +101,7 @@ class Link:
         on_event: Callable[[LinkEvent], None],
         log_path: Path,
         namespace: str = "raylaunch",
+        carries: bool = False,
     ) -> None:
         """Describe the link; nothing happens before `start`.
 
@@ -110,8 +112,9 @@ class Link:
             on_event: Called in the event loop, in order, for each event. It must not block.
             log_path: Gets what the child and Ray's core say on stderr.
             namespace: Ray namespace of the stewards.
+            carries: Whether Ray is to bring raylaunch's code to its nodes, for it is not there.
         """
-        self._config = Config(gcs_address=gcs_address, store=str(store), namespace=namespace)
+        self._config = Config(gcs_address=gcs_address, store=str(store), namespace=namespace, carries=carries)
         self._ray_token_path = ray_token_path
         self._on_event = on_event
         self._log_path = log_path
@@ -380,12 +383,16 @@ def child_command(module: str) -> list[str]:
 
 
 def child_environment(base: Mapping[str, str], *, ray_token_path: Path) -> dict[str, str]:
-    """Return the child's environment: `base` with this Ray's token file, and nothing that points to another Ray."""
+    """Return the child's environment: `base` with this Ray's token file, and nothing that points to another Ray.
+
+    A file with nothing in it belongs to a Ray that asks for no token.
+    """
     kept = {name: value for name, value in base.items() if name not in {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}}
+    asks = not ray_token_path.is_file() or ray_token_path.stat().st_size > 0
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(ray_token_path)}
     return {
         **kept,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(ray_token_path),
+        **(token if asks else {"RAY_AUTH_MODE": "disabled"}),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",

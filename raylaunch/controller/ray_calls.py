@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 
 import ray
@@ -10,9 +11,46 @@ from ray._private import state as ray_state
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+import raylaunch
 from raylaunch.controller.nodes import RayNode
 from raylaunch.node.steward import Steward
+from raylaunch.runner.contract import VAR_NODE_ROOT
 from raylaunch.version import __version__
+
+
+def connect(address: str, namespace: str, *, carries: bool = False) -> None:
+    """Connect this process to Ray.
+
+    Args:
+        address: ``host:port`` of its head.
+        namespace: of the stewards.
+        carries: whether Ray brings raylaunch's code to its nodes: it is not there, and each cluster that uses this
+            Ray has a folder of its own there.
+    """
+    folder = f"~/.raylaunch/nodes/{namespace.removeprefix('raylaunch-')}"
+    brought = {"py_modules": [str(Path(raylaunch.__file__).parent)], "env_vars": {VAR_NODE_ROOT: folder}}
+    ray.init(
+        address=address,
+        namespace=namespace,
+        runtime_env=brought if carries else None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def end_stewards(address: str, namespace: str) -> str:
+    """Connect, and end every actor of a namespace; return in words what could not be ended, mostly nothing."""
+    connect(address, namespace)
+    left = []
+    for actor in list_named_actors(all_namespaces=True):
+        if actor["namespace"] == namespace:
+            try:
+                ray.kill(ray.get_actor(actor["name"], namespace=namespace), no_restart=True)
+            except ValueError:  # it has ended meanwhile
+                continue
+            except ray.exceptions.RayError as error:
+                left.append(f"{actor['name']}: {error}")
+    return "; ".join(left)
 
 
 def steward_on(node_id: str, namespace: str) -> ray.actor.ActorHandle:

@@ -80,7 +80,10 @@ class RayJobs:
 
     def __init__(self, dashboard_url: str, token: str) -> None:
         self._http = httpx2.AsyncClient(
-            base_url=dashboard_url, headers={"Authorization": f"Bearer {token}"}, timeout=_TIMEOUT, trust_env=False
+            base_url=dashboard_url,
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=_TIMEOUT,
+            trust_env=False,
         )
         self._all: tuple[bytes, list[RayJob]] = (b"", [])
 

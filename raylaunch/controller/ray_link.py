@@ -29,7 +29,7 @@ from raylaunch.controller.link import Config, error_frame
 from raylaunch.controller.link_events import LinkEvent, LinkUp, NodesChanged, event_frame
 from raylaunch.controller.mirror import Mirror
 from raylaunch.controller.nodes import RayNode, node_view
-from raylaunch.controller.ray_calls import end_actors, kill_supervisor, nodes_of_ray, steward_on
+from raylaunch.controller.ray_calls import connect, end_actors, kill_supervisor, nodes_of_ray, steward_on
 from raylaunch.controller.replication import Replication
 from raylaunch.errors import ClusterError, NotFoundError, RaylaunchError
 from raylaunch.node.facts import NodeFacts
@@ -341,7 +341,7 @@ def _connect(config: Config, stdout: Stdout) -> None:
     root = Path(__file__).resolve().parents[2]
     os.chdir("/" if root.name in {"site-packages", "dist-packages"} else root)  # Ray puts it on workers' sys.path
     try:
-        ray.init(address=address, namespace=config["namespace"], log_to_driver=False, logging_level=logging.ERROR)
+        connect(address, config["namespace"], carries=config["carries"])
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         traceback.print_exc()
         stdout.fail(f"no connection to Ray at {address}: {str(error).partition(chr(10))[0]}")

@@ -29,6 +29,14 @@ class Settings(BaseModel):
     revive: tuple[str, ...] = ()
     """Command that starts Ray again when it is found dead; empty where somebody else looks after it."""
 
+    carries_stewards: bool = False
+    """Whether somebody else runs Ray: its nodes have no raylaunch, and stewards come with their code."""
+
+    @property
+    def namespace(self) -> str:
+        """Ray's namespace of the stewards. On a Ray of ours alone it is the same for ever."""
+        return f"raylaunch-{self.cluster_id}" if self.carries_stewards else "raylaunch"
+
     @property
     def ray_token(self) -> str:
         """Ray's token, read from its 0600 file."""

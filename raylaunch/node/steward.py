@@ -55,7 +55,7 @@ class FenceResult(TypedDict):
 
 def node_root() -> Path:
     """Return the folder that Ray on this node was told to use, else ``~/.raylaunch/node``."""
-    return Path(os.environ.get(VAR_NODE_ROOT) or Path.home() / ".raylaunch" / "node")
+    return Path(os.environ.get(VAR_NODE_ROOT) or "~/.raylaunch/node").expanduser()
 
 
 def sweep(root: Path, swept: set[str]) -> list[str]:

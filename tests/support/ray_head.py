@@ -34,6 +34,7 @@ class RayHeadRunning:
     """A Ray that runs."""
 
     gcs_address: str
+    dashboard_url: str
     token_path: Path
     node_root: Path
     """Where its node's steward keeps attempts: on another machine in earnest, so only the tests look into it."""
@@ -41,12 +42,12 @@ class RayHeadRunning:
 
 
 @contextlib.contextmanager
-def ray_head(*, gpus: int = 2, cpus: int = 4) -> Iterator[RayHeadRunning]:
-    """Run a head with logical GPUs; end all of its processes afterwards."""
+def ray_head(*, gpus: int = 2, cpus: int = 4, token: bool = True) -> Iterator[RayHeadRunning]:
+    """Run a head with logical GPUs; end all of its processes afterwards. Without `token` it asks for none."""
     folder = Path(tempfile.mkdtemp(prefix="rlh-", dir="/tmp"))
-    token = folder / "token"
-    token.write_text("a" * 48)
-    token.chmod(0o600)
+    secret = folder / "token"
+    secret.write_text("a" * 48 if token else "")
+    secret.chmod(0o600)
     ports = dict(zip(_FLAGS, free_ports(len(_FLAGS)), strict=True))
     workers = worker_range(avoid=ports.values())
     argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
@@ -59,8 +60,7 @@ def ray_head(*, gpus: int = 2, cpus: int = 4) -> Iterator[RayHeadRunning]:
     env = {
         **kept,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
+        **({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(secret)} if token else {"RAY_AUTH_MODE": "disabled"}),
         "RAYLAUNCH_NODE_ROOT": str(folder / "node"),
         "RAY_free_objects_period_milliseconds": "50",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
@@ -70,7 +70,13 @@ def ray_head(*, gpus: int = 2, cpus: int = 4) -> Iterator[RayHeadRunning]:
         process = subprocess.Popen(argv, stdout=log, stderr=log, env=env, start_new_session=True)
     try:
         wait_until(lambda: b"Ray runtime started" in (folder / "ray.log").read_bytes(), 60, "Ray's head has started")
-        yield RayHeadRunning(f"{LOOPBACK}:{ports['port']}", token, folder / "node", process)
+        yield RayHeadRunning(
+            f"{LOOPBACK}:{ports['port']}",
+            f"http://{LOOPBACK}:{ports['dashboard-port']}",
+            secret,
+            folder / "node",
+            process,
+        )
     finally:
         _end(process)
         shutil.rmtree(folder, ignore_errors=True)

@@ -101,9 +101,14 @@ def _within(annotation: object) -> tuple[type[Spec] | None, str]:
     return None, mark
 
 
+OF_EXISTING = frozenset({"address", "gcs", "ray_token_file"})
+"""Fields of a cluster that are for one kind alone, and cannot stand beside hosts."""
+
+
 def whole(kind: type[Spec]) -> dict[str, object]:
-    """Return a file with every field of a spec, made of their examples."""
-    return {one.path[0]: one.example for one in described(kind) if len(one.path) == 1}
+    """Return a file with every field of a spec, made of their examples; without those of one kind alone."""
+    fields = (one for one in described(kind) if len(one.path) == 1)
+    return {one.path[0]: one.example for one in fields if kind is JobSpec or one.path[0] not in OF_EXISTING}
 
 
 def job_page() -> str:

@@ -1,0 +1,158 @@
+"""A Ray that somebody else runs: all verbs work on it, and it is left as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import psutil
+import pytest
+from support.cluster import UP_S, Cluster
+from support.ray_head import RayHeadRunning, ray_head
+from support.waiting import wait_until
+
+from raylaunch.cluster.home import cluster_paths
+from raylaunch.state import JobState
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+
+TRAINS = (
+    "import os, pathlib\n"
+    "print('gpus', os.environ['CUDA_VISIBLE_DEVICES'], flush=True)\n"
+    "pathlib.Path(os.environ['RAYLAUNCH_OUTPUT_DIR'], 'model.bin').write_bytes(b'model' * 1000)\n"
+)
+
+
+class Theirs(Cluster):
+    """raylaunch beside a Ray that somebody else runs."""
+
+    def __init__(self, ray: RayHeadRunning, folder: Path, *, token: bool = True) -> None:
+        work = folder / "work"
+        work.mkdir()
+        super().__init__(folder, work)
+        self.ray_head = ray
+        self.env["HOME"] = str(folder)
+        self.paths = cluster_paths("theirs", self.env)
+        lines = {"name": "theirs", "kind": "existing", "address": ray.dashboard_url, "gcs": ray.gcs_address}
+        lines |= {"ray_token_file": str(ray.token_path)} if token else {}
+        (work / "cluster.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in lines.items()))
+
+    def family(self) -> set[int]:
+        """Return the daemons of that Ray; its workers come and go."""
+        root = psutil.Process(self.ray_head.process.pid)
+        daemons = ("gcs_server", "raylet", "dashboard.py", "agent")
+        lines = {one.pid: " ".join(one.cmdline()[:4]) for one in root.children(recursive=True)}
+        return {root.pid, *(pid for pid, line in lines.items() if any(name in line for name in daemons))}
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Iterator[Theirs]:
+    folder = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
+    with ray_head() as ray:
+        cluster = Theirs(ray, folder)
+        try:
+            cluster.good("up", timeout_s=UP_S)
+            yield cluster
+        finally:
+            cluster.cli("down", "--force", timeout_s=UP_S)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_up_starts_a_controller_beside_it_and_again_changes_nothing(theirs: Theirs) -> None:
+    before = theirs.controller_pid()
+    again = theirs.cli("up")
+    assert (again.status, theirs.controller_pid()) == (0, before)
+    found = json.loads(theirs.good("status", "--json"))
+    assert (found["kind"], found["state"], found["ray"]) == ("existing", "running", None)
+    assert [(node["gpus"], node["steward"]) for node in found["nodes"]] == [(2, True)]
+
+
+def test_a_job_runs_there_with_its_code_and_gpus_and_gives_back_log_and_model(theirs: Theirs) -> None:
+    folder = theirs.work / "project"
+    folder.mkdir()
+    (folder / "train.py").write_text(TRAINS)
+    done = theirs.cli(
+        "-c", str(theirs.work / "cluster.yaml"), "run", "--gpus", "2", "--", "python", "train.py", cwd=folder
+    )
+    assert done.status == 0, done.err
+    assert done.out.splitlines()[0].removeprefix("gpus ").split(",") == ["0", "1"]
+    theirs.good("get", "last", "--to", "model")
+    assert (theirs.work / "model" / "model.bin").read_bytes() == b"model" * 1000
+
+
+def test_a_job_is_stopped_and_its_processes_are_gone(theirs: Theirs) -> None:
+    job = theirs.python("import time; print('ready', flush=True); time.sleep(600)")
+    theirs.until(job, lambda seen: b"ready" in theirs.log(seen.id) if seen.attempts else False, 60, "it is ready")
+    theirs.good("stop", job)
+    assert theirs.ended(job).state is JobState.STOPPED
+    assert not theirs.of_attempt(f"{job}-1")
+
+
+def test_a_job_that_fails_is_tried_again(theirs: Theirs) -> None:
+    job = theirs.python("import os, sys; sys.exit(int(os.environ['RAYLAUNCH_ATTEMPT']) < 2)", "--retries", "1")
+    ended = theirs.ended(job, timeout_s=90)
+    assert (ended.state, len(ended.attempts)) == (JobState.SUCCEEDED, 2)
+
+
+def test_metrics_of_a_run_can_be_read_while_it_is_off_line(theirs: Theirs) -> None:
+    code = "import wandb\nrun = wandb.init()\nrun.log({'loss': 0.5})\nrun.finish()"
+    job = theirs.python(code)
+    assert theirs.ended(job, timeout_s=120).state is JobState.SUCCEEDED
+    assert theirs.job(job).last_metrics["loss"] == 0.5
+
+
+def test_down_ends_controller_and_stewards_and_nothing_of_ray(theirs: Theirs) -> None:
+    headers = {"Authorization": f"Bearer {theirs.ray_head.token_path.read_text()}"}
+    with httpx2.Client(base_url=theirs.ray_head.dashboard_url, headers=headers, trust_env=False) as ray:
+        body = {"entrypoint": "sleep 600", "submission_id": "somebody-elses"}
+        ray.post("/api/jobs/", json=body).raise_for_status()
+        running = ray.get("/api/jobs/somebody-elses")
+        wait_until(lambda: ray.get("/api/jobs/somebody-elses").json()["status"] == "RUNNING", 60, "their job runs")
+        assert running.is_success
+        before, controller = theirs.family(), theirs.controller_pid()
+        said = theirs.good("down", timeout_s=UP_S)
+        assert "was not started by raylaunch, and runs on" in said
+        assert not psutil.pid_exists(controller)
+        wait_until(lambda: not stewards(theirs), 20, "the stewards have ended")
+        assert before <= theirs.family()
+        assert ray.get("/api/jobs/somebody-elses").json()["status"] == "RUNNING"
+    assert theirs.cli("list").status == 1
+    theirs.good("up", timeout_s=UP_S)
+    assert theirs.good("list", "--json").count('"succeeded"') >= 3
+
+
+def stewards(theirs: Theirs) -> list[str]:
+    root = psutil.Process(theirs.ray_head.process.pid)
+    names = [" ".join(one.cmdline()) for one in root.children(recursive=True)]
+    return [name for name in names if "Steward" in name]
+
+
+def test_a_ray_that_is_not_there_is_said_with_its_address(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("name: gone\naddress: http://127.0.0.1:9\n")
+    cluster = Cluster(tmp_path, tmp_path)
+    refused = cluster.cli("up")
+    assert refused.status == 1
+    assert "no Ray answers at http://127.0.0.1:9: " in refused.err
+    assert "is that of its dashboard, as http://HOST:8265" in refused.err
+
+
+def test_a_wrong_token_is_said_with_its_file(theirs: Theirs, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("wrong" * 10)
+    text = f"name: shut\naddress: {theirs.ray_head.dashboard_url}\nray_token_file: {tmp_path / 'token'}\n"
+    (tmp_path / "cluster.yaml").write_text(text)
+    refused = Cluster(tmp_path, tmp_path).cli("up")
+    assert refused.status == 1
+    assert f"lets nobody in: the token in {tmp_path / 'token'} is not its own" in refused.err
+
+
+def test_a_plan_says_what_would_be_done_and_does_nothing(theirs: Theirs, tmp_path: Path) -> None:
+    text = (theirs.work / "cluster.yaml").read_text().replace("theirs", "planned")
+    (tmp_path / "cluster.yaml").write_text(text)
+    planned = Cluster(tmp_path, tmp_path).cli("up", "--dry-run")
+    assert "which raylaunch did not start" in planned.out
+    assert "a steward on each node, carried there by Ray" in planned.out
+    assert not (tmp_path / "clusters").exists()
