@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from raylaunch.spec_parts import NAME, Environment, PlacedError, SecretNames, Spec, Variables, Words
+from raylaunch.spec_parts import NAME, Environment, PlacedError, Retention, SecretNames, Spec, Variables, Words
 
 _LOCAL_NAME = "local"
 _LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
@@ -188,6 +188,8 @@ class ClusterSpec(Spec):
     """Environment variables of all jobs. Example: `{HF_HOME: /raid/hf}`"""
     secrets: SecretNames = ()
     """Names of secrets that every job gets, beside those that it names itself. Example: `[HF_TOKEN]`"""
+    retention: Retention = Retention()
+    """How long the store keeps what jobs leave behind; without it for ever. Example: `{jobs_s: 180d}`"""
     labels: dict[str, str] = Field(default_factory=dict)
     """Labels of each node, for `where` in jobs. Example: `{disk: nvme}`"""
     bind: Literal["", "loopback", "network"] = ""
@@ -338,6 +340,7 @@ class ClusterSpec(Spec):
             environment=self.environment,
             env=self.job_env,
             secrets=self.secrets,
+            retention=self.retention,
         )
 
 

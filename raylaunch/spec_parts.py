@@ -90,6 +90,15 @@ def _environment_from_text(text: str) -> dict[str, object]:
     raise ValueError(msg)
 
 
+class Retention(Spec):
+    """How long the store keeps what jobs leave behind. Without a setting, for ever."""
+
+    jobs_s: Seconds | None = None
+    """How long a job that has ended stays, with its record and all of its files. Example: `180d`"""
+    checkpoints_s: Seconds | None = None
+    """How long the checkpoints of a job that has ended stay; outputs, logs and metrics outlive them. Example: `14d`"""
+
+
 def _as_list(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 

@@ -56,6 +56,7 @@ def write_config(paths: ClusterPaths, record: ClusterRecord) -> None:
         "default_environment": record.spec.environment.model_dump(mode="json"),
         "env": record.spec.env,
         "secrets": record.spec.secrets,
+        "retention": record.spec.retention.model_dump(mode="json"),
         "carries_stewards": foreign,
         "revive": [] if foreign else [sys.executable, "-m", "raylaunch.cluster.revive", record.name],
         "runner_python": sys.executable,

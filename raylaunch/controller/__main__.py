@@ -34,6 +34,7 @@ from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.ray_fit import RayFit
 from raylaunch.controller.ray_jobs import RayJobs
 from raylaunch.controller.records import JobRecord, Records
+from raylaunch.controller.retention import Sweeper
 from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.server import ApiServer
 from raylaunch.controller.services import Services
@@ -143,12 +144,22 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop)
     await link.start()
+    sweeper = Sweeper(
+        settings.store,
+        settings.retention,
+        records=records,
+        artifacts=artifacts,
+        packages=packages,
+        secrets=secrets,
+    )
     loop_task = asyncio.create_task(lifecycle.run(), name="lifecycle")
+    sweeping = asyncio.create_task(sweeper.run(), name="retention")
     loop_task.add_done_callback(lambda _: stop())
     try:
         await server.serve(sockets=[listener])
     finally:
         loop_task.cancel()
+        sweeping.cancel()
         failure = (await asyncio.gather(loop_task, return_exceptions=True))[0]
         if isinstance(failure, Exception):
             _log.error("the lifecycle failed", exc_info=failure)

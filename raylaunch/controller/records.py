@@ -19,7 +19,7 @@ from raylaunch.controller.journal import JOURNAL, JournalLine
 from raylaunch.controller.lock import take_lock
 from raylaunch.controller.record import HEAVY, JobRecord, StopWish, heavy_json, light_json, record_from
 from raylaunch.controller.recovery import move_to_trash, reconcile
-from raylaunch.controller.search import Filters, nearest_refs, page_of
+from raylaunch.controller.search import Filters, Kept, kept, nearest_refs, page_of
 from raylaunch.errors import ConflictError, NotFoundError
 from raylaunch.state import Change, Event, EventPage, JobPage, JobState, JobView, SubmitRequest, WandbLink, transition
 
@@ -178,6 +178,10 @@ class Records:
         """Return id, name and state of every job of ours."""
         rows = self._db.execute("SELECT id, name, state FROM jobs WHERE NOT is_foreign")
         return [(job, name, JobState(state)) for job, name, state in rows]
+
+    def kept(self) -> list[Kept]:
+        """Return what retention asks of every job of ours."""
+        return kept(self._db)
 
     def unfinished(self) -> list[JobRecord]:
         """Return the jobs that have not ended, oldest first, without foreign ones and without heavy fields."""

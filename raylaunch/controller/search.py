@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sqlite3
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from raylaunch.controller.record import record_from
 from raylaunch.errors import SpecError
@@ -84,3 +85,18 @@ def _read_cursor(cursor: str) -> tuple[float, str]:
     except ValueError:
         msg = f"{cursor!r} is not a cursor of a page of jobs"
         raise SpecError(msg, hint="pass next_cursor of the page before, or nothing for the first page") from None
+
+
+class Kept(NamedTuple):
+    """What retention asks of a job: when it ended (None while it has not), and the package of its code."""
+
+    id: str
+    ended_at: float | None
+    package: str
+
+
+def kept(db: sqlite3.Connection) -> list[Kept]:
+    """Return that of every job of ours."""
+    columns = "id, state, json_extract(light, '$.ended_at'), json_extract(light, '$.package')"
+    rows = db.execute(f"SELECT {columns} FROM jobs WHERE NOT is_foreign")  # noqa: S608 -- fixed
+    return [Kept(job, at if JobState(state).ended else None, package or "") for job, state, at, package in rows]

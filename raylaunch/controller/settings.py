@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from raylaunch.spec import Environment
+from raylaunch.spec import Environment, Retention
 
 
 class Settings(BaseModel):
@@ -26,6 +26,7 @@ class Settings(BaseModel):
     """Environment variables of every job of the cluster; a job's own win."""
     secrets: tuple[str, ...] = ()
     """Names of secrets that every job of the cluster gets."""
+    retention: Retention = Retention()
     revive: tuple[str, ...] = ()
     """Command that starts Ray again when it is found dead; empty where somebody else looks after it."""
 

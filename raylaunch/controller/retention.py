@@ -1,0 +1,124 @@
+"""What the store keeps how long: a pure plan, and its doing, once an hour. Without a setting nothing of a job goes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from raylaunch.controller.artifacts import Artifacts
+from raylaunch.controller.audit import AuditLog
+from raylaunch.controller.packages import PackageStore
+from raylaunch.controller.records import Records
+from raylaunch.controller.recovery import empty_trash
+from raylaunch.controller.search import Kept
+from raylaunch.controller.secret_store import SecretStore
+from raylaunch.errors import RaylaunchError
+from raylaunch.spec import Retention
+
+_log = logging.getLogger(__name__)
+
+EVERY_S = 3600.0
+_FIRST_S = 60.0
+PACKAGE_S = 24 * 3600.0
+"""How long code stays that no job came with: its submission may still be on the way."""
+_BY = "retention"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What has outlived its time."""
+
+    jobs: tuple[str, ...] = ()
+    checkpoints: tuple[str, ...] = ()
+    """Jobs whose checkpoints go; all else of them stays."""
+    packages: tuple[str, ...] = ()
+
+
+def plan_sweep(jobs: Iterable[Kept], retention: Retention, packages: Mapping[str, float], *, now: float) -> Sweep:
+    """Compute what goes. Pure.
+
+    Args:
+        jobs: all jobs of the store.
+        retention: the cluster's setting.
+        packages: packages of code, with the time since which each is here.
+        now: seconds since the epoch.
+    """
+    ended = [(job, now - job.ended_at) for job in jobs if job.ended_at is not None]
+    old = tuple(job.id for job, age in ended if retention.jobs_s is not None and age > retention.jobs_s)
+    spent = tuple(
+        job.id
+        for job, age in ended
+        if retention.checkpoints_s is not None and age > retention.checkpoints_s and job.id not in old
+    )
+    needed = {job.package for job in jobs if job.id not in old}
+    unused = tuple(name for name, since in packages.items() if name not in needed and now - since > PACKAGE_S)
+    return Sweep(old, spent, unused)
+
+
+class Sweeper:
+    """Does it, as long as the controller runs.
+
+    Args:
+        store: the store's folder.
+        retention: the cluster's setting.
+    """
+
+    def __init__(  # noqa: PLR0913 -- the stores that it sweeps, all named
+        self,
+        store: Path,
+        retention: Retention,
+        *,
+        records: Records,
+        artifacts: Artifacts,
+        packages: PackageStore,
+        secrets: SecretStore,
+    ) -> None:
+        self._store = store
+        self._retention = retention
+        self._records = records
+        self._artifacts = artifacts
+        self._packages = packages
+        self._secrets = secrets
+        self._audit = AuditLog(store)
+        self._spent: set[str] = set()
+
+    async def run(self) -> None:
+        """Sweep now and then, until cancelled."""
+        await asyncio.sleep(_FIRST_S)
+        while True:
+            try:
+                await self.sweep()
+            except RaylaunchError as error:
+                _log.warning("what is over could not be removed, and is tried again: %s", error.message)
+            await asyncio.sleep(EVERY_S)
+
+    async def sweep(self) -> Sweep:
+        """Remove what has outlived its time, and return what that was."""
+        packages = {name: self._packages.path(name).stat().st_mtime for name in self._packages.names()}
+        found = plan_sweep(self._records.kept(), self._retention, packages, now=time.time())
+        for job in found.jobs:
+            self._records.delete(job)
+            self._secrets.forget_job(job)
+            self._audit.write(person=_BY, verb="remove", job=job, status=200)
+        for job in found.checkpoints:
+            if job not in self._spent and await asyncio.to_thread(self._drop_checkpoints, job):
+                self._audit.write(person=_BY, verb="remove checkpoints", job=job, status=200)
+            self._spent.add(job)
+        for name in found.packages:
+            self._packages.remove(name)
+        if found.jobs:
+            await asyncio.to_thread(empty_trash, self._store)
+        return found
+
+    def _drop_checkpoints(self, job: str) -> bool:
+        folders = list((self._store / "jobs" / job).glob("attempt-*/checkpoints"))
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        if folders:
+            self._artifacts.seal(job)
+        return bool(folders)

@@ -1,0 +1,114 @@
+"""What the store keeps how long."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.store import end, opened, submit
+
+from raylaunch.controller.artifacts import Artifacts
+from raylaunch.controller.packages import PackageStore
+from raylaunch.controller.records import Records
+from raylaunch.controller.retention import PACKAGE_S, Sweeper, plan_sweep
+from raylaunch.controller.search import Kept
+from raylaunch.controller.secret_store import SecretStore
+from raylaunch.errors import NotFoundError
+from raylaunch.spec import ClusterSpec, Retention
+from raylaunch.state import Change
+
+DAY = 86400.0
+NOW = 1000 * DAY
+
+
+def job(name: str, days: float | None, package: str = "") -> Kept:
+    return Kept(name, None if days is None else NOW - days * DAY, package)
+
+
+def test_without_a_setting_nothing_of_a_job_goes() -> None:
+    found = plan_sweep([job("old", 900), job("runs", None)], Retention(), {}, now=NOW)
+    assert (found.jobs, found.checkpoints) == ((), ())
+
+
+def test_what_has_outlived_its_time_goes_and_what_has_not_ended_never_does() -> None:
+    retention = Retention.model_validate({"jobs_s": "180d", "checkpoints_s": "14d"})
+    found = plan_sweep([job("old", 181), job("spent", 15), job("new", 1), job("runs", None)], retention, {}, now=NOW)
+    assert (found.jobs, found.checkpoints) == (("old",), ("spent",))
+
+
+def test_code_goes_that_no_job_came_with_unless_it_may_just_have_arrived() -> None:
+    jobs = [job("kept", 1, "a"), job("gone", 200, "b")]
+    packages = {"a": 0.0, "b": 0.0, "late": NOW - PACKAGE_S / 2}
+    found = plan_sweep(jobs, Retention.model_validate({"jobs_s": "180d"}), packages, now=NOW)
+    assert found.packages == ("b",)
+
+
+def test_a_cluster_says_it_in_words_of_time() -> None:
+    spec = ClusterSpec.model_validate({"name": "lab", "hosts": ["a"], "retention": {"jobs_s": "180d"}})
+    assert spec.part_of(spec.hosts[0]).retention.jobs_s == 180 * DAY
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Iterator[Records]:
+    with opened(tmp_path) as made:
+        yield made
+
+
+def sweep(records: Records, retention: Retention) -> None:
+    store = records.store
+    parts = Sweeper(
+        store,
+        retention,
+        records=records,
+        artifacts=Artifacts(store),
+        packages=PackageStore(store / "packages"),
+        secrets=SecretStore(store),
+    )
+    asyncio.run(parts.sweep())
+
+
+def ended(records: Records, name: str, days: float) -> str:
+    made = submit(records, name)
+    records.update(made.id, kind="", ended_at=time.time() - days * DAY)
+    end(records, records.get(made.id), Change.FAIL)
+    attempt = records.folder(made.id) / "attempt-1"
+    for file in ("checkpoints/step-1/model.pt", "outputs/model.pt"):
+        (attempt / file).parent.mkdir(parents=True)
+        (attempt / file).write_bytes(b"x" * 100)
+    return made.id
+
+
+def test_a_job_that_is_over_leaves_record_and_folder_and_is_in_the_audit_log(records: Records) -> None:
+    old, new = ended(records, "old", 200), ended(records, "new", 1)
+    sweep(records, Retention.model_validate({"jobs_s": "180d"}))
+    with pytest.raises(NotFoundError):
+        records.get(old)
+    assert not records.folder(old).exists()
+    assert records.get(new).name == "new"
+    lines = [json.loads(line) for line in (records.store / "audit.jsonl").read_text().splitlines()]
+    assert [(line["person"], line["verb"], line["job"]) for line in lines] == [("retention", "remove", old)]
+
+
+def test_checkpoints_go_and_outputs_stay(records: Records) -> None:
+    spent = ended(records, "spent", 15)
+    sweep(records, Retention.model_validate({"checkpoints_s": "14d"}))
+    folder = records.folder(spent)
+    assert not (folder / "attempt-1/checkpoints").exists()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert [path for path in manifest["files"] if "model.pt" in path] == ["attempt-1/outputs/model.pt"]
+
+
+def test_code_of_no_job_is_removed_after_a_day(records: Records) -> None:
+    packages = PackageStore(records.store / "packages")
+    path = records.store / "packages" / f"{'a' * 64}.tar.gz"
+    path.write_bytes(b"code")
+    sweep(records, Retention())
+    assert packages.names() == ("a" * 64,)
+    os.utime(path, (0, 0))
+    sweep(records, Retention())
+    assert packages.names() == ()
