@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.store import end, opened, submit
+from support.store import opened, submit
 
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.packages import PackageStore
@@ -74,8 +74,8 @@ def sweep(records: Records, retention: Retention) -> None:
 
 def ended(records: Records, name: str, days: float) -> str:
     made = submit(records, name)
-    records.update(made.id, kind="", ended_at=time.time() - days * DAY)
-    end(records, records.get(made.id), Change.FAIL)
+    ago = time.time() - days * DAY
+    records.update(made.id, kind="ended", message="it ended", change=Change.FAIL, ended_at=ago)
     attempt = records.folder(made.id) / "attempt-1"
     for file in ("checkpoints/step-1/model.pt", "outputs/model.pt"):
         (attempt / file).parent.mkdir(parents=True)
