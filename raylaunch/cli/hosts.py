@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import click
@@ -11,14 +9,12 @@ import click
 from raylaunch.cli.cluster import say_status
 from raylaunch.cli.connect import Place, ask_person, finish, show_step
 from raylaunch.cli.console import note, say, say_json
-from raylaunch.cli.options import as_json
-from raylaunch.errors import SpecError
+from raylaunch.cli.options import as_json, to_come
 from raylaunch.members import add as add_host
 from raylaunch.members import plan_add, plan_remove, wait_empty
 from raylaunch.members import remove as remove_host
 from raylaunch.quieting import words
 from raylaunch.state import HostJobs
-from raylaunch.units import point_in_time
 
 
 @click.command(epilog="Example:  raylaunch add dgx-3 --gpus 4")
@@ -78,7 +74,7 @@ def drain(  # noqa: PLR0913 -- each is one option
     if off and (until or stop or wait):
         msg = "--off ends a drain; it goes with none of --until, --stop, --wait"
         raise click.UsageError(msg)
-    at = _until(until)
+    at = to_come(until, option="--until")
 
     async def work() -> HostJobs:
         async with Place(cluster_file).client() as client:
@@ -99,15 +95,6 @@ def drain(  # noqa: PLR0913 -- each is one option
         say(f"there {words(found.jobs)}")
     if found.others:
         say(f"{found.others}: workers of Ray programs, or plain Ray jobs, which a drain does not hold back")
-
-
-def _until(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        return point_in_time(text, now=datetime.fromtimestamp(time.time(), timezone.utc).astimezone()).timestamp()
-    except ValueError as error:
-        raise SpecError(str(error), field="until") from None
 
 
 @click.command(epilog="Example:  raylaunch remove dgx-2 --stop")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 
 import click
@@ -12,7 +11,7 @@ from pydantic import RootModel, ValidationError
 
 from raylaunch.cli.connect import Place, finish
 from raylaunch.cli.console import count, note, say, say_json, table
-from raylaunch.cli.options import as_json
+from raylaunch.cli.options import as_json, to_come
 from raylaunch.cluster import joined
 from raylaunch.errors import SpecError
 from raylaunch.people import choose, invite
@@ -20,7 +19,7 @@ from raylaunch.people import join as join_cluster
 from raylaunch.spec import ClusterSpec
 from raylaunch.spec_problems import spec_error
 from raylaunch.state import TokenView
-from raylaunch.units import point_in_time, seconds
+from raylaunch.units import seconds
 
 ROLES = ("viewer", "trainer", "operator", "admin")
 
@@ -38,7 +37,7 @@ def token() -> None:
 @click.pass_obj
 def create(cluster_file: Path | None, *, person: str, role: str, expires: str | None, valid: str) -> None:
     """Print the line that lets a person in. It works once; she needs an account of her own on the head."""
-    at = _time(expires)
+    at = to_come(expires, option="--expires")
     valid_s = _seconds(valid)
     line, over = finish(invite(Place(cluster_file), person, role, valid_s=valid_s, token_expires_at=at))
     say(line)
@@ -124,15 +123,6 @@ def leave(name: str) -> None:
     """Forget a cluster that was joined. The cluster, and your jobs there, go on."""
     finish(joined.leave(name))
     note(f"cluster {name} is forgotten here; who runs it can revoke the token: raylaunch token revoke")
-
-
-def _time(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        return point_in_time(text, now=datetime.fromtimestamp(time.time(), timezone.utc).astimezone()).timestamp()
-    except ValueError as error:
-        raise SpecError(str(error), field="expires") from None
 
 
 def _seconds(text: str) -> float:
