@@ -296,6 +296,7 @@ def test_clusters_of_raylaunch_are_seen_by_their_controllers_and_by_our_own_reco
     with started([sys.executable, "-c", "import time; time.sleep(120)", *controller]) as pid:
         found = {one.name: one for one in facts_of(spec=HostSpec(host="h", root=str(root))).clusters}
     assert (found["lab"].pid, found["lab"].folder, found["lab"].gpu_uuids) == (pid, str(theirs), ("GPU-1",))
+    assert found["lab"].since == pytest.approx(time.time(), abs=60)
     assert (found["mine"].pid, found["mine"].wanted, found["mine"].user) == (None, "running", getpass.getuser())
 
 

@@ -15,6 +15,9 @@ MINE = {"name": "lab", "user": "ml", "folder": "/home/ml/.raylaunch/clusters/lab
 OURS = "/tmp/raylaunch-1001/abc"  # noqa: S108 -- where raylaunch keeps a Ray's files
 RAYLET = {"pid": 31, "kind": "raylet", "user": "anna", "worker_ports": [10002, 19999], "temp_dir": "/scratch/ray"}
 
+WAY_IN = (
+    "ask anna for: raylaunch token create --for ml; paste the line that it prints; raylaunch up starts yours beside it"
+)
 CASES = (
     Case(
         "driver_missing",
@@ -75,26 +78,26 @@ CASES = (
     Case(
         "gpus_of_another_cluster",
         BLOCKING,
-        "cluster lab2 of user anna (controller pid 77, /home/anna/.raylaunch/clusters/lab2) uses GPU 0",
-        ("use that cluster (its owner runs: raylaunch token create --for ml), or list other GPUs: gpus: [..]"),
+        "anna runs cluster lab2 there (controller pid 77; /home/anna/.raylaunch/clusters/lab2), and it uses GPU 0",
+        "ask anna for: raylaunch token create --for ml; paste the line that it prints; or list other GPUs: gpus: [..]",
         {"clusters": [LAB2 | {"gpu_uuids": [GPU0]}]},
     ),
     Case(
         "gpus_of_another_cluster",
         BLOCKING,
         (
-            "cluster lab2 of user anna (controller pid 77, /home/anna/.raylaunch/clusters/lab2) may use GPUs "
-            "0, 1, 2, 3, 4, 5, 6, 7: which ones cannot be read"
+            "anna runs cluster lab2 there (controller pid 77; /home/anna/.raylaunch/clusters/lab2), and it may use "
+            "GPUs 0, 1, 2, 3, 4, 5, 6, 7: which ones cannot be read"
         ),
-        ("use that cluster (its owner runs: raylaunch token create --for ml), or list other GPUs: gpus: [..]"),
+        "ask anna for: raylaunch token create --for ml; paste the line that it prints; or list other GPUs: gpus: [..]",
         {"clusters": [LAB2]},
     ),
     Case(
         "gpus_of_another_cluster",
         WARNING,
         (
-            "cluster lab2 of user anna (controller pid 77, /home/anna/.raylaunch/clusters/lab2) may use GPU 5: "
-            "which ones cannot be read, and you list yours"
+            "anna runs cluster lab2 there (controller pid 77; /home/anna/.raylaunch/clusters/lab2), and it may use "
+            "GPU 5: which ones cannot be read, and you list yours"
         ),
         "ask anna which they are",
         {"clusters": [LAB2]},
@@ -149,7 +152,7 @@ CASES = (
         ),
         "end what holds them: ss -ltnp",
         {
-            "clusters": [LAB2 | {"gpu_uuids": []}],
+            "clusters": [LAB2 | {"gpu_uuids": [], "pid": None}],
             "rays": [RAYLET | {"worker_ports": [25000, 32767], "temp_dir": OURS}],
         },
     ),
@@ -167,11 +170,24 @@ CASES = (
         "same_name_cluster",
         WARNING,
         (
-            "anna runs a cluster of the same name there: cluster lab of user anna (controller pid 77, "
+            "anna runs cluster lab there (since 2026-11-20 09:00 UTC, controller pid 77; "
             "/home/anna/.raylaunch/clusters/lab)"
         ),
-        "use it (anna runs: raylaunch token create --for ml), or give yours another name",
-        {"clusters": [LAB2 | {"name": "lab", "folder": "/home/anna/.raylaunch/clusters/lab", "gpu_uuids": []}]},
+        WAY_IN,
+        {
+            "clusters": [
+                LAB2
+                | {"name": "lab", "since": 1795165200, "folder": "/home/anna/.raylaunch/clusters/lab", "gpu_uuids": []}
+            ]
+        },
+    ),
+    Case(
+        "other_cluster",
+        WARNING,
+        "anna runs cluster lab2 there (controller pid 77; /home/anna/.raylaunch/clusters/lab2)",
+        WAY_IN,
+        {"clusters": [LAB2]},
+        {"gpus": 0},
     ),
 )
 

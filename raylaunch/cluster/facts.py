@@ -233,6 +233,8 @@ class FoundCluster(_Facts):
     folder: str
     pid: int | None = None
     """The controller's; None where only the record was found."""
+    since: float | None = None
+    """When the controller was started; seconds since the epoch, by the host's clock."""
     cluster_id: str = ""
     wanted: str = ""
     gpu_uuids: tuple[str, ...] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,5 +77,12 @@ def check_gpus(spec: ClusterSpec, choice: GpuChoice, others: Iterable[Neighbour]
         word = "uses" if other.gpu_uuids is not None else "may use"
         msg = f"{other} {word} GPU{'s' if len(shared) > 1 else ''} {which} of this machine"
         raise ConflictError(
-            msg, hint="use that cluster, or list other GPUs in cluster.yaml (gpus: [..]; gpus: 0 for none)"
+            msg, hint=f"{_way_in(other)}, or list other GPUs in cluster.yaml (gpus: [..]; gpus: 0 for none)"
         )
+
+
+def _way_in(other: Neighbour) -> str:
+    me = user_name(os.getuid())
+    if other.user == me:
+        return "use that cluster"
+    return f"use that cluster (ask {other.user} for: raylaunch token create --for {me})"

@@ -284,7 +284,7 @@ class _Record(BaseModel):
 def _clusters(section: Section) -> Iterator[FoundCluster]:
     seen: set[str] = set()
     for row in section.all("cluster"):
-        pid, user, folder, text = (*row, *([""] * 4))[:4]
+        pid, user, folder, text, since = (*row, *([""] * 5))[:5]
         if folder in seen:
             continue
         seen.add(folder)
@@ -297,6 +297,7 @@ def _clusters(section: Section) -> Iterator[FoundCluster]:
             user=user or (record.owner if record else ""),
             folder=folder,
             pid=_whole(pid),
+            since=_whole(since),
             cluster_id=record.cluster_id if record else "",
             wanted=record.wanted if record else "",
             gpu_uuids=record.gpu_uuids if record else None,

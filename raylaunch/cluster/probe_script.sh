@@ -283,12 +283,17 @@ clusters() {
         case $config in */controller.json) ;; *) continue ;; esac
         pid=${file#/proc/}
         pid=${pid%/cmdline}
-        fact cluster "$pid" "$(owner_of "$pid")" "${config%/controller.json}" "$(record "${config%/*}/cluster.json")"
+        fact cluster "$pid" "$(owner_of "$pid")" "${config%/controller.json}" "$(record "${config%/*}/cluster.json")" "$(since "$pid")"
     done
     for file in "$root"/clusters/*/cluster.json; do
         [ -e "$file" ] && fact cluster '' "$(id -un)" "${file%/cluster.json}" "$(record "$file")"
     done
     return 0
+}
+
+since() { # PID: when it was started
+    age=$(within 2 ps -o etimes= -p "$1" 2>/dev/null | tr -d ' ')
+    [ -n "$age" ] && echo $(($(date +%s) - age))
 }
 
 record() { [ -r "$1" ] && head -c "$LONGEST_TEXT" "$1" | tr -d '\n'; }

@@ -71,6 +71,7 @@ CODES: dict[str, str] = {
     "port_taken": "the controller's port is taken",
     "no_free_ports": "there is no block of free ports for Ray",
     "other_ray": "another Ray runs there",
+    "other_cluster": "another account runs a cluster there",
     "same_name_cluster": "another account runs a cluster of the same name there",
     # Between hosts.
     "same_machine": "two names are the same machine",

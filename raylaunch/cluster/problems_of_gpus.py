@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from raylaunch.cluster.facts import HostFacts, HostGpu
 from raylaunch.cluster.host_gpus import chosen_gpus, find_gpu
-from raylaunch.cluster.own import is_own
+from raylaunch.cluster.own import is_own, runs_here, way_in
 from raylaunch.cluster.problem import Problem, blocking, warning
 from raylaunch.spec import ClusterSpec, HostSpec
 
@@ -101,15 +101,14 @@ def _of_other_clusters(
         if not shared:
             continue
         which = f"GPU{'s' if len(shared) > 1 else ''} {', '.join(gpu.index for gpu in shared)}"
-        join = f"raylaunch token create --for {facts.user}"
-        mend = f"use that cluster (its owner runs: {join}), or list other GPUs: gpus: [..]"
+        mend = f"{way_in(cluster, facts)}; or list other GPUs: gpus: [..]"
         if cluster.gpu_uuids is not None:
-            yield blocking(host.name, "gpus_of_another_cluster", f"{cluster} uses {which}", mend)
+            yield blocking(host.name, "gpus_of_another_cluster", f"{runs_here(cluster)}, and it uses {which}", mend)
         elif host.gpus == "auto":
-            message = f"{cluster} may use {which}: which ones cannot be read"
+            message = f"{runs_here(cluster)}, and it may use {which}: which ones cannot be read"
             yield blocking(host.name, "gpus_of_another_cluster", message, mend)
         else:
-            message = f"{cluster} may use {which}: which ones cannot be read, and you list yours"
+            message = f"{runs_here(cluster)}, and it may use {which}: which ones cannot be read, and you list yours"
             yield warning(host.name, "gpus_of_another_cluster", message, f"ask {cluster.user} which they are")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from raylaunch.cluster.facts import FoundCluster, HostFacts
-from raylaunch.cluster.own import is_own
+from raylaunch.cluster.own import is_own, runs_here, way_in
 from raylaunch.cluster.ports import RAY_PORTS, SINGLE_PORTS, WORKER_BLOCKS, worker_ports
 from raylaunch.cluster.problem import Problem, blocking, warning
 from raylaunch.spec import ClusterSpec, HostSpec
@@ -18,13 +18,19 @@ def problems_of_neighbours(spec: ClusterSpec, host: HostSpec, facts: HostFacts) 
     own = next((one for one in facts.clusters if is_own(one, spec, facts)), None)
     yield from _ports(spec, host, facts, own)
     yield from _rays(host, facts)
+    yield from _of_others(spec, host, facts)
+
+
+def _of_others(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> Iterator[Problem]:
+    """Offer the clusters that others run there. About one whose GPUs are wanted, the GPUs' problems say the same."""
     for cluster in facts.clusters:
-        if cluster.name == spec.name and cluster.user != facts.user and cluster.pid is not None:
-            message = f"{cluster.user} runs a cluster of the same name there: {cluster}"
-            mend = (
-                f"use it ({cluster.user} runs: raylaunch token create --for {facts.user}), or give yours another name"
-            )
-            yield warning(host.name, "same_name_cluster", message, mend)
+        if cluster.user == facts.user or cluster.pid is None:
+            continue
+        mend = f"{way_in(cluster, facts)}; raylaunch up starts yours beside it"
+        if cluster.name == spec.name:
+            yield warning(host.name, "same_name_cluster", runs_here(cluster), mend)
+        elif host.gpus == 0 or not facts.gpus.gpus or cluster.gpu_uuids == ():
+            yield warning(host.name, "other_cluster", runs_here(cluster), mend)
 
 
 def _ports(spec: ClusterSpec, host: HostSpec, facts: HostFacts, own: FoundCluster | None) -> Iterator[Problem]:
