@@ -7,9 +7,9 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from urllib.parse import urlsplit
 
-from raylaunch.client import PATIENCE_S, Client
-from raylaunch.cluster.backends import Backend, Reach, Step, backend_for
-from raylaunch.errors import ClusterDownError
+from raylaunch.client import PATIENCE_S, Client, NoAnswerError
+from raylaunch.cluster.backends import Backend, Reach, Step, backend_for, explain_silence, is_joined
+from raylaunch.errors import ClusterDownError, HostLostError, HostTimeoutError, HostUnreachableError
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import JobState, JobView
 
@@ -36,6 +36,8 @@ class Place:
     ) -> None:
         self.spec = spec
         self.backend: Backend = backend_for(spec)
+        self._ours = not is_joined(spec.name)
+        self._last: Reach | None = None
         self._notice = on_notice
         self._step = on_step
         self._heals = heals
@@ -48,15 +50,21 @@ class Place:
             ClusterDownError: there is no cluster here.
             ClusterStartError: a step of starting it failed.
         """
-        reach = await self._reach(start=start) if self._heals else await self.backend.reach(self.spec)
-        async with Client(
-            reach,
-            cluster=self.spec.name,
-            patience_s=patience_s,
-            on_notice=self._notice,
-            heal=self._heal if self._heals else None,
-        ) as client:
-            yield client
+        heals = self._heals and self._ours
+        reach = await self._reach(start=start) if heals else await self.backend.reach(self.spec)
+        self._last = reach
+        try:
+            async with Client(
+                reach,
+                cluster=self.spec.name,
+                patience_s=patience_s,
+                on_notice=self._notice,
+                heal=self._heal if self._heals else None,
+            ) as client:
+                yield client
+        except NoAnswerError as error:
+            why, hint = await explain_silence(self.spec.name)
+            raise NoAnswerError(f"{error.message}: {why}" if why else error.message, hint=hint or error.hint) from None
 
     async def up(self) -> Reach:
         """Start what is missing, and return where the controller answers."""
@@ -97,13 +105,20 @@ class Place:
         return record is not None and record.wanted == "running"
 
     async def _heal(self) -> Reach:
-        """Return where to go on after the controller was lost. A cluster that was taken down is not started again."""
+        """Return where to go on after the controller was lost. A cluster that was taken down is not started again.
+
+        A head that cannot be reached comes back where it was: whoever asks has patience, and its limit.
+        """
         try:
-            return await self.backend.reach(self.spec)
+            self._last = await self.backend.reach(self.spec)
         except ClusterDownError:
-            if await self._should_run():
-                return await self.up()
-            raise
+            if not self._ours or not await self._should_run():
+                raise
+            self._last = await self.up()
+        except (HostUnreachableError, HostLostError, HostTimeoutError):
+            if self._last is None:
+                raise
+        return self._last
 
 
 async def _answers(reach: Reach) -> bool:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from raylaunch.cluster.plan import DownReport, Ended, Plan, Reach, Step
@@ -10,7 +14,7 @@ from raylaunch.cluster.ssh_target import OnPrompt
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import ClusterStatus
 
-__all__ = ["Backend", "DownReport", "Ended", "Plan", "Reach", "Step", "backend_for"]
+__all__ = ["Backend", "DownReport", "Ended", "Plan", "Reach", "Step", "backend_for", "explain_silence", "is_joined"]
 
 
 class Backend(Protocol):
@@ -40,6 +44,42 @@ class Backend(Protocol):
     async def status(self, spec: ClusterSpec | str, /) -> ClusterStatus:
         """Look at the cluster, and change nothing."""
         ...
+
+
+_TOLD_LATE, _PAUSE_S = 5, 0.1
+"""A tunnel says why it is down a little after its connections are."""
+
+
+def is_joined(name: str) -> bool:
+    """Whether somebody else runs the cluster of this name, and this machine has joined it. Reads one small file."""
+    home = Path(os.environ.get("RAYLAUNCH_HOME") or "~/.raylaunch").expanduser()
+    try:
+        found = json.loads((home / "clusters" / name / "client.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return bool(isinstance(found, dict) and found.get("owner"))
+
+
+async def explain_silence(name: str) -> tuple[str, str]:
+    """Return why a cluster on other machines does not answer here, as its tunnel says, and what to do; or nothing."""
+    from raylaunch.cluster import client_record, home  # noqa: PLC0415 -- only where something is wrong
+
+    paths = home.cluster_paths(name)
+    record = client_record.load_client(paths)
+    if record is None:
+        return "", ""
+    for _ in range(_TOLD_LATE):
+        tunnel = client_record.load_tunnel(paths)
+        if tunnel is not None and tunnel.alive and tunnel.why:
+            return tunnel.why, tunnel.hint
+        await asyncio.sleep(_PAUSE_S)
+    if not record.joined:
+        return "", ""
+    port = record.head_ports["controller"]
+    hint = (
+        f"ask {record.owner}, who runs it: raylaunch up; if it is at another port than {port} there now, for a new line"
+    )
+    return "", f"{hint}: raylaunch token create"
 
 
 def backend_for(spec: ClusterSpec) -> Backend:

@@ -13,7 +13,7 @@ from raylaunch.cluster.home import ClusterPaths, cluster_paths, make_private_dir
 from raylaunch.cluster.plan import Reach
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.ssh_backend import refuse_joined
-from raylaunch.cluster.tunnel import end_tunnel, ensure_tunnel
+from raylaunch.cluster.tunnel import START_S, end_tunnel, ensure_tunnel
 from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError, RaylaunchError
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import Admission, Invitation, RayAccess
@@ -90,7 +90,7 @@ class Joining:
         for folder in (self.paths.home, self.paths.home / "clusters", self.paths.root):
             make_private_dir(folder)
         self._save("?", ports={"controller": self._port})
-        tunnel = await ensure_tunnel(self.paths, fresh=True)
+        tunnel = await ensure_tunnel(self.paths, fresh=True, limit_s=START_S)
         return Reach(url=f"http://{LOOPBACK}:{tunnel.ports['controller']}", token=code)
 
     async def admitted(self, admission: Admission, ray: RayAccess | None) -> None:
@@ -102,7 +102,7 @@ class Joining:
             ports |= {"gcs": int(gcs), "dashboard": int(ray.dashboard_url.rpartition(":")[2])}
         self._save(admission.made_by, ports=ports, address=address, cluster_id=admission.cluster_id)
         if ray is not None:
-            await ensure_tunnel(self.paths, fresh=True)
+            await ensure_tunnel(self.paths, fresh=True, limit_s=START_S)
 
     def way(self, reach: Reach) -> Reach:
         """Return the same way, with the token that was made here."""

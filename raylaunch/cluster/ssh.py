@@ -198,6 +198,10 @@ class Machine:
             raise HostError(msg, hint="choose another port", host=self.name, step="forward") from None
         return int(listener.get_port())
 
+    def keep_alive(self, *, every_s: int, missed: int) -> None:
+        """Ask the host for a sign of life so often; after so many that did not come, the connection is lost."""
+        self.connection.set_keepalive(every_s, missed)
+
     async def wait_lost(self) -> None:
         """Return when the connection is gone, for whatever reason."""
         await self.connection.wait_closed()

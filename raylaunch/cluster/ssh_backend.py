@@ -10,13 +10,14 @@ from raylaunch.cluster.client_record import ClientRecord, load_client, load_tunn
 from raylaunch.cluster.controller_program import controller_status
 from raylaunch.cluster.home import ClusterPaths, cluster_paths, make_private_dir
 from raylaunch.cluster.last_look import keep_problems
+from raylaunch.cluster.on_host import HostState
 from raylaunch.cluster.plan import DownReport, Plan, Reach, Step
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.proving import Proof
 from raylaunch.cluster.record import cluster_lock
 from raylaunch.cluster.ssh_target import OnPrompt
 from raylaunch.cluster.take_down import TakeDown
-from raylaunch.cluster.tunnel import end_tunnel, ensure_tunnel
+from raylaunch.cluster.tunnel import START_S, end_tunnel, ensure_tunnel
 from raylaunch.errors import (
     AccessError,
     ClusterDownError,
@@ -78,11 +79,13 @@ async def up(
         head = outcome.states.get(spec.host_specs()[0].name)
         if head is None:
             raise _failure(spec, outcome)
+        if said := adopted(load_client(paths), head, fresh=spec.host_specs()[0].name in outcome.fresh):
+            on_step(Step(spec.host_specs()[0].name, "note", said))
         record = _remember(paths, spec, outcome)
         tunnel = load_tunnel(paths)
         moved = tunnel is not None and record.head_ports != head.ports
         save_client(paths, record.with_(head_ports=head.ports))
-        tunnel = await ensure_tunnel(paths, fresh=moved)
+        tunnel = await ensure_tunnel(paths, fresh=moved, limit_s=START_S)
         proof = Proof(tunnel.ports["controller"], record.token, outcome.states, on_step=on_step)
         await proof.nodes()
         await proof.jobs(outcome.fresh & outcome.states.keys())
@@ -90,6 +93,15 @@ async def up(
     if outcome.errors:
         raise _failure(spec, outcome)
     return await status(spec)
+
+
+def adopted(had: ClientRecord | None, head: HostState, *, fresh: bool) -> str:
+    """Say that a cluster ran already that this machine did not know: the account's other machine started it. Pure."""
+    if fresh or (had is not None and had.cluster_id == head.cluster_id):
+        return ""
+    return (
+        f"cluster {head.name} runs there already, brought up by {head.owner} from elsewhere; it is used from here too"
+    )
 
 
 def _remember(paths: ClusterPaths, spec: ClusterSpec, outcome: Outcome) -> ClientRecord:
@@ -174,7 +186,7 @@ def status_of(record: ClientRecord, says: ControllerStatus) -> ClusterStatus:
         store=says.store,
         store_free=says.store_free,
         gpus_logical=isinstance(record.spec.gpus, int) and record.spec.gpus > 0,
-        owner=record.spec.host_specs()[0].name,
+        owner=record.owner or record.spec.host_specs()[0].name,
     )
 
 

@@ -158,6 +158,12 @@ class Sshd:
         for one in [psutil.Process(self.process.pid), *self.connections()]:
             one.send_signal(signal.SIGSTOP)
 
+    def thaw(self) -> None:
+        """Let it go on (SIGCONT)."""
+        assert self.process is not None
+        for one in [psutil.Process(self.process.pid), *self.connections()]:
+            one.send_signal(signal.SIGCONT)
+
     def drop(self) -> None:
         """Kill what serves the connections, as a crash would."""
         for one in self.connections():

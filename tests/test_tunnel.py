@@ -1,0 +1,151 @@
+"""The tunnel: what it survives, and what a verb says meanwhile, in time. A real sshd, with a real API behind it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from support.api import Api, serving, token_of
+from support.person import Person
+from support.sshd import Sshd, sshd
+from support.waiting import wait_until
+
+from raylaunch.cluster.client_record import ClientRecord
+from raylaunch.cluster.on_host import HostState
+from raylaunch.cluster.ssh_backend import adopted
+from raylaunch.spec import ClusterSpec
+
+SAID_S = 10.0
+"""Within which a verb says that its cluster cannot be reached; starting Python on a busy machine comes on top."""
+MARGIN_S = 6.0
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    with serving(tmp_path_factory.mktemp("store") / "store") as running:
+        yield running
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Sshd]:
+    with sshd(tmp_path / "head") as running:
+        yield running
+
+
+@pytest.fixture
+def ada(api: Api, host: Sshd, tmp_path: Path) -> Iterator[Person]:
+    person = Person(tmp_path / "ada", host)
+    for cluster in ("lab", "other"):
+        person.runs(cluster, token=token_of("ada"), port=int(api.url.rpartition(":")[2]))
+    assert ask(person).returncode == 0
+    yield person
+    person.leaves()
+
+
+def ask(person: Person, cluster: str = "lab", *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return person.call("--cluster", cluster, "list", check=check)
+
+
+def refused(person: Person) -> str:
+    """Let a verb fail, in time; return what it said."""
+    began = time.monotonic()
+    done = ask(person, check=False)
+    assert time.monotonic() - began < SAID_S + MARGIN_S
+    assert done.returncode == 1, done.stderr
+    assert "healing" not in done.stderr, "bringing the cluster up mends no network"
+    return done.stderr
+
+
+def test_a_tunnel_that_was_killed_is_started_by_the_next_verb_on_the_same_ports(ada: Person) -> None:
+    before = ada.tunnel("lab")
+    os.kill(before.process.pid, signal.SIGKILL)
+    wait_until(lambda: not before.alive, 10, "it is gone")
+    ask(ada)
+    assert ada.tunnel("lab").ports == before.ports
+    assert ada.tunnel("lab").process != before.process
+
+
+def test_clusters_side_by_side_have_a_tunnel_each(ada: Person) -> None:
+    ask(ada, "other")
+    one, other = ada.tunnel("lab"), ada.tunnel("other")
+    assert one.alive
+    assert other.alive
+    assert not set(one.ports.values()) & set(other.ports.values())
+
+
+def test_a_tunnel_that_hangs_is_replaced_by_the_next_verb(ada: Person) -> None:
+    before = ada.tunnel("lab")
+    os.kill(before.process.pid, signal.SIGSTOP)
+    wait_until(lambda: silent(ada) > 6, 20, "it has not said anything for some seconds")
+    began = time.monotonic()
+    ask(ada)
+    assert time.monotonic() - began < SAID_S + MARGIN_S
+    assert not before.alive
+    assert ada.tunnel("lab").ports == before.ports
+
+
+def test_a_laptop_that_slept_longer_than_its_connections_live_finds_its_cluster_again(ada: Person, host: Sshd) -> None:
+    before = ada.tunnel("lab")
+    process = psutil.Process(before.process.pid)
+    process.suspend()
+    host.drop()  # as the far side gives up a connection that is silent
+    time.sleep(9)
+    process.resume()
+    ask(ada)
+    assert ada.tunnel("lab").process == before.process, "it has connected again itself"
+
+
+def silent(person: Person) -> float:
+    return time.time() - (person.paths("lab").root / "tunnel.json").stat().st_mtime
+
+
+def test_a_network_that_swallows_everything_is_said_in_time_and_the_cluster_is_found_again(
+    ada: Person, host: Sshd
+) -> None:
+    host.freeze()
+    first = refused(ada)
+    assert "the connection to head was lost" in first
+    assert "are you on its network or VPN?" in first
+    wait_until(lambda: not ada.tunnel("lab").up, 20, "the tunnel has noticed")
+    refused(ada)
+    host.thaw()
+    wait_until(lambda: ada.tunnel("lab").up, 40, "the tunnel is up again")
+    ask(ada)
+
+
+def test_a_head_that_is_down_is_named_and_found_when_it_is_back(ada: Person, host: Sshd) -> None:
+    host.stop()
+    wait_until(lambda: not ada.tunnel("lab").up, 20, "the tunnel has noticed")
+    assert "refuses connections" in refused(ada) + refused(ada)
+    host.start()
+    wait_until(lambda: ada.tunnel("lab").up, 30, "the tunnel is up again")
+    ask(ada)
+
+
+def test_a_job_that_is_followed_is_followed_on_after_the_connection_was_away(ada: Person, host: Sshd) -> None:
+    job = ada.call("--cluster", "lab", "submit", "--", "true").stdout.strip()
+    with ada.start("--cluster", "lab", "wait", job) as waiting:
+        time.sleep(3)
+        host.stop()
+        wait_until(lambda: not ada.tunnel("lab").up, 20, "the tunnel has noticed")
+        time.sleep(3)
+        host.start()
+        wait_until(lambda: ada.tunnel("lab").up, 30, "the tunnel is up again")
+        ada.call("--cluster", "lab", "stop", job)
+        _, said = waiting.communicate(timeout=60)
+    assert "trying again" in said
+    assert "answers again" in said
+
+
+def test_an_up_from_another_machine_says_that_it_found_the_cluster() -> None:
+    head = HostState(name="lab", cluster_id="c1", owner="ml")
+    known = ClientRecord(spec=ClusterSpec.model_validate({"hosts": ["dgx-1"]}), cluster_id="c1")
+    assert "runs there already, brought up by ml from elsewhere" in adopted(None, head, fresh=False)
+    assert adopted(known, head, fresh=False) == ""
+    assert adopted(None, head, fresh=True) == ""
