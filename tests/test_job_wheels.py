@@ -20,13 +20,14 @@ from support.running import Attempt
 from support.sshd import free_port
 
 from raylaunch.cluster.plan import Reach
+from raylaunch.controller.retention import plan_sweep
 from raylaunch.errors import SpecError, VersionError
 from raylaunch.job_wheels import requirements_of, send_wheels
 from raylaunch.node import package_index
 from raylaunch.node.packages import COMPLETE, Packages
 from raylaunch.node.wheels import WHOLE, chosen, lay_out, this_platform
 from raylaunch.runner.contract import WHEELS, Exit, WheelSpec
-from raylaunch.spec import Environment, JobSpec
+from raylaunch.spec import Environment, JobSpec, Retention
 from raylaunch.state import SubmitRequest
 from raylaunch.transfer import no_progress
 from raylaunch.wheel_sets import BuildPlatform, WheelSet
@@ -277,4 +278,8 @@ def test_the_record_keeps_the_wheels_for_later_attempts_and_lists_leave_them_out
     record, _ = api.do(lambda: api.records.create(request, owner="tom", wandb=None))
     assert api.do(lambda: api.records.get(record.id)).wheels == found.sets
     assert "wheels" not in json.loads(record.view().model_dump_json())
+    (kept,) = api.do(api.records.kept)
+    sent_files = {wheel.sha256 for one in found.sets for wheel in one.wheels}
+    later = plan_sweep([kept], Retention(), dict.fromkeys([*sent_files, "unused"], 0.0), now=1e9)
+    assert later.packages == ("unused",)
     assert served.asked

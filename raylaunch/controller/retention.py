@@ -45,7 +45,7 @@ def plan_sweep(jobs: Iterable[Kept], retention: Retention, packages: Mapping[str
     Args:
         jobs: all jobs of the store.
         retention: the cluster's setting.
-        packages: packages of code, with the time since which each is here.
+        packages: packages of code and wheels, with the time since which each is here.
         now: seconds since the epoch.
     """
     ended = [(job, now - job.ended_at) for job in jobs if job.ended_at is not None]
@@ -55,7 +55,7 @@ def plan_sweep(jobs: Iterable[Kept], retention: Retention, packages: Mapping[str
         for job, age in ended
         if retention.checkpoints_s is not None and age > retention.checkpoints_s and job.id not in old
     )
-    needed = {job.package for job in jobs if job.id not in old}
+    needed = {name for job in jobs if job.id not in old for name in job.packages}
     unused = tuple(name for name, since in packages.items() if name not in needed and now - since > PACKAGE_S)
     return Sweep(old, spent, unused)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import sqlite3
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -88,15 +89,29 @@ def _read_cursor(cursor: str) -> tuple[float, str]:
 
 
 class Kept(NamedTuple):
-    """What retention asks of a job: when it ended (None while it has not), and the package of its code."""
+    """What retention asks of a job: when it ended (None while it has not), the packages of its code and its wheels."""
 
     id: str
     ended_at: float | None
     package: str
+    wheels: tuple[str, ...] = ()
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """All that it would need to be sent once more."""
+        return (self.package, *self.wheels)
 
 
 def kept(db: sqlite3.Connection) -> list[Kept]:
     """Return that of every job of ours."""
     columns = "id, state, json_extract(light, '$.ended_at'), json_extract(light, '$.package')"
-    rows = db.execute(f"SELECT {columns} FROM jobs WHERE NOT is_foreign")  # noqa: S608 -- fixed
-    return [Kept(job, at if JobState(state).ended else None, package or "") for job, state, at, package in rows]
+    sets = "json_extract(heavy, '$.wheels')"
+    rows = db.execute(f"SELECT {columns}, {sets} FROM jobs WHERE NOT is_foreign")  # noqa: S608 -- fixed
+    return [
+        Kept(job, at if JobState(state).ended else None, package or "", _shas(wheels))
+        for job, state, at, package, wheels in rows
+    ]
+
+
+def _shas(sets: str | None) -> tuple[str, ...]:
+    return tuple(wheel["sha256"] for one in json.loads(sets or "[]") for wheel in one["wheels"])
