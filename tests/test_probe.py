@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -28,7 +29,7 @@ from raylaunch.cluster.this_machine import Ran, ThisMachine
 from raylaunch.errors import HostStepError
 from raylaunch.spec import HostSpec
 
-pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="hosts run Linux")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(platform.system() != "Linux", reason="hosts run Linux")]
 
 NO_INDEX = {"PYTHONPATH": str(Path(__file__).parent / "data/no_pip")}
 """No Python has a pip: the tests that are not about packages ask nobody outside, and are quick."""
@@ -372,6 +373,11 @@ def test_a_host_without_a_shell_is_an_error_that_says_what_to_try() -> None:
         "here: the probe's script could not be run: it did not begin, exit status 1\n"
         "  → log in with ssh and run: sh -c 'date'; the account needs a POSIX shell at /bin/sh"
     )
+
+
+def test_a_program_that_ends_without_reading_its_input_has_ended_and_no_more() -> None:
+    ran = anyio.run(partial(ThisMachine().run, ["false"], input=bytes(1_000_000), limit_s=20))
+    assert (ran.status, ran.out) == (1, b"")
 
 
 def test_over_ssh_the_same_is_found_and_where_the_login_came_to(tmp_path: Path, here: HostFacts) -> None:

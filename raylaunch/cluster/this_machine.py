@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,13 +36,23 @@ class ThisMachine:
         """
         try:
             with anyio.fail_after(limit_s):
-                done = await anyio.run_process(
-                    argv, input=input, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False
-                )
+                return await _ended(argv, input)
         except TimeoutError:
             msg = f"{self.name}: {argv[0]} did not end within {limit_s:.0f} s"
             raise HostTimeoutError(msg, host=self.name, step=argv[0]) from None
         except OSError as error:
             msg = f"{self.name}: {argv[0]} cannot be started: {error.strerror}"
             raise HostStepError(msg, host=self.name, step=argv[0]) from None
-        return Ran(done.returncode, done.stdout, done.stderr)
+
+
+async def _ended(argv: Sequence[str], given: bytes) -> Ran:
+    pipe = subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*argv, stdin=pipe, stdout=pipe, stderr=pipe)
+    try:
+        out, err = await process.communicate(given)  # also of a program that ends without reading what it is given
+    finally:
+        if process.returncode is None:
+            process.kill()
+            with anyio.CancelScope(shield=True):
+                await process.wait()
+    return Ran(await process.wait(), out, err)
