@@ -33,6 +33,8 @@ from raylaunch.transfer import no_progress
 from raylaunch.wheel_sets import BuildPlatform, WheelSet
 from raylaunch.wire import Answer, Wire
 
+pytestmark = pytest.mark.slow
+
 HERE = BuildPlatform.model_validate(this_platform())
 OTHER = BuildPlatform(arch="aarch64", glibc="2.39", python="3.12.3")
 IMPORTS = [

@@ -28,6 +28,8 @@ from raylaunch.controller.invitations import Invitations
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import Invitation
 
+pytestmark = pytest.mark.slow
+
 SHA = hashlib.sha256(b"made by alice").hexdigest()
 OTHER = hashlib.sha256(b"made by mallory").hexdigest()
 

@@ -23,6 +23,11 @@ REGISTRIES = re.compile(
     r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|registry\.npmjs|registry\.yarnpkg|deb\.debian\.org"
     r"|conda\.anaconda\.org|--(?:extra-)?index-url|--find-links[= ]\S*://|_authToken"
 )
+OF_OTHERS = {
+    "raylaunch/node/package_index.py": "pip's own default, where nothing is set",
+    "raylaunch/job_wheels.py": "an index that uv's settings name, as pip says it",
+}
+"""Files in which such words are other programs', and why."""
 TOO_SHORT_TO_TELL = 2  # a clone in /raylaunch: that is a word of the project too
 LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#\s]+)(?:#[^)]*)?\)")
 
@@ -48,7 +53,7 @@ def test_no_registry_is_named_in_the_repository() -> None:
     named = [
         f"{path.relative_to(ROOT)}: {found.group()}"
         for path in _tracked()
-        if path != HERE
+        if path != HERE and str(path.relative_to(ROOT)) not in OF_OTHERS
         for found in REGISTRIES.finditer(_text(path))
     ]
     assert not named, "\n".join(named)

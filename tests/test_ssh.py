@@ -29,7 +29,7 @@ from raylaunch.errors import (
     from_wire,
 )
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 
 
 @pytest.fixture(scope="module")

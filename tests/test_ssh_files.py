@@ -23,7 +23,7 @@ from raylaunch.cluster.ssh import Machine, PushFile, machine
 from raylaunch.cluster.ssh_transfer import RANGE_BYTES
 from raylaunch.errors import HostLostError, HostStorageError, RaylaunchError, SpecError, StorageError, TransferError
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 
 MB = 1_000_000
 

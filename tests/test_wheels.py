@@ -20,6 +20,8 @@ from raylaunch.cluster.resolving import IndexUnreachableError, Wheel
 from raylaunch.cluster.wheels import WheelStore
 from raylaunch.errors import ClusterStartError, RaylaunchError, StorageError, VersionError
 
+pytestmark = pytest.mark.slow
+
 DGX = WheelPlatform("x86_64", "2.35", "3.10.12")
 SPARK = WheelPlatform("aarch64", "2.39", "3.12.3")
 
