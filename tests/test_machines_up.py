@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc  # type: ignore[import-untyped]
 import psutil
 import pytest
 from support.fittings import bare_python
@@ -171,6 +172,56 @@ def test_no_port_of_a_host_answers_a_stranger_beside_sshd(cluster: Laptop, lab: 
                     answers[host.name, port, path] = status
     assert answers, "Ray's agents speak HTTP, and must have been knocked at"
     assert set(answers.values()) <= {401, 403, 404, 405}, answers
+
+
+GRPC = (
+    "NodeInfoGcsService/GetAllNodeInfo",
+    "JobInfoGcsService/GetAllJobInfo",
+    "InternalKVGcsService/InternalKVKeys",
+    "ActorInfoGcsService/GetAllActorInfo",
+    "NodeManagerService/GetNodeStats",
+    "NodeManagerService/RequestWorkerLease",
+    "ObjectManagerService/Pull",
+    "CoreWorkerService/PushTask",
+)
+
+
+def test_what_speaks_grpc_answers_a_stranger_with_a_refusal(cluster: Laptop, lab: World) -> None:
+    assert cluster.living()
+    answers = {
+        (host.name, port, method): code
+        for host in lab.hosts
+        for port in listening(host) - {22}
+        for method in GRPC
+        if (code := knock_grpc(host.address, port, method)) not in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}
+    }
+    assert "UNAUTHENTICATED" in answers.values(), "GCS and raylets speak gRPC, and must have been knocked at"
+    assert set(answers.values()) <= {"UNAUTHENTICATED", "UNIMPLEMENTED"}, answers
+
+
+def knock_grpc(address: str, port: int, method: str) -> str:
+    """Return the code with which a port answers an empty call of Ray's without a token."""
+    with grpc.insecure_channel(f"{address}:{port}") as channel:
+        try:
+            channel.unary_unary(f"/ray.rpc.{method}")(b"", timeout=3)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "OK"
+
+
+def test_another_account_of_a_host_can_read_nothing_of_the_cluster(cluster: Laptop, lab: World) -> None:
+    """He walks through the whole host: files and sockets since its boot, and what is told of processes."""
+    assert cluster.living()
+    head = lab.hosts[0]
+    kinds = r"\( -type f -o -type s -o -type p \) \( -readable -o -writable \)"
+    walk = rf"find / \( -path /proc -o -path /sys \) -prune -o -newer /run/sshd.pid {kinds} -print 2>/dev/null || true"
+    found = set(head.out(walk, user="nobody", timeout_s=120).splitlines())
+    assert found <= {"/var/log/sshd.log", "/etc/hosts"}
+    secrets = [head.out(f"cat /root/.raylaunch/clusters/lab/{name}") for name in ("token", "ray_token")]
+    told = head.out("cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' || true", user="nobody")
+    assert "raylaunch.controller" in told, "he does see that it runs"
+    assert all(len(secret) > 30 and secret not in told for secret in secrets)
+    assert "RAYLAUNCH_CLUSTER_ID" not in told, "no environment of it"
 
 
 def listening(host: Host) -> set[int]:
