@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import http.client
-import json
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import pytest
 from support.fittings import bare_python
 from support.hosts import Host, World, world
 from support.index import index, tiny_wheel
+from support.terminal import Laptop
 from support.waiting import wait_until
 
 pytestmark = [pytest.mark.machines, pytest.mark.ray, pytest.mark.timeout(900)]
@@ -31,42 +29,6 @@ hosts:
 UP_S = 600
 
 
-class Laptop:
-    """A person's machine: a home of its own, a cluster.yaml, and the command line."""
-
-    def __init__(self, lab: World, folder: Path) -> None:
-        self.lab = lab
-        self.folder = folder
-        self.home = folder / "raylaunch-home"
-        folder.mkdir(exist_ok=True)
-        (folder / "cluster.yaml").write_text(FILE)
-
-    def call(self, *words: str, limit_s: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run ``raylaunch WORDS`` there."""
-        env = {
-            key: value for key, value in os.environ.items() if key not in {"SSH_AUTH_SOCK", "RAYLAUNCH_CLUSTER_FILE"}
-        }
-        env |= {"HOME": str(self.lab.home), "RAYLAUNCH_HOME": str(self.home)}
-        argv = [sys.executable, "-m", "raylaunch", *words]
-        done = subprocess.run(
-            argv, cwd=self.folder, env=env, capture_output=True, text=True, timeout=limit_s, check=False
-        )
-        assert not check or done.returncode == 0, f"{words}: {done.stdout}\n{done.stderr}"
-        return done
-
-    def status(self) -> dict[str, object]:
-        """Return what ``raylaunch status --json`` says."""
-        found = json.loads(self.call("status", "--json").stdout)
-        assert isinstance(found, dict)
-        return found
-
-    def living(self) -> set[str]:
-        """Return the hosts that Ray lists as alive and whose steward answers."""
-        nodes = self.status()["nodes"]
-        assert isinstance(nodes, list)
-        return {str(node["hostname"]) for node in nodes if node["alive"] and node["steward"]}
-
-
 @pytest.fixture(scope="module")
 def lab() -> Iterator[World]:
     with world(3) as made:
@@ -77,7 +39,7 @@ def lab() -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def laptop(lab: World, tmp_path_factory: pytest.TempPathFactory) -> Laptop:
-    return Laptop(lab, tmp_path_factory.mktemp("laptop"))
+    return Laptop(lab, tmp_path_factory.mktemp("laptop"), FILE)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from raylaunch.cluster.record import (
     save_record,
 )
 from raylaunch.cluster.ssh_target import OnPrompt
+from raylaunch.cluster.still import locked, telling_steps
 from raylaunch.cluster.sweep import of_controller, of_ray, runners, sweep_ray
 from raylaunch.cluster.versions import check_versions
 from raylaunch.errors import ClusterDownError, ClusterError
@@ -104,8 +105,9 @@ async def up(
         whole_cpus(spec.cpus)
     paths = _paths(spec)
     make_cluster_dirs(paths)
-    async with cluster_lock(paths, limit_s=LOCK_S):
-        seen = await BringUp(paths, spec, on_step).run()
+    with telling_steps(on_step) as tell:
+        async with locked(paths, tell, limit_s=LOCK_S):
+            seen = await BringUp(paths, spec, tell).run()
     return status_of(seen, paths)
 
 

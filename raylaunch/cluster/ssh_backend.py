@@ -16,6 +16,7 @@ from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.proving import Proof
 from raylaunch.cluster.record import cluster_lock
 from raylaunch.cluster.ssh_target import OnPrompt
+from raylaunch.cluster.still import Still, locked, telling_steps
 from raylaunch.cluster.take_down import TakeDown
 from raylaunch.cluster.tunnel import START_S, end_tunnel, ensure_tunnel
 from raylaunch.errors import (
@@ -71,28 +72,39 @@ async def up(
     refuse_joined(load_client(paths), "brought up")
     for folder in (paths.home, paths.home / "clusters", paths.root):
         make_private_dir(folder)
-    async with cluster_lock(paths, limit_s=_LOCK_S):
-        outcome = await Bootstrap(spec, on_step, on_prompt=on_prompt).run()
-        keep_problems(spec, outcome.problems)
-        for one in outcome.warnings:
-            on_step(Step(one.host or spec.name, "note", one.message))
-        head = outcome.states.get(spec.host_specs()[0].name)
-        if head is None:
-            raise _failure(spec, outcome)
-        if said := adopted(load_client(paths), head, fresh=spec.host_specs()[0].name in outcome.fresh):
-            on_step(Step(spec.host_specs()[0].name, "note", said))
-        record = _remember(paths, spec, outcome)
-        tunnel = load_tunnel(paths)
-        moved = tunnel is not None and record.head_ports != head.ports
-        save_client(paths, record.with_(head_ports=head.ports))
-        tunnel = await ensure_tunnel(paths, fresh=moved, limit_s=START_S)
-        proof = Proof(tunnel.ports["controller"], record.token, outcome.states, on_step=on_step)
-        await proof.nodes()
-        await proof.jobs(outcome.fresh & outcome.states.keys())
-        outcome.errors.update(proof.errors)
+    with telling_steps(on_step) as tell:
+        async with locked(paths, tell, limit_s=_LOCK_S):
+            outcome = await Bootstrap(spec, tell, on_prompt=on_prompt).run()
+            keep_problems(spec, outcome.problems)
+            await _prove(paths, spec, outcome, tell)
     if outcome.errors:
         raise _failure(spec, outcome)
     return await status(spec)
+
+
+async def _prove(paths: ClusterPaths, spec: ClusterSpec, outcome: Outcome, tell: Still) -> None:
+    """Reach the cluster from here, and see that it works; what does not is added to the outcome's errors.
+
+    Raises:
+        RaylaunchError: its head did not come up, or cannot be reached.
+    """
+    for one in outcome.warnings:
+        tell(Step(one.host or spec.name, "note", one.message))
+    head = outcome.states.get(spec.host_specs()[0].name)
+    if head is None:
+        raise _failure(spec, outcome)
+    if said := adopted(load_client(paths), head, fresh=spec.host_specs()[0].name in outcome.fresh):
+        tell(Step(spec.host_specs()[0].name, "note", said))
+    record = _remember(paths, spec, outcome)
+    tunnel = load_tunnel(paths)
+    moved = tunnel is not None and record.head_ports != head.ports
+    save_client(paths, record.with_(head_ports=head.ports))
+    with tell.during("tunnel", f"makes the way from here to the controller on {record.head}"):
+        tunnel = await ensure_tunnel(paths, fresh=moved, limit_s=START_S)
+    proof = Proof(tunnel.ports["controller"], record.token, outcome.states, on_step=tell)
+    await proof.nodes()
+    await proof.jobs(outcome.fresh & outcome.states.keys())
+    outcome.errors.update(proof.errors)
 
 
 def adopted(had: ClientRecord | None, head: HostState, *, fresh: bool) -> str:
