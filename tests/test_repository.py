@@ -24,7 +24,6 @@ REGISTRIES = re.compile(
     r"|conda\.anaconda\.org|--(?:extra-)?index-url|--find-links[= ]\S*://|_authToken"
 )
 OF_OTHERS = {
-    "raylaunch/node/package_index.py": "pip's own default, where nothing is set",
     "raylaunch/job_wheels.py": "an index that uv's settings name, as pip says it",
 }
 """Files in which such words are other programs', and why."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import configparser
 import contextlib
 import socket
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -12,7 +14,6 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 LIMIT_S = 6.0
-_DEFAULT = "https://pypi.org/simple"
 _NEEDLESS = ("PIP_NO_INDEX", "UV_NO_INDEX")
 
 
@@ -32,7 +33,32 @@ def reached(env: Mapping[str, str], *, kind: str) -> bool:
     of_uv = env.get("UV_DEFAULT_INDEX") or env.get("UV_INDEX_URL")
     of_pip = env.get("PIP_INDEX_URL") or settings.get("index-url")
     url = (of_uv or of_pip) if kind == "uv" else (of_pip or of_uv)
-    return _answers(url or _DEFAULT, env)
+    url = url or _default_of_pip()
+    return _answers(url, env) if url else _uv_finds_one(env)
+
+
+def _default_of_pip() -> str:
+    """Return the index that pip asks where nothing is set: that is pip's to say. Empty where there is no pip."""
+    try:
+        from pip._internal.models.index import PyPI  # noqa: PLC0415 -- it may not be there
+    except ImportError:
+        return ""
+    return str(PyPI.simple_url)
+
+
+def _uv_finds_one(env: Mapping[str, str]) -> bool:
+    """Ask uv, which is there where pip is not, to find a package. Without either nobody knows: the build will tell."""
+    uv = Path(sys.executable).with_name("uv")
+    if not uv.is_file():
+        return True
+    argv = [str(uv), "pip", "compile", "--quiet", "--no-cache", "--no-header", "--no-annotate", "-"]
+    try:
+        done = subprocess.run(  # noqa: S603 -- fixed words
+            argv, input="pip", env=dict(env), capture_output=True, text=True, timeout=LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
 
 
 def _answers(url: str, env: Mapping[str, str]) -> bool:
