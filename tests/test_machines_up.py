@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,19 +81,24 @@ def test_three_bare_hosts_become_a_cluster_on_which_a_job_has_run_everywhere(
 ) -> None:
     assert "nodes: 3 alive, each with its GPUs" in first_up.stderr
     assert all(f"{host}: job: a job ran there" in first_up.stderr for host in ("h1", "h2", "h3"))
+    assert re.search(
+        r"all-reduce: 64 MB over TCP between h2 and h3 on eth0 \(10\.77\.\d+\.12, 10\.77\.\d+\.13\): \d",
+        first_up.stderr,
+    )
     assert laptop.living() == {"h1", "h2", "h3"}
     assert laptop.status()["state"] == "running"
+    assert "raylaunch-probe" not in laptop.call("list").stdout
 
 
 def test_jobs_hold_the_gpus_of_both_workers_at_once_and_their_logs_arrive_here(cluster: Laptop) -> None:
-    words = "echo on $(hostname) with $CUDA_VISIBLE_DEVICES"
+    words = "echo on $(hostname) with $CUDA_VISIBLE_DEVICES over $NCCL_SOCKET_IFNAME and $GLOO_SOCKET_IFNAME"
     ids = [
         cluster.call("submit", "--host", host, "--gpus", "8", "--name", f"on-{host}", "--", words).stdout.strip()
         for host in ("h2", "h3")
     ]
     for job, host in zip(ids, ("h2", "h3"), strict=True):
         assert cluster.call("wait", job).returncode == 0
-        assert cluster.call("logs", job).stdout.strip() == f"on {host} with 0,1,2,3,4,5,6,7"
+        assert cluster.call("logs", job).stdout.strip() == f"on {host} with 0,1,2,3,4,5,6,7 over eth0 and eth0"
 
 
 @pytest.mark.long
@@ -121,6 +127,7 @@ def test_up_on_a_healthy_cluster_changes_nothing(cluster: Laptop, lab: World) ->
     again = cluster.call("up", limit_s=UP_S)
     assert [rays(host) for host in lab.hosts] == before
     assert "a job ran there" not in again.stderr
+    assert "all-reduce" not in again.stderr
 
 
 def test_no_port_of_a_host_answers_a_stranger_beside_sshd(cluster: Laptop, lab: World) -> None:

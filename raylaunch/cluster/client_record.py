@@ -44,6 +44,8 @@ class ClientRecord(BaseModel):
     """Those that were brought up, also such as are not in the spec any more; by name."""
     head: str = ""
     """The name of the one with the controller."""
+    proved: tuple[str, ...] = ()
+    """Hosts on which a job has run since they were started, and that reach the others."""
     owner: str = ""
     """Who brought the cluster up and invited us, where we joined it; empty where that was done from here."""
     at: float = Field(default_factory=time.time)

@@ -1,31 +1,26 @@
-"""The proof that a cluster works: every node is alive with the GPUs it should have, and a job has run on each."""
+"""The proof that a cluster works: every node is there with its GPUs, a job has run on each, they reach each other."""
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TypeVar
 
 import anyio
-from pydantic import BaseModel, ValidationError
 
-from raylaunch.cluster.answer import Answer, ask
 from raylaunch.cluster.controller_program import controller_status
 from raylaunch.cluster.on_host import HostState
 from raylaunch.cluster.plan import Step
-from raylaunch.errors import ClusterError, ClusterStartError, RaylaunchError, from_wire
-from raylaunch.spec import JobSpec, Resources, Tracking, Where
-from raylaunch.state import ControllerStatus, JobState, JobView, NodeView, SubmitAnswer, SubmitRequest
+from raylaunch.cluster.probe_jobs import ProbeJobs
+from raylaunch.cluster.proving_together import Together, TogetherPlan, plan_together
+from raylaunch.errors import ClusterError, ClusterStartError, RaylaunchError
+from raylaunch.state import ControllerStatus, JobState, NodeView
 
 NODES_S = 180.0
 PROBE_JOB_S = 120.0
 _POLL_S = 0.2
-_PROBE = "raylaunch-probe"
+_LET_GO_S = 5.0
 _WORDS = 'echo "$(hostname): GPU ${CUDA_VISIBLE_DEVICES:-none}"'
-
-_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class Proof:
@@ -45,8 +40,11 @@ class Proof:
         self._token = token
         self._states = states
         self._tell = on_step
+        self._jobs = ProbeJobs(port, token)
         self.errors: dict[str, RaylaunchError] = {}
         """What is not so, by host."""
+        self.unproved: set[str] = set()
+        """Hosts of which something could not be tried now."""
 
     async def nodes(self) -> None:
         """Wait until the controller sees every host as it should be."""
@@ -68,65 +66,65 @@ class Proof:
             self._tell(Step("nodes", "done", words, time.monotonic() - began))
 
     async def jobs(self, hosts: set[str]) -> None:
-        """Run a job on each of `hosts`, holding one of its GPUs if it has any; on a busy one its turn may not come."""
+        """Run a job on each of `hosts`, holding one of its GPUs if one is free there."""
+        says = await controller_status(self._port, self._token)
+        free = {} if isinstance(says, str) else {node.hostname: node.gpus_free for node in says.nodes if node.alive}
         async with anyio.create_task_group() as group:
             for host in sorted(hosts - self.errors.keys()):
-                group.start_soon(partial(self._job, host))
+                group.start_soon(partial(self._job, host, gpus=int(min(1, free.get(host, 0)))))
 
-    async def _job(self, host: str) -> None:
+    async def together(self, hosts: set[str]) -> None:
+        """Let the hosts with GPUs add up numbers over the cluster's network, if one of them is among `hosts`."""
+        plan = await self._plan_together(hosts)
+        if plan is None:
+            return
+        if plan.left_out:
+            words = f"not proved with {', '.join(plan.left_out)}: no GPU is free there now; the next up tries again"
+            self._tell(Step("all-reduce", "note", words))
+            self.unproved |= set(plan.left_out)
+        if len(plan.members) == 1:
+            self.unproved.add(plan.members[0].host)
+        elif plan.members:
+            together = Together(self._jobs, plan, on_step=self._tell)
+            self.errors |= await together.run()
+            self.unproved |= together.unproved
+
+    async def _plan_together(self, hosts: set[str]) -> TogetherPlan | None:
+        """Wait a moment for GPUs: of those that a job has just let go, Ray hears a little later."""
+        well = {host: state for host, state in self._states.items() if host not in self.errors}
+        until = time.monotonic() + _LET_GO_S
+        while True:
+            says = await controller_status(self._port, self._token)
+            plan = plan_together(well, () if isinstance(says, str) else says.nodes, hosts)
+            if plan is None or not plan.left_out or time.monotonic() > until:
+                return plan
+            await anyio.sleep(_POLL_S)
+
+    async def _job(self, host: str, *, gpus: int) -> None:
         began = time.monotonic()
         self._tell(Step(f"{host}: job", "begins", "runs a job there"))
         try:
-            await self._run(host)
+            await self._run(host, gpus=gpus)
         except RaylaunchError as error:
             self.errors[host] = error
         else:
-            self._tell(Step(f"{host}: job", "done", "a job ran there", time.monotonic() - began))
+            busy = ", without a GPU: all are in use" if self._states[host].gpus and not gpus else ""
+            self._tell(Step(f"{host}: job", "done", f"a job ran there{busy}", time.monotonic() - began))
 
-    async def _run(self, host: str) -> None:
-        job = JobSpec(
-            name=_PROBE,
-            entrypoint=_WORDS,
-            working_dir="",
-            resources=Resources(gpus=min(1, self._states[host].gpus), cpus=0),
-            where=Where(hosts=(host,)),
-            tracking=Tracking(mode="disabled"),
-            priority=100,
-            timeout_s=PROBE_JOB_S,
-        )
-        request = SubmitRequest(spec=job, request_id=secrets.token_hex(8))
-        body = request.model_dump_json().encode()
-        seen = (await self._ask(SubmitAnswer, "/v1/jobs", method="POST", body=body)).job
+    async def _run(self, host: str, *, gpus: int) -> None:
+        seen = await self._jobs.submit(host, _WORDS, gpus=gpus, timeout_s=PROBE_JOB_S)
         with anyio.move_on_after(PROBE_JOB_S):
             while not seen.state.ended:
                 await anyio.sleep(_POLL_S)
-                seen = await self._ask(JobView, f"/v1/jobs/{seen.id}")
+                seen = await self._jobs.look(seen.id)
         if not seen.state.ended:
-            await self._ask(JobView, f"/v1/jobs/{seen.id}/stop", method="POST", body=b"{}")
+            await self._jobs.stop(seen.id)
             msg = f"{host}: a job there did not end within {PROBE_JOB_S:.0f} s: {seen.message or seen.state.value}"
             raise ClusterError(msg, hint=f"raylaunch show {seen.id}; raylaunch logs {seen.id}")
         if seen.state is not JobState.SUCCEEDED:
             msg = f"{host}: a job there ended as {seen.state.value}: {seen.message}"
             raise ClusterStartError(msg, hint=f"raylaunch show {seen.id}; raylaunch logs {seen.id}", step="job")
-        await ask(self._port, f"/v1/jobs/{seen.id}", token=self._token, method="DELETE", limit_s=30)
-
-    async def _ask(self, model: type[_Model], path: str, *, method: str = "GET", body: bytes | None = None) -> _Model:
-        answer = await ask(self._port, path, token=self._token, method=method, body=body, limit_s=30)
-        if answer.ok:
-            try:
-                return model.model_validate_json(answer.body)
-            except ValidationError as error:
-                msg = f"the controller's answer to {path} is not understood: {error}"
-                raise ClusterError(msg) from None
-        raise _refused(answer, path)
-
-
-def _refused(answer: Answer, path: str) -> RaylaunchError:
-    said = answer.json()
-    error = said.get("error") if isinstance(said, dict) else None
-    if isinstance(error, dict):
-        return from_wire(str(error.get("code")), str(error.get("message")), str(error.get("hint", "")))
-    return ClusterError(f"the controller did not answer {path}: {answer.why or f'HTTP {answer.status}'}")
+        await self._jobs.delete(seen.id)
 
 
 def unready(states: Mapping[str, HostState], says: ControllerStatus | str) -> dict[str, str]:

@@ -103,8 +103,18 @@ async def _prove(paths: ClusterPaths, spec: ClusterSpec, outcome: Outcome, tell:
         tunnel = await ensure_tunnel(paths, fresh=moved, limit_s=START_S)
     proof = Proof(tunnel.ports["controller"], record.token, outcome.states, on_step=tell)
     await proof.nodes()
-    await proof.jobs(outcome.fresh & outcome.states.keys())
+    unproved = outcome.states.keys() - set(record.proved)
+    await proof.jobs(unproved)
+    await proof.together(unproved)
     outcome.errors.update(proof.errors)
+    _remember_proof(paths, outcome.states.keys() - proof.errors.keys() - proof.unproved)
+
+
+def _remember_proof(paths: ClusterPaths, hosts: set[str]) -> None:
+    """Keep which hosts are proved: what failed, or was cut off, is tried again by the next `up`."""
+    record = load_client(paths)
+    if record is not None:
+        save_client(paths, record.with_(proved=tuple(sorted(hosts))))
 
 
 def adopted(had: ClientRecord | None, head: HostState, *, fresh: bool) -> str:
@@ -130,6 +140,7 @@ def _remember(paths: ClusterPaths, spec: ClusterSpec, outcome: Outcome) -> Clien
         head_address=head.place.ray_address,
         hosts={**(had.hosts if had else {}), **up_now},
         head=head.place.host,
+        proved=tuple(one for one in (had.proved if had else ()) if one not in outcome.fresh),
     )
     return save_client(paths, record)
 
