@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from pydantic import BaseModel, ValidationError
 
 import raylaunch
@@ -37,6 +38,8 @@ _NO_PORT = "65536"
 """A port that there is not: Ray then says in a log that it has no such server, and goes on without."""
 _HEADLESS_S = 600
 """How long jobs of a node go on without the head: it may be booting."""
+
+_KEPT_FREE = 16 * 1024**3
 
 _FOREIGN = re.compile(r"RAY_|RAYLAUNCH_|WANDB_|PYTHON(PATH|HOME|STARTUP|SAFEPATH|INSPECT)$|SSH_")
 _SECRET = re.compile(
@@ -144,6 +147,7 @@ class RayStart:
     def environment(self, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
         """Return Ray's whole environment here, which everything that it starts inherits."""
         env = clean_environment(environ, self.paths) | self.place.env
+        env.setdefault("RAY_memory_usage_threshold", memory_threshold(psutil.virtual_memory().total))
         env |= {
             VAR_CLUSTER_ID: self.cluster_id,
             "RAYLAUNCH_NODE_ROOT": str(self.paths.node),
@@ -166,11 +170,18 @@ class RayStart:
         else:
             env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # with it, every socket is bound to loopback
         if self.place.interface:
-            interfaces = dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), self.place.interface)
-            env |= {name: value for name, value in interfaces.items() if name not in self.place.env}
+            env = dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), self.place.interface) | env
         if self.gpus.gpus:
             env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": self.gpus.visible}
         return env
+
+
+def memory_threshold(total: int) -> str:
+    """Return the share of a node's memory from which Ray's monitor ends a task, so that the node itself lives on.
+
+    Ray keeps 5 % free whatever there is, which on a machine with 2 TiB would be 100 GiB; 16 GiB are enough anywhere.
+    """
+    return f"{1 - min(0.05, _KEPT_FREE / max(total, 1)):.4f}"
 
 
 def whole_cpus(cpus: float) -> int:

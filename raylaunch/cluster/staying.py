@@ -69,15 +69,15 @@ def keep_argv(paths: ClusterPaths) -> list[str]:
 def unit_text(paths: ClusterPaths, *, user: str = "") -> str:
     """Return the systemd unit; with `user` a system one. Only the keeper is its own: Ray and jobs outlive it."""
     env = clean_environment(os.environ, paths)
-    lines = [f"Environment={key}={env[key]}" for key in ("RAYLAUNCH_HOME", "PYTHONPATH") if key in env]
+    lines = [f"Environment={_quoted(f'{key}={env[key]}')}" for key in ("RAYLAUNCH_HOME", "PYTHONPATH") if key in env]
     return "\n".join(
         [
             "[Unit]",
             f"Description=raylaunch cluster {paths.name}",
-            "After=network-online.target",
+            *(["Wants=network-online.target", "After=network-online.target"] if user else []),
             "",
             "[Service]",
-            f"ExecStart={shlex.join(keep_argv(paths))}",
+            f"ExecStart={' '.join(_quoted(word.replace('$', '$$')) for word in keep_argv(paths))}",
             "WorkingDirectory=/",
             *lines,
             *([f"User={user}"] if user else []),
@@ -92,6 +92,12 @@ def unit_text(paths: ClusterPaths, *, user: str = "") -> str:
     )
 
 
+def _quoted(word: str) -> str:
+    """Return a word as systemd reads it: ``%`` means something to it within quotes too."""
+    escaped = word.replace("\\", r"\\").replace('"', r"\"").replace("%", "%%")
+    return f'"{escaped}"'
+
+
 def user_unit_file(paths: ClusterPaths) -> Path:
     """Return where the user unit lies."""
     config = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
@@ -104,7 +110,7 @@ def system_unit_file(paths: ClusterPaths) -> Path:
 
 
 def _user_unit(paths: ClusterPaths) -> str:
-    if not shutil.which("systemctl") or _run(["systemctl", "--user", "is-system-running"]) is None:
+    if not shutil.which("systemctl") or _run(["systemctl", "--user", "show-environment"]) is None:
         return ""
     lingers = Path("/var/lib/systemd/linger") / getpass.getuser()
     if not lingers.exists():
