@@ -110,11 +110,11 @@ def env(cluster_file: Path | None) -> None:
 
 def export_lines(access: RayAccess) -> list[str]:
     """Return the lines that a shell evaluates."""
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": access.token}
     values = {
-        "RAY_ADDRESS": access.gcs_address,
+        **({"RAY_ADDRESS": access.gcs_address} if access.gcs_address else {}),
         "RAY_API_SERVER_ADDRESS": access.dashboard_url,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": access.token,
+        **(token if access.token else {"RAY_AUTH_MODE": "disabled"}),
     }
     if urlsplit(f"//{access.gcs_address}").hostname in _LOOPBACK:
         values["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else Ray's tools look for it at the outward address
@@ -168,7 +168,7 @@ def _node_lines(node: NodeView, *, logical: bool) -> Iterator[str]:
         kind = f" {node.gpu_type}" if node.gpu_type else " logical" if logical else ""
         parts.insert(0, f"{node.gpus_free:g} of {node.gpus:g}{kind} GPUs free")
     parts.append(f"{size(node.memory_free)} of {size(node.memory)} memory free")
-    beside = "" if node.alive and node.steward else " (no steward yet)" if node.alive else " (dead)"
+    beside = "" if node.ready else " (no steward yet)" if node.alive else " (dead)"
     beside += f", {node.drain}," if node.drain else ""
     yield f"  node        {node.hostname}{beside}: {', '.join(parts)}"
     for gpu in node.gpu:

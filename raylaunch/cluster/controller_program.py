@@ -57,7 +57,8 @@ def write_config(paths: ClusterPaths, record: ClusterRecord) -> None:
         "env": record.spec.env,
         "secrets": record.spec.secrets,
         "retention": record.spec.retention.model_dump(mode="json"),
-        "carries_stewards": foreign,
+        "carries_stewards": foreign and not spec.jobs_only,
+        "jobs_only": spec.jobs_only,
         "revive": [] if foreign else [sys.executable, "-m", "raylaunch.cluster.revive", record.name],
         "runner_python": sys.executable,
     }
@@ -106,6 +107,6 @@ def not_ready(status: ControllerStatus | str) -> str:
         return f"the controller does not answer: {status}"
     if status.ray != "up":
         return "the controller does not reach Ray"
-    if not any(node.alive and node.steward for node in status.nodes):
+    if not any(node.ready for node in status.nodes):
         return "no node's steward answers"
     return ""

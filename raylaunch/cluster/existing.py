@@ -50,13 +50,14 @@ from raylaunch.cluster.steps import Steps
 from raylaunch.cluster.versions import check_ours
 from raylaunch.errors import ClusterStartError, SpecError, VersionError
 from raylaunch.spec import ClusterSpec
-from raylaunch.state import ClusterStatus
+from raylaunch.state import JOBS_ONLY, ClusterStatus
 from raylaunch.version import __version__
 
 LOCK_S = 600.0
 STEWARD_S = 120.0
 _RAY_S = 10.0
 _LET_GO_S = 60.0
+_OR_JOBS_ONLY = "or use its dashboard alone, by which nothing but logs comes back: gcs: none"
 _HTTP_REFUSED = (401, 403)
 LET_GO = "raylaunch.controller.let_go"
 """Ends the stewards; started as a program, for it connects to Ray."""
@@ -120,14 +121,34 @@ def check_ray(spec: ClusterSpec, runs: str) -> None:
     installed = importlib.metadata.version("ray")
     if runs != installed:
         msg = f"Ray {runs} runs at {spec.address}, and Ray {installed} is installed here"
-        raise VersionError(
-            msg, hint=f"only the same Ray may connect: {sys.executable} -m pip install 'ray[default]=={runs}'"
-        )
+        install = f"{sys.executable} -m pip install 'ray[default]=={runs}'"
+        raise VersionError(msg, hint=f"only the same Ray may connect: {install}; {_OR_JOBS_ONLY}")
+
+
+async def check_use(spec: ClusterSpec, runs: str) -> None:
+    """Check that this machine can use that Ray in the way that is asked for.
+
+    Raises:
+        VersionError: as `check_ray`.
+        ClusterStartError: its head does not listen where it should.
+    """
+    if spec.jobs_only:
+        return
+    check_ray(spec, runs)
+    host, _, port = spec.gcs_address.rpartition(":")
+    try:
+        with anyio.fail_after(_RAY_S):
+            await (await anyio.connect_tcp(host.strip("[]"), int(port))).aclose()
+    except (OSError, TimeoutError) as error:
+        why = getattr(error, "strerror", "") or f"no answer within {_RAY_S:.0f} s"
+        msg = f"the head of the Ray at {spec.address} cannot be reached at {spec.gcs_address}: {why}"
+        hint = f"gcs: is its address, HOST:6379, reached from here by this machine; {_OR_JOBS_ONLY}"
+        raise ClusterStartError(msg, hint=hint, step="ray") from None
 
 
 async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:  # noqa: ARG001 -- nothing here asks
     """Say what `up` would do now, and change nothing. Raises as `up`, as far as that can be seen before."""
-    check_ray(spec, runs := await ray_version(spec))
+    await check_use(spec, runs := await ray_version(spec))
     paths = _paths(spec)
     seen = await look(paths)
     kept: tuple[str, ...] = (f"Ray {runs} at {spec.address}, which raylaunch did not start",)
@@ -136,7 +157,7 @@ async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Pl
         return Plan(cluster=spec.name, actions=(), keeps=kept, notes=differences(spec, seen.record))
     actions = (
         f"the controller here, {f'port {spec.port}' if spec.port else 'on a free port'}, log {paths.controller_log}",
-        "a steward on each node, carried there by Ray",
+        "nothing on the nodes" if spec.jobs_only else "a steward on each node, carried there by Ray",
     )
     return Plan(cluster=spec.name, actions=actions, keeps=kept, notes=warnings(spec))
 
@@ -144,7 +165,8 @@ async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Pl
 def warnings(spec: ClusterSpec) -> tuple[str, ...]:
     """Say what a person should know of that Ray. Pure."""
     open_to_all = "it asks for no token: whoever reaches its ports runs programs there as its account"
-    return () if spec.ray_token_file else (f"Ray at {spec.address}: {open_to_all}",)
+    found = () if spec.ray_token_file else (f"Ray at {spec.address}: {open_to_all}",)
+    return (*found, *((JOBS_ONLY,) if spec.jobs_only else ()))
 
 
 async def up(
@@ -162,7 +184,7 @@ async def up(
         SpecError: the file of Ray's token cannot be read.
     """
     runs = await ray_version(spec)
-    check_ray(spec, runs)
+    await check_use(spec, runs)
     paths = _paths(spec)
     make_cluster_dirs(paths)
     async with cluster_lock(paths, limit_s=LOCK_S):
@@ -197,9 +219,8 @@ class _Up:
         start = ControllerStart(self._paths, self._steps, record, token=self._token)
         try:
             record = await start.run(wait=True, upgrade=upgrade)
-            await self._steps.step(
-                "steward", "waits for a steward on each node", lambda: self._stewards(record), STEWARD_S
-            )
+            what = "waits for Ray's list of its nodes" if self._spec.jobs_only else "waits for a steward on each node"
+            await self._steps.step("steward", what, lambda: self._stewards(record), STEWARD_S)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self._steps.undo(start.record)
@@ -224,7 +245,7 @@ class _Up:
         says = await controller_status(record.ports["controller"], self._token)
         if isinstance(says, str):
             return says
-        mute = [node.hostname for node in says.nodes if node.alive and not node.steward]
+        mute = [node.hostname for node in says.nodes if node.alive and not node.ready]
         if says.ray != "up" or not says.nodes:
             return "; ".join(says.problems) or "the controller does not reach Ray"
         return f"no steward answers on {', '.join(mute)}" if mute else ""

@@ -27,7 +27,7 @@ from raylaunch.controller.foreign_logs import ForeignLogs
 from raylaunch.controller.host_verbs import HostVerbs
 from raylaunch.controller.invitations import Invitations
 from raylaunch.controller.lifecycle import Lifecycle
-from raylaunch.controller.link import Link
+from raylaunch.controller.link import JobsLink, Link
 from raylaunch.controller.means import Leavings, Means
 from raylaunch.controller.metrics import Metrics
 from raylaunch.controller.packages import PackageStore
@@ -89,7 +89,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
     packages = PackageStore(settings.store / "packages")
     metrics = Metrics(settings.store)
     ray = RayJobs(settings.dashboard_url, settings.ray_token)
-    link = Link(
+    link = (JobsLink if settings.jobs_only else Link)(
         gcs_address=settings.gcs_address,
         ray_token_path=settings.ray_token_path,
         store=settings.store,
@@ -97,6 +97,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         log_path=settings.store / "link.log",
         namespace=settings.namespace,
         carries=settings.carries_stewards,
+        dashboard_url=settings.dashboard_url,
     )
     means = Means(
         settings=settings,

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from raylaunch.controller.link import child_environment
+from raylaunch.controller.link_child import child_environment
 from raylaunch.controller.settings import Settings
 
 

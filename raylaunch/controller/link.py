@@ -13,13 +13,12 @@ import itertools
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypedDict, cast
 
-from raylaunch.controller.link_child import end, open_log
+from raylaunch.controller.link_child import child_command, child_environment, end, open_log
 from raylaunch.controller.link_events import (
     AttemptSeen,
     Grew,
@@ -64,6 +63,8 @@ class Prepared:
 
     folder: str
     command: str
+    working_dir: str = ""
+    """URI of what Ray itself brings there; empty where the steward did."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Config(TypedDict):
     store: str
     namespace: str
     carries: bool
+    dashboard_url: str
 
 
 class Link:
@@ -102,6 +104,7 @@ class Link:
         log_path: Path,
         namespace: str = "raylaunch",
         carries: bool = False,
+        dashboard_url: str = "",
     ) -> None:
         """Describe the link; nothing happens before `start`.
 
@@ -113,8 +116,15 @@ class Link:
             log_path: Gets what the child and Ray's core say on stderr.
             namespace: Ray namespace of the stewards.
             carries: Whether Ray is to bring raylaunch's code to its nodes, for it is not there.
+            dashboard_url: Ray's dashboard, where nothing else of it is reached.
         """
-        self._config = Config(gcs_address=gcs_address, store=str(store), namespace=namespace, carries=carries)
+        self._config = Config(
+            gcs_address=gcs_address,
+            store=str(store),
+            namespace=namespace,
+            carries=carries,
+            dashboard_url=dashboard_url,
+        )
         self._ray_token_path = ray_token_path
         self._on_event = on_event
         self._log_path = log_path
@@ -192,7 +202,7 @@ class Link:
         sets = [one.model_dump(mode="json") for one in wheels]
         params = {"node_id": node_id, "spec": spec, "package": package, "secrets": dict(secrets), "wheels": sets}
         answer = cast("dict[str, str]", await self.ask("prepare", params, timeout_s=900))
-        return Prepared(folder=answer["folder"], command=answer["command"])
+        return Prepared(folder=answer["folder"], command=answer["command"], working_dir=answer.get("working_dir", ""))
 
     async def stop(self, node_id: str, attempt: str, wish: StopWish) -> None:
         """Tell the attempt's runner to stop its training. May be repeated; a later wish replaces the earlier.
@@ -370,33 +380,15 @@ class Link:
                 future.set_exception(self._down())
 
 
+class JobsLink(Link):
+    """The link to a Ray of which only the dashboard's address is reached."""
+
+    module = "raylaunch.controller.jobs_link"
+
+
 def error_frame(error: RaylaunchError) -> dict[str, str]:
     """Return an error as the child sends it."""
     return {"code": error.code, "message": error.message, "hint": error.hint}
-
-
-def child_command(module: str) -> list[str]:
-    """Return the command line of a program of this package, by which no user's folder gets onto its ``sys.path``."""
-    root = str(Path(__file__).resolve().parents[2])
-    start = f"import sys, runpy; sys.path.append({root!r}); runpy.run_module({module!r}, run_name='__main__')"
-    return [sys.executable, "-I", "-c", start]
-
-
-def child_environment(base: Mapping[str, str], *, ray_token_path: Path) -> dict[str, str]:
-    """Return the child's environment: `base` with this Ray's token file, and nothing that points to another Ray.
-
-    A file with nothing in it belongs to a Ray that asks for no token.
-    """
-    kept = {name: value for name, value in base.items() if name not in {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}}
-    asks = not ray_token_path.is_file() or ray_token_path.stat().st_size > 0
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(ray_token_path)}
-    return {
-        **kept,
-        **(token if asks else {"RAY_AUTH_MODE": "disabled"}),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PYTHONUNBUFFERED": "1",
-    }
 
 
 def _line(frame: Mapping[str, object]) -> bytes:

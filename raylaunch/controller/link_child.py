@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 _LOG_LIMIT = 16 * 1024 * 1024
@@ -34,3 +35,27 @@ async def end(child: asyncio.subprocess.Process) -> None:
         with contextlib.suppress(ProcessLookupError):
             child.kill()
         await child.wait()
+
+
+def child_command(module: str) -> list[str]:
+    """Return the command line of a program of this package, by which no user's folder gets onto its ``sys.path``."""
+    root = str(Path(__file__).resolve().parents[2])
+    start = f"import sys, runpy; sys.path.append({root!r}); runpy.run_module({module!r}, run_name='__main__')"
+    return [sys.executable, "-I", "-c", start]
+
+
+def child_environment(base: Mapping[str, str], *, ray_token_path: Path) -> dict[str, str]:
+    """Return the child's environment: `base` with this Ray's token file, and nothing that points to another Ray.
+
+    A file with nothing in it belongs to a Ray that asks for no token.
+    """
+    kept = {name: value for name, value in base.items() if name not in {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}}
+    asks = not ray_token_path.is_file() or ray_token_path.stat().st_size > 0
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(ray_token_path)}
+    return {
+        **kept,
+        **(token if asks else {"RAY_AUTH_MODE": "disabled"}),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONUNBUFFERED": "1",
+    }

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import logging
 import os
-import queue
 import socket
 import sys
 import threading
@@ -20,13 +18,14 @@ import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NoReturn, cast
+from typing import cast
 
 import ray
 import ray.exceptions
 
-from raylaunch.controller.link import Config, error_frame
+from raylaunch.controller.link import Config
 from raylaunch.controller.link_events import LinkEvent, LinkUp, NodesChanged, event_frame
+from raylaunch.controller.link_pipe import Stdin, Stdout, serve_all
 from raylaunch.controller.mirror import Mirror
 from raylaunch.controller.nodes import RayNode, node_view
 from raylaunch.controller.ray_calls import connect, end_actors, kill_supervisor, nodes_of_ray, steward_on
@@ -46,47 +45,6 @@ _RAY_S = 10.0
 _FACTS_S = 2.0
 _CALL_S = 45.0
 _PIECE = 8 * 1024 * 1024
-
-
-class Stdout:
-    """The frames' way to the controller. Ray's core may print to descriptor 1, so the pipe moves to another."""
-
-    def __init__(self) -> None:
-        self._file: BinaryIO = os.fdopen(os.dup(1), "wb")
-        os.dup2(2, 1)
-        self._lock = threading.Lock()
-
-    def send(self, frame: Mapping[str, object]) -> None:
-        """Write one frame."""
-        line = json.dumps(frame, separators=(",", ":")).encode() + b"\n"
-        with self._lock:
-            try:
-                self._file.write(line)
-                self._file.flush()
-            except BrokenPipeError:
-                os._exit(0)
-
-    def fail(self, why: str) -> NoReturn:
-        """Say why the link is down, and end at once: Ray's own threads may hang."""
-        self.send({"event": "down", "why": why})
-        os._exit(1)
-
-
-class Stdin:
-    """The controller's frames. When they end the controller is gone: this process ends, whatever it does then."""
-
-    def __init__(self) -> None:
-        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        threading.Thread(target=self._read, name="stdin", daemon=True).start()
-
-    def next(self) -> dict[str, object]:
-        """Wait for the next frame, and return it."""
-        return cast("dict[str, object]", json.loads(self._lines.get()))
-
-    def _read(self) -> None:
-        for line in sys.stdin.buffer:
-            self._lines.put(line)
-        os._exit(0)
 
 
 class Node:
@@ -160,7 +118,6 @@ class Program:
         self._nodes: dict[str, Node] = {}
         self._rows: list[RayNode] = []
         self._shape: object = None
-        self._tasks: set[asyncio.Task[None]] = set()
         self._methods: dict[str, Callable[..., Awaitable[object]]] = {
             "nodes": self.nodes,
             "prepare": self.prepare,
@@ -180,17 +137,11 @@ class Program:
         """Look at the nodes and answer requests, for ever."""
         await self._look()
         self._emit(LinkUp(ray_version=ray.__version__))
-        ends = [asyncio.create_task(self._watch()), asyncio.create_task(self._serve_all(stdin))]
+        ends = [asyncio.create_task(self._watch()), asyncio.create_task(serve_all(self._methods, stdin, self._stdout))]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
             if end.done():
                 end.result()
-
-    async def _serve_all(self, stdin: Stdin) -> None:
-        while True:
-            task = asyncio.create_task(self._serve(await asyncio.to_thread(stdin.next)))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
 
     async def nodes(self) -> list[dict[str, object]]:
         """Return the nodes as `raylaunch.state.NodeView`."""
@@ -311,20 +262,6 @@ class Program:
         if shape != self._shape:
             self._shape = shape
             self._emit(NodesChanged())
-
-    async def _serve(self, request: dict[str, object]) -> None:
-        answer: dict[str, object]
-        try:
-            method = self._methods[str(request["method"])]
-            params = cast("dict[str, object]", request["params"])
-            answer = {"result": await method(**params)}
-        except RaylaunchError as error:
-            answer = {"error": error_frame(error)}
-        except Exception as error:  # noqa: BLE001 -- the top of one request
-            traceback.print_exc()
-            message = f"the link failed at {request['method']}: {str(error).partition(chr(10))[0]}"
-            answer = {"error": error_frame(RaylaunchError(message, hint="see the link's log"))}
-        self._stdout.send({"id": request["id"], **answer})
 
     def _emit(self, event: LinkEvent) -> None:
         self._stdout.send(event_frame(event))

@@ -65,7 +65,7 @@ def holdings_of(
 
 def rooms_of(nodes: Iterable[NodeView]) -> list[Room]:
     """Return the nodes that are alive and whose steward answers: on these an attempt can start, unless drained."""
-    return [_room(node) for node in nodes if node.alive and node.steward]
+    return [_room(node) for node in nodes if node.ready]
 
 
 def with_drains(nodes: Iterable[NodeView], drains: Mapping[str, Drain]) -> tuple[NodeView, ...]:

@@ -14,11 +14,13 @@ from fastapi.responses import StreamingResponse
 
 from raylaunch.controller.answers import answer, file_answer
 from raylaunch.controller.asking import Has, Job, require_ours
+from raylaunch.controller.jobs_only import require_carried
 from raylaunch.state import Artifact, MetricsPage
 
 router = APIRouter()
 
 _LINES = 1000
+_OF_TRAINING = "/outputs/"
 
 Keys = Annotated[list[str] | None, Query(alias="key", description="names of metrics; may be repeated")]
 
@@ -29,8 +31,11 @@ async def metrics(
 ) -> Response:
     """Return which metrics there are and their last values; and points of those that are named."""
     require_ours(record, "metrics")
-    page = partial(services.metrics.page, record, keys=keys or [], max_points=max_points)
-    return answer(await anyio.to_thread.run_sync(page))
+    page = await anyio.to_thread.run_sync(
+        partial(services.metrics.page, record, keys=keys or [], max_points=max_points)
+    )
+    require_carried(services.settings, record, "metrics", found=bool(page.keys))
+    return answer(page)
 
 
 @router.get("/jobs/{ref}/metrics.csv", response_class=StreamingResponse)
@@ -46,7 +51,9 @@ async def metrics_csv(record: Job, services: Has, keys: Keys = None) -> Response
 async def files(record: Job, services: Has) -> Response:
     """Return the files that a job left behind."""
     require_ours(record, "files")
-    return answer(await anyio.to_thread.run_sync(services.artifacts.files, record.id))
+    found = await anyio.to_thread.run_sync(services.artifacts.files, record.id)
+    require_carried(services.settings, record, "files", found=any(_OF_TRAINING in one.path for one in found))
+    return answer(found)
 
 
 @router.head("/jobs/{ref}/files/{path:path}", response_class=Response, include_in_schema=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from raylaunch.controller.attempt_spec import attempt_spec
+from raylaunch.controller.link import Prepared
 from raylaunch.controller.means import STEP_S, Means, latest
 from raylaunch.controller.queue import CPUS, GPUS, MEMORY, needs
 from raylaunch.controller.ray_jobs import Submission
@@ -66,7 +67,7 @@ class Sender:
         prepared = await self._means.link.prepare(
             attempt.node_id, spec=spec, package=record.package, secrets=secrets, wheels=record.wheels
         )
-        await self._means.ray.submit(_submission(record, attempt, prepared.command))
+        await self._means.ray.submit(_submission(record, attempt, prepared))
         self._means.records.update(record.id, kind="", submitted_to_ray=True)
 
 
@@ -74,16 +75,17 @@ def _waiting_reason(error: RaylaunchError) -> Reason:
     return Reason.DISK_FULL if isinstance(error, StorageError) else Reason.WAITING_FOR_RAY
 
 
-def _submission(record: JobRecord, attempt: AttemptView, command: str) -> Submission:
+def _submission(record: JobRecord, attempt: AttemptView, prepared: Prepared) -> Submission:
     amounts = {} if asked(record).launcher == "ray" else needs(asked(record))  # its workers ask for theirs themselves
     return Submission(
         id=attempt.id,
-        entrypoint=command,
+        entrypoint=prepared.command,
         node_id=attempt.node_id,
         gpus=amounts.pop(GPUS, 0),
         cpus=amounts.pop(CPUS, 0),
         memory=int(amounts.pop(MEMORY, 0)),
         custom=amounts,
         env_vars={"RAY_JOB_STOP_WAIT_TIME_S": str(int(asked(record).grace_s + 10))},
+        working_dir=prepared.working_dir,
         metadata={"raylaunch_job": record.id, "name": record.name, "owner": record.owner},
     )

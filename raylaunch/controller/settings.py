@@ -33,6 +33,9 @@ class Settings(BaseModel):
     carries_stewards: bool = False
     """Whether somebody else runs Ray: its nodes have no raylaunch, and stewards come with their code."""
 
+    jobs_only: bool = False
+    """Whether of that Ray only the dashboard's address is reached: no stewards, and nothing but logs comes back."""
+
     @property
     def namespace(self) -> str:
         """Ray's namespace of the stewards. On a Ray of ours alone it is the same for ever."""

@@ -85,7 +85,7 @@ class Sight:
 
     def ready_nodes(self) -> list[NodeView]:
         """Return the nodes that are alive and whose steward answers: those on which an attempt can start."""
-        return [node for node in self.nodes if node.alive and node.steward]
+        return [node for node in self.nodes if node.ready]
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:

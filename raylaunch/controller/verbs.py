@@ -10,6 +10,7 @@ from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.attempt_spec import wandb_link
 from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.foreign import ForeignJobs
+from raylaunch.controller.jobs_only import refuse_what_does_not_travel
 from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.queue import Admit, plan_queue, why_never
 from raylaunch.controller.ray_fit import RayFit
@@ -24,7 +25,16 @@ from raylaunch.errors import ConflictError, SpecError, UnsatisfiableError
 from raylaunch.reasons import Reason
 from raylaunch.runner.contract import StopWish
 from raylaunch.spec import JobSpec
-from raylaunch.state import Change, ControllerStatus, JobState, JobView, RayAccess, SubmitAnswer, SubmitRequest
+from raylaunch.state import (
+    JOBS_ONLY,
+    Change,
+    ControllerStatus,
+    JobState,
+    JobView,
+    RayAccess,
+    SubmitAnswer,
+    SubmitRequest,
+)
 from raylaunch.version import API, __version__
 
 
@@ -192,16 +202,17 @@ class Verbs:
 
     def _problems(self) -> tuple[str, ...]:
         sight = self._sight
-        found = list(self._records.healed)
+        found = [*self._records.healed, *((JOBS_ONLY,) if self._settings.jobs_only else ())]
         if not sight.link_up:
             found.append(f"Ray cannot be reached: {sight.link_why or 'its link is starting'}")
-        mute = [node for node in sight.nodes if node.alive and not node.steward]
+        mute = [node for node in sight.nodes if node.alive and not node.ready]
         found += [f"the steward of {node.hostname} does not answer" for node in mute]
         found += [f"{attempt}: {message}" for attempt, message in sight.store_problems.items()]
         found += [one for one in (sight.unwritten, self._drains.problem) if one]
         return tuple(found)
 
     def _check(self, request: SubmitRequest, *, package: bool = True) -> None:
+        refuse_what_does_not_travel(self._settings, request.spec)
         missing = self._secrets.missing((*self._settings.secrets, *request.spec.secrets), given=request.secrets)
         if missing:
             msg = f"the secret {missing[0]} is not set on cluster {self._settings.cluster}"

@@ -22,6 +22,8 @@ elif sys.argv[1:2] == ["--fit"]:
     from raylaunch.runner.ray_fit import main
 elif sys.argv[1:2] == ["--together"]:
     from raylaunch.runner.together import main
+elif sys.argv[1:2] == ["--alone"]:
+    from raylaunch.runner.alone import main
 else:
     from raylaunch.runner.main import main
 

@@ -42,8 +42,11 @@ class RayHeadRunning:
 
 
 @contextlib.contextmanager
-def ray_head(*, gpus: int = 2, cpus: int = 4, token: bool = True) -> Iterator[RayHeadRunning]:
-    """Run a head with logical GPUs; end all of its processes afterwards. Without `token` it asks for none."""
+def ray_head(*, gpus: int = 2, cpus: int = 4, token: bool = True, home: Path | None = None) -> Iterator[RayHeadRunning]:
+    """Run a head with logical GPUs; end all of its processes afterwards. Without `token` it asks for none.
+
+    `home` is its account's home; without it that of the tests.
+    """
     folder = Path(tempfile.mkdtemp(prefix="rlh-", dir="/tmp"))
     secret = folder / "token"
     secret.write_text("a" * 48 if token else "")
@@ -65,6 +68,7 @@ def ray_head(*, gpus: int = 2, cpus: int = 4, token: bool = True) -> Iterator[Ra
         "RAY_free_objects_period_milliseconds": "50",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "SPT_NOENV": "1",
+        **({"HOME": str(home)} if home else {}),
     }
     with (folder / "ray.log").open("wb") as log:
         process = subprocess.Popen(argv, stdout=log, stderr=log, env=env, start_new_session=True)
