@@ -24,7 +24,7 @@ class Application(Protocol):
 
 
 CHAPTERS = {
-    "Begin": ("docs/first-steps", "docs/jobs", "docs/tracking", "docs/cluster"),
+    "Begin": ("docs/first-steps", "docs/jobs", "docs/tracking", "docs/cluster", "docs/dgx"),
     "Doors": ("docs/cli", "docs/python", "docs/mcp", "docs/ray-cli"),
     "Reference": (
         "docs/reference/cli",

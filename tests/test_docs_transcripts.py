@@ -11,8 +11,10 @@ from support.cluster import ROOT, Cluster
 
 ALONE = {"docs/cli.md"}
 """Pages whose commands are typed where there is no cluster."""
+ON_HOSTS = {"docs/dgx.md"}
+"""Pages whose commands need hosts: tests/test_docs_dgx.py types them."""
 SHOWING = [page for page in pages.pages() if pages.blocks(page, "console")]
-WITH_CLUSTER = [page for page in SHOWING if pages.name(page) not in ALONE]
+WITH_CLUSTER = [page for page in SHOWING if pages.name(page) not in ALONE | ON_HOSTS]
 
 
 def test_a_transcript_that_is_not_true_is_found() -> None:

@@ -107,7 +107,7 @@ class Bootstrap:
                 await then(host, connection)
         except RaylaunchError as error:
             self.outcome.errors[host.name] = error
-            self._tell(Step(host.name, "note", error.message))
+            self._tell(Step(host.name, "note", error.message.removeprefix(f"{host.name}: ")))
         finally:
             if not counted:
                 self._count_probed()

@@ -20,7 +20,7 @@ _MARK = "--- a command of the page has ended ---"
 _SAVED = {"python": "train.py", "yaml": "job.yaml"}
 _EQUAL = (
     (re.compile(r"\b([a-z]\w*)-[a-z0-9]{6}\b"), r"\1-ID"),
-    (re.compile(r"\b\d+ (?:ms|[smhd])(?: \d+ [smh])?\b"), "TIME"),
+    (re.compile(r"\b[\d.]+ (?:ms|[smhd])(?: \d+ [smh])?\b"), "TIME"),
     (re.compile(r"\b[\d.]+ (?:[KMGT]i)?B\b"), "SIZE"),
 )
 
@@ -41,7 +41,7 @@ def steps(page: Path) -> list[Step]:
     return found
 
 
-def run(page: Path, folder: Path, environ: Mapping[str, str]) -> list[str]:
+def run(page: Path, folder: Path, environ: Mapping[str, str], *, limit_s: float = 240) -> list[str]:
     """Run a page's commands in one shell; return what differs from the page."""
     todo = steps(page)
     script = "".join(f"{{ {step.typed}\n}} 2>&1; st=$?; echo {shlex.quote(_MARK)}; (exit $st)\n" for step in todo)
@@ -52,7 +52,7 @@ def run(page: Path, folder: Path, environ: Mapping[str, str]) -> list[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=limit_s,
         check=False,
     )
     printed = done.stdout.split(f"{_MARK}\n")
@@ -87,4 +87,5 @@ def _typed(block: Block) -> list[Step]:
 
 
 def _saving(block: Block) -> Step:
-    return Step(block.where, f"printf %s {shlex.quote(block.text)} > {_SAVED[block.language]}", "")
+    file = "cluster.yaml" if "\nhosts:" in block.text else _SAVED[block.language]
+    return Step(block.where, f"printf %s {shlex.quote(block.text)} > {file}", "")
