@@ -19,7 +19,7 @@ DGX_OS = 'DGX_NAME="DGX Server"\nDGX_PRETTY_NAME="NVIDIA DGX Server"\nDGX_SWBUIL
 LIMIT_S = 900
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def lab() -> Iterator[World]:
     with world() as made:
         for name in ("dgx-1", "dgx-2", "dgx-3", "dgx-4"):
