@@ -186,9 +186,18 @@ async def status(spec: ClusterSpec | str, /) -> ClusterStatus:
         return ClusterStatus(name=paths.name, kind="ssh", state="degraded", problems=(error.message,))
     says = await controller_status(tunnel.ports["controller"], record.token)
     if isinstance(says, str):
-        why = f"the controller does not answer: {says}"
-        return ClusterStatus(name=paths.name, kind="ssh", state="degraded", problems=(why,))
+        return unanswered(record, says)
     return status_of(record, says)
+
+
+def unanswered(record: ClientRecord, why: str) -> ClusterStatus:
+    """Return what can be said of a cluster whose tunnel stands and whose controller does not answer. Pure."""
+    head = record.head or record.spec.host_specs()[0].name
+    problem = (
+        f"{head} cannot be reached, or its controller does not answer ({why}); jobs on other hosts go on meanwhile, "
+        "and how they are is known when it answers again"
+    )
+    return ClusterStatus(name=record.spec.name, kind="ssh", state="degraded", problems=(problem,))
 
 
 def status_of(record: ClientRecord, says: ControllerStatus) -> ClusterStatus:
