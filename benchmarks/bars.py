@@ -47,6 +47,7 @@ BARS = {
     "mcp_tools_list": Bar("figure", 9),
     "pack_time": Bar("ratio", 1.5, promised=False),
     "pack_size": Bar("ratio", 0.5, promised=False),
+    "download": Bar("ratio", 1 / 1.2),
     "push_wheels": Bar("ratio", 1 / 0.9),
     "push_wheels_to_four": Bar("ratio", 1 / 0.9),
     "push_wheels_far": Bar("ratio", 1.0),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import command_line, first_line, logs, mcp, packing, pushing, records, tracking
+from benchmarks import command_line, downloading, first_line, logs, mcp, packing, pushing, records, tracking
 from benchmarks.measure import Result, Skipped
 from benchmarks.report import PAGE, RESULTS, entry, keep, line, met
 from benchmarks.workshop import Workshop
@@ -36,6 +36,7 @@ BENCHMARKS = (
     Benchmark(("mcp_call",), mcp.call),
     Benchmark(("mcp_tools_list",), mcp.tools_list),
     Benchmark(("pack_time", "pack_size"), packing.run),
+    Benchmark(("download",), downloading.run),
     Benchmark(("push_wheels", "push_wheels_to_four", "push_wheels_far"), pushing.run),
 )
 NAMES = tuple(name for benchmark in BENCHMARKS for name in benchmark.names)

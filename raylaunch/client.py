@@ -76,9 +76,10 @@ class Client:
         patience_s: how long following, waiting, submitting and transfers outlast a controller that is away.
         on_notice: told when the connection was lost, and when it is back.
         heal: called when nothing answers, at most every few seconds; returns where to go on.
+        over_ssh: whether the cluster's head is reached over SSH: large files then come over several connections.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- all keywords, each with a sentence
         self,
         reach: Reachable,
         *,
@@ -86,7 +87,9 @@ class Client:
         patience_s: float = PATIENCE_S,
         on_notice: Callable[[str], None] = _say_nothing,
         heal: Callable[[], Awaitable[Reachable]] | None = None,
+        over_ssh: bool = False,
     ) -> None:
+        self._ssh_cluster = cluster if over_ssh else ""
         self._wire = Wire(reach, cluster=cluster)
         self._notice = on_notice
         self.admin = Admin(self._wire)
@@ -391,11 +394,14 @@ class Client:
             NotFoundError: a name fits no file.
             TransferError: a file did not arrive as it was sent; the message names it.
         """
-        job = await self.job(ref)
-        found = []
+        from raylaunch.lanes import Lanes  # noqa: PLC0415 -- only a download needs them
+
+        job, wide, found = await self.job(ref), Lanes(self._ssh_cluster), []
         for artifact in chosen(list(await self.files(job.id)), tuple(paths), everything=everything):
             target = safe_target(dest, artifact.path if everything else local_name(artifact))
-            fetch = partial(download, self._wire, job.id, artifact, target, replace=replace, on_progress=on_progress)
+            fetch = partial(
+                download, self._wire, job.id, artifact, target, replace=replace, wide=wide, on_progress=on_progress
+            )
             found.append(await self.patient(fetch))
         return tuple(found)
 

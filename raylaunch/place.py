@@ -60,6 +60,7 @@ class Place:
                 patience_s=patience_s,
                 on_notice=self._notice,
                 heal=self._heal if self._heals else None,
+                over_ssh=reach.over_ssh,
             ) as client:
                 yield client
         except NoAnswerError as error:

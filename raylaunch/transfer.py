@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple, Protocol
 from urllib.parse import quote
 
 from raylaunch.errors import ConflictError, NotFoundError, StorageError, TransferError
@@ -26,6 +26,17 @@ OnProgress = Callable[[str, int, int], None]
 """Called with what travels, bytes done, and bytes in all."""
 Patient = Callable[[Callable[[], Awaitable[Answer]]], Awaitable[Answer]]
 """Repeats a request while nothing answers."""
+
+
+class Wide(Protocol):
+    """Brings large files in ranges, over several connections."""
+
+    def wants(self, artifact: Artifact, part: Path) -> bool:
+        """Whether a file, and what has come of it, is one to be brought that way."""
+
+    async def fetch(self, wire: Wire, url: str, artifact: Artifact, part: Path, on_progress: OnProgress) -> str:
+        """Bring what is missing of the part, and return the sha256 of all of it."""
+
 
 CHUNK = 8 * 1024 * 1024
 _CONFLICT = 409
@@ -117,9 +128,12 @@ async def download(  # noqa: PLR0913 -- what goes where
     target: Path,
     *,
     replace: bool = True,
+    wide: Wide | None = None,
     on_progress: OnProgress = no_progress,
 ) -> Downloaded:
     """Fetch one file: into a ``.part`` beside its place, verified, then renamed. A part that is there is gone on with.
+
+    `wide` brings those that it wants; the others come in one piece.
 
     Raises:
         ConflictError: something else is there already, and `replace` is False.
@@ -132,8 +146,13 @@ async def download(  # noqa: PLR0913 -- what goes where
             sha256 = artifact.sha256
             return Downloaded(artifact.path, target, artifact.bytes, fetched=False, verified=True, sha256=sha256)
         part = _part_of(target, artifact)
-        sha256 = await _fetch(wire, job, artifact, part, on_progress)
-        await asyncio.to_thread(_accept, part, target, artifact, sha256)
+        url = f"/v1/jobs/{quote(job, safe='')}/files/{quote(artifact.path)}"
+        if wide is not None and await asyncio.to_thread(wide.wants, artifact, part):
+            sha256, found = artifact.sha256, await wide.fetch(wire, url, artifact, part, on_progress)
+        else:
+            sha256 = await _fetch(wire, url, artifact, part, on_progress)
+            found = await asyncio.to_thread(file_sha256, part) if sha256 else ""
+        _accept(part, target, artifact, sha256, found)
         return Downloaded(artifact.path, target, _size(target), fetched=True, verified=bool(sha256), sha256=sha256)
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
@@ -144,13 +163,12 @@ async def download(  # noqa: PLR0913 -- what goes where
         raise StorageError(msg, hint=hint) from None
 
 
-async def _fetch(wire: Wire, job: str, artifact: Artifact, part: Path, on_progress: OnProgress) -> str:
+async def _fetch(wire: Wire, url: str, artifact: Artifact, part: Path, on_progress: OnProgress) -> str:
     """Append to `part` what is missing of it; return the checksum that the controller states, if it does."""
     have = _size(part)
     if have and have >= artifact.bytes:
         return artifact.sha256
     headers = {"Range": f"bytes={have}-"} if have else {}
-    url = f"/v1/jobs/{quote(job, safe='')}/files/{quote(artifact.path)}"
     async with wire.stream(url, headers=headers) as body:
         resumed = body.status == _PARTIAL
         done = have if resumed else 0
@@ -187,8 +205,8 @@ def _is_here(target: Path, artifact: Artifact, *, replace: bool) -> bool:
     return same
 
 
-def _accept(part: Path, target: Path, artifact: Artifact, sha256: str) -> None:
-    if sha256 and (found := file_sha256(part)) != sha256:
+def _accept(part: Path, target: Path, artifact: Artifact, sha256: str, found: str) -> None:
+    if found != sha256:
         part.unlink(missing_ok=True)
         msg = f"{artifact.path} did not arrive as it was sent: its sha256 is {found[:12]}…, not {sha256[:12]}…"
         raise TransferError(msg, hint="repeat the command; should it happen again, the file changed in the store")

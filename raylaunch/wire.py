@@ -171,9 +171,14 @@ class Wire:
 
     @contextlib.asynccontextmanager
     async def stream(
-        self, path: str, *, params: Params | None = None, headers: Mapping[str, str] | None = None
+        self,
+        path: str,
+        *,
+        params: Params | None = None,
+        headers: Mapping[str, str] | None = None,
+        allowed: tuple[int, ...] = (),
     ) -> AsyncIterator[Body]:
-        """GET a body that may be large. Raises as `ask`."""
+        """GET a body that may be large. `allowed` and what it raises are those of `ask`."""
         with self.translated(ANSWER_TIMEOUT_S):
             asked = self._http.build_request(
                 "GET", path, params=_given(params), headers={"Accept-Encoding": "identity"}
@@ -184,7 +189,7 @@ class Wire:
             if response.status_code >= httpx2.codes.BAD_REQUEST:
                 with self.translated(ANSWER_TIMEOUT_S):
                     await response.aread()
-            self._check(response, ())
+            self._check(response, allowed)
             yield Body(response, self)
         finally:
             await response.aclose()

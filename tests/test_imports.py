@@ -37,8 +37,9 @@ MAY: dict[str, frozenset[str]] = {
     **dict.fromkeys(SENDING, GROUND | SENDING | {"runner.contract"}),
     "cluster": GROUND,
     "admin": GROUND | {"wire"},
+    "lanes": GROUND | SENDING | {"cluster"},
     "job_wheels": GROUND | SENDING | {"cluster"},
-    "client": GROUND | READING | SENDING | {"cluster", "admin", "job_wheels"},
+    "client": GROUND | READING | SENDING | {"cluster", "admin", "job_wheels", "lanes"},
     "people": GROUND | READING | {"client", "cluster", "place"},
     "quieting": GROUND | {"client", "cluster", "place"},
     "members": GROUND | READING | {"client", "cluster", "place", "quieting"},
@@ -63,7 +64,7 @@ MAY: dict[str, frozenset[str]] = {
 KNOWN_TO: dict[str, tuple[str, ...]] = {
     "asyncssh": tuple(
         f"raylaunch/cluster/{name}.py"
-        for name in ("ssh", "ssh_connect", "ssh_host_keys", "ssh_identities", "ssh_places", "ssh_talk")
+        for name in ("ssh", "ssh_connect", "ssh_dial", "ssh_host_keys", "ssh_identities", "ssh_places", "ssh_talk")
     ),
     "ray": (
         "raylaunch/tracking/train_callback.py",

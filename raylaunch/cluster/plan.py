@@ -88,3 +88,5 @@ class Reach:
     """Where Ray's dashboard and Jobs API are reached from here; empty where that is the controller's own address."""
     gcs_address: str = ""
     """The same of Ray's head."""
+    over_ssh: bool = False
+    """Whether the way is a tunnel to the head."""

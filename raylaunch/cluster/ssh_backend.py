@@ -171,6 +171,7 @@ async def reach(spec: ClusterSpec | str, /) -> Reach:
         token=record.token,
         dashboard_url=f"http://{LOOPBACK}:{tunnel.ports['dashboard']}",
         gcs_address=f"{LOOPBACK}:{tunnel.ports['gcs']}",
+        over_ssh=True,
     )
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio.to_thread
-from typing_extensions import Self
 
 from raylaunch.cluster.home import storage_errors
+from raylaunch.cluster.part_file import PartFile
 from raylaunch.cluster.scripts import Script
 from raylaunch.cluster.ssh_talk import step_error
 from raylaunch.cluster.ssh_transfer import (
@@ -18,7 +17,6 @@ from raylaunch.cluster.ssh_transfer import (
     STREAMS,
     OnBytes,
     Progress,
-    Ranges,
     limit_s,
     sha_of,
     storage_words,
@@ -72,7 +70,7 @@ async def fetch(
         found = await machine.run(Script(_MEASURE, (remote,)), limit_s=_MEASURE_S, step=step)
     size, sha = found.text.split()
     part = local.with_name(f"{local.name}.part-{sha[:16]}")
-    with _Part(part, int(size)) as arriving:
+    with storage_errors(part), PartFile(part, int(size)) as arriving:
         progress.add(arriving.ranges.there)
         work = _Fetch(machine, remote, arriving, progress, step)
         with storage_words(machine.name, step):
@@ -87,51 +85,10 @@ async def fetch(
         arriving.remove()
 
 
-class _Part:
-    """The file beside its place, with a note of the ranges that it has."""
-
-    def __init__(self, path: Path, size: int) -> None:
-        self.path = path
-        self.notes = path.with_name(f"{path.name}.ranges")
-        self.ranges = Ranges(size)
-        self._descriptor = -1
-
-    def __enter__(self) -> Self:
-        with storage_errors(self.path):
-            if self.path.exists() and self.notes.exists():
-                self.ranges.have = {int(word) for word in self.notes.read_text(encoding="ascii").split()}
-            else:
-                self.notes.unlink(missing_ok=True)
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600)
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        try:
-            with storage_errors(self.path):
-                os.fsync(self._descriptor)
-        finally:
-            os.close(self._descriptor)
-
-    def write(self, data: bytes, at: int) -> None:
-        """Write what has arrived."""
-        with storage_errors(self.path):
-            os.pwrite(self._descriptor, data, at)
-
-    def note(self, offset: int) -> None:
-        """Note that the range at `offset` is complete."""
-        with storage_errors(self.notes), self.notes.open("a", encoding="ascii") as notes:
-            notes.write(f"{offset}\n")
-
-    def remove(self) -> None:
-        """Remove both."""
-        self.path.unlink(missing_ok=True)
-        self.notes.unlink(missing_ok=True)
-
-
 class _Fetch:
     """The ranges that are still to come, taken by whichever session is free."""
 
-    def __init__(self, machine: Machine, remote: str, part: _Part, progress: Progress, step: str) -> None:
+    def __init__(self, machine: Machine, remote: str, part: PartFile, progress: Progress, step: str) -> None:
         self.queue = deque(part.ranges.missing())
         self._machine = machine
         self._remote = remote

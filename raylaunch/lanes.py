@@ -1,0 +1,192 @@
+"""A large file of the cluster in ranges: over several SSH connections, each a process, where that is faster than one.
+
+The file comes through the controller, as it always does: who may read it is decided there. Ranges that a lane did not
+bring come over the connection that is open anyway, so that a lane that breaks, or never comes up, costs speed alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from raylaunch.cluster.lane_start import Lane, started_lane
+from raylaunch.cluster.part_file import PartFile, notes_of
+from raylaunch.cluster.ssh_transfer import RANGE_BYTES
+from raylaunch.errors import TransferError
+from raylaunch.state import Artifact
+from raylaunch.transfer import OnProgress
+from raylaunch.wire import Wire
+
+OnBytes = Callable[[int], None]
+
+WIDE_BYTES = 256 * 1024 * 1024
+"""From this size on lanes are worth their start, which takes about a second."""
+_STREAMS = 2  # as a lane has
+_FEW, _MANY = 2, 4
+_BLOCK = 1024 * 1024
+_PARTIAL, _BEYOND = 206, 416
+
+
+class Lanes:
+    """How large files come from one cluster.
+
+    Args:
+        cluster: its name here, where its head is reached over SSH; empty where it is not.
+    """
+
+    def __init__(self, cluster: str) -> None:
+        self._cluster = cluster
+
+    def wants(self, artifact: Artifact, part: Path) -> bool:
+        """Whether a file is one for lanes: it is large, or has come in part that way."""
+        large = bool(self._cluster) and artifact.bytes >= WIDE_BYTES
+        return bool(artifact.sha256) and (large or notes_of(part).exists())
+
+    async def fetch(self, wire: Wire, url: str, artifact: Artifact, part: Path, on_progress: OnProgress) -> str:
+        """Bring what is missing of `part`, and return the checksum of all of it.
+
+        Raises:
+            NoAnswerError: nothing answers any more. What has come counts the next time.
+            TransferError: the file is not as long as it was said to be.
+            OSError: it cannot be written here.
+        """
+        with PartFile(part, artifact.bytes, grown=True, sync=False) as file:
+            work = _Download(wire, url, file, lambda done: on_progress(artifact.path, done, artifact.bytes))
+            lanes = [asyncio.ensure_future(work.lane(self._cluster)) for _ in range(self._count(work))]
+            hashing = asyncio.ensure_future(work.checksum())
+            try:
+                await work.over_the_wire()
+                sha256 = await hashing
+            finally:
+                for task in (*lanes, hashing):
+                    task.cancel()
+                await asyncio.wait((*lanes, hashing))
+        notes_of(part).unlink(missing_ok=True)
+        return sha256
+
+    def _count(self, work: _Download) -> int:
+        """Two are worth it on two cores already, also where the host is this machine; a link has its own limit."""
+        if not self._cluster or len(work.missing) <= _STREAMS:
+            return 0
+        return min(_MANY, max(_FEW, (os.cpu_count() or 1) // 2))
+
+
+class _Download:
+    """One file on its way: the ranges that nobody has taken yet, and who is bringing which."""
+
+    def __init__(self, wire: Wire, url: str, file: PartFile, on_bytes: OnBytes) -> None:
+        self.missing = deque(file.ranges.missing())
+        self._wire = wire
+        self._url = url
+        self._file = file
+        self._path = file.path.absolute()
+        self._on_bytes = on_bytes
+        self._done = file.ranges.there
+        self._ready = 0
+        self._trouble: OSError | None = None
+        self._changed, self._one_more = asyncio.Event(), asyncio.Event()
+
+    async def over_the_wire(self) -> None:
+        """Bring what no lane does, until everything is here."""
+        self._tell(0)
+        while not self._complete:
+            if self._trouble is not None:
+                raise self._trouble
+            self._changed.clear()
+            if self.missing and not self._ready:
+                await self._range_over_the_wire(*self.missing.popleft())
+            else:
+                await self._changed.wait()
+
+    @property
+    def _complete(self) -> bool:
+        return next(self._file.ranges.missing(), None) is None
+
+    async def _range_over_the_wire(self, offset: int, length: int) -> None:
+        at = offset
+        headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
+        async with self._wire.stream(self._url, headers=headers, allowed=(_BEYOND,)) as body:
+            if body.status != _PARTIAL:
+                raise _other_length(self._url)
+            async for data in body.chunks():
+                self._file.write(data, at)
+                at += len(data)
+                self._tell(len(data))
+        if at != offset + length:
+            raise _other_length(self._url)
+        self._arrived(offset)
+
+    async def lane(self, cluster: str) -> None:
+        """Bring ranges over a connection of their own, until there are none or it breaks."""
+        mine: dict[int, int] = {}
+        ready = 0
+        try:
+            async with started_lane(cluster, self._url, self._path, self._file.ranges.size) as lane:
+                async for word, value, text in lane.answers():
+                    ready += word == "ready"
+                    self._answer(lane, mine, word, value, text)
+        except OSError:  # it could not even be started, or went away: others bring its ranges
+            pass
+        finally:
+            self._ready -= ready
+            if mine:
+                self.missing.extend(mine.items())
+                self._done = self._file.ranges.there  # what came of these comes again
+            self._changed.set()
+
+    def _answer(self, lane: Lane, mine: dict[int, int], word: str, value: int, text: str) -> None:
+        match word:
+            case "ready":
+                self._ready += 1
+                self._order(lane, mine, _STREAMS)
+            case "got":
+                self._tell(value)
+            case "done":
+                del mine[value]
+                self._arrived(value)
+                self._order(lane, mine, 1)
+            case "full":
+                self._trouble = OSError(value, text)
+
+    def _order(self, lane: Lane, mine: dict[int, int], many: int) -> None:
+        for _ in range(min(many, len(self.missing))):
+            offset, length = self.missing.popleft()
+            mine[offset] = length
+            lane.order(offset, length)
+        if not mine:
+            lane.finish()
+
+    def _arrived(self, offset: int) -> None:
+        self._file.note(offset)
+        self._changed.set()
+        self._one_more.set()
+
+    def _tell(self, count: int) -> None:
+        self._done = min(self._done + count, self._file.ranges.size)
+        self._on_bytes(self._done)
+
+    async def checksum(self) -> str:
+        """Read the file as far as it has come, behind those who write it; return its sha256 when it is complete."""
+        digest, at = hashlib.sha256(), 0
+        while at < self._file.ranges.size:
+            length = min(RANGE_BYTES, self._file.ranges.size - at)
+            while at not in self._file.ranges.have:
+                self._one_more.clear()
+                await self._one_more.wait()
+            await asyncio.to_thread(self._feed, digest, at, length)
+            at += length
+        return digest.hexdigest()
+
+    def _feed(self, digest: hashlib._Hash, at: int, length: int) -> None:
+        for start in range(at, at + length, _BLOCK):
+            digest.update(self._file.read(start, min(_BLOCK, at + length - start)))
+
+
+def _other_length(url: str) -> TransferError:
+    name = url.rpartition("/")[2]
+    msg = f"{name} is not as long any more as the cluster said"
+    return TransferError(msg, hint="repeat the command; it may have been replaced meanwhile")

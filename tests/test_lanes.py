@@ -1,0 +1,166 @@
+"""Large files over several SSH connections: a real sshd, the real HTTP API behind it, and lanes that break."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.api import Api, serving, token_of
+from support.api_use import submit, write
+from support.sshd import LOOPBACK, Sshd, sshd
+from support.waiting import wait_until
+
+from raylaunch.cluster.client_record import ClientRecord, save_client
+from raylaunch.cluster.home import cluster_paths, make_private_dir
+from raylaunch.cluster.part_file import notes_of
+from raylaunch.cluster.plan import Reach
+from raylaunch.errors import TransferError
+from raylaunch.lanes import Lanes
+from raylaunch.spec import ClusterSpec
+from raylaunch.state import Artifact
+from raylaunch.transfer import OnProgress, download, file_sha256
+from raylaunch.wire import Wire
+
+_MB = 1_000_000
+_SIZE = 300 * _MB
+_PATH = "attempt-1/outputs/model.bin"
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[Api]:
+    with serving(tmp_path / "store") as running:
+        yield running
+
+
+@pytest.fixture
+def host(tmp_path: Path, api: Api, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
+    """The head, as this machine knows it after `up`."""
+    with sshd(tmp_path / "sshd") as served:
+        served.config(f"Host {LOOPBACK}\n  IdentityFile {served.key}\n  User {served.user}\n")
+        served.trust()
+        monkeypatch.setenv("HOME", str(served.home))
+        monkeypatch.setenv("RAYLAUNCH_HOME", str(tmp_path / "home"))
+        paths = cluster_paths("test")
+        for folder in (paths.home, paths.home / "clusters", paths.root):
+            make_private_dir(folder)
+        spec = ClusterSpec.model_validate({"name": "test", "hosts": [{"host": f"{LOOPBACK}:{served.port}"}]})
+        ports = {"controller": int(api.url.rpartition(":")[2])}
+        save_client(paths, ClientRecord(spec=spec, token=token_of("tom"), head_ports=ports, head=spec.hosts[0].name))
+        yield served
+
+
+@pytest.fixture
+def model(api: Api) -> tuple[str, Artifact]:
+    """A job's model, mostly a hole: fast to make, and no two ranges alike."""
+    with api.client("tom") as tom:
+        job = submit(tom)
+        write(api, job, _PATH, b"")
+        with (api.store / "jobs" / job.id / _PATH).open("r+b") as file:
+            file.truncate(_SIZE)
+            for at in range(0, _SIZE, _MB):
+                file.seek(at)
+                file.write(os.urandom(64))
+        api.do(lambda: api.services.artifacts.seal(job.id))
+        found = [Artifact.model_validate(one) for one in tom.get(f"/v1/jobs/{job.id}/files").json()]
+    return job.id, next(one for one in found if one.path == _PATH)
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    pass
+
+
+def fetched(api: Api, model: tuple[str, Artifact], target: Path, on_progress: OnProgress = silent) -> None:
+    job, artifact = model
+
+    async def run() -> None:
+        async with Wire(Reach(url=api.url, token=token_of("tom")), cluster="test") as wire:
+            await download(wire, job, artifact, target, wide=Lanes("test"), on_progress=on_progress)
+
+    asyncio.run(asyncio.wait_for(run(), 90))
+
+
+def once(work: Callable[[], object], after: int) -> OnProgress:
+    """Do something when so many bytes have come."""
+    done: list[int] = []
+
+    def told(_what: str, here: int, _total: int) -> None:
+        if here >= after and not done:
+            done.append(here)
+            work()
+
+    return told
+
+
+def beside(host: Sshd, work: Callable[[], object], after: int) -> OnProgress:
+    """As `once`; nothing goes on before lanes are there, so that it is they who bring most of it."""
+    then = once(work, after)
+
+    def told(what: str, here: int, total: int) -> None:
+        if here > 25 * _MB:  # of the first range; the processes have been started long before
+            wait_until(lambda: host.log().count("Accepted publickey") >= 2, 60, "lanes have connected")
+        then(what, here, total)
+
+    return told
+
+
+def test_a_large_file_comes_whole_over_connections_of_its_own(
+    api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path
+) -> None:
+    fetched(api, model, tmp_path / "got" / "model.bin", beside(host, lambda: None, 0))
+    assert file_sha256(tmp_path / "got" / "model.bin") == model[1].sha256
+    assert [one.name for one in (tmp_path / "got").iterdir()] == ["model.bin"]
+    assert host.log().count("Accepted publickey") >= 2
+
+
+def test_lanes_that_break_cost_speed_alone(api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path) -> None:
+    fetched(api, model, tmp_path / "got" / "model.bin", beside(host, host.drop, 120 * _MB))
+    assert file_sha256(tmp_path / "got" / "model.bin") == model[1].sha256
+
+
+def test_a_file_comes_where_no_lane_can_be_had(
+    api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path
+) -> None:
+    host.stop()
+    fetched(api, model, tmp_path / "got" / "model.bin")
+    assert file_sha256(tmp_path / "got" / "model.bin") == model[1].sha256
+
+
+class _Interrupted(Exception):  # noqa: N818 -- what a person does
+    pass
+
+
+def interrupt() -> None:
+    raise _Interrupted
+
+
+@pytest.mark.usefixtures("host")
+def test_an_interrupted_one_goes_on_with_what_has_come(api: Api, model: tuple[str, Artifact], tmp_path: Path) -> None:
+    target = tmp_path / "got" / "model.bin"
+    with pytest.raises(_Interrupted):
+        fetched(api, model, target, once(interrupt, 150 * _MB))
+    assert not target.exists()
+    (part,) = (tmp_path / "got").glob(".*.part")
+    assert notes_of(part).exists()
+    told: list[int] = []
+    fetched(api, model, target, lambda _what, done, _total: told.append(done))
+    assert told[0] > 0
+    assert file_sha256(target) == model[1].sha256
+    assert [one.name for one in (tmp_path / "got").iterdir()] == ["model.bin"]
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("size", [_SIZE, _SIZE // 2])
+def test_a_file_that_is_another_by_now_is_not_put_in_place(
+    api: Api, model: tuple[str, Artifact], tmp_path: Path, size: int
+) -> None:
+    file = api.store / "jobs" / model[0] / _PATH
+    os.truncate(file, size)
+    with file.open("r+b") as opened:
+        opened.seek(size - 10)
+        opened.write(b"something")
+    with pytest.raises(TransferError):
+        fetched(api, model, tmp_path / "got" / "model.bin")
+    assert not (tmp_path / "got" / "model.bin").exists()
