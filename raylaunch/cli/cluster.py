@@ -143,7 +143,7 @@ def status_lines(found: ClusterStatus, *, now: float) -> Iterator[str]:
         yield f"  ray ports   {', '.join(f'{name} {port}' for name, port in sorted(found.ray_ports.items()))}"
     for node in found.nodes:
         yield from _node_lines(node, logical=found.gpus_logical)
-    if found.nodes or found.running or found.queued:  # else nobody was there to count them
+    if found.nodes or (found.controller and found.controller.alive):  # else nobody was there to count them
         yield f"  jobs        {found.running} running, {found.queued} queued"
     if found.store:
         free = f" ({size(found.store_free)} free)" if found.store_free is not None else ""
