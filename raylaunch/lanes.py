@@ -57,6 +57,8 @@ class Lanes:
         with PartFile(part, artifact.bytes, grown=True, sync=False) as file:
             work = _Download(wire, url, file, lambda done: on_progress(artifact.path, done, artifact.bytes))
             lanes = [asyncio.ensure_future(work.lane(self._cluster)) for _ in range(self._count(work))]
+            for one in lanes:
+                one.add_done_callback(work.lane_ended)
             hashing = asyncio.ensure_future(work.checksum())
             try:
                 await work.over_the_wire()
@@ -87,7 +89,7 @@ class _Download:
         self._on_bytes = on_bytes
         self._done = file.ranges.there
         self._ready = 0
-        self._trouble: OSError | None = None
+        self._trouble: BaseException | None = None
         self._changed, self._one_more = asyncio.Event(), asyncio.Event()
 
     async def over_the_wire(self) -> None:
@@ -136,6 +138,12 @@ class _Download:
             if mine:
                 self.missing.extend(mine.items())
                 self._done = self._file.ranges.there  # what came of these comes again
+            self._changed.set()
+
+    def lane_ended(self, lane: asyncio.Future[None]) -> None:
+        """Let what a lane did not expect, as an error of who is told of progress, end the download."""
+        if not lane.cancelled() and (error := lane.exception()) is not None:
+            self._trouble = error
             self._changed.set()
 
     def _answer(self, lane: Lane, mine: dict[int, int], word: str, value: int, text: str) -> None:

@@ -136,11 +136,12 @@ def interrupt() -> None:
     raise _Interrupted
 
 
-@pytest.mark.usefixtures("host")
-def test_an_interrupted_one_goes_on_with_what_has_come(api: Api, model: tuple[str, Artifact], tmp_path: Path) -> None:
+def test_an_interrupted_one_goes_on_with_what_has_come(
+    api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path
+) -> None:
     target = tmp_path / "got" / "model.bin"
     with pytest.raises(_Interrupted):
-        fetched(api, model, target, once(interrupt, 150 * _MB))
+        fetched(api, model, target, beside(host, interrupt, 120 * _MB))
     assert not target.exists()
     (part,) = (tmp_path / "got").glob(".*.part")
     assert notes_of(part).exists()
