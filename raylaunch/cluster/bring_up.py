@@ -74,7 +74,7 @@ class BringUp:
         if not seen.problems and not upgrade:
             self._tell_kept(seen)
             return seen
-        self._take_record(seen, ray_version)
+        self._take_record(seen, ray_version, upgrade=upgrade)
         self._check_fixed_port()
         try:
             await self._start_missing(ray_only=ray_only, upgrade=upgrade)
@@ -110,8 +110,11 @@ class BringUp:
         for difference in differences(self.asked, seen.record):
             self.steps.note("spec", difference)
 
-    def _take_record(self, seen: Seen, ray_version: str) -> None:
-        """Go on from the record. The spec that runs counts while anything of the cluster runs."""
+    def _take_record(self, seen: Seen, ray_version: str, *, upgrade: bool) -> None:
+        """Go on from the record. The spec that runs counts while anything of the cluster runs.
+
+        An older controller that is to be replaced stands in it until it has ended: an `up` may be killed before.
+        """
         if aside := keep_unreadable_aside(self.paths):
             self.steps.note("record", f"the cluster's record could not be understood; it is kept as {aside.name}")
         had = seen.record or new_record(self.asked, self.paths, cluster_id=recalled_cluster_id(self.paths))
@@ -121,7 +124,8 @@ class BringUp:
         else:
             had = had.with_(spec=self.asked, store=store_of(self.asked, self.paths), place=self.place or had.place)
         self._set_gcs_aside(had.versions.ray, ray_version)
-        versions = Versions(raylaunch=__version__, ray=ray_version, python=platform.python_version())
+        ours = had.versions.raylaunch if upgrade else __version__
+        versions = Versions(raylaunch=ours, ray=ray_version, python=platform.python_version())
         make_store(Path(had.store))
         make_importable(self.paths)
         self.token = secret_file(self.paths.token)

@@ -22,6 +22,7 @@ from raylaunch.cluster.process import end, is_alive
 from raylaunch.cluster.record import ClusterRecord, save_record
 from raylaunch.cluster.steps import DiedError, Steps
 from raylaunch.cluster.sweep import of_controller
+from raylaunch.version import __version__
 
 CONTROLLER_S = 60.0
 _HUNG_S = 15.0
@@ -99,7 +100,8 @@ class ControllerStart:
             say=lambda words: self._steps.note("ports", words),
             avoid=taken,
         )
-        self._save(self.record.with_(ports=ports | {"controller": port}, controller=None))
+        versions = self.record.versions.model_copy(update={"raylaunch": __version__})
+        self._save(self.record.with_(ports=ports | {"controller": port}, controller=None, versions=versions))
         write_config(self._paths, self.record)
         admit(Path(self.record.store), self._token)
         env = controller_environment(self._paths, self.record, self._environ)

@@ -15,11 +15,11 @@ from raylaunch.cluster.look import Seen, differences
 from raylaunch.cluster.neighbours import check_gpus, neighbours
 from raylaunch.cluster.plan import Step
 from raylaunch.cluster.ports import ANYWHERE
-from raylaunch.cluster.process import ProcessIdentity, end, is_alive, last_lines
+from raylaunch.cluster.process import ProcessIdentity, end, is_alive, kill, last_lines
 from raylaunch.cluster.ray_head import RayStart, installed_ray, make_importable
 from raylaunch.cluster.record import ClusterRecord, NodePlace, Versions, load_record, new_record, save_record
 from raylaunch.cluster.steps import DiedError, Steps
-from raylaunch.cluster.sweep import sweep_ray
+from raylaunch.cluster.sweep import stewards, sweep_ray
 from raylaunch.cluster.versions import check_versions
 from raylaunch.spec import ClusterSpec
 from raylaunch.version import __version__
@@ -72,14 +72,13 @@ class Joining:
         """
         version = installed_ray()
         had = load_record(self.paths)
-        make_importable(self.paths)
         if had is not None and is_alive(had.ray):
             check_versions(Seen(had, ray_alive=True), version)
             if had.place == self.place and had.cluster_id == self.cluster_id:
-                self._tell_kept(had)
-                return had
+                return await self._keep(had)
             self.steps.note("ray", f"the head moved from {had.place.head or 'here'} to {self.place.head}; Ray joins it")
         record = had or new_record(self.spec, self.paths, cluster_id=self.cluster_id)
+        make_importable(self.paths)
         if record.ray is not None:
             await end([record.ray], grace_s=_GRACE_S)
         await sweep_ray(record.cluster_id, record.ray, self.paths.temp)
@@ -102,11 +101,20 @@ class Joining:
                 await self.steps.undo(load_record(self.paths) or record)
             raise
 
-    def _tell_kept(self, record: ClusterRecord) -> None:
+    async def _keep(self, record: ClusterRecord) -> ClusterRecord:
+        """Leave Ray as it runs. The steward is ended where it is of another raylaunch: Ray starts it from this one.
+
+        A new controller has had it started anew already, but before this machine was given the new code.
+        """
         pid = record.ray.pid if record.ray else 0
         self.on_step(Step("ray", "kept", f"Ray runs (pid {pid})"))
         for difference in differences(self.spec, record):
             self.steps.note("spec", difference)
+        if make_importable(self.paths) or record.versions.raylaunch != __version__:
+            await kill(stewards(record.ray))  # at SIGTERM, Ray would hold that it wished to end
+            self.steps.note("steward", f"is started anew by Ray, as of raylaunch {__version__}; jobs go on")
+        versions = record.versions.model_copy(update={"raylaunch": __version__})
+        return record if versions == record.versions else save_record(self.paths, record.with_(versions=versions))
 
     async def _start(self, record: ClusterRecord) -> ClusterRecord:
         gpus = choose_gpus(self.spec, [] if isinstance(self.spec.gpus, int) else await detect_gpus(), self.environ)

@@ -149,6 +149,14 @@ async def end(identities: Iterable[ProcessIdentity], *, grace_s: float) -> dict[
     return how
 
 
+async def kill(identities: Iterable[ProcessIdentity]) -> None:
+    """End processes by SIGKILL, and wait up to 10 s until they are gone."""
+    ours = list(identities)
+    for one in ours:
+        _send(one, SIGKILL)
+    await wait_gone(ours, limit_s=10)
+
+
 async def wait_gone(identities: Iterable[ProcessIdentity], *, limit_s: float) -> list[ProcessIdentity]:
     """Wait until none of them runs; return those that still do after `limit_s` seconds."""
     left = [one for one in identities if is_alive(one)]

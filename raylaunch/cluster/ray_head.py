@@ -101,8 +101,10 @@ def _package_dir() -> Path:
     return Path(str(raylaunch.__file__)).resolve().parent
 
 
-def make_importable(paths: ClusterPaths) -> None:
+def make_importable(paths: ClusterPaths) -> bool:
     """Let what runs under Ray import this raylaunch, through a folder that holds nothing else.
+
+    Return whether another one was found there until now.
 
     So stewards are of the controller's version, also where Ray was started by an older one and goes on. And a checkout
     itself on ``PYTHONPATH`` would let its other folders shadow modules of the training.
@@ -110,9 +112,12 @@ def make_importable(paths: ClusterPaths) -> None:
     link = paths.imports / "raylaunch"
     with storage_errors(link):
         paths.imports.mkdir(mode=0o700, exist_ok=True)
-        if not link.is_symlink() or link.resolve() != _package_dir():
-            link.unlink(missing_ok=True)
-            link.symlink_to(_package_dir())
+        if link.is_symlink() and link.resolve() == _package_dir():
+            return False
+        had = link.is_symlink()
+        link.unlink(missing_ok=True)
+        link.symlink_to(_package_dir())
+    return had
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from raylaunch.cluster.process import ProcessIdentity, end, is_alive, matching
 from raylaunch.cluster.ray_head import VAR_CLUSTER_ID
 
 _VAR_ATTEMPT = "RAYLAUNCH_ATTEMPT_ID"  # runner.contract.VAR_ATTEMPT: ``<cluster id>/<job>-<n>``
+_STEWARD = "ray::Steward"
 _OWN = ("raylet", "gcs_server", "ray::", "ray-")
 
 
@@ -40,6 +41,12 @@ def runners(cluster_id: str) -> list[ProcessIdentity]:
         return tagged and any(word.endswith("/runner.pyz") for word in process.cmdline())
 
     return matching(ours, uid=os.getuid())
+
+
+def stewards(head: ProcessIdentity | None) -> list[ProcessIdentity]:
+    """Return the stewards that a Ray runs on this machine; it starts one anew that ends."""
+    tree = _descendants(head)
+    return matching(lambda one: one.pid in tree and one.cmdline()[0].startswith(_STEWARD), uid=os.getuid())
 
 
 def _descendants(head: ProcessIdentity | None) -> set[int]:
