@@ -51,11 +51,13 @@ class Laptop:
         lab: the world.
         folder: where she works.
         text: her cluster.yaml.
+        code: the folder of another raylaunch than the one under test, which she has installed.
     """
 
-    def __init__(self, lab: World, folder: Path, text: str) -> None:
+    def __init__(self, lab: World, folder: Path, text: str, *, code: Path | None = None) -> None:
         self.lab = lab
         self.folder = folder
+        self.code = code
         self.home = folder / "raylaunch-home"
         folder.mkdir(exist_ok=True)
         self.write(text)
@@ -69,6 +71,8 @@ class Laptop:
         """The environment of what she types: no key but those of the world."""
         without = {"SSH_AUTH_SOCK", "RAYLAUNCH_CLUSTER_FILE"}
         env = {key: value for key, value in os.environ.items() if key not in without}
+        if self.code is not None:
+            env["PYTHONPATH"] = str(self.code)
         return env | {"HOME": str(self.lab.home), "RAYLAUNCH_HOME": str(self.home), "NO_COLOR": "1"}
 
     def call(self, *words: str, limit_s: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
