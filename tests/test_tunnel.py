@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from support.waiting import wait_until
 
 from raylaunch.cluster.client_record import ClientRecord
 from raylaunch.cluster.on_host import HostState
-from raylaunch.cluster.ssh_backend import adopted
+from raylaunch.cluster.ssh_up import adopted
 from raylaunch.spec import ClusterSpec
 
 SAID_S = 10.0
@@ -149,3 +150,8 @@ def test_an_up_from_another_machine_says_that_it_found_the_cluster() -> None:
     assert "runs there already, brought up by ml from elsewhere" in adopted(None, head, fresh=False)
     assert adopted(known, head, fresh=False) == ""
     assert adopted(None, head, fresh=True) == ""
+
+
+def test_a_verb_about_jobs_loads_no_ssh_for_a_cluster_over_ssh() -> None:
+    code = "import sys, raylaunch.cli.jobs, raylaunch.cluster.ssh_backend; sys.exit('asyncssh' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

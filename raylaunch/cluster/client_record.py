@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raylaunch.cluster.home import ClusterPaths, storage_errors, write_private
 from raylaunch.cluster.process import ProcessIdentity, is_alive
+from raylaunch.errors import AccessError
 from raylaunch.spec import ClusterSpec, HostSpec
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -142,3 +143,16 @@ def save_tunnel(paths: ClusterPaths, record: TunnelRecord) -> TunnelRecord:
     """Write ``tunnel.json``, and return the record."""
     write_private(tunnel_file(paths), record.model_dump_json(indent=2))
     return record
+
+
+def refuse_joined(record: ClientRecord | None, what: str) -> None:
+    """Refuse to change a cluster that somebody else runs.
+
+    Raises:
+        AccessError: it is one.
+    """
+    if record is not None and record.joined:
+        msg = f"cluster {record.spec.name} is run by {record.owner}, and is not {what} from here"
+        raise AccessError(
+            msg, hint=f"ask {record.owner}; to forget the cluster here: raylaunch leave {record.spec.name}"
+        )

@@ -8,12 +8,18 @@ import secrets
 import shlex
 import shutil
 
-from raylaunch.cluster.client_record import ClientRecord, TunnelRecord, load_client, load_tunnel, save_client
+from raylaunch.cluster.client_record import (
+    ClientRecord,
+    TunnelRecord,
+    load_client,
+    load_tunnel,
+    refuse_joined,
+    save_client,
+)
 from raylaunch.cluster.home import ClusterPaths, cluster_paths, make_private_dir, storage_errors
 from raylaunch.cluster.plan import Reach
 from raylaunch.cluster.ports import LOOPBACK
-from raylaunch.cluster.ssh_backend import refuse_joined
-from raylaunch.cluster.tunnel import START_S, end_tunnel, ensure_tunnel
+from raylaunch.cluster.tunnel_use import START_S, end_tunnel, ensure_tunnel
 from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError, RaylaunchError
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import Admission, Invitation, RayAccess

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 
-from raylaunch.cluster.client_record import ClientRecord, load_client, save_client
+from raylaunch.cluster.client_record import ClientRecord, load_client, refuse_joined, save_client
 from raylaunch.cluster.home import cluster_paths
 from raylaunch.cluster.plan import DownReport
 from raylaunch.cluster.record import cluster_lock
-from raylaunch.cluster.ssh_backend import refuse_joined
 from raylaunch.cluster.ssh_target import OnPrompt
 from raylaunch.cluster.take_down import TakeDown
 from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError

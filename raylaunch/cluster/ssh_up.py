@@ -1,0 +1,162 @@
+"""What changes a cluster of hosts over SSH: bringing it up, saying what that would do, and taking it down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from raylaunch.cluster.bootstrap import Bootstrap, Outcome
+from raylaunch.cluster.client_record import ClientRecord, load_client, load_tunnel, refuse_joined, save_client
+from raylaunch.cluster.home import ClusterPaths, cluster_paths, make_private_dir
+from raylaunch.cluster.last_look import keep_problems
+from raylaunch.cluster.on_host import HostState
+from raylaunch.cluster.plan import DownReport, Plan, Step
+from raylaunch.cluster.proving import Proof
+from raylaunch.cluster.record import cluster_lock
+from raylaunch.cluster.ssh_target import OnPrompt
+from raylaunch.cluster.still import Still, locked, telling_steps
+from raylaunch.cluster.take_down import TakeDown
+from raylaunch.cluster.tunnel_use import START_S, end_tunnel, ensure_tunnel
+from raylaunch.errors import ClusterError, ClusterStartError, RaylaunchError, RayVersionError
+from raylaunch.spec import ClusterSpec
+
+_LOCK_S = 1800.0
+
+
+async def up(spec: ClusterSpec, /, *, on_step: Callable[[Step], None], on_prompt: OnPrompt | None = None) -> None:
+    """Bring every host into the cluster; what runs and is well is left as it is.
+
+    Raises:
+        ClusterStartError: something is missing at the end: it says what, host by host. What came up stays up, and the
+            next `up` goes on from there.
+    """
+    paths = cluster_paths(spec.name)
+    refuse_joined(load_client(paths), "brought up")
+    for folder in (paths.home, paths.home / "clusters", paths.root):
+        make_private_dir(folder)
+    with telling_steps(on_step) as tell:
+        async with locked(paths, tell, limit_s=_LOCK_S):
+            outcome = await Bootstrap(spec, tell, on_prompt=on_prompt).run()
+            keep_problems(spec, outcome.problems)
+            await _prove(paths, spec, outcome, tell)
+    if outcome.errors:
+        raise _failure(spec, outcome)
+
+
+async def _prove(paths: ClusterPaths, spec: ClusterSpec, outcome: Outcome, tell: Still) -> None:
+    """Reach the cluster from here, and see that it works; what does not is added to the outcome's errors.
+
+    Raises:
+        RaylaunchError: its head did not come up, or cannot be reached.
+    """
+    for one in outcome.warnings:
+        tell(Step(one.host or spec.name, "note", one.message))
+    head = outcome.states.get(spec.host_specs()[0].name)
+    if head is None:
+        raise _failure(spec, outcome)
+    if said := adopted(load_client(paths), head, fresh=spec.host_specs()[0].name in outcome.fresh):
+        tell(Step(spec.host_specs()[0].name, "note", said))
+    record = _remember(paths, spec, outcome)
+    tunnel = load_tunnel(paths)
+    moved = tunnel is not None and record.head_ports != head.ports
+    save_client(paths, record.with_(head_ports=head.ports))
+    with tell.during("tunnel", f"makes the way from here to the controller on {record.head}"):
+        tunnel = await ensure_tunnel(paths, fresh=moved, limit_s=START_S)
+    proof = Proof(tunnel.ports["controller"], record.token, outcome.states, on_step=tell)
+    await proof.nodes()
+    unproved = outcome.states.keys() - set(record.proved)
+    await proof.jobs(unproved)
+    await proof.together(unproved)
+    outcome.errors.update(proof.errors)
+    _remember_proof(paths, outcome.states.keys() - proof.errors.keys() - proof.unproved)
+
+
+def _remember_proof(paths: ClusterPaths, hosts: set[str]) -> None:
+    """Keep which hosts are proved: what failed, or was cut off, is tried again by the next `up`."""
+    record = load_client(paths)
+    if record is not None:
+        save_client(paths, record.with_(proved=tuple(sorted(hosts))))
+
+
+def adopted(had: ClientRecord | None, head: HostState, *, fresh: bool) -> str:
+    """Say that a cluster ran already that this machine did not know: the account's other machine started it. Pure."""
+    if fresh or (had is not None and had.cluster_id == head.cluster_id):
+        return ""
+    return (
+        f"cluster {head.name} runs there already, brought up by {head.owner} from elsewhere; it is used from here too"
+    )
+
+
+def _remember(paths: ClusterPaths, spec: ClusterSpec, outcome: Outcome) -> ClientRecord:
+    """Write what is known now; hosts that were up before and are not in the spec any more stay known."""
+    head = outcome.states[spec.host_specs()[0].name]
+    had = load_client(paths)
+    up_now = {host.name: host for host in spec.host_specs() if host.name in outcome.states}
+    record = ClientRecord(
+        spec=spec,
+        cluster_id=head.cluster_id,
+        token=head.token,
+        programs={**(had.programs if had else {}), **outcome.programs},
+        head_ports=had.head_ports if had else head.ports,
+        head_address=head.place.ray_address,
+        hosts={**(had.hosts if had else {}), **up_now},
+        head=head.place.host,
+        proved=tuple(one for one in (had.proved if had else ()) if one not in outcome.fresh),
+    )
+    return save_client(paths, record)
+
+
+def _failure(spec: ClusterSpec, outcome: Outcome) -> RaylaunchError:
+    first, *others = outcome.errors.values()
+    other_ray = next((one for one in outcome.errors.values() if isinstance(one, RayVersionError)), None)
+    if other_ray is not None:
+        return other_ray
+    if not others and not outcome.states:
+        return first
+    lines = [str(error).replace("\n", "\n    ") for error in outcome.errors.values()]
+    well = f"; {', '.join(outcome.states)} came up" if outcome.states else ""
+    msg = f"cluster {spec.name}: {len(lines)} of {len(spec.host_specs())} hosts failed{well}\n  " + "\n  ".join(lines)
+    return ClusterStartError(msg, hint="mend them, then run raylaunch up again: it goes on from here")
+
+
+async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:
+    """Say what `up` would do now: every host is probed, and nothing is changed."""
+    outcome = await Bootstrap(spec, lambda _: None, on_prompt=on_prompt).look()
+    return Plan(
+        cluster=spec.name,
+        actions=tuple(f"{host}: {one}" for host, found in outcome.actions.items() for one in found),
+        keeps=tuple(f"{host}: {one}" for host, found in outcome.keeps.items() for one in found),
+        notes=(
+            *(f"{host}: {error}".replace("\n", "\n    ") for host, error in outcome.errors.items()),
+            *(f"{one.host}: {one.message}" for one in outcome.warnings),
+        ),
+    )
+
+
+async def down(name: str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:
+    """End exactly what `up` started, on every host, and return when nothing of it is left.
+
+    Raises:
+        ClusterError: a host could not be reached or something could not be ended; the others are down.
+    """
+    began = time.monotonic()
+    paths = cluster_paths(name)
+    record = load_client(paths)
+    refuse_joined(record, "taken down")
+    if record is None:
+        return DownReport(cluster=paths.name, ended=(), store="")
+    async with cluster_lock(paths, limit_s=_LOCK_S):
+        save_client(paths, record.with_(wanted="stopped"))
+        work = TakeDown(record, on_prompt=on_prompt)
+        await work.run()
+        await end_tunnel(paths)
+        left = {name: host for name, host in record.hosts.items() if name in work.errors}
+        save_client(paths, record.with_(wanted="stopped", hosts=left))
+    if work.errors:
+        lines = "\n  ".join(str(error).replace("\n", "\n  ") for error in work.errors.values())
+        msg = f"cluster {paths.name}: could not be ended on {', '.join(work.errors)}\n  {lines}"
+        raise ClusterError(msg, hint="run raylaunch down again when they can be reached")
+    took = time.monotonic() - began
+    return DownReport(
+        cluster=paths.name, ended=tuple(work.ended), store=work.store, notes=tuple(work.notes), seconds=took
+    )
