@@ -18,7 +18,14 @@ import pytest
 
 pytest_plugins = ["support.cluster"]
 
-MAY_BE_MISSING = ("needs PyTorch", "needs a GPU", "needs a Python 3.", "needs Python 3.", "needs IPv6")
+MAY_BE_MISSING = (
+    "needs PyTorch",
+    "needs a GPU",
+    "needs a Python 3.",
+    "needs Python 3.",
+    "needs IPv6",
+    "needs systemd-analyze",
+)
 _LONGEST = ("long", "machines", "ray", "slow", "wandb")
 """Marks of tests, those that take longest first."""
 ALL = os.environ.get("RAYLAUNCH_TEST_ALL", "") not in {"", "0"}

@@ -84,5 +84,5 @@ def test_a_running_ray_of_another_version_is_said_with_what_to_do(cluster: Clust
     assert (result.status, result.out) == (1, "")
     assert result.err == (
         f"error: cluster local runs Ray 2.59.1, and Ray {installed_ray()} is installed here\n"
-        "  → raylaunch down, then raylaunch up starts it with this Ray (running jobs end)\n"
+        "  → raylaunch up --upgrade: when no job runs any more, it starts the cluster anew with this Ray\n"
     )

@@ -233,7 +233,7 @@ def test_a_host_joins_the_running_cluster_takes_a_job_and_leaves_again(cluster: 
     assert refused.returncode == 1
     assert f"1 job runs: {job} on {new.name}" in refused.stderr
     cluster.call("remove", new.name, "--stop", limit_s=300)
-    assert not rays(new)
+    wait_until(lambda: not rays(new), 30, "nothing of the cluster runs there")
     assert (cluster.folder / "cluster.yaml").read_text() == file
     assert cluster.call("list", "--json").stdout.count('"queued"') == 1
     cluster.call("stop", job)

@@ -9,7 +9,6 @@ from raylaunch.cluster.home import cluster_paths
 from raylaunch.cluster.plan import DownReport
 from raylaunch.cluster.record import cluster_lock
 from raylaunch.cluster.ssh_target import OnPrompt
-from raylaunch.cluster.take_down import TakeDown
 from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError
 from raylaunch.spec import ClusterSpec
 
@@ -62,6 +61,8 @@ async def take_out(cluster: str, host: str, *, forget: bool = False, on_prompt: 
         ConflictError: it is the head.
         HostError: it could not be reached, or something there could not be ended; it stays a host of the cluster.
     """
+    from raylaunch.cluster.take_down import TakeDown  # noqa: PLC0415 -- it needs SSH, which is not on hosts
+
     paths, began = cluster_paths(cluster), time.monotonic()
     async with cluster_lock(paths, limit_s=_LOCK_S):
         record = known(cluster)
