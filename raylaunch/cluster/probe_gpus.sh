@@ -44,7 +44,7 @@ gpu_apps() {
     printf '%s\n' "$answer" | awk -F', *' 'NR > 1 { print $2 }' | sort -u | while read -r pid; do
         case $pid in *[!0-9]* | '') continue ;; esac
         ours=no
-        within 2 grep -qsa '^RAYLAUNCH_\|RAYLAUNCH_NODE_ROOT=' "/proc/$pid/environ" && ours=yes
+        within 2 grep -qsa 'RAYLAUNCH_NODE_ROOT=\|RAYLAUNCH_ATTEMPT_ID=\|RAYLAUNCH_CLUSTER_ID=' "/proc/$pid/environ" && ours=yes
         fact pid "$pid" "$(owner_of "$pid")" "$ours"
     done
 }
