@@ -80,6 +80,7 @@ class Agent:
         )
         self._mode = mode
         self.log = home / "mcp-server.log"
+        self.log.touch(mode=0o600)  # it lies in a home of raylaunch's, where nobody else may read anything
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._live()), name="agent")
 
