@@ -15,6 +15,7 @@ from support.store import opened, submit
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.records import Records
+from raylaunch.controller.removal import Removal
 from raylaunch.controller.retention import PACKAGE_S, Sweeper, plan_sweep
 from raylaunch.controller.search import Kept
 from raylaunch.controller.secret_store import SecretStore
@@ -61,13 +62,14 @@ def records(tmp_path: Path) -> Iterator[Records]:
 
 def sweep(records: Records, retention: Retention) -> None:
     store = records.store
+    artifacts = Artifacts(store)
     parts = Sweeper(
         store,
         retention,
         records=records,
-        artifacts=Artifacts(store),
+        artifacts=artifacts,
         packages=PackageStore(store / "packages"),
-        secrets=SecretStore(store),
+        removal=Removal(records=records, artifacts=artifacts, secrets=SecretStore(store)),
     )
     asyncio.run(parts.sweep())
 
@@ -92,6 +94,16 @@ def test_a_job_that_is_over_leaves_record_and_folder_and_is_in_the_audit_log(rec
     assert records.get(new).name == "new"
     lines = [json.loads(line) for line in (records.store / "audit.jsonl").read_text().splitlines()]
     assert [(line["person"], line["verb"], line["job"]) for line in lines] == [("retention", "remove", old)]
+
+
+def test_a_job_that_is_over_is_removed_as_by_a_person_with_its_event_and_without_its_secrets(records: Records) -> None:
+    old = ended(records, "old", 200)
+    secrets = SecretStore(records.store)
+    secrets.put_job(old, {"KEY": "value"})
+    sweep(records, Retention.model_validate({"jobs_s": "180d"}))
+    assert [event.kind for event in records.events(after=0, job=old).events][-1] == "removed"
+    assert secrets.for_job(old, ["KEY"]) == {}
+    assert not (records.store / "trash").exists()
 
 
 def test_checkpoints_go_and_outputs_stay(records: Records) -> None:

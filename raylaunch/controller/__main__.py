@@ -34,6 +34,7 @@ from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.ray_fit import RayFit
 from raylaunch.controller.ray_jobs import RayJobs
 from raylaunch.controller.records import JobRecord, Records
+from raylaunch.controller.removal import Removal
 from raylaunch.controller.retention import Sweeper
 from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.server import ApiServer
@@ -110,12 +111,13 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
     )
     foreign = ForeignJobs(records=records, ray=ray, link=link, sight=sight)
     lifecycle = Lifecycle(means, artifacts, foreign, drains)
+    removal = Removal(records=records, artifacts=artifacts, secrets=secrets)
     verbs = Verbs(
         settings=settings,
         records=records,
         packages=packages,
         secrets=secrets,
-        artifacts=artifacts,
+        removal=removal,
         sight=sight,
         drains=drains,
         foreign=foreign,
@@ -151,7 +153,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         records=records,
         artifacts=artifacts,
         packages=packages,
-        secrets=secrets,
+        removal=removal,
     )
     loop_task = asyncio.create_task(lifecycle.run(), name="lifecycle")
     sweeping = asyncio.create_task(sweeper.run(), name="retention")

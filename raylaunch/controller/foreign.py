@@ -227,9 +227,11 @@ class ForeignJobs:
         """Let Ray and the records forget an ended job. Its log stays in the folder of Ray's session.
 
         Raises:
+            ConflictError: it has not ended.
             ClusterDownError: Ray does not answer.
             StorageError: it cannot be written.
         """
+        record.require_ended()
         await self._ray.delete(record.id)
         self._records.delete(record.id)
 

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import JsonValue
 from typing_extensions import TypedDict
 
+from raylaunch.errors import ConflictError
 from raylaunch.spec import JobSpec
 from raylaunch.state import JobView
 from raylaunch.wheel_sets import WheelSet
@@ -51,6 +52,16 @@ class JobRecord(JobView):
     def view(self) -> JobView:
         """Return what clients see of it."""
         return JobView.model_construct(**{name: getattr(self, name) for name in JobView.model_fields})
+
+    def require_ended(self) -> None:
+        """Let nothing be removed of a job that has not ended.
+
+        Raises:
+            ConflictError: it has not ended.
+        """
+        if not self.state.ended:
+            msg = f"{self.id} is {self.state.value}; only a job that has ended can be removed"
+            raise ConflictError(msg, hint=f"stop it first: raylaunch stop {self.id}")
 
     def light(self) -> JobRecord:
         """Return it without its heavy fields."""

@@ -301,9 +301,7 @@ class Records:
             StorageError: it cannot be written; the job is still there then.
         """
         record = self._by_id(job_id)
-        if not record.state.ended:
-            msg = f"{job_id} is {record.state.value}; only a job that has ended can be removed"
-            raise ConflictError(msg, hint=f"stop it first: raylaunch stop {job_id}")
+        record.require_ended()
         event = self._event(record, "removed", f"{record.name} was removed")
         self._commit(event, self.store / JOURNAL, journal.line_of(event), record=None, own_journal=False)
         if not record.foreign:  # which has no folder, and an id that raylaunch did not make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import time
@@ -15,9 +16,9 @@ from raylaunch.controller.audit import AuditLog
 from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.records import Records
 from raylaunch.controller.recovery import empty_trash
+from raylaunch.controller.removal import Removal
 from raylaunch.controller.search import Kept
-from raylaunch.controller.secret_store import SecretStore
-from raylaunch.errors import RaylaunchError
+from raylaunch.errors import NotFoundError, RaylaunchError
 from raylaunch.spec import Retention
 
 _log = logging.getLogger(__name__)
@@ -76,14 +77,14 @@ class Sweeper:
         records: Records,
         artifacts: Artifacts,
         packages: PackageStore,
-        secrets: SecretStore,
+        removal: Removal,
     ) -> None:
         self._store = store
         self._retention = retention
         self._records = records
         self._artifacts = artifacts
         self._packages = packages
-        self._secrets = secrets
+        self._removal = removal
         self._audit = AuditLog(store)
         self._spent: set[str] = set()
 
@@ -102,9 +103,9 @@ class Sweeper:
         packages = {name: self._packages.path(name).stat().st_mtime for name in self._packages.names()}
         found = plan_sweep(self._records.kept(), self._retention, packages, now=time.time())
         for job in found.jobs:
-            self._records.delete(job)
-            self._secrets.forget_job(job)
-            self._audit.write(person=_BY, verb="remove", job=job, status=200)
+            with contextlib.suppress(NotFoundError):  # a person was faster
+                await self._removal.remove(job)
+                self._audit.write(person=_BY, verb="remove", job=job, status=200)
         for job in found.checkpoints:
             if job not in self._spent and await asyncio.to_thread(self._drop_checkpoints, job):
                 self._audit.write(person=_BY, verb="remove checkpoints", job=job, status=200)

@@ -6,7 +6,6 @@ import os
 import shutil
 import time
 
-from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.attempt_spec import wandb_link
 from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.foreign import ForeignJobs
@@ -15,6 +14,7 @@ from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.queue import Admit, plan_queue, why_never
 from raylaunch.controller.ray_fit import RayFit
 from raylaunch.controller.records import JobRecord, Records
+from raylaunch.controller.removal import Removal
 from raylaunch.controller.rooms import ask_for, ask_of, holdings_of, rooms_of, waiting, with_drains
 from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.services import DryRun
@@ -48,7 +48,7 @@ class Verbs:
         records: Records,
         packages: PackageStore,
         secrets: SecretStore,
-        artifacts: Artifacts,
+        removal: Removal,
         sight: Sight,
         drains: DrainBook,
         foreign: ForeignJobs,
@@ -59,7 +59,7 @@ class Verbs:
         self._records = records
         self._packages = packages
         self._secrets = secrets
-        self._artifacts = artifacts
+        self._removal = removal
         self._sight = sight
         self._drains = drains
         self._foreign = foreign
@@ -156,16 +156,10 @@ class Verbs:
             ConflictError: it has not ended.
             ClusterDownError: it is one of plain Ray's, which has to forget it too, and Ray does not answer.
         """
-        if not record.state.ended:
-            msg = f"{record.id} is {record.state.value}; only a job that has ended can be removed"
-            raise ConflictError(msg, hint=f"raylaunch stop {record.id}")
         if record.foreign:
             await self._foreign.remove(record)
             return 0
-        freed = self._artifacts.bytes_of(record.id)
-        self._records.delete(record.id)
-        self._secrets.forget_job(record.id)
-        return freed
+        return await self._removal.remove(record.id)
 
     def status(self, person: str, role: str) -> ControllerStatus:
         """Say how the controller, Ray and the nodes are."""

@@ -27,6 +27,7 @@ from raylaunch.controller.metrics import Metrics
 from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.ray_jobs import RayJobs
 from raylaunch.controller.records import JobRecord, Records
+from raylaunch.controller.removal import Removal
 from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.server import ApiServer
 from raylaunch.controller.services import DryRun, Services
@@ -71,9 +72,9 @@ def settings_of(store: Path, port: int) -> Settings:
 class Desk:
     """Takes jobs in and ends them on paper: what stands behind the API where there is no Ray."""
 
-    def __init__(self, records: Records, artifacts: Artifacts) -> None:
+    def __init__(self, records: Records, removal: Removal) -> None:
         self._records = records
-        self._artifacts = artifacts
+        self._removal = removal
         self._grown: dict[str, asyncio.Event] = {}
 
     async def submit(self, request: SubmitRequest, person: str) -> SubmitAnswer:
@@ -88,9 +89,7 @@ class Desk:
         return self._records.update(record.id, kind="ended", message=message, change=Change.END_STOPPED).view()
 
     async def remove(self, record: JobRecord) -> int:
-        freed = self._artifacts.bytes_of(record.id)
-        self._records.delete(record.id)
-        return freed
+        return await self._removal.remove(record.id)
 
     def status(self, person: str, role: str) -> ControllerStatus:
         return ControllerStatus(
@@ -165,14 +164,15 @@ class Api:
         self.records = Records(self.store)
         artifacts = Artifacts(self.store)
         self.sight = Sight()
-        self.desk = Desk(self.records, artifacts)
+        secrets = SecretStore(self.store)
+        self.desk = Desk(self.records, Removal(records=self.records, artifacts=artifacts, secrets=secrets))
         tokens = TokenBook(self.store)
         self.services = Services(
             settings=settings_of(self.store, int(self.url.rpartition(":")[2])),
             store=self.store,
             records=self.records,
             packages=PackageStore(self.store / "packages"),
-            secrets=SecretStore(self.store),
+            secrets=secrets,
             tokens=tokens,
             invitations=Invitations(self.store, tokens),
             artifacts=artifacts,
