@@ -11,21 +11,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import anyio
-import pytest
 
-from benchmarks.measure import Result, Skipped, compared, in_turns, seconds
+from benchmarks.hosts import Host, World, lab
+from benchmarks.measure import Result, compared, in_turns, seconds
 from benchmarks.workshop import Workshop
 from raylaunch.cluster.host_wheels import HostWheels, Seen
 from raylaunch.cluster.resolving import Wheel
 from raylaunch.cluster.ssh import machine
 from raylaunch.cluster.wheels import WheelStore
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from support.hosts import Host, World, world
 
 _MB = 1_000_000
 # As Ray, wandb and what they need were in November 2026: a few large wheels and many small ones, 155 MB in all.
@@ -36,34 +32,25 @@ _DELAY_MS = 50.0
 
 def run(shop: Workshop) -> Iterator[Result]:
     """Measure pushing and scp for one host, for four at once, and for one that is far away."""
-    with _lab(4) as lab, tempfile.TemporaryDirectory(dir=shop.folder) as name:
+    with lab(4) as made, tempfile.TemporaryDirectory(dir=shop.folder) as name:
         store = WheelStore(Path(name))
         wheels = [_wheel(store, number, round(size * _MB)) for number, size in enumerate(_SIZES_MB)]
 
         def result(name: str, hosts: Sequence[Host], how: str) -> Result:
             pairs = in_turns(
                 lambda: _emptied_first(hosts, lambda: _push_to(hosts, store, wheels)),
-                lambda: _emptied_first(hosts, lambda: _copy_to(lab, hosts, [store.path(one) for one in wheels])),
+                lambda: _emptied_first(hosts, lambda: _copy_to(made, hosts, [store.path(one) for one in wheels])),
                 rounds=shop.rounds(_ROUNDS),
             )
             return compared(name, pairs, unit="s", peer="scp", how=how)
 
         what = f"the {len(wheels)} wheels of an environment, {sum(_SIZES_MB):.0f} MB,"
-        yield result("push_wheels", lab.hosts[:1], f"Time to push {what} to a host without any, connecting included.")
+        yield result("push_wheels", made.hosts[:1], f"Time to push {what} to a host without any, connecting included.")
         yield result(
-            "push_wheels_to_four", lab.hosts, f"The same to four hosts at once, beside four scp at once: {what}"
+            "push_wheels_to_four", made.hosts, f"The same to four hosts at once, beside four scp at once: {what}"
         )
-        lab.hosts[0].slow(rtt_ms=_DELAY_MS)
-        yield result("push_wheels_far", lab.hosts[:1], f"The same to one host {_DELAY_MS:.0f} ms away.")
-
-
-@contextmanager
-def _lab(hosts: int) -> Iterator[World]:
-    try:
-        with world(hosts) as lab:
-            yield lab
-    except pytest.skip.Exception as reason:
-        raise Skipped(str(reason)) from None
+        made.hosts[0].slow(rtt_ms=_DELAY_MS)
+        yield result("push_wheels_far", made.hosts[:1], f"The same to one host {_DELAY_MS:.0f} ms away.")
 
 
 def _wheel(store: WheelStore, number: int, size: int) -> Wheel:
@@ -99,9 +86,9 @@ async def _push(host: Host, store: WheelStore, wheels: Sequence[Wheel]) -> None:
         await HostWheels(connection, store, lambda _step: None, limit_bytes_per_s=None).push(wheels, seen)
 
 
-def _copy_to(lab: World, hosts: Sequence[Host], files: Sequence[Path]) -> None:
+def _copy_to(made: World, hosts: Sequence[Host], files: Sequence[Path]) -> None:
     copying = [
-        subprocess.Popen(["scp", "-q", "-F", str(lab.config), *map(str, files), f"{host.name}:/root/pushed/wheels"])
+        subprocess.Popen(["scp", "-q", "-F", str(made.config), *map(str, files), f"{host.name}:/root/pushed/wheels"])
         for host in hosts
     ]
     statuses = [process.wait() for process in copying]

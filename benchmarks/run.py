@@ -11,7 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import command_line, downloading, first_line, logs, mcp, packing, pushing, records, tracking
+from benchmarks import (
+    bringing_up,
+    command_line,
+    downloading,
+    first_line,
+    logs,
+    mcp,
+    packing,
+    probing,
+    pushing,
+    records,
+    through_tunnel,
+    tracking,
+)
 from benchmarks.measure import Result, Skipped
 from benchmarks.report import PAGE, RESULTS, entry, keep, line, met
 from benchmarks.workshop import Workshop
@@ -36,6 +49,10 @@ BENCHMARKS = (
     Benchmark(("mcp_call",), mcp.call),
     Benchmark(("mcp_tools_list",), mcp.tools_list),
     Benchmark(("pack_time", "pack_size"), packing.run),
+    Benchmark(("tunnel_verb",), through_tunnel.run),
+    Benchmark(("probe_and_plan",), probing.run),
+    Benchmark(("up_healthy",), bringing_up.healthy),
+    Benchmark(("up_fresh",), bringing_up.fresh),
     Benchmark(("download",), downloading.run),
     Benchmark(("push_wheels", "push_wheels_to_four", "push_wheels_far"), pushing.run),
 )

@@ -108,7 +108,14 @@ def pytest_testnodedown(node: Any) -> None:  # noqa: ANN401 -- a class of xdist,
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say how many long tests were left out: what did not run is not what passed."""
+    """Say why tests failed that passed when run again, and how many long tests were left out.
+
+    What did not run is not what passed, and a test that passes at the second try has something to tell as well.
+    """
+    for report in terminalreporter.stats.get("rerun", ()):
+        crash = getattr(report.longrepr, "reprcrash", None)
+        where = f"{Path(crash.path).name}:{crash.lineno}: {crash.message}" if crash else str(report.longrepr)
+        terminalreporter.write_line(f"run again: {report.nodeid} ({report.when}): {where}")
     if left_out := config.stash[_LEFT_OUT]:
         terminalreporter.write_line(f"left out: {len(left_out)} tests marked long; `make test-machines` runs them")
 

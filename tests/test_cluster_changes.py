@@ -32,19 +32,26 @@ SAVES = (
 
 
 @pytest.fixture(scope="module")
-def own() -> Iterator[Cluster]:
+def alone() -> Iterator[Cluster]:
     """A cluster of this file's own: what is drained here would stand in others' way."""
     with running_cluster() as made:
         yield made
+
+
+@pytest.fixture
+def own(alone: Cluster) -> Iterator[Cluster]:
+    """The cluster, drained no more after the test, however it ends."""
+    yield alone
+    alone.cli("drain", host_of(alone), "--off")
 
 
 def host_of(cluster: Cluster) -> str:
     return cluster.ask(lambda client: client.status()).nodes[0].hostname
 
 
-def test_a_drained_host_lets_jobs_end_and_begins_none_until_it_takes_jobs_again(own: Cluster) -> None:
+def test_a_drained_host_lets_jobs_end_and_begins_none_until_it_takes_jobs_again(own: Cluster, tmp_path: Path) -> None:
     host = host_of(own)
-    done = own.work / "done"
+    done = tmp_path / "done"
     runs = own.python(f"import os, time\nwhile not os.path.exists({str(done)!r}): time.sleep(0.1)", "--name", "before")
     own.runs(runs)
     said = own.good("drain", host, "--until", "2h")
@@ -111,7 +118,7 @@ def test_a_newer_raylaunch_replaces_the_controller_and_the_stewards_while_a_job_
     shutil.copytree(ROOT / "raylaunch", tmp_path / "raylaunch", ignore=shutil.ignore_patterns("__pycache__"))
     version = tmp_path / "raylaunch" / "version.py"
     version.write_text(version.read_text().replace(f'"{__version__}"', '"99.0.0"'))
-    go_on = own.work / "go on"
+    go_on = tmp_path / "go on"
     waits = f"import os, time\nprint('ready', flush=True)\nwhile not os.path.exists({str(go_on)!r}): time.sleep(0.1)"
     job = own.python(waits, "--name", "upgraded")
     own.until(job, lambda seen: b"ready" in own.log(seen.id) if seen.attempts else False, 60, "it is ready")

@@ -135,6 +135,20 @@ def test_children_left_over_at_a_normal_end_are_ended_and_counted(make: Make) ->
     assert attempt.processes() == []
 
 
+def test_a_worker_of_ray_that_has_no_name_yet_is_ended_and_not_counted(make: Make, tmp_path: Path) -> None:
+    program = tmp_path / "site-packages/ray/_private/workers/default_worker.py"
+    program.parent.mkdir(parents=True)
+    program.write_text("import time\nprint('began', flush=True)\ntime.sleep(600)\n")
+    code = (
+        f"import subprocess, sys; worker = subprocess.Popen([sys.executable, {str(program)!r}], "
+        "start_new_session=True, stdout=subprocess.PIPE); worker.stdout.readline()"
+    )
+    attempt = make(["python", "-c", code])
+    end = attempt.run()
+    assert (end["ended"], end["killed"]) == ("completed", 0)
+    assert attempt.processes() == []
+
+
 def test_rays_stop_is_told_from_ours(make: Make) -> None:
     attempt = make(WAITS)
     runner = attempt.start()

@@ -71,7 +71,7 @@ class Sweep:
         while True:
             left = of_attempt(self._tag, self._spare)
             waited = time.monotonic() - begun
-            own = waited < own_s and any(not process.wandb and not _of_ray(process) for process in left)
+            own = waited < own_s and any(not process.wandb and not process.ray for process in left)
             core = waited < wandb_s and any(process.name == "wandb-core" for process in left)
             if not own and not core:
                 return
@@ -109,13 +109,8 @@ class Sweep:
     def _note(self, process: Found) -> None:
         identity = (process.pid, process.ticks)
         self._signalled.add(identity)
-        if not process.wandb and not _of_ray(process):
+        if not process.wandb and not process.ray:
             self._counted.add(identity)
-
-
-def _of_ray(process: Found) -> bool:
-    """Whether it is a worker of Ray: those end with their driver, or, detached, only when they are ended."""
-    return process.name.startswith("ray::")
 
 
 def left_s(wish: Wish) -> float:

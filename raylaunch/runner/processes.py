@@ -17,12 +17,17 @@ _PROC = Path("/proc")
 
 
 class Found(NamedTuple):
-    """One process of the attempt. `wandb` marks W&B's own helpers, which write what the training has logged."""
+    """One process of the attempt. `wandb` marks W&B's own helpers, which write what the training has logged.
+
+    `ray` marks Ray's workers, which end with their driver, or, detached, only when they are ended. One that has just
+    begun has not given itself its name yet; it is known by the program that it runs.
+    """
 
     pid: int
     ticks: int
     name: str
     wandb: bool
+    ray: bool
 
 
 def boot_id() -> str:
@@ -71,13 +76,14 @@ def of_attempt(tag: str, spare: frozenset[int]) -> list[Found]:
             if mark not in environ.split(b"\0"):
                 continue
             name = (_PROC / entry / "comm").read_text(encoding="utf-8", errors="replace").strip()
-            program = (_PROC / entry / "cmdline").read_bytes().split(b"\0", 1)[0]
+            words = (_PROC / entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue  # it ended meanwhile, or belongs to another user
         fields = _stat(int(entry))
         if fields and fields[0] not in "ZX":
-            wandb = name.startswith("wandb-") or b"/wandb/bin/" in program
-            found.append(Found(int(entry), int(fields[19]), name, wandb))
+            wandb = name.startswith("wandb-") or b"/wandb/bin/" in words[0]
+            ray = name.startswith("ray::") or any(b"/ray/_private/workers/" in word for word in words)
+            found.append(Found(int(entry), int(fields[19]), name, wandb=wandb, ray=ray))
     return found
 
 
