@@ -18,10 +18,10 @@ import anyio
 from benchmarks.hosts import Host, World, lab
 from benchmarks.measure import Result, compared, in_turns, seconds
 from benchmarks.workshop import Workshop
-from raylaunch.cluster.host_wheels import HostWheels, Seen
-from raylaunch.cluster.resolving import Wheel
-from raylaunch.cluster.ssh import machine
-from raylaunch.cluster.wheels import WheelStore
+from raylaunch.cluster.install.host_wheels import HostWheels, Seen
+from raylaunch.cluster.install.resolving import Wheel
+from raylaunch.cluster.install.wheels import WheelStore
+from raylaunch.cluster.ssh.machine import machine
 
 _MB = 1_000_000
 # As Ray, wandb and what they need were in November 2026: a few large wheels and many small ones, 155 MB in all.

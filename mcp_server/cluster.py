@@ -10,7 +10,7 @@ from mcp_server.bounds import Json
 from mcp_server.call import Call, News
 from mcp_server.words import cluster_facts, findings_facts, next_for_cluster, next_without_cluster
 from raylaunch.client import Client
-from raylaunch.cluster.last_look import LastLook, hosts_to_look_at, keep_problems, last_look
+from raylaunch.cluster.doctor.last_look import LastLook, hosts_to_look_at, keep_problems, last_look
 from raylaunch.errors import ClusterDownError, HostError
 from raylaunch.place import Place
 from raylaunch.spec import ClusterSpec
@@ -61,7 +61,7 @@ async def _status(place: Place) -> Json:
 
 async def _look(spec: ClusterSpec, call: Call) -> LastLook:
     """Look at all hosts now, and say meanwhile how many are done."""
-    from raylaunch.cluster.doctor import examine  # noqa: PLC0415 -- seldom, and it costs 0.1 s to load
+    from raylaunch.cluster.doctor.look import examine  # noqa: PLC0415 -- seldom, and it costs 0.1 s to load
 
     every = len(hosts_to_look_at(spec))
     done: list[str] = []

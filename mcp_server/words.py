@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import datetime, timezone
 
 from mcp_server.bounds import Json, short, without_empty
-from raylaunch.cluster.last_look import LastLook
-from raylaunch.cluster.problem import Problem
+from raylaunch.cluster.doctor.last_look import LastLook
+from raylaunch.cluster.doctor.problem import Problem
 from raylaunch.reasons import Reason
 from raylaunch.state import AttemptView, ControllerStatus, JobState, JobView, NodeView
 

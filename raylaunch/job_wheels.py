@@ -15,10 +15,10 @@ from pathlib import Path
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
-from raylaunch.cluster.pins import WheelPlatform
+from raylaunch.cluster.install.pins import WheelPlatform
+from raylaunch.cluster.install.resolving import IndexUnreachableError, Wheel, find_uv
+from raylaunch.cluster.install.wheels import WheelStore
 from raylaunch.cluster.programs import run_program
-from raylaunch.cluster.resolving import IndexUnreachableError, Wheel, find_uv
-from raylaunch.cluster.wheels import WheelStore
 from raylaunch.errors import SpecError
 from raylaunch.packing import Packed
 from raylaunch.spec import Environment, JobSpec

@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from raylaunch.cluster.lane_start import Lane, started_lane
-from raylaunch.cluster.part_file import PartFile, notes_of
-from raylaunch.cluster.ssh_transfer import RANGE_BYTES
+from raylaunch.cluster.reach.lane_start import Lane, started_lane
+from raylaunch.cluster.reach.part_file import PartFile, notes_of
+from raylaunch.cluster.ssh.transfer import RANGE_BYTES
 from raylaunch.errors import TransferError
 from raylaunch.state import Artifact
 from raylaunch.transfer import OnProgress

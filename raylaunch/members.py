@@ -15,7 +15,7 @@ from raylaunch.cluster import members
 from raylaunch.cluster.backends import DownReport, Step
 from raylaunch.cluster.home import storage_errors
 from raylaunch.cluster.ports import LOOPBACK
-from raylaunch.cluster.ssh_target import OnPrompt
+from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.config import ClusterFile, load_cluster_file
 from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError, SpecError
 from raylaunch.place import Place

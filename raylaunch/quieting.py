@@ -9,7 +9,7 @@ import anyio
 
 from raylaunch.client import Client
 from raylaunch.cluster.backends import Step
-from raylaunch.cluster.ssh_target import OnPrompt
+from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.errors import ClusterDownError, ClusterError, RayVersionError
 from raylaunch.place import Place
 from raylaunch.state import ClusterStatus, JobView

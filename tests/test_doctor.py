@@ -16,8 +16,8 @@ from support.nvidia import dgx_h100
 from support.sshd import Sshd, free_port, sshd
 
 from raylaunch.cli.doctor import doctor_lines
-from raylaunch.cluster.doctor import Findings
-from raylaunch.cluster.problem import Problem, blocking, warning
+from raylaunch.cluster.doctor.look import Findings
+from raylaunch.cluster.doctor.problem import Problem, blocking, warning
 
 NO_PIP = str(Path(__file__).parent / "data/no_pip")
 

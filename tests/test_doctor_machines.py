@@ -23,7 +23,7 @@ from support.fittings import (
 )
 from support.hosts import World, world
 
-from raylaunch.cluster.doctor import Findings
+from raylaunch.cluster.doctor.look import Findings
 
 pytestmark = [pytest.mark.machines, pytest.mark.timeout(300)]
 

@@ -15,7 +15,7 @@ from support import fittings
 from support.hosts import Host, World, world
 from support.waiting import wait_until
 
-from raylaunch.cluster.ssh import machine
+from raylaunch.cluster.ssh.machine import machine
 
 pytestmark = pytest.mark.machines
 

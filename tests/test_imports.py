@@ -63,8 +63,8 @@ MAY: dict[str, frozenset[str]] = {
 # A foreign library, and the only places that may import it.
 KNOWN_TO: dict[str, tuple[str, ...]] = {
     "asyncssh": tuple(
-        f"raylaunch/cluster/{name}.py"
-        for name in ("ssh", "ssh_connect", "ssh_dial", "ssh_host_keys", "ssh_identities", "ssh_places", "ssh_talk")
+        f"raylaunch/cluster/ssh/{name}.py"
+        for name in ("machine", "connect", "dial", "host_keys", "identities", "places", "talk")
     ),
     "ray": (
         "raylaunch/tracking/train_callback.py",

@@ -24,13 +24,13 @@ from support.index import Index, index, installed_wheel, tiny_wheel
 from support.sshd import Sshd, sshd
 from support.waiting import wait_until
 
-from raylaunch.cluster.install import HostPython, Way, ensure_beside, ensure_environment
-from raylaunch.cluster.own_wheel import own_wheel
-from raylaunch.cluster.pins import EXACT, WheelPlatform, installed_pins, installed_version
+from raylaunch.cluster.install.environment import HostPython, Way, ensure_beside, ensure_environment
+from raylaunch.cluster.install.own_wheel import own_wheel
+from raylaunch.cluster.install.pins import EXACT, WheelPlatform, installed_pins, installed_version
+from raylaunch.cluster.install.resolving import find_uv
+from raylaunch.cluster.install.wheels import WheelStore
 from raylaunch.cluster.plan import Step
-from raylaunch.cluster.resolving import find_uv
-from raylaunch.cluster.ssh import machine
-from raylaunch.cluster.wheels import WheelStore
+from raylaunch.cluster.ssh.machine import machine
 from raylaunch.errors import (
     HostLostError,
     HostStepError,
@@ -302,10 +302,10 @@ CLIENT = """
 import json, sys
 import anyio
 from pathlib import Path
-from raylaunch.cluster.install import HostPython, ensure_environment
-from raylaunch.cluster.pins import WheelPlatform
-from raylaunch.cluster.ssh import Target, machine
-from raylaunch.cluster.wheels import WheelStore
+from raylaunch.cluster.install.environment import HostPython, ensure_environment
+from raylaunch.cluster.install.pins import WheelPlatform
+from raylaunch.cluster.ssh.machine import Target, machine
+from raylaunch.cluster.install.wheels import WheelStore
 
 asked = json.loads(sys.argv[1])
 target = Target(**asked["target"], ssh_config=Path(asked["config"]), known_hosts=Path(asked["known_hosts"]))

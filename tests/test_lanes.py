@@ -15,8 +15,8 @@ from support.waiting import wait_until
 
 from raylaunch.cluster.client_record import ClientRecord, save_client
 from raylaunch.cluster.home import cluster_paths, make_private_dir
-from raylaunch.cluster.part_file import notes_of
 from raylaunch.cluster.plan import Reach
+from raylaunch.cluster.reach.part_file import notes_of
 from raylaunch.errors import TransferError
 from raylaunch.lanes import Lanes
 from raylaunch.spec import ClusterSpec

@@ -13,11 +13,11 @@ from support.fittings import add_user, bare_python, find_python, only_python
 from support.hosts import Host, World, world
 from support.waiting import wait_until
 
-from raylaunch.cluster.install import HostPython, ensure_environment
-from raylaunch.cluster.pins import EXACT, WheelPlatform, installed_version
+from raylaunch.cluster.install.environment import HostPython, ensure_environment
+from raylaunch.cluster.install.pins import EXACT, WheelPlatform, installed_version
+from raylaunch.cluster.install.wheels import WheelStore
 from raylaunch.cluster.plan import Step
-from raylaunch.cluster.ssh import machine
-from raylaunch.cluster.wheels import WheelStore
+from raylaunch.cluster.ssh.machine import machine
 from raylaunch.errors import HostError, HostLostError
 from raylaunch.version import __version__
 

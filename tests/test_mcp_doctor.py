@@ -17,10 +17,10 @@ from support.agent import Agent, agent_at, cluster_of_paper
 from support.sshd import LOOPBACK, Sshd, free_port, sshd
 
 from mcp_server.words import findings_facts, next_without_cluster
-from raylaunch.cluster.doctor import examine
+from raylaunch.cluster.doctor.last_look import LastLook, keep_problems, last_look
+from raylaunch.cluster.doctor.look import examine
+from raylaunch.cluster.doctor.problem import Problem, blocking, warning
 from raylaunch.cluster.home import cluster_paths
-from raylaunch.cluster.last_look import LastLook, keep_problems, last_look
-from raylaunch.cluster.problem import Problem, blocking, warning
 from raylaunch.spec import ClusterSpec
 
 pytestmark = pytest.mark.slow

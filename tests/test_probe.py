@@ -22,9 +22,9 @@ import pytest
 from support.nvidia import H100, NvidiaSmi, dgx_h100, sliced, spark
 from support.sshd import Sshd, sshd
 
-from raylaunch.cluster.facts import HostFacts
-from raylaunch.cluster.probe import probe, script
-from raylaunch.cluster.ssh import machine
+from raylaunch.cluster.probe.facts import HostFacts
+from raylaunch.cluster.probe.one_host import probe, script
+from raylaunch.cluster.ssh.machine import machine
 from raylaunch.cluster.this_machine import Ran, ThisMachine
 from raylaunch.errors import HostStepError
 from raylaunch.spec import HostSpec

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from support.facts import BLOCKING, GIB, SOMEBODY, WARNING, Case, check_alone, check_words, disk, facts, one_host
 
-from raylaunch.cluster.facts import HostFacts
-from raylaunch.cluster.problems import problems
+from raylaunch.cluster.doctor.problems import problems
+from raylaunch.cluster.probe.facts import HostFacts
 from raylaunch.spec import ClusterSpec, HostSpec
 
 CASES = (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.facts import SECOND, Changes, disk, facts, only, two_hosts
 
-from raylaunch.cluster.problems import CODES, problems
+from raylaunch.cluster.doctor.problems import CODES, problems
 from raylaunch.errors import (
     HostAuthError,
     HostKeyError,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from support.facts import BLOCKING, SOMEBODY, WARNING, Case, check_alone, check_words, facts, one_host
 
+from raylaunch.cluster.doctor.problems import problems
 from raylaunch.cluster.host_gpus import counted
-from raylaunch.cluster.problems import problems
 from raylaunch.spec import ClusterSpec, HostSpec
 
 LAB2 = {"name": "lab2", "user": "anna", "folder": "/home/anna/.raylaunch/clusters/lab2", "pid": 77, "wanted": "running"}

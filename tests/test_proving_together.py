@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raylaunch.cluster.on_host import HostState
-from raylaunch.cluster.proving_together import Member, TogetherPlan, explain, plan_together, success
+from raylaunch.cluster.prove.together import Member, TogetherPlan, explain, plan_together, success
 from raylaunch.cluster.record import NodePlace
 from raylaunch.runner import together
 from raylaunch.state import NodeView

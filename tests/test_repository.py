@@ -117,5 +117,5 @@ def test_the_wheel_carries_the_demo_and_the_types(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"raylaunch/demo/digits/{name}" for name in ("train.py", "evaluate.py", "job.yaml")} <= names
     assert {"raylaunch/py.typed", "mcp_server/__init__.py"} <= names
-    assert {f"raylaunch/cluster/probe_{part}.sh" for part in ("gpus", "python", "script")} <= names
+    assert {f"raylaunch/cluster/probe/{part}.sh" for part in ("gpus", "python", "script")} <= names
     assert not [name for name in names if name.startswith(("tests/", "examples/"))]

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from support.sshd import Sshd, free_port, sshd
 from support.waiting import wait_until
 
-from raylaunch.cluster.scripts import Frame, assign, courier, quote
-from raylaunch.cluster.ssh import Machine, Script, Wait, machine
+from raylaunch.cluster.ssh.machine import Machine, Script, Wait, machine
+from raylaunch.cluster.ssh.scripts import Frame, assign, courier, quote
 from raylaunch.errors import (
     HostError,
     HostLostError,
@@ -271,7 +271,7 @@ async def test_a_script_whose_client_was_killed_ends_too(host: Sshd, tmp_path: P
     client.write_text(
         "import anyio, sys\n"
         "from pathlib import Path\n"
-        "from raylaunch.cluster.ssh import Script, Target, machine\n"
+        "from raylaunch.cluster.ssh.machine import Script, Target, machine\n"
         "async def main():\n"
         "    port, user, key, known, config, text = sys.argv[1:]\n"
         "    files = {'known_hosts': Path(known), 'ssh_config': Path(config)}\n"
@@ -297,7 +297,7 @@ async def test_a_script_whose_client_was_killed_ends_too(host: Sshd, tmp_path: P
 
 @pytest.mark.slow
 async def test_an_sshd_that_hangs_in_the_middle_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raylaunch.cluster.ssh_connect._KEEPALIVE_S", 1)  # test_ssh_network waits as long as people do
+    monkeypatch.setattr("raylaunch.cluster.ssh.connect._KEEPALIVE_S", 1)  # test_ssh_network waits as long as people do
     with sshd(tmp_path) as frozen:
         async with machine(frozen.target) as there:
             await lost(there, "mark-frozen", frozen.freeze)

@@ -15,7 +15,7 @@ import pytest
 from support.laptop import Person, agent, empty_laptop, hello, program, refusal
 from support.sshd import LOOPBACK, Sshd, free_port, make_key, sshd
 
-from raylaunch.cluster.ssh import Target, machine
+from raylaunch.cluster.ssh.machine import Target, machine
 from raylaunch.errors import HostAuthError, HostUnreachableError, SpecError
 
 pytestmark = pytest.mark.anyio

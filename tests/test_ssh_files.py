@@ -19,8 +19,8 @@ from support.disks import small_disk
 from support.sshd import Sshd, sshd
 from support.waiting import wait_until
 
-from raylaunch.cluster.ssh import Machine, PushFile, machine
-from raylaunch.cluster.ssh_transfer import RANGE_BYTES
+from raylaunch.cluster.ssh.machine import Machine, PushFile, machine
+from raylaunch.cluster.ssh.transfer import RANGE_BYTES
 from raylaunch.errors import HostLostError, HostStorageError, RaylaunchError, SpecError, StorageError, TransferError
 
 pytestmark = [pytest.mark.slow, pytest.mark.anyio]

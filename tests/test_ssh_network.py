@@ -14,7 +14,7 @@ from support.host import Host
 from support.hosts import World, world
 from support.waiting import wait_until
 
-from raylaunch.cluster.ssh import Lines, Machine, PushFile, Script, Target, machine
+from raylaunch.cluster.ssh.machine import Lines, Machine, PushFile, Script, Target, machine
 from raylaunch.errors import HostLostError, HostStorageError, HostUnreachableError
 
 pytestmark = [pytest.mark.machines, pytest.mark.anyio]
@@ -93,7 +93,7 @@ async def test_a_link_that_comes_back_soon_interrupts_nothing(lab: World, there:
 async def test_a_push_over_a_link_that_was_cut_is_completed_over_the_next_connection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raylaunch.cluster.ssh_connect._KEEPALIVE_S", 1)
+    monkeypatch.setattr("raylaunch.cluster.ssh.connect._KEEPALIVE_S", 1)
     wheel = tmp_path / "big.whl"
     wheel.write_bytes(bytes(range(256)) * (70 * MB // 256))
     with world(1) as own:

@@ -13,7 +13,7 @@ import click
 from raylaunch import place
 from raylaunch.cli.console import is_terminal, note
 from raylaunch.cluster.backends import Step
-from raylaunch.cluster.ssh_target import Prompt
+from raylaunch.cluster.ssh.target import Prompt
 from raylaunch.config import load_cluster_file
 
 _Result = TypeVar("_Result")

@@ -10,11 +10,11 @@ import click
 from raylaunch.cli.connect import ask_person, finish
 from raylaunch.cli.console import count, note, say, say_json, size, styled, table
 from raylaunch.cli.options import as_json
-from raylaunch.cluster.doctor import Findings, examine
-from raylaunch.cluster.facts import HostFacts
-from raylaunch.cluster.last_look import keep_problems
-from raylaunch.cluster.problem import Problem
-from raylaunch.cluster.ssh_target import Wait
+from raylaunch.cluster.doctor.last_look import keep_problems
+from raylaunch.cluster.doctor.look import Findings, examine
+from raylaunch.cluster.doctor.problem import Problem
+from raylaunch.cluster.probe.facts import HostFacts
+from raylaunch.cluster.ssh.target import Wait
 from raylaunch.config import load_cluster_file
 from raylaunch.log_view import clean
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from raylaunch.cluster.plan import DownReport, Ended, Plan, Reach, Step
-from raylaunch.cluster.ssh_target import OnPrompt
+from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import ClusterStatus
 

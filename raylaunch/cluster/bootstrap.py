@@ -12,18 +12,19 @@ from typing import TypeVar
 
 import anyio
 
-from raylaunch.cluster import host_calls, pythons
+from raylaunch.cluster import host_calls
 from raylaunch.cluster.client_record import HeadProgram
-from raylaunch.cluster.facts import HostFacts
+from raylaunch.cluster.doctor.problems import Problem, problems
 from raylaunch.cluster.host_gpus import counted
-from raylaunch.cluster.install import HostPython, ensure_beside, ensure_environment
+from raylaunch.cluster.install import pythons
+from raylaunch.cluster.install.environment import HostPython, ensure_beside, ensure_environment
+from raylaunch.cluster.install.wheels import WheelStore
 from raylaunch.cluster.on_host import HostState, Join, UpHead
 from raylaunch.cluster.plan import Step
-from raylaunch.cluster.probe import probe
-from raylaunch.cluster.problems import Problem, problems
-from raylaunch.cluster.ssh import Machine, OnPrompt, Wait, machine
+from raylaunch.cluster.probe.facts import HostFacts
+from raylaunch.cluster.probe.one_host import probe
+from raylaunch.cluster.ssh.machine import Machine, OnPrompt, Wait, machine
 from raylaunch.cluster.targets import place_of, root_of, target_of
-from raylaunch.cluster.wheels import WheelStore
 from raylaunch.errors import ClusterError, ClusterStartError, RaylaunchError
 from raylaunch.spec import ClusterSpec, HostSpec
 from raylaunch.version import __version__

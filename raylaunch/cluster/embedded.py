@@ -24,7 +24,7 @@ from raylaunch.cluster.record import (
     recalled_cluster_id,
     save_record,
 )
-from raylaunch.cluster.ssh_target import OnPrompt
+from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.cluster.still import locked, telling_steps
 from raylaunch.cluster.sweep import of_controller, of_ray, runners, sweep_ray
 from raylaunch.cluster.versions import check_versions

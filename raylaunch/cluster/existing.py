@@ -45,7 +45,7 @@ from raylaunch.cluster.record import (
     save_record,
     store_of,
 )
-from raylaunch.cluster.ssh_target import OnPrompt
+from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.cluster.steps import Steps
 from raylaunch.cluster.versions import check_ours
 from raylaunch.errors import ClusterStartError, SpecError, VersionError

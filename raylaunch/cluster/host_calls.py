@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from raylaunch.cluster.client_record import HeadProgram
 from raylaunch.cluster.on_host import Down, Ended, HostState, Join, Look, UpHead
 from raylaunch.cluster.plan import Step
-from raylaunch.cluster.ssh import Machine
+from raylaunch.cluster.ssh.machine import Machine
 from raylaunch.errors import ClusterStartError, RaylaunchError, VersionError, from_wire
 
 _Answer = TypeVar("_Answer", bound=BaseModel)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raylaunch.cluster.facts import HostFacts, HostGpu
 from raylaunch.cluster.own import is_own
+from raylaunch.cluster.probe.facts import HostFacts, HostGpu
 from raylaunch.spec import ClusterSpec, HostSpec
 
 _SHORTEST_UUID = len("GPU-") + 4

@@ -19,7 +19,7 @@ from raylaunch.cluster.client_record import (
 from raylaunch.cluster.home import ClusterPaths, cluster_paths, make_private_dir, storage_errors
 from raylaunch.cluster.plan import Reach
 from raylaunch.cluster.ports import LOOPBACK
-from raylaunch.cluster.tunnel_use import START_S, end_tunnel, ensure_tunnel
+from raylaunch.cluster.reach.tunnel_use import START_S, end_tunnel, ensure_tunnel
 from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError, RaylaunchError
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import Admission, Invitation, RayAccess

@@ -8,7 +8,7 @@ from raylaunch.cluster.client_record import ClientRecord, load_client, refuse_jo
 from raylaunch.cluster.home import cluster_paths
 from raylaunch.cluster.plan import DownReport
 from raylaunch.cluster.record import cluster_lock
-from raylaunch.cluster.ssh_target import OnPrompt
+from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError
 from raylaunch.spec import ClusterSpec
 

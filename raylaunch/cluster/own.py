@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from raylaunch.cluster.facts import FoundCluster, HostFacts
+from raylaunch.cluster.probe.facts import FoundCluster, HostFacts
 from raylaunch.spec import ClusterSpec
 
 

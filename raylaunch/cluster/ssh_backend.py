@@ -9,8 +9,8 @@ from raylaunch.cluster.controller_program import controller_status
 from raylaunch.cluster.home import ClusterPaths, cluster_paths
 from raylaunch.cluster.plan import DownReport, Plan, Reach, Step
 from raylaunch.cluster.ports import LOOPBACK
-from raylaunch.cluster.ssh_target import OnPrompt
-from raylaunch.cluster.tunnel_use import ensure_tunnel
+from raylaunch.cluster.reach.tunnel_use import ensure_tunnel
+from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.errors import (
     ClusterDownError,
     RaylaunchError,

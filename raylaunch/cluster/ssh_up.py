@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 from raylaunch.cluster.bootstrap import Bootstrap, Outcome
 from raylaunch.cluster.client_record import ClientRecord, load_client, load_tunnel, refuse_joined, save_client
+from raylaunch.cluster.doctor.last_look import keep_problems
 from raylaunch.cluster.home import ClusterPaths, cluster_paths, make_private_dir
-from raylaunch.cluster.last_look import keep_problems
 from raylaunch.cluster.on_host import HostState
 from raylaunch.cluster.plan import DownReport, Plan, Step
-from raylaunch.cluster.proving import Proof
+from raylaunch.cluster.prove.nodes import Proof
+from raylaunch.cluster.reach.tunnel_use import START_S, end_tunnel, ensure_tunnel
 from raylaunch.cluster.record import cluster_lock
-from raylaunch.cluster.ssh_target import OnPrompt
+from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.cluster.still import Still, locked, telling_steps
 from raylaunch.cluster.take_down import TakeDown
-from raylaunch.cluster.tunnel_use import START_S, end_tunnel, ensure_tunnel
 from raylaunch.errors import ClusterError, ClusterStartError, RaylaunchError, RayVersionError
 from raylaunch.spec import ClusterSpec
 

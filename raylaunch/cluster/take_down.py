@@ -7,8 +7,8 @@ import anyio
 from raylaunch.cluster import host_calls
 from raylaunch.cluster.client_record import ClientRecord
 from raylaunch.cluster.plan import Ended
-from raylaunch.cluster.ssh import machine
-from raylaunch.cluster.ssh_target import OnPrompt
+from raylaunch.cluster.ssh.machine import machine
+from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.cluster.targets import target_of
 from raylaunch.errors import RaylaunchError
 

@@ -6,9 +6,9 @@ import ipaddress
 import posixpath
 from collections.abc import Sequence
 
-from raylaunch.cluster.facts import HostFacts, Interface
+from raylaunch.cluster.probe.facts import HostFacts, Interface
 from raylaunch.cluster.record import NodePlace
-from raylaunch.cluster.ssh_target import Target
+from raylaunch.cluster.ssh.target import Target
 from raylaunch.errors import ClusterStartError
 from raylaunch.spec import ClusterSpec, HostSpec
 

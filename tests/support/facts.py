@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from raylaunch.cluster.facts import HostFacts
-from raylaunch.cluster.problem import Level
-from raylaunch.cluster.problems import Problem, problems
+from raylaunch.cluster.doctor.problem import Level
+from raylaunch.cluster.doctor.problems import Problem, problems
+from raylaunch.cluster.probe.facts import HostFacts
 from raylaunch.spec import ClusterSpec
 
 DATA = Path(__file__).parent.parent / "data/facts"

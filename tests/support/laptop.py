@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.cluster.ssh import Prompt, Target, machine
+from raylaunch.cluster.ssh.machine import Prompt, Target, machine
 from raylaunch.errors import RaylaunchError
 from support.sshd import Sshd
 from support.waiting import wait_until

@@ -1,0 +1,1 @@
+"""What is wrong with hosts, and what mends it."""

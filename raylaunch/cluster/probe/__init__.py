@@ -1,0 +1,1 @@
+"""What a host is: looked at in one round trip, and read into facts."""

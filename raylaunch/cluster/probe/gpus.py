@@ -1,0 +1,111 @@
+"""What the probe's script printed of the GPUs: ``nvidia-smi``'s tables, the PCI bus, and the kernel's log."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Mapping
+
+from raylaunch.cluster.probe.answer import Answer, Section
+from raylaunch.cluster.probe.facts import GpuProcess, Gpus, HostGpu
+
+_MIB = 1024 * 1024
+_CUDA = re.compile(r"CUDA (?:UMD )?Version\s*:\s*([0-9.]+)")
+"""Drivers from 610 on say "CUDA UMD Version"."""
+_MODULE = re.compile(r"Module\s+(?:for \S+\s+)?([0-9.]+)")
+_MIG_DEVICE = re.compile(r"^\s+MIG .*\(UUID: MIG-", re.MULTILINE)
+_NO_DEVICES = "No devices were found"
+
+
+def read_gpus(answer: Answer) -> Gpus:
+    """Return the host's GPUs; of a driver that does not work, what it said."""
+    hardware, query = answer["gpu_hardware"], answer["gpu_query"]
+    rows = _table(query.text) if query.status == 0 and _NO_DEVICES not in query.text else []
+    users = _processes(answer["gpu_apps"])
+    found = tuple(_gpu(row, users.get(row.get("uuid", ""), ())) for row in rows)
+    module = _MODULE.search(hardware.one("module"))
+    cuda = _CUDA.search(answer["gpu_version"].text)
+    return Gpus(
+        hardware=len(hardware.all("pci")) if hardware.status == 0 else None,
+        nvidia_smi=hardware.one("smi"),
+        problem=_problem(query),
+        driver=next(
+            (row["driver_version"] for row in rows if row.get("driver_version")), module.group(1) if module else ""
+        ),
+        cuda=cuda.group(1) if cuda else "",
+        gpus=found,
+        mig_devices=len(_MIG_DEVICE.findall(answer["gpu_list"].text)),
+        xids=tuple(answer["xid"].text.splitlines()) if answer["xid"].status == 0 else None,
+    )
+
+
+def _problem(query: Section) -> str:
+    if query.status == 0 or (not query.rows and query.status is None) or _NO_DEVICES in query.text:
+        return ""
+    if query.status == 124:  # noqa: PLR2004 -- what `timeout` says
+        return "it did not answer within 10 s"
+    return " ".join(query.text.split()) or f"exit status {query.status}"
+
+
+def _table(text: str) -> list[dict[str, str]]:
+    """Read CSV with its header; ``memory.total [MiB]`` is called ``memory.total``."""
+    lines = list(csv.reader(text.splitlines(), skipinitialspace=True))
+    header = next((at for at, row in enumerate(lines) if row and row[0].strip() in {"index", "gpu_uuid"}), None)
+    if header is None:
+        return []
+    names = [cell.partition(" [")[0].strip() for cell in lines[header]]
+    return [
+        dict(zip(names, (cell.strip() for cell in row), strict=True))
+        for row in lines[header + 1 :]
+        if len(row) == len(names)
+    ]
+
+
+def _gpu(row: Mapping[str, str], processes: Iterable[GpuProcess]) -> HostGpu:
+    ecc = _number(row.get("ecc.errors.uncorrected.volatile.total", ""))
+    return HostGpu(
+        index=row.get("index", ""),
+        uuid=row.get("uuid", ""),
+        name=row.get("name", ""),
+        memory_total=_mib(row.get("memory.total", "")),
+        memory_used=_mib(row.get("memory.used", "")),
+        utilization=_number(row.get("utilization.gpu", "")),
+        bus_id=row.get("pci.bus_id", ""),
+        compute_capability=row.get("compute_cap", ""),
+        compute_mode=row.get("compute_mode", ""),
+        mig={"Enabled": True, "Disabled": False}.get(row.get("mig.mode.current", "")),
+        ecc_errors=None if ecc is None else int(ecc),
+        processes=tuple(processes),
+    )
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # [N/A], [Not Supported], [Unknown Error]
+        return None
+
+
+def _mib(text: str) -> int | None:
+    number = _number(text)
+    return None if number is None else int(number * _MIB)
+
+
+def _processes(section: Section) -> dict[str, list[GpuProcess]]:
+    """Return who computes on which GPU, by its UUID."""
+    about = {row[0]: (*row[1:], "", "")[:2] for row in section.all("pid") if row}
+    found: dict[str, list[GpuProcess]] = {}
+    for row in _table("\n".join(line[0] for line in section.all("app") if line)):
+        pid = row.get("pid", "")
+        if not pid.isdigit():
+            continue
+        user, ours = about.get(pid, ("", ""))
+        process = GpuProcess(
+            pid=int(pid),
+            user=user,
+            command=row.get("process_name", "").rsplit("/", 1)[-1].strip("[]"),
+            memory=_mib(row.get("used_gpu_memory", row.get("used_memory", ""))),
+            ours=ours == "yes",
+        )
+        found.setdefault(row.get("gpu_uuid", ""), []).append(process)
+    return found

@@ -1,0 +1,1 @@
+"""The proof that a cluster works: jobs on each node, and an all-reduce between them."""

@@ -1,0 +1,216 @@
+"""A lane: a process with an SSH connection of its own to a cluster's head, over which ranges of a file come here.
+
+``python -m raylaunch.cluster.reach.lane NAME``. One connection is one stream of ciphers on one core, and one window on
+a long way; several lanes are several of both. A lane takes its orders on stdin and answers on stdout, a line each:
+
+======================  ==============================================================
+``{"url": …, "part": …, "size": …}``   first of all: which file of the controller, and into which part of it here
+``ready``                              connected
+``OFFSET LENGTH``                      a range that is wanted; `STREAMS` of them are fetched at a time
+``got N``                              so many bytes more have been written
+``done OFFSET``                        that range is complete
+``full ERRNO WORDS``                   it cannot be written here, and the lane ends
+======================  ==============================================================
+
+It ends with its stdin, and with the first thing that goes wrong: whoever started it goes on without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+
+from raylaunch.cluster.client_record import ClientRecord, load_client, load_tunnel
+from raylaunch.cluster.home import ClusterPaths, cluster_paths
+from raylaunch.cluster.ports import LOOPBACK
+from raylaunch.cluster.reach.part_file import write_all
+from raylaunch.cluster.ssh.dial import Call, dial
+from raylaunch.cluster.ssh.machine import Machine, machine
+from raylaunch.cluster.targets import target_of
+from raylaunch.errors import ClusterDownError, RaylaunchError, StorageError, TransferError
+
+STREAMS = 2
+"""Ranges that a lane fetches at a time: while one is asked for, another arrives."""
+_SILENT_S = 30.0
+_BLOCK = 1024 * 1024
+_HEAD_END = b"\r\n\r\n"
+_MOST_HEAD = 64 * 1024
+_PARTIAL = re.compile(rb"HTTP/1\.1 206 .*\r\ncontent-range: bytes (\d+)-(\d+)/(\d+)\r\n", re.DOTALL | re.IGNORECASE)
+
+
+class _Stream:
+    """One connection to the controller, with one range at a time on it."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._descriptor = descriptor
+        self._size = size
+        self._head = bytearray()
+        self._pieces: list[bytes] = []
+        self._held = 0
+        self._at = self._end = 0
+        self._in_body = False
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.call: Call | None = None
+        self.last = 0.0
+
+    async def fetch(self, request: bytes, offset: int, length: int) -> None:
+        """Ask for a range, and return when all of it is written."""
+        assert self.call is not None  # noqa: S101 -- set right after this was made
+        loop = asyncio.get_running_loop()
+        self._at, self._end, self._in_body, self._over = offset, offset + length, False, loop.create_future()
+        self._head.clear()
+        self.last = loop.time()
+        span = f"Range: bytes={offset}-{offset + length - 1}\r\n\r\n"
+        self.call.send(request + span.encode())
+        while not self._over.done():
+            await asyncio.wait({self._over, self.call.closed}, timeout=1, return_when=asyncio.FIRST_COMPLETED)
+            if not self._over.done() and (self.call.closed.done() or loop.time() - self.last > _SILENT_S):
+                msg = f"the connection ended, or was silent, at byte {self._at}"
+                raise TransferError(msg)
+        self._over.result()
+
+    def feed(self, data: bytes) -> None:
+        """Take what has arrived."""
+        self.last = asyncio.get_running_loop().time()
+        if self._over.done():
+            return
+        try:
+            body = data if self._in_body else self._after_head(data)
+            if body:
+                self._take(body)
+        except RaylaunchError as error:
+            self._over.set_exception(error)
+
+    def _after_head(self, data: bytes) -> bytes:
+        self._head += data
+        end = self._head.find(_HEAD_END)
+        if end < 0 and len(self._head) < _MOST_HEAD:
+            return b""
+        found = _PARTIAL.match(self._head[: end + 2])
+        if (
+            end < 0
+            or found is None
+            or (int(found[1]), int(found[2]), int(found[3]))
+            != (
+                self._at,
+                self._end - 1,
+                self._size,
+            )
+        ):
+            msg = f"the controller did not answer with the range: {bytes(self._head[:60])!r}"
+            raise TransferError(msg)
+        self._in_body = True
+        return bytes(self._head[end + len(_HEAD_END) :])
+
+    def _take(self, body: bytes) -> None:
+        self._pieces.append(body)
+        self._held += len(body)
+        complete = self._at + self._held >= self._end
+        if not complete and self._held < _BLOCK:
+            return
+        if self._at + self._held > self._end:
+            msg = "the controller sent more than the range"
+            raise TransferError(msg)
+        try:
+            write_all(self._descriptor, b"".join(self._pieces), self._at)
+        except OSError as error:
+            _say(f"full {error.errno or 0} {error.strerror}")
+            msg = f"it cannot be written: {error.strerror}"
+            raise StorageError(msg) from None
+        _say(f"got {self._held}")
+        self._at += self._held
+        self._pieces, self._held = [], 0
+        if complete:
+            self._over.set_result(None)
+
+
+async def run(paths: ClusterPaths) -> None:
+    """Take orders until there are none any more.
+
+    Raises:
+        RaylaunchError: there is no way to the head, or it broke.
+    """
+    loop = asyncio.get_running_loop()
+    orders = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
+    order = json.loads(await orders.readline())
+    client = load_client(paths)
+    if client is None:
+        msg = f"cluster {paths.name} is not known on this machine"
+        raise ClusterDownError(msg)
+    async with machine(target_of(client.spec.host_specs()[0])) as head:
+        _say("ready")
+        descriptor = os.open(order["part"], os.O_WRONLY)
+        try:
+            work = _Work(head, _port(paths, client), descriptor, int(order["size"]), orders)
+            tasks = [asyncio.ensure_future(work.stream(_request(order["url"], client.token))) for _ in range(STREAMS)]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+        finally:
+            os.close(descriptor)
+
+
+@dataclass
+class _Work:
+    """What the streams of a lane share."""
+
+    head: Machine
+    port: int
+    descriptor: int
+    size: int
+    orders: asyncio.StreamReader
+    _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def stream(self, request: bytes) -> None:
+        """Fetch one range after the other, until no more are wanted."""
+        stream = _Stream(self.descriptor, self.size)
+        stream.call = await dial(self.head, LOOPBACK, self.port, stream.feed)
+        while line := await self._order():
+            offset, length = map(int, line.split())
+            await stream.fetch(request, offset, length)
+            _say(f"done {offset}")
+
+    async def _order(self) -> bytes:
+        async with self._reading:
+            return await self.orders.readline()
+
+
+def _port(paths: ClusterPaths, client: ClientRecord) -> int:
+    """The tunnel has asked the head for it; what was known when the cluster came up may be over."""
+    tunnel = load_tunnel(paths)
+    return (tunnel.head_ports if tunnel else {}).get("controller") or client.head_ports["controller"]
+
+
+def _request(url: str, token: str) -> bytes:
+    lines = (f"GET {url} HTTP/1.1", f"Host: {LOOPBACK}", f"Authorization: Bearer {token}", "Accept-Encoding: identity")
+    return "".join(f"{line}\r\n" for line in lines).encode()
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def main(argv: list[str]) -> int:
+    """Serve one download."""
+    os.umask(0o077)
+    try:
+        asyncio.run(run(cluster_paths(argv[0])))
+    except RaylaunchError as error:
+        sys.stderr.write(f"lane: {error}\n")
+        return 1
+    except BrokenPipeError:  # nobody wants it any more
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""One machine over SSH: connecting, trusting, running scripts, moving files."""
