@@ -94,13 +94,13 @@ def once(work: Callable[[], object], after: int) -> OnProgress:
     return told
 
 
-def beside(host: Sshd, work: Callable[[], object], after: int) -> OnProgress:
+def beside(host: Sshd, work: Callable[[], object], after: int, *, connections: int = 2) -> OnProgress:
     """As `once`; nothing goes on before lanes are there, so that it is they who bring most of it."""
     then = once(work, after)
 
     def told(what: str, here: int, total: int) -> None:
         if here > 25 * _MB:  # of the first range; the processes have been started long before
-            wait_until(lambda: host.log().count("Accepted publickey") >= 2, 60, "lanes have connected")
+            wait_until(lambda: host.log().count("Accepted publickey") >= connections, 60, "lanes have connected")
         then(what, here, total)
 
     return told
@@ -109,10 +109,32 @@ def beside(host: Sshd, work: Callable[[], object], after: int) -> OnProgress:
 def test_a_large_file_comes_whole_over_connections_of_its_own(
     api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path
 ) -> None:
-    fetched(api, model, tmp_path / "got" / "model.bin", beside(host, lambda: None, 0))
+    each_stream_of_two_lanes = beside(host, lambda: None, 0, connections=4)
+    fetched(api, model, tmp_path / "got" / "model.bin", each_stream_of_two_lanes)
     assert file_sha256(tmp_path / "got" / "model.bin") == model[1].sha256
     assert [one.name for one in (tmp_path / "got").iterdir()] == ["model.bin"]
-    assert host.log().count("Accepted publickey") >= 2
+
+
+def test_it_comes_the_same_way_where_no_ssh_is_installed(
+    api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    fetched(api, model, tmp_path / "got" / "model.bin", beside(host, lambda: None, 0))
+    assert file_sha256(tmp_path / "got" / "model.bin") == model[1].sha256
+    assert host.log().count("Accepted publickey") == 2, "a lane has one connection of its own"
+
+
+def test_it_comes_the_same_way_where_the_ssh_that_is_installed_gets_none(
+    api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin" / "ssh"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nexit 255\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    fetched(api, model, tmp_path / "got" / "model.bin", beside(host, lambda: None, 0))
+    assert file_sha256(tmp_path / "got" / "model.bin") == model[1].sha256
+    assert host.log().count("Accepted publickey") == 2, "a lane has one connection of its own"
 
 
 def test_lanes_that_break_cost_speed_alone(api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path) -> None:

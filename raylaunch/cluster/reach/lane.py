@@ -1,7 +1,8 @@
 """A lane: a process with an SSH connection of its own to a cluster's head, over which ranges of a file come here.
 
 ``python -m raylaunch.cluster.reach.lane NAME``. One connection is one stream of ciphers on one core, and one window on
-a long way; several lanes are several of both. A lane takes its orders on stdin and answers on stdout, a line each:
+a long way; several lanes are several of both. The `ssh` that is installed here carries them where it can, for its
+ciphers are cheaper than ours. A lane takes its orders on stdin and answers on stdout, a line each:
 
 ======================  ==============================================================
 ``{"url": …, "part": …, "size": …}``   first of all: which file of the controller, and into which part of it here
@@ -22,14 +23,19 @@ import json
 import os
 import re
 import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
 
 from raylaunch.cluster.client_record import ClientRecord, load_client, load_tunnel
 from raylaunch.cluster.home import ClusterPaths, cluster_paths
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.reach.part_file import write_all
-from raylaunch.cluster.ssh.dial import Call, dial
+from raylaunch.cluster.ssh.dial import dial
 from raylaunch.cluster.ssh.machine import Machine, machine
+from raylaunch.cluster.ssh.openssh import command, piped
 from raylaunch.cluster.targets import target_of
 from raylaunch.errors import ClusterDownError, RaylaunchError, StorageError, TransferError
 
@@ -40,6 +46,19 @@ _BLOCK = 1024 * 1024
 _HEAD_END = b"\r\n\r\n"
 _MOST_HEAD = 64 * 1024
 _PARTIAL = re.compile(rb"HTTP/1\.1 206 .*\r\ncontent-range: bytes (\d+)-(\d+)/(\d+)\r\n", re.DOTALL | re.IGNORECASE)
+
+
+class _Call(Protocol):
+    """A connection to the controller, whoever carries it."""
+
+    @property
+    def closed(self) -> asyncio.Future[None]: ...
+
+    def send(self, data: bytes) -> None: ...
+
+
+OnData = Callable[[bytes], None]
+Connect = Callable[[OnData], AbstractAsyncContextManager[_Call]]
 
 
 class _Stream:
@@ -54,21 +73,19 @@ class _Stream:
         self._at = self._end = 0
         self._in_body = False
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.call: Call | None = None
         self.last = 0.0
 
-    async def fetch(self, request: bytes, offset: int, length: int) -> None:
+    async def fetch(self, call: _Call, request: bytes, offset: int, length: int) -> None:
         """Ask for a range, and return when all of it is written."""
-        assert self.call is not None  # noqa: S101 -- set right after this was made
         loop = asyncio.get_running_loop()
         self._at, self._end, self._in_body, self._over = offset, offset + length, False, loop.create_future()
         self._head.clear()
         self.last = loop.time()
         span = f"Range: bytes={offset}-{offset + length - 1}\r\n\r\n"
-        self.call.send(request + span.encode())
+        call.send(request + span.encode())
         while not self._over.done():
-            await asyncio.wait({self._over, self.call.closed}, timeout=1, return_when=asyncio.FIRST_COMPLETED)
-            if not self._over.done() and (self.call.closed.done() or loop.time() - self.last > _SILENT_S):
+            await asyncio.wait({self._over, call.closed}, timeout=1, return_when=asyncio.FIRST_COMPLETED)
+            if not self._over.done() and (call.closed.done() or loop.time() - self.last > _SILENT_S):
                 msg = f"the connection ended, or was silent, at byte {self._at}"
                 raise TransferError(msg)
         self._over.result()
@@ -116,12 +133,13 @@ class _Stream:
             msg = "the controller sent more than the range"
             raise TransferError(msg)
         try:
-            write_all(self._descriptor, b"".join(self._pieces), self._at)
+            write_all(self._descriptor, self._pieces, self._at)
         except OSError as error:
             _say(f"full {error.errno or 0} {error.strerror}")
             msg = f"it cannot be written: {error.strerror}"
             raise StorageError(msg) from None
-        _say(f"got {self._held}")
+        if self._held > 1:  # not the byte with which a connection is tried
+            _say(f"got {self._held}")
         self._at += self._held
         self._pieces, self._held = [], 0
         if complete:
@@ -142,40 +160,63 @@ async def run(paths: ClusterPaths) -> None:
     if client is None:
         msg = f"cluster {paths.name} is not known on this machine"
         raise ClusterDownError(msg)
-    async with machine(target_of(client.spec.host_specs()[0])) as head:
-        _say("ready")
-        descriptor = os.open(order["part"], os.O_WRONLY)
-        try:
-            work = _Work(head, _port(paths, client), descriptor, int(order["size"]), orders)
-            tasks = [asyncio.ensure_future(work.stream(_request(order["url"], client.token))) for _ in range(STREAMS)]
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.wait(tasks)
-        finally:
-            os.close(descriptor)
+    target, port = target_of(client.spec.host_specs()[0]), _port(paths, client)
+    descriptor = os.open(order["part"], os.O_WRONLY)
+    try:
+        work = _Work(_request(order["url"], client.token), descriptor, int(order["size"]), orders)
+        words = command(target, LOOPBACK, port)
+        if words is None or not await work.serve(partial(piped, words)):
+            async with machine(target) as head:
+                if not await work.serve(partial(_dialled, head, port)):
+                    msg = f"the controller does not answer through {target.name}"
+                    raise TransferError(msg)
+    finally:
+        os.close(descriptor)
+
+
+@asynccontextmanager
+async def _dialled(head: Machine, port: int, on_data: OnData) -> AsyncIterator[_Call]:
+    yield await dial(head, LOOPBACK, port, on_data)
 
 
 @dataclass
 class _Work:
     """What the streams of a lane share."""
 
-    head: Machine
-    port: int
+    request: bytes
     descriptor: int
     size: int
     orders: asyncio.StreamReader
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def stream(self, request: bytes) -> None:
+    async def serve(self, connect: Connect) -> bool:
+        """Fetch what is ordered over connections of this kind; False, with nothing done, where there is none.
+
+        Raises:
+            RaylaunchError: one broke.
+        """
+        async with AsyncExitStack() as stack:
+            streams = [_Stream(self.descriptor, self.size) for _ in range(STREAMS)]
+            calls = [await stack.enter_async_context(connect(stream.feed)) for stream in streams]
+            try:
+                await streams[0].fetch(calls[0], self.request, 0, 1)
+            except TransferError:
+                return False
+            _say("ready")
+            tasks = [asyncio.ensure_future(self._all(*pair)) for pair in zip(streams, calls, strict=True)]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+        return True
+
+    async def _all(self, stream: _Stream, call: _Call) -> None:
         """Fetch one range after the other, until no more are wanted."""
-        stream = _Stream(self.descriptor, self.size)
-        stream.call = await dial(self.head, LOOPBACK, self.port, stream.feed)
         while line := await self._order():
             offset, length = map(int, line.split())
-            await stream.fetch(request, offset, length)
+            await stream.fetch(call, self.request, offset, length)
             _say(f"done {offset}")
 
     async def _order(self) -> bytes:

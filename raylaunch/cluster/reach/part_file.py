@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from typing_extensions import Self
 
 from raylaunch.cluster.ssh.transfer import RANGE_BYTES, Ranges
+
+_PIECES = 512
+"""So many are written at once; systems take 1,024 at most (IOV_MAX)."""
 
 
 def notes_of(part: Path) -> Path:
@@ -16,12 +20,16 @@ def notes_of(part: Path) -> Path:
     return part.with_name(f"{part.name}.ranges")
 
 
-def write_all(descriptor: int, data: bytes, at: int) -> None:
-    """Write all of `data` at an offset, or raise what the system says."""
-    view = memoryview(data)
-    while view:  # of a disk that is nearly full some bytes are taken; the next try is refused
-        written = os.pwrite(descriptor, view, at)
-        at, view = at + written, view[written:]
+def write_all(descriptor: int, pieces: Sequence[bytes], at: int) -> None:
+    """Write all pieces at an offset, one behind the other, or raise what the system says."""
+    left = [memoryview(piece) for piece in pieces]
+    while left:  # of a disk that is nearly full some bytes are taken; the next try is refused
+        written = os.pwritev(descriptor, left[:_PIECES], at)
+        at += written
+        while left and written >= len(left[0]):
+            written -= len(left.pop(0))
+        if written:
+            left[0] = left[0][written:]
 
 
 class PartFile:
@@ -67,7 +75,7 @@ class PartFile:
 
     def write(self, data: bytes, at: int) -> None:
         """Write what has arrived."""
-        write_all(self._descriptor, data, at)
+        write_all(self._descriptor, [data], at)
 
     def read(self, at: int, length: int) -> bytes:
         """Read what was written; fewer bytes only at its end."""
