@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from pydantic import TypeAdapter
 
-from raylaunch.state import Admission, HostJobs, Invitation, Quiet, TokenView
+from raylaunch.cluster_state import Admission, HostJobs, Invitation, Quiet, TokenView
 from raylaunch.wire import Wire
 
 

@@ -16,11 +16,11 @@ from pydantic import TypeAdapter
 from typing_extensions import Self
 
 from raylaunch.admin import Admin
+from raylaunch.cluster_state import ControllerStatus, RayAccess
 from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
 from raylaunch.spec import JobSpec
 from raylaunch.state import (
     Artifact,
-    ControllerStatus,
     Event,
     EventPage,
     GitFacts,
@@ -30,7 +30,6 @@ from raylaunch.state import (
     LogMatches,
     MetricsPage,
     PackReport,
-    RayAccess,
     SubmitAnswer,
     SubmitRequest,
     UsagePage,

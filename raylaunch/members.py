@@ -16,13 +16,14 @@ from raylaunch.cluster.backends import DownReport, Step
 from raylaunch.cluster.home import storage_errors
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.ssh.target import OnPrompt
+from raylaunch.cluster_state import ClusterStatus, HostJobs
 from raylaunch.config import ClusterFile, load_cluster_file
 from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError, SpecError
 from raylaunch.place import Place
 from raylaunch.quieting import until_ended, words
 from raylaunch.spec import ClusterSpec, HostSpec
 from raylaunch.spec_problems import spec_error
-from raylaunch.state import ClusterStatus, HostJobs, JobView
+from raylaunch.state import JobView
 from raylaunch.yaml_file import with_item, without_item
 
 _HOSTS = "hosts"

@@ -10,11 +10,11 @@ import anyio
 
 from raylaunch.client import Client
 from raylaunch.cluster import joined
+from raylaunch.cluster_state import Admission, RayAccess
 from raylaunch.config import chosen_file, kept_file
 from raylaunch.errors import AccessError, ConflictError
 from raylaunch.place import Place
 from raylaunch.spec import ClusterSpec
-from raylaunch.state import Admission, RayAccess
 
 
 async def invite(

@@ -10,9 +10,10 @@ import anyio
 from raylaunch.client import Client
 from raylaunch.cluster.backends import Step
 from raylaunch.cluster.ssh.target import OnPrompt
+from raylaunch.cluster_state import ClusterStatus
 from raylaunch.errors import ClusterDownError, ClusterError, RayVersionError
 from raylaunch.place import Place
-from raylaunch.state import ClusterStatus, JobView
+from raylaunch.state import JobView
 
 _POLL_S = 0.5
 _TELL_EVERY_S = 5.0

@@ -12,22 +12,12 @@ from raylaunch.cli.job_flags import flags_of
 from raylaunch.cli.job_words import describe, exit_status, final_facts, jobs_table, metrics_words, pack_words
 from raylaunch.cli.jobs import since_time
 from raylaunch.cli.plot import chart
+from raylaunch.cluster_state import ClusterStatus, ProcessView, RayAccess
 from raylaunch.config import Flag, job_spec_from_flags
 from raylaunch.errors import SpecError
 from raylaunch.log_view import LINE_LIMIT, LogView, clean
 from raylaunch.reasons import Reason
-from raylaunch.state import (
-    AttemptView,
-    ClusterStatus,
-    FileFact,
-    JobState,
-    JobView,
-    MetricPoint,
-    MetricSeries,
-    PackReport,
-    ProcessView,
-    RayAccess,
-)
+from raylaunch.state import AttemptView, FileFact, JobState, JobView, MetricPoint, MetricSeries, PackReport
 
 NOW = 1_800_000_000.0
 

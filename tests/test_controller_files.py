@@ -14,11 +14,7 @@ import pytest
 from support.api import Api, serving, token_of
 from support.api_use import error, start, submit, write
 
-from raylaunch.state import (
-    Artifact,
-    MetricsPage,
-    UsagePage,
-)
+from raylaunch.state import Artifact, MetricsPage, UsagePage
 
 
 @pytest.fixture(scope="module")

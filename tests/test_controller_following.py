@@ -13,11 +13,7 @@ from support.api import Api, serving, token_of
 from support.api_use import end, error, later, listening, start, submit, write
 from support.waiting import wait_until
 
-from raylaunch.state import (
-    Change,
-    EventPage,
-    LogMatches,
-)
+from raylaunch.state import Change, EventPage, LogMatches
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,7 @@ from support.api import Api, serving, write_tokens
 from support.api_use import error, submit, write
 from support.waiting import wait_until
 
-from raylaunch.state import (
-    JobPage,
-    JobView,
-)
+from raylaunch.state import JobPage, JobView
 from raylaunch.version import __version__
 
 

@@ -29,8 +29,8 @@ from raylaunch.cluster.ports import RAY_PORTS, is_free
 from raylaunch.cluster.process import ProcessIdentity, identify, is_alive
 from raylaunch.cluster.record import ClusterRecord, load_record
 from raylaunch.cluster.sweep import of_controller, of_ray
+from raylaunch.cluster_state import ClusterStatus
 from raylaunch.spec import ClusterSpec
-from raylaunch.state import ClusterStatus
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from raylaunch.cluster_state import NodeView
 from raylaunch.controller.foreign import ForeignJobs, Where, foreign_view
 from raylaunch.controller.foreign_logs import ForeignLogs
 from raylaunch.controller.link import Link
@@ -19,7 +20,7 @@ from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError
 from raylaunch.node import ray_logs
 from raylaunch.reasons import Reason
 from raylaunch.spec import JobSpec
-from raylaunch.state import AttemptView, JobState, JobView, NodeView, SubmitRequest
+from raylaunch.state import AttemptView, JobState, JobView, SubmitRequest
 
 NODE = "aa" * 28
 HERE = Where("dgx")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("raylaunch", "mcp_server")
 
 SPECS = frozenset({"spec", "cluster_spec", "spec_parts", "units"})
-GROUND = frozenset({"errors", "reasons", "version", "job_state", "state", "wheel_sets"}) | SPECS
+GROUND = frozenset({"errors", "reasons", "version", "job_state", "state", "cluster_state", "wheel_sets"}) | SPECS
 READING = frozenset({"config", "ray_yaml", "spec_problems", "yaml_file"})
 SENDING = frozenset({"packing", "ignoring", "git_facts", "submission", "transfer", "wire", "log_reading"})
 VERBS = frozenset({"client", "sdk"})
@@ -33,6 +33,7 @@ MAY: dict[str, frozenset[str]] = {
     "job_state": frozenset(),
     "wheel_sets": frozenset(),
     "state": frozenset({"job_state", "reasons", "spec", "wheel_sets"}),
+    "cluster_state": frozenset({"state"}),
     **dict.fromkeys(READING, GROUND | READING),
     **dict.fromkeys(SENDING, GROUND | SENDING | {"runner.contract"}),
     "cluster": GROUND,

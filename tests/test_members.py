@@ -11,13 +11,13 @@ import pytest
 from support.api import Api, serving
 from support.api_use import error
 
+from raylaunch.cluster_state import Drain, NodeView
 from raylaunch.config import ClusterFile, load_cluster_file
 from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.queue import Admit, Ask, Room, Wait, plan_queue
 from raylaunch.errors import ConflictError, NotFoundError, SpecError
 from raylaunch.members import plan_add, plan_remove
 from raylaunch.reasons import Reason
-from raylaunch.state import Drain, NodeView
 from raylaunch.units import point_in_time
 
 BLOCK = """\

@@ -23,10 +23,10 @@ from raylaunch.cluster.client_record import ClientRecord, TunnelRecord, load_cli
 from raylaunch.cluster.home import ClusterPaths, cluster_paths, make_private_dir
 from raylaunch.cluster.joined import join_line
 from raylaunch.cluster.process import ProcessIdentity
+from raylaunch.cluster_state import Invitation
 from raylaunch.controller.auth import Role, TokenBook
 from raylaunch.controller.invitations import Invitations
 from raylaunch.spec import ClusterSpec
-from raylaunch.state import Invitation
 
 pytestmark = pytest.mark.slow
 

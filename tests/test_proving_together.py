@@ -11,8 +11,8 @@ import pytest
 from raylaunch.cluster.on_host import HostState
 from raylaunch.cluster.prove.together import Member, TogetherPlan, explain, plan_together, success
 from raylaunch.cluster.record import NodePlace
+from raylaunch.cluster_state import NodeView
 from raylaunch.runner import together
-from raylaunch.state import NodeView
 
 MEMBERS = tuple(Member(f"dgx-{n}", f"10.0.0.{n}", 24_000, "ens1") for n in (1, 2, 3))
 DONE: dict[str, Any] = {"kind": "done", "over": "TCP", "seconds": 0.1, "bytes_per_s": 850e6}

@@ -15,10 +15,7 @@ from support.store import end, kinds, opened, submit
 
 from raylaunch.controller.records import Records
 from raylaunch.errors import ConflictError, StorageError, VersionError
-from raylaunch.state import (
-    Change,
-    JobState,
-)
+from raylaunch.state import Change, JobState
 
 
 @pytest.fixture

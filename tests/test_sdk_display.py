@@ -8,20 +8,11 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from raylaunch.cluster_state import ControllerStatus, NodeView
 from raylaunch.sdk.curve import curve_svg
 from raylaunch.sdk.display import Card, Metrics, cluster_html, cluster_line, job_line, loss_key
 from raylaunch.sdk.lines import LONGEST, LineReader
-from raylaunch.state import (
-    ControllerStatus,
-    JobState,
-    JobView,
-    MetricPoint,
-    MetricSeries,
-    MetricsPage,
-    NodeView,
-    Progress,
-    WandbLink,
-)
+from raylaunch.state import JobState, JobView, MetricPoint, MetricSeries, MetricsPage, Progress, WandbLink
 
 HOSTILE = "<script>alert('x')</script>\x1b[31m&\u202e"
 

@@ -14,10 +14,11 @@ from raylaunch.cli.connect import Place, ask_person, finish, show_step
 from raylaunch.cli.console import count, note, say, say_json, size, span, styled
 from raylaunch.cli.options import as_json
 from raylaunch.cluster.backends import DownReport
+from raylaunch.cluster_state import ClusterStatus, GpuView, NodeView, ProcessView, RayAccess
 from raylaunch.errors import ConflictError
 from raylaunch.log_view import clean
 from raylaunch.quieting import quiet_down, upgraded
-from raylaunch.state import ClusterStatus, GpuView, JobView, NodeView, ProcessView, RayAccess
+from raylaunch.state import JobView
 
 _NAMED = 3
 """Jobs that a refusal names."""

@@ -10,11 +10,11 @@ from raylaunch.cli.cluster import say_status
 from raylaunch.cli.connect import Place, ask_person, finish, show_step
 from raylaunch.cli.console import note, say, say_json
 from raylaunch.cli.options import as_json, to_come
+from raylaunch.cluster_state import HostJobs
 from raylaunch.members import add as add_host
 from raylaunch.members import plan_add, plan_remove, wait_empty
 from raylaunch.members import remove as remove_host
 from raylaunch.quieting import words
-from raylaunch.state import HostJobs
 
 
 @click.command(epilog="Example:  raylaunch add dgx-3 --gpus 4")

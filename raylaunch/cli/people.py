@@ -13,12 +13,12 @@ from raylaunch.cli.connect import Place, finish
 from raylaunch.cli.console import count, note, say, say_json, table
 from raylaunch.cli.options import as_json, to_come
 from raylaunch.cluster import joined
+from raylaunch.cluster_state import TokenView
 from raylaunch.errors import SpecError
 from raylaunch.people import choose, invite
 from raylaunch.people import join as join_cluster
 from raylaunch.spec import ClusterSpec
 from raylaunch.spec_problems import spec_error
-from raylaunch.state import TokenView
 from raylaunch.units import seconds
 
 ROLES = ("viewer", "trainer", "operator", "admin")

@@ -11,8 +11,8 @@ from typing import Protocol
 
 from raylaunch.cluster.plan import DownReport, Ended, Plan, Reach, Step
 from raylaunch.cluster.ssh.target import OnPrompt
+from raylaunch.cluster_state import ClusterStatus
 from raylaunch.spec import ClusterSpec
-from raylaunch.state import ClusterStatus
 
 __all__ = ["Backend", "DownReport", "Ended", "Plan", "Reach", "Step", "backend_for", "explain_silence", "is_joined"]
 

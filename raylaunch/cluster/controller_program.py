@@ -17,8 +17,8 @@ from raylaunch.cluster.home import ClusterPaths, storage_errors, write_private
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.ray_head import clean_environment
 from raylaunch.cluster.record import ClusterRecord
+from raylaunch.cluster_state import ControllerStatus
 from raylaunch.errors import StorageError
-from raylaunch.state import ControllerStatus
 
 VAR_CONTROLLER_OF = "RAYLAUNCH_CONTROLLER_OF"
 """In the environment of the controller and its children; not in Ray's, which may be restarted alone."""

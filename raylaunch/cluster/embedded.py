@@ -28,9 +28,9 @@ from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.cluster.still import locked, telling_steps
 from raylaunch.cluster.sweep import of_controller, of_ray, runners, sweep_ray
 from raylaunch.cluster.versions import check_versions
+from raylaunch.cluster_state import ClusterStatus
 from raylaunch.errors import ClusterDownError, ClusterError
 from raylaunch.spec import ClusterSpec
-from raylaunch.state import ClusterStatus
 
 LOCK_S = 600.0
 _REVIVE_LOCK_S = 1.0

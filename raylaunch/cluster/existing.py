@@ -48,9 +48,9 @@ from raylaunch.cluster.record import (
 from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.cluster.steps import Steps
 from raylaunch.cluster.versions import check_ours
+from raylaunch.cluster_state import JOBS_ONLY, ClusterStatus
 from raylaunch.errors import ClusterStartError, SpecError, VersionError
 from raylaunch.spec import ClusterSpec
-from raylaunch.state import JOBS_ONLY, ClusterStatus
 from raylaunch.version import __version__
 
 LOCK_S = 600.0

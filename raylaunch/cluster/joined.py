@@ -20,9 +20,9 @@ from raylaunch.cluster.home import ClusterPaths, cluster_paths, make_private_dir
 from raylaunch.cluster.plan import Reach
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.reach.tunnel_use import START_S, end_tunnel, ensure_tunnel
+from raylaunch.cluster_state import Admission, Invitation, RayAccess
 from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError, RaylaunchError
 from raylaunch.spec import ClusterSpec
-from raylaunch.state import Admission, Invitation, RayAccess
 
 
 def join_line(invitation: Invitation, record: ClientRecord, tunnel: TunnelRecord) -> str:

@@ -11,8 +11,8 @@ from raylaunch.cluster.home import ClusterPaths
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.process import ProcessIdentity, is_alive
 from raylaunch.cluster.record import ClusterRecord, load_record
+from raylaunch.cluster_state import ClusterStatus, ControllerStatus, ProcessView
 from raylaunch.spec import ClusterSpec
-from raylaunch.state import ClusterStatus, ControllerStatus, ProcessView
 
 
 @dataclass(frozen=True)

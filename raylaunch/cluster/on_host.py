@@ -23,9 +23,9 @@ from raylaunch.cluster.look import client_token, look, status_of
 from raylaunch.cluster.plan import Step
 from raylaunch.cluster.record import NodePlace, Versions, cluster_lock
 from raylaunch.cluster.staying import end_kept, ensure_kept
+from raylaunch.cluster_state import ClusterStatus
 from raylaunch.errors import ConflictError, RaylaunchError
 from raylaunch.spec import ClusterSpec
-from raylaunch.state import ClusterStatus
 from raylaunch.version import __version__
 
 _LOCK_S = 600.0

@@ -11,12 +11,12 @@ from raylaunch.cluster.plan import DownReport, Plan, Reach, Step
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.reach.tunnel_use import ensure_tunnel
 from raylaunch.cluster.ssh.target import OnPrompt
+from raylaunch.cluster_state import ClusterStatus, ControllerStatus
 from raylaunch.errors import (
     ClusterDownError,
     RaylaunchError,
 )
 from raylaunch.spec import ClusterSpec
-from raylaunch.state import ClusterStatus, ControllerStatus
 
 _LOCK_S = 1800.0
 

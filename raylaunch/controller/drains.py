@@ -10,9 +10,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from raylaunch.cluster_state import Drain
 from raylaunch.controller.private_file import write_private
 from raylaunch.errors import NotFoundError
-from raylaunch.state import Drain
 
 _log = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from raylaunch.cluster_state import Drain, HostJobs, NodeView, Quiet
 from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.means import latest
 from raylaunch.controller.record import JobRecord
@@ -13,7 +14,6 @@ from raylaunch.controller.sight import Sight
 from raylaunch.errors import ConflictError, NotFoundError
 from raylaunch.reasons import Reason
 from raylaunch.runner.contract import StopWish
-from raylaunch.state import Drain, HostJobs, NodeView, Quiet
 
 
 class HostVerbs:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from raylaunch.cluster_state import TokenView
 from raylaunch.controller.auth import ID_DIGITS, Caller, Role, Token, TokenBook, Tokens, digest
 from raylaunch.controller.private_file import write_private
 from raylaunch.errors import AccessError, ConflictError, NotFoundError, SpecError, StorageError
-from raylaunch.state import TokenView
 
 _log = logging.getLogger(__name__)
 

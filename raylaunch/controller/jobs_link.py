@@ -68,7 +68,7 @@ class Program:
                 end.result()
 
     async def nodes(self) -> list[dict[str, object]]:
-        """Return the nodes as `raylaunch.state.NodeView`."""
+        """Return the nodes as `raylaunch.cluster_state.NodeView`."""
         views = [node_view(row, None, steward=False).model_copy(update={"jobs_only": True}) for row in self._rows]
         return [view.model_dump(mode="json") for view in views]
 

@@ -9,6 +9,7 @@ import secrets as random_secrets
 import time
 from collections.abc import Callable, Coroutine
 
+from raylaunch.cluster_state import NodeView
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.attempt_spec import attempt_tag
 from raylaunch.controller.drains import DrainBook
@@ -31,7 +32,7 @@ from raylaunch.controller.records import JobRecord
 from raylaunch.controller.rooms import ask_of, holdings_of, rooms_of, waiting, with_drains
 from raylaunch.errors import ClusterError, NotFoundError, RaylaunchError, StorageError
 from raylaunch.reasons import Reason
-from raylaunch.state import AttemptView, Change, NodeView
+from raylaunch.state import AttemptView, Change
 
 _log = logging.getLogger(__name__)
 

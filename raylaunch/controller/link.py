@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypedDict, cast
 
+from raylaunch.cluster_state import NodeView
 from raylaunch.controller.link_child import child_command, child_environment, end, open_log
 from raylaunch.controller.link_events import (
     AttemptSeen,
@@ -32,7 +33,6 @@ from raylaunch.controller.link_events import (
 )
 from raylaunch.errors import ClusterDownError, RaylaunchError, from_wire
 from raylaunch.runner.contract import AttemptSpec, Claim, Exit, StopWish
-from raylaunch.state import NodeView
 from raylaunch.wheel_sets import WheelSet
 
 __all__ = [

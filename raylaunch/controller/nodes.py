@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypedDict
 
+from raylaunch.cluster_state import GpuView, NodeView
 from raylaunch.node.facts import NodeFacts
-from raylaunch.state import GpuView, NodeView
 
 HOST_LABEL = "raylaunch-host"
 """Ray's label of a node that bears the host's name in cluster.yaml; `raylaunch.cluster.ray_head` sets it."""

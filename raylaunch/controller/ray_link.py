@@ -144,7 +144,7 @@ class Program:
                 end.result()
 
     async def nodes(self) -> list[dict[str, object]]:
-        """Return the nodes as `raylaunch.state.NodeView`."""
+        """Return the nodes as `raylaunch.cluster_state.NodeView`."""
         return list(await asyncio.gather(*(self._view(row) for row in self._rows)))
 
     async def prepare(

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import PurePath
 
+from raylaunch.cluster_state import Drain, NodeView
 from raylaunch.controller.link import AttemptSeen
 from raylaunch.controller.queue import CPUS, GPUS, MEMORY, Ask, Holding, Room, needs
 from raylaunch.controller.record import JobRecord
 from raylaunch.spec import JobSpec
-from raylaunch.state import Drain, JobState, NodeView
+from raylaunch.state import JobState
 
 
 def ask_of(record: JobRecord) -> Ask:

@@ -6,11 +6,12 @@ import anyio
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from raylaunch.cluster_state import ControllerStatus, RayAccess
 from raylaunch.controller.answers import answer, json_answer
 from raylaunch.controller.asking import Has, Who
 from raylaunch.controller.auth import Role
 from raylaunch.controller.services import Services
-from raylaunch.state import ControllerStatus, JobState, RayAccess, UsagePage
+from raylaunch.state import JobState, UsagePage
 
 router = APIRouter()
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from raylaunch.cluster_state import HostJobs, Quiet
 from raylaunch.controller.answers import answer
 from raylaunch.controller.asking import Has, Who
 from raylaunch.controller.auth import Role
-from raylaunch.state import HostJobs, Quiet
 
 router = APIRouter()
 

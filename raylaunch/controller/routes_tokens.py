@@ -7,10 +7,10 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from raylaunch.cluster_state import Admission, Invitation, TokenView
 from raylaunch.controller.answers import answer, json_answer
 from raylaunch.controller.asking import Has, Who
 from raylaunch.controller.auth import Role
-from raylaunch.state import Admission, Invitation, TokenView
 
 router = APIRouter()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from raylaunch.cluster_state import ControllerStatus, RayAccess
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.auth import Role, TokenBook
 from raylaunch.controller.foreign_logs import ForeignLogs
@@ -18,17 +19,7 @@ from raylaunch.controller.record import JobRecord
 from raylaunch.controller.records import Records
 from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.settings import Settings
-from raylaunch.state import (
-    AttemptView,
-    ControllerStatus,
-    JobView,
-    MetricsPage,
-    Progress,
-    RayAccess,
-    SubmitAnswer,
-    SubmitRequest,
-    View,
-)
+from raylaunch.state import AttemptView, JobView, MetricsPage, Progress, SubmitAnswer, SubmitRequest, View
 from raylaunch.wheel_sets import BuildPlatform
 
 

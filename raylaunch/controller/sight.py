@@ -9,9 +9,10 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
+from raylaunch.cluster_state import NodeView
 from raylaunch.controller.link import AttemptSeen
 from raylaunch.controller.ray_jobs import RayJob
-from raylaunch.state import AttemptView, NodeView
+from raylaunch.state import AttemptView
 
 _UNWRITTEN_S = 5.0
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 
+from raylaunch.cluster_state import JOBS_ONLY, ControllerStatus, RayAccess
 from raylaunch.controller.attempt_spec import wandb_link
 from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.foreign import ForeignJobs
@@ -25,16 +26,7 @@ from raylaunch.errors import ConflictError, SpecError, UnsatisfiableError
 from raylaunch.reasons import Reason
 from raylaunch.runner.contract import StopWish
 from raylaunch.spec import JobSpec
-from raylaunch.state import (
-    JOBS_ONLY,
-    Change,
-    ControllerStatus,
-    JobState,
-    JobView,
-    RayAccess,
-    SubmitAnswer,
-    SubmitRequest,
-)
+from raylaunch.state import Change, JobState, JobView, SubmitAnswer, SubmitRequest
 from raylaunch.version import API, __version__
 
 

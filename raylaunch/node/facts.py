@@ -25,7 +25,7 @@ _PROCESS_QUERY = ("gpu_uuid", "pid", "process_name")
 
 
 class GpuFacts(TypedDict):
-    """One GPU; the fields of `raylaunch.state.GpuView`."""
+    """One GPU; the fields of `raylaunch.cluster_state.GpuView`."""
 
     index: str
     uuid: str

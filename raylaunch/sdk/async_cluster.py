@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from raylaunch.client import Client, DryRun, Reachable, with_wandb
 from raylaunch.cluster.plan import DownReport, Plan, Step
+from raylaunch.cluster_state import ClusterStatus, ControllerStatus
 from raylaunch.place import Place
 from raylaunch.sdk.asking import Asked, Which, cluster_of, cluster_spec_of, spec_of, states_of
 from raylaunch.sdk.async_job import AsyncJob
@@ -19,7 +20,7 @@ from raylaunch.sdk.bringing_up import steps_of_up, taken_down
 from raylaunch.sdk.display import cluster_html, cluster_line
 from raylaunch.sdk.live import OnStep, show_steps
 from raylaunch.spec import Environment, Launcher, Resources, Tracking, Where
-from raylaunch.state import ClusterStatus, ControllerStatus, JobState, PackReport
+from raylaunch.state import JobState, PackReport
 
 _PAGE = 500
 

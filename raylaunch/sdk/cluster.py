@@ -12,13 +12,14 @@ from typing_extensions import Self
 
 from raylaunch.client import DryRun, Reachable
 from raylaunch.cluster.plan import DownReport, Plan, Step
+from raylaunch.cluster_state import ClusterStatus, ControllerStatus
 from raylaunch.sdk.asking import Asked, Which
 from raylaunch.sdk.async_cluster import AsyncCluster, Notice, say
 from raylaunch.sdk.job import Job
 from raylaunch.sdk.live import OnStep
 from raylaunch.sdk.loop import LoopThread, shared_loop
 from raylaunch.spec import Environment, Launcher, Resources, Tracking, Where
-from raylaunch.state import ClusterStatus, ControllerStatus, JobState
+from raylaunch.state import JobState
 
 
 class Cluster:

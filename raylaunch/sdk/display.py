@@ -12,9 +12,10 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from raylaunch.cluster.plan import Step
+from raylaunch.cluster_state import ControllerStatus
 from raylaunch.log_view import clean
 from raylaunch.sdk.curve import curve_svg
-from raylaunch.state import ControllerStatus, JobState, JobView, MetricSeries, MetricsPage
+from raylaunch.state import JobState, JobView, MetricSeries, MetricsPage
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import httpx2
 
+from raylaunch.cluster_state import ControllerStatus, RayAccess
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.auth import TokenBook
 from raylaunch.controller.drains import DrainBook
@@ -33,7 +34,7 @@ from raylaunch.controller.server import ApiServer
 from raylaunch.controller.services import DryRun, Services
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.sight import Sight
-from raylaunch.state import Change, ControllerStatus, JobView, RayAccess, SubmitAnswer, SubmitRequest
+from raylaunch.state import Change, JobView, SubmitAnswer, SubmitRequest
 from raylaunch.version import API, __version__
 from support.waiting import wait_until
 

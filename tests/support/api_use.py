@@ -7,13 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 
-from raylaunch.state import (
-    AttemptView,
-    Change,
-    JobState,
-    JobView,
-    SubmitAnswer,
-)
+from raylaunch.state import AttemptView, Change, JobState, JobView, SubmitAnswer
 from raylaunch.transfer import file_sha256
 from support.api import Api
 

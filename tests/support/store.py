@@ -8,10 +8,7 @@ from pathlib import Path
 
 from raylaunch.controller.records import JobRecord, Records
 from raylaunch.spec import JobSpec
-from raylaunch.state import (
-    Change,
-    SubmitRequest,
-)
+from raylaunch.state import Change, SubmitRequest
 
 
 @contextmanager

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from functools import cache
 
-from raylaunch import errors, job, sdk, state, submission, transfer, wire
+from raylaunch import cluster_state, errors, job, sdk, state, submission, transfer, wire
 from raylaunch.cluster import plan
 from raylaunch.errors import RaylaunchError
 from raylaunch.sdk import asking, async_cluster, display, live
 from tools.reference import markdown, source
 
 TWINS: dict[type, type] = {sdk.Cluster: sdk.AsyncCluster, sdk.Job: sdk.AsyncJob}
-_HOMES = (state, display, transfer, submission, wire, plan)
+_HOMES = (state, cluster_state, display, transfer, submission, wire, plan)
 _ALIASES = {"Asked": asking, "Which": asking, "Notice": async_cluster, "OnStep": live, "OnProgress": transfer}
 _SPECS = ("JobSpec", "Resources", "Where", "Tracking", "Environment")
 _ELSEWHERE = {

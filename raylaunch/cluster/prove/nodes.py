@@ -13,8 +13,9 @@ from raylaunch.cluster.on_host import HostState
 from raylaunch.cluster.plan import Step
 from raylaunch.cluster.prove.probe_jobs import ProbeJobs
 from raylaunch.cluster.prove.together import Together, TogetherPlan, plan_together
+from raylaunch.cluster_state import ControllerStatus, NodeView
 from raylaunch.errors import ClusterError, ClusterStartError, RaylaunchError
-from raylaunch.state import ControllerStatus, JobState, NodeView
+from raylaunch.state import JobState
 
 NODES_S = 180.0
 PROBE_JOB_S = 120.0

@@ -22,8 +22,9 @@ from raylaunch.cluster.on_host import HostState
 from raylaunch.cluster.plan import Step
 from raylaunch.cluster.ports import SINGLE_PORTS
 from raylaunch.cluster.prove.probe_jobs import ProbeJobs
+from raylaunch.cluster_state import NodeView
 from raylaunch.errors import ClusterError, ClusterStartError, RaylaunchError
-from raylaunch.state import JobState, JobView, NodeView
+from raylaunch.state import JobState, JobView
 
 TURN_S = 45.0
 """How long the GPUs are waited for; they were free a moment ago."""

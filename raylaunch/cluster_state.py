@@ -1,0 +1,202 @@
+"""What is observed of a cluster: its nodes and GPUs, its controller, who may use it, and what is drained.
+
+As in `raylaunch.state`, every model is the wire format. Times are seconds since the epoch (UTC), sizes bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+from pydantic import Field
+
+from raylaunch.state import JobView, View
+
+
+class GpuView(View):
+    """One GPU of a node. Memory is None where ``nvidia-smi`` says ``[N/A]`` (unified memory)."""
+
+    index: str
+    uuid: str = ""
+    name: str = ""
+    memory_total: int | None = None
+    memory_used: int | None = None
+    utilization: float | None = None
+    """Percent."""
+    processes: tuple[str, ...] = ()
+    """Who uses it outside raylaunch: ``user:pid:command``."""
+
+
+class Drain(View):
+    """A host that gets no new attempts, since when, by whom, and until when."""
+
+    host: str
+    person: str
+    since: float
+    until: float | None = None
+    """When it takes jobs again by itself; None for not before somebody says so."""
+
+    def __str__(self) -> str:
+        until = f" until {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(self.until))}" if self.until else ""
+        return f"is drained by {self.person}{until}"
+
+
+JOBS_ONLY = (
+    "only the dashboard's address of this Ray is used (gcs: none): no metrics, files, checkpoints or secrets travel, "
+    "processes outside Ray are not seen, and that an attempt is over is Ray's word"
+)
+"""What a cluster without stewards cannot do."""
+
+
+class NodeView(View):
+    """One machine of the Ray cluster: what it has, and what of that nothing holds."""
+
+    id: str
+    hostname: str
+    address: str
+    alive: bool
+    arch: str = ""
+    cpus: float = 0
+    gpus: float = 0
+    memory: int = 0
+    custom: dict[str, float] = Field(default_factory=dict)
+    labels: dict[str, str] = Field(default_factory=dict)
+    cpus_free: float = 0
+    gpus_free: float = 0
+    memory_free: int = 0
+    gpu_type: str = ""
+    gpu: tuple[GpuView, ...] = ()
+    disk_free: int | None = None
+    """What the disk of raylaunch's folder there has left."""
+    steward: bool = False
+    """Whether its steward answers."""
+    jobs_only: bool = False
+    """Whether only Ray's dashboard is reached: it has no steward, Ray brings jobs there, and logs come back."""
+    drain: Drain | None = None
+    """Set while it gets no new attempts."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether an attempt can start there, as far as Ray and raylaunch are concerned."""
+        return self.alive and (self.steward or self.jobs_only)
+
+
+class ProcessView(View):
+    """One process of the cluster, identified by pid and start time so that a reused pid is not mistaken for it."""
+
+    pid: int
+    started_at: float
+    alive: bool
+    port: int | None = None
+    url: str = ""
+    version: str = ""
+    log: str = ""
+
+
+class ClusterStatus(View):
+    """The cluster as a whole."""
+
+    name: str
+    kind: Literal["local", "ssh", "existing"]
+    state: Literal["running", "degraded", "stopped"]
+    problems: tuple[str, ...] = ()
+    controller: ProcessView | None = None
+    ray: ProcessView | None = None
+    ray_ports: dict[str, int] = Field(default_factory=dict)
+    nodes: tuple[NodeView, ...] = ()
+    queued: int = 0
+    running: int = 0
+    store: str = ""
+    store_free: int | None = None
+    gpus_logical: bool = False
+    owner: str = ""
+
+
+class ControllerStatus(View):
+    """What the controller says of itself, Ray and the nodes (``GET /v1/status``).
+
+    `person` and `role` are those of the token that asks; `queued` and `running` count jobs; `store` is a folder on the
+    head, `store_free` what its disk has left.
+    """
+
+    cluster: str
+    version: str
+    api: int
+    pid: int
+    person: str
+    role: str
+    started_at: float
+    ray: Literal["up", "down"]
+    ray_version: str = ""
+    nodes: tuple[NodeView, ...] = ()
+    queued: int = 0
+    running: int = 0
+    store: str = ""
+    store_free: int | None = None
+    problems: tuple[str, ...] = ()
+
+
+class HostJobs(View):
+    """What runs on one host (``/v1/hosts/HOST``): jobs of ours, without their heavy fields."""
+
+    host: str
+    drain: Drain | None = None
+    jobs: tuple[JobView, ...] = ()
+    others: str = ""
+    """Where no job of ours runs: what Ray counts as used there all the same, in words; empty when nothing is."""
+
+
+class Quiet(View):
+    """A cluster that begins no attempt for a while (``/v1/quiet``): until when, and what still runs."""
+
+    until: float | None = None
+    """None when it is not quiet."""
+    jobs: tuple[JobView, ...] = ()
+
+
+class RayAccess(View):
+    """What Ray's own tools need to reach the cluster (``GET /v1/ray``; role operator or admin)."""
+
+    gcs_address: str
+    dashboard_url: str
+    token: str = Field(repr=False)
+
+
+class TokenView(View):
+    """Who may come in, without the token itself: `id` is the beginning of its hash."""
+
+    id: str
+    person: str
+    role: str
+    created_at: float | None = None
+    """None for those that were made before this was kept."""
+    expires_at: float | None = None
+    made_by: str = ""
+    invited: bool = False
+    """Whether it is an invitation that nobody has taken yet; it is over at `expires_at`."""
+    mine: bool = False
+    """Whether it is the one that asks."""
+
+
+class Invitation(View):
+    """What a person needs to come in: a code that works once, and is worth nothing afterwards."""
+
+    code: str = Field(repr=False)
+    person: str
+    role: str
+    expires_at: float
+    token_expires_at: float | None = None
+    cluster: str
+    port: int
+    """The controller's, on the head's loopback."""
+
+
+class Admission(View):
+    """What a person became who took an invitation."""
+
+    person: str
+    role: str
+    made_by: str
+    cluster: str
+    cluster_id: str
+    expires_at: float | None = None
