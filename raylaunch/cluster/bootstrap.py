@@ -143,7 +143,7 @@ class Bootstrap:
         what = "Ray's head and the controller" if host is self._head else f"Ray, joining {self._head.name}"
         found = len(facts.gpus.gpus)
         gpus = host.gpus if isinstance(host.gpus, int) else found if host.gpus == "auto" else len(host.gpus)
-        return f"{what}, with {gpus} GPUs, on {place.ray_address}"
+        return f"{what}, with {gpus} {'GPU' if gpus == 1 else 'GPUs'}, on {place.ray_address}"
 
     def _count_probed(self) -> None:
         """When the last host is probed, or has failed to be, look at all of them together."""

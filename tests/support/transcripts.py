@@ -21,7 +21,7 @@ _SAVED = {"python": "train.py", "yaml": "job.yaml"}
 _EQUAL = (
     (re.compile(r"\b([a-z]\w*)-[a-z0-9]{6}\b"), r"\1-ID"),
     (re.compile(r"\b[\d.]+ (?:ms|[smhd])(?: \d+ [smh])?\b"), "TIME"),
-    (re.compile(r"\b[\d.]+ (?:[KMGT]i)?B\b"), "SIZE"),
+    (re.compile(r"\b[\d.]+ (?:[KMGT]i?)?B\b"), "SIZE"),
 )
 
 
