@@ -70,7 +70,7 @@ def test_a_drained_host_lets_jobs_end_and_begins_none_until_it_takes_jobs_again(
 def test_a_drain_that_stops_jobs_queues_them_again_and_they_go_on_where_they_were(own: Cluster) -> None:
     host = host_of(own)
     job = own.python(SAVES, "--name", "saves")
-    own.until(job, lambda seen: b"ready" in own.log(seen.id) if seen.attempts else False, 60, "it is ready")
+    own.ready(job)
     own.good("drain", host, "--stop", "--wait")
     queued = own.until(job, lambda seen: seen.state is JobState.QUEUED, 60, "it is queued again")
     assert queued.attempts[0].reason is Reason.HOST_DRAINED
@@ -82,7 +82,7 @@ def test_a_drain_that_stops_jobs_queues_them_again_and_they_go_on_where_they_wer
 
 def test_down_with_stop_ends_jobs_as_they_wish_and_the_next_up_goes_on_with_them(own: Cluster) -> None:
     job = own.python(SAVES, "--name", "stops")
-    own.until(job, lambda seen: b"ready" in own.log(seen.id) if seen.attempts else False, 60, "it is ready")
+    own.ready(job)
     refused = own.cli("down")
     assert refused.status == 1
     assert "raylaunch down --stop" in refused.err
@@ -95,7 +95,7 @@ def test_down_with_stop_ends_jobs_as_they_wish_and_the_next_up_goes_on_with_them
 
 def test_another_ray_is_started_only_once_no_job_runs_and_only_when_asked_to(own: Cluster) -> None:
     job = own.python(SAVES, "--name", "runs")
-    own.until(job, lambda seen: b"ready" in own.log(seen.id) if seen.attempts else False, 60, "it is ready")
+    own.ready(job)
     before = own.ray_pid()
     text = own.paths.record.read_text()
     installed = own.record().versions.ray
@@ -121,7 +121,7 @@ def test_a_newer_raylaunch_replaces_the_controller_and_the_stewards_while_a_job_
     go_on = tmp_path / "go on"
     waits = f"import os, time\nprint('ready', flush=True)\nwhile not os.path.exists({str(go_on)!r}): time.sleep(0.1)"
     job = own.python(waits, "--name", "upgraded")
-    own.until(job, lambda seen: b"ready" in own.log(seen.id) if seen.attempts else False, 60, "it is ready")
+    own.ready(job)
     ray, controller = own.ray_pid(), own.controller_pid()
     newer = own.cli("up", env={"PYTHONPATH": str(tmp_path)}, timeout_s=240)
     assert newer.status == 0, newer.err

@@ -284,8 +284,7 @@ def test_a_killed_ray_comes_back_by_itself_and_its_job_is_tried_again(
     cluster: Cluster, book: Book, victim: str
 ) -> None:
     running = cluster.python(FIRST_WAITS, *book.env, "--gpus", "4")
-    cluster.runs(running)
-    wait_until(book.runs, 20, "its training has begun")
+    cluster.ready(running)
     queued = cluster.python(LEDGER, *book.env, "--gpus", "4")
     plain = plain_python(cluster, "plain", "import time\nprint('ready', flush=True)\ntime.sleep(600)")
     started_plain(cluster, plain)
@@ -327,8 +326,7 @@ def test_any_verb_heals_a_dead_controller_and_says_so(cluster: Cluster) -> None:
 
 def test_after_a_reboot_two_ups_at_once_give_one_cluster_with_the_same_jobs(cluster: Cluster, book: Book) -> None:
     running = cluster.python(FIRST_WAITS, *book.env)
-    cluster.runs(running)
-    wait_until(book.runs, 20, "its training has begun")
+    cluster.ready(running)
     before = [job for job in jobs(cluster) if job.id != running]
     record = cluster.record()
 

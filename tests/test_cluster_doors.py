@@ -87,8 +87,7 @@ def test_a_job_of_plain_ray_that_fails_has_failed_with_rays_words(cluster: Clust
 
 def test_ray_job_stop_ends_a_job_of_ours_with_nothing_left_and_says_who_stopped_it(cluster: Cluster) -> None:
     job = cluster.python(STUBBORN, "--grace", "1s")
-    cluster.runs(job)
-    wait_until(lambda: b"ready" in cluster.log(job), 20, "the training has started its child")
+    cluster.ready(job)
     assert len(cluster.of_attempt(f"{job}-1")) >= 2
     result = cluster.ray("job", "stop", f"{job}-1")
     assert result.status == 0, result.err

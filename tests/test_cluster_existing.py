@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import secrets
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import psutil
 import pytest
+from support.beside_ray import BesideRay, beside_ray
 from support.cluster import UP_S, Cluster
-from support.ray_head import RayHeadRunning, ray_head
 from support.waiting import wait_until
 
-from raylaunch.cluster.home import cluster_paths
 from raylaunch.state import JobState
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
@@ -28,42 +25,13 @@ TRAINS = (
 )
 
 
-class Theirs(Cluster):
-    """raylaunch beside a Ray that somebody else runs."""
-
-    def __init__(self, ray: RayHeadRunning, folder: Path, *, token: bool = True) -> None:
-        work = folder / "work"
-        work.mkdir()
-        super().__init__(folder, work)
-        self.ray_head = ray
-        self.env["HOME"] = str(folder)
-        self.paths = cluster_paths("theirs", self.env)
-        lines = {"name": "theirs", "kind": "existing", "address": ray.dashboard_url, "gcs": ray.gcs_address}
-        lines |= {"ray_token_file": str(ray.token_path)} if token else {}
-        (work / "cluster.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in lines.items()))
-
-    def family(self) -> set[int]:
-        """Return the daemons of that Ray; its workers come and go."""
-        root = psutil.Process(self.ray_head.process.pid)
-        daemons = ("gcs_server", "raylet", "dashboard.py", "agent")
-        lines = {one.pid: " ".join(one.cmdline()[:4]) for one in root.children(recursive=True)}
-        return {root.pid, *(pid for pid, line in lines.items() if any(name in line for name in daemons))}
-
-
 @pytest.fixture(scope="module")
-def theirs() -> Iterator[Theirs]:
-    folder = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
-    with ray_head() as ray:
-        cluster = Theirs(ray, folder)
-        try:
-            cluster.good("up", timeout_s=UP_S)
-            yield cluster
-        finally:
-            cluster.cli("down", "--force", timeout_s=UP_S)
-            shutil.rmtree(folder, ignore_errors=True)
+def theirs() -> Iterator[BesideRay]:
+    with beside_ray("theirs") as cluster:
+        yield cluster
 
 
-def test_up_starts_a_controller_beside_it_and_again_changes_nothing(theirs: Theirs) -> None:
+def test_up_starts_a_controller_beside_it_and_again_changes_nothing(theirs: BesideRay) -> None:
     before = theirs.controller_pid()
     again = theirs.cli("up")
     assert (again.status, theirs.controller_pid()) == (0, before)
@@ -72,7 +40,7 @@ def test_up_starts_a_controller_beside_it_and_again_changes_nothing(theirs: Thei
     assert [(node["gpus"], node["steward"]) for node in found["nodes"]] == [(2, True)]
 
 
-def test_a_job_runs_there_with_its_code_and_gpus_and_gives_back_log_and_model(theirs: Theirs) -> None:
+def test_a_job_runs_there_with_its_code_and_gpus_and_gives_back_log_and_model(theirs: BesideRay) -> None:
     folder = theirs.work / "project"
     folder.mkdir()
     (folder / "train.py").write_text(TRAINS)
@@ -85,28 +53,28 @@ def test_a_job_runs_there_with_its_code_and_gpus_and_gives_back_log_and_model(th
     assert (theirs.work / "model" / "model.bin").read_bytes() == b"model" * 1000
 
 
-def test_a_job_is_stopped_and_its_processes_are_gone(theirs: Theirs) -> None:
+def test_a_job_is_stopped_and_its_processes_are_gone(theirs: BesideRay) -> None:
     job = theirs.python("import time; print('ready', flush=True); time.sleep(600)")
-    theirs.until(job, lambda seen: b"ready" in theirs.log(seen.id) if seen.attempts else False, 60, "it is ready")
+    theirs.ready(job)
     theirs.good("stop", job)
     assert theirs.ended(job).state is JobState.STOPPED
     assert not theirs.of_attempt(f"{job}-1")
 
 
-def test_a_job_that_fails_is_tried_again(theirs: Theirs) -> None:
+def test_a_job_that_fails_is_tried_again(theirs: BesideRay) -> None:
     job = theirs.python("import os, sys; sys.exit(int(os.environ['RAYLAUNCH_ATTEMPT']) < 2)", "--retries", "1")
     ended = theirs.ended(job, timeout_s=90)
     assert (ended.state, len(ended.attempts)) == (JobState.SUCCEEDED, 2)
 
 
-def test_metrics_of_a_run_can_be_read_while_it_is_off_line(theirs: Theirs) -> None:
+def test_metrics_of_a_run_can_be_read_while_it_is_off_line(theirs: BesideRay) -> None:
     code = "import wandb\nrun = wandb.init()\nrun.log({'loss': 0.5})\nrun.finish()"
     job = theirs.python(code)
     assert theirs.ended(job, timeout_s=120).state is JobState.SUCCEEDED
     assert theirs.job(job).last_metrics["loss"] == 0.5
 
 
-def test_down_ends_controller_and_stewards_and_nothing_of_ray(theirs: Theirs) -> None:
+def test_down_ends_controller_and_stewards_and_nothing_of_ray(theirs: BesideRay) -> None:
     kept, theirs_too = theirs.python("print('kept')"), f"somebody-elses-{secrets.token_hex(3)}"
     theirs.ended(kept)
     headers = {"Authorization": f"Bearer {theirs.ray_head.token_path.read_text()}"}
@@ -114,22 +82,16 @@ def test_down_ends_controller_and_stewards_and_nothing_of_ray(theirs: Theirs) ->
         body = {"entrypoint": "sleep 600", "submission_id": theirs_too}
         ray.post("/api/jobs/", json=body).raise_for_status()
         wait_until(lambda: ray.get(f"/api/jobs/{theirs_too}").json()["status"] == "RUNNING", 60, "their job runs")
-        before, controller = theirs.family(), theirs.controller_pid()
+        before, controller = theirs.daemons(), theirs.controller_pid()
         said = theirs.good("down", timeout_s=UP_S)
         assert "was not started by raylaunch, and runs on" in said
         wait_until(lambda: not psutil.pid_exists(controller), 10, "the controller has ended")
-        wait_until(lambda: not stewards(theirs), 20, "the stewards have ended")
-        assert before <= theirs.family()
+        wait_until(lambda: not theirs.stewards(), 20, "the stewards have ended")
+        assert before <= theirs.daemons()
         assert ray.get(f"/api/jobs/{theirs_too}").json()["status"] == "RUNNING"
     assert theirs.cli("list").status == 1
     theirs.good("up", timeout_s=UP_S)
     assert theirs.job(kept).state is JobState.SUCCEEDED
-
-
-def stewards(theirs: Theirs) -> list[str]:
-    root = psutil.Process(theirs.ray_head.process.pid)
-    names = [" ".join(one.cmdline()) for one in root.children(recursive=True)]
-    return [name for name in names if "Steward" in name]
 
 
 def test_a_ray_that_is_not_there_is_said_with_its_address(tmp_path: Path) -> None:
@@ -141,7 +103,7 @@ def test_a_ray_that_is_not_there_is_said_with_its_address(tmp_path: Path) -> Non
     assert "is that of its dashboard, as http://HOST:8265" in refused.err
 
 
-def test_a_wrong_token_is_said_with_its_file(theirs: Theirs, tmp_path: Path) -> None:
+def test_a_wrong_token_is_said_with_its_file(theirs: BesideRay, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("wrong" * 10)
     text = f"name: shut\naddress: {theirs.ray_head.dashboard_url}\nray_token_file: {tmp_path / 'token'}\n"
     (tmp_path / "cluster.yaml").write_text(text)
@@ -150,7 +112,7 @@ def test_a_wrong_token_is_said_with_its_file(theirs: Theirs, tmp_path: Path) -> 
     assert f"lets nobody in: the token in {tmp_path / 'token'} is not its own" in refused.err
 
 
-def test_a_plan_says_what_would_be_done_and_does_nothing(theirs: Theirs, tmp_path: Path) -> None:
+def test_a_plan_says_what_would_be_done_and_does_nothing(theirs: BesideRay, tmp_path: Path) -> None:
     text = (theirs.work / "cluster.yaml").read_text().replace("theirs", "planned")
     (tmp_path / "cluster.yaml").write_text(text)
     planned = Cluster(tmp_path, tmp_path).cli("up", "--dry-run")

@@ -94,8 +94,7 @@ def test_a_waiting_job_is_stopped_at_once(cluster: Cluster) -> None:
 
 def test_stop_ends_all_processes_also_those_that_called_setsid(cluster: Cluster) -> None:
     job = cluster.python(STUBBORN, "--grace", "1s")
-    cluster.runs(job)
-    wait_until(lambda: b"ready" in cluster.log(job), 20, "the training has started its child")
+    cluster.ready(job)
     before = cluster.of_attempt(f"{job}-1")
     cluster.good("stop", job)
     stopped = cluster.ended(job)

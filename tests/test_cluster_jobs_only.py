@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -12,11 +10,10 @@ from uuid import uuid4
 import httpx2
 import psutil
 import pytest
+from support.beside_ray import BesideRay, beside_ray
 from support.cluster import UP_S, Cluster
-from support.ray_head import RayHeadRunning, ray_head
 from support.waiting import wait_until
 
-from raylaunch.cluster.home import cluster_paths
 from raylaunch.reasons import Reason
 from raylaunch.state import JobState
 
@@ -31,33 +28,13 @@ TRAINS = (
 )
 
 
-class Far(Cluster):
-    """raylaunch beside a Ray of which only the dashboard answers; that Ray asks for no token."""
-
-    def __init__(self, ray: RayHeadRunning, folder: Path) -> None:
-        work = folder / "work"
-        work.mkdir()
-        super().__init__(folder / "home", work)
-        self.ray_head = ray
-        self.paths = cluster_paths("far", self.env)
-        lines = {"name": "far", "kind": "existing", "address": ray.dashboard_url, "gcs": "none"}
-        (work / "cluster.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in lines.items()))
-
-
 @pytest.fixture(scope="module")
-def far() -> Iterator[Far]:
-    folder = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
-    with ray_head(token=False, home=folder) as ray:
-        cluster = Far(ray, folder)
-        try:
-            cluster.good("up", timeout_s=UP_S)
-            yield cluster
-        finally:
-            cluster.cli("down", "--force", timeout_s=UP_S)
-            shutil.rmtree(folder, ignore_errors=True)
+def far() -> Iterator[BesideRay]:
+    with beside_ray("far", dashboard_only=True) as cluster:
+        yield cluster
 
 
-def test_up_and_status_say_what_cannot_be_done_there(far: Far) -> None:
+def test_up_and_status_say_what_cannot_be_done_there(far: BesideRay) -> None:
     again = far.cli("up")
     assert again.status == 0
     assert "asks for no token" in again.err
@@ -67,7 +44,7 @@ def test_up_and_status_say_what_cannot_be_done_there(far: Far) -> None:
     assert any("no metrics, files, checkpoints or secrets travel" in problem for problem in found["problems"])
 
 
-def test_a_job_gets_its_code_and_gpus_and_its_log_comes_back_as_it_was_written(far: Far) -> None:
+def test_a_job_gets_its_code_and_gpus_and_its_log_comes_back_as_it_was_written(far: BesideRay) -> None:
     folder = far.work / "project"
     folder.mkdir()
     (folder / "train.py").write_text(TRAINS)
@@ -82,7 +59,7 @@ def test_a_job_gets_its_code_and_gpus_and_its_log_comes_back_as_it_was_written(f
     assert far.log("last").decode() == expected
 
 
-def test_what_a_job_left_on_its_node_is_kept_there_and_named(far: Far) -> None:
+def test_what_a_job_left_on_its_node_is_kept_there_and_named(far: BesideRay) -> None:
     code = "import os, pathlib\npathlib.Path(os.environ['RAYLAUNCH_OUTPUT_DIR'], 'model.bin').write_bytes(b'model')"
     ended = far.ended(far.python(code), timeout_s=90)
     assert ended.state is JobState.SUCCEEDED
@@ -98,7 +75,7 @@ def test_what_a_job_left_on_its_node_is_kept_there_and_named(far: Far) -> None:
         assert "gcs: HOST:6379 in cluster.yaml" in refused.err
 
 
-def test_a_job_with_a_secret_is_refused_before_the_secret_goes_anywhere(far: Far) -> None:
+def test_a_job_with_a_secret_is_refused_before_the_secret_goes_anywhere(far: BesideRay) -> None:
     refused = far.cli("submit", "--secret", "HF_TOKEN", "--", "true", env={"HF_TOKEN": "hf_very_secret"})
     assert refused.status != 0
     assert "Ray's Jobs API shows what it is given to all who ask it" in refused.err
@@ -106,7 +83,7 @@ def test_a_job_with_a_secret_is_refused_before_the_secret_goes_anywhere(far: Far
         assert "hf_very_secret" not in ray.get("/api/jobs/").text
 
 
-def test_a_job_is_stopped_with_its_own_grace_and_its_processes_are_gone(far: Far) -> None:
+def test_a_job_is_stopped_with_its_own_grace_and_its_processes_are_gone(far: BesideRay) -> None:
     code = (
         "import signal, sys, time\n"
         "def leave(*_):\n    time.sleep(4)\n    print('saved', flush=True)\n    sys.exit(0)\n"
@@ -114,7 +91,7 @@ def test_a_job_is_stopped_with_its_own_grace_and_its_processes_are_gone(far: Far
         "print('ready', flush=True)\ntime.sleep(600)\n"
     )
     job = far.python(code)
-    far.until(job, lambda seen: b"ready" in far.log(seen.id) if seen.attempts else False, 60, "it is ready")
+    far.ready(job)
     far.good("stop", job)
     ended = far.ended(job)
     assert (ended.state, ended.reason) == (JobState.STOPPED, Reason.STOP_REQUESTED)
@@ -122,17 +99,17 @@ def test_a_job_is_stopped_with_its_own_grace_and_its_processes_are_gone(far: Far
     assert not far.of_attempt(f"{job}-1")
 
 
-def test_a_job_that_fails_is_tried_again_and_the_end_of_its_program_is_known(far: Far) -> None:
+def test_a_job_that_fails_is_tried_again_and_the_end_of_its_program_is_known(far: BesideRay) -> None:
     job = far.python("import os, sys; sys.exit(6 if os.environ['RAYLAUNCH_ATTEMPT'] < '2' else 7)", "--retries", "1")
     ended = far.ended(job, timeout_s=90)
     assert [(one.reason, one.exit_code) for one in ended.attempts] == [(Reason.EXIT_CODE, 6), (Reason.EXIT_CODE, 7)]
 
 
-def test_a_job_goes_on_without_its_controller_and_its_log_is_whole_afterwards(far: Far) -> None:
+def test_a_job_goes_on_without_its_controller_and_its_log_is_whole_afterwards(far: BesideRay) -> None:
     flag = far.work / "go-on"
     waits = f"while not pathlib.Path({str(flag)!r}).exists(): time.sleep(0.1)\n"
     job = far.python("import pathlib, time\nprint('one', flush=True)\n" + waits + "print('two')")
-    far.until(job, lambda seen: b"one" in far.log(seen.id) if seen.attempts else False, 60, "it has begun")
+    far.ready(job, b"one")
     psutil.Process(far.controller_pid()).kill()
     flag.touch()
     far.good("up", timeout_s=UP_S)
@@ -140,7 +117,7 @@ def test_a_job_goes_on_without_its_controller_and_its_log_is_whole_afterwards(fa
     assert far.log(job) == b"one\ntwo\n"
 
 
-def test_down_ends_the_controller_and_nothing_of_ray(far: Far) -> None:
+def test_down_ends_the_controller_and_nothing_of_ray(far: BesideRay) -> None:
     theirs = f"somebody-elses-{uuid4().hex[:6]}"
     with httpx2.Client(base_url=far.ray_head.dashboard_url, trust_env=False, timeout=30) as ray:
         ray.post("/api/jobs/", json={"entrypoint": "sleep 600", "submission_id": theirs}).raise_for_status()
@@ -153,7 +130,7 @@ def test_down_ends_the_controller_and_nothing_of_ray(far: Far) -> None:
     wait_until(lambda: theirs in far.good("list", "--json"), 20, "it is listed")
 
 
-def test_a_head_that_is_not_reached_is_said_with_the_way_round_it(far: Far, tmp_path: Path) -> None:
+def test_a_head_that_is_not_reached_is_said_with_the_way_round_it(far: BesideRay, tmp_path: Path) -> None:
     text = (far.work / "cluster.yaml").read_text().replace("none", "127.0.0.1:9").replace("far", "shut")
     (tmp_path / "cluster.yaml").write_text(text)
     refused = Cluster(tmp_path, tmp_path).cli("up")

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from support.fittings import bare_python
-from support.hosts import Host, World, world
+from support.fittings import bare_world
+from support.hosts import Host, World
 from support.terminal import Laptop, Said
 from support.waiting import wait_until
 
@@ -29,9 +29,7 @@ MOST_KILLS = 20
 @pytest.fixture(scope="module")
 def lab() -> Iterator[World]:
     """Three fresh hosts, of which the last refuses connections."""
-    with world(3) as made:
-        for host in made.hosts:
-            bare_python(host)
+    with bare_world(3) as made:
         made.hosts[2].run("kill $(cat /run/sshd.pid)")
         yield made
 

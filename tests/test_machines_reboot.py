@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.fittings import bare_python
-from support.hosts import World, world
+from support.fittings import bare_world
+from support.hosts import World
 from support.terminal import Laptop
 from support.waiting import wait_until
 
@@ -27,9 +27,7 @@ COUNTS = "for step in $(seq 100000); do echo $RAYLAUNCH_ATTEMPT:$step; sleep 0.5
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[World]:
-    with world(2) as made:
-        for host in made.hosts:
-            bare_python(host)
+    with bare_world(2) as made:
         yield made
 
 
@@ -62,12 +60,6 @@ def last_step(laptop: Laptop, ref: str) -> tuple[int, int]:
     return int(attempt), int(step)
 
 
-def living(laptop: Laptop) -> set[str]:
-    done = laptop.call("status", "--json", check=False)
-    nodes = json.loads(done.stdout)["nodes"] if done.stdout.startswith("{") else []
-    return {str(node["hostname"]) for node in nodes if node["alive"] and node["steward"]}
-
-
 def test_a_head_that_is_switched_off_and_on_brings_back_cluster_queue_and_jobs(laptop: Laptop, lab: World) -> None:
     head = lab.hosts[0]
     count = ("submit", "--host", "h2", "--gpus", "2", "--retries", "1", "--shell", COUNTS)
@@ -84,7 +76,7 @@ def test_a_head_that_is_switched_off_and_on_brings_back_cluster_queue_and_jobs(l
     time.sleep(10)  # the worker's Ray and its job must outlast a while without a head, not a moment
     head.boot()
 
-    wait_until(lambda: living(laptop) == {"h1", "h2"}, 300, "the cluster is back")
+    wait_until(lambda: laptop.living() == {"h1", "h2"}, 300, "the cluster is back")
     wait_until(lambda: running(laptop, goes_on, 1), 120, "the first runs in the same attempt")
     before = last_step(laptop, goes_on)
     wait_until(lambda: last_step(laptop, goes_on) > before, 120, "it goes on")
@@ -100,7 +92,7 @@ def test_a_worker_that_is_switched_off_and_on_has_its_interrupted_job_tried_agai
     worker.power_off()
     wait_until(lambda: not running(laptop, "waits", 1), 180, "it is seen that the worker is gone")
     worker.boot()
-    wait_until(lambda: living(laptop) == {"h1", "h2"}, 300, "the worker is back")
+    wait_until(lambda: laptop.living() == {"h1", "h2"}, 300, "the worker is back")
     wait_until(lambda: running(laptop, "waits", 2), 300, "it is tried again")
     wait_until(lambda: last_step(laptop, "waits") > (2, 3), 60, "its second attempt counts")
     laptop.call("stop", "waits")

@@ -11,8 +11,8 @@ from pathlib import Path
 import grpc  # type: ignore[import-untyped]
 import psutil
 import pytest
-from support.fittings import bare_python
-from support.hosts import Host, World, world
+from support.fittings import bare_world
+from support.hosts import Host, World
 from support.index import index, tiny_wheel
 from support.terminal import Laptop
 from support.waiting import wait_until
@@ -32,9 +32,7 @@ UP_S = 600
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[World]:
-    with world(3) as made:
-        for host in made.hosts:
-            bare_python(host)
+    with bare_world(3) as made:
         yield made
 
 

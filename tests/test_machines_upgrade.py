@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.fittings import bare_python
-from support.hosts import Host, World, world
+from support.fittings import bare_world
+from support.hosts import Host, World
 from support.terminal import Laptop
 from support.waiting import wait_until
 
@@ -33,9 +33,7 @@ RAY, CONTROLLER, KEEPER = "ray.scripts.scripts start", "raylaunch.controller --c
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[World]:
-    with world(2) as made:
-        for host in made.hosts:
-            bare_python(host)
+    with bare_world(2) as made:
         yield made
 
 

@@ -120,6 +120,11 @@ class Cluster:
         """Wait until a job's training runs."""
         return self.until(ref, lambda job: job.state.value == "running", timeout_s, "it runs")
 
+    def ready(self, ref: str, says: bytes = b"ready", timeout_s: float = 60) -> JobView:
+        """Wait until a job's training runs and its log has these words, and return it."""
+        what = f"it runs and its log says {says.decode()}"
+        return self.until(ref, lambda job: job.state.value == "running" and says in self.log(job.id), timeout_s, what)
+
     def log(self, ref: str) -> bytes:
         """Return a job's whole log."""
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from support.host import Host, authorize
+from support.hosts import World, world
 from support.sshd import make_key
 
 SMI = Path(__file__).with_name("nvidia_smi.sh")
@@ -163,6 +165,15 @@ def no_python(host: Host) -> None:
 def bare_python(host: Host) -> None:
     """Let the host's Python be that of a minimal Debian: without pip, ensurepip and venv."""
     host.run("rm -rf /usr/lib/python3*/{ensurepip,venv} /usr/lib/python3/dist-packages/pip* /usr/bin/pip*")
+
+
+@contextmanager
+def bare_world(hosts: int) -> Iterator[World]:
+    """Make a world of so many hosts as they come: with sshd, and the Python of a minimal Debian."""
+    with world(hosts) as made:
+        for host in made.hosts:
+            bare_python(host)
+        yield made
 
 
 def noisy_shell(host: Host, user: str = "root") -> None:

@@ -132,9 +132,9 @@ class Laptop:
         return found
 
     def living(self) -> set[str]:
-        """Return the hosts that Ray lists as alive and whose steward answers."""
-        nodes = self.status()["nodes"]
-        assert isinstance(nodes, list)
+        """Return the hosts that Ray lists as alive and whose steward answers; none where nothing answers."""
+        done = self.call("status", "--json", check=False)
+        nodes = json.loads(done.stdout)["nodes"] if done.stdout.startswith("{") else []
         return {str(node["hostname"]) for node in nodes if node["alive"] and node["steward"]}
 
     def _argv(self, words: tuple[str, ...]) -> list[str]:

@@ -1,0 +1,63 @@
+"""raylaunch beside a Ray that somebody else runs, in a home of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from raylaunch.cluster.home import cluster_paths
+from support.cluster import UP_S, Cluster
+from support.ray_head import RayHeadRunning, ray_head
+
+_DAEMONS = ("gcs_server", "raylet", "dashboard.py", "agent")
+
+
+class BesideRay(Cluster):
+    """A cluster of kind ``existing``, which the client has in its cluster.yaml."""
+
+    def __init__(self, ray: RayHeadRunning, folder: Path, lines: dict[str, str]) -> None:
+        work = folder / "work"
+        work.mkdir()
+        super().__init__(folder / "home", work)
+        self.ray_head = ray
+        self.env["HOME"] = str(folder)
+        self.paths = cluster_paths(lines["name"], self.env)
+        (work / "cluster.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in lines.items()))
+
+    def daemons(self) -> set[int]:
+        """Return the pids of that Ray's daemons; its workers come and go."""
+        found = {one.pid: " ".join(one.cmdline()[:4]) for one in self._children()}
+        family = {pid for pid, line in found.items() if any(name in line for name in _DAEMONS)}
+        return {self.ray_head.process.pid, *family}
+
+    def stewards(self) -> list[str]:
+        """Return the stewards that Ray runs for raylaunch, by their titles."""
+        return [title for title in (" ".join(one.cmdline()) for one in self._children()) if "Steward" in title]
+
+    def _children(self) -> list[psutil.Process]:
+        return psutil.Process(self.ray_head.process.pid).children(recursive=True)
+
+
+@contextmanager
+def beside_ray(name: str, *, dashboard_only: bool = False) -> Iterator[BesideRay]:
+    """Run a Ray and bring a cluster of this name up beside it; end both.
+
+    With `dashboard_only` nothing but the dashboard's address is used, and that Ray asks for no token.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
+    with ray_head(token=not dashboard_only, home=folder) as ray:
+        lines = {"name": name, "kind": "existing", "address": ray.dashboard_url}
+        lines |= {"gcs": "none"} if dashboard_only else {"gcs": ray.gcs_address, "ray_token_file": str(ray.token_path)}
+        cluster = BesideRay(ray, folder, lines)
+        try:
+            cluster.good("up", timeout_s=UP_S)
+            yield cluster
+        finally:
+            cluster.cli("down", "--force", timeout_s=UP_S)
+            shutil.rmtree(folder, ignore_errors=True)
