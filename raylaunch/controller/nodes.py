@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import TypedDict
 
 from raylaunch.cluster_state import GpuView, NodeView
@@ -15,6 +16,7 @@ _BUILT_IN = ("CPU", "GPU", "memory", "object_store_memory")
 _INTERNAL = ("node:", "accelerator_type:", "bundle_")
 _ACCELERATOR = "accelerator_type:"
 _ACCELERATOR_LABEL = "ray.io/accelerator-type"
+_DIGITS = re.compile(r"(\d+)")
 
 
 class RayNode(TypedDict):
@@ -60,6 +62,15 @@ def node_view(row: RayNode, facts: NodeFacts | None, *, steward: bool) -> NodeVi
         disk_free=facts["disk_free"] if facts else None,
         steward=steward,
     )
+
+
+def by_name(nodes: Iterable[NodeView]) -> tuple[NodeView, ...]:
+    """Return nodes in the order of their names, ``dgx-2`` before ``dgx-10``: Ray lists them in any. Pure."""
+    return tuple(sorted(nodes, key=lambda node: _counted(node.hostname)))
+
+
+def _counted(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in _DIGITS.split(name)]
 
 
 def _is_custom(name: str) -> bool:

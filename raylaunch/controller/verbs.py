@@ -11,6 +11,7 @@ from raylaunch.controller.attempt_spec import wandb_link
 from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.foreign import ForeignJobs
 from raylaunch.controller.jobs_only import refuse_what_does_not_travel
+from raylaunch.controller.nodes import by_name
 from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.queue import Admit, plan_queue, why_never
 from raylaunch.controller.ray_fit import RayFit
@@ -167,7 +168,7 @@ class Verbs:
             started_at=self._began_at,
             ray="up" if sight.link_up and sight.ray_answers else "down",
             ray_version=sight.ray_version,
-            nodes=with_drains(sight.nodes, self._drains.now()),
+            nodes=by_name(with_drains(sight.nodes, self._drains.now())),
             queued=sum(1 for record in unfinished if record.state in {JobState.QUEUED, JobState.HELD}),
             running=sum(1 for record in unfinished if record.state.active),
             store=str(self._settings.store),
