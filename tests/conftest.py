@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-pytest_plugins = ["support.cluster"]
+pytest_plugins = ["support.cluster", "support.api", "support.agent", "support.standing", "support.bare_host"]
 
 MAY_BE_MISSING = (
     "needs PyTorch",

@@ -7,43 +7,21 @@ import hashlib
 import http.server
 import socket
 import threading
-import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
 import pytest
-from support.api import Api, serving, token_of
-from support.waiting import wait_until
+from support.api import Api
+from support.client_use import ask, ended, submitted
 
 from raylaunch.client import Client, with_wandb
-from raylaunch.errors import (
-    AccessError,
-    ClusterDownError,
-    ClusterError,
-    ConflictError,
-    NotFoundError,
-    TransferError,
-    VersionError,
-)
+from raylaunch.cluster.plan import Reach
+from raylaunch.errors import AccessError, ClusterDownError, ClusterError, ConflictError, NotFoundError, VersionError
 from raylaunch.packing import pack
 from raylaunch.spec import JobSpec, Tracking
-from raylaunch.state import AttemptView, Change, JobState, JobView
+from raylaunch.state import Change, JobState, JobView
 from raylaunch.transfer import CHUNK
-
-_T = TypeVar("_T")
-
-
-class Reach(NamedTuple):
-    url: str
-    token: str
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[Api]:
-    with serving(tmp_path / "store") as running:
-        yield running
 
 
 @pytest.fixture
@@ -52,52 +30,6 @@ def code(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "train.py").write_text("print(1)\n")
     return folder
-
-
-def ask(api: Api, verb: Callable[[Client], Coroutine[None, None, _T]], *, person: str = "tom") -> _T:
-    """Run one verb with a person's token."""
-
-    async def run() -> _T:
-        async with Client(Reach(api.url, token_of(person)), cluster="test", patience_s=5) as client:
-            return await asyncio.wait_for(verb(client), 60)
-
-    return asyncio.run(run())
-
-
-def submitted(api: Api, spec: JobSpec | None = None) -> JobView:
-    wanted = spec or JobSpec(entrypoint="python train.py", name="digits", working_dir="")
-    return ask(api, lambda client: client.submit(wanted)).job
-
-
-def admitted(api: Api, job: str, n: int = 1) -> None:
-    """Give the job its n-th attempt."""
-    attempts = tuple(AttemptView(id=f"{job}-{one}", n=one, admitted_at=time.time()) for one in range(1, n + 1))
-    api.do(lambda: api.records.update(job, kind="starting", message="starts", change=Change.ADMIT, attempts=attempts))
-
-
-def ended(api: Api, job: str, change: Change = Change.SUCCEED) -> None:
-    """End the job, its attempts replicated."""
-
-    def end() -> None:
-        attempts = tuple(
-            one.model_copy(update={"replicated": True, "ended_at": time.time()})
-            for one in api.records.get(job).attempts
-        )
-        api.records.update(job, kind="ended", message="ended", change=change, attempts=attempts)
-
-    api.do(end)
-
-
-def write(api: Api, job: str, name: str, data: bytes, *, known: bool = True) -> Path:
-    """Put a file of a job into the store, as replication does."""
-    path = api.store / "jobs" / job / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(data)
-    if known:
-        api.services.artifacts.note(job, name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
-    api.do(lambda: api.desk.grew(f"{job}-{name.partition('/')[0].removeprefix('attempt-')}"))
-    return path
 
 
 @contextmanager
@@ -274,197 +206,6 @@ def test_stop_returns_the_job_and_a_second_stop_is_a_conflict_or_the_same(api: A
     job = submitted(api)
     assert ask(api, lambda client: client.stop(job.id, grace_s=3)).state is JobState.STOPPED
     assert ask(api, lambda client: client.wait(job.id)).message == "tom asked to stop it, grace 3.0"
-
-
-def test_waiting_returns_when_the_job_ends(api: Api) -> None:
-    job = submitted(api)
-
-    async def wait(client: Client) -> JobView:
-        waiting = asyncio.ensure_future(client.wait("last"))
-        await client.events(job.id)  # the wait is under way
-        await asyncio.to_thread(admitted, api, job.id)
-        await asyncio.to_thread(ended, api, job.id, Change.FAIL)
-        return await waiting
-
-    assert ask(api, wait).state is JobState.FAILED
-
-
-def test_following_yields_each_event_once_and_ends_with_the_job(api: Api) -> None:
-    job = submitted(api)
-
-    async def follow(client: Client) -> list[str]:
-        seen = []
-        async for event in client.follow(job.id):
-            seen.append(event.message)
-            if len(seen) == 1:
-                await asyncio.to_thread(admitted, api, job.id)
-            elif event.message == "starts":
-                await asyncio.to_thread(ended, api, job.id)
-        return seen
-
-    seen = ask(api, follow)
-    assert seen[1:] == ["starts", "ended"]
-
-
-def test_the_tail_of_a_log_says_where_to_read_on(api: Api) -> None:
-    job = submitted(api)
-    admitted(api, job.id)
-    write(api, job.id, "attempt-1/logs/rank-0.log", b"one\ntwo\nthree\n")
-    chunk = ask(api, lambda client: client.logs(job.id, tail=2))
-    assert (chunk.data, chunk.offset, chunk.next_offset, chunk.size) == (b"two\nthree\n", 4, 14, 14)
-    assert (chunk.attempt, chunk.ended) == (1, False)
-
-
-def test_following_a_log_goes_through_all_attempts_to_the_end(api: Api) -> None:
-    job = submitted(api)
-
-    async def follow(client: Client) -> bytes:
-        found = b""
-        async for chunk in client.follow_logs(job.id):
-            found += chunk.data
-            if found.endswith(b"first\n"):
-                await asyncio.to_thread(write, api, job.id, "attempt-1/logs/rank-0.log", b"more\xff\n", known=False)
-            elif found.endswith(b"more\xff\n"):
-                await asyncio.to_thread(second_attempt)
-            elif found.endswith(b"second\n"):
-                await asyncio.to_thread(ended, api, job.id)
-        return found
-
-    def second_attempt() -> None:
-        def requeue() -> None:
-            done = tuple(
-                one.model_copy(update={"replicated": True, "ended_at": time.time()})
-                for one in api.records.get(job.id).attempts
-            )
-            again = AttemptView(id=f"{job.id}-2", n=2, admitted_at=time.time())
-            api.records.update(job.id, kind="requeued", change=Change.REQUEUE, attempts=done)
-            api.records.update(job.id, kind="starting", change=Change.ADMIT, attempts=(*done, again))
-
-        api.do(requeue)
-        write(api, job.id, "attempt-2/logs/rank-0.log", b"second\n", known=False)
-
-    admitted(api, job.id)
-    write(api, job.id, "attempt-1/logs/rank-0.log", b"first\n", known=False)
-    assert ask(api, follow) == b"first\nmore\xff\nsecond\n"
-
-
-def test_following_the_log_of_a_job_that_ended_before_it_started_ends(api: Api) -> None:
-    job = submitted(api)
-
-    async def follow(client: Client) -> list[bytes]:
-        await client.stop(job.id)
-        return [chunk.data async for chunk in client.follow_logs(job.id)]
-
-    assert ask(api, follow) == []
-
-
-def test_a_log_is_searched(api: Api) -> None:
-    job = submitted(api)
-    admitted(api, job.id)
-    write(api, job.id, "attempt-1/logs/rank-0.log", b"loss 1\nnothing\nLOSS 2\n")
-    found = ask(api, lambda client: client.search_logs(job.id, "loss", ignore_case=True))
-    assert [(match.offset, match.text) for match in found.matches] == [(0, "loss 1"), (15, "LOSS 2")]
-
-
-def test_a_controller_that_restarts_elsewhere_is_found_again_and_that_is_said_once(tmp_path: Path) -> None:
-    notices: list[str] = []
-    with serving(tmp_path / "store") as before:
-        job = submitted(before)
-        here = [Reach(before.url, token_of("tom"))]
-
-        async def heal() -> Reach:
-            return here[-1]
-
-        async def wait() -> JobView:
-            async with Client(here[0], cluster="test", patience_s=30, on_notice=notices.append, heal=heal) as client:
-                return await asyncio.wait_for(client.wait(job.id), 60)
-
-        found: list[JobView] = []
-        waiter = threading.Thread(target=lambda: found.append(asyncio.run(wait())))
-        waiter.start()
-    with serving(tmp_path / "store") as after:
-        wait_until(lambda: notices, 20, "the loss is noticed")
-        here.append(Reach(after.url, token_of("tom")))
-        wait_until(lambda: len(notices) > 1, 20, "the controller is found again")
-        ask(after, lambda client: client.stop(job.id))
-        waiter.join(30)
-    assert found[0].state is JobState.STOPPED
-    lost = ("cluster 'test' does not answer at http://", "the connection to cluster 'test' at http://")
-    assert notices[0].startswith(lost)  # the server was gone before the question, or in the middle of it
-    assert notices[0].endswith("; trying again for 30 s")
-    assert notices[1:] == ["cluster 'test' answers again"]
-
-
-def test_outputs_are_downloaded_under_their_own_names_and_verified(api: Api, tmp_path: Path) -> None:
-    job = submitted(api)
-    write(api, job.id, "attempt-1/outputs/best/model.pt", b"weights")
-    write(api, job.id, "attempt-1/logs/rank-0.log", b"log")
-    (done,) = ask(api, lambda client: client.download(job.id, dest=tmp_path / "here"))
-    assert (done.local, done.fetched, done.verified) == (tmp_path / "here" / "best" / "model.pt", True, True)
-    assert done.local.read_bytes() == b"weights"
-
-
-def test_of_two_attempts_the_later_output_is_downloaded(api: Api, tmp_path: Path) -> None:
-    job = submitted(api)
-    write(api, job.id, "attempt-1/outputs/model.pt", b"early")
-    write(api, job.id, "attempt-2/outputs/model.pt", b"late")
-    (done,) = ask(api, lambda client: client.download(job.id, dest=tmp_path / "here"))
-    assert done.local.read_bytes() == b"late"
-
-
-def test_a_file_that_is_here_is_not_fetched_again(api: Api, tmp_path: Path) -> None:
-    job = submitted(api)
-    write(api, job.id, "attempt-1/outputs/model.pt", b"weights")
-    ask(api, lambda client: client.download(job.id, dest=tmp_path / "here"))
-    (again,) = ask(api, lambda client: client.download(job.id, ["model.pt"], dest=tmp_path / "here"))
-    assert not again.fetched
-
-
-def test_a_file_that_is_there_is_not_replaced_where_that_is_not_wanted(api: Api, tmp_path: Path) -> None:
-    job = submitted(api)
-    write(api, job.id, "attempt-1/outputs/model.pt", b"weights")
-    (tmp_path / "model.pt").write_bytes(b"mine")
-    with pytest.raises(ConflictError, match=r"model\.pt is there already, and is something else"):
-        ask(api, lambda client: client.download(job.id, dest=tmp_path, replace=False))
-    assert (tmp_path / "model.pt").read_bytes() == b"mine"
-
-
-def part_of(tmp_path: Path, data: bytes) -> Path:
-    return tmp_path / f".model.pt.{hashlib.sha256(data).hexdigest()[:12]}.part"
-
-
-def test_an_interrupted_download_goes_on_where_it_stopped(api: Api, tmp_path: Path) -> None:
-    data = bytes(range(256)) * 8192
-    job = submitted(api)
-    write(api, job.id, "attempt-1/outputs/model.pt", data)
-    part_of(tmp_path, data).write_bytes(data[:1_000_000])
-    progress: list[int] = []
-
-    async def download(client: Client) -> None:
-        await client.download(job.id, dest=tmp_path, on_progress=lambda _what, done, _total: progress.append(done))
-
-    ask(api, download)
-    assert (tmp_path / "model.pt").read_bytes() == data
-    assert progress[0] > 1_000_000
-    assert not part_of(tmp_path, data).exists()
-
-
-def test_a_download_with_another_checksum_is_refused_by_name_and_leaves_nothing(api: Api, tmp_path: Path) -> None:
-    job = submitted(api)
-    write(api, job.id, "attempt-1/outputs/model.pt", b"weights")
-    part_of(tmp_path, b"weights").write_bytes(b"wrong!!")
-    with pytest.raises(TransferError, match=r"attempt-1/outputs/model\.pt did not arrive as it was sent"):
-        ask(api, lambda client: client.download(job.id, dest=tmp_path))
-    assert list(tmp_path.glob("*model.pt*")) == []
-
-
-def test_a_file_that_is_not_there_is_answered_with_the_nearest(api: Api, tmp_path: Path) -> None:
-    job = submitted(api)
-    write(api, job.id, "attempt-1/outputs/model.pt", b"weights")
-    with pytest.raises(NotFoundError) as caught:
-        ask(api, lambda client: client.download(job.id, ["modle.pt"], dest=tmp_path))
-    assert caught.value.message == "the job has left no file 'modle.pt'"
-    assert "model.pt" in caught.value.hint
 
 
 def test_secrets_are_set_listed_and_removed_by_an_operator(api: Api) -> None:

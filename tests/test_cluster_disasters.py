@@ -6,14 +6,12 @@ import asyncio
 import json
 import os
 import random
-import re
 import shlex
-import signal
 import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.cluster import Cluster, Reach, argv, running_cluster
-from support.disks import fill, small_disk
+from support.disasters import KILLS, LEDGER, TALKS, Book, at_random_moments, kill
 from support.plain_ray import plain_python, started_plain, submit_plain
 from support.waiting import wait_until
 
@@ -36,24 +34,8 @@ from raylaunch.spec import JobSpec
 from raylaunch.state import JobState, JobView
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-
-KILLS = 10
-LEDGER = (
-    "import os\n"
-    "line = os.environ['RAYLAUNCH_JOB_ID'] + ' ' + os.environ['RAYLAUNCH_ATTEMPT'] + '\\n'\n"
-    "file = os.open(os.environ['LEDGER'], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)\n"
-    "os.write(file, line.encode())\n"
-)
-"""Each attempt writes one line with its job's id and its number: what ran, and how often."""
 FIRST_WAITS = LEDGER + (
     "import time\nprint('ready', flush=True)\nif os.environ['RAYLAUNCH_ATTEMPT'] == '1': time.sleep(600)"
-)
-TALKS = LEDGER + (
-    "import itertools, pathlib, time\n"
-    "for n in itertools.count():\n"
-    "    print(n, 'x' * 200, flush=True)\n"
-    "    if n > 20000 or pathlib.Path(os.environ['ENOUGH']).exists(): break\n"
-    "    time.sleep(0.005)\n"
 )
 TRACKS = (
     "import os, pathlib, time, wandb\n"
@@ -73,29 +55,9 @@ def cluster() -> Iterator[Cluster]:
         yield broken
 
 
-class Book:
-    """What ran, as the jobs themselves wrote it down."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.env = ("--env", f"LEDGER={path}", "--tracking", "disabled")
-
-    def runs(self) -> Counter[str]:
-        """Return how often each attempt ran, by job and number."""
-        return Counter(self.path.read_text().splitlines() if self.path.exists() else [])
-
-
 @pytest.fixture
 def book(tmp_path: Path) -> Book:
     return Book(tmp_path / "ledger")
-
-
-def kill(process: ProcessIdentity | None) -> None:
-    """SIGKILL, and wait for the end."""
-    assert process is not None
-    if is_alive(process):
-        os.kill(process.pid, signal.SIGKILL)
-    wait_until(lambda: not is_alive(process), 20, "its death")
 
 
 def kill_controller(cluster: Cluster) -> None:
@@ -125,25 +87,6 @@ def healthy(cluster: Cluster, timeout_s: float = 120) -> None:
         return found["state"] == "running" and not found["problems"] and found["ray"]["alive"]
 
     wait_until(is_healthy, timeout_s, "a healthy cluster")
-
-
-@contextmanager
-def at_random_moments(strike: Callable[[], object], seed: int, longest_s: float) -> Iterator[list[int]]:
-    """Strike `KILLS` times in the background; the list that is yielded grows with each strike."""
-    chance, done, leave = random.Random(seed), list[int](), threading.Event()  # noqa: S311 -- no secret
-
-    def strikes() -> None:
-        while len(done) < KILLS and not leave.wait(chance.uniform(0, longest_s)):
-            strike()
-            done.append(len(done))
-
-    with ThreadPoolExecutor(1) as pool:
-        striking = pool.submit(strikes)
-        try:
-            yield done
-        finally:
-            leave.set()
-            striking.result(60)
 
 
 def test_killing_the_controller_ten_times_loses_no_job_and_runs_none_twice(cluster: Cluster, book: Book) -> None:
@@ -432,40 +375,3 @@ def answers(cluster: Cluster) -> bool:
     except RaylaunchError:
         return False
     return status.ray == "up" and any(node.steward for node in status.nodes)
-
-
-def test_a_full_store_is_said_and_files_wait_on_their_node_and_down_ends_all(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "store", kib=16 * 1024) as store, running_cluster({"store": str(store)}) as full:
-        enough = tmp_path / "enough"
-        code = TALKS + "print('y' * 3_000_000)\n"
-        words = ("--tracking", "disabled", "--env", f"ENOUGH={enough}", "--env", f"LEDGER={tmp_path / 'ledger'}")
-        running = full.python(code, *words, "--gpus", "4")
-        full.runs(running)
-        waiting = full.python("print('after all')", "--gpus", "1", "--tracking", "disabled")
-        ballast = fill(store)
-        refused = full.cli("submit", "--working-dir", "", "--", "python", "-c", "print(1)")
-        assert refused.status == 1
-        assert re.search(rf"cannot write {store}/jobs/python-\w+.*: No space left on device", refused.err)
-        hint = "nothing was recorded; free space on that disk (raylaunch du shows what jobs take), then try again"
-        assert hint in refused.err
-        enough.touch()
-        problem = f"{running}-1: the store cannot be written: the disk of {os.uname().nodename} is full"
-        wait_until(lambda: problem in full.good("status"), 60, "the problem is said")
-        assert not full.job(running).state.ended
-        ballast.unlink()
-        done = full.ended(running, 90)
-        assert done.state is JobState.SUCCEEDED
-        lines = full.log(running).splitlines()
-        assert lines.pop() == b"y" * 3_000_000
-        assert lines == [b"%d %s" % (n, b"x" * 200) for n in range(len(lines))]
-        assert full.ended(waiting).state is JobState.SUCCEEDED
-        last = full.python("import time; time.sleep(600)", "--tracking", "disabled")
-        full.runs(last)
-        refusal = full.cli("down")
-        assert refusal.status == 1
-        assert last in refusal.err
-        record = full.record()
-        full.good("down", "--force")
-        assert of_controller(record.cluster_id) == []
-        assert of_ray(record.cluster_id, record.ray, full.paths.temp) == []
-        assert full.of_attempt(f"{last}-1") == []

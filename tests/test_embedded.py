@@ -4,259 +4,37 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import anyio
 import pytest
+from support.standing import Start
 from support.waiting import wait_until
 
 from raylaunch.cluster import embedded
 from raylaunch.cluster.backends import Step, backend_for
-from raylaunch.cluster.controller_program import admit
 from raylaunch.cluster.gpus import choose_gpus, parse_gpus
-from raylaunch.cluster.home import (
-    ClusterPaths,
-    cluster_paths,
-    make_cluster_dirs,
-    make_store,
-    secret_file,
-    write_private,
-)
+from raylaunch.cluster.home import ClusterPaths, secret_file, write_private
 from raylaunch.cluster.look import look
-from raylaunch.cluster.neighbours import Neighbour, check_gpus, neighbours
 from raylaunch.cluster.ports import RAY_PORTS
-from raylaunch.cluster.process import ProcessIdentity, identify, is_alive, start_apart
+from raylaunch.cluster.process import identify, is_alive
 from raylaunch.cluster.ray_head import VAR_CLUSTER_ID, RayStart, clean_environment, whole_cpus
-from raylaunch.cluster.record import (
-    ClusterRecord,
-    Versions,
-    cluster_lock,
-    keep_unreadable_aside,
-    load_record,
-    new_record,
-    save_record,
-)
+from raylaunch.cluster.record import ClusterRecord, Versions, new_record, save_record
 from raylaunch.cluster.sweep import of_ray
 from raylaunch.cluster.versions import check_versions
-from raylaunch.errors import ClusterDownError, ConflictError, SpecError, StorageError, VersionError
+from raylaunch.errors import ClusterDownError, SpecError, VersionError
 from raylaunch.spec import ClusterSpec
 
 SPEC = ClusterSpec(gpus=2)
-STAYS = (sys.executable, "-I", "-S", "-c", "import signal; signal.pause()")
-NOBODY = 65534
 ROWS = "0, GPU-aaaa1111, NVIDIA H100, 81559, 0, 0\n1, GPU-bbbb2222, NVIDIA H100, 81559, 0, 0"
-
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
-
-
-@pytest.fixture
-def paths(home: Path) -> Iterator[ClusterPaths]:
-    assert home.is_dir()
-    found = cluster_paths("local")
-    make_cluster_dirs(found)
-    yield found
-    shutil.rmtree(found.temp, ignore_errors=True)
-
-
-Start = Callable[..., ProcessIdentity]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    started: list[ProcessIdentity] = []
-
-    def start_one(*argv: str, **env: str) -> ProcessIdentity:
-        process = anyio.run(partial(start_apart, argv or STAYS, env=env, cwd=Path("/"), log=tmp_path / "log"))
-        started.append(process)
-        return process
-
-    yield start_one
-    for process in started:
-        if is_alive(process):
-            os.kill(process.pid, signal.SIGKILL)
 
 
 def ignore(_step: Step) -> None:
     """Take a step and say nothing."""
-
-
-# Files
-
-
-def test_all_folders_of_a_cluster_are_ours_alone(paths: ClusterPaths) -> None:
-    folders = (paths.home / "clusters", paths.root, paths.node, paths.gcs, paths.temp.parent, paths.temp)
-    assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
-
-
-def test_rays_temp_folder_is_short_enough_for_unix_sockets_however_long_the_home(tmp_path: Path) -> None:
-    paths = cluster_paths("a-long-name", {"RAYLAUNCH_HOME": str(tmp_path / ("deep" * 20))})
-    socket = paths.temp / "session_2026-01-01_00-00-00_000000_4194304" / "sockets" / "plasma_store"
-    assert len(str(socket)) < 107
-
-
-def test_two_homes_have_different_temp_folders(tmp_path: Path) -> None:
-    one, other = (cluster_paths("local", {"RAYLAUNCH_HOME": str(tmp_path / name)}) for name in "ab")
-    assert one.temp != other.temp
-
-
-def test_a_folder_that_others_could_read_is_closed(paths: ClusterPaths) -> None:
-    paths.temp.chmod(0o777)
-    make_cluster_dirs(paths)
-    assert stat.S_IMODE(paths.temp.stat().st_mode) == 0o700
-
-
-@needs_root
-def test_a_temp_folder_of_another_user_is_refused(paths: ClusterPaths) -> None:
-    os.chown(paths.temp, NOBODY, NOBODY)
-    with pytest.raises(ConflictError, match=rf"{paths.temp} belongs to nobody, not to you \(root\)"):
-        make_cluster_dirs(paths)
-
-
-def test_a_link_in_place_of_a_folder_is_refused(paths: ClusterPaths, tmp_path: Path) -> None:
-    paths.temp.rmdir()
-    paths.temp.symlink_to(tmp_path)
-    with pytest.raises(ConflictError, match="is not a folder"):
-        make_cluster_dirs(paths)
-    paths.temp.unlink()
-
-
-def test_a_secret_is_made_once_and_only_we_can_read_it(paths: ClusterPaths) -> None:
-    first = secret_file(paths.token)
-    assert secret_file(paths.token) == first
-    assert len(first) == 43
-    assert stat.S_IMODE(paths.token.stat().st_mode) == 0o600
-
-
-def words_of_nobody(*argv: str) -> str:
-    done = subprocess.run(
-        argv, user=NOBODY, group=NOBODY, extra_groups=[], capture_output=True, text=True, check=False, cwd="/"
-    )
-    return done.stderr
-
-
-@needs_root
-def test_another_user_of_the_machine_can_read_neither_token_nor_record_nor_log(paths: ClusterPaths) -> None:
-    paths.home.chmod(0o755)
-    secret_file(paths.token)
-    secret_file(paths.ray_token)
-    save_record(paths, new_record(SPEC, paths))
-    write_private(paths.ray_log, "x")
-    for path in (paths.token, paths.ray_token, paths.record, paths.ray_log, paths.temp):
-        assert "Permission denied" in words_of_nobody("cat", str(path))
-
-
-@needs_root
-def test_a_full_disk_is_an_error_with_the_path_and_the_free_bytes(home: Path) -> None:
-    disk = home / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount")
-    try:
-        with pytest.raises(StorageError) as caught:
-            write_private(disk / "cluster.json", "x" * 100_000)
-        assert caught.value.message.startswith(f"no space left to write {disk}/cluster.json: ")
-        assert caught.value.message.endswith(" bytes free")
-        assert list(disk.iterdir()) == []
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
-def test_a_store_that_holds_other_peoples_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.pdf").write_text("x")
-    tmp_path.chmod(0o755)
-    with pytest.raises(ConflictError, match="holds other files and other users may read it"):
-        make_store(tmp_path)
-    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
-
-
-def test_our_token_is_admitted_once_and_other_tokens_stay(tmp_path: Path) -> None:
-    other = {"sha256": "ab", "person": "anna", "role": "viewer"}
-    (tmp_path / "tokens.json").write_text(json.dumps({"tokens": [other]}))
-    admit(tmp_path, "secret-token")
-    admit(tmp_path, "secret-token")
-    tokens = json.loads((tmp_path / "tokens.json").read_text())["tokens"]
-    assert tokens[0] == other
-    assert [one["role"] for one in tokens] == ["viewer", "admin"]
-    assert "secret-token" not in (tmp_path / "tokens.json").read_text()
-
-
-# The record and its lock
-
-
-def test_a_record_is_read_back_as_it_was_written(paths: ClusterPaths) -> None:
-    record = new_record(SPEC, paths).with_(ray=identify(os.getpid()), ports={"gcs": 20000})
-    save_record(paths, record)
-    assert load_record(paths) == record
-
-
-def test_a_record_that_cannot_be_understood_is_kept_aside(paths: ClusterPaths) -> None:
-    write_private(paths.record, "{ torn")
-    assert load_record(paths) is None
-    aside = keep_unreadable_aside(paths)
-    assert aside is not None
-    assert aside.read_text() == "{ torn"
-    assert not paths.record.exists()
-
-
-def test_a_record_of_another_machine_that_shares_the_home_is_refused(paths: ClusterPaths) -> None:
-    save_record(paths, new_record(SPEC, paths).with_(machine="another"))
-    with pytest.raises(ConflictError, match="cluster local was started on another machine that shares"):
-        load_record(paths)
-
-
-def test_of_two_that_change_a_cluster_at_once_one_waits(paths: ClusterPaths) -> None:
-    inside: list[str] = []
-
-    async def change(name: str) -> None:
-        async with cluster_lock(paths, limit_s=20):
-            inside.append(f"{name} begins")
-            await anyio.lowlevel.checkpoint()
-            inside.append(f"{name} ends")
-
-    async def both() -> None:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(change, "a")
-            tasks.start_soon(change, "b")
-
-    anyio.run(both)
-    assert inside in (["a begins", "a ends", "b begins", "b ends"], ["b begins", "b ends", "a begins", "a ends"])
-
-
-def test_a_lock_that_is_held_too_long_names_its_holder(paths: ClusterPaths) -> None:
-    async def twice() -> None:
-        async with cluster_lock(paths, limit_s=1), cluster_lock(paths, limit_s=0.1):
-            pass
-
-    with pytest.raises(
-        ConflictError, match=rf"another raylaunch \(pid {os.getpid()}\) has been changing cluster local"
-    ):
-        anyio.run(twice)
-
-
-def test_the_lock_of_a_killed_process_is_free(paths: ClusterPaths) -> None:
-    program = (
-        "import fcntl, os, sys, time; f = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT);"
-        "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
-    )
-    argv = [sys.executable, "-c", program, str(paths.lock)]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
-        holder.kill()
-
-    async def take() -> None:
-        async with cluster_lock(paths, limit_s=10):
-            pass
-
-    anyio.run(take)
 
 
 # What is seen, and the verbs of a cluster that does not run
@@ -442,46 +220,3 @@ def test_an_installed_ray_that_does_not_fit_is_said_with_the_command_that_helps(
     env = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(embedded.__file__).parents[2]}", "RAYLAUNCH_HOME": str(home)}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
     assert f"needs Ray 2.60, and Ray 2.9.3 is installed in {sys.prefix}\n  → install the one that fits: " in done.stdout
-
-
-# Neighbours
-
-
-def test_a_cluster_that_uses_the_same_gpus_is_found_and_said_whose_it_is(
-    paths: ClusterPaths, start: Start, tmp_path: Path
-) -> None:
-    theirs = new_record(ClusterSpec(name="lab"), paths).with_(gpu_uuids=("GPU-bbbb2222",))
-    (tmp_path / "cluster.json").write_text(theirs.model_dump_json())
-    pid = start(*STAYS, "-m", "raylaunch.controller", "--config", str(tmp_path / "controller.json")).pid
-    others = [one for one in neighbours(paths.controller_config) if one.folder == str(tmp_path)]
-    choice = choose_gpus(ClusterSpec(), parse_gpus(ROWS), {})
-    with pytest.raises(ConflictError) as caught:
-        check_gpus(ClusterSpec(), choice, others)
-    user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-    assert caught.value.message == (
-        f"cluster lab of user {user} (controller pid {pid}, {tmp_path}) uses GPU 1 of this machine"
-    )
-
-
-def test_other_gpus_of_the_same_machine_do_not_conflict() -> None:
-    other = Neighbour(name="lab", user="anna", folder="/f", pid=1, gpu_uuids=("GPU-bbbb2222",))
-    spec = ClusterSpec(gpus=("0",))
-    check_gpus(spec, choose_gpus(spec, parse_gpus(ROWS), {}), [other])
-
-
-def test_logical_gpus_never_conflict() -> None:
-    other = Neighbour(name="lab", user="anna", folder="/f", pid=1, gpu_uuids=None)
-    check_gpus(SPEC, choose_gpus(SPEC, parse_gpus(ROWS), {}), [other])
-
-
-def test_a_cluster_whose_gpus_we_may_not_see_conflicts_unless_gpus_are_listed() -> None:
-    other = Neighbour(name="lab", user="anna", folder="/f", pid=1, gpu_uuids=None)
-    auto, listed = ClusterSpec(), ClusterSpec(gpus=("0",))
-    check_gpus(listed, choose_gpus(listed, parse_gpus(ROWS), {}), [other])
-    with pytest.raises(ConflictError, match="may use GPUs 0, 1 of this machine"):
-        check_gpus(auto, choose_gpus(auto, parse_gpus(ROWS), {}), [other])
-
-
-def test_our_own_controller_is_no_neighbour(paths: ClusterPaths, start: Start) -> None:
-    start(*STAYS, "-m", "raylaunch.controller", "--config", str(paths.controller_config))
-    assert str(paths.root) not in [one.folder for one in neighbours(paths.controller_config)]

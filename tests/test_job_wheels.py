@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.api import Api, serving, token_of
+from support.api import Api
 from support.index import Index, index, tiny_sdist, tiny_wheel
 from support.running import Attempt
 from support.sshd import free_port
 
-from raylaunch.cluster.plan import Reach
 from raylaunch.controller.retention import plan_sweep
 from raylaunch.errors import SpecError, VersionError
 from raylaunch.job_wheels import requirements_of, send_wheels
@@ -62,12 +61,6 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
         yield found
 
 
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[Api]:
-    with serving(tmp_path / "store") as running:
-        yield running
-
-
 @dataclass
 class Sent:
     """What went along, and what was said."""
@@ -86,7 +79,7 @@ def sent(api: Api, environment: object, folder: Path, platforms: Sequence[BuildP
     notices: list[str] = []
 
     async def work() -> tuple[WheelSet, ...]:
-        async with Wire(Reach(url=api.url, token=token_of("tom")), cluster="test") as wire:
+        async with Wire(api.reach(), cluster="test") as wire:
 
             async def once(call: Callable[[], Awaitable[Answer]]) -> Answer:
                 return await call()

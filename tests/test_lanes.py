@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.api import Api, serving, token_of
+from support.api import Api, token_of
 from support.api_use import submit, write
 from support.sshd import LOOPBACK, Sshd, sshd
 from support.waiting import wait_until
 
 from raylaunch.cluster.client_record import ClientRecord, save_client
 from raylaunch.cluster.home import cluster_paths, make_private_dir
-from raylaunch.cluster.plan import Reach
 from raylaunch.cluster.reach.part_file import notes_of
 from raylaunch.errors import TransferError
 from raylaunch.lanes import Lanes
@@ -27,12 +26,6 @@ from raylaunch.wire import Wire
 _MB = 1_000_000
 _SIZE = 300 * _MB
 _PATH = "attempt-1/outputs/model.bin"
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[Api]:
-    with serving(tmp_path / "store") as running:
-        yield running
 
 
 @pytest.fixture
@@ -76,7 +69,7 @@ def fetched(api: Api, model: tuple[str, Artifact], target: Path, on_progress: On
     job, artifact = model
 
     async def run() -> None:
-        async with Wire(Reach(url=api.url, token=token_of("tom")), cluster="test") as wire:
+        async with Wire(api.reach(), cluster="test") as wire:
             await download(wire, job, artifact, target, wide=Lanes("test"), on_progress=on_progress)
 
     asyncio.run(asyncio.wait_for(run(), 90))

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import http.server
 import os
-import socket
-import tempfile
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from mcp.client import Client
 from mcp.server import Server
 from mcp.types import TextContent
-from support.agent import HASTY, Agent, Answer, agent_at, cluster_of_paper, keep
-from support.api import Api, token_of
+from support.agent import GOOD, Agent, agent_at, cluster_of_paper, keep, submitted
+from support.api import Api
 from support.api_use import foreign, start, write
 from support.disks import fill, small_disk
 
@@ -27,23 +20,9 @@ from mcp_server.call import Call
 from mcp_server.policy import Audit
 from mcp_server.server import Desk
 from mcp_server.tools import Tool
-from raylaunch.cluster.home import cluster_paths, write_private
-from raylaunch.cluster.record import load_record, save_record
 from raylaunch.state import Change
-from raylaunch.version import API
 
 pytestmark = pytest.mark.slow
-
-# One call of each tool that would be in order.
-GOOD: dict[str, dict[str, object]] = {
-    "train_job": {"entrypoint": "true", "working_dir": ""},
-    "monitor_job": {"job": "digits"},
-    "list_jobs": {},
-    "job_logs": {"job": "digits"},
-    "stop_job": {"job": "digits"},
-    "download_model": {"job": "digits", "to": "out"},
-    "cluster_status": {},
-}
 TOOLS = sorted(GOOD)
 ABOUT_A_JOB = ["monitor_job", "job_logs", "stop_job", "download_model"]
 TAKES = {
@@ -56,39 +35,6 @@ TAKES = {
     "download_model": "job, what, files, to",
     "cluster_status": "doctor",
 }
-
-
-@pytest.fixture(scope="module")
-def place() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as folder:
-        (Path(folder) / "work").mkdir()
-        yield Path(folder)
-
-
-@pytest.fixture(scope="module")
-def api(place: Path) -> Iterator[Api]:
-    with cluster_of_paper(place, place / "store") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def agent(place: Path, api: Api) -> Iterator[Agent]:
-    assert api
-    with agent_at(place, place / "work") as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def lonely() -> Iterator[Agent]:
-    """An agent where there is no cluster."""
-    with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as folder, agent_at(Path(folder), Path(folder)) as one:
-        yield one
-
-
-def submitted(agent: Agent, **given: object) -> str:
-    answer = agent.call_with("train_job", {"entrypoint": "true", "working_dir": "", **given})
-    assert not answer.error, answer.text
-    return str(answer.facts["job"]["id"])
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -165,193 +111,13 @@ def test_a_job_that_there_is_not_is_answered_with_the_nearest(agent: Agent, tool
 
 
 @pytest.mark.parametrize("tool", ABOUT_A_JOB)
-def test_a_name_that_several_jobs_bear_means_the_latest(agent: Agent, api: Api, tool: str) -> None:
+def test_a_name_that_several_jobs_bear_means_the_latest(agent: Agent, paper: Api, tool: str) -> None:
     first, last = (submitted(agent, name=f"twice-{tool[:4]}") for _ in range(2))
-    keep(api, api.do(lambda: api.records.get(last).view()), "attempt-1/outputs/model.pt", b"weights")
+    keep(paper, paper.do(lambda: paper.records.get(last).view()), "attempt-1/outputs/model.pt", b"weights")
     answer = agent.call_with(tool, {"job": f"twice-{tool[:4]}"})
     assert not answer.error, answer.text
     assert last in answer.text
     assert first not in answer.text
-
-
-@pytest.mark.parametrize("tool", [tool for tool in TOOLS if tool != "cluster_status"])
-def test_without_a_cluster_the_command_to_type_is_named(lonely: Agent, tool: str) -> None:
-    answer = lonely.call_with(tool, GOOD[tool])
-    assert answer.error
-    assert answer.text == "there is no cluster here\n  → start it: raylaunch up"
-
-
-@contextmanager
-def answering(headers: Mapping[str, str], *, status: int = 200) -> Iterator[int]:
-    """Answer every request on a free port with these headers and a body that is no JSON; yield the port."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(b"hello")
-
-        do_POST = do_PUT = do_HEAD = do_GET  # noqa: N815 -- names that the server calls
-
-        def log_message(self, *_words: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server.server_port
-        server.shutdown()
-        thread.join(10)
-
-
-@contextmanager
-def moved(home: Path, port: int) -> Iterator[None]:
-    """Let the cluster's record name another port for its controller."""
-    paths = cluster_paths("local", {"RAYLAUNCH_HOME": str(home)})
-    record = load_record(paths)
-    assert record
-    save_record(paths, record.with_(ports={"controller": port}))
-    yield
-    save_record(paths, record)
-
-
-STRANGERS: dict[str, tuple[dict[str, str], int, tuple[str, str]]] = {
-    "no controller": ({}, 200, ("is not the controller of a raylaunch cluster", "raylaunch up starts it")),
-    "a newer one": (
-        {"X-Raylaunch-Api": "999", "X-Raylaunch-Version": "9.9"},
-        200,
-        ("they do not speak the same protocol", "pip install raylaunch==9.9"),
-    ),
-    "an older one": (
-        {"X-Raylaunch-Api": "0", "X-Raylaunch-Version": "0.0.1"},
-        200,
-        ("the controller of cluster 'local' is raylaunch 0.0.1", "raylaunch up starts a controller of this version"),
-    ),
-    "a broken one": (
-        {"X-Raylaunch-Api": str(API), "X-Raylaunch-Version": "0.1.0"},
-        500,
-        ("answered 500 to", "its log says more"),
-    ),
-}
-
-
-@pytest.fixture(params=sorted(STRANGERS))
-def stranger(
-    request: pytest.FixtureRequest, place: Path, api: Api, agent: Agent
-) -> Iterator[tuple[Agent, tuple[str, str]]]:
-    """An agent that finds something else than its controller; and the words that say so."""
-    assert api
-    headers, status, words = STRANGERS[request.param]
-    with answering(headers, status=status) as port, moved(place, port):
-        yield agent, words
-
-
-@pytest.mark.parametrize("tool", TOOLS)
-def test_what_answers_and_is_not_our_controller_is_said(stranger: tuple[Agent, tuple[str, str]], tool: str) -> None:
-    agent, words = stranger
-    answer = agent.call_with(tool, GOOD[tool])
-    assert answer.error
-    assert words[0] in answer.text
-    assert words[1] in answer.text
-
-
-def all_at_once(agent: Agent, tools: Sequence[str]) -> dict[str, Answer]:
-    """Call tools at the same time: each waits as long as the others."""
-    with ThreadPoolExecutor(len(tools)) as pool:
-        return dict(zip(tools, pool.map(lambda tool: agent.call_with(tool, GOOD[tool]), tools), strict=True))
-
-
-def test_a_controller_that_does_not_answer_is_said_to_a_viewer_who_starts_nothing(place: Path, silent: Agent) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    with moved(place, port):
-        answers = all_at_once(silent, ["monitor_job", "list_jobs", "job_logs", "cluster_status"])
-    words = f"cluster 'local' does not answer at http://127.0.0.1:{port}"
-    status = answers.pop("cluster_status")
-    assert (status.error, status.facts["problems"][0]) == (False, words)
-    for answer in answers.values():
-        assert answer.error
-        assert answer.text == f"{words}\n  → raylaunch up starts what is missing; raylaunch status shows what runs"
-
-
-def test_a_controller_that_hangs_is_said_by_every_tool(place: Path, hasty: Agent) -> None:
-    with socket.create_server(("127.0.0.1", 0), backlog=100) as mute, moved(place, mute.getsockname()[1]):
-        answers = all_at_once(hasty, TOOLS)
-        words = f"cluster 'local' did not answer within 3 s at http://127.0.0.1:{mute.getsockname()[1]}"
-    status = answers.pop("cluster_status")
-    assert (status.error, status.facts["problems"][0]) == (False, words)
-    for tool, answer in answers.items():
-        assert answer.error, tool
-        assert answer.text.startswith(f"{words}\n  → raylaunch up starts what is missing"), tool
-
-
-@pytest.fixture(scope="module")
-def hasty(place: Path, api: Api) -> Iterator[Agent]:
-    assert api
-    with agent_at(place, place / "work", program=HASTY) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def silent(place: Path, api: Api) -> Iterator[Agent]:
-    assert api
-    with agent_at(place, place / "work", extra={"RAYLAUNCH_ROLE": "viewer"}, program=HASTY) as opened:
-        yield opened
-
-
-@contextmanager
-def as_person(home: Path, token: str) -> Iterator[None]:
-    """Let the cluster be asked with another token."""
-    path = cluster_paths("local", {"RAYLAUNCH_HOME": str(home)}).token
-    before = path.read_text()
-    write_private(path, token)
-    yield
-    write_private(path, before)
-
-
-@pytest.mark.parametrize("tool", TOOLS)
-def test_an_unknown_token_is_said(place: Path, agent: Agent, tool: str) -> None:
-    with as_person(place, "of-nobody"):
-        answer = agent.call_with(tool, GOOD[tool])
-    assert answer.error
-    assert "token" in answer.text
-    assert "of-nobody" not in answer.text
-
-
-@pytest.mark.parametrize(
-    ("tool", "words"),
-    [
-        ("train_job", "vera is a viewer and may not submit jobs\n  → it takes the role trainer"),
-        ("stop_job", "vera is a viewer and may not stop"),
-    ],
-)
-def test_what_the_tokens_role_may_not_do_the_controller_refuses(
-    place: Path, agent: Agent, tool: str, words: str
-) -> None:
-    job = submitted(agent)
-    with as_person(place, token_of("vera")):
-        answer = agent.call_with(tool, {**GOOD[tool], "job": job} if tool == "stop_job" else GOOD[tool])
-    assert answer.error
-    assert words in answer.text
-
-
-@pytest.mark.parametrize("tool", TOOLS)
-def test_a_broken_cluster_file_is_named_with_its_line(home: Path, broken: Agent, tool: str) -> None:
-    assert home
-    answer = broken.call_with(tool, GOOD[tool])
-    assert answer.error
-    assert "cluster.yaml:2: unknown key 'gpu' (nearest: gpus)" in answer.text
-
-
-@pytest.fixture(scope="module")
-def broken() -> Iterator[Agent]:
-    with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as folder:
-        (Path(folder) / "cluster.yaml").write_text("kind: local\ngpu: 4\n")
-        with agent_at(Path(folder), Path(folder)) as opened:
-            yield opened
 
 
 def test_a_key_that_was_used_for_something_else_is_refused(agent: Agent) -> None:
@@ -369,17 +135,17 @@ def test_a_broken_job_file_is_named_with_its_line(agent: Agent, place: Path) -> 
     assert "bad.yaml:2: unknown key 'retrys' (nearest: retries)" in answer.text
 
 
-def test_a_pattern_that_is_no_regular_expression_is_refused(agent: Agent, api: Api) -> None:
+def test_a_pattern_that_is_no_regular_expression_is_refused(agent: Agent, paper: Api) -> None:
     job = submitted(agent)
-    start(api, api.do(lambda: api.records.get(job).view()))
+    start(paper, paper.do(lambda: paper.records.get(job).view()))
     answer = agent.call("job_logs", job=job, search="(", regex=True)
     assert answer.error
     assert "is not a regular expression" in answer.text
 
 
-def test_an_attempt_that_there_is_not_is_refused(agent: Agent, api: Api) -> None:
+def test_an_attempt_that_there_is_not_is_refused(agent: Agent, paper: Api) -> None:
     job = submitted(agent)
-    start(api, api.do(lambda: api.records.get(job).view()))
+    start(paper, paper.do(lambda: paper.records.get(job).view()))
     answer = agent.call("job_logs", job=job, attempt=7)
     assert answer.error
     assert "attempt" in answer.text
@@ -394,47 +160,47 @@ def test_of_a_job_without_files_it_is_said_what_to_do(agent: Agent, what: str) -
     assert f"monitor_job job={job} wait_s=50" in answer.text
 
 
-def with_output(agent: Agent, api: Api) -> str:
+def with_output(agent: Agent, paper: Api) -> str:
     job = submitted(agent)
-    keep(api, api.do(lambda: api.records.get(job).view()), "attempt-1/outputs/model.pt", b"weights")
+    keep(paper, paper.do(lambda: paper.records.get(job).view()), "attempt-1/outputs/model.pt", b"weights")
     return job
 
 
-def test_a_file_that_there_is_not_is_answered_with_the_nearest(agent: Agent, api: Api) -> None:
-    answer = agent.call("download_model", job=with_output(agent, api), files=["modle.pt"])
+def test_a_file_that_there_is_not_is_answered_with_the_nearest(agent: Agent, paper: Api) -> None:
+    answer = agent.call("download_model", job=with_output(agent, paper), files=["modle.pt"])
     assert answer.error
     assert answer.text.startswith("the job has left no file 'modle.pt'\n  → nearest: model.pt")
 
 
-def test_a_file_of_the_users_is_never_replaced(agent: Agent, api: Api, place: Path) -> None:
+def test_a_file_of_the_users_is_never_replaced(agent: Agent, paper: Api, place: Path) -> None:
     mine = place / "work" / "mine"
     mine.mkdir()
     (mine / "model.pt").write_text("mine")
-    answer = agent.call("download_model", job=with_output(agent, api), to="mine")
+    answer = agent.call("download_model", job=with_output(agent, paper), to="mine")
     assert answer.error
     assert "model.pt is there already, and is something else\n  → choose another folder" in answer.text
     assert (mine / "model.pt").read_text() == "mine"
 
 
-def test_a_folder_that_is_a_file_is_said(agent: Agent, api: Api, place: Path) -> None:
+def test_a_folder_that_is_a_file_is_said(agent: Agent, paper: Api, place: Path) -> None:
     (place / "work" / "plain").write_text("")
-    answer = agent.call("download_model", job=with_output(agent, api), to="plain")
+    answer = agent.call("download_model", job=with_output(agent, paper), to="plain")
     assert answer.error
     assert "cannot be written to" in answer.text
     assert "choose another folder" in answer.text
 
 
-def test_a_disk_that_is_full_is_said(agent: Agent, api: Api, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_is_said(agent: Agent, paper: Api, tmp_path: Path) -> None:
     job = submitted(agent)
-    write(api, api.do(lambda: api.records.get(job).view()), "attempt-1/outputs/model.pt", os.urandom(1_000_000))
+    write(paper, paper.do(lambda: paper.records.get(job).view()), "attempt-1/outputs/model.pt", os.urandom(1_000_000))
     with small_disk(tmp_path / "small", kib=64) as disk:
         answer = agent.call("download_model", job=job, to=str(disk / "here"))
     assert answer.error
     assert "the disk is full\n  → free some space" in answer.text
 
 
-def test_a_folder_that_may_not_be_written_is_said(agent: Agent, api: Api, tmp_path: Path) -> None:
-    job = with_output(agent, api)
+def test_a_folder_that_may_not_be_written_is_said(agent: Agent, paper: Api, tmp_path: Path) -> None:
+    job = with_output(agent, paper)
     with small_disk(tmp_path / "fixed", kib=64, options="ro") as disk:
         answer = agent.call("download_model", job=job, to=str(disk / "here"))
     assert answer.error
@@ -444,7 +210,7 @@ def test_a_folder_that_may_not_be_written_is_said(agent: Agent, api: Api, tmp_pa
 def test_a_store_that_is_full_is_said_and_nothing_is_recorded(home: Path, tmp_path: Path) -> None:
     with (
         small_disk(tmp_path / "disk", kib=512) as disk,
-        cluster_of_paper(home, disk / "store") as api,
+        cluster_of_paper(home, disk / "store") as paper,
         agent_at(home, tmp_path) as opened,
     ):
         fill(disk)
@@ -452,12 +218,12 @@ def test_a_store_that_is_full_is_said_and_nothing_is_recorded(home: Path, tmp_pa
         assert answer.error
         assert "No space left on device" in answer.text or "disk is full" in answer.text
         assert "→" in answer.text
-        assert not api.do(api.records.unfinished)
+        assert not paper.do(paper.records.unfinished)
 
 
 @pytest.mark.parametrize("tool", ["job_logs", "download_model"])
-def test_what_cannot_be_had_of_a_job_of_plain_ray_is_said(agent: Agent, api: Api, tool: str) -> None:
-    job = foreign(api, f"raysubmit_{tool}")
+def test_what_cannot_be_had_of_a_job_of_plain_ray_is_said(agent: Agent, paper: Api, tool: str) -> None:
+    job = foreign(paper, f"raysubmit_{tool}")
     answer = agent.call_with(tool, {"job": job.id})
     assert answer.error
     assert (  # there is no Ray behind this API
@@ -467,8 +233,8 @@ def test_what_cannot_be_had_of_a_job_of_plain_ray_is_said(agent: Agent, api: Api
     ) in answer.text
 
 
-def test_bytes_that_did_not_arrive_as_they_were_sent_are_refused(agent: Agent, api: Api, place: Path) -> None:
-    job = with_output(agent, api)
+def test_bytes_that_did_not_arrive_as_they_were_sent_are_refused(agent: Agent, paper: Api, place: Path) -> None:
+    job = with_output(agent, paper)
     (facts,) = agent.call("download_model", job=job, to="good").facts["files"]
     part = place / "work" / "torn" / f".model.pt.{facts['sha256'][:12]}.part"
     part.parent.mkdir()
@@ -479,9 +245,9 @@ def test_bytes_that_did_not_arrive_as_they_were_sent_are_refused(agent: Agent, a
     assert "repeat the command" in answer.text
 
 
-def test_what_the_controller_itself_gets_wrong_is_said_without_its_traceback(agent: Agent, api: Api) -> None:
+def test_what_the_controller_itself_gets_wrong_is_said_without_its_traceback(agent: Agent, paper: Api) -> None:
     job = submitted(agent)
-    api.do(lambda: api.records.update(job, kind="ended", change=Change.END_STOPPED))
+    paper.do(lambda: paper.records.update(job, kind="ended", change=Change.END_STOPPED))
     answer = agent.call("stop_job", job=job)  # the stand-in for the verbs fails here, as a bug would
     assert answer.error
     assert "the controller failed at POST" in answer.text

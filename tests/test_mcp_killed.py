@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.agent import Agent, Raw, agent_at, cluster_of_paper
+from support.agent import Agent, Raw
 from support.api import Api
 from support.api_use import large, listening, start, write
 from support.waiting import wait_until
@@ -18,27 +17,6 @@ from raylaunch.state import JobState, JobView
 pytestmark = pytest.mark.slow
 
 LARGE = 150_000_000
-
-
-@pytest.fixture(scope="module")
-def place() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as folder:
-        (Path(folder) / "work").mkdir()
-        yield Path(folder)
-
-
-@pytest.fixture(scope="module")
-def api(place: Path) -> Iterator[Api]:
-    with cluster_of_paper(place, place / "store") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def agent(place: Path, api: Api) -> Iterator[Agent]:
-    """The agent afterwards, with a server of its own."""
-    assert api
-    with agent_at(place, place / "work") as opened:
-        yield opened
 
 
 def killed(place: Path, tool: str, given: dict[str, object], when: Callable[[], object]) -> None:
@@ -51,72 +29,72 @@ def killed(place: Path, tool: str, given: dict[str, object], when: Callable[[], 
         raw.process.wait(10)
 
 
-def jobs_named(api: Api, name: str) -> list[JobView]:
-    return list(api.do(lambda: api.records.page(name=name)).jobs)
+def jobs_named(paper: Api, name: str) -> list[JobView]:
+    return list(paper.do(lambda: paper.records.page(name=name)).jobs)
 
 
-def packages(api: Api) -> int:
-    return sum(file.stat().st_size for file in (api.store / "packages").rglob("*") if file.is_file())
+def packages(paper: Api) -> int:
+    return sum(file.stat().st_size for file in (paper.store / "packages").rglob("*") if file.is_file())
 
 
 @pytest.mark.parametrize("moment", ["at once", "in the middle", "when it is there"])
 def test_a_submission_that_was_killed_is_one_job_when_it_is_made_again(
-    place: Path, api: Api, agent: Agent, moment: str
+    place: Path, paper: Api, agent: Agent, moment: str
 ) -> None:
     name = f"once-{moment.partition(' ')[0]}"
     code = place / "work" / name
     code.mkdir()
     (code / "noise.bin").write_bytes(os.urandom(24_000_000))
     given: dict[str, object] = {"entrypoint": "true", "working_dir": name, "name": name, "request_id": name}
-    before = packages(api)
+    before = packages(paper)
     moments: dict[str, Callable[[], object]] = {
         "at once": lambda: True,
-        "in the middle": lambda: packages(api) > before,
-        "when it is there": lambda: jobs_named(api, name),
+        "in the middle": lambda: packages(paper) > before,
+        "when it is there": lambda: jobs_named(paper, name),
     }
     killed(place, "train_job", given, moments[moment])
-    there = {job.id for job in jobs_named(api, name)}
+    there = {job.id for job in jobs_named(paper, name)}
     answer = agent.call_with("train_job", given)
     assert not answer.error, answer.text
-    (job,) = jobs_named(api, name)
+    (job,) = jobs_named(paper, name)
     assert (job.id, job.state) == (answer.facts["job"]["id"], JobState.QUEUED)
     assert answer.facts["created"] is not bool(there)
 
 
 def test_a_server_killed_while_it_watches_leaves_the_job_and_no_question_open(
-    place: Path, api: Api, agent: Agent
+    place: Path, paper: Api, agent: Agent
 ) -> None:
     job = agent.call("train_job", entrypoint="true", working_dir="", name="watched").facts["job"]["id"]
-    before = listening(api)
-    killed(place, "monitor_job", {"job": job, "wait_s": 50}, lambda: listening(api) > before)
-    wait_until(lambda: listening(api) == before, 10, "its question is given up")
+    before = listening(paper)
+    killed(place, "monitor_job", {"job": job, "wait_s": 50}, lambda: listening(paper) > before)
+    wait_until(lambda: listening(paper) == before, 10, "its question is given up")
     assert agent.call("monitor_job", job=job).facts["job"]["state"] == "queued"
 
 
-def test_a_server_killed_while_it_searches_a_log_leaves_the_job(place: Path, api: Api, agent: Agent) -> None:
+def test_a_server_killed_while_it_searches_a_log_leaves_the_job(place: Path, paper: Api, agent: Agent) -> None:
     job = agent.call("train_job", entrypoint="true", working_dir="", name="searched").facts["job"]["id"]
-    view = api.do(lambda: api.records.get(job).view())
-    start(api, view)
-    write(api, view, "attempt-1/logs/rank-0.log", b"a line of the log\n" * 3_000_000 + b"the needle\n")
+    view = paper.do(lambda: paper.records.get(job).view())
+    start(paper, view)
+    write(paper, view, "attempt-1/logs/rank-0.log", b"a line of the log\n" * 3_000_000 + b"the needle\n")
     killed(place, "job_logs", {"job": job, "search": "needle", "regex": True}, lambda: True)
     found = agent.call("job_logs", job=job, search="needle").facts
     assert (found["state"], found["matches"]) == ("running", 1)
 
 
-def test_a_server_killed_while_it_stops_a_job_has_stopped_it_or_not(place: Path, api: Api, agent: Agent) -> None:
+def test_a_server_killed_while_it_stops_a_job_has_stopped_it_or_not(place: Path, paper: Api, agent: Agent) -> None:
     job = agent.call("train_job", entrypoint="true", working_dir="", name="ended").facts["job"]["id"]
     killed(place, "stop_job", {"job": job}, lambda: True)
-    assert api.do(lambda: api.records.get(job).state) in {JobState.QUEUED, JobState.STOPPED}
-    if api.do(lambda: api.records.get(job).state) is JobState.QUEUED:
+    assert paper.do(lambda: paper.records.get(job).state) in {JobState.QUEUED, JobState.STOPPED}
+    if paper.do(lambda: paper.records.get(job).state) is JobState.QUEUED:
         agent.call("stop_job", job=job)
     assert agent.call("monitor_job", job=job).facts["job"]["state"] == "stopped"
 
 
 def test_a_download_that_was_killed_is_completed_by_the_next_and_leaves_nothing_else(
-    place: Path, api: Api, agent: Agent
+    place: Path, paper: Api, agent: Agent
 ) -> None:
     job = agent.call("train_job", entrypoint="true", working_dir="", name="weighty").facts["job"]["id"]
-    sha256 = large(api, api.do(lambda: api.records.get(job).view()), "attempt-1/outputs/model.pt", LARGE)
+    sha256 = large(paper, paper.do(lambda: paper.records.get(job).view()), "attempt-1/outputs/model.pt", LARGE)
     folder = place / "work" / "weighty"
     given: dict[str, object] = {"job": job, "to": "weighty"}
     killed(place, "download_model", given, lambda: any(part.stat().st_size for part in folder.glob(".*.part")))

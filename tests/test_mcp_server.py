@@ -7,7 +7,6 @@ import os
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -35,24 +34,9 @@ READING = {"monitor_job", "list_jobs", "job_logs", "cluster_status"}
 MODES = ["auto", "legacy"]
 
 
-@pytest.fixture(scope="module")
-def place() -> Iterator[Path]:
-    """A home with a cluster of paper, shared by the tests of this module."""
-    with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as folder:
-        (Path(folder) / "work").mkdir()
-        (Path(folder) / "work" / "train.py").write_text("print(1)\n")
-        yield Path(folder)
-
-
-@pytest.fixture(scope="module")
-def api(place: Path) -> Iterator[Api]:
-    with cluster_of_paper(place, place / "store") as running:
-        yield running
-
-
 @pytest.fixture(scope="module", params=MODES)
-def agent(request: pytest.FixtureRequest, place: Path, api: Api) -> Iterator[Agent]:
-    assert api
+def agent(request: pytest.FixtureRequest, place: Path, paper: Api) -> Iterator[Agent]:
+    assert paper
     with agent_at(place, place / "work", mode=request.param) as opened:
         yield opened
 
@@ -67,8 +51,8 @@ def test_both_protocol_eras_are_served(agent: Agent) -> None:
     assert agent.call("list_jobs", name="nobody").facts["next"]
 
 
-def test_a_client_of_each_era_gets_the_era_it_asked_for(place: Path, api: Api) -> None:
-    assert api
+def test_a_client_of_each_era_gets_the_era_it_asked_for(place: Path, paper: Api) -> None:
+    assert paper
     found = []
     for mode in MODES:
         with agent_at(place, place / "work", mode=mode) as opened:
@@ -109,8 +93,8 @@ def test_every_success_carries_the_next_step_and_the_same_as_text(agent: Agent) 
         assert json.loads(answer.text) == answer.facts
 
 
-def test_a_viewer_sees_only_what_reads_and_the_rest_does_not_exist(place: Path, api: Api) -> None:
-    assert api
+def test_a_viewer_sees_only_what_reads_and_the_rest_does_not_exist(place: Path, paper: Api) -> None:
+    assert paper
     with agent_at(place, place / "work", extra={"RAYLAUNCH_ROLE": "viewer"}) as viewer:
         assert {tool.name for tool in viewer.tools()} == READING
         assert "only reads" in (viewer.client.instructions or "")
@@ -145,11 +129,11 @@ def test_a_refused_write_is_noted_with_its_reason(place: Path, agent: Agent) -> 
 
 def test_what_cannot_be_noted_is_not_done(home: Path, tmp_path: Path) -> None:
     (home / "mcp-audit.jsonl").mkdir()
-    with cluster_of_paper(home, tmp_path / "store") as api, agent_at(home, tmp_path) as opened:
+    with cluster_of_paper(home, tmp_path / "store") as paper, agent_at(home, tmp_path) as opened:
         answer = opened.call("train_job", entrypoint="true", working_dir="")
         assert answer.error
         assert "mcp-audit.jsonl" in answer.text
-        assert not api.do(api.records.unfinished)
+        assert not paper.do(paper.records.unfinished)
 
 
 @pytest.mark.parametrize(
@@ -227,9 +211,9 @@ def _fitting(tool: str, call: Mapping[str, object], properties: Mapping[str, obj
 
 @pytest.mark.parametrize("tool", sorted(NAMES))
 def test_nonsense_is_answered_without_a_crash_and_stdout_is_the_protocols_alone(
-    place: Path, api: Api, tool: str
+    place: Path, paper: Api, tool: str
 ) -> None:
-    assert api
+    assert paper
     properties = offered(may_write=True)[tool].takes.model_fields
     calls = [_fitting(tool, call, properties) for call in _nonsense(properties)]
     with Raw(place, place / "work") as raw:
@@ -245,8 +229,8 @@ def test_nonsense_is_answered_without_a_crash_and_stdout_is_the_protocols_alone(
         assert len(raw.messages()) == len(calls) + 1
 
 
-def test_lines_that_are_no_messages_end_nothing(place: Path, api: Api) -> None:
-    assert api
+def test_lines_that_are_no_messages_end_nothing(place: Path, paper: Api) -> None:
+    assert paper
     with Raw(place, place / "work") as raw:
         raw.greet()
         raw.send(
@@ -279,8 +263,8 @@ def test_lines_that_are_no_messages_end_nothing(place: Path, api: Api) -> None:
         assert all(message["jsonrpc"] == "2.0" for message in raw.messages())
 
 
-def test_a_closed_stdin_ends_the_server_in_the_middle_of_a_call(place: Path, api: Api, agent: Agent) -> None:
-    assert api
+def test_a_closed_stdin_ends_the_server_in_the_middle_of_a_call(place: Path, paper: Api, agent: Agent) -> None:
+    assert paper
     job = agent.call("train_job", entrypoint="python train.py", name="left").facts["job"]["id"]
     with Raw(place, place / "work") as raw:
         raw.greet()

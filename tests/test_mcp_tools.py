@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.agent import Agent, Answer, agent_at, cluster_of_paper, keep
+from support.agent import Agent, Answer, agent_at, keep
 from support.api import Api
 from support.api_use import end, foreign, listening, start, write
 from support.waiting import wait_until
@@ -21,38 +19,17 @@ from raylaunch.state import Change, JobView
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def place() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as folder:
-        (Path(folder) / "work").mkdir()
-        (Path(folder) / "work" / "train.py").write_text("print(1)\n")
-        yield Path(folder)
-
-
-@pytest.fixture(scope="module")
-def api(place: Path) -> Iterator[Api]:
-    with cluster_of_paper(place, place / "store") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def agent(place: Path, api: Api) -> Iterator[Agent]:
-    assert api
-    with agent_at(place, place / "work") as opened:
-        yield opened
-
-
-def trained(agent: Agent, api: Api, name: str) -> JobView:
+def trained(agent: Agent, paper: Api, name: str) -> JobView:
     """Submit a job through the tool."""
     answer = agent.call("train_job", entrypoint=["python", "train.py"], name=name)
     assert not answer.error, answer.text
     job_id = answer.facts["job"]["id"]
-    return api.do(lambda: api.records.get(job_id).view())
+    return paper.do(lambda: paper.records.get(job_id).view())
 
 
-def with_log(api: Api, job: JobView, data: bytes, *, n: int = 1) -> None:
-    start(api, job, n)
-    write(api, job, f"attempt-{n}/logs/rank-0.log", data)
+def with_log(paper: Api, job: JobView, data: bytes, *, n: int = 1) -> None:
+    start(paper, job, n)
+    write(paper, job, f"attempt-{n}/logs/rank-0.log", data)
 
 
 def test_a_job_is_submitted_with_what_was_packed_and_the_next_step(agent: Agent, place: Path) -> None:
@@ -63,21 +40,21 @@ def test_a_job_is_submitted_with_what_was_packed_and_the_next_step(agent: Agent,
     assert answer.facts["next"].endswith(f"monitor_job job={answer.facts['job']['id']} cursor=1 wait_s=50")
 
 
-def test_a_job_file_is_read_and_arguments_are_laid_over_it(agent: Agent, api: Api, place: Path) -> None:
+def test_a_job_file_is_read_and_arguments_are_laid_over_it(agent: Agent, paper: Api, place: Path) -> None:
     (place / "work" / "job.yaml").write_text("name: from-file\nentrypoint: python train.py\nretries: 2\n")
     answer = agent.call("train_job", job_file="job.yaml", gpus=3)
-    spec = api.do(lambda: api.records.get(answer.facts["job"]["id"]).spec)
+    spec = paper.do(lambda: paper.records.get(answer.facts["job"]["id"]).spec)
     assert spec
     assert (spec.name, spec.retries, spec.resources.gpus) == ("from-file", 2, 3)
 
 
-def test_a_dry_run_says_what_would_happen_and_submits_nothing(agent: Agent, api: Api) -> None:
-    before = api.do(lambda: len(api.records.unfinished()))
+def test_a_dry_run_says_what_would_happen_and_submits_nothing(agent: Agent, paper: Api) -> None:
+    before = paper.do(lambda: len(paper.records.unfinished()))
     answer = agent.call("train_job", entrypoint="python train.py", name="dry", dry_run=True)
     assert answer.facts["outcome"] == "dry would start on here at once"
     assert answer.facts["packed"]["files"] >= 1
     assert answer.facts["next"].startswith("nothing was submitted")
-    assert api.do(lambda: len(api.records.unfinished())) == before
+    assert paper.do(lambda: len(paper.records.unfinished())) == before
 
 
 def test_the_same_request_id_is_the_same_job(agent: Agent) -> None:
@@ -86,8 +63,8 @@ def test_the_same_request_id_is_the_same_job(agent: Agent) -> None:
     assert (first.facts["created"], again.facts["created"]) == (True, False)
 
 
-def test_the_key_of_the_environment_goes_along_and_is_in_no_answer(place: Path, api: Api) -> None:
-    assert api
+def test_the_key_of_the_environment_goes_along_and_is_in_no_answer(place: Path, paper: Api) -> None:
+    assert paper
     key = "k" * 40
     with agent_at(place, place / "work", extra={"WANDB_API_KEY": key}) as agent:
         answer = agent.call("train_job", entrypoint="true", working_dir="")
@@ -96,9 +73,9 @@ def test_the_key_of_the_environment_goes_along_and_is_in_no_answer(place: Path, 
     assert key not in answer.text + shown.text + (place / "mcp-audit.jsonl").read_text()
 
 
-def test_watching_shows_state_metrics_log_and_next_step_in_one_answer(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "seen")
-    with_log(api, job, b"epoch 1\nepoch 2\n")
+def test_watching_shows_state_metrics_log_and_next_step_in_one_answer(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "seen")
+    with_log(paper, job, b"epoch 1\nepoch 2\n")
     facts = agent.call("monitor_job", job=job.id, log_lines=1).facts
     assert facts["job"]["state"] == "running"
     assert facts["log"]["lines"] == ["epoch 2"]
@@ -107,8 +84,8 @@ def test_watching_shows_state_metrics_log_and_next_step_in_one_answer(agent: Age
     assert facts["next"].startswith("see it go on: monitor_job")
 
 
-def test_watching_waits_for_a_change_and_says_so_meanwhile(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "awaited")
+def test_watching_waits_for_a_change_and_says_so_meanwhile(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "awaited")
     news: list[tuple[float, float | None, str | None]] = []
     answers = []
     watcher = threading.Thread(
@@ -116,32 +93,32 @@ def test_watching_waits_for_a_change_and_says_so_meanwhile(agent: Agent, api: Ap
     )
     watcher.start()
     wait_until(lambda: news, 30, "progress is told")
-    assert listening(api)
-    start(api, job)
+    assert listening(paper)
+    start(paper, job)
     watcher.join(40)
     assert answers[0].facts["job"]["state"] in {"starting", "running"}
     assert answers[0].facts["changed"] is True
     assert news[0][1:] == (50.0, f"{job.id} is queued")
 
 
-def test_a_change_since_the_cursor_ends_the_wait_at_once(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "changed")
-    start(api, job)
+def test_a_change_since_the_cursor_ends_the_wait_at_once(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "changed")
+    start(paper, job)
     answer = agent.call("monitor_job", job=job.id, cursor=job.cursor, wait_s=50)
     assert answer.facts["changed"] is True
     assert answer.facts["cursor"] > job.cursor
 
 
-def test_a_wait_without_a_change_ends_in_time(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "quiet")
+def test_a_wait_without_a_change_ends_in_time(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "quiet")
     assert agent.call("monitor_job", job=job.id, wait_s=1).facts["changed"] is False
 
 
-def test_progress_and_metrics_are_told_while_it_waits_and_do_not_end_the_wait(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "going")
-    start(api, job)
+def test_progress_and_metrics_are_told_while_it_waits_and_do_not_end_the_wait(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "going")
+    start(paper, job)
     row = {"at": 1.0, "step": 3, "total": 10, "metrics": {"loss": 0.25, "\x1b[2Jstrange": 1.0}}
-    write(api, job, "attempt-1/progress.jsonl", json.dumps(row).encode() + b"\n")
+    write(paper, job, "attempt-1/progress.jsonl", json.dumps(row).encode() + b"\n")
     news: list[tuple[float, float | None, str | None]] = []
     answer = agent.call_with("monitor_job", {"job": job.id, "wait_s": 5}, news)
     assert answer.facts["changed"] is False
@@ -149,93 +126,93 @@ def test_progress_and_metrics_are_told_while_it_waits_and_do_not_end_the_wait(ag
     assert news[-1][2] == f"{job.id} is running, step 3 of 10, strange 1, loss 0.25"
 
 
-def test_a_lost_node_ends_the_wait(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "away")
-    start(api, job)
-    job = api.do(lambda: api.records.get(job.id).view())
+def test_a_lost_node_ends_the_wait(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "away")
+    start(paper, job)
+    job = paper.do(lambda: paper.records.get(job.id).view())
     given = {"job": job.id, "cursor": job.cursor, "wait_s": 50}
     answers: list[Answer] = []
     watcher = threading.Thread(target=lambda: answers.append(agent.call_with("monitor_job", given)))
     watcher.start()
-    wait_until(lambda: listening(api), 30, "it waits")
-    api.do(lambda: api.records.update(job.id, kind="", unreachable=True))
+    wait_until(lambda: listening(paper), 30, "it waits")
+    paper.do(lambda: paper.records.update(job.id, kind="", unreachable=True))
     watcher.join(40)
     assert answers[0].facts["job"]["unreachable"] is True
     assert "cannot be reached" in answers[0].facts["next"]
 
 
-def test_of_a_job_whose_log_cannot_be_read_the_rest_is_said(agent: Agent, api: Api) -> None:
-    job = foreign(api, "raysubmit_quiet")
+def test_of_a_job_whose_log_cannot_be_read_the_rest_is_said(agent: Agent, paper: Api) -> None:
+    job = foreign(paper, "raysubmit_quiet")
     facts = agent.call("monitor_job", job=job.id).facts
     assert facts["job"]["state"] == "running"
     assert facts["log"]["unread"].startswith("Ray does not answer at ")
 
 
-def test_an_ended_job_is_not_waited_for(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "over")
-    start(api, job)
-    end(api, job)
+def test_an_ended_job_is_not_waited_for(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "over")
+    start(paper, job)
+    end(paper, job)
     news: list[tuple[float, float | None, str | None]] = []
     answer = agent.call_with("monitor_job", {"job": job.id, "wait_s": 50}, news)
     assert answer.facts["job"]["state"] == "succeeded"
     assert not news
 
 
-def test_a_list_has_pages(agent: Agent, api: Api) -> None:
+def test_a_list_has_pages(agent: Agent, paper: Api) -> None:
     for _ in range(3):
-        trained(agent, api, "paged")
+        trained(agent, paper, "paged")
     first = agent.call("list_jobs", name="paged", limit=2).facts
     rest = agent.call("list_jobs", name="paged", limit=2, cursor=first["cursor"]).facts
     assert (len(first["jobs"]), len(rest["jobs"]), first["total"]) == (2, 1, 3)
     assert "cursor" not in rest
 
 
-def test_a_list_is_narrowed_by_state(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "failed")
-    start(api, job)
-    end(api, job, Change.FAIL)
+def test_a_list_is_narrowed_by_state(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "failed")
+    start(paper, job)
+    end(paper, job, Change.FAIL)
     rows = agent.call("list_jobs", states=["failed"]).facts["jobs"]
     assert [row["id"] for row in rows] == [job.id]
     assert agent.call("list_jobs", states="failed", name="paged").facts["jobs"] == []
 
 
-def test_the_end_of_a_log_and_then_what_comes_after_it(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "logged")
-    with_log(api, job, b"".join(b"line %d\n" % n for n in range(50)))
+def test_the_end_of_a_log_and_then_what_comes_after_it(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "logged")
+    with_log(paper, job, b"".join(b"line %d\n" % n for n in range(50)))
     first = agent.call("job_logs", job=job.id, tail=2).facts
     assert first["log"]["lines"] == ["line 48", "line 49"]
     assert first["log"]["cut"] == "earlier lines are left out here"
-    write(api, job, "attempt-1/logs/rank-0.log", b"line 50\nunfin", mode="ab")
+    write(paper, job, "attempt-1/logs/rank-0.log", b"line 50\nunfin", mode="ab")
     then = agent.call("job_logs", job=job.id, cursor=first["cursor"]).facts
     assert then["log"]["lines"] == ["line 50"]
-    write(api, job, "attempt-1/logs/rank-0.log", b"ished\n", mode="ab")
+    write(paper, job, "attempt-1/logs/rank-0.log", b"ished\n", mode="ab")
     last = agent.call("job_logs", job=job.id, cursor=then["cursor"]).facts
     assert last["log"]["lines"] == ["unfinished"]
 
 
-def test_a_huge_log_is_bounded_and_its_end_kept(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "huge")
-    with_log(api, job, b"".join(b"%06d %s\n" % (n, b"x" * 500) for n in range(4000)) + b"the end\n")
+def test_a_huge_log_is_bounded_and_its_end_kept(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "huge")
+    with_log(paper, job, b"".join(b"%06d %s\n" % (n, b"x" * 500) for n in range(4000)) + b"the end\n")
     answer = agent.call("job_logs", job=job.id, tail=1000)
     assert answer.facts["log"]["lines"][-1] == "the end"
     assert "left out" in answer.facts["log"]["cut"]
     assert len(answer.text) < 2 * MOST_BYTES
 
 
-def test_a_log_that_is_no_text_is_bounded_too(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "binary")
-    with_log(api, job, bytes(range(256)) * 4000)
+def test_a_log_that_is_no_text_is_bounded_too(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "binary")
+    with_log(paper, job, bytes(range(256)) * 4000)
     for cursor in ("", "1:0"):
         answer = agent.call("job_logs", job=job.id, tail=1000, cursor=cursor)
         assert not answer.error
         assert len(answer.text.encode()) < 4 * MOST_BYTES
 
 
-def test_a_whole_log_can_be_read_from_its_beginning_by_cursors(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "whole")
+def test_a_whole_log_can_be_read_from_its_beginning_by_cursors(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "whole")
     written = [f"{n:05d} " + "y" * 40 for n in range(2000)]
-    with_log(api, job, "".join(line + "\n" for line in written).encode())
-    end(api, job)
+    with_log(paper, job, "".join(line + "\n" for line in written).encode())
+    end(paper, job)
     found: list[str] = []
     cursor = "1:0"
     for _ in range(20):
@@ -248,9 +225,9 @@ def test_a_whole_log_can_be_read_from_its_beginning_by_cursors(agent: Agent, api
     assert found == written
 
 
-def test_a_log_is_searched_page_by_page(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "searched")
-    with_log(api, job, b"".join(b"step %d %s\n" % (n, b"LOSS" if n % 10 == 0 else b"") for n in range(100)))
+def test_a_log_is_searched_page_by_page(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "searched")
+    with_log(paper, job, b"".join(b"step %d %s\n" % (n, b"LOSS" if n % 10 == 0 else b"") for n in range(100)))
     first = agent.call("job_logs", job=job.id, search="loss", ignore_case=True, tail=4).facts
     assert first["matches"] == 4
     assert first["log"]["lines"][0].endswith("step 0 LOSS")
@@ -261,23 +238,23 @@ def test_a_log_is_searched_page_by_page(agent: Agent, api: Api) -> None:
     assert agent.call("job_logs", job=job.id, search="^step 4$", regex=True).facts["matches"] == 0
 
 
-def test_carriage_returns_and_colours_are_applied_not_shown(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "bars")
-    with_log(api, job, b"10%\r50%\r\x1b[32m100%\x1b[0m done\n\x1b[2Jclear\x07\n")
+def test_carriage_returns_and_colours_are_applied_not_shown(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "bars")
+    with_log(paper, job, b"10%\r50%\r\x1b[32m100%\x1b[0m done\n\x1b[2Jclear\x07\n")
     assert agent.call("job_logs", job=job.id).facts["log"]["lines"] == ["100% done", "clear\\x07"]
 
 
-def test_a_stop_is_asked_for_and_the_next_step_said(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "stopped")
+def test_a_stop_is_asked_for_and_the_next_step_said(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "stopped")
     facts = agent.call("stop_job", job=job.id, grace_s=3).facts
     assert facts["job"]["state"] == "stopped"
     assert facts["next"] == "to run it again: train_job"
 
 
-def test_a_model_is_fetched_with_its_checksum_and_never_answered(agent: Agent, api: Api, place: Path) -> None:
-    job = trained(agent, api, "model")
-    keep(api, job, "attempt-1/outputs/best/model.pt", b"secret weights")
-    write(api, job, "attempt-1/logs/rank-0.log", b"a log")
+def test_a_model_is_fetched_with_its_checksum_and_never_answered(agent: Agent, paper: Api, place: Path) -> None:
+    job = trained(agent, paper, "model")
+    keep(paper, job, "attempt-1/outputs/best/model.pt", b"secret weights")
+    write(paper, job, "attempt-1/logs/rank-0.log", b"a log")
     answer = agent.call("download_model", job=job.id)
     (file,) = answer.facts["files"]
     assert file["sha256"] == hashlib.sha256(b"secret weights").hexdigest()
@@ -289,38 +266,38 @@ def test_a_model_is_fetched_with_its_checksum_and_never_answered(agent: Agent, a
     assert again[0]["was_here"] is True
 
 
-def test_a_file_that_may_still_grow_is_said_to_be_unverified(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "growing")
-    start(api, job)
-    write(api, job, "attempt-1/outputs/model.pt", b"half of the wei")
+def test_a_file_that_may_still_grow_is_said_to_be_unverified(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "growing")
+    start(paper, job)
+    write(paper, job, "attempt-1/outputs/model.pt", b"half of the wei")
     facts = agent.call("download_model", job=job.id).facts
     assert facts["verified"] is False
     assert facts["unverified"] == "1 files may still grow and have no checksum yet"
 
 
-def test_the_latest_attempts_checkpoints_are_fetched_by_that_word(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "ckpt")
-    write(api, job, "attempt-1/checkpoints/step-1.pt", b"1")
-    write(api, job, "attempt-2/checkpoints/step-2.pt", b"2")
+def test_the_latest_attempts_checkpoints_are_fetched_by_that_word(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "ckpt")
+    write(paper, job, "attempt-1/checkpoints/step-1.pt", b"1")
+    write(paper, job, "attempt-2/checkpoints/step-2.pt", b"2")
     facts = agent.call("download_model", job=job.id, what="checkpoint", to="ckpts").facts
     assert [file["file"] for file in facts["files"]] == ["attempt-2/checkpoints/step-2.pt"]
 
 
-def test_named_files_and_all_files_are_fetched(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "many")
-    write(api, job, "attempt-1/outputs/a.txt", b"a")
-    write(api, job, "attempt-1/outputs/b.txt", b"b")
-    write(api, job, "attempt-1/logs/rank-0.log", b"log")
+def test_named_files_and_all_files_are_fetched(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "many")
+    write(paper, job, "attempt-1/outputs/a.txt", b"a")
+    write(paper, job, "attempt-1/outputs/b.txt", b"b")
+    write(paper, job, "attempt-1/logs/rank-0.log", b"log")
     one = agent.call("download_model", job=job.id, files=["a.*"], to="one").facts
     assert one["count"] == 1
     every = agent.call("download_model", job=job.id, what="all", to="every").facts
     assert every["count"] >= 3
 
 
-def test_many_files_are_counted_and_only_the_first_are_listed(agent: Agent, api: Api) -> None:
-    job = trained(agent, api, "swarm")
+def test_many_files_are_counted_and_only_the_first_are_listed(agent: Agent, paper: Api) -> None:
+    job = trained(agent, paper, "swarm")
     for n in range(60):
-        write(api, job, f"attempt-1/outputs/{n:03d}.txt", b"x")
+        write(paper, job, f"attempt-1/outputs/{n:03d}.txt", b"x")
     facts = agent.call("download_model", job=job.id).facts
     assert (facts["count"], len(facts["files"]), facts["files_left_out"]) == (60, 50, 10)
 

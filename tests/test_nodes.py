@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from raylaunch.controller.nodes import by_name
 from raylaunch.cluster_state import NodeView
+from raylaunch.controller.nodes import by_name
 
 
 def node(name: str) -> NodeView:

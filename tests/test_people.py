@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from support.api import Api, serving, token_of, write_tokens
+from support.api import Api, token_of, write_tokens
 from support.api_use import error, submit
 from support.sshd import LOOPBACK, Sshd, fingerprint, sshd
 from support.waiting import wait_until
@@ -32,12 +32,6 @@ pytestmark = pytest.mark.slow
 
 SHA = hashlib.sha256(b"made by alice").hexdigest()
 OTHER = hashlib.sha256(b"made by mallory").hexdigest()
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[Api]:
-    with serving(tmp_path / "store") as running:
-        yield running
 
 
 def invite(api: Api, person: str = "alice", role: str = "trainer", **more: object) -> str:

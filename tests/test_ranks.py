@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.agent import Agent, agent_at, cluster_of_paper, environment
+from support.agent import Agent, environment
 from support.api import Api
 from support.api_use import end, error, submit, write
 from support.run_writer import history, run, write_run
@@ -51,48 +49,30 @@ Root Cause (first observed failure):
 """
 
 
-@pytest.fixture(scope="module")
-def place() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as folder:
-        (Path(folder) / "work").mkdir()
-        yield Path(folder)
-
-
-@pytest.fixture(scope="module")
-def api(place: Path) -> Iterator[Api]:
-    with cluster_of_paper(place, place / "store") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def agent(place: Path, api: Api) -> Iterator[Agent]:
-    assert api
-    with agent_at(place, place / "work") as opened:
-        yield opened
-
-
-def started(api: Api, ranks: int) -> JobView:
+def started(paper: Api, ranks: int) -> JobView:
     """Submit a job and let it have a running attempt with so many ranks."""
-    with api.client("olga") as client:
+    with paper.client("olga") as client:
         job = submit(client)
     attempt = AttemptView(id=f"{job.id}-1", n=1, admitted_at=1.0, started_at=2.0, ranks=ranks)
-    api.do(lambda: api.records.update(job.id, kind="admitted", change=Change.ADMIT, attempts=(attempt,)))
+    paper.do(lambda: paper.records.update(job.id, kind="admitted", change=Change.ADMIT, attempts=(attempt,)))
     for rank in range(ranks):
-        write(api, job, f"attempt-1/logs/rank-{rank}.log", f"hello from rank {rank}\n".encode())
+        write(paper, job, f"attempt-1/logs/rank-{rank}.log", f"hello from rank {rank}\n".encode())
     return job
 
 
-def failed(api: Api, job: JobView) -> JobView:
+def failed(paper: Api, job: JobView) -> JobView:
     """Let rank 1 of the job have failed."""
 
     def over() -> None:
-        (attempt,) = api.records.get(job.id).attempts
+        (attempt,) = paper.records.get(job.id).attempts
         facts = {"failed_rank": 1, "exit_code": 3}
-        api.records.update(job.id, kind="", attempts=(attempt.model_copy(update=facts),), log_tail=("its last words",))
+        paper.records.update(
+            job.id, kind="", attempts=(attempt.model_copy(update=facts),), log_tail=("its last words",)
+        )
 
-    api.do(over)
-    end(api, job, Change.FAIL)
-    return api.do(lambda: api.records.get(job.id).view())
+    paper.do(over)
+    end(paper, job, Change.FAIL)
+    return paper.do(lambda: paper.records.get(job.id).view())
 
 
 def cli(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -102,8 +82,8 @@ def cli(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_log_of_each_rank_is_read_while_it_runs_and_says_how_many_there_are(api: Api, place: Path) -> None:
-    job = started(api, 2)
+def test_the_log_of_each_rank_is_read_while_it_runs_and_says_how_many_there_are(paper: Api, place: Path) -> None:
+    job = started(paper, 2)
     first, second = cli(place, "logs", job.id), cli(place, "logs", job.id, "--rank", "1")
     assert first.stdout == "hello from rank 0\n"
     assert first.stderr == f"this is rank 0 of 2; of another: raylaunch logs {job.id} --rank 1\n"
@@ -111,32 +91,32 @@ def test_the_log_of_each_rank_is_read_while_it_runs_and_says_how_many_there_are(
 
 
 @pytest.mark.parametrize(("ranks", "has"), [(2, "it has 2 ranks: 0 to 1"), (1, "it has rank 0 only")])
-def test_a_rank_that_never_will_be_is_refused_at_once(api: Api, ranks: int, has: str) -> None:
-    job = started(api, ranks)
-    with api.client("olga") as client:
+def test_a_rank_that_never_will_be_is_refused_at_once(paper: Api, ranks: int, has: str) -> None:
+    job = started(paper, ranks)
+    with paper.client("olga") as client:
         read = client.get(f"/v1/jobs/{job.id}/logs", params={"rank": 7, "wait_s": 20})
         searched = client.get(f"/v1/jobs/{job.id}/logs/search", params={"rank": 7, "pattern": "x"})
     assert error(read) == error(searched) == (404, "not_found", f"attempt 1 of {job.id} has no rank 7", has)
 
 
-def test_where_nobody_knows_how_many_ranks_there_are_those_with_a_log_count(api: Api) -> None:
-    job = started(api, 0)
+def test_where_nobody_knows_how_many_ranks_there_are_those_with_a_log_count(paper: Api) -> None:
+    job = started(paper, 0)
     for rank in range(3):
-        write(api, job, f"attempt-1/logs/rank-{rank}.log", b"a line\n")
-    with api.client("olga") as client:
+        write(paper, job, f"attempt-1/logs/rank-{rank}.log", b"a line\n")
+    with paper.client("olga") as client:
         assert client.get(f"/v1/jobs/{job.id}/logs", params={"rank": 2}).headers["X-Log-Ranks"] == "3"
         assert client.get(f"/v1/jobs/{job.id}/logs", params={"rank": 3}).content == b""
 
 
-def test_a_failed_job_says_which_rank_it_was(api: Api, place: Path) -> None:
-    job = failed(api, started(api, 2))
+def test_a_failed_job_says_which_rank_it_was(paper: Api, place: Path) -> None:
+    job = failed(paper, started(paper, 2))
     shown = cli(place, "show", job.id).stdout
     assert "2 ranks (logs --rank 0 to 1), ran 0 s, exit code 3" in shown
     assert "last lines of rank 1's log:\n  │ its last words\n" in shown
 
 
-def test_an_agent_is_told_the_ranks_and_the_one_that_failed(api: Api, agent: Agent) -> None:
-    job = failed(api, started(api, 2))
+def test_an_agent_is_told_the_ranks_and_the_one_that_failed(paper: Api, agent: Agent) -> None:
+    job = failed(paper, started(paper, 2))
     seen = agent.call("monitor_job", job=job.id).facts
     assert (seen["job"]["attempt"]["ranks"], seen["job"]["attempt"]["failed_rank"]) == (2, 1)
     assert seen["next"].startswith(f"find the cause: job_logs job={job.id} rank=1; ")

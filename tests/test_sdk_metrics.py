@@ -7,10 +7,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from support.api import Api, serving, token_of
+from support.api import Api, serving
 from support.api_use import start
 from support.run_writer import history, run, write_run
 
@@ -22,21 +21,10 @@ pytest.importorskip("pandas", reason="needs pandas: pip install 'raylaunch[noteb
 pytestmark = pytest.mark.wandb
 
 
-class Reach(NamedTuple):
-    url: str
-    token: str
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[Api]:
-    with serving(tmp_path / "store") as running:
-        yield running
-
-
 @pytest.fixture
 def job(api: Api) -> Iterator[Job]:
     """A job that has logged ten epochs, the accuracy in every second."""
-    with raylaunch.connect("test", reach=Reach(api.url, token_of("tom"))) as cluster:
+    with raylaunch.connect("test", reach=api.reach()) as cluster:
         job = cluster.submit("python train.py", name="digits", working_dir="")
         start(api, job.view)
         rows = [history(n, {"loss": 1 / (n + 1), **({"acc": n / 10} if n % 2 else {})}) for n in range(10)]
@@ -72,7 +60,7 @@ def test_a_card_draws_the_loss(job: Job) -> None:
 
 def test_a_job_is_shown_as_it_was_last_seen_when_the_cluster_is_gone(tmp_path: Path) -> None:
     with serving(tmp_path / "store") as api:
-        cluster = raylaunch.connect("test", reach=Reach(api.url, token_of("tom")))
+        cluster = raylaunch.connect("test", reach=api.reach())
         job = cluster.submit("python train.py", name="digits", working_dir="")
     assert "as it was last seen: the cluster does not answer now" in job._repr_html_()
     cluster.close()

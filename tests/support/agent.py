@@ -8,12 +8,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import pytest
 from mcp import StdioServerParameters
 from mcp.client import Client
 from mcp.client.stdio import stdio_client
@@ -39,6 +41,18 @@ HASTY = [
     + PROGRAM[2],
 ]
 """The same server, which waits three seconds for what it else waits thirty for."""
+
+
+GOOD: dict[str, dict[str, object]] = {
+    "train_job": {"entrypoint": "true", "working_dir": ""},
+    "monitor_job": {"job": "digits"},
+    "list_jobs": {},
+    "job_logs": {"job": "digits"},
+    "stop_job": {"job": "digits"},
+    "download_model": {"job": "digits", "to": "out"},
+    "cluster_status": {},
+}
+"""One call of each tool that would be in order."""
 
 
 class Answer(NamedTuple):
@@ -166,6 +180,37 @@ def cluster_of_paper(home: Path, store: Path, *, person: str = "olga") -> Iterat
             yield running
         finally:
             stand_in.kill()
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Path]:
+    """A home of raylaunch's for the tests of one file, with a folder ``work`` that has a program."""
+    with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as folder:
+        (Path(folder) / "work").mkdir()
+        (Path(folder) / "work" / "train.py").write_text("print(1)\n")
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def paper(place: Path) -> Iterator[Api]:
+    """The cluster of paper of that home."""
+    with cluster_of_paper(place, place / "store") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def agent(place: Path, paper: Api) -> Iterator[Agent]:
+    """An agent in ``work`` of that home."""
+    assert paper
+    with agent_at(place, place / "work") as opened:
+        yield opened
+
+
+def submitted(agent: Agent, **given: object) -> str:
+    """Submit a job without code by way of the agent; return its id."""
+    answer = agent.call_with("train_job", {"entrypoint": "true", "working_dir": "", **given})
+    assert not answer.error, answer.text
+    return str(answer.facts["job"]["id"])
 
 
 def keep(api: Api, job: JobView, path: str, content: bytes) -> None:

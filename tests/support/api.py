@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx2
+import pytest
 
+from raylaunch.cluster.plan import Reach
 from raylaunch.cluster_state import ControllerStatus, RayAccess
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.auth import TokenBook
@@ -160,6 +162,10 @@ class Api:
             trust_env=False,
         )
 
+    def reach(self, person: str = "tom") -> Reach:
+        """Return how a person reaches it."""
+        return Reach(url=self.url, token=token_of(person))
+
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.records = Records(self.store)
@@ -200,6 +206,13 @@ def _without_ray(store: Path) -> ForeignLogs:
         log_path=store / "link.log",
     )
     return ForeignLogs(link=link, ray=RayJobs("http://127.0.0.1:9", "none"), sight=Sight())
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[Api]:
+    """An API over an empty store."""
+    with serving(tmp_path / "store") as running:
+        yield running
 
 
 @contextmanager
