@@ -13,10 +13,10 @@ from support.host import Host, authorize
 from support.hosts import World, world
 from support.terminal import Laptop
 
-pytestmark = [pytest.mark.machines, pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(1000)]
+pytestmark = [pytest.mark.machines, pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(1300)]
 
 DGX_OS = 'DGX_NAME="DGX Server"\nDGX_PRETTY_NAME="NVIDIA DGX Server"\nDGX_SWBUILD_VERSION="6.2.1"\n'
-LIMIT_S = 900
+LIMIT_S = 1200
 
 
 @pytest.fixture
