@@ -27,7 +27,8 @@ _PATIENCE_S = 120.0
 """How long we wait until the peer's second node is listed: three times what it takes for its first."""
 _LOOK_S = 1.0
 _ROUNDS, _HEALTHY_ROUNDS = 2, 7
-_OURS = "name: lab\ngpus: 0\ncpus: 2\nenvironment: {environment}\nhosts: [{hosts}]\n"
+_OURS = "name: lab\ngpus: 0\ncpus: 2\nhosts:\n"
+_HOST = "  - {{host: {host}, environment: 'venv:{prefix}'}}\n"
 _THEIRS = """\
 cluster_name: lab
 provider: {{type: local, head_ip: {head}, worker_ips: [{worker}]}}
@@ -79,8 +80,8 @@ def healthy(shop: Workshop) -> Iterator[Result]:
 
 
 def _laptop(made: World, folder: Path, hosts: int) -> Laptop:
-    names = ", ".join(host.name for host in made.hosts[:hosts])
-    return Laptop(made, folder, _OURS.format(environment=f"venv:{sys.prefix}", hosts=names))
+    lines = [_HOST.format(host=host.name, prefix=sys.prefix) for host in made.hosts[:hosts]]
+    return Laptop(made, folder, _OURS + "".join(lines))
 
 
 def _ours(made: World, laptop: Laptop) -> float:

@@ -176,7 +176,8 @@ class Bootstrap:
         root = root_of(host, facts)
         tell = self._of_host(host)
         if host.environment:
-            python = await ensure_beside(connection, host.environment, store=self._store, root=root, on_step=tell)
+            named = next(one.path for one in facts.pythons if one.named)  # as the probe has found it
+            python = await ensure_beside(connection, named, store=self._store, root=root, on_step=tell)
         elif self._no_python is not None:
             raise self._no_python
         else:
