@@ -98,6 +98,7 @@ def test_down_ends_what_the_record_names_and_all_that_carry_the_clusters_mark_an
     save_record(paths, record.with_(wanted="running", ray=ray, controller=controller, ports={"controller": 25990}))
     report = anyio.run(embedded.down, "local")
     assert {one.pid for one in report.ended} == {ray.pid, strayed.pid, training.pid, controller.pid}
+    assert {one.what for one in report.ended if one.pid == ray.pid} == {"Ray"}  # a worker's is no head
     assert is_alive(other)
     assert not any(is_alive(one) for one in (ray, strayed, training, controller))
     assert anyio.run(embedded.status, "local").state == "stopped"

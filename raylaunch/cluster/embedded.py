@@ -177,7 +177,7 @@ async def _end_ray(record: ClusterRecord, paths: ClusterPaths) -> tuple[Ended, .
     family = of_ray(record.cluster_id, record.ray, paths.temp)
     if record.ray is not None and is_alive(record.ray):
         how = await end([record.ray], grace_s=_RAY_GRACE_S)  # it drains, and ends what it started
-        ended.append(Ended("Ray head", record.ray.pid, how[record.ray.pid]))
+        ended.append(Ended("Ray", record.ray.pid, how[record.ray.pid]))
     left = await wait_gone(family, limit_s=2)  # those that are about to end
     how = await end(left, grace_s=3)
     ended += [Ended(_words(one.argv), one.pid, how[one.pid]) for one in left]
