@@ -89,7 +89,10 @@ def healthy(cluster: Cluster, timeout_s: float = 120) -> None:
     wait_until(is_healthy, timeout_s, "a healthy cluster")
 
 
-def test_killing_the_controller_ten_times_loses_no_job_and_runs_none_twice(cluster: Cluster, book: Book) -> None:
+@pytest.mark.parametrize("times", [3, pytest.param(KILLS, marks=pytest.mark.long)])
+def test_killing_the_controller_many_times_loses_no_job_and_runs_none_twice(
+    times: int, cluster: Cluster, book: Book
+) -> None:
     """One submits with the client, one with the command line; both repeat a request that was not answered."""
     made: dict[str, set[str]] = {}
     killed: set[int] = set()
@@ -110,31 +113,31 @@ def test_killing_the_controller_ten_times_loses_no_job_and_runs_none_twice(clust
             return cluster.reach()  # the command line beside us brings it up
 
         async with Client(cluster.reach(), patience_s=120, heal=heal) as client:
-            for n in numbers(strikes, seed=1):
-                named = spec.model_copy(update={"name": f"storm-{n}"})
-                answer = await client.submit(named, request_id=f"storm-{n}")
-                made.setdefault(f"storm-{n}", set()).add(answer.job.id)
+            for n in numbers(strikes, seed=1, times=times):
+                named = spec.model_copy(update={"name": f"storm-{times}-{n}"})
+                answer = await client.submit(named, request_id=f"storm-{times}-{n}")
+                made.setdefault(f"storm-{times}-{n}", set()).add(answer.job.id)
 
     def submit_with_the_command_line(strikes: list[int]) -> None:
         words = ("--working-dir", "", *book.env, "--", "python", "-c", LEDGER)
-        for n in numbers(strikes, seed=2):
-            name = f"hail-{n}"
+        for n in numbers(strikes, seed=2, times=times):
+            name = f"hail-{times}-{n}"
             named = ("submit", "--json", "--name", name, "--request-id", name, *words)
             out = wait_until(lambda: answered(cluster, *named), 180, f"{name} is taken")  # noqa: B023 -- at once
             made.setdefault(name, set()).add(json.loads(out)["job"]["id"])
 
-    with at_random_moments(strike, seed=0, longest_s=1.5) as strikes, ThreadPoolExecutor(1) as pool:
+    with at_random_moments(strike, seed=0, longest_s=1.5, times=times) as strikes, ThreadPoolExecutor(1) as pool:
         beside = pool.submit(submit_with_the_command_line, strikes)
         asyncio.run(submit_with_the_client(strikes))
         beside.result(300)
     cluster.good("up")
-    assert len(killed) == KILLS
+    assert len(killed) == times
     ids = {job for found in made.values() for job in found}
     assert [name for name, found in made.items() if len(found) != 1] == []
     found = ended(cluster, ids)
     assert {job.state for job in found.values()} == {JobState.SUCCEEDED}
     assert book.runs() == Counter(f"{job} 1" for job in ids)
-    listed = [*jobs(cluster, "storm-*"), *jobs(cluster, "hail-*")]
+    listed = [*jobs(cluster, f"storm-{times}-*"), *jobs(cluster, f"hail-{times}-*")]
     assert sorted(job.id for job in listed) == sorted(ids)
 
 
@@ -144,13 +147,13 @@ def new_controller(cluster: Cluster, killed: set[int]) -> ProcessIdentity | None
     return found if found is not None and found.pid not in killed and is_alive(found) else None
 
 
-def numbers(strikes: list[int], seed: int) -> Iterator[int]:
+def numbers(strikes: list[int], seed: int, times: int) -> Iterator[int]:
     """Yield numbers of jobs until the last strike and a little on: new ones after each strike, and old ones again."""
     chance = random.Random(seed)  # noqa: S311 -- no secret
     yield 0
-    while len(strikes) < KILLS:
+    while len(strikes) < times:
         yield chance.randrange(len(strikes) + 1)
-    yield from range(KILLS)
+    yield from range(times)
 
 
 def answered(cluster: Cluster, *words: str) -> str:
@@ -222,7 +225,9 @@ def test_killing_the_client_ten_times_makes_one_job_each(cluster: Cluster, book:
     assert sorted(job.id for job in jobs(cluster, "cut-*")) == sorted(ids)
 
 
-@pytest.mark.parametrize("victim", [pytest.param("ray start --block", marks=pytest.mark.long), "gcs_server"])
+@pytest.mark.parametrize(
+    "victim", [pytest.param(one, marks=pytest.mark.long) for one in ("ray start --block", "gcs_server")]
+)
 def test_a_killed_ray_comes_back_by_itself_and_its_job_is_tried_again(
     cluster: Cluster, book: Book, victim: str
 ) -> None:

@@ -118,6 +118,7 @@ def test_pip_requirements_are_installed_once_for_all_jobs_that_ask_the_same(clus
     assert any(one.startswith(f"{PACKAGE}==") for one in packages_of(done))
 
 
+@pytest.mark.long
 def test_a_requirements_file_of_the_working_directory_is_installed(cluster: Cluster) -> None:
     folder = project(cluster, "pip_file", requirements__txt=f"{PACKAGE}>=1\n", train__py=WHERE)
     words = ("--environment", "pip:requirements.txt", "--", "python", "train.py")

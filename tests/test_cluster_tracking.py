@@ -173,6 +173,7 @@ def test_on_line_the_server_gets_the_run_as_the_job_names_it(cluster: Cluster, s
     assert run.complete
 
 
+@pytest.mark.long
 def test_an_on_line_job_says_where_its_run_can_be_seen(cluster: Cluster, server: WandbServer) -> None:
     job = cluster.python(LOGS_FIVE + "import time\ntime.sleep(600)\n", env=server.environment())
     running = cluster.until(job, lambda one: bool(one.wandb and one.wandb.url), 60, "it says its run's address")
@@ -184,6 +185,7 @@ def test_an_on_line_job_says_where_its_run_can_be_seen(cluster: Cluster, server:
     cluster.ended(job)
 
 
+@pytest.mark.long
 def test_metrics_are_the_same_on_line_and_off(cluster: Cluster, server: WandbServer) -> None:
     jobs = [cluster.python(LOGS_FIVE), cluster.python(LOGS_FIVE, env=server.environment())]
     modes = [link_of(cluster.ended(job))[0] for job in jobs]
@@ -204,6 +206,7 @@ def test_a_server_that_cannot_be_reached_makes_the_run_off_line_and_it_is_said_w
     assert len(points(cluster, job, "loss")) == 5
 
 
+@pytest.mark.long
 def test_an_init_that_breaks_on_line_makes_the_training_start_again_off_line(
     cluster: Cluster, server: WandbServer
 ) -> None:
@@ -225,6 +228,7 @@ def test_a_retry_goes_on_with_the_same_run(cluster: Cluster, server: WandbServer
     assert [point.step for point in points(cluster, job, "loss")] == list(range(10))
 
 
+@pytest.mark.long
 def test_an_off_line_retry_draws_on_behind_the_first_attempt(cluster: Cluster) -> None:
     job = cluster.python(FAILS_ONCE, "--retries", "1")
     done = cluster.ended(job)
@@ -233,6 +237,7 @@ def test_an_off_line_retry_draws_on_behind_the_first_attempt(cluster: Cluster) -
     assert drawn == list(zip(count(), [1 / (step + 1) for step in range(5)] * 2, strict=False))
 
 
+@pytest.mark.long
 def test_nothing_of_wandb_lands_outside_the_attempts_folder(cluster: Cluster, tmp_path: Path) -> None:
     home, elsewhere = tmp_path / "home", tmp_path / "work"
     home.mkdir()

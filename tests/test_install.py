@@ -67,6 +67,7 @@ def test_the_environment_is_private_to_its_user(used_host: BareHost) -> None:
     assert not [path for path in folders if path.stat().st_mode & 0o77]
 
 
+@pytest.mark.long
 def test_a_root_with_a_space_and_a_quote_serves(fresh_host: BareHost, tmp_path: Path) -> None:
     fresh_host.root = tmp_path / "it's here"
     python = fresh_host.ensure()
@@ -92,6 +93,7 @@ def test_a_wheel_that_was_damaged_on_the_host_is_pushed_anew(stocked_host: BareH
     assert wheel.read_bytes() == whole
 
 
+@pytest.mark.long
 def test_another_version_shares_its_files_with_the_first(stocked_host: BareHost) -> None:
     python = stocked_host.ensure()
     first = python.parent.parent
@@ -101,6 +103,7 @@ def test_another_version_shares_its_files_with_the_first(stocked_host: BareHost)
     assert (older / module).samefile(again / module)
 
 
+@pytest.mark.long
 def test_two_callers_at_once_make_it_once(fresh_host: BareHost) -> None:
     made: list[str] = []
 
@@ -127,6 +130,7 @@ def test_two_callers_at_once_make_it_once(fresh_host: BareHost) -> None:
     assert not fresh_host.left_over()
 
 
+@pytest.mark.long
 def test_a_folder_without_its_mark_is_not_taken_for_an_environment(stocked_host: BareHost) -> None:
     python = stocked_host.ensure()
     (python.parent.parent / "raylaunch.json").unlink()
@@ -135,6 +139,7 @@ def test_a_folder_without_its_mark_is_not_taken_for_an_environment(stocked_host:
     assert versions_of(python) == VERSIONS
 
 
+@pytest.mark.long
 def test_an_environment_whose_interpreter_is_gone_is_made_anew(stocked_host: BareHost) -> None:
     python = stocked_host.ensure()
     python.unlink()

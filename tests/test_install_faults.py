@@ -53,7 +53,7 @@ anyio.run(main)
         pytest.param("wheels begins", marks=pytest.mark.long),
         "push waits",
         pytest.param("install begins", marks=pytest.mark.long),
-        "install waits",
+        pytest.param("install waits", marks=pytest.mark.long),
     ],
 )
 def test_a_client_killed_in_the_middle_of_a_step_can_be_run_again(
@@ -104,7 +104,7 @@ def test_a_disk_without_room_is_said_before_anything_is_pushed(fresh_host: BareH
     assert "are needed" in error.message
 
 
-@pytest.mark.parametrize("step", ["push", "install"])
+@pytest.mark.parametrize("step", ["push", pytest.param("install", marks=pytest.mark.long)])
 def test_a_disk_that_becomes_full_is_said_and_the_next_call_goes_on(
     fresh_host: BareHost, tmp_path: Path, step: str
 ) -> None:

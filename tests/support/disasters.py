@@ -53,12 +53,14 @@ def kill(process: ProcessIdentity | None) -> None:
 
 
 @contextmanager
-def at_random_moments(strike: Callable[[], object], seed: int, longest_s: float) -> Iterator[list[int]]:
-    """Strike `KILLS` times in the background; the list that is yielded grows with each strike."""
+def at_random_moments(
+    strike: Callable[[], object], seed: int, longest_s: float, times: int = KILLS
+) -> Iterator[list[int]]:
+    """Strike so many times in the background; the list that is yielded grows with each strike."""
     chance, done, leave = random.Random(seed), list[int](), threading.Event()  # noqa: S311 -- no secret
 
     def strikes() -> None:
-        while len(done) < KILLS and not leave.wait(chance.uniform(0, longest_s)):
+        while len(done) < times and not leave.wait(chance.uniform(0, longest_s)):
             strike()
             done.append(len(done))
 
