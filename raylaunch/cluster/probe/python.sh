@@ -60,9 +60,10 @@ pythons() {
 }
 
 # Whether packages can be had here. Python asks the index that pip would ask, with pip's settings; to start pip itself
-# takes ten times as long. Its own default is pip's to say, not ours. Where there is no pip, uv is asked.
+# takes ten times as long. Its own default is pip's to say, not ours. Where there is no pip, uv is asked. What takes long
+# to load is loaded only where the name of the index is known, or a proxy knows it: an air-gapped host is soon told.
 INDEX='
-import base64, configparser, os, ssl, sys, urllib.parse, urllib.request
+import configparser, os, socket, sys, urllib.parse
 told = dict((name[4:].lower().replace("_", "-"), value) for name, value in os.environ.items() if name[:4] == "PIP_")
 def settings():
     home = os.path.expanduser("~")
@@ -78,8 +79,10 @@ def settings():
             pass
     found.update(told)
     return found
-def words(error):
-    return str(getattr(error, "reason", "") or error) or type(error).__name__
+def refused(error):
+    said = str(getattr(error, "reason", "") or error) or type(error).__name__
+    print("refused\tpip\t" + bare + "\t" + " ".join(said.split()))
+    sys.exit()
 chosen = settings()
 url = os.environ.get("UV_DEFAULT_INDEX") or os.environ.get("UV_INDEX_URL") or chosen.get("index-url")
 if not url:
@@ -89,11 +92,17 @@ if not url:
         sys.exit(3)
     url = PyPI.simple_url
 parts = urllib.parse.urlsplit(url)
+bare = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
+if not [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]:
+    try:
+        socket.getaddrinfo(parts.hostname, parts.port or 443)
+    except OSError as error:
+        refused(error)
+import base64, ssl, urllib.request
 headers = {"Accept": "text/html, application/vnd.pypi.simple.v1+json", "User-Agent": "raylaunch"}
 if parts.username:
     login = urllib.parse.unquote(parts.username) + ":" + urllib.parse.unquote(parts.password or "")
     headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
-bare = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
 context = ssl.create_default_context()
 for path in [chosen.get("cert"), os.environ.get("REQUESTS_CA_BUNDLE")]:
     if path and os.path.isfile(path):
@@ -104,7 +113,7 @@ try:
     urllib.request.urlopen(urllib.request.Request(bare + "/pip/", headers=headers), timeout=4, context=context).read(1)
     print("reached\tpip\t" + bare)
 except Exception as error:
-    print("refused\tpip\t" + bare + "\t" + " ".join(words(error).split()))
+    refused(error)
 '
 
 index() {

@@ -5,7 +5,7 @@ a long way; several lanes are several of both. The `ssh` that is installed here 
 ciphers are cheaper than ours. A lane takes its orders on stdin and answers on stdout, a line each:
 
 ======================  ==============================================================
-``{"url": …, "part": …, "size": …}``   first of all: which file of the controller, and into which part of it here
+``{"url": …, "token": …, …}``   first of all: which file of the controller, and into which part of it here
 ``ready``                              connected
 ``OFFSET LENGTH``                      a range that is wanted; `STREAMS` of them are fetched at a time
 ``got N``                              so many bytes more have been written
@@ -23,21 +23,15 @@ import json
 import os
 import re
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from raylaunch.cluster.client_record import ClientRecord, load_client, load_tunnel
-from raylaunch.cluster.home import ClusterPaths, cluster_paths
-from raylaunch.cluster.ports import LOOPBACK
-from raylaunch.cluster.reach.part_file import write_all
-from raylaunch.cluster.ssh.dial import dial
-from raylaunch.cluster.ssh.machine import Machine, machine
-from raylaunch.cluster.ssh.openssh import command, piped
-from raylaunch.cluster.targets import target_of
-from raylaunch.errors import ClusterDownError, RaylaunchError, StorageError, TransferError
+from raylaunch.cluster.reach.pipe import piped
+from raylaunch.cluster.reach.writing import write_all
+from raylaunch.errors import RaylaunchError, StorageError, TransferError
 
 STREAMS = 2
 """Ranges that a lane fetches at a time: while one is asked for, another arrives."""
@@ -146,7 +140,7 @@ class _Stream:
             self._over.set_result(None)
 
 
-async def run(paths: ClusterPaths) -> None:
+async def run(name: str) -> None:
     """Take orders until there are none any more.
 
     Raises:
@@ -156,27 +150,26 @@ async def run(paths: ClusterPaths) -> None:
     orders = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
     order = json.loads(await orders.readline())
-    client = load_client(paths)
-    if client is None:
-        msg = f"cluster {paths.name} is not known on this machine"
-        raise ClusterDownError(msg)
-    target, port = target_of(client.spec.host_specs()[0]), _port(paths, client)
     descriptor = os.open(order["part"], os.O_WRONLY)
     try:
-        work = _Work(_request(order["url"], client.token), descriptor, int(order["size"]), orders)
-        words = command(target, LOOPBACK, port)
-        if words is None or not await work.serve(partial(piped, words)):
-            async with machine(target) as head:
-                if not await work.serve(partial(_dialled, head, port)):
-                    msg = f"the controller does not answer through {target.name}"
-                    raise TransferError(msg)
+        work = _Work(_request(order["url"], order["token"]), descriptor, int(order["size"]), orders)
+        await _serve(name, work, order["openssh"])
     finally:
         os.close(descriptor)
 
 
-@asynccontextmanager
-async def _dialled(head: Machine, port: int, on_data: OnData) -> AsyncIterator[_Call]:
-    yield await dial(head, LOOPBACK, port, on_data)
+async def _serve(name: str, work: _Work, words: Sequence[str]) -> None:
+    """Fetch over the `ssh` that is installed; where it gets no connection, over ours, which takes longer to load."""
+    if words and await work.serve(partial(piped, words)):
+        return
+    from raylaunch.cluster.reach.lane_ssh import connected, installed  # noqa: PLC0415 -- as just said
+
+    if not words and (found := installed(name)) and await work.serve(partial(piped, found)):
+        return
+    async with connected(name) as connect:
+        if not await work.serve(connect):
+            msg = "the controller does not answer over a connection of its own"
+            raise TransferError(msg)
 
 
 @dataclass
@@ -224,14 +217,8 @@ class _Work:
             return await self.orders.readline()
 
 
-def _port(paths: ClusterPaths, client: ClientRecord) -> int:
-    """The tunnel has asked the head for it; what was known when the cluster came up may be over."""
-    tunnel = load_tunnel(paths)
-    return (tunnel.head_ports if tunnel else {}).get("controller") or client.head_ports["controller"]
-
-
 def _request(url: str, token: str) -> bytes:
-    lines = (f"GET {url} HTTP/1.1", f"Host: {LOOPBACK}", f"Authorization: Bearer {token}", "Accept-Encoding: identity")
+    lines = (f"GET {url} HTTP/1.1", "Host: 127.0.0.1", f"Authorization: Bearer {token}", "Accept-Encoding: identity")
     return "".join(f"{line}\r\n" for line in lines).encode()
 
 
@@ -244,7 +231,7 @@ def main(argv: list[str]) -> int:
     """Serve one download."""
     os.umask(0o077)
     try:
-        asyncio.run(run(cluster_paths(argv[0])))
+        asyncio.run(run(argv[0]))
     except RaylaunchError as error:
         sys.stderr.write(f"lane: {error}\n")
         return 1

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from raylaunch.cluster.client_record import tunnel_log
+from raylaunch.cluster.client_record import load_client, load_tunnel, tunnel_log
 from raylaunch.cluster.home import cluster_paths
 from raylaunch.cluster.ray_head import clean_environment
 
@@ -55,6 +55,11 @@ async def started_lane(cluster: str, url: str, part: Path, size: int) -> AsyncIt
         OSError: there is no process to be had.
     """
     paths = cluster_paths(cluster)
+    client, tunnel = load_client(paths), load_tunnel(paths)
+    if client is None:
+        msg = f"cluster {cluster} is not known on this machine any more"
+        raise ProcessLookupError(msg)
+    words = tunnel.openssh if tunnel and tunnel.up else ()
     env = clean_environment(os.environ, paths)
     env |= {key: os.environ[key] for key in ("SSH_AUTH_SOCK",) if key in os.environ}
     argv = (sys.executable, "-m", "raylaunch.cluster.reach.lane", cluster)
@@ -64,7 +69,7 @@ async def started_lane(cluster: str, url: str, part: Path, size: int) -> AsyncIt
         )
     try:
         lane = Lane(process)
-        lane.say(json.dumps({"url": url, "part": str(part), "size": size}))
+        lane.say(json.dumps({"url": url, "part": str(part), "size": size, "token": client.token, "openssh": words}))
         yield lane
     finally:
         with suppress(ProcessLookupError):

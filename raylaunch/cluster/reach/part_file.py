@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from typing_extensions import Self
 
+from raylaunch.cluster.reach.writing import write_all
 from raylaunch.cluster.ssh.transfer import RANGE_BYTES, Ranges
-
-_PIECES = 512
-"""So many are written at once; systems take 1,024 at most (IOV_MAX)."""
 
 
 def notes_of(part: Path) -> Path:
     """Return where the ranges that a part has are noted."""
     return part.with_name(f"{part.name}.ranges")
-
-
-def write_all(descriptor: int, pieces: Sequence[bytes], at: int) -> None:
-    """Write all pieces at an offset, one behind the other, or raise what the system says."""
-    left = [memoryview(piece) for piece in pieces]
-    while left:  # of a disk that is nearly full some bytes are taken; the next try is refused
-        written = os.pwritev(descriptor, left[:_PIECES], at)
-        at += written
-        while left and written >= len(left[0]):
-            written -= len(left.pop(0))
-        if written:
-            left[0] = left[0][written:]
 
 
 class PartFile:

@@ -31,6 +31,7 @@ from raylaunch.cluster.home import ClusterPaths, cluster_paths
 from raylaunch.cluster.ports import LOOPBACK, free_ports, is_free
 from raylaunch.cluster.process import identify
 from raylaunch.cluster.ssh.machine import Machine, machine
+from raylaunch.cluster.ssh.openssh import command
 from raylaunch.cluster.targets import target_of
 from raylaunch.errors import HostLostError, RaylaunchError
 
@@ -114,7 +115,8 @@ class Tunnel:
         address, fingerprint = head.identity
         reached = {"head_address": address, "head_fingerprint": fingerprint}
         ports = {key: port for key, (_, port) in self._remote.items()}
-        self._record = self._record.model_copy(update={**reached, "head_ports": ports})
+        words = tuple(command(target_of(client.spec.host_specs()[0]), LOOPBACK, controller) or ())
+        self._record = self._record.model_copy(update={**reached, "head_ports": ports, "openssh": words})
 
     async def _addresses(self, head: Machine, client: ClientRecord) -> dict[str, Address]:
         """Return where on the head is what; a cluster that was joined says itself where Ray is, to whom may know."""
