@@ -84,7 +84,7 @@ class Place:
     async def _reach(self, *, start: bool) -> Reach:
         with contextlib.suppress(ClusterDownError):
             reach = await self.backend.reach(self.spec)
-            if await _answers(reach):
+            if reach.over_ssh or await _answers(reach):  # a tunnel takes every connection
                 return reach
         if await self._should_run():
             self._notice(f"cluster {self.spec.name!r} should run, and its controller does not answer; healing it")

@@ -60,16 +60,23 @@ class Bootstrap:
         spec: the cluster.
         on_step: told each step of each host; its name begins with the host's.
         on_prompt: asks a person; None where nobody is there.
+        on_start: told of a host right before something may be started there, with the program that will end it.
     """
 
     def __init__(
-        self, spec: ClusterSpec, on_step: Callable[[Step], None], *, on_prompt: OnPrompt | None = None
+        self,
+        spec: ClusterSpec,
+        on_step: Callable[[Step], None],
+        *,
+        on_prompt: OnPrompt | None = None,
+        on_start: Callable[[HostSpec, HeadProgram], None] = lambda _host, _program: None,
     ) -> None:
         self._spec = spec
         self._hosts = spec.host_specs()
         self._head = self._hosts[0]
         self._tell = on_step
         self._prompt = on_prompt
+        self._on_start = on_start
         self._store = WheelStore()
         self._left = len(self._hosts)
         self._all_probed = anyio.Event()
@@ -118,6 +125,7 @@ class Bootstrap:
     async def _bring_up(self, host: HostSpec, connection: Machine) -> None:
         program = await self._install(host, connection)
         self.outcome.programs[host.name] = program
+        self._on_start(host, program)
         self.outcome.states[host.name] = await self._start(host, connection, program)
 
     async def _foresee(self, host: HostSpec, _connection: Machine) -> None:

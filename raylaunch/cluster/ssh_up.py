@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from raylaunch.cluster.bootstrap import Bootstrap, Outcome
-from raylaunch.cluster.client_record import ClientRecord, load_client, load_tunnel, refuse_joined, save_client
+from raylaunch.cluster.client_record import (
+    ClientRecord,
+    HeadProgram,
+    load_client,
+    load_tunnel,
+    refuse_joined,
+    save_client,
+)
 from raylaunch.cluster.doctor.last_look import keep_problems
 from raylaunch.cluster.home import ClusterPaths, cluster_paths, make_private_dir
 from raylaunch.cluster.on_host import HostState
@@ -18,7 +26,7 @@ from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.cluster.still import Still, locked, telling_steps
 from raylaunch.cluster.take_down import TakeDown
 from raylaunch.errors import ClusterError, ClusterStartError, RaylaunchError, RayVersionError
-from raylaunch.spec import ClusterSpec
+from raylaunch.spec import ClusterSpec, HostSpec
 
 _LOCK_S = 1800.0
 
@@ -36,14 +44,25 @@ async def up(spec: ClusterSpec, /, *, on_step: Callable[[Step], None], on_prompt
         make_private_dir(folder)
     with telling_steps(on_step) as tell:
         async with locked(paths, tell, limit_s=_LOCK_S):
-            outcome = await Bootstrap(spec, tell, on_prompt=on_prompt).run()
+            had = load_client(paths)
+            begins = partial(_note_begun, paths, spec)
+            outcome = await Bootstrap(spec, tell, on_prompt=on_prompt, on_start=begins).run()
             keep_problems(spec, outcome.problems)
-            await _prove(paths, spec, outcome, tell)
+            await _prove(paths, spec, outcome, had, tell)
     if outcome.errors:
         raise _failure(spec, outcome)
 
 
-async def _prove(paths: ClusterPaths, spec: ClusterSpec, outcome: Outcome, tell: Still) -> None:
+def _note_begun(paths: ClusterPaths, spec: ClusterSpec, host: HostSpec, program: HeadProgram) -> None:
+    """Keep where something may run from now on: `down` ends it, whatever happens to this `up`."""
+    had = load_client(paths) or ClientRecord(spec=spec, wanted="stopped", head=spec.host_specs()[0].name)
+    hosts, programs = {**had.hosts, host.name: host}, {**had.programs, host.name: program}
+    save_client(paths, had.with_(hosts=hosts, programs=programs))
+
+
+async def _prove(
+    paths: ClusterPaths, spec: ClusterSpec, outcome: Outcome, had: ClientRecord | None, tell: Still
+) -> None:
     """Reach the cluster from here, and see that it works; what does not is added to the outcome's errors.
 
     Raises:
@@ -54,7 +73,7 @@ async def _prove(paths: ClusterPaths, spec: ClusterSpec, outcome: Outcome, tell:
     head = outcome.states.get(spec.host_specs()[0].name)
     if head is None:
         raise _failure(spec, outcome)
-    if said := adopted(load_client(paths), head, fresh=spec.host_specs()[0].name in outcome.fresh):
+    if said := adopted(had, head, fresh=spec.host_specs()[0].name in outcome.fresh):
         tell(Step(spec.host_specs()[0].name, "note", said))
     record = _remember(paths, spec, outcome)
     tunnel = load_tunnel(paths)
@@ -81,6 +100,10 @@ def _remember_proof(paths: ClusterPaths, hosts: set[str]) -> None:
 def adopted(had: ClientRecord | None, head: HostState, *, fresh: bool) -> str:
     """Say that a cluster ran already that this machine did not know: the account's other machine started it. Pure."""
     if fresh or (had is not None and had.cluster_id == head.cluster_id):
+        return ""
+    if (
+        had is not None and head.place.host in had.hosts and not had.cluster_id
+    ):  # by an `up` that did not come to its end
         return ""
     return (
         f"cluster {head.name} runs there already, brought up by {head.owner} from elsewhere; it is used from here too"

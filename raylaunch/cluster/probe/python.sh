@@ -12,12 +12,13 @@ def found(name):
         return 0
 try:
     import sysconfig
-    platform, gil = sysconfig.get_platform(), int(bool(sysconfig.get_config_var("Py_GIL_DISABLED")))
+    platform = sysconfig.get_platform()
 except Exception:
-    platform, gil = "", 0
+    platform = ""
 facts = [sys.argv[1], os.path.realpath(sys.executable), "%d.%d.%d" % sys.version_info[:3], sys.version_info[3],
          sys.implementation.name, int(sys.maxsize > 2**32), int(sys.prefix != sys.base_prefix), found("venv"),
-         found("ensurepip"), found("pip"), int(os.path.isdir(os.path.join(sys.prefix, "conda-meta"))), gil, platform]
+         found("ensurepip"), found("pip"), int(os.path.isdir(os.path.join(sys.prefix, "conda-meta"))),
+         int("t" in getattr(sys, "abiflags", "")), platform]
 print("\t".join(["python"] + [str(fact) for fact in facts]))
 '
 

@@ -82,12 +82,15 @@ while IFS=' ' read -r verb offset length mode sha given; do
   else
     [ "$length" -gt 0 ] || : >"$part"
     if [ -f "$part" ] && [ "$(sum "$part")" = "$sha" ]; then
-      chmod -- "$mode" "$part" && { sync -- "$part" 2>/dev/null || sync; } && mv -fT -- "$part" "$path" || right
+      { [ "$mode" = 600 ] || chmod -- "$mode" "$part"; } && { sync -- "$part" 2>/dev/null || sync; } &&
+        mv -fT -- "$part" "$path" || right
     elif ! right; then
       rm -f "$part" "$part.ranges"
       exit 66
     fi
-    rm -f -- "$path".part-*
+    for other in "$path".part-*; do
+      [ ! -e "$other" ] || rm -f -- "$other"
+    done
     folders[$folder]=
     echo done
   fi
