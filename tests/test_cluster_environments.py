@@ -130,6 +130,7 @@ def test_a_requirements_file_of_the_working_directory_is_installed(cluster: Clus
     assert any(one.startswith(f"{PACKAGE}==") for one in packages_of(done))
 
 
+@pytest.mark.long
 def test_a_requirement_that_does_not_exist_fails_the_job_in_the_installers_words(cluster: Cluster) -> None:
     folder = project(cluster, "pip_wrong", requirements__txt="./no-such-package-here\n", train__py="print(1)")
     job = cluster.submit("--environment", "pip:requirements.txt", "--", "python", "train.py", cwd=folder)

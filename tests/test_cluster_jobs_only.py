@@ -59,6 +59,7 @@ def test_a_job_gets_its_code_and_gpus_and_its_log_comes_back_as_it_was_written(f
     assert far.log("last").decode() == expected
 
 
+@pytest.mark.long
 def test_what_a_job_left_on_its_node_is_kept_there_and_named(far: BesideRay) -> None:
     code = "import os, pathlib\npathlib.Path(os.environ['RAYLAUNCH_OUTPUT_DIR'], 'model.bin').write_bytes(b'model')"
     ended = far.ended(far.python(code), timeout_s=90)
@@ -105,6 +106,7 @@ def test_a_job_that_fails_is_tried_again_and_the_end_of_its_program_is_known(far
     assert [(one.reason, one.exit_code) for one in ended.attempts] == [(Reason.EXIT_CODE, 6), (Reason.EXIT_CODE, 7)]
 
 
+@pytest.mark.long
 def test_a_job_goes_on_without_its_controller_and_its_log_is_whole_afterwards(far: BesideRay) -> None:
     flag = far.work / "go-on"
     waits = f"while not pathlib.Path({str(flag)!r}).exists(): time.sleep(0.1)\n"

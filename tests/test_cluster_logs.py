@@ -128,6 +128,7 @@ FLOOD = (
 )
 
 
+@pytest.mark.long
 def test_following_a_huge_log_and_reading_its_end_leave_memory_flat(cluster: Cluster) -> None:
     with started(cluster, "logs", cluster.python("print(1)"), "-f") as small:
         small.wait()

@@ -14,9 +14,9 @@ from support.wandb_server import WandbServer
 
 from raylaunch.state import JobState
 
-pytestmark = [pytest.mark.ray, pytest.mark.wandb, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.wandb, pytest.mark.long]
 
-VERSIONS = ("0.29", pytest.param("0.30", marks=pytest.mark.long))  # the oldest that is supported, and what follows it
+VERSIONS = ("0.29", "0.30")  # the oldest that is supported, and what follows it
 KEEPS_COUNT = """
 import os, time, wandb
 run = wandb.init()

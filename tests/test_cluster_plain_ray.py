@@ -261,6 +261,7 @@ FLOOD = (
 )
 
 
+@pytest.mark.long
 def test_following_a_huge_one_and_reading_its_end_leave_memory_flat(cluster: Cluster, waiting: str) -> None:
     with started(cluster, "logs", waiting, "-n", "1") as small:
         small.wait()

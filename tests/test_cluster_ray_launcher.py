@@ -198,6 +198,7 @@ def server() -> Iterator[WandbServer]:
         yield server
 
 
+@pytest.mark.long
 def test_a_driver_holds_its_workers_gpus_from_its_start_to_its_end(cluster: Cluster, tmp_path: Path) -> None:
     folder = project(cluster, "looks", main__py=LOOKS, here__py="ANSWER = 42\n")
     cluster.ask(lambda client: client.secrets_set("HF_TOKEN", "hf-planted-1"))

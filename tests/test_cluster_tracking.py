@@ -218,6 +218,7 @@ def test_an_init_that_breaks_on_line_makes_the_training_start_again_off_line(
     assert len(points(cluster, job, "loss")) == 5
 
 
+@pytest.mark.long
 def test_a_retry_goes_on_with_the_same_run(cluster: Cluster, server: WandbServer) -> None:
     job = cluster.python(FAILS_ONCE, "--retries", "1", env=server.environment())
     done = cluster.ended(job)
@@ -262,6 +263,7 @@ def test_a_running_job_shows_its_progress_and_its_last_values(cluster: Cluster) 
     assert ended.progress.step == 3
 
 
+@pytest.mark.long
 def test_a_job_without_tracking_leaves_no_run(cluster: Cluster) -> None:
     job = cluster.python(LOGS_FIVE, "--tracking", "disabled")
     done = cluster.ended(job)

@@ -81,7 +81,7 @@ def test_a_client_killed_in_the_middle_of_a_step_can_be_run_again(
     assert not fresh_host.left_over()
 
 
-@pytest.mark.parametrize("step", ["push", "install"])
+@pytest.mark.parametrize("step", [pytest.param("push", marks=pytest.mark.long), "install"])
 def test_a_link_that_is_cut_is_an_error_and_the_next_call_goes_on(fresh_host: BareHost, step: str) -> None:
     def cut(told: Step) -> None:
         if told.name == step and told.state == "begins":

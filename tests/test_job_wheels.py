@@ -130,6 +130,7 @@ def test_what_pip_needs_is_made_from_the_wheels_alone(api: Api, served: Index, t
     assert made_in(tmp_path / "node") == ["wheels"]
 
 
+@pytest.mark.long
 def test_what_uv_locks_is_made_from_the_wheels_alone_without_uv_on_the_node(
     api: Api, served: Index, tmp_path: Path
 ) -> None:

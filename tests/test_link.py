@@ -190,6 +190,7 @@ def test_children_in_sessions_of_their_own_die_at_a_fence(head: RayHeadRunning, 
     asyncio.run(scenario())
 
 
+@pytest.mark.long
 def test_a_steward_killed_ten_times_loses_no_byte(head: RayHeadRunning, store: Store) -> None:
     dice = random.Random(7)  # noqa: S311 -- dice, not a secret
 
@@ -294,6 +295,7 @@ def test_a_store_that_is_full_is_said_and_nothing_is_lost(head: RayHeadRunning, 
     asyncio.run(scenario())
 
 
+@pytest.mark.long
 def test_a_link_without_ray_says_why(store: Store, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("t" * 48)

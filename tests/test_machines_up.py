@@ -218,6 +218,7 @@ def test_a_rays_crash_on_a_worker_is_mended_by_its_keeper(cluster: Laptop, lab: 
     wait_until(lambda: cluster.living() == {"h1", "h2", "h3"}, 180, "the worker is back")
 
 
+@pytest.mark.long
 def test_a_host_joins_the_running_cluster_takes_a_job_and_leaves_again(cluster: Laptop, lab: World) -> None:
     new = lab.host()
     before = [rays(host) for host in lab.hosts[:3]]

@@ -161,6 +161,7 @@ def test_a_stop_gives_every_rank_its_grace(make: Make) -> None:
     assert attempt.processes() == []
 
 
+@pytest.mark.long
 def test_two_jobs_on_a_node_do_not_meet_on_one_port(make: Make, tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     command = "torchrun --nproc-per-node=2 --master_port=29500 train.py"

@@ -64,6 +64,7 @@ async def first(lines: Lines) -> bytes:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 async def test_a_link_that_is_cut_in_the_middle_is_noticed() -> None:
     with world(1) as own:
         host = own.hosts[0]
