@@ -45,7 +45,7 @@ def _pair(
     """Return the verb's name, and what it takes through the tunnel and on the head, milliseconds."""
     pairs = in_turns(
         lambda: 1000 * seconds(partial(run_program, (*RAYLAUNCH, "--cluster", "test", *verb), there)),
-        lambda: 1000 * seconds(partial(run_program, (*RAYLAUNCH, "--cluster", "local", *verb), here)),
+        lambda: 1000 * seconds(partial(run_program, (*RAYLAUNCH, *verb), here)),
         rounds=shop.rounds(_ROUNDS),
     )
     ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import anyio
 import pytest
 from support.fittings import bare_world, ray_processes
 from support.hosts import Host, World
@@ -20,6 +21,7 @@ from support.waiting import wait_until
 
 from raylaunch.cluster.client_record import load_client
 from raylaunch.cluster.home import cluster_paths
+from raylaunch.cluster.reach.tunnel_use import end_tunnel
 
 pytestmark = [pytest.mark.machines, pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -102,6 +104,7 @@ def test_from_a_second_laptop_the_same_file_finds_the_cluster_and_its_jobs(
     assert said.status == 0, said.err
     assert "cluster lab runs there already, brought up by root from elsewhere; it is used from here too" in said.err
     assert second.call("logs", job).stdout.strip() == "h1"
+    anyio.run(end_tunnel, cluster_paths("lab", {"RAYLAUNCH_HOME": str(second.home)}))
     assert cluster.living() == {"h1"}
 
 
