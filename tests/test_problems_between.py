@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.facts import SECOND, Changes, disk, facts, only, two_hosts
 
+from raylaunch.cluster.bootstrap import choose_pythons
 from raylaunch.cluster.doctor.problems import CODES, problems
 from raylaunch.errors import (
     HostAuthError,
@@ -18,6 +19,8 @@ from raylaunch.errors import (
     RaylaunchError,
 )
 from raylaunch.spec import ClusterSpec, HostSpec
+
+THIRD: Changes = {**SECOND, "hostname": "dgx-3", "system.boot_id": "0b2f8f1e-0004", "reached_at": "10.0.0.4"}
 
 
 def test_two_healthy_dgxs_on_infiniband_have_no_problems() -> None:
@@ -82,6 +85,24 @@ def test_hosts_without_a_python_in_common_are_told_which_one_to_have() -> None:
         one.message,
     )
     assert one.mend.startswith("without root: uv python install 3.1")
+
+
+@pytest.mark.parametrize("others", [[], [{"path": "/usr/bin/python3", "version": "3.13.1"}]], ids=["none", "another"])
+def test_a_host_whose_python_is_the_problem_keeps_no_other_from_coming_up(others: list[dict[str, str]]) -> None:
+    spec = ClusterSpec.model_validate({"name": "lab", "hosts": ["dgx-1", "dgx-2", "dgx-3"]})
+    seen = {"dgx-1": facts(), "dgx-2": facts(changes=SECOND), "dgx-3": facts(changes={**THIRD, "pythons": others})}
+    found = problems(spec, seen)
+    assert {one.host for one in found if one.level == "blocking"} == {"dgx-3"}
+    assert set(choose_pythons(spec.host_specs(), seen, found)) == {"dgx-1", "dgx-2"}
+
+
+def test_a_python_is_chosen_that_an_environment_of_somebody_s_own_agrees_with() -> None:
+    hosts = [{"host": "dgx-1", "environment": "venv:/raid/venv"}, "dgx-2"]
+    spec = ClusterSpec.model_validate({"name": "lab", "hosts": hosts})
+    named = [{"path": "/raid/venv/bin/python", "version": "3.10.12", "named": True, "in_environment": True}]
+    seen = {"dgx-1": facts(changes={"pythons": named}), "dgx-2": facts(changes=SECOND)}
+    chosen = choose_pythons(spec.host_specs(), seen, problems(spec, seen))
+    assert {name: one.platform.minor for name, one in chosen.items()} == {"dgx-2": "3.10"}
 
 
 def test_hosts_with_one_python_in_common_are_well() -> None:

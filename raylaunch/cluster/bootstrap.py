@@ -6,7 +6,7 @@ A host that fails does not stop the others; what it failed at is kept by its nam
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -33,6 +33,7 @@ CONNECT_S = 20.0
 _QUIET_S = 4.0
 
 _Result = TypeVar("_Result")
+_OF_PYTHON = frozenset({"python_missing", "python_differs", "environment_missing"})
 
 
 @dataclass
@@ -51,6 +52,25 @@ class Outcome:
     actions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """What would be done on each host, where nothing was."""
     keeps: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def choose_pythons(
+    hosts: Sequence[HostSpec], facts: Mapping[str, HostFacts], found: Sequence[Problem]
+) -> dict[str, HostPython]:
+    """Return by host the Python that its environment is made from. Pure.
+
+    A host whose Python is the problem has no say: the others come up without it.
+
+    Raises:
+        ClusterStartError: the others have none in common.
+    """
+    out = {one.host for one in found if one.level == "blocking" and one.code in _OF_PYTHON}
+    agree = {host.name: host for host in hosts if host.name in facts and host.name not in out}
+    made = {name: facts[name] for name, host in agree.items() if not host.environment}
+    named = {
+        one.minor for name in agree if name not in made for one in facts[name].pythons if one.named and one.version
+    }
+    return pythons.choose(made, beside=named)
 
 
 class Bootstrap:
@@ -161,11 +181,8 @@ class Bootstrap:
         found = problems(self._spec, {**self.outcome.facts, **self.outcome.errors})
         self.outcome.problems = found
         self.outcome.warnings = tuple(one for one in found if one.level == "warning")
-        made_here = {host.name for host in self._hosts if not host.environment}
         try:
-            self._pythons = pythons.choose(
-                {name: facts for name, facts in self.outcome.facts.items() if name in made_here}
-            )
+            self._pythons = choose_pythons(self._hosts, self.outcome.facts, found)
         except ClusterStartError as error:
             self._no_python = error
         self._all_probed.set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from raylaunch.cluster.install.pins import HostPython, WheelPlatform
 from raylaunch.cluster.probe.facts import HostFacts, Python
@@ -22,20 +22,30 @@ def usable(facts: HostFacts) -> dict[tuple[int, int], Python]:
     return found
 
 
-def choose(facts: Mapping[str, HostFacts], *, own: tuple[int, int] = sys.version_info[:2]) -> dict[str, HostPython]:
+def choose(
+    facts: Mapping[str, HostFacts],
+    *,
+    own: tuple[int, int] = sys.version_info[:2],
+    beside: Collection[tuple[int, int]] = (),
+) -> dict[str, HostPython]:
     """Return by host the Python to take: of one minor version on all, this machine's own where all have that.
+
+    Args:
+        facts: of the hosts that are to have an environment of ours.
+        own: this machine's.
+        beside: the versions of environments that hosts of the same cluster bring themselves.
 
     Raises:
         ClusterStartError: there is no minor version that all of them have.
     """
     by_host = {host: usable(one) for host, one in facts.items()}
-    common = set.intersection(*(set(one) for one in by_host.values())) if by_host else set()
-    if not common:
+    common = set.intersection(*(set(one) for one in by_host.values()), *({one} for one in beside)) if by_host else set()
+    if by_host and not common:
         has = "; ".join(f"{host} has {_words(one)}" for host, one in by_host.items())
         msg = f"the hosts have no Python in common, and Ray wants the same minor version on all: {has}"
         hint = "install one on those that lack it (without root: uv python install 3.12, or a conda environment)"
         raise ClusterStartError(msg, hint=hint, step="python")
-    minor = own if own in common else max(common)
+    minor = own if own in common else max(common, default=own)
     return {host: _host_python(facts[host], one[minor]) for host, one in by_host.items()}
 
 
