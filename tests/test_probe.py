@@ -7,6 +7,7 @@ import getpass
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -152,11 +153,11 @@ def test_a_clock_that_is_an_hour_ahead_is_seen_as_that(tmp_path: Path) -> None:
     assert abs(clock.offset_s - 3600) <= clock.uncertain_s + 1
 
 
-def test_ports_that_somebody_listens_on_are_listed() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen(1)
-        assert taken.getsockname()[1] in (facts_of().listening or ())
+def test_ports_that_somebody_listens_on_are_listed_with_who_does() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        facts, port = facts_of(), taken.getsockname()[1]
+    assert port in (facts.listening or ())
+    assert facts.holders.get(port, "ss is not there").endswith(f"(pid {os.getpid()})") or not shutil.which("ss")
 
 
 def test_a_named_environment_is_looked_at_as_well(tmp_path: Path) -> None:

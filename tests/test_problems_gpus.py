@@ -207,7 +207,12 @@ def test_a_port_of_the_controller_that_is_taken_blocks_its_head() -> None:
     (found,) = problems(spec, {"dgx-1": facts(changes={"listening": [22, 8642]})})
     assert (found.code, found.level) == ("port_taken", "blocking")
     assert found.message == "port 8642, which cluster.yaml wants for the controller, is taken there"
-    assert found.mend == "leave port out; or see who has it: ss -ltnp sport = :8642"
+    assert found.mend == "leave port out of cluster.yaml; or see who has it: ss -ltnp sport = :8642"
+    (found,) = problems(
+        spec, {"dgx-1": facts(changes={"listening": [22, 8642], "holders": {8642: "python3 (pid 4711)"}})}
+    )
+    assert found.message.endswith("is taken there by python3 (pid 4711)")
+    assert found.mend == "leave port out of cluster.yaml; or end that"
 
 
 def test_what_our_own_cluster_holds_is_no_problem() -> None:

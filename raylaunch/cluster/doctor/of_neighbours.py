@@ -39,10 +39,11 @@ def _ports(spec: ClusterSpec, host: HostSpec, facts: HostFacts, own: FoundCluste
     taken = set(facts.listening)
     is_head = spec.kind == "local" or host.name == spec.hosts[0].name
     if is_head and spec.port in taken:
-        message = f"port {spec.port}, which cluster.yaml wants for the controller, is taken there"
-        yield blocking(
-            host.name, "port_taken", message, f"leave port out; or see who has it: ss -ltnp sport = :{spec.port}"
-        )
+        holder = facts.holders.get(spec.port, "")
+        by = f" by {holder}" if holder else ""
+        message = f"port {spec.port}, which cluster.yaml wants for the controller, is taken there{by}"
+        mend = "end that" if holder else f"see who has it: ss -ltnp sport = :{spec.port}"
+        yield blocking(host.name, "port_taken", message, f"leave port out of cluster.yaml; or {mend}")
     free = sum(port not in taken for port in SINGLE_PORTS)
     length = worker_ports(facts.memory.cpus)
     if free <= len(RAY_PORTS) or not _has_block(facts, taken, length):

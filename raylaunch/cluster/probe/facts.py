@@ -340,6 +340,8 @@ class HostFacts(_Facts):
     clock: Clock = Clock()
     listening: tuple[int, ...] | None = None
     """TCP ports that somebody listens on, on any address."""
+    holders: dict[int, str] = Field(default_factory=dict)
+    """By port who listens there, as ``python3 (pid 4711)``, where this account may see it."""
     ephemeral_ports: tuple[int, int] | None = None
     rays: tuple[RayProcess, ...] | None = None
     clusters: tuple[FoundCluster, ...] = ()

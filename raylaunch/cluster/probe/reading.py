@@ -71,6 +71,7 @@ def read_facts(answer: Answer, *, clock: Clock, took_s: float) -> HostFacts:
         shared=tuple(_shared(answer["shared"])),
         clock=clock,
         listening=_listening(ports),
+        holders=_holders(ports),
         ephemeral_ports=_pair(ports.one("ephemeral")),
         rays=tuple(_rays(answer["rays"])) if answer["rays"].status == 0 else None,
         clusters=tuple(_clusters(answer["clusters"])),
@@ -252,6 +253,13 @@ def _listening(ports: Section) -> tuple[int, ...] | None:
         return None
     words = {row[0] for row in ports.all("listens") if row}
     return tuple(sorted({int(word, 16) for word in words if re.fullmatch(r"[0-9A-F]{4}", word)}))
+
+
+def _holders(ports: Section) -> dict[int, str]:
+    """Of a port that several listen on, the one that began first stands for all."""
+    rows = [row for row in ports.all("holder") if len(row) == 3 and row[0].isdigit() and row[1].isdigit()]  # noqa: PLR2004 -- port, pid, program
+    found = sorted((int(pid), int(port), program) for port, pid, program in rows)
+    return {port: f"{program} (pid {pid})" for pid, port, program in reversed(found)}
 
 
 def _rays(section: Section) -> Iterator[RayProcess]:

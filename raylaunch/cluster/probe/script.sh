@@ -259,6 +259,12 @@ ports() {
         awk '$4 == "0A" { n = split($2, part, ":"); print part[n] }' | sort -u | while read -r port; do
         fact listens "$port"
     done
+    has ss || return 0
+    within 4 ss -ltnpH 2>/dev/null | # root sees every holder, others see their own
+        sed -nE 's/^LISTEN +[0-9]+ +[0-9]+ +[^ ]*:([0-9]+) .*users:\(\("([^"[:cntrl:]]*)",pid=([0-9]+).*/\1 \3 \2/p' |
+        sort -u | while read -r port pid program; do
+        fact holder "$port" "$pid" "$program"
+    done
 }
 
 owner_of() { within 2 stat -c %U "/proc/$1" 2>/dev/null; }
