@@ -40,6 +40,10 @@ class Plan:
         return "\n".join([head, *lines, *(f"  ! {one}" for one in self.notes)])
 
 
+IF_UNKNOWN = "if it runs already, raylaunch up finds it there, and it is used from here too"
+"""What is to be done about a cluster that another machine of the same account may have brought up."""
+
+
 @dataclass(frozen=True)
 class Ended:
     """One process that ``down`` ended, and how."""
@@ -64,6 +68,8 @@ class DownReport:
     """Where jobs, logs and outputs stay."""
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    unknown: bool = False
+    """Whether this machine knows nothing of the cluster: whether it runs was not looked at."""
 
     @property
     def was_running(self) -> bool:
@@ -72,6 +78,8 @@ class DownReport:
 
     def __str__(self) -> str:
         stays = f"; jobs, logs and outputs stay in {self.store}" if self.store else ""
+        if self.unknown:
+            return f"nothing was ended: this machine knows nothing of cluster {self.cluster}; {IF_UNKNOWN}"
         if not self.ended:
             return f"cluster {self.cluster} was not running{stays}"
         lines = [*(f"  {one}" for one in self.ended), *(f"  ! {one}" for one in self.notes)]

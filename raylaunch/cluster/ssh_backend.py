@@ -7,7 +7,7 @@ from collections.abc import Callable
 from raylaunch.cluster.client_record import ClientRecord, load_client
 from raylaunch.cluster.controller_program import controller_status
 from raylaunch.cluster.home import ClusterPaths, cluster_paths
-from raylaunch.cluster.plan import DownReport, Plan, Reach, Step
+from raylaunch.cluster.plan import IF_UNKNOWN, DownReport, Plan, Reach, Step
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.reach.tunnel_use import ensure_tunnel
 from raylaunch.cluster.ssh.target import OnPrompt
@@ -56,7 +56,7 @@ async def status(spec: ClusterSpec | str, /) -> ClusterStatus:
     paths = _paths(spec)
     record = load_client(paths)
     if record is None or record.wanted != "running":
-        return ClusterStatus(name=paths.name, kind="ssh", state="stopped")
+        return not_up(paths.name, record)
     try:
         tunnel = await ensure_tunnel(paths)
     except RaylaunchError as error:
@@ -65,6 +65,15 @@ async def status(spec: ClusterSpec | str, /) -> ClusterStatus:
     if isinstance(says, str):
         return unanswered(record, says)
     return status_of(record, says)
+
+
+def not_up(name: str, record: ClientRecord | None) -> ClusterStatus:
+    """Return what can be said of a cluster that is not up, as far as this machine knows. Pure."""
+    said = f"this machine knows nothing of it; {IF_UNKNOWN}" if record is None else ""
+    if record is not None and record.hosts:
+        where = ", ".join(record.hosts)
+        said = f"an up or a down has not come to its end: something of it may run on {where}; raylaunch down ends that"
+    return ClusterStatus(name=name, kind="ssh", state="stopped", problems=(said,) if said else ())
 
 
 def unanswered(record: ClientRecord, why: str) -> ClusterStatus:

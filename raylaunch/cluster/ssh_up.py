@@ -167,7 +167,7 @@ async def down(name: str, /, *, on_prompt: OnPrompt | None = None) -> DownReport
     record = load_client(paths)
     refuse_joined(record, "taken down")
     if record is None:
-        return DownReport(cluster=paths.name, ended=(), store="")
+        return DownReport(cluster=paths.name, ended=(), store="", unknown=True)
     async with cluster_lock(paths, limit_s=_LOCK_S):
         save_client(paths, record.with_(wanted="stopped"))
         work = TakeDown(record, on_prompt=on_prompt)
