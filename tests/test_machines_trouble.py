@@ -6,6 +6,7 @@ test_machines_faults.py.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from support.waiting import wait_until
 
 from raylaunch.cluster.client_record import load_client
 from raylaunch.cluster.home import cluster_paths
+from raylaunch.cluster.plan import IF_UNKNOWN
 from raylaunch.cluster.reach.tunnel_use import end_tunnel
 
 pytestmark = [pytest.mark.machines, pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(900)]
@@ -30,6 +32,7 @@ UP_S = 400
 QUIET_S = 10
 LONGER_THAN_A_CONNECTION_LASTS_S = 30.0
 SHORT_S = 6.0
+FIXED = 21987
 LISTENS = (
     "import socket, time; s = socket.create_server(('127.0.0.1', {port})); print('taken', flush=True); time.sleep(1e6)"
 )
@@ -100,6 +103,8 @@ def test_from_a_second_laptop_the_same_file_finds_the_cluster_and_its_jobs(
     job = cluster.call("submit", "--gpus", "1", "--name", "first", "--", "hostname").stdout.strip()
     cluster.call("wait", job)
     second = Laptop(lab, tmp_path_factory.mktemp("second"), FILE)
+    assert f"this machine knows nothing of it; {IF_UNKNOWN}" in second.call("status").stdout
+    assert "nothing was ended: this machine knows nothing of cluster lab" in second.call("down").stdout
     said = second.watch("up", limit_s=UP_S)
     assert said.status == 0, said.err
     assert "cluster lab runs there already, brought up by root from elsewhere; it is used from here too" in said.err
@@ -112,17 +117,31 @@ def test_a_port_that_somebody_has_taken_is_said_and_another_one_is_used(cluster:
     known = load_client(cluster_paths("lab", {"RAYLAUNCH_HOME": str(cluster.home)}))
     assert known is not None
     cluster.call("down", limit_s=120)
-    for name in ("gcs", "controller"):
-        listen = LISTENS.format(port=known.head_ports[name])
-        host.run(f'setsid python3 -c "{listen}" >/tmp/{name} 2>&1 </dev/null &')
-        printed = host.path(f"/tmp/{name}")  # noqa: S108 -- there
-        wait_until(partial(_has, printed, "taken"), 20, f"{name} is taken")
-    said = cluster.watch("up", limit_s=UP_S)
+    with taken(host, known.head_ports["gcs"]), taken(host, known.head_ports["controller"]):
+        said = cluster.watch("up", limit_s=UP_S)
     assert said.status == 0, said.err
     for name in ("gcs", "controller"):
         assert f"port {known.head_ports[name]} ({name}) is taken by " in said.err
     assert cluster.living() == {"h1"}
     cluster.call("down", limit_s=120)
+
+
+def test_a_fixed_port_that_somebody_has_is_said_by_whom_and_used_when_it_is_free(cluster: Laptop, host: Host) -> None:
+    cluster.call("down", limit_s=120)
+    cluster.write(f"{FILE}port: {FIXED}\n")
+    with taken(host, FIXED) as pid:
+        said = cluster.watch("up", limit_s=UP_S)
+        assert said.status == 1
+        wrong = f"h1: port {FIXED}, which cluster.yaml wants for the controller, is taken there by python3 (pid {pid})"
+        assert wrong in said.err
+        assert "→ leave port out of cluster.yaml; or end that" in said.err
+        assert not ray_processes(host)
+    said = cluster.watch("up", limit_s=UP_S)
+    cluster.write(FILE)
+    assert said.status == 0, said.err
+    known = load_client(cluster_paths("lab", {"RAYLAUNCH_HOME": str(cluster.home)}))
+    assert known is not None
+    assert known.head_ports["controller"] == FIXED
 
 
 def test_what_a_killed_up_has_started_is_ended_by_down(
@@ -133,8 +152,21 @@ def test_what_a_killed_up_has_started_is_ended_by_down(
     said = other.watch("up", limit_s=UP_S, kill_at=lambda line: "h1: controller: " in line)
     assert said.status == -signal.SIGKILL
     assert ray_processes(host)
+    assert "something of it may run on h1; raylaunch down ends that" in other.call("status").stdout
     other.call("down", limit_s=120)
     wait_until(lambda: not ray_processes(host), 30, "nothing of it runs")
+
+
+@contextlib.contextmanager
+def taken(host: Host, port: int) -> Iterator[int]:
+    """Have somebody listen on a port of the host; yields the pid, as the host counts."""
+    listen = LISTENS.format(port=port)
+    pid = host.out(f'setsid python3 -c "{listen}" >/tmp/{port} 2>&1 </dev/null & echo $!')
+    wait_until(partial(_has, host.path(f"/tmp/{port}"), "taken"), 20, f"{port} is taken")  # noqa: S108 -- there
+    try:
+        yield int(pid)
+    finally:
+        host.run(f"kill {pid}")
 
 
 def _has(path: Path, word: str) -> bool:

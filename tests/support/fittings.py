@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import pytest
 from support.host import Host, authorize
 from support.hosts import World, world
 from support.sshd import make_key
+from support.waiting import wait_until
 
 SMI = Path(__file__).with_name("nvidia_smi.sh")
 _FAKETIME = "*/faketime/libfaketime.so.1"
@@ -162,6 +164,16 @@ def no_python(host: Host) -> None:
     only_python(None, host)
 
 
+def hide_python(host: Host) -> None:
+    """Let the host be without any Python, until `show_python`."""
+    host.run("mkdir /usr/hidden && mv /usr/bin/python* /usr/hidden/")
+
+
+def show_python(host: Host) -> None:
+    """Undo `hide_python`, as installing one would."""
+    host.run("mv /usr/hidden/* /usr/bin/ && rmdir /usr/hidden")
+
+
 def bare_python(host: Host) -> None:
     """Let the host's Python be that of a minimal Debian: without pip, ensurepip and venv."""
     host.run("rm -rf /usr/lib/python3*/{ensurepip,venv} /usr/lib/python3/dist-packages/pip* /usr/bin/pip*")
@@ -196,6 +208,30 @@ def shift_clock(host: Host, offset: str = "+1h") -> None:
     line = f"SetEnv LD_PRELOAD={found[0]} FAKETIME={offset} FAKETIME_DONT_FAKE_MONOTONIC=1"
     host.write("/etc/ssh/test.d/clock.conf", f"{line}\n")
     host.reload_sshd()
+
+
+def right_clock(host: Host) -> None:
+    """Undo `shift_clock`."""
+    host.path("/etc/ssh/test.d/clock.conf").unlink()
+    host.reload_sshd()
+
+
+def resize_disk(host: Host, mib: float) -> bool:
+    """Give the disk of ``/root`` and ``/home`` (made with ``disk_mib``) this size; say whether what is on it fits."""
+    size = f"remount,size={int(mib * 1024)}k"
+    return not subprocess.run(
+        ["mount", "-o", size, str(host.folder / "disk")], capture_output=True, check=False
+    ).returncode
+
+
+def crowd_disk(host: Host, *, but_mib: float = 2) -> None:
+    """Fill that disk at once, also while others write to it, but for some MiB; `resize_disk` makes room again."""
+
+    def crowded() -> bool:
+        disk = os.statvfs(host.folder / "disk")
+        return resize_disk(host, (disk.f_blocks - disk.f_bfree) * disk.f_frsize / 1024**2 + but_mib)
+
+    wait_until(crowded, 10, f"the disk of {host.name} is full")
 
 
 def fill_disk(host: Host, *, but_mib: float = 0) -> None:

@@ -65,7 +65,8 @@ done
 
 _TAKE = (
     COMMON
-    + r"""trap 'echo "space $(df -Pk "$folder" | tail -n 1 | tr -s " " | cut -d " " -f 4) KiB" >&2' ERR
+    + r"""free() { df -Pk "$folder" | tail -n 1 | tr -s " " | cut -d " " -f 4,6- | sed "s/ / KiB free on /"; }
+trap 'echo "space $(free)" >&2' ERR
 set -E
 declare -A folders=()
 right() { [ -f "$path" ] && [ "$(sum "$path")" = "$sha" ]; } # somebody else has just brought the same

@@ -172,7 +172,7 @@ def storage_words(host: str, step: str) -> Iterator[None]:
         space = next((line.removeprefix("space ") for line in error.tail if line.startswith("space ")), "")
         said = next((line for line in error.tail if not line.startswith("space ")), error.message)
         if "No space left" in text or "quota exceeded" in text.lower():
-            msg = f"{host}: the disk is full ({step}): {said}; {space or '0 KiB'} free"
+            msg = f"{host}: the disk is full ({step}): {said}; {space or '0 KiB free'}"
             hint = (
                 "free some space there, or give raylaunch a folder on another disk: `root` of that host in cluster.yaml"
             )
