@@ -85,15 +85,20 @@ class BringUp:
         return await look(self.paths)
 
     async def _start_missing(self, *, ray_only: bool, upgrade: bool) -> None:
-        """Start what does not run. What ends while it is waited for is started once more: Ray gives up when it is slow.
+        """Start what does not run. What ends while it is waited for is started again: Ray gives up when it is slow.
 
         (Its head ends itself when its node is not listed 30 s after its start, however busy the machine is.)
         """
-        try:
-            await self._start_all(ray_only=ray_only, upgrade=upgrade)
-        except DiedError as error:
-            self.steps.note(error.step, "it ended while it was waited for; it is started again")
-            await self._start_all(ray_only=ray_only, upgrade=False)
+        for tries_left in (2, 1, 0):
+            try:
+                await self._start_all(ray_only=ray_only, upgrade=upgrade)
+            except DiedError as error:  # noqa: PERF203 -- three at most
+                if not tries_left:
+                    raise
+                self.steps.note(error.step, "it ended while it was waited for; it is started again")
+                upgrade = False
+            else:
+                return
 
     async def _start_all(self, *, ray_only: bool, upgrade: bool) -> None:
         await self._ray()

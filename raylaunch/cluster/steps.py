@@ -11,6 +11,7 @@ import anyio
 from raylaunch.cluster.home import ClusterPaths, storage_errors
 from raylaunch.cluster.plan import Step
 from raylaunch.cluster.process import ProcessIdentity, end, is_alive, last_lines, start_apart
+from raylaunch.cluster.ray_words import ray_words
 from raylaunch.cluster.record import ClusterRecord
 from raylaunch.cluster.sweep import sweep_ray
 from raylaunch.errors import ClusterStartError
@@ -79,10 +80,12 @@ class Steps:
         """Check that a process which is waited for still runs.
 
         Raises:
-            DiedError: it does not; the end of its log is in the message.
+            DiedError: it does not; the end of its log is in the message, and for Ray what its own programs said.
         """
         if not is_alive(identity):
             msg = f"{what} ended while it was being started{_quoted(log)}"
+            if step == "ray" and (words := ray_words(self.paths.temp)):
+                msg += f"\n{words}"
             raise DiedError(msg, hint=f"see {log}", step=step, log_path=str(log))
 
     async def undo(self, record: ClusterRecord) -> None:
