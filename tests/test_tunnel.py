@@ -150,8 +150,9 @@ def test_an_up_from_another_machine_says_that_it_found_the_cluster() -> None:
     assert "runs there already, brought up by ml from elsewhere" in adopted(None, head, fresh=False)
     assert adopted(known, head, fresh=False) == ""
     assert adopted(None, head, fresh=True) == ""
-    begun = known.with_(cluster_id="", hosts={head.place.host: known.spec.host_specs()[0]})
-    assert adopted(begun, head, fresh=False) == "", "an up from here was killed before it had heard of it"
+    for before in ("", "c0"):
+        begun = known.with_(cluster_id=before, begun=(head.place.host,))
+        assert adopted(begun, head, fresh=False) == "", "an up from here was killed before it had heard of it"
 
 
 def test_a_verb_about_jobs_loads_no_ssh_for_a_cluster_over_ssh() -> None:

@@ -47,6 +47,8 @@ class ClientRecord(BaseModel):
     """The name of the one with the controller."""
     proved: tuple[str, ...] = ()
     """Hosts on which a job has run since they were started, and that reach the others."""
+    begun: tuple[str, ...] = ()
+    """Hosts on which an `up` from here has started something, or was about to, and did not come to hear of it."""
     owner: str = ""
     """Who brought the cluster up and invited us, where we joined it; empty where that was done from here."""
     at: float = Field(default_factory=time.time)

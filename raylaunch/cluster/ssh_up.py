@@ -57,7 +57,8 @@ def _note_begun(paths: ClusterPaths, spec: ClusterSpec, host: HostSpec, program:
     """Keep where something may run from now on: `down` ends it, whatever happens to this `up`."""
     had = load_client(paths) or ClientRecord(spec=spec, wanted="stopped", head=spec.host_specs()[0].name)
     hosts, programs = {**had.hosts, host.name: host}, {**had.programs, host.name: program}
-    save_client(paths, had.with_(hosts=hosts, programs=programs))
+    begun = tuple(dict.fromkeys([*had.begun, host.name]))
+    save_client(paths, had.with_(hosts=hosts, programs=programs, begun=begun))
 
 
 async def _prove(
@@ -101,9 +102,7 @@ def adopted(had: ClientRecord | None, head: HostState, *, fresh: bool) -> str:
     """Say that a cluster ran already that this machine did not know: the account's other machine started it. Pure."""
     if fresh or (had is not None and had.cluster_id == head.cluster_id):
         return ""
-    if (
-        had is not None and head.place.host in had.hosts and not had.cluster_id
-    ):  # by an `up` that did not come to its end
+    if had is not None and head.place.host in had.begun:  # by an `up` that did not come to its end
         return ""
     return (
         f"cluster {head.name} runs there already, brought up by {head.owner} from elsewhere; it is used from here too"
@@ -174,7 +173,7 @@ async def down(name: str, /, *, on_prompt: OnPrompt | None = None) -> DownReport
         await work.run()
         await end_tunnel(paths)
         left = {name: host for name, host in record.hosts.items() if name in work.errors}
-        save_client(paths, record.with_(wanted="stopped", hosts=left))
+        save_client(paths, record.with_(wanted="stopped", hosts=left, begun=()))
     if work.errors:
         lines = "\n  ".join(str(error).replace("\n", "\n  ") for error in work.errors.values())
         msg = f"cluster {paths.name}: could not be ended on {', '.join(work.errors)}\n  {lines}"
