@@ -1,7 +1,9 @@
 """A large file of the cluster in ranges: over several SSH connections, each a process, where that is faster than one.
 
-The file comes through the controller, as it always does: who may read it is decided there. Ranges that a lane did not
-bring come over the connection that is open anyway, so that a lane that breaks, or never comes up, costs speed alone.
+Which file it is, and that it may be read, is the controller's to say. Where our SSH account on the head may read it as
+well, the `ssh` that is installed writes its ranges into the part; else they come through the controller, as all else
+does. Ranges that a lane did not bring come over the connection that is open anyway, so that a lane that breaks, or
+never comes up, costs speed alone.
 """
 
 from __future__ import annotations
@@ -10,13 +12,15 @@ import asyncio
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
-from raylaunch.cluster.reach.lane_start import Lane, started_lane
+from raylaunch.cluster.reach.lane_start import Lane, installed_ssh, started_lane
 from raylaunch.cluster.reach.part_file import PartFile, notes_of
+from raylaunch.cluster.reach.straight import straight
 from raylaunch.cluster.ssh.transfer import RANGE_BYTES
-from raylaunch.errors import TransferError
+from raylaunch.errors import HostLostError, TransferError
 from raylaunch.state import Artifact
 from raylaunch.transfer import OnProgress
 from raylaunch.wire import Wire
@@ -56,7 +60,10 @@ class Lanes:
         """
         with PartFile(part, artifact.bytes, grown=True, sync=False) as file:
             work = _Download(wire, url, file, lambda done: on_progress(artifact.path, done, artifact.bytes))
-            lanes = [asyncio.ensure_future(work.lane(self._cluster)) for _ in range(self._count(work))]
+            count = self._count(work)
+            if count:
+                await work.find_there()
+            lanes = [asyncio.ensure_future(work.lane(self._cluster)) for _ in range(count)]
             for one in lanes:
                 one.add_done_callback(work.lane_ended)
             hashing = asyncio.ensure_future(work.checksum())
@@ -88,9 +95,19 @@ class _Download:
         self._path = file.path.absolute()
         self._on_bytes = on_bytes
         self._done = file.ranges.there
+        self._there = ""
         self._ready = 0
         self._trouble: BaseException | None = None
         self._changed, self._one_more = asyncio.Event(), asyncio.Event()
+
+    async def find_there(self) -> None:
+        """Ask where the head has the file, with the first byte of what is missing."""
+        at = self.missing[0][0]
+        headers = {"Range": f"bytes={at}-{at}"}
+        async with self._wire.stream(self._url, headers=headers, allowed=(_BEYOND,)) as body:
+            self._there = unquote(body.header("X-File"))
+            async for _ in body.chunks():
+                pass
 
     async def over_the_wire(self) -> None:
         """Bring what no lane does, until everything is here."""
@@ -124,6 +141,40 @@ class _Download:
 
     async def lane(self, cluster: str) -> None:
         """Bring ranges over a connection of their own, until there are none or it breaks."""
+        if not await self._straight(installed_ssh(cluster)):
+            await self._through_the_controller(cluster)
+
+    async def _straight(self, words: Sequence[str]) -> bool:
+        """Let `ssh` write ranges into the part; False where that is not to be had."""
+        if not (words and self._there and self.missing):
+            return False
+        mine, ready = self.missing.popleft(), False
+        size = self._file.ranges.size
+        try:
+            async with straight(words, self._there, size, self._path, mine[0]) as connection:
+                ready = True
+                self._ready += 1
+                while True:
+                    await connection.fetch(*mine, self._tell)
+                    self._arrived(mine[0])
+                    mine = (0, 0)
+                    if not self.missing:
+                        break
+                    mine = self.missing.popleft()
+        except (HostLostError, OSError):  # others bring its ranges
+            pass
+        finally:
+            self._given_back([mine] if mine[1] else [], ready=ready)
+        return ready
+
+    def _given_back(self, ranges: Iterable[tuple[int, int]], *, ready: int) -> None:
+        self._ready -= ready
+        if left := list(ranges):
+            self.missing.extend(left)
+            self._done = self._file.ranges.there  # what came of these comes again
+        self._changed.set()
+
+    async def _through_the_controller(self, cluster: str) -> None:
         mine: dict[int, int] = {}
         ready = 0
         try:
@@ -134,11 +185,7 @@ class _Download:
         except OSError:  # it could not even be started, or went away: others bring its ranges
             pass
         finally:
-            self._ready -= ready
-            if mine:
-                self.missing.extend(mine.items())
-                self._done = self._file.ranges.there  # what came of these comes again
-            self._changed.set()
+            self._given_back(mine.items(), ready=ready)
 
     def lane_ended(self, lane: asyncio.Future[None]) -> None:
         """Let what a lane did not expect, as an error of who is told of progress, end the download."""

@@ -13,9 +13,19 @@ from support.api_use import submit, write
 from support.sshd import LOOPBACK, Sshd, sshd
 from support.waiting import wait_until
 
-from raylaunch.cluster.client_record import ClientRecord, save_client
+from raylaunch.cluster.client_record import (
+    ClientRecord,
+    TunnelRecord,
+    load_tunnel,
+    save_client,
+    save_tunnel,
+    tunnel_file,
+)
 from raylaunch.cluster.home import cluster_paths, make_private_dir
+from raylaunch.cluster.process import identify
 from raylaunch.cluster.reach.part_file import notes_of
+from raylaunch.cluster.ssh.openssh import command
+from raylaunch.cluster.targets import target_of
 from raylaunch.errors import TransferError
 from raylaunch.lanes import Lanes
 from raylaunch.spec import ClusterSpec
@@ -42,7 +52,25 @@ def host(tmp_path: Path, api: Api, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         spec = ClusterSpec.model_validate({"name": "test", "hosts": [{"host": f"{LOOPBACK}:{served.port}"}]})
         ports = {"controller": int(api.url.rpartition(":")[2])}
         save_client(paths, ClientRecord(spec=spec, token=token_of("tom"), head_ports=ports, head=spec.hosts[0].name))
+        words = command(target_of(spec.host_specs()[0]), LOOPBACK, ports["controller"])
+        if words is not None:
+            ours = identify(os.getpid())
+            assert ours is not None
+            save_tunnel(paths, TunnelRecord(process=ours, ports=ports, openssh=tuple(words), up=True))
         yield served
+
+
+def through(program: Path, script: str) -> Path:
+    """Put a program before the `ssh` that is installed, which notes its words; return where it does."""
+    paths = cluster_paths("test")
+    tunnel = load_tunnel(paths)
+    assert tunnel is not None
+    notes = program.with_suffix(".notes")
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text(f'#!/bin/sh\necho "$@" >>{notes}\n{script}\nexec {tunnel.openssh[0]} "$@"\n')
+    program.chmod(0o755)
+    save_tunnel(paths, tunnel.model_copy(update={"openssh": (str(program), *tunnel.openssh[1:])}))
+    return notes
 
 
 @pytest.fixture
@@ -99,18 +127,40 @@ def beside(host: Sshd, work: Callable[[], object], after: int, *, connections: i
     return told
 
 
-def test_a_large_file_comes_whole_over_connections_of_its_own(
+def test_a_large_file_comes_whole_over_connections_of_its_own_written_by_ssh_itself(
     api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path
 ) -> None:
+    notes = through(tmp_path / "bin" / "ssh", "")
+    fetched(api, model, tmp_path / "got" / "model.bin", beside(host, lambda: None, 0))
+    assert file_sha256(tmp_path / "got" / "model.bin") == model[1].sha256
+    assert [one.name for one in (tmp_path / "got").iterdir()] == ["model.bin"]
+    assert [" -W " in line for line in notes.read_text().splitlines() if "127.0.0.1" in line] == [False, False]
+
+
+def test_what_a_login_shell_prints_is_no_part_of_the_file(
+    api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path
+) -> None:
+    notes = through(tmp_path / "bin" / "ssh", "echo Welcome to this host; echo Mind the gap >&2")
+    fetched(api, model, tmp_path / "got" / "model.bin", beside(host, lambda: None, 0))
+    assert file_sha256(tmp_path / "got" / "model.bin") == model[1].sha256
+    assert " -W " not in notes.read_text()
+
+
+def test_through_the_controller_where_our_account_may_not_read_the_file(
+    api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path
+) -> None:
+    denied = """case "$*" in *"dd if"*) echo "dd: failed to open: Permission denied" >&2; exit 1 ;; esac"""
+    notes = through(tmp_path / "bin" / "ssh", denied)
     each_stream_of_two_lanes = beside(host, lambda: None, 0, connections=4)
     fetched(api, model, tmp_path / "got" / "model.bin", each_stream_of_two_lanes)
     assert file_sha256(tmp_path / "got" / "model.bin") == model[1].sha256
-    assert [one.name for one in (tmp_path / "got").iterdir()] == ["model.bin"]
+    assert notes.read_text().count(" -W ") == 4
 
 
 def test_it_comes_the_same_way_where_no_ssh_is_installed(
     api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tunnel_file(cluster_paths("test")).unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
     fetched(api, model, tmp_path / "got" / "model.bin", beside(host, lambda: None, 0))
     assert file_sha256(tmp_path / "got" / "model.bin") == model[1].sha256
@@ -124,6 +174,7 @@ def test_it_comes_the_same_way_where_the_ssh_that_is_installed_gets_none(
     program.parent.mkdir()
     program.write_text("#!/bin/sh\nexit 255\n")
     program.chmod(0o755)
+    tunnel_file(cluster_paths("test")).unlink()
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     fetched(api, model, tmp_path / "got" / "model.bin", beside(host, lambda: None, 0))
     assert file_sha256(tmp_path / "got" / "model.bin") == model[1].sha256

@@ -47,6 +47,12 @@ class Lane:
         self._process.stdin.write(f"{line}\n".encode())
 
 
+def installed_ssh(cluster: str) -> tuple[str, ...]:
+    """Return the command of the `ssh` that is installed, to the cluster's controller, as the tunnel has found it."""
+    tunnel = load_tunnel(cluster_paths(cluster))
+    return tunnel.openssh if tunnel and tunnel.up else ()
+
+
 @asynccontextmanager
 async def started_lane(cluster: str, url: str, part: Path, size: int) -> AsyncIterator[Lane]:
     """Start a lane for one file, whose part is an absolute path, and yield it; at the end it is ended.
@@ -55,11 +61,10 @@ async def started_lane(cluster: str, url: str, part: Path, size: int) -> AsyncIt
         OSError: there is no process to be had.
     """
     paths = cluster_paths(cluster)
-    client, tunnel = load_client(paths), load_tunnel(paths)
+    client, words = load_client(paths), installed_ssh(cluster)
     if client is None:
         msg = f"cluster {cluster} is not known on this machine any more"
         raise ProcessLookupError(msg)
-    words = tunnel.openssh if tunnel and tunnel.up else ()
     env = clean_environment(os.environ, paths)
     env |= {key: os.environ[key] for key in ("SSH_AUTH_SOCK",) if key in os.environ}
     argv = (sys.executable, "-m", "raylaunch.cluster.reach.lane", cluster)

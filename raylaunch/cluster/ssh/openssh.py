@@ -1,7 +1,7 @@
 """How the `ssh` that is installed here is made a pipe to a port of a host: cheaper than ciphers in Python.
 
 An extra, for large files: where there is no such program, or it gets no connection by itself, ours is there anyway. It
-asks nobody anything, and trusts the same files of host keys. `raylaunch.cluster.reach.pipe` runs it.
+asks nobody anything, and trusts the same files of host keys. `pipe` and `straight` in `raylaunch.cluster.reach` run it.
 """
 
 from __future__ import annotations
