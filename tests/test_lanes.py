@@ -52,11 +52,11 @@ def host(tmp_path: Path, api: Api, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         spec = ClusterSpec.model_validate({"name": "test", "hosts": [{"host": f"{LOOPBACK}:{served.port}"}]})
         ports = {"controller": int(api.url.rpartition(":")[2])}
         save_client(paths, ClientRecord(spec=spec, token=token_of("tom"), head_ports=ports, head=spec.hosts[0].name))
-        words = command(target_of(spec.host_specs()[0]), LOOPBACK, ports["controller"])
+        words = command(target_of(spec.host_specs()[0]))
         if words is not None:
             ours = identify(os.getpid())
             assert ours is not None
-            save_tunnel(paths, TunnelRecord(process=ours, ports=ports, openssh=tuple(words), up=True))
+            save_tunnel(paths, TunnelRecord(process=ours, ports=ports, head_ports=ports, openssh=tuple(words), up=True))
         yield served
 
 

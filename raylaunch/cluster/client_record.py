@@ -78,7 +78,7 @@ class TunnelRecord(BaseModel):
     head_ports: dict[str, int] = Field(default_factory=dict)
     """Where it leads to on the head."""
     openssh: tuple[str, ...] = ()
-    """The command that makes `ssh` a pipe to the controller, for large files; empty where there is none."""
+    """The command of the `ssh` that is installed, to the head, for large files; empty where there is none."""
     up: bool = False
     why: str = ""
     """Why it is not up, in words."""

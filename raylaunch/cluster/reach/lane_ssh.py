@@ -12,6 +12,7 @@ from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.ssh.dial import Call, dial
 from raylaunch.cluster.ssh.machine import Machine, machine
 from raylaunch.cluster.ssh.openssh import command
+from raylaunch.cluster.ssh.words import to_port
 from raylaunch.cluster.targets import target_of
 from raylaunch.errors import ClusterDownError
 
@@ -25,7 +26,8 @@ def installed(name: str) -> list[str]:
         RaylaunchError: the cluster is not known here, or the SSH configuration cannot be read.
     """
     client = _known(name)
-    return command(target_of(client.spec.host_specs()[0]), LOOPBACK, _port(name, client)) or []
+    words = command(target_of(client.spec.host_specs()[0]))
+    return to_port(words, LOOPBACK, _port(name, client)) if words else []
 
 
 @asynccontextmanager

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from raylaunch.cluster.client_record import load_client, load_tunnel, tunnel_log
 from raylaunch.cluster.home import cluster_paths
+from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.ray_head import clean_environment
+from raylaunch.cluster.ssh.words import to_port
 
 _END_S = 3.0
 
@@ -48,7 +50,7 @@ class Lane:
 
 
 def installed_ssh(cluster: str) -> tuple[str, ...]:
-    """Return the command of the `ssh` that is installed, to the cluster's controller, as the tunnel has found it."""
+    """Return the command of the `ssh` that is installed, to the cluster's head, as the tunnel has found it."""
     tunnel = load_tunnel(cluster_paths(cluster))
     return tunnel.openssh if tunnel and tunnel.up else ()
 
@@ -61,10 +63,11 @@ async def started_lane(cluster: str, url: str, part: Path, size: int) -> AsyncIt
         OSError: there is no process to be had.
     """
     paths = cluster_paths(cluster)
-    client, words = load_client(paths), installed_ssh(cluster)
+    client, tunnel, words = load_client(paths), load_tunnel(paths), installed_ssh(cluster)
     if client is None:
         msg = f"cluster {cluster} is not known on this machine any more"
         raise ProcessLookupError(msg)
+    pipe = to_port(words, LOOPBACK, tunnel.head_ports["controller"]) if tunnel and words else ()
     env = clean_environment(os.environ, paths)
     env |= {key: os.environ[key] for key in ("SSH_AUTH_SOCK",) if key in os.environ}
     argv = (sys.executable, "-m", "raylaunch.cluster.reach.lane", cluster)
@@ -74,7 +77,7 @@ async def started_lane(cluster: str, url: str, part: Path, size: int) -> AsyncIt
         )
     try:
         lane = Lane(process)
-        lane.say(json.dumps({"url": url, "part": str(part), "size": size, "token": client.token, "openssh": words}))
+        lane.say(json.dumps({"url": url, "part": str(part), "size": size, "token": client.token, "openssh": pipe}))
         yield lane
     finally:
         with suppress(ProcessLookupError):

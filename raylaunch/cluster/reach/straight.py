@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from raylaunch.cluster.ssh.words import to_program
 from raylaunch.errors import HostLostError
 
 _READY_S = 15.0
@@ -73,7 +74,7 @@ async def straight(words: Sequence[str], file: str, size: int, part: Path, first
     """Connect, and yield the connection once it is ready; at the end it is ended, and writes nothing any more.
 
     Args:
-        words: the command of the `ssh` that is installed, to a port of the head.
+        words: the command of the `ssh` that is installed, to the head.
         file: there; an absolute path.
         size: that it must have.
         part: where it goes, which is there.
@@ -85,7 +86,7 @@ async def straight(words: Sequence[str], file: str, size: int, part: Path, first
     descriptor = os.open(part, os.O_WRONLY)
     try:
         os.lseek(descriptor, first, os.SEEK_SET)
-        command = _running(words, file)
+        command = to_program(words, f"exec sh -c {shlex.quote(_PROGRAM)} sh {shlex.quote(file)}")
         try:
             process = await asyncio.create_subprocess_exec(
                 *command, stdin=PIPE, stdout=descriptor, stderr=PIPE, start_new_session=True
@@ -105,12 +106,6 @@ async def straight(words: Sequence[str], file: str, size: int, part: Path, first
                 draining.cancel()
     finally:
         os.close(descriptor)
-
-
-def _running(words: Sequence[str], file: str) -> list[str]:
-    at = words.index("-W")
-    there = f"exec sh -c {shlex.quote(_PROGRAM)} sh {shlex.quote(file)}"
-    return [words[0], "-T", "-o", "RemoteCommand=none", *words[1:at], *words[at + 2 :], there]
 
 
 async def _ready(process: Process, size: int) -> None:

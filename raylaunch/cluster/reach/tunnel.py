@@ -115,7 +115,7 @@ class Tunnel:
         address, fingerprint = head.identity
         reached = {"head_address": address, "head_fingerprint": fingerprint}
         ports = {key: port for key, (_, port) in self._remote.items()}
-        words = tuple(command(target_of(client.spec.host_specs()[0]), LOOPBACK, controller) or ())
+        words = tuple(command(target_of(client.spec.host_specs()[0])) or ())
         self._record = self._record.model_copy(update={**reached, "head_ports": ports, "openssh": words})
 
     async def _addresses(self, head: Machine, client: ClientRecord) -> dict[str, Address]:

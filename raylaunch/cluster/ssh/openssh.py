@@ -1,7 +1,8 @@
-"""How the `ssh` that is installed here is made a pipe to a port of a host: cheaper than ciphers in Python.
+"""How the `ssh` that is installed here connects to a host: its ciphers are cheaper than those in Python.
 
-An extra, for large files: where there is no such program, or it gets no connection by itself, ours is there anyway. It
-asks nobody anything, and trusts the same files of host keys. `pipe` and `straight` in `raylaunch.cluster.reach` run it.
+An extra, for many bytes: where there is no such program, or it gets no connection by itself, ours is there anyway. It
+asks nobody anything, and trusts the same files of host keys. `installed`, and `pipe` and `straight` of
+`raylaunch.cluster.reach`, run it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ _KEEPALIVES_MISSED = 3
 _KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 
-def command(target: Target, host: str, port: int) -> list[str] | None:
-    """Return the command whose stdin and stdout are a connection to `host`:`port`, as the target sees them.
+def command(target: Target) -> list[str] | None:
+    """Return the command that connects to the target; `raylaunch.cluster.ssh.words` says what for.
 
     None where there is none: no such program, or a pinned fingerprint, which it cannot compare.
 
@@ -45,7 +46,7 @@ def command(target: Target, host: str, port: int) -> list[str] | None:
         **({} if place.ciphers else {"Ciphers": _CIPHERS}),
         **({"ProxyJump": ",".join(target.jump)} if target.jump else {}),
     }
-    words = [program, "-F", *(place.config or ("none",)), "-W", f"{host}:{port}", "-p", str(place.port)]
+    words = [program, "-F", *(place.config or ("none",)), "-p", str(place.port)]
     for name, value in options.items():
         words += ["-o", f"{name}={value}"]
     for key in _keys(place):
