@@ -15,10 +15,13 @@ gpu_sections() {
 
 gpu_hardware() {
     for device in /sys/bus/pci/devices/*; do
-        [ "$(contents "$device/vendor")" = 0x10de ] || continue
-        case $(contents "$device/class") in 0x0300* | 0x0302*) fact pci "${device##*/}" "$(contents "$device/device")" ;; esac
+        line_of "$device/vendor"
+        [ "$line" = 0x10de ] || continue
+        line_of "$device/class"
+        case $line in 0x0300* | 0x0302*) fact pci "${device##*/}" "$(contents "$device/device")" ;; esac
     done
-    fact module "$(contents /proc/driver/nvidia/version)"
+    line_of /proc/driver/nvidia/version
+    fact module "$line"
     fact smi "$(command -v nvidia-smi)"
 }
 

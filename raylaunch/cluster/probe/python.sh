@@ -6,13 +6,16 @@ PYTHON='
 import os, sys
 def found(name):
     try:
-        from importlib.util import find_spec
-        return int(find_spec(name) is not None)
+        from importlib.machinery import PathFinder
+        return int(PathFinder.find_spec(name) is not None)
     except Exception:
         return 0
 try:
-    import sysconfig
-    platform = sysconfig.get_platform()
+    if sys.platform.startswith("linux"):
+        platform = "linux-" + os.uname()[4]
+    else:
+        import sysconfig
+        platform = sysconfig.get_platform()
 except Exception:
     platform = ""
 facts = [sys.argv[1], os.path.realpath(sys.executable), "%d.%d.%d" % sys.version_info[:3], sys.version_info[3],
@@ -53,7 +56,8 @@ pythons() {
     seen=:
     python_paths 2>/dev/null | while read -r path; do
         case $path in */shims/*) continue ;; esac # pyenv's shims are slow; what they stand for is found beside them
-        real=$(readlink -f "$path")
+        real=$path
+        [ -h "$path" ] && real=$(readlink -f "$path")
         case $seen in *":$real:"*) continue ;; esac
         seen=$seen$real:
         within 5 "$path" -I -c "$PYTHON" "$path" 2>/dev/null || fact unusable "$path" "$?"
@@ -61,10 +65,10 @@ pythons() {
 }
 
 # Whether packages can be had here. Python asks the index that pip would ask, with pip's settings; to start pip itself
-# takes ten times as long. Its own default is pip's to say, not ours. Where there is no pip, uv is asked. What takes long
-# to load is loaded only where the name of the index is known, or a proxy knows it: an air-gapped host is soon told.
+# takes ten times as long. Its own default is pip's to say, not ours, and stands in its source. Where there is no pip, uv
+# is asked. What takes long to load is loaded only where it is needed: an air-gapped host is soon told.
 INDEX='
-import configparser, os, socket, sys, urllib.parse
+import os, sys
 told = dict((name[4:].lower().replace("_", "-"), value) for name, value in os.environ.items() if name[:4] == "PIP_")
 def settings():
     home = os.path.expanduser("~")
@@ -72,6 +76,9 @@ def settings():
     files = ["/etc/xdg/pip/pip.conf", "/etc/pip.conf", home + "/.pip/pip.conf", home + "/.config/pip/pip.conf",
              os.path.join(sys.prefix, "pip.conf"), told.get("config-file", "")]
     for path in files if told.get("config-file") != os.devnull else []:
+        if not os.path.isfile(path):
+            continue
+        import configparser
         parser = configparser.RawConfigParser()
         try:
             parser.read(path)
@@ -86,12 +93,23 @@ def refused(error):
     sys.exit()
 chosen = settings()
 url = os.environ.get("UV_DEFAULT_INDEX") or os.environ.get("UV_INDEX_URL") or chosen.get("index-url")
-if not url:
+def of_pip():
+    from importlib.machinery import PathFinder
+    for folder in getattr(PathFinder.find_spec("pip"), "submodule_search_locations", None) or ():
+        try:
+            with open(os.path.join(folder, "_internal", "models", "index.py")) as source:
+                for line in source:
+                    if line.startswith("PyPI = PackageIndex(") and line.count(chr(34)) >= 2:
+                        return line.split(chr(34))[1].rstrip("/") + "/simple"
+        except (OSError, UnicodeDecodeError):
+            pass
     try:
         from pip._internal.models.index import PyPI
     except ImportError:
         sys.exit(3)
-    url = PyPI.simple_url
+    return PyPI.simple_url
+url = url or of_pip()
+import socket, urllib.parse
 parts = urllib.parse.urlsplit(url)
 bare = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
 if not [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]:
@@ -118,8 +136,13 @@ except Exception as error:
 '
 
 index() {
+    asked=:
     for python in "$named_python" python3 python3.10 python3.11 python3.12 python3.13 python3.14; do
         [ -n "$python" ] && has "$python" || continue
+        real=$(command -v "$python")
+        [ -h "$real" ] && real=$(readlink -f "$real")
+        case $asked in *":$real:"*) continue ;; esac
+        [ "$python" = "$named_python" ] || asked=$asked$real: # an environment has a pip of its own
         within 6 "$python" -c "$INDEX" 2>/dev/null
         case $? in
             0) return ;;

@@ -21,6 +21,8 @@ main() {
     root=$(absolute "${2:-.raylaunch}")
     store=$(absolute "${3:-$root}")
     named_python=$(python_of "$4")
+    user=$(id -un)
+    uid=$(id -u)
     now
     deadline=$((seconds + BUDGET))
 
@@ -118,16 +120,25 @@ fact() { # NAME VALUE…: one line, its parts separated by tabs
     printf '%s\n' "$line"
 }
 
-contents() { # FILE: its first line, or nothing
+# A process costs more than most of what is asked here: what the shell can do itself, it does.
+
+line_of() { # FILE: its first line, or nothing, in `line`
     line=
     [ -r "$1" ] && read -r line <"$1" 2>/dev/null
+    return 0
+}
+
+contents() { # FILE: the same, printed
+    line_of "$1"
     printf '%s' "$line"
 }
 
 clock() { date '+%s.%N'; }
 
 system() {
-    fact uname "$(uname -s)" "$(uname -r)" "$(uname -m)"
+    about=$(uname -srm)
+    arch=${about##* } about=${about% *}
+    fact uname "${about%% *}" "${about#* }" "$arch"
     [ -r /etc/os-release ] && grep -E '^(ID|VERSION_ID|PRETTY_NAME)=' /etc/os-release | while read -r line; do
         fact os "$line"
     done
@@ -135,8 +146,10 @@ system() {
         while read -r line; do fact dgx "$line"; done
     libc=$(getconf GNU_LIBC_VERSION 2>/dev/null) || libc=$(ldd --version 2>&1 | head -n 1)
     fact libc "$libc"
-    fact boot "$(contents /proc/sys/kernel/random/boot_id)"
-    fact machine "$(contents /etc/machine-id)"
+    line_of /proc/sys/kernel/random/boot_id
+    fact boot "$line"
+    line_of /etc/machine-id
+    fact machine "$line"
     [ -e /.dockerenv ] && fact container docker
     [ -e /run/.containerenv ] && fact container podman
     fact selinux "$(getenforce 2>/dev/null || contents /sys/fs/selinux/enforce)"
@@ -148,12 +161,12 @@ system() {
 }
 
 user() {
-    fact user "$(id -un)" "$(id -u)" "$HOME" "${SHELL-}" "$(umask)"
+    fact user "$user" "$uid" "$HOME" "${SHELL-}" "$(umask)"
     groups=" $(id -Gn) "
     fact groups "$groups"
     fact ssh "${SSH_CONNECTION-}"
     # sudo is asked only where it may say yes: else its refusal is reported to the administrator as an incident.
-    if [ "$(id -u)" = 0 ]; then
+    if [ "$uid" = 0 ]; then
         fact sudo root
     elif ! has sudo; then
         fact sudo no
@@ -177,7 +190,8 @@ names() {
 
 tools() {
     for name in bash tar sha256sum timeout uv conda mamba docker podman apptainer singularity enroot curl wget systemctl loginctl crontab; do
-        path=$(command -v "$name") || continue
+        has "$name" || continue
+        path=$(command -v "$name")
         case $name in
             uv) fact uv "$path" "$(within 3 "$path" --version 2>/dev/null)" ;;
             docker) fact tool docker "$path" "$([ -w /var/run/docker.sock ] && echo usable)" ;;
@@ -196,7 +210,10 @@ memory() {
     fact cpus "$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
     group=$(sed -n 's/^0:://p' /proc/self/cgroup 2>/dev/null)
     while [ -n "$group" ]; do
-        fact limit "$(contents "/sys/fs/cgroup$group/memory.max")" "$(contents "/sys/fs/cgroup$group/cpu.max")"
+        line_of "/sys/fs/cgroup$group/memory.max"
+        most=$line
+        line_of "/sys/fs/cgroup$group/cpu.max"
+        fact limit "$most" "$line"
         [ "$group" = / ] && break
         group=${group%/*}
         group=${group:-/}
@@ -254,11 +271,10 @@ ntp() {
 }
 
 ports() {
-    fact ephemeral "$(tr '\t' ' ' </proc/sys/net/ipv4/ip_local_port_range)"
-    within 4 cat /proc/net/tcp /proc/net/tcp6 2>/dev/null |
-        awk '$4 == "0A" { n = split($2, part, ":"); print part[n] }' | sort -u | while read -r port; do
-        fact listens "$port"
-    done
+    read -r first last </proc/sys/net/ipv4/ip_local_port_range
+    fact ephemeral "$first $last"
+    cat /proc/net/tcp /proc/net/tcp6 2>/dev/null |
+        awk '$4 == "0A" { n = split($2, part, ":"); if (!seen[part[n]]++) print "listens\t" part[n] }'
     has ss || return 0
     within 4 ss -ltnpH 2>/dev/null | # root sees every holder, others see their own
         sed -nE 's/^LISTEN +[0-9]+ +[0-9]+ +[^ ]*:([0-9]+) .*users:\(\("([^"[:cntrl:]]*)",pid=([0-9]+).*/\1 \3 \2/p' |
@@ -292,7 +308,7 @@ clusters() {
         fact cluster "$pid" "$(owner_of "$pid")" "${config%/controller.json}" "$(record "${config%/*}/cluster.json")" "$(since "$pid")"
     done
     for file in "$root"/clusters/*/cluster.json; do
-        [ -e "$file" ] && fact cluster '' "$(id -un)" "${file%/cluster.json}" "$(record "$file")"
+        [ -e "$file" ] && fact cluster '' "$user" "${file%/cluster.json}" "$(record "$file")"
     done
     return 0
 }
@@ -317,14 +333,18 @@ interfaces() {
         [ -d "$folder/bonding" ] && kind=bond
         [ -d "$folder/bridge" ] && kind=bridge
         [ -d "$folder/wireless" ] && kind=wireless
-        fact interface "${folder##*/}" "$kind" "$(contents "$folder/type")" "$(contents "$folder/operstate")" \
-            "$(contents "$folder/mtu")" "$(contents "$folder/speed" 2>/dev/null)"
+        set -- "${folder##*/}" "$kind"
+        for name in type operstate mtu speed; do
+            line_of "$folder/$name"
+            set -- "$@" "$line"
+        done
+        fact interface "$@"
     done
     if has ip; then
-        within 3 ip -o addr show 2>/dev/null | awk '{ print $2, $4 }' | while read -r name address; do
+        ip -o addr show 2>/dev/null | awk '{ print $2, $4 }' | while read -r name address; do
             fact address "${name%%@*}" "$address"
         done
-        { within 3 ip -4 route show default; within 3 ip -6 route show default; } 2>/dev/null |
+        { ip -4 route show default; ip -6 route show default; } 2>/dev/null |
             sed -n 's/.* dev \([^ ]*\).*/\1/p' | sort -u | while read -r name; do fact default "$name"; done
     else
         for address in $(within 3 hostname -I 2>/dev/null); do fact address '' "$address"; done
@@ -343,15 +363,16 @@ infiniband() {
 }
 
 services() {
-    fact init "$(contents /proc/1/comm)"
+    line_of /proc/1/comm
+    fact init "$line"
     if has systemctl; then
-        [ -z "${XDG_RUNTIME_DIR-}" ] && [ -d "/run/user/$(id -u)" ] && export XDG_RUNTIME_DIR="/run/user/$(id -u)"
+        [ -z "${XDG_RUNTIME_DIR-}" ] && [ -d "/run/user/$uid" ] && export XDG_RUNTIME_DIR="/run/user/$uid"
         fact user_manager "$(within 3 systemctl --user is-system-running 2>&1 | tail -n 1)"
     fi
     if has loginctl; then
-        fact linger "$(within 3 loginctl show-user "$(id -un)" -p Linger --value 2>/dev/null)"
+        fact linger "$(within 3 loginctl show-user "$user" -p Linger --value 2>/dev/null)"
     fi
-    [ -e "/var/lib/systemd/linger/$(id -un)" ] && fact linger yes
+    [ -e "/var/lib/systemd/linger/$user" ] && fact linger yes
     if has crontab; then
         answer=$(within 3 crontab -l 2>&1 >/dev/null) && answer=
         case $answer in *'not allowed'*) fact crontab no ;; *) fact crontab yes ;; esac
