@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from raylaunch.cluster.client_record import ClientRecord, load_client
-from raylaunch.cluster.controller_program import controller_status
 from raylaunch.cluster.home import ClusterPaths, cluster_paths
 from raylaunch.cluster.plan import IF_UNKNOWN, DownReport, Plan, Reach, Step
 from raylaunch.cluster.ports import LOOPBACK
@@ -61,6 +60,8 @@ async def status(spec: ClusterSpec | str, /) -> ClusterStatus:
         tunnel = await ensure_tunnel(paths)
     except RaylaunchError as error:
         return ClusterStatus(name=paths.name, kind="ssh", state="degraded", problems=(error.message,))
+    from raylaunch.cluster.controller_program import controller_status  # noqa: PLC0415 -- jobs' verbs need none of it
+
     says = await controller_status(tunnel.ports["controller"], record.token)
     if isinstance(says, str):
         return unanswered(record, says)

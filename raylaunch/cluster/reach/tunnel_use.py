@@ -15,7 +15,6 @@ import anyio
 from raylaunch.cluster.client_record import TunnelRecord, load_client, load_tunnel, tunnel_file, tunnel_log
 from raylaunch.cluster.home import ClusterPaths
 from raylaunch.cluster.process import end, start_apart
-from raylaunch.cluster.ray_head import clean_environment
 from raylaunch.errors import ClusterDownError, HostTimeoutError, from_wire
 
 START_S = 30.0
@@ -50,6 +49,8 @@ async def ensure_tunnel(paths: ClusterPaths, *, fresh: bool = False, limit_s: fl
     asked_at = time.time()
     if record is None or not record.alive:
         argv = [sys.executable, "-m", "raylaunch.cluster.reach.tunnel", paths.name]
+        from raylaunch.cluster.ray_head import clean_environment  # noqa: PLC0415 -- one that runs needs none of it
+
         env = {**clean_environment(os.environ, paths), **_agent(os.environ)}
         await start_apart(argv, env=env, cwd=Path("/"), log=tunnel_log(paths))
     return await _wait_up(paths, asked_at, limit_s)
