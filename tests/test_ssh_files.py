@@ -117,31 +117,6 @@ async def test_many_files_share_a_few_sessions(there: Machine, tmp_path: Path) -
     assert all((tmp_path / f"many/{number}").read_text() == f"file {number}" for number in range(60))
 
 
-async def test_much_goes_over_a_connection_of_the_ssh_that_is_installed(
-    host: Sshd, there: Machine, tmp_path: Path, big: Path
-) -> None:
-    before = host.log().count("Accepted publickey")
-    await there.push([PushFile(big, f"{tmp_path}/there/big"), PushFile(b"small", f"{tmp_path}/there/small")])
-    assert host.log().count("Accepted publickey") == before + 1
-    assert (tmp_path / "there" / "big").read_bytes() == big.read_bytes()
-    assert (tmp_path / "there" / "small").read_bytes() == b"small"
-
-
-@pytest.mark.parametrize("script", ["exit 255", "exec sleep 100"])
-async def test_much_goes_over_ours_where_that_ssh_gets_no_connection(  # noqa: PLR0913, PLR0917 -- fixtures
-    host: Sshd, there: Machine, tmp_path: Path, big: Path, monkeypatch: pytest.MonkeyPatch, script: str
-) -> None:
-    program = tmp_path / "bin" / "ssh"
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    before = host.log().count("Accepted publickey")
-    await there.push([PushFile(big, f"{tmp_path}/there/big")])
-    assert host.log().count("Accepted publickey") == before
-    assert (tmp_path / "there" / "big").read_bytes() == big.read_bytes()
-
-
 async def test_what_is_there_already_is_not_sent_again(there: Machine, tmp_path: Path, big: Path) -> None:
     far = tmp_path / "big.whl"
     await there.push([PushFile(big, str(far))])

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,8 +44,6 @@ __all__ = ["OnBytes", "PushFile", "push"]
 _CHUNK = 256 * 1024
 _READ = 2 * 1024 * 1024  # read here at once: each time costs a thread's turn
 _ASK_FIRST_BYTES = 1024 * 1024
-_BULK_BYTES = 32 * 1024 * 1024
-"""So much is worth a connection of the `ssh` that is installed: it takes large files while ours takes small ones."""
 _WRONG_SUM = 66
 
 _LOOK = (
@@ -164,12 +162,8 @@ async def push(
             await _look(machine, jobs, longest_s, step)
         progress.add(sum(job.ranges.size if job.whole else job.ranges.there for job in jobs))
         work = _Push(machine, [job for job in jobs if not job.whole], progress, Pace(limit_bytes_per_s), step)
-        streams = [work.bulk_stream(longest_s)] if work.bulk else []
-        streams += [work.stream(longest_s) for _ in range(min(STREAMS, work.units) - len(streams))]
+        streams = [work.stream(longest_s) for _ in range(min(STREAMS, work.units))]
         await together(streams, progress, host=machine.name, step=step)
-
-
-_Take = Callable[[], tuple[_Job, int, int]]
 
 
 class _Push:
@@ -183,15 +177,13 @@ class _Push:
         self._queue: deque[tuple[_Job, int, int]] = deque()
         self._finish: deque[_Job] = deque()
         self._open = len(jobs)
-        self._changed, self._over = asyncio.Event(), asyncio.Event()
-        self._bulk_begun = False
+        self._changed = asyncio.Event()
         for job in sorted(jobs, key=lambda job: -job.ranges.size):
             units = list(job.ranges.missing())
             job.left = len(units)
             self._queue.extend((job, offset, length) for offset, length in units)
             if not units:
                 self._finish.append(job)
-        self.bulk = len(self._queue) > 1 and sum(length for _, _, length in self._queue) >= _BULK_BYTES
 
     @property
     def units(self) -> int:
@@ -200,59 +192,34 @@ class _Push:
 
     async def stream(self, longest_s: float) -> None:
         """Send ranges over one session until all files are in place."""
-        async with self._machine.talk(Script(_TAKE), limit_s=longest_s, step=self._step, told=False) as talk:
-            await self._talk(talk, self._smallest if self.bulk else self._largest)
-
-    async def bulk_stream(self, longest_s: float) -> None:
-        """Do the same, from the largest on, over the `ssh` that is installed, where it gets a connection in time."""
-        work, over = asyncio.ensure_future(self._bulk(longest_s)), asyncio.ensure_future(self._over.wait())
-        try:
-            await asyncio.wait({work, over}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done() or self._bulk_begun:
-                await work
-        finally:
-            await cancel(work, over)
-
-    async def _bulk(self, longest_s: float) -> None:
-        async with self._machine.bulk_talk(Script(_TAKE), limit_s=longest_s, step=self._step) as talk:
-            if talk is not None:
-                self._bulk_begun = True
-                await self._talk(talk, self._largest)
-
-    def _largest(self) -> tuple[_Job, int, int]:
-        return self._queue.popleft()
-
-    def _smallest(self) -> tuple[_Job, int, int]:
-        return self._queue.pop()
-
-    async def _talk(self, talk: Talk, take: _Take) -> None:
         name, step = self._machine.name, self._step
-        sent: deque[tuple[_Job, bool]] = deque()
-        reading = asyncio.ensure_future(self._read(talk, sent))
-        sending = asyncio.ensure_future(self._send(talk, sent, take))
-        try:
-            await asyncio.wait({reading, sending}, return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():
-                sending.result()
-                talk.close_input()
-            await reading
-        finally:
-            await cancel(reading, sending)
-        status, err = await talk.end()
+        async with self._machine.talk(Script(_TAKE), limit_s=longest_s, step=step, told=False) as talk:
+            sent: deque[tuple[_Job, bool]] = deque()
+            reading = asyncio.ensure_future(self._read(talk, sent))
+            sending = asyncio.ensure_future(self._send(talk, sent))
+            try:
+                await asyncio.wait({reading, sending}, return_when=asyncio.FIRST_COMPLETED)
+                if not reading.done():
+                    sending.result()
+                    talk.close_input()
+                await reading
+            finally:
+                await cancel(reading, sending)
+            status, err = await talk.end()
         if status == _WRONG_SUM:
             msg = f"{name}: what arrived is not what was sent ({step}); it was removed there"
             raise TransferError(msg, hint="run the same command again; if it happens twice, look at the disks")
         if status:
             raise step_error(name, step, status, b"", err)
 
-    async def _send(self, talk: Talk, sent: deque[tuple[_Job, bool]], take: _Take) -> None:
+    async def _send(self, talk: Talk, sent: deque[tuple[_Job, bool]]) -> None:
         while self._open:
             if self._finish:
                 job = self._finish.popleft()
                 sent.append((job, True))
                 await talk.send(job.line("finish", 0, job.ranges.size))
             elif self._queue:
-                job, offset, length = take()
+                job, offset, length = self._queue.popleft()
                 sent.append((job, False))
                 await self._send_range(talk, job, offset, length)
             else:
@@ -281,8 +248,6 @@ class _Push:
                 job, finished = sent.popleft()
                 if finished:
                     self._open -= 1
-                    if not self._open:
-                        self._over.set()
                 else:
                     job.left -= 1
                     if not job.left:

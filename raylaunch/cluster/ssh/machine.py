@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import anyio
@@ -18,10 +18,8 @@ import asyncssh
 from raylaunch.cluster.ssh.connect import Route, connect
 from raylaunch.cluster.ssh.fetch import fetch
 from raylaunch.cluster.ssh.files import OnBytes, PushFile, push
-from raylaunch.cluster.ssh.installed import installed_session
-from raylaunch.cluster.ssh.openssh import command as installed_ssh
 from raylaunch.cluster.ssh.scripts import COMMAND, Script, as_script, courier, new_nonce
-from raylaunch.cluster.ssh.talk import Lines, Ran, Session, Talk, step_error
+from raylaunch.cluster.ssh.talk import Lines, Ran, Talk, step_error
 from raylaunch.cluster.ssh.target import OnPrompt, OnWait, Prompt, Target, Wait, telling
 from raylaunch.cluster.ssh.transfer import STALL_S
 from raylaunch.errors import HostError, HostLostError, HostStepError
@@ -150,47 +148,17 @@ class Machine:
         """
         script = as_script(command)
         what = step or script.name or "a script"
-        with telling(self._on_wait if told else None, self.name, what, limit_s):
-            async with (
-                self._session(what) as session,
-                self._talking(session, script, what, limit_s=limit_s, env=env or {}) as talk,
-            ):
-                yield talk
-
-    @asynccontextmanager
-    async def bulk_talk(self, script: Script, *, limit_s: float, step: str) -> AsyncIterator[Talk | None]:
-        """Start a script as `talk` does, for many bytes, over a connection of the `ssh` that is installed here.
-
-        None where there is no such program, or it gets no connection by itself.
-        """
-        words = installed_ssh(self.target)
-        if words is None:
-            yield None
-            return
-        async with AsyncExitStack() as stack:
-            talk = None
-            with suppress(OSError):
-                session = await stack.enter_async_context(installed_session(words))
-                talk = await stack.enter_async_context(self._talking(session, script, step, limit_s=limit_s, env={}))
-            begun = False
-            if talk is not None:
-                with anyio.move_on_after(_START_S):
-                    begun = await talk.begun()
-            yield talk if begun else None
-
-    @asynccontextmanager
-    async def _talking(
-        self, session: Session, script: Script, what: str, *, limit_s: float, env: Mapping[str, str]
-    ) -> AsyncIterator[Talk]:
         nonce = new_nonce()
-        talk = Talk(session, host=self.name, step=what, nonce=nonce, limit_s=limit_s)
-        try:
-            await talk.send(courier(script, nonce=nonce, limit_s=limit_s, env=env))
-            yield talk
-        finally:
-            ending = asyncio.ensure_future(self._end(talk))
-            with anyio.CancelScope(shield=True):
-                await asyncio.wait({ending})  # not awaited plainly: a second cancel would go into it
+        with telling(self._on_wait if told else None, self.name, what, limit_s):
+            async with self._session(what) as process:
+                talk = Talk(process, host=self.name, step=what, nonce=nonce, limit_s=limit_s)
+                try:
+                    await talk.send(courier(script, nonce=nonce, limit_s=limit_s, env=env or {}))
+                    yield talk
+                finally:
+                    ending = asyncio.ensure_future(self._end(talk))
+                    with anyio.CancelScope(shield=True):
+                        await asyncio.wait({ending})  # not awaited plainly: a second cancel would go into it
 
     async def push(
         self,

@@ -1,8 +1,8 @@
 """How the `ssh` that is installed here connects to a host: its ciphers are cheaper than those in Python.
 
 An extra, for many bytes: where there is no such program, or it gets no connection by itself, ours is there anyway. It
-asks nobody anything, and trusts the same files of host keys. `installed`, and `pipe` and `straight` of
-`raylaunch.cluster.reach`, run it.
+asks nobody anything, and trusts the same files of host keys. `pipe` and `straight` in
+`raylaunch.cluster.reach` run it.
 """
 
 from __future__ import annotations

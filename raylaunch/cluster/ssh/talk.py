@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import anyio
 import asyncssh
@@ -39,63 +39,12 @@ class Ran:
         return self.out.decode(errors="replace").rstrip("\n")
 
 
-class _Writer(Protocol):
-    def write(self, data: bytes, /) -> None: ...
-
-    async def drain(self) -> None: ...
-
-    def is_closing(self) -> bool: ...
-
-    def write_eof(self) -> None: ...
-
-
-class _Reader(Protocol):
-    async def read(self, n: int = ..., /) -> bytes: ...
-
-
-class _Channel(Protocol):
-    def abort(self) -> None: ...
-
-
-class Session(Protocol):
-    """The far side's shell, whoever carries it: asyncssh, or the `ssh` that is installed."""
-
-    @property
-    def stdin(self) -> _Writer:
-        """Its stdin."""
-        ...
-
-    @property
-    def stdout(self) -> _Reader:
-        """What it prints."""
-        ...
-
-    @property
-    def stderr(self) -> _Reader:
-        """What it prints as errors."""
-        ...
-
-    @property
-    def channel(self) -> _Channel:
-        """What is aborted to let go of it."""
-        ...
-
-    @property
-    def exit_status(self) -> int | None:
-        """How it ended; None while that is not known."""
-        ...
-
-    async def wait_closed(self) -> None:
-        """Wait until it has ended."""
-        ...
-
-
 class Talk:
     """A script that runs on the host: its stdin, its stdout as it comes, and how it ended."""
 
     def __init__(
         self,
-        process: Session,
+        process: asyncssh.SSHClientProcess[bytes],
         *,
         host: str,
         step: str,
@@ -109,7 +58,6 @@ class Talk:
         self._deadline = time.monotonic() + limit_s + KILL_AFTER_S + _SLACK_S
         self._out = Frame(nonce)
         self._err = Frame(nonce)
-        self._early = b""
         self._tail = bytearray()
         self._errors = asyncio.ensure_future(self._read_errors())
 
@@ -122,15 +70,6 @@ class Talk:
     def pid(self) -> int:
         """The pid of what watches over the script on the host; 0 while that is not known."""
         return self._out.pid
-
-    async def begun(self) -> bool:
-        """Wait until the script runs; False where the session ended before."""
-        while not self._out.begun:
-            data = await self._until(self._read(self._process.stdout))
-            if not data:
-                return False
-            self._early += self._out.feed(data)
-        return True
 
     async def send(self, data: bytes) -> bool:
         """Write to its stdin, waiting until the connection has taken it. Returns whether the script still reads."""
@@ -152,8 +91,6 @@ class Talk:
             HostLostError: the connection went away first.
             HostTimeoutError: it did not end within its limit.
         """
-        if self._early:
-            yield self._early
         while not self._out.ended:
             data = await self._until(self._read(self._process.stdout))
             if not data:
@@ -189,7 +126,7 @@ class Talk:
             await self._errors
         self._process.channel.abort()  # what it did not take is dropped: a channel that closes waits for that
 
-    async def _read(self, stream: _Reader) -> bytes:
+    async def _read(self, stream: asyncssh.SSHReader[bytes]) -> bytes:
         with suppress(OSError, asyncssh.Error):
             return await stream.read(_CHUNK)
         return b""
