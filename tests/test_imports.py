@@ -65,7 +65,7 @@ MAY: dict[str, frozenset[str]] = {
 KNOWN_TO: dict[str, tuple[str, ...]] = {
     "asyncssh": tuple(
         f"raylaunch/cluster/ssh/{name}.py"
-        for name in ("machine", "connect", "dial", "host_keys", "identities", "places", "talk")
+        for name in ("machine", "connect", "dial", "host_keys", "identities", "lean", "places", "talk")
     ),
     "ray": (
         "raylaunch/tracking/train_callback.py",
