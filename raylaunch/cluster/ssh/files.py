@@ -232,7 +232,7 @@ class _Push:
         for start in range(offset, offset + length, _READ):
             block = memoryview(await _read_here(job.file, start, min(_READ, offset + length - start)))
             for at in range(0, len(block), _CHUNK):
-                piece = bytes(block[at : at + _CHUNK])
+                piece = block[at : at + _CHUNK]
                 await self._pace.take(len(piece))
                 if not await talk.send(piece):
                     return

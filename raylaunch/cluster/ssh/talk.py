@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import anyio
 import asyncssh
@@ -20,6 +20,7 @@ _T = TypeVar("_T")
 _SLACK_S = 10.0
 _END_S = 5.0
 _CHUNK = 256 * 1024
+_PACKET = 32 * 1024  # what asyncssh sends at once: it copies what is longer once more
 _TAIL_BYTES = 64 * 1024
 _TAIL_LINES = 12
 _LINE_BYTES = 8 * 1024 * 1024
@@ -71,10 +72,12 @@ class Talk:
         """The pid of what watches over the script on the host; 0 while that is not known."""
         return self._out.pid
 
-    async def send(self, data: bytes) -> bool:
+    async def send(self, data: bytes | memoryview) -> bool:
         """Write to its stdin, waiting until the connection has taken it. Returns whether the script still reads."""
+        view = memoryview(data)
         with suppress(OSError, asyncssh.Error):
-            self._process.stdin.write(data)
+            for at in range(0, len(view), _PACKET):
+                self._process.stdin.write(cast("bytes", view[at : at + _PACKET]))
             await self._until(self._process.stdin.drain())
             return not self._process.stdin.is_closing()
         return False
