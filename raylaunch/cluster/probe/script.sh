@@ -259,8 +259,10 @@ shared() {
     done
 }
 
+booted_by_systemd() { [ -d /run/systemd/system ]; } # as sd_booted(3) finds it out; else its programs only fail
+
 ntp() {
-    if has timedatectl; then
+    if booted_by_systemd && has timedatectl; then
         synced=$(within 3 timedatectl show -p NTPSynchronized --value 2>/dev/null) && [ -n "$synced" ] &&
             { fact synced "$synced"; return; }
     fi
@@ -365,11 +367,11 @@ infiniband() {
 services() {
     line_of /proc/1/comm
     fact init "$line"
-    if has systemctl; then
+    if booted_by_systemd && has systemctl; then
         [ -z "${XDG_RUNTIME_DIR-}" ] && [ -d "/run/user/$uid" ] && export XDG_RUNTIME_DIR="/run/user/$uid"
         fact user_manager "$(within 3 systemctl --user is-system-running 2>&1 | tail -n 1)"
     fi
-    if has loginctl; then
+    if booted_by_systemd && has loginctl; then
         fact linger "$(within 3 loginctl show-user "$user" -p Linger --value 2>/dev/null)"
     fi
     [ -e "/var/lib/systemd/linger/$user" ] && fact linger yes
