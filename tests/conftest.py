@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -81,8 +82,13 @@ _LEFT_OUT = pytest.StashKey[set[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin the count of long tests that a run leaves out."""
+    """Begin the count of long tests that a run leaves out; let Ctrl-C be heard by what tests start.
+
+    A shell lets what it runs in the background ignore it, and all that is started from there.
+    """
     config.stash[_LEFT_OUT] = set()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
