@@ -273,7 +273,7 @@ def _connect(config: Config, stdout: Stdout) -> None:
     late = threading.Timer(_CONNECT_S, partial(stdout.fail, f"Ray at {address} did not answer in {_CONNECT_S:.0f} s"))
     late.daemon = True
     late.start()
-    while not _listens(address):  # a connection that Ray begins before hangs, long after its head has come back
+    while (head := _knock(address)) is None:  # a connection that Ray begins before hangs, long after it has come back
         time.sleep(_KNOCK_S)
     root = Path(__file__).resolve().parents[2]
     os.chdir("/" if root.name in {"site-packages", "dist-packages"} else root)  # Ray puts it on workers' sys.path
@@ -283,14 +283,29 @@ def _connect(config: Config, stdout: Stdout) -> None:
         traceback.print_exc()
         stdout.fail(f"no connection to Ray at {address}: {str(error).partition(chr(10))[0]}")
     late.cancel()
+    if _hung_up(head):  # then Ray has waited for the next head, and calls of such a connection have no answer
+        stdout.fail(f"Ray at {address} ended while it was being connected to")
 
 
-def _listens(address: str) -> bool:
+def _knock(address: str) -> socket.socket | None:
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
+        return socket.create_connection((host, int(port)), timeout=_KNOCK_S)
     except OSError:
-        return False
+        return None
+
+
+def _hung_up(head: socket.socket) -> bool:
+    """Whether the one that was knocked at is gone: what listens waits for our first word, and says none itself."""
+    with head:
+        head.settimeout(0)
+        try:
+            while data := head.recv(1024):
+                del data
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
     return True
 
 

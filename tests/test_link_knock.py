@@ -1,0 +1,43 @@
+"""A link that begins while Ray's head ends must not keep the connection that Ray then makes: calls get no answer."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from raylaunch.controller.ray_link import _hung_up, _knock
+
+
+@pytest.fixture
+def head() -> Iterator[socket.socket]:
+    """What listens as a head of Ray does, without a word of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening
+
+
+def knocked(head: socket.socket) -> tuple[socket.socket, socket.socket]:
+    ours = _knock(f"127.0.0.1:{head.getsockname()[1]}")
+    assert ours is not None
+    return ours, head.accept()[0]
+
+
+def test_nothing_listens_where_no_head_is(head: socket.socket) -> None:
+    port = head.getsockname()[1]
+    head.close()
+    assert _knock(f"127.0.0.1:{port}") is None
+
+
+def test_a_head_that_is_still_there_has_not_hung_up_whatever_it_says(head: socket.socket) -> None:
+    ours, theirs = knocked(head)
+    with theirs:
+        theirs.sendall(b"settings of HTTP/2" * 100)
+        assert not _hung_up(ours)
+
+
+def test_a_head_that_was_another_one_meanwhile_has(head: socket.socket) -> None:
+    ours, theirs = knocked(head)
+    theirs.sendall(b"settings")
+    theirs.close()
+    assert _hung_up(ours)
