@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import psutil
 import pytest
 from support.attempts import attempt_spec
 from support.ray_head import RayHeadRunning, ray_head
-from support.waiting import wait_until
+from support.waiting import until
 
 import raylaunch
 from raylaunch.controller.link import AttemptSeen, Grew, Link, LinkDown, LinkEvent, LinkUp, Stored
@@ -81,10 +81,6 @@ async def linked(head: RayHeadRunning, store: Store) -> AsyncIterator[Link]:
         yield link
     finally:
         await link.close()
-
-
-async def until(condition: Callable[[], object], timeout_s: float, what: str) -> None:
-    await asyncio.to_thread(wait_until, condition, timeout_s, what)
 
 
 async def node_of(link: Link) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets as random_secrets
 import time
@@ -61,6 +60,7 @@ class Lifecycle:
         self._foreign = foreign
         self._ray_silent_since: float | None = None
         self._revived_at = 0.0
+        self._nodes_changed = False
 
     async def run(self) -> None:
         """Run until cancelled. Jobs go on when this ends; the next `run` finds them again."""
@@ -82,11 +82,11 @@ class Lifecycle:
         match event:
             case LinkUp():
                 sight.link_up, sight.link_why = True, ""
-                self._background("nodes", self._refresh_nodes())
+                self._nodes_changed = True
             case LinkDown(why=why):
                 sight.link_up, sight.link_why = False, why
             case NodesChanged():
-                self._background("nodes", self._refresh_nodes())
+                self._nodes_changed = True
             case AttemptSeen():
                 sight.attempts[event.attempt] = event
                 sight.grew(event.attempt)
@@ -108,6 +108,8 @@ class Lifecycle:
     # -- one step: nothing here waits ---------------------------------------------------------------------------------
 
     def _step(self) -> None:
+        if self._nodes_changed and self._sight.link_up:
+            self._background("nodes", self._refresh_nodes())
         unfinished = self._records.unfinished()
         for record in unfinished:
             if record.state.active:
@@ -202,8 +204,13 @@ class Lifecycle:
             await asyncio.sleep(_TICK_S)
 
     async def _refresh_nodes(self) -> None:
-        with contextlib.suppress(ClusterError):
+        self._nodes_changed = False  # what changes while they are asked for is asked for again
+        try:
             self._sight.nodes = _current(await self._link.nodes())
+        except ClusterError as error:
+            self._nodes_changed = True
+            _log.warning("%s; the nodes are asked for again", error.message)
+            await asyncio.sleep(_TICK_S)
 
     def _tidy(self, seen: AttemptSeen) -> None:
         """See to an attempt that no job of ours waits for: an older one, or one whose job has ended or is gone."""

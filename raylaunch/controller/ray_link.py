@@ -60,12 +60,15 @@ class Node:
         self._making = asyncio.Lock()
         self._facts: NodeFacts | None = None
         self._facts_at = float("-inf")
+        self._asking: asyncio.Task[None] | None = None
         self.replication = Replication(node_id, call=self.call, mirror=Mirror(store), emit=emit)
         self._following = asyncio.create_task(self.replication.run())
 
     def leave(self) -> None:
         """Stop following: the node is gone."""
         self._following.cancel()
+        if self._asking is not None:
+            self._asking.cancel()
 
     async def call(self, method: str, *args: object, timeout_s: float, **named: object) -> object:
         """Call the steward; it is started when there is none.
@@ -94,18 +97,39 @@ class Node:
             actor = self._actor
         return await getattr(actor, method).remote(*args, **named)
 
+    @property
+    def ready(self) -> bool:
+        """Whether its steward answers, and has said what the node is."""
+        return self.replication.answering and self._facts is not None
+
     async def facts(self) -> NodeFacts | None:
-        """Return what the steward says of its node, at most some seconds old; None when it never answered."""
-        now = asyncio.get_running_loop().time()
-        if now - self._facts_at > _FACTS_S:
-            try:
-                self._facts = cast(
-                    "NodeFacts", await self.call("describe", timeout_s=5 if self._facts else _CALL_S / 3)
-                )
-                self._facts_at = now
-            except ClusterError as error:
-                _log.warning("%s", error)
+        """Return what the steward says of its node, some seconds old at most; what it said last where it is slow.
+
+        None where it never answered: the other nodes are not kept waiting for one whose steward is on its way.
+        """
+        if self._asking is None and asyncio.get_running_loop().time() - self._facts_at > _FACTS_S:
+            self._asking = asyncio.create_task(self._ask_for_facts())
+        if self._asking is not None:
+            await asyncio.wait({self._asking}, timeout=_FACTS_S)
         return self._facts
+
+    async def _ask_for_facts(self) -> None:
+        """Ask once; until it answers where it never has."""
+        try:
+            while True:
+                limit_s = 5 if self._facts else _CALL_S / 3
+                try:
+                    self._facts = cast("NodeFacts", await self.call("describe", timeout_s=limit_s))
+                    self._facts_at = asyncio.get_running_loop().time()
+                except ClusterError as error:
+                    _log.warning("%s", error)
+                except Exception:  # noqa: BLE001 -- one node's trouble must not end the link to the others
+                    _log.exception("node %s is not described", self._id)
+                if self._facts is not None:
+                    return
+                await asyncio.sleep(_LOOK_S)
+        finally:
+            self._asking = None
 
 
 class Program:
@@ -236,8 +260,7 @@ class Program:
     async def _view(self, row: RayNode) -> dict[str, object]:
         node = self._nodes.get(row["id"])
         facts = await node.facts() if node else None
-        answering = node is not None and node.replication.answering
-        return node_view(row, facts, steward=answering).model_dump(mode="json")
+        return node_view(row, facts, steward=node is not None and node.ready).model_dump(mode="json")
 
     async def _watch(self) -> None:
         while True:
@@ -258,7 +281,7 @@ class Program:
                 self._nodes[row["id"]] = Node(
                     row["id"], logs=row["logs"], namespace=self._namespace, store=self._store, emit=self._emit
                 )
-        shape = [(row, row["id"] in alive and self._nodes[row["id"]].replication.answering) for row in self._rows]
+        shape = [(row, row["id"] in alive and self._nodes[row["id"]].ready) for row in self._rows]
         if shape != self._shape:
             self._shape = shape
             self._emit(NodesChanged())

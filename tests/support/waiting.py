@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -27,3 +28,8 @@ def wait_until(condition: Callable[[], _T | None], timeout_s: float, what: str) 
             msg = f"not within {timeout_s:g} s: {what}"
             raise AssertionError(msg)
         time.sleep(min(max(_POLL_S, 3 * (now - began)), _LONGEST_POLL_S))
+
+
+async def until(condition: Callable[[], object], timeout_s: float, what: str) -> None:
+    """Do so in a thread, while the event loop goes on."""
+    await asyncio.to_thread(wait_until, condition, timeout_s, what)
