@@ -2,7 +2,7 @@
 
 A file travels as ranges of 32 MiB over several sessions of one connection, into a file beside its place whose name
 carries its checksum. What has arrived is noted beside that, so that a later try goes on from there, and never mixes two
-contents. At the end the checksum is compared, the file synced, and renamed.
+contents. At the end the checksum is compared, and the file renamed; first it is synced, where that is asked for.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ while IFS=' ' read -r verb offset length mode sha given; do
   else
     [ "$length" -gt 0 ] || : >"$part"
     if [ -f "$part" ] && [ "$(sum "$part")" = "$sha" ]; then
-      { [ "$mode" = 600 ] || chmod -- "$mode" "$part"; } && { sync -- "$part" 2>/dev/null || sync; } &&
+      { [ "$mode" = 600 ] || chmod -- "$mode" "$part"; } &&
+        { [ "$verb" = finish ] || sync -- "$part" 2>/dev/null || sync; } &&
         mv -fT -- "$part" "$path" || right
     elif ! right; then
       rm -f "$part" "$part.ranges"
@@ -92,7 +93,7 @@ while IFS=' ' read -r verb offset length mode sha given; do
     for other in "$path".part-*; do
       [ ! -e "$other" ] || rm -f -- "$other"
     done
-    folders[$folder]=
+    [ "$verb" = finish ] || folders[$folder]=
     echo done
   fi
 done
@@ -135,6 +136,7 @@ async def push(
     on_bytes: OnBytes | None = None,
     limit_bytes_per_s: float | None = None,
     step: str = "push files",
+    durable: bool = True,
 ) -> None:
     """Put files on a host. Run again after an interruption, it sends what is missing; what is there already is left.
 
@@ -144,6 +146,8 @@ async def push(
         on_bytes: told as bytes are sent; first, at once, of those that are there already.
         limit_bytes_per_s: an upper bound for all of them together.
         step: what this is, for errors.
+        durable: whether they are to be on the disk at the end, whatever happens to the power then. Without it, whoever
+            uses them has to compare their checksums.
 
     Raises:
         HostStorageError: the disk there is full, or the path cannot be written.
@@ -162,6 +166,7 @@ async def push(
             await _look(machine, jobs, longest_s, step)
         progress.add(sum(job.ranges.size if job.whole else job.ranges.there for job in jobs))
         work = _Push(machine, [job for job in jobs if not job.whole], progress, Pace(limit_bytes_per_s), step)
+        work.finish = "sync" if durable else "finish"
         streams = [work.stream(longest_s) for _ in range(min(STREAMS, work.units))]
         await together(streams, progress, host=machine.name, step=step)
 
@@ -177,6 +182,8 @@ class _Push:
         self._queue: deque[tuple[_Job, int, int]] = deque()
         self._finish: deque[_Job] = deque()
         self._open = len(jobs)
+        self.finish = "sync"
+        """The word that has a file put in its place: ``sync``, or ``finish`` for doing so without."""
         self._changed = asyncio.Event()
         for job in sorted(jobs, key=lambda job: -job.ranges.size):
             units = list(job.ranges.missing())
@@ -217,7 +224,7 @@ class _Push:
             if self._finish:
                 job = self._finish.popleft()
                 sent.append((job, True))
-                await talk.send(job.line("finish", 0, job.ranges.size))
+                await talk.send(job.line(self.finish, 0, job.ranges.size))
             elif self._queue:
                 job, offset, length = self._queue.popleft()
                 sent.append((job, False))
