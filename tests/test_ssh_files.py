@@ -19,6 +19,7 @@ from support.disks import small_disk
 from support.sshd import Sshd, sshd
 from support.waiting import wait_until
 
+from raylaunch.cluster.ssh.files import push
 from raylaunch.cluster.ssh.machine import Machine, PushFile, machine
 from raylaunch.cluster.ssh.transfer import RANGE_BYTES
 from raylaunch.errors import HostLostError, HostStorageError, RaylaunchError, SpecError, StorageError, TransferError
@@ -77,8 +78,9 @@ async def refusal(there: Machine, *files: PushFile) -> RaylaunchError:
     return caught.value
 
 
+@pytest.mark.parametrize("durable", [True, False])
 async def test_files_arrive_as_they_are_with_their_modes_in_folders_of_their_own(
-    there: Machine, tmp_path: Path, big: Path
+    there: Machine, tmp_path: Path, big: Path, *, durable: bool
 ) -> None:
     far = tmp_path / "far/with a space"
     meter = Meter()
@@ -88,7 +90,7 @@ async def test_files_arrive_as_they_are_with_their_modes_in_folders_of_their_own
         PushFile(b"#!/bin/sh\n", f"{far}/program", 0o755),
         PushFile(b"", f"{far}/empty"),
     ]
-    await there.push(files, on_bytes=meter)
+    await push(there, files, on_bytes=meter, durable=durable)
     assert (far / "big.whl").read_bytes() == big.read_bytes()
     assert (far / "token").read_bytes() == b"secret"
     assert {path.name: path.stat().st_mode & 0o777 for path in far.iterdir()} == {
