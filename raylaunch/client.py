@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 from urllib.parse import quote
 
 from pydantic import TypeAdapter
@@ -23,7 +23,6 @@ from raylaunch.state import (
     Artifact,
     Event,
     EventPage,
-    GitFacts,
     JobPage,
     JobState,
     JobView,
@@ -38,9 +37,6 @@ from raylaunch.submission import DryRun, with_wandb
 from raylaunch.transfer import Downloaded, OnProgress, chosen, download, local_name, no_progress, safe_target, upload
 from raylaunch.wheel_sets import WheelSet
 from raylaunch.wire import NoAnswerError, Params, Patience, Reachable, Wire
-
-if TYPE_CHECKING:
-    from raylaunch.packing import Packed
 
 __all__ = ["Client", "Downloaded", "DryRun", "LogChunk", "NoAnswerError", "OnProgress", "Reachable", "with_wandb"]
 
@@ -158,28 +154,19 @@ class Client:
         """
         key = request_id or random_source.token_hex(16)
         wheels = await self._send_wheels(spec, on_progress)
+        request = SubmitRequest(spec=spec, request_id=key, secrets=dict(secrets or {}), wheels=wheels)
         if not spec.working_dir:
-            return await self._submit(
-                SubmitRequest(spec=spec, request_id=key, secrets=dict(secrets or {}), wheels=wheels)
-            )
-        from raylaunch.packing import pack  # noqa: PLC0415 -- only a submission reads ignore files and writes archives
+            return await self._submit(request)
+        from raylaunch.git_facts import git_facts  # noqa: PLC0415 -- only a submission needs subprocess
+        from raylaunch.packing import packed_apart  # noqa: PLC0415 -- nor does anything else read ignore files
 
         folder = Path(spec.working_dir)
-        with await _uninterrupted(lambda: pack(folder)) as packed:
+        with await packed_apart(folder) as packed:
             if on_packed:
                 on_packed(packed.report, packed.bytes)
-            git = await _git(folder)
+            code = {"package": packed.sha256, "pack": packed.report, "git": await asyncio.to_thread(git_facts, folder)}
             await upload(self._wire, packed, patient=self.patient, on_progress=on_progress)
-            request = SubmitRequest(
-                spec=spec,
-                package=packed.sha256,
-                request_id=key,
-                pack=packed.report,
-                git=git,
-                secrets=dict(secrets or {}),
-                wheels=wheels,
-            )
-            return await self._submit(request)
+            return await self._submit(request.model_copy(update=code))
 
     async def _send_wheels(self, spec: JobSpec, on_progress: OnProgress) -> tuple[WheelSet, ...]:
         """Send what the environment is made of, where nodes that could run it reach no package index."""
@@ -408,24 +395,3 @@ class Client:
 def _of(ref: str, verb: str = "") -> str:
     base = f"/v1/jobs/{quote(ref, safe='')}"
     return f"{base}/{verb}" if verb else base
-
-
-async def _uninterrupted(work: Callable[[], Packed]) -> Packed:
-    """Run `work` in a thread. When the caller is cancelled, its temporary file goes as soon as it is done."""
-    task = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        task.add_done_callback(_discard)
-        raise
-
-
-def _discard(task: asyncio.Future[Packed]) -> None:
-    if not task.cancelled() and task.exception() is None:
-        task.result().__exit__(None, None, None)
-
-
-async def _git(folder: Path) -> GitFacts | None:
-    from raylaunch.git_facts import git_facts  # noqa: PLC0415 -- only a submission needs subprocess
-
-    return await asyncio.to_thread(git_facts, folder)

@@ -7,6 +7,7 @@ ignore file brings a folder back; only ``.git`` and ``.raylaunch`` never travel.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import gzip
@@ -76,6 +77,25 @@ def pack(working_dir: str | Path) -> Packed:
             raise
         unless_done.pop_all()
         return Packed(file, sink.sha256.hexdigest(), report)
+
+
+async def packed_apart(working_dir: Path) -> Packed:
+    """Pack in a thread; when the caller is cancelled, the temporary file goes as soon as it is made.
+
+    Raises:
+        RaylaunchError: as `pack`.
+    """
+    packing = asyncio.ensure_future(asyncio.to_thread(pack, working_dir))
+    try:
+        return await asyncio.shield(packing)
+    except asyncio.CancelledError:
+        packing.add_done_callback(_discard)
+        raise
+
+
+def _discard(packing: asyncio.Future[Packed]) -> None:
+    if not packing.cancelled() and packing.exception() is None:
+        packing.result().__exit__(None, None, None)
 
 
 def checked_working_dir(working_dir: str | Path) -> Path:

@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from raylaunch.cluster_spec import ClusterGpus, ClusterSpec, HostDefaults, HostSpec
+from raylaunch.cluster_spec import ClusterSpec
+from raylaunch.host_spec import ClusterGpus, HostDefaults, HostSpec
 from raylaunch.runner.entrypoint import pasted, problem_of
 from raylaunch.spec_parts import (
     ENVIRONMENTS,

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("raylaunch", "mcp_server")
 
-SPECS = frozenset({"spec", "cluster_spec", "spec_parts", "units"})
+SPECS = frozenset({"spec", "cluster_spec", "host_spec", "spec_parts", "units"})
 GROUND = frozenset({"errors", "reasons", "version", "job_state", "state", "cluster_state", "wheel_sets"}) | SPECS
 READING = frozenset({"config", "ray_yaml", "spec_problems", "yaml_file"})
 SENDING = frozenset({"packing", "ignoring", "git_facts", "submission", "transfer", "wire", "log_reading"})

@@ -19,17 +19,18 @@ import json
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
+from raylaunch.controller.metric_curve import Curve
 from raylaunch.controller.metric_series import Placed, Segment, evenly, plain, total_points
 from raylaunch.controller.report_file import ReportFile
 from raylaunch.errors import TrackingError
 from raylaunch.runner import contract
 from raylaunch.state import MetricPoint, MetricSeries, MetricsPage, Progress
-from raylaunch.tracking.run_file import History, RunFile
+from raylaunch.tracking.run_file import History
 from raylaunch.tracking.run_tail import last_values
 
 _JOBS_KEPT = 32
@@ -152,93 +153,13 @@ class Metrics:
         return curves
 
 
-class _Curve:
-    """The files of one run (or the reports of one job), one behind the other."""
-
-    def __init__(self, prefix: str = "") -> None:
-        self.prefix = prefix
-        self.attempts: set[int] = set()
-        """Numbers of the attempts that have files of it."""
-        self.sources: dict[Path, RunFile | ReportFile] = {}
-        self.segments: dict[Path, Segment] = {}
-        self._failed: dict[Path, str] = {}
-
-    def take(self, path: Path) -> None:
-        """Add a file that comes after all that are here."""
-        if path not in self.segments:
-            self._open(path, {})
-
-    def refresh(self) -> None:
-        """Read what is new in every file, and put the files in order behind each other."""
-        for path in tuple(self.segments):
-            self._read(path)
-        self._shift()
-        self._cut()
-
-    def problems(self) -> Iterator[str]:
-        """Yield what could not be read."""
-        yield from self._failed.values()
-        for source in self.sources.values():
-            yield from source.problems
-
-    def again(self) -> Iterator[tuple[Segment, str]]:
-        """Yield segments that read the files from their beginnings, with what goes before their keys."""
-        for path, segment in self.segments.items():
-            fresh = Segment(_source(path), cuts=segment.cuts)
-            fresh.shift = segment.shift
-            yield fresh, self.prefix
-
-    def _open(self, path: Path, cuts: Mapping[str, float]) -> None:
-        self.sources[path] = _source(path)
-        self.segments[path] = Segment(self.sources[path], cuts=cuts)
-
-    def _read(self, path: Path) -> None:
-        try:
-            try:
-                self.segments[path].refresh()
-            except TrackingError:  # perhaps replaced by a shorter file: once more, from its beginning
-                self._open(path, self.segments[path].cuts)
-                self.segments[path].refresh()
-            self._failed.pop(path, None)
-        except TrackingError as error:
-            if path not in self._failed:
-                _LOG.warning("metrics: %s", error)
-            self._failed[path] = str(error)
-
-    def _shift(self) -> None:
-        end: float | None = None
-        for path, segment in self.segments.items():
-            reach = segment.reach.get("")
-            if reach is None:
-                continue
-            again = reach.first == 0 and path.name != contract.PROGRESS
-            segment.shift = end + 1 if again and end is not None else 0.0
-            end = reach.highest + segment.shift
-
-    def _cut(self) -> None:
-        begins: dict[str, float] = {}
-        for path, segment in reversed(tuple(self.segments.items())):
-            shift = {"": segment.shift}
-            cuts = {axis: step - shift.get(axis, 0.0) for axis, step in begins.items()}
-            if cuts != segment.cuts:
-                if any(reach.highest >= cuts.get(axis, reach.highest + 1) for axis, reach in segment.reach.items()):
-                    self._open(path, cuts)
-                    self.segments[path].shift = segment.shift
-                    self._read(path)
-                else:
-                    segment.cuts = cuts
-            for axis, reach in segment.reach.items():
-                first = reach.first + shift.get(axis, 0.0)
-                begins[axis] = min(first, begins.get(axis, first))
-
-
 class _JobCurves:
     """All curves of one job: those of its own run, of further runs, and of its reports."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._runs: dict[str, _Curve] = {}
-        self._reports = _Curve()
+        self._runs: dict[str, Curve] = {}
+        self._reports = Curve()
         self._own = ""
         """Id of the job's own W&B run: the one that its attempts are told."""
         self._of_ray = False
@@ -252,7 +173,7 @@ class _JobCurves:
             files = (attempt / contract.WANDB / "wandb").glob("*run-*/run-*.wandb")
             for path in sorted(files, key=_started):
                 run_id = path.stem[len("run-") :]
-                curve = self._runs.setdefault(run_id, _Curve())
+                curve = self._runs.setdefault(run_id, Curve())
                 curve.attempts.add(n)
                 curve.take(path)
             self._reports.take(attempt / contract.PROGRESS)
@@ -344,7 +265,7 @@ class _JobCurves:
         further = tuple(curve.prefix for curve in self._runs.values() if curve.prefix)
         return sorted(keys, key=lambda key: (key.startswith(further), key))
 
-    def _all(self) -> Iterator[_Curve]:
+    def _all(self) -> Iterator[Curve]:
         """Yield the job's own run first, then further ones, then the reports."""
         yield from sorted(self._runs.values(), key=lambda curve: curve.prefix)
         yield self._reports
@@ -368,10 +289,6 @@ def _end_of(
     except TrackingError:
         return None
     return dict(sorted({**told, **values}.items())), reports.progress
-
-
-def _source(path: Path) -> RunFile | ReportFile:
-    return ReportFile(path) if path.name == contract.PROGRESS else RunFile(path)
 
 
 def _run_of(attempt_file: Path) -> tuple[str, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import JsonValue
@@ -10,7 +11,7 @@ from typing_extensions import TypedDict
 
 from raylaunch.errors import ConflictError
 from raylaunch.spec import JobSpec
-from raylaunch.state import JobView
+from raylaunch.state import Change, JobState, JobView, transition
 from raylaunch.wheel_sets import WheelSet
 
 HEAVY = frozenset({"environment", "git", "pack", "log_tail", "wheels"})
@@ -62,6 +63,25 @@ class JobRecord(JobView):
         if not self.state.ended:
             msg = f"{self.id} is {self.state.value}; only a job that has ended can be removed"
             raise ConflictError(msg, hint=f"stop it first: raylaunch stop {self.id}")
+
+    def changed(self, change: Change | None, fields: Mapping[str, object], *, now: float) -> JobRecord:
+        """Return what it becomes at `now` (seconds since the epoch), as `Records.update` says.
+
+        Raises:
+            IllegalTransition: `change` cannot happen in its state.
+        """
+        unknown = set(fields) - set(JobRecord.model_fields) | set(fields) & {"id", "state", "cursor", "updated_at"}
+        if unknown:
+            msg = f"not fields of a job that update can set: {', '.join(sorted(unknown))}"
+            raise TypeError(msg)
+        values: dict[str, object] = {name: getattr(self, name) for name in JobRecord.model_fields}
+        if change is not None:
+            values["state"] = state = transition(self.state, change)
+            if state is JobState.RUNNING and self.started_at is None:
+                values["started_at"] = now
+            if state.ended:
+                values["ended_at"] = now
+        return JobRecord.model_validate({**values, **fields, "updated_at": now})
 
     def light(self) -> JobRecord:
         """Return it without its heavy fields."""

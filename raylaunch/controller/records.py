@@ -21,7 +21,7 @@ from raylaunch.controller.record import HEAVY, JobRecord, StopWish, heavy_json, 
 from raylaunch.controller.recovery import move_to_trash, reconcile
 from raylaunch.controller.search import Filters, Kept, kept, nearest_refs, page_of
 from raylaunch.errors import ConflictError, NotFoundError
-from raylaunch.state import Change, Event, EventPage, JobPage, JobState, JobView, SubmitRequest, WandbLink, transition
+from raylaunch.state import Change, Event, EventPage, JobPage, JobState, JobView, SubmitRequest, WandbLink
 
 __all__ = ["JobRecord", "Records"]
 
@@ -211,22 +211,8 @@ class Records:
             NotFoundError: there is no such job.
             StorageError: it cannot be written; nothing has changed then.
         """
-        unknown = set(fields) - set(JobRecord.model_fields) | set(fields) & {"id", "state", "cursor", "updated_at"}
-        if unknown:
-            msg = f"not fields of a job that update can set: {', '.join(sorted(unknown))}"
-            raise TypeError(msg)
         old = self._by_id(job_id)
-        now = time.time()
-        values: dict[str, object] = {name: getattr(old, name) for name in JobRecord.model_fields}
-        if change is not None:
-            values["state"] = state = transition(old.state, change)
-            if state is JobState.RUNNING and old.started_at is None:
-                values["started_at"] = now
-            if state.ended:
-                values["ended_at"] = now
-        if message is not None:
-            values["message"] = message
-        new = JobRecord.model_validate({**values, **fields, "updated_at": now})
+        new = old.changed(change, fields if message is None else {"message": message, **fields}, now=time.time())
         return self._write(old, new, kind=kind, note=message or "")
 
     def foreign(self, submission: str) -> JobRecord | None:

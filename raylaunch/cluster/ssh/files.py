@@ -129,7 +129,7 @@ class _Job:
         return f"{verb} {offset} {length} {self.file.mode:o} {self.sha} {self.file.remote}\n".encode()
 
 
-async def push(
+async def push(  # noqa: PLR0913 -- all keywords, each with a sentence
     machine: Machine,
     files: Sequence[PushFile],
     *,
