@@ -80,12 +80,13 @@ async def started_lane(cluster: str, url: str, part: Path, size: int) -> AsyncIt
         lane.say(json.dumps({"url": url, "part": str(part), "size": size, "token": client.token, "openssh": pipe}))
         yield lane
     finally:
-        with suppress(ProcessLookupError):
-            process.terminate()
-        await asyncio.shield(_ended(process))
+        await asyncio.shield(end_program(process))
 
 
-async def _ended(process: Process) -> None:
+async def end_program(process: Process) -> None:
+    """End a program and wait until it has: asked to first, and killed some seconds later."""
+    with suppress(ProcessLookupError):
+        process.terminate()
     try:
         await asyncio.wait_for(process.wait(), _END_S)
     except asyncio.TimeoutError:

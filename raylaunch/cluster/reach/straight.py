@@ -21,13 +21,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from raylaunch.cluster.reach.lane_start import end_program
 from raylaunch.cluster.ssh.words import to_program
 from raylaunch.errors import HostLostError
 
 _READY_S = 15.0
 _SILENT_S = 30.0
 _POLL_S = 0.01
-_END_S = 3.0
 _MARK = b"raylaunch-file "
 _GIVE = 'dd if="$1" iflag=skip_bytes,count_bytes status=none'
 _PROGRAM = (
@@ -101,7 +101,7 @@ async def straight(words: Sequence[str], file: str, size: int, part: Path, first
             draining = asyncio.ensure_future(process.stderr.read())
             yield Straight(process, descriptor)
         finally:
-            await asyncio.shield(_ended(process))
+            await asyncio.shield(end_program(process))
             if draining is not None:
                 draining.cancel()
     finally:
@@ -118,17 +118,6 @@ async def _ready(process: Process, size: int) -> None:
                 break
     if said.removeprefix(_MARK).strip() != str(size).encode():
         raise _lost(said.decode(errors="replace").strip() or "it did not begin")
-
-
-async def _ended(process: Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
-    try:
-        await asyncio.wait_for(process.wait(), _END_S)
-    except asyncio.TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
 
 
 def _lost(why: str) -> HostLostError:
