@@ -84,6 +84,13 @@ def test_a_host_that_cannot_be_reached_is_named_in_the_plan_in_a_step_and_in_the
     assert [(step.name, step.state) for step in steps] == [("dgx-1", "note")]
 
 
+def test_an_upgrade_is_an_up_where_nothing_runs_and_stop_is_for_it_alone() -> None:
+    with pytest.raises(HostUnreachableError, match="dgx-1"):
+        Cluster.up(lab(free_port()), upgrade=True, stop=True, on_step=lambda _: None)
+    with pytest.raises(SpecError, match=r"up\(stop=True\) is for upgrade=True"):
+        Cluster.up(stop=True)
+
+
 def test_every_host_that_failed_is_in_the_error() -> None:
     with pytest.raises(ClusterStartError) as caught:
         Cluster.up(lab(free_port(), free_port()), on_step=lambda _: None)

@@ -16,7 +16,7 @@ from raylaunch.cluster_state import ClusterStatus, ControllerStatus
 from raylaunch.place import Place
 from raylaunch.sdk.asking import Asked, Which, cluster_of, cluster_spec_of, spec_of, states_of
 from raylaunch.sdk.async_job import AsyncJob
-from raylaunch.sdk.bringing_up import steps_of_up, taken_down
+from raylaunch.sdk.bringing_up import brought_up, steps_of_up, taken_down
 from raylaunch.sdk.display import cluster_html, cluster_line
 from raylaunch.sdk.live import OnStep, show_steps
 from raylaunch.spec import Environment, Launcher, Resources, Tracking, Where
@@ -105,7 +105,15 @@ class AsyncCluster:
         return await Place(spec, on_notice=say, on_step=show_steps(spec.name)).backend.plan(spec)
 
     @classmethod
-    async def up(cls, which: Which = "", *, on_step: OnStep | None = None, on_notice: Notice = say) -> Self:
+    async def up(
+        cls,
+        which: Which = "",
+        *,
+        upgrade: bool = False,
+        stop: bool = False,
+        on_step: OnStep | None = None,
+        on_notice: Notice = say,
+    ) -> Self:
         """Start the cluster, or what is missing of it; return it when it can take jobs.
 
         It may be repeated: what is well is left as it is. Nobody is asked: what needs a person (the key of a host that
@@ -113,6 +121,10 @@ class AsyncCluster:
 
         Args:
             which: the cluster, as for `plan`.
+            upgrade: whether a Ray of another version is ended and this one started, once no job runs. Without it such
+                a cluster is refused.
+            stop: for `upgrade`, whether jobs are stopped, each with its own grace, and tried again; else they are
+                waited for, as long as they run.
             on_step: told each step; by default a notebook shows them, and elsewhere they are logged.
             on_notice: told in a sentence what a person should know.
 
@@ -122,9 +134,10 @@ class AsyncCluster:
             SpecError: the file cannot be read, or says something that cannot be.
         """
         spec = cluster_of(which)
-        place = Place(spec, on_notice=on_notice, on_step=on_step or show_steps(spec.name))
+        told = on_step or show_steps(spec.name)
+        place = Place(spec, on_notice=on_notice, on_step=told)
         async with contextlib.AsyncExitStack() as stack:
-            await place.up()
+            await brought_up(place, upgrade=upgrade, stop=stop, on_step=told)
             client = await stack.enter_async_context(place.client())
             seen = await client.status()
             return cls(client, name=spec.name, holds=stack.pop_all(), seen=seen)

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from raylaunch.cluster.plan import DownReport, Step
-from raylaunch.errors import ConflictError
+from raylaunch.errors import ConflictError, SpecError
 from raylaunch.place import Place
-from raylaunch.quieting import quiet_down
+from raylaunch.quieting import quiet_down, upgraded
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import JobView
 
@@ -32,6 +32,22 @@ async def steps_of_up(spec: ClusterSpec, *, on_notice: Callable[[str], None]) ->
     finally:
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)
+
+
+async def brought_up(place: Place, *, upgrade: bool, stop: bool, on_step: Callable[[Step], None]) -> None:
+    """Bring a cluster up; with `upgrade` also where another Ray runs, once no job does.
+
+    Raises:
+        SpecError: `stop` without `upgrade`.
+        ClusterStartError: something is missing at the end.
+    """
+    if upgrade:
+        await upgraded(place, stop=stop, on_step=on_step)
+    elif stop:
+        msg = "up(stop=True) is for upgrade=True: it says what becomes of jobs while Ray is another"
+        raise SpecError(msg, hint="to stop a job: job.stop()", field="stop")
+    else:
+        await place.up()
 
 
 async def taken_down(place: Place, *, stop: bool, force: bool, on_step: Callable[[Step], None]) -> DownReport:

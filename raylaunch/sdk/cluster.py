@@ -84,7 +84,15 @@ class Cluster:
         return shared_loop().run(AsyncCluster.plan(which))
 
     @classmethod
-    def up(cls, which: Which = "", *, on_step: OnStep | None = None, on_notice: Notice = say) -> Self:
+    def up(
+        cls,
+        which: Which = "",
+        *,
+        upgrade: bool = False,
+        stop: bool = False,
+        on_step: OnStep | None = None,
+        on_notice: Notice = say,
+    ) -> Self:
         """Start the cluster, or what is missing of it; return it when it can take jobs.
 
         It may be repeated: what is well is left as it is. Nobody is asked: what needs a person (the key of a host that
@@ -92,6 +100,10 @@ class Cluster:
 
         Args:
             which: the cluster, as for `plan`.
+            upgrade: whether a Ray of another version is ended and this one started, once no job runs. Without it such
+                a cluster is refused.
+            stop: for `upgrade`, whether jobs are stopped, each with its own grace, and tried again; else they are
+                waited for, as long as they run.
             on_step: told each step; by default a notebook shows them, and elsewhere they are logged.
             on_notice: told in a sentence what a person should know.
 
@@ -101,7 +113,8 @@ class Cluster:
             SpecError: the file cannot be read, or says something that cannot be.
         """
         loop = shared_loop()
-        truth = loop.run(AsyncCluster.up(which, on_step=on_step, on_notice=on_notice))
+        up = AsyncCluster.up(which, upgrade=upgrade, stop=stop, on_step=on_step, on_notice=on_notice)
+        truth = loop.run(up)
         loop.keep(truth)
         return cls(truth, loop)
 
