@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from raylaunch.admin import Admin
 from raylaunch.cluster_state import ControllerStatus, RayAccess
+from raylaunch.errors import WheelsNeededError
 from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
 from raylaunch.spec import JobSpec
 from raylaunch.state import (
@@ -153,37 +154,39 @@ class Client:
             ConflictError: `request_id` was used for something else.
         """
         key = request_id or random_source.token_hex(16)
-        wheels = await self._send_wheels(spec, on_progress)
+        wheels = await self._send_wheels(spec, on_progress) if spec.environment.kind in {"pip", "uv"} else ()
         request = SubmitRequest(spec=spec, request_id=key, secrets=dict(secrets or {}), wheels=wheels)
         if not spec.working_dir:
-            return await self._submit(request)
+            return await self._submit(request, on_progress)
         from raylaunch.git_facts import git_facts  # noqa: PLC0415 -- only a submission needs subprocess
         from raylaunch.packing import packed_apart  # noqa: PLC0415 -- nor does anything else read ignore files
 
-        folder = Path(spec.working_dir)
-        with await packed_apart(folder) as packed:
+        with await packed_apart(folder := Path(spec.working_dir)) as packed:
             if on_packed:
                 on_packed(packed.report, packed.bytes)
             code = {"package": packed.sha256, "pack": packed.report, "git": await asyncio.to_thread(git_facts, folder)}
             await upload(self._wire, packed, patient=self.patient, on_progress=on_progress)
-            return await self._submit(request.model_copy(update=code))
+            return await self._submit(request.model_copy(update=code), on_progress)
 
     async def _send_wheels(self, spec: JobSpec, on_progress: OnProgress) -> tuple[WheelSet, ...]:
         """Send what the environment is made of, where nodes that could run it reach no package index."""
-        if spec.environment.kind not in {"pip", "uv"}:
+        there = await self.patient(partial(self.dry_run, spec.model_copy(update={"secrets": ()})))  # which come along
+        if not there.wheels_for:
             return ()
-        asked = spec.model_copy(update={"secrets": ()})  # some may come with the submission
-        platforms = (await self.patient(lambda: self.dry_run(asked))).wheels_for
-        if not platforms:
-            return ()
+        spec = spec.model_copy(update={"environment": there.environment})
         from raylaunch.job_wheels import send_wheels  # noqa: PLC0415 -- seldom, and it loads what finds wheels
 
         return await send_wheels(
-            self._wire, spec, platforms, patient=self.patient, on_progress=on_progress, on_notice=self._notice
+            self._wire, spec, there.wheels_for, patient=self.patient, on_progress=on_progress, on_notice=self._notice
         )
 
-    async def _submit(self, request: SubmitRequest) -> SubmitAnswer:
-        return await self.patient(lambda: self._wire.model(SubmitAnswer, "POST", "/v1/jobs", body=request))
+    async def _submit(self, request: SubmitRequest, on_progress: OnProgress) -> SubmitAnswer:
+        post = partial(self._wire.model, SubmitAnswer, "POST", "/v1/jobs")
+        try:
+            return await self.patient(partial(post, body=request))
+        except WheelsNeededError:  # of the cluster's environment, which is not known here
+            found = {"wheels": await self._send_wheels(request.spec, on_progress), "wheels_sought": True}
+        return await self.patient(partial(post, body=request.model_copy(update=found)))
 
     async def dry_run(self, spec: JobSpec) -> DryRun:
         """Return where a job could run, and a sentence, without submitting it. Raises as `submit`."""

@@ -71,6 +71,15 @@ class UnsatisfiableError(SpecError):
     code = "unsatisfiable"
 
 
+class WheelsNeededError(SpecError):
+    """Nodes without a package index could run it, and the wheels of the cluster's own environment do not go along.
+
+    `Client.submit` gathers them then, and submits again.
+    """
+
+    code = "wheels_needed"
+
+
 class AccessError(RaylaunchError):
     """The request carried no token, an unknown one, or one whose role may not do this."""
 

@@ -206,6 +206,8 @@ class SubmitRequest(View):
     secrets: dict[str, str] = Field(default_factory=dict, repr=False)
     wheels: tuple[WheelSet, ...] = ()
     """What its environment is made of on nodes that reach no package index; uploaded as packages."""
+    wheels_sought: bool = False
+    """Whether they were looked for, and all that could be had goes along."""
 
 
 class SubmitAnswer(View):

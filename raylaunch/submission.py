@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from raylaunch.spec import JobSpec
+from raylaunch.spec import Environment, JobSpec
 from raylaunch.state import View
 from raylaunch.wheel_sets import BuildPlatform
 
@@ -19,6 +19,8 @@ class DryRun(View):
     message: str
     wheels_for: tuple[BuildPlatform, ...] = ()
     """Platforms of nodes that could run it and reach no package index: wheels of its environment go along."""
+    environment: Environment = Environment()
+    """Its environment: its own, or the cluster's."""
 
 
 def with_wandb(spec: JobSpec, environ: Mapping[str, str]) -> tuple[JobSpec, dict[str, str]]:

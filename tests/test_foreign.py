@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.links import LinkToNothing
 
 from raylaunch.cluster_state import NodeView
 from raylaunch.controller.foreign import ForeignJobs, Where, foreign_view
 from raylaunch.controller.foreign_logs import ForeignLogs
-from raylaunch.controller.link import Link
 from raylaunch.controller.ray_jobs import RayJob, RayJobs
 from raylaunch.controller.record import JobRecord
 from raylaunch.controller.records import Records
@@ -113,16 +113,6 @@ def records(tmp_path: Path) -> Iterator[Records]:
     opened.close()
 
 
-def link_to_nothing(folder: Path) -> Link:
-    return Link(
-        gcs_address="127.0.0.1:9",
-        ray_token_path=folder / "none",
-        store=folder,
-        on_event=lambda _event: None,
-        log_path=folder / "link.log",
-    )
-
-
 @pytest.fixture
 def sight() -> Sight:
     return Sight(nodes=(NodeView(id=NODE, hostname="dgx", address="10.0.0.1", alive=True),), link_up=True)
@@ -131,7 +121,7 @@ def sight() -> Sight:
 @pytest.fixture
 def foreign(records: Records, sight: Sight, tmp_path: Path) -> ForeignJobs:
     ray = RayJobs("http://127.0.0.1:9", "none")
-    return ForeignJobs(records=records, ray=ray, link=link_to_nothing(tmp_path), sight=sight)
+    return ForeignJobs(records=records, ray=ray, link=LinkToNothing(tmp_path), sight=sight)
 
 
 def recorded(records: Records) -> JobRecord:
@@ -209,7 +199,7 @@ def test_a_wish_to_stop_outlives_the_controller(
     foreign.take(running)
     foreign.stop(recorded(records), grace_s=60, person="olga")
     ray = RayJobs("http://127.0.0.1:9", "none")
-    again = ForeignJobs(records=records, ray=ray, link=link_to_nothing(tmp_path), sight=sight)
+    again = ForeignJobs(records=records, ray=ray, link=LinkToNothing(tmp_path), sight=sight)
     again.take(running)
     assert (recorded(records).state, again.stopping()) == (JobState.STOPPING, ["raysubmit_1"])
     assert recorded(records).message == "olga asked to stop it, with Ray's own grace"
@@ -249,7 +239,7 @@ def test_the_hostname_is_kept_when_the_node_has_gone(foreign: ForeignJobs, recor
 
 
 def read(sight: Sight, folder: Path, attempt: AttemptView) -> None:
-    logs = ForeignLogs(link=link_to_nothing(folder), ray=RayJobs("http://127.0.0.1:9", "none"), sight=sight)
+    logs = ForeignLogs(link=LinkToNothing(folder), ray=RayJobs("http://127.0.0.1:9", "none"), sight=sight)
     asyncio.run(logs.read(attempt, offset=0, limit=100, ended=False))
 
 

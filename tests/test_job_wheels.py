@@ -9,18 +9,24 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.api import Api
+from support.api import Api, settings_of
 from support.index import Index, index, tiny_sdist, tiny_wheel
+from support.links import LinkToNothing
 from support.running import Attempt
 from support.sshd import free_port
 
+from raylaunch.client import Client
+from raylaunch.cluster_state import NodeView
 from raylaunch.controller.retention import plan_sweep
-from raylaunch.errors import SpecError, VersionError
+from raylaunch.controller.services import DryRun
+from raylaunch.controller.sight import Sight
+from raylaunch.controller.wheel_needs import WheelNeeds
+from raylaunch.errors import SpecError, VersionError, WheelsNeededError
 from raylaunch.job_wheels import requirements_of, send_wheels
 from raylaunch.node import package_index
 from raylaunch.node.packages import COMPLETE, Packages
@@ -279,3 +285,85 @@ def test_the_record_keeps_the_wheels_for_later_attempts_and_lists_leave_them_out
     later = plan_sweep([kept], Retention(), dict.fromkeys([*sent_files, "unused"], 0.0), now=1e9)
     assert later.packages == ("unused",)
     assert served.asked
+
+
+# -- the cluster's environment ---------------------------------------------------------------------------------------
+
+INDEX = "https://index.example.org/simple"
+PLAIN = JobSpec(entrypoint="x", working_dir="")
+"""A job that names no environment."""
+
+
+async def submitted(api: Api, folder: Path, notices: list[str]) -> str:
+    """Submit a job that names no environment; return its id."""
+    async with Client(api.reach(), cluster="test", on_notice=notices.append) as client:
+        return (await client.submit(PLAIN.model_copy(update={"working_dir": str(folder)}))).job.id
+
+
+def test_the_wheels_of_the_clusters_own_environment_go_along_too(api: Api, served: Index, tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "requirements.txt").write_text("alpha\n")
+    own = Environment(kind="pip", value="requirements.txt")
+    api.desk.air_gapped = DryRun(fits=("h1",), message="", wheels_for=(HERE,), environment=own)
+    notices: list[str] = []
+    job = asyncio.run(submitted(api, tmp_path / "code", notices))
+    (found,) = api.do(lambda: api.records.get(job)).wheels
+    assert {wheel.file for wheel in found.wheels} == {"alpha-1.0-py3-none-any.whl", "beta-2.0-py3-none-any.whl"}
+    assert (served.asked != [], notices) == (True, [])
+
+
+def test_where_no_index_is_reached_from_here_either_the_job_is_taken_and_that_is_said(
+    api: Api, served: Index, tmp_path: Path
+) -> None:
+    served.down = True
+    own = Environment(kind="pip", requirements=("alpha",))
+    api.desk.air_gapped = DryRun(fits=("h1",), message="", wheels_for=(HERE,), environment=own)
+    notices: list[str] = []
+    job = asyncio.run(submitted(api, tmp_path, notices))
+    assert api.do(lambda: api.records.get(job)).wheels == ()
+    assert "wheels for them could not be gathered" in notices[0]
+
+
+class Looks(LinkToNothing):
+    """A link to nodes, each with the address of the package index that it reaches; empty for none."""
+
+    def __init__(self, folder: Path, indexes: Sequence[str]) -> None:
+        super().__init__(folder)
+        self._indexes = indexes
+        self.kinds: list[object] = []
+
+    async def ask(self, method: str, params: Mapping[str, object], *, timeout_s: float) -> object:
+        assert (method, timeout_s) == ("index_look", 20)
+        self.kinds.append(params["kind"])
+        return {"index": self._indexes[int(str(params["node_id"]))], **HERE.model_dump()}
+
+
+def needs(folder: Path, *indexes: str, kind: str) -> tuple[WheelNeeds, Looks]:
+    settings = settings_of(folder, 9).model_copy(
+        update={"default_environment": Environment.model_validate({"kind": kind})}
+    )
+    nodes = tuple(
+        NodeView(id=str(n), hostname=f"h{n}", address="10.0.0.1", alive=True, steward=True, cpus=4, cpus_free=4)
+        for n in range(len(indexes))
+    )
+    link = Looks(folder, indexes)
+    return WheelNeeds(settings=settings, sight=Sight(nodes=nodes), link=link), link
+
+
+def test_a_job_with_the_clusters_environment_is_refused_until_its_wheels_were_sought(tmp_path: Path) -> None:
+    wheels, link = needs(tmp_path, INDEX, "", kind="uv")
+    with pytest.raises(WheelsNeededError, match=r"has the cluster's environment \(uv\)"):
+        asyncio.run(wheels.check(SubmitRequest(spec=PLAIN)))
+    assert link.kinds == ["uv", "uv"]
+    asyncio.run(wheels.check(SubmitRequest(spec=PLAIN, wheels_sought=True)))
+    own = PLAIN.model_copy(update={"environment": Environment(kind="pip", requirements=("alpha",))})
+    asyncio.run(wheels.check(SubmitRequest(spec=own)))  # its client knows of it, and has asked by itself
+    assert len(link.kinds) == 2
+
+
+@pytest.mark.parametrize(("reached", "kind"), [(INDEX, "uv"), ("", "default")])
+def test_nothing_is_refused_where_an_index_is_reached_or_nothing_is_made(
+    tmp_path: Path, reached: str, kind: str
+) -> None:
+    wheels, _ = needs(tmp_path, reached, kind=kind)
+    asyncio.run(wheels.check(SubmitRequest(spec=PLAIN)))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.api import settings_of
+from support.links import LinkToNothing
 from support.waiting import until
 
 from raylaunch.cluster_state import NodeView
@@ -16,7 +17,7 @@ from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.foreign import ForeignJobs
 from raylaunch.controller.lifecycle import Lifecycle
-from raylaunch.controller.link import Link, LinkDown, LinkUp, NodesChanged
+from raylaunch.controller.link import LinkDown, LinkUp, NodesChanged
 from raylaunch.controller.means import Leavings, Means
 from raylaunch.controller.ray_jobs import RayJobs
 from raylaunch.controller.record import JobRecord
@@ -26,17 +27,11 @@ from raylaunch.controller.sight import Sight
 from raylaunch.errors import ClusterDownError
 
 
-class SlowLink(Link):
+class SlowLink(LinkToNothing):
     """A link that answers with the nodes as they were when it was asked, once it is let."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(
-            gcs_address="127.0.0.1:9",
-            ray_token_path=folder / "none",
-            store=folder,
-            on_event=lambda _event: None,
-            log_path=folder / "link.log",
-        )
+        super().__init__(folder)
         self.there: tuple[NodeView, ...] = ()
         self.asked = 0
         self.silent = 0

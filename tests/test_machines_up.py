@@ -109,15 +109,20 @@ def test_what_a_job_needs_from_pip_goes_along_to_hosts_without_a_package_index(
     code.mkdir(exist_ok=True)
     (code / "requirements.txt").write_text("alpha\n")
     words = ["--working-dir", "needs-pip", "--environment", "pip:requirements.txt"]
-    program = ["python", "-c", "import alpha, beta; print('made of', alpha.__version__, beta.__version__)"]
+    program = ["--", "python", "-c", "import alpha, beta; print('made of', alpha.__version__, beta.__version__)"]
     with index(tmp_path / "index") as served:
         monkeypatch.setenv("PIP_INDEX_URL", served.url)
         monkeypatch.setenv("UV_DEFAULT_INDEX", served.url)
-        assert "wheels would go along" in cluster.call("submit", "--dry-run", *words, "--", *program).stdout
-        ids = [cluster.call("submit", "--host", host, *words, "--", *program).stdout.strip() for host in ("h2", "h3")]
+        assert "wheels would go along" in cluster.call("submit", "--dry-run", *words, *program).stdout
+        ids = [cluster.call("submit", "--host", host, *words, *program).stdout.strip() for host in ("h2", "h3")]
+        cluster.write(FILE + "environment: pip:requirements.txt\n")  # of jobs that name none
+        cluster.call("up", limit_s=UP_S)
+        ids.append(cluster.call("submit", *words[:2], *program).stdout.strip())
     for job in ids:
         assert cluster.call("wait", job).returncode == 0
         assert cluster.call("logs", job).stdout.strip() == "made of 1.0 2.0"
+    cluster.write(FILE)
+    cluster.call("up", limit_s=UP_S)
 
 
 def test_up_on_a_healthy_cluster_changes_nothing(cluster: Laptop, lab: World) -> None:

@@ -36,7 +36,7 @@ def attempt_spec(  # noqa: PLR0913 -- each is one fact, and all are named
 ) -> AttemptSpec:
     """Return what the runner of attempt `n` of `job` is told."""
     attempt = f"{job}-{n}"
-    environment = spec.environment if spec.environment.kind != "default" else settings.default_environment
+    environment = settings.environment_of(spec)
     return AttemptSpec(
         attempt=attempt,
         tag=attempt_tag(settings, attempt),

@@ -38,7 +38,7 @@ class RayFit:
             SpecError: its Ray or its Python is not the cluster's; the text has the command that mends it.
         """
         spec = request.spec
-        environment = spec.environment if spec.environment.kind != "default" else self._settings.default_environment
+        environment = self._settings.environment_of(spec)
         if spec.launcher != "ray" or environment.kind == "default":
             return
         node_id = self._node_for(spec)

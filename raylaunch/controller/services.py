@@ -19,6 +19,7 @@ from raylaunch.controller.record import JobRecord
 from raylaunch.controller.records import Records
 from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.settings import Settings
+from raylaunch.spec import Environment
 from raylaunch.state import AttemptView, JobView, MetricsPage, Progress, SubmitAnswer, SubmitRequest, View
 from raylaunch.wheel_sets import BuildPlatform
 
@@ -29,6 +30,7 @@ class DryRun(View):
     fits: tuple[str, ...]
     message: str
     wheels_for: tuple[BuildPlatform, ...] = ()
+    environment: Environment = Environment()
 
 
 class MetricsReader(Protocol):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from raylaunch.spec import Environment, Retention
+from raylaunch.spec import Environment, JobSpec, Retention
 
 
 class Settings(BaseModel):
@@ -35,6 +35,10 @@ class Settings(BaseModel):
 
     jobs_only: bool = False
     """Whether of that Ray only the dashboard's address is reached: no stewards, and nothing but logs comes back."""
+
+    def environment_of(self, spec: JobSpec) -> Environment:
+        """Return the environment of a job: its own, or the cluster's."""
+        return spec.environment if spec.environment.kind != "default" else self.default_environment
 
     @property
     def namespace(self) -> str:

@@ -66,11 +66,13 @@ class Verbs:
         Raises:
             SpecError: a secret that it names is not set, or its Ray does not fit the cluster's.
             UnsatisfiableError: no node could ever run it.
+            WheelsNeededError: as `raylaunch.controller.wheel_needs.WheelNeeds.check`.
             ConflictError: its code has not arrived, or the request id made another job.
             StorageError: the store's disk is full.
         """
         self._check(request)
         await self._ray_fit.check(request)
+        await self._wheel_needs.check(request)
         record, created = self._records.create(
             request,
             owner=person,
@@ -102,7 +104,8 @@ class Verbs:
             platforms = ", ".join(map(str, wheels_for))
             message += f"; nodes with {platforms} reach no package index, and wheels would go along"
         fits = (decision.hostname,) if isinstance(decision, Admit) else ()
-        return DryRun(fits=fits, message=message, wheels_for=wheels_for)
+        environment = self._settings.environment_of(request.spec)
+        return DryRun(fits=fits, message=message, wheels_for=wheels_for, environment=environment)
 
     async def stop(self, record: JobRecord, *, grace_s: float | None, person: str) -> JobView:
         """Ask for the end of a job; it is ``stopped`` once none of its processes is left.

@@ -10,8 +10,9 @@ from raylaunch.controller.queue import why_never
 from raylaunch.controller.rooms import ask_for, rooms_of
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.sight import Sight
-from raylaunch.errors import RaylaunchError
+from raylaunch.errors import RaylaunchError, WheelsNeededError
 from raylaunch.spec import JobSpec
+from raylaunch.state import SubmitRequest
 from raylaunch.wheel_sets import BuildPlatform
 
 _ASK_S = 20.0
@@ -28,13 +29,28 @@ class WheelNeeds:
 
     async def of(self, spec: JobSpec) -> tuple[BuildPlatform, ...]:
         """Return the platforms for which wheels have to go along, each once."""
-        if spec.environment.kind not in _MADE_THERE:
+        kind = self._settings.environment_of(spec).kind
+        if kind not in _MADE_THERE:
             return ()
         ask = ask_for(spec)
         able = [room.node_id for room in rooms_of(self._sight.nodes) if not why_never(ask, [room])]
-        question: dict[str, object] = {"env": {**self._settings.env, **spec.env}, "kind": spec.environment.kind}
+        question: dict[str, object] = {"env": {**self._settings.env, **spec.env}, "kind": kind}
         found = await asyncio.gather(*(self._of_node(node_id, question) for node_id in able))
         return tuple(dict.fromkeys(platform for platform in found if platform))
+
+    async def check(self, request: SubmitRequest) -> None:
+        """Look at a job that has the cluster's environment: its client knows nothing of that.
+
+        Raises:
+            WheelsNeededError: wheels have to go along, and were not looked for.
+        """
+        spec = request.spec
+        if spec.environment.kind != "default" or request.wheels_sought:
+            return
+        if platforms := await self.of(spec):
+            env, where = self._settings.default_environment, ", ".join(map(str, platforms))
+            msg = f"{spec.display_name} has the cluster's environment ({env}), and nodes with {where} reach no index"
+            raise WheelsNeededError(msg, hint="submit it with this version of raylaunch, which sends the wheels along")
 
     async def _of_node(self, node_id: str, question: dict[str, object]) -> BuildPlatform | None:
         try:

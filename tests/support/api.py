@@ -36,6 +36,7 @@ from raylaunch.controller.server import ApiServer
 from raylaunch.controller.services import DryRun, Services
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.sight import Sight
+from raylaunch.errors import WheelsNeededError
 from raylaunch.state import Change, JobView, SubmitAnswer, SubmitRequest
 from raylaunch.version import API, __version__
 from support.waiting import wait_until
@@ -79,13 +80,20 @@ class Desk:
         self._records = records
         self._removal = removal
         self._grown: dict[str, asyncio.Event] = {}
+        self.air_gapped: DryRun | None = None
+        """What it says of jobs, where nodes reach no package index and the cluster has an environment made there."""
 
     async def submit(self, request: SubmitRequest, person: str) -> SubmitAnswer:
+        if self.air_gapped and not request.wheels_sought:
+            msg = "nodes reach no index"
+            raise WheelsNeededError(msg)
         record, created = self._records.create(request, owner=person, wandb=None)
         return SubmitAnswer(job=record.view(), created=created)
 
     async def dry_run(self, request: SubmitRequest) -> DryRun:
-        return DryRun(fits=("here",), message=f"{request.spec.display_name} would start on here at once")
+        return self.air_gapped or DryRun(
+            fits=("here",), message=f"{request.spec.display_name} would start on here at once"
+        )
 
     async def stop(self, record: JobRecord, *, grace_s: float | None, person: str) -> JobView:
         message = f"{person} asked to stop it, grace {grace_s}"

@@ -1,0 +1,21 @@
+"""A link to Ray where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from raylaunch.controller.link import Link
+
+
+class LinkToNothing(Link):
+    """A link that is never up."""
+
+    def __init__(self, folder: Path) -> None:
+        """Describe it; its store and log would be in `folder`."""
+        super().__init__(
+            gcs_address="127.0.0.1:9",
+            ray_token_path=folder / "none",
+            store=folder,
+            on_event=lambda _event: None,
+            log_path=folder / "link.log",
+        )
