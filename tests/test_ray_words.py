@@ -40,6 +40,18 @@ def test_without_an_error_the_last_lines_of_the_raylet_tell_what_it_waits_for(tm
     assert [line[-1] for line in ray_words(tmp_path).splitlines()[1:]] == ["6", "7", "8"]
 
 
+def test_of_a_session_that_goes_on_the_latest_start_is_told(tmp_path: Path) -> None:
+    logs = _logs(tmp_path)
+    (logs / "raylet.out").write_text(_SEVERE.format("of the first start"))
+    (logs / "raylet.2.out").write_text(_CALM.format("b"))
+    (logs / "raylet.10.out").write_text(_SEVERE.format("address in use"))
+    (logs / "raylet.old.out").write_text(_SEVERE.format("of nobody"))
+    assert ray_words(tmp_path).splitlines() == [
+        f"the end of {logs}/raylet.10.out:",
+        "    " + _SEVERE.format("address in use").strip(),
+    ]
+
+
 def test_a_ray_that_never_wrote_a_log_adds_no_words(tmp_path: Path) -> None:
     assert ray_words(tmp_path) == ""
 

@@ -14,19 +14,28 @@ _LINES, _WIDTH = 3, 300
 
 
 def ray_words(temp: Path) -> str:
-    """Return the last errors in the logs of the newest session under `temp`, each log by its name; empty if none.
+    """Return the last errors in the logs of the newest session under `temp`, each log by its path; empty if none.
 
-    Where no program names an error, the last lines of the raylet are returned: what it waits for is seen there.
+    Where no program names an error, the last lines of the raylet are returned: what it waits for is seen there. A
+    session goes on when Ray is started again, and each start has logs of its own in it: `raylet.out`, `raylet.1.out`.
     """
     logs = temp / "session_latest" / "logs"
-    found = {name: _errors(logs / name) for name in _LOGS}
+    found = {log: _errors(log) for log in (_newest(logs, name) for name in _LOGS)}
     if not any(found.values()):
-        found = {"raylet.out": last_lines(logs / "raylet.out", count=_LINES).splitlines()}
+        raylet = _newest(logs, "raylet.out")
+        found = {raylet: last_lines(raylet, count=_LINES).splitlines()}
     return "\n".join(
-        f"the end of {logs / name}:\n" + "\n".join(f"    {line[:_WIDTH]}" for line in lines)
-        for name, lines in found.items()
+        f"the end of {log}:\n" + "\n".join(f"    {line[:_WIDTH]}" for line in lines)
+        for log, lines in found.items()
         if lines
     )
+
+
+def _newest(logs: Path, name: str) -> Path:
+    """Return the log of the latest start; `name` is that of the first start's."""
+    stem, _, kind = name.partition(".")
+    later = [path for path in logs.glob(f"{stem}.*.{kind}") if path.name.split(".")[1].isdecimal()]
+    return max(later, key=lambda path: int(path.name.split(".")[1]), default=logs / name)
 
 
 def _errors(log: Path) -> list[str]:
