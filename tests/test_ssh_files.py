@@ -19,7 +19,6 @@ from support.disks import small_disk
 from support.sshd import Sshd, sshd
 from support.waiting import wait_until
 
-from raylaunch.cluster.ssh.files import push
 from raylaunch.cluster.ssh.machine import Machine, PushFile, machine
 from raylaunch.cluster.ssh.transfer import RANGE_BYTES
 from raylaunch.errors import HostLostError, HostStorageError, RaylaunchError, SpecError, StorageError, TransferError
@@ -85,12 +84,12 @@ async def test_files_arrive_as_they_are_with_their_modes_in_folders_of_their_own
     far = tmp_path / "far/with a space"
     meter = Meter()
     files = [
-        PushFile(big, f"{far}/big.whl", 0o644),
+        PushFile(big, f"{far}/big.whl", 0o644, durable=durable),
         PushFile(b"secret", f"{far}/token"),
         PushFile(b"#!/bin/sh\n", f"{far}/program", 0o755),
-        PushFile(b"", f"{far}/empty"),
+        PushFile(b"", f"{far}/empty", durable=durable),
     ]
-    await push(there, files, on_bytes=meter, durable=durable)
+    await there.push(files, on_bytes=meter)
     assert (far / "big.whl").read_bytes() == big.read_bytes()
     assert (far / "token").read_bytes() == b"secret"
     assert {path.name: path.stat().st_mode & 0o777 for path in far.iterdir()} == {

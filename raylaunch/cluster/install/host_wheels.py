@@ -89,7 +89,7 @@ class HostWheels:
         """Have wheels on the host that are gathered here; return the path there of the bundle that holds some of them.
 
         Large ones are sent one by one, small ones in one piece: each file costs the host some programs and writes. The
-        installer unpacks the bundle.
+        installer unpacks the bundle. Nothing waits for the disk: it compares all checksums before it uses any.
 
         Raises:
             HostError: its disk has no room, or it was lost.
@@ -106,7 +106,7 @@ class HostWheels:
         bundle = await anyio.to_thread.run_sync(self._bundle, small, seen.wheels) if len(small) > 1 else None
         alone = [one for one in missing if bundle is None or one not in small]
         files = [
-            PushFile(self._store.path(one), f"{seen.wheels}/{one.sha256}/{one.file}", _MODE, one.sha256)
+            PushFile(self._store.path(one), f"{seen.wheels}/{one.sha256}/{one.file}", _MODE, one.sha256, durable=False)
             for one in alone
         ]
         await self._push([*files, *([bundle] if bundle else [])], total)
@@ -131,9 +131,7 @@ class HostWheels:
                 told_at = time.monotonic()
                 self._tell(Step(_STEP, "waits", f"pushed {mb(min(done, total))} of {mb(total)}"))
 
-        # The installer compares all checksums before it uses any: nothing waits for the disk here.
-        step = "push wheels"
-        await push(self._machine, files, on_bytes=told, limit_bytes_per_s=self._limit, step=step, durable=False)
+        await push(self._machine, files, on_bytes=told, limit_bytes_per_s=self._limit, step="push wheels")
 
     def _bundle(self, wheels: Sequence[Wheel], folder: str) -> PushFile:
         """Pack wheels into one file, the same whenever it is made of the same."""
@@ -146,7 +144,7 @@ class HostWheels:
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
         sha256 = hashlib.sha256(buffer.getbuffer()).hexdigest()
-        return PushFile(buffer.getvalue(), f"{folder}/.bundle-{sha256[:16]}", _MODE, sha256)
+        return PushFile(buffer.getvalue(), f"{folder}/.bundle-{sha256[:16]}", _MODE, sha256, durable=False)
 
 
 def mb(size: int) -> str:

@@ -2,7 +2,7 @@
 
 A file travels as ranges of 32 MiB over several sessions of one connection, into a file beside its place whose name
 carries its checksum. What has arrived is noted beside that, so that a later try goes on from there, and never mixes two
-contents. At the end the checksum is compared, and the file renamed; first it is synced, where that is asked for.
+contents. At the end the checksum is compared, the file synced where it is to be durable, and renamed.
 """
 
 from __future__ import annotations
@@ -106,13 +106,15 @@ done
 class PushFile:
     """A file to push: its bytes, or where they lie here. `remote` is absolute or begins with ``~/``.
 
-    `mode` is the file's mode there. `sha256` (hex) spares the reading of a file whose checksum is known.
+    `mode` is the file's mode there. `sha256` (hex) spares the reading of a file whose checksum is known. `durable`: at the
+    end it is on the disk, whatever happens to the power then; without, whoever uses it has to compare its checksum.
     """
 
     source: Path | bytes
     remote: str
     mode: int = 0o600
     sha256: str = ""
+    durable: bool = True
 
 
 @dataclass
@@ -129,14 +131,13 @@ class _Job:
         return f"{verb} {offset} {length} {self.file.mode:o} {self.sha} {self.file.remote}\n".encode()
 
 
-async def push(  # noqa: PLR0913 -- all keywords, each with a sentence
+async def push(
     machine: Machine,
     files: Sequence[PushFile],
     *,
     on_bytes: OnBytes | None = None,
     limit_bytes_per_s: float | None = None,
     step: str = "push files",
-    durable: bool = True,
 ) -> None:
     """Put files on a host. Run again after an interruption, it sends what is missing; what is there already is left.
 
@@ -146,8 +147,6 @@ async def push(  # noqa: PLR0913 -- all keywords, each with a sentence
         on_bytes: told as bytes are sent; first, at once, of those that are there already.
         limit_bytes_per_s: an upper bound for all of them together.
         step: what this is, for errors.
-        durable: whether they are to be on the disk at the end, whatever happens to the power then. Without it, whoever
-            uses them has to compare their checksums.
 
     Raises:
         HostStorageError: the disk there is full, or the path cannot be written.
@@ -166,7 +165,6 @@ async def push(  # noqa: PLR0913 -- all keywords, each with a sentence
             await _look(machine, jobs, longest_s, step)
         progress.add(sum(job.ranges.size if job.whole else job.ranges.there for job in jobs))
         work = _Push(machine, [job for job in jobs if not job.whole], progress, Pace(limit_bytes_per_s), step)
-        work.finish = "sync" if durable else "finish"
         streams = [work.stream(longest_s) for _ in range(min(STREAMS, work.units))]
         await together(streams, progress, host=machine.name, step=step)
 
@@ -182,8 +180,6 @@ class _Push:
         self._queue: deque[tuple[_Job, int, int]] = deque()
         self._finish: deque[_Job] = deque()
         self._open = len(jobs)
-        self.finish = "sync"
-        """The word that has a file put in its place: ``sync``, or ``finish`` for doing so without."""
         self._changed = asyncio.Event()
         for job in sorted(jobs, key=lambda job: -job.ranges.size):
             units = list(job.ranges.missing())
@@ -224,7 +220,7 @@ class _Push:
             if self._finish:
                 job = self._finish.popleft()
                 sent.append((job, True))
-                await talk.send(job.line(self.finish, 0, job.ranges.size))
+                await talk.send(job.line("sync" if job.file.durable else "finish", 0, job.ranges.size))
             elif self._queue:
                 job, offset, length = self._queue.popleft()
                 sent.append((job, False))
