@@ -106,8 +106,8 @@ done
 class PushFile:
     """A file to push: its bytes, or where they lie here. `remote` is absolute or begins with ``~/``.
 
-    `mode` is the file's mode there. `sha256` (hex) spares the reading of a file whose checksum is known. `durable`: at the
-    end it is on the disk, whatever happens to the power then; without, whoever uses it has to compare its checksum.
+    `mode` is the file's mode there. `sha256` (hex) spares the reading of a file whose checksum is known. `durable`: at
+    the end it is on the disk, whatever happens to the power then; without, whoever uses it has to compare its checksum.
     """
 
     source: Path | bytes
