@@ -68,6 +68,7 @@ KNOWN_TO: dict[str, tuple[str, ...]] = {
         for name in ("machine", "connect", "dial", "host_keys", "identities", "lean", "places", "talk")
     ),
     "ray": (
+        "raylaunch/cluster/ray_start.py",
         "raylaunch/tracking/train_callback.py",
         "raylaunch/controller/ray_calls.py",
         "raylaunch/controller/ray_jobs.py",

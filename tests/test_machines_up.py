@@ -60,7 +60,7 @@ def rays(host: Host) -> dict[str, int]:
             line = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        for what in ("ray.scripts.scripts start", "raylaunch.controller --config", "raylaunch.cluster.keep"):
+        for what in ("raylaunch.cluster.ray_start start", "raylaunch.controller --config", "raylaunch.cluster.keep"):
             if what in line:
                 found[what] = process.pid
     return found
@@ -217,9 +217,9 @@ def knock(address: str, port: int, method: str, path: str) -> int | None:
 
 def test_a_rays_crash_on_a_worker_is_mended_by_its_keeper(cluster: Laptop, lab: World) -> None:
     worker = lab.hosts[2]
-    ray = rays(worker)["ray.scripts.scripts start"]
+    ray = rays(worker)["raylaunch.cluster.ray_start start"]
     psutil.Process(ray).kill()
-    wait_until(lambda: rays(worker).get("ray.scripts.scripts start", ray) != ray, 120, "Ray is started again")
+    wait_until(lambda: rays(worker).get("raylaunch.cluster.ray_start start", ray) != ray, 120, "Ray is started again")
     wait_until(lambda: cluster.living() == {"h1", "h2", "h3"}, 180, "the worker is back")
 
 

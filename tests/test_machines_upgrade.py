@@ -28,7 +28,7 @@ hosts:
   - {host: h2, gpus: 1}
 """
 UP_S = 500
-RAY, CONTROLLER, KEEPER = "ray.scripts.scripts start", "raylaunch.controller --config", "raylaunch.cluster.keep"
+RAY, CONTROLLER, KEEPER = "raylaunch.cluster.ray_start start", "raylaunch.controller --config", "raylaunch.cluster.keep"
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_connecting_starts_a_cluster_from_nothing_and_a_kernel_killed_meanwhile_
         with python(nothing, START) as third:
             out, _ = third.communicate(timeout=120)
         assert out.split() == [job, "succeeded"]
-        heads = [one for one in nothing.processes() if "ray.scripts.scripts" in argv(one)]
+        heads = [one for one in nothing.processes() if "raylaunch.cluster.ray_start" in argv(one)]
         assert [head.pid for head in heads] == [nothing.ray_pid()]
 
 

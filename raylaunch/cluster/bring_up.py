@@ -85,10 +85,7 @@ class BringUp:
         return await look(self.paths)
 
     async def _start_missing(self, *, ray_only: bool, upgrade: bool) -> None:
-        """Start what does not run. What ends while it is waited for is started again: Ray gives up when it is slow.
-
-        (Its head ends itself when its node is not listed 30 s after its start, however busy the machine is.)
-        """
+        """Start what does not run. What ends while it is waited for is started again, twice at most."""
         for tries_left in (2, 1, 0):
             try:
                 await self._start_all(ray_only=ray_only, upgrade=upgrade)

@@ -133,7 +133,7 @@ class RayStart:
 
     def argv(self) -> list[str]:
         """Return the program and its arguments; nothing in them is secret."""
-        argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        argv = [sys.executable, "-m", "raylaunch.cluster.ray_start", "start", "--block", "--disable-usage-stats"]
         if self.place.is_worker:
             argv.append(f"--address={self.place.head}")
         else:
@@ -161,6 +161,7 @@ class RayStart:
             "RAY_JOB_START_TIMEOUT_SECONDS": str(_A_YEAR_S),  # the queue is ours; Ray must not fail what waits
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DEDUP_LOGS": "0",
+            "RAY_agent_register_timeout_ms": "600000",  # agents of a busy machine are late: see ray_start
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # a node with a steward is never idle: it would wait in vain
             "SPT_NOENV": "1",  # a process that sets its title must not wipe out the environment by which it is found
             "RAY_free_objects_period_milliseconds": "50",  # what stewards sent is freed at once, not a second on
