@@ -26,6 +26,7 @@ MAY_BE_MISSING = (
     "needs Python 3.",
     "needs IPv6",
     "needs systemd-analyze",
+    "needs systemd-nspawn",
 )
 _LONGEST = ("long", "machines", "ray", "slow", "wandb")
 """Marks of tests, those that take longest first."""

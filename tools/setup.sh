@@ -78,7 +78,9 @@ case $WHAT in demo | docs | test | machines) ;; *) fail "usage: tools/setup.sh d
 # faketime puts a clock wrong. None of their services is started on this machine, now or at its next boot.
 get_machines() {
     needed=
-    for pair in sshd:openssh-server ssh:openssh-client ip:iproute2 crontab:cron faketime:faketime; do
+    pairs="sshd:openssh-server ssh:openssh-client ip:iproute2 crontab:cron faketime:faketime"
+    [ "$WHAT" != machines ] || pairs="$pairs systemd-nspawn:systemd-container" # the long tests alone boot a systemd
+    for pair in $pairs; do
         PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null || needed="$needed ${pair#*:}"
     done
     [ -n "$needed" ] || return 0

@@ -124,7 +124,7 @@ class Host:
             four, six = network.addresses(self.number)
             links.append(f"eth{order}={four}/24,{six}/64")
         share = " ".join(f"{outside}={inside}" for outside, inside in self._share.items())
-        words = [str(self.folder), self.name, str(self._shm_mib), " ".join(links), " ".join(_hidden()), share]
+        words = [str(self.folder), self.name, str(self._shm_mib), " ".join(links), " ".join(hidden_folders()), share]
         # The leash: when this process ends, however it ends, its stdin does too, and the host with it.
         leash = (
             "setpriv --pdeathsig KILL unshare --net --mount --uts --pid --ipc --fork --kill-child "
@@ -335,7 +335,7 @@ Subsystem sftp /usr/lib/openssh/sftp-server
 """
 
 
-def _hidden() -> list[str]:
+def hidden_folders() -> list[str]:
     """Return the folders that a host must not see, outermost first."""
     own = [str(place) for place in sorted(Path("/").iterdir()) if place.name not in _SYSTEM and place.is_dir()]
     own += [str(place) for place in (ROOT, Path(sys.prefix), Path(sys.base_prefix))]

@@ -64,6 +64,7 @@ class World:
         shm_mib: int = 2048,
         share: Mapping[Path, Path] | None = None,
         boot: bool = True,
+        kind: type[Host] = Host,
     ) -> Host:
         """Add a host and switch it on.
 
@@ -75,10 +76,11 @@ class World:
             shm_mib: size of ``/dev/shm``.
             share: folders of this machine, and where the host sees them, read-only.
             boot: whether it is switched on at once.
+            kind: what it is, where it is not a plain one.
         """
         number = _FIRST + len(self.hosts)
         known = {"front": self.front, "back": self.back}
-        made = Host(
+        made = kind(
             self,
             name or f"h{len(self.hosts) + 1}",
             number=number,
