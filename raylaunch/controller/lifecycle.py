@@ -265,6 +265,8 @@ class Lifecycle:
         silent = now - self._ray_silent_since
         if not self._settings.revive or silent < _REVIVE_AFTER_S or now - self._revived_at < _REVIVE_EVERY_S:
             return
+        if "revive" in self._tasks:
+            return
         _log.warning("Ray has been silent for %.0f s; starting it again", silent)
         self._background("revive", self._revive())
 
