@@ -1,4 +1,4 @@
-"""A host with a real systemd: its user unit brings the cluster back after a reboot, and is gone after `down`."""
+"""A host with a real systemd: its units bring the cluster back after a reboot, and are gone after `down`."""
 
 from __future__ import annotations
 
@@ -75,3 +75,24 @@ def test_after_down_there_is_no_unit(laptop: Laptop, host: BootedHost) -> None:
     laptop.call("down", "--force", limit_s=300)
     assert of_user(host, "is-enabled", UNIT, "2>&1").startswith("Failed to get unit file state")
     assert host.out("pgrep -f '[r]aylaunch.cluster.keep' || true") == ""
+
+
+@pytest.fixture
+def without_manager(host: BootedHost) -> None:
+    """Let the account have no systemd of its own, and a sudo that asks for nothing (as a stand-in, which is setuid)."""
+    host.run("loginctl disable-linger ml; systemctl mask --now user@.service; systemctl stop user@$(id -u ml).service")
+    host.run("cp /usr/bin/env /usr/local/bin/as-root; chmod 4755 /usr/local/bin/as-root")
+    host.write("/usr/local/bin/sudo", '#!/bin/sh\n[ "$1" = -n ] && shift\nexec as-root "$@"\n', mode=0o755)
+
+
+@pytest.mark.usefixtures("without_manager")
+def test_where_the_account_has_no_manager_a_unit_of_the_system_does_the_same(laptop: Laptop, host: BootedHost) -> None:
+    unit = "raylaunch-ml-lab.service"
+    laptop.call("up", limit_s=600)
+    assert host.out(f"systemctl is-enabled {unit}; systemctl is-active {unit}") == "enabled\nactive"
+    host.reboot()
+    wait_until(lambda: laptop.living() == {"h1"}, 300, "the cluster is back")
+    assert "raylaunch.cluster.keep lab" in host.out(f"systemctl status --no-pager {unit}")
+    assert host.out("stat -c %U /proc/$(pgrep -f '[r]aylaunch.cluster.keep' | head -n 1)") == "ml"
+    laptop.call("down", "--force", limit_s=300)
+    assert host.out(f"systemctl is-enabled {unit} 2>&1 || true").startswith("Failed to get unit file state")

@@ -6,7 +6,10 @@ differs: units start, accounts have a manager and sessions, and logind says what
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -67,6 +70,8 @@ class BootedHost(Host):
         """Pull its plug."""
         if self._leash is None:
             return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)  # which ends all that is in its space of pids
         self._leash.kill()
         self._leash.wait(20)
         self._leash = None
