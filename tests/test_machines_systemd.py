@@ -54,6 +54,14 @@ def test_its_unit_keeps_the_cluster_and_the_account_lingers(laptop: Laptop, host
     assert host.path("/var/lib/systemd/linger/ml").exists()
 
 
+def test_a_keeper_that_is_killed_is_started_again_by_its_unit(laptop: Laptop, host: BootedHost) -> None:
+    assert laptop.living() == {"h1"}
+    before = of_user(host, "show", "--property=MainPID", "--value", UNIT)
+    host.run(f"kill -KILL {before}")
+    wait_until(lambda: of_user(host, "show", "--property=MainPID", "--value", UNIT) not in {before, "0"}, 60, "it runs")
+    wait_until(lambda: of_user(host, "is-active", UNIT) == "active", 60, "its unit is active")
+
+
 def test_after_a_reboot_the_unit_brings_back_cluster_and_job(laptop: Laptop, host: BootedHost) -> None:
     job = laptop.call("submit", "--gpus", "1", "--retries", "1", "--shell", COUNTS).stdout.strip()
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import anyio.to_thread
 
@@ -25,6 +26,14 @@ from raylaunch.cluster.ray_head import clean_environment
 from raylaunch.version import __version__
 
 _LIMIT_S = 20
+_BEGINS_S, _LOOK_S = 15.0, 0.1
+
+
+class _Way(NamedTuple):
+    """What starts the keeper at boot, in words; and the command that has it do so now, where it can."""
+
+    words: str
+    start: tuple[str, ...] = ()
 
 
 async def ensure_kept(paths: ClusterPaths) -> str:
@@ -32,13 +41,23 @@ async def ensure_kept(paths: ClusterPaths) -> str:
 
     It may be called again: what is there stays.
     """
-    how = await anyio.to_thread.run_sync(lambda: _user_unit(paths) or _system_unit(paths) or _cron(paths))
+    way = await anyio.to_thread.run_sync(lambda: _user_unit(paths) or _system_unit(paths) or _cron(paths))
     handed_over = keeper(paths) != __version__
     be_keeper(paths)
-    if handed_over or not is_kept(paths):
+    if (handed_over or not is_kept(paths)) and not await _started(paths, way):
         env = clean_environment(os.environ, paths)
         await start_apart(keep_argv(paths), env=env, cwd=Path("/"), log=paths.root / "keep.log")
-    return how
+    return way.words if way else ""
+
+
+async def _started(paths: ClusterPaths, way: _Way | None) -> bool:
+    """Have systemd start the keeper, so that it also starts that again; say whether one runs then."""
+    if way is None or not way.start or await anyio.to_thread.run_sync(_run, way.start) is None:
+        return False
+    with anyio.move_on_after(_BEGINS_S):
+        while not is_kept(paths):  # noqa: ASYNC110 -- another process
+            await anyio.sleep(_LOOK_S)
+    return is_kept(paths)
 
 
 async def end_kept(paths: ClusterPaths) -> None:
@@ -109,39 +128,40 @@ def system_unit_file(paths: ClusterPaths) -> Path:
     return Path("/etc/systemd/system") / f"raylaunch-{getpass.getuser()}-{paths.name}.service"
 
 
-def _user_unit(paths: ClusterPaths) -> str:
+def _user_unit(paths: ClusterPaths) -> _Way | None:
     if not shutil.which("systemctl") or _run(["systemctl", "--user", "show-environment"]) is None:
-        return ""
+        return None
     lingers = Path("/var/lib/systemd/linger") / getpass.getuser()
     if not lingers.exists():
         _run(["loginctl", "enable-linger"])
     if not lingers.exists():
-        return ""
+        return None
     unit = user_unit_file(paths)
     with contextlib.suppress(OSError):
         unit.parent.mkdir(parents=True, exist_ok=True)
         unit.write_text(unit_text(paths), encoding="utf-8")
-        if _run(["systemctl", "--user", "enable", "--now", unit.name]) is not None:
-            return f"systemd's user unit {unit.name}"
+        if _run(["systemctl", "--user", "enable", unit.name]) is not None:
+            return _Way(f"systemd's user unit {unit.name}", ("systemctl", "--user", "restart", unit.name))
         unit.unlink()
-    return ""
+    return None
 
 
-def _system_unit(paths: ClusterPaths) -> str:
+def _system_unit(paths: ClusterPaths) -> _Way | None:
     if not Path("/run/systemd/system").is_dir() or _run(["sudo", "-n", "true"]) is None:
-        return ""
+        return None
     unit = system_unit_file(paths)
     text = unit_text(paths, user=getpass.getuser())
     if _run(["sudo", "-n", "tee", str(unit)], text=text) is None:
-        return ""
-    started = _run(["sudo", "-n", "systemctl", "enable", "--now", unit.name]) is not None
-    return f"systemd's unit {unit.name}" if started else ""
+        return None
+    if _run(["sudo", "-n", "systemctl", "enable", unit.name]) is None:
+        return None
+    return _Way(f"systemd's unit {unit.name}", ("sudo", "-n", "systemctl", "restart", unit.name))
 
 
-def _cron(paths: ClusterPaths) -> str:
+def _cron(paths: ClusterPaths) -> _Way | None:
     """``@reboot`` in the user's own table. A table without a daemon that reads it is no use."""
     if not shutil.which("crontab") or not _cron_runs():
-        return ""
+        return None
     table = _crontab()
     env = clean_environment(os.environ, paths)
     settings = [f"{key}={env[key]}" for key in ("RAYLAUNCH_HOME", "PYTHONPATH") if key in env]
@@ -150,8 +170,8 @@ def _cron(paths: ClusterPaths) -> str:
     line = f"@reboot cd / && {command} >>{log} 2>&1 {_mark(paths)}"
     wanted = [*(one for one in table if not one.endswith(_mark(paths))), line]
     if wanted == table or _run(["crontab", "-"], text="".join(f"{one}\n" for one in wanted)) is not None:
-        return "cron's @reboot"
-    return ""
+        return _Way("cron's @reboot")
+    return None
 
 
 def _cron_runs() -> bool:
