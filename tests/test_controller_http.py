@@ -212,7 +212,12 @@ def test_a_request_id_makes_one_job(tom: httpx2.Client) -> None:
 def test_a_dry_run_says_where_and_takes_nothing_in(tom: httpx2.Client) -> None:
     before = tom.get("/v1/jobs").json()["total"]
     answer = tom.post("/v1/jobs?dry_run=true", json={"spec": {"name": "dry", "entrypoint": "true"}})
-    assert answer.json() == {"fits": ["here"], "message": "dry would start on here at once", "wheels_for": []}
+    assert answer.json() == {
+        "fits": ["here"],
+        "message": "dry would start on here at once",
+        "wheels_for": [],
+        "environment": {"kind": "default", "value": "", "requirements": []},
+    }
     assert tom.get("/v1/jobs").json()["total"] == before
 
 
