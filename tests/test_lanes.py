@@ -33,6 +33,8 @@ from raylaunch.state import Artifact
 from raylaunch.transfer import OnProgress, download, file_sha256
 from raylaunch.wire import Wire
 
+pytestmark = pytest.mark.slow  # each test has an sshd, and programs that speak through it
+
 _MB = 1_000_000
 _SIZE = 300 * _MB
 _PATH = "attempt-1/outputs/model.bin"

@@ -22,6 +22,8 @@ from raylaunch.cluster.on_host import HostState
 from raylaunch.cluster.ssh_up import adopted
 from raylaunch.spec import ClusterSpec
 
+pytestmark = pytest.mark.slow  # each test has an sshd, and programs that speak through it
+
 SAID_S = 10.0
 """Within which a verb says that its cluster cannot be reached; starting Python on a busy machine comes on top."""
 MARGIN_S = 6.0
