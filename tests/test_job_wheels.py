@@ -291,7 +291,8 @@ def test_the_record_keeps_the_wheels_for_later_attempts_and_lists_leave_them_out
 
 INDEX = "https://index.example.org/simple"
 PLAIN = JobSpec(entrypoint="x", working_dir="")
-"""A job that names no environment."""
+CODE = JobSpec(entrypoint="x", working_dir="/code")
+"""Jobs that name no environment, without and with code."""
 
 
 async def submitted(api: Api, folder: Path, notices: list[str]) -> str:
@@ -350,13 +351,25 @@ def needs(folder: Path, *indexes: str, kind: str) -> tuple[WheelNeeds, Looks]:
     return WheelNeeds(settings=settings, sight=Sight(nodes=nodes), link=link), link
 
 
+@pytest.mark.parametrize(
+    ("own", "without_code"), [("uv", "default"), ("pip:needs.txt", "default"), ("venv:/opt/t", "venv:/opt/t")]
+)
+def test_an_environment_that_code_describes_is_that_of_jobs_with_code(
+    tmp_path: Path, own: str, without_code: str
+) -> None:
+    update = {"default_environment": Environment.model_validate(own)}
+    settings = settings_of(tmp_path, 9).model_copy(update=update)
+    assert str(settings.environment_of(PLAIN)) == without_code
+    assert str(settings.environment_of(CODE)) == own
+
+
 def test_a_job_with_the_clusters_environment_is_refused_until_its_wheels_were_sought(tmp_path: Path) -> None:
     wheels, link = needs(tmp_path, INDEX, "", kind="uv")
     with pytest.raises(WheelsNeededError, match=r"has the cluster's environment \(uv\)"):
-        asyncio.run(wheels.check(SubmitRequest(spec=PLAIN)))
+        asyncio.run(wheels.check(SubmitRequest(spec=CODE)))
     assert link.kinds == ["uv", "uv"]
-    asyncio.run(wheels.check(SubmitRequest(spec=PLAIN, wheels_sought=True)))
-    own = PLAIN.model_copy(update={"environment": Environment(kind="pip", requirements=("alpha",))})
+    asyncio.run(wheels.check(SubmitRequest(spec=CODE, wheels_sought=True)))
+    own = CODE.model_copy(update={"environment": Environment(kind="pip", requirements=("alpha",))})
     asyncio.run(wheels.check(SubmitRequest(spec=own)))  # its client knows of it, and has asked by itself
     assert len(link.kinds) == 2
 
@@ -366,4 +379,4 @@ def test_nothing_is_refused_where_an_index_is_reached_or_nothing_is_made(
     tmp_path: Path, reached: str, kind: str
 ) -> None:
     wheels, _ = needs(tmp_path, reached, kind=kind)
-    asyncio.run(wheels.check(SubmitRequest(spec=PLAIN)))
+    asyncio.run(wheels.check(SubmitRequest(spec=CODE)))

@@ -99,30 +99,34 @@ def test_jobs_hold_the_gpus_of_both_workers_at_once_and_their_logs_arrive_here(c
         assert cluster.call("logs", job).stdout.strip() == f"on {host} with 0,1,2,3,4,5,6,7 over eth0 and eth0"
 
 
-@pytest.mark.long
-def test_what_a_job_needs_from_pip_goes_along_to_hosts_without_a_package_index(
-    cluster: Laptop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def packages(tmp_path: Path, laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """An index that this machine alone reaches; yields the end of a command line whose program needs two packages."""
     tiny_wheel(tmp_path / "index", "alpha", "1.0", requires=["beta"])
     tiny_wheel(tmp_path / "index", "beta", "2.0")
-    code = cluster.folder / "needs-pip"
+    code = laptop.folder / "needs-pip"
     code.mkdir(exist_ok=True)
     (code / "requirements.txt").write_text("alpha\n")
-    words = ["--working-dir", "needs-pip", "--environment", "pip:requirements.txt"]
-    program = ["--", "python", "-c", "import alpha, beta; print('made of', alpha.__version__, beta.__version__)"]
     with index(tmp_path / "index") as served:
         monkeypatch.setenv("PIP_INDEX_URL", served.url)
         monkeypatch.setenv("UV_DEFAULT_INDEX", served.url)
-        assert "wheels would go along" in cluster.call("submit", "--dry-run", *words, *program).stdout
-        ids = [cluster.call("submit", "--host", host, *words, *program).stdout.strip() for host in ("h2", "h3")]
-        cluster.write(FILE + "environment: pip:requirements.txt\n")  # of jobs that name none
-        cluster.call("up", limit_s=UP_S)
-        ids.append(cluster.call("submit", *words[:2], *program).stdout.strip())
-    for job in ids:
-        assert cluster.call("wait", job).returncode == 0
-        assert cluster.call("logs", job).stdout.strip() == "made of 1.0 2.0"
-    cluster.write(FILE)
-    cluster.call("up", limit_s=UP_S)
+        program = "import alpha, beta; print('made of', alpha.__version__, beta.__version__)"
+        yield ["--working-dir", "needs-pip", "--", "python", "-c", program]
+
+
+def ends_with_both(laptop: Laptop, job: str) -> None:
+    assert laptop.call("wait", job).returncode == 0
+    assert laptop.call("logs", job).stdout.strip() == "made of 1.0 2.0"
+
+
+@pytest.mark.long
+def test_what_a_job_needs_from_pip_goes_along_to_hosts_without_a_package_index(
+    cluster: Laptop, packages: list[str]
+) -> None:
+    words = ["--environment", "pip:requirements.txt", *packages]
+    assert "wheels would go along" in cluster.call("submit", "--dry-run", *words).stdout
+    for job in [cluster.call("submit", "--host", host, *words).stdout.strip() for host in ("h2", "h3")]:
+        ends_with_both(cluster, job)
 
 
 def test_up_on_a_healthy_cluster_changes_nothing(cluster: Laptop, lab: World) -> None:
@@ -248,3 +252,13 @@ def test_down_leaves_no_process_on_any_host(cluster: Laptop, lab: World) -> None
     cluster.call("down", limit_s=300)
     wait_until(lambda: not any(rays(host) for host in lab.hosts), 30, "nothing of the cluster runs")
     assert cluster.call("list", check=False).returncode == 1
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("first_up")  # what hosts need themselves is not in the index of packages
+def test_what_the_clusters_own_environment_needs_goes_along_too(laptop: Laptop, packages: list[str]) -> None:
+    laptop.call("down", limit_s=300)
+    laptop.write(FILE + "environment: pip:requirements.txt\n")
+    laptop.call("up", limit_s=UP_S)
+    ends_with_both(laptop, laptop.call("submit", *packages).stdout.strip())
+    laptop.call("down", limit_s=300)

@@ -43,7 +43,7 @@ class ProbeJobs:
             priority=100,
             timeout_s=timeout_s,
         )
-        request = SubmitRequest(spec=job, request_id=secrets.token_hex(8))
+        request = SubmitRequest(spec=job, request_id=secrets.token_hex(8), wheels_sought=True)
         body = request.model_dump_json().encode()
         return (await self._ask(SubmitAnswer, "/v1/jobs", method="POST", body=body)).job
 
