@@ -22,6 +22,7 @@ from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
 from raylaunch.spec import JobSpec
 from raylaunch.state import (
     Artifact,
+    DryRun,
     Event,
     EventPage,
     JobPage,
@@ -34,7 +35,7 @@ from raylaunch.state import (
     SubmitRequest,
     UsagePage,
 )
-from raylaunch.submission import DryRun, with_wandb
+from raylaunch.submission import with_wandb
 from raylaunch.transfer import Downloaded, OnProgress, chosen, download, local_name, no_progress, safe_target, upload
 from raylaunch.wheel_sets import WheelSet
 from raylaunch.wire import NoAnswerError, Params, Patience, Reachable, Wire
@@ -154,8 +155,7 @@ class Client:
             ConflictError: `request_id` was used for something else.
         """
         key = request_id or random_source.token_hex(16)
-        wheels = await self._send_wheels(spec, on_progress) if spec.environment.kind in {"pip", "uv"} else ()
-        request = SubmitRequest(spec=spec, request_id=key, secrets=dict(secrets or {}), wheels=wheels)
+        request = SubmitRequest(spec=spec, request_id=key, secrets=dict(secrets or {}))
         if not spec.working_dir:
             return await self._submit(request, on_progress)
         from raylaunch.git_facts import git_facts  # noqa: PLC0415 -- only a submission needs subprocess
@@ -168,25 +168,24 @@ class Client:
             await upload(self._wire, packed, patient=self.patient, on_progress=on_progress)
             return await self._submit(request.model_copy(update=code), on_progress)
 
-    async def _send_wheels(self, spec: JobSpec, on_progress: OnProgress) -> tuple[WheelSet, ...]:
-        """Send what the environment is made of, where nodes that could run it reach no package index."""
-        there = await self.patient(partial(self.dry_run, spec.model_copy(update={"secrets": ()})))  # which come along
-        if not there.wheels_for:
-            return ()
-        spec = spec.model_copy(update={"environment": there.environment})
-        from raylaunch.job_wheels import send_wheels  # noqa: PLC0415 -- seldom, and it loads what finds wheels
-
-        return await send_wheels(
-            self._wire, spec, there.wheels_for, patient=self.patient, on_progress=on_progress, on_notice=self._notice
-        )
-
     async def _submit(self, request: SubmitRequest, on_progress: OnProgress) -> SubmitAnswer:
         post = partial(self._wire.model, SubmitAnswer, "POST", "/v1/jobs")
         try:
             return await self.patient(partial(post, body=request))
-        except WheelsNeededError:  # of the cluster's environment, which is not known here
-            found = {"wheels": await self._send_wheels(request.spec, on_progress), "wheels_sought": True}
-        return await self.patient(partial(post, body=request.model_copy(update=found)))
+        except WheelsNeededError:
+            wheels = await self._send_wheels(request.spec, on_progress)
+        update = {"wheels": wheels, "wheels_sought": True}
+        return await self.patient(partial(post, body=request.model_copy(update=update)))
+
+    async def _send_wheels(self, spec: JobSpec, on_progress: OnProgress) -> tuple[WheelSet, ...]:
+        """Send what the environment is made of, which may be the cluster's, for nodes that reach no package index."""
+        from raylaunch.job_wheels import send_wheels  # noqa: PLC0415 -- seldom, and it loads what finds wheels
+
+        there = await self.patient(partial(self.dry_run, spec.model_copy(update={"secrets": ()})))  # which come along
+        spec = spec.model_copy(update={"environment": there.environment})
+        return await send_wheels(
+            self._wire, spec, there.wheels_for, patient=self.patient, on_progress=on_progress, on_notice=self._notice
+        )
 
     async def dry_run(self, spec: JobSpec) -> DryRun:
         """Return where a job could run, and a sentence, without submitting it. Raises as `submit`."""

@@ -72,7 +72,7 @@ class UnsatisfiableError(SpecError):
 
 
 class WheelsNeededError(SpecError):
-    """Nodes without a package index could run it, and the wheels of the cluster's own environment do not go along.
+    """Nodes without a package index could run it, and nobody has looked for the wheels of its environment.
 
     `Client.submit` gathers them then, and submits again.
     """

@@ -28,10 +28,11 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-EnvironmentKind = Literal["default", "python", "conda", "venv", "uv", "pip"]
+EnvironmentKind = Literal["default", "ray", "python", "conda", "venv", "uv", "pip"]
 
 ENVIRONMENTS: tuple[tuple[str | dict[str, object], str], ...] = (
     ("default", "The cluster's own: `environment` in cluster.yaml, else the interpreter that runs Ray there."),
+    ("ray", "The interpreter that runs Ray there, whatever cluster.yaml says."),
     ("/opt/train/bin/python", "That interpreter; a path on the node."),
     ("venv:/opt/train", "A virtual environment on the node, activated as a shell would."),
     ("conda:train", "A conda environment on the node, activated as a shell would."),
@@ -43,7 +44,7 @@ ENVIRONMENTS: tuple[tuple[str | dict[str, object], str], ...] = (
 
 
 class Environment(Spec):
-    """The Python environment of a job, in one of six kinds: ENVIRONMENTS says how each is written."""
+    """The Python environment of a job, in one of seven kinds: ENVIRONMENTS says how each is written."""
 
     kind: EnvironmentKind = "default"
     value: str = ""
@@ -63,7 +64,7 @@ class Environment(Spec):
 
     def __str__(self) -> str:
         match self.kind:
-            case "default" | "uv":
+            case "default" | "ray" | "uv":
                 return self.kind
             case "python":
                 return self.value
@@ -76,8 +77,8 @@ class Environment(Spec):
 def _environment_from_text(text: str) -> dict[str, object]:
     if text in {"", "default"}:
         return {"kind": "default"}
-    if text == "uv":
-        return {"kind": "uv"}
+    if text in {"ray", "uv"}:
+        return {"kind": text}
     kind, colon, value = text.partition(":")
     if colon and kind in {"conda", "venv", "pip"}:
         if not value:
@@ -86,7 +87,9 @@ def _environment_from_text(text: str) -> dict[str, object]:
         return {"kind": kind, "value": value}
     if "/" in text or text.startswith("python"):
         return {"kind": "python", "value": text}
-    msg = f"{text!r} is not an environment; write default, /path/to/python, venv:PATH, conda:NAME, uv, or pip: [...]"
+    msg = (
+        f"{text!r} is not an environment; write default, ray, /path/to/python, venv:PATH, conda:NAME, uv, or pip: [...]"
+    )
     raise ValueError(msg)
 
 

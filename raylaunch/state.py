@@ -17,8 +17,8 @@ from raylaunch.job_state import IllegalTransition as IllegalTransition  # noqa: 
 from raylaunch.job_state import JobState as JobState  # noqa: PLC0414 -- exported again
 from raylaunch.job_state import transition as transition  # noqa: PLC0414 -- exported again
 from raylaunch.reasons import Reason
-from raylaunch.spec import JobSpec
-from raylaunch.wheel_sets import WheelSet
+from raylaunch.spec import Environment, JobSpec
+from raylaunch.wheel_sets import BuildPlatform, WheelSet
 
 
 class View(BaseModel):
@@ -215,6 +215,17 @@ class SubmitAnswer(View):
 
     job: JobView
     created: bool
+
+
+class DryRun(View):
+    """What a submission would do: the hostnames that it could run on, and a sentence."""
+
+    fits: tuple[str, ...]
+    message: str
+    wheels_for: tuple[BuildPlatform, ...] = ()
+    """Platforms of nodes that could run it and reach no package index: wheels of its environment go along."""
+    environment: Environment = Environment()
+    """Its environment: its own, or the cluster's."""
 
 
 class MetricPoint(View):

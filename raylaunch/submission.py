@@ -1,26 +1,13 @@
-"""What goes along with a submission: the person's W&B credentials; and what a dry run answers."""
+"""What goes along with a submission: the person's W&B credentials."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from raylaunch.spec import Environment, JobSpec
-from raylaunch.state import View
-from raylaunch.wheel_sets import BuildPlatform
+from raylaunch.spec import JobSpec
 
 WANDB_KEY = "WANDB_API_KEY"
 _WANDB_SERVER = "WANDB_BASE_URL"
-
-
-class DryRun(View):
-    """What a submission would do: the hostnames that it could run on, and a sentence."""
-
-    fits: tuple[str, ...]
-    message: str
-    wheels_for: tuple[BuildPlatform, ...] = ()
-    """Platforms of nodes that could run it and reach no package index: wheels of its environment go along."""
-    environment: Environment = Environment()
-    """Its environment: its own, or the cluster's."""
 
 
 def with_wandb(spec: JobSpec, environ: Mapping[str, str]) -> tuple[JobSpec, dict[str, str]]:

@@ -23,7 +23,6 @@ from support.sshd import free_port
 from raylaunch.client import Client
 from raylaunch.cluster_state import NodeView
 from raylaunch.controller.retention import plan_sweep
-from raylaunch.controller.services import DryRun
 from raylaunch.controller.sight import Sight
 from raylaunch.controller.wheel_needs import WheelNeeds
 from raylaunch.errors import SpecError, VersionError, WheelsNeededError
@@ -33,7 +32,7 @@ from raylaunch.node.packages import COMPLETE, Packages
 from raylaunch.node.wheels import WHOLE, chosen, lay_out, this_platform
 from raylaunch.runner.contract import WHEELS, Exit, WheelSpec
 from raylaunch.spec import Environment, JobSpec, Retention
-from raylaunch.state import SubmitRequest
+from raylaunch.state import DryRun, SubmitRequest
 from raylaunch.transfer import no_progress
 from raylaunch.wheel_sets import BuildPlatform, WheelSet
 from raylaunch.wire import Answer, Wire
@@ -291,8 +290,7 @@ def test_the_record_keeps_the_wheels_for_later_attempts_and_lists_leave_them_out
 
 INDEX = "https://index.example.org/simple"
 PLAIN = JobSpec(entrypoint="x", working_dir="")
-CODE = JobSpec(entrypoint="x", working_dir="/code")
-"""Jobs that name no environment, without and with code."""
+"""A job that names no environment."""
 
 
 async def submitted(api: Api, folder: Path, notices: list[str]) -> str:
@@ -351,27 +349,21 @@ def needs(folder: Path, *indexes: str, kind: str) -> tuple[WheelNeeds, Looks]:
     return WheelNeeds(settings=settings, sight=Sight(nodes=nodes), link=link), link
 
 
-@pytest.mark.parametrize(
-    ("own", "without_code"), [("uv", "default"), ("pip:needs.txt", "default"), ("venv:/opt/t", "venv:/opt/t")]
-)
-def test_an_environment_that_code_describes_is_that_of_jobs_with_code(
-    tmp_path: Path, own: str, without_code: str
-) -> None:
-    update = {"default_environment": Environment.model_validate(own)}
-    settings = settings_of(tmp_path, 9).model_copy(update=update)
-    assert str(settings.environment_of(PLAIN)) == without_code
-    assert str(settings.environment_of(CODE)) == own
-
-
-def test_a_job_with_the_clusters_environment_is_refused_until_its_wheels_were_sought(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [Environment(), Environment(kind="pip", requirements=("alpha",))])
+def test_a_job_is_refused_until_the_wheels_of_its_environment_were_sought(tmp_path: Path, own: Environment) -> None:
     wheels, link = needs(tmp_path, INDEX, "", kind="uv")
-    with pytest.raises(WheelsNeededError, match=r"has the cluster's environment \(uv\)"):
-        asyncio.run(wheels.check(SubmitRequest(spec=CODE)))
-    assert link.kinds == ["uv", "uv"]
-    asyncio.run(wheels.check(SubmitRequest(spec=CODE, wheels_sought=True)))
-    own = CODE.model_copy(update={"environment": Environment(kind="pip", requirements=("alpha",))})
-    asyncio.run(wheels.check(SubmitRequest(spec=own)))  # its client knows of it, and has asked by itself
+    job, kind = PLAIN.model_copy(update={"environment": own}), "uv" if own.kind == "default" else "pip"
+    with pytest.raises(WheelsNeededError, match=r"needs wheels: nodes with Python .* reach no index"):
+        asyncio.run(wheels.check(SubmitRequest(spec=job)))
+    assert link.kinds == [kind, kind]
+    asyncio.run(wheels.check(SubmitRequest(spec=job, wheels_sought=True)))
     assert len(link.kinds) == 2
+
+
+def test_a_job_that_wants_rays_own_python_has_no_need(tmp_path: Path) -> None:
+    wheels, link = needs(tmp_path, "", kind="uv")
+    asyncio.run(wheels.check(SubmitRequest(spec=PLAIN.model_copy(update={"environment": Environment(kind="ray")}))))
+    assert link.kinds == []
 
 
 @pytest.mark.parametrize(("reached", "kind"), [(INDEX, "uv"), ("", "default")])
@@ -379,4 +371,4 @@ def test_nothing_is_refused_where_an_index_is_reached_or_nothing_is_made(
     tmp_path: Path, reached: str, kind: str
 ) -> None:
     wheels, _ = needs(tmp_path, reached, kind=kind)
-    asyncio.run(wheels.check(SubmitRequest(spec=CODE)))
+    asyncio.run(wheels.check(SubmitRequest(spec=PLAIN)))

@@ -163,7 +163,7 @@ CASES = (
             "another Ray runs there (pid 31 of anna); it is left alone, and raylaunch does not see what GPUs it has "
             "given away"
         ),
-        "list GPUs that it does not use (gpus: [..]), or end it; never with ray stop, which ends every Ray",
+        "list GPUs that it does not use (gpus: [..]), or end that one by its process ids; Ray's command ends all",
         {"rays": [RAYLET]},
     ),
     Case(

@@ -1,4 +1,4 @@
-"""The six kinds of environments, prepared by the real runner on this machine."""
+"""The kinds of environments, prepared by the real runner on this machine."""
 
 from __future__ import annotations
 
@@ -64,6 +64,12 @@ def test_an_interpreter_by_path_is_the_jobs_python(make: Make, venv: Path) -> No
     attempt = make(["python", "-c", WHICH], environment=kind("python", str(venv / "bin" / "python3")))
     attempt.run()
     assert attempt.log.read_text() == f"{venv}\n"
+
+
+def test_the_python_that_runs_ray_can_be_asked_for_by_name(make: Make) -> None:
+    attempt = make(["python", "-c", "import sys; print(sys.executable)"], environment=kind("ray"))
+    attempt.start().wait(60)
+    assert attempt.log.read_text().strip() == sys.executable
 
 
 def test_an_interpreter_that_is_not_there_is_said(make: Make) -> None:

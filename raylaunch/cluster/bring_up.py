@@ -85,17 +85,12 @@ class BringUp:
         return await look(self.paths)
 
     async def _start_missing(self, *, ray_only: bool, upgrade: bool) -> None:
-        """Start what does not run. What ends while it is waited for is started again, twice at most."""
-        for tries_left in (2, 1, 0):
-            try:
-                await self._start_all(ray_only=ray_only, upgrade=upgrade)
-            except DiedError as error:  # noqa: PERF203 -- three at most
-                if not tries_left:
-                    raise
-                self.steps.note(error.step, "it ended while it was waited for; it is started again")
-                upgrade = False
-            else:
-                return
+        """Start what does not run. What ends while it is waited for is started once more."""
+        try:
+            await self._start_all(ray_only=ray_only, upgrade=upgrade)
+        except DiedError as error:
+            self.steps.note(error.step, "it ended while it was waited for; it is started again")
+            await self._start_all(ray_only=ray_only, upgrade=False)
 
     async def _start_all(self, *, ray_only: bool, upgrade: bool) -> None:
         await self._ray()

@@ -82,7 +82,7 @@ async def _prove(
     save_client(paths, record.with_(head_ports=head.ports))
     with tell.during("tunnel", f"makes the way from here to the controller on {record.head}"):
         tunnel = await ensure_tunnel(paths, fresh=moved, limit_s=START_S)
-    proof = Proof(tunnel.ports["controller"], record.token, outcome.states, on_step=tell)
+    proof = Proof(tunnel.ports["controller"], record.token, spec.environment, outcome.states, on_step=tell)
     await proof.nodes()
     unproved = outcome.states.keys() - set(record.proved)
     await proof.jobs(unproved)

@@ -39,7 +39,7 @@ class RayFit:
         """
         spec = request.spec
         environment = self._settings.environment_of(spec)
-        if spec.launcher != "ray" or environment.kind == "default":
+        if spec.launcher != "ray" or environment.kind in {"default", "ray"}:
             return
         node_id = self._node_for(spec)
         if not node_id:

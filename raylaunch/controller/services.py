@@ -19,18 +19,7 @@ from raylaunch.controller.record import JobRecord
 from raylaunch.controller.records import Records
 from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.settings import Settings
-from raylaunch.spec import Environment
-from raylaunch.state import AttemptView, JobView, MetricsPage, Progress, SubmitAnswer, SubmitRequest, View
-from raylaunch.wheel_sets import BuildPlatform
-
-
-class DryRun(View):
-    """What a submit would do: the hostnames it could run on now, and a sentence."""
-
-    fits: tuple[str, ...]
-    message: str
-    wheels_for: tuple[BuildPlatform, ...] = ()
-    environment: Environment = Environment()
+from raylaunch.state import AttemptView, DryRun, JobView, MetricsPage, Progress, SubmitAnswer, SubmitRequest
 
 
 class MetricsReader(Protocol):

@@ -37,16 +37,8 @@ class Settings(BaseModel):
     """Whether of that Ray only the dashboard's address is reached: no stewards, and nothing but logs comes back."""
 
     def environment_of(self, spec: JobSpec) -> Environment:
-        """Return the environment of a job: its own, or the cluster's.
-
-        One that a file of the job's code describes (uv's lock, pip's requirements) is not that of a job without code,
-        as those are by which `up` proves the nodes: such a job has the Python that runs Ray.
-        """
-        if spec.environment.kind != "default":
-            return spec.environment
-        own = self.default_environment
-        of_code = own.kind == "uv" or (own.kind == "pip" and bool(own.value))
-        return Environment() if of_code and not spec.working_dir else own
+        """Return the environment of a job: its own, or the cluster's."""
+        return spec.environment if spec.environment.kind != "default" else self.default_environment
 
     @property
     def namespace(self) -> str:

@@ -19,7 +19,6 @@ from raylaunch.controller.records import JobRecord, Records
 from raylaunch.controller.removal import Removal
 from raylaunch.controller.rooms import ask_for, ask_of, holdings_of, rooms_of, waiting, with_drains
 from raylaunch.controller.secret_store import SecretStore
-from raylaunch.controller.services import DryRun
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.sight import Sight
 from raylaunch.controller.wheel_needs import WheelNeeds
@@ -27,7 +26,7 @@ from raylaunch.errors import ConflictError, SpecError, UnsatisfiableError
 from raylaunch.reasons import Reason
 from raylaunch.runner.contract import StopWish
 from raylaunch.spec import JobSpec
-from raylaunch.state import Change, JobState, JobView, SubmitAnswer, SubmitRequest
+from raylaunch.state import Change, DryRun, JobState, JobView, SubmitAnswer, SubmitRequest
 from raylaunch.version import API, __version__
 
 

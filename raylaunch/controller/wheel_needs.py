@@ -39,17 +39,17 @@ class WheelNeeds:
         return tuple(dict.fromkeys(platform for platform in found if platform))
 
     async def check(self, request: SubmitRequest) -> None:
-        """Look at a job that has the cluster's environment: its client knows nothing of that.
+        """See to it that wheels were looked for where they have to go along.
 
         Raises:
-            WheelsNeededError: wheels have to go along, and were not looked for.
+            WheelsNeededError: they were not.
         """
         spec = request.spec
-        if spec.environment.kind != "default" or request.wheels_sought:
+        if request.wheels_sought:
             return
         if platforms := await self.of(spec):
-            env, where = self._settings.default_environment, ", ".join(map(str, platforms))
-            msg = f"{spec.display_name} has the cluster's environment ({env}), and nodes with {where} reach no index"
+            own, where = self._settings.environment_of(spec), ", ".join(map(str, platforms))
+            msg = f"the environment of {spec.display_name} ({own}) needs wheels: nodes with {where} reach no index"
             raise WheelsNeededError(msg, hint="submit it with this version of raylaunch, which sends the wheels along")
 
     async def _of_node(self, node_id: str, question: dict[str, object]) -> BuildPlatform | None:

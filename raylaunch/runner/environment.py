@@ -1,4 +1,4 @@
-"""The Python environment of a job, in its six kinds: its variables and interpreter, or what is missing, in words."""
+"""The Python environment of a job, in its seven kinds: its variables and interpreter, or what is missing, in words."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def prepare(spec: EnvironmentSpec, env: dict[str, str], *, place: Place, pulse: 
         StopAsked: meanwhile somebody wants the attempt to end.
     """
     kind, value = spec["kind"], spec["value"]
-    if kind == "default":
+    if kind in {"default", "ray"}:
         return Prepared(with_bin(env, Path(sys.executable).parent), sys.executable)
     if kind == "python":
         return _interpreter(value, env, place)

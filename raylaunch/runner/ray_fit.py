@@ -146,7 +146,7 @@ def main(_arguments: Sequence[str]) -> int:
     question = json.loads(sys.stdin.buffer.read())
     environment: EnvironmentSpec = question["environment"]
     needed = of_cluster()
-    if environment["kind"] == "default":
+    if environment["kind"] in {"default", "ray"}:
         problem = None
     elif environment["kind"] in ("uv", "pip"):
         found, where = of_files(environment, question["files"])

@@ -33,11 +33,11 @@ from raylaunch.controller.records import JobRecord, Records
 from raylaunch.controller.removal import Removal
 from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.server import ApiServer
-from raylaunch.controller.services import DryRun, Services
+from raylaunch.controller.services import Services
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.sight import Sight
 from raylaunch.errors import WheelsNeededError
-from raylaunch.state import Change, JobView, SubmitAnswer, SubmitRequest
+from raylaunch.state import Change, DryRun, JobView, SubmitAnswer, SubmitRequest
 from raylaunch.version import API, __version__
 from support.waiting import wait_until
 

@@ -74,5 +74,5 @@ def _rays(host: HostSpec, facts: HostFacts) -> Iterator[Problem]:
         message = (
             f"another Ray runs there ({who}); it is left alone, and raylaunch does not see what GPUs it has given away"
         )
-        mend = "list GPUs that it does not use (gpus: [..]), or end it; never with ray stop, which ends every Ray"
+        mend = "list GPUs that it does not use (gpus: [..]), or end that one by its process ids; Ray's command ends all"
         yield warning(host.name, "other_ray", message, mend)

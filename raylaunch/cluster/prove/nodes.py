@@ -15,6 +15,7 @@ from raylaunch.cluster.prove.probe_jobs import ProbeJobs
 from raylaunch.cluster.prove.together import Together, TogetherPlan, plan_together
 from raylaunch.cluster_state import ControllerStatus, NodeView
 from raylaunch.errors import ClusterError, ClusterStartError, RaylaunchError
+from raylaunch.spec import Environment
 from raylaunch.state import JobState
 
 NODES_S = 180.0
@@ -30,18 +31,27 @@ class Proof:
     Args:
         port: of the controller, on loopback here.
         token: the client's.
+        environment: of the cluster's jobs.
         states: what each host said once it was up, by its name.
         on_step: told what is waited for.
     """
 
     def __init__(
-        self, port: int, token: str, states: Mapping[str, HostState], *, on_step: Callable[[Step], None]
+        self,
+        port: int,
+        token: str,
+        environment: Environment,
+        states: Mapping[str, HostState],
+        *,
+        on_step: Callable[[Step], None],
     ) -> None:
         self._port = port
         self._token = token
         self._states = states
         self._tell = on_step
-        self._jobs = ProbeJobs(port, token)
+        # What is made on nodes, of packages or a job's code, is none of theirs; in any other they find PyTorch.
+        made = environment.kind in {"pip", "uv"}
+        self._jobs = ProbeJobs(port, token, Environment(kind="ray") if made else environment)
         self.errors: dict[str, RaylaunchError] = {}
         """What is not so, by host."""
         self.unproved: set[str] = set()

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from raylaunch.cluster.answer import Answer, ask
 from raylaunch.errors import ClusterError, RaylaunchError, from_wire
-from raylaunch.spec import JobSpec, Resources, Tracking, Where
+from raylaunch.spec import Environment, JobSpec, Resources, Tracking, Where
 from raylaunch.state import JobView, SubmitAnswer, SubmitRequest
 
 _NAME = "raylaunch-probe"
@@ -25,11 +25,13 @@ class ProbeJobs:
     Args:
         port: of the controller, on loopback here.
         token: the client's.
+        environment: of the jobs.
     """
 
-    def __init__(self, port: int, token: str) -> None:
+    def __init__(self, port: int, token: str, environment: Environment) -> None:
         self._port = port
         self._token = token
+        self._environment = environment
 
     async def submit(self, host: str, entrypoint: str, *, gpus: int, timeout_s: float) -> JobView:
         """Submit a job for one host; its turn comes before all others'."""
@@ -37,13 +39,14 @@ class ProbeJobs:
             name=_NAME,
             entrypoint=entrypoint,
             working_dir="",
+            environment=self._environment,
             resources=Resources(gpus=gpus, cpus=0),
             where=Where(hosts=(host,)),
             tracking=Tracking(mode="disabled"),
             priority=100,
             timeout_s=timeout_s,
         )
-        request = SubmitRequest(spec=job, request_id=secrets.token_hex(8), wheels_sought=True)
+        request = SubmitRequest(spec=job, request_id=secrets.token_hex(8))
         body = request.model_dump_json().encode()
         return (await self._ask(SubmitAnswer, "/v1/jobs", method="POST", body=body)).job
 
