@@ -258,7 +258,7 @@ def test_down_leaves_no_process_on_any_host(cluster: Laptop, lab: World) -> None
 @pytest.mark.usefixtures("first_up")  # what hosts need themselves is not in the index of packages
 def test_what_the_clusters_own_environment_needs_goes_along_too(laptop: Laptop, packages: list[str]) -> None:
     laptop.call("down", limit_s=300)
-    laptop.write(FILE + "environment: pip:requirements.txt\n")
+    laptop.write(FILE + "environment: {pip: [alpha]}\n")
     laptop.call("up", limit_s=UP_S)
     ends_with_both(laptop, laptop.call("submit", *packages).stdout.strip())
     laptop.call("down", limit_s=300)
