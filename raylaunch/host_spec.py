@@ -5,10 +5,10 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from raylaunch.spec_parts import Environment, PlacedError, Spec, Variables, Words
 
@@ -75,17 +75,50 @@ class HostDefaults(Spec):
         return value
 
 
+def _unless(fits: Callable[[str], object], words: str) -> AfterValidator:
+    """Return what refuses a text that is there and does not fit; `words` follow the text itself."""
+
+    def check(value: str) -> str:
+        if value and not fits(value):
+            msg = f"{value!r} {words}"
+            raise ValueError(msg)
+        return value
+
+    return AfterValidator(check)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
+_Name = Annotated[
+    str,
+    _unless(_LABEL.fullmatch, "is not a host's name; use letters, digits, '.', '_' and '-', at most 63"),
+]
+_Address = Annotated[
+    str, _unless(_is_address, "is not an IP address; names are for host, and what Ray binds to is an address")
+]
+_Fingerprint = Annotated[
+    str,
+    _unless(_FINGERPRINT.fullmatch, "is not a fingerprint; it looks as SHA256:… in the output of: ssh-keygen -lf KEY"),
+]
+
+
 class HostSpec(HostDefaults):
     """One host: a name, or an object with `host` and what differs from the others."""
 
     host: str
     """Its name for ssh, from `~/.ssh/config` or DNS, or its address; `user@host:port` is understood.
     Example: `dgx-1.example.org`"""
-    name: str = ""
+    name: _Name = ""
     """What it is called here and in `where`; without it the first part of `host`. Example: `dgx-1`"""
-    address: str = ""
+    address: _Address = ""
     """Its address on the cluster's network, where that is not the one that ssh reaches. Example: `10.0.0.1`"""
-    fingerprint: str = ""
+    fingerprint: _Fingerprint = ""
     """The host key that it must show; without it known_hosts decides.
     Example: `SHA256:uNiVztksCsDhcc0u9e8BgrJXVGbmkfEyjFn8WEgbPGI`"""
     store: str = ""
@@ -108,30 +141,6 @@ class HostSpec(HostDefaults):
             raise ValueError(msg)
         return data
 
-    @field_validator("name")
-    @classmethod
-    def _name_is_plain(cls, value: str) -> str:
-        if value and not _LABEL.fullmatch(value):
-            msg = f"{value!r} is not a host's name; use letters, digits, '.', '_' and '-', at most 63"
-            raise ValueError(msg)
-        return value
-
-    @field_validator("address")
-    @classmethod
-    def _address_is_one(cls, value: str) -> str:
-        if value and not _is_address(value):
-            msg = f"{value!r} is not an IP address; names are for host, and what Ray binds to is an address"
-            raise ValueError(msg)
-        return value
-
-    @field_validator("fingerprint")
-    @classmethod
-    def _fingerprint_is_one(cls, value: str) -> str:
-        if value and not _FINGERPRINT.fullmatch(value):
-            msg = f"{value!r} is not a fingerprint; it looks as SHA256:… in the output of: ssh-keygen -lf KEY"
-            raise ValueError(msg)
-        return value
-
 
 def _host_from_text(text: str) -> dict[str, object]:
     """Read ``[ssh://][user@]host[:port]``; an IPv6 address with a port stands in brackets."""
@@ -146,14 +155,6 @@ def _host_from_text(text: str) -> dict[str, object]:
         msg = f"{text!r} is not a host; write a name from ~/.ssh/config, a DNS name or an address, as user@host:port"
         raise ValueError(msg)
     return {"host": host} | ({"user": user} if user else {}) | ({"port": int(port)} if port else {})
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return False
-    return True
 
 
 def _short_name(host: str) -> str:
