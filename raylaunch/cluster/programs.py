@@ -1,11 +1,18 @@
-"""Programs that are run on this machine to their end, under a limit. Cancelled, they are ended with their children."""
+"""Programs that are run on this machine to their end, under a limit. Cancelled, they are ended with their children.
+
+On Linux they also end when this process is killed: what nobody waits for must not go on writing into folders that
+the next command sweeps.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +20,16 @@ from pathlib import Path
 import anyio
 
 from raylaunch.errors import ClusterStartError
+
+_DIES_WITH_US = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[3:])
+"""
+"""Asks the kernel for SIGKILL (9) at the parent's death (1: PR_SET_PDEATHSIG), then becomes the program.
+
+A function that `subprocess` runs before it starts the program would do the same, but is not safe beside threads.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,19 +57,24 @@ async def run_program(  # noqa: PLR0913 -- each is one fact, and all are named
     try:
         with anyio.fail_after(limit_s):
             return await _run(argv, cwd, env, input)
-    except OSError as error:
-        msg = f"{argv[0]} cannot be started: {error.strerror or error}"
-        raise ClusterStartError(msg, step=step) from None
     except TimeoutError:
         msg = f"{' '.join(argv[:3])} … has not ended after {limit_s:.0f} s"
         raise ClusterStartError(
             msg, hint="run the same command again: what is done is not done again", step=step
         ) from None
+    except OSError as error:  # after TimeoutError, which is one
+        msg = f"{argv[0]} cannot be started: {error.strerror or error}"
+        raise ClusterStartError(msg, step=step) from None
 
 
 async def _run(argv: Sequence[str], cwd: Path, env: Mapping[str, str], body: bytes) -> Ran:
     process = await anyio.open_process(
-        argv, cwd=cwd, env=dict(env), stdin=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        _bound_to_us(argv, env),
+        cwd=cwd,
+        env=dict(env),
+        stdin=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     try:
         async with process:
@@ -67,3 +89,12 @@ async def _run(argv: Sequence[str], cwd: Path, env: Mapping[str, str], body: byt
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         raise
+
+
+def _bound_to_us(argv: Sequence[str], env: Mapping[str, str]) -> Sequence[str]:
+    if not sys.platform.startswith("linux"):
+        return argv
+    program = shutil.which(argv[0], path=env.get("PATH", os.defpath))
+    if program is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), argv[0])
+    return [sys.executable, "-I", "-S", "-c", _DIES_WITH_US, str(os.getpid()), program, *argv]

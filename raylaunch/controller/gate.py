@@ -16,6 +16,7 @@ from raylaunch.version import API, __version__
 _READS = frozenset({"GET", "HEAD"})
 _BODY_BYTES = 16 * 1024 * 1024
 _UNAUTHORIZED = 401
+_NO_ANSWER = 500
 
 
 class Gate:
@@ -56,22 +57,25 @@ class Gate:
         return self._tokens.who(token.strip())
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
-        status = 500
+        answered = False
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
+            nonlocal answered
             if message["type"] == "http.response.start":
-                status = message["status"]
+                answered = True
+                self._write_down(scope, caller, message["status"])  # before anybody can act on the answer
                 MutableHeaders(scope=message).update(OURS)
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_headers)
         finally:
-            if scope["method"] not in _READS and scope["state"].get("audited", True):
-                self._write_down(scope, caller, status)
+            if not answered:
+                self._write_down(scope, caller, _NO_ANSWER)
 
     def _write_down(self, scope: Scope, caller: Caller, status: int) -> None:
+        if scope["method"] in _READS or not scope["state"].get("audited", True):
+            return
         verb = getattr(scope.get("route"), "name", "") or f"{scope['method']} {scope['path']}"
         job = scope["state"].get("about") or scope.get("path_params", {}).get("ref", "")
         self._audit.write(person=caller.person, verb=verb, job=job, status=status)
