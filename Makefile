@@ -25,7 +25,7 @@ test-machines: .venv/.test ## hosts made of namespaces: clusters over SSH, alone
 	$(PYTEST) -m "machines or long" $(ARGS)
 
 test-clients: .venv/.test ## Claude Code's own command line connects to the MCP server (from npm, 360 MB)
-	tools/node.sh claude @anthropic-ai/claude-code@2.1.330
+	tools/node.sh claude @anthropic-ai/claude-code@2.1.330 1800
 	$(BIN)/python -m pytest tests/clients_claude_code.py $(ARGS)
 
 check: lint ## lint, format, types and the pure tests; under two minutes

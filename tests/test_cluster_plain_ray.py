@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -61,6 +62,12 @@ QUICK = {
 def quick(cluster: Cluster) -> dict[str, str]:
     """Jobs that end by themselves: each takes Ray some seconds, so that all begin together."""
     return {name: submit_plain(cluster, f"plain-{name}", words) for name, words in QUICK.items()}
+
+
+def test_its_python_is_the_one_that_runs_ray(cluster: Cluster) -> None:
+    job = plain_python(cluster, "plain-python", "import ray, sys; print(sys.executable)")
+    assert cluster.ended(job).state is JobState.SUCCEEDED
+    assert cluster.log(job).decode().splitlines()[-1] == sys.executable
 
 
 # -- read ------------------------------------------------------------------------------------------------------------

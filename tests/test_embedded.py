@@ -27,6 +27,7 @@ from raylaunch.cluster.record import ClusterRecord, Versions, new_record, save_r
 from raylaunch.cluster.sweep import of_ray
 from raylaunch.cluster.versions import check_versions
 from raylaunch.errors import ClusterDownError, SpecError, VersionError
+from raylaunch.runner.training import without_ray
 from raylaunch.spec import ClusterSpec
 
 SPEC = ClusterSpec(gpus=2)
@@ -150,6 +151,13 @@ def test_a_list_of_gpus_limits_what_ray_sees_by_ids_in_the_order_of_nvidia_smi(p
     env = head.environment({"CUDA_VISIBLE_DEVICES": "0,1"})
     assert "--num-gpus=1" in head.argv()
     assert (env["CUDA_VISIBLE_DEVICES"], env["CUDA_DEVICE_ORDER"]) == ("1", "PCI_BUS_ID")
+
+
+def test_the_folder_of_rays_python_is_first_on_its_path_and_jobs_of_our_own_get_theirs(paths: ClusterPaths) -> None:
+    env = head_of(paths, ClusterSpec()).environment({"PATH": "/usr/bin"})
+    assert env["PATH"] == f"{Path(sys.executable).parent}:/usr/bin"
+    assert without_ray(env)["PATH"] == "/usr/bin"
+    assert without_ray({"PATH": "/opt/bin"})["PATH"] == "/opt/bin"  # where somebody else runs Ray
 
 
 def test_logical_gpus_leave_the_real_ones_unnamed(paths: ClusterPaths) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+from support.waiting import wait_until
 
+from raylaunch.cluster.ports import LOOPBACK, free_ports
 from raylaunch.cluster.ray_start import AGENT_PORTS, patient, ports_first, raylet_lives
 
 NAMES = {argument: argument.upper() for argument in AGENT_PORTS}
@@ -92,3 +99,60 @@ def test_a_raylet_is_a_child_that_is_called_so_and_runs(raylet: subprocess.Popen
     raylet.kill()
     raylet.wait()
     assert not raylet_lives()
+
+
+LATE_AGENTS = """
+import sys, time
+if any(word.endswith(("dashboard/agent.py", "runtime_env/agent/main.py")) for word in sys.orig_argv):
+    time.sleep(20)
+"""
+PORTS = (
+    "port",
+    "dashboard-port",
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "metrics-export-port",
+    "runtime-env-agent-port",
+    "ray-client-server-port",
+    "node-manager-port",
+    "object-manager-port",
+)
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder for Ray's sockets, whose paths may have 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="rl-") as folder:
+        yield Path(folder)
+
+
+def listens(port: int) -> bool:
+    """Say whether something listens at a port of loopback."""
+    with socket.socket() as knock:
+        return knock.connect_ex((LOOPBACK, port)) == 0
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_ray_comes_up_though_its_agents_take_longer_than_the_raylet_waits(tmp_path: Path, short_path: Path) -> None:
+    """Without `ray_start` Ray 2.60 is ended here, after 15 s, with "timed out during startup"."""
+    (tmp_path / "sitecustomize.py").write_text(LATE_AGENTS)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY")}
+    environ = {**kept, "PYTHONPATH": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+    argv = [sys.executable, "-m", "raylaunch.cluster.ray_start", "start", "--head", "--block", "--num-gpus=0"]
+    argv += [f"--node-ip-address={LOOPBACK}", f"--temp-dir={short_path}"]
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+    argv += [f"--{name}={port}" for name, port in ports.items()]
+    log = tmp_path / "ray.log"
+    with log.open("wb") as out, subprocess.Popen(argv, env=environ, stdout=out, stderr=out) as ray:
+        try:
+            wait_until(lambda: "Ray runtime started" in log.read_text() or ray.poll(), 120, "Ray is up, or has ended")
+            agent = ports["dashboard-agent-listen-port"]
+            wait_until(lambda: listens(agent) or ray.poll(), 60, "an agent listens, or Ray has ended")
+            assert ray.poll() is None, log.read_text()
+        finally:
+            started = psutil.Process(ray.pid).children(recursive=True) if ray.poll() is None else []
+            ray.terminate()
+            ray.wait(60)
+            for process in psutil.wait_procs(started, 20)[1]:
+                process.kill()

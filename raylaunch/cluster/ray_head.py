@@ -21,6 +21,7 @@ from raylaunch.cluster.home import ClusterPaths, storage_errors
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.record import NodePlace
 from raylaunch.errors import SpecError, VersionError
+from raylaunch.runner.contract import VAR_NODE_ROOT, VAR_PATH
 from raylaunch.spec import GPU_VARIABLES, ClusterSpec
 from raylaunch.version import __version__
 
@@ -153,9 +154,12 @@ class RayStart:
         """Return Ray's whole environment here, which everything that it starts inherits."""
         env = clean_environment(environ, self.paths) | self.place.env
         env.setdefault("RAY_memory_usage_threshold", memory_threshold(psutil.virtual_memory().total))
+        path = env.get("PATH") or os.defpath
         env |= {
             VAR_CLUSTER_ID: self.cluster_id,
-            "RAYLAUNCH_NODE_ROOT": str(self.paths.node),
+            VAR_NODE_ROOT: str(self.paths.node),
+            VAR_PATH: path,
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), path]),  # ray job submit -- python train.py
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.paths.ray_token),
             "RAY_JOB_START_TIMEOUT_SECONDS": str(_A_YEAR_S),  # the queue is ours; Ray must not fail what waits

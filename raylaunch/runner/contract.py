@@ -71,6 +71,8 @@ VAR_TRAIN_REPORTS = "RAYLAUNCH_TRAIN_REPORTS"
 """File to which `raylaunch.tracking.train_callback` appends what Ray Train's workers report (`TRAIN_REPORTS`)."""
 VAR_NODE_ROOT = "RAYLAUNCH_NODE_ROOT"
 """In the environment of Ray on a node: the folder where its steward keeps packages and attempts."""
+VAR_PATH = "RAYLAUNCH_PATH"
+"""As `VAR_NODE_ROOT`: PATH without the folder of Ray's Python, with which Ray's own begins, for ``ray job submit``."""
 
 PROGRESS = "progress.jsonl"
 TRAIN_REPORTS = "tmp/train-reports.jsonl"

@@ -20,7 +20,7 @@ _NOT_FOUND = 127
 """A shell's exit status for a command that is not there."""
 _USAGE = 2
 """Python's exit status for a script that is not there."""
-_RUNNER_ONLY = ("OMP_NUM_THREADS", "PYTHONPATH", contract.VAR_NODE_ROOT)
+_RUNNER_ONLY = ("OMP_NUM_THREADS", "PYTHONPATH", contract.VAR_NODE_ROOT, contract.VAR_PATH)
 """Ray sets OMP_NUM_THREADS to 1 for a driver without CPUs, which would slow a training down without a word. Its
 PYTHONPATH may lead to the cluster's own raylaunch, which is not for every Python, nor for every environment."""
 _SHELL_MISSING = re.compile(
@@ -46,11 +46,14 @@ def base_variables(environ: Mapping[str, str], spec: AttemptSpec, secrets: Mappi
 
 def without_ray(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the machine's variables without those of Ray, and without those meant for this runner."""
-    return {
+    kept = {
         name: value
         for name, value in environ.items()
         if not name.startswith(("RAY_", "__RAY")) and name not in (*contract.RAY_SECRETS, *_RUNNER_ONLY)
     }
+    if path := environ.get(contract.VAR_PATH):
+        kept["PATH"] = path
+    return kept
 
 
 def job_variables(spec: AttemptSpec, folder: Path, environ: Mapping[str, str]) -> dict[str, str]:
