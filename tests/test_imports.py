@@ -36,7 +36,7 @@ MAY: dict[str, frozenset[str]] = {
     "cluster_state": frozenset({"state"}),
     **dict.fromkeys(READING, GROUND | READING),
     **dict.fromkeys(SENDING, GROUND | SENDING | {"runner.contract"}),
-    "cluster": GROUND,
+    "cluster": GROUND | {"runner.contract"},
     "admin": GROUND | {"wire"},
     "lanes": GROUND | SENDING | {"cluster"},
     "job_wheels": GROUND | SENDING | {"cluster"},
