@@ -7,12 +7,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import anyio
 import pytest
 from support.api import settings_of
 from support.links import LinkToNothing
 from support.waiting import until
 
-from raylaunch.cluster_state import NodeView
+from raylaunch.cluster_state import GpuView, NodeView
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.foreign import ForeignJobs
@@ -25,6 +26,9 @@ from raylaunch.controller.records import Records
 from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.sight import Sight
 from raylaunch.errors import ClusterDownError
+from raylaunch.reasons import Reason
+from raylaunch.spec import JobSpec, Resources
+from raylaunch.state import JobState, SubmitRequest
 
 
 class SlowLink(LinkToNothing):
@@ -58,8 +62,8 @@ async def _nothing_left(_: JobRecord) -> Leavings:
 
 
 @asynccontextmanager
-async def running(folder: Path) -> AsyncIterator[tuple[Lifecycle, SlowLink, Sight]]:
-    records, sight, link = Records(folder), Sight(), SlowLink(folder)
+async def running(folder: Path, records: Records | None = None) -> AsyncIterator[tuple[Lifecycle, SlowLink, Sight]]:
+    records, sight, link = records or Records(folder), Sight(), SlowLink(folder)
     ray = RayJobs("http://127.0.0.1:9", "none")
     means = Means(settings_of(folder, 9), records, SecretStore(folder), link, ray, sight, _nothing_left)
     foreign = ForeignJobs(records=records, ray=ray, link=link, sight=sight)
@@ -109,3 +113,52 @@ async def test_nobody_is_asked_while_the_link_is_down(tmp_path: Path) -> None:
         link.let.release()
         lifecycle.see(LinkUp(ray_version="2"))
         await until(lambda: bool(sight.ready_nodes()), 5, "the node is seen")
+
+
+@pytest.mark.anyio
+async def test_a_job_that_wants_gpus_is_placed_by_what_they_are_used_for_now(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    async with running(tmp_path, records) as (lifecycle, link, sight):
+        free = node("h1", steward=True).model_copy(update={"gpus": 1, "gpus_free": 1, "gpu": (GpuView(index="0"),)})
+        link.there = (free,)
+        lifecycle.see(LinkUp(ray_version="2"))
+        link.let.release()
+        await until(lambda: sight.nodes == (free,), 5, "the free GPU was seen")
+        sight.nodes_at = float("-inf")  # long ago
+        taken = GpuView(index="0", processes=("eve:7:python",))
+        link.there = (free.model_copy(update={"gpu": (taken,)}),)  # nothing of this is told
+        spec = JobSpec(entrypoint="python train.py", resources=Resources(gpus=1))
+        record, _ = records.create(SubmitRequest(spec=spec), owner="ana", wandb=None)
+        sight.ring()
+        await until(lambda: link.asked == 2, 5, "the nodes are asked for")
+        assert records.get(record.id).state is JobState.QUEUED
+        link.let.release()
+        with anyio.fail_after(5):
+            while records.get(record.id).reason is not Reason.GPU_BUSY_OUTSIDE:  # noqa: ASYNC110 -- its thread is this one
+                await asyncio.sleep(0.02)
+        assert "eve's python" in records.get(record.id).message
+
+
+@pytest.mark.anyio
+async def test_who_asks_for_the_nodes_has_them_looked_at_unless_that_was_a_moment_ago(tmp_path: Path) -> None:
+    async with running(tmp_path) as (lifecycle, link, sight):
+        lifecycle.see(LinkUp(ray_version="2"))
+        link.let.release()
+        await until(lambda: sight.nodes_age < 1, 5, "the nodes were looked at")
+        await sight.fresh_nodes(age_s=5, timeout_s=5)
+        assert link.asked == 1
+        link.there = (node("h1", steward=True),)  # nothing of this is told
+        link.let.release()
+        await sight.fresh_nodes(age_s=0, timeout_s=5)
+        assert (link.asked, sight.nodes) == (2, link.there)
+
+
+@pytest.mark.anyio
+async def test_where_the_nodes_cannot_be_looked_at_who_asks_gets_what_was_seen_last(tmp_path: Path) -> None:
+    async with running(tmp_path) as (lifecycle, link, sight):
+        lifecycle.see(LinkUp(ray_version="2"))
+        await until(lambda: link.asked == 1, 5, "the nodes are asked for")
+        await sight.fresh_nodes(age_s=0, timeout_s=0.2)
+        lifecycle.see(LinkDown(why="Ray is gone"))
+        await sight.fresh_nodes(age_s=0, timeout_s=60)
+        assert sight.nodes == ()

@@ -25,7 +25,7 @@ from raylaunch.controller.link import (
     StoreProblem,
 )
 from raylaunch.controller.means import Means
-from raylaunch.controller.queue import Admit, Wait, plan_queue
+from raylaunch.controller.queue import GPUS, Admit, Wait, plan_queue
 from raylaunch.controller.ray_jobs import RayJob
 from raylaunch.controller.records import JobRecord
 from raylaunch.controller.rooms import ask_of, holdings_of, rooms_of, waiting, with_drains
@@ -40,6 +40,8 @@ _POLL_REST = 50
 """Between two looks at Ray's jobs it rests so many times as long as the look took: Ray's answer holds all that it
 remembers, and costs its dashboard half a millisecond a job."""
 _POLL_MOST_S = 5.0
+_FRESH_S = 5.0
+"""How old what is seen of the nodes may be when jobs that want GPUs are placed."""
 _REVIVE_AFTER_S = 4.0
 _REVIVE_EVERY_S = 20.0
 
@@ -60,7 +62,6 @@ class Lifecycle:
         self._foreign = foreign
         self._ray_silent_since: float | None = None
         self._revived_at = 0.0
-        self._nodes_changed = False
 
     async def run(self) -> None:
         """Run until cancelled. Jobs go on when this ends; the next `run` finds them again."""
@@ -81,12 +82,11 @@ class Lifecycle:
         sight = self._sight
         match event:
             case LinkUp():
-                sight.link_up, sight.link_why = True, ""
-                self._nodes_changed = True
+                sight.link_up, sight.link_why, sight.look_again = True, "", True
             case LinkDown(why=why):
                 sight.link_up, sight.link_why = False, why
             case NodesChanged():
-                self._nodes_changed = True
+                sight.look_again = True
             case AttemptSeen():
                 sight.attempts[event.attempt] = event
                 sight.grew(event.attempt)
@@ -108,7 +108,7 @@ class Lifecycle:
     # -- one step: nothing here waits ---------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        if self._nodes_changed and self._sight.link_up:
+        if self._sight.look_again and self._sight.link_up:
             self._background("nodes", self._refresh_nodes())
         unfinished = self._records.unfinished()
         for record in unfinished:
@@ -140,10 +140,14 @@ class Lifecycle:
             for record in queued:
                 self._say(record, Wait(record.id, Reason.WAITING_FOR_DRAIN, why))
             return
+        asks = [ask_of(record) for record in queued]
+        if self._sight.nodes_age > _FRESH_S and any(ask.needs.get(GPUS) for ask in asks):
+            self._background("nodes", self._refresh_nodes())  # whose are the GPUs now? Then comes the next step
+            return
         holdings = holdings_of(unfinished, released=self._sight.released, seen=self._sight.attempts)
         rooms = rooms_of(with_drains(self._sight.nodes, self._drains.now()))
         by_id = {record.id: record for record in queued}
-        for decision in plan_queue([ask_of(record) for record in queued], rooms, holdings):
+        for decision in plan_queue(asks, rooms, holdings):
             record = by_id[decision.job]
             if isinstance(decision, Admit):
                 self._start(record, decision)
@@ -204,11 +208,13 @@ class Lifecycle:
             await asyncio.sleep(_TICK_S)
 
     async def _refresh_nodes(self) -> None:
-        self._nodes_changed = False  # what changes while they are asked for is asked for again
+        self._sight.look_again = False  # what changes while they are asked for is asked for again
         try:
             self._sight.nodes = _current(await self._link.nodes())
+            self._sight.nodes_at = time.monotonic()
         except ClusterError as error:
-            self._nodes_changed = True
+            self._sight.look_again = True
+            self._sight.nodes_at = time.monotonic()  # nothing newer can be had, and no job waits for it
             _log.warning("%s; the nodes are asked for again", error.message)
             await asyncio.sleep(_TICK_S)
 

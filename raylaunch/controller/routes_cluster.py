@@ -27,7 +27,7 @@ class SecretValue(BaseModel):
 @router.get("/status", response_model=ControllerStatus)
 async def status(services: Has, caller: Who) -> Response:
     """Say how the controller, Ray and the nodes are."""
-    return answer(services.jobs.status(caller.person, caller.role.value))
+    return answer(await services.jobs.status(caller.person, caller.role.value))
 
 
 @router.get("/ray", response_model=RayAccess)

@@ -53,7 +53,7 @@ class JobVerbs(Protocol):
     async def remove(self, record: JobRecord) -> int:
         """Delete an ended job with all its files and return the bytes it took."""
 
-    def status(self, person: str, role: str) -> ControllerStatus:
+    async def status(self, person: str, role: str) -> ControllerStatus:
         """Say how the controller, Ray and the nodes are."""
 
     async def wait_growth(self, attempt_id: str, timeout_s: float) -> None:

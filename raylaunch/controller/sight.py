@@ -9,6 +9,8 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
+import anyio
+
 from raylaunch.cluster_state import NodeView
 from raylaunch.controller.link import AttemptSeen
 from raylaunch.controller.ray_jobs import RayJob
@@ -22,6 +24,10 @@ class Sight:
     """One place for what is seen, and a bell that rings when it changes."""
 
     nodes: tuple[NodeView, ...] = ()
+    nodes_at: float = float("-inf")
+    """When they were looked at (monotonic): what others do on their GPUs and disks changes without a word."""
+    look_again: bool = False
+    """Set when they are to be looked at."""
     attempts: dict[str, AttemptSeen] = field(default_factory=dict)
     ray_jobs: dict[str, RayJob] = field(default_factory=dict)
     ray_version: str = ""
@@ -68,6 +74,22 @@ class Sight:
         """Wait until something changes, or the time is over."""
         await _wait(self._bell, timeout_s)
 
+    @property
+    def nodes_age(self) -> float:
+        """How many seconds ago the nodes were looked at."""
+        return time.monotonic() - self.nodes_at
+
+    async def fresh_nodes(self, *, age_s: float, timeout_s: float) -> None:
+        """Have the nodes looked at, and wait for that at most `timeout_s`, unless it was less than `age_s` ago."""
+        deadline = time.monotonic() + timeout_s
+        if self.nodes_age < age_s:
+            return
+        self.look_again = True
+        self.ring()
+        before = self.nodes_at
+        while self.link_up and self.nodes_at == before and (left := deadline - time.monotonic()) > 0:
+            await self.changed(left)
+
     def node(self, node_id: str) -> NodeView | None:
         """Return a node that is alive, or None."""
         return next((node for node in self.nodes if node.id == node_id and node.alive), None)
@@ -90,7 +112,5 @@ class Sight:
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:
-    try:
-        await asyncio.wait_for(event.wait(), timeout_s)
-    except asyncio.TimeoutError:
-        return
+    with anyio.move_on_after(timeout_s):  # asyncio.wait_for swallows, up to Python 3.11, a cancellation at that moment
+        await event.wait()

@@ -29,6 +29,11 @@ from raylaunch.spec import JobSpec
 from raylaunch.state import Change, DryRun, JobState, JobView, SubmitAnswer, SubmitRequest
 from raylaunch.version import API, __version__
 
+_FRESH_S = 2.0
+"""How old what is seen of the nodes may be when somebody asks: their GPUs and disks have other users too."""
+_LOOK_S = 3.0
+"""How long an answer waits for a look at them; then it tells what was seen last."""
+
 
 class Verbs:
     """What clients may ask for. Each answers at once; the lifecycle carries on from the record."""
@@ -92,6 +97,7 @@ class Verbs:
         self._check(request, package=False)
         await self._ray_fit.check(request)
         wheels_for = await self._wheel_needs.of(request.spec)
+        await self._sight.fresh_nodes(age_s=_FRESH_S, timeout_s=_LOOK_S)
         rooms = rooms_of(with_drains(self._sight.nodes, self._drains.now()))
         ask = ask_for(request.spec, job="(this job)", since=time.time())
         unfinished = self._records.unfinished()
@@ -156,9 +162,10 @@ class Verbs:
             return 0
         return await self._removal.remove(record.id)
 
-    def status(self, person: str, role: str) -> ControllerStatus:
+    async def status(self, person: str, role: str) -> ControllerStatus:
         """Say how the controller, Ray and the nodes are."""
         sight = self._sight
+        await sight.fresh_nodes(age_s=_FRESH_S, timeout_s=_LOOK_S)
         unfinished = self._records.unfinished()
         return ControllerStatus(
             cluster=self._settings.cluster,

@@ -102,7 +102,7 @@ class Desk:
     async def remove(self, record: JobRecord) -> int:
         return await self._removal.remove(record.id)
 
-    def status(self, person: str, role: str) -> ControllerStatus:
+    async def status(self, person: str, role: str) -> ControllerStatus:
         return ControllerStatus(
             cluster="test",
             version=__version__,
