@@ -5,9 +5,11 @@ SOURCES := raylaunch mcp_server tests examples benchmarks tools docs
 # Two workers, whole files each: a file that starts a cluster keeps it to itself. tests/conftest.py says which come first.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARGS :=
+# Tests start thousands of Pythons; without its bytecode each would compile raylaunch anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-machines test-clients check lint format bench docs docs-reference clean
+.PHONY: help demo test test-machines test-clients gpu-check check lint format bench docs docs-reference clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-21s %s\n", $$1, $$2}'
@@ -23,6 +25,10 @@ test: lint ## all checks and tests, but for those marked long, which it counts
 test-machines: .venv/.test ## hosts made of namespaces: clusters over SSH, alone, and the long tests (needs root)
 	@tools/setup.sh machines
 	$(PYTEST) -m "machines or long" $(ARGS)
+
+gpu-check: .venv/.test ## on a machine with an NVIDIA GPU: jobs on the real card (TORCH=torch for PyTorch with CUDA)
+	@nvidia-smi -L || { echo "raylaunch: gpu-check needs a machine with an NVIDIA GPU; nvidia-smi lists none here" >&2; exit 1; }
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-clients: .venv/.test ## Claude Code's own command line connects to the MCP server (from npm, 360 MB)
 	tools/node.sh claude @anthropic-ai/claude-code@2.1.330 1800
