@@ -93,6 +93,7 @@ def test_down_with_stop_ends_jobs_as_they_wish_and_the_next_up_goes_on_with_them
     assert own.job(job).attempts[0].reason is Reason.HOST_DRAINED
 
 
+@pytest.mark.long
 def test_another_ray_is_started_only_once_no_job_runs_and_only_when_asked_to(own: Cluster) -> None:
     job = own.python(SAVES, "--name", "runs")
     own.ready(job)

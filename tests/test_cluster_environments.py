@@ -103,6 +103,7 @@ def test_a_venv_is_activated_so_that_its_console_scripts_are_found(cluster: Clus
     assert cluster.log(job).decode().strip() == f"tiny {folder}"
 
 
+@pytest.mark.long
 def test_pip_requirements_are_installed_once_for_all_jobs_that_ask_the_same(cluster: Cluster) -> None:
     spec = {"entrypoint": ["python", "-c", WHERE], "environment": {"pip": [PACKAGE]}, "working_dir": ""}
     folder = project(cluster, "pip_list", job__yaml=json.dumps(spec))

@@ -100,6 +100,7 @@ def test_a_job_is_stopped_with_its_own_grace_and_its_processes_are_gone(far: Bes
     assert not far.of_attempt(f"{job}-1")
 
 
+@pytest.mark.long
 def test_a_job_that_fails_is_tried_again_and_the_end_of_its_program_is_known(far: BesideRay) -> None:
     job = far.python("import os, sys; sys.exit(6 if os.environ['RAYLAUNCH_ATTEMPT'] < '2' else 7)", "--retries", "1")
     ended = far.ended(job, timeout_s=90)

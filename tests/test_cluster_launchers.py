@@ -31,6 +31,7 @@ def example(cluster: Cluster, name: str) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_the_torchrun_example_trains_on_two_ranks(cluster: Cluster) -> None:
     import torch  # noqa: PLC0415 -- only where it is installed
 

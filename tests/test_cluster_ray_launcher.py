@@ -240,7 +240,8 @@ def test_a_driver_holds_its_workers_gpus_from_its_start_to_its_end(cluster: Clus
     nothing_is_left(cluster, job)
 
 
-@pytest.mark.parametrize("by", [pytest.param("stop", marks=pytest.mark.long), "kill"])
+@pytest.mark.long
+@pytest.mark.parametrize("by", ["stop", "kill"])
 def test_nothing_of_a_driver_is_left_after_a(by: str, cluster: Cluster) -> None:
     job = cluster.submit("--launcher", "ray", "--gpus", "3", "--working-dir", "", "--", "python", "-c", HOLDS)
     wait_until(lambda: b"held" in cluster.log(job), 90, "its workers hold their GPUs")
@@ -271,6 +272,7 @@ def without_raylaunch(tmp_path: Path) -> Path:
     return prefix
 
 
+@pytest.mark.long
 def test_what_ray_train_reports_can_be_read_at_once_and_a_stop_ends_its_run(
     cluster: Cluster, without_raylaunch: Path
 ) -> None:
@@ -344,6 +346,7 @@ def test_the_ray_train_example_trains_on_two_workers(cluster: Cluster) -> None:
     assert not list(Path("~/ray_results/digits").expanduser().glob("checkpoint_*"))
 
 
+@pytest.mark.long
 def test_the_tune_example_gives_each_trial_a_run(cluster: Cluster) -> None:
     pytest.importorskip("sklearn", reason="needs scikit-learn: pip install 'raylaunch[demo]'")
     folder = example(cluster, "tune")

@@ -163,7 +163,7 @@ def test_a_small_disk_can_be_filled_and_keeps_its_files_over_a_reboot() -> None:
         assert host.out("cat /root/kept") == "kept"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_somebody_elses_ray_runs_on_a_host_and_on_no_other(lab: World) -> None:
     with world() as own:
         host = own.host(share=fittings.this_python())

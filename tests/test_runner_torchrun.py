@@ -200,6 +200,7 @@ def test_a_pasted_torchrun_that_is_not_there_says_where_it_comes_from(make: Make
 
 
 @pytest.mark.wandb
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the wandb package")
 def test_where_every_rank_tracks_the_job_is_what_rank_0_logged(make: Make, tmp_path: Path) -> None:
     wandb = {"mode": "offline", "run_id": "own", "name": "job", "tags": [], "notes": "", "job_type": "train"}

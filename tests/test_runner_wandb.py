@@ -93,8 +93,8 @@ def points_on_disk(attempt: Attempt) -> set[int]:
 
 
 def logged(attempt: Attempt) -> int:
-    """Return the last point that the training has logged."""
-    return int(attempt.log.read_text().rpartition("logged ")[2].split()[0])
+    """Return the last point that the training has logged, in a line that is whole."""
+    return int(re.findall(r"logged (\d+)\n", attempt.log.read_text())[-1])
 
 
 def test_without_credentials_a_script_tracks_off_line_and_it_is_said_why(make: Make) -> None:
