@@ -20,7 +20,7 @@ from support.sshd import Sshd, sshd
 from support.waiting import wait_until
 
 from raylaunch.cluster.ssh.machine import Machine, PushFile, machine
-from raylaunch.cluster.ssh.transfer import RANGE_BYTES
+from raylaunch.cluster.ssh.transfer import RANGE_BYTES, sha_of
 from raylaunch.errors import HostLostError, HostStorageError, RaylaunchError, SpecError, StorageError, TransferError
 
 pytestmark = [pytest.mark.slow, pytest.mark.anyio]
@@ -215,6 +215,19 @@ async def test_two_that_push_the_same_at_once_do_not_disturb_each_other(
     async with machine(host.target) as other, anyio.create_task_group() as group:
         group.start_soon(there.push, [PushFile(big, str(far))])
         group.start_soon(other.push, [PushFile(big, str(far))])
+    assert far.read_bytes() == big.read_bytes()
+
+
+async def test_what_another_is_just_beginning_to_write_is_left_to_both(
+    there: Machine, tmp_path: Path, big: Path
+) -> None:
+    far = tmp_path / "far/big.whl"
+    far.parent.mkdir()
+    with (far.parent / f"big.whl.part-{sha_of(big)[:16]}").open("wb") as part:  # no range of it has arrived yet
+        part.write(b"its first bytes")
+        part.flush()
+        await there.push([PushFile(big, str(far))])
+        assert far.stat().st_ino == os.fstat(part.fileno()).st_ino
     assert far.read_bytes() == big.read_bytes()
 
 

@@ -55,8 +55,8 @@ _LOOK = (
     echo have
   elif [ -f "$part" ] && [ -f "$part.ranges" ]; then
     echo ranges $(sort -un "$part.ranges")
-  else
-    rm -f "$part" "$part.ranges"
+  else # the part stays: somebody else may be writing its first range, and those that are sent now overwrite it
+    [ -f "$part" ] || rm -f "$part.ranges"
     echo none
   fi
 done
