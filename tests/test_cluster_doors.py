@@ -46,7 +46,14 @@ def test_rays_own_tools_show_a_job_its_log_and_the_cluster(cluster: Cluster) -> 
     assert "4.0 GPU" in status.out
 
 
-@pytest.mark.parametrize(("what", "shown"), [("nodes", "ALIVE"), ("actors", "Steward"), ("jobs", "SUBMISSION")])
+@pytest.mark.parametrize(
+    ("what", "shown"),
+    [
+        ("nodes", "ALIVE"),
+        pytest.param("actors", "Steward", marks=pytest.mark.long),
+        pytest.param("jobs", "SUBMISSION", marks=pytest.mark.long),
+    ],
+)
 def test_rays_state_tools_work_in_that_environment(cluster: Cluster, what: str, shown: str) -> None:
     cluster.ended(cluster.python("print(1)"))
     found = cluster.ray("list", what)

@@ -99,6 +99,7 @@ def test_a_line_is_followed_while_it_is_young(cluster: Cluster) -> None:
         assert not cluster.job(job).state.ended
 
 
+@pytest.mark.long
 def test_a_log_that_ray_has_thrown_away_is_said_to_be_gone(cluster: Cluster, quick: dict[str, str]) -> None:
     job = quick["gone"]
     cluster.ended(job)
@@ -123,6 +124,7 @@ def test_it_has_one_log_and_one_attempt(cluster: Cluster, waiting: str) -> None:
     assert f"{waiting} has no attempt 2" in cluster.cli("logs", waiting, "--attempt", "2").err
 
 
+@pytest.mark.long
 def test_where_the_link_hangs_rays_own_api_gives_the_log(cluster: Cluster, waiting: str) -> None:
     link = next(
         process

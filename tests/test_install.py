@@ -188,6 +188,7 @@ def test_an_index_that_was_asked_for_and_fails_is_an_error(online: Callable[...,
     assert "127.0.0.1:9" in error.message
 
 
+@pytest.mark.long
 def test_where_no_index_is_reached_from_here_the_hosts_own_uv_serves(
     online: Callable[..., BareHost], wheel_index: Index, tmp_path: Path
 ) -> None:
@@ -199,6 +200,7 @@ def test_where_no_index_is_reached_from_here_the_hosts_own_uv_serves(
     assert versions_of(python) == VERSIONS
 
 
+@pytest.mark.long
 def test_progress_is_told_while_wheels_are_pushed(fresh_host: BareHost) -> None:
     fresh_host.ensure()
     pushed = [step.message for step in fresh_host.steps if step.name == "push" and step.state == "waits"]

@@ -159,6 +159,7 @@ def test_through_the_controller_where_our_account_may_not_read_the_file(
     assert notes.read_text().count("-W 127.0.0.1:") == 4
 
 
+@pytest.mark.long
 def test_it_comes_the_same_way_where_no_ssh_is_installed(
     api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +170,7 @@ def test_it_comes_the_same_way_where_no_ssh_is_installed(
     assert host.log().count("Accepted publickey") == 2, "a lane has one connection of its own"
 
 
+@pytest.mark.long
 def test_it_comes_the_same_way_where_the_ssh_that_is_installed_gets_none(
     api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
