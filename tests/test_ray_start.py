@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.ray_head import PORT_FLAGS
+from support.sshd import listening
 from support.waiting import wait_until
 
 from raylaunch.cluster.ports import LOOPBACK, free_ports
@@ -106,17 +107,6 @@ import sys, time
 if any(word.endswith(("dashboard/agent.py", "runtime_env/agent/main.py")) for word in sys.orig_argv):
     time.sleep(20)
 """
-PORTS = (
-    "port",
-    "dashboard-port",
-    "dashboard-agent-listen-port",
-    "dashboard-agent-grpc-port",
-    "metrics-export-port",
-    "runtime-env-agent-port",
-    "ray-client-server-port",
-    "node-manager-port",
-    "object-manager-port",
-)
 
 
 @pytest.fixture
@@ -124,12 +114,6 @@ def short_path() -> Iterator[Path]:
     """A folder for Ray's sockets, whose paths may have 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="rl-") as folder:
         yield Path(folder)
-
-
-def listens(port: int) -> bool:
-    """Say whether something listens at a port of loopback."""
-    with socket.socket() as knock:
-        return knock.connect_ex((LOOPBACK, port)) == 0
 
 
 @pytest.mark.ray
@@ -141,14 +125,14 @@ def test_ray_comes_up_though_its_agents_take_longer_than_the_raylet_waits(tmp_pa
     environ = {**kept, "PYTHONPATH": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
     argv = [sys.executable, "-m", "raylaunch.cluster.ray_start", "start", "--head", "--block", "--num-gpus=0"]
     argv += [f"--node-ip-address={LOOPBACK}", f"--temp-dir={short_path}"]
-    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+    ports = dict(zip(PORT_FLAGS, free_ports(len(PORT_FLAGS)), strict=True))
     argv += [f"--{name}={port}" for name, port in ports.items()]
     log = tmp_path / "ray.log"
     with log.open("wb") as out, subprocess.Popen(argv, env=environ, stdout=out, stderr=out) as ray:
         try:
             wait_until(lambda: "Ray runtime started" in log.read_text() or ray.poll(), 120, "Ray is up, or has ended")
             agent = ports["dashboard-agent-listen-port"]
-            wait_until(lambda: listens(agent) or ray.poll(), 60, "an agent listens, or Ray has ended")
+            wait_until(lambda: listening(agent) or ray.poll(), 60, "an agent listens, or Ray has ended")
             assert ray.poll() is None, log.read_text()
         finally:
             started = psutil.Process(ray.pid).children(recursive=True) if ray.poll() is None else []

@@ -40,10 +40,10 @@ setup_commands:
 head_setup_commands: []
 worker_setup_commands: []
 head_start_ray_commands:
-    - ray stop
+    - mkdir -p /tmp/ray
     - ulimit -c unlimited && ray start --head --port=6379 --num-gpus=4 --object-store-memory 1000000000
 worker_start_ray_commands:
-    - ray stop
+    - mkdir -p /tmp/ray
     - ray start --address=$RAY_HEAD_IP:6379 --num-gpus 8
 """
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from raylaunch.cluster.ports import LOOPBACK, free_ports, worker_range
 from support.waiting import wait_until
 
-_FLAGS = (
+PORT_FLAGS = (
     "port",
     "dashboard-port",
     "dashboard-agent-listen-port",
@@ -27,6 +27,7 @@ _FLAGS = (
     "node-manager-port",
     "object-manager-port",
 )
+"""The ports of a head, as ``ray start`` calls them."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def ray_head(*, gpus: int = 2, cpus: int = 4, token: bool = True, home: Path | N
     secret = folder / "token"
     secret.write_text("a" * 48 if token else "")
     secret.chmod(0o600)
-    ports = dict(zip(_FLAGS, free_ports(len(_FLAGS)), strict=True))
+    ports = dict(zip(PORT_FLAGS, free_ports(len(PORT_FLAGS)), strict=True))
     workers = worker_range(avoid=ports.values())
     argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     argv += [f"--node-ip-address={LOOPBACK}", f"--dashboard-host={LOOPBACK}", f"--temp-dir={folder / 'r'}"]
