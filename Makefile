@@ -34,7 +34,7 @@ test-clients: .venv/.test ## Claude Code's own command line connects to the MCP 
 	tools/node.sh claude @anthropic-ai/claude-code@2.1.330 1800
 	$(BIN)/python -m pytest tests/clients_claude_code.py $(ARGS)
 
-check: lint ## lint, format, types and the pure tests; under two minutes
+check: lint ## lint, format, types and the pure tests; about two minutes
 	$(PYTEST) -m "not machines and not ray and not wandb and not slow and not long" $(ARGS)
 
 lint: .venv/.test
