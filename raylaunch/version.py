@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 API = 1
 """Grows when a client and a controller of different numbers could misunderstand each other."""
