@@ -47,6 +47,10 @@ _Result = TypeVar("_Result")
 HOLD_S = 25.0
 """How long one question about news is held open."""
 _LOOK_S = 300.0
+_GATHERED_BY_UP = (
+    "nodes reach no package index, and the cluster's environment lists packages whose wheels are not there; "
+    "the person who runs the cluster sends them: raylaunch up"
+)
 PATIENCE_S = 60.0
 """How long a lost controller is waited for where something is followed: it restarts in a few seconds."""
 
@@ -178,11 +182,16 @@ class Client:
         return await self.patient(partial(post, body=request.model_copy(update=update)))
 
     async def _send_wheels(self, spec: JobSpec, on_progress: OnProgress) -> tuple[WheelSet, ...]:
-        """Send what the environment is made of, which may be the cluster's, for nodes that reach no package index."""
-        from raylaunch.job_wheels import send_wheels  # noqa: PLC0415 -- seldom, and it loads what finds wheels
+        """Send what the environment is made of, for nodes that reach no package index. See `resolved_here`."""
+        from raylaunch.job_wheels import resolved_here, send_wheels  # noqa: PLC0415 -- seldom, and it loads what finds wheels
 
         there = await self.patient(partial(self.dry_run, spec.model_copy(update={"secrets": ()})))  # which come along
-        spec = spec.model_copy(update={"environment": there.environment})
+        if spec.environment.kind == "default":
+            environment = resolved_here(there.environment)
+            if environment is None:
+                self._notice(_GATHERED_BY_UP)
+                return ()
+            spec = spec.model_copy(update={"environment": environment})
         return await send_wheels(
             self._wire, spec, there.wheels_for, patient=self.patient, on_progress=on_progress, on_notice=self._notice
         )

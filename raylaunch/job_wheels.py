@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,11 +15,12 @@ from pathlib import Path
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from raylaunch.cluster.install.pins import WheelPlatform
-from raylaunch.cluster.install.resolving import IndexUnreachableError, Wheel, find_uv
+from raylaunch.cluster.install.resolving import IndexUnreachableError, Wheel, find_uv, tool_environment
 from raylaunch.cluster.install.wheels import WheelStore
 from raylaunch.cluster.programs import run_program
 from raylaunch.errors import SpecError
 from raylaunch.packing import Packed
+from raylaunch.requirement_lines import OTHER_FILE, check_line, check_named, joined
 from raylaunch.spec import Environment, JobSpec
 from raylaunch.state import PackReport
 from raylaunch.transfer import OnProgress, Patient, upload
@@ -38,7 +38,6 @@ _UNGATHERED = (
     "nodes reach no package index, and wheels for them could not be gathered; "
     "the job can only start where an earlier one has made its environment"
 )
-_OTHER_FILE = re.compile(r"^(\s*(?:-r|--requirement|-c|--constraint)[ =]\s*)(\S+)")
 
 
 async def send_wheels(  # noqa: PLR0913 -- what goes where, and who is told
@@ -94,15 +93,34 @@ async def requirements_of(environment: Environment, folder: Path) -> tuple[str, 
     """Return what an environment is made of, as lines of a requirements file.
 
     Raises:
-        SpecError: the file is not there, or uv cannot read the lock.
+        SpecError: the file is not there, uv cannot read the lock, or a line is none that this machine resolves.
     """
     if environment.kind == "uv":
         return await _locked(folder)
-    return tuple(_lines(folder / environment.value)) if environment.value else environment.requirements
+    if not environment.value:
+        check_named(environment.requirements)
+        return environment.requirements
+    check_line(f"-r {environment.value}", folder)
+    return tuple(_lines(folder / environment.value, folder))
 
 
-def _lines(file: Path, *, depth: int = 0) -> Iterator[str]:
-    """Yield a requirements file whose references to others are absolute; what is in those is marked beside them."""
+def resolved_here(environment: Environment) -> Environment | None:
+    """Return what of the cluster's own environment this machine resolves; None for nothing. Pure.
+
+    The head says which file of the working directory its environment is made from. Packages that the head lists are
+    not resolved here: their wheels are gathered by `raylaunch up`, from the cluster.yaml of the person who runs it.
+    """
+    match environment.kind:
+        case "uv":
+            return Environment(kind="uv")
+        case "pip" if environment.value:
+            return Environment(kind="pip", value=environment.value)
+        case _:
+            return None
+
+
+def _lines(file: Path, folder: Path, *, depth: int = 0) -> Iterator[str]:
+    """Yield a requirements file whose references to others are absolute, followed by a digest of their content."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -110,26 +128,41 @@ def _lines(file: Path, *, depth: int = 0) -> Iterator[str]:
         raise SpecError(
             msg, hint="name one in the working directory: environment: pip:FILE", field="environment"
         ) from None
-    for line in text.splitlines():
-        if found := _OTHER_FILE.match(line):
-            other = file.parent / found[2]
-            inside = "\n".join(_lines(other, depth=depth + 1)) if depth < _DEEPEST else ""
-            yield f"{found[1]}{other.absolute()}  # {hashlib.sha256(inside.encode()).hexdigest()}"
+    for line in joined(text):
+        check_line(_from(file.parent, line, folder), folder)
+        if found := OTHER_FILE.match(line.strip()):
+            if depth == _DEEPEST:
+                msg = f"the requirements file {file} refers to others more than {_DEEPEST} deep"
+                raise SpecError(msg, field="environment")
+            other = file.parent / found[1]
+            inside = "\n".join(_lines(other, folder, depth=depth + 1))
+            option = line.strip()[: found.start(1)]
+            yield f"{option}{other.absolute()}  # {hashlib.sha256(inside.encode()).hexdigest()}"
         else:
             yield line
+
+
+def _from(parent: Path, line: str, folder: Path) -> str:
+    """Return a line with its reference to another file as seen from the working directory."""
+    found = OTHER_FILE.match(line.strip())
+    if found is None:
+        return line
+    return f"-r {os.path.relpath(parent / found[1], folder)}"
 
 
 async def _locked(folder: Path) -> tuple[str, ...]:
     """Return what a project's ``uv.lock`` names, with its indexes; not the project itself."""
     argv = [find_uv(os.environ), "export", "--frozen", "--no-emit-project", "--no-hashes", "--no-header", "--quiet"]
-    env = {**os.environ, "UV_NO_PROGRESS": "1"}
-    env.pop("VIRTUAL_ENV", None)
+    env = {**tool_environment(os.environ), "UV_NO_PROGRESS": "1"}
     ran = await run_program([*argv, "--color=never"], cwd=folder, env=env, limit_s=_EXPORT_S, step="uv export")
     if ran.status != 0:
         msg = f"uv cannot read the lock of {folder}: {' '.join(ran.text.split())[-400:]}"
         raise SpecError(msg, hint="make it anew with: uv lock", field="environment")
     lines = tuple(line for line in ran.text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
-    return (*_indexes(folder), *lines)
+    found = (*_indexes(folder), *lines)
+    for line in found:
+        check_line(line, folder)
+    return found
 
 
 def _indexes(folder: Path) -> Iterator[str]:

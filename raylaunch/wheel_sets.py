@@ -14,11 +14,11 @@ class _View(BaseModel):
 class BuildPlatform(_View):
     """What decides which wheels fit a node."""
 
-    arch: str
+    arch: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,20}$")]
     """As ``uname -m`` says."""
-    glibc: str
+    glibc: Annotated[str, Field(pattern=r"^([0-9]{1,3}\.[0-9]{1,3})?$")]
     """Its version, as ``2.35``; empty for another C library."""
-    python: str
+    python: Annotated[str, Field(pattern=r"^[0-9]\.[0-9]{1,3}(\.[0-9]{1,3})?[a-z0-9+]{0,8}$")]
     """The full version of the Python that environments are made from there."""
 
     @property

@@ -315,12 +315,41 @@ def test_where_no_index_is_reached_from_here_either_the_job_is_taken_and_that_is
     api: Api, served: Index, tmp_path: Path
 ) -> None:
     served.down = True
-    own = Environment(kind="pip", requirements=("alpha",))
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "requirements.txt").write_text("alpha\n")
+    own = Environment(kind="pip", value="requirements.txt")
     api.desk.air_gapped = DryRun(fits=("h1",), message="", wheels_for=(HERE,), environment=own)
+    notices: list[str] = []
+    job = asyncio.run(submitted(api, tmp_path / "code", notices))
+    assert api.do(lambda: api.records.get(job)).wheels == ()
+    assert "wheels for them could not be gathered" in notices[0]
+
+
+def test_lines_that_the_head_names_are_not_resolved_here(
+    api: Api, served: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET", "hunter2")
+    lines = ("alpha", f"leak @ {served.url}/${{AWS_SECRET}}/leak-1-py3-none-any.whl", "-r /etc/hostname")
+    named = Environment(kind="pip", requirements=lines)
+    api.desk.air_gapped = DryRun(fits=("h1",), message="", wheels_for=(HERE,), environment=named)
     notices: list[str] = []
     job = asyncio.run(submitted(api, tmp_path, notices))
     assert api.do(lambda: api.records.get(job)).wheels == ()
-    assert "wheels for them could not be gathered" in notices[0]
+    assert (served.asked, served.fetched) == ([], [])
+    assert "raylaunch up" in notices[0]
+
+
+@pytest.mark.parametrize("file", ["../requirements.txt", "/etc/hostname", "~/requirements.txt"])
+def test_a_file_outside_the_working_folder_that_the_head_names_is_not_read(
+    api: Api, served: Index, tmp_path: Path, file: str
+) -> None:
+    (tmp_path / "requirements.txt").write_text("alpha\n")
+    (tmp_path / "code").mkdir()
+    own = Environment(kind="pip", value=file)
+    api.desk.air_gapped = DryRun(fits=("h1",), message="", wheels_for=(HERE,), environment=own)
+    with pytest.raises(SpecError, match="leads out of the working directory"):
+        asyncio.run(submitted(api, tmp_path / "code", []))
+    assert served.asked == []
 
 
 class Looks(LinkToNothing):

@@ -58,6 +58,18 @@ class Wheel(BaseModel):
     """Where it is to be had; not kept, for an index may change its addresses."""
 
 
+_KEPT = re.compile(
+    r"PATH|HOME|USER|LOGNAME|LANG|LC_\w+|TMPDIR|XDG_\w+|DBUS_SESSION_BUS_ADDRESS|NETRC|(?:UV|PIP)_\w+"
+    r"|SSL_CERT_(?:FILE|DIR)|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|(?:HTTPS?|ALL|NO|FTP)_PROXY",
+    re.IGNORECASE,
+)
+
+
+def tool_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what uv and pip need of an environment: their settings, the way to an index, and no secret besides."""
+    return {name: value for name, value in environ.items() if _KEPT.fullmatch(name)}
+
+
 def find_uv(environ: Mapping[str, str]) -> str:
     """Return the path of the program uv, which is installed with raylaunch.
 
@@ -107,7 +119,7 @@ async def _resolve(
         argv += ["--python-version", platform.python, "--python-platform", platform.uv_name]
         argv += ["--format", "pylock.toml", "--output-file", str(lock)]
         body = "".join(f"{one}\n" for one in requirements).encode()
-        env = {**environ, **index_settings(environ), "UV_NO_PROGRESS": "1"}
+        env = {**tool_environment(environ), **index_settings(environ), "UV_NO_PROGRESS": "1"}
         ran = await run_program(argv, input=body, cwd=folder, env=env, limit_s=RESOLVE_S, step=STEP)
         if ran.status != 0:
             raise _problem(ran.text, platform)

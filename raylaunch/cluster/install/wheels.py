@@ -27,7 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 from raylaunch.cluster.home import make_private_dir, raylaunch_home, storage_error, storage_errors, write_private
 from raylaunch.cluster.install.own_wheel import OwnWheel, own_wheel
 from raylaunch.cluster.install.pins import WheelPlatform
-from raylaunch.cluster.install.resolving import STEP, Wheel, find_uv, resolve
+from raylaunch.cluster.install.resolving import STEP, Wheel, find_uv, resolve, tool_environment
 from raylaunch.cluster.installer.index_settings import pip_settings
 from raylaunch.cluster.programs import run_program
 from raylaunch.errors import ClusterStartError, ConflictError, RaylaunchError, TransferError
@@ -183,7 +183,7 @@ class WheelStore:
         argv += ["--no-deps", "--only-binary=:all:", "--python-version", platform.minor, "--implementation=cp"]
         argv += [f"--platform={name}" for name in platform.platforms]
         argv += ["--dest", str(done), "--requirement", str(listed)]
-        env = {**self.environ, **pip_settings(self.environ), "TMPDIR": str(folder / "tmp")}
+        env = {**tool_environment(self.environ), **pip_settings(self.environ), "TMPDIR": str(folder / "tmp")}
         ran = await run_program(argv, cwd=folder, env=env, limit_s=GATHER_S, step=STEP)
         if ran.status != 0:
             raise self._not_downloaded(wheels, ran.text)

@@ -1,0 +1,123 @@
+"""Which requirement lines this machine resolves: those of the job's own folder and spec, and nothing that reaches out.
+
+uv expands ``${NAME}``, follows ``-r`` and ``--index-url`` lines, and opens local paths. A line may therefore name a
+package (PEP 508), an https address, or a file inside the working folder.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from packaging.requirements import InvalidRequirement, Requirement
+
+from raylaunch.errors import SpecError
+
+OTHER_FILE = re.compile(r"(?:-r|--requirement|-c|--constraint)(?:\s+|\s*=\s*)(\S+)")
+"""A line that refers to another file."""
+_INDEX = re.compile(r"(?:-i|--index-url|--extra-index-url|-f|--find-links)(?:\s+|\s*=\s*)(\S+)")
+_EDITABLE = re.compile(r"(?:-e|--editable)(?:\s+|\s*=\s*)(\S+)")
+_HARMLESS = re.compile(r"--(?:pre|prefer-binary|no-index|(?:no|only)-binary(?:\s+|\s*=\s*)[A-Za-z0-9:,._-]+)")
+_HASH = re.compile(r"\s--hash[= ][a-z0-9]+:[0-9a-f]+(?=\s|$)")
+_COMMENT = re.compile(r"(?:^|\s)#.*$")
+_PATH = re.compile(r"\.{0,2}/|~|.*\.(?:whl|tar\.gz|zip)(?:\[[^\]]*\])?$|\.{1,2}(?:\[[^\]]*\])?$")
+_SECURE = frozenset({"https", "git+https"})
+
+
+def joined(text: str) -> Iterator[str]:
+    r"""Yield a requirements file's lines; one that ends with ``\`` is continued by the next."""
+    yield from re.sub(r"\\\r?\n", " ", text).splitlines()
+
+
+def check_named(requirements: Iterable[str]) -> None:
+    """Check a list of requirements from a spec: packages by name, or https addresses of some.
+
+    Raises:
+        SpecError: one is neither.
+    """
+    for text in requirements:
+        if not text.isprintable():
+            raise _refused(text, "contains control characters")
+        _check_requirement(text)
+
+
+def check_line(line: str, folder: Path) -> None:
+    """Check one line of a requirements file in a working folder.
+
+    Raises:
+        SpecError: it is an option that is not known, leads out of the folder, or expands a variable.
+    """
+    text = _HASH.sub("", _COMMENT.sub("", line)).strip()
+    if not text or _HARMLESS.fullmatch(text):
+        return
+    if found := OTHER_FILE.fullmatch(text) or _EDITABLE.fullmatch(text):
+        _check_path(text, found[1], folder)
+    elif found := _INDEX.fullmatch(text):
+        _check_place(text, found[1], folder)
+    elif text.startswith("-"):
+        raise _refused(text, "is an option that is not used here")
+    elif _PATH.match(text) and "@" not in text and "://" not in text:
+        _check_path(text, text.partition("[")[0].partition(";")[0].strip(), folder)
+    elif "://" in text and "@" not in text.partition("://")[0]:
+        _check_url(text, text.split()[0])
+    else:
+        _check_requirement(text, folder)
+
+
+def _check_requirement(text: str, folder: Path | None = None) -> None:
+    if "$" in text:
+        raise _refused(text, "expands a variable of this machine")
+    try:
+        url = Requirement(text).url
+    except InvalidRequirement as error:
+        why = str(error).splitlines()[0]
+        raise _refused(text, f"is not a requirement (PEP 508): {why}") from None
+    if url is None:
+        return
+    if folder is None:
+        _check_url(text, url)
+    else:
+        _check_place(text, url, folder)
+
+
+def _check_place(text: str, place: str, folder: Path) -> None:
+    if place.startswith("file://"):
+        _check_path(text, urlsplit(place).path, folder)
+    elif "://" in place:
+        _check_url(text, place)
+    else:
+        _check_path(text, place, folder)
+
+
+def _check_url(text: str, url: str) -> None:
+    if "$" in text:
+        raise _refused(text, "expands a variable of this machine")
+    parts = urlsplit(url)
+    if parts.scheme not in _SECURE and not (parts.scheme == "http" and _is_loopback(parts.hostname or "")):
+        raise _refused(text, "is not reached over https")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_path(text: str, path: str, folder: Path) -> None:
+    if "$" in text:
+        raise _refused(text, "expands a variable of this machine")
+    if path.startswith("~") or not (folder / path).resolve().is_relative_to(folder.resolve()):
+        raise _refused(text, "leads out of the working directory")
+
+
+def _refused(text: str, why: str) -> SpecError:
+    msg = f"the requirement {text[:200]!r} {why}"
+    hint = (
+        "name packages (PEP 508), https addresses or files in the working directory; credentials of an index belong in "
+        "pip's or uv's configuration, or in a netrc file"
+    )
+    return SpecError(msg, hint=hint, field="environment")
