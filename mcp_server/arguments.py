@@ -114,7 +114,7 @@ class JobLogs(Arguments):
     job: JobRef = "last"
     tail: Annotated[int, Field(ge=1, le=MOST_LINES, description="the last lines")] = 100
     search: Annotated[str, Field(description="only lines with this text, from the first on", max_length=999)] = ""
-    regex: Annotated[bool, Field(description="search is a regular expression")] = False
+    regex: Annotated[bool, Field(description="search is a regular expression (RE2)")] = False
     ignore_case: bool = False
     cursor: Annotated[str, Field(description="of the last answer: what comes after", max_length=99)] = ""
     attempt: Annotated[int | None, Field(ge=1, description="by default the latest")] = None

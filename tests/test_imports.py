@@ -80,6 +80,7 @@ KNOWN_TO: dict[str, tuple[str, ...]] = {
     "httpx2": ("raylaunch/wire.py", "raylaunch/controller/ray_jobs.py"),
     "fastapi": ("raylaunch/controller/",),
     "uvicorn": ("raylaunch/controller/",),
+    "re2": ("raylaunch/controller/logs.py",),
     "rich": ("raylaunch/cli/",),
     "pandas": ("raylaunch/sdk/",),
     "click": ("raylaunch/cli/",),

@@ -175,7 +175,34 @@ def test_an_empty_pattern_and_a_wrong_expression_are_refused(log: Path) -> None:
         logs.search(log, "")
     with pytest.raises(SpecError) as raised:
         logs.search(log, "(", regex=True)
-    assert raised.value.message == ("'(' is not a regular expression: missing ), unterminated subpattern at position 0")
+    assert raised.value.message == "'(' is not a supported regular expression: missing ): ("
+
+
+@pytest.mark.parametrize("pattern", ["(?=loss)x", "(?<!loss)x", r"(a)\1"])
+def test_what_the_engine_of_expressions_lacks_is_refused_with_what_there_is(
+    log: Path, pattern: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SpecError) as raised:
+        logs.search(log, pattern, regex=True)
+    assert "no lookaround" in raised.value.hint
+    assert "backreference" in raised.value.hint
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_pattern_of_many_characters_or_of_half_a_character_is_refused(log: Path) -> None:
+    with pytest.raises(SpecError, match="1001 characters"):
+        logs.search(log, "a" * 1001, regex=True)
+    with pytest.raises(SpecError, match="half of a character"):
+        logs.search(log, "\ud800")
+    with pytest.raises(SpecError, match="is not a supported regular expression"):
+        logs.search(log, "((((a{100}){100}){100}){100}){100}", regex=True)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", "(.*)*x", "a?" * 30 + "a" * 30 + "$"])
+def test_no_expression_takes_longer_than_its_text(log: Path, pattern: str) -> None:
+    log.write_bytes((b"a" * 40 + b"!\n") * 2000)  # Python's own engine does not end in a lifetime
+    assert texts(log, pattern, regex=True) == []
 
 
 def test_a_rank_without_a_log_is_answered_with_those_that_have_one(tmp_path: Path) -> None:

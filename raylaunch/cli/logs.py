@@ -26,7 +26,7 @@ _TAIL = 100
 @click.option("--since", type=click.IntRange(0), metavar="OFFSET", help="From this byte on, instead.")
 @click.option("-f", "--follow", "follows", is_flag=True, help="Go on until the job has ended.")
 @click.option("--search", metavar="TEXT", help="Only lines that hold this, each with its offset.")
-@click.option("--regex", is_flag=True, help="TEXT is a regular expression.")
+@click.option("--regex", is_flag=True, help="TEXT is a regular expression (RE2).")
 @click.option("-i", "--ignore-case", is_flag=True, help="Search in any case.")
 @attempt_option
 @rank_option

@@ -10,7 +10,7 @@ from typing import Protocol, TypedDict
 import anyio
 
 from raylaunch.controller import logs
-from raylaunch.controller.foreign_logs import Blocks, ForeignLogs
+from raylaunch.controller.foreign_logs import Blocks
 from raylaunch.controller.logs import Slice
 from raylaunch.controller.record import JobRecord
 from raylaunch.controller.services import Services
@@ -59,7 +59,7 @@ def log_of(services: Services, record: JobRecord, *, n: int, rank: int) -> Log:
     if rank:
         msg = f"{record.id} was submitted with plain ray job submit and has one log, that of rank 0"
         raise NotFoundError(msg, hint="what its other processes wrote is in Ray's dashboard: raylaunch env")
-    return _Rays(services.foreign_logs, record.attempts[n - 1])
+    return _Rays(services, record.attempts[n - 1])
 
 
 class _NotYet:
@@ -95,15 +95,17 @@ class _Stored:
         return await anyio.to_thread.run_sync(partial(logs.read, self._path, offset=offset, limit=limit))
 
     async def search(self, asked: Searched) -> LogMatches:
-        return await anyio.to_thread.run_sync(partial(logs.search, self._path, **asked))
+        search = partial(logs.search, self._path, **asked)
+        return await anyio.to_thread.run_sync(search, limiter=self._services.searches)
 
     async def grown(self, _size: int, timeout_s: float) -> None:
         await self._services.jobs.wait_growth(self._attempt.id, timeout_s)
 
 
 class _Rays:
-    def __init__(self, foreign: ForeignLogs, attempt: AttemptView) -> None:
-        self._logs = foreign
+    def __init__(self, services: Services, attempt: AttemptView) -> None:
+        self._logs = services.foreign_logs
+        self._searches = services.searches
         self._attempt = attempt
 
     async def tail_offset(self, lines: int) -> int:
@@ -114,7 +116,7 @@ class _Rays:
 
     async def search(self, asked: Searched) -> LogMatches:
         blocks = Blocks(self._logs, self._attempt, asked["offset"])
-        return await anyio.to_thread.run_sync(partial(logs.search_in, blocks, **asked))
+        return await anyio.to_thread.run_sync(partial(logs.search_in, blocks, **asked), limiter=self._searches)
 
     async def grown(self, size: int, timeout_s: float) -> None:
         await self._logs.grown(self._attempt, size, timeout_s)

@@ -5,10 +5,12 @@ Everything is read in blocks, so that memory stays flat.
 
 from __future__ import annotations
 
-import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
+
+import re2
 
 from raylaunch.errors import NotFoundError, SpecError
 from raylaunch.node.log_files import READ_BYTES, TAIL_BYTES, Slice, read, size_of, tail_offset
@@ -34,8 +36,13 @@ __all__ = [
 SEARCH_BYTES = 64 * 1024 * 1024
 """How much one search reads before it hands back what it has."""
 
+SEARCH_S = 10.0
+"""How long one search takes at most before it hands back what it has."""
+
 _PIECE = 64 * 1024
 _TEXT = 2000
+_PATTERN_CHARS = 1000
+_PATTERN_MEMORY = 1024 * 1024
 
 
 def log_path(job_folder: Path, *, attempt: int, rank: int) -> Path:
@@ -66,7 +73,7 @@ def search(  # noqa: PLR0913 -- each is one option of the search
 
     Args:
         path: the log.
-        pattern: text to find, or with `regex` a regular expression of Python's.
+        pattern: text to find, or with `regex` a regular expression in RE2's syntax.
         regex: whether the pattern is a regular expression.
         ignore_case: whether case does not matter.
         offset: where to begin, bytes.
@@ -74,7 +81,7 @@ def search(  # noqa: PLR0913 -- each is one option of the search
         max_bytes: how much to read at most; `more` then says that the search can go on from `next_offset`.
 
     Raises:
-        SpecError: the pattern is empty, or not a regular expression.
+        SpecError: the pattern is empty, too long, or not a regular expression.
     """
     options = {"regex": regex, "ignore_case": ignore_case}
     _matcher(pattern, **options)
@@ -106,6 +113,7 @@ def search_in(  # noqa: PLR0913 -- as above
     max_bytes: int = SEARCH_BYTES,
 ) -> LogMatches:
     """Search a log that stands at `offset`; as `search`, but `more` may be said where nothing more is to come."""
+    until = time.monotonic() + SEARCH_S
     matches = _matcher(pattern, regex=regex, ignore_case=ignore_case)
     literal = b"" if regex or ignore_case else pattern.encode()
     found: list[LogMatch] = []
@@ -115,7 +123,7 @@ def search_in(  # noqa: PLR0913 -- as above
         text = _matching_text(line, matches) if line else None
         if text is not None:
             found.append(LogMatch(offset=at, text=text))
-        if len(found) >= limit or position >= offset + max_bytes:
+        if len(found) >= limit or position >= offset + max_bytes or time.monotonic() > until:
             return LogMatches(matches=tuple(found), next_offset=position, more=True)
     return LogMatches(matches=tuple(found), next_offset=position, more=False)
 
@@ -146,15 +154,42 @@ def check_rank(job: str, job_folder: Path, *, attempt: int, rank: int) -> None:
 
 
 def _matcher(pattern: str, *, regex: bool, ignore_case: bool) -> Callable[[str], bool]:
+    """Return what says whether a text matches.
+
+    RE2's time grows with the text only, whatever the pattern; Python's `re` can be made to take hours, and holds the
+    interpreter's lock meanwhile.
+    """
     if not pattern:
         msg = "the pattern to search for is empty"
         raise SpecError(msg, hint="give some text to find", field="pattern")
+    if len(pattern) > _PATTERN_CHARS:
+        msg = f"the pattern to search for has {len(pattern)} characters; at most {_PATTERN_CHARS} are supported"
+        raise SpecError(msg, hint="search for a part of it", field="pattern")
+    options = re2.Options()
+    options.literal = not regex
+    options.case_sensitive = not ignore_case
+    options.log_errors = False
+    options.max_mem = _PATTERN_MEMORY
     try:
-        compiled = re.compile(pattern if regex else re.escape(pattern), re.IGNORECASE if ignore_case else 0)
-    except re.error as error:
-        msg = f"{pattern!r} is not a regular expression: {error}"
-        raise SpecError(msg, hint="correct it, or search for plain text without regex", field="pattern") from None
+        compiled = re2.compile(pattern, options=options)
+    except (re2.error, UnicodeEncodeError) as error:
+        msg = f"{pattern!r} is not a supported regular expression: {_words(error)}"
+        raise SpecError(msg, hint=_SYNTAX, field="pattern") from None
     return lambda text: compiled.search(text) is not None
+
+
+_SYNTAX = (
+    "the syntax is RE2's: character classes, groups, alternatives and repetitions, but no lookaround ((?=…), (?<!…)) "
+    "and no backreference (\\1); or search for plain text without regex"
+)
+
+
+def _words(error: Exception) -> str:
+    """Return what RE2 says, which is bytes."""
+    said = error.args[0] if error.args else ""
+    if isinstance(error, UnicodeEncodeError):
+        return "it holds half of a character"
+    return said.decode(errors="replace") if isinstance(said, bytes) else str(said)
 
 
 def _lines(log: Blocks, offset: int, literal: bytes) -> Iterator[tuple[int, int, bytes]]:

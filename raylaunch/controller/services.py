@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import anyio
+
 from raylaunch.cluster_state import ControllerStatus, RayAccess
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.auth import Role, TokenBook
@@ -20,6 +22,9 @@ from raylaunch.controller.records import Records
 from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.settings import Settings
 from raylaunch.state import AttemptView, DryRun, JobView, MetricsPage, Progress, SubmitAnswer, SubmitRequest
+
+
+_SEARCHES = 4
 
 
 class MetricsReader(Protocol):
@@ -81,6 +86,8 @@ class Services:
     foreign_logs: ForeignLogs
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the server shuts down: everything that waits for news then answers at once."""
+    searches: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_SEARCHES))
+    """Searches have threads of their own: they may take long, and nothing else waits for them."""
 
 
 __all__ = ["DryRun", "JobVerbs", "MetricsReader", "Role", "Services"]

@@ -161,7 +161,7 @@ class Job:
         """Return the lines of the latest attempt's log that hold a pattern, each with its place in bytes.
 
         Args:
-            pattern: text, or with `regex` a regular expression.
+            pattern: text, or with `regex` a regular expression in RE2's syntax.
             regex: whether `pattern` is one.
             ignore_case: whether upper and lower case are the same.
             limit: lines at most, 1 or more.
