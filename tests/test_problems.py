@@ -13,14 +13,14 @@ CASES = (
     Case(
         "system_unsupported",
         BLOCKING,
-        "it runs Alpine Linux v3.20 with musl libc (x86_64); Ray needs Linux with glibc 2.17 or newer",
+        "it runs Alpine Linux v3.20 with musl libc (x86_64); raylaunch needs Linux with glibc 2.28 or newer",
         "use a host with Ubuntu, Debian, RHEL, or their like",
         {"system.name": "Alpine Linux v3.20", "system.libc": "musl libc (x86_64)"},
     ),
     Case(
         "system_unsupported",
         BLOCKING,
-        "it runs Darwin 24.1.0; Ray needs Linux with glibc 2.17 or newer",
+        "it runs Darwin 24.1.0; raylaunch needs Linux with glibc 2.28 or newer",
         "use a host with Ubuntu, Debian, RHEL, or their like",
         {"system": {"kind": "Darwin", "release": "24.1.0"}},
     ),

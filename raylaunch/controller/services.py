@@ -23,7 +23,6 @@ from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.settings import Settings
 from raylaunch.state import AttemptView, DryRun, JobView, MetricsPage, Progress, SubmitAnswer, SubmitRequest
 
-
 _SEARCHES = 4
 
 

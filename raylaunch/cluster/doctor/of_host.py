@@ -13,7 +13,7 @@ from raylaunch.spec import ClusterSpec, HostSpec
 GIB = 1024**3
 
 ARCHITECTURES = ("x86_64", "aarch64")
-OLDEST_GLIBC = (2, 17)
+OLDEST_GLIBC = (2, 28)
 """What Ray's wheels are built for (manylinux2014)."""
 ROOT_NEEDS, ROOT_WANTS = 2 * GIB, 10 * GIB
 """An environment with Ray and wandb takes 0.9 GB, and its wheels as much for a while; then come packages of jobs."""
@@ -61,9 +61,8 @@ def _system(host: HostSpec, facts: HostFacts) -> Iterator[Problem]:
     old = facts.glibc is not None and facts.glibc < OLDEST_GLIBC
     if system.kind != "Linux" or old or (system.libc and facts.glibc is None):
         what = system.name or f"{system.kind} {system.release}".strip() or "something unknown"
-        message = (
-            f"it runs {what}{f' with {system.libc}' if system.libc else ''}; Ray needs Linux with glibc 2.17 or newer"
-        )
+        libc = f" with {system.libc}" if system.libc else ""
+        message = f"it runs {what}{libc}; raylaunch needs Linux with glibc 2.28 or newer"
         yield blocking(host.name, "system_unsupported", message, "use a host with Ubuntu, Debian, RHEL, or their like")
     if facts.arch and facts.arch not in ARCHITECTURES:
         message = f"it is {facts.arch}; Ray is built for {' and '.join(ARCHITECTURES)}"

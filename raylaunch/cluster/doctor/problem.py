@@ -32,7 +32,7 @@ CODES: dict[str, str] = {
     "connection_lost": "the connection broke while the host was looked at",
     "probe_failed": "the host cannot be looked at: its shell does not run the probe, or takes too long",
     # The system.
-    "system_unsupported": "the host does not run Linux with glibc 2.17 or newer, for which Ray is built",
+    "system_unsupported": "the host does not run Linux with glibc 2.28 or newer, for which what it needs is built",
     "architecture_unsupported": "Ray is built for x86-64 and aarch64 only",
     "container": "the host is a container: what is not on a volume is lost with it",
     "reboot_due": "the host waits for a reboot",
