@@ -1,15 +1,12 @@
-"""Jobs whose own wandb is older than the cluster's: its points may be late, and none is lost."""
+"""Jobs whose own wandb is older than the cluster's: they work, and it is said that points show late."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
 from support.cluster import Cluster
-from support.waiting import wait_until
 from support.wandb_server import WandbServer
 
 from raylaunch.state import JobState
@@ -17,15 +14,6 @@ from raylaunch.state import JobState
 pytestmark = [pytest.mark.ray, pytest.mark.wandb, pytest.mark.long]
 
 VERSIONS = ("0.29", "0.30")  # the oldest that is supported, and what follows it
-KEEPS_COUNT = """
-import os, time, wandb
-run = wandb.init()
-for step in range(100_000):
-    run.log({"pt": step})
-    with open(os.environ["COUNT"], "w") as count:
-        count.write(str(step))
-    time.sleep(0.02)
-"""
 LOGS_FIVE = "import wandb\nrun = wandb.init()\nfor step in range(5): run.log({'pt': step})\n"
 INSTALLED_S = 240.0
 
@@ -50,18 +38,6 @@ def steps(cluster: Cluster, job: str) -> list[int]:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_no_point_is_lost_by_a_sigkill_with_wandb(version: str, cluster: Cluster, tmp_path: Path) -> None:
-    count = tmp_path / "count"
-    job = submit(cluster, version, KEEPS_COUNT, tmp_path, COUNT=str(count))
-    wait_until(lambda: count.exists() and int(count.read_text() or 0) > 20, INSTALLED_S, "the training logs")
-    os.kill(cluster.runs(job).attempts[0].pid or 0, signal.SIGKILL)
-    ended = cluster.ended(job)
-    assert ended.state is JobState.FAILED
-    assert max(steps(cluster, job)) >= int(count.read_text())
-    assert "writes its file in blocks: metrics may show late; 0.31 or newer writes at once" in cluster.good("show", job)
-
-
-@pytest.mark.parametrize("version", VERSIONS)
 def test_an_on_line_run_is_whole_at_the_server_with_wandb(version: str, cluster: Cluster, tmp_path: Path) -> None:
     with WandbServer() as server:
         job = submit(cluster, version, LOGS_FIVE, tmp_path, **server.environment())
@@ -73,3 +49,4 @@ def test_an_on_line_run_is_whole_at_the_server_with_wandb(version: str, cluster:
         assert [row["pt"] for row in run.history] == list(range(5))
         assert run.complete
     assert steps(cluster, job) == list(range(5))
+    assert "metrics show late, and a kill may lose the last seconds" in cluster.good("show", job)

@@ -52,7 +52,7 @@ MAY: dict[str, frozenset[str]] = {
     | VERBS
     | {"packing", "cluster", "job", "members", "people", "quieting", "place", "log_view"},
     "mcp_server": GROUND | READING | VERBS | {"packing", "cluster", "place", "log_view"},
-    "runner": frozenset(),
+    "runner": frozenset({"errors", "tracking.frames", "tracking.wire"}),
     "job": frozenset({"runner.contract"}),
     "tracking": GROUND | {"runner.contract"},
     "node": GROUND | {"runner.contract"},

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.run_writer import BLOCK, PREAMBLE, ended, framed, history, run, step_metric, summary
+from support.run_writer import BLOCK, PREAMBLE, ended, framed, history, run, step_metric, summary, write_run
 from wandb.proto import wandb_internal_pb2 as pb
 
 from raylaunch.errors import TrackingError
+from raylaunch.runner.wandb_failure import has_history
 from raylaunch.tracking.frames import Frames
 from raylaunch.tracking.run_file import Exit, History, RunFile, RunInfo, StepMetric, Summary
 
@@ -205,3 +206,19 @@ def test_a_file_by_wandb_0_28_is_read() -> None:
     assert StepMetric("val/*", "epoch") in items
     assert Summary({"best": 0.9}) in items
     assert items[-1] == Exit(3)
+
+
+def test_the_runner_finds_out_whether_a_run_has_a_row(tmp_path: Path) -> None:
+    rows = {
+        "none": [run()],
+        "one": [run(), history(0, {"loss": 1.0})],
+        "unreadable": [b"\x0b"],
+    }
+    found = {name: has_history(write_run(tmp_path / name, records)) for name, records in rows.items()}
+    assert found == {"none": False, "one": True, "unreadable": False}
+
+
+def test_a_file_that_is_not_wandbs_has_no_row(tmp_path: Path) -> None:
+    (tmp_path / "x.wandb").write_bytes(b"something else")
+    assert not has_history(tmp_path / "x.wandb")
+    assert not has_history(tmp_path / "missing.wandb")

@@ -33,12 +33,15 @@ _JOB_MODULES = (
     "__init__.py",
     "job.py",
     "version.py",
+    "errors.py",
     "tracking/__init__.py",
+    "tracking/frames.py",
+    "tracking/wire.py",
     "tracking/train_callback.py",
     "tracking/train_writer.py",
 )
-"""What a job's own code may import (`raylaunch.context`, `raylaunch.report`), and what tracks Ray Train, where no
-raylaunch is installed."""
+"""What a job's own code may import (`raylaunch.context`, `raylaunch.report`), what tracks Ray Train, and what
+reads W&B's files, where no raylaunch is installed."""
 _UNCHECKED_HASH = 1
 """The flag of PEP 552 for bytecode that is taken without a look at its source: both are in the same archive."""
 

@@ -19,7 +19,6 @@ from raylaunch.runner import (
     ray_driver,
     ray_fit,
     training,
-    wandb_core,
     wandb_env,
     wandb_failure,
 )
@@ -170,7 +169,7 @@ class Attempt:
         claim.write_whole(self._folder / contract.FACTS, self._facts)
 
     def _start(self, argv: list[str], prepared: Prepared) -> None:
-        env = self._with_core(prepared)
+        env = prepared.env
         if self._driver is not None:
             self._driver = self._driver._replace(env=env)
             env = ray_driver.prepare(self._driver, self._folder, os.environ)
@@ -184,7 +183,6 @@ class Attempt:
                 log=self._log,
                 tag=self._spec["tag"],
                 spare=self._spare,
-                core=self._sweep.core,
             )
         except keeper.StartError as error:
             msg = f"{argv[0]} could not be started: {error}"
@@ -197,19 +195,6 @@ class Attempt:
         }
         claim.write_whole(self._folder / contract.STARTED, started)
         self._relay.start()
-
-    def _with_core(self, prepared: Prepared) -> dict[str, str]:
-        """Return the training's variables, after W&B's core has been started apart where its version needs that."""
-        needed = wandb_env.writes_in_blocks(self._facts["wandb"]) and self._facts["wandb_mode"] != "disabled"
-        if not needed or prepared.env.get(wandb_core.VARIABLE):
-            return prepared.env
-        self._sweep.core = wandb_core.start(prepared, self._place, self._pulse)
-        if self._sweep.core:
-            return {**prepared.env, wandb_core.VARIABLE: self._sweep.core}
-        lost = "wandb's core could not be started apart: a stop or a kill may lose the latest points"
-        self._facts["warnings"] = [*self._facts["warnings"], lost]
-        claim.write_whole(self._folder / contract.FACTS, self._facts)
-        return prepared.env
 
     def _watch(self, deadline: float) -> Wish | None:
         """Wait for the training's end; returns the wish that it was ended for, or None when it ended by itself."""

@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING
 
 from raylaunch.runner.processes import Found, of_attempt, send
-from raylaunch.runner.wandb_core import tell_to_end
 from raylaunch.runner.watch import Pulse, Wish
 
 if TYPE_CHECKING:
@@ -41,8 +40,6 @@ class Sweep:
         self._pulse = pulse
         self._signalled: set[tuple[int, int]] = set()
         self._counted: set[tuple[int, int]] = set()
-        self.core = ""
-        """W&B's core that was started apart: it ends when it is told to, not with the training."""
 
     @property
     def killed(self) -> int:
@@ -52,9 +49,6 @@ class Sweep:
     def after_end(self, *, online: bool) -> None:
         """The training ended by itself: its children get some seconds, W&B's core the time that its uploads take."""
         wandb_s = WANDB_ONLINE_S if online else WANDB_S
-        if self.core:
-            self._wait(own_s=LEFTOVERS_S, wandb_s=0.0)
-            tell_to_end(self.core)
         self._wait(own_s=LEFTOVERS_S, wandb_s=wandb_s)
         self._end_own(grace_s=1.0)
         self.end_all()
@@ -62,7 +56,6 @@ class Sweep:
     def after_stop(self, wish: Wish) -> None:
         """The training was stopped: its leftovers get a SIGTERM and a moment, W&B's core a few seconds."""
         self._end_own(grace_s=min(wish.grace_s, LEFTOVERS_S, left_s(wish) / 2))
-        tell_to_end(self.core)
         self._wait(own_s=0.0, wandb_s=min(WANDB_S, left_s(wish) / 2))
         self.end_all()
 

@@ -23,7 +23,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from raylaunch.runner.processes import of_attempt, send
-from raylaunch.runner.wandb_core import tell_to_end
 
 _PR_SET_PDEATHSIG = 1
 _WANDB_LAST_S = 1.0
@@ -82,11 +81,11 @@ class Kept:
 
 
 def start(  # noqa: PLR0913 -- what a process needs
-    argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path, tag: str, spare: frozenset[int], core: str
+    argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path, tag: str, spare: frozenset[int]
 ) -> Kept:
     """Start the training under a keeper; its output goes straight into `log`.
 
-    `core` is W&B's core that was started apart, if one was. The caller must have a single thread, for this forks.
+    The caller must have a single thread, for this forks.
 
     Raises:
         StartError: the program cannot be executed.
@@ -101,7 +100,7 @@ def start(  # noqa: PLR0913 -- what a process needs
             if os.fork() == 0:
                 os.close(control_write)
                 os.close(report_read)
-                _Keeper(control_read, report_write, tag, spare, core).keep(argv, env, cwd, log)
+                _Keeper(control_read, report_write, tag, spare).keep(argv, env, cwd, log)
         finally:
             os._exit(0)
     os.close(control_read)
@@ -126,12 +125,11 @@ def _first_line(fd: int) -> str:
 
 
 class _Keeper:
-    def __init__(self, control: int, report: int, tag: str, spare: frozenset[int], core: str) -> None:
+    def __init__(self, control: int, report: int, tag: str, spare: frozenset[int]) -> None:
         self._control = control
         self._report = report
         self._tag = tag
         self._spare = spare | {os.getpid()}
-        self._core = core
         self._child: subprocess.Popen[bytes] | None = None
 
     def keep(self, argv: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> None:
@@ -181,7 +179,6 @@ class _Keeper:
     def _end_all(self, child: subprocess.Popen[bytes]) -> None:
         """End every process of the attempt: the runner has died."""
         _signal_group(child, signal.SIGKILL)
-        tell_to_end(self._core)
         begun = time.monotonic()
         while time.monotonic() < begun + _SWEEP_S:
             left = of_attempt(self._tag, self._spare)

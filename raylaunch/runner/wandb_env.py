@@ -2,8 +2,7 @@
 
 What was measured on wandb 0.31: ``WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL`` takes fractions of a second (0.1, 0.25, 0.5
 gave writes 0.10, 0.25, 0.50 s apart). 0.28 to 0.30 ignore it and write when a block is full or the run ends;
-when their training is killed, or ended by SIGTERM without a handler, what is not written yet is lost, unless their core
-was started apart (`raylaunch.runner.wandb_core`).
+when their training is killed, or ended by SIGTERM without a handler, what is not written yet is lost.
 """
 
 from __future__ import annotations
@@ -195,20 +194,13 @@ def make_folders(folder: Path) -> None:
 
 
 def version_warnings(version: str) -> list[str]:
-    """Say what this version of wandb does less well here."""
+    """Return what this version of wandb does less well here."""
     if not version or _numbers(version) >= FLUSHES_SINCE:
         return []
+    late = "metrics show late, and a kill may lose the last seconds; 0.31 or newer writes at once"
     if _numbers(version) < OLDEST:
-        oldest = ".".join(str(part) for part in OLDEST)
-        return [
-            f"wandb {version} is older than {oldest}: its metrics may show late, or in part; 0.31 or newer is better"
-        ]
-    return [f"wandb {version} writes its file in blocks: metrics may show late; 0.31 or newer writes at once"]
-
-
-def writes_in_blocks(version: str) -> bool:
-    """Whether this version keeps up to 32 KiB of points in memory, and can have its core started apart."""
-    return OLDEST <= _numbers(version) < FLUSHES_SINCE
+        return [f"wandb {version} is older than {'.'.join(str(part) for part in OLDEST)} and was not tested: {late}"]
+    return [f"wandb {version} writes its file in blocks: {late}"]
 
 
 def _numbers(version: str) -> tuple[int, ...]:
