@@ -25,7 +25,7 @@ from raylaunch.spec_parts import NAME, Environment, PlacedError, Retention, Secr
 _LOCAL_NAME = "local"
 _URL = re.compile(r"http://[A-Za-z0-9._\[\]:-]+/?")
 _HOST_PORT = re.compile(r"[A-Za-z0-9._\[\]:-]+:\d{1,5}")
-NO_GCS = "none"
+TUNNEL_HINT = "run raylaunch on a machine that reaches Ray's own ports, for example the Ray head, or in a VPN with it"
 
 
 class ClusterSpec(Spec):
@@ -68,8 +68,8 @@ class ClusterSpec(Spec):
     address: str = ""
     """Of a Ray that somebody else runs: its dashboard, which takes jobs. Example: `http://ray.example.org:8265`"""
     gcs: str = ""
-    """Of that Ray: `host:port` of its head; without it port 6379 of the host in `address`. `none` where nothing but
-    `address` is reached: jobs run, and only their logs come back. Example: `ray.example.org:6379`"""
+    """Of that Ray: `host:port` of its head; without it port 6379 of the host in `address`.
+    This machine must reach it. Example: `ray.example.org:6379`"""
     ray_token_file: str = ""
     """The file with the token of that Ray; without it the Ray asks for none. Example: `~/.ray/auth_token`"""
 
@@ -124,8 +124,11 @@ class ClusterSpec(Spec):
     @field_validator("gcs")
     @classmethod
     def _gcs_is_host_and_port(cls, value: str) -> str:
-        if value not in {"", NO_GCS} and not _HOST_PORT.fullmatch(value):
-            msg = f"{value!r} is not the address of a Ray's head; it looks as HOST:6379, or is {NO_GCS}"
+        if value == "none":
+            msg = f"a Ray of which only the dashboard is reached cannot be used; {TUNNEL_HINT}"
+            raise ValueError(msg)
+        if value and not _HOST_PORT.fullmatch(value):
+            msg = f"{value!r} is not the address of a Ray's head, for example ray.example.org:6379"
             raise ValueError(msg)
         return value
 
@@ -173,15 +176,8 @@ class ClusterSpec(Spec):
         return self
 
     @property
-    def jobs_only(self) -> bool:
-        """Whether of a Ray that somebody else runs only the dashboard's address is used."""
-        return self.gcs == NO_GCS
-
-    @property
     def gcs_address(self) -> str:
-        """`host:port` of the head of a Ray that somebody else runs; empty where that is not reached."""
-        if self.jobs_only:
-            return ""
+        """`host:port` of the head of a Ray that somebody else runs."""
         return self.gcs or f"{urlsplit(self.address).hostname}:6379"
 
     @property

@@ -41,13 +41,6 @@ class Drain(View):
         return f"is drained by {self.person}{until}"
 
 
-JOBS_ONLY = (
-    "only the dashboard's address of this Ray is used (gcs: none): no metrics, files, checkpoints or secrets travel, "
-    "processes outside Ray are not seen, and that an attempt is over is Ray's word"
-)
-"""What a cluster without stewards cannot do."""
-
-
 class NodeView(View):
     """One machine of the Ray cluster: what it has, and what of that nothing holds."""
 
@@ -70,15 +63,13 @@ class NodeView(View):
     """What the disk of raylaunch's folder there has left."""
     steward: bool = False
     """Whether its steward answers."""
-    jobs_only: bool = False
-    """Whether only Ray's dashboard is reached: it has no steward, Ray brings jobs there, and logs come back."""
     drain: Drain | None = None
     """Set while it gets no new attempts."""
 
     @property
     def ready(self) -> bool:
         """Whether an attempt can start there, as far as Ray and raylaunch are concerned."""
-        return self.alive and (self.steward or self.jobs_only)
+        return self.alive and self.steward
 
 
 class ProcessView(View):

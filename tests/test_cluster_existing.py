@@ -119,3 +119,13 @@ def test_a_plan_says_what_would_be_done_and_does_nothing(theirs: BesideRay, tmp_
     assert "which raylaunch did not start" in planned.out
     assert "a steward on each node, carried there by Ray" in planned.out
     assert not (tmp_path / "clusters").exists()
+
+
+def test_a_head_that_is_not_reached_is_an_error_with_what_to_do(theirs: BesideRay, tmp_path: Path) -> None:
+    text = (theirs.work / "cluster.yaml").read_text().replace("theirs", "shut")
+    (tmp_path / "cluster.yaml").write_text(text.replace(theirs.ray_head.gcs_address, "127.0.0.1:9"))
+    refused = Cluster(tmp_path, tmp_path).cli("up")
+    assert refused.status == 1
+    assert "cannot be reached at 127.0.0.1:9: " in refused.err
+    assert "on a machine that reaches Ray's own ports" in refused.err
+    assert not (tmp_path / "clusters").exists()

@@ -371,22 +371,3 @@ def test_the_tune_example_gives_each_trial_a_run(cluster: Cluster) -> None:
     assert statuses[f"{job['id']}-1"] == "SUCCEEDED"
     files = json.loads(cluster.good("files", "tune", "--json"))
     assert sum(file["path"].endswith("result.json") for file in files) == 4
-
-
-def test_an_environment_that_cannot_join_the_clusters_ray_is_refused_at_submit(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    bare = tmp_path / "bare"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True, timeout=60)
-    python = bare / "bin/python"
-    words = ["--launcher", "ray", "--working-dir", "", "--environment", str(python), "--", "python", "x.py"]
-    for verb in (["submit"], ["submit", "--dry-run"]):
-        refused = cluster.cli(*verb, *words)
-        assert refused.status == 2
-        assert f"launcher: ray needs Ray 2.60.0, as the cluster has, and {python} has no Ray" in refused.err
-        assert f"uv pip install --python {python} 'ray[default]==2.60.0'" in refused.err
-    folder = project(cluster, "needs", needs__txt="torch\nray[train]==2.9.0\n")
-    words = ["--launcher", "ray", "--environment", "pip:needs.txt", "--", "python", "x.py"]
-    refused = cluster.cli("submit", *words, cwd=folder)
-    assert refused.status == 2
-    assert "launcher: ray needs Ray 2.60.0, as the cluster has, and needs.txt has Ray 2.9.0" in refused.err

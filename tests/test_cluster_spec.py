@@ -184,6 +184,13 @@ def test_one_host_listens_on_loopback_unless_it_may_grow_and_several_on_the_netw
             "bind: network\n",
             "cluster.yaml:1: bind: network is for kind: ssh; the embedded cluster listens on loopback alone",
         ),
+        (
+            "name: far\naddress: http://ray:8265\ngcs: none\n",
+            (
+                "cluster.yaml:3: gcs: a Ray of which only the dashboard is reached cannot be used; run raylaunch on a "
+                "machine that reaches Ray's own ports, for example the Ray head, or in a VPN with it"
+            ),
+        ),
         ("hosts:\n  - a\n  - b\n  - A\n", "cluster.yaml:4: host A is given twice; list each host once"),
         (
             "hosts:\n  - {host: a, name: x}\n  - host: b\n    name: x\n",

@@ -16,7 +16,7 @@ from support.running import Attempt
 from raylaunch.runner import contract, ray_driver
 from raylaunch.runner.archive import runner_zip
 from raylaunch.runner.contract import EnvironmentSpec
-from raylaunch.runner.ray_fit import NO_RAY, Versions, mismatch, of_files
+from raylaunch.runner.ray_fit import NO_RAY, Versions, mismatch
 
 CLUSTER = Versions("3.11.7", "2.60.0")
 CONFIG = {"runtime_env": {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "40"}}, "metadata": {"job_submission_id": "job-1"}}
@@ -237,9 +237,9 @@ def said(found: Versions, of: EnvironmentSpec, python: str) -> str:
         (
             Versions("3.12", ""),
             environment("uv"),
-            "uv.lock",
+            "/env/bin/python",
             (
-                "launcher: ray needs Python 3.11, as the cluster has, and .python-version says Python 3.12: "
+                "launcher: ray needs Python 3.11, as the cluster has, and /env/bin/python is Python 3.12: "
                 "uv python pin 3.11 && uv lock, and submit it again"
             ),
         ),
@@ -252,28 +252,7 @@ def test_what_does_not_fit_is_said_with_the_command_that_mends_it(
     assert said(found, of, python) == words
 
 
-LOCK = '[[package]]\nname = "numpy"\nversion = "2.4.0"\n\n[[package]]\nname = "ray"\nversion = "2.55.1"\nsource = {}\n'
-
-
-@pytest.mark.parametrize(
-    ("of", "files", "versions"),
-    [
-        (environment("uv"), {"uv.lock": LOCK, ".python-version": "3.12.4\n"}, Versions("3.12", "2.55.1")),
-        (environment("uv"), {"uv.lock": LOCK.replace('"ray"', '"raylib"')}, Versions("", NO_RAY)),
-        (environment("uv"), {}, Versions("", "")),
-        (environment("pip", "", "torch", "ray[train]==2.9.0"), {}, Versions("", "2.9.0")),
-        (environment("pip", "", "ray>=2.50", "raylaunch==0.1.0"), {}, Versions("", "")),
-        (environment("pip", "needs.txt"), {"needs.txt": "# all\nRay [tune] == 2.60.0\n"}, Versions("", "2.60.0")),
-        (environment("pip", "needs.txt"), {}, Versions("", "")),
-    ],
-)
-def test_a_lock_file_or_requirements_say_which_ray_there_will_be(
-    of: EnvironmentSpec, files: dict[str, str], versions: Versions
-) -> None:
-    assert of_files(of, files)[0] == versions
-
-
-def test_what_could_not_be_known_at_submit_is_said_before_the_training_starts(tmp_path: Path) -> None:
+def test_an_environment_without_the_clusters_ray_fails_before_the_training_starts(tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True, timeout=60)
     attempt = Attempt(tmp_path, "echo started", launcher="ray", environment=environment("venv", str(bare)))

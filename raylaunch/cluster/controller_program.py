@@ -57,8 +57,7 @@ def write_config(paths: ClusterPaths, record: ClusterRecord) -> None:
         "env": record.spec.env,
         "secrets": record.spec.secrets,
         "retention": record.spec.retention.model_dump(mode="json"),
-        "carries_stewards": foreign and not spec.jobs_only,
-        "jobs_only": spec.jobs_only,
+        "carries_stewards": foreign,
         "revive": [] if foreign else [sys.executable, "-m", "raylaunch.cluster.revive", record.name],
         "runner_python": sys.executable,
     }

@@ -48,7 +48,8 @@ from raylaunch.cluster.record import (
 from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.cluster.steps import Steps
 from raylaunch.cluster.versions import check_ours
-from raylaunch.cluster_state import JOBS_ONLY, ClusterStatus
+from raylaunch.cluster_spec import TUNNEL_HINT
+from raylaunch.cluster_state import ClusterStatus
 from raylaunch.errors import ClusterStartError, SpecError, VersionError
 from raylaunch.spec import ClusterSpec
 from raylaunch.version import __version__
@@ -57,7 +58,6 @@ LOCK_S = 600.0
 STEWARD_S = 120.0
 _RAY_S = 10.0
 _LET_GO_S = 60.0
-_OR_JOBS_ONLY = "or use its dashboard alone, by which nothing but logs comes back: gcs: none"
 _HTTP_REFUSED = (401, 403)
 LET_GO = "raylaunch.controller.let_go"
 """Ends the stewards; started as a program, for it connects to Ray."""
@@ -122,7 +122,7 @@ def check_ray(spec: ClusterSpec, runs: str) -> None:
     if runs != installed:
         msg = f"Ray {runs} runs at {spec.address}, and Ray {installed} is installed here"
         install = f"{sys.executable} -m pip install 'ray[default]=={runs}'"
-        raise VersionError(msg, hint=f"only the same Ray may connect: {install}; {_OR_JOBS_ONLY}")
+        raise VersionError(msg, hint=f"only the same Ray may connect: {install}")
 
 
 async def check_use(spec: ClusterSpec, runs: str) -> None:
@@ -132,8 +132,6 @@ async def check_use(spec: ClusterSpec, runs: str) -> None:
         VersionError: as `check_ray`.
         ClusterStartError: its head does not listen where it should.
     """
-    if spec.jobs_only:
-        return
     check_ray(spec, runs)
     host, _, port = spec.gcs_address.rpartition(":")
     try:
@@ -142,7 +140,7 @@ async def check_use(spec: ClusterSpec, runs: str) -> None:
     except (OSError, TimeoutError) as error:
         why = getattr(error, "strerror", "") or f"no answer within {_RAY_S:.0f} s"
         msg = f"the head of the Ray at {spec.address} cannot be reached at {spec.gcs_address}: {why}"
-        hint = f"gcs: is its address, HOST:6379, reached from here by this machine; {_OR_JOBS_ONLY}"
+        hint = f"gcs: is its address, HOST:6379, which this machine must reach; where it does not, {TUNNEL_HINT}"
         raise ClusterStartError(msg, hint=hint, step="ray") from None
 
 
@@ -157,7 +155,7 @@ async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Pl
         return Plan(cluster=spec.name, actions=(), keeps=kept, notes=differences(spec, seen.record))
     actions = (
         f"the controller here, {f'port {spec.port}' if spec.port else 'on a free port'}, log {paths.controller_log}",
-        "nothing on the nodes" if spec.jobs_only else "a steward on each node, carried there by Ray",
+        "a steward on each node, carried there by Ray",
     )
     return Plan(cluster=spec.name, actions=actions, keeps=kept, notes=warnings(spec))
 
@@ -165,8 +163,7 @@ async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Pl
 def warnings(spec: ClusterSpec) -> tuple[str, ...]:
     """Say what a person should know of that Ray. Pure."""
     open_to_all = "it asks for no token: whoever reaches its ports runs programs there as its account"
-    found = () if spec.ray_token_file else (f"Ray at {spec.address}: {open_to_all}",)
-    return (*found, *((JOBS_ONLY,) if spec.jobs_only else ()))
+    return () if spec.ray_token_file else (f"Ray at {spec.address}: {open_to_all}",)
 
 
 async def up(
@@ -219,8 +216,9 @@ class _Up:
         start = ControllerStart(self._paths, self._steps, record, token=self._token)
         try:
             record = await start.run(wait=True, upgrade=upgrade)
-            what = "waits for Ray's list of its nodes" if self._spec.jobs_only else "waits for a steward on each node"
-            await self._steps.step("steward", what, lambda: self._stewards(record), STEWARD_S)
+            await self._steps.step(
+                "steward", "waits for a steward on each node", lambda: self._stewards(record), STEWARD_S
+            )
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self._steps.undo(start.record)

@@ -27,11 +27,10 @@ from raylaunch.controller.foreign_logs import ForeignLogs
 from raylaunch.controller.host_verbs import HostVerbs
 from raylaunch.controller.invitations import Invitations
 from raylaunch.controller.lifecycle import Lifecycle
-from raylaunch.controller.link import JobsLink, Link
+from raylaunch.controller.link import Link
 from raylaunch.controller.means import Leavings, Means
 from raylaunch.controller.metrics import Metrics
 from raylaunch.controller.packages import PackageStore
-from raylaunch.controller.ray_fit import RayFit
 from raylaunch.controller.ray_jobs import RayJobs
 from raylaunch.controller.records import JobRecord, Records
 from raylaunch.controller.removal import Removal
@@ -90,7 +89,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
     packages = PackageStore(settings.store / "packages")
     metrics = Metrics(settings.store)
     ray = RayJobs(settings.dashboard_url, settings.ray_token)
-    link = (JobsLink if settings.jobs_only else Link)(
+    link = Link(
         gcs_address=settings.gcs_address,
         ray_token_path=settings.ray_token_path,
         store=settings.store,
@@ -98,7 +97,6 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         log_path=settings.store / "link.log",
         namespace=settings.namespace,
         carries=settings.carries_stewards,
-        dashboard_url=settings.dashboard_url,
     )
     means = Means(
         settings=settings,
@@ -121,7 +119,6 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         sight=sight,
         drains=drains,
         foreign=foreign,
-        ray_fit=RayFit(settings=settings, packages=packages, sight=sight, link=link),
         wheel_needs=WheelNeeds(settings=settings, sight=sight, link=link),
     )
     tokens = TokenBook(settings.store)

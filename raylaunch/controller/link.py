@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypedDict, cast
+from typing import TypedDict, cast
 
 from raylaunch.cluster_state import NodeView
 from raylaunch.controller.link_child import child_command, child_environment, end, open_log
@@ -52,6 +52,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
+_PROGRAM = "raylaunch.controller.ray_link"
 _LINE_LIMIT = 64 * 1024 * 1024
 _LONGEST_BACKOFF_S = 10.0
 _STEADY_S = 30.0
@@ -63,8 +64,6 @@ class Prepared:
 
     folder: str
     command: str
-    working_dir: str = ""
-    """URI of what Ray itself brings there; empty where the steward did."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +85,10 @@ class Config(TypedDict):
     store: str
     namespace: str
     carries: bool
-    dashboard_url: str
 
 
 class Link:
     """The link to Ray and its stewards. Use it from one event loop."""
-
-    module: ClassVar[str] = "raylaunch.controller.ray_link"
 
     def __init__(  # noqa: PLR0913 -- each is a fact about one Ray, and all are named
         self,
@@ -104,7 +100,6 @@ class Link:
         log_path: Path,
         namespace: str = "raylaunch",
         carries: bool = False,
-        dashboard_url: str = "",
     ) -> None:
         """Describe the link; nothing happens before `start`.
 
@@ -116,14 +111,12 @@ class Link:
             log_path: Gets what the child and Ray's core say on stderr.
             namespace: Ray namespace of the stewards.
             carries: Whether Ray is to bring raylaunch's code to its nodes, for it is not there.
-            dashboard_url: Ray's dashboard, where nothing else of it is reached.
         """
         self._config = Config(
             gcs_address=gcs_address,
             store=str(store),
             namespace=namespace,
             carries=carries,
-            dashboard_url=dashboard_url,
         )
         self._ray_token_path = ray_token_path
         self._on_event = on_event
@@ -202,7 +195,7 @@ class Link:
         sets = [one.model_dump(mode="json") for one in wheels]
         params = {"node_id": node_id, "spec": spec, "package": package, "secrets": dict(secrets), "wheels": sets}
         answer = cast("dict[str, str]", await self.ask("prepare", params, timeout_s=900))
-        return Prepared(folder=answer["folder"], command=answer["command"], working_dir=answer.get("working_dir", ""))
+        return Prepared(folder=answer["folder"], command=answer["command"])
 
     async def stop(self, node_id: str, attempt: str, wish: StopWish) -> None:
         """Tell the attempt's runner to stop its training. May be repeated; a later wish replaces the earlier.
@@ -313,7 +306,7 @@ class Link:
         """Run one child to its end, and return why it ended."""
         with open_log(self._log_path) as log:
             child = await asyncio.create_subprocess_exec(
-                *child_command(self.module),
+                *child_command(_PROGRAM),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
@@ -378,12 +371,6 @@ class Link:
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(self._down())
-
-
-class JobsLink(Link):
-    """The link to a Ray of which only the dashboard's address is reached."""
-
-    module = "raylaunch.controller.jobs_link"
 
 
 def error_frame(error: RaylaunchError) -> dict[str, str]:

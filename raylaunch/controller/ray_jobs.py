@@ -40,7 +40,6 @@ class Submission:
     memory: int = 0
     custom: dict[str, float] = field(default_factory=dict)
     env_vars: dict[str, str] = field(default_factory=dict)
-    working_dir: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -105,11 +104,10 @@ class RayJobs:
         Raises:
             ConflictError: Ray refused the submission; the text is Ray's own.
         """
-        brought = {"working_dir": submission.working_dir} if submission.working_dir else {}
         body = {
             "entrypoint": submission.entrypoint,
             "submission_id": submission.id,
-            "runtime_env": {"env_vars": submission.env_vars, **brought},
+            "runtime_env": {"env_vars": submission.env_vars},
             "metadata": submission.metadata,
             "entrypoint_num_gpus": submission.gpus or None,
             "entrypoint_num_cpus": submission.cpus or None,

@@ -145,7 +145,6 @@ class Program:
         self._methods: dict[str, Callable[..., Awaitable[object]]] = {
             "nodes": self.nodes,
             "prepare": self.prepare,
-            "ray_fit": self.ray_fit,
             "index_look": self.index_look,
             "stop": self.stop,
             "fence": self.fence,
@@ -185,11 +184,6 @@ class Program:
     async def index_look(self, node_id: str, env: object, kind: str) -> object:
         """Ask whether the node reaches a package index, and what wheels it would take."""
         return await self._node(node_id).call("index_look", env, kind, timeout_s=_CALL_S)
-
-    async def ray_fit(self, node_id: str, question: object) -> object:
-        """Ask whether the Ray of an environment fits the cluster's."""
-        archive = await asyncio.to_thread(runner_zip)
-        return await self._node(node_id).call("ray_fit", question, archive, timeout_s=_CALL_S)
 
     async def stop(self, node_id: str, attempt: str, wish: object) -> object:
         """Write the wish to stop."""

@@ -86,6 +86,5 @@ def _submission(record: JobRecord, attempt: AttemptView, prepared: Prepared) -> 
         memory=int(amounts.pop(MEMORY, 0)),
         custom=amounts,
         env_vars={"RAY_JOB_STOP_WAIT_TIME_S": str(int(asked(record).grace_s + 10))},
-        working_dir=prepared.working_dir,
         metadata={"raylaunch_job": record.id, "name": record.name, "owner": record.owner},
     )

@@ -33,9 +33,6 @@ class Settings(BaseModel):
     carries_stewards: bool = False
     """Whether somebody else runs Ray: its nodes have no raylaunch, and stewards come with their code."""
 
-    jobs_only: bool = False
-    """Whether of that Ray only the dashboard's address is reached: no stewards, and nothing but logs comes back."""
-
     def environment_of(self, spec: JobSpec) -> Environment:
         """Return the environment of a job: its own, or the cluster's."""
         return spec.environment if spec.environment.kind != "default" else self.default_environment

@@ -6,15 +6,13 @@ import os
 import shutil
 import time
 
-from raylaunch.cluster_state import JOBS_ONLY, ControllerStatus, RayAccess
+from raylaunch.cluster_state import ControllerStatus, RayAccess
 from raylaunch.controller.attempt_spec import wandb_link
 from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.foreign import ForeignJobs
-from raylaunch.controller.jobs_only import refuse_what_does_not_travel
 from raylaunch.controller.nodes import by_name
 from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.queue import Admit, plan_queue, why_never
-from raylaunch.controller.ray_fit import RayFit
 from raylaunch.controller.records import JobRecord, Records
 from raylaunch.controller.removal import Removal
 from raylaunch.controller.rooms import ask_for, ask_of, holdings_of, rooms_of, waiting, with_drains
@@ -49,7 +47,6 @@ class Verbs:
         sight: Sight,
         drains: DrainBook,
         foreign: ForeignJobs,
-        ray_fit: RayFit,
         wheel_needs: WheelNeeds,
     ) -> None:
         self._settings = settings
@@ -60,7 +57,6 @@ class Verbs:
         self._sight = sight
         self._drains = drains
         self._foreign = foreign
-        self._ray_fit = ray_fit
         self._wheel_needs = wheel_needs
         self._began_at = time.time()
 
@@ -68,14 +64,13 @@ class Verbs:
         """Take a job in. From the answer on, nothing is lost.
 
         Raises:
-            SpecError: a secret that it names is not set, or its Ray does not fit the cluster's.
+            SpecError: a secret that it names is not set.
             UnsatisfiableError: no node could ever run it.
             WheelsNeededError: as `raylaunch.controller.wheel_needs.WheelNeeds.check`.
             ConflictError: its code has not arrived, or the request id made another job.
             StorageError: the store's disk is full.
         """
         self._check(request)
-        await self._ray_fit.check(request)
         await self._wheel_needs.check(request)
         record, created = self._records.create(
             request,
@@ -95,7 +90,6 @@ class Verbs:
             UnsatisfiableError: as `submit`.
         """
         self._check(request, package=False)
-        await self._ray_fit.check(request)
         wheels_for = await self._wheel_needs.of(request.spec)
         await self._sight.fresh_nodes(age_s=_FRESH_S, timeout_s=_LOOK_S)
         rooms = rooms_of(with_drains(self._sight.nodes, self._drains.now()))
@@ -198,7 +192,7 @@ class Verbs:
 
     def _problems(self) -> tuple[str, ...]:
         sight = self._sight
-        found = [*self._records.healed, *((JOBS_ONLY,) if self._settings.jobs_only else ())]
+        found = list(self._records.healed)
         if not sight.link_up:
             found.append(f"Ray cannot be reached: {sight.link_why or 'its link is starting'}")
         mute = [node for node in sight.nodes if node.alive and not node.ready]
@@ -208,7 +202,6 @@ class Verbs:
         return tuple(found)
 
     def _check(self, request: SubmitRequest, *, package: bool = True) -> None:
-        refuse_what_does_not_travel(self._settings, request.spec)
         missing = self._secrets.missing((*self._settings.secrets, *request.spec.secrets), given=request.secrets)
         if missing:
             msg = f"the secret {missing[0]} is not set on cluster {self._settings.cluster}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from raylaunch.errors import RaylaunchError
-from raylaunch.node import facts, folder, package_index, ray_fit, ray_logs
+from raylaunch.node import facts, folder, package_index, ray_logs
 from raylaunch.node.changes import Answer, Changes, Have
 from raylaunch.node.files import FileStat, inventory
 from raylaunch.node.packages import Packages, storage_error
@@ -158,10 +158,6 @@ class Steward:
         if self._woken is not None:
             self._woken.set()
         return ready
-
-    async def ray_fit(self, question: dict[str, object], runner: bytes) -> tuple[str, str]:
-        """Return why the Ray of an environment does not fit the cluster's, and what mends it; nothing when it does."""
-        return await self._in_thread(lambda: ray_fit.ask(self._root, question, runner))
 
     async def platform(self) -> Platform:
         """Return which wheels fit here."""

@@ -18,12 +18,8 @@ _MAIN = """import sys
 
 if sys.argv[1:2] == ["--rank"]:
     from raylaunch.runner.rank import main
-elif sys.argv[1:2] == ["--fit"]:
-    from raylaunch.runner.ray_fit import main
 elif sys.argv[1:2] == ["--together"]:
     from raylaunch.runner.together import main
-elif sys.argv[1:2] == ["--alone"]:
-    from raylaunch.runner.alone import main
 else:
     from raylaunch.runner.main import main
 

@@ -47,13 +47,6 @@ WHEELS = "wheels"
 
 RANK_LOG = "logs/rank-{rank}.log"
 
-BROUGHT = ".raylaunch"
-"""Folder with `ATTEMPT`, `RUNNER` and `PACKAGE` in what Ray itself brings to a node without a steward."""
-PACKAGE = "code.tar.gz"
-"""The packed working directory; empty where there is none."""
-TOLD = "::raylaunch "
-"""How a line in Ray's log of a job begins that is meant for the controller: epoch, what, and a JSON object follow."""
-
 VAR_ATTEMPT = "RAYLAUNCH_ATTEMPT_ID"
 """In the environment of every process of an attempt: ``<cluster id>/<job>-<n>``. A process belongs to an attempt if,
 and only if, its environment says so; that holds for children that called setsid too."""

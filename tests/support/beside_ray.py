@@ -45,15 +45,12 @@ class BesideRay(Cluster):
 
 
 @contextmanager
-def beside_ray(name: str, *, dashboard_only: bool = False) -> Iterator[BesideRay]:
-    """Run a Ray and bring a cluster of this name up beside it; end both.
-
-    With `dashboard_only` nothing but the dashboard's address is used, and that Ray asks for no token.
-    """
+def beside_ray(name: str) -> Iterator[BesideRay]:
+    """Run a Ray, bring up a cluster of this name on it, and end both."""
     folder = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
-    with ray_head(token=not dashboard_only, home=folder) as ray:
+    with ray_head(home=folder) as ray:
         lines = {"name": name, "kind": "existing", "address": ray.dashboard_url}
-        lines |= {"gcs": "none"} if dashboard_only else {"gcs": ray.gcs_address, "ray_token_file": str(ray.token_path)}
+        lines |= {"gcs": ray.gcs_address, "ray_token_file": str(ray.token_path)}
         cluster = BesideRay(ray, folder, lines)
         try:
             cluster.good("up", timeout_s=UP_S)
