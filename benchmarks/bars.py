@@ -51,7 +51,7 @@ BARS = {
     "probe_and_plan": Bar("ratio", 2.0),
     "up_healthy": Bar("figure", 5),
     "up_fresh": Bar("ratio", 1.0),
-    "download": Bar("ratio", 1 / 1.2),
+    "download": Bar("ratio", 1.0),
     "push_wheels": Bar("ratio", 1 / 0.9),
     "push_wheels_to_four": Bar("ratio", 1 / 0.9),
     "push_wheels_far": Bar("ratio", 1.0),

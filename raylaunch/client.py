@@ -391,9 +391,9 @@ class Client:
             NotFoundError: a name fits no file.
             TransferError: a file did not arrive as it was sent; the message names it.
         """
-        from raylaunch.lanes import Lanes  # noqa: PLC0415 -- only a download needs them
+        from raylaunch.parallel_download import ParallelDownload  # noqa: PLC0415 -- only a download needs them
 
-        job, wide, found = await self.job(ref), Lanes(self._ssh_cluster), []
+        job, wide, found = await self.job(ref), ParallelDownload(self._ssh_cluster), []
         for artifact in chosen(list(await self.files(job.id)), tuple(paths), everything=everything):
             target = safe_target(dest, artifact.path if everything else local_name(artifact))
             fetch = partial(

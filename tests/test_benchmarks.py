@@ -30,7 +30,7 @@ PROMISED = {
     "probe_and_plan": ("ratio", 2.0),
     "up_healthy": ("figure", 5),
     "up_fresh": ("ratio", 1.0),
-    "download": ("ratio", 1 / 1.2),
+    "download": ("ratio", 1.0),
     "push_wheels": ("ratio", 1 / 0.9),
     "push_wheels_to_four": ("ratio", 1 / 0.9),
     "push_wheels_far": ("ratio", 1.0),

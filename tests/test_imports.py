@@ -38,9 +38,9 @@ MAY: dict[str, frozenset[str]] = {
     **dict.fromkeys(SENDING, GROUND | SENDING | {"runner.contract"}),
     "cluster": GROUND | {"runner.contract"},
     "admin": GROUND | {"wire"},
-    "lanes": GROUND | SENDING | {"cluster"},
+    "parallel_download": GROUND | SENDING | {"cluster"},
     "job_wheels": GROUND | SENDING | {"cluster"},
-    "client": GROUND | READING | SENDING | {"cluster", "admin", "job_wheels", "lanes"},
+    "client": GROUND | READING | SENDING | {"cluster", "admin", "job_wheels", "parallel_download"},
     "people": GROUND | READING | {"client", "cluster", "place"},
     "quieting": GROUND | {"client", "cluster", "place"},
     "members": GROUND | READING | {"client", "cluster", "place", "quieting"},
@@ -65,7 +65,7 @@ MAY: dict[str, frozenset[str]] = {
 KNOWN_TO: dict[str, tuple[str, ...]] = {
     "asyncssh": tuple(
         f"raylaunch/cluster/ssh/{name}.py"
-        for name in ("machine", "connect", "dial", "host_keys", "identities", "lean", "places", "talk")
+        for name in ("machine", "connect", "host_keys", "identities", "places", "talk")
     ),
     "ray": (
         "raylaunch/cluster/ray_start.py",

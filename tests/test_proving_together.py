@@ -1,4 +1,4 @@
-"""Who adds up numbers with whom, and what is said of how it went. Pure."""
+"""Which hosts check the network between them, and what is reported. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The all-reduce that proves a cluster's network: real processes on addresses of loopback, and what they say."""
+"""The check of a cluster's network between its hosts: real processes on addresses of loopback, and what they say."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from raylaunch.runner import ring
 from raylaunch.runner.archive import runner_zip
 from raylaunch.runner.together import MARK, OPTION
 
@@ -77,7 +76,7 @@ def free_port(address: str) -> int:
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_members_add_up_their_numbers_over_tcp(archive: Path, count: int) -> None:
+def test_every_pair_exchanges_bytes_over_tcp(archive: Path, count: int) -> None:
     with running(archive, count) as run:
         for rank in range(count):
             run.start(rank)
@@ -121,10 +120,10 @@ def test_a_member_that_takes_connections_and_says_nothing_is_not_taken_for_one_t
         assert run.ended(0)["unreached"] == {"h1": "it takes the connection and says nothing"}
 
 
-def test_a_neighbour_that_falls_silent_is_named_with_the_hop(archive: Path) -> None:
+def test_a_member_that_falls_silent_is_named_with_the_pair(archive: Path) -> None:
     silent = NO_TORCH + (
-        "import os, signal; from raylaunch.runner import ring; "
-        "ring.all_reduce = lambda *_: os.kill(os.getpid(), signal.SIGSTOP); " + MAIN
+        "import os, signal; from raylaunch.runner import exchange; "
+        "exchange.exchange = lambda *_: os.kill(os.getpid(), signal.SIGSTOP); " + MAIN
     )
     with running(archive, 3) as run:
         for rank in (0, 1):
@@ -134,21 +133,8 @@ def test_a_neighbour_that_falls_silent_is_named_with_the_hop(archive: Path) -> N
         stopped.send_signal(signal.SIGKILL)
     first = min(ends, key=lambda end: int(end["step"]))
     assert first["kind"] == "hop"
-    assert first["hop"] == ["h2", "h0"]
+    assert "h2" in first["hop"]
     assert "nothing passed for 2 s, after 0 of" in first["why"]
-
-
-def test_a_wrong_number_is_found_by_everybody(archive: Path) -> None:
-    wrong = NO_TORCH + (
-        "from raylaunch.runner import ring; right = ring.lanes; "
-        "ring.lanes = lambda run, factor, size: b'!' + right(run, factor, size)[1:]; " + MAIN
-    )
-    with running(archive, 3) as run:
-        run.start(0)
-        run.start(1, wrong)
-        run.start(2)
-        ends = [run.ended(rank) for rank in range(3)]
-    assert [ends[0]["kind"], ends[2]["kind"]] == ["number", "number"]
 
 
 def test_a_port_that_is_taken_is_said(archive: Path) -> None:
@@ -176,12 +162,3 @@ def test_one_without_pytorch_makes_all_go_over_tcp(archive: Path) -> None:
         run.start(0, says_it_has)
         run.start(1)
         assert [run.ended(rank)["over"] for rank in (0, 1)] == ["TCP", "TCP"]
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_data_is_cut_at_lanes_and_nothing_is_lost(count: int) -> None:
-    data = ring.lanes("x", 3, 8 * 1001)
-    parts = ring.split(data, count)
-    assert len(parts) == count
-    assert b"".join(parts) == data
-    assert all(len(part) % 8 == 0 for part in parts)

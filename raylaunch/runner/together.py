@@ -1,7 +1,8 @@
-"""``runner.pyz --together PLAN``: one of several programs that add up numbers over the cluster's network.
+"""``runner.pyz --together PLAN``: one of several programs that check the cluster's network between them.
 
-`up` runs one on each host with GPUs. They meet at the addresses that were chosen, do an all-reduce, check its numbers,
-and print one line of JSON: how it went, or between which of them it did not.
+`up` runs one on each host with GPUs. They meet at the addresses that were chosen, do PyTorch's all-reduce and check its
+numbers, or exchange bytes pair by pair where one has no PyTorch, and print one line of JSON: how it went, or between
+which of them it did not.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from raylaunch.runner import ring, together_torch
+from raylaunch.runner import exchange, together_torch
 from raylaunch.runner.meeting import Meeting, Member, UnmetError, listen, words_of
 
 OPTION = "--together"
@@ -52,7 +53,7 @@ class Together:
             return self._reduce(meeting)
         except UnmetError as error:
             return {"kind": "unmet", "unreached": error.unreached, "absent": error.absent}
-        except ring.HopError as error:
+        except exchange.HopError as error:
             hop = [self._members[error.sender].host, self._members[error.receiver].host]
             return {"kind": "hop", "hop": hop, "why": error.why, "step": error.step}
         finally:
@@ -83,14 +84,10 @@ class Together:
         return {**meeting.hear(self._plan["meet_s"] + _HEAR_S), self._rank: mine}
 
     def _over_tcp(self, meeting: Meeting) -> dict[str, Any]:
-        run, size, count = self._plan["run"], self._size, self._plan["bytes"]
-        left, right = (self._rank - 1) % size, (self._rank + 1) % size
-        neighbours = ring.Neighbours(self._rank, size, meeting.out[right], meeting.came[left])
-        limits = ring.Limits(self._plan["quiet_s"], self._plan["whole_s"])
-        total, seconds = ring.all_reduce(ring.lanes(run, self._rank + 1, count), neighbours, limits)
-        if total != ring.lanes(run, size * (size + 1) // 2, count):
-            return {"kind": "number", "over": "TCP", "why": "the sum that came back is not the sum of what was sent"}
-        return self._done("TCP", seconds)
+        limits = exchange.Limits(self._plan["quiet_s"], self._plan["whole_s"])
+        nbytes = max(1, self._plan["bytes"] // (self._size - 1))
+        rate = exchange.exchange(meeting, self._rank, self._size, nbytes, limits)
+        return {"kind": "done", "over": "TCP", "bytes_per_s": rate}
 
     def _over_torch(self, backend: str, store: tuple[str, int, socket.socket | None]) -> dict[str, Any]:
         """Do it in a thread: what hangs in there cannot be interrupted, but left behind."""

@@ -1,1 +1,1 @@
-"""The proof that a cluster works: jobs on each node, and an all-reduce between them."""
+"""The proof that a cluster works: jobs on each node, and a check of the network between them."""

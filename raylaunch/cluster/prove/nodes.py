@@ -85,13 +85,13 @@ class Proof:
                 group.start_soon(partial(self._job, host, gpus=int(min(1, free.get(host, 0)))))
 
     async def together(self, hosts: set[str]) -> None:
-        """Let the hosts with GPUs add up numbers over the cluster's network, if one of them is among `hosts`."""
+        """Let the hosts with GPUs check the cluster's network, if one of them is among `hosts`."""
         plan = await self._plan_together(hosts)
         if plan is None:
             return
         if plan.left_out:
             words = f"not proved with {', '.join(plan.left_out)}: no GPU is free there now; the next up tries again"
-            self._tell(Step("all-reduce", "note", words))
+            self._tell(Step("network", "note", words))
             self.unproved |= set(plan.left_out)
         if len(plan.members) == 1:
             self.unproved.add(plan.members[0].host)

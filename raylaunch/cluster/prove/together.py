@@ -1,4 +1,4 @@
-"""The proof that hosts reach each other: an all-reduce between all with GPUs, on the interface that was chosen.
+"""The proof that hosts reach each other: a network check between all with GPUs, on the interface that was chosen.
 
 Ray on a worker needs to reach the head alone, so a cluster looks well where a firewall stands between two workers; a
 training over both then hangs. One small job a host (`raylaunch.runner.together`) finds that now.
@@ -31,7 +31,7 @@ TURN_S = 45.0
 WHOLE_S = 240.0
 BYTES = 64 * 1000 * 1000
 _MEET_S, _QUIET_S, _REDUCE_S = 60.0, 15.0, 60.0
-_STEP = "all-reduce"
+_STEP = "network"
 _POLL_S = 0.2
 _MARK = "raylaunch-together "
 _PROGRAM = 'python "$(dirname "$RAYLAUNCH_OUTPUT_DIR")/runner.pyz" --together'
@@ -50,7 +50,7 @@ class Member:
 
 @dataclass(frozen=True)
 class TogetherPlan:
-    """Who adds up numbers with whom."""
+    """Which hosts check the network between them."""
 
     members: tuple[Member, ...]
     left_out: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ def plan_together(states: Mapping[str, HostState], nodes: Iterable[NodeView], fr
 
 
 class Together:
-    """One all-reduce.
+    """One check.
 
     Args:
         jobs: the way to the controller.
@@ -112,7 +112,7 @@ class Together:
     async def run(self) -> dict[str, RaylaunchError]:
         """Return what is wrong, by host; what it was is told."""
         hosts = ", ".join(one.host for one in self._plan.members)
-        self._tell(Step(_STEP, "begins", f"adds up numbers over the network between {hosts}"))
+        self._tell(Step(_STEP, "begins", f"checks the network between {hosts}"))
         seen: list[JobView] = []
         try:
             for rank, member in enumerate(self._plan.members):
@@ -121,7 +121,7 @@ class Together:
             return await self._judge(await self._until_ended(seen))
         except RaylaunchError as error:
             first = self._plan.members[0].host
-            return {first: ClusterError(f"the all-reduce could not be tried: {error.message}", hint=error.hint)}
+            return {first: ClusterError(f"the network could not be checked: {error.message}", hint=error.hint)}
         finally:
             with anyio.CancelScope(shield=True), contextlib.suppress(RaylaunchError):
                 await self._clean(seen)
@@ -212,7 +212,7 @@ def _not_run(
     hint = "see its log; then run raylaunch up again"
     return {
         members[rank].host: _error(
-            f"{members[rank].host}: its part of the all-reduce failed: {ends[rank]['why']}", hint
+            f"{members[rank].host}: its part of the network check failed: {ends[rank]['why']}", hint
         )
         for rank in ranks
     }
@@ -254,7 +254,7 @@ def _lost(members: Sequence[Member], ends: Sequence[Mapping[str, Any]], ranks: l
     """Nobody says that he could not reach another, and yet some were missed."""
     names = ", ".join(dict.fromkeys(host for rank in ranks for host in ends[rank]["absent"])) or "the others"
     host = members[ranks[0]].host
-    return {host: _error(f"{host}: {names} did not come to the all-reduce", "run raylaunch up again")}
+    return {host: _error(f"{host}: {names} did not take part in the network check", "run raylaunch up again")}
 
 
 def _hop(members: Sequence[Member], ends: Sequence[Mapping[str, Any]], ranks: list[int]) -> dict[str, RaylaunchError]:

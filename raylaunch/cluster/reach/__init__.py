@@ -1,1 +1,1 @@
-"""From here to a cluster elsewhere: its tunnel, and lanes for large files."""
+"""From here to a cluster elsewhere: its tunnel, and `ssh` for large files."""

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from typing_extensions import Self
 
-from raylaunch.cluster.reach.writing import write_all
 from raylaunch.cluster.ssh.transfer import RANGE_BYTES, Ranges
 
 
@@ -60,7 +59,10 @@ class PartFile:
 
     def write(self, data: bytes, at: int) -> None:
         """Write what has arrived."""
-        write_all(self._descriptor, [data], at)
+        left = memoryview(data)
+        while left:  # of a disk that is nearly full some bytes are taken; the next try is refused
+            written = os.pwrite(self._descriptor, left, at)
+            at, left = at + written, left[written:]
 
     def read(self, at: int, length: int) -> bytes:
         """Read what was written; fewer bytes only at its end."""

@@ -21,13 +21,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from raylaunch.cluster.reach.lane_start import end_program
-from raylaunch.cluster.ssh.words import to_program
+from raylaunch.cluster.client_record import load_tunnel
+from raylaunch.cluster.home import cluster_paths
 from raylaunch.errors import HostLostError
 
 _READY_S = 15.0
 _SILENT_S = 30.0
 _POLL_S = 0.01
+_END_S = 3.0
 _MARK = b"raylaunch-file "
 _GIVE = 'dd if="$1" iflag=skip_bytes,count_bytes status=none'
 _PROGRAM = (
@@ -69,6 +70,12 @@ class Straight:
             raise _lost(msg)
 
 
+def installed_ssh(cluster: str) -> tuple[str, ...]:
+    """Return the command of the `ssh` that is installed, to the cluster's head, as the tunnel has found it."""
+    tunnel = load_tunnel(cluster_paths(cluster))
+    return tunnel.openssh if tunnel and tunnel.up else ()
+
+
 @asynccontextmanager
 async def straight(words: Sequence[str], file: str, size: int, part: Path, first: int) -> AsyncIterator[Straight]:
     """Connect, and yield the connection once it is ready; at the end it is ended, and writes nothing any more.
@@ -86,7 +93,8 @@ async def straight(words: Sequence[str], file: str, size: int, part: Path, first
     descriptor = os.open(part, os.O_WRONLY)
     try:
         os.lseek(descriptor, first, os.SEEK_SET)
-        command = to_program(words, f"exec sh -c {shlex.quote(_PROGRAM)} sh {shlex.quote(file)}")
+        command = [words[0], "-T", "-o", "RemoteCommand=none", *words[1:]]
+        command.append(f"exec sh -c {shlex.quote(_PROGRAM)} sh {shlex.quote(file)}")
         try:
             process = await asyncio.create_subprocess_exec(
                 *command, stdin=PIPE, stdout=descriptor, stderr=PIPE, start_new_session=True
@@ -101,7 +109,7 @@ async def straight(words: Sequence[str], file: str, size: int, part: Path, first
             draining = asyncio.ensure_future(process.stderr.read())
             yield Straight(process, descriptor)
         finally:
-            await asyncio.shield(end_program(process))
+            await asyncio.shield(_end(process))
             if draining is not None:
                 draining.cancel()
     finally:
@@ -120,5 +128,17 @@ async def _ready(process: Process, size: int) -> None:
         raise _lost(said.decode(errors="replace").strip() or "it did not begin")
 
 
+async def _end(process: Process) -> None:
+    """End a program and wait until it has: SIGTERM first, SIGKILL some seconds later."""
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), _END_S)
+    except asyncio.TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
 def _lost(why: str) -> HostLostError:
-    return HostLostError(why, hint="", step="lane")
+    return HostLostError(why, hint="", step="download")

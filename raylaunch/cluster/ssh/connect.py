@@ -16,7 +16,6 @@ import asyncssh
 
 from raylaunch.cluster.ssh import host_keys
 from raylaunch.cluster.ssh.identities import Identities, agent_keys, identities, refused_error, unlock
-from raylaunch.cluster.ssh.lean import lean
 from raylaunch.cluster.ssh.places import Place, places_of
 from raylaunch.cluster.ssh.target import OnPrompt, OnWait, Prompt, Target, own_known_hosts, telling
 from raylaunch.errors import HostError, HostKeyError, HostUnreachableError
@@ -212,7 +211,7 @@ async def _connect(attempt: _Attempt, expected: host_keys.Known, algorithms: str
             from_agent = [pair for pair in held if pair.public_data not in mine]
             attempt.tried = [*ours.names, *(f"{pair.get_comment()} (agent)" for pair in from_agent)]
             keys = [*ours.keys, *from_agent] if ours.first else [*from_agent, *ours.keys]
-            connection = await asyncssh.connect(
+            return await asyncssh.connect(
                 target.alias,
                 target.port if target.port is not None else (),
                 username=target.user or (),
@@ -231,7 +230,6 @@ async def _connect(attempt: _Attempt, expected: host_keys.Known, algorithms: str
                 gss_kex=False,
                 request_pty=False,
             )
-            return lean(connection)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """How the `ssh` that is installed here connects to a host: its ciphers are cheaper than those in Python.
 
 An extra, for many bytes: where there is no such program, or it gets no connection by itself, ours is there anyway. It
-asks nobody anything, and trusts the same files of host keys. `pipe` and `straight` in
-`raylaunch.cluster.reach` run it.
+asks nobody anything, and trusts the same files of host keys. `raylaunch.cluster.reach.straight` runs it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 
 def command(target: Target) -> list[str] | None:
-    """Return the command that connects to the target; `raylaunch.cluster.ssh.words` says what for.
+    """Return the command that connects to the target.
 
     None where there is none: no such program, or a pinned fingerprint, which it cannot compare.
 

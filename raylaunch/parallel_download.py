@@ -1,9 +1,8 @@
-"""A large file of the cluster in ranges: over several SSH connections, each a process, where that is faster than one.
+"""A large file of the cluster in ranges: over several connections of the installed `ssh`, which is faster than one.
 
 Which file it is, and that it may be read, is the controller's to say. Where our SSH account on the head may read it as
-well, the `ssh` that is installed writes its ranges into the part; else they come through the controller, as all else
-does. Ranges that a lane did not bring come over the connection that is open anyway, so that a lane that breaks, or
-never comes up, costs speed alone.
+well, the installed `ssh` writes its ranges into the part; all other ranges come through the controller. A connection
+that breaks, or never comes up, costs speed alone.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ import asyncio
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
-from raylaunch.cluster.reach.lane_start import Lane, installed_ssh, started_lane
 from raylaunch.cluster.reach.part_file import PartFile, notes_of
-from raylaunch.cluster.reach.straight import straight
+from raylaunch.cluster.reach.straight import installed_ssh, straight
 from raylaunch.cluster.ssh.transfer import RANGE_BYTES
 from raylaunch.errors import HostLostError, TransferError
 from raylaunch.state import Artifact
@@ -28,14 +27,15 @@ from raylaunch.wire import Wire
 OnBytes = Callable[[int], None]
 
 WIDE_BYTES = 256 * 1024 * 1024
-"""From this size on lanes are worth their start, which takes about a second."""
-_STREAMS = 2  # as a lane has
+"""From this size on connections are worth their start, which takes about a second."""
+_SEVERAL = 2
+"""With fewer missing ranges than that one connection does."""
 _FEW, _MANY = 2, 4
 _BLOCK = 1024 * 1024
 _PARTIAL, _BEYOND = 206, 416
 
 
-class Lanes:
+class ParallelDownload:
     """How large files come from one cluster.
 
     Args:
@@ -46,7 +46,7 @@ class Lanes:
         self._cluster = cluster
 
     def wants(self, artifact: Artifact, part: Path) -> bool:
-        """Whether a file is one for lanes: it is large, or has come in part that way."""
+        """Whether a file is to be brought that way: it is large, or has come in part that way."""
         large = bool(self._cluster) and artifact.bytes >= WIDE_BYTES
         return bool(artifact.sha256) and (large or notes_of(part).exists())
 
@@ -60,28 +60,29 @@ class Lanes:
         """
         with PartFile(part, artifact.bytes, grown=True, sync=False) as file:
             work = _Download(wire, url, file, lambda done: on_progress(artifact.path, done, artifact.bytes))
-            count = self._count(work)
-            if count:
-                await work.find_there()
-            lanes = [asyncio.ensure_future(work.lane(self._cluster)) for _ in range(count)]
-            for one in lanes:
-                one.add_done_callback(work.lane_ended)
-            hashing = asyncio.ensure_future(work.checksum())
+            connections = await self._connections(work)
+            hashing = asyncio.create_task(work.checksum())
             try:
                 await work.over_the_wire()
                 sha256 = await hashing
             finally:
-                for task in (*lanes, hashing):
+                tasks: list[asyncio.Task[Any]] = [*connections, hashing]
+                for task in tasks:
                     task.cancel()
-                await asyncio.wait((*lanes, hashing))
+                await asyncio.wait(tasks)
         notes_of(part).unlink(missing_ok=True)
         return sha256
 
-    def _count(self, work: _Download) -> int:
-        """Two are worth it on two cores already, also where the host is this machine; a link has its own limit."""
-        if not self._cluster or len(work.missing) <= _STREAMS:
-            return 0
-        return min(_MANY, max(_FEW, (os.cpu_count() or 1) // 2))
+    async def _connections(self, work: _Download) -> list[asyncio.Task[None]]:
+        """Start them. Two are worth it on two cores already, also where the host is this machine."""
+        words = installed_ssh(self._cluster) if self._cluster else ()
+        if not words or len(work.missing) <= _SEVERAL or not await work.find_there():
+            return []
+        count = min(_MANY, max(_FEW, (os.cpu_count() or 1) // 2))
+        found = [asyncio.create_task(work.connection(words)) for _ in range(count)]
+        for one in found:
+            one.add_done_callback(work.connection_ended)
+        return found
 
 
 class _Download:
@@ -100,17 +101,18 @@ class _Download:
         self._trouble: BaseException | None = None
         self._changed, self._one_more = asyncio.Event(), asyncio.Event()
 
-    async def find_there(self) -> None:
-        """Ask where the head has the file, with the first byte of what is missing."""
+    async def find_there(self) -> bool:
+        """Ask where the head has the file, with the first byte of what is missing; return whether it is known."""
         at = self.missing[0][0]
         headers = {"Range": f"bytes={at}-{at}"}
         async with self._wire.stream(self._url, headers=headers, allowed=(_BEYOND,)) as body:
             self._there = unquote(body.header("X-File"))
             async for _ in body.chunks():
                 pass
+        return bool(self._there)
 
     async def over_the_wire(self) -> None:
-        """Bring what no lane does, until everything is here."""
+        """Bring what no other connection does, until everything is here."""
         self._tell(0)
         while not self._complete:
             if self._trouble is not None:
@@ -139,19 +141,13 @@ class _Download:
             raise _other_length(self._url)
         self._arrived(offset)
 
-    async def lane(self, cluster: str) -> None:
-        """Bring ranges over a connection of their own, until there are none or it breaks."""
-        if not await self._straight(installed_ssh(cluster)):
-            await self._through_the_controller(cluster)
-
-    async def _straight(self, words: Sequence[str]) -> bool:
-        """Let `ssh` write ranges into the part; False where that is not to be had."""
-        if not (words and self._there and self.missing):
-            return False
+    async def connection(self, words: Sequence[str]) -> None:
+        """Let `ssh` write ranges into the part over a connection of its own, until there are none or it breaks."""
+        if not self.missing:
+            return
         mine, ready = self.missing.popleft(), False
-        size = self._file.ranges.size
         try:
-            async with straight(words, self._there, size, self._path, mine[0]) as connection:
+            async with straight(words, self._there, self._file.ranges.size, self._path, mine[0]) as connection:
                 ready = True
                 self._ready += 1
                 while True:
@@ -164,56 +160,20 @@ class _Download:
         except (HostLostError, OSError):  # others bring its ranges
             pass
         finally:
-            self._given_back([mine] if mine[1] else [], ready=ready)
-        return ready
+            self._given_back(mine, ready=ready)
 
-    def _given_back(self, ranges: Iterable[tuple[int, int]], *, ready: int) -> None:
+    def _given_back(self, mine: tuple[int, int], *, ready: bool) -> None:
         self._ready -= ready
-        if left := list(ranges):
-            self.missing.extend(left)
-            self._done = self._file.ranges.there  # what came of these comes again
+        if mine[1]:
+            self.missing.append(mine)
+            self._done = self._file.ranges.there  # what came of it comes again
         self._changed.set()
 
-    async def _through_the_controller(self, cluster: str) -> None:
-        mine: dict[int, int] = {}
-        ready = 0
-        try:
-            async with started_lane(cluster, self._url, self._path, self._file.ranges.size) as lane:
-                async for word, value, text in lane.answers():
-                    ready += word == "ready"
-                    self._answer(lane, mine, word, value, text)
-        except OSError:  # it could not even be started, or went away: others bring its ranges
-            pass
-        finally:
-            self._given_back(mine.items(), ready=ready)
-
-    def lane_ended(self, lane: asyncio.Future[None]) -> None:
-        """Let what a lane did not expect, as an error of who is told of progress, end the download."""
-        if not lane.cancelled() and (error := lane.exception()) is not None:
+    def connection_ended(self, connection: asyncio.Task[None]) -> None:
+        """Let what a connection did not expect, as an error of who is told of progress, end the download."""
+        if not connection.cancelled() and (error := connection.exception()) is not None:
             self._trouble = error
             self._changed.set()
-
-    def _answer(self, lane: Lane, mine: dict[int, int], word: str, value: int, text: str) -> None:
-        match word:
-            case "ready":
-                self._ready += 1
-                self._order(lane, mine, _STREAMS)
-            case "got":
-                self._tell(value)
-            case "done":
-                del mine[value]
-                self._arrived(value)
-                self._order(lane, mine, 1)
-            case "full":
-                self._trouble = OSError(value, text)
-
-    def _order(self, lane: Lane, mine: dict[int, int], many: int) -> None:
-        for _ in range(min(many, len(self.missing))):
-            offset, length = self.missing.popleft()
-            mine[offset] = length
-            lane.order(offset, length)
-        if not mine:
-            lane.finish()
 
     def _arrived(self, offset: int) -> None:
         self._file.note(offset)
