@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import NamedTuple
 
+from mcp_server.paths import Roots
 from raylaunch.client import Client
 from raylaunch.cluster.backends import Step
 from raylaunch.config import load_cluster_spec
-from raylaunch.errors import SpecError
 from raylaunch.place import Place
 
 _log = logging.getLogger(__name__)
@@ -40,9 +39,11 @@ class Call:
     Args:
         heals: whether a cluster that should run and does not is started again.
         tell: sends news to the client.
+        roots: the folders that path arguments may lead into.
     """
 
-    def __init__(self, *, heals: bool, tell: Tell) -> None:
+    def __init__(self, *, heals: bool, tell: Tell, roots: Roots) -> None:
+        self.roots = roots
         self._heals = heals
         self._tell = tell
         self._last = 0.0
@@ -100,27 +101,3 @@ class Call:
 
     def _step(self, step: Step) -> None:
         self._notice(str(step))
-
-
-def here() -> Path:
-    """Return the folder that relative paths are relative to: where the server was started."""
-    return Path.cwd()
-
-
-def local_path(text: str, *, field: str) -> Path:
-    """Return an absolute path of this machine, without links.
-
-    Raises:
-        SpecError: it cannot be one; or it is a home or root folder itself, which no tool takes as a whole.
-    """
-    try:
-        path = (here() / Path(text).expanduser()).resolve()
-        path.exists()
-    except (OSError, RuntimeError, ValueError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        msg = f"{field}: {text[:80]!r} cannot be a path here: {why}"
-        raise SpecError(msg, field=field, hint="name a folder or file of this machine, as models/digits") from None
-    if path in {Path("/"), Path.home().resolve()}:
-        msg = f"{field}: {path} as a whole is not what is meant"
-        raise SpecError(msg, field=field, hint="name a folder inside it, as models/digits")
-    return path

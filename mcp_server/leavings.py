@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mcp_server.arguments import DownloadModel, JobLogs
 from mcp_server.bounds import MOST_BYTES, Json, first_lines, last_lines, lines_of, short, without_empty
-from mcp_server.call import Call, News, here, local_path
+from mcp_server.call import Call, News
 from mcp_server.words import UNTRUSTED
 from raylaunch.client import Client, Downloaded, LogChunk
 from raylaunch.errors import NotFoundError, SpecError
@@ -151,7 +151,7 @@ def _next_of_log(job: JobView, chunk: LogChunk, after: _Place) -> str:
 
 async def download_model(given: DownloadModel, call: Call) -> Json:
     """Fetch files to a folder here; their content is never part of the answer."""
-    named = local_path(given.to, field="to") if given.to else None
+    named = call.roots.resolve(given.to, field="to") if given.to else None
     news = [News(0, None, "looks for the files")]
     done_before = [0, 0]
 
@@ -165,7 +165,7 @@ async def download_model(given: DownloadModel, call: Call) -> Json:
         job = await client.patient(lambda: client.job(given.job))
         found = await client.patient(lambda: client.files(job.id))
         paths = _paths(given, job, found)
-        dest = named or here() / job.id
+        dest = (named or call.roots.resolve(job.id, field="job")).path
         async with call.telling(lambda: news[0]):
             fetched = await client.download(
                 job.id,

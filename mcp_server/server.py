@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import anyio
@@ -20,6 +21,7 @@ from mcp.types import CallToolRequestParams, CallToolResult, ListToolsResult, Pa
 
 from mcp_server.bounds import Json, plain
 from mcp_server.call import Call, News
+from mcp_server.paths import ROOTS_VARIABLE, Roots, roots_of
 from mcp_server.policy import Audit, may_write
 from mcp_server.tools import Tool, offered
 from raylaunch.cluster.home import raylaunch_home
@@ -35,12 +37,13 @@ _INSTRUCTIONS = (
     "asks a person; what needs one says which command to type."
 )
 _READS_ONLY = " This server only reads: it was started with RAYLAUNCH_ROLE=viewer."
-_USAGE = """\
+_USAGE = f"""\
 raylaunch-mcp serves raylaunch's tools to a coding agent, over stdin and stdout. An agent starts it:
 
   claude mcp add raylaunch -- raylaunch-mcp
 
-RAYLAUNCH_ROLE=viewer in its environment leaves out the tools that write.
+RAYLAUNCH_ROLE=viewer in its environment leaves out the tools that write. Its tools read and write files in the folder
+where it is started, and in those that {ROOTS_VARIABLE} names (full paths, with ':' between them).
 """
 
 
@@ -51,12 +54,14 @@ class Desk:
         tools: those that are offered, by name.
         audit: where writes are noted.
         heals: whether a cluster that should run and does not is started again.
+        roots: the folders that path arguments may lead into.
     """
 
-    def __init__(self, tools: Mapping[str, Tool[Any]], audit: Audit, *, heals: bool) -> None:
+    def __init__(self, tools: Mapping[str, Tool[Any]], audit: Audit, *, heals: bool, roots: Roots) -> None:
         self._tools = tools
         self._audit = audit
         self._heals = heals
+        self._roots = roots
 
     async def list_tools(
         self, _context: ServerRequestContext[Any, Any], _params: PaginatedRequestParams | None
@@ -73,8 +78,9 @@ class Desk:
         async def tell(news: News) -> None:
             await context.session.report_progress(news.done, news.total, news.message)
 
+        call = Call(heals=self._heals, tell=tell, roots=self._roots)
         try:
-            answer = await self._answer(tool, params.arguments or {}, Call(heals=self._heals, tell=tell))
+            answer = await self._answer(tool, params.arguments or {}, call)
         except RaylaunchError as error:
             return _refused(str(error))
         except Exception:  # noqa: BLE001 -- the top of the program: one call's bug ends neither the server nor other calls
@@ -113,10 +119,11 @@ def server(environ: Mapping[str, str] = os.environ) -> Server[dict[str, Any]]:
     """Return the server with its tools.
 
     Raises:
-        SpecError: the environment names a role that there is not.
+        SpecError: the environment names a role that there is not, or a folder that tools cannot have.
     """
     writes = may_write(environ)
-    desk = Desk(offered(may_write=writes), Audit(raylaunch_home(environ)), heals=writes)
+    roots = roots_of(environ, Path.cwd())
+    desk = Desk(offered(may_write=writes), Audit(raylaunch_home(environ)), heals=writes, roots=roots)
     return Server(
         "raylaunch",
         title="raylaunch",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from pathlib import Path
 
 from mcp_server.arguments import StopJob, TrainJob
 from mcp_server.bounds import Json, short, without_empty
-from mcp_server.call import Call, News, here, local_path
+from mcp_server.call import Call, News
+from mcp_server.paths import Roots
 from mcp_server.words import job_facts, job_row, next_for
 from raylaunch.client import Client, with_wandb
 from raylaunch.config import Flag, job_spec_from_flags
@@ -17,6 +17,7 @@ from raylaunch.errors import SpecError
 from raylaunch.packing import checked_working_dir, pack
 from raylaunch.spec import JobSpec
 from raylaunch.state import PackReport
+from raylaunch.yaml_file import YamlFile, parse_yaml
 
 _FIELDS: dict[str, tuple[str, ...]] = {
     "entrypoint": ("entrypoint",),
@@ -36,7 +37,7 @@ _LARGEST = 3
 
 async def train_job(given: TrainJob, call: Call) -> Json:
     """Submit a job, or say what submitting it would do."""
-    spec, secrets = with_wandb(await asyncio.to_thread(_spec_of, given), os.environ)
+    spec, secrets = with_wandb(await asyncio.to_thread(_spec_of, given, call.roots), os.environ)
     notes = ["the W&B key of this server's environment goes along, for this job alone"] if secrets else []
     async with call.client() as client:
         if given.dry_run:
@@ -78,18 +79,35 @@ async def stop_job(given: StopJob, call: Call) -> Json:
     return {"job": job_row(job, now=time.time()), "cursor": job.cursor, "next": next_for(job)}
 
 
-def _spec_of(given: TrainJob) -> JobSpec:
-    spec = job_spec_from_flags(_flags(given), file=_job_file(given), cwd=here())
-    if spec.working_dir:
-        checked_working_dir(local_path(spec.working_dir, field="working_dir"))
+def _spec_of(given: TrainJob, roots: Roots) -> JobSpec:
+    file = _job_file(given, roots)
+    flags = _flags(given)
+    if given.working_dir is None and file is None:
+        flags.append(Flag("working_dir", _FIELDS["working_dir"], roots.working_dir))
+    elif given.working_dir:
+        named = roots.resolve(given.working_dir, field="working_dir")
+        flags.append(Flag("working_dir", _FIELDS["working_dir"], str(named.path)))
+    elif given.working_dir == "":
+        flags.append(Flag("working_dir", _FIELDS["working_dir"], ""))
+    spec = job_spec_from_flags(flags, file=file)
+    if not spec.working_dir:
+        return spec
+    quoted = file is None
+    folder = roots.resolve(spec.working_dir, field="working_dir", quoted=quoted).path
+    checked_working_dir(folder)
+    if spec.environment.kind == "pip" and spec.environment.value:
+        roots.resolve(spec.environment.value, field="environment", base=folder, quoted=quoted)
     return spec
 
 
-def _job_file(given: TrainJob) -> Path | None:
-    if not given.job_file and given.entrypoint is None and "entrypoint" not in (given.more or {}):
+def _job_file(given: TrainJob, roots: Roots) -> YamlFile | None:
+    if given.job_file:
+        named = roots.resolve(given.job_file, field="job_file")
+        return parse_yaml(named.read_text(field="job_file"), named.path, quoted=False)
+    if given.entrypoint is None and "entrypoint" not in (given.more or {}):
         msg = "there is nothing to run: neither entrypoint nor job_file was given"
         raise SpecError(msg, field="entrypoint", hint="give entrypoint, as 'python train.py', or job_file")
-    return local_path(given.job_file, field="job_file") if given.job_file else None
+    return None
 
 
 def _flags(given: TrainJob) -> list[Flag]:
@@ -104,9 +122,7 @@ def _flags(given: TrainJob) -> list[Flag]:
         flags.append(Flag("more", (key,), tuple(value) if isinstance(value, list) and key != "entrypoint" else value))
     for name, field in _FIELDS.items():
         value = getattr(given, name)
-        if name == "working_dir" and value:
-            value = str(local_path(value, field=name))
-        if value not in (None, []):
+        if name != "working_dir" and value not in (None, []):
             flags.append(Flag(name, field, tuple(value) if isinstance(value, list) else value))
     return flags
 

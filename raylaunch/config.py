@@ -133,7 +133,9 @@ def load_job_spec(path: Path) -> JobSpec:
     return job_spec_from_flags((), file=path)
 
 
-def job_spec_from_flags(flags: Sequence[Flag], *, file: Path | None = None, cwd: Path | None = None) -> JobSpec:
+def job_spec_from_flags(
+    flags: Sequence[Flag], *, file: Path | YamlFile | None = None, cwd: Path | None = None
+) -> JobSpec:
     """Return the job that flags describe, laid over a file when there is one.
 
     A flag replaces what the file says; for `env` and lists (`tags`, `outputs`, `secrets`) it adds to it. The working
@@ -142,16 +144,16 @@ def job_spec_from_flags(flags: Sequence[Flag], *, file: Path | None = None, cwd:
     Raises:
         SpecError: file or flags say something that cannot be.
     """
-    read = read_yaml(file) if file else None
+    read = read_yaml(file) if isinstance(file, Path) else file
     data: dict[str, object] = copy.deepcopy(read.data) if read else {}
     stated = data.get("working_dir", ".")
     here = cwd or Path.cwd()
     if isinstance(stated, str) and stated:
-        data["working_dir"] = str(((file.absolute().parent if file else here) / Path(stated).expanduser()).resolve())
+        data["working_dir"] = _absolute(read.path.absolute().parent if read else here, stated, read)
     for flag in flags:
         value = flag.value
         if flag.field == ("working_dir",) and isinstance(value, str) and value:
-            value = str((here / Path(value).expanduser()).resolve())
+            value = _absolute(here, value, None)
         _lay(data, flag.field, value)
     if not read and "entrypoint" not in data:
         msg = "there is nothing to run: no entrypoint was given"
@@ -161,6 +163,16 @@ def job_spec_from_flags(flags: Sequence[Flag], *, file: Path | None = None, cwd:
             hint="write the command after --, as: raylaunch run -- python train.py; or name a file: -f job.yaml",
         )
     return _validated(JobSpec, data, read, flags)
+
+
+def _absolute(base: Path, text: str, file: YamlFile | None) -> str:
+    try:
+        return str((base / Path(text).expanduser()).resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        shown = f"{text[:80]!r} " if file is None or file.quoted else ""
+        msg = f"working_dir: {shown}cannot be a path here: {getattr(error, 'strerror', None) or type(error).__name__}"
+        where = file.where(("working_dir",)) if file else ""
+        raise SpecError(msg, where=where, field="working_dir", hint="name a folder of this machine") from None
 
 
 def _lay(data: dict[str, object], field: tuple[str, ...], value: object) -> None:
@@ -194,4 +206,4 @@ def _validated(
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise spec_error(error, model, data, locate) from None
+        raise spec_error(error, model, data, locate, quoted=file is None or file.quoted) from None

@@ -42,10 +42,11 @@ _BOUNDS = {
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong: where it stands, and a sentence."""
+    """One thing that is wrong: where it stands, a sentence, and what was expected (empty where only that says it)."""
 
     path: KeyPath
     message: str
+    expected: str = ""
 
     @property
     def field(self) -> str:
@@ -53,9 +54,16 @@ class Problem(NamedTuple):
         return ".".join(str(part) for part in self.path)
 
 
-def spec_error(error: ValidationError, model: type[BaseModel], data: object, locate: Locate) -> SpecError:
-    """Return one error that says everything that pydantic found, each with its place."""
+def spec_error(
+    error: ValidationError, model: type[BaseModel], data: object, locate: Locate, *, quoted: bool = True
+) -> SpecError:
+    """Return one error that says everything that pydantic found, each with its place.
+
+    Without `quoted` it repeats neither keys nor values of `data`: places, known keys, and what was expected.
+    """
     found = list(_problems(error, model, data))
+    if not quoted:
+        found = [problem._replace(message=_unquoted(problem, model)) for problem in found]
     first, *others = [_named(locate(problem.path), problem) for problem in found]
     lines = [
         first[1].message,
@@ -106,18 +114,36 @@ def _problem(path: KeyPath, details: list[ErrorDetails], model: type[BaseModel])
     if kind == "extra_forbidden":
         return Problem(path, _unknown_key(path, model))
     if kind == "missing":
-        return Problem(path, f"the key {dotted!r} is missing")
+        return Problem(path, f"the key {dotted!r} is missing", "is missing")
     if words is not None:
         return _in_words(path, words)
     if kind in _BOUNDS:
         name, phrase = _BOUNDS[kind]
-        return Problem(path, f"{dotted}: {_shown(detail['input'])} {phrase} {detail['ctx'][name]:g}")
+        bound = f"{phrase} {detail['ctx'][name]:g}"
+        return Problem(path, f"{dotted}: {_shown(detail['input'])} {bound}", bound)
     expected = [phrase for phrase in map(_expected, details) if phrase]
     if not expected:
         return Problem(path, f"{dotted}: {_shown(detail['input'])}: {detail['msg'][:1].lower()}{detail['msg'][1:]}")
     quotes = expected == ["text"] and isinstance(detail["input"], int | float)
     ending = "; write it in quotes" if quotes else ""
-    return Problem(path, f"{dotted}: {_shown(detail['input'])} is not {_either(expected)}{ending}")
+    wanted = f"is not {_either(expected)}"
+    return Problem(path, f"{dotted}: {_shown(detail['input'])} {wanted}{ending}", wanted)
+
+
+def _unquoted(problem: Problem, model: type[BaseModel]) -> str:
+    """Return the sentence in words of ours alone: a key that is not a field of the model is not named."""
+    known: list[str] = []
+    holder: type[BaseModel] | None = model
+    for part in problem.path:
+        field = holder.model_fields.get(str(part)) if holder else None
+        if field is None:
+            break
+        known.append(str(part))
+        holder = next(iter(_models_in(field.annotation)), None)
+    if len(known) < len(problem.path) and holder is not None:
+        inside = f" in {'.'.join(known)}" if known else ""
+        return f"unknown key{inside} (known: {', '.join(holder.model_fields)})"
+    return f"{'.'.join(known)} {problem.expected or 'is not valid'}" if known else "it is not valid"
 
 
 def _in_words(path: KeyPath, detail: ErrorDetails) -> Problem:

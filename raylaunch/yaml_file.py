@@ -19,6 +19,8 @@ class YamlFile(NamedTuple):
     path: Path
     data: dict[str, object]
     lines: dict[KeyPath, int]
+    quoted: bool = True
+    """Whether errors may quote what it says; not to somebody who may be misled about which file it is."""
 
     def where(self, path: KeyPath) -> str:
         """Return ``file:line`` of a value, or of the nearest thing around it; the file alone when that is nowhere."""
@@ -34,8 +36,34 @@ def read_yaml(path: Path) -> YamlFile:
     Raises:
         SpecError: there is no such file, it cannot be read, is not YAML, or gives a key twice.
     """
-    text = _text_of(path)
-    loader = yaml.SafeLoader(text)
+    return parse_yaml(_text_of(path), path)
+
+
+def parse_yaml(text: str, path: Path, *, quoted: bool = True) -> YamlFile:
+    """Read the text of a file that holds a mapping.
+
+    Args:
+        text: of the whole file.
+        path: where it comes from, for messages.
+        quoted: whether errors may quote any of it; else they have its path and line alone.
+
+    Raises:
+        SpecError: it is not YAML, or gives a key twice.
+    """
+    try:
+        return _parsed(text, path)._replace(quoted=quoted)
+    except SpecError as error:
+        if quoted:
+            raise
+        msg = "this is not a YAML file of a job"
+        raise SpecError(msg, where=error.where, hint="it must hold keys with values, each key once") from None
+
+
+def _parsed(text: str, path: Path) -> YamlFile:
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.YAMLError as error:
+        raise _not_yaml(path, error) from None
     try:
         node = loader.get_single_node()
         if node is None:
@@ -46,7 +74,7 @@ def read_yaml(path: Path) -> YamlFile:
         lines: dict[KeyPath, int] = {}
         _walk(path, node, (), lines, set())
         data = loader.construct_document(node)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that there is not; brackets without end
         raise _not_yaml(path, error) from None
     finally:
         loader.dispose()
@@ -122,9 +150,9 @@ def _text_of(path: Path) -> str:
         raise SpecError(msg) from None
 
 
-def _not_yaml(path: Path, error: yaml.YAMLError) -> SpecError:
+def _not_yaml(path: Path, error: Exception) -> SpecError:
     mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
-    why = (error.problem if isinstance(error, yaml.MarkedYAMLError) else None) or str(error).splitlines()[0]
+    why = (error.problem if isinstance(error, yaml.MarkedYAMLError) else None) or f"{error}".partition("\n")[0]
     where = f"{path}:{mark.line + 1}" if mark else str(path)
     return SpecError(f"this is not YAML: {why}", where=where, hint="tabs, colons and quotes are the usual causes")
 

@@ -18,9 +18,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("raylaunch", "mcp_server")
 
 SPECS = frozenset({"spec", "cluster_spec", "host_spec", "spec_parts", "units"})
-GROUND = frozenset({"errors", "reasons", "version", "job_state", "state", "cluster_state", "wheel_sets"}) | SPECS
+GROUND = (
+    frozenset({"errors", "reasons", "version", "directory", "job_state", "state", "cluster_state", "wheel_sets"})
+    | SPECS
+)
 READING = frozenset({"config", "ray_yaml", "spec_problems", "yaml_file"})
-SENDING = frozenset({"packing", "ignoring", "git_facts", "submission", "transfer", "wire", "log_reading"})
+SENDING = frozenset(
+    {"packing", "ignoring", "git_facts", "submission", "transfer", "wire", "log_reading", "requirement_lines"}
+)
 VERBS = frozenset({"client", "sdk"})
 
 # What each part may import of raylaunch, beside itself. `runner.contract` grants that one module.
@@ -28,6 +33,7 @@ MAY: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "reasons": frozenset(),
     "version": frozenset(),
+    "directory": frozenset(),
     **dict.fromkeys(SPECS, SPECS),
     "spec": SPECS | {"runner.entrypoint"},
     "job_state": frozenset(),

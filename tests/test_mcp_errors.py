@@ -17,6 +17,7 @@ from support.disks import fill, small_disk
 from mcp_server import arguments
 from mcp_server.bounds import Json
 from mcp_server.call import Call
+from mcp_server.paths import ROOTS_VARIABLE, Roots
 from mcp_server.policy import Audit
 from mcp_server.server import Desk
 from mcp_server.tools import Tool
@@ -62,8 +63,9 @@ WRONG: list[tuple[str, dict[str, object], str]] = [
     ("train_job", {"entrypoint": "true", "more": {"resorces": {}}}, "unknown key 'resorces' (nearest: resources)"),
     ("train_job", {"entrypoint": "true", "name": "a", "more": {"name": "b"}}, "name is given twice"),
     ("train_job", {"entrypoint": "true", "more": {"working_dir": "/"}}, "working_dir is an argument of its own"),
-    ("train_job", {"entrypoint": "true", "working_dir": "/"}, "working_dir: / as a whole is not what is meant"),
-    ("train_job", {"entrypoint": "true", "working_dir": "~"}, "as a whole is not what is meant"),
+    ("train_job", {"entrypoint": "true", "working_dir": "/"}, "working_dir: '/' is outside of the folders"),
+    ("train_job", {"entrypoint": "true", "working_dir": "~"}, "is outside of the folders"),
+    ("train_job", {"entrypoint": "true", "environment": "pip:/etc/passwd"}, "environment: '/etc/passwd' is outside of"),
     ("train_job", {"entrypoint": "true", "working_dir": "gone"}, "/gone does not exist"),
     ("train_job", {"entrypoint": "true", "working_dir": "a\0b"}, "cannot be a path here"),
     ("train_job", {"job_file": "gone.yaml"}, "gone.yaml"),
@@ -83,8 +85,9 @@ WRONG: list[tuple[str, dict[str, object], str]] = [
     ("stop_job", {}, "the key 'job' is missing\n  → stop_job takes job, grace_s"),
     ("stop_job", {"job": "a", "grace_s": "x"}, "grace_s: 'x' is not a number"),
     ("download_model", {"what": "weights"}, "what: 'weights' is not one of outputs, checkpoint, all"),
-    ("download_model", {"to": "/"}, "to: / as a whole is not what is meant\n  → name a folder inside it"),
-    ("download_model", {"to": "~"}, "as a whole is not what is meant"),
+    ("download_model", {"to": "/"}, "to: '/' is outside of the folders that this server may use\n  → they are "),
+    ("download_model", {"to": "~"}, "is outside of the folders"),
+    ("download_model", {"to": ".git/hooks"}, "to: '.git/hooks' is hidden"),
     ("download_model", {"to": "~no-such-user/x"}, "cannot be a path here"),
     ("download_model", {"to": "x" * 5000}, "cannot be a path here"),
 ]
@@ -132,7 +135,7 @@ def test_a_broken_job_file_is_named_with_its_line(agent: Agent, place: Path) -> 
     (place / "work" / "bad.yaml").write_text("entrypoint: true.sh\nretrys: 2\n")
     answer = agent.call("train_job", job_file="bad.yaml")
     assert answer.error
-    assert "bad.yaml:2: unknown key 'retrys' (nearest: retries)" in answer.text
+    assert "bad.yaml:2: unknown key (known: name, entrypoint," in answer.text
 
 
 def test_a_pattern_that_is_no_regular_expression_is_refused(agent: Agent, paper: Api) -> None:
@@ -190,19 +193,26 @@ def test_a_folder_that_is_a_file_is_said(agent: Agent, paper: Api, place: Path) 
     assert "choose another folder" in answer.text
 
 
-def test_a_disk_that_is_full_is_said(agent: Agent, paper: Api, tmp_path: Path) -> None:
+def roots(folder: Path) -> dict[str, str]:
+    return {ROOTS_VARIABLE: str(folder)}
+
+
+def test_a_disk_that_is_full_is_said(agent: Agent, paper: Api, place: Path, tmp_path: Path) -> None:
     job = submitted(agent)
     write(paper, paper.do(lambda: paper.records.get(job).view()), "attempt-1/outputs/model.pt", os.urandom(1_000_000))
-    with small_disk(tmp_path / "small", kib=64) as disk:
-        answer = agent.call("download_model", job=job, to=str(disk / "here"))
+    with small_disk(tmp_path / "small", kib=64) as disk, agent_at(place, place / "work", extra=roots(disk)) as opened:
+        answer = opened.call("download_model", job=job, to=str(disk / "here"))
     assert answer.error
     assert "the disk is full\n  → free some space" in answer.text
 
 
-def test_a_folder_that_may_not_be_written_is_said(agent: Agent, paper: Api, tmp_path: Path) -> None:
+def test_a_folder_that_may_not_be_written_is_said(agent: Agent, paper: Api, place: Path, tmp_path: Path) -> None:
     job = with_output(agent, paper)
-    with small_disk(tmp_path / "fixed", kib=64, options="ro") as disk:
-        answer = agent.call("download_model", job=job, to=str(disk / "here"))
+    with (
+        small_disk(tmp_path / "fixed", kib=64, options="ro") as disk,
+        agent_at(place, place / "work", extra=roots(disk)) as opened,
+    ):
+        answer = opened.call("download_model", job=job, to=str(disk / "here"))
     assert answer.error
     assert f"cannot be written to {disk / 'here' / 'model.pt'}: Read-only file system\n  → choose" in answer.text
 
@@ -264,7 +274,7 @@ async def test_a_bug_of_ours_is_called_one_and_ends_nothing(tmp_path: Path, anyi
         raise KeyError(key)
 
     tool = Tool(arguments.ClusterStatus, broken_tool, title="", description="", answers={})
-    desk = Desk({"broken_tool": tool}, Audit(tmp_path), heals=False)
+    desk = Desk({"broken_tool": tool}, Audit(tmp_path), heals=False, roots=Roots(tmp_path, ()))
     made = Server("bug", on_list_tools=desk.list_tools, on_call_tool=desk.call_tool)
     async with Client(made) as client:
         for _ in range(2):
