@@ -139,7 +139,7 @@ async def _dry_run(client: Client, spec: JobSpec, notes: list[str]) -> Json:
             {
                 "fits": [short(host, 63) for host in found.fits[:20]],
                 "packed": _packed(report, spec) if report else None,
-                "environment": str(spec.environment) if spec.environment.kind != "default" else "",
+                "python": short(str(found.chosen or "")),
                 "notes": notes,
             }
         ),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime, timezone
 
 from mcp_server.bounds import Json, short, without_empty
 from raylaunch.cluster.doctor.last_look import LastLook
 from raylaunch.cluster.doctor.problem import Problem
 from raylaunch.cluster_state import ControllerStatus, NodeView
+from raylaunch.environment_choice import active_python, import_hint
 from raylaunch.reasons import Reason
 from raylaunch.state import AttemptView, JobState, JobView
 
@@ -67,6 +69,8 @@ def job_facts(job: JobView, *, now: float) -> Json:
                 "metrics": {short(key, 100): value for key, value in metrics.items()},
                 "metrics_left_out": more or None,
                 "wandb": _wandb(job),
+                "python": short(str(job.chosen)) if job.chosen else "",
+                "hint": short(import_hint(job, active_python(os.environ))) if job.log_tail else "",
                 "warnings": [short(one) for one in job.environment.warnings[:5]] if job.environment else [],
                 "outputs": job.outputs or None,
                 "output_bytes": job.output_bytes or None,

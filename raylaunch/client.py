@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets as random_source
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -16,13 +17,14 @@ from pydantic import TypeAdapter
 from typing_extensions import Self
 
 from raylaunch.admin import Admin
-from raylaunch.cluster_state import ControllerStatus, RayAccess
+from raylaunch.cluster_state import ClusterPython, ControllerStatus, RayAccess
 from raylaunch.errors import WheelsNeededError
 from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
 from raylaunch.spec import JobSpec
 from raylaunch.state import (
     Artifact,
     DryRun,
+    EnvironmentChoice,
     Event,
     EventPage,
     JobPage,
@@ -78,6 +80,8 @@ class Client:
         on_notice: told when the connection was lost, and when it is back.
         heal: called when nothing answers, at most every few seconds; returns where to go on.
         over_ssh: whether the cluster's head is reached over SSH: large files then come over several connections.
+        here: whether the cluster is on this machine, so that jobs may use the environment that is active here.
+        prefix: `sys.prefix` where the interpreter is the person's own, as in a notebook.
     """
 
     def __init__(  # noqa: PLR0913 -- all keywords, each with a sentence
@@ -89,10 +93,13 @@ class Client:
         on_notice: Callable[[str], None] = _say_nothing,
         heal: Callable[[], Awaitable[Reachable]] | None = None,
         over_ssh: bool = False,
+        here: bool = False,
+        prefix: str = "",
     ) -> None:
         self._ssh_cluster = cluster if over_ssh else ""
         self._wire = Wire(reach, cluster=cluster)
         self._notice = on_notice
+        self._here, self._prefix = here, prefix
         self.admin = Admin(self._wire)
         self._patience = Patience(self._wire, limit_s=patience_s, on_notice=on_notice, heal=heal)
 
@@ -159,7 +166,9 @@ class Client:
             ConflictError: `request_id` was used for something else.
         """
         key = request_id or random_source.token_hex(16)
-        request = SubmitRequest(spec=spec, request_id=key, secrets=dict(secrets or {}))
+        chosen = await self.choose_environment(spec)
+        spec = spec.model_copy(update={"environment": chosen.environment})
+        request = SubmitRequest(spec=spec, request_id=key, chosen=chosen, secrets=dict(secrets or {}))
         if not spec.working_dir:
             return await self._submit(request, on_progress)
         from raylaunch.git_facts import git_facts  # noqa: PLC0415 -- only a submission needs subprocess
@@ -171,6 +180,13 @@ class Client:
             code = {"package": packed.sha256, "pack": packed.report, "git": await asyncio.to_thread(git_facts, folder)}
             await upload(self._wire, packed, patient=self.patient, on_progress=on_progress)
             return await self._submit(request.model_copy(update=code), on_progress)
+
+    async def choose_environment(self, spec: JobSpec) -> EnvironmentChoice:
+        """Return which Python environment `submit` would give to a job, and why."""
+        from raylaunch.environment_choice import active_python, choose  # noqa: PLC0415 -- only a submission needs it
+
+        cluster = await self.patient(lambda: self._wire.model(ClusterPython, "GET", "/v1/python"))
+        return choose(spec, cluster, active_python(os.environ, prefix=self._prefix), here=self._here)
 
     async def _submit(self, request: SubmitRequest, on_progress: OnProgress) -> SubmitAnswer:
         post = partial(self._wire.model, SubmitAnswer, "POST", "/v1/jobs")
@@ -198,8 +214,10 @@ class Client:
 
     async def dry_run(self, spec: JobSpec) -> DryRun:
         """Return where a job could run, and a sentence, without submitting it. Raises as `submit`."""
-        request = SubmitRequest(spec=spec)
-        return await self._wire.model(DryRun, "POST", "/v1/jobs", params={"dry_run": "true"}, body=request)
+        chosen = await self.choose_environment(spec)
+        request = SubmitRequest(spec=spec.model_copy(update={"environment": chosen.environment}))
+        found = await self._wire.model(DryRun, "POST", "/v1/jobs", params={"dry_run": "true"}, body=request)
+        return found.model_copy(update={"chosen": chosen})
 
     async def jobs(  # noqa: PLR0913 -- each is one filter
         self,

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from raylaunch.spec_parts import Environment
 from raylaunch.state import JobView, View
 
 
@@ -125,6 +126,19 @@ class ControllerStatus(View):
     store: str = ""
     store_free: int | None = None
     problems: tuple[str, ...] = ()
+
+
+class ClusterPython(View):
+    """What jobs that name no environment get (``GET /v1/python``), and the interpreter that runs Ray."""
+
+    environment: Environment = Environment()
+    """`environment` of cluster.yaml."""
+    version: str = ""
+    """Of the Python that runs Ray; empty where somebody else runs it."""
+    prefix: str = ""
+    """Its folder, on the head."""
+    ray: str = ""
+    """Version of Ray."""
 
 
 class HostJobs(View):

@@ -24,6 +24,7 @@ class Place:
         on_notice: told in a sentence what a person should know meanwhile.
         on_step: told each step when something is started.
         heals: whether a cluster that should run, and does not, is started again. Without it nothing is ever started.
+        prefix: `sys.prefix` where the interpreter is the person's own, as in a notebook.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Place:
         on_notice: Callable[[str], None],
         on_step: Callable[[Step], None],
         heals: bool = True,
+        prefix: str = "",
     ) -> None:
         self.spec = spec
         self.backend: Backend = backend_for(spec)
@@ -41,6 +43,7 @@ class Place:
         self._notice = on_notice
         self._step = on_step
         self._heals = heals
+        self._prefix = prefix
 
     @contextlib.asynccontextmanager
     async def client(self, *, start: bool = False, patience_s: float = PATIENCE_S) -> AsyncIterator[Client]:
@@ -61,6 +64,8 @@ class Place:
                 on_notice=self._notice,
                 heal=self._heal if self._heals else None,
                 over_ssh=reach.over_ssh,
+                here=self._ours and self.spec.kind == "local",
+                prefix=self._prefix,
             ) as client:
                 yield client
         except NoAnswerError as error:

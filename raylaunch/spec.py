@@ -19,6 +19,7 @@ from raylaunch.spec_parts import (
     ENVIRONMENTS,
     GPU_VARIABLES,
     NAME,
+    OF_THE_CLUSTER,
     Bytes,
     Environment,
     EnvironmentKind,
@@ -33,6 +34,7 @@ from raylaunch.spec_parts import (
 __all__ = [
     "ENVIRONMENTS",
     "GPU_VARIABLES",
+    "OF_THE_CLUSTER",
     "Bytes",
     "ClusterGpus",
     "ClusterSpec",
@@ -130,8 +132,10 @@ class JobSpec(Spec):
     secrets: SecretNames = ()
     """Names of secrets that become environment variables; `raylaunch secret set NAME` sets one.
     Example: `[HF_TOKEN]`"""
-    environment: Environment = Environment()
-    """The Python environment. Example: `conda:train`"""
+    environment: Environment = Environment(kind="auto")
+    """The Python environment. `auto` takes the first that applies: `environment` in cluster.yaml, `uv.lock` in the
+    working directory, the active environment (on a cluster on this machine), the cluster's own.
+    Example: `conda:train`"""
     timeout_s: Seconds | None = None
     """The longest run of one attempt; waiting does not count. Example: `6h`"""
     grace_s: Seconds = 30.0

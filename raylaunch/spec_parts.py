@@ -28,9 +28,19 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-EnvironmentKind = Literal["default", "ray", "python", "conda", "venv", "uv", "pip"]
+EnvironmentKind = Literal["auto", "default", "ray", "python", "conda", "venv", "uv", "pip"]
+
+OF_THE_CLUSTER: frozenset[EnvironmentKind] = frozenset({"auto", "default"})
+"""Kinds that leave the environment to the cluster. The client replaces `auto` when it submits."""
 
 ENVIRONMENTS: tuple[tuple[str | dict[str, object], str], ...] = (
+    (
+        "auto",
+        (
+            "The default: `environment` in cluster.yaml, else `uv.lock` in the working directory, else the active venv "
+            "or conda environment (on a cluster on this machine), else the interpreter that runs Ray."
+        ),
+    ),
     ("default", "The cluster's own: `environment` in cluster.yaml, else the interpreter that runs Ray there."),
     ("ray", "The interpreter that runs Ray there, whatever cluster.yaml says."),
     ("/opt/train/bin/python", "That interpreter; a path on the node."),
@@ -44,7 +54,7 @@ ENVIRONMENTS: tuple[tuple[str | dict[str, object], str], ...] = (
 
 
 class Environment(Spec):
-    """The Python environment of a job, in one of seven kinds: ENVIRONMENTS says how each is written."""
+    """The Python environment of a job: ENVIRONMENTS says how each kind is written."""
 
     kind: EnvironmentKind = "default"
     value: str = ""
@@ -64,7 +74,7 @@ class Environment(Spec):
 
     def __str__(self) -> str:
         match self.kind:
-            case "default" | "ray" | "uv":
+            case "auto" | "default" | "ray" | "uv":
                 return self.kind
             case "python":
                 return self.value
@@ -77,7 +87,7 @@ class Environment(Spec):
 def _environment_from_text(text: str) -> dict[str, object]:
     if text in {"", "default"}:
         return {"kind": "default"}
-    if text in {"ray", "uv"}:
+    if text in {"auto", "ray", "uv"}:
         return {"kind": text}
     kind, colon, value = text.partition(":")
     if colon and kind in {"conda", "venv", "pip"}:

@@ -119,6 +119,39 @@ class EnvironmentFacts(View):
     warnings: tuple[str, ...] = ()
 
 
+class EnvironmentChoice(View):
+    """Which Python environment a job got when it was submitted, and why. The client makes it."""
+
+    environment: Environment
+    source: Literal["job", "cluster", "lock", "active", "own"]
+    """Named by the job; by cluster.yaml; by `uv.lock` in the working directory; active where it was submitted; or the
+    interpreter that runs Ray."""
+    python: str = ""
+    """Version of its interpreter, as far as it is known before the job runs."""
+    where: str = ""
+    """Its folder or name, where `environment` does not have it."""
+    note: str = ""
+    """What was passed over, and how to use that instead."""
+    here: bool = False
+    """Whether the cluster is on the machine that submitted, so that paths mean the same there."""
+
+    def __str__(self) -> str:
+        python = f"Python {'.'.join(self.python.split('.')[:2])}" if self.python else "Python"
+        named = str(self.environment)
+        match self.source:
+            case "job":
+                words = f"{python} from the job's environment ({self.where or named})"
+            case "cluster":
+                words = f"{python} from cluster.yaml ({self.where or named})"
+            case "lock":
+                words = f"{python} from uv.lock"
+            case "active":
+                words = f"{python} from the active environment ({named})"
+            case "own":
+                words = f"{python} that runs Ray" + (f" ({self.where})" if self.where else "")
+        return f"{words}; {self.note}" if self.note else words
+
+
 class JobView(View):
     """One job as anybody with the role to see it sees it.
 
@@ -150,6 +183,7 @@ class JobView(View):
     output_bytes: int = 0
     pack: PackReport | None = None
     git: GitFacts | None = None
+    chosen: EnvironmentChoice | None = None
     environment: EnvironmentFacts | None = None
     log_tail: tuple[str, ...] = ()
     """The last lines of an attempt that did not succeed."""
@@ -203,6 +237,8 @@ class SubmitRequest(View):
     request_id: str = ""
     pack: PackReport | None = None
     git: GitFacts | None = None
+    chosen: EnvironmentChoice | None = None
+    """Which environment it is, and why, for the record: `spec` has the environment itself."""
     secrets: dict[str, str] = Field(default_factory=dict, repr=False)
     wheels: tuple[WheelSet, ...] = ()
     """What its environment is made of on nodes that reach no package index; uploaded as packages."""
@@ -226,6 +262,8 @@ class DryRun(View):
     """Platforms of nodes that could run it and reach no package index: wheels of its environment go along."""
     environment: Environment = Environment()
     """Its environment: its own, or the cluster's."""
+    chosen: EnvironmentChoice | None = None
+    """Which environment that is, and why."""
 
 
 class MetricPoint(View):

@@ -26,7 +26,8 @@ COMMANDS = sorted(LazyGroup().list_commands(click.Context(raylaunch)))
 
 
 def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAYLAUNCH_", "WANDB_"))}
+    other = ("RAYLAUNCH_", "WANDB_", "VIRTUAL_ENV", "CONDA_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(other)}
     return {**kept, "RAYLAUNCH_HOME": str(home), "COLUMNS": "100", **(extra or {})}
 
 
@@ -182,6 +183,7 @@ def test_submit_prints_the_id_and_says_on_stderr_what_was_packed(home: Path, api
     assert done.stderr.splitlines()[1:] == [
         "left out 1 file or folder (built in: *.pyc)",
         "largest: train.py 9 B",
+        f"Python {sys.version_info[0]}.{sys.version_info[1]} that runs Ray ({sys.prefix})",
         f"submitted {done.stdout.strip()}: queued",
     ]
     spec = json.loads(cli(home, "show", "--json").stdout)["spec"]
@@ -209,10 +211,37 @@ def test_the_key_of_the_environment_goes_along_and_is_said_but_not_shown(home: P
     assert not [path for path in (api.store / "jobs").rglob("*") if path.is_file() and key in path.read_text()]
 
 
+def test_the_active_environment_is_the_jobs_and_is_said_in_every_interface(
+    home: Path, api: Api, code: Path, tmp_path: Path
+) -> None:
+    assert api.url
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / "pyvenv.cfg").write_text("version_info = 3.12.1\n")
+    active = {"VIRTUAL_ENV": str(tmp_path / "venv")}
+    said = f"Python 3.12 from the active environment (venv:{tmp_path}/venv)"
+    done = cli(home, "submit", "--", "x", cwd=code, extra=active)
+    assert said in done.stderr.splitlines()
+    assert json.loads(cli(home, "show", "--json").stdout)["spec"]["environment"]["value"] == f"{tmp_path}/venv"
+    assert f"environment  {said}" in cli(home, "show").stdout
+    assert said in cli(home, "run", "--dry-run", "--", "x", cwd=code, extra=active).stdout
+    script = "import raylaunch; print(raylaunch.connect().submit('x', working_dir='').view.chosen)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(home, active), capture_output=True, text=True, check=True
+    )
+    own = f"Python {sys.version_info[0]}.{sys.version_info[1]} from the active environment (venv:{sys.prefix})"
+    assert done.stdout.strip() == own  # whose interpreter runs the script
+
+
 def test_a_dry_run_submits_nothing(home: Path, api: Api, code: Path) -> None:
     assert api.url
     done = cli(home, "run", "--dry-run", "--", "python", "train.py", cwd=code)
-    assert (done.returncode, done.stdout) == (0, "train would start on here at once\n")
+    assert (done.returncode, done.stdout.splitlines()) == (
+        0,
+        [
+            "train would start on here at once",
+            f"Python {sys.version_info[0]}.{sys.version_info[1]} that runs Ray ({sys.prefix})",
+        ],
+    )
     assert json.loads(cli(home, "list", "--json").stdout)["total"] == 0
 
 

@@ -217,6 +217,7 @@ def test_a_dry_run_says_where_and_takes_nothing_in(tom: httpx2.Client) -> None:
         "message": "dry would start on here at once",
         "wheels_for": [],
         "environment": {"kind": "default", "value": "", "requirements": []},
+        "chosen": None,
     }
     assert tom.get("/v1/jobs").json()["total"] == before
 

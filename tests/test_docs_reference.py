@@ -75,7 +75,7 @@ def test_every_environment_that_is_listed_is_one(written: object) -> None:
 
 def test_every_kind_of_environment_is_listed() -> None:
     kinds = {Environment.model_validate(value).kind for value, _ in ENVIRONMENTS}
-    assert kinds == {"default", "ray", "python", "conda", "venv", "uv", "pip"}
+    assert kinds == {"auto", "default", "ray", "python", "conda", "venv", "uv", "pip"}
 
 
 @EACH_FUNCTION

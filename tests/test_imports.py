@@ -24,7 +24,17 @@ GROUND = (
 )
 READING = frozenset({"config", "ray_yaml", "spec_problems", "yaml_file"})
 SENDING = frozenset(
-    {"packing", "ignoring", "git_facts", "submission", "transfer", "wire", "log_reading", "requirement_lines"}
+    {
+        "environment_choice",
+        "packing",
+        "ignoring",
+        "git_facts",
+        "submission",
+        "transfer",
+        "wire",
+        "log_reading",
+        "requirement_lines",
+    }
 )
 VERBS = frozenset({"client", "sdk"})
 
@@ -39,7 +49,7 @@ MAY: dict[str, frozenset[str]] = {
     "job_state": frozenset(),
     "wheel_sets": frozenset(),
     "state": frozenset({"job_state", "reasons", "spec", "wheel_sets"}),
-    "cluster_state": frozenset({"state"}),
+    "cluster_state": frozenset({"state", "spec_parts"}),
     **dict.fromkeys(READING, GROUND | READING),
     **dict.fromkeys(SENDING, GROUND | SENDING | {"runner.contract"}),
     "cluster": GROUND | {"runner.contract"},
@@ -50,14 +60,14 @@ MAY: dict[str, frozenset[str]] = {
     "people": GROUND | READING | {"client", "cluster", "place"},
     "quieting": GROUND | {"client", "cluster", "place"},
     "members": GROUND | READING | {"client", "cluster", "place", "quieting"},
-    "sdk": GROUND | READING | {"client", "cluster", "place", "log_view", "quieting"},
+    "sdk": GROUND | READING | {"client", "cluster", "environment_choice", "place", "log_view", "quieting"},
     "place": GROUND | {"client", "cluster"},
     "log_view": frozenset(),
     "cli": GROUND
     | READING
     | VERBS
-    | {"packing", "cluster", "job", "members", "people", "quieting", "place", "log_view"},
-    "mcp_server": GROUND | READING | VERBS | {"packing", "cluster", "place", "log_view"},
+    | {"packing", "cluster", "environment_choice", "job", "members", "people", "quieting", "place", "log_view"},
+    "mcp_server": GROUND | READING | VERBS | {"packing", "cluster", "environment_choice", "place", "log_view"},
     "runner": frozenset({"errors", "tracking.frames", "tracking.wire"}),
     "job": frozenset({"runner.contract"}),
     "tracking": GROUND | {"runner.contract"},

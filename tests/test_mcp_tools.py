@@ -53,6 +53,7 @@ def test_a_dry_run_says_what_would_happen_and_submits_nothing(agent: Agent, pape
     answer = agent.call("train_job", entrypoint="python train.py", name="dry", dry_run=True)
     assert answer.facts["outcome"] == "dry would start on here at once"
     assert answer.facts["packed"]["files"] >= 1
+    assert answer.facts["python"].startswith("Python 3.")
     assert answer.facts["next"].startswith("nothing was submitted")
     assert paper.do(lambda: len(paper.records.unfinished())) == before
 

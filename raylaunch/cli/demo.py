@@ -24,6 +24,7 @@ from raylaunch.client import Client
 from raylaunch.cluster.backends import Step
 from raylaunch.config import load_job_spec
 from raylaunch.errors import ClusterError, ConflictError, RaylaunchError
+from raylaunch.spec import Environment
 from raylaunch.state import JobState, JobView, MetricSeries, MetricsPage
 
 LIMIT_S = 20 * 60.0
@@ -70,7 +71,10 @@ async def _demo(place: Place, folder: Path, dest: Path, console: Console) -> Non
 
     async with place.client() as client:
         _heading(console, "A job", f"train.py learns to read handwritten digits ({_shown(folder)})")
-        answer = await client.submit(load_job_spec(folder / "job.yaml"))
+        spec = load_job_spec(folder / "job.yaml")
+        if place.spec.kind == "local":  # scikit-learn was found here; what is active, or runs Ray, may not have it
+            spec = spec.model_copy(update={"environment": Environment(kind="python", value=sys.executable)})
+        answer = await client.submit(spec)
         console.print(f"  {answer.job.id}: {answer.job.entrypoint}", soft_wrap=True)
 
         _heading(console, "Training", "epochs, loss and accuracy, as the script logs them with wandb")

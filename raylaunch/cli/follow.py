@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import click
 
 from raylaunch.cli.connect import Place, finish
 from raylaunch.cli.console import colour_wanted, is_terminal, note, say, say_json, styled
-from raylaunch.cli.job_words import exit_status, final_facts, sentence
+from raylaunch.cli.job_words import environment_words, exit_status, final_facts, sentence
 from raylaunch.cli.options import as_json, job_argument
 from raylaunch.client import Client
 from raylaunch.log_view import LogView, clean
@@ -55,7 +56,7 @@ def _write(text: str, *, to_stderr: bool) -> None:
 
 def say_end(job: JobView, *, as_json: bool) -> int:
     """Print how a job ended; return the exit status."""
-    for line in final_facts(job):
+    for line in (*final_facts(job), *environment_words(job, os.environ)):
         note(line)
     if as_json:
         say_json(job)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from raylaunch.cli.console import count, size, span, styled, table
+from raylaunch.environment_choice import active_python, import_hint
 from raylaunch.log_view import clean
 from raylaunch.state import AttemptView, JobState, JobView, PackReport
 
@@ -103,6 +104,7 @@ def _facts(job: JobView, now: float) -> Iterator[tuple[str, str]]:
     yield "metrics", metrics_words(job.last_metrics)
     yield "W&B", _wandb(job)
     yield "code", _code(job)
+    yield "environment", clean(str(job.chosen), colour=False) if job.chosen else ""
     if job.environment:
         found = job.environment
         names = [f"torch {found.torch}" if found.torch else "", f"wandb {found.wandb}" if found.wandb else ""]
@@ -188,6 +190,12 @@ def final_facts(job: JobView) -> list[str]:
     if job.environment:
         lines += [f"warning: {clean(warning, colour=False)}" for warning in job.environment.warnings]
     return lines
+
+
+def environment_words(job: JobView, environ: Mapping[str, str]) -> list[str]:
+    """Return what to do about a module that a failed job did not find, by what is active where this is asked."""
+    hint = import_hint(job, active_python(environ)) if job.log_tail else ""
+    return [f"hint: {clean(hint, colour=False)}"] if hint else []
 
 
 def pack_words(report: PackReport, archive_bytes: int) -> list[str]:

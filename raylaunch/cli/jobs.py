@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ import click
 
 from raylaunch.cli.connect import Place, finish
 from raylaunch.cli.console import count, note, say, say_json, size
-from raylaunch.cli.job_words import describe, jobs_table, state_words
+from raylaunch.cli.job_words import describe, environment_words, jobs_table, state_words
 from raylaunch.cli.options import as_json, job_argument
 from raylaunch.client import Client
 from raylaunch.errors import SpecError
@@ -120,7 +121,7 @@ def show(cluster_file: Path | None, *, job: str, as_json: bool) -> None:
     if as_json:
         say_json(found)
     else:
-        say(describe(found, now=time.time()))
+        say("\n".join([describe(found, now=time.time()), *environment_words(found, os.environ)]))
 
 
 @click.command(epilog="Example:  raylaunch stop digits-k3f9qa --wait")

@@ -16,6 +16,7 @@ from raylaunch.cli.job_words import pack_words, sentence
 from raylaunch.cli.options import as_json
 from raylaunch.cli.transfer_bar import transfer_bar
 from raylaunch.client import Client, with_wandb
+from raylaunch.log_view import clean
 from raylaunch.packing import checked_working_dir
 from raylaunch.spec import JobSpec
 from raylaunch.state import JobView, PackReport, SubmitAnswer
@@ -46,6 +47,8 @@ async def _submit(client: Client, spec: JobSpec, *, request_id: str) -> SubmitAn
             spec, request_id=request_id, secrets=secrets, on_packed=packed, on_progress=progress
         )
     job = answer.job
+    if job.chosen:
+        note(clean(str(job.chosen), colour=False))
     if not answer.created:
         note(f"{job.id} was submitted with this request id before; it is {job.state.value}")
     else:
@@ -60,6 +63,7 @@ async def _dry_run(client: Client, spec: JobSpec, *, as_json: bool) -> None:
         say_json(found)
     else:
         say(found.message or f"could run on: {', '.join(found.fits)}")
+        say(clean(str(found.chosen or ""), colour=False))
 
 
 @click.command(

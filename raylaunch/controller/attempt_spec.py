@@ -6,7 +6,7 @@ import hashlib
 
 from raylaunch.controller.settings import Settings
 from raylaunch.runner.contract import AttemptSpec, EnvironmentSpec, WandbSpec
-from raylaunch.spec import Environment, JobSpec
+from raylaunch.spec import OF_THE_CLUSTER, Environment, JobSpec
 from raylaunch.state import WandbLink
 
 DEFAULT_PROJECT = "raylaunch"
@@ -64,7 +64,8 @@ def attempt_spec(  # noqa: PLR0913 -- each is one fact, and all are named
 
 
 def _environment(environment: Environment) -> EnvironmentSpec:
-    return EnvironmentSpec(kind=environment.kind, value=environment.value, requirements=list(environment.requirements))
+    kind = "default" if environment.kind in OF_THE_CLUSTER else environment.kind
+    return EnvironmentSpec(kind=kind, value=environment.value, requirements=list(environment.requirements))
 
 
 def _wandb(spec: JobSpec, *, job: str, n: int, settings: Settings, force_offline: bool) -> WandbSpec:

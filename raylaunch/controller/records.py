@@ -101,6 +101,7 @@ class Records:
             updated_at=now,
             pack=request.pack,
             git=request.git,
+            chosen=request.chosen,
             wandb=wandb(job_id) if callable(wandb) else wandb,
             package=request.package,
             request_id=request.request_id,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
+import sys
+
 import anyio
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from raylaunch.cluster_state import ControllerStatus, RayAccess
+from raylaunch.cluster_state import ClusterPython, ControllerStatus, RayAccess
 from raylaunch.controller.answers import answer, json_answer
 from raylaunch.controller.asking import Has, Who
 from raylaunch.controller.auth import Role
 from raylaunch.controller.services import Services
+from raylaunch.controller.settings import Settings
 from raylaunch.state import JobState, UsagePage
 
 router = APIRouter()
@@ -35,6 +40,12 @@ async def ray(services: Has, caller: Who) -> Response:
     """Return what Ray's own tools need."""
     caller.require(Role.OPERATOR, "use Ray's own tools")
     return answer(services.jobs.ray_access())
+
+
+@router.get("/python", response_model=ClusterPython)
+async def python(services: Has) -> Response:
+    """Return which Python jobs get that name none, and which runs Ray."""
+    return answer(python_of(services.settings))
 
 
 @router.get("/secrets", response_model=list[str])
@@ -66,6 +77,18 @@ async def remove_secret(name: str, request: Request, services: Has, caller: Who)
 async def usage(services: Has) -> Response:
     """Say what the store holds, largest first."""
     return answer(await anyio.to_thread.run_sync(_usage, services, services.records.names()))
+
+
+def python_of(settings: Settings) -> ClusterPython:
+    """Return the Python of jobs that name none. The controller runs under Ray's, unless somebody else runs that."""
+    if settings.carries_stewards:
+        return ClusterPython(environment=settings.default_environment)
+    return ClusterPython(
+        environment=settings.default_environment,
+        version=platform.python_version(),
+        prefix=sys.prefix,
+        ray=importlib.metadata.version("ray"),
+    )
 
 
 def _usage(services: Services, jobs: list[tuple[str, str, JobState]]) -> UsagePage:

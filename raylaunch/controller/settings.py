@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from raylaunch.spec import Environment, JobSpec, Retention
+from raylaunch.spec import OF_THE_CLUSTER, Environment, JobSpec, Retention
 
 
 class Settings(BaseModel):
@@ -35,7 +35,7 @@ class Settings(BaseModel):
 
     def environment_of(self, spec: JobSpec) -> Environment:
         """Return the environment of a job: its own, or the cluster's."""
-        return spec.environment if spec.environment.kind != "default" else self.default_environment
+        return self.default_environment if spec.environment.kind in OF_THE_CLUSTER else spec.environment
 
     @property
     def namespace(self) -> str:

@@ -130,14 +130,27 @@ def _near(python: Path) -> str:
 def _conda(name: str, env: dict[str, str], place: Place, pulse: Pulse) -> Prepared:
     """Capture what ``conda activate`` makes of the variables."""
     conda = find_conda(env)
+    if conda is None and (Path(name) / "conda-meta").is_dir():  # made by micromamba, or conda is not on Ray's PATH
+        return _conda_by_folder(Path(name), env, place, pulse)
     if conda is None:
         msg = f"conda:{name} needs conda, which this node has neither on PATH nor in the usual places; set CONDA_EXE"
         raise builds.EnvironmentProblem(msg)
+    hook = f'eval "$({shlex.quote(conda)} shell.bash hook)" && conda activate {shlex.quote(name)}'
+    return _captured(name, hook, env, place, pulse)
+
+
+def _conda_by_folder(prefix: Path, env: dict[str, str], place: Place, pulse: Pulse) -> Prepared:
+    """Capture what ``conda activate`` would make, without conda: variables, PATH and the scripts of its packages."""
+    scripts = sorted((prefix / "etc/conda/activate.d").glob("*.sh"))
+    hook = " && ".join([":", *(f". {shlex.quote(str(script))}" for script in scripts)])
+    before = {"CONDA_PREFIX": str(prefix), "CONDA_DEFAULT_ENV": prefix.name}
+    return _captured(str(prefix), hook, {**with_bin(env, prefix / "bin"), **before}, place, pulse)
+
+
+def _captured(name: str, activate: str, env: dict[str, str], place: Place, pulse: Pulse) -> Prepared:
+    """Return the variables that a shell has after `activate`."""
     captured = place.tmp / "conda-env"
-    script = (
-        f'eval "$({shlex.quote(conda)} shell.bash hook)" && conda activate {shlex.quote(name)}'
-        f" && command env -0 > {shlex.quote(str(captured))}"
-    )
+    script = f"{activate} && command env -0 > {shlex.quote(str(captured))}"
     try:
         with place.setup_log.open("a+b") as log:
             ran = run_program(

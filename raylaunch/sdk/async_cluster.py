@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -84,7 +85,7 @@ class AsyncCluster:
                 client = await stack.enter_async_context(Client(reach, cluster=label, on_notice=on_notice))
             else:
                 spec = cluster_spec_of(name, Path(cluster_file) if cluster_file else None)
-                place = Place(spec, on_notice=on_notice, on_step=show_steps(spec.name))
+                place = Place(spec, on_notice=on_notice, on_step=show_steps(spec.name), prefix=sys.prefix)
                 label, client = spec.name, await stack.enter_async_context(place.client(start=start))
             seen = await client.status()
             return cls(client, name=label, holds=stack.pop_all(), seen=seen)
@@ -135,7 +136,7 @@ class AsyncCluster:
         """
         spec = cluster_of(which)
         told = on_step or show_steps(spec.name)
-        place = Place(spec, on_notice=on_notice, on_step=told)
+        place = Place(spec, on_notice=on_notice, on_step=told, prefix=sys.prefix)
         async with contextlib.AsyncExitStack() as stack:
             await brought_up(place, upgrade=upgrade, stop=stop, on_step=told)
             client = await stack.enter_async_context(place.client())
@@ -296,6 +297,7 @@ class AsyncCluster:
         }
         spec, values = with_wandb(spec_of(job, given, gpus=gpus), os.environ)
         answer = await self._client.submit(spec, request_id=request_id, secrets=values, on_packed=_log_packed)
+        _log.info("%s", answer.job.chosen or "")
         return AsyncJob(self._client, answer.job)
 
     async def dry_run(self, job: Asked, *, gpus: int | None = None) -> DryRun:

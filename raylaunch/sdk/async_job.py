@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raylaunch.client import Client, Downloaded, OnProgress
+from raylaunch.environment_choice import active_python, import_hint
 from raylaunch.errors import JobFailedError, RaylaunchError
 from raylaunch.log_view import clean
 from raylaunch.sdk.display import Card, Metrics, job_line, loss_key, sentence
@@ -286,7 +289,8 @@ def _failure(job: JobView) -> JobFailedError:
     tail = tuple(clean(line, colour=False) for line in job.log_tail[-_EVIDENCE_LINES:])
     why = f"{job.id} {job.state.value.replace('_', ' ')}" + (f": {sentence(job)}" if sentence(job) else "")
     lines = [why, *([f"{_whose(job)} last lines:"] if tail else []), *(f"  | {line}" for line in tail)]
-    hint = "print(job.logs()) shows more of its log, job.events() what happened to it"
+    look = "print(job.logs()) shows more of its log, job.events() what happened to it"
+    hint = import_hint(job, active_python(os.environ, prefix=sys.prefix)) or look
     return JobFailedError(
         "\n".join(lines),
         hint=hint,

@@ -54,7 +54,8 @@ class Cluster:
     def __init__(self, home: Path, work: Path) -> None:
         self.home = home
         self.work = work
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY", "WANDB_"))}
+        of_tests = ("RAY", "WANDB_", "VIRTUAL_ENV", "CONDA_")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(of_tests)}
         self.env = {**kept, "RAYLAUNCH_HOME": str(home), "NETRC": str(work / "no-netrc"), "NO_COLOR": "1"}
         self.paths = cluster_paths("local", self.env)
 
