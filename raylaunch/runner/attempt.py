@@ -62,6 +62,7 @@ class Attempt:
         self._relay = Relay(self._log, sys.stdout.fileno(), job=spec["job"])
         self._facts: Facts = {"warnings": []}
         self._kept: keeper.Kept | None = None
+        self._in_time = True
         self._launch = launch.as_it_is(spec)
         self._driver: ray_driver.Driver | None = None
         self._reports = TrainReports(folder)
@@ -208,7 +209,7 @@ class Attempt:
             if wish is None and time.monotonic() >= deadline:
                 wish = self._pulse.time_out()
             if wish is not None:
-                stop_training(kept, wish, self._pulse)
+                self._in_time = stop_training(kept, wish, self._pulse)
                 return wish
         return None
 
@@ -246,7 +247,7 @@ class Attempt:
         if wish is None:
             self._sweep.after_end(online=online)
         else:
-            self._sweep.after_stop(wish)
+            self._sweep.after_stop(wish, in_time=self._in_time)
 
     def _keep_outputs(self) -> None:
         warnings = outputs.collect(self._code, self._folder / contract.OUTPUTS, self._spec["outputs"])

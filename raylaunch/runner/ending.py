@@ -19,16 +19,22 @@ _SURE_S = 30.0
 _POLL_S = 0.1
 
 
-def stop_training(kept: Kept, wish: Wish, pulse: Pulse) -> None:
-    """SIGTERM to the training's process group, the grace, SIGKILL. W&B's core, in a session of its own, is spared."""
+def stop_training(kept: Kept, wish: Wish, pulse: Pulse) -> bool:
+    """SIGTERM to the training's program, the grace, SIGKILL to all of the training; W&B's core is spared.
+
+    Returns:
+        Whether the training exited within its grace.
+    """
     kept.terminate()
     deadline = time.monotonic() + wish.grace_s
     while not kept.poll(_POLL_S) and time.monotonic() < deadline:
         pulse.poll()
+    in_time = kept.status is not None or kept.keeper_died
     kept.kill()
     sure = time.monotonic() + _SURE_S
     while not kept.poll(_POLL_S) and time.monotonic() < sure:
         pulse.poll()
+    return in_time
 
 
 class Sweep:
@@ -53,9 +59,17 @@ class Sweep:
         self._end_own(grace_s=1.0)
         self.end_all()
 
-    def after_stop(self, wish: Wish) -> None:
-        """The training was stopped: its leftovers get a SIGTERM and a moment, W&B's core a few seconds."""
-        self._end_own(grace_s=min(wish.grace_s, LEFTOVERS_S, left_s(wish) / 2))
+    def after_stop(self, wish: Wish, *, in_time: bool) -> None:
+        """The training was stopped: its leftovers get what is left of the grace, W&B's core a few seconds.
+
+        Args:
+            wish: the wish that it was stopped for.
+            in_time: whether it exited within its grace; else its leftovers are killed at once.
+        """
+        if in_time:
+            self._end_own(grace_s=min(wish.grace_s, LEFTOVERS_S, left_s(wish) / 2))
+        else:
+            self._end_own(grace_s=0.0, number=signal.SIGKILL)
         self._wait(own_s=0.0, wandb_s=min(WANDB_S, left_s(wish) / 2))
         self.end_all()
 
@@ -73,13 +87,13 @@ class Sweep:
                 return
             time.sleep(_POLL_S)
 
-    def _end_own(self, *, grace_s: float) -> None:
+    def _end_own(self, *, grace_s: float, number: int = signal.SIGTERM) -> None:
         deadline = time.monotonic() + grace_s
         while True:
             left = [process for process in of_attempt(self._tag, self._spare) if not process.wandb]
             for process in left:
                 identity = (process.pid, process.ticks)
-                if identity not in self._signalled and send(process, signal.SIGTERM):
+                if identity not in self._signalled and send(process, number):
                     self._note(process)
             if not left or time.monotonic() >= deadline:
                 return

@@ -46,11 +46,13 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 _BEFORE = ("env", "exec", "time", "nohup", "command")
 _RUN = ("uv", "poetry", "pdm", "pipenv", "pixi", "hatch", "rye", "conda", "mamba", "micromamba")
 _WRAPPERS = ("nice", "ionice", "numactl", "taskset", "timeout", "stdbuf", "nsys", "ncu", "uvx", "srun")
+WRAPPERS = frozenset((*_BEFORE, *_RUN, *_WRAPPERS, "sudo", "make", "tini", "dumb-init", "script", "xargs"))
+"""Programs that run another one, and end with it."""
 _NAMES_ONE = ("-p", "--python", "--with", "--from", "-n", "--name", "--env")
 """Options of what stands before a program whose value may look like one."""
 _BRING_ONE = (*_RUN, "uvx")
 """These bring an interpreter of their own."""
-_SHELLS = ("sh", "bash", "zsh", "dash")
+SHELLS = ("sh", "bash", "zsh", "dash", "ash", "ksh", "fish", "busybox")
 _WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
 _IN_ORDER = ("&&", ";", "\n")
 _ADVICE = (
@@ -159,7 +161,7 @@ def _scan(command: Sequence[Word], begin: int) -> int:
     for at in range(begin, len(command)):
         before, text = command[at - 1].text, command[at].text
         name = text.rpartition("/")[2]
-        known = name in _PROGRAMS or name == ACCELERATE or name in _SHELLS or _PYTHON.fullmatch(name)
+        known = name in _PROGRAMS or name == ACCELERATE or name in SHELLS or _PYTHON.fullmatch(name)
         if before not in _NAMES_ONE and not text.startswith("-") and (known or name.endswith(".py")):
             return at
     return begin
@@ -168,7 +170,7 @@ def _scan(command: Sequence[Word], begin: int) -> int:
 def _launcher(command: Sequence[Word], at: int) -> Pasted | None:
     name = command[at].text.rpartition("/")[2]
     following = [word.text for word in command[at + 1 :]]
-    if name in _SHELLS:
+    if name in SHELLS:
         return _in_shell(following)
     if name in _PROGRAMS:
         return _with_options_of(_PROGRAMS[name], command, at)

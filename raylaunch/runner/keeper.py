@@ -5,8 +5,9 @@ two uses. Ray's stop signals every descendant of the driver, W&B's core too, whi
 apart, only the runner hears of the stop and ends the training in order. And when the runner is killed, its end of a
 pipe closes: the keeper then ends every process of the attempt at once.
 
-The runner speaks to it with single bytes: ``T`` and ``K`` signal the training's process group, ``.`` says that all is
-over. It answers ``pid N`` or ``error TEXT``, and later ``exit STATUS`` (as `subprocess.Popen.returncode`).
+The runner speaks to it with single bytes: ``T`` asks the training to stop (see `raylaunch.runner.stopping`), ``K``
+kills all of it, ``.`` says that everything has ended. It answers ``pid N`` or ``error TEXT``, and later
+``exit STATUS`` (as `subprocess.Popen.returncode`).
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from raylaunch.runner.processes import of_attempt, send
+from raylaunch.runner.stopping import Stopping
 
 _PR_SET_PDEATHSIG = 1
 _WANDB_LAST_S = 1.0
+_STEP_S = 0.02
 _SWEEP_S = 20.0
 
 
@@ -60,11 +63,11 @@ class Kept:
         return self.status is not None or self.keeper_died
 
     def terminate(self) -> None:
-        """Send SIGTERM to the training's process group."""
+        """Send SIGTERM to the training's program; what started it is held meanwhile."""
         self._say(b"T")
 
     def kill(self) -> None:
-        """Send SIGKILL to the training's process group."""
+        """Send SIGKILL to the training, and to all that it has started."""
         self._say(b"K")
 
     def release(self) -> None:
@@ -130,14 +133,14 @@ class _Keeper:
         self._report = report
         self._tag = tag
         self._spare = spare | {os.getpid()}
-        self._child: subprocess.Popen[bytes] | None = None
+        self._stopping: Stopping | None = None
 
     def keep(self, argv: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         self._leave_the_terminal()
         try:
-            self._child = child = _spawn(argv, env, cwd, log)
+            child = _spawn(argv, env, cwd, log)
         except (OSError, subprocess.SubprocessError) as error:
             self._answer(f"error {error}")
             return
@@ -145,10 +148,14 @@ class _Keeper:
         told = False
         wake = _wake_on_child_end()
         while True:
-            if not told and child.poll() is not None:
-                self._answer(f"exit {child.returncode}")
+            if self._stopping is not None:
+                self._stopping.step()
+            status = _status_of(child) if not told else None
+            if status is not None:
+                self._answer(f"exit {status}")
                 told = True
-            ready = select.select([self._control, wake], [], [], 1.0)[0]
+            patience_s = 1.0 if self._stopping is None or told else _STEP_S
+            ready = select.select([self._control, wake], [], [], patience_s)[0]
             if wake in ready:
                 os.read(wake, 512)
             if self._control in ready and not self._obey(child):
@@ -173,8 +180,23 @@ class _Keeper:
         for word in words:
             if word == ord("."):
                 return False
-            _signal_group(child, signal.SIGTERM if word == ord("T") else signal.SIGKILL)
+            if word == ord("K"):
+                self._kill(child)
+            elif self._stopping is None:
+                self._stop(child)
         return True
+
+    def _stop(self, child: subprocess.Popen[bytes]) -> None:
+        if Path("/proc/self").exists():
+            self._stopping = Stopping(child.pid)
+        else:
+            _signal_group(child, signal.SIGTERM)
+
+    def _kill(self, child: subprocess.Popen[bytes]) -> None:
+        """End the training and all that descends from it, W&B's core as well unless it has left."""
+        _signal_group(child, signal.SIGKILL)
+        if self._stopping is not None:
+            self._stopping.end()
 
     def _end_all(self, child: subprocess.Popen[bytes]) -> None:
         """End every process of the attempt: the runner has died."""
@@ -188,8 +210,22 @@ class _Keeper:
                     send(process, signal.SIGKILL)
             if not left:
                 return
-            child.poll()
+            _status_of(child)
             select.select([], [], [], 0.05)
+
+
+def _status_of(child: subprocess.Popen[bytes]) -> int | None:
+    """Return the exit status of the keeper's child, as `subprocess.Popen.returncode`; None while it lives.
+
+    Not `Popen.poll`, to which a child that is held with ptrace looks as if it had ended.
+    """
+    if child.returncode is None:
+        pid, status = os.waitpid(child.pid, os.WNOHANG)
+        if pid and os.WIFSIGNALED(status):
+            child.returncode = -os.WTERMSIG(status)
+        elif pid and os.WIFEXITED(status):
+            child.returncode = os.WEXITSTATUS(status)
+    return child.returncode
 
 
 def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,11 +41,11 @@ def boot_id() -> str:
 
 def started_ticks(pid: int) -> int:
     """Return field 22 of /proc/PID/stat, or 0. With the pid it names one process until a reboot."""
-    fields = _stat(pid)
+    fields = stat_of(pid)
     return int(fields[19]) if fields else 0
 
 
-def _stat(pid: int) -> list[str]:
+def stat_of(pid: int) -> list[str]:
     """Return the fields of /proc/PID/stat after the name; the first is the state. Empty when it is gone."""
     try:
         text = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
@@ -53,12 +54,23 @@ def _stat(pid: int) -> list[str]:
     return text.rpartition(")")[2].split()
 
 
+def is_alive(pid: int, ticks: int) -> bool:
+    """Whether exactly this process lives; a zombie has exited."""
+    fields = stat_of(pid)
+    return bool(fields) and fields[0] not in "ZX" and int(fields[19]) == ticks
+
+
+def of_wandb(name: str, argv: Sequence[str]) -> bool:
+    """Whether a process is one of W&B's own helpers."""
+    return name.startswith("wandb-") or (bool(argv) and "/wandb/bin/" in argv[0])
+
+
 def ancestors(pid: int) -> frozenset[int]:
     """Return `pid` and all that it descends from."""
     found = set()
     while pid > 0 and pid not in found:
         found.add(pid)
-        fields = _stat(pid)
+        fields = stat_of(pid)
         pid = int(fields[1]) if fields else 0
     return frozenset(found)
 
@@ -76,14 +88,13 @@ def of_attempt(tag: str, spare: frozenset[int]) -> list[Found]:
             if mark not in environ.split(b"\0"):
                 continue
             name = (_PROC / entry / "comm").read_text(encoding="utf-8", errors="replace").strip()
-            words = (_PROC / entry / "cmdline").read_bytes().split(b"\0")
+            words = [os.fsdecode(word) for word in (_PROC / entry / "cmdline").read_bytes().split(b"\0")]
         except OSError:
             continue  # it ended meanwhile, or belongs to another user
-        fields = _stat(int(entry))
+        fields = stat_of(int(entry))
         if fields and fields[0] not in "ZX":
-            wandb = name.startswith("wandb-") or b"/wandb/bin/" in words[0]
-            ray = name.startswith("ray::") or any(b"/ray/_private/workers/" in word for word in words)
-            found.append(Found(int(entry), int(fields[19]), name, wandb=wandb, ray=ray))
+            ray = name.startswith("ray::") or any("/ray/_private/workers/" in word for word in words)
+            found.append(Found(int(entry), int(fields[19]), name, wandb=of_wandb(name, words), ray=ray))
     return found
 
 
