@@ -79,6 +79,7 @@ class Client:
         patience_s: how long following, waiting, submitting and transfers outlast a controller that is away.
         on_notice: told when the connection was lost, and when it is back.
         heal: called when nothing answers, at most every few seconds; returns where to go on.
+        replace_hung: called when the controller takes connections and does not respond; returns where to go on.
         over_ssh: whether the cluster's head is reached over SSH: large files then come over several connections.
         here: whether the cluster is on this machine, so that jobs may use the environment that is active here.
         prefix: `sys.prefix` where the interpreter is the person's own, as in a notebook.
@@ -92,12 +93,13 @@ class Client:
         patience_s: float = PATIENCE_S,
         on_notice: Callable[[str], None] = _say_nothing,
         heal: Callable[[], Awaitable[Reachable]] | None = None,
+        replace_hung: Callable[[], Awaitable[Reachable]] | None = None,
         over_ssh: bool = False,
         here: bool = False,
         prefix: str = "",
     ) -> None:
         self._ssh_cluster = cluster if over_ssh else ""
-        self._wire = Wire(reach, cluster=cluster)
+        self._wire = Wire(reach, cluster=cluster, replace_hung=replace_hung)
         self._notice = on_notice
         self._here, self._prefix = here, prefix
         self.admin = Admin(self._wire)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from urllib.parse import urlsplit
 
@@ -14,6 +15,9 @@ from raylaunch.spec import ClusterSpec
 from raylaunch.state import JobState, JobView
 
 _KNOCK_S = 2.0
+_LOCK_S = 600.0
+_WATCHDOG_S = 60.0
+"""How long a watchdog on a host may take to replace a controller that hangs."""
 
 
 class Place:
@@ -63,6 +67,7 @@ class Place:
                 patience_s=patience_s,
                 on_notice=self._notice,
                 heal=self._heal if self._heals else None,
+                replace_hung=self._replace_hung if self._heals else None,
                 over_ssh=reach.over_ssh,
                 here=self._ours and self.spec.kind == "local",
                 prefix=self._prefix,
@@ -125,6 +130,29 @@ class Place:
             if self._last is None:
                 raise
         return self._last
+
+    async def _replace_hung(self) -> Reach:
+        """Return where to go on after a controller has stopped to respond: here it is replaced, on hosts it has been.
+
+        There its watchdog does that; the answer is waited for as long as that takes.
+        """
+        from raylaunch.cluster import health, home  # noqa: PLC0415 -- only where something is wrong
+
+        self._notice(f"the controller of cluster {self.spec.name!r} is not responding; it is being restarted")
+        reach = self._last or await self.backend.reach(self.spec)
+        if self._ours and not reach.over_ssh:
+            await health.end_hung(home.cluster_paths(self.spec.name), reach.token, lock_s=_LOCK_S)
+            reach = await self.up()
+        else:
+            until = time.monotonic() + _WATCHDOG_S
+            port = urlsplit(reach.url).port or 0
+            while not await health.responds(port, reach.token):
+                if time.monotonic() > until:
+                    return reach
+                await asyncio.sleep(_KNOCK_S)
+        self._last = reach
+        self._notice(f"cluster {self.spec.name!r} answers again")
+        return reach
 
 
 async def _answers(reach: Reach) -> bool:

@@ -18,11 +18,16 @@ from raylaunch.version import API, __version__
 
 _Result = TypeVar("_Result")
 _Model = TypeVar("_Model", bound=BaseModel)
+_READS = frozenset({"GET", "HEAD"})
 Params = Mapping[str, str | int | float | bool | list[str] | None]
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 30.0
+HEALTH = "/v1/health"
 _PAUSE_S = 0.5
+_SILENT_S = 5.0
+"""After so much silence it is checked whether the controller responds at all."""
+_HEALTH_S = 5.0
 
 
 class Reachable(Protocol):
@@ -79,10 +84,25 @@ class Body:
 
 
 class Wire:
-    """A connection to the controller of one cluster. An async context manager."""
+    """A connection to the controller of one cluster. An async context manager.
 
-    def __init__(self, reach: Reachable, *, cluster: str) -> None:
+    Args:
+        reach: where the controller answers, and the token.
+        cluster: its name, for messages.
+        replace_hung: called when the controller takes connections and does not respond; returns where another one
+            answers.
+    """
+
+    def __init__(
+        self,
+        reach: Reachable,
+        *,
+        cluster: str,
+        replace_hung: Callable[[], Awaitable[Reachable]] | None = None,
+    ) -> None:
         self.cluster = cluster
+        self._replace_hung = replace_hung
+        self._replacing = asyncio.Lock()
         self._reach = reach
         self._http = self._opened()
 
@@ -144,12 +164,55 @@ class Wire:
             content = body.model_dump_json().encode() if isinstance(body, BaseModel) else json.dumps(body).encode()
             headers = {"Content-Type": "application/json"}
         timeout_s = ANSWER_TIMEOUT_S + wait_s
-        with self.translated(timeout_s):
-            response = await self._http.request(
-                method, path, params=_given(params), content=content, headers=headers, timeout=_timeout(timeout_s)
-            )
+
+        async def send() -> httpx2.Response:
+            with self.translated(timeout_s):
+                return await self._http.request(
+                    method, path, params=_given(params), content=content, headers=headers, timeout=_timeout(timeout_s)
+                )
+
+        response = await self._answered(send, wait_s=wait_s, repeatable=method in _READS)
         self._check(response, allowed)
         return Answer(response)
+
+    async def _answered(
+        self, send: Callable[[], Awaitable[httpx2.Response]], *, wait_s: float, repeatable: bool
+    ) -> httpx2.Response:
+        """Return the response to a request. A controller that hangs meanwhile is replaced; then a read is repeated."""
+        asked, hung, silent_s = asyncio.ensure_future(send()), False, wait_s + _SILENT_S
+        try:
+            while not hung and not (await asyncio.wait({asked}, timeout=silent_s))[0]:
+                silent_s = _SILENT_S
+                hung = self._replace_hung is not None and not await self._responds()
+            if hung:
+                await self._replaced()
+            try:
+                return await asked
+            except NoAnswerError:
+                if not (hung and repeatable):
+                    raise
+            return await send()
+        finally:
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+
+    async def _replaced(self) -> None:
+        """Have the controller replaced, once for all requests that wait for it."""
+        first = not self._replacing.locked()
+        async with self._replacing:
+            if self._replace_hung is not None and (first or not await self._responds()):
+                await self.move(await self._replace_hung())
+
+    async def _responds(self) -> bool:
+        """Return whether something answers; what refuses a connection does not hang."""
+        try:
+            async with self._opened() as http:
+                await http.get(HEALTH, timeout=_timeout(_HEALTH_S))
+        except httpx2.TimeoutException:
+            return False
+        except httpx2.TransportError:
+            return True
+        return True
 
     async def model(  # noqa: PLR0913 -- as above
         self,
@@ -179,12 +242,16 @@ class Wire:
         allowed: tuple[int, ...] = (),
     ) -> AsyncIterator[Body]:
         """GET a body that may be large. `allowed` and what it raises are those of `ask`."""
-        with self.translated(ANSWER_TIMEOUT_S):
-            asked = self._http.build_request(
-                "GET", path, params=_given(params), headers={"Accept-Encoding": "identity"}
-            )
-            asked.headers.update(headers or {})
-            response = await self._http.send(asked, stream=True)
+
+        async def send() -> httpx2.Response:
+            with self.translated(ANSWER_TIMEOUT_S):
+                asked = self._http.build_request(
+                    "GET", path, params=_given(params), headers={"Accept-Encoding": "identity"}
+                )
+                asked.headers.update(headers or {})
+                return await self._http.send(asked, stream=True)
+
+        response = await self._answered(send, wait_s=0.0, repeatable=True)
         try:
             if response.status_code >= httpx2.codes.BAD_REQUEST:
                 with self.translated(ANSWER_TIMEOUT_S):

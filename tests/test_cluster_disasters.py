@@ -7,6 +7,8 @@ import json
 import os
 import random
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -270,6 +272,64 @@ def test_any_verb_heals_a_dead_controller_and_says_so(cluster: Cluster) -> None:
     assert result.status == 0
     assert "cluster 'local' should run, and its controller does not answer; healing it" in result.err
     assert jobs(cluster) == before
+
+
+def ran_while_it_hung(cluster: Cluster, job: str, exit_file: Path) -> None:
+    """Check that a job's times are the attempt's own, whenever a controller came to read them."""
+    wrote = json.loads(exit_file.read_bytes())
+    done = cluster.ended(job, 60)
+    assert done.state is JobState.SUCCEEDED
+    assert done.attempts[0].ended_at == done.ended_at == wrote["at"]
+
+
+@contextmanager
+def hung_controller(cluster: Cluster, job: str) -> Iterator[Path]:
+    """Stop the controller while a job runs and let the job end; yield a copy of the job's last words."""
+    attempt = cluster.ready(job).attempts[0].id
+    written, kept = cluster.paths.node / "attempts" / attempt / "exit.json", cluster.work / f"{attempt}.json"
+    os.kill(cluster.controller_pid(), signal.SIGSTOP)
+    (cluster.work / "go").touch()
+    wait_until(written.exists, 60, "the job's end")
+    shutil.copy(written, kept)
+    yield kept
+    (cluster.work / "go").unlink()
+
+
+def short_job(cluster: Cluster) -> str:
+    """Submit a job that ends once it is let, and return its id."""
+    go = str(cluster.work / "go")
+    return cluster.python(
+        f"import pathlib, time\nprint('ready', flush=True)\nwhile not pathlib.Path({go!r}).exists(): time.sleep(0.02)"
+    )
+
+
+def test_a_controller_that_hangs_is_replaced_by_the_next_command_and_ends_are_told_as_they_were(
+    cluster: Cluster,
+) -> None:
+    job = short_job(cluster)
+    before = cluster.controller_pid()
+    with hung_controller(cluster, job) as last_words:
+        result = cluster.cli("list", "--json")
+        assert result.status == 0
+        assert "the controller of cluster 'local' is not responding; it is being restarted" in result.err
+        assert job in result.out
+        assert cluster.controller_pid() != before
+        ran_while_it_hung(cluster, job, last_words)
+
+
+@pytest.mark.long
+def test_a_controller_that_hangs_is_replaced_by_the_hosts_watchdog(cluster: Cluster) -> None:
+    job = short_job(cluster)
+    before = cluster.controller_pid()
+    watchdog = subprocess.Popen([sys.executable, "-m", "raylaunch.cluster.keep", "local"], env=cluster.env)
+    try:
+        with hung_controller(cluster, job) as last_words:
+            wait_until(lambda: cluster.controller_pid() != before, 90, "another controller")
+            healthy(cluster)
+            ran_while_it_hung(cluster, job, last_words)
+    finally:
+        watchdog.kill()
+        watchdog.wait(10)
 
 
 def test_after_a_reboot_two_ups_at_once_give_one_cluster_with_the_same_jobs(cluster: Cluster, book: Book) -> None:

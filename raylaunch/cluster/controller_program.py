@@ -103,7 +103,7 @@ async def controller_status(port: int, token: str) -> ControllerStatus | str:
 def not_ready(status: ControllerStatus | str) -> str:
     """Return why a cluster with this controller cannot take jobs yet; empty when it can."""
     if isinstance(status, str):
-        return f"the controller does not answer: {status}"
+        return f"the controller is not responding: {status}"
     if status.ray != "up":
         return "the controller does not reach Ray"
     if not any(node.ready for node in status.nodes):

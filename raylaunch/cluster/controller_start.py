@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from raylaunch.cluster.controller_program import (
     controller_status,
     write_config,
 )
+from raylaunch.cluster.health import START_S
 from raylaunch.cluster.home import ClusterPaths
 from raylaunch.cluster.ports import is_free
 from raylaunch.cluster.process import end, is_alive
@@ -25,7 +27,7 @@ from raylaunch.cluster.sweep import of_controller
 from raylaunch.version import __version__
 
 CONTROLLER_S = 60.0
-_HUNG_S = 15.0
+_HUNG_S = 5.0
 _POLL_S = 0.1
 
 
@@ -77,7 +79,8 @@ class ControllerStart:
         return self.record
 
     async def _answers_soon(self) -> bool:
-        with anyio.move_on_after(_HUNG_S):
+        age_s = time.time() - self.record.controller.started_at if self.record.controller else 0.0
+        with anyio.move_on_after(max(_HUNG_S, START_S - age_s)):
             while is_alive(self.record.controller):
                 if not await self._why_silent():
                     return True

@@ -1,7 +1,8 @@
 """``python -m raylaunch.cluster.keep NAME``: starts a host's part of a cluster again when it is gone.
 
-It looks at processes and nothing else, so that a cluster whose head is away is left in peace. It ends by itself when
-the cluster is taken down here. systemd or cron start it at boot (`raylaunch.cluster.staying`).
+It checks processes, and whether the controller here responds; nothing beyond this host, so that a cluster whose head
+is away is left in peace. It ends by itself when the cluster is taken down here. systemd or cron start it at boot
+(`raylaunch.cluster.staying`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import anyio
 import psutil
 
 from raylaunch.cluster.bring_up import BringUp
+from raylaunch.cluster.health import HealthWatch, end_hung
 from raylaunch.cluster.home import ClusterPaths, cluster_paths, storage_errors, write_private
 from raylaunch.cluster.joining import Joining
+from raylaunch.cluster.look import client_token
 from raylaunch.cluster.plan import Step
 from raylaunch.cluster.process import is_alive
 from raylaunch.cluster.record import ClusterRecord, cluster_lock, load_record
@@ -71,16 +74,19 @@ async def wake(paths: ClusterPaths) -> str:
 
 
 async def keep(paths: ClusterPaths) -> None:
-    """Wake it whenever something is gone, until the cluster is not wanted here, or another version is its keeper."""
-    pause = _FIRST_PAUSE_S
+    """Wake it whenever something is gone, until the cluster is not wanted here, or another version is its keeper.
+
+    A controller that does not respond is ended first.
+    """
+    pause, watch = _FIRST_PAUSE_S, HealthWatch()
     while (record := load_record(paths)) is not None and record.wanted == "running":
         if keeper(paths) != __version__:
             return
-        if not missing(record):
-            pause = _FIRST_PAUSE_S
-            await anyio.sleep(_LOOK_S)
-            continue
         try:
+            if not missing(record) and not await _ended_hung(paths, record, watch):
+                pause = _FIRST_PAUSE_S
+                await anyio.sleep(_LOOK_S)
+                continue
             if gone := await wake(paths):
                 _log.info("%s was gone, and runs again", gone)
         except ConflictError as error:
@@ -89,6 +95,19 @@ async def keep(paths: ClusterPaths) -> None:
             _log.warning("%s", error)
         await anyio.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+async def _ended_hung(paths: ClusterPaths, record: ClusterRecord, watch: HealthWatch) -> bool:
+    """End the controller here if it has not responded for too long; return whether that was so."""
+    token = client_token(paths)
+    if record.place.is_worker or not await watch.is_hung(record, token):
+        return False
+    silent_s = watch.silent_s
+    if (hung := await end_hung(paths, token, lock_s=_LOCK_S)) is None:
+        return False
+    watch.note_replaced()
+    _log.warning("the controller (pid %d) did not respond for %.0f s and was ended", hung.pid, silent_s)
+    return True
 
 
 def _tell(step: Step) -> None:

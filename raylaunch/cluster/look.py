@@ -32,6 +32,11 @@ class Seen:
         return ours or self.controller_alive
 
     @property
+    def silent(self) -> bool:
+        """Whether the controller runs and does not respond."""
+        return self.controller_alive and isinstance(self.says, str)
+
+    @property
     def problems(self) -> tuple[str, ...]:
         """What keeps it from taking jobs, in words; empty for a healthy cluster."""
         if self.record is None or not self.runs:
@@ -42,7 +47,8 @@ class Seen:
         if not self.controller_alive:
             found.append(_dead("the controller", self.record.controller))
         elif trouble := not_ready(self.says):
-            found.append(trouble)
+            restarts = "; a command that needs it restarts it, on a host its watchdog" if self.silent else ""
+            found.append(f"{trouble}{restarts}")
         return tuple(found)
 
 

@@ -81,8 +81,8 @@ def unanswered(record: ClientRecord, why: str) -> ClusterStatus:
     """Return what can be said of a cluster whose tunnel stands and whose controller does not answer. Pure."""
     head = record.head or record.spec.host_specs()[0].name
     problem = (
-        f"{head} cannot be reached, or its controller does not answer ({why}); jobs on other hosts go on meanwhile, "
-        "and how they are is known when it answers again"
+        f"{head} cannot be reached, or its controller is not responding and is being restarted there ({why}); "
+        "jobs on other hosts go on meanwhile, and how they are is known when it answers again"
     )
     return ClusterStatus(name=record.spec.name, kind="ssh", state="degraded", problems=(problem,))
 

@@ -47,7 +47,8 @@ class Finisher:
             record = note(self._means, record, seen)
         leavings = await self._means.leavings(record)
         finding = await self._find(record, fenced, leavings, refused)
-        self._end(record, finding, leavings, replicated=replicated)
+        ended_at = _ended_at(latest(record), fenced, now=time.time())
+        self._end(record, finding, leavings, replicated=replicated, ended_at=ended_at)
         self._means.sight.released.discard(attempt.id)
         self._means.sight.grew(attempt.id)
         self._means.sight.ring()
@@ -162,12 +163,13 @@ class Finisher:
             await self._means.sight.changed(STEP_S)
         return True
 
-    def _end(self, record: JobRecord, finding: Finding, leavings: Leavings, *, replicated: bool) -> None:
-        now = time.time()
+    def _end(
+        self, record: JobRecord, finding: Finding, leavings: Leavings, *, replicated: bool, ended_at: float
+    ) -> None:
         finding = after_drain(finding) if record.again else finding
         attempts = replaced(
             record,
-            ended_at=now,
+            ended_at=ended_at,
             exit_code=finding.exit_code,
             signal=finding.signal,
             failed_rank=finding.failed_rank,
@@ -207,6 +209,17 @@ class Finisher:
             )
             return
         self._means.records.update(
-            record.id, kind="ended", message=finding.message, change=finding.change, ended_at=now, **common
+            record.id, kind="ended", message=finding.message, change=finding.change, ended_at=ended_at, **common
         )
         self._means.secrets.forget_job(record.id)
+
+
+def _ended_at(attempt: AttemptView, fenced: Fenced | None, *, now: float) -> float:
+    """Return when an attempt ended by its own facts: what its runner wrote last, else the runner's last sign of life.
+
+    The controller may have been away meanwhile. Both are by the node's clock, as is the attempt's start.
+    """
+    said = fenced.exit["at"] if fenced is not None and fenced.exit is not None else None
+    beat_at = fenced.beat_at if fenced is not None else None
+    known = said if said is not None else beat_at
+    return now if known is None else max(known, attempt.started_at or known)

@@ -76,6 +76,8 @@ class Fenced:
     """Who had claimed it; its epoch is ``fenced`` when nobody had and the fence took it."""
     exit: Exit | None
     """How it ended, when its runner lived to say so."""
+    beat_at: float | None = None
+    """When its runner was last alive; None when none ever was."""
 
 
 class Config(TypedDict):
@@ -226,6 +228,7 @@ class Link:
             killed=cast("int", answer["killed"]),
             claim=cast("Claim | None", answer["claim"]),
             exit=cast("Exit | None", answer["exit"]),
+            beat_at=cast("float | None", answer.get("beat_at")),
         )
 
     async def settle(self, node_id: str, attempt: str, timeout_s: float) -> bool:

@@ -29,6 +29,12 @@ class SecretValue(BaseModel):
     value: str = Field(repr=False)
 
 
+@router.get("/health")
+async def health() -> Response:
+    """Say that the controller responds."""
+    return json_answer({})
+
+
 @router.get("/status", response_model=ControllerStatus)
 async def status(services: Has, caller: Who) -> Response:
     """Say how the controller, Ray and the nodes are."""

@@ -22,6 +22,7 @@ from raylaunch.runner.contract import (
     CHECKPOINTS,
     CLAIM,
     CODE,
+    HEARTBEAT,
     LOGS,
     OUTPUTS,
     RUNNER,
@@ -142,6 +143,14 @@ def close(root: Path, attempt: str) -> Claim:
         beside.unlink(missing_ok=True)
     (folder / SECRETS).unlink(missing_ok=True)
     return claim
+
+
+def beat_at(folder: Path) -> float | None:
+    """Return when the attempt's runner touched its heartbeat last; None when it never did."""
+    try:
+        return (folder / HEARTBEAT).stat().st_mtime
+    except OSError:
+        return None
 
 
 def forget(root: Path, attempt: str, *, again: bool = False) -> None:

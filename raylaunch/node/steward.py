@@ -51,6 +51,8 @@ class FenceResult(TypedDict):
     killed: int
     claim: dict[str, object] | None
     exit: dict[str, object] | None
+    beat_at: float | None
+    """When its runner was last alive, seconds since the epoch; None when none ever was."""
 
 
 def node_root() -> Path:
@@ -180,8 +182,9 @@ class Steward:
             path = folder.attempt_folder(self._root, attempt)
             if folder.read_json(path / EXIT) is not None:
                 wait_for_runner(claim, limit_s=_RUNNER_ENDS_S)
+            beat_at = folder.beat_at(path)
             killed = end_processes(tag, claim)
-            return FenceResult(killed=killed, claim=dict(claim), exit=folder.read_json(path / EXIT))
+            return FenceResult(killed=killed, claim=dict(claim), exit=folder.read_json(path / EXIT), beat_at=beat_at)
 
         return await self._in_thread(end)
 
