@@ -84,6 +84,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
     """Serve HTTP on `listener` and run the lifecycle, until a signal ends both."""
     sight = Sight()
     secrets = SecretStore(settings.store)
+    secrets.keep_only(record.id for record in records.unfinished())
     drains = DrainBook(settings.store)
     artifacts = Artifacts(settings.store)
     packages = PackageStore(settings.store / "packages")

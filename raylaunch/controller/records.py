@@ -69,7 +69,12 @@ class Records:
         return self.store / "jobs" / job_id
 
     def create(
-        self, request: SubmitRequest, *, owner: str, wandb: WandbLink | Callable[[str], WandbLink] | None
+        self,
+        request: SubmitRequest,
+        *,
+        owner: str,
+        wandb: WandbLink | Callable[[str], WandbLink] | None,
+        prepare: Callable[[str], None] | None = None,
     ) -> tuple[JobRecord, bool]:
         """Take a job in as queued.
 
@@ -77,6 +82,8 @@ class Records:
             request: what the client sent. Its secrets are not recorded.
             owner: the person whose job it is.
             wandb: its W&B run, or what makes that from the job's id.
+            prepare: called with the job's id before there is a record of it; what it raises is raised, and there is no
+                such job then.
 
         Returns:
             The job, and True; or the job that the same owner and request id made before, and False.
@@ -110,6 +117,8 @@ class Records:
         folder = self.folder(record.id)
         try:
             job_folder.make(folder, record)
+            if prepare is not None:
+                prepare(record.id)
             return self._write(None, record, kind="submitted", note=f"submitted by {owner}"), True
         except OSError as error:
             move_to_trash(self.store, folder.name)

@@ -54,10 +54,18 @@ class SecretStore:
             SpecError: a name is not a variable's, or a value cannot be one.
             StorageError: they cannot be written.
         """
-        for name, value in values.items():
-            _check(name, value)
+        self.check(values)
         if values:
             _write(self._jobs / f"{job_id}.json", dict(values))
+
+    def check(self, values: Mapping[str, str]) -> None:
+        """Refuse values that cannot come with a job.
+
+        Raises:
+            SpecError: a name is not a variable's, or a value cannot be one.
+        """
+        for name, value in values.items():
+            _check(name, value)
 
     def missing(self, names: Iterable[str], *, given: Mapping[str, str]) -> tuple[str, ...]:
         """Return those of `names` that are neither `given` with a job nor set on the cluster."""
@@ -76,6 +84,13 @@ class SecretStore:
     def forget_job(self, job_id: str) -> None:
         """Delete the values that came with a job."""
         (self._jobs / f"{job_id}.json").unlink(missing_ok=True)
+
+    def keep_only(self, jobs: Iterable[str]) -> None:
+        """Delete the values that came with any other job: a crash may have left them behind."""
+        kept = {f"{job}.json" for job in jobs}
+        for path in self._jobs.iterdir():
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
 
 
 def _check(name: str, value: str) -> None:

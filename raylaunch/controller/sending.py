@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from raylaunch.controller.attempt_spec import attempt_spec
 from raylaunch.controller.link import Prepared
 from raylaunch.controller.means import STEP_S, Means, latest
@@ -16,8 +14,6 @@ from raylaunch.reasons import Reason
 from raylaunch.state import AttemptView
 
 _FAILURES = 3
-_SECRETS_S = 60.0
-"""How long a new job waits for secrets that came with it: the controller may have died between the job and them."""
 WANDB_KEY = "WANDB_API_KEY"
 """Sent to the node when it is set, whether or not a job names it: with it, a job tracks on-line."""
 
@@ -57,9 +53,6 @@ class Sender:
         wanted = asked(record)
         secrets = self._means.secrets.for_job(record.id, {*wanted.secrets, WANDB_KEY})
         missing = sorted(set(wanted.secrets) - set(secrets))
-        if missing and time.time() - record.created_at < _SECRETS_S:
-            msg = f"waits for the secret {missing[0]}: the client that submitted it has not sent it again yet"
-            raise ClusterError(msg)
         if missing:
             msg = f"the secret {missing[0]} is not set any more"
             raise ConflictError(msg)

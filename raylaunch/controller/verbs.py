@@ -64,7 +64,7 @@ class Verbs:
         """Take a job in. From the answer on, nothing is lost.
 
         Raises:
-            SpecError: a secret that it names is not set.
+            SpecError: a secret that it names is not set, or one that it brings cannot be one.
             UnsatisfiableError: no node could ever run it.
             WheelsNeededError: as `raylaunch.controller.wheel_needs.WheelNeeds.check`.
             ConflictError: its code has not arrived, or the request id made another job.
@@ -76,9 +76,8 @@ class Verbs:
             request,
             owner=person,
             wandb=lambda job: wandb_link(request.spec, job=job, cluster_id=self._settings.cluster_id),
+            prepare=lambda job: self._secrets.put_job(job, request.secrets),
         )
-        if request.secrets and not record.state.ended:
-            self._secrets.put_job(record.id, request.secrets)
         self._sight.ring()
         return SubmitAnswer(job=record.view(), created=created)
 
@@ -202,6 +201,7 @@ class Verbs:
         return tuple(found)
 
     def _check(self, request: SubmitRequest, *, package: bool = True) -> None:
+        self._secrets.check(request.secrets)
         missing = self._secrets.missing((*self._settings.secrets, *request.spec.secrets), given=request.secrets)
         if missing:
             msg = f"the secret {missing[0]} is not set on cluster {self._settings.cluster}"

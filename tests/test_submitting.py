@@ -1,0 +1,97 @@
+"""Submitting: from the answer on nothing is lost, and of what was rejected nothing exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+from support.api import settings_of
+from support.links import LinkToNothing
+
+from raylaunch.controller.artifacts import Artifacts
+from raylaunch.controller.drains import DrainBook
+from raylaunch.controller.foreign import ForeignJobs
+from raylaunch.controller.packages import PackageStore
+from raylaunch.controller.ray_jobs import RayJobs
+from raylaunch.controller.records import Records
+from raylaunch.controller.removal import Removal
+from raylaunch.controller.secret_store import SecretStore
+from raylaunch.controller.sight import Sight
+from raylaunch.controller.verbs import Verbs
+from raylaunch.controller.wheel_needs import WheelNeeds
+from raylaunch.errors import RaylaunchError, SpecError, StorageError
+from raylaunch.spec import JobSpec
+from raylaunch.state import SubmitRequest
+
+SPEC = JobSpec(entrypoint="python train.py", secrets=("KEY",))
+
+
+class Desk:
+    """A controller's verbs over a store, where there is no Ray."""
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+        self.records = Records(store)
+        self.secrets = SecretStore(store)
+        settings, sight, link = settings_of(store, 9), Sight(), LinkToNothing(store)
+        ray = RayJobs("http://127.0.0.1:9", "none")
+        self.verbs = Verbs(
+            settings=settings,
+            records=self.records,
+            packages=PackageStore(store / "packages"),
+            secrets=self.secrets,
+            removal=Removal(records=self.records, artifacts=Artifacts(store), secrets=self.secrets),
+            sight=sight,
+            drains=DrainBook(store),
+            foreign=ForeignJobs(records=self.records, ray=ray, link=link, sight=sight),
+            wheel_needs=WheelNeeds(settings=settings, sight=sight, link=link),
+        )
+
+    def submit(self, **secrets: str) -> str:
+        return anyio.run(self.verbs.submit, SubmitRequest(spec=SPEC, secrets=secrets), "ana").job.id
+
+    def rejected(self, **secrets: str) -> RaylaunchError:
+        with pytest.raises(RaylaunchError) as raised:
+            self.submit(**secrets)
+        return raised.value
+
+    def left(self) -> list[str]:
+        """Return what there is of jobs, in the database and on the disk."""
+        files = [path.name for folder in ("jobs", "job_secrets") for path in (self.store / folder).glob("*")]
+        return [*files, *(job.id for job in self.records.page().jobs)]
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    made = Desk(tmp_path)
+    yield made
+    made.records.close()
+
+
+@pytest.mark.parametrize("value", ["", "half\0"])
+def test_a_value_that_cannot_be_a_secret_leaves_no_job(desk: Desk, value: str) -> None:
+    assert isinstance(desk.rejected(KEY=value), SpecError)
+    assert desk.left() == []
+
+
+def test_secrets_that_cannot_be_written_leave_no_job(desk: Desk) -> None:
+    folder = desk.store / "job_secrets"
+    folder.rmdir()
+    folder.write_text("in the way of a folder, as a full disk is")
+    assert isinstance(desk.rejected(KEY="value"), StorageError)
+    assert desk.left() == []
+    assert desk.records.unfinished() == []
+
+
+def test_a_job_has_its_secrets_before_it_has_a_record(desk: Desk) -> None:
+    job = desk.submit(KEY="value")
+    assert desk.secrets.for_job(job, ("KEY",)) == {"KEY": "value"}
+
+
+def test_what_a_crash_left_of_other_jobs_secrets_is_deleted_at_the_next_start(desk: Desk) -> None:
+    kept = desk.submit(KEY="value")
+    desk.secrets.put_job("gone-aaaaaa", {"KEY": "left behind"})
+    desk.secrets.keep_only(record.id for record in desk.records.unfinished())
+    assert [path.name for path in (desk.store / "job_secrets").iterdir()] == [f"{kept}.json"]
