@@ -324,7 +324,7 @@ def test_a_controller_that_hangs_is_replaced_by_the_hosts_watchdog(cluster: Clus
     watchdog = subprocess.Popen([sys.executable, "-m", "raylaunch.cluster.keep", "local"], env=cluster.env)
     try:
         with hung_controller(cluster, job) as last_words:
-            wait_until(lambda: cluster.controller_pid() != before, 90, "another controller")
+            wait_until(lambda: (found := cluster.record().controller) and found.pid != before, 90, "another controller")
             healthy(cluster)
             ran_while_it_hung(cluster, job, last_words)
     finally:

@@ -77,6 +77,13 @@ def test_one_that_starts_may_be_silent_for_longer() -> None:
     assert not watched.after(0, controller=OTHER)
 
 
+def test_one_of_which_is_known_that_it_answered_is_not_waited_for_as_if_it_started() -> None:
+    watched = Watched()
+    watched.watch.judge(ONE, answers=False, answered_before=True)
+    watched.clock.now += START_S / 2
+    assert watched.watch.judge(ONE, answers=False, answered_before=True)
+
+
 def test_a_watch_that_could_not_look_for_long_asks_twice() -> None:
     watched = Watched()
     watched.after(0, answers=True)
@@ -102,16 +109,17 @@ def test_a_port_that_takes_connections_and_says_nothing_does_not_respond(silent_
     assert not anyio.run(partial(responds, silent_port, "", limit_s=0.2))
 
 
-@pytest.mark.parametrize(("age_s", "ended"), [(3600.0, True), (0.0, False)])
-def test_a_controller_that_is_silent_is_ended_unless_it_has_just_been_started(
-    paths: ClusterPaths, start: Start, silent_port: int, age_s: float, *, ended: bool
+@pytest.mark.parametrize(("age_s", "answered"), [(3600.0, False), (0.0, True), (0.0, False)])
+def test_a_controller_that_is_silent_is_ended_unless_it_still_starts(
+    paths: ClusterPaths, start: Start, silent_port: int, age_s: float, *, answered: bool
 ) -> None:
     process = start()
     hung = process.model_copy(update={"started_at": process.started_at - age_s})
     record = new_record(ClusterSpec(), paths).with_(
-        wanted="running", controller=hung, ports={"controller": silent_port}
+        wanted="running", controller=hung, controller_answered=answered, ports={"controller": silent_port}
     )
     save_record(paths, record)
+    ended = answered or age_s > START_S
     found = anyio.run(partial(end_hung, paths, "token", lock_s=5))
     assert found == (hung if ended else None)
     assert is_alive(process) is not ended

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from raylaunch.cluster.controller_program import (
     controller_status,
     write_config,
 )
-from raylaunch.cluster.health import START_S
+from raylaunch.cluster.health import start_s_left
 from raylaunch.cluster.home import ClusterPaths
 from raylaunch.cluster.ports import is_free
 from raylaunch.cluster.process import end, is_alive
@@ -75,12 +74,12 @@ class ControllerStart:
                     raise
                 self._steps.note("controller", "its port was taken in that moment; another one is used")
             else:
+                self._save(self.record.with_(controller_answered=True))
                 break
         return self.record
 
     async def _answers_soon(self) -> bool:
-        age_s = time.time() - self.record.controller.started_at if self.record.controller else 0.0
-        with anyio.move_on_after(max(_HUNG_S, START_S - age_s)):
+        with anyio.move_on_after(max(_HUNG_S, start_s_left(self.record))):
             while is_alive(self.record.controller):
                 if not await self._why_silent():
                     return True
@@ -104,7 +103,8 @@ class ControllerStart:
             avoid=taken,
         )
         versions = self.record.versions.model_copy(update={"raylaunch": __version__})
-        self._save(self.record.with_(ports=ports | {"controller": port}, controller=None, versions=versions))
+        ports = ports | {"controller": port}
+        self._save(self.record.with_(ports=ports, controller=None, controller_answered=False, versions=versions))
         write_config(self._paths, self.record)
         admit(Path(self.record.store), self._token)
         env = controller_environment(self._paths, self.record, self._environ)

@@ -43,12 +43,19 @@ async def end_hung(paths: ClusterPaths, token: str, *, lock_s: float) -> Process
         record = load_record(paths)
         if record is None or record.controller is None or not is_alive(record.controller):
             return None
-        if time.time() - record.controller.started_at < START_S:
+        if start_s_left(record) > 0:
             return None
         if await responds(record.ports["controller"], token, limit_s=_SURE_S):
             return None
         await end([record.controller], grace_s=_GRACE_S)
         return record.controller
+
+
+def start_s_left(record: ClusterRecord) -> float:
+    """Return for how long the controller may still be silent because it starts; 0 once it has answered."""
+    if record.controller is None or record.controller_answered:
+        return 0.0
+    return max(0.0, START_S - (time.time() - record.controller.started_at))
 
 
 class HealthWatch:
@@ -61,7 +68,7 @@ class HealthWatch:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._watched: ProcessIdentity | None = None
-        self._answered_at: float | None = None
+        self._answered = False
         self._since = 0.0
         """Since when there has been no answer."""
         self._steady_since: float | None = None
@@ -70,21 +77,28 @@ class HealthWatch:
 
     async def is_hung(self, record: ClusterRecord, token: str) -> bool:
         """Ask the controller of `record` once, and return whether it counts as hung."""
-        return self.judge(record.controller, answers=await responds(record.ports["controller"], token))
+        answers = await responds(record.ports["controller"], token)
+        return self.judge(record.controller, answers=answers, answered_before=record.controller_answered)
 
-    def judge(self, controller: ProcessIdentity | None, *, answers: bool) -> bool:
-        """Take in one question's outcome, and return whether this controller counts as hung."""
+    def judge(self, controller: ProcessIdentity | None, *, answers: bool, answered_before: bool = False) -> bool:
+        """Take in one question's outcome, and return whether this controller counts as hung.
+
+        Args:
+            controller: which one was asked.
+            answers: whether it answered.
+            answered_before: whether somebody else has had an answer of it.
+        """
         now = self._clock()
         if controller != self._watched:
             self._watched, self._since, self._failures = controller, now, 0
-            self._answered_at = self._steady_since = None
+            self._answered, self._steady_since = False, None
         if answers:
-            self._since = self._answered_at = now
-            self._failures = 0
+            self._since, self._answered, self._failures = now, True, 0
             self._steady_since = self._steady_since or now
             if now - self._steady_since > _STEADY_S:
                 self._replaced = 0
             return False
+        self._answered = self._answered or answered_before
         self._failures += 1
         return self._failures >= _FAILURES and now - self._since >= self._allowed_s
 
@@ -100,4 +114,4 @@ class HealthWatch:
     @property
     def _allowed_s(self) -> float:
         allowed = min(_SILENT_S * 2.0**self._replaced, _MOST_SILENT_S)
-        return allowed if self._answered_at is not None else max(allowed, START_S)
+        return allowed if self._answered else max(allowed, START_S)

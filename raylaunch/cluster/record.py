@@ -81,6 +81,8 @@ class ClusterRecord(BaseModel):
     place: NodePlace = NodePlace()
     ray: ProcessIdentity | None = None
     controller: ProcessIdentity | None = None
+    controller_answered: bool = False
+    """Whether this controller has answered since it was started: from then on, silence means that it hangs."""
     versions: Versions = Versions()
 
     def with_(self, **changes: object) -> ClusterRecord:
