@@ -138,7 +138,7 @@ def test_a_damaged_package_is_refused(tom: httpx2.Client) -> None:
 
 def test_a_piece_that_is_too_large_is_refused(tom: httpx2.Client) -> None:
     answer = tom.put(f"/v1/packages/{'b' * 64}?offset=0&total=9999999", content=b"x" * (8 * 1024 * 1024 + 1))
-    assert error(answer)[:3] == (422, "spec", "a piece of a package is larger than 8388608 bytes")
+    assert error(answer)[:3] == (422, "spec", "the request's body is larger than 8 MiB")
 
 
 def test_secrets_go_in_and_only_their_names_come_out(api: Api) -> None:

@@ -130,6 +130,57 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(tom: httpx2.Clien
     assert error(answer)[:3] == (422, "spec", "the request's body is larger than 16 MiB")
 
 
+class Endless:
+    """A body without an end and without a length; counts what was taken of it."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        while True:
+            self.sent += 1024 * 1024
+            yield b"x" * (1024 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "most"),
+    [
+        ("POST", "/v1/jobs", 16),
+        ("POST", "/v1/jobs?dry_run=1", 16),
+        ("PUT", f"/v1/packages/{'0' * 64}?offset=0&total=1", 8),
+        ("PUT", "/v1/secrets/KEY", 1),
+        ("POST", "/v1/quiet", 0),
+        ("POST", "/v1/tokens", 0),
+        ("GET", "/v1/jobs", 0),
+    ],
+)
+def test_bytes_are_counted_while_they_arrive_and_each_route_has_its_limit(
+    api: Api, method: str, path: str, most: int
+) -> None:
+    with api.client("ada") as ada:
+        assert taken(ada, method, path) < (most + 32) * 1024 * 1024  # what is on its way counts too
+
+
+def test_a_role_is_checked_before_the_body_is_read(api: Api) -> None:
+    with api.client("vera") as vera:
+        answer = vera.post("/v1/jobs", content=b"x" * (17 * 1024 * 1024))
+        assert error(answer)[0] == 403
+        answer = vera.post("/v1/jobs", content=b"not JSON")
+        assert error(answer)[0] == 403
+        assert error(vera.put("/v1/secrets/KEY", content=b"x" * 1000))[0] == 403
+
+
+def taken(client: httpx2.Client, method: str, path: str) -> int:
+    """Send a body without an end; return how many bytes were taken before the controller had enough."""
+    body = Endless()
+    try:
+        answer = client.request(method, path, content=iter(body))
+    except httpx2.TransportError:  # it closed the connection while we were still sending
+        return body.sent
+    assert error(answer)[1] == "spec"
+    return body.sent
+
+
 # -- roles -----------------------------------------------------------------------------------------------------------
 
 

@@ -10,11 +10,10 @@ from raylaunch.controller.audit import AuditLog
 from raylaunch.controller.auth import Caller, TokenBook
 from raylaunch.controller.invitations import Invitations
 from raylaunch.controller.routes_tokens import TAKE
-from raylaunch.errors import AccessError, RaylaunchError, SpecError, VersionError
+from raylaunch.errors import AccessError, RaylaunchError, VersionError
 from raylaunch.version import API, __version__
 
 _READS = frozenset({"GET", "HEAD"})
-_BODY_BYTES = 16 * 1024 * 1024
 _UNAUTHORIZED = 401
 _NO_ANSWER = 500
 
@@ -57,18 +56,26 @@ class Gate:
         return self._tokens.who(token.strip())
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
-        answered = False
+        answered, whole = False, False
+
+        async def receive_until_whole() -> Message:
+            nonlocal whole
+            message = await receive()
+            whole = whole or message["type"] != "http.request" or not message.get("more_body", False)
+            return message
 
         async def send_with_headers(message: Message) -> None:
             nonlocal answered
             if message["type"] == "http.response.start":
                 answered = True
+                if not whole:  # else the rest of a body is waited for, however long it is
+                    MutableHeaders(scope=message)["Connection"] = "close"
                 self._write_down(scope, caller, message["status"])  # before anybody can act on the answer
                 MutableHeaders(scope=message).update(OURS)
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_headers)
+            await self._app(scope, receive_until_whole, send_with_headers)
         finally:
             if not answered:
                 self._write_down(scope, caller, _NO_ANSWER)
@@ -86,7 +93,7 @@ def _no_token(headers: Headers) -> ASGIApp:
     message = "the token is not one of this cluster's" if sent else "the request carries no token"
     hint = "send 'Authorization: Bearer TOKEN'; raylaunch's own commands take it from the cluster's folder"
     error = AccessError(message, hint=hint)
-    return error_answer(error, status=_UNAUTHORIZED, headers={"WWW-Authenticate": "Bearer"})
+    return error_answer(error, status=_UNAUTHORIZED, headers={"WWW-Authenticate": "Bearer", "Connection": "close"})
 
 
 def _problem(headers: Headers) -> RaylaunchError | None:
@@ -98,7 +105,4 @@ def _problem(headers: Headers) -> RaylaunchError | None:
         older_hint = f"install the controller's version on the client's side: pip install raylaunch=={__version__}"
         newer_hint = "raylaunch up starts a controller of the client's version; running jobs go on"
         return VersionError(f"{msg} ({theirs} there, {API} here)", hint=newer_hint if newer else older_hint)
-    if int(headers.get("content-length", "0")) > _BODY_BYTES:
-        msg = f"the request's body is larger than {_BODY_BYTES // 1024 // 1024} MiB"
-        return SpecError(msg, hint="send a package in pieces of at most 8 MiB")
     return None

@@ -14,11 +14,14 @@ from raylaunch.cluster_state import ClusterPython, ControllerStatus, RayAccess
 from raylaunch.controller.answers import answer, json_answer
 from raylaunch.controller.asking import Has, Who
 from raylaunch.controller.auth import Role
+from raylaunch.controller.guarded import GuardedRoute, needs
 from raylaunch.controller.services import Services
 from raylaunch.controller.settings import Settings
 from raylaunch.state import JobState, UsagePage
 
-router = APIRouter()
+SECRET_BYTES = 1024 * 1024
+
+router = APIRouter(route_class=GuardedRoute)
 
 
 class SecretValue(BaseModel):
@@ -42,9 +45,9 @@ async def status(services: Has, caller: Who) -> Response:
 
 
 @router.get("/ray", response_model=RayAccess)
-async def ray(services: Has, caller: Who) -> Response:
+@needs(Role.OPERATOR, "use Ray's own tools")
+async def ray(services: Has) -> Response:
     """Return what Ray's own tools need."""
-    caller.require(Role.OPERATOR, "use Ray's own tools")
     return answer(services.jobs.ray_access())
 
 
@@ -55,25 +58,25 @@ async def python(services: Has) -> Response:
 
 
 @router.get("/secrets", response_model=list[str])
-async def secret_names(services: Has, caller: Who) -> Response:
+@needs(Role.OPERATOR, "see the names of secrets")
+async def secret_names(services: Has) -> Response:
     """Return the names of the cluster's secrets."""
-    caller.require(Role.OPERATOR, "see the names of secrets")
     return json_answer(list(services.secrets.names()))
 
 
 @router.put("/secrets/{name}")
-async def set_secret(name: str, body: SecretValue, request: Request, services: Has, caller: Who) -> Response:
+@needs(Role.OPERATOR, "set secrets", body_bytes=SECRET_BYTES)
+async def set_secret(name: str, body: SecretValue, request: Request, services: Has) -> Response:
     """Set a secret."""
-    caller.require(Role.OPERATOR, "set secrets")
     request.state.about = name
     services.secrets.put(name, body.value)
     return json_answer({})
 
 
 @router.delete("/secrets/{name}")
-async def remove_secret(name: str, request: Request, services: Has, caller: Who) -> Response:
+@needs(Role.OPERATOR, "delete secrets")
+async def remove_secret(name: str, request: Request, services: Has) -> Response:
     """Delete a secret."""
-    caller.require(Role.OPERATOR, "delete secrets")
     request.state.about = name
     services.secrets.remove(name)
     return json_answer({})

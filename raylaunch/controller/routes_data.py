@@ -15,9 +15,10 @@ from fastapi.responses import StreamingResponse
 
 from raylaunch.controller.answers import answer, file_answer
 from raylaunch.controller.asking import Has, Job, require_ours
+from raylaunch.controller.guarded import GuardedRoute
 from raylaunch.state import Artifact, MetricsPage
 
-router = APIRouter()
+router = APIRouter(route_class=GuardedRoute)
 
 _LINES = 1000
 

@@ -12,11 +12,12 @@ from fastapi.responses import StreamingResponse
 
 from raylaunch.controller.answers import answer
 from raylaunch.controller.asking import Has, Job, WaitS, Who
+from raylaunch.controller.guarded import GuardedRoute
 from raylaunch.controller.services import Services
 from raylaunch.controller.waits import departure, done, first_of
 from raylaunch.state import Event, EventPage
 
-router = APIRouter()
+router = APIRouter(route_class=GuardedRoute)
 
 _COMMENT_EVERY_S = 15.0
 

@@ -9,8 +9,9 @@ from raylaunch.cluster_state import HostJobs, Quiet
 from raylaunch.controller.answers import answer
 from raylaunch.controller.asking import Has, Who
 from raylaunch.controller.auth import Role
+from raylaunch.controller.guarded import GuardedRoute, needs
 
-router = APIRouter()
+router = APIRouter(route_class=GuardedRoute)
 
 
 class DrainRequest(BaseModel):
@@ -38,18 +39,18 @@ async def jobs(host: str, services: Has) -> Response:
 
 
 @router.post("/hosts/{host}/drain", response_model=HostJobs)
+@needs(Role.OPERATOR, "drain hosts")
 async def drain(host: str, request: Request, services: Has, caller: Who, asked: DrainRequest | None = None) -> Response:
     """Let no attempt begin on a host."""
-    caller.require(Role.OPERATOR, "drain hosts")
     request.state.about = host
     asked = asked or DrainRequest()
     return answer(services.hosts.drain(host, until=asked.until, stop=asked.stop, person=caller.person))
 
 
 @router.delete("/hosts/{host}/drain", response_model=HostJobs)
-async def undrain(host: str, request: Request, services: Has, caller: Who) -> Response:
+@needs(Role.OPERATOR, "let drained hosts take jobs")
+async def undrain(host: str, request: Request, services: Has) -> Response:
     """Let a host take jobs again."""
-    caller.require(Role.OPERATOR, "let drained hosts take jobs")
     request.state.about = host
     return answer(services.hosts.undrain(host))
 
@@ -61,15 +62,15 @@ async def is_quiet(services: Has) -> Response:
 
 
 @router.post("/quiet", response_model=Quiet)
+@needs(Role.OPERATOR, "let no job begin")
 async def quiet(services: Has, caller: Who, asked: QuietRequest | None = None) -> Response:
     """Let no attempt begin for a while."""
-    caller.require(Role.OPERATOR, "let no job begin")
     asked = asked or QuietRequest()
     return answer(services.hosts.quiet(limit_s=asked.limit_s, stop=asked.stop, person=caller.person))
 
 
 @router.delete("/quiet", response_model=Quiet)
-async def loud(services: Has, caller: Who) -> Response:
+@needs(Role.OPERATOR, "let jobs begin again")
+async def loud(services: Has) -> Response:
     """Let attempts begin again."""
-    caller.require(Role.OPERATOR, "let jobs begin again")
     return answer(services.hosts.loud())

@@ -13,13 +13,17 @@ from starlette.background import BackgroundTask
 from raylaunch.controller.answers import answer, json_answer
 from raylaunch.controller.asking import Has, Job, Who, require_own
 from raylaunch.controller.auth import Role
+from raylaunch.controller.guarded import GuardedRoute, needs
 from raylaunch.controller.record import JobRecord
 from raylaunch.controller.recovery import empty_trash
 from raylaunch.controller.services import MetricsReader
 from raylaunch.errors import SpecError
 from raylaunch.state import JobPage, JobState, JobView, SubmitAnswer, SubmitRequest
 
-router = APIRouter()
+SUBMIT_BYTES = 16 * 1024 * 1024
+"""Most bytes of a submission: its spec, the changes that were not committed (1 MiB), what was packed."""
+
+router = APIRouter(route_class=GuardedRoute)
 
 
 class StopRequest(BaseModel):
@@ -31,6 +35,7 @@ class StopRequest(BaseModel):
 
 
 @router.post("/jobs", response_model=SubmitAnswer)
+@needs(Role.TRAINER, "submit jobs", body_bytes=SUBMIT_BYTES)
 async def submit(
     submitted: SubmitRequest,
     request: Request,
@@ -40,7 +45,6 @@ async def submit(
     dry_run: bool = False,
 ) -> Response:
     """Take a job in; with ``dry_run`` only say where it could run."""
-    caller.require(Role.TRAINER, "submit jobs")
     if dry_run:
         request.state.audited = False
         return answer(await services.jobs.dry_run(submitted))
@@ -78,6 +82,7 @@ async def job(record: Job, services: Has) -> Response:
 
 
 @router.post("/jobs/{ref}/stop", response_model=JobView)
+@needs(Role.TRAINER, "stop jobs")
 async def stop(record: Job, services: Has, caller: Who, asked: StopRequest | None = None) -> Response:
     """Ask a job to stop."""
     require_own(caller, record, "stop")
@@ -86,6 +91,7 @@ async def stop(record: Job, services: Has, caller: Who, asked: StopRequest | Non
 
 
 @router.delete("/jobs/{ref}")
+@needs(Role.TRAINER, "remove jobs")
 async def remove(record: Job, services: Has, caller: Who) -> Response:
     """Delete an ended job with all its files."""
     require_own(caller, record, "remove")

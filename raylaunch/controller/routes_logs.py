@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 from raylaunch.controller import logs
 from raylaunch.controller.answers import answer
 from raylaunch.controller.asking import Has, Job, WaitS, pick_attempt
+from raylaunch.controller.guarded import GuardedRoute
 from raylaunch.controller.log_sources import Log, Searched, log_of
 from raylaunch.controller.record import JobRecord
 from raylaunch.controller.services import Services
@@ -18,7 +19,7 @@ from raylaunch.controller.waits import departure, done, first_of
 from raylaunch.errors import ClusterError, NotFoundError, SpecError
 from raylaunch.state import LogMatches
 
-router = APIRouter()
+router = APIRouter(route_class=GuardedRoute)
 
 Attempt = Annotated[int | None, Query(description="number of the attempt; by default the latest")]
 Rank = Annotated[int, Query(ge=0)]

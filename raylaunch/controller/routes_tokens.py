@@ -11,8 +11,9 @@ from raylaunch.cluster_state import Admission, Invitation, TokenView
 from raylaunch.controller.answers import answer, json_answer
 from raylaunch.controller.asking import Has, Who
 from raylaunch.controller.auth import Role
+from raylaunch.controller.guarded import GuardedRoute, needs
 
-router = APIRouter()
+router = APIRouter(route_class=GuardedRoute)
 
 TAKE = "/v1/join"
 """The one path that an invitation's code opens."""
@@ -39,16 +40,16 @@ class TakeRequest(BaseModel):
 
 
 @router.get("/tokens", response_model=list[TokenView])
+@needs(Role.ADMIN, "see whose tokens there are")
 async def tokens(services: Has, caller: Who) -> Response:
     """Return who may come in."""
-    caller.require(Role.ADMIN, "see whose tokens there are")
     return answer(list(services.invitations.views(caller.token)))
 
 
 @router.post("/tokens", response_model=Invitation)
+@needs(Role.ADMIN, "invite people")
 async def invite(asked: InviteRequest, request: Request, services: Has, caller: Who) -> Response:
     """Invite a person."""
-    caller.require(Role.ADMIN, "invite people")
     request.state.about = asked.person
     code, over = services.invitations.invite(
         asked.person, asked.role, by=caller.person, valid_s=asked.valid_s, token_expires_at=asked.token_expires_at
@@ -67,9 +68,9 @@ async def invite(asked: InviteRequest, request: Request, services: Has, caller: 
 
 
 @router.delete("/tokens/{who}")
+@needs(Role.ADMIN, "revoke tokens")
 async def revoke(who: str, request: Request, services: Has, caller: Who) -> Response:
     """Take tokens back."""
-    caller.require(Role.ADMIN, "revoke tokens")
     request.state.about = who
     return json_answer({"revoked": services.invitations.revoke(who, mine=caller.token)})
 
