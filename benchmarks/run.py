@@ -23,6 +23,7 @@ from benchmarks import (
     pushing,
     records,
     through_tunnel,
+    tls,
     tracking,
 )
 from benchmarks.measure import Result, Skipped
@@ -54,6 +55,7 @@ BENCHMARKS = (
     Benchmark(("up_healthy",), bringing_up.healthy),
     Benchmark(("up_fresh",), bringing_up.fresh),
     Benchmark(("download",), downloading.run),
+    Benchmark(("tls_submission", "tls_log"), tls.run),
     Benchmark(("push_wheels", "push_wheels_to_four", "push_wheels_far"), pushing.run),
 )
 NAMES = tuple(name for benchmark in BENCHMARKS for name in benchmark.names)

@@ -40,13 +40,18 @@ class Reach:
 class Cluster:
     """An embedded cluster in a home of its own."""
 
-    def __init__(self, home: Path, environ: Mapping[str, str]) -> None:
+    def __init__(self, home: Path, environ: Mapping[str, str], *, spec: str = "") -> None:
         self.home = home
+        self.spec = spec
         self.environ = {**environ, "RAYLAUNCH_HOME": str(home)}
 
     def up(self) -> None:
         """Start it; `down` ends it."""
-        run_program((*RAYLAUNCH, "up"), self.environ, limit_s=_UP_S)
+        file = self.home / "cluster.yaml"
+        if self.spec:
+            self.home.mkdir(exist_ok=True)
+            file.write_text(self.spec, encoding="utf-8")
+        run_program((*RAYLAUNCH, *(("-c", str(file)) if self.spec else ()), "up"), self.environ, limit_s=_UP_S)
 
     def down(self) -> None:
         """End what `up` started."""
@@ -105,9 +110,9 @@ class Workshop:
         return self._stack.enter_context(self.other_cluster("shared"))
 
     @contextlib.contextmanager
-    def other_cluster(self, name: str) -> Iterator[Cluster]:
-        """Start a further cluster, whose store may have been filled before in `home`."""
-        cluster = Cluster(self.home(name), self.environ)
+    def other_cluster(self, name: str, *, spec: str = "") -> Iterator[Cluster]:
+        """Start a further cluster, whose store may have been filled before in `home`; `spec` is its cluster.yaml."""
+        cluster = Cluster(self.home(name), self.environ, spec=spec)
         try:
             cluster.up()
             yield cluster

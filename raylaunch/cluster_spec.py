@@ -28,6 +28,17 @@ _HOST_PORT = re.compile(r"[A-Za-z0-9._\[\]:-]+:\d{1,5}")
 TUNNEL_HINT = "run raylaunch on a machine that reaches Ray's own ports, for example the Ray head, or in a VPN with it"
 
 
+class RayTls(Spec):
+    """PEM files for a Ray that uses TLS, as its own variables ``RAY_TLS_*`` name them."""
+
+    ca: str
+    """The authority's certificate. Example: `~/ray/ca.crt`"""
+    certificate: str
+    """A certificate of that authority for this machine. Example: `~/ray/node.crt`"""
+    key: str
+    """The certificate's key. Example: `~/ray/node.key`"""
+
+
 class ClusterSpec(Spec):
     """A cluster, as cluster.yaml describes it. Without a file: the embedded cluster ``local`` on this machine."""
 
@@ -59,6 +70,9 @@ class ClusterSpec(Spec):
     bind: Literal["", "loopback", "network"] = ""
     """Where Ray listens: on `loopback`, or on the cluster's `network`, which several hosts need, and one host that
     others may join later. Without it what fits the number of hosts. Example: `network`"""
+    tls: bool | None = None
+    """Whether the nodes' Rays speak mutual TLS with each other. Without it they do where Ray listens on the network.
+    Changed by `raylaunch down`, then `raylaunch up`. Example: `off`"""
     defaults: HostDefaults = HostDefaults()
     """What holds for all hosts. Example: `{user: ml, root: /raid/ml}`"""
     hosts: tuple[HostSpec, ...] = ()
@@ -70,6 +84,9 @@ class ClusterSpec(Spec):
     gcs: str = ""
     """Of that Ray: `host:port` of its head; without it port 6379 of the host in `address`.
     This machine must reach it. Example: `ray.example.org:6379`"""
+    ray_tls: RayTls | None = None
+    """The certificate with which that Ray is spoken to, where it uses TLS.
+    Example: `{ca: ~/ray/ca.crt, certificate: ~/ray/node.crt, key: ~/ray/node.key}`"""
     ray_token_file: str = ""
     """The file with the token of that Ray; without it the Ray asks for none. Example: `~/.ray/auth_token`"""
 
@@ -134,7 +151,7 @@ class ClusterSpec(Spec):
 
     @model_validator(mode="after")
     def _kind_has_what_it_needs(self) -> ClusterSpec:
-        for field in ("address", "gcs", "ray_token_file"):
+        for field in ("address", "gcs", "ray_token_file", "ray_tls"):
             if getattr(self, field) and self.kind != "existing":
                 msg = f"{field} is for a Ray that somebody else runs; write kind: existing, or leave it out"
                 raise PlacedError(msg, (field,))
@@ -166,7 +183,7 @@ class ClusterSpec(Spec):
         if not self.address:
             msg = "kind: existing needs address: the dashboard of that Ray, as http://HOST:8265"
             raise PlacedError(msg, ("kind",))
-        for field in ("hosts", "gpus", "cpus", "labels", "bind"):
+        for field in ("hosts", "gpus", "cpus", "labels", "bind", "tls"):
             if getattr(self, field) != type(self).model_fields[field].get_default(call_default_factory=True):
                 msg = f"{field} is what that Ray was started with, and cannot be changed here; leave it out"
                 raise PlacedError(msg, (field,))
@@ -184,6 +201,11 @@ class ClusterSpec(Spec):
     def loopback(self) -> bool:
         """Whether Ray listens on loopback alone, and not on the cluster's network."""
         return self.bind != "network" and len(self.hosts) <= 1
+
+    @property
+    def uses_tls(self) -> bool:
+        """Whether the nodes' Rays are to speak mutual TLS with each other."""
+        return self.tls if self.tls is not None else self.kind == "ssh" and not self.loopback
 
     @property
     def job_env(self) -> dict[str, str]:
@@ -208,4 +230,5 @@ class ClusterSpec(Spec):
             env=self.job_env,
             secrets=self.secrets,
             retention=self.retention,
+            tls=self.uses_tls,
         )

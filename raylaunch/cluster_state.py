@@ -165,6 +165,8 @@ class RayAccess(View):
     gcs_address: str
     dashboard_url: str
     token: str = Field(repr=False)
+    tls: dict[str, str] = Field(default_factory=dict)
+    """Ray's variables for TLS, with paths on the controller's machine; empty where Ray does not use it."""
 
 
 class TokenView(View):

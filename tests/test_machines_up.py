@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import grpc  # type: ignore[import-untyped]
 import psutil
 import pytest
+from support import start_sync
 from support.fittings import bare_world
 from support.hosts import Host, World
 from support.index import index, tiny_wheel
@@ -160,24 +163,68 @@ GRPC = (
     "ObjectManagerService/Pull",
     "CoreWorkerService/PushTask",
 )
+NO_ANSWER = {"UNAVAILABLE", "DEADLINE_EXCEEDED"}
 
 
-def test_what_speaks_grpc_answers_a_stranger_with_a_refusal(cluster: Laptop, lab: World) -> None:
+def test_what_speaks_grpc_answers_nobody_without_a_certificate(cluster: Laptop, lab: World) -> None:
     assert cluster.living()
+    authority = (cluster.home / "clusters/lab/tls/client-ca.crt").read_bytes()
+    for credentials in (None, grpc.ssl_channel_credentials(authority)):
+        answers = {
+            (host.name, port): knock_grpc(host.address, port, GRPC[0], credentials)
+            for host in lab.hosts
+            for port in listening(host) - {22}
+        }
+        assert set(answers.values()) <= NO_ANSWER, answers
+
+
+def test_a_certificate_without_the_token_is_refused(cluster: Laptop, lab: World) -> None:
+    assert cluster.living()
+    files = [cluster.home / "clusters/lab/tls" / name for name in ("client-ca.crt", "client.key", "client.crt")]
+    credentials = grpc.ssl_channel_credentials(*(file.read_bytes() for file in files))
     answers = {
         (host.name, port, method): code
         for host in lab.hosts
         for port in listening(host) - {22}
         for method in GRPC
-        if (code := knock_grpc(host.address, port, method)) not in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}
+        if (code := knock_grpc(host.address, port, method, credentials)) not in NO_ANSWER
     }
-    assert "UNAUTHENTICATED" in answers.values(), "GCS and raylets speak gRPC, and must have been knocked at"
+    assert "UNAUTHENTICATED" in answers.values(), "GCS and raylets speak gRPC, and must have been reached"
     assert set(answers.values()) <= {"UNAUTHENTICATED", "UNIMPLEMENTED"}, answers
 
 
-def knock_grpc(address: str, port: int, method: str) -> str:
+def test_a_request_that_ends_ray_before_its_token_is_checked_does_not_reach_it(cluster: Laptop, lab: World) -> None:
+    """From another machine, and from another account of the head."""
+    before = {host.name: daemons(host) for host in lab.hosts}
+    assert all(before.values())
+    sent = [start_sync.send(host.address, port) for host in lab.hosts for port in sorted(listening(host) - {22})]
+    assert any(sent)
+    program = shlex.join(["python3", "-c", Path(start_sync.__file__).read_text()])
+    head = lab.hosts[0]
+    for address in (head.address, "127.0.0.1"):
+        ports = " ".join(map(str, sorted(listening(head, loopback=True) - {22})))
+        head.out(f"{program} {address} {ports}", user="nobody", timeout_s=300)
+    assert cluster.living() == {"h1", "h2", "h3"}
+    assert {host.name: daemons(host) for host in lab.hosts} == before
+    job = cluster.call("submit", "--host", "h3", "--", "true").stdout.strip()
+    assert cluster.call("wait", job).returncode == 0
+
+
+def daemons(host: Host) -> dict[str, int]:
+    """Return the GCS and raylet of a host, with their pids."""
+    found = {}
+    for process in host.processes():
+        with contextlib.suppress(psutil.Error):
+            if process.name() in {"gcs_server", "raylet"} and process.status() != psutil.STATUS_ZOMBIE:
+                found[process.name()] = process.pid
+    return found
+
+
+def knock_grpc(address: str, port: int, method: str, credentials: object | None) -> str:
     """Return the code with which a port answers an empty call of Ray's without a token."""
-    with grpc.insecure_channel(f"{address}:{port}") as channel:
+    where = f"{address}:{port}"
+    channel = grpc.secure_channel(where, credentials) if credentials else grpc.insecure_channel(where)
+    with channel:
         try:
             channel.unary_unary(f"/ray.rpc.{method}")(b"", timeout=3)
         except grpc.RpcError as error:
@@ -200,11 +247,12 @@ def test_another_account_of_a_host_can_read_nothing_of_the_cluster(cluster: Lapt
     assert "RAYLAUNCH_CLUSTER_ID" not in told, "no environment of it"
 
 
-def listening(host: Host) -> set[int]:
-    """Return the ports on which a host listens for others."""
+def listening(host: Host, *, loopback: bool = False) -> set[int]:
+    """Return the ports on which a host listens for others, or also those on its loopback."""
     lines = host.out("ss -Hltn").splitlines()
     places = [line.split()[3].rpartition(":") for line in lines]
-    return {int(port) for address, _, port in places if not address.startswith("127.") and address != "[::1]"}
+    own = [int(port) for address, _, port in places if address.startswith("127.") or address == "[::1]"]
+    return {int(port) for _, _, port in places if loopback or int(port) not in own}
 
 
 def knock(address: str, port: int, method: str, path: str) -> int | None:

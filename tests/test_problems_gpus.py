@@ -167,6 +167,20 @@ CASES = (
         {"rays": [RAYLET]},
     ),
     Case(
+        "certificate_expiring",
+        WARNING,
+        "the certificate of this host's Ray expires in 12 days; without it the host cannot join the others",
+        "raylaunch down, then raylaunch up makes new ones",
+        {"clusters": [MINE | {"wanted": "running"} | {"tls_days": 12}]},
+    ),
+    Case(
+        "certificate_expiring",
+        WARNING,
+        "the certificate of this host's Ray has expired; without it the host cannot join the others",
+        "raylaunch down, then raylaunch up makes new ones",
+        {"clusters": [MINE | {"wanted": "running"} | {"tls_days": -1}]},
+    ),
+    Case(
         "same_name_cluster",
         WARNING,
         (

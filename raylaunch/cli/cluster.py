@@ -14,8 +14,9 @@ from raylaunch.cli.connect import Place, ask_person, finish, show_step
 from raylaunch.cli.console import count, note, say, say_json, size, span, styled
 from raylaunch.cli.options import as_json
 from raylaunch.cluster.backends import DownReport
+from raylaunch.cluster.ssh_backend import forward_gcs
 from raylaunch.cluster_state import ClusterStatus, GpuView, NodeView, ProcessView, RayAccess
-from raylaunch.errors import ConflictError
+from raylaunch.errors import AccessError, ConflictError
 from raylaunch.log_view import clean
 from raylaunch.quieting import quiet_down, upgraded
 from raylaunch.state import JobView
@@ -93,17 +94,29 @@ def status(cluster_file: Path | None, *, as_json: bool) -> None:
 
 
 @click.command(epilog='Example:  eval "$(raylaunch env)" && ray job list')
+@click.option("--gcs", is_flag=True, help="Lead to the GCS, Ray's own port, too: for ray status and ray.init().")
 @click.pass_obj
-def env(cluster_file: Path | None) -> None:
-    """Print export lines for Ray's own tools. They hold the cluster's token: do not share them."""
+def env(cluster_file: Path | None, *, gcs: bool) -> None:
+    """Print export lines for Ray's own tools. They hold the cluster's token: do not share them.
+
+    Where the cluster is reached over SSH they are for `ray job`; --gcs adds what other tools need.
+    """
     place = Place(cluster_file)
 
     async def work() -> RayAccess:
         async with place.client() as client:
             access = await client.ray_access()
         reach = await place.backend.reach(place.spec)
-        through = {"gcs_address": reach.gcs_address, "dashboard_url": reach.dashboard_url}
-        return access.model_copy(update={key: value for key, value in through.items() if value})
+        if not reach.over_ssh:
+            return access
+        if gcs and not reach.gcs_address:
+            if access.tls and not reach.ray_tls:
+                msg = "Ray of this cluster takes only who has a certificate, and this machine has none"
+                raise AccessError(msg, hint="run Ray's tools on the head: raylaunch ssh HEAD; ray job works from here")
+            await forward_gcs(place.spec.name)
+            reach = await place.backend.reach(place.spec)
+        found = {"dashboard_url": reach.dashboard_url, "gcs_address": reach.gcs_address, "tls": reach.ray_tls}
+        return access.model_copy(update=found)
 
     for line in export_lines(finish(work())):
         say(line)
@@ -116,6 +129,7 @@ def export_lines(access: RayAccess) -> list[str]:
         **({"RAY_ADDRESS": access.gcs_address} if access.gcs_address else {}),
         "RAY_API_SERVER_ADDRESS": access.dashboard_url,
         **(token if access.token else {"RAY_AUTH_MODE": "disabled"}),
+        **(access.tls if access.gcs_address else {}),
     }
     if urlsplit(f"//{access.gcs_address}").hostname in _LOOPBACK:
         values["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else Ray's tools look for it at the outward address

@@ -24,12 +24,14 @@ from raylaunch.cluster.plan import Step
 from raylaunch.cluster.probe.facts import HostFacts
 from raylaunch.cluster.probe.one_host import probe
 from raylaunch.cluster.ssh.machine import Machine, OnPrompt, Wait, machine
-from raylaunch.cluster.targets import place_of, root_of, target_of
+from raylaunch.cluster.targets import addresses_of, place_of, root_of, target_of
 from raylaunch.errors import ClusterError, ClusterStartError, RaylaunchError
 from raylaunch.spec import ClusterSpec, HostSpec
 from raylaunch.version import __version__
 
 CONNECT_S = 20.0
+CLIENT = "(client)"
+"""Among the names of hosts, this machine."""
 _QUIET_S = 4.0
 
 _Result = TypeVar("_Result")
@@ -222,15 +224,27 @@ class Bootstrap:
         spec, place = self._spec.part_of(counted(self._spec, host, facts)), place_of(self._spec, host, facts)
         tell = self._of_host(host)
         if host is self._head:
-            return await host_calls.bring_up(connection, program, UpHead(spec=spec, place=place), tell=tell)
+            request = UpHead(spec=spec, place=place, members=self._members())
+            return await host_calls.bring_up(connection, program, request, tell=tell)
         await self._head_settled.wait()
         head = self.outcome.states.get(self._head.name)
         if head is None:
             msg = f"{host.name}: was not started, for the head {self._head.name} did not come up"
             raise ClusterError(msg, hint=f"mend {self._head.name}, then run raylaunch up again")
         place = place.model_copy(update={"head": f"{head.place.ray_address}:{head.ports['gcs']}"})
-        request = Join(spec=spec, place=place, cluster_id=head.cluster_id, ray_token=head.ray_token)
-        return await host_calls.bring_up(connection, program, request, tell=tell)
+        join = Join(
+            spec=spec,
+            place=place,
+            cluster_id=head.cluster_id,
+            ray_token=head.ray_token,
+            certificate=head.certificates.get(host.name),
+        )
+        return await host_calls.bring_up(connection, program, join, tell=tell)
+
+    def _members(self) -> dict[str, tuple[str, ...]]:
+        """Return who may need a certificate: every worker that was probed, and this machine for Ray's own tools."""
+        workers = [host for host in self._hosts if host is not self._head and host.name in self.outcome.facts]
+        return {CLIENT: (), **{host.name: addresses_of(self.outcome.facts[host.name]) for host in workers}}
 
     def _of_host(self, host: HostSpec) -> Callable[[Step], None]:
         def tell(step: Step) -> None:

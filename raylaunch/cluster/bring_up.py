@@ -10,7 +10,7 @@ from pathlib import Path
 
 import anyio
 
-from raylaunch.cluster import assign
+from raylaunch.cluster import assign, tls
 from raylaunch.cluster.controller_program import controller_status, not_ready
 from raylaunch.cluster.controller_start import ControllerStart
 from raylaunch.cluster.gpus import GpuChoice, choose_gpus, detect_gpus
@@ -18,7 +18,7 @@ from raylaunch.cluster.home import ClusterPaths, make_store, secret_file, storag
 from raylaunch.cluster.look import Seen, differences, look
 from raylaunch.cluster.neighbours import check_gpus, neighbours
 from raylaunch.cluster.plan import Step
-from raylaunch.cluster.ports import ANYWHERE, LOOPBACK
+from raylaunch.cluster.ports import ANYWHERE, LOOPBACK, own_addresses
 from raylaunch.cluster.process import end, is_alive
 from raylaunch.cluster.ray_head import RayStart, installed_ray, jobs_answer, make_importable, nodes_alive
 from raylaunch.cluster.record import (
@@ -120,6 +120,8 @@ class BringUp:
                 self.steps.note("spec", difference)
         else:
             had = had.with_(spec=self.asked, store=store_of(self.asked, self.paths), place=self.place or had.place)
+        if had.wanted == "stopped":  # no Ray of the cluster runs on any host
+            had = had.with_(tls=self.asked.uses_tls)
         self._set_gcs_aside(had.versions.ray, ray_version)
         ours = had.versions.raylaunch if upgrade else __version__
         versions = Versions(raylaunch=ours, ray=ray_version, python=platform.python_version())
@@ -174,7 +176,12 @@ class BringUp:
         )
         moved = any(self.record.ports.get(key) not in (None, ports[key]) for key in ("gcs", "dashboard"))
         self._save(self.record.with_(ports=self.record.ports | ports, gpu_uuids=gpus.uuids, ray=None))
-        head = RayStart(self.paths, self.record.spec, self.record.cluster_id, ports, gpus, self.record.place)
+        head = RayStart(
+            self.paths, self.record.spec, self.record.cluster_id, ports, gpus, self.record.place, tls=self.record.tls
+        )
+        if self.record.tls:
+            certificate = tls.issue(self.paths, self.record.place.host or "head", own_addresses())
+            self._save(self.record.with_(tls_until=tls.keep(self.paths, certificate)))
         argv = head.argv()
         self.on_step(Step("ray", "begins", f"starts Ray {self.record.versions.ray} with {gpus}"))
         ray = await self.steps.start(argv, head.environment(self.environ), self.paths.ray_log)

@@ -51,6 +51,8 @@ class ClientRecord(BaseModel):
     """Hosts on which an `up` from here has started something, or was about to, and did not come to hear of it."""
     owner: str = ""
     """Who brought the cluster up and invited us, where we joined it; empty where that was done from here."""
+    gcs: bool = False
+    """Whether the tunnel leads to the GCS, Ray's own port, too: `raylaunch env --gcs`."""
     at: float = Field(default_factory=time.time)
 
     @property
@@ -70,7 +72,7 @@ class TunnelRecord(BaseModel):
 
     process: ProcessIdentity
     ports: dict[str, int]
-    """``controller``, ``dashboard`` and ``gcs``, on loopback."""
+    """``controller``, ``dashboard`` and, where it is asked for, ``gcs``, on loopback."""
     head_fingerprint: str = ""
     """Of the host key that the head showed."""
     head_address: str = ""

@@ -17,6 +17,7 @@ from raylaunch.cluster.home import ClusterPaths, storage_errors, write_private
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.ray_head import clean_environment
 from raylaunch.cluster.record import ClusterRecord
+from raylaunch.cluster.tls import ray_variables, variables_of
 from raylaunch.cluster_state import ControllerStatus
 from raylaunch.errors import StorageError
 
@@ -42,6 +43,12 @@ def controller_environment(
     return clean_environment(environ, paths) | limit | {VAR_CONTROLLER_OF: record.cluster_id}
 
 
+def _ray_tls(paths: ClusterPaths, record: ClusterRecord) -> dict[str, str]:
+    if files := record.spec.ray_tls:
+        return ray_variables(*(Path(one).expanduser().absolute() for one in (files.ca, files.certificate, files.key)))
+    return variables_of(paths) if record.tls else {}
+
+
 def write_config(paths: ClusterPaths, record: ClusterRecord) -> None:
     """Write ``controller.json``: all that the controller is told. Secrets stay in files of their own."""
     spec, foreign = record.spec, record.spec.kind == "existing"
@@ -53,6 +60,7 @@ def write_config(paths: ClusterPaths, record: ClusterRecord) -> None:
         "gcs_address": spec.gcs_address if foreign else f"{record.place.ray_address}:{record.ports['gcs']}",
         "dashboard_url": spec.address if foreign else f"http://{LOOPBACK}:{record.ports['dashboard']}",
         "ray_token_path": str(paths.ray_token),
+        "ray_env": _ray_tls(paths, record),
         "default_environment": record.spec.environment.model_dump(mode="json"),
         "env": record.spec.env,
         "secrets": record.spec.secrets,

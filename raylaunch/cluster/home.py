@@ -72,6 +72,11 @@ class ClusterPaths:
         return self.root / "node"
 
     @property
+    def tls(self) -> Path:
+        """Certificates and keys of this machine's Ray; on the head also the authority's."""
+        return self.root / "tls"
+
+    @property
     def gcs(self) -> Path:
         """Ray's persistent storage."""
         return self.root / "gcs"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import anyio
 
-from raylaunch.cluster import assign
+from raylaunch.cluster import assign, tls
 from raylaunch.cluster.gpus import choose_gpus, detect_gpus
 from raylaunch.cluster.home import ClusterPaths, write_private
 from raylaunch.cluster.look import Seen, differences
@@ -20,6 +20,7 @@ from raylaunch.cluster.ray_head import RayStart, installed_ray, make_importable
 from raylaunch.cluster.record import ClusterRecord, NodePlace, Versions, load_record, new_record, save_record
 from raylaunch.cluster.steps import DiedError, Steps
 from raylaunch.cluster.sweep import stewards, sweep_ray
+from raylaunch.cluster.tls import NodeCertificate
 from raylaunch.cluster.versions import check_versions
 from raylaunch.spec import ClusterSpec
 from raylaunch.version import __version__
@@ -39,6 +40,7 @@ class Joining:
         place: which machine this is, and where the head is.
         cluster_id: the head's.
         ray_token: the head's, for its port is closed to those who do not have it.
+        certificate: this node's, where the cluster uses TLS. Without it, and without `ray_token`, those of before.
     """
 
     def __init__(  # noqa: PLR0913 -- each is one fact, and all are named
@@ -50,6 +52,7 @@ class Joining:
         place: NodePlace,
         cluster_id: str,
         ray_token: str = "",
+        certificate: NodeCertificate | None = None,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
         self.paths = paths
@@ -58,6 +61,7 @@ class Joining:
         self.place = place
         self.cluster_id = cluster_id
         self.ray_token = ray_token
+        self.certificate = certificate
         self.environ = environ
         self.steps = Steps(paths, on_step)
 
@@ -74,7 +78,7 @@ class Joining:
         had = load_record(self.paths)
         if had is not None and is_alive(had.ray):
             check_versions(Seen(had, ray_alive=True), version)
-            if had.place == self.place and had.cluster_id == self.cluster_id:
+            if had.place == self.place and had.cluster_id == self.cluster_id and self._has_certificate(had):
                 return await self._keep(had)
             self.steps.note("ray", f"the head moved from {had.place.head or 'here'} to {self.place.head}; Ray joins it")
         record = had or new_record(self.spec, self.paths, cluster_id=self.cluster_id)
@@ -94,12 +98,22 @@ class Joining:
         )
         if self.ray_token:
             write_private(self.paths.ray_token, self.ray_token)
+            until = tls.keep(self.paths, self.certificate) if self.certificate else None
+            record = record.with_(tls=self.certificate is not None, tls_until=until)
         try:
             return await self._start(save_record(self.paths, record))
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self.steps.undo(load_record(self.paths) or record)
             raise
+
+    def _has_certificate(self, record: ClusterRecord) -> bool:
+        """Whether this machine's Ray speaks with the others as the head's does now."""
+        if not self.ray_token:  # nothing new was sent
+            return True
+        if self.certificate is None:
+            return not record.tls
+        return record.tls and tls.has_authority(self.paths, self.certificate)
 
     async def _keep(self, record: ClusterRecord) -> ClusterRecord:
         """Leave Ray as it runs. The steward is ended where it is of another raylaunch: Ray starts it from this one.
@@ -124,7 +138,7 @@ class Joining:
             record.ports, say=lambda words: self.steps.note("ports", words), avoid=(), address=ANYWHERE
         )
         record = save_record(self.paths, record.with_(ports=ports, gpu_uuids=gpus.uuids))
-        ray = RayStart(self.paths, self.spec, self.cluster_id, ports, gpus, self.place)
+        ray = RayStart(self.paths, self.spec, self.cluster_id, ports, gpus, self.place, tls=record.tls)
         self.steps.begins("ray", f"starts Ray {record.versions.ray} with {gpus}, joining {self.place.head}")
         for tries_left in (2, 1, 0):
             process = await self.steps.start(ray.argv(), ray.environment(self.environ), self.paths.ray_log)

@@ -85,6 +85,7 @@ def client_token(paths: ClusterPaths) -> str:
 def differences(spec: ClusterSpec, record: ClusterRecord) -> tuple[str, ...]:
     """Say where the cluster that runs was started with something else than what is asked for now."""
     asked, runs = spec.model_dump(mode="json"), record.spec.model_dump(mode="json")
+    asked["tls"], runs["tls"] = spec.uses_tls, record.tls
     return tuple(
         f"it runs with {key}: {runs[key]!r}, not {asked[key]!r}; raylaunch down, then raylaunch up changes that"
         for key in asked

@@ -23,6 +23,7 @@ from raylaunch.cluster.look import client_token, look, status_of
 from raylaunch.cluster.plan import Step
 from raylaunch.cluster.record import NodePlace, Versions, cluster_lock
 from raylaunch.cluster.staying import end_kept, ensure_kept
+from raylaunch.cluster.tls import NodeCertificate, issue
 from raylaunch.cluster_state import ClusterStatus
 from raylaunch.errors import ConflictError, RaylaunchError
 from raylaunch.spec import ClusterSpec
@@ -41,6 +42,8 @@ class UpHead(_Message):
     verb: Literal["up"] = "up"
     spec: ClusterSpec
     place: NodePlace
+    members: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Who gets a certificate where the cluster uses TLS: addresses by name."""
 
 
 class Join(_Message):
@@ -51,6 +54,7 @@ class Join(_Message):
     place: NodePlace
     cluster_id: str
     ray_token: str = Field(repr=False)
+    certificate: NodeCertificate | None = None
 
 
 class Look(_Message):
@@ -98,6 +102,9 @@ class HostState(_Message):
     raylaunch: str = __version__
     token: str = Field(default="", repr=False)
     ray_token: str = Field(default="", repr=False)
+    tls: bool = False
+    certificates: dict[str, NodeCertificate] = Field(default_factory=dict, repr=False)
+    """For `UpHead.members`, where the head's Ray uses TLS."""
     status: ClusterStatus | None = None
     """As the head's controller says; None on a worker."""
 
@@ -127,7 +134,9 @@ async def _up(request: UpHead, tell: Callable[[Step], None]) -> HostState:
             )
         await BringUp(paths, request.spec, tell, place=request.place).run()
     kept = await ensure_kept(paths)
-    return (await _look(Look(name=paths.name))).model_copy(update={"kept": kept})
+    state = await _look(Look(name=paths.name))
+    issued = {name: issue(paths, name, addresses) for name, addresses in request.members.items() if state.tls}
+    return state.model_copy(update={"kept": kept, "certificates": issued})
 
 
 async def _join(request: Join, tell: Callable[[Step], None]) -> HostState:
@@ -141,6 +150,7 @@ async def _join(request: Join, tell: Callable[[Step], None]) -> HostState:
             place=request.place,
             cluster_id=request.cluster_id,
             ray_token=request.ray_token,
+            certificate=request.certificate,
         )
         await joining.run()
     kept = await ensure_kept(paths)
@@ -169,6 +179,7 @@ async def _look(request: Look) -> HostState:
         versions=record.versions,
         token=client_token(paths),
         ray_token="" if worker else secret_file(paths.ray_token),
+        tls=record.tls,
         status=None if worker else status_of(seen, paths),
     )
 

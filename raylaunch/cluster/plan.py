@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -95,6 +96,8 @@ class Reach:
     dashboard_url: str = ""
     """Where Ray's dashboard and Jobs API are reached from here; empty where that is the controller's own address."""
     gcs_address: str = ""
-    """The same of Ray's head."""
+    """The same of Ray's head; empty where the tunnel does not lead there, as is usual."""
+    ray_tls: Mapping[str, str] = field(default_factory=dict)
+    """Ray's variables for TLS with this machine's certificate; empty where it has none."""
     over_ssh: bool = False
     """Whether the way is a tunnel to the head."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import random
 import re
@@ -13,6 +14,7 @@ import psutil
 from raylaunch.cluster.home import user_name
 from raylaunch.errors import ClusterStartError
 
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 LOOPBACK = "127.0.0.1"
 RAY_PORTS = (
     "gcs",
@@ -142,3 +144,9 @@ def _describe(pid: int) -> str:
         return f"pid {pid} ({process.name()}, user {user_name(process.uids().real)})"
     except psutil.Error:
         return f"pid {pid}"
+
+
+def own_addresses() -> tuple[str, ...]:
+    """Return the IP addresses of this machine that others may reach it at."""
+    found = [one.address for each in psutil.net_if_addrs().values() for one in each if one.family in _FAMILIES]
+    return tuple(text for text in found if "%" not in text and not ipaddress.ip_address(text).is_loopback)

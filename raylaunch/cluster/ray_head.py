@@ -15,6 +15,7 @@ import psutil
 from pydantic import BaseModel, ValidationError
 
 import raylaunch
+from raylaunch.cluster import tls
 from raylaunch.cluster.answer import ask
 from raylaunch.cluster.gpus import GpuChoice
 from raylaunch.cluster.home import ClusterPaths, storage_errors
@@ -131,6 +132,8 @@ class RayStart:
     ports: Mapping[str, int]
     gpus: GpuChoice
     place: NodePlace = field(default_factory=NodePlace)
+    tls: bool = False
+    """Whether it speaks TLS with the other nodes; its certificate is in `paths`."""
 
     def argv(self) -> list[str]:
         """Return the program and its arguments; nothing in them is secret."""
@@ -171,6 +174,8 @@ class RayStart:
             "RAY_free_objects_period_milliseconds": "50",  # what stewards sent is freed at once, not a second on
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a job without GPUs sees none
         }
+        if self.tls:
+            env |= tls.variables_of(self.paths)
         if not self.place.is_worker:
             env |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self.paths.gcs)}
         if self.place.address:

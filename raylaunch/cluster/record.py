@@ -74,6 +74,10 @@ class ClusterRecord(BaseModel):
     owner: str
     machine: str
     wanted: Literal["running", "stopped"] = "stopped"
+    tls: bool = False
+    """Whether its Ray was started with TLS. It stays so until the cluster is taken down: never under a running Ray."""
+    tls_until: float | None = None
+    """When the certificate of this machine's Ray expires; seconds since the epoch."""
     spec: ClusterSpec
     store: str
     ports: dict[str, int] = Field(default_factory=dict)

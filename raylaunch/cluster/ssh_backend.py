@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from raylaunch.cluster.client_record import ClientRecord, load_client
+from raylaunch.cluster.client_record import ClientRecord, load_client, save_client
 from raylaunch.cluster.home import ClusterPaths, cluster_paths
 from raylaunch.cluster.plan import IF_UNKNOWN, DownReport, Plan, Reach, Step
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.reach.tunnel_use import ensure_tunnel
 from raylaunch.cluster.ssh.target import OnPrompt
+from raylaunch.cluster.tls import variables_of
 from raylaunch.cluster_state import ClusterStatus, ControllerStatus
 from raylaunch.errors import (
     ClusterDownError,
@@ -45,9 +46,22 @@ async def reach(spec: ClusterSpec | str, /) -> Reach:
         url=f"http://{LOOPBACK}:{tunnel.ports['controller']}",
         token=record.token,
         dashboard_url=f"http://{LOOPBACK}:{tunnel.ports['dashboard']}",
-        gcs_address=f"{LOOPBACK}:{tunnel.ports['gcs']}",
+        gcs_address=f"{LOOPBACK}:{tunnel.ports['gcs']}" if "gcs" in tunnel.head_ports else "",
+        ray_tls=variables_of(paths, client=True),
         over_ssh=True,
     )
+
+
+async def forward_gcs(name: str) -> None:
+    """Let the tunnel lead to the GCS, Ray's own port, too; it stays so until the cluster is taken down.
+
+    Raises:
+        ClusterDownError: the cluster is not up as far as this machine knows, or its head cannot be reached.
+    """
+    paths, record = _known(name)
+    if not record.gcs:
+        save_client(paths, record.with_(gcs=True))
+        await ensure_tunnel(paths, fresh=True)
 
 
 async def status(spec: ClusterSpec | str, /) -> ClusterStatus:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from raylaunch.cluster.bootstrap import Bootstrap, Outcome
+from raylaunch.cluster.bootstrap import CLIENT, Bootstrap, Outcome
 from raylaunch.cluster.client_record import (
     ClientRecord,
     HeadProgram,
@@ -25,6 +25,7 @@ from raylaunch.cluster.record import cluster_lock
 from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.cluster.still import Still, locked, telling_steps
 from raylaunch.cluster.take_down import TakeDown
+from raylaunch.cluster.tls import keep
 from raylaunch.errors import ClusterError, ClusterStartError, RaylaunchError, RayVersionError
 from raylaunch.spec import ClusterSpec, HostSpec
 
@@ -124,7 +125,10 @@ def _remember(paths: ClusterPaths, spec: ClusterSpec, outcome: Outcome) -> Clien
         hosts={**(had.hosts if had else {}), **up_now},
         head=head.place.host,
         proved=tuple(one for one in (had.proved if had else ()) if one not in outcome.fresh),
+        gcs=had.gcs if had else False,
     )
+    if certificate := head.certificates.get(CLIENT):
+        keep(paths, certificate, client=True)
     return save_client(paths, record)
 
 
@@ -173,7 +177,7 @@ async def down(name: str, /, *, on_prompt: OnPrompt | None = None) -> DownReport
         await work.run()
         await end_tunnel(paths)
         left = {name: host for name, host in record.hosts.items() if name in work.errors}
-        save_client(paths, record.with_(wanted="stopped", hosts=left, begun=()))
+        save_client(paths, record.with_(wanted="stopped", hosts=left, begun=(), gcs=False))
     if work.errors:
         lines = "\n  ".join(str(error).replace("\n", "\n  ") for error in work.errors.values())
         msg = f"cluster {paths.name}: could not be ended on {', '.join(work.errors)}\n  {lines}"

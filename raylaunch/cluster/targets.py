@@ -73,6 +73,11 @@ def network_of(hosts: Sequence[HostSpec], host: HostSpec, facts: HostFacts) -> t
     raise ClusterStartError(msg, hint=hint, step="network")
 
 
+def addresses_of(facts: HostFacts) -> tuple[str, ...]:
+    """Return all addresses of a host that lead to it."""
+    return tuple(text for one in facts.interfaces or () for text in _usable(one))
+
+
 def _usable(interface: Interface) -> list[str]:
     """IPv4 before IPv6; loopback and link-local ones lead nowhere."""
     addresses = [ipaddress.ip_interface(text).ip for text in interface.addresses]

@@ -93,6 +93,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
     link = Link(
         gcs_address=settings.gcs_address,
         ray_token_path=settings.ray_token_path,
+        ray_env=settings.ray_env,
         store=settings.store,
         on_event=lambda event: lifecycle.see(event),  # noqa: PLW0108 -- made below; the link needs it first
         log_path=settings.store / "link.log",

@@ -18,7 +18,7 @@ def main() -> int:
     settings = Settings.model_validate_json(parser.parse_args().config.read_bytes())
     if not settings.carries_stewards:
         return 0
-    os.environ.update(child_environment(os.environ, ray_token_path=settings.ray_token_path))
+    os.environ.update(child_environment(os.environ, settings.ray_token_path, settings.ray_env))
     from raylaunch.controller.ray_calls import end_stewards  # noqa: PLC0415 -- Ray reads the environment at its import
 
     sys.stdout.write(end_stewards(settings.gcs_address, settings.namespace))

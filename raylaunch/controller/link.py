@@ -97,6 +97,7 @@ class Link:
         *,
         gcs_address: str,
         ray_token_path: Path,
+        ray_env: Mapping[str, str] | None = None,
         store: Path,
         on_event: Callable[[LinkEvent], None],
         log_path: Path,
@@ -108,6 +109,7 @@ class Link:
         Args:
             gcs_address: ``host:port`` of Ray's GCS.
             ray_token_path: The file with Ray's token; its content enters no argument list.
+            ray_env: Variables with which the child connects to Ray, for example which certificate it has.
             store: The folder that the child writes into.
             on_event: Called in the event loop, in order, for each event. It must not block.
             log_path: Gets what the child and Ray's core say on stderr.
@@ -121,6 +123,7 @@ class Link:
             carries=carries,
         )
         self._ray_token_path = ray_token_path
+        self._ray_env = dict(ray_env or {})
         self._on_event = on_event
         self._log_path = log_path
         self._numbers = itertools.count(1)
@@ -313,7 +316,7 @@ class Link:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
-                env=child_environment(os.environ, ray_token_path=self._ray_token_path),
+                env=child_environment(os.environ, self._ray_token_path, self._ray_env),
                 limit=_LINE_LIMIT,
                 start_new_session=True,
             )

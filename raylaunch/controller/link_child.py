@@ -44,8 +44,8 @@ def child_command(module: str) -> list[str]:
     return [sys.executable, "-I", "-c", start]
 
 
-def child_environment(base: Mapping[str, str], *, ray_token_path: Path) -> dict[str, str]:
-    """Return the child's environment: `base` with this Ray's token file, and nothing that points to another Ray.
+def child_environment(base: Mapping[str, str], ray_token_path: Path, ray_env: Mapping[str, str]) -> dict[str, str]:
+    """Return the child's environment: `base` with this Ray's token file and certificate, and no other Ray's.
 
     A file with nothing in it belongs to a Ray that asks for no token.
     """
@@ -55,6 +55,7 @@ def child_environment(base: Mapping[str, str], *, ray_token_path: Path) -> dict[
     return {
         **kept,
         **(token if asks else {"RAY_AUTH_MODE": "disabled"}),
+        **ray_env,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",

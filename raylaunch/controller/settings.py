@@ -21,6 +21,8 @@ class Settings(BaseModel):
     gcs_address: str
     dashboard_url: str
     ray_token_path: Path
+    ray_env: dict[str, str] = Field(default_factory=dict)
+    """Variables with which a process connects to Ray: which certificate it has, where Ray uses TLS."""
     default_environment: Environment = Environment()
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every job of the cluster; a job's own win."""

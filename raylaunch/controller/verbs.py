@@ -186,7 +186,10 @@ class Verbs:
         """Return what Ray's own tools need to reach the cluster."""
         settings = self._settings
         return RayAccess(
-            gcs_address=settings.gcs_address, dashboard_url=settings.dashboard_url, token=settings.ray_token
+            gcs_address=settings.gcs_address,
+            dashboard_url=settings.dashboard_url,
+            token=settings.ray_token,
+            tls=settings.ray_env,
         )
 
     def _problems(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from raylaunch.cluster.probe.facts import FoundCluster, HostFacts
 from raylaunch.spec import ClusterSpec, HostSpec
 
 _STEP = 100
+_EXPIRING_DAYS = 60
 
 
 def problems_of_neighbours(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> Iterator[Problem]:
@@ -19,6 +20,15 @@ def problems_of_neighbours(spec: ClusterSpec, host: HostSpec, facts: HostFacts) 
     yield from _ports(spec, host, facts, own)
     yield from _rays(host, facts)
     yield from _of_others(spec, host, facts)
+    yield from _certificate(host, own)
+
+
+def _certificate(host: HostSpec, own: FoundCluster | None) -> Iterator[Problem]:
+    if own is None or own.tls_days is None or own.wanted != "running" or own.tls_days >= _EXPIRING_DAYS:
+        return
+    when = f"expires in {own.tls_days} days" if own.tls_days > 0 else "has expired"
+    message = f"the certificate of this host's Ray {when}; without it the host cannot join the others"
+    yield warning(host.name, "certificate_expiring", message, "raylaunch down, then raylaunch up makes new ones")
 
 
 def _of_others(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> Iterator[Problem]:

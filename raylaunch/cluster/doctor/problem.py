@@ -72,6 +72,7 @@ CODES: dict[str, str] = {
     "no_free_ports": "there is no block of free ports for Ray",
     "other_ray": "another Ray runs there",
     "other_cluster": "another account runs a cluster there",
+    "certificate_expiring": "a certificate with which the hosts' Rays speak expires soon, or has expired",
     "same_name_cluster": "another account runs a cluster of the same name there",
     # Between hosts.
     "same_machine": "two names are the same machine",

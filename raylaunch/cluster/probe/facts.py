@@ -239,6 +239,8 @@ class FoundCluster(_Facts):
     wanted: str = ""
     gpu_uuids: tuple[str, ...] | None = None
     """None where the record may not be read."""
+    tls_days: int | None = None
+    """In how many days its certificate on this host expires; None where its Ray uses no TLS."""
 
     def __str__(self) -> str:
         runs = f"controller pid {self.pid}, " if self.pid else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import time
 from collections.abc import Iterable, Iterator
 
 from pydantic import BaseModel, ValidationError
@@ -279,6 +280,9 @@ def _rays(section: Section) -> Iterator[RayProcess]:
         )
 
 
+_DAY_S = 24 * 3600
+
+
 class _Record(BaseModel):
     """What concerns others in a ``cluster.json`` (`raylaunch.cluster.record`), of whatever version."""
 
@@ -287,6 +291,7 @@ class _Record(BaseModel):
     cluster_id: str = ""
     wanted: str = ""
     gpu_uuids: tuple[str, ...] = ()
+    tls_until: float | None = None
 
 
 def _clusters(section: Section) -> Iterator[FoundCluster]:
@@ -309,6 +314,7 @@ def _clusters(section: Section) -> Iterator[FoundCluster]:
             cluster_id=record.cluster_id if record else "",
             wanted=record.wanted if record else "",
             gpu_uuids=record.gpu_uuids if record else None,
+            tls_days=int((record.tls_until - time.time()) // _DAY_S) if record and record.tls_until else None,
         )
 
 

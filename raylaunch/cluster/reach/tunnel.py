@@ -123,8 +123,10 @@ class Tunnel:
         ports = await head_ports(head, client)
         found = {"controller": (LOOPBACK, ports["controller"])}
         if client.joined:
-            return found | await ray_addresses(self._record.ports["controller"], client.token)
-        return found | {"dashboard": (LOOPBACK, ports["dashboard"]), "gcs": (client.head_address, ports["gcs"])}
+            ray = await ray_addresses(self._record.ports["controller"], client.token)
+            return found | {key: place for key, place in ray.items() if key != "gcs" or client.gcs}
+        found["dashboard"] = (LOOPBACK, ports["dashboard"])
+        return found | ({"gcs": (client.head_address, ports["gcs"])} if client.gcs else {})
 
     async def _until_over(self, head: Machine, client: ClientRecord) -> None:
         """Return when the connection is lost, this machine slept, or the head's ports are other ones."""
