@@ -13,6 +13,7 @@ from raylaunch.client import Client
 from raylaunch.cluster.backends import Step
 from raylaunch.config import load_cluster_spec
 from raylaunch.place import Place
+from raylaunch.sensitive import NO_MORE, Allowed
 
 _log = logging.getLogger(__name__)
 
@@ -40,10 +41,12 @@ class Call:
         heals: whether a cluster that should run and does not is started again.
         tell: sends news to the client.
         roots: the folders that path arguments may lead into.
+        allow: what a person lets through of a working directory.
     """
 
-    def __init__(self, *, heals: bool, tell: Tell, roots: Roots) -> None:
+    def __init__(self, *, heals: bool, tell: Tell, roots: Roots, allow: Allowed = NO_MORE) -> None:
         self.roots = roots
+        self.allow = allow
         self._heals = heals
         self._tell = tell
         self._last = 0.0

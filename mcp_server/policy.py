@@ -12,8 +12,12 @@ from pathlib import Path
 from mcp_server.bounds import Json, plain
 from raylaunch.cluster.home import storage_errors
 from raylaunch.errors import SpecError
+from raylaunch.sensitive import Allowed, allowed
 
 ROLE_VARIABLE = "RAYLAUNCH_ROLE"
+ALLOW_VARIABLE = "RAYLAUNCH_ALLOW"
+"""Names of files, separated by colons, that may be sent although they look like secrets."""
+UPLOAD_VARIABLE = "RAYLAUNCH_MAX_UPLOAD"
 AUDIT_FILE = "mcp-audit.jsonl"
 _READS = "viewer"
 _WRITES = ("trainer", "operator", "admin")
@@ -31,6 +35,18 @@ def may_write(environ: Mapping[str, str]) -> bool:
         msg = f"{ROLE_VARIABLE}={role} is not a role"
         raise SpecError(msg, hint=f"set it to {_READS} for a server that only reads, or to one of {', '.join(_WRITES)}")
     return role != _READS
+
+
+def may_send(environ: Mapping[str, str]) -> Allowed:
+    """Return which files that look like secrets may be sent, and how large an upload may be.
+
+    A person says so when they configure the server; no argument of a tool does, because an agent may be misled.
+
+    Raises:
+        SpecError: ``$RAYLAUNCH_MAX_UPLOAD`` is not a size.
+    """
+    names = [name for name in environ.get(ALLOW_VARIABLE, "").split(":") if name]
+    return allowed(names, environ.get(UPLOAD_VARIABLE) or None)
 
 
 class Audit:

@@ -22,10 +22,11 @@ from mcp.types import CallToolRequestParams, CallToolResult, ListToolsResult, Pa
 from mcp_server.bounds import Json, plain
 from mcp_server.call import Call, News
 from mcp_server.paths import ROOTS_VARIABLE, Roots, roots_of
-from mcp_server.policy import Audit, may_write
+from mcp_server.policy import Audit, may_send, may_write
 from mcp_server.tools import Tool, offered
 from raylaunch.cluster.home import raylaunch_home
 from raylaunch.errors import RaylaunchError, StorageError
+from raylaunch.sensitive import NO_MORE, Allowed
 from raylaunch.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -42,8 +43,14 @@ raylaunch-mcp serves raylaunch's tools to a coding agent, over stdin and stdout.
 
   claude mcp add raylaunch -- raylaunch-mcp
 
-RAYLAUNCH_ROLE=viewer in its environment leaves out the tools that write. Its tools read and write files in the folder
-where it is started, and in those that {ROOTS_VARIABLE} names (full paths, with ':' between them).
+In its environment (claude mcp add raylaunch --env NAME=VALUE -- raylaunch-mcp):
+
+  RAYLAUNCH_ROLE=viewer     leaves out the tools that write
+  RAYLAUNCH_ALLOW=NAMES     files that may be sent although they look like secrets, separated by ':'
+  RAYLAUNCH_MAX_UPLOAD=5GB  largest upload of a working directory; by default 1GB
+
+Its tools read and write files in the folder where it is started, and in those that {ROOTS_VARIABLE} names (full paths,
+with ':' between them).
 """
 
 
@@ -55,9 +62,19 @@ class Desk:
         audit: where writes are noted.
         heals: whether a cluster that should run and does not is started again.
         roots: the folders that path arguments may lead into.
+        allow: what a person lets through of a working directory.
     """
 
-    def __init__(self, tools: Mapping[str, Tool[Any]], audit: Audit, *, heals: bool, roots: Roots) -> None:
+    def __init__(
+        self,
+        tools: Mapping[str, Tool[Any]],
+        audit: Audit,
+        *,
+        heals: bool,
+        roots: Roots,
+        allow: Allowed = NO_MORE,
+    ) -> None:
+        self._allow = allow
         self._tools = tools
         self._audit = audit
         self._heals = heals
@@ -78,7 +95,7 @@ class Desk:
         async def tell(news: News) -> None:
             await context.session.report_progress(news.done, news.total, news.message)
 
-        call = Call(heals=self._heals, tell=tell, roots=self._roots)
+        call = Call(heals=self._heals, tell=tell, roots=self._roots, allow=self._allow)
         try:
             answer = await self._answer(tool, params.arguments or {}, call)
         except RaylaunchError as error:
@@ -119,11 +136,11 @@ def server(environ: Mapping[str, str] = os.environ) -> Server[dict[str, Any]]:
     """Return the server with its tools.
 
     Raises:
-        SpecError: the environment names a role that there is not, or a folder that tools cannot have.
+        SpecError: the environment names a role that there is not, a folder that tools cannot have, or what is no size.
     """
     writes = may_write(environ)
-    roots = roots_of(environ, Path.cwd())
-    desk = Desk(offered(may_write=writes), Audit(raylaunch_home(environ)), heals=writes, roots=roots)
+    roots, allow = roots_of(environ, Path.cwd()), may_send(environ)
+    desk = Desk(offered(may_write=writes), Audit(raylaunch_home(environ)), heals=writes, roots=roots, allow=allow)
     return Server(
         "raylaunch",
         title="raylaunch",

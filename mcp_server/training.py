@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 
 from mcp_server.arguments import StopJob, TrainJob
 from mcp_server.bounds import Json, short, without_empty
 from mcp_server.call import Call, News
 from mcp_server.paths import Roots
+from mcp_server.policy import ALLOW_VARIABLE, UPLOAD_VARIABLE
 from mcp_server.words import job_facts, job_row, next_for
-from raylaunch.client import Client, with_wandb
+from raylaunch.client import DryRun, with_wandb
 from raylaunch.config import Flag, job_spec_from_flags
-from raylaunch.errors import SpecError
-from raylaunch.packing import checked_working_dir, pack
+from raylaunch.errors import SpecError, WithheldError
+from raylaunch.packing import checked_working_dir
 from raylaunch.spec import JobSpec
 from raylaunch.state import PackReport
 from raylaunch.yaml_file import YamlFile, parse_yaml
@@ -33,6 +36,8 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "outputs": ("outputs",),
 }
 _LARGEST = 3
+_LINKS = 10
+_SECRETS = 5
 
 
 async def train_job(given: TrainJob, call: Call) -> Json:
@@ -41,7 +46,8 @@ async def train_job(given: TrainJob, call: Call) -> Json:
     notes = ["the W&B key of this server's environment goes along, for this job alone"] if secrets else []
     async with call.client() as client:
         if given.dry_run:
-            return await _dry_run(client, spec, notes)
+            with _a_person_allows():
+                return _would(await client.dry_run(spec, secrets=secrets, allow=call.allow), spec, notes)
         packed: list[PackReport] = []
         news = [News(0, None, "packs the working directory")]
 
@@ -49,13 +55,15 @@ async def train_job(given: TrainJob, call: Call) -> Json:
             news[0] = News(done, total or None, what if what.startswith("gathering") else f"sends {what}")
 
         async with call.telling(lambda: news[0]):
-            answer = await client.submit(
-                spec,
-                request_id=given.request_id,
-                secrets=secrets,
-                on_packed=lambda report, _size: packed.append(report),
-                on_progress=travels,
-            )
+            with _a_person_allows():
+                answer = await client.submit(
+                    spec,
+                    request_id=given.request_id,
+                    secrets=secrets,
+                    allow=call.allow,
+                    on_packed=lambda report, _size: packed.append(report),
+                    on_progress=travels,
+                )
     if not answer.created:
         notes = ["this request_id was used before, for the same job; nothing new was submitted"]
     return {
@@ -127,9 +135,21 @@ def _flags(given: TrainJob) -> list[Flag]:
     return flags
 
 
-async def _dry_run(client: Client, spec: JobSpec, notes: list[str]) -> Json:
-    found = await client.dry_run(spec)
-    report = await asyncio.to_thread(_report, spec.working_dir) if spec.working_dir else None
+@contextlib.contextmanager
+def _a_person_allows() -> Iterator[None]:
+    """Say of what is withheld what an agent can do about it: it cannot allow it itself."""
+    try:
+        yield
+    except WithheldError as error:
+        variable = f"{ALLOW_VARIABLE}={':'.join(error.paths[:_SECRETS])}" if error.paths else f"{UPLOAD_VARIABLE}=5GB"
+        hint = (
+            "leave them out with lines in .raylaunchignore; a person sets values that the job needs with: raylaunch "
+            f"secret set NAME. Only a person can allow it: they restart this server with {variable} in its environment"
+        )
+        raise WithheldError(error.message, hint=hint, paths=error.paths) from None
+
+
+def _would(found: DryRun, spec: JobSpec, notes: list[str]) -> Json:
     return {
         "dry_run": True,
         "would_run": spec.display_name,
@@ -138,18 +158,13 @@ async def _dry_run(client: Client, spec: JobSpec, notes: list[str]) -> Json:
         **without_empty(
             {
                 "fits": [short(host, 63) for host in found.fits[:20]],
-                "packed": _packed(report, spec) if report else None,
+                "packed": _packed(found.pack, spec) if found.pack else None,
                 "python": short(str(found.chosen or "")),
                 "notes": notes,
             }
         ),
         "next": "nothing was submitted; call train_job again without dry_run to submit it",
     }
-
-
-def _report(working_dir: str) -> PackReport:
-    with pack(working_dir) as packed:
-        return packed.report
 
 
 def _packed(report: PackReport, spec: JobSpec) -> Json:
@@ -161,5 +176,6 @@ def _packed(report: PackReport, spec: JobSpec) -> Json:
             "left_out": report.ignored or None,
             "left_out_by": [short(rule, 100) for rule in report.ignored_by[:10]],
             "largest": [f"{short(one.path, 100)} {one.bytes} B" for one in report.largest[:_LARGEST]],
+            "links_out": [f"{short(one.path, 100)} -> {short(one.target, 100)}" for one in report.links[:_LINKS]],
         }
     )

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 from pydantic import TypeAdapter
@@ -20,6 +20,7 @@ from raylaunch.admin import Admin
 from raylaunch.cluster_state import ClusterPython, ControllerStatus, RayAccess
 from raylaunch.errors import WheelsNeededError
 from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
+from raylaunch.sensitive import NO_MORE, Allowed
 from raylaunch.spec import JobSpec
 from raylaunch.state import (
     Artifact,
@@ -42,6 +43,9 @@ from raylaunch.transfer import Downloaded, OnProgress, chosen, download, local_n
 from raylaunch.wheel_sets import WheelSet
 from raylaunch.wire import NoAnswerError, Params, Patience, Reachable, Wire
 
+if TYPE_CHECKING:
+    from raylaunch.packing import Packed
+
 __all__ = ["Client", "Downloaded", "DryRun", "LogChunk", "NoAnswerError", "OnProgress", "Reachable", "with_wandb"]
 
 _Result = TypeVar("_Result")
@@ -59,6 +63,19 @@ PATIENCE_S = 60.0
 
 def _say_nothing(_sentence: str) -> None:
     pass
+
+
+async def _send_it(_bytes: int) -> None:
+    pass
+
+
+async def _packed(spec: JobSpec, allow: Allowed) -> Packed | None:
+    """Pack the code of a job, which is checked as far as can be done here; None when it has none."""
+    if not spec.working_dir:
+        return None
+    from raylaunch.packing import packed_apart  # noqa: PLC0415 -- nothing else reads ignore files
+
+    return await packed_apart(Path(spec.working_dir), allow)
 
 
 class Client:
@@ -144,13 +161,15 @@ class Client:
 
     # --- jobs
 
-    async def submit(
+    async def submit(  # noqa: PLR0913 -- what to run, and who is told
         self,
         spec: JobSpec,
         *,
         request_id: str = "",
         secrets: Mapping[str, str] | None = None,
+        allow: Allowed = NO_MORE,
         on_packed: Callable[[PackReport, int], None] | None = None,
+        on_upload: Callable[[int], Awaitable[None]] = _send_it,
         on_progress: OnProgress = no_progress,
     ) -> SubmitAnswer:
         """Pack the working directory, send what the cluster lacks of it, and submit.
@@ -160,27 +179,31 @@ class Client:
             request_id: the same id with the same spec and code returns the same job. By default a random one, so that
                 a submission whose answer was lost is repeated safely.
             secrets: values for this job alone, by the name of their environment variable.
+            allow: what a person lets through that is refused otherwise (`raylaunch.sensitive`).
             on_packed: told what was packed, and the size of the archive.
+            on_upload: told how many bytes the cluster lacks, before the first is sent; it may raise.
             on_progress: told how far the upload is.
 
         Raises:
             SpecError: the working directory cannot be packed, or the cluster could never run this.
+            WithheldError: files in the working directory look like secrets, or the upload is larger than allowed.
             ConflictError: `request_id` was used for something else.
         """
         key = request_id or random_source.token_hex(16)
         chosen = await self.choose_environment(spec)
         spec = spec.model_copy(update={"environment": chosen.environment})
         request = SubmitRequest(spec=spec, request_id=key, chosen=chosen, secrets=dict(secrets or {}))
-        if not spec.working_dir:
+        packed = await _packed(spec, allow)
+        if packed is None:
             return await self._submit(request, on_progress)
         from raylaunch.git_facts import git_facts  # noqa: PLC0415 -- only a submission needs subprocess
-        from raylaunch.packing import packed_apart  # noqa: PLC0415 -- nor does anything else read ignore files
 
-        with await packed_apart(folder := Path(spec.working_dir)) as packed:
+        with packed:
             if on_packed:
                 on_packed(packed.report, packed.bytes)
-            code = {"package": packed.sha256, "pack": packed.report, "git": await asyncio.to_thread(git_facts, folder)}
-            await upload(self._wire, packed, patient=self.patient, on_progress=on_progress)
+            git = await asyncio.to_thread(git_facts, Path(spec.working_dir))
+            code = {"package": packed.sha256, "pack": packed.report, "git": git}
+            await upload(self._wire, packed, patient=self.patient, on_begin=on_upload, on_progress=on_progress)
             return await self._submit(request.model_copy(update=code), on_progress)
 
     async def choose_environment(self, spec: JobSpec) -> EnvironmentChoice:
@@ -203,7 +226,8 @@ class Client:
         """Send what the environment is made of, for nodes that reach no package index. See `resolved_here`."""
         from raylaunch.job_wheels import resolved_here, send_wheels  # noqa: PLC0415 -- seldom, and it loads what finds wheels
 
-        there = await self.patient(partial(self.dry_run, spec.model_copy(update={"secrets": ()})))  # which come along
+        without = spec.model_copy(update={"secrets": ()})  # their values are in the submission, not here
+        there = await self.patient(partial(self._placement, without))
         if spec.environment.kind == "default":
             environment = resolved_here(there.environment)
             if environment is None:
@@ -214,12 +238,21 @@ class Client:
             self._wire, spec, there.wheels_for, patient=self.patient, on_progress=on_progress, on_notice=self._notice
         )
 
-    async def dry_run(self, spec: JobSpec) -> DryRun:
-        """Return where a job could run, and a sentence, without submitting it. Raises as `submit`."""
+    async def dry_run(
+        self, spec: JobSpec, *, secrets: Mapping[str, str] | None = None, allow: Allowed = NO_MORE
+    ) -> DryRun:
+        """Return what `submit` would send, and where the job could run; send nothing. Checks and raises as `submit`."""
         chosen = await self.choose_environment(spec)
-        request = SubmitRequest(spec=spec.model_copy(update={"environment": chosen.environment}))
-        found = await self._wire.model(DryRun, "POST", "/v1/jobs", params={"dry_run": "true"}, body=request)
-        return found.model_copy(update={"chosen": chosen})
+        spec = spec.model_copy(update={"environment": chosen.environment})
+        code: dict[str, object] = {}
+        if packed := await _packed(spec, allow):
+            with packed:
+                code = {"pack": packed.report, "package_bytes": packed.bytes}
+        return (await self._placement(spec, secrets)).model_copy(update={"chosen": chosen, **code})
+
+    async def _placement(self, spec: JobSpec, secrets: Mapping[str, str] | None = None) -> DryRun:
+        request = SubmitRequest(spec=spec, secrets=dict(secrets or {}))
+        return await self._wire.model(DryRun, "POST", "/v1/jobs", params={"dry_run": "true"}, body=request)
 
     async def jobs(  # noqa: PLR0913 -- each is one filter
         self,
@@ -411,7 +444,8 @@ class Client:
             NotFoundError: a name fits no file.
             TransferError: a file did not arrive as it was sent; the message names it.
         """
-        from raylaunch.parallel_download import ParallelDownload  # noqa: PLC0415 -- only a download needs them
+        from raylaunch.fetched import note_fetched  # noqa: PLC0415 -- only a download needs these
+        from raylaunch.parallel_download import ParallelDownload  # noqa: PLC0415 -- as above
 
         job, wide, found = await self.job(ref), ParallelDownload(self._ssh_cluster), []
         for artifact in chosen(list(await self.files(job.id)), tuple(paths), everything=everything):
@@ -420,6 +454,8 @@ class Client:
                 download, self._wire, job.id, artifact, target, replace=replace, wide=wide, on_progress=on_progress
             )
             found.append(await self.patient(fetch))
+            if found[-1].fetched:
+                await asyncio.to_thread(note_fetched, dest, job.id, [target])
         return tuple(found)
 
 

@@ -4,7 +4,8 @@
 
     RaylaunchError
     ├── SpecError                what was asked for is wrong: file, line and field say where
-    │   └── UnsatisfiableError   it is well-formed, but no node of this cluster could ever run it
+    │   ├── UnsatisfiableError   it is well-formed, but no node of this cluster could ever run it
+    │   └── WithheldError        the working directory holds what is sent only if a person allows it
     ├── AccessError              no token, an unknown one, or a role that may not do this
     ├── NotFoundError            no such job, file, secret, cluster
     ├── ConflictError            the thing is there, but in a state that forbids this
@@ -78,6 +79,19 @@ class WheelsNeededError(SpecError):
     """
 
     code = "wheels_needed"
+
+
+class WithheldError(SpecError):
+    """The working directory holds what is sent only if a person allows it; nothing was sent.
+
+    `paths` are the files that look like secrets; none of them where the upload would be too large.
+    """
+
+    code = "withheld"
+
+    def __init__(self, message: str, *, hint: str = "", paths: tuple[str, ...] = ()) -> None:
+        super().__init__(message, hint=hint, field="working_dir")
+        self.paths = paths
 
 
 class AccessError(RaylaunchError):

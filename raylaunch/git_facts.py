@@ -40,7 +40,18 @@ def _environment() -> dict[str, str]:
     return {**kept, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
 
 
+def tracked_files(working_dir: Path) -> frozenset[str]:
+    """Return the files of a folder that git tracks, relative to it; none where `git_facts` returns None."""
+    listed = _output(working_dir, "ls-files", "-z", "--cached", "--", ".")
+    return frozenset(os.fsdecode(name) for name in listed.split(b"\0") if name) if listed else frozenset()
+
+
 def _git(folder: Path, *words: str) -> str | None:
+    found = _output(folder, *words)
+    return None if found is None else found.decode("utf-8", "replace").strip()
+
+
+def _output(folder: Path, *words: str) -> bytes | None:
     try:
         done = subprocess.run(  # noqa: S603 -- a fixed program with fixed words
             ["git", "-C", str(folder), *words],  # noqa: S607 -- the person's own git
@@ -52,7 +63,7 @@ def _git(folder: Path, *words: str) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else None
+    return done.stdout if done.returncode == 0 else None
 
 
 def _diff(folder: Path) -> tuple[str, bool]:

@@ -1,12 +1,20 @@
-"""Which files stay at home: the rules of ``.gitignore``, ``.raylaunchignore``, and those that are built in."""
+"""Which files of a folder are sent: the rules of ``.gitignore``, ``.raylaunchignore``, and those that are built in.
+
+What git tracks is sent whatever git's rules or the built-in ones say, as in a clone; only ``.raylaunchignore`` leaves
+it out.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from pathspec import GitIgnoreSpec
+
+from raylaunch.errors import StorageError
+from raylaunch.fetched import FETCHED, Stamp, fetched_in
 
 NEVER = (".git", ".raylaunch")
 BUILT_IN = (
@@ -28,6 +36,101 @@ FILES = (".gitignore", ".raylaunchignore")
 """Read in this order; the later has the last word in a folder."""
 
 
+class LeftOut(NamedTuple):
+    """The rule that leaves a path out, as written; `final` when it holds for what git tracks too."""
+
+    rule: str
+    final: bool
+
+
+class Tracked(NamedTuple):
+    """What git tracks in a folder: its files, and the folders that hold them."""
+
+    files: frozenset[str]
+    folders: frozenset[str]
+
+    @classmethod
+    def of(cls, files: frozenset[str]) -> Tracked:
+        """Return the same with the folders of `files`."""
+        folders = set[str]()
+        for file in files:
+            folder = file.rpartition("/")[0]
+            while folder and folder not in folders:
+                folders.add(folder)
+                folder = folder.rpartition("/")[0]
+        return cls(files, frozenset(folders))
+
+
+class Found(NamedTuple):
+    """A path to send, relative to the working directory, and its entry."""
+
+    path: str
+    entry: os.DirEntry[str]
+
+
+def walk(root: Path, tracked: Tracked, *, on_left_out: Callable[[str, LeftOut, int], None]) -> Iterator[Found]:
+    """Yield what is to be sent of `root`, each folder before its contents, in the order of names.
+
+    Args:
+        root: the working directory.
+        tracked: what git tracks in it.
+        on_left_out: told each path that is left out, by which rule, and its size in bytes (0 for a folder).
+
+    Raises:
+        StorageError: a folder cannot be read.
+    """
+    stack = [_Folder("", IgnoreRules.above(root), None, {})]
+    while stack:
+        folder = stack.pop()
+        rules = folder.rules.entering(root, folder.path)
+        base = f"{folder.path}/" if folder.path else ""
+        fetched = {**folder.fetched, **{base + name: stamp for name, stamp in fetched_in(root / folder.path).items()}}
+        deeper = []
+        for entry in _entries(root / folder.path, folder.path or "."):
+            path = base + entry.name
+            is_dir = entry.is_dir(follow_symlinks=False)
+            left = rules.rule_against(path, entry, is_dir=is_dir) or folder.left
+            if left is None and path in fetched and fetched[path].is_still(entry):
+                left = LeftOut(FETCHED, final=False)
+            if left and (left.final or path not in (tracked.folders if is_dir else tracked.files)):
+                on_left_out(path, left, 0 if is_dir else entry.stat(follow_symlinks=False).st_size)
+                continue
+            yield Found(path, entry)
+            if is_dir:
+                deeper.append(_Folder(path, rules, left, fetched))
+        stack.extend(reversed(deeper))
+
+
+class _Folder(NamedTuple):
+    """A folder to look into; `left` is the rule that leaves out all in it that git does not track."""
+
+    path: str
+    rules: IgnoreRules
+    left: LeftOut | None
+    fetched: Mapping[str, Stamp]
+
+
+def _entries(folder: Path, shown: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: os.fsencode(entry.name))
+    except OSError as error:
+        raise unreadable(shown, error) from None
+
+
+def unreadable(path: str, error: OSError) -> StorageError:
+    """Return the error for a file or folder of the working directory that cannot be read."""
+    return StorageError(
+        f"{printable(path)} in the working directory cannot be read: {error.strerror}",
+        hint=f"make it readable, or leave it out with a line in .raylaunchignore: /{printable(path)}",
+    )
+
+
+def printable(path: str) -> str:
+    """Return a file name as text: names that are not UTF-8 cannot travel in JSON."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 class _RuleFile(NamedTuple):
     """One ignore file: its name for messages, the folder that it rules (relative to the root), and its lines."""
 
@@ -36,14 +139,17 @@ class _RuleFile(NamedTuple):
     lines: tuple[str, ...]
     spec: GitIgnoreSpec
 
-    def verdict(self, path: str) -> tuple[bool, str] | None:
+    def verdict(self, path: str) -> tuple[bool, LeftOut] | None:
         """Return whether `path` (relative to the working directory) is left out and by which rule; None when silent."""
         inside = path[len(self.base) :] if path.startswith(self.base) else ""
-        found = self.spec.check_file(inside) if inside else None
-        if found is None or found.include is None:
+        return self._of(inside) if inside else None
+
+    def _of(self, path: str) -> tuple[bool, LeftOut] | None:
+        found = self.spec.check_file(printable(path))  # RE2 takes no surrogates
+        if found.include is None:
             return None
         line = self.lines[found.index] if found.index is not None else ""
-        return found.include, f"{self.shown}: {line}"
+        return found.include, LeftOut(f"{self.shown}: {line}", final=self.shown.endswith(FILES[1]))
 
 
 def _rule_file(shown: str, base: str, lines: list[str]) -> _RuleFile:
@@ -81,18 +187,18 @@ class IgnoreRules:
         ]
         return IgnoreRules((*self._files, *found)) if found else self
 
-    def rule_against(self, path: str, entry: os.DirEntry[str], *, is_dir: bool) -> str:
-        """Return the rule that leaves `path` out, as written, or nothing when it is to be packed."""
+    def rule_against(self, path: str, entry: os.DirEntry[str], *, is_dir: bool) -> LeftOut | None:
+        """Return the rule that leaves `path` out, or None when it is to be sent."""
         if entry.name in NEVER:
-            return f"built in: {entry.name}{'/' if is_dir else ''}"
+            return LeftOut(f"built in: {entry.name}{'/' if is_dir else ''}", final=True)
         asked = f"{path}/" if is_dir else path
         for file in reversed(self._files):
             verdict = file.verdict(asked)
             if verdict is not None:
-                return verdict[1] if verdict[0] else ""
+                return verdict[1] if verdict[0] else None
         if is_dir and os.path.lexists(os.path.join(entry.path, "pyvenv.cfg")):  # noqa: PTH118 -- once for every folder
-            return f"built in: {entry.name}/ (a virtual environment)"
-        return ""
+            return LeftOut(f"built in: {entry.name}/ (a virtual environment)", final=False)
+        return None
 
 
 class _AboveFile(_RuleFile):
@@ -100,12 +206,8 @@ class _AboveFile(_RuleFile):
 
     __slots__ = ()
 
-    def verdict(self, path: str) -> tuple[bool, str] | None:
-        found = self.spec.check_file(f"{self.base}/{path}")
-        if found.include is None:
-            return None
-        line = self.lines[found.index] if found.index is not None else ""
-        return found.include, f"{self.shown}: {line}"
+    def verdict(self, path: str) -> tuple[bool, LeftOut] | None:
+        return self._of(f"{self.base}/{path}")
 
 
 def _repository_parents(root: Path) -> list[Path]:

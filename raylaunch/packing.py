@@ -1,8 +1,6 @@
-"""The working directory as one archive: what is left out, what goes in, and its checksum as its name.
+"""The working directory as one archive, named by its checksum. `raylaunch.ignoring` says what goes in.
 
-Ignore rules are those of git (``.gitignore`` files at every level, and those above up to the repository's root), with
-``.raylaunchignore`` beside them, which has the last word. What is built in comes first, so that ``!wandb/`` in an
-ignore file brings a folder back; only ``.git`` and ``.raylaunch`` never travel. Ignored folders are not looked into.
+Symbolic links travel as links. Whatever `raylaunch.sensitive` refuses is refused here, so that every interface does.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import os
 import stat
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple
@@ -25,12 +23,36 @@ from typing import IO, NamedTuple
 from typing_extensions import Self
 
 from raylaunch.errors import ConflictError, SpecError, StorageError
-from raylaunch.ignoring import IgnoreRules
-from raylaunch.state import FileFact, PackReport
+from raylaunch.git_facts import tracked_files
+from raylaunch.ignoring import Found, LeftOut, Tracked, printable, unreadable, walk
+from raylaunch.sensitive import (
+    HEAD,
+    NO_MORE,
+    Allowed,
+    holds_private_key,
+    is_allowed,
+    looks_secret,
+    refuse_home,
+    refuse_secrets,
+    too_large,
+)
+from raylaunch.state import FileFact, LinkFact, PackReport
 
 LARGEST = 5
+_MOST_LINKS = 100
 _MEMBER_TIME = 315_619_200
 """1980-01-02: the same for every file, so that equal folders make equal archives; zip files know nothing earlier."""
+
+
+class Contents(NamedTuple):
+    """What is in a package, and what is not: by which rule. Paths are relative to the working directory."""
+
+    paths: frozenset[str]
+    left_out: Mapping[str, str]
+    """The paths of files and whole folders, and the rules as they are written."""
+
+
+NOTHING = Contents(frozenset(), {})
 
 
 class Packed:
@@ -39,10 +61,11 @@ class Packed:
     A context manager: the file goes with it.
     """
 
-    def __init__(self, file: IO[bytes], sha256: str, report: PackReport) -> None:
+    def __init__(self, file: IO[bytes], sha256: str, report: PackReport, contents: Contents = NOTHING) -> None:
         self.file = file
         self.sha256 = sha256
         self.report = report
+        self.contents = contents
         self.bytes = os.fstat(file.fileno()).st_size
 
     def __enter__(self) -> Self:
@@ -54,11 +77,16 @@ class Packed:
         self.file.close()
 
 
-def pack(working_dir: str | Path) -> Packed:
-    """Pack a folder into a temporary tar.gz. Equal folders make equal archives; memory stays flat.
+def pack(working_dir: str | Path, allow: Allowed = NO_MORE) -> Packed:
+    """Pack a folder into a temporary tar.gz. Equal folders make equal archives.
+
+    Args:
+        working_dir: the folder.
+        allow: what a person lets through that is refused otherwise.
 
     Raises:
-        SpecError: there is no such folder, or a symbolic link in it leads out of it.
+        SpecError: there is no such folder, or it is a home folder.
+        WithheldError: files in it look like secrets, or its package is larger than allowed.
         StorageError: a file in it cannot be read, or there is no room for the archive.
         ConflictError: a file was written to while it was read.
     """
@@ -66,26 +94,30 @@ def pack(working_dir: str | Path) -> Packed:
     with contextlib.ExitStack() as unless_done:
         try:
             file = unless_done.enter_context(tempfile.TemporaryFile())
-            sink = _Hashing(file)
-            report = _write(root, sink)
+            sink, tally = _Sink(file, allow.upload), _Tally()
+            _write(root, sink, tally)
             file.seek(0)
+        except _FullError:
+            raise too_large(allow.upload, tally.largest()) from None
         except OSError as error:
             if error.errno in {errno.ENOSPC, errno.EDQUOT}:
                 msg = f"there is no room to pack {root}: the disk of {tempfile.gettempdir()} is full"
                 hint = "free some space there, or set TMPDIR to a folder on another disk"
                 raise StorageError(msg, hint=hint) from None
             raise
+        refuse_secrets([printable(path) for path in tally.secrets if not is_allowed(path, allow.names)])
         unless_done.pop_all()
-        return Packed(file, sink.sha256.hexdigest(), report)
+        contents = Contents(frozenset(tally.paths), tally.left)
+        return Packed(file, sink.sha256.hexdigest(), tally.report(), contents)
 
 
-async def packed_apart(working_dir: Path) -> Packed:
+async def packed_apart(working_dir: Path, allow: Allowed = NO_MORE) -> Packed:
     """Pack in a thread; when the caller is cancelled, the temporary file goes as soon as it is made.
 
     Raises:
         RaylaunchError: as `pack`.
     """
-    packing = asyncio.ensure_future(asyncio.to_thread(pack, working_dir))
+    packing = asyncio.ensure_future(asyncio.to_thread(pack, working_dir, allow))
     try:
         return await asyncio.shield(packing)
     except asyncio.CancelledError:
@@ -102,7 +134,7 @@ def checked_working_dir(working_dir: str | Path) -> Path:
     """Return the folder, resolved.
 
     Raises:
-        SpecError: it does not exist, or is not a folder.
+        SpecError: it does not exist, is not a folder, or is a home folder.
     """
     root = Path(working_dir).expanduser()
     if not root.exists():
@@ -111,17 +143,27 @@ def checked_working_dir(working_dir: str | Path) -> Path:
     if not root.is_dir():
         msg = f"the working directory {root} is a file, not a folder"
         raise SpecError(msg, field="working_dir", hint="name the folder that holds it")
-    return root.resolve()
+    found = root.resolve()
+    refuse_home(found)
+    return found
 
 
-class _Hashing:
-    """A binary file that knows the checksum of what was written to it."""
+class _FullError(Exception):
+    """More was written than is allowed."""
 
-    def __init__(self, raw: IO[bytes]) -> None:
+
+class _Sink:
+    """A binary file with a limit in bytes that knows the checksum of what was written to it."""
+
+    def __init__(self, raw: IO[bytes], limit: int) -> None:
         self._raw = raw
+        self._left = limit
         self.sha256 = hashlib.sha256()
 
     def write(self, data: bytes) -> int:
+        self._left -= len(data)
+        if self._left < 0:
+            raise _FullError
         self.sha256.update(data)
         return self._raw.write(data)
 
@@ -133,133 +175,110 @@ class _Tally:
     """Counts what goes in and what stays out."""
 
     def __init__(self) -> None:
-        self.files = 0
         self.bytes = 0
-        self.ignored = 0
         self.ignored_bytes = 0
-        self.rules: dict[str, int] = {}
+        self.files = 0
+        self.paths: set[str] = set()
+        self.left: dict[str, str] = {}
+        self.secrets: list[str] = []
+        self._links: list[LinkFact] = []
+        self._links_out = 0
         self._largest: list[tuple[int, str]] = []
 
     def packed(self, path: str, size: int) -> None:
+        self.paths.add(path)
         self.files += 1
         self.bytes += size
         heapq.heappush(self._largest, (size, path))
         if len(self._largest) > LARGEST:
             heapq.heappop(self._largest)
 
-    def left_out(self, rule: str, size: int) -> None:
-        self.ignored += 1
+    def left_out(self, path: str, left: LeftOut, size: int) -> None:
+        self.left[path] = left.rule
         self.ignored_bytes += size
-        self.rules[rule] = self.rules.get(rule, 0) + 1
+
+    def leads_out(self, path: str, target: str) -> None:
+        self._links_out += 1
+        if len(self._links) < _MOST_LINKS:
+            self._links.append(LinkFact(path=printable(path), target=printable(target)))
+
+    def largest(self) -> tuple[FileFact, ...]:
+        found = sorted(self._largest, key=lambda item: (-item[0], item[1]))
+        return tuple(FileFact(path=printable(path), bytes=size) for size, path in found)
 
     def report(self) -> PackReport:
-        largest = sorted(self._largest, key=lambda item: (-item[0], item[1]))
         return PackReport(
             files=self.files,
             bytes=self.bytes,
-            ignored=self.ignored,
+            ignored=len(self.left),
             ignored_bytes=self.ignored_bytes,
-            ignored_by=tuple(sorted(self.rules)),
-            largest=tuple(FileFact(path=_printable(path), bytes=size) for size, path in largest),
+            ignored_by=tuple(sorted(set(self.left.values()))),
+            largest=self.largest(),
+            links=tuple(self._links),
+            links_out=self._links_out,
         )
 
 
-def _printable(path: str) -> str:
-    """Return a file name as text: names that are not UTF-8 cannot travel in JSON."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def _write(root: Path, sink: _Hashing) -> PackReport:
-    tally = _Tally()
+def _write(root: Path, sink: _Sink, tally: _Tally) -> None:
+    tracked = Tracked.of(tracked_files(root))
     with (
         gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=sink, mtime=0) as zipped,
         tarfile.open(fileobj=zipped, mode="w|", format=tarfile.PAX_FORMAT, encoding="utf-8") as archive,
     ):
-        for found in _walk(root, tally):
+        for found in walk(root, tracked, on_left_out=tally.left_out):
             _add(archive, root, found, tally)
-    return tally.report()
 
 
-class _Found(NamedTuple):
-    path: str
-    entry: os.DirEntry[str]
-
-
-def _walk(root: Path, tally: _Tally) -> Iterator[_Found]:
-    """Yield what is to be packed, each folder before its contents, in the order of names."""
-    stack = [("", IgnoreRules.above(root))]
-    while stack:
-        folder, outer = stack.pop()
-        rules = outer.entering(root, folder)
-        deeper = []
-        for entry in _entries(root / folder, folder or "."):
-            path = f"{folder}/{entry.name}" if folder else entry.name
-            is_dir = entry.is_dir(follow_symlinks=False)
-            rule = rules.rule_against(path, entry, is_dir=is_dir)
-            if rule:
-                tally.left_out(rule, 0 if is_dir else entry.stat(follow_symlinks=False).st_size)
-                continue
-            yield _Found(path, entry)
-            if is_dir:
-                deeper.append((path, rules))
-        stack.extend(reversed(deeper))
-
-
-def _entries(folder: Path, shown: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: os.fsencode(entry.name))
-    except OSError as error:
-        raise _unreadable(shown, error) from None
-
-
-def _unreadable(path: str, error: OSError) -> StorageError:
-    return StorageError(
-        f"{_printable(path)} in the working directory cannot be read: {error.strerror}",
-        hint=f"make it readable, or leave it out with a line in .raylaunchignore: /{_printable(path)}",
-    )
-
-
-def _add(archive: tarfile.TarFile, root: Path, found: _Found, tally: _Tally) -> None:
+def _add(archive: tarfile.TarFile, root: Path, found: Found, tally: _Tally) -> None:
     entry = found.entry
     facts = entry.stat(follow_symlinks=False)
     member = tarfile.TarInfo(found.path)
     member.mtime = _MEMBER_TIME
     member.mode = 0o755 if stat.S_ISDIR(facts.st_mode) or facts.st_mode & stat.S_IXUSR else 0o644
     if entry.is_symlink():
-        member.type, member.linkname = tarfile.SYMTYPE, _checked_link(root, found.path)
+        member.type, member.linkname = tarfile.SYMTYPE, _link_target(root, found.path, tally)
         archive.addfile(member)
         tally.packed(found.path, 0)
     elif stat.S_ISDIR(facts.st_mode):
         member.type = tarfile.DIRTYPE
         archive.addfile(member)
+        tally.paths.add(found.path)
     elif stat.S_ISREG(facts.st_mode):
-        tally.packed(found.path, _add_file(archive, member, entry.path))
+        _add_file(archive, member, entry.path, tally)
     else:
-        tally.left_out("built in: sockets, pipes and devices", 0)
+        tally.left_out(found.path, LeftOut("built in: sockets, pipes and devices", final=True), 0)
 
 
-def _checked_link(root: Path, path: str) -> str:
+def _link_target(root: Path, path: str, tally: _Tally) -> str:
+    """Return what a link leads to: as it is written, but relative where it is absolute and stays inside."""
     target = os.readlink(root / path)  # noqa: PTH115 -- the text as it stands, surrogates and all
-    place = os.path.normpath(os.path.join(os.path.dirname(path), target))  # noqa: PTH118, PTH120 -- not to be resolved
-    if os.path.isabs(target) or place == ".." or place.startswith("../"):  # noqa: PTH117
-        msg = f"{_printable(path)} in the working directory is a link to {_printable(target)}, which is not in it"
-        raise SpecError(
-            msg,
-            field="working_dir",
-            hint=f"copy what it points to, or leave it out with a line in .raylaunchignore: /{_printable(path)}",
-        )
+    folder = os.path.dirname(path)  # noqa: PTH120 -- a name, not a path here
+    if os.path.isabs(target):  # noqa: PTH117 -- as above
+        inside = os.path.relpath(os.path.normpath(target), root)
+        if not _leads_out(inside):
+            return os.path.relpath(inside, folder or ".")
+    elif not _leads_out(os.path.normpath(os.path.join(folder, target))):  # noqa: PTH118 -- not to be resolved
+        return target
+    tally.leads_out(path, target)
     return target
 
 
-def _add_file(archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> int:
+def _leads_out(place: str) -> bool:
+    return place == ".." or place.startswith("../")
+
+
+def _add_file(archive: tarfile.TarFile, member: tarfile.TarInfo, path: str, tally: _Tally) -> None:
     try:
         file = open(path, "rb")  # noqa: PTH123, SIM115 -- a name of any bytes; closed below
     except OSError as error:
-        raise _unreadable(member.name, error) from None
+        raise unreadable(member.name, error) from None
     with file:
         before = os.fstat(file.fileno())
+        if looks_secret(member.name) or holds_private_key(file.read(HEAD)):
+            tally.secrets.append(member.name)
+        file.seek(0)
         member.size = before.st_size
+        tally.packed(member.name, before.st_size)
         try:
             archive.addfile(member, file)
         except OSError as error:
@@ -269,11 +288,10 @@ def _add_file(archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> i
         after = os.fstat(file.fileno())
     if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise _changed(member.name)
-    return before.st_size
 
 
 def _changed(path: str) -> ConflictError:
     return ConflictError(
-        f"{_printable(path)} in the working directory was written to while it was packed",
-        hint=f"wait until it is written, or leave it out with a line in .raylaunchignore: /{_printable(path)}",
+        f"{printable(path)} in the working directory was written to while it was packed",
+        hint=f"wait until it is written, or leave it out with a line in .raylaunchignore: /{printable(path)}",
     )

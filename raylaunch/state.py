@@ -84,6 +84,13 @@ class FileFact(View):
     bytes: int
 
 
+class LinkFact(View):
+    """A symbolic link that leads out of the working directory: its path there, and what it leads to."""
+
+    path: str
+    target: str
+
+
 class PackReport(View):
     """What the client packed: said to the person, and kept with the job. `ignored` counts files and whole folders."""
 
@@ -94,6 +101,10 @@ class PackReport(View):
     ignored_by: tuple[str, ...] = ()
     """The rules that left something out, as written (``.gitignore: *.pt``, ``built in: .venv/``)."""
     largest: tuple[FileFact, ...] = ()
+    links: tuple[LinkFact, ...] = ()
+    """Links that lead out of the working directory; the first 100."""
+    links_out: int = 0
+    """How many there are."""
 
 
 class GitFacts(View):
@@ -264,6 +275,10 @@ class DryRun(View):
     """Its environment: its own, or the cluster's."""
     chosen: EnvironmentChoice | None = None
     """Which environment that is, and why."""
+    pack: PackReport | None = None
+    """What would be sent; None for a job without code."""
+    package_bytes: int = 0
+    """Size of the package."""
 
 
 class MetricPoint(View):

@@ -63,12 +63,22 @@ def no_progress(_what: str, _done: int, _total: int, /) -> None:
     """Show nothing."""
 
 
-async def upload(
-    wire: Wire, packed: Packed, *, patient: Patient, on_progress: OnProgress = no_progress, what: str = "code"
+async def _begin(_bytes: int) -> None:
+    pass
+
+
+async def upload(  # noqa: PLR0913 -- what goes where, and who is told
+    wire: Wire,
+    packed: Packed,
+    *,
+    patient: Patient,
+    on_begin: Callable[[int], Awaitable[None]] = _begin,
+    on_progress: OnProgress = no_progress,
+    what: str = "code",
 ) -> int:
     """Send a package unless the cluster has it, from where an earlier upload stopped. Return the bytes sent.
 
-    `what` is told of progress.
+    `what` is told of progress, and `on_begin` how many bytes are to be sent, before the first.
 
     Raises:
         TransferError: it did not arrive as it was sent.
@@ -78,6 +88,7 @@ async def upload(
     have, sent = answer.number("X-Have"), 0
     if answer.header("X-Complete") == "1":
         return 0
+    await on_begin(packed.bytes - have)
     while True:
         on_progress(what, have, packed.bytes)
         packed.file.seek(have)

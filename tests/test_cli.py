@@ -238,8 +238,10 @@ def test_a_dry_run_submits_nothing(home: Path, api: Api, code: Path) -> None:
     assert (done.returncode, done.stdout.splitlines()) == (
         0,
         [
-            "train would start on here at once",
+            "packed 1 file, 9 B (156 B to send)",
+            "largest: train.py 9 B",
             f"Python {sys.version_info[0]}.{sys.version_info[1]} that runs Ray ({sys.prefix})",
+            "train would start on here at once",
         ],
     )
     assert json.loads(cli(home, "list", "--json").stdout)["total"] == 0

@@ -269,6 +269,8 @@ def test_a_dry_run_says_where_and_takes_nothing_in(tom: httpx2.Client) -> None:
         "wheels_for": [],
         "environment": {"kind": "default", "value": "", "requirements": []},
         "chosen": None,
+        "pack": None,
+        "package_bytes": 0,
     }
     assert tom.get("/v1/jobs").json()["total"] == before
 

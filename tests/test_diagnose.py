@@ -98,3 +98,13 @@ def test_a_lost_node_does_not_count_but_not_for_ever() -> None:
 
 def test_a_stopped_job_is_not_tried_again() -> None:
     assert not retry_follows(Reason.STOP_REQUESTED, attempts=1, free_retries=0, retries=9)
+
+
+def test_a_failure_over_a_module_that_was_not_sent_names_the_rule() -> None:
+    tail = ("Traceback", "ModuleNotFoundError: No module named 'utils.logging'")
+    finding = diagnose(evidence(left("exit_code", 1), log_tail=tail, left_out_by=(".gitignore: log*",)))
+    assert finding.message.endswith("utils/logging.py is not sent: .gitignore: log*")
+    assert (
+        diagnose(evidence(left("completed", 0), log_tail=tail, left_out_by=(".gitignore: log*",))).message
+        == "completed"
+    )

@@ -23,19 +23,8 @@ GROUND = (
     | SPECS
 )
 READING = frozenset({"config", "ray_yaml", "spec_problems", "yaml_file"})
-SENDING = frozenset(
-    {
-        "environment_choice",
-        "packing",
-        "ignoring",
-        "git_facts",
-        "submission",
-        "transfer",
-        "wire",
-        "log_reading",
-        "requirement_lines",
-    }
-)
+PACKING = frozenset({"packing", "ignoring", "sensitive", "fetched", "git_facts"})
+SENDING = PACKING | {"environment_choice", "submission", "transfer", "wire", "log_reading", "requirement_lines"}
 VERBS = frozenset({"client", "sdk"})
 
 # What each part may import of raylaunch, beside itself. `runner.contract` grants that one module.
@@ -60,18 +49,22 @@ MAY: dict[str, frozenset[str]] = {
     "people": GROUND | READING | {"client", "cluster", "place"},
     "quieting": GROUND | {"client", "cluster", "place"},
     "members": GROUND | READING | {"client", "cluster", "place", "quieting"},
-    "sdk": GROUND | READING | {"client", "cluster", "environment_choice", "place", "log_view", "quieting"},
+    "sdk": GROUND | READING | {"client", "cluster", "environment_choice", "sensitive", "place", "log_view", "quieting"},
     "place": GROUND | {"client", "cluster"},
     "log_view": frozenset(),
     "cli": GROUND
     | READING
     | VERBS
-    | {"packing", "cluster", "environment_choice", "job", "members", "people", "quieting", "place", "log_view"},
-    "mcp_server": GROUND | READING | VERBS | {"packing", "cluster", "environment_choice", "place", "log_view"},
+    | {"packing", "sensitive", "cluster", "environment_choice", "job", "members", "people", "quieting", "place"}
+    | {"log_view"},
+    "mcp_server": GROUND
+    | READING
+    | VERBS
+    | {"packing", "sensitive", "cluster", "environment_choice", "place", "log_view"},
     "runner": frozenset({"errors", "tracking.frames", "tracking.wire"}),
     "job": frozenset({"runner.contract"}),
     "tracking": GROUND | {"runner.contract"},
-    "node": GROUND | {"runner.contract"},
+    "node": GROUND | {"runner.contract", "runner.unpack"},
     "controller": GROUND | {"node", "tracking", "runner.contract", "runner.archive", "runner.rank_failure"},
     "__init__": GROUND | READING | VERBS | {"job"},
     "__main__": frozenset({"cli"}),

@@ -21,6 +21,20 @@ def archive(**files: bytes) -> bytes:
     return buffer.getvalue()
 
 
+def archive_of(*members: tarfile.TarInfo) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for member in members:
+            tar.addfile(member, io.BytesIO(b"x" * member.size))
+    return buffer.getvalue()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, target, int(kind == tarfile.REGTYPE)
+    return info
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -58,6 +72,37 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path: Path) -> None:
     with pytest.raises(TransferError, match="cannot be unpacked"):
         Packages(tmp_path / "root").put(sha256(data), 0, len(data), data)
     assert not list(tmp_path.rglob("escaped"))
+
+
+def test_links_are_unpacked_as_links_wherever_they_lead(tmp_path: Path) -> None:
+    data = archive_of(
+        member("data", tarfile.SYMTYPE, "/raid/data"), member("lib/x", tarfile.SYMTYPE, "../y"), member("y")
+    )
+    packages = Packages(tmp_path)
+    packages.put(sha256(data), 0, len(data), data)
+    found = packages.path(sha256(data))
+    assert (found / "data").readlink() == Path("/raid/data")
+    assert (found / "lib" / "x").read_bytes() == b"x"
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    link = member("a", tarfile.SYMTYPE, str(outside))
+    for members in (
+        (link, member("a/escaped")),
+        (link, member("a/escaped", tarfile.SYMTYPE, "/etc/passwd")),
+        (link, member("a/escaped", tarfile.DIRTYPE)),
+        (link, member("a")),
+        (member("a"), member("a")),
+        (member("a"), member("a/b")),
+        (member("b"), member("a", tarfile.LNKTYPE, "b")),
+        (member("a", tarfile.FIFOTYPE),),
+    ):
+        data = archive_of(*members)
+        with pytest.raises(TransferError, match="cannot be unpacked"):
+            Packages(tmp_path / "root").put(sha256(data), 0, len(data), data)
+        assert list(outside.iterdir()) == []
 
 
 def test_a_name_that_is_no_checksum_reaches_no_path(tmp_path: Path) -> None:

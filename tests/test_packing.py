@@ -171,16 +171,64 @@ def test_a_link_inside_stays_a_link(tmp_path: Path) -> None:
     assert names(tmp_path) == ["data/link", "data/x", "folder"]
 
 
-@pytest.mark.parametrize("target", ["/etc/passwd", "../outside"])
-def test_a_link_that_leaves_the_folder_is_refused_by_name(tmp_path: Path, target: str) -> None:
+@pytest.mark.parametrize("target", ["/etc/passwd", "../outside", "/nowhere/at/all"])
+def test_a_link_that_leads_out_travels_as_a_link_and_is_reported_once(tmp_path: Path, target: str) -> None:
     root = tree(tmp_path / "code", {"a": ""})
-    (root / "link").symlink_to(target)
-    with pytest.raises(SpecError) as caught:
-        pack(root)
-    assert str(caught.value) == (
-        f"link in the working directory is a link to {target}, which is not in it\n"
-        "  → copy what it points to, or leave it out with a line in .raylaunchignore: /link"
+    (root / "data").symlink_to(target)
+    with pack(root) as packed, tarfile.open(fileobj=packed.file) as archive:
+        assert archive.getmember("data").linkname == target
+        assert [(one.path, one.target) for one in packed.report.links] == [("data", target)]
+        assert packed.report.links_out == 1
+
+
+def test_an_absolute_link_that_stays_inside_becomes_relative(tmp_path: Path) -> None:
+    root = tree(tmp_path / "code", {"data/x": "", "lib/y": ""})
+    (root / "lib" / "x").symlink_to(root / "data" / "x")
+    with pack(root) as packed, tarfile.open(fileobj=packed.file) as archive:
+        assert archive.getmember("lib/x").linkname == "../data/x"
+        assert packed.report.links == ()
+
+
+def test_of_many_links_that_lead_out_the_first_are_listed_and_all_are_counted(tmp_path: Path) -> None:
+    for n in range(120):
+        (tmp_path / f"link{n:03}").symlink_to("/data")
+    found = report(tmp_path)
+    assert (len(found.links), found.links_out) == (100, 120)
+
+
+def test_what_git_tracks_is_sent_whatever_gits_rules_say(tmp_path: Path) -> None:
+    tree(tmp_path, {".gitignore": "log*\n/data/\n", "utils/logging.py": "", "integrations/wandb/x.py": ""})
+    tree(tmp_path, {"data/README": "", "data/raw/x": "", "data/y": "", "log.txt": "", "integrations/wandb/run": ""})
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "-f", ".gitignore", "utils/logging.py", "integrations/wandb/x.py", "data/README")
+    assert names(tmp_path) == [".gitignore", "data/README", "integrations/wandb/x.py", "utils/logging.py"]
+    assert report(tmp_path).ignored_by == (
+        ".gitignore: /data/",
+        ".gitignore: log*",
+        "built in: .git/",
+        "built in: wandb/",
     )
+
+
+def test_what_git_tracks_in_a_folder_of_its_repository_is_sent(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    tree(tmp_path, {".gitignore": "log*\n", "exp/logs.py": "", "exp/log": ""})
+    git(tmp_path, "add", "-f", ".gitignore", "exp/logs.py")
+    assert names(tmp_path / "exp") == ["logs.py"]
+
+
+def test_raylaunchignore_leaves_out_what_git_tracks_too(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    tree(tmp_path, {"train.py": "", "notes/a": "", "big.bin": "", ".raylaunchignore": "notes/\n*.bin\n"})
+    git(tmp_path, "add", ".")
+    assert names(tmp_path) == [".raylaunchignore", "train.py"]
+
+
+def test_a_tracked_file_whose_name_is_not_ascii_is_sent(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    tree(tmp_path, {".gitignore": "*.txt\n", "größe\n.txt": ""})
+    git(tmp_path, "add", "-f", ".")
+    assert names(tmp_path) == [".gitignore", "größe\n.txt"]
 
 
 def test_a_missing_working_directory_is_said() -> None:

@@ -283,3 +283,13 @@ def test_outputs_named_by_globs_are_kept_under_their_paths(make: Make) -> None:
         "outputs: nothing matches '*.onnx' in the working directory",
         "outputs: '../x' leads out of the working directory and was not kept",
     ]
+
+
+def test_a_link_that_is_broken_on_the_node_is_reported_before_the_training_starts(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, "true", links=["data", "here"])
+    (attempt.code / "data").symlink_to("/nowhere/data")
+    (attempt.code / "here").symlink_to(tmp_path)
+    assert attempt.run()["ended"] == "completed"
+    warnings = [one for one in attempt.facts()["warnings"] if "link" in one]
+    assert warnings == [f"the link data -> /nowhere/data is broken on {os.uname().nodename}"]
+    assert attempt.log.read_text().splitlines()[0] == f"raylaunch: warning: {warnings[0]}"

@@ -113,7 +113,7 @@ def test_a_download_that_was_killed_is_completed_by_the_next_and_leaves_nothing_
         python.wait(30)
     (file,) = job.download(to=folder)
     assert (file.sha256, file.bytes, file.verified) == (sha256, size, True)
-    assert [left.name for left in folder.iterdir()] == ["model.pt"]
+    assert sorted(left.name for left in folder.iterdir()) == [".raylaunch", "model.pt"]
 
 
 def test_a_python_that_ends_with_open_connections_ends_in_silence(api: Api) -> None:

@@ -13,7 +13,7 @@ import raylaunch
 from raylaunch.spec import JobSpec
 
 TWINS = ((raylaunch.AsyncCluster, raylaunch.Cluster), (raylaunch.AsyncJob, raylaunch.Job))
-SHORT = {"gpus", "request_id", "job"}
+SHORT = {"gpus", "request_id", "job", "allow", "max_upload"}
 
 
 class Pair(NamedTuple):

@@ -75,8 +75,14 @@ _OPTIONS = (
     click.option("--priority", metavar="N", help="-100 to 100; higher runs earlier."),
     click.option("--retries", metavar="N", help="More attempts when the program fails."),
     click.option("--shell", metavar="COMMAND", help="A shell command, instead of a program after --."),
+    click.option("--allow", multiple=True, metavar="NAME", help="Send this file although it looks like a secret."),
+    click.option("--max-upload", metavar="SIZE", help="Largest upload, for example 5GB; by default 1GB."),
     click.option("--request-id", default="", help="The same id again returns the same job."),
-    click.option("--dry-run", is_flag=True, help="Say where it could run, and submit nothing."),
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Check everything, print what would be sent and where it would run, and submit nothing.",
+    ),
     click.argument("command", nargs=-1, type=click.UNPROCESSED),
 )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from raylaunch.cli.console import count, size, span, styled, table
 from raylaunch.environment_choice import active_python, import_hint
 from raylaunch.log_view import clean
-from raylaunch.state import AttemptView, JobState, JobView, PackReport
+from raylaunch.state import AttemptView, DryRun, JobState, JobView, PackReport
 
 TIMED_OUT = 124
 _SIGNALLED = 128
@@ -208,4 +208,17 @@ def pack_words(report: PackReport, archive_bytes: int) -> list[str]:
     if report.largest and report.bytes:
         largest = ", ".join(f"{clean(one.path, colour=False)} {size(one.bytes)}" for one in report.largest)
         lines.append(f"largest: {largest}")
+    if report.links:
+        shown = ", ".join(
+            f"{clean(one.path, colour=False)} → {clean(one.target, colour=False)}" for one in report.links
+        )
+        more = f" and {report.links_out - len(report.links)} more" if report.links_out > len(report.links) else ""
+        lines.append(f"links that lead out of the folder, sent as links: {shown}{more}")
     return lines
+
+
+def dry_run_words(found: DryRun) -> list[str]:
+    """Return what a submission would send, with which environment, and where it would run."""
+    sent = pack_words(found.pack, found.package_bytes) if found.pack else ["no files would be sent"]
+    placed = found.message or f"could run on: {', '.join(found.fits)}"
+    return [*sent, *(clean(one, colour=False) for one in (str(found.chosen or ""), placed) if one)]

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from raylaunch.cli.connect import Place, finish
-from raylaunch.cli.console import note, say, say_json
+from raylaunch.cli.console import is_terminal, note, say, say_json, size
 from raylaunch.cli.follow import detachable, follow_to_end, say_end
 from raylaunch.cli.job_flags import job_options, spec_of, warn_of_options_after
-from raylaunch.cli.job_words import pack_words, sentence
+from raylaunch.cli.job_words import dry_run_words, pack_words, sentence
 from raylaunch.cli.options import as_json
 from raylaunch.cli.transfer_bar import transfer_bar
 from raylaunch.client import Client, with_wandb
 from raylaunch.log_view import clean
 from raylaunch.packing import checked_working_dir
+from raylaunch.sensitive import ASKED_ABOVE, Allowed, allowed
 from raylaunch.spec import JobSpec
 from raylaunch.state import JobView, PackReport, SubmitAnswer
 
@@ -33,7 +37,18 @@ def _prepared(given: dict[str, Any]) -> JobSpec:
     return spec
 
 
-async def _submit(client: Client, spec: JobSpec, *, request_id: str) -> SubmitAnswer:
+def _uploads(allow: Allowed) -> Callable[[int], Awaitable[None]]:
+    """Return what is asked before an upload begins: a person at a terminal, when it is large."""
+
+    async def ask(size_bytes: int) -> None:
+        if size_bytes > ASKED_ABOVE and allow.asked and is_terminal(sys.stdin):
+            question = f"{size(size_bytes)} to upload. Continue?"
+            await asyncio.to_thread(click.confirm, question, abort=True, err=True)
+
+    return ask
+
+
+async def _submit(client: Client, spec: JobSpec, *, request_id: str, allow: Allowed) -> SubmitAnswer:
     spec, secrets = with_wandb(spec, os.environ)
     if secrets:
         note("the W&B key of this environment (WANDB_API_KEY) goes along, for this job alone")
@@ -44,7 +59,13 @@ async def _submit(client: Client, spec: JobSpec, *, request_id: str) -> SubmitAn
 
     with transfer_bar() as progress:
         answer = await client.submit(
-            spec, request_id=request_id, secrets=secrets, on_packed=packed, on_progress=progress
+            spec,
+            request_id=request_id,
+            secrets=secrets,
+            allow=allow,
+            on_packed=packed,
+            on_upload=_uploads(allow),
+            on_progress=progress,
         )
     job = answer.job
     if job.chosen:
@@ -57,13 +78,13 @@ async def _submit(client: Client, spec: JobSpec, *, request_id: str) -> SubmitAn
     return answer
 
 
-async def _dry_run(client: Client, spec: JobSpec, *, as_json: bool) -> None:
-    found = await client.dry_run(spec)
+async def _dry_run(client: Client, spec: JobSpec, *, allow: Allowed, as_json: bool) -> None:
+    spec, secrets = with_wandb(spec, os.environ)
+    found = await client.dry_run(spec, secrets=secrets, allow=allow)
     if as_json:
         say_json(found)
     else:
-        say(found.message or f"could run on: {', '.join(found.fits)}")
-        say(clean(str(found.chosen or ""), colour=False))
+        say("\n".join(dry_run_words(found)))
 
 
 @click.command(
@@ -80,14 +101,15 @@ def run(cluster_file: Path | None, /, *, as_json: bool, **given: Any) -> None:  
     code, 128+N for signal N, 124 when it timed out. Ctrl-C detaches; the job goes on.
     """
     spec = _prepared(given)
+    allow = allowed(given["allow"], given["max_upload"])
     known: list[str] = []
 
     async def work() -> JobView | None:
         async with Place(cluster_file).client(start=True) as client:
             if given["dry_run"]:
-                await _dry_run(client, spec, as_json=as_json)
+                await _dry_run(client, spec, allow=allow, as_json=as_json)
                 return None
-            answer = await _submit(client, spec, request_id=given["request_id"])
+            answer = await _submit(client, spec, request_id=given["request_id"], allow=allow)
             known.append(answer.job.id)
             return await follow_to_end(client, answer.job.id, log_to_stderr=as_json)
 
@@ -107,13 +129,14 @@ def run(cluster_file: Path | None, /, *, as_json: bool, **given: Any) -> None:  
 def submit(cluster_file: Path | None, /, *, as_json: bool, **given: Any) -> None:  # noqa: ANN401 -- as above
     """Submit a job and print its id; start the cluster when there is none."""
     spec = _prepared(given)
+    allow = allowed(given["allow"], given["max_upload"])
 
     async def work() -> None:
         async with Place(cluster_file).client(start=True) as client:
             if given["dry_run"]:
-                await _dry_run(client, spec, as_json=as_json)
+                await _dry_run(client, spec, allow=allow, as_json=as_json)
                 return
-            answer = await _submit(client, spec, request_id=given["request_id"])
+            answer = await _submit(client, spec, request_id=given["request_id"], allow=allow)
             if as_json:
                 say_json(answer)
             else:

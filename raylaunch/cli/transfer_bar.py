@@ -23,13 +23,17 @@ def transfer_bar() -> Iterator[OnProgress]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
 
-        def told(what: str, done: int, total: int) -> None:
-            if total < _WORTH_SHOWING:
-                return
-            if what not in tasks:
-                tasks[what] = bar.add_task(what.replace("[", r"\["), total=total)
-            bar.update(tasks[what], completed=done, total=total)
+    def told(what: str, done: int, total: int) -> None:
+        if total < _WORTH_SHOWING:
+            return
+        if what not in tasks:
+            bar.start()  # not earlier: a person may be asked something first
+            tasks[what] = bar.add_task(what.replace("[", r"\["), total=total)
+        bar.update(tasks[what], completed=done, total=total)
 
+    try:
         yield told
+    finally:
+        bar.stop()

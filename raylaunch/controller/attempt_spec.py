@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 from raylaunch.controller.settings import Settings
 from raylaunch.runner.contract import AttemptSpec, EnvironmentSpec, WandbSpec
 from raylaunch.spec import OF_THE_CLUSTER, Environment, JobSpec
-from raylaunch.state import WandbLink
+from raylaunch.state import LinkFact, WandbLink
 
 DEFAULT_PROJECT = "raylaunch"
 
@@ -32,9 +33,16 @@ def wandb_link(spec: JobSpec, *, job: str, cluster_id: str) -> WandbLink:
 
 
 def attempt_spec(  # noqa: PLR0913 -- each is one fact, and all are named
-    spec: JobSpec, *, job: str, n: int, epoch: str, settings: Settings, force_offline: bool = False
+    spec: JobSpec,
+    *,
+    job: str,
+    n: int,
+    epoch: str,
+    settings: Settings,
+    links: Sequence[LinkFact] = (),
+    force_offline: bool = False,
 ) -> AttemptSpec:
-    """Return what the runner of attempt `n` of `job` is told."""
+    """Return what the runner of attempt `n` of `job` is told; `links` are those that lead out of its code."""
     attempt = f"{job}-{n}"
     environment = settings.environment_of(spec)
     return AttemptSpec(
@@ -54,6 +62,7 @@ def attempt_spec(  # noqa: PLR0913 -- each is one fact, and all are named
         environment=_environment(environment),
         envs_dir="",
         wheels=[],
+        links=[link.path for link in links],
         gpus=spec.resources.gpus,
         arch=spec.where.arch,
         timeout_s=spec.timeout_s,

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from raylaunch.controller.missing import rule_against
 from raylaunch.reasons import Reason, Verdict
 from raylaunch.runner.contract import Exit
 from raylaunch.state import Change
@@ -30,6 +31,7 @@ class Evidence:
         ray_message: what Ray says of the submission.
         ray_lost: whether Ray itself was restarted meanwhile.
         log_tail: last lines of the training's output; of the rank that failed, where that is known.
+        left_out_by: the rules that left something out of its package.
     """
 
     exit: Exit | None
@@ -39,6 +41,7 @@ class Evidence:
     ray_message: str = ""
     ray_lost: bool = False
     log_tail: tuple[str, ...] = ()
+    left_out_by: tuple[str, ...] = ()
 
 
 class Finding(NamedTuple):
@@ -63,7 +66,11 @@ def diagnose(evidence: Evidence) -> Finding:
         return _without_exit(evidence)
     if evidence.ray_lost and not evidence.stop_wanted and (exit_["by_ray"] or exit_["signal"] in _RAY_GOING_DOWN):
         return _RAY_LOST
-    return _from_exit(exit_, evidence.log_tail)._replace(failed_rank=exit_.get("failed_rank"))
+    found = _from_exit(exit_, evidence.log_tail)
+    if found.change is Change.FAIL:
+        not_sent = rule_against("\n".join((*evidence.log_tail, found.message)), evidence.left_out_by)
+        found = found._replace(message=f"{found.message}; {not_sent}" if not_sent else found.message)
+    return found._replace(failed_rank=exit_.get("failed_rank"))
 
 
 def _without_exit(evidence: Evidence) -> Finding:

@@ -147,6 +147,7 @@ class Finisher:
                 ray_message=(ray_job.message or "") if ray_job is not None else "",
                 ray_lost=restarted,
                 log_tail=leavings.log_tail,
+                left_out_by=record.pack.ignored_by if record.pack else (),
             )
         )
 

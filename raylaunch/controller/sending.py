@@ -56,7 +56,14 @@ class Sender:
         if missing:
             msg = f"the secret {missing[0]} is not set any more"
             raise ConflictError(msg)
-        spec = attempt_spec(wanted, job=record.id, n=attempt.n, epoch=record.epoch, settings=self._means.settings)
+        spec = attempt_spec(
+            wanted,
+            job=record.id,
+            n=attempt.n,
+            epoch=record.epoch,
+            settings=self._means.settings,
+            links=record.pack.links if record.pack else (),
+        )
         prepared = await self._means.link.prepare(
             attempt.node_id, spec=spec, package=record.package, secrets=secrets, wheels=record.wheels
         )

@@ -9,10 +9,11 @@ import re
 import shutil
 import tarfile
 import threading
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from raylaunch.errors import NotFoundError, StorageError, TransferError
 from raylaunch.node.wheels import WHOLE
+from raylaunch.runner.unpack import unpack
 
 COMPLETE = -1
 """Answer of `Packages.have` for a package that is whole."""
@@ -107,7 +108,7 @@ class Packages:
             return
         try:
             with tarfile.open(part, "r:gz") as archive:
-                _extract(archive, beside)
+                unpack(archive, beside)
         except (tarfile.TarError, EOFError) as error:
             shutil.rmtree(beside, ignore_errors=True)
             part.unlink()
@@ -123,35 +124,6 @@ class Packages:
 def _is_zip(part: Path) -> bool:
     with part.open("rb") as file:
         return file.read(len(_ZIP)) == _ZIP
-
-
-def _extract(archive: tarfile.TarFile, folder: Path) -> None:
-    """Extract below `folder`, and nothing anywhere else.
-
-    Raises:
-        tarfile.TarError: a member, or what a link leads to, lies outside, or it is no file, folder or link.
-    """
-    if hasattr(tarfile, "data_filter"):
-        archive.extractall(folder, filter="data")
-        return
-    for member in archive.getmembers():  # Python before 3.10.12 and 3.11.4 has no filters
-        _check_member(member)
-    archive.extractall(folder)  # noqa: S202 -- every member was checked
-
-
-def _check_member(member: tarfile.TarInfo) -> None:
-    target = ""
-    if member.issym():
-        target = os.path.join(os.path.dirname(member.name), member.linkname)  # noqa: PTH118, PTH120 -- names, not paths here
-    elif member.islnk():
-        target = member.linkname
-    elif not (member.isfile() or member.isdir()):
-        msg = f"{member.name} is neither file, folder nor link"
-        raise tarfile.ReadError(msg)
-    for name in (member.name, target):
-        if os.path.isabs(name) or PurePosixPath(os.path.normpath(name)).parts[:1] == ("..",):  # noqa: PTH117 -- as above
-            msg = f"{member.name} leads out of the package"
-            raise tarfile.ReadError(msg)
 
 
 def _checked(sha256: str) -> str:

@@ -29,6 +29,7 @@ from raylaunch.runner.processes import ancestors, oom_kills, signal_name
 from raylaunch.runner.rank_failure import RankFailure, before_report, rank_failure
 from raylaunch.runner.relay import Relay
 from raylaunch.runner.train_reports import TrainReports
+from raylaunch.runner.unpack import broken_links
 from raylaunch.runner.wandb_url import RunAddress
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class Attempt:
             "torch": seen.packages.get("torch", ""),
             "wandb": version,
             "packages": sorted(f"{name}=={number}" for name, number in seen.packages.items()),
-            "warnings": [*seen.warnings, *wandb_env.version_warnings(version)],
+            "warnings": [*seen.warnings, *wandb_env.version_warnings(version), *self._broken_links()],
         }
         mode = wandb_env.find_mode(spec["wandb"], prepared.env, version=version, place=place, pulse=self._pulse)
         self._say_mode(mode)
@@ -142,6 +143,14 @@ class Attempt:
             path = [env["PYTHONPATH"]] if env.get("PYTHONPATH") else []
             env["PYTHONPATH"] = os.pathsep.join([*path, str(folder / contract.RUNNER)])
         return Prepared(env, prepared.python), mode
+
+    def _broken_links(self) -> list[str]:
+        """Report links that lead nowhere here: also in the log, where who looks for a missing file will look."""
+        found = broken_links(self._code, self._spec["links"])
+        if found:
+            with self._log.open("a", encoding="utf-8", errors="surrogateescape") as log:
+                log.writelines(f"raylaunch: warning: {one}\n" for one in found)
+        return found
 
     def _check_ray(self, seen: probe.Look) -> None:
         found = ray_fit.Versions(seen.version, seen.packages.get("ray", ray_fit.NO_RAY))

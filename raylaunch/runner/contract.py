@@ -139,6 +139,8 @@ class AttemptSpec(TypedDict):
     """Folder on the node for environments built once per content."""
     wheels: list[WheelSpec]
     """What lies in `WHEELS`; without any the environment is made from the package index."""
+    links: list[str]
+    """Symbolic links in `CODE` that lead out of it, which may be broken on this node."""
     gpus: int
     arch: str
     timeout_s: float | None

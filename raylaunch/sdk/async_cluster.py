@@ -20,6 +20,7 @@ from raylaunch.sdk.async_job import AsyncJob
 from raylaunch.sdk.bringing_up import brought_up, steps_of_up, taken_down
 from raylaunch.sdk.display import cluster_html, cluster_line
 from raylaunch.sdk.live import OnStep, show_steps
+from raylaunch.sensitive import allowed
 from raylaunch.spec import Environment, Launcher, Resources, Tracking, Where
 from raylaunch.state import JobState, PackReport
 
@@ -242,6 +243,8 @@ class AsyncCluster:
         priority: int | None = None,
         retries: int | None = None,
         request_id: str = "",
+        allow: Sequence[str] | str = (),
+        max_upload: str | int | None = None,
     ) -> AsyncJob:
         """Pack the working directory, send what the cluster lacks of it, and submit.
 
@@ -268,6 +271,8 @@ class AsyncCluster:
             priority: from -100 to 100; higher goes first.
             retries: more attempts when the program fails.
             request_id: the same id with the same job returns the job that is there, also from another Python.
+            allow: files to send although they look like secrets: names (``.env``) or paths in the working directory.
+            max_upload: the largest upload, as ``5GB`` or in bytes; by default 1 GB.
 
         Returns:
             The job. It waits for its turn, and goes on without this Python.
@@ -275,6 +280,7 @@ class AsyncCluster:
         Raises:
             TransferError: the code did not arrive as it was sent.
             SpecError: a value that cannot be, a folder that cannot be packed, or what no node could ever run.
+            WithheldError: files look like secrets, or the upload is too large; nothing was sent.
             ConflictError: `request_id` was used for something else.
         """
         given: dict[str, object] = {
@@ -296,21 +302,39 @@ class AsyncCluster:
             "retries": retries,
         }
         spec, values = with_wandb(spec_of(job, given, gpus=gpus), os.environ)
-        answer = await self._client.submit(spec, request_id=request_id, secrets=values, on_packed=_log_packed)
+        answer = await self._client.submit(
+            spec,
+            request_id=request_id,
+            secrets=values,
+            allow=allowed((allow,) if isinstance(allow, str) else allow, max_upload),
+            on_packed=_log_packed,
+        )
         _log.info("%s", answer.job.chosen or "")
         return AsyncJob(self._client, answer.job)
 
-    async def dry_run(self, job: Asked, *, gpus: int | None = None) -> DryRun:
-        """Return where a job could run, and a sentence, without submitting it.
+    async def dry_run(
+        self,
+        job: Asked,
+        *,
+        gpus: int | None = None,
+        allow: Sequence[str] | str = (),
+        max_upload: str | int | None = None,
+    ) -> DryRun:
+        """Return what would be sent and where the job could run, without submitting it. Everything is checked.
 
         Args:
             job: as for `submit`.
             gpus: GPUs on the node.
+            allow: as for `submit`.
+            max_upload: as for `submit`.
 
         Raises:
-            SpecError: a value that cannot be, or what no node could ever run.
+            SpecError: as for `submit`.
+            WithheldError: as for `submit`.
         """
-        return await self._client.dry_run(spec_of(job, {}, gpus=gpus))
+        spec, values = with_wandb(spec_of(job, {}, gpus=gpus), os.environ)
+        names = (allow,) if isinstance(allow, str) else allow
+        return await self._client.dry_run(spec, secrets=values, allow=allowed(names, max_upload))
 
     async def job(self, ref: str = "last") -> AsyncJob:
         """Return a job.

@@ -210,6 +210,8 @@ class Cluster:
         priority: int | None = None,
         retries: int | None = None,
         request_id: str = "",
+        allow: Sequence[str] | str = (),
+        max_upload: str | int | None = None,
     ) -> Job:
         """Pack the working directory, send what the cluster lacks of it, and submit.
 
@@ -236,6 +238,8 @@ class Cluster:
             priority: from -100 to 100; higher goes first.
             retries: more attempts when the program fails.
             request_id: the same id with the same job returns the job that is there, also from another Python.
+            allow: files to send although they look like secrets: names (``.env``) or paths in the working directory.
+            max_upload: the largest upload, as ``5GB`` or in bytes; by default 1 GB.
 
         Returns:
             The job. It waits for its turn, and goes on without this Python.
@@ -243,6 +247,7 @@ class Cluster:
         Raises:
             TransferError: the code did not arrive as it was sent.
             SpecError: a value that cannot be, a folder that cannot be packed, or what no node could ever run.
+            WithheldError: files look like secrets, or the upload is too large; nothing was sent.
             ConflictError: `request_id` was used for something else.
         """
         return Job(
@@ -267,22 +272,34 @@ class Cluster:
                     priority=priority,
                     retries=retries,
                     request_id=request_id,
+                    allow=allow,
+                    max_upload=max_upload,
                 )
             ),
             self._loop,
         )
 
-    def dry_run(self, job: Asked, *, gpus: int | None = None) -> DryRun:
-        """Return where a job could run, and a sentence, without submitting it.
+    def dry_run(
+        self,
+        job: Asked,
+        *,
+        gpus: int | None = None,
+        allow: Sequence[str] | str = (),
+        max_upload: str | int | None = None,
+    ) -> DryRun:
+        """Return what would be sent and where the job could run, without submitting it. Everything is checked.
 
         Args:
             job: as for `submit`.
             gpus: GPUs on the node.
+            allow: as for `submit`.
+            max_upload: as for `submit`.
 
         Raises:
-            SpecError: a value that cannot be, or what no node could ever run.
+            SpecError: as for `submit`.
+            WithheldError: as for `submit`.
         """
-        return self._loop.run(self._truth.dry_run(job, gpus=gpus))
+        return self._loop.run(self._truth.dry_run(job, gpus=gpus, allow=allow, max_upload=max_upload))
 
     def job(self, ref: str = "last") -> Job:
         """Return a job.

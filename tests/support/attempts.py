@@ -25,6 +25,7 @@ def attempt_spec(attempt: str, *, epoch: str = "epoch-1", entrypoint: str = "tru
         "environment": {"kind": "default", "value": "", "requirements": []},
         "envs_dir": "",
         "wheels": [],
+        "links": [],
         "gpus": 0,
         "arch": "",
         "timeout_s": None,

@@ -1,0 +1,156 @@
+"""What must not leave this machine by accident: files that look like secrets, home folders, very large packages.
+
+The rules are the same in every interface. What goes all the same is named by a person: in a command, in Python, or
+when the MCP server is started, never in a file of the project and never by a tool's argument.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from raylaunch.errors import SpecError, WithheldError
+from raylaunch.state import FileFact
+from raylaunch.units import size_bytes
+
+ASKED_ABOVE = 100_000_000
+"""Bytes to upload above which a person at a terminal is asked."""
+LARGEST_UPLOAD = 1_000_000_000
+"""Bytes to upload above which a submission fails, unless more is allowed."""
+HEAD = 64 * 1024
+"""Bytes of a file's beginning that are searched for a private key."""
+
+_NAMES = frozenset(
+    {
+        *(".env", ".envrc", ".netrc", "_netrc", ".pypirc", ".git-credentials", ".pgpass", ".htpasswd"),
+        *("id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "id_ecdsa_sk", "id_ed25519_sk"),
+        *("kubeconfig", "credentials.json", "application_default_credentials.json", "client_secret.json"),
+    }
+)
+_PATHS = (".aws/credentials", ".kube/config", ".docker/config.json", ".config/gh/hosts.yml")
+_FOLDERS = frozenset({".ssh", ".gnupg"})
+_SUFFIXES = (".p12", ".pfx", ".kdbx")
+_EXAMPLES = ("example", "sample", "template", "dist", "defaults", "schema")
+"""``.env.example`` and the like are made to be shared."""
+_PRIVATE_KEY = re.compile(
+    rb"^-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----\s*$"
+    rb'|\A\s*\{[^\0]*"private_key"\s*:\s*"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----'
+    rb"|^PuTTY-User-Key-File-\d|^AGE-SECRET-KEY-1",
+    re.MULTILINE,
+)
+_SHOWN = 5
+
+
+class Allowed(NamedTuple):
+    """What a person lets through: files by name or path, and how many bytes an upload may have."""
+
+    names: tuple[str, ...] = ()
+    """A name (``.env``) allows every file or folder of that name; a path, that one."""
+    upload: int = LARGEST_UPLOAD
+    asked: bool = True
+    """Whether a person at a terminal is asked above `ASKED_ABOVE`: not when they have named a size."""
+
+
+NO_MORE = Allowed()
+"""Nothing beyond the rules."""
+
+
+def allowed(names: Sequence[str] = (), max_upload: str | int | None = None) -> Allowed:
+    """Return what a person allows in words.
+
+    Raises:
+        SpecError: `max_upload` is not a size.
+    """
+    plain = tuple(name.strip().removeprefix("./").rstrip("/") for name in names)
+    if max_upload is None:
+        return Allowed(plain)
+    try:
+        size = size_bytes(max_upload)
+    except ValueError as error:
+        raise SpecError(str(error), field="max_upload") from None
+    if not isinstance(size, int) or size <= 0:
+        msg = f"{max_upload!r} is not the size of an upload"
+        raise SpecError(msg, field="max_upload", hint="write for example 5GB")
+    return Allowed(plain, size, asked=False)
+
+
+def looks_secret(path: str) -> bool:
+    """Return whether a file's name, or the folder that it is in, says that it holds secrets."""
+    *folders, name = path.split("/")
+    if name in _NAMES or name.endswith(_SUFFIXES) or not _FOLDERS.isdisjoint(folders):
+        return True
+    if name.startswith(".env."):
+        return not name.endswith(_EXAMPLES)
+    return any(path == one or path.endswith(f"/{one}") for one in _PATHS)
+
+
+def holds_private_key(head: bytes) -> bool:
+    """Return whether the beginning of a file is, or has in it, a private key."""
+    return _PRIVATE_KEY.search(head) is not None
+
+
+def is_allowed(path: str, names: Sequence[str]) -> bool:
+    """Return whether a file, or a folder that it is in, was allowed by name or by path."""
+    parts = path.split("/")
+    places = {"/".join(parts[: at + 1]) for at in range(len(parts))}
+    return any(name in places or name in parts for name in names)
+
+
+def refuse_secrets(paths: Sequence[str]) -> None:
+    """Refuse a package with these files in it.
+
+    Raises:
+        WithheldError: there is one.
+    """
+    if not paths:
+        return
+    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+    msg = f"these files look like secrets: {', '.join(paths[:_SHOWN])}{more}"
+    options = " ".join(f"--allow {path}" for path in paths[:_SHOWN])
+    raise WithheldError(
+        msg,
+        hint="leave them out with lines in .raylaunchignore, and give the job their values with raylaunch secret set "
+        f"NAME and --secret NAME; or send them: {options} (Python: allow={list(paths[:_SHOWN])})",
+        paths=tuple(paths),
+    )
+
+
+def refuse_home(root: Path) -> None:
+    """Refuse to pack a home folder, or a folder that homes are in.
+
+    Raises:
+        SpecError: `root`, which is resolved, is one.
+    """
+    for home in _homes():
+        if home == root or root in home.parents:
+            what = "your home folder" if home == root != Path("/") else "not a project: your home folder is below it"
+            msg = f"{root} is {what}; it is not sent as a working directory"
+            hint = "cd into the project, or name it: --working-dir PROJECT; --working-dir '' sends no files"
+            raise SpecError(msg, field="working_dir", hint=hint)
+
+
+def _homes() -> set[Path]:
+    """Return the home of the environment and that of the account; `/` counts as above any home."""
+    named = [os.environ.get("HOME", "")]
+    with contextlib.suppress(KeyError):
+        named.append(pwd.getpwuid(os.getuid()).pw_dir)
+    return {Path(home).resolve() for home in named if home.startswith("/")} or {Path("/")}
+
+
+def too_large(limit: int, largest: Sequence[FileFact]) -> WithheldError:
+    """Return the error for a package larger than `limit`, in bytes."""
+    files = ", ".join(f"{one.path} ({one.bytes / 1e6:.0f} MB)" for one in largest)
+    return WithheldError(
+        f"the working directory has more than {_size(limit)} to upload; its largest files: {files}",
+        hint="keep data on the nodes, and leave it out with lines in .raylaunchignore; or allow more: "
+        "--max-upload 5GB (Python: max_upload='5GB')",
+    )
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:g} GB" if size >= LARGEST_UPLOAD else f"{size / 1e6:g} MB"
