@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import ssl
 import stat
 import subprocess
@@ -13,10 +14,14 @@ import pytest
 from cryptography import x509
 
 from raylaunch.cluster import tls
+from raylaunch.cluster.controller_program import write_config
+from raylaunch.cluster.existing import check_certificates
 from raylaunch.cluster.home import ClusterPaths, cluster_paths, make_cluster_dirs
 from raylaunch.cluster.look import differences
 from raylaunch.cluster.ports import own_addresses
 from raylaunch.cluster.record import new_record
+from raylaunch.controller.link_child import child_environment
+from raylaunch.errors import SpecError
 from raylaunch.spec import ClusterSpec
 
 
@@ -119,3 +124,21 @@ def test_a_cluster_that_runs_without_it_is_told_how_it_is_turned_on(paths: Clust
 def test_addresses_of_this_machine_are_such_as_a_certificate_can_have() -> None:
 
     assert all(ipaddress.ip_address(one) for one in own_addresses())
+
+
+def test_a_ray_that_somebody_else_runs_with_tls_is_spoken_to_with_the_files_that_are_named(
+    paths: ClusterPaths, tmp_path: Path
+) -> None:
+    files = {name: str(tmp_path / name) for name in ("ca", "certificate", "key")}
+    spec = ClusterSpec.model_validate({"name": "theirs", "address": "http://ray:8265", "ray_tls": files})
+    with pytest.raises(SpecError, match="cannot be read") as refused:
+        check_certificates(spec)
+    assert refused.value.field == "ray_tls.ca"
+    for file in files.values():
+        Path(file).touch()
+    check_certificates(spec)
+    write_config(paths, new_record(spec, paths).with_(ports={"controller": 1}))
+    told = json.loads(paths.controller_config.read_bytes())["ray_env"]
+    assert told == tls.ray_variables(files["ca"], files["certificate"], files["key"])
+    env = child_environment({"RAY_USE_TLS": "0"}, paths.ray_token, told)
+    assert env.items() >= told.items()

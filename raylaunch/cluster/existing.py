@@ -112,6 +112,20 @@ def token_of(spec: ClusterSpec) -> str:
         raise SpecError(msg, field="ray_token_file", hint="it holds the token alone, as Ray's own auth_token") from None
 
 
+def check_certificates(spec: ClusterSpec) -> None:
+    """Check that the files of ``ray_tls`` are there: without them Ray's own process would end without saying why.
+
+    Raises:
+        SpecError: one cannot be read.
+    """
+    files = spec.ray_tls.model_dump() if spec.ray_tls else {}
+    for name, text in files.items():
+        if not os.access(Path(text).expanduser(), os.R_OK):
+            msg = f"the certificate file {text} is not there, or cannot be read"
+            hint = "ray_tls names PEM files on this machine: those of RAY_TLS_CA_CERT, RAY_TLS_SERVER_CERT and _KEY"
+            raise SpecError(msg, field=f"ray_tls.{name}", hint=hint)
+
+
 def check_ray(spec: ClusterSpec, runs: str) -> None:
     """Check that this Python may connect to that Ray. Pure but for what is installed here.
 
@@ -130,9 +144,11 @@ async def check_use(spec: ClusterSpec, runs: str) -> None:
 
     Raises:
         VersionError: as `check_ray`.
+        SpecError: as `check_certificates`.
         ClusterStartError: its head does not listen where it should.
     """
     check_ray(spec, runs)
+    check_certificates(spec)
     host, _, port = spec.gcs_address.rpartition(":")
     try:
         with anyio.fail_after(_RAY_S):
