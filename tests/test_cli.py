@@ -325,7 +325,7 @@ def started(home: Path, code: Path, *words: str) -> subprocess.Popen[str]:
 
 def only_job(api: Api) -> str:
     def ids() -> list[str]:
-        return api.do(lambda: [record.id for record in api.records.unfinished()])
+        return api.do(lambda: [record.id for record in api.records.page().jobs])
 
     return wait_until(ids, 30, "the job is submitted")[0]
 

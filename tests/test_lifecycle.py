@@ -17,9 +17,10 @@ from raylaunch.cluster_state import GpuView, NodeView
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.foreign import ForeignJobs
-from raylaunch.controller.lifecycle import Lifecycle
+from raylaunch.controller.lifecycle import TOLD_AHEAD, Lifecycle
 from raylaunch.controller.link import LinkDown, LinkUp, NodesChanged
 from raylaunch.controller.means import Leavings, Means
+from raylaunch.controller.queue import Block
 from raylaunch.controller.ray_jobs import RayJobs
 from raylaunch.controller.record import JobRecord
 from raylaunch.controller.records import Records
@@ -162,3 +163,58 @@ async def test_where_the_nodes_cannot_be_looked_at_who_asks_gets_what_was_seen_l
         lifecycle.see(LinkDown(why="Ray is gone"))
         await sight.fresh_nodes(age_s=0, timeout_s=60)
         assert sight.nodes == ()
+
+
+# -- a queue ---------------------------------------------------------------------------------------------------------
+
+
+def submitted(records: Records, name: str, **resources: float) -> str:
+    spec = JobSpec(entrypoint="python train.py", name=name, resources=Resources.model_validate(resources))
+    return records.create(SubmitRequest(spec=spec), owner="ana", wandb=None)[0].id
+
+
+def why(records: Records, sight: Sight, job: str) -> Block:
+    ask = records.backlog.ask(job)
+    block = sight.plan.block(ask) if sight.plan and ask else None
+    return block or Block(Reason.SENDING_CODE, str)
+
+
+@pytest.mark.anyio
+async def test_what_all_jobs_wait_for_is_read_and_recorded_for_those_ahead_alone(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    jobs = [submitted(records, f"job-{n}", cpus=4) for n in range(TOLD_AHEAD + 10)]
+    async with running(tmp_path, records) as (lifecycle, link, sight):
+        link.there = (node("h1", steward=True).model_copy(update={"cpus": 2}),)
+        lifecycle.see(LinkUp(ray_version="2"))
+        link.let.release()
+        with anyio.fail_after(20):
+            while any(records.light(job).reason is not Reason.WAITING_FOR_NODE for job in jobs):
+                sight.ring()
+                await asyncio.sleep(0.01)
+        lifecycle.see(LinkDown(why="Ray is gone"))
+        with anyio.fail_after(20):
+            while records.light(jobs[TOLD_AHEAD - 1]).reason is not Reason.WAITING_FOR_RAY:
+                sight.ring()
+                await asyncio.sleep(0.01)
+        told = [records.light(job).reason for job in jobs]
+        assert told == [Reason.WAITING_FOR_RAY] * TOLD_AHEAD + [Reason.WAITING_FOR_NODE] * 10
+        shown = why(records, sight, jobs[-1])
+        assert (shown.reason, shown.message) == (Reason.WAITING_FOR_RAY, "waits for Ray: Ray is gone")
+
+
+@pytest.mark.anyio
+async def test_a_new_sentence_with_the_same_reason_is_not_recorded(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    job = submitted(records, "waits", gpus=2)
+    async with running(tmp_path, records) as (lifecycle, link, sight):
+        link.there = (node("h1", steward=True).model_copy(update={"gpus": 2, "gpus_free": 1}),)
+        lifecycle.see(LinkUp(ray_version="2"))
+        link.let.release()
+        await until(lambda: records.light(job).reason is Reason.WAITING_FOR_GPUS, 5, "its reason is recorded")
+        journal = records.folder(job) / "journal.jsonl"
+        before = journal.stat().st_size
+        link.there = (link.there[0].model_copy(update={"gpus_free": 0}),)
+        lifecycle.see(NodesChanged())
+        link.let.release()
+        await until(lambda: "has 0 free" in why(records, sight, job).message, 5, "the sentence is new")
+        assert journal.stat().st_size == before

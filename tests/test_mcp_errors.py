@@ -228,7 +228,7 @@ def test_a_store_that_is_full_is_said_and_nothing_is_recorded(home: Path, tmp_pa
         assert answer.error
         assert "No space left on device" in answer.text or "disk is full" in answer.text
         assert "→" in answer.text
-        assert not paper.do(paper.records.unfinished)
+        assert not paper.do(lambda: paper.records.page().jobs)
 
 
 @pytest.mark.parametrize("tool", ["job_logs", "download_model"])

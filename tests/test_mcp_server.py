@@ -133,7 +133,7 @@ def test_what_cannot_be_noted_is_not_done(home: Path, tmp_path: Path) -> None:
         answer = opened.call("train_job", entrypoint="true", working_dir="")
         assert answer.error
         assert "mcp-audit.jsonl" in answer.text
-        assert not paper.do(paper.records.unfinished)
+        assert not paper.do(lambda: paper.records.page().jobs)
 
 
 @pytest.mark.parametrize(

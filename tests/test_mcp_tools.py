@@ -49,13 +49,13 @@ def test_a_job_file_is_read_and_arguments_are_laid_over_it(agent: Agent, paper: 
 
 
 def test_a_dry_run_says_what_would_happen_and_submits_nothing(agent: Agent, paper: Api) -> None:
-    before = paper.do(lambda: len(paper.records.unfinished()))
+    before = paper.do(lambda: len(paper.records.backlog))
     answer = agent.call("train_job", entrypoint="python train.py", name="dry", dry_run=True)
     assert answer.facts["outcome"] == "dry would start on here at once"
     assert answer.facts["packed"]["files"] >= 1
     assert answer.facts["python"].startswith("Python 3.")
     assert answer.facts["next"].startswith("nothing was submitted")
-    assert paper.do(lambda: len(paper.records.unfinished())) == before
+    assert paper.do(lambda: len(paper.records.backlog)) == before
 
 
 def test_the_same_request_id_is_the_same_job(agent: Agent) -> None:

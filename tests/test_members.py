@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from support.api import Api, serving
 from support.api_use import error
+from support.queues import decide
 
 from raylaunch.cluster_state import Drain, NodeView
 from raylaunch.config import ClusterFile, load_cluster_file
 from raylaunch.controller.drains import DrainBook
-from raylaunch.controller.queue import Admit, Ask, Room, Wait, plan_queue
+from raylaunch.controller.queue import Admit, Ask, Room, Wait
 from raylaunch.errors import ConflictError, NotFoundError, SpecError
 from raylaunch.members import plan_add, plan_remove
 from raylaunch.reasons import Reason
@@ -119,12 +120,12 @@ def room(name: str, *, gpus: float = 8, drained: str = "") -> Room:
 
 def test_a_drained_host_gets_no_job_and_another_does() -> None:
     rooms = [room("dgx-1", drained="is drained by anna"), room("dgx-2")]
-    assert plan_queue([Ask("a", "a", 0, {"GPU": 8.0})], rooms, []) == [Admit("a", "id-dgx-2", "dgx-2")]
+    assert decide([Ask("a", "a", 0, {"GPU": 8.0})], rooms, []) == [Admit("a", "id-dgx-2", "dgx-2")]
 
 
 def test_a_job_that_only_a_drained_host_could_run_waits_and_says_who_drains_it() -> None:
     rooms = [room("dgx-1", drained="is drained by anna until 2026-11-27 18:00 UTC"), room("dgx-2", gpus=4)]
-    (wait,) = plan_queue([Ask("a", "a", 0, {"GPU": 8.0})], rooms, [])
+    (wait,) = decide([Ask("a", "a", 0, {"GPU": 8.0})], rooms, [])
     assert wait == Wait(
         "a", Reason.WAITING_FOR_DRAIN, "could run, but dgx-1 is drained by anna until 2026-11-27 18:00 UTC"
     )
@@ -132,7 +133,7 @@ def test_a_job_that_only_a_drained_host_could_run_waits_and_says_who_drains_it()
 
 def test_a_job_that_waits_for_a_drained_host_holds_nothing_back_there_or_elsewhere() -> None:
     rooms = [room("dgx-1", drained="is drained by anna"), room("dgx-2", gpus=4)]
-    _, second = plan_queue([Ask("a", "a", 0, {"GPU": 8.0}), Ask("b", "b", 1, {"GPU": 4.0})], rooms, [])
+    _, second = decide([Ask("a", "a", 0, {"GPU": 8.0}), Ask("b", "b", 1, {"GPU": 4.0})], rooms, [])
     assert second == Admit("b", "id-dgx-2", "dgx-2")
 
 

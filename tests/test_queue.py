@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+from support.queues import decide
 
-from raylaunch.controller.queue import Admit, Ask, Holding, Room, Wait, free_in, needs, plan_queue, why_never
+from raylaunch.controller.backlog import Backlog
+from raylaunch.controller.queue import (
+    Admit,
+    Ask,
+    Holding,
+    Room,
+    Wait,
+    free_in,
+    most_groups,
+    needs,
+    plan_queue,
+    why_never,
+)
 from raylaunch.reasons import Reason
 from raylaunch.spec import JobSpec, Resources, Where
 
@@ -40,23 +53,23 @@ def used(of: Room, gpus: float) -> Room:
 
 
 def test_a_job_that_fits_starts_at_once() -> None:
-    assert plan_queue([ask("a", gpus=8)], [room()], []) == [Admit("a", "id-dgx", "dgx")]
+    assert decide([ask("a", gpus=8)], [room()], []) == [Admit("a", "id-dgx", "dgx")]
 
 
 def test_the_older_job_goes_first() -> None:
-    first, second = plan_queue([ask("young", gpus=8, since=2), ask("old", gpus=8, since=1)], [room()], [])
+    first, second = decide([ask("young", gpus=8, since=2), ask("old", gpus=8, since=1)], [room()], [])
     assert first == Admit("old", "id-dgx", "dgx")
     assert isinstance(second, Wait)
 
 
 def test_a_higher_priority_goes_before_age() -> None:
-    first, _ = plan_queue([ask("old", gpus=8, since=1), ask("urgent", gpus=8, since=2, priority=5)], [room()], [])
+    first, _ = decide([ask("old", gpus=8, since=1), ask("urgent", gpus=8, since=2, priority=5)], [room()], [])
     assert first.job == "urgent"
 
 
 def test_why_not_yours_is_arithmetic() -> None:
     busy = used(room(), 7)
-    (wait,) = plan_queue([ask("a", gpus=4)], [busy], [holding("x", 5)])
+    (wait,) = decide([ask("a", gpus=4)], [busy], [holding("x", 5)])
     assert wait == Wait(
         "a",
         Reason.WAITING_FOR_GPUS,
@@ -65,7 +78,7 @@ def test_why_not_yours_is_arithmetic() -> None:
 
 
 def test_gpus_that_processes_outside_raylaunch_use_are_not_given_away() -> None:
-    (wait,) = plan_queue([ask("a", gpus=8)], [room(outside=1)], [])
+    (wait,) = decide([ask("a", gpus=8)], [room(outside=1)], [])
     assert wait == Wait(
         "a",
         Reason.GPU_BUSY_OUTSIDE,
@@ -75,7 +88,7 @@ def test_gpus_that_processes_outside_raylaunch_use_are_not_given_away() -> None:
 
 def test_a_small_job_does_not_starve_a_large_one() -> None:
     asks = [ask("large", gpus=8, since=1), ask("small", gpus=1, since=2)]
-    large, small = plan_queue(asks, [used(room(), 4)], [holding("x", 4)])
+    large, small = decide(asks, [used(room(), 4)], [holding("x", 4)])
     assert isinstance(large, Wait)
     assert small == Wait(
         "small",
@@ -86,17 +99,17 @@ def test_a_small_job_does_not_starve_a_large_one() -> None:
 
 def test_a_job_that_takes_nothing_of_what_the_first_waits_for_goes_on() -> None:
     asks = [ask("large", gpus=8, since=1), ask("cpu", cpus=2, since=2)]
-    _, cpu = plan_queue(asks, [used(room(), 4)], [holding("x", 4)])
+    _, cpu = decide(asks, [used(room(), 4)], [holding("x", 4)])
     assert cpu == Admit("cpu", "id-dgx", "dgx")
 
 
 def test_a_job_without_gpus_goes_where_no_gpus_are() -> None:
-    decisions = plan_queue([ask("cpu", cpus=1)], [room(), room("plain", gpus=0)], [])
+    decisions = decide([ask("cpu", cpus=1)], [room(), room("plain", gpus=0)], [])
     assert decisions == [Admit("cpu", "id-plain", "plain")]
 
 
 def test_two_jobs_do_not_get_the_same_gpus_in_one_plan() -> None:
-    decisions = plan_queue([ask("a", gpus=5), ask("b", gpus=5)], [room()], [])
+    decisions = decide([ask("a", gpus=5), ask("b", gpus=5)], [room()], [])
     assert [type(decision) for decision in decisions] == [Admit, Wait]
 
 
@@ -116,12 +129,12 @@ def test_a_resource_that_no_node_has_is_said() -> None:
 
 def test_a_host_that_does_not_exist_is_said() -> None:
     said = why_never(ask("a", hosts=("spark",)), [room()])
-    assert said == "dgx: is not one of the hosts asked for (spark)"
+    assert said == "dgx: is not one of the requested hosts (spark)"
 
 
 def test_a_gpu_type_is_matched_by_a_part_of_its_name() -> None:
     rooms = [room("old", gpu_type="NVIDIA A100"), room("new", gpu_type="NVIDIA H100 80GB")]
-    assert plan_queue([ask("a", gpus=1, gpu_type="h100")], rooms, []) == [Admit("a", "id-new", "new")]
+    assert decide([ask("a", gpus=1, gpu_type="h100")], rooms, []) == [Admit("a", "id-new", "new")]
 
 
 def test_a_job_with_gpus_holds_no_cpu_unless_it_asks_for_some() -> None:
@@ -137,9 +150,69 @@ def test_no_plan_ever_gives_more_than_there_is(wanted: list[tuple[int, int, int]
     holdings = [holding(f"h{index}", gpus) for index, gpus in enumerate(held) if sum(held) <= 8]
     dgx = used(room(cpus=6), sum(one.amounts["GPU"] for one in holdings))
     asks = [ask(f"j{index}", gpus=g, cpus=c, since=index, priority=p) for index, (g, c, p) in enumerate(wanted)]
-    decisions = plan_queue(asks, [dgx], holdings)
+    decisions = decide(asks, [dgx], holdings)
     admitted = {decision.job for decision in decisions if isinstance(decision, Admit)}
     given_gpus = sum(one.needs.get("GPU", 0) for one in asks if one.job in admitted)
     assert len(decisions) == len(asks)
     assert given_gpus + sum(one.amounts["GPU"] for one in holdings) <= 8
     assert sum(one.needs.get("CPU", 0) for one in asks if one.job in admitted) <= 6
+
+
+# -- long queues -----------------------------------------------------------------------------------------------------
+
+
+def test_jobs_that_ask_for_the_same_wait_for_the_same_and_only_the_first_of_them_is_planned() -> None:
+    waiting = [ask(f"j{index:05}", gpus=8, since=index) for index in range(1000)]
+    plan = plan_queue(waiting, [used(room(), 8)], [holding("x", 8)], groups=1)
+    assert len(plan.blocks) == 1
+    assert len({id(plan.block(one)) for one in waiting}) == 1
+
+
+def test_behind_a_group_that_waits_the_next_of_another_group_starts() -> None:
+    waiting = [ask("l1", gpus=8, since=1), ask("c1", cpus=1, since=2), ask("l2", gpus=8, since=3), ask("c2", cpus=1)]
+    first, _, third, _ = decide(waiting, [used(room(), 8)], [holding("x", 8)])
+    assert (first.job, third.job) == ("c2", "c1")
+    assert isinstance(first, Admit)
+    assert isinstance(third, Admit)
+
+
+def test_what_many_different_jobs_wait_for_takes_no_more_than_so_many_looks() -> None:
+    waiting = [Ask(f"j{index:05}", "j", index, {"CPU": 100.0 + index}) for index in range(most_groups(1) + 5)]
+    decisions = decide(waiting, [room()], [])
+    reasons = [decision.reason for decision in decisions if isinstance(decision, Wait)]
+    assert reasons.count(Reason.WAITING_FOR_TURN) == 5
+    assert len(reasons) == len(waiting)
+
+
+def test_a_job_that_came_after_the_plan_has_no_decision_yet() -> None:
+    plan = plan_queue([ask("a", gpus=9)], [room()], [], groups=1)
+    assert plan.block(ask("b", gpus=1)) is None
+
+
+def test_a_requested_host_that_is_down_is_named_and_not_the_others() -> None:
+    asked = ask("a", gpus=1, hosts=("gpu-2",))
+    plan = plan_queue([asked], [room()], [], groups=1, down={"gpu-2": 46.0 * 60, "gpu-3": 0.0})
+    said = "gpu-2, the only requested host, has been down since 1970-01-01 00:46 UTC"
+    assert plan.of(asked) == Wait("a", Reason.WAITING_FOR_NODE, said)
+
+
+def test_a_requested_host_that_is_up_is_the_one_that_is_spoken_of() -> None:
+    said = why_never(ask("a", gpus=16, hosts=("dgx", "gpu-2")), [room()], {"gpu-2": 0.0})
+    assert said == "asks 16 GPUs on one node; the largest has 8 (dgx)"
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 1), st.booleans()), max_size=30))
+def test_the_backlog_holds_what_was_put_and_not_dropped_in_the_order_of_the_queue(
+    steps: list[tuple[int, int, bool]],
+) -> None:
+    backlog, left = Backlog(), dict[str, Ask]()
+    for index, (gpus, priority, drops) in enumerate(steps):
+        job = f"j{index // 2}"
+        left[job] = ask(job, gpus=gpus, since=index // 3, priority=priority)
+        backlog.put(left[job])
+        if drops:
+            backlog.drop(job)
+            del left[job]
+    ordered = sorted(left.values(), key=lambda one: one.order)
+    assert list(backlog) == ordered
+    assert (len(backlog), backlog.groups) == (len(ordered), len({one.group for one in ordered}))

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from support.store import end, kinds, opened, request, submit
 
+from raylaunch.controller.queue import Wait
 from raylaunch.controller.records import Records
 from raylaunch.controller.recovery import empty_trash
 from raylaunch.errors import ConflictError, NotFoundError, SpecError
@@ -267,22 +268,48 @@ def test_a_loss_that_is_not_a_number_survives(tmp_path: Path) -> None:
         assert metrics["best"] == math.inf
 
 
-def test_unfinished_jobs_come_oldest_first_without_ended_ones(tmp_path: Path) -> None:
+def test_a_subscriber_hears_of_each_write_about_its_job_and_of_no_other(records: Records) -> None:
+    ours, other = submit(records, "ours"), submit(records, "other")
+    with records.subscribe() as any_job, records.subscribe(ours.id) as one_job:
+        records.update(other.id, message="now")
+        assert (any_job.is_set(), one_job.is_set()) == (True, False)
+        records.update(ours.id, message="now")
+        assert one_job.is_set()
+
+
+def test_a_waiting_job_is_in_the_backlog_until_it_starts_or_ends(tmp_path: Path) -> None:
     with opened(tmp_path) as records:
         first, second, third = (submit(records, name) for name in ("a", "b", "c"))
-        end(records, second)
-        assert [job.id for job in records.unfinished()] == [first.id, third.id]
+        records.update(first.id, change=Change.ADMIT)
+        end(records, second, Change.END_STOPPED)
+        assert [ask.job for ask in records.backlog.first(9)] == [third.id]
+        assert [job.id for job in records.active()] == [first.id]
     with opened(tmp_path) as records:
-        assert [job.id for job in records.unfinished()] == [first.id, third.id]
+        assert [ask.job for ask in records.backlog.first(9)] == [third.id]
+        assert [job.id for job in records.active()] == [first.id]
 
 
-def test_whoever_listens_hears_of_each_write(records: Records) -> None:
-    heard: list[int] = []
-    records.listen(lambda: heard.append(records.cursor))
-    with records.subscribe() as changed:
-        submit(records)
-        assert changed.is_set()
-    assert heard == [1]
+def test_what_jobs_wait_for_is_told_in_one_go_each_with_an_event(tmp_path: Path) -> None:
+    with opened(tmp_path) as records:
+        jobs = [submit(records, name) for name in ("a", "b")]
+        before = records.cursor
+        records.tell_waits([Wait(job.id, Reason.WAITING_FOR_GPUS, f"{job.name} needs 2 GPUs") for job in jobs])
+        events = records.events(after=before).events
+        assert [(event.job, event.kind) for event in events] == [(job.id, "waiting") for job in jobs]
+        assert records.get(jobs[0].id).cursor == events[0].seq
+    with opened(tmp_path) as records:
+        assert records.healed == ()
+        assert records.get("b").reason is Reason.WAITING_FOR_GPUS
+        assert records.get("b").message == "b needs 2 GPUs"
+
+
+def test_a_change_of_light_fields_leaves_the_heavy_ones(records: Records) -> None:
+    job = submit(records)
+    records.update(job.id, log_tail=("the last line",))
+    updated = records.update(job.id, message="later")
+    assert updated.log_tail == ()
+    assert records.get(job.id).log_tail == ("the last line",)
+    assert records.light(job.id).message == "later"
 
 
 # -- foreign jobs ----------------------------------------------------------------------------------------------------
@@ -297,7 +324,8 @@ def test_a_foreign_job_is_listed_and_tells_only_new_states(records: Records) -> 
     records.put_foreign(view.model_copy(update={"state": JobState.SUCCEEDED}))
     assert [(job.id, job.foreign) for job in records.page().jobs] == [("raysubmit_1", True)]
     assert [event.state for event in records.events(after=0).events] == [JobState.RUNNING, JobState.SUCCEEDED]
-    assert records.unfinished() == []
+    assert not records.active()
+    assert not len(records.backlog)
 
 
 def test_a_foreign_job_is_removed_without_touching_a_folder(records: Records) -> None:

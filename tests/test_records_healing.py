@@ -63,7 +63,7 @@ def test_a_damaged_database_is_kept_aside_and_rebuilt_from_the_journals(tmp_path
         assert records.get(waiting.id) == waiting
         assert records.get(ended.id) == ended
         assert records.events(after=0) == events
-        assert [job.id for job in records.unfinished()] == [waiting.id]
+        assert [ask.job for ask in records.backlog] == [waiting.id]
         assert submit(records).cursor == events.cursor + 1
     with opened(tmp_path) as records:
         assert records.healed == ()
@@ -89,7 +89,7 @@ def test_a_journal_that_is_ahead_of_the_database_is_applied(tmp_path: Path) -> N
         assert records.healed == (f"Brought up to date from the journals: 1 job ({job.id}).",)
         assert records.get(job.id) == ended
         assert kinds(records) == ["submitted", "ended"]
-        assert records.unfinished() == []
+        assert not records.active()
 
 
 def test_a_submission_of_which_only_half_a_line_reached_the_disk_is_no_job(tmp_path: Path) -> None:

@@ -35,7 +35,15 @@ async def _job(ref: str, request: Request, services: Has, caller: Who) -> JobRec
     return record
 
 
+async def _light_job(ref: str, request: Request, services: Has, caller: Who) -> JobRecord:
+    record = services.records.light(services.records.find(ref, owner=caller.person))
+    request.state.about = record.id
+    return record
+
+
 Job = Annotated[JobRecord, Depends(_job)]
+LightJob = Annotated[JobRecord, Depends(_light_job)]
+"""Without its heavy fields: for what is asked again and again."""
 WaitS = Annotated[float, Query(ge=0, le=WAIT_S, description="how long to wait for news, seconds")]
 
 

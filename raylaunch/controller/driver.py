@@ -24,7 +24,7 @@ class Driver:
     async def drive(self, job: str) -> None:
         """Drive the job's latest attempt until the job has ended or waits again."""
         refused = ""
-        if not self._records.get(job).submitted_to_ray:
+        if not self._records.light(job).submitted_to_ray:
             refused = await self._sender.send(job)
         if not refused:
             await self._follower.until_over(job)

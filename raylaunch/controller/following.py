@@ -30,11 +30,11 @@ class Follower:
         """Follow the attempt until it is over on its node, as far as can be seen."""
         follow = _Following()
         while True:
-            record = self._means.records.get(job)
-            attempt = latest(record)
-            seen = self._means.sight.attempts.get(attempt.id)
-            if seen is not None:
-                record = note(self._means, record, seen)
+            record = self._means.records.light(job)
+            seen = self._means.sight.attempts.get(latest(record).id)
+            if seen is not None and seen is not follow.noted:
+                record = note(self._means, self._means.records.get(job), seen)
+                follow.noted = seen
             if self._over(record, seen, follow):
                 return
             await self._pass_on_stop(record, follow)
@@ -112,6 +112,8 @@ def note(means: Means, record: JobRecord, seen: AttemptSeen) -> JobRecord:
 class _Following:
     """What one `_until_over` remembers between two looks."""
 
+    noted: AttemptSeen | None = None
+    """What the steward said last, once it is written down."""
     ray_ended_at: float | None = None
     gone_since: float | None = None
     stop_since: float | None = None

@@ -75,9 +75,8 @@ class HostVerbs:
         self._sight.quiet_until = time.time() + limit_s
         self._sight.quiet_why = f"{person} takes the cluster down or upgrades it"
         if stop:
-            for record in self._records.unfinished():
-                if record.state.active and not record.foreign:
-                    self._stop(record, self._sight.quiet_why)
+            for record in self._records.active():
+                self._stop(record, self._sight.quiet_why)
         self._sight.ring()
         return self.is_quiet()
 
@@ -90,8 +89,8 @@ class HostVerbs:
     def is_quiet(self) -> Quiet:
         """Say until when no attempt begins, and what still runs."""
         until = self._sight.quiet_until
-        active = [record for record in self._records.unfinished() if record.state.active and not record.foreign]
-        return Quiet(until=until if until > time.time() else None, jobs=tuple(one.light().view() for one in active))
+        jobs = tuple(record.view() for record in self._records.active())
+        return Quiet(until=until if until > time.time() else None, jobs=jobs)
 
     def _stop(self, record: JobRecord, why: str) -> None:
         """End the attempt, not the job: its state stays as it is until it is queued again."""
@@ -113,7 +112,7 @@ class HostVerbs:
             raise NotFoundError(msg, hint="see: raylaunch status")
 
     def _running(self, host: str) -> list[JobRecord]:
-        return [record for record in self._records.unfinished() if record.state.active and latest(record).node == host]
+        return [record for record in self._records.active() if latest(record).node == host]
 
     def _seen(self, host: str) -> HostJobs:
         running = self._running(host)
@@ -121,7 +120,7 @@ class HostVerbs:
         return HostJobs(
             host=host,
             drain=self._drains.now().get(host),
-            jobs=tuple(record.light().view() for record in running),
+            jobs=tuple(record.view() for record in running),
             others="" if running or node is None else in_use(node),
         )
 

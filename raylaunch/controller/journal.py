@@ -54,8 +54,8 @@ def write_problem(path: Path, error: OSError) -> StorageError:
     return StorageError(f"cannot write {path}: {error.strerror}", hint=hint)
 
 
-def append(path: Path, line: JournalLine) -> tuple[int, int]:
-    """Write `line` at the end of the journal and wait until the disk has it.
+def append(path: Path, line: JournalLine, *, durable: bool = True) -> tuple[int, int]:
+    """Write `line` at the end of the journal and, unless it need not be `durable`, wait until the disk has it.
 
     Returns:
         The journal's size in bytes before and after. A torn line that an earlier crash left is cut off first.
@@ -71,7 +71,8 @@ def append(path: Path, line: JournalLine) -> tuple[int, int]:
             before = _cut_torn_line(fd)
             try:
                 _write_all(fd, data, before)
-                os.fsync(fd)
+                if durable:
+                    os.fsync(fd)
             except OSError:
                 os.ftruncate(fd, before)
                 raise

@@ -25,10 +25,9 @@ from raylaunch.controller.link import (
     StoreProblem,
 )
 from raylaunch.controller.means import Means
-from raylaunch.controller.queue import GPUS, Admit, Wait, plan_queue
+from raylaunch.controller.queue import GPUS, Admit, Block, Plan, Wait, plan_queue
 from raylaunch.controller.ray_jobs import RayJob
-from raylaunch.controller.records import JobRecord
-from raylaunch.controller.rooms import ask_of, holdings_of, rooms_of, waiting, with_drains
+from raylaunch.controller.rooms import holdings_of, rooms_of, with_drains
 from raylaunch.errors import ClusterError, NotFoundError, RaylaunchError, StorageError
 from raylaunch.reasons import Reason
 from raylaunch.state import AttemptView, Change
@@ -42,6 +41,11 @@ remembers, and costs its dashboard half a millisecond a job."""
 _POLL_MOST_S = 5.0
 _FRESH_S = 5.0
 """How old what is seen of the nodes may be when jobs that want GPUs are placed."""
+TOLD_AHEAD = 50
+"""Each change of a reason is recorded for so many jobs at the head of the queue. Behind them a job's reason may change
+with each start and end ahead of it: it is recorded once, when the job begins to wait, and otherwise seen when read."""
+_TOLD_AT_ONCE = 16
+_STARTED_AT_ONCE = 8
 _REVIVE_AFTER_S = 4.0
 _REVIVE_EVERY_S = 20.0
 
@@ -110,13 +114,11 @@ class Lifecycle:
     def _step(self) -> None:
         if self._sight.look_again and self._sight.link_up:
             self._background("nodes", self._refresh_nodes())
-        unfinished = self._records.unfinished()
-        for record in unfinished:
-            if record.state.active:
-                self._background(record.id, self._drive(record.id))
+        for record in self._records.active():
+            self._background(record.id, self._drive(record.id))
         for job in self._foreign.stopping():
             self._background(f"stop {job}", self._foreign.end(job))
-        self._admit(unfinished)
+        self._admit()
 
     def _unless_unwritten(self, work: Callable[[], None]) -> None:
         """Do `work`; a store that cannot be written ends nothing: the same is tried a second later."""
@@ -126,39 +128,46 @@ class Lifecycle:
             self._sight.unwritten = error.message
             _log.warning("%s; it is tried again", error.message)
 
-    def _admit(self, unfinished: list[JobRecord]) -> None:
-        queued = waiting(unfinished)
-        if not queued:
+    def _admit(self) -> None:
+        backlog = self._records.backlog
+        if not backlog:
             return
-        if not self._sight.link_up:
-            why = f"waits for Ray: {self._sight.link_why or 'its link is starting'}"
-            for record in queued:
-                self._say(record, Wait(record.id, Reason.WAITING_FOR_RAY, why))
+        pause = self._pause()
+        if pause is not None:
+            self._sight.plan = Plan(rest=pause)
+            self._tell_waits(self._sight.plan)
             return
-        if time.time() < self._sight.quiet_until:
-            why = f"waits: {self._sight.quiet_why}, and no job begins until that is done"
-            for record in queued:
-                self._say(record, Wait(record.id, Reason.WAITING_FOR_DRAIN, why))
-            return
-        asks = [ask_of(record) for record in queued]
-        if self._sight.nodes_age > _FRESH_S and any(ask.needs.get(GPUS) for ask in asks):
+        if self._sight.nodes_age > _FRESH_S and backlog.wants(GPUS):
             self._background("nodes", self._refresh_nodes())  # whose are the GPUs now? Then comes the next step
             return
-        holdings = holdings_of(unfinished, released=self._sight.released, seen=self._sight.attempts)
+        holdings = holdings_of(self._records.active(), released=self._sight.released, seen=self._sight.attempts)
         rooms = rooms_of(with_drains(self._sight.nodes, self._drains.now()))
-        by_id = {record.id: record for record in queued}
-        for decision in plan_queue(asks, rooms, holdings):
-            record = by_id[decision.job]
-            if isinstance(decision, Admit):
-                self._start(record, decision)
-            else:
-                self._say(record, decision)
+        plan = plan_queue(backlog, rooms, holdings, groups=backlog.groups, down=self._sight.down)
+        self._sight.plan = plan
+        for admit in plan.admits[:_STARTED_AT_ONCE]:
+            self._start(admit)
+        if len(plan.admits) > _STARTED_AT_ONCE:
+            asyncio.get_running_loop().call_soon(self._sight.ring)  # the loop has a turn, and then the next start
+        self._tell_waits(plan)
 
-    def _start(self, record: JobRecord, admit: Admit) -> None:
+    def _pause(self) -> Block | None:
+        """Return why no job starts at all."""
+        sight = self._sight
+        if not sight.link_up:
+            why = f"waits for Ray: {sight.link_why or 'its link is starting'}"
+            return Block(Reason.WAITING_FOR_RAY, lambda: why)
+        if time.time() < sight.quiet_until:
+            quiet = f"waits: {sight.quiet_why}, and no job begins until that is done"
+            return Block(Reason.WAITING_FOR_DRAIN, lambda: quiet)
+        return None
+
+    def _start(self, admit: Admit) -> None:
+        record = self._records.light(admit.job)
         n = len(record.attempts) + 1
         attempt = AttemptView(
             id=f"{record.id}-{n}", n=n, node=admit.hostname, node_id=admit.node_id, admitted_at=time.time()
         )
+        earlier = {"environment": None} if record.attempts else {}  # of the attempt before
         self._records.update(
             record.id,
             kind="admitted",
@@ -168,15 +177,23 @@ class Lifecycle:
             attempts=(*record.attempts, attempt),
             epoch=random_secrets.token_hex(8),
             submitted_to_ray=False,
-            environment=None,
+            **earlier,
         )
         self._background(record.id, self._drive(record.id))
 
-    def _say(self, record: JobRecord, wait: Wait) -> None:
-        if (record.reason, record.message) == (wait.reason, wait.message):
-            return
-        kind = "waiting" if record.reason is not wait.reason else ""
-        self._records.update(record.id, kind=kind, message=wait.message, reason=wait.reason)
+    def _tell_waits(self, plan: Plan) -> None:
+        """Record what has become another reason, of a few jobs at once."""
+        backlog = self._records.backlog
+        fresh = [ask for ask in backlog.fresh(_TOLD_AT_ONCE) if plan.block(ask) is not None]
+        looked_at = {ask.job: plan.block(ask) for ask in (*fresh, *backlog.first(TOLD_AHEAD))}
+        changed = [
+            Wait(job, block.reason, block.message)
+            for job, block in looked_at.items()
+            if block is not None and block.reason is not self._records.light(job).reason
+        ][:_TOLD_AT_ONCE]
+        if changed:
+            self._records.tell_waits(changed)
+        backlog.settle(fresh)
 
     # -- tasks --------------------------------------------------------------------------------------------------------
 
@@ -210,8 +227,7 @@ class Lifecycle:
     async def _refresh_nodes(self) -> None:
         self._sight.look_again = False  # what changes while they are asked for is asked for again
         try:
-            self._sight.nodes = _current(await self._link.nodes())
-            self._sight.nodes_at = time.monotonic()
+            self._sight.saw(_current(await self._link.nodes()))
         except ClusterError as error:
             self._sight.look_again = True
             self._sight.nodes_at = time.monotonic()  # nothing newer can be had, and no job waits for it
@@ -222,7 +238,7 @@ class Lifecycle:
         """See to an attempt that no job of ours waits for: an older one, or one whose job has ended or is gone."""
         job, _, n = seen.attempt.rpartition("-")
         try:
-            record = self._records.get(job)
+            record = self._records.light(job)
         except NotFoundError:
             record = None
         latest = record.attempts[-1].id if record is not None and record.attempts else ""

@@ -45,7 +45,7 @@ class Means:
 
     def say(self, record: JobRecord, reason: Reason | None, message: str) -> None:
         """Set the sentence beside the state, once for each new sentence."""
-        now = self.records.get(record.id)
+        now = self.records.light(record.id)
         if now.message != message or now.reason != reason:
             self.records.update(record.id, kind="", message=message, reason=reason)
 

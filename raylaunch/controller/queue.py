@@ -2,11 +2,18 @@
 
 The order is priority, then age. A job that does not fit holds back what it lacks on the node where it lacks least, so
 that smaller jobs behind it cannot starve it; what it does not need goes on.
+
+Jobs that ask for the same on the same nodes are one group. Within one plan what is free only shrinks and what is held
+back only grows, so once a job of a group waits, all behind it in the group wait for the same: a plan costs as much as
+there are groups, however many jobs wait in them. Sentences are made when somebody reads them.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from raylaunch.reasons import Reason
 from raylaunch.spec import JobSpec, Where
@@ -40,6 +47,16 @@ class Ask:
     needs: Amounts
     where: Where = field(default_factory=Where)
     priority: int = 0
+
+    @property
+    def order(self) -> tuple[int, float, str]:
+        """Its place in the queue: what is smaller goes first."""
+        return (-self.priority, self.since, self.job)
+
+    @cached_property
+    def group(self) -> str:
+        """The same for all jobs that ask for the same on the same nodes."""
+        return f"{self.needs} {self.where.model_dump_json(exclude_defaults=True)}"
 
 
 @dataclass(frozen=True)
@@ -92,63 +109,205 @@ class Wait:
     message: str
 
 
-def plan_queue(asks: list[Ask], rooms: list[Room], holdings: list[Holding]) -> list[Admit | Wait]:
-    """Decide for every waiting job whether it starts now and where, or what it waits for; in the queue's order."""
-    free = {room.node_id: free_in(room, holdings) for room in rooms}
-    held = list(holdings)
-    blocked: list[tuple[Ask, Room]] = []
-    decisions: list[Admit | Wait] = []
-    for ask in sorted(asks, key=lambda ask: (-ask.priority, ask.since, ask.job)):
-        able = [room for room in rooms if _why_never(ask, room) is None]
-        taking = [room for room in able if not room.drained]
-        fitting = [room for room in taking if _fits(ask.needs, free[room.node_id])]
-        allowed = [room for room in fitting if not _hurts(ask, room, free[room.node_id], blocked)]
-        if allowed:
-            room = min(allowed, key=lambda room: _leftover(ask, free[room.node_id]))
-            free[room.node_id] = _minus(free[room.node_id], ask.needs)
-            held.append(Holding(ask.job, ask.name, room.node_id, ask.needs, placed=False))
-            decisions.append(Admit(ask.job, room.node_id, room.hostname))
-        elif fitting:
-            decisions.append(_wait_for_turn(ask, fitting[0], blocked))
-        elif not able:
-            decisions.append(Wait(ask.job, Reason.WAITING_FOR_NODE, why_never(ask, rooms)))
-        elif not taking:
-            decisions.append(_wait_for_drain(ask, able))
+@dataclass(frozen=True)
+class Block:
+    """Why all jobs of a group wait: the reason, and the sentence once somebody wants to read it."""
+
+    reason: Reason
+    sentence: Callable[[], str]
+
+    @cached_property
+    def message(self) -> str:
+        """The sentence."""
+        return self.sentence()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the queue decided for every waiting job."""
+
+    admits: tuple[Admit, ...] = ()
+    """In the queue's order."""
+    blocks: Mapping[str, Block] = field(default_factory=dict)
+    """By group, for those of which a job waits."""
+    rest: Block | None = None
+    """For all other groups: why they were not looked at. None when all were."""
+
+    def block(self, ask: Ask) -> Block | None:
+        """Return why a job waits that is not among `admits`; None when it came after the plan was made."""
+        return self.blocks.get(ask.group, self.rest)
+
+    def of(self, ask: Ask) -> Admit | Wait:
+        """Return what was decided for a job that the plan was made for."""
+        for admit in self.admits:
+            if admit.job == ask.job:
+                return admit
+        block = self.block(ask)
+        if block is None:
+            raise KeyError(ask.job)
+        return Wait(ask.job, block.reason, block.message)
+
+
+_LOOKS = 1000
+_GROUPS_AT_LEAST = 50
+
+
+def most_groups(rooms: int) -> int:
+    """Return how many groups one plan takes into account; the jobs of those behind them wait for their turn.
+
+    It bounds what a plan costs where each of ten thousand jobs asks for something else, as Slurm's
+    ``bf_max_job_test`` does.
+    """
+    return max(_GROUPS_AT_LEAST, _LOOKS // max(1, rooms))
+
+
+def plan_queue(
+    asks: Iterable[Ask],
+    rooms: list[Room],
+    holdings: list[Holding],
+    *,
+    groups: int,
+    down: Mapping[str, float] | None = None,
+) -> Plan:
+    """Decide for every waiting job whether it starts now and where, or what it waits for.
+
+    Args:
+        asks: the waiting jobs, in the queue's order.
+        rooms: the nodes on which an attempt can start.
+        holdings: what attempts hold.
+        groups: how many groups there are among `asks`.
+        down: hosts on which none can start now, and since when (seconds since the epoch).
+    """
+    planning = _Planning(rooms, holdings, down or {})
+    most = most_groups(len(rooms))
+    admits: list[Admit] = []
+    blocks: dict[str, Block] = {}
+    for ask in asks:
+        if len(blocks) == groups:
+            break
+        if ask.group in blocks:
+            continue
+        if len(blocks) == most:
+            late = Block(Reason.WAITING_FOR_TURN, lambda: f"waits behind jobs that ask for {most} other things")
+            return Plan(tuple(admits), blocks, late)
+        decision = planning.decide(ask)
+        if isinstance(decision, Admit):
+            admits.append(decision)
         else:
-            nearest = min(taking, key=lambda room: (_deficit(ask.needs, free[room.node_id]), room.hostname))
-            blocked.append((ask, nearest))
-            decisions.append(_explain(ask, nearest, free[nearest.node_id], held))
-    return decisions
+            blocks[ask.group] = decision
+    return Plan(tuple(admits), blocks)
 
 
-def free_in(room: Room, holdings: list[Holding]) -> Amounts:
+class _Planning:
+    """One plan while it is made: what is free, and what the jobs so far hold back."""
+
+    def __init__(self, rooms: list[Room], holdings: list[Holding], down: Mapping[str, float]) -> None:
+        here: dict[str, list[Holding]] = {room.node_id: [] for room in rooms}
+        for holding in holdings:
+            here.setdefault(holding.node_id, []).append(holding)
+        self._rooms = rooms
+        self._down = down
+        self._here = here
+        self._free = {room.node_id: free_in(room, here[room.node_id]) for room in rooms}
+        self._kept: dict[str, dict[str, Ask]] = {room.node_id: {} for room in rooms}
+        """For each node and resource: of the jobs that wait for it there, the one that needs most."""
+        self._first: dict[str, Ask] = {}
+        """For each node: the first job that waits for it."""
+
+    def decide(self, ask: Ask) -> Admit | Block:
+        """Decide for the next job of the queue."""
+        able = [room for room in self._rooms if _able(ask, room)]
+        taking = [room for room in able if not room.drained]
+        fitting = [room for room in taking if _fits(ask.needs, self._free[room.node_id])]
+        allowed = [room for room in fitting if not self._hurts(ask, room)]
+        if allowed:
+            room = min(allowed, key=lambda room: _leftover(ask, self._free[room.node_id]))
+            self._free[room.node_id] = _minus(self._free[room.node_id], ask.needs)
+            held = Holding(ask.job, ask.name, room.node_id, ask.needs, placed=False)
+            self._here[room.node_id] = [*self._here[room.node_id], held]
+            return Admit(ask.job, room.node_id, room.hostname)
+        if fitting:
+            return _wait_for_turn(fitting[0], self._first[fitting[0].node_id])
+        if not able:
+            return Block(Reason.WAITING_FOR_NODE, lambda: why_never(ask, self._rooms, self._down))
+        if not taking:
+            return _wait_for_drain(able)
+        nearest = min(taking, key=lambda room: (_deficit(ask.needs, self._free[room.node_id]), room.hostname))
+        self._hold_back(ask, nearest.node_id)
+        return _explain(ask, nearest, self._free[nearest.node_id], self._here[nearest.node_id])
+
+    def _hurts(self, ask: Ask, room: Room) -> bool:
+        """Whether starting `ask` in `room` takes what a job ahead of it waits for there."""
+        kept = self._kept[room.node_id]
+        free = self._free[room.node_id]
+        return any(
+            name in kept and kept[name].needs[name] > free.get(name, 0) - amount + _EPSILON
+            for name, amount in ask.needs.items()
+            if amount > 0
+        )
+
+    def _hold_back(self, ask: Ask, node_id: str) -> None:
+        self._first.setdefault(node_id, ask)
+        kept = self._kept[node_id]
+        for name, amount in ask.needs.items():
+            if name not in kept or kept[name].needs[name] < amount:
+                kept[name] = ask
+
+
+def free_in(room: Room, here: Iterable[Holding]) -> Amounts:
     """Return what is free in `room` for us.
 
-    That is its total, less what our attempts hold, what others hold in Ray, and what processes outside Ray use. While
-    Ray still counts an attempt that is gone, this errs on the careful side.
+    That is its total, less what our attempts hold there (`here`), what others hold in Ray, and what processes outside
+    Ray use. While Ray still counts an attempt that is gone, this errs on the careful side.
     """
-    here = [holding for holding in holdings if holding.node_id == room.node_id]
+    ours: Amounts = {}
+    counted: Amounts = {}
+    for holding in here:
+        for name, amount in holding.amounts.items():
+            ours[name] = ours.get(name, 0) + amount
+            if holding.placed:
+                counted[name] = counted.get(name, 0) + amount
     free: Amounts = {}
     for name, total in room.total.items():
-        ours = sum(holding.amounts.get(name, 0) for holding in here)
-        counted = sum(holding.amounts.get(name, 0) for holding in here if holding.placed)
-        foreign = max(0.0, total - room.ray_free.get(name, total) - counted)
+        foreign = max(0.0, total - room.ray_free.get(name, total) - counted.get(name, 0))
         outside = room.outside if name == GPUS else 0
-        free[name] = max(0.0, total - ours - foreign - outside)
+        free[name] = max(0.0, total - ours.get(name, 0) - foreign - outside)
     return free
 
 
-def why_never(ask: Ask, rooms: list[Room]) -> str:
-    """Say why no node could ever run this job, however long it waits; empty when one could."""
+def why_never(ask: Ask, rooms: list[Room], down: Mapping[str, float] | None = None) -> str:
+    """Say why no node could run this job as the cluster is, however long it waits; empty when one could.
+
+    Args:
+        ask: the job.
+        rooms: the nodes on which an attempt can start.
+        down: hosts on which none can start now, and since when (seconds since the epoch).
+    """
+    if any(_able(ask, room) for room in rooms):
+        return ""
+    if requested := _requested_but_down(ask.where.hosts, rooms, down or {}):
+        return requested
     if not rooms:
         return "no node of the cluster is up"
-    reasons = [(room, _why_never(ask, room)) for room in rooms]
-    if any(reason is None for _, reason in reasons):
-        return ""
     lacking = _largest_lack(ask, [room for room in rooms if not _excluded(ask.where, room)])
     if lacking:
         return lacking
-    return "; ".join(f"{room.hostname}: {reason}" for room, reason in reasons)
+    return "; ".join(f"{room.hostname}: {_why_never(ask, room)}" for room in rooms)
+
+
+def _requested_but_down(hosts: Sequence[str], rooms: list[Room], down: Mapping[str, float]) -> str:
+    """The sentence about requested hosts none of which is up; empty when one is, or none is known."""
+    up = {room.hostname for room in rooms}
+    away = [host for host in hosts if host in down]
+    if not away or any(host in up for host in hosts):
+        return ""
+    whole = "the only requested host" if len(hosts) == 1 else "one of the requested hosts"
+    return "; ".join(f"{host}, {whole}, has been down since {_clock(down[host])}" for host in away)
+
+
+def _clock(at: float) -> str:
+    today = time.strftime("%Y-%m-%d", time.gmtime()) == time.strftime("%Y-%m-%d", time.gmtime(at))
+    return time.strftime("%H:%M UTC" if today else "%Y-%m-%d %H:%M UTC", time.gmtime(at))
 
 
 def _largest_lack(ask: Ask, rooms: list[Room]) -> str:
@@ -164,19 +323,21 @@ def _largest_lack(ask: Ask, rooms: list[Room]) -> str:
     return ""
 
 
-def _why_never(ask: Ask, room: Room) -> str | None:
+def _able(ask: Ask, room: Room) -> bool:
+    return not _excluded(ask.where, room) and _fits(ask.needs, room.total)
+
+
+def _why_never(ask: Ask, room: Room) -> str:
     excluded = _excluded(ask.where, room)
     if excluded:
         return excluded
-    for name, amount in ask.needs.items():
-        if room.total.get(name, 0) + _EPSILON < amount:
-            return f"has {amount_text(name, room.total.get(name, 0))} of {_plain(name, amount)}"
-    return None
+    name, amount = next((name, need) for name, need in ask.needs.items() if room.total.get(name, 0) + _EPSILON < need)
+    return f"has {amount_text(name, room.total.get(name, 0))} of {_plain(name, amount)}"
 
 
 def _excluded(where: Where, room: Room) -> str:
     if where.hosts and room.hostname not in where.hosts:
-        return f"is not one of the hosts asked for ({', '.join(where.hosts)})"
+        return f"is not one of the requested hosts ({', '.join(where.hosts)})"
     if where.arch and room.arch != where.arch:
         return f"is {room.arch or 'of unknown architecture'}, not {where.arch}"
     if where.gpu_type and where.gpu_type.lower() not in room.gpu_type.lower():
@@ -188,62 +349,69 @@ def _excluded(where: Where, room: Room) -> str:
 
 
 def _fits(amounts: Amounts, free: Amounts) -> bool:
-    return all(free.get(name, 0) + _EPSILON >= amount for name, amount in amounts.items())
+    for name, amount in amounts.items():  # noqa: SIM110 -- all() takes twice as long, and a plan asks this often
+        if free.get(name, 0) + _EPSILON < amount:
+            return False
+    return True
 
 
-def _hurts(ask: Ask, room: Room, free: Amounts, blocked: list[tuple[Ask, Room]]) -> bool:
-    """Whether starting `ask` in `room` takes what a job ahead of it waits for there."""
-    after = _minus(free, ask.needs)
-    return any(
-        where.node_id == room.node_id and amount > after.get(name, 0) + _EPSILON and ask.needs.get(name, 0) > 0
-        for first, where in blocked
-        for name, amount in first.needs.items()
-    )
+def _wait_for_turn(room: Room, ahead: Ask) -> Block:
+    def sentence() -> str:
+        return (
+            f"would fit on {room.hostname}, but {ahead.name} ({ahead.job}) is ahead of it and waits for "
+            f"{_list_amounts(ahead.needs)} there"
+        )
+
+    return Block(Reason.WAITING_FOR_TURN, sentence)
 
 
-def _wait_for_turn(ask: Ask, room: Room, blocked: list[tuple[Ask, Room]]) -> Wait:
-    ahead = next(first for first, where in blocked if where.node_id == room.node_id)
-    message = (
-        f"would fit on {room.hostname}, but {ahead.name} ({ahead.job}) is ahead of it and waits for "
-        f"{_list_amounts(ahead.needs)} there"
-    )
-    return Wait(ask.job, Reason.WAITING_FOR_TURN, message)
+def _wait_for_drain(able: list[Room]) -> Block:
+    def sentence() -> str:
+        return f"could run, but {'; '.join(f'{room.hostname} {room.drained}' for room in able)}"
+
+    return Block(Reason.WAITING_FOR_DRAIN, sentence)
 
 
-def _wait_for_drain(ask: Ask, able: list[Room]) -> Wait:
-    drained = "; ".join(f"{room.hostname} {room.drained}" for room in able)
-    return Wait(ask.job, Reason.WAITING_FOR_DRAIN, f"could run, but {drained}")
-
-
-def _explain(ask: Ask, room: Room, free: Amounts, held: list[Holding]) -> Wait:
+def _explain(ask: Ask, room: Room, free: Amounts, here: Sequence[Holding]) -> Block:
     """The arithmetic of the node that is nearest to fitting."""
     lacking = next(name for name, amount in ask.needs.items() if free.get(name, 0) + _EPSILON < amount)
-    holders = [
-        f"{_plain(lacking, holding.amounts[lacking])} held by {holding.name} ({holding.job})"
-        for holding in held
-        if holding.node_id == room.node_id and holding.amounts.get(lacking, 0) > 0
-    ]
-    ours = sum(holding.amounts.get(lacking, 0) for holding in held if holding.node_id == room.node_id)
     outside = room.outside if lacking == GPUS else 0
-    foreign = room.total.get(lacking, 0) - free.get(lacking, 0) - ours - outside
-    if foreign > _EPSILON:
-        holders.append(f"{_plain(lacking, foreign)} held in Ray by others")
-    if outside:
-        users = f" ({', '.join(room.outside_users)})" if room.outside_users else ""
-        holders.append(f"{outside} used by processes outside raylaunch{users}")
-    message = (
-        f"needs {amount_text(lacking, ask.needs[lacking])} on one node; {room.hostname} has "
-        f"{_plain(lacking, free.get(lacking, 0))} free of {_plain(lacking, room.total.get(lacking, 0))}"
-    )
-    if holders:
-        message += ": " + ", ".join(holders)
-    only_outside = bool(outside) and outside >= ask.needs[lacking] - free.get(lacking, 0) and not ours
-    reason = Reason.GPU_BUSY_OUTSIDE if only_outside else _WAITING.get(lacking, Reason.WAITING_FOR_RESOURCE)
-    return Wait(ask.job, reason, message)
+    reason = _WAITING.get(lacking, Reason.WAITING_FOR_RESOURCE)
+    if outside and outside >= ask.needs[lacking] - free.get(lacking, 0) and not _held(here, lacking):
+        reason = Reason.GPU_BUSY_OUTSIDE
+
+    def sentence() -> str:
+        holders = [
+            f"{_plain(lacking, holding.amounts[lacking])} held by {holding.name} ({holding.job})"
+            for holding in here
+            if holding.amounts.get(lacking, 0) > 0
+        ]
+        foreign = room.total.get(lacking, 0) - free.get(lacking, 0) - _held(here, lacking) - outside
+        if foreign > _EPSILON:
+            holders.append(f"{_plain(lacking, foreign)} held in Ray by others")
+        if outside:
+            users = f" ({', '.join(room.outside_users)})" if room.outside_users else ""
+            holders.append(f"{outside} used by processes outside raylaunch{users}")
+        message = (
+            f"needs {amount_text(lacking, ask.needs[lacking])} on one node; {room.hostname} has "
+            f"{_plain(lacking, free.get(lacking, 0))} free of {_plain(lacking, room.total.get(lacking, 0))}"
+        )
+        return message + (": " + ", ".join(holders) if holders else "")
+
+    return Block(reason, sentence)
+
+
+def _held(here: Iterable[Holding], name: str) -> float:
+    return sum(holding.amounts.get(name, 0) for holding in here)
 
 
 def _deficit(amounts: Amounts, free: Amounts) -> float:
-    return sum(max(0.0, amount - free.get(name, 0)) / amount for name, amount in amounts.items())
+    deficit = 0.0
+    for name, amount in amounts.items():
+        lack = amount - free.get(name, 0)
+        if lack > 0:
+            deficit += lack / amount
+    return deficit
 
 
 def _leftover(ask: Ask, free: Amounts) -> tuple[float, float]:

@@ -10,15 +10,18 @@ import asyncio
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from raylaunch.controller import job_folder, journal, schema
+from raylaunch.controller.backlog import Backlog
 from raylaunch.controller.journal import JOURNAL, JournalLine
 from raylaunch.controller.lock import take_lock
+from raylaunch.controller.queue import Wait
 from raylaunch.controller.record import HEAVY, JobRecord, StopWish, heavy_json, light_json, record_from
 from raylaunch.controller.recovery import move_to_trash, reconcile
+from raylaunch.controller.rooms import ask_of
 from raylaunch.controller.search import Filters, Kept, kept, nearest_refs, page_of
 from raylaunch.errors import ConflictError, NotFoundError
 from raylaunch.state import Change, Event, EventPage, JobPage, JobState, JobView, SubmitRequest, WandbLink
@@ -33,6 +36,8 @@ class Records:
 
     healed: tuple[str, ...]
     """Sentences about what opening the store repaired."""
+    backlog: Backlog
+    """The jobs that wait for their turn."""
 
     def __init__(self, store: Path) -> None:
         """Lock and open the store, making it when it is not there.
@@ -43,8 +48,7 @@ class Records:
             StorageError: it cannot be opened.
         """
         self.store = store
-        self._changed: set[asyncio.Event] = set()
-        self._listeners: list[Callable[[], None]] = []
+        self._changed: dict[str, set[asyncio.Event]] = {}
         try:
             (store / "jobs").mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = take_lock(store)
@@ -54,7 +58,10 @@ class Records:
             self._db, damage = schema.open_database(store / _DB)
             self.healed = reconcile(self._db, store, damage=damage)
             self._seq = int(self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
-            self._live = {record.id: record for record in self._load_unfinished()}
+            self._live = {record.id: record for record in self._load_unfinished(foreign=False)}
+            self._foreign = {record.id: record for record in self._load_unfinished(foreign=True)}
+            self._active = {job: record for job, record in self._live.items() if record.state.active}
+            self.backlog = Backlog(ask_of(one) for one in self._live.values() if one.state is JobState.QUEUED)
         except BaseException:
             os.close(self._lock)
             raise
@@ -128,7 +135,15 @@ class Records:
             raise
 
     def get(self, ref: str, *, owner: str = "") -> JobRecord:
-        """Return a job with all its fields.
+        """Return a job with all its fields; `ref` and `owner` as in `find`.
+
+        Raises:
+            NotFoundError: there is none; the hint names the nearest.
+        """
+        return self._by_id(self.find(ref, owner=owner))
+
+    def find(self, ref: str, *, owner: str = "") -> str:
+        """Return the id of the job that a person means.
 
         Args:
             ref: an id; or a name, for the latest job of that name, ours before others'; or ``last``, for our latest.
@@ -137,7 +152,7 @@ class Records:
         Raises:
             NotFoundError: there is none; the hint names the nearest.
         """
-        columns = "SELECT light, heavy FROM jobs WHERE"
+        columns = "SELECT id FROM jobs WHERE"
         latest = "ORDER BY created_at DESC, id DESC LIMIT 1"
         row = self._db.execute(f"{columns} id = ?", (ref,)).fetchone()
         if row is None and ref == "last":
@@ -154,6 +169,20 @@ class Records:
             hint = f"did you mean {' or '.join(near)}?" if near else "see what there is: raylaunch list"
             msg = f"there is no job {ref!r}"
             raise NotFoundError(msg, hint=hint)
+        return str(row[0])
+
+    def light(self, job_id: str) -> JobRecord:
+        """Return a job without its heavy fields; of one that has not ended, without reading anything.
+
+        Raises:
+            NotFoundError: there is no job of this id.
+        """
+        known = self._live.get(job_id) or self._foreign.get(job_id)
+        if known is not None:
+            return known
+        row = self._db.execute("SELECT light FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        if row is None:
+            raise _no_job(job_id)
         return record_from(*row)
 
     def page(  # noqa: PLR0913 -- each is one filter, and all are named
@@ -194,8 +223,12 @@ class Records:
         return kept(self._db)
 
     def unfinished(self) -> list[JobRecord]:
-        """Return the jobs that have not ended, oldest first, without foreign ones and without heavy fields."""
-        return sorted(self._live.values(), key=lambda record: (record.created_at, record.id))
+        """Return the jobs of ours that have not ended, without their heavy fields: all, so for rare questions."""
+        return list(self._live.values())
+
+    def active(self) -> Collection[JobRecord]:
+        """Return the jobs of which an attempt may have processes on a node, without their heavy fields."""
+        return tuple(self._active.values())
 
     def update(
         self,
@@ -216,14 +249,51 @@ class Records:
                 unless `fields` do.
             fields: further fields of `JobRecord`.
 
+        Returns:
+            The job as it is now; without its heavy fields, unless `fields` has one.
+
         Raises:
             IllegalTransition: `change` cannot happen in the job's state.
             NotFoundError: there is no such job.
             StorageError: it cannot be written; nothing has changed then.
         """
-        old = self._by_id(job_id)
+        heavy = not HEAVY.isdisjoint(fields)
+        old = (None if heavy else self._live.get(job_id)) or self._by_id(job_id)
         new = old.changed(change, fields if message is None else {"message": message, **fields}, now=time.time())
         return self._write(old, new, kind=kind, note=message or "")
+
+    def tell_waits(self, waits: Sequence[Wait]) -> None:
+        """Record what queued jobs wait for now, each with an event.
+
+        One transaction for all, and nothing waits for the disk: what a crash takes of this is found again.
+
+        Raises:
+            StorageError: it cannot be written; nothing has changed then.
+        """
+        told: list[tuple[JobRecord, Event, int]] = []
+        sizes: list[tuple[Path, int]] = []
+        now = time.time()
+        try:
+            for seq, wait in enumerate(waits, self._seq + 1):
+                new = self._live[wait.job].changed(None, {"reason": wait.reason, "message": wait.message}, now=now)
+                new = new.model_copy(update={"cursor": seq})
+                event = Event(seq=seq, at=now, job=new.id, kind="waiting", message=wait.message, state=new.state)
+                path = self.folder(new.id) / JOURNAL
+                before, after = journal.append(path, _line(new, event=event), durable=False)
+                sizes.append((path, before))
+                told.append((new, event, after))
+            with self._storing(), schema.transaction(self._db):
+                for record, event, after in told:
+                    schema.put_job(self._db, record, journal_bytes=after, heavy=False)
+                    schema.put_event(self._db, event)
+        except BaseException:
+            for path, before in sizes:
+                journal.cut(path, before)
+            raise
+        self._seq += len(told)
+        for record, _, _ in told:
+            self._keep(record)
+            self._tell(record.id)
 
     def foreign(self, submission: str) -> JobRecord | None:
         """Return what is recorded of a job that somebody submitted with Ray's own tools.
@@ -240,7 +310,7 @@ class Records:
 
     def foreign_unfinished(self) -> list[JobRecord]:
         """Return the foreign jobs that have not ended, without heavy fields."""
-        return list(self._load_unfinished(foreign=True))
+        return list(self._foreign.values())
 
     def put_foreign(self, view: JobView, *, stop_wish: StopWish | None = None) -> JobRecord:
         """Write a foreign job as it is now; an event tells a new state. A wish to stop stays until its end.
@@ -263,7 +333,11 @@ class Records:
             event = self._event(new, "foreign", new.message or f"submitted with Ray's own tools, {new.state.value}")
             new = new.model_copy(update={"cursor": event.seq})
             self._commit(event, self.store / JOURNAL, journal.line_of(event), record=new, own_journal=False)
-        self._tell()
+        if new.state.ended:
+            self._foreign.pop(new.id, None)
+        else:
+            self._foreign[new.id] = new.light()
+        self._tell(new.id)
         return new
 
     def events(self, *, after: int, job: str = "", limit: int = 500) -> EventPage:
@@ -274,19 +348,18 @@ class Records:
         events = tuple(schema.event_from(row) for row in rows)
         return EventPage(events=events, cursor=events[-1].seq if events else after)
 
-    def listen(self, changed: Callable[[], None]) -> None:
-        """Call `changed` after each write, for as long as the records are open."""
-        self._listeners.append(changed)
-
     @contextmanager
-    def subscribe(self) -> Iterator[asyncio.Event]:
-        """Yield an event that is set after each write; clear it before looking."""
+    def subscribe(self, job: str = "") -> Iterator[asyncio.Event]:
+        """Yield an event that is set after each write about a job (its id), or about any; clear it before looking."""
         changed = asyncio.Event()
-        self._changed.add(changed)
+        waiting = self._changed.setdefault(job, set())
+        waiting.add(changed)
         try:
             yield changed
         finally:
-            self._changed.discard(changed)
+            waiting.discard(changed)
+            if not waiting and self._changed.get(job) is waiting:
+                del self._changed[job]
 
     def delete(self, job_id: str) -> None:
         """Forget an ended job. Its folder goes to the trash: `raylaunch.controller.recovery.empty_trash` deletes it.
@@ -302,14 +375,14 @@ class Records:
         self._commit(event, self.store / JOURNAL, journal.line_of(event), record=None, own_journal=False)
         if not record.foreign:  # which has no folder, and an id that raylaunch did not make
             move_to_trash(self.store, job_id)
-        self._tell()
+        self._tell(job_id)
 
     def close(self) -> None:
         """Close the database and let go of the store."""
         self._db.close()
         os.close(self._lock)
 
-    def _load_unfinished(self, *, foreign: bool = False) -> Iterator[JobRecord]:
+    def _load_unfinished(self, *, foreign: bool) -> Iterator[JobRecord]:
         going = [state.value for state in JobState if not state.ended]
         where = f"state IN ({', '.join('?' * len(going))}) AND is_foreign = ?"
         rows = self._db.execute(f"SELECT light FROM jobs WHERE {where}", [*going, foreign])  # noqa: S608 -- only marks
@@ -318,8 +391,7 @@ class Records:
     def _by_id(self, job_id: str) -> JobRecord:
         row = self._db.execute("SELECT light, heavy FROM jobs WHERE id = ?", (job_id,)).fetchone()
         if row is None:
-            msg = f"there is no job {job_id!r}"
-            raise NotFoundError(msg, hint="see what there is: raylaunch list")
+            raise _no_job(job_id)
         return record_from(*row)
 
     def _of_request(self, owner: str, request: SubmitRequest) -> JobRecord | None:
@@ -342,38 +414,49 @@ class Records:
         if event is not None:
             new = new.model_copy(update={"cursor": event.seq})
         heavy = old is None or any(getattr(old, name) != getattr(new, name) for name in HEAVY)
-        line = JournalLine(
-            seq=self._seq + 1 if kind else self._seq,
-            at=new.updated_at,
-            kind=kind,
-            message=note,
-            state=new.state,
-            record=light_json(new),
-            heavy=heavy_json(new) if heavy else None,
-        )
-        self._commit(event, self.folder(new.id) / JOURNAL, line, record=new, own_journal=True)
+        line = _line(new, event=event, seq=self._seq, note=note, heavy=heavy)
+        self._commit(event, self.folder(new.id) / JOURNAL, line, record=new, own_journal=True, heavy=heavy)
         if heavy and new.environment is not None and new.environment.packages:
             job_folder.write_packages(self.folder(new.id), new.environment.packages)
-        if new.state.ended:
-            self._live.pop(new.id, None)
-        else:
-            self._live[new.id] = new.light()
-        self._tell()
+        self._keep(new)
+        self._tell(new.id)
         return new
+
+    def _keep(self, record: JobRecord) -> None:
+        """Hold what is asked of jobs that have not ended again and again."""
+        if record.state.ended:
+            self._live.pop(record.id, None)
+        else:
+            self._live[record.id] = record.light()
+        if record.state.active:
+            self._active[record.id] = self._live[record.id]
+        else:
+            self._active.pop(record.id, None)
+        if record.state is JobState.QUEUED:
+            self.backlog.put(ask_of(record))
+        else:
+            self.backlog.drop(record.id)
 
     def _event(self, record: JobRecord, kind: str, message: str) -> Event:
         at = record.updated_at if kind != "removed" else time.time()
         return Event(seq=self._seq + 1, at=at, job=record.id, kind=kind, message=message, state=record.state)
 
-    def _commit(
-        self, event: Event | None, path: Path, line: JournalLine, *, record: JobRecord | None, own_journal: bool
+    def _commit(  # noqa: PLR0913 -- what is written where, all named
+        self,
+        event: Event | None,
+        path: Path,
+        line: JournalLine,
+        *,
+        record: JobRecord | None,
+        own_journal: bool,
+        heavy: bool = True,
     ) -> None:
         """Journal first, then the database; when the database fails, the line is taken back."""
         before, after = journal.append(path, line)
         try:
             with self._storing(), schema.transaction(self._db):
                 if record is not None:
-                    schema.put_job(self._db, record, journal_bytes=after if own_journal else 0)
+                    schema.put_job(self._db, record, journal_bytes=after if own_journal else 0, heavy=heavy)
                 else:
                     schema.drop_job(self._db, line.job)
                 if event is not None:
@@ -391,8 +474,24 @@ class Records:
         except sqlite3.Error as error:
             raise schema.storage_problem(self.store / _DB, error) from error
 
-    def _tell(self) -> None:
-        for changed in self._changed:
-            changed.set()
-        for listener in self._listeners:
-            listener()
+    def _tell(self, job: str) -> None:
+        for name in {"", job}:
+            for changed in self._changed.get(name, ()):
+                changed.set()
+
+
+def _line(record: JobRecord, *, event: Event | None, seq: int = 0, note: str = "", heavy: bool = False) -> JournalLine:
+    """Return the journal's line about a job as it is now; a change without an event has the `seq` before it."""
+    return JournalLine(
+        seq=event.seq if event is not None else seq,
+        at=record.updated_at,
+        kind=event.kind if event is not None else "",
+        message=event.message if event is not None else note,
+        state=record.state,
+        record=light_json(record),
+        heavy=heavy_json(record) if heavy else None,
+    )
+
+
+def _no_job(job_id: str) -> NotFoundError:
+    return NotFoundError(f"there is no job {job_id!r}", hint="see what there is: raylaunch list")

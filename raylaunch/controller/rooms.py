@@ -11,7 +11,6 @@ from raylaunch.controller.link import AttemptSeen
 from raylaunch.controller.queue import CPUS, GPUS, MEMORY, Ask, Holding, Room, needs
 from raylaunch.controller.record import JobRecord
 from raylaunch.spec import JobSpec
-from raylaunch.state import JobState
 
 
 def ask_of(record: JobRecord) -> Ask:
@@ -94,8 +93,3 @@ def _user(process: str) -> str:
     """``alice:123:/usr/bin/python`` → ``alice's python``."""
     user, _, rest = process.partition(":")
     return f"{user}'s {PurePath(rest.partition(':')[2] or rest).name}"
-
-
-def waiting(records: Iterable[JobRecord]) -> list[JobRecord]:
-    """Return the jobs that wait for their turn."""
-    return [record for record in records if record.state is JobState.QUEUED]

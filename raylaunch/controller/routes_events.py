@@ -11,7 +11,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from raylaunch.controller.answers import answer
-from raylaunch.controller.asking import Has, Job, WaitS, Who
+from raylaunch.controller.asking import Has, LightJob, WaitS, Who
 from raylaunch.controller.guarded import GuardedRoute
 from raylaunch.controller.services import Services
 from raylaunch.controller.waits import departure, done, first_of
@@ -25,12 +25,14 @@ Cursor = Annotated[int, Query(ge=0, description="sequence number of the last eve
 
 
 @router.get("/jobs/{ref}/events", response_model=EventPage)
-async def job_events(record: Job, services: Has, request: Request, after: Cursor = 0, wait_s: WaitS = 0.0) -> Response:
+async def job_events(
+    record: LightJob, services: Has, request: Request, after: Cursor = 0, wait_s: WaitS = 0.0
+) -> Response:
     """Return a job's events after a cursor; when there are none, wait for one."""
     loop = asyncio.get_running_loop()
     limit = loop.time() + wait_s
     async with departure(request) as gone:
-        with services.records.subscribe() as changed:
+        with services.records.subscribe(record.id) as changed:
             while True:
                 changed.clear()
                 page = services.records.events(after=after, job=record.id)
@@ -52,7 +54,7 @@ async def events(
     """Stream events (text/event-stream). A client that reconnects says its Last-Event-ID, and misses nothing."""
     known = last_event_id if last_event_id is not None else after
     cursor = services.records.cursor if known is None else known
-    job_id = services.records.get(job, owner=caller.person).id if job else ""
+    job_id = services.records.find(job, owner=caller.person) if job else ""
     headers = {"Cache-Control": "no-store"}
     return StreamingResponse(_stream(services, cursor, job_id), 200, headers, "text/event-stream")
 
@@ -61,7 +63,7 @@ async def _stream(services: Services, cursor: int, job: str) -> AsyncIterator[by
     loop = asyncio.get_running_loop()
     said_at = loop.time()
     yield b": events of raylaunch\n\n"
-    with services.records.subscribe() as changed:
+    with services.records.subscribe(job) as changed:
         while not services.closing.is_set():
             changed.clear()
             page = services.records.events(after=cursor, job=job)

@@ -69,7 +69,8 @@ async def jobs(  # noqa: PLR0913 -- each is one filter
     page = services.records.page(
         states=_states(state), name=name, owner=owner, tag=tag, since=since, limit=limit, cursor=cursor
     )
-    return answer(page)
+    explained = tuple(services.jobs.explained(view) for view in page.jobs)
+    return answer(page.model_copy(update={"jobs": explained}))
 
 
 @router.get("/jobs/{ref}", response_model=JobView)
@@ -78,7 +79,7 @@ async def job(record: Job, services: Has) -> Response:
     view = record.view()
     if record.state.active and not record.foreign:
         view = view.model_copy(update=await anyio.to_thread.run_sync(_measured, services.metrics, record))
-    return answer(view)
+    return answer(services.jobs.explained(view))
 
 
 @router.post("/jobs/{ref}/stop", response_model=JobView)

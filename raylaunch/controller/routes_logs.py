@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from raylaunch.controller import logs
 from raylaunch.controller.answers import answer
-from raylaunch.controller.asking import Has, Job, WaitS, pick_attempt
+from raylaunch.controller.asking import Has, LightJob, WaitS, pick_attempt
 from raylaunch.controller.guarded import GuardedRoute
 from raylaunch.controller.log_sources import Log, Searched, log_of
 from raylaunch.controller.record import JobRecord
@@ -35,7 +35,7 @@ class _Look(NamedTuple):
 
 @router.get("/jobs/{ref}/logs", response_class=Response)
 async def log(  # noqa: PLR0913 -- each is one option
-    record: Job,
+    record: LightJob,
     services: Has,
     request: Request,
     *,
@@ -68,7 +68,7 @@ async def log(  # noqa: PLR0913 -- each is one option
 
 @router.get("/jobs/{ref}/logs/search", response_model=LogMatches)
 async def search(  # noqa: PLR0913 -- each is one option
-    record: Job,
+    record: LightJob,
     services: Has,
     *,
     pattern: str,
@@ -101,10 +101,10 @@ async def _look(services: Services, request: Request, asked: _Asked) -> _Look:
     loop = asyncio.get_running_loop()
     until = loop.time() + asked.wait_s
     async with departure(request) as gone:
-        with services.records.subscribe() as changed:
+        with services.records.subscribe(asked.job) as changed:
             while True:
                 changed.clear()
-                record = services.records.get(asked.job)
+                record = services.records.light(asked.job)
                 n = asked.attempt or len(record.attempts)
                 ended = _over(record, n)  # before reading: what is read then holds all that there will be
                 left = until - loop.time()
@@ -135,7 +135,7 @@ async def _read(log: Log, asked: _Asked, n: int, *, ended: bool, patient: bool) 
 
 def _ranks(services: Services, job: str, n: int) -> int:
     """Return how many ranks an attempt has; where its launcher does not say, how many have a log so far."""
-    record = services.records.get(job)
+    record = services.records.light(job)
     known = record.attempts[n - 1].ranks if n else 1
     return known or len(logs.ranks(services.records.folder(job), attempt=n))
 

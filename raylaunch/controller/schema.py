@@ -104,8 +104,22 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def put_job(connection: sqlite3.Connection, record: JobRecord, *, journal_bytes: int) -> None:
-    """Write the row of a job. `journal_bytes` is the size of its journal that the row stands for."""
+def put_job(connection: sqlite3.Connection, record: JobRecord, *, journal_bytes: int, heavy: bool = True) -> None:
+    """Write the row of a job.
+
+    Args:
+        connection: the database.
+        record: the job; of a row that stays as heavy as it is, its heavy fields are not looked at.
+        journal_bytes: the size of its journal that the row stands for.
+        heavy: whether its heavy fields are written too; there must be a row when they are not.
+    """
+    light = json.dumps(light_json(record), ensure_ascii=False)
+    if not heavy:
+        connection.execute(
+            "UPDATE jobs SET state = ?, journal_bytes = ?, light = ? WHERE id = ?",
+            (record.state.value, journal_bytes, light, record.id),
+        )
+        return
     tags = "".join(f"\n{tag}" for tag in record.spec.tags) + "\n" if record.spec else ""
     connection.execute(
         "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -119,7 +133,7 @@ def put_job(connection: sqlite3.Connection, record: JobRecord, *, journal_bytes:
             record.request_id,
             tags,
             journal_bytes,
-            json.dumps(light_json(record), ensure_ascii=False),
+            light,
             json.dumps(heavy_json(record), ensure_ascii=False),
         ),
     )

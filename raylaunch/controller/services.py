@@ -60,6 +60,9 @@ class JobVerbs(Protocol):
     async def status(self, person: str, role: str) -> ControllerStatus:
         """Say how the controller, Ray and the nodes are."""
 
+    def explained(self, view: JobView) -> JobView:
+        """Return a job that waits with what it waits for now, and any other as it is."""
+
     async def wait_growth(self, attempt_id: str, timeout_s: float) -> None:
         """Return when a file of the attempt has grown in the store, or the time is over."""
 

@@ -13,6 +13,7 @@ import anyio
 
 from raylaunch.cluster_state import NodeView
 from raylaunch.controller.link import AttemptSeen
+from raylaunch.controller.queue import Plan
 from raylaunch.controller.ray_jobs import RayJob
 from raylaunch.state import AttemptView
 
@@ -26,6 +27,8 @@ class Sight:
     nodes: tuple[NodeView, ...] = ()
     nodes_at: float = float("-inf")
     """When they were looked at (monotonic): what others do on their GPUs and disks changes without a word."""
+    down: dict[str, float] = field(default_factory=dict)
+    """Hosts that were seen and on which no attempt can start now, and since when, seconds since the epoch."""
     look_again: bool = False
     """Set when they are to be looked at."""
     attempts: dict[str, AttemptSeen] = field(default_factory=dict)
@@ -37,6 +40,8 @@ class Sight:
     store_problems: dict[str, str] = field(default_factory=dict)
     released: set[str] = field(default_factory=set)
     """Attempts that are proven gone from their node, while their files still travel: they hold nothing any more."""
+    plan: Plan | None = None
+    """What the queue decided last: why each job waits is read from it."""
     quiet_until: float = 0.0
     """Until then no attempt begins, on no host; seconds since the epoch. Not remembered over a restart."""
     quiet_why: str = ""
@@ -73,6 +78,13 @@ class Sight:
     async def changed(self, timeout_s: float) -> None:
         """Wait until something changes, or the time is over."""
         await _wait(self._bell, timeout_s)
+
+    def saw(self, nodes: tuple[NodeView, ...]) -> None:
+        """Take in the nodes as they are now."""
+        up = {node.hostname for node in nodes if node.ready}
+        known = {node.hostname for node in (*self.nodes, *nodes)} | self.down.keys()
+        self.down = {host: self.down.get(host, time.time()) for host in known - up}
+        self.nodes, self.nodes_at = nodes, time.monotonic()
 
     @property
     def nodes_age(self) -> float:

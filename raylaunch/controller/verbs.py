@@ -15,7 +15,7 @@ from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.queue import Admit, plan_queue, why_never
 from raylaunch.controller.records import JobRecord, Records
 from raylaunch.controller.removal import Removal
-from raylaunch.controller.rooms import ask_for, ask_of, holdings_of, rooms_of, waiting, with_drains
+from raylaunch.controller.rooms import ask_for, holdings_of, rooms_of, with_drains
 from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.sight import Sight
@@ -93,10 +93,10 @@ class Verbs:
         await self._sight.fresh_nodes(age_s=_FRESH_S, timeout_s=_LOOK_S)
         rooms = rooms_of(with_drains(self._sight.nodes, self._drains.now()))
         ask = ask_for(request.spec, job="(this job)", since=time.time())
-        unfinished = self._records.unfinished()
-        holdings = holdings_of(unfinished, released=self._sight.released, seen=self._sight.attempts)
-        asks = [*(ask_of(record) for record in waiting(unfinished)), ask]
-        decision = next(item for item in plan_queue(asks, rooms, holdings) if item.job == ask.job)
+        holdings = holdings_of(self._records.active(), released=self._sight.released, seen=self._sight.attempts)
+        backlog = self._records.backlog
+        with backlog.joined_by(ask):
+            decision = plan_queue(backlog, rooms, holdings, groups=backlog.groups, down=self._sight.down).of(ask)
         message = f"would start on {decision.hostname} at once" if isinstance(decision, Admit) else decision.message
         if wheels_for:
             platforms = ", ".join(map(str, wheels_for))
@@ -118,7 +118,7 @@ class Verbs:
             raise ConflictError(msg, hint=f"raylaunch show {record.id}")
         message = f"{person} asked to stop it"
         if not record.state.active:
-            stopped = self._records.update(
+            self._records.update(
                 record.id,
                 kind="ended",
                 message=f"{message} before it started",
@@ -127,11 +127,11 @@ class Verbs:
                 ended_at=time.time(),
             )
             self._secrets.forget_job(record.id)
-            return stopped.view()
+            return self._records.get(record.id).view()
         spec_grace = record.spec.grace_s if record.spec is not None else 30.0
         wish = StopWish(why="stopped", grace_s=spec_grace if grace_s is None else grace_s)
         change = None if record.state is JobState.STOPPING else Change.STOP
-        updated = self._records.update(
+        self._records.update(
             record.id,
             kind="stopping",
             message=message,
@@ -141,7 +141,7 @@ class Verbs:
             again=False,
         )
         self._sight.ring()
-        return updated.view()
+        return self._records.get(record.id).view()
 
     async def remove(self, record: JobRecord) -> int:
         """Delete an ended job, its record and all its files; return the bytes that it took.
@@ -159,7 +159,6 @@ class Verbs:
         """Say how the controller, Ray and the nodes are."""
         sight = self._sight
         await sight.fresh_nodes(age_s=_FRESH_S, timeout_s=_LOOK_S)
-        unfinished = self._records.unfinished()
         return ControllerStatus(
             cluster=self._settings.cluster,
             version=__version__,
@@ -171,12 +170,18 @@ class Verbs:
             ray="up" if sight.link_up and sight.ray_answers else "down",
             ray_version=sight.ray_version,
             nodes=by_name(with_drains(sight.nodes, self._drains.now())),
-            queued=sum(1 for record in unfinished if record.state in {JobState.QUEUED, JobState.HELD}),
-            running=sum(1 for record in unfinished if record.state.active),
+            queued=len(self._records.backlog),
+            running=len(self._records.active()),
             store=str(self._settings.store),
             store_free=shutil.disk_usage(self._settings.store).free,
             problems=self._problems(),
         )
+
+    def explained(self, view: JobView) -> JobView:
+        """Return a job that waits with what it waits for now, and any other as it is."""
+        ask, plan = self._records.backlog.ask(view.id), self._sight.plan
+        block = plan.block(ask) if ask is not None and plan is not None else None
+        return view if block is None else view.model_copy(update={"reason": block.reason, "message": block.message})
 
     async def wait_growth(self, attempt_id: str, timeout_s: float) -> None:
         """Return when anything of the attempt changed, or the time is over."""

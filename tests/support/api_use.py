@@ -95,4 +95,5 @@ def later(work: Callable[[], httpx2.Response]) -> Callable[[], httpx2.Response]:
 
 def listening(api: Api) -> int:
     """Return how many requests wait for news."""
-    return api.do(lambda: len(api.records._changed))  # noqa: SLF001 -- that a request has begun to wait shows nowhere else
+    changed = api.records._changed  # noqa: SLF001 -- that a request has begun to wait shows nowhere else
+    return api.do(lambda: sum(map(len, changed.values())))
