@@ -42,8 +42,9 @@ _SECRETS = 5
 
 async def train_job(given: TrainJob, call: Call) -> Json:
     """Submit a job, or say what submitting it would do."""
-    spec, secrets = with_wandb(await asyncio.to_thread(_spec_of, given, call.roots), os.environ)
-    notes = ["the W&B key of this server's environment goes along, for this job alone"] if secrets else []
+    spec, secrets, taken = with_wandb(await asyncio.to_thread(_spec_of, given, call.roots), os.environ)
+    notes = [f"W&B from this server's environment: {short(', '.join(taken))}"] if taken else []
+    notes += ["the W&B key of this server's environment goes along, for this job alone"] if secrets else []
     async with call.client() as client:
         if given.dry_run:
             with _a_person_allows():

@@ -112,7 +112,8 @@ class JobSpec(Spec):
     """Letters, digits, `.`, `_`, `-`, at most 63; without it made from the entrypoint. A name may be used again, and
     then means its latest job; `last` is taken. Example: `digits`"""
     entrypoint: str | tuple[str, ...]
-    """What to run. Text is a shell command; a list is a program with its arguments: no shell, no quoting.
+    """What to run. Text is a shell command, run by `bash -eo pipefail`: it fails as soon as a part of it does. A list
+    is a program with its arguments: no shell, no quoting.
     Example: `python train.py --epochs 30`"""
     launcher: Launcher = "script"
     """How the entrypoint is started: `script` runs it as it is, `torchrun` starts one rank of it a GPU, `ray` is for a

@@ -17,7 +17,15 @@ from support.client_use import ask, ended, submitted
 
 from raylaunch.client import Client, with_wandb
 from raylaunch.cluster.plan import Reach
-from raylaunch.errors import AccessError, ClusterDownError, ClusterError, ConflictError, NotFoundError, VersionError
+from raylaunch.errors import (
+    AccessError,
+    ClusterDownError,
+    ClusterError,
+    ConflictError,
+    NotFoundError,
+    SpecError,
+    VersionError,
+)
 from raylaunch.packing import pack
 from raylaunch.spec import JobSpec, Tracking
 from raylaunch.state import Change, JobState, JobView
@@ -247,9 +255,57 @@ KEY = {"WANDB_API_KEY": "k" * 40}
 
 
 def test_the_wandb_key_of_the_environment_goes_along_with_its_server() -> None:
-    spec, secrets = with_wandb(JobSpec(entrypoint="x"), {**KEY, "WANDB_BASE_URL": "http://wandb.example"})
-    assert secrets == KEY
-    assert spec.env == {"WANDB_BASE_URL": "http://wandb.example"}
+    found = with_wandb(JobSpec(entrypoint="x"), {**KEY, "WANDB_BASE_URL": "http://wandb.example"})
+    assert found.secrets == KEY
+    assert found.spec.env == {"WANDB_BASE_URL": "http://wandb.example"}
+    assert found.taken == ("WANDB_BASE_URL=http://wandb.example",)
+
+
+def test_the_shells_wandb_variables_count_as_for_a_script_started_there() -> None:
+    shell = {
+        "WANDB_MODE": "online",
+        "WANDB_PROJECT": "digits",
+        "WANDB_ENTITY": "team",
+        "WANDB_NAME": "first",
+        "WANDB_NOTES": "try",
+        "WANDB_TAGS": "a, b,",
+        "WANDB_RUN_GROUP": "sweep",
+        "WANDB_JOB_TYPE": "eval",
+    }
+    spec, secrets, taken = with_wandb(JobSpec(entrypoint="x"), {**shell, "WANDB_BASE_URL": "http://x", "PATH": "/bin"})
+    assert spec.tracking == Tracking(mode="online", project="digits", entity="team", group="sweep", job_type="eval")
+    assert (spec.tags, secrets) == (("a", "b"), {})
+    assert spec.env == {"WANDB_NAME": "first", "WANDB_NOTES": "try"}
+    assert set(taken) == {f"{name}={value}" for name, value in shell.items()}
+
+
+@pytest.mark.parametrize(
+    ("shell", "mode"),
+    [
+        ({"WANDB_MODE": "disabled"}, "disabled"),
+        ({"WANDB_MODE": "dryrun"}, "offline"),
+        ({"WANDB_MODE": "run"}, "online"),
+        ({"WANDB_MODE": ""}, "auto"),
+        ({"WANDB_DISABLED": "true"}, "disabled"),
+    ],
+)
+def test_the_shells_mode_is_the_jobs(shell: dict[str, str], mode: str) -> None:
+    found = with_wandb(JobSpec(entrypoint="x"), {**KEY, **shell})
+    assert found.spec.tracking.mode == mode
+    assert bool(found.secrets) == (mode in {"auto", "online"})
+
+
+def test_what_a_job_states_comes_before_the_shell() -> None:
+    spec = JobSpec(
+        entrypoint="x", tracking=Tracking(mode="auto", project="mine"), tags=("t",), env={"WANDB_NAME": "mine"}
+    )
+    shell = {"WANDB_MODE": "disabled", "WANDB_PROJECT": "theirs", "WANDB_TAGS": "a", "WANDB_NAME": "theirs"}
+    assert with_wandb(spec, shell) == (spec, {}, ())
+
+
+def test_a_mode_that_wandb_does_not_have_is_refused() -> None:
+    with pytest.raises(SpecError, match="WANDB_MODE=of"):
+        with_wandb(JobSpec(entrypoint="x"), {"WANDB_MODE": "of"})
 
 
 @pytest.mark.parametrize(
@@ -259,8 +315,8 @@ def test_the_wandb_key_of_the_environment_goes_along_with_its_server() -> None:
         (JobSpec(entrypoint="x", tracking=Tracking(mode="offline")), KEY),
         (JobSpec(entrypoint="x", tracking=Tracking(mode="disabled")), KEY),
         (JobSpec(entrypoint="x", secrets=("WANDB_API_KEY",)), KEY),
-        (JobSpec(entrypoint="x"), {**KEY, "WANDB_MODE": "offline"}),
+        (JobSpec(entrypoint="x", tracking=Tracking(mode="offline")), {**KEY, "WANDB_MODE": "online"}),
     ],
 )
 def test_no_wandb_key_goes_along_where_none_is_wanted(spec: JobSpec, environ: dict[str, str]) -> None:
-    assert with_wandb(spec, environ) == (spec, {})
+    assert with_wandb(spec, environ) == (spec, {}, ())

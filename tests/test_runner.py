@@ -293,3 +293,13 @@ def test_a_link_that_is_broken_on_the_node_is_reported_before_the_training_start
     warnings = [one for one in attempt.facts()["warnings"] if "link" in one]
     assert warnings == [f"the link data -> /nowhere/data is broken on {os.uname().nodename}"]
     assert attempt.log.read_text().splitlines()[0] == f"raylaunch: warning: {warnings[0]}"
+
+
+@pytest.mark.parametrize("command", ["exit 3 | cat", "(exit 3); true", "(exit 3) && true | cat"])
+def test_a_shell_command_fails_when_a_part_of_it_does(tmp_path: Path, command: str) -> None:
+    found = Attempt(tmp_path, command).run()
+    assert (found["ended"], found["exit_code"]) == ("exit_code", 3)
+
+
+def test_a_failure_that_a_shell_command_passes_over_is_none(tmp_path: Path) -> None:
+    assert Attempt(tmp_path, "false || true; if false; then true; fi").run()["ended"] == "completed"

@@ -217,6 +217,12 @@ def pack_words(report: PackReport, archive_bytes: int) -> list[str]:
     return lines
 
 
+def wandb_words(taken: tuple[str, ...], *, key: bool) -> list[str]:
+    """Return what of the environment's W&B settings goes along with a job."""
+    lines = [f"W&B from this environment: {clean(', '.join(taken), colour=False)}"] if taken else []
+    return [*lines, "the W&B key of this environment (WANDB_API_KEY) goes along, for this job alone"] if key else lines
+
+
 def dry_run_words(found: DryRun) -> list[str]:
     """Return what a submission would send, with which environment, and where it would run."""
     sent = pack_words(found.pack, found.package_bytes) if found.pack else ["no files would be sent"]

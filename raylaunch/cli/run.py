@@ -15,7 +15,7 @@ from raylaunch.cli.connect import Place, finish
 from raylaunch.cli.console import is_terminal, note, say, say_json, size
 from raylaunch.cli.follow import detachable, follow_to_end, say_end
 from raylaunch.cli.job_flags import job_options, spec_of, warn_of_options_after
-from raylaunch.cli.job_words import dry_run_words, pack_words, sentence
+from raylaunch.cli.job_words import dry_run_words, pack_words, sentence, wandb_words
 from raylaunch.cli.options import as_json
 from raylaunch.cli.transfer_bar import transfer_bar
 from raylaunch.client import Client, with_wandb
@@ -49,9 +49,9 @@ def _uploads(allow: Allowed) -> Callable[[int], Awaitable[None]]:
 
 
 async def _submit(client: Client, spec: JobSpec, *, request_id: str, allow: Allowed) -> SubmitAnswer:
-    spec, secrets = with_wandb(spec, os.environ)
-    if secrets:
-        note("the W&B key of this environment (WANDB_API_KEY) goes along, for this job alone")
+    spec, secrets, taken = with_wandb(spec, os.environ)
+    for line in wandb_words(taken, key=bool(secrets)):
+        note(line)
 
     def packed(report: PackReport, archive_bytes: int) -> None:
         for line in pack_words(report, archive_bytes):
@@ -79,7 +79,9 @@ async def _submit(client: Client, spec: JobSpec, *, request_id: str, allow: Allo
 
 
 async def _dry_run(client: Client, spec: JobSpec, *, allow: Allowed, as_json: bool) -> None:
-    spec, secrets = with_wandb(spec, os.environ)
+    spec, secrets, taken = with_wandb(spec, os.environ)
+    for line in wandb_words(taken, key=bool(secrets)):
+        note(line)
     found = await client.dry_run(spec, secrets=secrets, allow=allow)
     if as_json:
         say_json(found)

@@ -23,6 +23,12 @@ _USAGE = 2
 _RUNNER_ONLY = ("OMP_NUM_THREADS", "PYTHONPATH", contract.VAR_NODE_ROOT, contract.VAR_PATH)
 """Ray sets OMP_NUM_THREADS to 1 for a driver without CPUs, which would slow a training down without a word. Its
 PYTHONPATH may lead to the cluster's own raylaunch, which is not for every Python, nor for every environment."""
+_OF_A_SHELL = (
+    *("WANDB_MODE", "WANDB_DISABLED", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_NAME", "WANDB_TAGS", "WANDB_NOTES"),
+    *("WANDB_RUN_GROUP", "WANDB_JOB_TYPE", "WANDB_RUN_ID", "WANDB_RESUME"),
+)
+"""A submission brings these along from the shell in which it is made; here they are those of the shell in which Ray
+was started, of which nobody thinks."""
 _SHELL_MISSING = re.compile(
     r"^\S*sh: (?:line )?\d+: (.+?): (?:command )?not found$|^\S*sh: line \d+: (.+?): No such file or directory$",
     re.MULTILINE,
@@ -49,7 +55,7 @@ def without_ray(environ: Mapping[str, str]) -> dict[str, str]:
     kept = {
         name: value
         for name, value in environ.items()
-        if not name.startswith(("RAY_", "__RAY")) and name not in (*contract.RAY_SECRETS, *_RUNNER_ONLY)
+        if not name.startswith(("RAY_", "__RAY")) and name not in (*contract.RAY_SECRETS, *_RUNNER_ONLY, *_OF_A_SHELL)
     }
     if path := environ.get(contract.VAR_PATH):
         kept["PATH"] = path
@@ -82,14 +88,15 @@ def gpu_ids(spec: AttemptSpec, env: Mapping[str, str]) -> list[str]:
 
 
 def command(entrypoint: str | list[str], env: Mapping[str, str], code: Path) -> list[str]:
-    """Return the program and its arguments.
+    """Return the program and its arguments; text is a shell command, which fails as soon as a part of it does.
 
     Raises:
         EntrypointProblem: a program given as a list is not there.
     """
     path = env.get("PATH") or os.defpath
     if isinstance(entrypoint, str):
-        return [shutil.which("bash", path=path) or "/bin/sh", "-c", entrypoint]
+        bash = shutil.which("bash", path=path)
+        return [bash, "-eo", "pipefail", "-c", entrypoint] if bash else ["/bin/sh", "-ec", entrypoint]
     program = entrypoint[0]
     if "/" in program:
         place = code / program

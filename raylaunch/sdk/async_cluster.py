@@ -267,7 +267,8 @@ class AsyncCluster:
             grace_s: between SIGTERM and SIGKILL at a stop: seconds, or text.
             outputs: files and globs to keep, beside everything in ``$RAYLAUNCH_OUTPUT_DIR``.
             tags: words to find the job by.
-            tracking: Weights & Biases. The key of this Python's ``WANDB_API_KEY`` goes along, for this job alone.
+            tracking: Weights & Biases. What it does not state is taken from this Python's ``WANDB_MODE``,
+                ``WANDB_PROJECT`` and so on; the key of ``WANDB_API_KEY`` goes along, for this job alone.
             priority: from -100 to 100; higher goes first.
             retries: more attempts when the program fails.
             request_id: the same id with the same job returns the job that is there, also from another Python.
@@ -301,7 +302,9 @@ class AsyncCluster:
             "priority": priority,
             "retries": retries,
         }
-        spec, values = with_wandb(spec_of(job, given, gpus=gpus), os.environ)
+        spec, values, taken = with_wandb(spec_of(job, given, gpus=gpus), os.environ)
+        if taken:
+            _log.info("W&B from this environment: %s", ", ".join(taken))
         answer = await self._client.submit(
             spec,
             request_id=request_id,
@@ -332,7 +335,7 @@ class AsyncCluster:
             SpecError: as for `submit`.
             WithheldError: as for `submit`.
         """
-        spec, values = with_wandb(spec_of(job, {}, gpus=gpus), os.environ)
+        spec, values, _taken = with_wandb(spec_of(job, {}, gpus=gpus), os.environ)
         names = (allow,) if isinstance(allow, str) else allow
         return await self._client.dry_run(spec, secrets=values, allow=allowed(names, max_upload))
 

@@ -234,7 +234,8 @@ class Cluster:
             grace_s: between SIGTERM and SIGKILL at a stop: seconds, or text.
             outputs: files and globs to keep, beside everything in ``$RAYLAUNCH_OUTPUT_DIR``.
             tags: words to find the job by.
-            tracking: Weights & Biases. The key of this Python's ``WANDB_API_KEY`` goes along, for this job alone.
+            tracking: Weights & Biases. What it does not state is taken from this Python's ``WANDB_MODE``,
+                ``WANDB_PROJECT`` and so on; the key of ``WANDB_API_KEY`` goes along, for this job alone.
             priority: from -100 to 100; higher goes first.
             retries: more attempts when the program fails.
             request_id: the same id with the same job returns the job that is there, also from another Python.
