@@ -210,7 +210,8 @@ def _attempt(attempt: AttemptView) -> Json:
 def _wandb(job: JobView) -> str:
     if job.wandb is None or job.wandb.mode == "disabled":
         return ""
-    return short(job.wandb.url or ": ".join(filter(None, (job.wandb.mode, job.wandb.why))))
+    words = short(job.wandb.url or ": ".join(filter(None, (job.wandb.mode, job.wandb.why))))
+    return f"{words} ({len(job.wandb.runs)} runs)" if len(job.wandb.runs) > 1 else words
 
 
 def _node(node: NodeView) -> Json:

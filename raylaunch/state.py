@@ -28,15 +28,20 @@ class View(BaseModel):
 
 
 class WandbLink(View):
-    """The W&B side of a job: one run for the life of the job, on-line or off."""
+    """The W&B side of a job, on-line or off: its run, and those that its program opened in addition."""
 
     mode: Literal["online", "offline", "disabled"]
     run_id: str
+    """The job's run: the first that its program opened. Known in advance, unless the program gives an id itself."""
     project: str
     entity: str = ""
     url: str = ""
     why: str = ""
     """Why this mode, in words (``no W&B credentials``, ``W&B did not answer within 10 s``)."""
+    runs: tuple[str, ...] = ()
+    """Ids of all runs that were opened, over all attempts, in the order of their start; 100 of an attempt at most."""
+    staged_bytes: int = 0
+    """Size of the files of artifacts and tables of off-line runs: kept with the job, and not at W&B yet."""
 
 
 class AttemptView(View):
@@ -298,13 +303,27 @@ class MetricSeries(View):
     """How many points the run has logged."""
 
 
+class MetricsRun(View):
+    """One W&B run of a job. Its keys start with `prefix`: ``<id>/``, or empty for the job's run."""
+
+    id: str
+    name: str
+    project: str
+    prefix: str
+
+
 class MetricsPage(View):
-    """Metrics of a job, over all its attempts: all `keys`, the `last` value of each, and the curves asked for."""
+    """Metrics of a job, over all its attempts: all `keys`, the `last` value of each, and the curves asked for.
+
+    The keys of the job's own run are as the program logged them; those of further `runs` have the run's prefix.
+    """
 
     keys: tuple[str, ...]
     last: dict[str, float]
     last_step: float | None = None
     series: tuple[MetricSeries, ...] = ()
+    runs: tuple[MetricsRun, ...] = ()
+    """The job's run first; empty from a controller before 0.2."""
 
 
 class LogMatch(View):

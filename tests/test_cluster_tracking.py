@@ -43,7 +43,7 @@ with open(os.environ["DIARY"], "w", buffering=1) as diary:
         time.sleep(0.02)
 """
 LOGS_FIVE = "import wandb\nrun = wandb.init()\nfor step in range(5): run.log({'loss': 1 / (step + 1)})\n"
-FAILS_ONCE = LOGS_FIVE + "import os, sys\nrun.finish()\nsys.exit(os.environ['RAYLAUNCH_ATTEMPT'] == '1')\n"
+FAILS_ONCE = LOGS_FIVE + "import os, sys\nsys.exit(os.environ['RAYLAUNCH_ATTEMPT'] == '1')\n"
 LOGS_AN_ARTIFACT = (
     "import pathlib, wandb\n"
     "run = wandb.init()\n"

@@ -63,7 +63,7 @@ MAY: dict[str, frozenset[str]] = {
     | {"packing", "sensitive", "cluster", "environment_choice", "place", "log_view"},
     "runner": frozenset({"errors", "tracking.frames", "tracking.wire"}),
     "job": frozenset({"runner.contract"}),
-    "tracking": GROUND | {"runner.contract"},
+    "tracking": GROUND | {"runner.contract", "runner.wandb_runs"},
     "node": GROUND | {"runner.contract", "runner.unpack"},
     "controller": GROUND | {"node", "tracking", "runner.contract", "runner.archive", "runner.rank_failure"},
     "__init__": GROUND | READING | VERBS | {"job"},

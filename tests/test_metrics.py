@@ -145,8 +145,10 @@ def test_a_row_without_its_step_metric_stands_at_the_last_value_of_it(tmp_path: 
 def test_a_second_run_of_the_attempt_stands_under_its_id(tmp_path: Path) -> None:
     attempt = _attempt(tmp_path)
     write_run(attempt, [history(0, {"loss": 1.0})], run_id="own")
-    write_run(attempt, [history(0, {"loss": 2.0})], run_id="other", started="20260101_120001")
-    assert Metrics(tmp_path).page(_job()).last == {"loss": 1.0, "other/loss": 2.0}
+    write_run(attempt, [run("other"), history(0, {"loss": 2.0})], run_id="other", started="20260101_120001")
+    page = Metrics(tmp_path).page(_job())
+    assert page.last == {"loss": 1.0, "other/loss": 2.0}
+    assert [(one.id, one.name, one.prefix) for one in page.runs] == [("own", "", ""), ("other", "brave-net", "other/")]
 
 
 def test_two_files_of_one_run_in_one_attempt_are_one_curve(tmp_path: Path) -> None:

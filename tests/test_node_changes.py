@@ -193,14 +193,17 @@ def test_the_wandb_file_grows_and_what_lies_beside_it_comes_at_the_end(world: Wo
     world.output(f"{run}/run-abc.wandb", b":W&B")
     world.output(f"{run}/files/config.yaml", b"lr: 1")
     world.output(f"{run}/logs/debug.log", b"noise")
+    world.output("wandb/data/artifacts/staging/tmp1", b"a model")
     world.restart()
     world.carry()
     assert (world.kept / run / "run-abc.wandb").read_bytes() == b":W&B"
     assert not (world.kept / run / "files").exists()
+    assert not (world.kept / "wandb/data").exists()
     world.end()
     world.carry()
     assert (world.kept / run / "files/config.yaml").read_bytes() == b"lr: 1"
     assert not (world.kept / run / "logs").exists()
+    assert (world.kept / "wandb/data/artifacts/staging/tmp1").read_bytes() == b"a model"
 
 
 def test_what_grows_with_each_step_is_looked_at_when_asked_for_and_at_the_end(world: World) -> None:

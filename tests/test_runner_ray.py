@@ -172,6 +172,7 @@ def test_results_land_in_the_checkpoint_folder_and_another_sitecustomize_is_run_
             **os.environ,
             "PYTHONPATH": f"{archive}/startup:{other}",
             contract.VAR_CHECKPOINT_DIR: str(tmp_path / "checkpoints"),
+            contract.VAR_TRAIN_REPORTS: str(tmp_path / "reports"),
         },
         capture_output=True,
         text=True,

@@ -79,7 +79,15 @@ def make(tmp_path: Path) -> Iterator[Make]:
     made: list[Attempt] = []
 
     def one(entrypoint: str | list[str], script: str, **changes: object) -> Attempt:
-        wandb = {"mode": "disabled", "run_id": "run1", "name": "job", "tags": [], "notes": "", "job_type": "train"}
+        wandb = {
+            "mode": "disabled",
+            "run_id": "run1",
+            "name": "job",
+            "tags": [],
+            "notes": "",
+            "job_type": "train",
+            "earlier": [],
+        }
         spec = {"launcher": "torchrun", "wandb": {**wandb, "project": "p", "entity": "", "group": "g"}, **changes}
         made.append(Attempt(tmp_path / str(len(made)), entrypoint, **spec))
         made[-1].file("train.py", script)
@@ -115,7 +123,7 @@ def test_each_rank_has_its_log_and_only_rank_0_the_jobs_run(
     assert attempt.run(CUDA_VISIBLE_DEVICES="0,1")["ended"] == "completed"
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "7", "PYTHON_EXEC": None}
     args = ["--lr", "0.1", "a b"]
-    assert told(attempt, 0) == {**common, "RANK": "0", "argv": args, "WANDB_RUN_ID": "run1", "WANDB_NAME": "job"}
+    assert told(attempt, 0) == {**common, "RANK": "0", "argv": args, "WANDB_RUN_ID": None, "WANDB_NAME": "job"}
     assert told(attempt, 1) == {**common, "RANK": "1", "argv": args, "WANDB_RUN_ID": None, "WANDB_NAME": "job-rank-1"}
     for rank in (0, 1):
         assert log_of(attempt, rank).count("\n") == 2
@@ -203,7 +211,15 @@ def test_a_pasted_torchrun_that_is_not_there_says_where_it_comes_from(make: Make
 @pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the wandb package")
 def test_where_every_rank_tracks_the_job_is_what_rank_0_logged(make: Make, tmp_path: Path) -> None:
-    wandb = {"mode": "offline", "run_id": "own", "name": "job", "tags": [], "notes": "", "job_type": "train"}
+    wandb = {
+        "mode": "offline",
+        "run_id": "own",
+        "name": "job",
+        "tags": [],
+        "notes": "",
+        "job_type": "train",
+        "earlier": [],
+    }
     attempt = make("python train.py", TRACKS, processes=2, wandb={**wandb, "project": "p", "entity": "", "group": "g"})
     assert attempt.run(timeout_s=120)["ended"] == "completed"
     (tmp_path / "jobs" / "job-aaaaaa").mkdir(parents=True)

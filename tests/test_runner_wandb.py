@@ -174,12 +174,12 @@ def test_a_netrc_entry_for_the_server_and_its_port_are_credentials(
     assert attempt.log.read_text() == "mode online\n"
 
 
-def test_what_the_person_set_wins_but_for_the_run_id_and_folder(make: Make) -> None:
+def test_what_the_person_set_wins_but_for_the_folder_and_an_id_for_every_run(make: Make) -> None:
     own = {"WANDB_PROJECT": "mine", "WANDB_RUN_ID": "other", "WANDB_DIR": "/nowhere"}
     attempt = make("import json, os\nprint(json.dumps(dict(os.environ)))\n", env=own)
     attempt.run()
     seen = json.loads(attempt.log.read_text())
-    assert (seen["WANDB_PROJECT"], seen["WANDB_RUN_ID"]) == ("mine", "run1")
+    assert (seen["WANDB_PROJECT"], seen.get("WANDB_RUN_ID")) == ("mine", None)
     assert seen["WANDB_DIR"] == str(attempt.folder / contract.WANDB)
 
 

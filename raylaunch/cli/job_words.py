@@ -134,7 +134,12 @@ def _wandb(job: JobView) -> str:
     if link is None:
         return ""
     why = f" ({link.why})" if link.why else ""
-    return clean(f"{link.mode}{why}  {link.url}".rstrip() if link.mode != "disabled" else f"off{why}", colour=False)
+    if link.mode == "disabled":
+        return clean(f"off{why}", colour=False)
+    more = [f"{len(link.runs)} runs"] if len(link.runs) > 1 else []
+    if link.staged_bytes:
+        more.append(f"{size(link.staged_bytes)} of artifacts kept with the job, not sent yet")
+    return clean("  ".join(filter(None, (f"{link.mode}{why}", link.url, ", ".join(more)))), colour=False)
 
 
 def _code(job: JobView) -> str:

@@ -17,6 +17,7 @@ from raylaunch.log_view import clean
 from raylaunch.state import MetricsPage
 
 _PLOTTED = 4
+_RUNS_NAMED = 20
 
 
 @click.command(epilog="Example:  raylaunch metrics last --key loss --plot")
@@ -83,6 +84,8 @@ def _show(page: MetricsPage, *, form: str, chosen: tuple[str, ...]) -> None:
         say(table(("METRIC", "LAST"), rows))
         if page.last_step is not None:
             note(f"at step {page.last_step:g}")
+        for run in [run for run in page.runs if run.prefix and run.name][:_RUNS_NAMED]:
+            note(clean(f"{run.prefix}… is the run {run.name}", colour=False))
 
 
 def _value(value: float) -> str:

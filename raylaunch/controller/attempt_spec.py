@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 
 from raylaunch.controller.settings import Settings
-from raylaunch.runner.contract import AttemptSpec, EnvironmentSpec, WandbSpec
+from raylaunch.runner.contract import AttemptSpec, EarlierRun, EnvironmentSpec, WandbSpec
 from raylaunch.spec import OF_THE_CLUSTER, Environment, JobSpec
 from raylaunch.state import LinkFact, WandbLink
 
@@ -19,11 +19,12 @@ def attempt_tag(settings: Settings, attempt: str) -> str:
 
 
 def wandb_link(spec: JobSpec, *, job: str, cluster_id: str) -> WandbLink:
-    """Return the W&B run that belongs to a job for life. Whether it is on-line is found on the node.
+    """Return the W&B run that a job's program opens first. Whether it is on-line is found on the node.
 
-    The run id is made from cluster and job, so that every attempt, and a controller that forgot, finds the same.
+    The run id is the person's WANDB_RUN_ID, or made from cluster and job, so that every attempt, and a controller that
+    forgot, finds the same.
     """
-    run_id = "rl" + hashlib.sha256(f"{cluster_id}/{job}".encode()).hexdigest()[:10]
+    run_id = spec.env.get("WANDB_RUN_ID") or "rl" + hashlib.sha256(f"{cluster_id}/{job}".encode()).hexdigest()[:10]
     tracking = spec.tracking
     mode = "offline" if tracking.mode == "auto" else tracking.mode
     why = "" if tracking.mode == "auto" else "asked for in the job's spec"
@@ -40,9 +41,12 @@ def attempt_spec(  # noqa: PLR0913 -- each is one fact, and all are named
     epoch: str,
     settings: Settings,
     links: Sequence[LinkFact] = (),
-    force_offline: bool = False,
+    earlier: Sequence[EarlierRun] = (),
 ) -> AttemptSpec:
-    """Return what the runner of attempt `n` of `job` is told; `links` are those that lead out of its code."""
+    """Return what the runner of attempt `n` of `job` is told.
+
+    `links` are those that lead out of its code, `earlier` the W&B runs of the attempts before.
+    """
     attempt = f"{job}-{n}"
     environment = settings.environment_of(spec)
     return AttemptSpec(
@@ -68,7 +72,7 @@ def attempt_spec(  # noqa: PLR0913 -- each is one fact, and all are named
         timeout_s=spec.timeout_s,
         grace_s=spec.grace_s,
         outputs=list(spec.outputs),
-        wandb=_wandb(spec, job=job, n=n, settings=settings, force_offline=force_offline),
+        wandb=_wandb(spec, job=job, n=n, settings=settings, earlier=earlier),
     )
 
 
@@ -77,11 +81,11 @@ def _environment(environment: Environment) -> EnvironmentSpec:
     return EnvironmentSpec(kind=kind, value=environment.value, requirements=list(environment.requirements))
 
 
-def _wandb(spec: JobSpec, *, job: str, n: int, settings: Settings, force_offline: bool) -> WandbSpec:
+def _wandb(spec: JobSpec, *, job: str, n: int, settings: Settings, earlier: Sequence[EarlierRun]) -> WandbSpec:
     tracking = spec.tracking
     link = wandb_link(spec, job=job, cluster_id=settings.cluster_id)
     return WandbSpec(
-        mode="offline" if force_offline and tracking.mode != "disabled" else tracking.mode,
+        mode=tracking.mode,
         run_id=link.run_id,
         project=link.project,
         entity=tracking.entity,
@@ -90,4 +94,5 @@ def _wandb(spec: JobSpec, *, job: str, n: int, settings: Settings, force_offline
         name=job,
         tags=[*spec.tags, "raylaunch"],
         notes=f"raylaunch job {job} on cluster {settings.cluster} (attempt {n}): raylaunch show {job}",
+        earlier=list(earlier),
     )

@@ -143,9 +143,16 @@ def _environment(facts: Facts) -> EnvironmentFacts:
 
 
 def _wandb(link: WandbLink | None, facts: Facts) -> WandbLink | None:
-    """Return the run as this attempt tracks it; its address stays when a later attempt tracks off-line."""
+    """Return the runs as this attempt tracks them; an address stays when a later attempt tracks off-line."""
     if link is None or "wandb_mode" not in facts:
         return link
-    url = facts.get("wandb_url", "") or link.url
-    found = {"mode": facts["wandb_mode"], "why": facts.get("wandb_why", link.why), "url": url}
+    runs = tuple(dict.fromkeys((*link.runs, *facts.get("wandb_runs", ()))))
+    found = {
+        "mode": facts["wandb_mode"],
+        "why": facts.get("wandb_why", link.why),
+        "url": facts.get("wandb_url", "") or link.url,
+        "run_id": link.run_id if link.run_id in runs else facts.get("wandb_run", "") or link.run_id,
+        "runs": runs,
+        "staged_bytes": facts.get("wandb_staged", 0) or link.staged_bytes,
+    }
     return WandbLink.model_validate({**link.model_dump(), **found})

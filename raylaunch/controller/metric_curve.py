@@ -10,7 +10,7 @@ from raylaunch.controller.metric_series import Segment
 from raylaunch.controller.report_file import ReportFile
 from raylaunch.errors import TrackingError
 from raylaunch.runner import contract
-from raylaunch.tracking.run_file import RunFile
+from raylaunch.tracking.run_file import RunFile, RunInfo
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,6 +38,10 @@ class Curve:
             self._read(path)
         self._shift()
         self._cut()
+
+    def info(self) -> RunInfo | None:
+        """Return who the run is, as its latest file says."""
+        return next((one.info for one in reversed(tuple(self.segments.values())) if one.info is not None), None)
 
     def problems(self) -> Iterator[str]:
         """Yield what could not be read."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from raylaunch.state import MetricPoint
-from raylaunch.tracking.run_file import History, Item, StepMetric, Summary
+from raylaunch.tracking.run_file import History, Item, RunInfo, StepMetric, Summary
 
 WANDB_STEP = ""
 """The axis of a metric for which the run names none: W&B's own step."""
@@ -153,6 +153,8 @@ class Segment:
         self.shift = 0.0
         """Added to W&B's steps when this file began at 0 again though it continues another."""
         self.last_main: tuple[str, float] | None = None
+        self.info: RunInfo | None = None
+        """Who the run is, once its file says so."""
         self._source = source
         self._axes = Axes()
         self._most = _POINTS_AT_FIRST
@@ -190,6 +192,8 @@ class Segment:
                 self._axes.define(item)
             elif isinstance(item, Summary):
                 self.summary.update(item.values)
+            elif isinstance(item, RunInfo):
+                self.info = item
 
     def refresh(self) -> None:
         """Read what is new.

@@ -29,7 +29,8 @@ from raylaunch.controller.metric_series import Placed, Segment, evenly, plain, t
 from raylaunch.controller.report_file import ReportFile
 from raylaunch.errors import TrackingError
 from raylaunch.runner import contract
-from raylaunch.state import MetricPoint, MetricSeries, MetricsPage, Progress
+from raylaunch.state import MetricPoint, MetricSeries, MetricsPage, MetricsRun, Progress
+from raylaunch.tracking.earlier_runs import run_files
 from raylaunch.tracking.run_file import History
 from raylaunch.tracking.run_tail import last_values
 
@@ -93,6 +94,7 @@ class Metrics:
                     for points, total in [curves.points(key)]
                     if points
                 ),
+                runs=tuple(curves.runs()),
             )
 
     def last(self, job_id: str, attempts: Sequence[AttemptLike]) -> tuple[dict[str, float], float | None]:
@@ -170,8 +172,7 @@ class _JobCurves:
         """Find the files of these attempts and read what is new in them."""
         for n in sorted(attempts):
             attempt = self._folder / f"attempt-{n}"
-            files = (attempt / contract.WANDB / "wandb").glob("*run-*/run-*.wandb")
-            for path in sorted(files, key=_started):
+            for path in run_files(attempt):
                 run_id = path.stem[len("run-") :]
                 curve = self._runs.setdefault(run_id, Curve())
                 curve.attempts.add(n)
@@ -210,6 +211,13 @@ class _JobCurves:
                 for key in segment.series
             }
         )
+
+    def runs(self) -> Iterator[MetricsRun]:
+        """Yield the job's W&B runs, its own first, then in the order of their start."""
+        for run_id, curve in sorted(self._runs.items(), key=lambda one: bool(one[1].prefix)):
+            info = curve.info()
+            name, project = (info.name, info.project) if info is not None else ("", "")
+            yield MetricsRun(id=run_id, name=name, project=project, prefix=curve.prefix)
 
     def points(self, key: str) -> tuple[list[MetricPoint], int]:
         """Return the points that are held of one metric, and how many there are in all."""
@@ -279,7 +287,7 @@ def _end_of(
 ) -> tuple[dict[str, float], Progress | None] | None:
     """Return last values and progress of a job with one file of W&B's of more than `most` bytes; None for any other."""
     attempt = job / f"attempt-{attempts[0].n}" if attempts else job
-    runs = tuple((attempt / contract.WANDB / "wandb").glob("*run-*/run-*.wandb"))
+    runs = run_files(attempt)
     if len(attempts) != 1 or len(runs) != 1 or runs[0].stat().st_size <= most:
         return None
     try:
@@ -298,11 +306,6 @@ def _run_of(attempt_file: Path) -> tuple[str, bool]:
         return str(found["wandb"]["run_id"]), found.get("launcher") == "ray"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "", False
-
-
-def _started(path: Path) -> tuple[str, str]:
-    """Order runs by the time in their folder's name: ``offline-run-20260101_120000-ID``, ``run-20260101_120000-ID``."""
-    return path.parent.name.removeprefix("offline-").removeprefix("run-"), path.name
 
 
 def _csv(drawn: Iterable[tuple[Segment, str, frozenset[str]]], keys: frozenset[str]) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from raylaunch.controller.attempt_spec import attempt_spec
 from raylaunch.controller.link import Prepared
 from raylaunch.controller.means import STEP_S, Means, latest
@@ -12,6 +14,7 @@ from raylaunch.controller.rooms import asked
 from raylaunch.errors import ClusterError, ConflictError, NotFoundError, RaylaunchError, StorageError
 from raylaunch.reasons import Reason
 from raylaunch.state import AttemptView
+from raylaunch.tracking.earlier_runs import earlier_runs
 
 _FAILURES = 3
 WANDB_KEY = "WANDB_API_KEY"
@@ -56,13 +59,15 @@ class Sender:
         if missing:
             msg = f"the secret {missing[0]} is not set any more"
             raise ConflictError(msg)
+        settings = self._means.settings
         spec = attempt_spec(
             wanted,
             job=record.id,
             n=attempt.n,
             epoch=record.epoch,
-            settings=self._means.settings,
+            settings=settings,
             links=record.pack.links if record.pack else (),
+            earlier=await asyncio.to_thread(earlier_runs, settings.store / "jobs" / record.id, attempt.n),
         )
         prepared = await self._means.link.prepare(
             attempt.node_id, spec=spec, package=record.package, secrets=secrets, wheels=record.wheels

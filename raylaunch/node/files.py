@@ -23,6 +23,7 @@ from raylaunch.runner.contract import (
     STARTED,
     STOP,
     WANDB,
+    WANDB_DATA,
 )
 
 _RECORDS = (ATTEMPT, CLAIM, FACTS, STARTED, STOP, PROGRESS, EXIT)
@@ -81,11 +82,12 @@ def quick_files(folder: Path, *, metrics: bool = True) -> Iterator[tuple[str, Fi
 
 
 def slow_files(folder: Path, *, at_end: bool) -> Iterator[tuple[str, FileStat]]:
-    """Yield outputs and checkpoints; and at the end what W&B keeps beside its file. A look at a whole tree."""
+    """Yield outputs and checkpoints; and at the end what W&B keeps next to its files. A look at a whole tree."""
     for name in (OUTPUTS, CHECKPOINTS):
         yield from _tree(folder, name)
     for path, stat in _tree(folder, WANDB, skip="" if at_end else _WANDB_FILES):
-        if path.endswith(".wandb") or f"/{_WANDB_FILES}/" in path:
+        staged = at_end and path.startswith(f"{WANDB_DATA}/")
+        if path.endswith(".wandb") or f"/{_WANDB_FILES}/" in path or staged:
             yield path, stat
 
 

@@ -59,6 +59,7 @@ def runner_zip() -> bytes:
         files[f"raylaunch/runner/{path.name}"] = path.read_bytes()
     for path in (_PACKAGE / "runner" / STARTUP).glob("*.py"):
         files[f"{STARTUP}/{path.name}"] = path.read_bytes()
+    files[f"{STARTUP}/raylaunch_runs.py"] = files["raylaunch/runner/wandb_runs.py"]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(files):

@@ -30,6 +30,7 @@ from raylaunch.runner.rank_failure import RankFailure, before_report, rank_failu
 from raylaunch.runner.relay import Relay
 from raylaunch.runner.train_reports import TrainReports
 from raylaunch.runner.unpack import broken_links
+from raylaunch.runner.wandb_follow import RunFollower
 from raylaunch.runner.wandb_url import RunAddress
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ class Attempt:
         self._driver: ray_driver.Driver | None = None
         self._reports = TrainReports(folder)
         self._sweep = Sweep(spec["tag"], self._spare, pulse)
-        self._address = RunAddress(self._log, spec["wandb"]["run_id"])
+        self._runs = RunFollower(folder, spec["tag"])
+        self._address = RunAddress(self._log)
 
     def run(self) -> Exit:
         """Prepare, start, watch and end the training.
@@ -93,7 +95,7 @@ class Attempt:
             wish = self._watch(deadline)
         self._finish_reports(wish)
         self._end_leftovers(wish, online=mode.mode == "online")
-        self._look_for_address()
+        self._keep_runs()
         self._relay.finish(5.0)
         self._keep_outputs()
         end = self._facts_of_end(wish)
@@ -139,9 +141,10 @@ class Attempt:
             **prepared.env,
             **wandb_env.variables(spec["wandb"], mode, own, folder=folder, home=home),
         }
-        if not seen.raylaunch:
-            path = [env["PYTHONPATH"]] if env.get("PYTHONPATH") else []
-            env["PYTHONPATH"] = os.pathsep.join([*path, str(folder / contract.RUNNER)])
+        env.pop("WANDB_RUN_ID", None)  # the first run's alone, and so `WandbSpec.run_id`
+        archive = str(folder / contract.RUNNER)
+        path = [f"{archive}/{contract.STARTUP}", env.get("PYTHONPATH", ""), "" if seen.raylaunch else archive]
+        env["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
         return Prepared(env, prepared.python), mode
 
     def _broken_links(self) -> list[str]:
@@ -180,6 +183,7 @@ class Attempt:
 
     def _start(self, argv: list[str], prepared: Prepared) -> None:
         env = prepared.env
+        wandb_env.hand_out_runs(self._spec, self._folder)
         if self._driver is not None:
             self._driver = self._driver._replace(env=env)
             env = ray_driver.prepare(self._driver, self._folder, os.environ)
@@ -212,7 +216,8 @@ class Attempt:
         if kept is None:
             return None
         while not kept.poll(_POLL_S):
-            self._look_for_address()
+            self._runs.look()
+            self._report_runs()
             self._reports.look()
             wish = self._pulse.poll()
             if wish is None and time.monotonic() >= deadline:
@@ -222,9 +227,21 @@ class Attempt:
                 return wish
         return None
 
-    def _look_for_address(self) -> None:
-        if self._facts.get("wandb_mode") == "online" and self._address.look():
-            self._facts["wandb_url"] = self._address.url
+    def _keep_runs(self) -> None:
+        self._runs.finish()
+        self._report_runs()
+        staged = wandb_env.staged_bytes(self._folder)
+        if staged:
+            self._facts["wandb_staged"] = staged
+            claim.write_whole(self._folder / contract.FACTS, self._facts)
+
+    def _report_runs(self) -> None:
+        ids, run_id = self._runs.ids, self._spec["wandb"]["run_id"]
+        first = run_id if run_id in ids or not ids else ids[0]
+        found = self._facts.get("wandb_mode") == "online" and self._address.look(first)
+        if found or ids[: contract.MANY_RUNS] != self._facts.get("wandb_runs", []):
+            self._facts["wandb_run"], self._facts["wandb_url"] = first, self._address.url
+            self._facts["wandb_runs"] = ids[: contract.MANY_RUNS]
             claim.write_whole(self._folder / contract.FACTS, self._facts)
 
     def _wandb_broke(self) -> bool:
@@ -236,6 +253,7 @@ class Attempt:
         why = "wandb.init failed on-line, so the training was started again off-line"
         self._finish_reports(None)
         self._end_leftovers(None, online=False)
+        self._runs.finish()
         self._relay.finish(5.0)
         if self._kept is not None:
             self._kept.release()

@@ -14,7 +14,8 @@ One attempt has one folder on its node, ``<node root>/attempts/<attempt id>/``::
     exit.json         how it ended; written last, beside and renamed (`EXIT`)
     logs/rank-0.log   stdout and stderr of the training, byte for byte (`LOGS`); of rank 0 and its launcher
     logs/rank-N.log   the same of rank N, where a launcher starts several
-    wandb/            WANDB_DIR; the run's file is wandb/wandb/*run-*/run-*.wandb (`WANDB`)
+    wandb/            WANDB_DIR; a run's file is wandb/wandb/*run-*/run-*.wandb (`WANDB`), wherever W&B writes it
+    wandb/data/       files of artifacts that are not sent yet (`WANDB_DATA`)
     outputs/          $RAYLAUNCH_OUTPUT_DIR; kept (`OUTPUTS`)
     checkpoints/      $RAYLAUNCH_CHECKPOINT_DIR; kept (`CHECKPOINTS`)
     wheels/           what the environment is made of, where the node reaches no package index (`WHEELS`)
@@ -59,7 +60,9 @@ VAR_CLUSTER = "RAYLAUNCH_CLUSTER"
 VAR_PROGRESS = "RAYLAUNCH_PROGRESS_FILE"
 """File to which `raylaunch.report` appends JSON lines: ``{"at", "step", "total", "metrics"}``."""
 VAR_WANDB_RUN = "RAYLAUNCH_WANDB_RUN_ID"
-"""The job's W&B run, under ``launcher: ray``: WANDB_RUN_ID would make all processes of the training one run."""
+"""Id of the first W&B run that is opened: the job's. WANDB_RUN_ID would make all runs of all processes one run."""
+VAR_WANDB_RUNS = "RAYLAUNCH_WANDB_RUNS"
+"""Folder (`WANDB_RUNS`) through which `raylaunch.runner.wandb_runs` hands out ids."""
 VAR_TRAIN_REPORTS = "RAYLAUNCH_TRAIN_REPORTS"
 """File to which `raylaunch.tracking.train_callback` appends what Ray Train's workers report (`TRAIN_REPORTS`)."""
 VAR_NODE_ROOT = "RAYLAUNCH_NODE_ROOT"
@@ -69,8 +72,12 @@ VAR_PATH = "RAYLAUNCH_PATH"
 
 PROGRESS = "progress.jsonl"
 TRAIN_REPORTS = "tmp/train-reports.jsonl"
+WANDB_RUNS = "tmp/wandb-runs"
+WANDB_DATA = "wandb/data"
+"""WANDB_DATA_DIR: where W&B stages the files of artifacts and tables until they are sent."""
+MANY_RUNS = 100
 STARTUP = "startup"
-"""Folder in the runner's archive with a ``sitecustomize``, for PYTHONPATH under ``launcher: ray``."""
+"""Folder in the runner's archive with a ``sitecustomize``, for PYTHONPATH."""
 
 INTERRUPTED = 130
 """Exit status of what somebody interrupted, as shells say it."""
@@ -100,6 +107,16 @@ class WheelSpec(TypedDict):
     sha256: str
 
 
+class EarlierRun(TypedDict):
+    """A W&B run of an earlier attempt. `finished`: with status 0, so that it is not opened again."""
+
+    attempt: int
+    id: str
+    project: str
+    name: str
+    finished: bool
+
+
 class WandbSpec(TypedDict):
     """How the attempt tracks. The runner finds the mode when it is ``auto``."""
 
@@ -112,6 +129,8 @@ class WandbSpec(TypedDict):
     name: str
     tags: list[str]
     notes: str
+    earlier: list[EarlierRun]
+    """In the order of their start."""
 
 
 class AttemptSpec(TypedDict):
@@ -182,7 +201,13 @@ class Facts(TypedDict, total=False):
     wandb_mode: str
     wandb_why: str
     wandb_url: str
-    """Where the run can be seen, once W&B has said so."""
+    """Where the job's run can be seen, once W&B has said so."""
+    wandb_run: str
+    """Id of the job's run: `WandbSpec.run_id`, or that of the first run where the program gave ids of its own."""
+    wandb_runs: list[str]
+    """Ids of the attempt's runs, in the order of their start; the first `MANY_RUNS`."""
+    wandb_staged: int
+    """Bytes of files that off-line runs have added to artifacts and tables; they are kept in `WANDB_DATA`."""
 
 
 class StopWish(TypedDict):

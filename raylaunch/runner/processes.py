@@ -98,6 +98,24 @@ def of_attempt(tag: str, spare: frozenset[int]) -> list[Found]:
     return found
 
 
+def open_files_of_cores(tag: str) -> list[str]:
+    """Return the files that the attempt's ``wandb-core`` processes, which write its W&B runs, hold open."""
+    mark = f"{VAR_ATTEMPT}={tag}".encode()
+    found = []
+    entries = os.listdir(str(_PROC)) if _PROC.is_dir() else []  # noqa: PTH208 -- looked at again and again
+    for entry in entries:
+        if not entry.isdigit():
+            continue
+        try:
+            if (_PROC / entry / "comm").read_bytes() != b"wandb-core\n":
+                continue
+            if mark in (_PROC / entry / "environ").read_bytes().split(b"\0"):
+                found += [os.readlink(str(path)) for path in (_PROC / entry / "fd").iterdir()]  # noqa: PTH115 -- 3.8
+        except OSError:
+            continue  # it ended meanwhile, or belongs to another user
+    return sorted(set(found))
+
+
 def send(found: Found, number: int) -> bool:
     """Send a signal to exactly this process; False when it is gone, or its pid means another process by now."""
     if started_ticks(found.pid) != found.ticks:

@@ -1,7 +1,7 @@
 """One rank of a training: ``runner.pyz --rank PROGRAM ARGUMENTS``. It makes the rank's place, and becomes the program.
 
 Rank 0 writes where the launcher writes, into the attempt's log of rank 0; every other has a log of its own. The job's
-W&B run is rank 0's: another rank that calls `wandb.init` gets a run of its own in the job's group.
+W&B run is rank 0's: another rank that calls `wandb.init` gets a run of its own in the job's group (`wandb_runs`).
 """
 
 from __future__ import annotations
@@ -39,11 +39,8 @@ def main(arguments: Sequence[str]) -> int:
 def prepare(env: MutableMapping[str, str], rank: str) -> None:
     """Change a rank's variables: what is meant for the launcher, or for rank 0, is not for it."""
     env.pop("PYTHON_EXEC", None)
-    if rank != "0":
-        env.pop("WANDB_RUN_ID", None)
-        env.pop("WANDB_RESUME", None)
-        if env.get("WANDB_NAME"):
-            env["WANDB_NAME"] += f"-rank-{rank}"
+    if rank != "0" and env.get("WANDB_NAME"):
+        env["WANDB_NAME"] += f"-rank-{rank}"
 
 
 def _write_to(log: Path) -> None:

@@ -90,14 +90,14 @@ def _variables(driver: Driver, folder: Path, environ: Mapping[str, str]) -> dict
     env = {**_DEFAULTS, **of_ray, **driver.env, "CUDA_VISIBLE_DEVICES": ""}
     for name, value in _DEFAULTS.items():
         env[name] = own.get(name, value)
-    env.pop("WANDB_RUN_ID", None)
     if _WANDB_KEY in driver.secrets:
         del env[_WANDB_KEY]
     env[contract.VAR_WANDB_RUN] = driver.spec["wandb"]["run_id"]
     env[contract.VAR_TRAIN_REPORTS] = str(folder / contract.TRAIN_REPORTS)
     env[_CALLBACKS] = ",".join(filter(None, [own.get(_CALLBACKS, ""), _CALLBACK]))
     first, last = _python_path(driver, folder)
-    theirs = [part for part in env.get("PYTHONPATH", "").split(os.pathsep) if part and part not in last]
+    ours = {*first, *last}
+    theirs = [part for part in env.get("PYTHONPATH", "").split(os.pathsep) if part and part not in ours]
     env["PYTHONPATH"] = os.pathsep.join([*first, *theirs, *last])
     for of_tune, of_wandb in (("WANDB_PROJECT_NAME", "WANDB_PROJECT"), ("WANDB_GROUP_NAME", "WANDB_RUN_GROUP")):
         if of_tune not in own and env.get(of_wandb):

@@ -1,4 +1,4 @@
-"""The variables with which a script's own ``wandb.init()`` becomes this attempt's run; and whether it runs on-line.
+"""The variables with which a script's own ``wandb.init()`` opens this attempt's runs; and whether it runs on-line.
 
 What was measured on wandb 0.31: ``WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL`` takes fractions of a second (0.1, 0.25, 0.5
 gave writes 0.10, 0.25, 0.50 s apart). 0.28 to 0.30 ignore it and write when a block is full or the run ends;
@@ -7,19 +7,23 @@ when their training is killed, or ended by SIGTERM without a handler, what is no
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
-from raylaunch.runner import contract
+from raylaunch.runner import contract, wandb_runs
 from raylaunch.runner.watch import Pulse, run_program
 
 if TYPE_CHECKING:
     from raylaunch.runner.builds import Place
-    from raylaunch.runner.contract import WandbSpec
+    from raylaunch.runner.contract import AttemptSpec, WandbSpec
 
 FLUSH_S = "0.25"
 """Seconds between writes of the run's file: points are readable, and safe from SIGKILL, that fast."""
@@ -156,7 +160,7 @@ def variables(spec: WandbSpec, mode: Mode, own: Mapping[str, str], *, folder: Pa
     Args:
         spec: ids and names of the run.
         mode: as `find_mode` found.
-        own: what the person set for the job; it wins, except for the run's id and folder.
+        own: what the person set for the job; it wins, except for the folder.
         folder: the attempt's.
         home: the person's home on this node, whose W&B settings stay in force if there are any.
     """
@@ -169,9 +173,8 @@ def variables(spec: WandbSpec, mode: Mode, own: Mapping[str, str], *, folder: Pa
         "WANDB_JOB_TYPE": spec["job_type"],
         "WANDB_TAGS": ",".join(spec["tags"]),
         "WANDB_NOTES": spec["notes"],
-        "WANDB_RESUME": "allow",
         "WANDB_CACHE_DIR": str(tmp / "cache"),
-        "WANDB_DATA_DIR": str(tmp / "data"),
+        "WANDB_DATA_DIR": str(folder / contract.WANDB_DATA),
         "WANDB_ARTIFACT_DIR": str(tmp / "artifacts"),
         "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": FLUSH_S,
         "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": TRANSMIT_S,
@@ -181,16 +184,45 @@ def variables(spec: WandbSpec, mode: Mode, own: Mapping[str, str], *, folder: Pa
         found["WANDB_CONFIG_DIR"] = str(tmp / "config")
     kept = {name: value for name, value in found.items() if value and name not in own}
     kept["WANDB_MODE"] = mode.mode
-    kept["WANDB_RUN_ID"] = spec["run_id"]
     kept["WANDB_DIR"] = str(folder / contract.WANDB)
+    if mode.mode != "disabled":
+        kept[contract.VAR_WANDB_RUN] = spec["run_id"]
+        kept[contract.VAR_WANDB_RUNS] = str(folder / contract.WANDB_RUNS)
     return kept
 
 
 def make_folders(folder: Path) -> None:
     """Make what wandb wants to find: a resume policy fails when its folder is not there."""
-    (folder / contract.WANDB / "wandb").mkdir(parents=True, exist_ok=True)
-    for name in ("cache", "data", "artifacts", "config"):
+    for name in (f"{contract.WANDB}/wandb", contract.WANDB_DATA):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for name in ("cache", "artifacts", "config"):
         (folder / contract.TMP / "wandb" / name).mkdir(parents=True, exist_ok=True)
+
+
+def staged_bytes(folder: Path) -> int:
+    """Return how much W&B has staged and not sent: files of artifacts and tables of off-line runs."""
+    sizes = 0
+    for parent, _, names in os.walk(str(folder / contract.WANDB_DATA)):
+        for name in names:
+            with contextlib.suppress(OSError):
+                sizes += (Path(parent) / name).lstat().st_size
+    return sizes
+
+
+def hand_out_runs(spec: AttemptSpec, folder: Path) -> None:
+    """Make the folder through which the attempt's programs get the ids of their runs; none has been given yet."""
+    runs = folder / contract.WANDB_RUNS
+    shutil.rmtree(str(runs), ignore_errors=True)
+    runs.mkdir(mode=0o700, parents=True)
+    wandb = spec["wandb"]
+    own_name = spec["env"].get("WANDB_NAME", "")
+    told = {
+        "n": spec["n"],
+        "id": wandb["run_id"],
+        "name": "" if own_name else wandb["name"],
+        "earlier": wandb["earlier"],
+    }
+    (runs / wandb_runs.ATTEMPT).write_text(json.dumps(told), encoding="utf-8")
 
 
 def version_warnings(version: str) -> list[str]:

@@ -15,16 +15,18 @@ _OVERLAP = 4096
 
 
 class RunAddress:
-    """Looks for the run's address in a growing log, as far as it has not been found."""
+    """Looks for a run's address in a growing log, as far as it has not been found."""
 
-    def __init__(self, log: Path, run_id: str) -> None:
+    def __init__(self, log: Path) -> None:
         self._log = log
-        self._pattern = re.compile(rb"https?://[^\s\x1b\"'<>]+/runs/" + re.escape(run_id.encode()) + rb"(?![\w-])")
+        self._run_id = ""
         self._at = 0
         self.url = ""
 
-    def look(self) -> bool:
-        """Read on in the log; True when the address has been found just now."""
+    def look(self, run_id: str) -> bool:
+        """Read on in the log, from its beginning for another run; True when the address has been found just now."""
+        if run_id != self._run_id:
+            self._run_id, self._at, self.url = run_id, 0, ""
         if self.url or self._at >= _LOOK_INTO:
             return False
         try:
@@ -34,7 +36,8 @@ class RunAddress:
                 end = log.tell()
         except FileNotFoundError:
             return False
-        found = self._pattern.search(block) if end > self._at else None
+        pattern = rb"https?://[^\s\x1b\"'<>]+/runs/" + re.escape(run_id.encode()) + rb"(?![\w-])"
+        found = re.search(pattern, block) if end > self._at else None
         self._at = end
         if found is not None:
             self.url = found.group().decode("utf-8", "replace")

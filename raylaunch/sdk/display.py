@@ -15,7 +15,7 @@ from raylaunch.cluster.plan import Step
 from raylaunch.cluster_state import ControllerStatus
 from raylaunch.log_view import clean
 from raylaunch.sdk.curve import curve_svg
-from raylaunch.state import JobState, JobView, MetricSeries, MetricsPage
+from raylaunch.state import JobState, JobView, MetricSeries, MetricsPage, MetricsRun
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,6 +100,11 @@ class Metrics:
     def series(self) -> tuple[MetricSeries, ...]:
         """The curves that were asked for, each with its points, oldest first."""
         return self.page.series
+
+    @property
+    def runs(self) -> tuple[MetricsRun, ...]:
+        """The job's W&B runs, its own first; the keys of each further one start with its prefix."""
+        return self.page.runs
 
     def to_pandas(self) -> pd.DataFrame:
         """Return the curves as a table: a row a step, a column a metric. `metrics_frame` has every point.

@@ -31,7 +31,7 @@ import ray
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.execution.callback import ControllerCallback, ReportCallback, WorkerGroupCallback
 
-from raylaunch.runner import contract
+from raylaunch.runner import contract, wandb_runs
 
 if TYPE_CHECKING:
     from typing_extensions import ParamSpec
@@ -69,7 +69,7 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
         environ = os.environ
         self._file = environ.get(contract.VAR_TRAIN_REPORTS, "")
         self._progress = environ.get(contract.VAR_PROGRESS, "")
-        self._run = environ.get(contract.VAR_WANDB_RUN, "")
+        self._run = self._base = environ.get(contract.VAR_WANDB_RUN, "")
         self._label = environ.get("WANDB_NAME", "")
         self._next = 0
         """The step of the next report."""
@@ -80,6 +80,10 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
         self._own: bool | None = None
         """Whether rank 0 tracks with W&B itself; None until its first report."""
         self._workers: Any = None
+        self._starts = 0
+        """How often the workers were started."""
+        self._facts: dict[str, object] = {}
+        """What the run is opened with, should it be opened for the reports."""
 
     # -- hooks of Ray Train ----------------------------------------------------------------------------------------
 
@@ -91,15 +95,14 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
         run_config = train_run_context.get_run_config()
         n = self._claim_number()
         if n > 1:
-            self._run, self._label = f"{self._run}-{n}", f"{self._label}-{run_config.name}"
+            self._run = self._base = f"{self._base}-{n}"
+            self._label = f"{self._label}-{run_config.name}"
         self._next = self._written = self._resumes_at = _reports_before(run_config.storage_context)
         config = train_run_context.train_loop_config
-        self._tell(
-            event="start",
-            name=self._label,
-            config=plain_row(config) if isinstance(config, Mapping) else {},
-            workers=train_run_context.scaling_config.num_workers,
-        )
+        self._facts = {
+            "config": plain_row(config) if isinstance(config, Mapping) else {},
+            "workers": train_run_context.scaling_config.num_workers,
+        }
 
     @_spares_the_training
     def after_worker_group_start(self, worker_group: Any) -> None:  # noqa: ANN401 -- as above
@@ -109,7 +112,8 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
             return
         self._workers = worker_group
         self._next = self._resumes_at
-        worker_group.execute(_naming(self._run, self._label, rank_0=self._own is not False))
+        worker_group.execute(_naming(self._base, self._label, self._starts))
+        self._starts += 1
 
     @_spares_the_training
     def after_report(self, training_report: Any, metrics: Sequence[Mapping[str, Any]]) -> None:  # noqa: ANN401 -- as above
@@ -125,6 +129,8 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
         self._written = self._next
         if self._own is None:
             self._own = bool(self._workers.execute_single(0, _looking_for_own_run()))
+            if not self._own:
+                self._open_run()
         row = plain_row(metrics[0])
         if not self._own:
             self._tell(event="report", step=step, row=row)
@@ -153,6 +159,13 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
             self._tell(event="end", exit_code=contract.INTERRUPTED)
 
     # -- what is written -------------------------------------------------------------------------------------------
+
+    def _open_run(self) -> None:
+        """Have a run opened for the reports: the next of the attempt, which is the job's if the program opened none."""
+        with contextlib.suppress(OSError, ValueError, KeyError):  # where ids are not handed out it is the job's run
+            ask = wandb_runs.Ask(self._base, os.environ.get("WANDB_PROJECT", ""), self._label)
+            self._run, self._label, _ = wandb_runs.claim(os.environ.get(contract.VAR_WANDB_RUNS, ""), ask)
+        self._tell(event="start", name=self._label, **self._facts)
 
     def _claim_number(self) -> int:
         """Return which training run of the attempt this is, from 1. No two get the same."""
@@ -198,13 +211,15 @@ def _reports_before(storage: Any) -> int:  # noqa: ANN401 -- Ray's own, without 
 # -- what is run in workers. Functions in functions travel by value: a worker needs no raylaunch. ---------------------
 
 
-def _naming(run: str, label: str, *, rank_0: bool) -> Callable[[], None]:
+def _naming(run: str, label: str, starts: int) -> Callable[[], None]:
+    base, round_ = contract.VAR_WANDB_RUN, wandb_runs.ROUND[0]
+
     def name_the_run() -> None:
         from ray.train import get_context  # noqa: PLC0415 -- in the worker
 
         rank = get_context().get_world_rank()
-        if rank or rank_0:
-            os.environ["WANDB_RUN_ID"] = f"{run}-rank-{rank}" if rank else run
+        os.environ[base] = f"{run}-rank-{rank}" if rank else run
+        os.environ[round_] = str(starts)
         if label:
             os.environ["WANDB_NAME"] = f"{label}-rank-{rank}" if rank else label
 
@@ -222,11 +237,8 @@ def _finishing(exit_code: int) -> Callable[[], None]:
 
 def _looking_for_own_run() -> Callable[[], bool]:
     def has_own_run() -> bool:
-        """Whether this process has opened a W&B run. If not, the job's run is not for it any more."""
-        if getattr(sys.modules.get("wandb"), "run", None) is not None:
-            return True
-        os.environ.pop("WANDB_RUN_ID", None)
-        return False
+        """Whether this process has opened a W&B run."""
+        return getattr(sys.modules.get("wandb"), "run", None) is not None
 
     return has_own_run
 

@@ -41,5 +41,6 @@ def attempt_spec(attempt: str, *, epoch: str = "epoch-1", entrypoint: str = "tru
             "name": "",
             "tags": [],
             "notes": "",
+            "earlier": [],
         },
     }

@@ -44,6 +44,7 @@ class Attempt:
                 "name": "job",
                 "tags": [],
                 "notes": "job-aaaaaa",
+                "earlier": [],
             },
         }
         (self.folder / contract.ATTEMPT).write_text(json.dumps({**spec, **changes}))

@@ -1,63 +1,92 @@
-"""Lets results of Ray Train and Tune land in the job's folder for checkpoints, where a program names no storage.
+"""Changes two things in the programs of an attempt, when they import what it concerns.
 
-Python imports a module of this name at its start. Under ``launcher: ray`` this one lies first on PYTHONPATH, in the
-runner's archive. Ray keeps results in ``~/ray_results`` by a constant (ray/train/constants.py in Ray 2.60; the
-variables that once set it are errors by now), where two jobs with one run name would resume each other. The
-environment's own ``sitecustomize``, if there is one, is run first.
+Python imports a module of this name at its start. This one lies first on PYTHONPATH, in the runner's archive; the
+environment's own ``sitecustomize``, if there is one, is run first. It loads nothing that Python has not loaded by then.
+
+- W&B runs get their ids from `raylaunch_runs` (`raylaunch.runner.wandb_runs`): WANDB_RUN_ID would make all runs of all
+  processes one run.
+- Under ``launcher: ray`` results of Ray Train and Tune land in the job's folder for checkpoints, where a program names
+  no storage. Ray keeps them in ``~/ray_results`` by a constant (ray/train/constants.py in Ray 2.60; the variables that
+  once set it are errors by now), where two jobs with one run name would resume each other.
 """
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import os
 import sys
-from collections.abc import Sequence
-from types import ModuleType
+from importlib.machinery import ModuleSpec, PathFinder
 
-_CONSTANTS = "ray.train.constants"
-_CONSTANT = "DEFAULT_STORAGE_PATH"
-_FOLDER = "RAYLAUNCH_CHECKPOINT_DIR"
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.abc import Loader
+    from types import ModuleType
 
 
-class _Constants(importlib.abc.MetaPathFinder):
-    """Finds Ray's constants as all others do, and changes one of them when they are loaded."""
+class _Finder:
+    """Finds a module as all others do, and has it changed when it is loaded."""
+
+    def __init__(self, name: str, change: Callable[[ModuleType], None]) -> None:
+        self._name = name
+        self._change = change
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _CONSTANTS:
+    ) -> ModuleSpec | None:
+        if fullname != self._name:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if self in sys.meta_path:  # another thread may import it at the same moment
+            sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Changing(spec.loader)
+            spec.loader = _Changing(spec.loader, self._change)  # type: ignore[assignment]  # it loads as a Loader does
         return spec
 
 
-class _Changing(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
+class _Changing:
+    """Loads a module by its own loader, then changes it."""
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+    def __init__(self, loader: Loader, change: Callable[[ModuleType], None]) -> None:
+        self._loader = loader
+        self._change = change
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        if hasattr(module, _CONSTANT):
-            setattr(module, _CONSTANT, os.environ[_FOLDER])
+        try:
+            self._change(module)
+        except Exception as error:  # noqa: BLE001 -- a program must not fail for what is changed here
+            sys.stderr.write(f"raylaunch: {module.__name__} is left as it is ({type(error).__name__}: {error})\n")
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._loader, name)
+
+
+def _store_results(constants: ModuleType) -> None:
+    if hasattr(constants, "DEFAULT_STORAGE_PATH"):
+        setattr(constants, "DEFAULT_STORAGE_PATH", os.environ["RAYLAUNCH_CHECKPOINT_DIR"])  # noqa: B010 -- Ray's own
+
+
+def _name_runs(wandb_init: ModuleType) -> None:
+    from importlib import import_module  # noqa: PLC0415 -- only in programs that use wandb
+
+    import_module("raylaunch_runs").install(wandb_init)
 
 
 def _run_the_other() -> None:
     """Run the ``sitecustomize`` that this one hides."""
     here = os.path.dirname(__file__)  # noqa: PTH120 -- this runs at the start of every Python: nothing is loaded for it
-    others = [place for place in sys.path if place != here]
-    spec = importlib.machinery.PathFinder.find_spec("sitecustomize", others)
+    spec = PathFinder.find_spec("sitecustomize", [place for place in sys.path if place != here])
     if spec is not None and spec.loader is not None:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        from importlib.util import module_from_spec  # noqa: PLC0415 -- as above
+
+        spec.loader.exec_module(module_from_spec(spec))
 
 
 _run_the_other()
-if os.environ.get(_FOLDER):
-    sys.meta_path.insert(0, _Constants())
+if os.environ.get("RAYLAUNCH_WANDB_RUNS"):
+    sys.meta_path.insert(0, _Finder("wandb.sdk.wandb_init", _name_runs))
+if os.environ.get("RAYLAUNCH_TRAIN_REPORTS") and os.environ.get("RAYLAUNCH_CHECKPOINT_DIR"):
+    sys.meta_path.insert(0, _Finder("ray.train.constants", _store_results))

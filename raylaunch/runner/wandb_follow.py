@@ -1,0 +1,169 @@
+"""Brings every W&B run that an attempt opens into the attempt's own folder, wherever its program has it written.
+
+`wandb.init(dir=…)`, `Settings(root_dir=…)` and Lightning's ``WandbLogger(save_dir=".")`` come before WANDB_DIR. A run's
+file is linked into `contract.WANDB` (it is the same file then, and grows there too) or, from another file system,
+copied as it grows; what W&B keeps next to it follows at the end. Runs are found by what `wandb_runs` notes, by the
+files that the attempt's ``wandb-core`` processes hold open, and by the working folder at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from raylaunch.runner import contract, wandb_runs
+from raylaunch.runner.processes import open_files_of_cores
+
+_LOOK_S = 0.25
+_SCAN_S = 1.0
+_PROC_S = 2.0
+_FILES = "files"
+_RUN_FILE = re.compile(r"run-(?P<id>[^/]+)\.wandb")
+_MANY_FOLDERS = 100_000
+
+
+class RunFollower:
+    """The W&B runs of one attempt.
+
+    `look` is called again and again, `finish` when no process of the attempt is left.
+    """
+
+    def __init__(self, folder: Path, tag: str) -> None:
+        """Follow the runs of the attempt in `folder`, whose processes carry `tag`."""
+        self._home = folder / contract.WANDB / "wandb"
+        self._code = folder / contract.CODE
+        self._folder = os.path.realpath(str(folder))
+        self._notes = folder / contract.WANDB_RUNS / wandb_runs.PLACES
+        self._tag = tag
+        self._since = time.time()
+        self._next = {self._grow: 0.0, self._scan: 0.0, self._look_at_cores: 0.0}
+        self._brought: dict[Path, Path] = {}
+        """The file in this attempt's folder, by the file that W&B writes."""
+        self._copied: set[Path] = set()
+        """Those of `_brought` that are no links."""
+        self.ids: list[str] = []
+        """Of all runs that were found, in the order of their start."""
+
+    def look(self) -> None:
+        """Bring what is new, as often as it is worth it."""
+        now = time.monotonic()
+        pauses = {self._grow: _LOOK_S, self._scan: _SCAN_S, self._look_at_cores: _PROC_S}
+        for step, at in self._next.items():
+            if now >= at:
+                step()
+                spent = time.monotonic() - now
+                self._next[step] = now + max(pauses[step], 20 * spent)
+                now += spent
+
+    def finish(self) -> None:
+        """Bring all that was written, with what W&B keeps next to the runs' files."""
+        self._look_at_cores()
+        for place in self._folders_in_code():
+            self._take_from(place, None)
+        self._scan()
+        self._grow()
+        for source, target in self._brought.items():
+            self._bring_files(source.parent / _FILES, target.parent / _FILES)
+
+    def _look_at_cores(self) -> None:
+        for name in open_files_of_cores(self._tag):
+            path = Path(name)
+            if _RUN_FILE.fullmatch(path.name):
+                self._bring(path)
+
+    def _scan(self) -> None:
+        self._take_from(self._code / "wandb", None)
+        for place, ids in self._noted().items():
+            self._take_from(Path(place), ids)
+        files = sorted(self._home.glob("*run-*/run-*.wandb"), key=_started)
+        self.ids = list(dict.fromkeys(path.stem[len("run-") :] for path in files))
+
+    def _noted(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        with contextlib.suppress(OSError):
+            for line in self._notes.read_text(encoding="utf-8").splitlines():
+                note = json.loads(line)
+                found.setdefault(note["place"], set()).add(note["id"])
+        return found
+
+    def _folders_in_code(self) -> Iterator[Path]:
+        for count, (folder, names, _) in enumerate(os.walk(str(self._code))):
+            if count >= _MANY_FOLDERS:
+                return
+            if any("run-" in name for name in names):
+                yield Path(folder)
+
+    def _take_from(self, place: Path, ids: set[str] | None) -> None:
+        """Bring the runs of these ids (None: of all) from a folder that wandb made; older ones are another job's."""
+        if place.is_symlink() and ids is None:
+            return
+        with contextlib.suppress(OSError):
+            for folder in os.scandir(str(place)):
+                if "run-" not in folder.name or folder.is_symlink():
+                    continue
+                for path in Path(folder.path).glob("run-*.wandb"):
+                    matched = _RUN_FILE.fullmatch(path.name)
+                    wanted = matched is not None and (ids is None or matched.group("id") in ids)
+                    if wanted and path.stat().st_mtime >= self._since:
+                        self._bring(path)
+
+    def _bring(self, source: Path) -> None:
+        source = Path(os.path.realpath(str(source)))
+        if source in self._brought or source.parent.parent == Path(os.path.realpath(str(self._home))):
+            return
+        target = self._free(source.parent.name) / source.name
+        try:
+            target.parent.mkdir(mode=0o700, parents=True)
+            try:
+                os.link(str(source), str(target))
+            except OSError:
+                self._copied.add(source)
+        except OSError:
+            return  # the disk is full, say: it is tried again
+        self._brought[source] = target
+
+    def _free(self, name: str) -> Path:
+        number, folder = 0, self._home / name
+        while folder.exists():
+            number += 1
+            folder = self._home / f"{name}-{number}"
+        return folder
+
+    def _grow(self) -> None:
+        for source in self._copied:
+            with contextlib.suppress(OSError), source.open("rb") as reader, self._brought[source].open("ab") as writer:
+                if reader.seek(0, os.SEEK_END) < writer.tell():  # it was replaced
+                    writer.truncate(0)
+                reader.seek(writer.seek(0, os.SEEK_END))
+                shutil.copyfileobj(reader, writer, 1 << 20)
+
+    def _bring_files(self, source: Path, target: Path) -> None:
+        for folder, _, names in os.walk(str(source)):
+            for name in names:
+                path = Path(os.path.realpath(os.path.join(folder, name)))  # noqa: PTH118 -- `run.save` makes links
+                if not path.is_file() or os.path.commonpath([str(path), self._folder]) != self._folder:
+                    continue
+                copy = target / os.path.relpath(folder, str(source)) / name
+                with contextlib.suppress(OSError):
+                    copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    _link_or_copy(path, copy)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(str(source), str(target))
+    except FileExistsError:
+        return
+    except OSError:
+        shutil.copy2(str(source), str(target))
+
+
+def _started(path: Path) -> tuple[str, str]:
+    """Order runs by the time in their folder's name."""
+    return path.parent.name.replace("offline-run-", "run-", 1), path.name
