@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import NamedTuple
 
 from mcp_server.arguments import DownloadModel, JobLogs
 from mcp_server.bounds import MOST_BYTES, Json, first_lines, last_lines, lines_of, short, without_empty
 from mcp_server.call import Call, News
+from mcp_server.paths import LocalPath
 from mcp_server.words import UNTRUSTED
-from raylaunch.client import Client, Downloaded, LogChunk
-from raylaunch.errors import NotFoundError, SpecError
+from raylaunch.client import Client, Downloaded, IncompleteDownloadError, LogChunk
+from raylaunch.directory import Directory
+from raylaunch.errors import ConflictError, NotFoundError, SpecError, StorageError
 from raylaunch.log_view import clean
 from raylaunch.state import Artifact, JobView, LogMatch
 
@@ -165,17 +169,44 @@ async def download_model(given: DownloadModel, call: Call) -> Json:
         job = await client.patient(lambda: client.job(given.job))
         found = await client.patient(lambda: client.files(job.id))
         paths = _paths(given, job, found)
-        dest = (named or call.roots.resolve(job.id, field="job")).path
+        dest = named or call.roots.resolve(job.id, field="job")
         async with call.telling(lambda: news[0]):
-            fetched = await client.download(
-                job.id,
-                paths,
-                dest=dest,
-                everything=given.what == "all" and not paths,
-                replace=False,
-                on_progress=travels,
-            )
-    return _answer(job, dest, fetched)
+            with await asyncio.to_thread(_opened, dest) as folder:
+                fetched, problems = await _fetch(
+                    client.download(
+                        job.id,
+                        paths,
+                        dest=folder,
+                        everything=given.what == "all" and not paths,
+                        hidden=False,
+                        on_progress=travels,
+                    )
+                )
+    return _answer(job, dest.path, fetched, problems)
+
+
+def _opened(dest: LocalPath) -> Directory:
+    try:
+        return dest.directory(make=True)
+    except OSError as error:
+        msg = f"to: {dest.path} cannot be written to: {error.strerror}"
+        raise StorageError(msg, hint="choose another folder to download into") from None
+
+
+async def _fetch(download: Awaitable[tuple[Downloaded, ...]]) -> tuple[tuple[Downloaded, ...], dict[str, str]]:
+    """Return what is here, and why the other files are not.
+
+    Raises:
+        IncompleteDownloadError: nothing is here.
+    """
+    try:
+        return await download, {}
+    except IncompleteDownloadError as error:
+        if error.done:
+            return error.done, error.problems
+        raise IncompleteDownloadError(error.problems, (), hint="choose another folder to download into") from None
+    except ConflictError as error:
+        raise ConflictError(error.message, hint="choose another folder to download into") from None
 
 
 def _paths(given: DownloadModel, job: JobView, found: tuple[Artifact, ...]) -> tuple[str, ...]:
@@ -207,8 +238,9 @@ def _nothing(job: JobView, what: str, variable: str, found: tuple[Artifact, ...]
     return NotFoundError(f"{job.id} has left no {what}", hint=hint)
 
 
-def _answer(job: JobView, dest: Path, fetched: tuple[Downloaded, ...]) -> Json:
+def _answer(job: JobView, dest: Path, fetched: tuple[Downloaded, ...], problems: dict[str, str]) -> Json:
     unverified = sum(not file.verified for file in fetched)
+    missing = [f"{short(name, 200)}: {short(why)}" for name, why in list(problems.items())[:_LISTED]]
     rows = [
         without_empty(
             {
@@ -226,11 +258,12 @@ def _answer(job: JobView, dest: Path, fetched: tuple[Downloaded, ...]) -> Json:
         "folder": str(dest),
         "count": len(fetched),
         "bytes": sum(file.bytes for file in fetched),
-        "verified": not unverified,
+        "verified": not (unverified or problems),
         "files": rows,
         **without_empty(
             {
                 "files_left_out": max(0, len(fetched) - _LISTED) or None,
+                "not_downloaded": missing,
                 "unverified": f"{unverified} files may still grow and have no checksum yet" if unverified else "",
             }
         ),

@@ -18,6 +18,16 @@ from typing_extensions import Self
 
 from raylaunch.admin import Admin
 from raylaunch.cluster_state import ClusterPython, ControllerStatus, RayAccess
+from raylaunch.directory import Directory
+from raylaunch.downloads import (
+    Downloaded,
+    IncompleteDownloadError,
+    MayReplace,
+    chosen,
+    download,
+    download_all,
+    local_name,
+)
 from raylaunch.errors import WheelsNeededError
 from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
 from raylaunch.sensitive import NO_MORE, Allowed
@@ -39,14 +49,24 @@ from raylaunch.state import (
     UsagePage,
 )
 from raylaunch.submission import with_wandb
-from raylaunch.transfer import Downloaded, OnProgress, chosen, download, local_name, no_progress, safe_target, upload
+from raylaunch.transfer import OnProgress, no_progress, upload
 from raylaunch.wheel_sets import WheelSet
 from raylaunch.wire import NoAnswerError, Params, Patience, Reachable, Wire
 
 if TYPE_CHECKING:
     from raylaunch.packing import Packed
 
-__all__ = ["Client", "Downloaded", "DryRun", "LogChunk", "NoAnswerError", "OnProgress", "Reachable", "with_wandb"]
+__all__ = [
+    "Client",
+    "Downloaded",
+    "DryRun",
+    "IncompleteDownloadError",
+    "LogChunk",
+    "NoAnswerError",
+    "OnProgress",
+    "Reachable",
+    "with_wandb",
+]
 
 _Result = TypeVar("_Result")
 
@@ -424,39 +444,44 @@ class Client:
         ref: str,
         paths: Sequence[str] = (),
         *,
-        dest: Path,
+        dest: Path | Directory,
         everything: bool = False,
-        replace: bool = True,
+        replace: bool = False,
+        hidden: bool = True,
         on_progress: OnProgress = no_progress,
     ) -> tuple[Downloaded, ...]:
         """Fetch files into `dest`, each verified against its checksum; what is there already is not fetched again.
 
+        A file that is there and is something else is kept, unless it is what an earlier download of this job left.
+
         Args:
             ref: the job.
             paths: names, folders or globs; none means the job's outputs, each from the latest attempt that has it.
-            dest: folder that they go into: outputs under the names that the job gave them, others as in the store.
+            dest: folder that they go into: outputs under the names that the job gave them, others as in the store. No
+                part of a relative path may be a link; of an absolute one the last.
             everything: without `paths`: checkpoints, logs, tracking and records too.
-            replace: whether a file that is there already, with other content, is replaced.
+            replace: whether files that are there already with other content are replaced, and whether the folder may
+                hold another job's files.
+            hidden: whether files may be written whose names have a part that starts with a dot.
             on_progress: told how far each file is.
 
         Raises:
-            ConflictError: a file is there already with other content, and `replace` is False.
+            ConflictError: `dest` holds another job's files.
+            IncompleteDownloadError: some files are not here, such as those that were kept; all others are.
             NotFoundError: a name fits no file.
-            TransferError: a file did not arrive as it was sent; the message names it.
+            StorageError: a file cannot be written here.
         """
-        from raylaunch.fetched import note_fetched  # noqa: PLC0415 -- only a download needs these
-        from raylaunch.parallel_download import ParallelDownload  # noqa: PLC0415 -- as above
+        from raylaunch.parallel_download import ParallelDownload  # noqa: PLC0415 -- only a download needs it
 
-        job, wide, found = await self.job(ref), ParallelDownload(self._ssh_cluster), []
-        for artifact in chosen(list(await self.files(job.id)), tuple(paths), everything=everything):
-            target = safe_target(dest, artifact.path if everything else local_name(artifact))
-            fetch = partial(
-                download, self._wire, job.id, artifact, target, replace=replace, wide=wide, on_progress=on_progress
-            )
-            found.append(await self.patient(fetch))
-            if found[-1].fetched:
-                await asyncio.to_thread(note_fetched, dest, job.id, [target])
-        return tuple(found)
+        job, wide = await self.job(ref), ParallelDownload(self._ssh_cluster)
+        files = chosen(list(await self.files(job.id)), tuple(paths), everything=everything)
+
+        async def bring(artifact: Artifact, folder: Directory, name: str, *, replace: MayReplace) -> Downloaded:
+            fetch = partial(download, self._wire, job.id, artifact, folder, name, wide=wide)
+            return await self.patient(partial(fetch, replace=replace, on_progress=on_progress))
+
+        named = [(file, file.path if everything else local_name(file)) for file in files]
+        return await download_all(bring, job.id, named, dest, replace=replace, hidden=hidden)
 
 
 def _of(ref: str, verb: str = "") -> str:

@@ -92,6 +92,7 @@ class Directory:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise OSError(errno.EINVAL, "it is not a file", str(path))
+        os.set_blocking(descriptor, True)
         return descriptor
 
     def stat(self, name: str) -> os.stat_result | None:

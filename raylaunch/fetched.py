@@ -1,16 +1,18 @@
 """Which files of a folder `raylaunch get` wrote: those are a job's results, and are not sent back with the next one.
 
 ``.raylaunch/fetched.json`` in the folder that they were downloaded into names the job, and each file with its size and
-time. A file that was changed since is the person's own again.
+time. A file that was changed since is the person's own again: it is sent, and no later download replaces it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+from raylaunch.directory import Directory
 
 FETCHED = "built in: files that raylaunch get wrote"
 """The rule that leaves them out."""
@@ -36,29 +38,52 @@ def fetched_in(folder: Path) -> Mapping[str, Stamp]:
     return {name: stamp for files in _read(folder).values() for name, stamp in files.items()}
 
 
-def jobs_fetched_into(folder: Path) -> frozenset[str]:
-    """Return the ids of the jobs whose files were downloaded into `folder`."""
-    return frozenset(_read(folder))
+class FetchedFiles:
+    """What was downloaded into one folder, by job; saved with `save`.
 
-
-def note_fetched(folder: Path, job: str, files: Iterable[Path]) -> None:
-    """Note that these files below `folder` were downloaded just now, and are those of `job`.
-
-    Raises:
-        OSError: it cannot be written.
+    Args:
+        folder: the folder, open.
     """
-    noted = dict(_read(folder))
-    mine = dict(noted.get(job, {}))
-    for file in files:
-        seen = file.lstat()
-        mine[file.relative_to(folder).as_posix()] = Stamp(seen.st_size, seen.st_mtime_ns)
-    home = folder / _FOLDER
-    home.mkdir(mode=0o700, exist_ok=True)
-    beside = home / f".{_FILE}.{os.getpid()}"
-    text = json.dumps({"jobs": {**noted, job: mine}})
-    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as index:
-        index.write(text)
-    beside.replace(home / _FILE)
+
+    def __init__(self, folder: Directory) -> None:
+        self._folder = folder
+        self._jobs = {job: dict(files) for job, files in _read(folder.path).items()}
+        self._changed = False
+
+    def of_others(self, job: str) -> tuple[str, ...]:
+        """Return the other jobs whose files are still here, as they were downloaded or changed."""
+        return tuple(one for one, files in self._jobs.items() if one != job and any(map(self._is_here, files)))
+
+    def _is_here(self, name: str) -> bool:
+        return os.path.lexists(self._folder.path / name)
+
+    def is_unchanged(self, job: str, name: str, here: os.stat_result) -> bool:
+        """Return whether a file is just what an earlier download of this job left under that name."""
+        return self._jobs.get(job, {}).get(name) == Stamp(here.st_size, here.st_mtime_ns)
+
+    def add(self, job: str, name: str, here: os.stat_result) -> None:
+        """Note that a file of `job` was downloaded just now."""
+        for files in self._jobs.values():
+            files.pop(name, None)
+        self._jobs.setdefault(job, {})[name] = Stamp(here.st_size, here.st_mtime_ns)
+        self._changed = True
+
+    def save(self) -> None:
+        """Write what was noted.
+
+        Raises:
+            OSError: it cannot be written, or a link is in its place.
+        """
+        if not self._changed:
+            return
+        part = f".{_FILE}.{os.getpid()}"
+        text = json.dumps({"jobs": {job: files for job, files in self._jobs.items() if files}})
+        with self._folder.child(_FOLDER, make=True) as home:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            with os.fdopen(home.open_file(part, flags, 0o600), "w", encoding="utf-8") as index:
+                index.write(text)
+            home.replace(part, _FILE)
+        self._changed = False
 
 
 def _read(folder: Path) -> dict[str, dict[str, Stamp]]:

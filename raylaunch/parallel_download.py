@@ -12,13 +12,13 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from raylaunch.cluster.reach.part_file import PartFile, notes_of
 from raylaunch.cluster.reach.straight import installed_ssh, straight
 from raylaunch.cluster.ssh.transfer import RANGE_BYTES
+from raylaunch.directory import Directory
 from raylaunch.errors import HostLostError, TransferError
 from raylaunch.state import Artifact
 from raylaunch.transfer import OnProgress
@@ -45,12 +45,14 @@ class ParallelDownload:
     def __init__(self, cluster: str) -> None:
         self._cluster = cluster
 
-    def wants(self, artifact: Artifact, part: Path) -> bool:
+    def wants(self, artifact: Artifact, folder: Directory, part: str) -> bool:
         """Whether a file is to be brought that way: it is large, or has come in part that way."""
         large = bool(self._cluster) and artifact.bytes >= WIDE_BYTES
-        return bool(artifact.sha256) and (large or notes_of(part).exists())
+        return bool(artifact.sha256) and (large or folder.stat(notes_of(part)) is not None)
 
-    async def fetch(self, wire: Wire, url: str, artifact: Artifact, part: Path, on_progress: OnProgress) -> str:
+    async def fetch(  # noqa: PLR0913 -- what goes where
+        self, wire: Wire, url: str, artifact: Artifact, folder: Directory, part: str, *, on_progress: OnProgress
+    ) -> str:
         """Bring what is missing of `part`, and return the checksum of all of it.
 
         Raises:
@@ -58,7 +60,7 @@ class ParallelDownload:
             TransferError: the file is not as long as it was said to be.
             OSError: it cannot be written here.
         """
-        with PartFile(part, artifact.bytes, grown=True, sync=False) as file:
+        with PartFile(folder, part, artifact.bytes, grown=True, sync=False) as file:
             work = _Download(wire, url, file, lambda done: on_progress(artifact.path, done, artifact.bytes))
             connections = await self._connections(work)
             hashing = asyncio.create_task(work.checksum())
@@ -70,7 +72,7 @@ class ParallelDownload:
                 for task in tasks:
                     task.cancel()
                 await asyncio.wait(tasks)
-        notes_of(part).unlink(missing_ok=True)
+        folder.unlink(notes_of(part))
         return sha256
 
     async def _connections(self, work: _Download) -> list[asyncio.Task[None]]:
@@ -93,7 +95,6 @@ class _Download:
         self._wire = wire
         self._url = url
         self._file = file
-        self._path = file.path.absolute()
         self._on_bytes = on_bytes
         self._done = file.ranges.there
         self._there = ""
@@ -134,6 +135,8 @@ class _Download:
             if body.status != _PARTIAL:
                 raise _other_length(self._url)
             async for data in body.chunks():
+                if at + len(data) > offset + length:
+                    raise _other_length(self._url)
                 self._file.write(data, at)
                 at += len(data)
                 self._tell(len(data))
@@ -147,7 +150,7 @@ class _Download:
             return
         mine, ready = self.missing.popleft(), False
         try:
-            async with straight(words, self._there, self._file.ranges.size, self._path, mine[0]) as connection:
+            async with straight(words, self._there, self._file.ranges.size, self._file.opened(), mine[0]) as connection:
                 ready = True
                 self._ready += 1
                 while True:

@@ -24,7 +24,15 @@ GROUND = (
 )
 READING = frozenset({"config", "ray_yaml", "spec_problems", "yaml_file"})
 PACKING = frozenset({"packing", "ignoring", "sensitive", "fetched", "git_facts"})
-SENDING = PACKING | {"environment_choice", "submission", "transfer", "wire", "log_reading", "requirement_lines"}
+SENDING = PACKING | {
+    "downloads",
+    "environment_choice",
+    "submission",
+    "transfer",
+    "wire",
+    "log_reading",
+    "requirement_lines",
+}
 VERBS = frozenset({"client", "sdk"})
 
 # What each part may import of raylaunch, beside itself. `runner.contract` grants that one module.

@@ -143,7 +143,7 @@ def test_a_pattern_that_is_no_regular_expression_is_refused(agent: Agent, paper:
     start(paper, paper.do(lambda: paper.records.get(job).view()))
     answer = agent.call("job_logs", job=job, search="(", regex=True)
     assert answer.error
-    assert "is not a regular expression" in answer.text
+    assert "is not a supported regular expression" in answer.text
 
 
 def test_an_attempt_that_there_is_not_is_refused(agent: Agent, paper: Api) -> None:
@@ -181,7 +181,7 @@ def test_a_file_of_the_users_is_never_replaced(agent: Agent, paper: Api, place: 
     (mine / "model.pt").write_text("mine")
     answer = agent.call("download_model", job=with_output(agent, paper), to="mine")
     assert answer.error
-    assert "model.pt is there already, and is something else\n  → choose another folder" in answer.text
+    assert "model.pt is there already, and is something else; it was kept\n  → choose another folder" in answer.text
     assert (mine / "model.pt").read_text() == "mine"
 
 
@@ -214,7 +214,7 @@ def test_a_folder_that_may_not_be_written_is_said(agent: Agent, paper: Api, plac
     ):
         answer = opened.call("download_model", job=job, to=str(disk / "here"))
     assert answer.error
-    assert f"cannot be written to {disk / 'here' / 'model.pt'}: Read-only file system\n  → choose" in answer.text
+    assert f"{disk / 'here'} cannot be written to: Read-only file system\n  → choose" in answer.text
 
 
 def test_a_store_that_is_full_is_said_and_nothing_is_recorded(home: Path, tmp_path: Path) -> None:
@@ -253,6 +253,16 @@ def test_bytes_that_did_not_arrive_as_they_were_sent_are_refused(agent: Agent, p
     assert answer.error
     assert "did not arrive as it was sent" in answer.text
     assert "repeat the command" in answer.text
+
+
+def test_hidden_files_of_a_job_are_not_written_into_the_project(agent: Agent, paper: Api, place: Path) -> None:
+    job = with_output(agent, paper)
+    keep(paper, paper.do(lambda: paper.records.get(job).view()), "attempt-1/outputs/.claude/settings.json", b"{}")
+    facts = agent.call("download_model", job=job, to=".").facts
+    assert (place / "work" / "model.pt").read_bytes() == b"weights"
+    assert not (place / "work" / ".claude").exists()
+    assert "its name is hidden" in str(facts["not_downloaded"])
+    (place / "work" / "model.pt").unlink()
 
 
 def test_what_the_controller_itself_gets_wrong_is_said_without_its_traceback(agent: Agent, paper: Api) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from raylaunch.directory import Directory
 from raylaunch.errors import SpecError, WithheldError
-from raylaunch.fetched import jobs_fetched_into, note_fetched
+from raylaunch.fetched import FetchedFiles
 from raylaunch.packing import pack
 from raylaunch.sensitive import allowed
 
@@ -153,10 +154,15 @@ def test_a_largest_upload_that_is_no_size_is_refused(size: str | int) -> None:
 
 def test_files_that_get_wrote_are_left_out_and_not_the_folder_around_them(tmp_path: Path) -> None:
     tree(tmp_path, {"train.py": "", "models/best/model.pt": "x", "models/notes.md": "", "models/old.pt": "y"})
-    note_fetched(tmp_path / "models", "digits-abc", [tmp_path / "models/best/model.pt", tmp_path / "models/old.pt"])
+    with Directory.open(tmp_path / "models") as folder:
+        noted = FetchedFiles(folder)
+        for name in ("best/model.pt", "old.pt"):
+            noted.add("digits-abc", name, (tmp_path / "models" / name).stat())
+        noted.save()
     (tmp_path / "models/old.pt").write_text("changed by a person")
     assert names(tmp_path) == ["models/notes.md", "models/old.pt", "train.py"]
-    assert jobs_fetched_into(tmp_path / "models") == {"digits-abc"}
+    with Directory.open(tmp_path / "models") as folder:
+        assert FetchedFiles(folder).of_others("another") == ("digits-abc",)
     with pack(tmp_path) as packed:
         assert "built in: files that raylaunch get wrote" in packed.report.ignored_by
 

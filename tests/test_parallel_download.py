@@ -26,11 +26,14 @@ from raylaunch.cluster.process import identify
 from raylaunch.cluster.reach.part_file import notes_of
 from raylaunch.cluster.ssh.openssh import command
 from raylaunch.cluster.targets import target_of
+from raylaunch.controller.packages import file_sha256
+from raylaunch.directory import Directory
+from raylaunch.downloads import download
 from raylaunch.errors import TransferError
 from raylaunch.parallel_download import ParallelDownload
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import Artifact
-from raylaunch.transfer import OnProgress, download, file_sha256
+from raylaunch.transfer import OnProgress
 from raylaunch.wire import Wire
 
 pytestmark = pytest.mark.slow  # each test has an sshd, and programs that speak through it
@@ -100,7 +103,18 @@ def fetched(api: Api, model: tuple[str, Artifact], target: Path, on_progress: On
 
     async def run() -> None:
         async with Wire(api.reach(), cluster="test") as wire:
-            await download(wire, job, artifact, target, wide=ParallelDownload("test"), on_progress=on_progress)
+            with Directory.open(target.parent, make=True) as folder:
+                wide = ParallelDownload("test")
+                await download(
+                    wire,
+                    job,
+                    artifact,
+                    folder,
+                    target.name,
+                    replace=lambda _: False,
+                    wide=wide,
+                    on_progress=on_progress,
+                )
 
     asyncio.run(asyncio.wait_for(run(), 90))
 
@@ -199,7 +213,7 @@ def test_an_interrupted_one_goes_on_with_what_has_come(
         fetched(api, model, target, beside(host, interrupt, 120 * _MB))
     assert not target.exists()
     (part,) = (tmp_path / "got").glob(".*.part")
-    assert notes_of(part).exists()
+    assert part.with_name(notes_of(part.name)).exists()
     told: list[int] = []
     fetched(api, model, target, lambda _what, done, _total: told.append(done))
     assert told[0] > 0

@@ -89,7 +89,7 @@ async def _demo(place: Place, folder: Path, dest: Path, console: Console) -> Non
         console.print(facts(job), soft_wrap=True)
 
         _heading(console, "The model", f"from the cluster's store to {dest}")
-        for fetched in await client.download(job.id, dest=dest):
+        for fetched in await client.download(job.id, dest=dest, replace=True):
             console.print(f"  {fetched.local}  {size(fetched.bytes)}", soft_wrap=True)
 
     _heading(console, "Using it", "evaluate.py loads it in a process of its own")

@@ -11,7 +11,7 @@ from raylaunch.cli.connect import Place, finish
 from raylaunch.cli.console import count, note, say, say_json, size, table
 from raylaunch.cli.options import as_json, job_argument
 from raylaunch.cli.transfer_bar import transfer_bar
-from raylaunch.client import Downloaded
+from raylaunch.client import Downloaded, IncompleteDownloadError
 from raylaunch.log_view import clean
 from raylaunch.state import Artifact, UsagePage
 
@@ -49,28 +49,42 @@ def files(cluster_file: Path | None, *, job: str, kind: str | None, as_json: boo
     "--to", "dest", type=click.Path(file_okay=False, path_type=Path), help="Folder; by default one with the job's id."
 )
 @click.option("--all", "everything", is_flag=True, help="Checkpoints, logs, tracking and records too.")
+@click.option("--force", is_flag=True, help="Replace files that differ, also in a folder with another job's files.")
 @click.pass_obj
-def get(cluster_file: Path | None, *, job: str, paths: tuple[str, ...], dest: Path | None, everything: bool) -> None:
+def get(  # noqa: PLR0913 -- each is one option
+    cluster_file: Path | None, *, job: str, paths: tuple[str, ...], dest: Path | None, everything: bool, force: bool
+) -> None:
     """Download a job's outputs, or the files, folders or globs named.
 
     Each file is verified against its checksum. An interrupted download goes on where it stopped, and files that are
-    here already are not fetched again. Their places are printed to stdout.
+    here already are not fetched again. A file that is here and differs is kept, unless it is what an earlier 'get'
+    left. The places of the files are printed to stdout.
     """
 
     async def work() -> tuple[Downloaded, ...]:
         async with Place(cluster_file).client() as client:
             found = await client.job(job)
+            folder = dest or Path(found.id)
             with transfer_bar() as progress:
                 return await client.download(
-                    found.id, paths, dest=dest or Path(found.id), everything=everything, on_progress=progress
+                    found.id, paths, dest=folder, everything=everything, replace=force, on_progress=progress
                 )
 
-    done = finish(work())
-    for file in done:
-        say(str(file.local))
+    try:
+        done = finish(work())
+    except IncompleteDownloadError as error:
+        _say_downloaded(error.done)
+        raise
+    _say_downloaded(done)
     if not done:
         note("the job has no outputs; --all fetches everything that it left, raylaunch files lists it")
+
+
+def _say_downloaded(done: tuple[Downloaded, ...]) -> None:
+    if not done:
         return
+    for file in done:
+        say(str(file.local))
     fetched = [file for file in done if file.fetched]
     here = f", {count(len(done) - len(fetched), 'file')} already here" if len(fetched) < len(done) else ""
     unknown = sum(not file.verified for file in done)

@@ -12,11 +12,21 @@ from urllib.parse import quote
 import anyio
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.convertors import PathConvertor, register_url_convertor
 
 from raylaunch.controller.answers import answer, file_answer
 from raylaunch.controller.asking import Has, Job, require_ours
 from raylaunch.controller.guarded import GuardedRoute
 from raylaunch.state import Artifact, MetricsPage
+
+
+class _FileName(PathConvertor):
+    """A path as starlette's, which may hold line feeds as any file's name may."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("file", _FileName())
 
 router = APIRouter(route_class=GuardedRoute)
 
@@ -54,8 +64,8 @@ async def files(record: Job, services: Has) -> Response:
     return answer(found)
 
 
-@router.head("/jobs/{ref}/files/{path:path}", response_class=Response, include_in_schema=False)
-@router.get("/jobs/{ref}/files/{path:path}", response_class=Response)
+@router.head("/jobs/{ref}/files/{path:file}", response_class=Response, include_in_schema=False)
+@router.get("/jobs/{ref}/files/{path:file}", response_class=Response)
 async def file(record: Job, path: str, request: Request, services: Has) -> Response:
     """Return one file, or a range of it."""
     require_ours(record, "files")

@@ -241,29 +241,33 @@ class AsyncJob:
         *,
         to: Path | str,
         everything: bool = False,
+        replace: bool = False,
         on_progress: OnProgress = no_progress,
     ) -> tuple[Downloaded, ...]:
         """Fetch files, each verified against its checksum.
 
-        The same file is not fetched again when it is there already; another one of its name is replaced.
+        The same file is not fetched again when it is there already. A file that is there and differs is kept, unless it
+        is what an earlier download of this job left; the others still come.
 
         Args:
             paths: names, folders or globs; by default the job's outputs, each from the latest attempt that has it.
             to: the folder that they go into; it is made.
             everything: without `paths`, checkpoints, logs, tracking and records too.
+            replace: whether files that differ are replaced, also in a folder that holds another job's files.
             on_progress: called with what travels, bytes done and bytes in all.
 
         Returns:
             What is here now, one for each file.
 
         Raises:
+            ConflictError: the folder holds another job's files.
+            IncompleteDownloadError: some files are not here, such as those that were kept; its `done` has the others.
             NotFoundError: a name fits no file.
-            TransferError: a file did not arrive as it was sent.
             StorageError: a file cannot be written here.
         """
         wanted = (paths,) if isinstance(paths, str) else tuple(paths)
         return await self._client.download(
-            self.id, wanted, dest=Path(to), everything=everything, on_progress=on_progress
+            self.id, wanted, dest=Path(to), everything=everything, replace=replace, on_progress=on_progress
         )
 
     async def card(self) -> Card:

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 
+from raylaunch.controller.packages import file_sha256
 from raylaunch.state import AttemptView, Change, JobState, JobView, SubmitAnswer
-from raylaunch.transfer import file_sha256
 from support.api import Api
 
 

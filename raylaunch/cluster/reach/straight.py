@@ -19,7 +19,6 @@ import shlex
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from raylaunch.cluster.client_record import load_tunnel
 from raylaunch.cluster.home import cluster_paths
@@ -77,20 +76,19 @@ def installed_ssh(cluster: str) -> tuple[str, ...]:
 
 
 @asynccontextmanager
-async def straight(words: Sequence[str], file: str, size: int, part: Path, first: int) -> AsyncIterator[Straight]:
+async def straight(words: Sequence[str], file: str, size: int, descriptor: int, first: int) -> AsyncIterator[Straight]:
     """Connect, and yield the connection once it is ready; at the end it is ended, and writes nothing any more.
 
     Args:
         words: the command of the `ssh` that is installed, to the head.
         file: there; an absolute path.
         size: that it must have.
-        part: where it goes, which is there.
+        descriptor: of the part that it goes into, with a place for writing of its own; closed at the end.
         first: a place in the part where nothing is yet, and nobody else writes: a login shell may print something.
 
     Raises:
         HostLostError: there is no connection to be had, or the file cannot be read that way.
     """
-    descriptor = os.open(part, os.O_WRONLY)
     try:
         os.lseek(descriptor, first, os.SEEK_SET)
         command = [words[0], "-T", "-o", "RemoteCommand=none", *words[1:]]

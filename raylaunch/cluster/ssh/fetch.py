@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import anyio.to_thread
 
 from raylaunch.cluster.home import storage_errors
-from raylaunch.cluster.reach.part_file import PartFile
+from raylaunch.cluster.reach.part_file import PartFile, notes_of
 from raylaunch.cluster.ssh.scripts import Script
 from raylaunch.cluster.ssh.talk import step_error
 from raylaunch.cluster.ssh.transfer import (
@@ -22,6 +22,7 @@ from raylaunch.cluster.ssh.transfer import (
     storage_words,
     together,
 )
+from raylaunch.directory import Directory
 from raylaunch.errors import TransferError
 
 if TYPE_CHECKING:
@@ -70,19 +71,28 @@ async def fetch(
         found = await machine.run(Script(_MEASURE, (remote,)), limit_s=_MEASURE_S, step=step)
     size, sha = found.text.split()
     part = local.with_name(f"{local.name}.part-{sha[:16]}")
-    with storage_errors(part), PartFile(part, int(size)) as arriving:
+    with (
+        storage_errors(part),
+        Directory.open(local.parent) as folder,
+        PartFile(folder, part.name, int(size)) as arriving,
+    ):
         progress.add(arriving.ranges.there)
         work = _Fetch(machine, remote, arriving, progress, step)
         with storage_words(machine.name, step):
             streams = [work.stream() for _ in range(min(STREAMS, len(work.queue)))]
             await together(streams, progress, host=machine.name, step=step)
     if await anyio.to_thread.run_sync(sha_of, part) != sha:
-        arriving.remove()
+        _remove(part)
         msg = f"{remote} of {machine.name} did not arrive as it lies there; it may have changed meanwhile"
         raise TransferError(msg, hint="run the same command again")
     with storage_errors(local):
         part.replace(local)
-        arriving.remove()
+        _remove(part)
+
+
+def _remove(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    part.with_name(notes_of(part.name)).unlink(missing_ok=True)
 
 
 class _Fetch:
