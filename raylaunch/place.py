@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from urllib.parse import urlsplit
 
 from raylaunch.client import PATIENCE_S, Client, NoAnswerError
 from raylaunch.cluster.backends import Backend, Reach, Step, backend_for, explain_silence, is_joined
-from raylaunch.errors import ClusterDownError, HostLostError, HostTimeoutError, HostUnreachableError
+from raylaunch.errors import ClusterDownError, ClusterError, HostLostError, HostTimeoutError, HostUnreachableError
+from raylaunch.log_view import clean
+from raylaunch.runner.contract import VAR_JOB
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import JobState, JobView
 
@@ -18,6 +21,21 @@ _KNOCK_S = 2.0
 _LOCK_S = 600.0
 _WATCHDOG_S = 60.0
 """How long a watchdog on a host may take to replace a controller that hangs."""
+
+
+def refuse_inside_job(environ: Mapping[str, str]) -> None:
+    """Refuse what would reach or start a cluster from inside a job: a second Ray would start, and outlive the job.
+
+    Raises:
+        ClusterError: the environment is that of a job's program.
+    """
+    if job := environ.get(VAR_JOB):
+        msg = f"this is inside job {clean(job, colour=False)}, where raylaunch reaches and starts no cluster"
+        hint = (
+            f"submit jobs from outside; the program itself uses raylaunch.context() and raylaunch.report(). If this is "
+            f"not a job, unset {VAR_JOB}"
+        )
+        raise ClusterError(msg, hint=hint)
 
 
 class Place:
@@ -29,6 +47,9 @@ class Place:
         on_step: told each step when something is started.
         heals: whether a cluster that should run, and does not, is started again. Without it nothing is ever started.
         prefix: `sys.prefix` where the interpreter is the person's own, as in a notebook.
+
+    Raises:
+        ClusterError: this is inside a job.
     """
 
     def __init__(
@@ -40,6 +61,7 @@ class Place:
         heals: bool = True,
         prefix: str = "",
     ) -> None:
+        refuse_inside_job(os.environ)
         self.spec = spec
         self.backend: Backend = backend_for(spec)
         self._ours = not is_joined(spec.name)

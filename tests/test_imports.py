@@ -58,7 +58,7 @@ MAY: dict[str, frozenset[str]] = {
     "quieting": GROUND | {"client", "cluster", "place"},
     "members": GROUND | READING | {"client", "cluster", "place", "quieting"},
     "sdk": GROUND | READING | {"client", "cluster", "environment_choice", "sensitive", "place", "log_view", "quieting"},
-    "place": GROUND | {"client", "cluster"},
+    "place": GROUND | {"client", "cluster", "log_view", "runner.contract"},
     "log_view": frozenset(),
     "cli": GROUND
     | READING

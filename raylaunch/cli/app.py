@@ -123,6 +123,10 @@ def raylaunch(ctx: click.Context, cluster_file: Path | None, cluster: str | None
 
     JOB is a job's id, its name (then the latest job of that name), or 'last'.
     """
+    if not {"-h", "--help"}.intersection(sys.argv):
+        from raylaunch.place import refuse_inside_job  # noqa: PLC0415 -- every command needs it, and --version does not
+
+        refuse_inside_job(os.environ)
     if cluster and cluster_file:
         msg = "--cluster and --cluster-file name a cluster each; give one"
         raise click.UsageError(msg)
