@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import tarfile
@@ -9,6 +10,7 @@ import pytest
 
 from raylaunch.errors import NotFoundError, TransferError
 from raylaunch.node.packages import COMPLETE, Packages
+from raylaunch.runner.unpack import unpack
 
 
 def archive(**files: bytes) -> bytes:
@@ -108,3 +110,61 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
 def test_a_name_that_is_no_checksum_reaches_no_path(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         Packages(tmp_path).have("../../etc")
+
+
+def unpacked(tmp_path: Path, data: bytes, **limits: int) -> str:
+    """Unpack an archive within limits; return why it was refused, or nothing."""
+    (tmp_path / "package").write_bytes(data)
+    (tmp_path / "folder").mkdir()
+    try:
+        unpack(tmp_path / "package", tmp_path / "folder", **limits)
+    except tarfile.TarError as error:
+        return str(error)
+    return ""
+
+
+def test_a_small_package_that_unpacks_to_very_much_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    data = archive(zeros=bytes(50_000_000))
+    assert len(data) < 300_000
+    assert unpacked(tmp_path, data, most=1_000_000) == "it unpacks to more than 1000000 bytes"
+    assert sum(path.stat().st_size for path in (tmp_path / "folder").iterdir()) <= 1_000_000
+
+
+def test_a_package_of_very_many_files_is_refused(tmp_path: Path) -> None:
+    data = archive(**{f"f{n}": b"" for n in range(11)})
+    assert unpacked(tmp_path, data, most_files=10) == "it has more than 10 files"
+
+
+def test_a_header_that_is_too_large_for_memory_is_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("f")
+        info.pax_headers = {"comment": "x" * 20_000_000}
+        tar.addfile(info)
+    assert "header" in unpacked(tmp_path, buffer.getvalue())
+
+
+def test_a_file_of_holes_is_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("f")
+        info.pax_headers = {
+            "GNU.sparse.major": "0",
+            "GNU.sparse.minor": "1",
+            "GNU.sparse.size": str(1 << 50),
+            "GNU.sparse.map": "0,0",
+        }
+        tar.addfile(info)
+    assert "is neither file, folder nor symbolic link" in unpacked(tmp_path, buffer.getvalue())
+
+
+def test_a_package_within_the_limits_is_unpacked(tmp_path: Path) -> None:
+    assert unpacked(tmp_path, archive(f=b"x" * 100_000), most=200_000, most_files=1) == ""
+    assert (tmp_path / "folder" / "f").stat().st_size == 100_000
+
+
+def test_a_package_that_is_no_archive_is_refused(tmp_path: Path) -> None:
+    for data in (b"not gzip", gzip.compress(b"not tar"), archive(f=b"x" * 9000)[:60]):
+        with pytest.raises(TransferError, match="cannot be unpacked"):
+            Packages(tmp_path).put(sha256(data), 0, len(data), data)
+        assert list((tmp_path / "packages").iterdir()) == []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import os
 import re
 import shutil
 import tarfile
 import threading
+import zlib
 from pathlib import Path
 
 from raylaunch.errors import NotFoundError, StorageError, TransferError
@@ -107,13 +109,15 @@ class Packages:
             beside.rename(self._folder / sha256)
             return
         try:
-            with tarfile.open(part, "r:gz") as archive:
-                unpack(archive, beside)
-        except (tarfile.TarError, EOFError) as error:
+            unpack(part, beside)
+        except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             shutil.rmtree(beside, ignore_errors=True)
             part.unlink()
             msg = f"the package {sha256[:12]} cannot be unpacked: {error}"
             raise TransferError(msg) from error
+        except OSError:  # a full disk: what was unpacked would only keep it full
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
         beside.rename(self._folder / sha256)
         part.unlink()
 

@@ -7,6 +7,7 @@ through one, because there is none while files are written, and a link's folder 
 from __future__ import annotations
 
 import contextlib
+import gzip
 import os
 import shutil
 import tarfile
@@ -14,22 +15,73 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 _BLOCK = 1 << 20
+_LARGEST_READ = 16 << 20
+"""A header is read as a whole; no header of ours comes near this."""
+MOST_FILES = 500_000
+_FLOOR_BYTES, _RATIO = 10 << 30, 100
 _PROGRAM = 0o100
 
 
-def unpack(archive: tarfile.TarFile, folder: Path) -> None:
-    """Unpack an archive into an empty folder, and write nowhere else.
+def most_bytes(packed: int) -> int:
+    """Return how many bytes an archive of `packed` bytes may unpack to, headers included."""
+    return _FLOOR_BYTES + _RATIO * packed
+
+
+class _Bounded:
+    """What an archive unpacks to, as a file that ends with an error where it is longer than it may be."""
+
+    def __init__(self, file: gzip.GzipFile, most: int) -> None:
+        self._file = file
+        self._most = most
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0 or size > _LARGEST_READ:
+            msg = "a header of the package is too large"
+            raise tarfile.ReadError(msg)
+        data = self._file.read(size)
+        self._check(self._file.tell())
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._check(offset)
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def _check(self, at: int) -> None:
+        if at > self._most:
+            msg = f"it unpacks to more than {self._most} bytes"
+            raise tarfile.ReadError(msg)
+
+
+def unpack(package: Path, folder: Path, *, most: int | None = None, most_files: int = MOST_FILES) -> None:
+    """Unpack a package into an empty folder, and write nowhere else.
 
     Args:
-        archive: what `raylaunch.packing` made: files, folders and symbolic links.
+        package: what `raylaunch.packing` made, a tar.gz of files, folders and symbolic links.
         folder: where to.
+        most: bytes that it may unpack to; by default 10 GiB, and 100 for each byte of the package.
+        most_files: files, folders and links that it may have.
 
     Raises:
-        tarfile.TarError: a member lies outside, is there twice, or is something else.
+        tarfile.TarError: it is too large; or a member lies outside, is there twice, or is something else.
         OSError: the disk is full.
     """
+    limit = most_bytes(package.stat().st_size) if most is None else most
+    with gzip.open(str(package)) as unzipped, tarfile.open(fileobj=_Bounded(unzipped, limit), mode="r:") as archive:  # type: ignore[call-overload]  # tarfile reads and seeks, no more
+        _unpack(archive, folder, most_files)
+
+
+def _unpack(archive: tarfile.TarFile, folder: Path, most_files: int) -> None:
     links = []
-    for member in archive:
+    for n, member in enumerate(archive):
+        if n >= most_files:
+            msg = f"it has more than {most_files} files"
+            raise tarfile.ReadError(msg)
+        if member.issparse():  # a few bytes that stand for any number of zeros
+            msg = f"{member.name} is neither file, folder nor symbolic link"
+            raise tarfile.ReadError(msg)
         place = folder.joinpath(*_parts(member.name))
         with _named_once(member):
             (place if member.isdir() else place.parent).mkdir(mode=0o755, parents=True, exist_ok=True)
