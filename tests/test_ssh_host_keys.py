@@ -82,12 +82,39 @@ async def test_a_pinned_fingerprint_of_any_of_its_keys_makes_a_host_known(host: 
     assert await hello(replace(host.stranger, fingerprint=fingerprint(host.host_keys[number]))) == "hello"
 
 
-async def test_a_pinned_fingerprint_counts_more_than_known_hosts(host: Sshd) -> None:
+async def test_a_host_that_shows_another_key_than_the_pinned_one_is_refused(host: Sshd) -> None:
     pinned = "SHA256:" + "A" * 43
-    error = await refusal(replace(host.target, fingerprint=pinned), on_prompt=Person())
+    error = await refusal(replace(host.stranger, fingerprint=pinned), on_prompt=Person())
     assert isinstance(error, HostKeyError)
     assert error.known == (pinned,)
     assert fingerprint(host.host_keys[0]) in error.message
+
+
+async def test_a_pinned_fingerprint_does_not_replace_a_key_that_is_known(host: Sshd, tmp_path: Path) -> None:
+    target, old = host.target, make_key(tmp_path / "old")
+    host.trust(keys=[old])
+    error = await refusal(replace(target, fingerprint=fingerprint(host.host_keys[0])), on_prompt=Person())
+    assert isinstance(error, HostKeyError)
+    assert error.known == (fingerprint(old),)
+    assert fingerprint(host.host_keys[0]) in error.message
+    assert "ssh-keygen -R" in error.hint
+
+
+@pytest.mark.parametrize("known", [0, 1])
+async def test_a_pinned_fingerprint_of_a_host_that_is_known_is_taken_if_it_has_both_keys(
+    host: Sshd, known: int
+) -> None:
+    target = replace(host.target, fingerprint=fingerprint(host.host_keys[0]))
+    host.trust(keys=[host.host_keys[known]])
+    assert await hello(target) == "hello"
+
+
+async def test_a_pinned_fingerprint_does_not_replace_a_revocation(host: Sshd) -> None:
+    target, lines = host.target, host.known_hosts.read_text()
+    host.known_hosts.write_text("".join(f"@revoked {line}\n" for line in lines.splitlines()))
+    error = await refusal(replace(target, fingerprint=fingerprint(host.host_keys[0])), on_prompt=Person())
+    assert isinstance(error, HostKeyError)
+    assert "revoked" in error.message
 
 
 async def test_a_changed_host_key_shows_both_and_the_command_that_forgets_the_old(host: Sshd, tmp_path: Path) -> None:
@@ -154,6 +181,16 @@ async def test_a_revoked_host_key_is_refused(host: Sshd) -> None:
     error = await refusal(target, on_prompt=Person())
     assert isinstance(error, HostKeyError)
     assert "revoked" in error.message
+
+
+async def test_a_revoked_key_of_an_unknown_host_is_asked_of_nobody(host: Sshd) -> None:
+    target, lines = host.target, host.known_hosts.read_text()
+    host.known_hosts.write_text("".join(f"@revoked {line}\n" for line in lines.splitlines()))
+    person = Person("yes")
+    error = await refusal(target, on_prompt=person)
+    assert isinstance(error, HostKeyError)
+    assert "revoked" in error.message
+    assert not person.asked
 
 
 async def test_a_broken_line_in_known_hosts_vouches_for_nobody_and_stops_nothing(host: Sshd) -> None:

@@ -160,15 +160,27 @@ async def _trusted(attempt: _Attempt, expected: host_keys.Known) -> asyncssh.SSH
     if not target.fingerprint:
         # No certificate where nobody is known who could have signed it: the plain key is what a person can compare.
         return await _once(attempt, expected, ",".join(host_keys.FAMILIES) if expected.nothing else "")
+    if expected.keys and target.fingerprint not in {key.get_fingerprint() for key in expected.keys}:
+        await _check_known_too(attempt, expected)
     shown: asyncssh.SSHKey | None = None
     for family in host_keys.FAMILIES:
         try:
-            return await _once(attempt, host_keys.Known(), family)
+            return await _once(attempt, host_keys.Known(revoked=expected.revoked), family)
         except _NotTrusted as error:  # noqa: PERF203 -- three at most
             shown = shown or error.key
     if shown is None:
         raise _unreachable(attempt.place, _CLOSED_EARLY, _CLOSED)
     raise host_keys.pinned_error(target, shown, attempt.place.address)
+
+
+async def _check_known_too(attempt: _Attempt, expected: host_keys.Known) -> None:
+    """Check that a host whose pinned key is of another kind than the known one has that one as well."""
+    try:
+        connection = await _once(attempt, expected, "")
+    except _NotTrusted:
+        place = attempt.place
+        raise host_keys.contradicted_error(place.target, place.address, place.entry, expected) from None
+    connection.abort()
 
 
 async def _shown(attempt: _Attempt) -> asyncssh.SSHKey:

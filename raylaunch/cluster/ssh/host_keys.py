@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import asyncssh
 
@@ -18,6 +19,7 @@ from raylaunch.errors import HostKeyError, SpecError
 _log = logging.getLogger(__name__)
 
 _DEFAULT_PORT = 22
+_REVOKED = "@revoked"
 _SYSTEM = (Path("/etc/ssh/ssh_known_hosts"), Path("/etc/ssh/ssh_known_hosts2"))
 
 # By family, the preferred first. A pinned fingerprint may be of any key that the host has, so each is asked for.
@@ -70,41 +72,52 @@ def known(files: Iterable[Path], host: str, port: int) -> Known:
     authorities: list[asyncssh.SSHKey] = []
     revoked: list[asyncssh.SSHKey] = []
     where: dict[str, Path] = {}
+    at = None if port == _DEFAULT_PORT else port
     for file in files:
-        found = _read(file).match(host, "", None if port == _DEFAULT_PORT else port)
+        read = _read(file)
+        found = read.vouched.match(host, "", at)
         keys += found[0]
         authorities += found[1]
-        revoked += found[2]
+        revoked += [*found[2], *read.revoked.match(host, "", at)[0]]
         for key in found[0]:
             where.setdefault(key.get_fingerprint(), file)
     return Known(tuple(keys), tuple(authorities), tuple(revoked), where)
 
 
-def _read(file: Path) -> asyncssh.SSHKnownHosts:
+class _Read(NamedTuple):
+    """A known_hosts file. Revoked keys stand apart too: asyncssh forgets those of a port where it knows no good key."""
+
+    vouched: asyncssh.SSHKnownHosts
+    revoked: asyncssh.SSHKnownHosts
+
+
+def _read(file: Path) -> _Read:
     try:
         facts = file.stat()
     except OSError:
-        return asyncssh.import_known_hosts("")
+        return _Read(asyncssh.SSHKnownHosts(), asyncssh.SSHKnownHosts())
     return _parse(file, facts.st_mtime_ns, facts.st_size)
 
 
 @functools.lru_cache(maxsize=16)
-def _parse(file: Path, _changed: int, _size: int) -> asyncssh.SSHKnownHosts:
+def _parse(file: Path, _changed: int, _size: int) -> _Read:
     """Read a file, once for all hosts. A line that cannot be read vouches for nobody and is left out, as `ssh` does."""
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    found = asyncssh.SSHKnownHosts()
+    found, revoked = asyncssh.SSHKnownHosts(), asyncssh.SSHKnownHosts()
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             found.load(line)
+            if line.lstrip().startswith(_REVOKED):
+                revoked.load(line.lstrip().removeprefix(_REVOKED).lstrip())
         except ValueError as error:  # noqa: PERF203 -- each line for itself
-            if line.lstrip().startswith("@revoked"):  # left out, it would let in what it is to keep out
+            if line.lstrip().startswith(_REVOKED):  # left out, it would let in what it is to keep out
                 msg = f"a revoked key cannot be read: {error}"
                 raise SpecError(msg, hint="repair that line", where=f"{file}:{number}") from None
             _log.warning("%s:%d is left out: %s", file, number, error)
-    return found
+    return _Read(found, revoked)
 
 
 class HostKeyWatch(asyncssh.SSHClient):
@@ -192,6 +205,21 @@ def changed_error(target: Target, key: asyncssh.SSHKey, address: str, name: str,
         step="host key",
         fingerprint=key.get_fingerprint(),
         known=tuple(one.get_fingerprint() for one in expected.keys),
+    )
+
+
+def contradicted_error(target: Target, address: str, name: str, expected: Known) -> HostKeyError:
+    """Say that known_hosts knows another key of a host than the one that cluster.yaml pins."""
+    known = ", ".join(describe(one) for one in expected.keys)
+    file = next(iter(expected.where.values()), None)
+    msg = f"{target.name} ({address}): cluster.yaml pins {target.fingerprint}, and {file or 'known_hosts'} has {known}"
+    hint = (
+        "compare both with the host's own key; then change `fingerprint` in cluster.yaml, or forget the old key: "
+        f"ssh-keygen -R '{name}'" + (f" -f {file}" if file else "")
+    )
+    known_keys = tuple(one.get_fingerprint() for one in expected.keys)
+    return HostKeyError(
+        msg, hint=hint, host=target.name, step="host key", fingerprint=target.fingerprint, known=known_keys
     )
 
 
