@@ -23,7 +23,7 @@ from raylaunch.host_spec import (
 from raylaunch.spec_parts import NAME, Environment, PlacedError, Retention, SecretNames, Spec, Variables
 
 _LOCAL_NAME = "local"
-_URL = re.compile(r"http://[A-Za-z0-9._\[\]:-]+/?")
+_URL = re.compile(r"https?://[A-Za-z0-9._\[\]:-]+/?")
 _HOST_PORT = re.compile(r"[A-Za-z0-9._\[\]:-]+:\d{1,5}")
 TUNNEL_HINT = "run raylaunch on a machine that reaches Ray's own ports, for example the Ray head, or in a VPN with it"
 
@@ -80,7 +80,8 @@ class ClusterSpec(Spec):
     it differs from the others. Example: `[dgx-1, dgx-2]`"""
 
     address: str = ""
-    """Of a Ray that somebody else runs: its dashboard, which takes jobs. Example: `http://ray.example.org:8265`"""
+    """Of a Ray that somebody else runs: its dashboard, which takes jobs. With a token, https or a loopback address.
+    Example: `https://ray.example.org`"""
     gcs: str = ""
     """Of that Ray: `host:port` of its head; without it port 6379 of the host in `address`.
     This machine must reach it. Example: `ray.example.org:6379`"""
@@ -88,7 +89,8 @@ class ClusterSpec(Spec):
     """The certificate with which that Ray is spoken to, where it uses TLS.
     Example: `{ca: ~/ray/ca.crt, certificate: ~/ray/node.crt, key: ~/ray/node.key}`"""
     ray_token_file: str = ""
-    """The file with the token of that Ray; without it the Ray asks for none. Example: `~/.ray/auth_token`"""
+    """The file with the token of that Ray, in `~/.ray` or `~/.raylaunch`; without it the Ray asks for none.
+    Example: `~/.ray/auth_token`"""
 
     @model_validator(mode="before")
     @classmethod

@@ -7,6 +7,7 @@
     │   ├── UnsatisfiableError   it is well-formed, but no node of this cluster could ever run it
     │   └── WithheldError        the working directory holds what is sent only if a person allows it
     ├── AccessError              no token, an unknown one, or a role that may not do this
+    │   └── UntrustedError       a cluster file names hosts or addresses that no person has accepted here
     ├── NotFoundError            no such job, file, secret, cluster
     ├── ConflictError            the thing is there, but in a state that forbids this
     ├── ClusterError             the cluster as a whole
@@ -99,6 +100,19 @@ class AccessError(RaylaunchError):
 
     code = "access"
     status = 403
+
+
+class UntrustedError(AccessError):
+    """A cluster file names hosts or addresses that no person has accepted on this machine. Nothing was contacted.
+
+    `fingerprint` stands for them all, as the variable RAYLAUNCH_TRUST takes it.
+    """
+
+    code = "untrusted"
+
+    def __init__(self, message: str, *, hint: str = "", fingerprint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.fingerprint = fingerprint
 
 
 class NotFoundError(RaylaunchError):

@@ -10,10 +10,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from raylaunch.spec_parts import Environment, PlacedError, Spec, Variables, Words
+from raylaunch.spec_parts import Environment, PlacedError, Spec, Variables, as_list
 
 _LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_USER = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.@+\\-]{0,63}\$?")
+_INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,14}")
 _FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
 LARGEST_PORT = 65535
 
@@ -28,19 +30,73 @@ ClusterGpus = Annotated[Literal["auto"] | Annotated[int, Field(ge=0)] | tuple[st
 Cpus = Annotated[float, Field(gt=0)] | None
 
 
+def _unless(fits: Callable[[str], object], words: str) -> AfterValidator:
+    """Return what refuses a text that is there and does not fit; `words` follow the text itself."""
+
+    def check(value: str) -> str:
+        if value and not fits(value):
+            msg = f"{value!r} {words}"
+            raise ValueError(msg)
+        return value
+
+    return AfterValidator(check)
+
+
+def _is_address(text: str) -> bool:
+    address, percent, interface = text.partition("%")
+    if percent and not _INTERFACE.fullmatch(interface):
+        return False
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_path(text: str) -> bool:
+    return text.isprintable() and not text.startswith("-")
+
+
+def _is_jump(text: str) -> bool:
+    if text == "none":
+        return True
+    try:
+        hop = _host_from_text(text)
+    except ValueError:
+        return False
+    return not text.startswith("ssh://") and bool(_USER.fullmatch(str(hop.get("user", "x"))))
+
+
+_Name = Annotated[
+    str,
+    _unless(_LABEL.fullmatch, "is not a host's name; use letters, digits, '.', '_' and '-', at most 63"),
+]
+_Address = Annotated[
+    str, _unless(_is_address, "is not an IP address; names are for host, and what Ray binds to is an address")
+]
+_Fingerprint = Annotated[
+    str,
+    _unless(_FINGERPRINT.fullmatch, "is not a fingerprint; it looks as SHA256:… in the output of: ssh-keygen -lf KEY"),
+]
+_User = Annotated[str, _unless(_USER.fullmatch, "is not an account's name; use letters, digits, '.', '_', '-' and '@'")]
+_Interface = Annotated[str, _unless(_INTERFACE.fullmatch, "is not the name of a network interface, for example eth0")]
+_Path = Annotated[str, _unless(_is_path, "is not a path: it begins with - or contains control characters")]
+_Jump = Annotated[str, _unless(_is_jump, "is not a jump host; write host, user@host or user@host:port, or none")]
+
+
 class HostDefaults(Spec):
     """What holds for every host of the cluster, unless the host says otherwise."""
 
-    user: str = ""
+    user: _User = ""
     """The account to log in as; without it what `~/.ssh/config` says, else yours. It need not be root. Example: `ml`"""
     port: Annotated[int, Field(ge=1, le=LARGEST_PORT)] | None = None
     """The port of its sshd; without it what `~/.ssh/config` says, else 22. Example: `2222`"""
-    key: str = ""
+    key: _Path = ""
     """The private key to log in with; without it ssh-agent, `~/.ssh/config` and the usual files. It is never copied.
     Example: `~/.ssh/id_dgx`"""
-    jump: Words = ()
+    jump: Annotated[tuple[_Jump, ...], BeforeValidator(as_list)] = ()
     """The machines to go through, in order, as `ProxyJump` has them. Example: `[gate.example.org]`"""
-    interface: str = ""
+    interface: _Interface = ""
     """The network interface on the cluster's network, for Ray, NCCL and Gloo; without it the one that bears the
     address. Example: `ens1f0np0`"""
     gpus: ClusterGpus = "auto"
@@ -49,7 +105,7 @@ class HostDefaults(Spec):
     """CPU cores that jobs may use there; without it all. Example: `64`"""
     labels: dict[str, str] = Field(default_factory=dict)
     """Labels of the node, for `where` in jobs; added to those of all hosts. Example: `{disk: nvme}`"""
-    root: str = ""
+    root: _Path = ""
     """raylaunch's folder on the host; without it `~/.raylaunch`. Example: `/raid/ml/raylaunch`"""
     environment: str = ""
     """The Python environment that runs Ray there, which raylaunch then does not make itself: `venv:PATH`, `conda:NAME`,
@@ -75,39 +131,6 @@ class HostDefaults(Spec):
         return value
 
 
-def _unless(fits: Callable[[str], object], words: str) -> AfterValidator:
-    """Return what refuses a text that is there and does not fit; `words` follow the text itself."""
-
-    def check(value: str) -> str:
-        if value and not fits(value):
-            msg = f"{value!r} {words}"
-            raise ValueError(msg)
-        return value
-
-    return AfterValidator(check)
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return False
-    return True
-
-
-_Name = Annotated[
-    str,
-    _unless(_LABEL.fullmatch, "is not a host's name; use letters, digits, '.', '_' and '-', at most 63"),
-]
-_Address = Annotated[
-    str, _unless(_is_address, "is not an IP address; names are for host, and what Ray binds to is an address")
-]
-_Fingerprint = Annotated[
-    str,
-    _unless(_FINGERPRINT.fullmatch, "is not a fingerprint; it looks as SHA256:… in the output of: ssh-keygen -lf KEY"),
-]
-
-
 class HostSpec(HostDefaults):
     """One host: a name, or an object with `host` and what differs from the others."""
 
@@ -121,7 +144,7 @@ class HostSpec(HostDefaults):
     fingerprint: _Fingerprint = ""
     """The host key that it must show; without it known_hosts decides.
     Example: `SHA256:uNiVztksCsDhcc0u9e8BgrJXVGbmkfEyjFn8WEgbPGI`"""
-    store: str = ""
+    store: _Path = ""
     """The folder of records, logs and outputs; the first host alone has one. Example: `/raid/ml/store`"""
 
     @model_validator(mode="before")

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from raylaunch.client import PATIENCE_S, Client, NoAnswerError
 from raylaunch.cluster.backends import Backend, Reach, Step, backend_for, explain_silence, is_joined
+from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.errors import ClusterDownError, ClusterError, HostLostError, HostTimeoutError, HostUnreachableError
 from raylaunch.log_view import clean
 from raylaunch.runner.contract import VAR_JOB
@@ -47,12 +48,13 @@ class Place:
         on_step: told each step when something is started.
         heals: whether a cluster that should run, and does not, is started again. Without it nothing is ever started.
         prefix: `sys.prefix` where the interpreter is the person's own, as in a notebook.
+        on_prompt: asks a person when something is started; None where nobody is there.
 
     Raises:
         ClusterError: this is inside a job.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- each is one fact of who asks
         self,
         spec: ClusterSpec,
         *,
@@ -60,6 +62,7 @@ class Place:
         on_step: Callable[[Step], None],
         heals: bool = True,
         prefix: str = "",
+        on_prompt: OnPrompt | None = None,
     ) -> None:
         refuse_inside_job(os.environ)
         self.spec = spec
@@ -70,6 +73,7 @@ class Place:
         self._step = on_step
         self._heals = heals
         self._prefix = prefix
+        self._prompt = on_prompt
 
     @contextlib.asynccontextmanager
     async def client(self, *, start: bool = False, patience_s: float = PATIENCE_S) -> AsyncIterator[Client]:
@@ -101,7 +105,7 @@ class Place:
 
     async def up(self) -> Reach:
         """Start what is missing, and return where the controller answers."""
-        await self.backend.up(self.spec, on_step=self._step)
+        await self.backend.up(self.spec, on_step=self._step, on_prompt=self._prompt)
         return await self.backend.reach(self.spec)
 
     async def running_jobs(self) -> tuple[JobView, ...]:

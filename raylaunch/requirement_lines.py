@@ -6,7 +6,6 @@ package (PEP 508), an https address, or a file inside the working folder.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
 
+from raylaunch.cluster.ports import is_loopback
 from raylaunch.errors import SpecError
 
 OTHER_FILE = re.compile(r"(?:-r|--requirement|-c|--constraint)(?:\s+|\s*=\s*)(\S+)")
@@ -96,15 +96,8 @@ def _check_url(text: str, url: str) -> None:
     if "$" in text:
         raise _refused(text, "expands a variable of this machine")
     parts = urlsplit(url)
-    if parts.scheme not in _SECURE and not (parts.scheme == "http" and _is_loopback(parts.hostname or "")):
+    if parts.scheme not in _SECURE and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
         raise _refused(text, "is not reached over https")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _check_path(text: str, path: str, folder: Path) -> None:

@@ -112,11 +112,12 @@ class Retention(Spec):
     """How long the checkpoints of a job that has ended stay; outputs, logs and metrics outlive them. Example: `14d`"""
 
 
-def _as_list(value: object) -> object:
+def as_list(value: object) -> object:
+    """Read one text as a list of one."""
     return (value,) if isinstance(value, str) else value
 
 
-Words = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+Words = Annotated[tuple[str, ...], BeforeValidator(as_list)]
 
 
 def _as_text(value: object) -> object:

@@ -97,6 +97,7 @@ def test_down_ends_controller_and_stewards_and_nothing_of_ray(theirs: BesideRay)
 def test_a_ray_that_is_not_there_is_said_with_its_address(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("name: gone\naddress: http://127.0.0.1:9\n")
     cluster = Cluster(tmp_path, tmp_path)
+    cluster.good("trust")
     refused = cluster.cli("up")
     assert refused.status == 1
     assert "no Ray answers at http://127.0.0.1:9: " in refused.err
@@ -104,10 +105,12 @@ def test_a_ray_that_is_not_there_is_said_with_its_address(tmp_path: Path) -> Non
 
 
 def test_a_wrong_token_is_said_with_its_file(theirs: BesideRay, tmp_path: Path) -> None:
-    (tmp_path / "token").write_text("wrong" * 10)
+    (tmp_path / "token").write_text("wrong" * 10)  # in raylaunch's own folder
     text = f"name: shut\naddress: {theirs.ray_head.dashboard_url}\nray_token_file: {tmp_path / 'token'}\n"
     (tmp_path / "cluster.yaml").write_text(text)
-    refused = Cluster(tmp_path, tmp_path).cli("up")
+    cluster = Cluster(tmp_path, tmp_path)
+    cluster.good("trust")
+    refused = cluster.cli("up")
     assert refused.status == 1
     assert f"lets nobody in: the token in {tmp_path / 'token'} is not its own" in refused.err
 
@@ -115,7 +118,10 @@ def test_a_wrong_token_is_said_with_its_file(theirs: BesideRay, tmp_path: Path) 
 def test_a_plan_says_what_would_be_done_and_does_nothing(theirs: BesideRay, tmp_path: Path) -> None:
     text = (theirs.work / "cluster.yaml").read_text().replace("theirs", "planned")
     (tmp_path / "cluster.yaml").write_text(text)
-    planned = Cluster(tmp_path, tmp_path).cli("up", "--dry-run")
+    cluster = Cluster(tmp_path, tmp_path)
+    cluster.env["HOME"] = theirs.env["HOME"]
+    cluster.good("trust")
+    planned = cluster.cli("up", "--dry-run")
     assert "which raylaunch did not start" in planned.out
     assert "a steward on each node, carried there by Ray" in planned.out
     assert not (tmp_path / "clusters").exists()
@@ -124,7 +130,10 @@ def test_a_plan_says_what_would_be_done_and_does_nothing(theirs: BesideRay, tmp_
 def test_a_head_that_is_not_reached_is_an_error_with_what_to_do(theirs: BesideRay, tmp_path: Path) -> None:
     text = (theirs.work / "cluster.yaml").read_text().replace("theirs", "shut")
     (tmp_path / "cluster.yaml").write_text(text.replace(theirs.ray_head.gcs_address, "127.0.0.1:9"))
-    refused = Cluster(tmp_path, tmp_path).cli("up")
+    cluster = Cluster(tmp_path, tmp_path)
+    cluster.env["HOME"] = theirs.env["HOME"]
+    cluster.good("trust")
+    refused = cluster.cli("up")
     assert refused.status == 1
     assert "cannot be reached at 127.0.0.1:9: " in refused.err
     assert "on a machine that reaches Ray's own ports" in refused.err

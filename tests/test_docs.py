@@ -105,7 +105,7 @@ def _beside(kind: type[JobSpec | ClusterSpec], data: Mapping[str, object]) -> di
     """What must stand beside a field that is shown alone."""
     if kind is JobSpec:
         return {"entrypoint": "python train.py"}
-    of_existing = data.keys() & {"address", "gcs", "ray_token_file"}
+    of_existing = data.keys() & {"address", "gcs", "ray_token_file", "ray_tls"}
     return {"name": "theirs", "kind": "existing", "address": "http://ray.example.org:8265"} if of_existing else {}
 
 

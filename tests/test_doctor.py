@@ -14,6 +14,7 @@ import pytest
 from support.facts import facts
 from support.nvidia import dgx_h100
 from support.sshd import Sshd, free_port, sshd
+from support.trust import trusted
 
 from raylaunch.cli.doctor import doctor_lines
 from raylaunch.cluster.doctor.look import Findings
@@ -24,10 +25,11 @@ NO_PIP = str(Path(__file__).parent / "data/no_pip")
 
 def doctor(folder: Path, *words: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAYLAUNCH_")}
+    accepted = trusted(folder / "cluster.yaml")
     return subprocess.run(
         [sys.executable, "-m", "raylaunch", *words],
         cwd=folder,
-        env={**kept, "RAYLAUNCH_HOME": str(folder / "rl"), "PYTHONPATH": NO_PIP, **(env or {})},
+        env={**kept, "RAYLAUNCH_HOME": str(folder / "rl"), "PYTHONPATH": NO_PIP, **accepted, **(env or {})},
         capture_output=True,
         text=True,
         timeout=120,

@@ -22,6 +22,7 @@ from support.fittings import (
     shift_clock,
 )
 from support.hosts import World, world
+from support.trust import trusted
 
 from raylaunch.cluster.doctor.look import Findings
 
@@ -36,7 +37,7 @@ def doctor(lab: World, folder: Path, text: str, *words: str) -> subprocess.Compl
     return subprocess.run(
         [sys.executable, "-m", "raylaunch", "doctor", *words],
         cwd=folder,
-        env={**env, "HOME": str(lab.home), "RAYLAUNCH_HOME": str(folder / "rl")},
+        env={**env, "HOME": str(lab.home), "RAYLAUNCH_HOME": str(folder / "rl"), **trusted(folder / "cluster.yaml")},
         capture_output=True,
         text=True,
         timeout=200,

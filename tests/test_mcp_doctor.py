@@ -15,12 +15,14 @@ import anyio
 import pytest
 from support.agent import Agent, agent_at, cluster_of_paper
 from support.sshd import LOOPBACK, Sshd, free_port, sshd
+from support.trust import trusted
 
 from mcp_server.words import findings_facts, next_without_cluster
 from raylaunch.cluster.doctor.last_look import LastLook, keep_problems, last_look
 from raylaunch.cluster.doctor.look import examine
 from raylaunch.cluster.doctor.problem import Problem, blocking, warning
 from raylaunch.cluster.home import cluster_paths
+from raylaunch.cluster.trust import accept
 from raylaunch.spec import ClusterSpec
 
 pytestmark = pytest.mark.slow
@@ -45,7 +47,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
 def lab(home: Path, host: Sshd, tmp_path: Path) -> Iterator[Agent]:
     """An agent that only reads, where two hosts are named of which one cannot be reached."""
     (tmp_path / "cluster.yaml").write_text("name: lab\nhosts: [here, gone]\n")
-    extra = {"HOME": str(host.home), "RAYLAUNCH_ROLE": "viewer"}
+    extra = {"HOME": str(host.home), "RAYLAUNCH_ROLE": "viewer", **trusted(tmp_path / "cluster.yaml")}
     with agent_at(home, tmp_path, extra=extra) as opened:
         yield opened
 
@@ -70,7 +72,8 @@ def test_the_doctor_looks_when_it_is_asked_to_and_what_it_found_is_told_again(la
 
 
 def test_what_raylaunch_doctor_found_in_a_terminal_is_told(lab: Agent, home: Path, host: Sshd, tmp_path: Path) -> None:
-    env = {**os.environ, "RAYLAUNCH_HOME": str(home), "HOME": str(host.home)}
+    accepted = trusted(tmp_path / "cluster.yaml")
+    env = {**os.environ, "RAYLAUNCH_HOME": str(home), "HOME": str(host.home), **accepted}
     words = [sys.executable, "-m", "raylaunch", "doctor", "--json"]
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
     said = {(one["host"], one["code"]) for one in json.loads(done.stdout)["problems"] if one["level"] == "blocking"}
@@ -120,13 +123,16 @@ def test_what_is_next_says_whether_up_would_begin() -> None:
     assert next_without_cluster("type it", ill).startswith("raylaunch up would not begin on any host")
 
 
-def test_a_host_that_says_nothing_is_given_up_in_time_and_does_not_hide_the_others() -> None:
+def test_a_host_that_says_nothing_is_given_up_in_time_and_does_not_hide_the_others(home: Path) -> None:
+    assert home
     with socket.create_server((LOOPBACK, 0)) as mute:
         hosts = [
             {"host": LOOPBACK, "name": "mute", "port": mute.getsockname()[1]},
             {"host": LOOPBACK, "name": "shut", "port": free_port()},
         ]
         spec = ClusterSpec.model_validate({"name": "lab", "hosts": hosts})
+
+        accept(spec)
 
         async def look() -> dict[str, str]:
             found = await examine(spec, limit_s=2)

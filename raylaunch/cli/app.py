@@ -60,6 +60,7 @@ _SECTIONS: dict[str, dict[str, _Lazy]] = {
         "du": _Lazy("files", "du", "Show what the jobs take on disk."),
     },
     "More": {
+        "trust": _Lazy("trust", "trust", "Accept what a cluster.yaml connects to."),
         "token": _Lazy("people", "token", "Invite people, list and revoke tokens."),
         "join": _Lazy("people", "join", "Use a cluster that somebody else runs."),
         "leave": _Lazy("people", "leave", "Forget a cluster that was joined."),

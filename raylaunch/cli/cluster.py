@@ -14,6 +14,7 @@ from raylaunch.cli.connect import Place, ask_person, finish, show_step
 from raylaunch.cli.console import count, note, say, say_json, size, span, styled
 from raylaunch.cli.options import as_json
 from raylaunch.cluster.backends import DownReport
+from raylaunch.cluster.ports import is_loopback
 from raylaunch.cluster.ssh_backend import forward_gcs
 from raylaunch.cluster_state import ClusterStatus, GpuView, NodeView, ProcessView, RayAccess
 from raylaunch.errors import AccessError, ConflictError
@@ -23,9 +24,6 @@ from raylaunch.state import JobView
 
 _NAMED = 3
 """Jobs that a refusal names."""
-
-
-_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 @click.command(epilog="Example:  raylaunch up")
@@ -131,7 +129,7 @@ def export_lines(access: RayAccess) -> list[str]:
         **(token if access.token else {"RAY_AUTH_MODE": "disabled"}),
         **(access.tls if access.gcs_address else {}),
     }
-    if urlsplit(f"//{access.gcs_address}").hostname in _LOOPBACK:
+    if is_loopback(urlsplit(f"//{access.gcs_address}").hostname or ""):
         values["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else Ray's tools look for it at the outward address
     return [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
 

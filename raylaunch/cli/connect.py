@@ -52,6 +52,6 @@ class Place(place.Place):
 
     def __init__(self, cluster_file: Path | None) -> None:
         file = load_cluster_file(cluster_file)
-        super().__init__(file.spec, on_notice=note, on_step=show_step)
+        super().__init__(file.spec, on_notice=note, on_step=show_step, on_prompt=ask_person)
         self.file = file
         self.notes = file.notes

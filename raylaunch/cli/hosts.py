@@ -10,6 +10,7 @@ from raylaunch.cli.cluster import say_status
 from raylaunch.cli.connect import Place, ask_person, finish, show_step
 from raylaunch.cli.console import note, say, say_json
 from raylaunch.cli.options import as_json, to_come
+from raylaunch.cluster.trust import accept, check_accepted
 from raylaunch.cluster_state import HostJobs
 from raylaunch.members import add as add_host
 from raylaunch.members import plan_add, plan_remove, wait_empty
@@ -43,6 +44,8 @@ def add(  # noqa: PLR0913 -- each is one fact of the host
     place = Place(cluster_file)
     given = {"gpus": _gpus(gpus), "address": address, "user": user, "key": key, "jump": list(jump)}
     change = plan_add(place.file, {"host": host, **{name: value for name, value in given.items() if value}})
+    finish(check_accepted(place.spec, on_prompt=ask_person))
+    accept(change.spec)  # a person has typed the host's name
     if dry_run:
         say(str(finish(place.backend.plan(change.spec, on_prompt=ask_person))))
         return

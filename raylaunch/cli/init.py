@@ -13,6 +13,7 @@ import click
 from pydantic import ValidationError
 
 from raylaunch.cli.console import count, note, say
+from raylaunch.cluster.trust import accept
 from raylaunch.config import CLUSTER_FILE, load_cluster_file
 from raylaunch.errors import ConflictError, SpecError, StorageError
 from raylaunch.spec import ClusterSpec, HostSpec
@@ -42,6 +43,8 @@ def init(cluster_file: Path | None, name: str, hosts: tuple[str, ...], *, ray_fi
         text = cluster_text(spec.name, [word for word in (hosts or (name,)) if word])
     target = cluster_file or Path(CLUSTER_FILE)
     _write(target, text, force=force)
+    if ray_file is None:  # a person has typed these hosts
+        accept(spec)
     for line in ssh_notes(spec.hosts, Path("~/.ssh/config").expanduser()):
         note(line)
     names = [f"{host.name} (the head)" if at == 0 else host.name for at, host in enumerate(spec.hosts)]

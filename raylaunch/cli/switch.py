@@ -8,7 +8,9 @@ from pathlib import Path
 
 import click
 
+from raylaunch.cli.connect import ask_person, finish
 from raylaunch.cli.console import note, say
+from raylaunch.cluster.trust import check_accepted
 from raylaunch.config import chosen_file, kept_clusters, kept_file, load_cluster_spec
 from raylaunch.errors import NotFoundError
 from raylaunch.spec import ClusterSpec, HostSpec
@@ -58,7 +60,9 @@ def named_file(name: str) -> Path:
 @click.pass_obj
 def ssh(cluster_file: Path | None, *, host: str, command: tuple[str, ...]) -> None:
     """Open a shell on a host of the cluster, or run a command there, with ssh itself."""
-    argv = ssh_argv(_host(load_cluster_spec(cluster_file), host), command)
+    spec = load_cluster_spec(cluster_file)
+    finish(check_accepted(spec, on_prompt=ask_person))
+    argv = ssh_argv(_host(spec, host), command)
     os.execvp(argv[0], argv)  # noqa: S606 -- ssh takes over, terminal and all
 
 

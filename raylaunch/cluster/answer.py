@@ -42,11 +42,16 @@ async def ask(  # noqa: PLR0913 -- each is one fact of the question, and all are
     limit_s: float = 5,
     method: str = "GET",
     body: bytes | None = None,
+    secure: bool = False,
 ) -> Answer:
-    """Ask for `path` at `port`, with a bearer token unless empty; a broken connection is an `Answer` too."""
+    """Ask for `path` at `port`, with a bearer token unless empty; a broken connection is an `Answer` too.
+
+    With `secure` over https, with a certificate that this machine can verify.
+    """
+    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
 
     def get() -> Answer:
-        connection = http.client.HTTPConnection(host, port, timeout=limit_s)
+        connection = kind(host, port, timeout=limit_s)
         try:
             headers = {"X-Raylaunch-Version": __version__} | ({"Authorization": f"Bearer {token}"} if token else {})
             if body is not None:

@@ -28,12 +28,14 @@ from raylaunch.cluster.home import (
     cluster_paths,
     make_cluster_dirs,
     make_store,
+    raylaunch_home,
     secret_file,
     storage_errors,
     write_private,
 )
 from raylaunch.cluster.look import Seen, differences, look, status_of
 from raylaunch.cluster.plan import DownReport, Plan, Reach, Step
+from raylaunch.cluster.ports import is_loopback
 from raylaunch.cluster.ray_head import clean_environment, make_importable
 from raylaunch.cluster.record import (
     ClusterRecord,
@@ -47,6 +49,7 @@ from raylaunch.cluster.record import (
 )
 from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.cluster.steps import Steps
+from raylaunch.cluster.trust import check_accepted
 from raylaunch.cluster.versions import check_ours
 from raylaunch.cluster_spec import TUNNEL_HINT
 from raylaunch.cluster_state import ClusterStatus
@@ -72,11 +75,16 @@ async def ray_version(spec: ClusterSpec) -> str:
 
     Raises:
         ClusterStartError: nothing answers there, or something else than Ray does.
-        SpecError: the file of its token cannot be read.
+        SpecError: the file of its token cannot be read, or the token would travel in clear.
     """
-    where = urlsplit(spec.address)
+    where, token = urlsplit(spec.address), token_of(spec)
     answer = await ask(
-        where.port or 8265, "/api/version", host=where.hostname or "", token=token_of(spec), limit_s=_RAY_S
+        where.port or (443 if where.scheme == "https" else 8265),
+        "/api/version",
+        host=where.hostname or "",
+        token=token,
+        limit_s=_RAY_S,
+        secure=where.scheme == "https",
     )
     if answer.status in _HTTP_REFUSED:
         had = f"the token in {spec.ray_token_file} is not its own" if spec.ray_token_file else "it asks for a token"
@@ -100,11 +108,19 @@ def token_of(spec: ClusterSpec) -> str:
     """Return the Ray's token; empty where the spec names no file of one.
 
     Raises:
-        SpecError: the file cannot be read.
+        SpecError: the file cannot be read or is elsewhere than such tokens are, or the token would travel in clear.
     """
     if not spec.ray_token_file:
         return ""
-    path = Path(spec.ray_token_file).expanduser()
+    path, where = Path(spec.ray_token_file).expanduser(), urlsplit(spec.address)
+    own = (raylaunch_home(), Path("~/.ray").expanduser())
+    if not any(path.resolve().is_relative_to(folder.resolve()) for folder in own):
+        msg = f"{spec.ray_token_file} is no place of a token: one comes from {own[0]} or {own[1]} alone"
+        raise SpecError(msg, field="ray_token_file", hint=f"if it is that Ray's token, copy the file into {own[1]}")
+    if where.scheme != "https" and not is_loopback(where.hostname or ""):
+        msg = f"the token of Ray would travel in clear to {spec.address}"
+        hint = "use https:// where that Ray is behind a proxy, or a tunnel: ssh -L 8265:localhost:8265 HOST"
+        raise SpecError(msg, field="address", hint=f"{hint}, and address: http://localhost:8265")
     try:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -160,8 +176,9 @@ async def check_use(spec: ClusterSpec, runs: str) -> None:
         raise ClusterStartError(msg, hint=hint, step="ray") from None
 
 
-async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:  # noqa: ARG001 -- nothing here asks
+async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:
     """Say what `up` would do now, and change nothing. Raises as `up`, as far as that can be seen before."""
+    await check_accepted(spec, on_prompt=on_prompt)
     await check_use(spec, runs := await ray_version(spec))
     paths = _paths(spec)
     seen = await look(paths)
@@ -187,7 +204,7 @@ async def up(
     /,
     *,
     on_step: Callable[[Step], None],
-    on_prompt: OnPrompt | None = None,  # noqa: ARG001 -- nothing here asks
+    on_prompt: OnPrompt | None = None,
 ) -> ClusterStatus:
     """Start the controller here, and have a steward on each node. Ray is left as it is.
 
@@ -195,7 +212,9 @@ async def up(
         ClusterStartError: Ray does not answer, or a step failed; what this call started is ended again.
         VersionError: another Ray is installed here than runs there, or the controller is of a newer raylaunch.
         SpecError: the file of Ray's token cannot be read.
+        UntrustedError: nobody has accepted its address.
     """
+    await check_accepted(spec, on_prompt=on_prompt)
     runs = await ray_version(spec)
     await check_use(spec, runs)
     paths = _paths(spec)
@@ -265,7 +284,7 @@ class _Up:
         return f"no steward answers on {', '.join(mute)}" if mute else ""
 
 
-async def down(spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:  # noqa: ARG001 -- as above
+async def down(spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:  # noqa: ARG001 -- nothing here asks
     """End the controller and the stewards, and nothing of Ray; the store stays.
 
     Raises:

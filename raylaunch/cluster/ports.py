@@ -16,6 +16,16 @@ from raylaunch.errors import ClusterStartError
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 LOOPBACK = "127.0.0.1"
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether a name or address is this machine's own, on which nothing leaves it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 RAY_PORTS = (
     "gcs",
     "dashboard",

@@ -11,6 +11,7 @@ from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.reach.tunnel_use import ensure_tunnel
 from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.cluster.tls import variables_of
+from raylaunch.cluster.trust import check_accepted
 from raylaunch.cluster_state import ClusterStatus, ControllerStatus
 from raylaunch.errors import (
     ClusterDownError,
@@ -124,9 +125,14 @@ def status_of(record: ClientRecord, says: ControllerStatus) -> ClusterStatus:
 
 
 async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:
-    """Say what `up` would do now: every host is probed, and nothing is changed."""
+    """Say what `up` would do now: every host is probed, and nothing is changed.
+
+    Raises:
+        UntrustedError: nobody has accepted its hosts.
+    """
     from raylaunch.cluster import ssh_up  # noqa: PLC0415 -- it loads asyncssh, which takes longer than a verb about jobs
 
+    await check_accepted(spec, on_prompt=on_prompt)
     return await ssh_up.plan(spec, on_prompt=on_prompt)
 
 
@@ -138,9 +144,11 @@ async def up(
     Raises:
         ClusterStartError: something is missing at the end: it says what, host by host. What came up stays up, and the
             next `up` goes on from there.
+        UntrustedError: nobody has accepted its hosts.
     """
     from raylaunch.cluster import ssh_up  # noqa: PLC0415 -- as above
 
+    await check_accepted(spec, on_prompt=on_prompt)
     await ssh_up.up(spec, on_step=on_step, on_prompt=on_prompt)
     return await status(spec)
 

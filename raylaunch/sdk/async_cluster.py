@@ -17,7 +17,7 @@ from raylaunch.cluster_state import ClusterStatus, ControllerStatus
 from raylaunch.place import Place
 from raylaunch.sdk.asking import Asked, Which, cluster_of, cluster_spec_of, spec_of, states_of
 from raylaunch.sdk.async_job import AsyncJob
-from raylaunch.sdk.bringing_up import brought_up, steps_of_up, taken_down
+from raylaunch.sdk.bringing_up import brought_up, cluster_to_reach, steps_of_up, taken_down
 from raylaunch.sdk.display import cluster_html, cluster_line
 from raylaunch.sdk.live import OnStep, show_steps
 from raylaunch.sensitive import allowed
@@ -103,7 +103,7 @@ class AsyncCluster:
             ClusterError: this machine, or what runs on it, does not fit. Of hosts over SSH the plan's notes say that.
             SpecError: the file cannot be read, or says something that cannot be.
         """
-        spec = cluster_of(which)
+        spec = cluster_to_reach(which)
         return await Place(spec, on_notice=say, on_step=show_steps(spec.name)).backend.plan(spec)
 
     @classmethod
@@ -135,7 +135,7 @@ class AsyncCluster:
             ClusterError: this machine, or what runs on it, does not fit.
             SpecError: the file cannot be read, or says something that cannot be.
         """
-        spec = cluster_of(which)
+        spec = cluster_to_reach(which)
         told = on_step or show_steps(spec.name)
         place = Place(spec, on_notice=on_notice, on_step=told, prefix=sys.prefix)
         async with contextlib.AsyncExitStack() as stack:
@@ -157,7 +157,7 @@ class AsyncCluster:
         Raises:
             ClusterStartError: something is missing at the end, host by host. What came up stays up.
         """
-        async with contextlib.aclosing(steps_of_up(cluster_of(which), on_notice=on_notice)) as steps:
+        async with contextlib.aclosing(steps_of_up(cluster_to_reach(which), on_notice=on_notice)) as steps:
             async for step in steps:
                 yield step
 

@@ -6,14 +6,30 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from raylaunch.cluster.plan import DownReport, Step
+from raylaunch.cluster.trust import accept
 from raylaunch.errors import ConflictError, SpecError
 from raylaunch.place import Place
 from raylaunch.quieting import quiet_down, upgraded
+from raylaunch.sdk.asking import Which, cluster_of
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import JobView
 
 _NAMED = 3
 """Jobs that a refusal names."""
+
+
+def cluster_to_reach(which: Which) -> ClusterSpec:
+    """Return the cluster that is meant, for what may connect to its hosts.
+
+    A `ClusterSpec` is part of the program that a person runs, and so is accepted; a file is accepted by a person.
+
+    Raises:
+        SpecError: the file cannot be read, or the name cannot be one.
+    """
+    spec = cluster_of(which)
+    if spec is which:
+        accept(spec)
+    return spec
 
 
 async def steps_of_up(spec: ClusterSpec, *, on_notice: Callable[[str], None]) -> AsyncGenerator[Step, None]:

@@ -50,9 +50,12 @@ def beside_ray(name: str) -> Iterator[BesideRay]:
     folder = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
     with ray_head(home=folder) as ray:
         lines = {"name": name, "kind": "existing", "address": ray.dashboard_url}
-        lines |= {"gcs": ray.gcs_address, "ray_token_file": str(ray.token_path)}
+        lines |= {"gcs": ray.gcs_address, "ray_token_file": "~/.ray/auth_token"}
+        (folder / ".ray").mkdir(mode=0o700)
+        shutil.copy(ray.token_path, folder / ".ray/auth_token")
         cluster = BesideRay(ray, folder, lines)
         try:
+            cluster.good("trust")
             cluster.good("up", timeout_s=UP_S)
             yield cluster
         finally:

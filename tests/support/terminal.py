@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.hosts import World
+from support.trust import trusted
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Laptop:
         env = {key: value for key, value in os.environ.items() if key not in without}
         if self.code is not None:
             env["PYTHONPATH"] = str(self.code)
-        return env | {"HOME": str(self.lab.home), "RAYLAUNCH_HOME": str(self.home), "NO_COLOR": "1"}
+        accepted = trusted(self.folder / "cluster.yaml")
+        return env | {"HOME": str(self.lab.home), "RAYLAUNCH_HOME": str(self.home), "NO_COLOR": "1"} | accepted
 
     def call(self, *words: str, limit_s: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run ``raylaunch WORDS`` there."""

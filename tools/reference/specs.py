@@ -101,7 +101,7 @@ def _within(annotation: object) -> tuple[type[Spec] | None, str]:
     return None, mark
 
 
-OF_EXISTING = frozenset({"address", "gcs", "ray_token_file"})
+OF_EXISTING = frozenset({"address", "gcs", "ray_token_file", "ray_tls"})
 """Fields of a cluster that are for one kind alone, and cannot stand beside hosts."""
 
 

@@ -14,6 +14,7 @@ from raylaunch.cluster.doctor.problems import problems
 from raylaunch.cluster.probe.facts import HostFacts
 from raylaunch.cluster.probe.one_host import Runs, probe
 from raylaunch.cluster.ssh.target import OnPrompt, OnWait
+from raylaunch.cluster.trust import check_accepted
 from raylaunch.errors import HostTimeoutError, RaylaunchError
 from raylaunch.spec import ClusterSpec, HostSpec
 
@@ -61,7 +62,11 @@ async def examine(
         on_prompt: asks a person for passphrases, and about unknown host keys; None where nobody is there.
         on_wait: told every few seconds what has not ended yet.
         limit_s: seconds for one host, the way there included; a person's answers too.
+
+    Raises:
+        UntrustedError: nobody has accepted what the cluster connects to.
     """
+    await check_accepted(spec, on_prompt=on_prompt)
     seen: dict[str, HostFacts | RaylaunchError] = {}
     hosts = hosts_to_look_at(spec)
 
@@ -98,7 +103,7 @@ def _too_slow(host: HostSpec, limit_s: float) -> HostTimeoutError:
 async def _connected(
     spec: ClusterSpec, host: HostSpec, on_prompt: OnPrompt | None, on_wait: OnWait | None
 ) -> AsyncIterator[Runs]:
-    if spec.kind == "local":
+    if spec.kind != "ssh":
         from raylaunch.cluster.this_machine import ThisMachine  # noqa: PLC0415 -- either this or asyncssh is loaded
 
         yield ThisMachine(host.name)

@@ -24,7 +24,8 @@ class Target:
     `name` is what the person calls it; errors say that. `host` is what is looked up in the configuration and resolved:
     an alias, a name or an address; by default `name`. `jump` is a chain of ``[user@]host[:port]``, nearest first; with
     ``("none",)`` a ProxyJump of the configuration does not count. `fingerprint` (``SHA256:…``) pins the host key: then
-    no other is accepted, whatever known_hosts says. `known_hosts` replaces the person's files and raylaunch's own.
+    no other is accepted, nor this one where known_hosts has another key of the host or revokes it. `known_hosts`
+    replaces the person's files and raylaunch's own.
     """
 
     name: str
@@ -45,12 +46,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question to a person. `text` is complete as it stands; the answer to ``host_key`` is ``yes``, or anything else.
+    """A question to a person. `text` is complete as it stands.
 
+    The answer to ``host_key`` and ``trust`` is ``yes``, or anything else. `host` is the cluster's name for ``trust``,
     `path` is the key file that a passphrase is for, `fingerprint` the host key's.
     """
 
-    kind: Literal["passphrase", "host_key"]
+    kind: Literal["passphrase", "host_key", "trust"]
     host: str
     text: str
     path: str = ""

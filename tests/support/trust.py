@@ -1,0 +1,17 @@
+"""A person who has accepted what a cluster.yaml connects to, as CI does it: by the variable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from raylaunch.cluster.trust import VARIABLE, fingerprint
+from raylaunch.config import load_cluster_spec
+from raylaunch.errors import SpecError
+
+
+def trusted(file: Path) -> dict[str, str]:
+    """Return the environment in which that file is accepted; empty where it is none, or says something wrong."""
+    try:
+        return {VARIABLE: fingerprint(load_cluster_spec(file))}
+    except SpecError:
+        return {}
