@@ -474,7 +474,8 @@ class Client:
         from raylaunch.parallel_download import ParallelDownload  # noqa: PLC0415 -- only a download needs it
 
         job, wide = await self.job(ref), ParallelDownload(self._ssh_cluster)
-        files = chosen(list(await self.files(job.id)), tuple(paths), everything=everything)
+        files = [file for file in await self.files(job.id) if not file.link]
+        files = chosen(files, tuple(paths), everything=everything)
 
         async def bring(artifact: Artifact, folder: Directory, name: str, *, replace: MayReplace) -> Downloaded:
             fetch = partial(download, self._wire, job.id, artifact, folder, name, wide=wide)

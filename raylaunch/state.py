@@ -350,6 +350,8 @@ class Artifact(View):
     """Empty while the file may still grow."""
     kind: Literal["output", "checkpoint", "log", "wandb", "record"]
     attempt: int = 0
+    link: str = ""
+    """Of a link to a folder: where it leads, relative; it has no bytes. A link to a file counts as the file."""
 
 
 class Usage(View):

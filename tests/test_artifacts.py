@@ -54,11 +54,38 @@ def test_files_are_listed_with_kind_attempt_and_size(tmp_path: Path, artifacts: 
     assert artifacts.outputs(JOB) == (1, 7)
 
 
-def test_files_that_are_still_arriving_and_links_are_not_listed(tmp_path: Path, artifacts: Artifacts) -> None:
+def test_what_is_still_arriving_and_links_that_lead_out_are_not_listed(tmp_path: Path, artifacts: Artifacts) -> None:
     put(tmp_path, "attempt-1/outputs/.model.pt.raylaunch-part")
     put(tmp_path, "attempt-1/.replicated.json")
     (tmp_path / "jobs" / JOB / "attempt-1" / "outputs" / "link").symlink_to("/etc/passwd")
     assert artifacts.files(JOB) == ()
+
+
+def test_a_link_to_a_file_is_listed_as_the_file_and_one_to_a_folder_as_a_link(
+    tmp_path: Path, artifacts: Artifacts
+) -> None:
+    put(tmp_path, "attempt-1/checkpoints/step-3/model.pt", b"weights")
+    checkpoints = tmp_path / "jobs" / JOB / "attempt-1" / "checkpoints"
+    (checkpoints / "last.pt").symlink_to("step-3/model.pt")
+    (checkpoints / "latest").symlink_to("step-3")
+    artifacts.note(JOB, "attempt-1/checkpoints/step-3/model.pt", size=7, sha256="abc")
+    assert [(file.path, file.bytes, file.sha256, file.link) for file in artifacts.files(JOB)] == [
+        ("attempt-1/checkpoints/last.pt", 7, "abc", ""),
+        ("attempt-1/checkpoints/latest", 0, "", "step-3"),
+        ("attempt-1/checkpoints/step-3/model.pt", 7, "abc", ""),
+    ]
+    assert artifacts.path(JOB, "attempt-1/checkpoints/latest/model.pt")[0].read_bytes() == b"weights"
+    assert "attempt-1/checkpoints/latest" not in artifacts.seal(JOB).files
+
+
+def test_what_two_attempts_have_in_common_counts_once(tmp_path: Path, artifacts: Artifacts) -> None:
+    put(tmp_path, "attempt-1/outputs/model.pt", b"weights")
+    put(tmp_path, "attempt-2/outputs/new.pt", b"new")
+    folder = tmp_path / "jobs" / JOB
+    (folder / "attempt-2/outputs/model.pt").hardlink_to(folder / "attempt-1/outputs/model.pt")
+    assert artifacts.outputs(JOB) == (2, 10)
+    assert artifacts.bytes_of(JOB) == 10
+    assert artifacts.usage(JOB, name="digits", state=JobState.SUCCEEDED).outputs == 10
 
 
 def test_a_noted_checksum_is_shown_as_long_as_the_file_is_the_same(tmp_path: Path, artifacts: Artifacts) -> None:

@@ -140,12 +140,27 @@ def test_a_job_that_runs_too_long_is_timed_out(cluster: Cluster) -> None:
     assert cluster.cli("wait", job).status == 124
 
 
+RESUMES = """
+import os, sys
+folder = os.environ["RAYLAUNCH_CHECKPOINT_DIR"]
+path = folder + "/step-1/path"
+if os.environ["RAYLAUNCH_ATTEMPT"] == "1":
+    os.mkdir(folder + "/step-1")
+    open(path, "w").write(os.path.realpath(path))
+    os.symlink(folder + "/step-1", folder + "/last")
+    sys.exit(1)
+assert open(folder + "/last/path").read() == path
+"""
+
+
 def test_a_failed_program_is_tried_again_as_often_as_asked(cluster: Cluster) -> None:
-    job = cluster.python(
-        "import os, sys\nsys.exit(0 if os.environ['RAYLAUNCH_ATTEMPT'] == '2' else 1)", "--retries", "1"
-    )
+    job = cluster.python(RESUMES, "--retries", "1")
     done = cluster.ended(job)
     assert (done.state, len(done.attempts)) == (JobState.SUCCEEDED, 2)
+    jobs = Path(cluster.record().store) / "jobs"
+    first, second = (jobs / job / f"attempt-{n}" / "checkpoints" for n in (1, 2))
+    assert (first / "step-1/path").samefile(second / "step-1/path")
+    assert (second / "last").readlink() == Path("step-1")
 
 
 def test_killing_the_runner_ends_its_training_before_its_gpus_are_given_away(cluster: Cluster) -> None:

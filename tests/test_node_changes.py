@@ -6,15 +6,16 @@ import os
 import resource
 import time
 from pathlib import Path
+from typing import cast
 
 import pytest
 from support.attempts import attempt_spec
 
 from raylaunch.controller.link import Stored
 from raylaunch.controller.mirror import GapError, Mirror
-from raylaunch.node.changes import BUDGET, Answer, Changes
+from raylaunch.node.changes import BUDGET, Answer, Changes, Chunk
 from raylaunch.node.files import inventory
-from raylaunch.node.folder import prepare
+from raylaunch.node.preparing import Ready, forget, prepare
 
 ATTEMPT = "digits-abc-1"
 
@@ -32,10 +33,10 @@ class World:
         self.kept.parent.mkdir(parents=True)
         self.restart()
 
-    def restart(self) -> None:
+    def restart(self, attempt: str = ATTEMPT) -> None:
         """Begin anew on both sides, as after a crash of the link and the steward."""
         self.changes, self.mirror = Changes(self.root), Mirror(self.store)
-        self.answer = self.changes.take("session", self.mirror.have([ATTEMPT]))
+        self.answer = self.changes.take("session", self.mirror.have([attempt]))
 
     def carry(self) -> int:
         """Carry until nothing changes; return how many bytes went over."""
@@ -52,6 +53,17 @@ class World:
             self.mirror.write(chunk)
         return sum(len(chunk["data"]) for chunk in answer["chunks"])
 
+    def carry_as(self, session: str) -> None:
+        """Carry what there is now, in another session."""
+        for _ in range(3):
+            self.write(self.answer)
+            self.answer = self.changes.take(session, None)
+
+    def next_attempt(self, attempt: str, folder: Path) -> None:
+        """Go on with another attempt of the job, which is prepared."""
+        self.node = folder
+        self.restart(attempt)
+
     def end(self) -> None:
         """Let the attempt be over."""
         self.carry()
@@ -66,6 +78,12 @@ class World:
         where.write_bytes(data)
         os.utime(where, (time.time() - age_s, time.time() - age_s))
         return where
+
+
+def prepare_next(world: World) -> Ready:
+    forget(world.root, ATTEMPT, again=True)
+    spec = attempt_spec("digits-abc-2")
+    return prepare(world.root, spec=spec, package=None, secrets={}, runner=b"", python="python")
 
 
 @pytest.fixture
@@ -234,12 +252,81 @@ def test_a_link_out_of_the_folder_is_not_followed(world: World, tmp_path: Path) 
     assert not [path for path in world.store.rglob("*") if path.is_file() and b"planted" in path.read_bytes()]
 
 
-def test_a_link_to_a_file_of_the_same_attempt_arrives_as_a_file(world: World) -> None:
-    world.output("checkpoints/epoch-3.ckpt", b"weights")
-    (world.node / "checkpoints/last.ckpt").symlink_to("epoch-3.ckpt")
+def test_links_that_stay_inside_are_kept_relative(world: World) -> None:
+    model = world.output("checkpoints/step-3/model.pt", b"weights")
+    (world.node / "checkpoints/last.pt").symlink_to(model)
+    (world.node / "checkpoints/latest").symlink_to(model.parent.resolve(), target_is_directory=True)
+    (world.node / "checkpoints/step-3/up").symlink_to("../latest/../last.pt")
+    (world.node / "outputs/best").symlink_to("../checkpoints/latest")
     world.end()
     world.carry()
-    assert (world.kept / "checkpoints/last.ckpt").read_bytes() == b"weights"
+    assert (world.kept / "checkpoints/last.pt").readlink() == Path("step-3/model.pt")
+    assert (world.kept / "checkpoints/latest").readlink() == Path("step-3")
+    assert (world.kept / "checkpoints/step-3/up").readlink() == Path("../last.pt")
+    assert (world.kept / "outputs/best/model.pt").read_bytes() == b"weights"
+    assert inventory(world.node, checksums=True, known={})["checkpoints/latest"] == (6, "link:step-3")
+
+
+def test_a_link_takes_the_place_of_a_folder_and_the_other_way_round(world: World) -> None:
+    world.output("checkpoints/latest/model.pt", b"one")
+    (world.node / "checkpoints/best").symlink_to("latest")
+    world.carry()
+    (world.node / "checkpoints/latest").rename(world.node / "checkpoints/step-1")
+    (world.node / "checkpoints/latest").symlink_to("step-1")
+    (world.node / "checkpoints/best").unlink()
+    world.output("checkpoints/best/model.pt", b"best")
+    world.end()
+    world.carry()
+    assert (world.kept / "checkpoints/latest").readlink() == Path("step-1")
+    assert (world.kept / "checkpoints/best/model.pt").read_bytes() == b"best"
+    assert (world.kept / "checkpoints/step-1/model.pt").read_bytes() == b"one"
+
+
+@pytest.mark.parametrize("target", ["/etc", "../..", "../../claim.json", "a/../../../x", ""])
+def test_a_link_that_leads_out_is_not_written(world: World, target: str) -> None:
+    chunk = {**world.answer["chunks"][0], "mode": "link", "path": "checkpoints/x", "sha256": f"link:{target}"}
+    with pytest.raises(ValueError, match="leads out"):
+        world.mirror.write(cast("Chunk", chunk))
+
+
+def test_what_the_next_attempt_has_unchanged_is_in_the_store_once(world: World) -> None:
+    world.output("checkpoints/old.pt", b"o" * 1000)
+    world.output("checkpoints/last.pt", b"one")
+    world.output("checkpoints/deleted.pt", b"d")
+    world.end()
+    world.carry()
+    world.node = folder = Path(prepare_next(world)["folder"])
+    world.output("checkpoints/last.pt", b"two!")
+    (folder / "checkpoints/deleted.pt").unlink()
+    world.next_attempt("digits-abc-2", folder)
+    carried = world.carry()
+    first, second = world.store / "jobs/digits-abc/attempt-1", world.store / "jobs/digits-abc/attempt-2"
+    assert carried < 1000
+    assert (first / "checkpoints/old.pt").samefile(second / "checkpoints/old.pt")
+    assert (first / "checkpoints/last.pt").read_bytes() == b"one"
+    assert (second / "checkpoints/last.pt").read_bytes() == b"two!"
+    assert not (second / "checkpoints/deleted.pt").exists()
+
+
+def test_a_file_that_only_looks_unchanged_is_sent_again(world: World) -> None:
+    model = world.output("checkpoints/last.pt", b"one")
+    world.end()
+    world.carry()
+    times = (model.stat().st_atime_ns, model.stat().st_mtime_ns)
+    folder = Path(prepare_next(world)["folder"])
+    model = folder / "checkpoints/last.pt"
+    model.write_bytes(b"two")
+    os.utime(model, ns=times)
+    world.next_attempt("digits-abc-2", folder)
+    world.carry()
+    checksums = {path: sha256 for path, (_, sha256) in inventory(folder, checksums=True, known={}).items()}
+    assert world.mirror.differing("digits-abc-2", checksums) == ["checkpoints/last.pt"]
+    world.mirror.drop("digits-abc-2", ["checkpoints/last.pt"])
+    world.answer = world.changes.take("again", world.mirror.have(["digits-abc-2"]))
+    world.carry_as("again")
+    second = world.store / "jobs/digits-abc/attempt-2"
+    assert (second / "checkpoints/last.pt").read_bytes() == b"two"
+    assert (world.store / "jobs/digits-abc/attempt-1/checkpoints/last.pt").read_bytes() == b"one"
 
 
 def test_a_piece_that_names_a_path_outside_is_refused(world: World) -> None:

@@ -6,6 +6,7 @@ import shlex
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,15 @@ from support.attempts import attempt_spec
 from support.waiting import wait_until
 
 from raylaunch.errors import ConflictError, NotFoundError
-from raylaunch.node import folder
+from raylaunch.node import folder, preparing
 from raylaunch.node.processes import boot_id, started_ticks
 from raylaunch.node.steward import sweep
 from raylaunch.runner.contract import VAR_ATTEMPT
 
 
-def prepared(root: Path, package: Path | None = None, attempt: str = "digits-abc-1") -> folder.Ready:
+def prepared(root: Path, package: Path | None = None, attempt: str = "digits-abc-1") -> preparing.Ready:
     secrets = {"KEY": "planted"}
-    return folder.prepare(
+    return preparing.prepare(
         root, spec=attempt_spec(attempt), package=package, secrets=secrets, runner=b"zip", python="/a b/python"
     )
 
@@ -37,8 +38,9 @@ def test_no_other_user_may_read_what_is_prepared(tmp_path: Path) -> None:
     (package / "train.py").chmod(0o644)
     path = Path(prepared(tmp_path, package)["folder"])
     assert mode(path) == 0o700
-    assert {mode(found) for found in path.rglob("*") if found.is_file()} == {0o600}
-    assert {mode(found) for found in path.rglob("*") if found.is_dir()} == {0o700}
+    found = [each for each in (*path.rglob("*"), *(tmp_path / "jobs").rglob("*")) if not each.is_symlink()]
+    assert {mode(each) for each in found if each.is_file()} == {0o600}
+    assert {mode(each) for each in found if each.is_dir()} == {0o700}
 
 
 def test_programs_stay_executable_and_links_stay_links(tmp_path: Path) -> None:
@@ -53,18 +55,47 @@ def test_programs_stay_executable_and_links_stay_links(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tidied", [True, False])
-def test_a_job_that_is_tried_again_begins_with_the_checkpoints_before(*, tidied: bool, tmp_path: Path) -> None:
+def test_each_attempt_of_a_job_has_the_same_folder_of_checkpoints(*, tidied: bool, tmp_path: Path) -> None:
     first = Path(prepared(tmp_path)["folder"])
     (first / "checkpoints/run").mkdir()
     (first / "checkpoints/run/model.pt").write_text("weights")
+    place = (first / "checkpoints").resolve()
     if tidied:
-        folder.forget(tmp_path, "digits-abc-1", again=True)
+        preparing.forget(tmp_path, "digits-abc-1", again=True)
         assert not first.exists()
     second = Path(prepared(tmp_path, attempt="digits-abc-2")["folder"])
+    assert (second / "checkpoints").resolve() == place
+    assert json.loads((second / "attempt.json").read_text())["job_dir"] == str(place.parent)
     assert (second / "checkpoints/run/model.pt").read_text() == "weights"
-    assert Path(prepared(tmp_path, attempt="digits-abc-2")["folder"]) == second
-    folder.forget(tmp_path, "digits-abc-2")
-    assert not [path for path in tmp_path.rglob("model.pt") if "digits-abc-1" not in str(path)]
+    preparing.forget(tmp_path, "digits-abc-2")
+    assert not list(tmp_path.rglob("model.pt"))
+
+
+def test_an_older_attempt_is_ended_before_a_newer_one_has_the_folder(tmp_path: Path) -> None:
+    first = Path(prepared(tmp_path)["folder"])
+    tag = attempt_spec("digits-abc-1")["tag"]
+    training = subprocess.Popen(["sleep", "600"], env={**os.environ, VAR_ATTEMPT: tag}, start_new_session=True)
+    prepared(tmp_path, attempt="digits-abc-2")
+    assert training.wait(10) == -9
+    assert json.loads((first / "claim.json").read_text())["epoch"] == folder.FENCED
+    assert not (first / "checkpoints").is_symlink()
+
+
+def test_an_older_attempt_never_gets_the_folder_of_a_newer_one(tmp_path: Path) -> None:
+    newer = Path(prepared(tmp_path, attempt="digits-abc-2")["folder"])
+    with pytest.raises(ConflictError, match="attempt 2 of digits-abc has followed"):
+        prepared(tmp_path)
+    preparing.forget(tmp_path, "digits-abc-1")
+    assert (newer / "checkpoints").is_dir()
+
+
+def test_a_job_that_went_on_elsewhere_leaves_nothing_after_a_week(tmp_path: Path) -> None:
+    prepared(tmp_path, attempt="other-abc-1")
+    preparing.forget(tmp_path, "other-abc-1", again=True)
+    writer = tmp_path / "jobs/other-abc/writer.json"
+    os.utime(writer, (time.time() - 8 * 86400,) * 2)
+    prepared(tmp_path)
+    assert not writer.parent.exists()
 
 
 def test_a_job_that_changes_its_code_changes_only_its_own_copy(tmp_path: Path) -> None:
@@ -115,8 +146,8 @@ def test_a_name_that_is_no_attempts_id_reaches_no_path(tmp_path: Path, name: str
 
 def test_forgetting_twice_is_forgetting_once(tmp_path: Path) -> None:
     path = Path(prepared(tmp_path)["folder"])
-    folder.forget(tmp_path, "digits-abc-1")
-    folder.forget(tmp_path, "digits-abc-1")
+    preparing.forget(tmp_path, "digits-abc-1")
+    preparing.forget(tmp_path, "digits-abc-1")
     assert not path.exists()
 
 

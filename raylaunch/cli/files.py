@@ -34,12 +34,14 @@ def files(cluster_file: Path | None, *, job: str, kind: str | None, as_json: boo
     if as_json:
         say_json(RootModel[list[Artifact]](found))
     elif found:
-        rows = [
-            (file.kind, size(file.bytes), file.sha256[:12] or "-", clean(file.path, colour=False)) for file in found
-        ]
+        rows = [(file.kind, size(file.bytes), file.sha256[:12] or "-", _name(file)) for file in found]
         say(table(("KIND", "SIZE", "SHA256", "FILE"), rows, right=(1,)))
     else:
         note("no files yet")
+
+
+def _name(file: Artifact) -> str:
+    return clean(f"{file.path} -> {file.link}" if file.link else file.path, colour=False)
 
 
 @click.command(epilog="Example:  raylaunch get last model.pt --to models/")

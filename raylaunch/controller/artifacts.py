@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypeAlias
 
@@ -51,8 +51,9 @@ class Artifacts:
 
     def files(self, job_id: str) -> tuple[Artifact, ...]:
         """Return the job's files, a folder's own before those of its folders; checksums where they still hold."""
-        known = self._known(job_id)
-        return tuple(_artifact(path, facts, known.get(path)) for path, facts in _walk(self._jobs / job_id))
+        folder, known = self._jobs / job_id, self._known(job_id)
+        found = [(path, _artifact(path, facts, known.get(path))) for path, facts in _walk(folder)]
+        return tuple(artifact for _, artifact in sorted([*found, *_links(folder, known)], key=_listed_at))
 
     def path(self, job_id: str, path: str) -> tuple[Path, Artifact]:
         """Return where a file of a job lies in the store, and what is known of it.
@@ -118,18 +119,18 @@ class Artifacts:
         return manifest
 
     def outputs(self, job_id: str) -> tuple[int, int]:
-        """Return number and bytes of the job's outputs."""
-        sizes = [file.bytes for file in self.files(job_id) if file.kind == "output"]
-        return len(sizes), sum(sizes)
+        """Return number and bytes of the job's outputs, each name once: as `get` brings them."""
+        sizes = {file.path.partition("/")[2]: file.bytes for file in self.files(job_id) if file.kind == "output"}
+        return len(sizes), sum(sizes.values())
 
     def bytes_of(self, job_id: str) -> int:
         """Return the bytes that the job's files take in the store."""
-        return sum(facts.st_size for _, facts in _walk(self._jobs / job_id))
+        return sum(facts.st_size for _, facts in _once(_walk(self._jobs / job_id)))
 
     def usage(self, job_id: str, *, name: str, state: JobState) -> Usage:
         """Return the bytes that a job takes in the store. Walks its folder: call it from a worker thread."""
         sizes: dict[Kind, int] = {"output": 0, "checkpoint": 0, "log": 0, "wandb": 0, "record": 0}
-        for path, facts in _walk(self._jobs / job_id):
+        for path, facts in _once(_walk(self._jobs / job_id)):
             sizes[_kind(path)] += facts.st_size
         return Usage(
             job=job_id,
@@ -169,18 +170,51 @@ def _walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
                 yield path.relative_to(folder).as_posix(), facts
 
 
+def _once(files: Iterable[tuple[str, os.stat_result]]) -> Iterator[tuple[str, os.stat_result]]:
+    """Leave out further names of one file: what an attempt has unchanged from the one before."""
+    seen: set[tuple[int, int]] = set()
+    for path, facts in files:
+        if facts.st_nlink == 1 or (facts.st_dev, facts.st_ino) not in seen:
+            seen.add((facts.st_dev, facts.st_ino))
+            yield path, facts
+
+
+def _links(folder: Path, known: Mapping[str, ManifestEntry]) -> Iterator[tuple[str, Artifact]]:
+    """Yield links that stay inside: one to a file as that file, one to a folder with where it leads."""
+    top = Path(os.path.realpath(folder))
+    for root, folders, names in os.walk(folder):
+        for name in [*names, *folders]:
+            link = Path(root, name)
+            if not link.is_symlink():
+                continue
+            path, target = link.relative_to(folder).as_posix(), Path(os.path.realpath(link))
+            if not target.is_relative_to(top):
+                continue
+            if target.is_dir():
+                artifact = _artifact(path, None, None)
+                yield path, artifact.model_copy(update={"link": os.fspath(link.readlink())})
+            elif target.is_file():
+                yield path, _artifact(path, target.stat(), known.get(target.relative_to(top).as_posix()))
+
+
+def _listed_at(found: tuple[str, Artifact]) -> tuple[tuple[int, str], ...]:
+    """Order as a walk does: a folder's own files before those of its folders."""
+    *folders, name = found[0].split("/")
+    return (*((1, folder) for folder in folders), (0, name))
+
+
 def _kind(path: str) -> Kind:
     parts = PurePosixPath(path).parts
     return _KINDS.get(parts[1], "record") if len(parts) > 2 else "record"  # noqa: PLR2004 -- attempt-1/outputs/x
 
 
-def _artifact(path: str, facts: os.stat_result, entry: ManifestEntry | None) -> Artifact:
+def _artifact(path: str, facts: os.stat_result | None, entry: ManifestEntry | None) -> Artifact:
     first = path.partition("/")[0]
     number = first.removeprefix("attempt-")
     return Artifact(
         path=path,
-        bytes=facts.st_size,
-        sha256=entry.sha256 if entry and _current(entry, facts) else "",
+        bytes=facts.st_size if facts else 0,
+        sha256=entry.sha256 if facts and entry and _current(entry, facts) else "",
         kind=_kind(path),
         attempt=int(number) if first != number and number.isdigit() else 0,
     )

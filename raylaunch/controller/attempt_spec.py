@@ -73,6 +73,8 @@ def attempt_spec(  # noqa: PLR0913 -- each is one fact, and all are named
         grace_s=spec.grace_s,
         outputs=list(spec.outputs),
         wandb=_wandb(spec, job=job, n=n, settings=settings, earlier=earlier),
+        job_dir="",
+        moved_from="",
     )
 
 

@@ -23,6 +23,7 @@ from typing import cast
 import ray
 import ray.exceptions
 
+from raylaunch.controller.handover import bring
 from raylaunch.controller.link import Config
 from raylaunch.controller.link_events import LinkEvent, LinkUp, NodesChanged, event_frame
 from raylaunch.controller.link_pipe import Stdin, Stdout, serve_all
@@ -173,12 +174,13 @@ class Program:
     async def prepare(
         self, node_id: str, spec: dict[str, object], package: str, secrets: object, wheels: list[WheelSet]
     ) -> object:
-        """Send package and wheels when the node lacks them, and make the attempt's folder."""
+        """Send package, wheels and what the attempt before left when the node lacks them; make the attempt's folder."""
         node = self._node(node_id)
         fitting = chosen(wheels, cast("Platform", await node.call("platform", timeout_s=_CALL_S))) if wheels else []
         for sha256 in [*([package] if package else []), *(wheel["sha256"] for wheel in fitting)]:
             await self._send_package(node, sha256)
-        told = {**spec, "wheels": fitting}
+        moved_from = await bring(node.call, self._store, str(spec["attempt"]), str(spec["tag"]))
+        told = {**spec, "wheels": fitting, "moved_from": moved_from}
         return await node.call("prepare", told, package, secrets, await asyncio.to_thread(runner_zip), timeout_s=600)
 
     async def index_look(self, node_id: str, env: object, kind: str) -> object:

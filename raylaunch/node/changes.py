@@ -1,9 +1,10 @@
 """What an attempt's files have become since they were last sent: the steward's side of replication.
 
-Two ways to send a file. ``append``: logs, W&B's file and reported progress grow, and only what is new is sent.
-``replace``: everything else is sent whole, with its checksum, once it is at rest. The receiver says once what it has
-(`Have`); from then on this side remembers what it has sent. Whenever either side is in doubt the receiver begins anew,
-with what its disk says.
+Ways to send a file. ``append``: logs, W&B's file and reported progress grow, and only what is new is sent.
+``replace``: everything else is sent whole, with its checksum, once it is at rest. ``same``: the receiver has it from
+the attempt before, and nothing is sent. ``link``: a link's target. The receiver says once what it has (`Have`); from
+then on this side remembers what it has sent. Whenever either side is in doubt the receiver begins anew, with what its
+disk says.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, TypedDict, cast
 
-from raylaunch.node.files import FileStat, is_append, open_regular, quick_files, slow_files
+from raylaunch.node.files import LINK, FileStat, is_append, open_regular, quick_files, slow_files
 from raylaunch.node.folder import attempts_in, read_claim, read_json
 from raylaunch.node.processes import runner_alive
 from raylaunch.runner.contract import CLAIM, EXIT, FACTS, STARTED, Claim
@@ -37,6 +38,8 @@ class HaveFile(NamedTuple):
     size: int
     mtime_ns: int = 0
     sha256: str = ""
+    before: bool = False
+    """Whether it is the file of the attempt before, which this one need not have any more."""
 
 
 Have = dict[str, dict[str, HaveFile]]
@@ -48,11 +51,11 @@ class Chunk(TypedDict):
 
     attempt: str
     path: str
-    mode: Literal["append", "replace"]
+    mode: Literal["append", "replace", "same", "link"]
     offset: int
     data: bytes
     final: bool
-    """With a ``replace``: these are the last bytes, and `sha256` is that of the whole."""
+    """With a ``replace``: these are the last bytes, and `sha256` is that of the whole. Of a link: see `LINK`."""
     sha256: str
     size: int
     mtime_ns: int
@@ -189,12 +192,39 @@ def _send(name: str, folder: Path, path: str, stat: FileStat, known: _Attempt, b
     if budget <= 0:
         return
     have = known.have.get(path)
+    if have is not None and have.before:
+        del known.have[path]
+        if not stat.link and _same(path, have, stat):
+            known.have[path] = have._replace(before=False)
+            yield _without_data(name, path, "same", known.have[path])
+            return
+        have = None
+    if stat.link:
+        if have is None or have.sha256 != LINK + stat.link:
+            known.have[path] = HaveFile(stat.size, 0, LINK + stat.link)
+            yield _without_data(name, path, "link", known.have[path])
+        return
     if is_append(path) and path not in known.sending and not _begun_anew(path, stat, have, known):
         yield from _send_growth(name, folder, path, stat, known, budget)
         return
     if path not in known.sending and have is not None and _same(path, have, stat):
         return
     yield from _send_whole(name, folder, path, stat, known, budget)
+
+
+def _without_data(attempt: str, path: str, mode: Literal["same", "link"], file: HaveFile) -> Chunk:
+    size, mtime_ns, sha256, _ = file
+    return Chunk(
+        attempt=attempt,
+        path=path,
+        mode=mode,
+        offset=0,
+        data=b"",
+        final=True,
+        sha256=sha256,
+        size=size,
+        mtime_ns=mtime_ns,
+    )
 
 
 def _same(path: str, have: HaveFile, stat: FileStat) -> bool:

@@ -26,17 +26,23 @@ from raylaunch.runner.contract import (
     WANDB_DATA,
 )
 
+KEPT_BY_JOB = (CHECKPOINTS, OUTPUTS)
+"""Folders that are a job's, not an attempt's; in the attempt's folder they are links (`raylaunch.node.job_folder`)."""
+LINK = "link:"
+"""Before a link's target, where a file has its checksum."""
+
 _RECORDS = (ATTEMPT, CLAIM, FACTS, STARTED, STOP, PROGRESS, EXIT)
 _WANDB_FILES = "files"
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class FileStat(NamedTuple):
-    """What tells whether a file changed."""
+    """What tells whether a file changed. `link` is the target of a link, relative, as long as the path."""
 
     size: int
     mtime_ns: int
     inode: int
+    link: str = ""
 
     @classmethod
     def of(cls, path: Path | str) -> FileStat | None:
@@ -60,6 +66,8 @@ class FileStat(NamedTuple):
 
 def is_append(path: str) -> bool:
     """Whether only what is new of a file needs to be sent: logs, W&B's file, reported progress."""
+    if path.split("/", 1)[0] in KEPT_BY_JOB:
+        return False
     return path == PROGRESS or path.endswith(".wandb") or (path.startswith(f"{LOGS}/") and path.endswith(".log"))
 
 
@@ -83,12 +91,66 @@ def quick_files(folder: Path, *, metrics: bool = True) -> Iterator[tuple[str, Fi
 
 def slow_files(folder: Path, *, at_end: bool) -> Iterator[tuple[str, FileStat]]:
     """Yield outputs and checkpoints; and at the end what W&B keeps next to its files. A look at a whole tree."""
-    for name in (OUTPUTS, CHECKPOINTS):
-        yield from _tree(folder, name)
+    base = job_folder_of(folder)
+    if base is not None:
+        yield from kept_files(base)
     for path, stat in _tree(folder, WANDB, skip="" if at_end else _WANDB_FILES):
         staged = at_end and path.startswith(f"{WANDB_DATA}/")
         if path.endswith(".wandb") or f"/{_WANDB_FILES}/" in path or staged:
             yield path, stat
+
+
+def job_folder_of(folder: Path) -> Path | None:
+    """Return where checkpoints and outputs of an attempt lie: with its job; or with it, as 0.1.0 made it.
+
+    None where another attempt of the job has them now.
+    """
+    here = Path(os.path.realpath(folder))
+    if not os.path.lexists(folder / CHECKPOINTS):
+        return None
+    if not (folder / CHECKPOINTS).is_symlink():
+        return here
+    job = here.parent.parent / "jobs" / here.name.rpartition("-")[0]
+    return job if os.path.realpath(folder / CHECKPOINTS) == str(job / CHECKPOINTS) else None
+
+
+def kept_files(base: Path) -> Iterator[tuple[str, FileStat]]:
+    """Yield a job's checkpoints and outputs. Links that stay among them are links; others are left out.
+
+    Args:
+        base: the folder that has them, without links in its path.
+    """
+    for below in KEPT_BY_JOB:
+        if (base / below).is_symlink():
+            continue
+        for parent, folders, names in os.walk(base / below):
+            folders.sort()
+            links = [name for name in folders if os.path.islink(f"{parent}/{name}")]  # noqa: PTH114 -- many files
+            for name in sorted([*names, *links]):
+                stat = _stat_kept(base, f"{parent}/{name}")
+                if stat is not None:
+                    yield os.path.relpath(f"{parent}/{name}", base), stat
+
+
+def _stat_kept(base: Path, path: str) -> FileStat | None:
+    if not os.path.islink(path):  # noqa: PTH114 -- as above
+        return FileStat.of(path)
+    target = _target_of(base, path)
+    return FileStat(len(os.fsencode(target)), 0, 0, target) if target else None
+
+
+def _target_of(base: Path, path: str) -> str:
+    """Return a link's target relative to its folder, without steps that another link could bend; empty outside."""
+    where = os.path.dirname(path)  # noqa: PTH120 -- as above
+    real = os.path.realpath(path)
+    target = os.path.normpath(os.path.join(where, os.readlink(path)))  # noqa: PTH115, PTH118 -- as above
+    if os.path.realpath(target) != real or not _kept_at(base, target):
+        target = real
+    return os.path.relpath(target, where) if _kept_at(base, real) and target != path else ""
+
+
+def _kept_at(base: Path, path: str) -> bool:
+    return any(path == str(base / name) or path.startswith(f"{base / name}/") for name in KEPT_BY_JOB)
 
 
 def inventory(folder: Path, *, checksums: bool, known: dict[str, tuple[FileStat, str]]) -> dict[str, tuple[int, str]]:
@@ -101,6 +163,9 @@ def inventory(folder: Path, *, checksums: bool, known: dict[str, tuple[FileStat,
     """
     found: dict[str, tuple[int, str]] = {}
     for path, stat in {**dict(slow_files(folder, at_end=True)), **dict(quick_files(folder))}.items():
+        if stat.link:
+            found[path] = (stat.size, LINK + stat.link)
+            continue
         if checksums and known.get(path, (None, ""))[0] != stat:
             with contextlib.suppress(OSError):
                 known[path] = (stat, file_sha256(_inside(folder, path)))
@@ -124,6 +189,11 @@ def open_regular(folder: Path, path: str) -> Iterator[int | None]:
 
 def _inside(folder: Path, path: str) -> Path:
     """Follow links as long as they stay in the folder."""
+    if path.split("/", 1)[0] in KEPT_BY_JOB:
+        base = job_folder_of(folder)
+        if base is None:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return base / path
     found = folder / path
     if not found.is_symlink():
         return found

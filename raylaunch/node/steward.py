@@ -12,13 +12,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from raylaunch.errors import RaylaunchError
-from raylaunch.node import facts, folder, package_index, ray_logs
+from raylaunch.node import facts, folder, job_folder, package_index, preparing, ray_logs
 from raylaunch.node.changes import Answer, Changes, Have
 from raylaunch.node.files import FileStat, inventory
 from raylaunch.node.packages import Packages, storage_error
@@ -143,13 +143,13 @@ class Steward:
         """Take a piece of a package, and return as `package_have`."""
         return await self._in_thread(lambda: self._packages.put(sha256, offset, total, data))
 
-    async def prepare(self, spec: AttemptSpec, package: str, secrets: dict[str, str], runner: bytes) -> folder.Ready:
+    async def prepare(self, spec: AttemptSpec, package: str, secrets: dict[str, str], runner: bytes) -> preparing.Ready:
         """Make an attempt's folder."""
 
-        def make() -> folder.Ready:
+        def make() -> preparing.Ready:
             unpacked = self._packages.path(package) if package else None
             try:
-                return folder.prepare(
+                return preparing.prepare(
                     self._root, spec=spec, package=unpacked, secrets=secrets, runner=runner, python=sys.executable
                 )
             except OSError as error:
@@ -160,6 +160,34 @@ class Steward:
         if self._woken is not None:
             self._woken.set()
         return ready
+
+    async def job_has(self, attempt: str) -> int:
+        """Return the number of the attempt whose checkpoints and outputs an attempt's job has here; 0 for none."""
+        return await self._in_thread(lambda: job_folder.last_writer(self._root, attempt))
+
+    async def begin_bringing(self, attempt: str, tag: str, files: Mapping[str, job_folder.Wanted]) -> list[str]:
+        """Make the folder of an attempt's job ready, and return which of its files are to be brought."""
+
+        def begin() -> list[str]:
+            return job_folder.begin_bringing(self._root, attempt, tag, files)
+
+        return await self._in_thread(begin)
+
+    async def bring(self, attempt: str, path: str, offset: int, data: bytes, wanted: job_folder.Wanted | None) -> None:
+        """Take a piece of such a file; with the last one comes what the whole is."""
+
+        def take() -> None:
+            try:
+                job_folder.bring(self._root, attempt, path, offset, data, wanted)
+            except OSError as error:
+                what = f"{path} of the attempt before cannot be written"
+                raise storage_error(what, error) from error
+
+        await self._in_thread(take)
+
+    async def end_bringing(self, attempt: str, before: int) -> None:
+        """Write down that the files of the attempt numbered `before` are here."""
+        await self._in_thread(lambda: job_folder.end_bringing(self._root, attempt, before))
 
     async def platform(self) -> Platform:
         """Return which wheels fit here."""
@@ -263,9 +291,9 @@ class Steward:
             await asyncio.sleep(_LIVE_LOOK_S if waited_s < _QUIET_AFTER_S else _QUIET_LOOK_S)
 
     async def forget(self, attempt: str, *, again: bool = False) -> None:
-        """Delete an attempt's folder; its checkpoints wait for the next one, if another follows."""
+        """Delete an attempt's folder; its job's checkpoints and outputs wait for the next one, if another follows."""
         self._checksums.pop(attempt, None)
-        await self._in_thread(lambda: folder.forget(self._root, attempt, again=again))
+        await self._in_thread(lambda: preparing.forget(self._root, attempt, again=again))
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

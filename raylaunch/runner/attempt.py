@@ -126,7 +126,12 @@ class Attempt:
             "torch": seen.packages.get("torch", ""),
             "wandb": version,
             "packages": sorted(f"{name}=={number}" for name, number in seen.packages.items()),
-            "warnings": [*seen.warnings, *wandb_env.version_warnings(version), *self._broken_links()],
+            "warnings": [
+                *seen.warnings,
+                *wandb_env.version_warnings(version),
+                *self._broken_links(),
+                *training.moved(spec),
+            ],
         }
         mode = wandb_env.find_mode(spec["wandb"], prepared.env, version=version, place=place, pulse=self._pulse)
         self._say_mode(mode)

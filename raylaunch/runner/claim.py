@@ -24,8 +24,11 @@ def read_attempt(folder: Path) -> AttemptSpec:
     return cast("AttemptSpec", json.loads((folder / contract.ATTEMPT).read_text(encoding="utf-8")))
 
 
-def take_claim(folder: Path, epoch: str) -> str:
+def take_claim(folder: Path, spec: AttemptSpec) -> str:
     """Claim the attempt for this process. Returns an empty text, or the sentence that says why it may not run."""
+    epoch, newest = spec["epoch"], _last_writer(spec)
+    if newest > spec["n"]:
+        return f"raylaunch: attempt {newest} of this job has followed this one; nothing is run"
     claim: Claim = {
         "epoch": epoch,
         "pid": os.getpid(),
@@ -42,6 +45,17 @@ def take_claim(folder: Path, epoch: str) -> str:
     if other.get("epoch") == FENCED:
         return "raylaunch: this attempt was fenced off before it started; nothing is run"
     return f"raylaunch: this attempt is already claimed by process {other.get('pid', '?')}; nothing is run"
+
+
+def _last_writer(spec: AttemptSpec) -> int:
+    """Return the number of the attempt that may write into the job's folder."""
+    if not spec["job_dir"]:
+        return 0
+    try:
+        n = json.loads(Path(spec["job_dir"], contract.WRITER).read_text(encoding="utf-8"))["n"]
+    except (OSError, ValueError, KeyError):
+        return 0
+    return int(n)
 
 
 def _make_new(path: Path, data: bytes) -> bool:

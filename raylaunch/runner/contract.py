@@ -16,10 +16,13 @@ One attempt has one folder on its node, ``<node root>/attempts/<attempt id>/``::
     logs/rank-N.log   the same of rank N, where a launcher starts several
     wandb/            WANDB_DIR; a run's file is wandb/wandb/*run-*/run-*.wandb (`WANDB`), wherever W&B writes it
     wandb/data/       files of artifacts that are not sent yet (`WANDB_DATA`)
-    outputs/          $RAYLAUNCH_OUTPUT_DIR; kept (`OUTPUTS`)
-    checkpoints/      $RAYLAUNCH_CHECKPOINT_DIR; kept (`CHECKPOINTS`)
+    outputs           $RAYLAUNCH_OUTPUT_DIR; a link to the job's folder; kept (`OUTPUTS`)
+    checkpoints       $RAYLAUNCH_CHECKPOINT_DIR; the same; kept (`CHECKPOINTS`)
     wheels/           what the environment is made of, where the node reaches no package index (`WHEELS`)
     tmp/              W&B cache and staging, and scratch; not kept (`TMP`)
+
+A job has one folder on a node, ``<node root>/jobs/<job id>/``, at the same path for each of its attempts, with
+``checkpoints/``, ``outputs/`` and ``writer.json`` (`WRITER`), which says which attempt may write there.
 
 Only logs, the .wandb file, outputs, checkpoints and the JSON files above travel to the store, under the same names
 below ``jobs/<job>/attempt-<n>/``.
@@ -45,6 +48,7 @@ OUTPUTS = "outputs"
 CHECKPOINTS = "checkpoints"
 TMP = "tmp"
 WHEELS = "wheels"
+WRITER = "writer.json"
 
 RANK_LOG = "logs/rank-{rank}.log"
 
@@ -166,6 +170,10 @@ class AttemptSpec(TypedDict):
     grace_s: float
     outputs: list[str]
     wandb: WandbSpec
+    job_dir: str
+    """The job's folder on the node, which has its checkpoints and outputs; written by the node agent."""
+    moved_from: str
+    """The job's folder in the attempt before, where that was at another path; else empty."""
 
 
 class Claim(TypedDict):

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the attempt whose folder is the one argument; returns the status that Ray shall see."""
     folder = Path(arguments[0]).resolve()
     spec = claim.read_attempt(folder)
-    refusal = claim.take_claim(folder, spec["epoch"])
+    refusal = claim.take_claim(folder, spec)
     if refusal:
         say(refusal)
         return 0

@@ -64,14 +64,15 @@ def without_ray(environ: Mapping[str, str]) -> dict[str, str]:
 
 def job_variables(spec: AttemptSpec, folder: Path, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that say which job this is, where its folders are, and which GPUs are its own."""
+    kept = Path(spec["job_dir"] or folder)
     found = {
         contract.VAR_ATTEMPT: spec["tag"],
         contract.VAR_JOB: spec["job"],
         contract.VAR_JOB_NAME: spec["name"],
         contract.VAR_ATTEMPT_N: str(spec["n"]),
         contract.VAR_CLUSTER: spec["cluster"],
-        contract.VAR_OUTPUT_DIR: str(folder / contract.OUTPUTS),
-        contract.VAR_CHECKPOINT_DIR: str(folder / contract.CHECKPOINTS),
+        contract.VAR_OUTPUT_DIR: str(kept / contract.OUTPUTS),
+        contract.VAR_CHECKPOINT_DIR: str(kept / contract.CHECKPOINTS),
         contract.VAR_PROGRESS: str(folder / contract.PROGRESS),
         "PYTHONUNBUFFERED": spec["env"].get("PYTHONUNBUFFERED", "1"),
     }
@@ -80,6 +81,15 @@ def job_variables(spec: AttemptSpec, folder: Path, environ: Mapping[str, str]) -
     elif "CUDA_VISIBLE_DEVICES" in environ:
         found["CUDA_VISIBLE_DEVICES"] = environ["CUDA_VISIBLE_DEVICES"]
     return found
+
+
+def moved(spec: AttemptSpec) -> list[str]:
+    """Return a warning where the checkpoints have another path than in the attempt before."""
+    before = spec["moved_from"]
+    if not before:
+        return []
+    why = "a checkpoint that records its own path (Lightning, Transformers) may not be found"
+    return [f"the checkpoints are in {spec['job_dir']}, and were in {before}: {why}; give the hosts the same root"]
 
 
 def gpu_ids(spec: AttemptSpec, env: Mapping[str, str]) -> list[str]:

@@ -43,4 +43,6 @@ def attempt_spec(attempt: str, *, epoch: str = "epoch-1", entrypoint: str = "tru
             "notes": "",
             "earlier": [],
         },
+        "job_dir": "",
+        "moved_from": "",
     }

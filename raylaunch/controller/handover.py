@@ -1,0 +1,109 @@
+"""The checkpoints and outputs of a job's attempt before, brought from the store to the node of the next.
+
+Where the attempt before ran on the same node nothing is brought: what is there is as new as the store, or newer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from raylaunch.controller.mirror import PRESENT, REPLICATED
+from raylaunch.controller.replication import Call
+from raylaunch.errors import TransferError
+from raylaunch.node.files import LINK, kept_files
+from raylaunch.node.job_folder import Wanted
+from raylaunch.runner.contract import ATTEMPT, CLAIM
+
+_PIECE = 8 * 1024 * 1024
+_CALL_S = 120.0
+
+
+class Before(NamedTuple):
+    """What the store has of the latest attempt that ran before another one."""
+
+    n: int
+    folder: Path
+    files: dict[str, Wanted]
+    job_dir: str
+    """Where the job's folder was on its node; empty where that is not known."""
+
+
+def before(store: Path, attempt: str) -> Before | None:
+    """Return what the attempt before has left in the store; None where none ran. Reads the disk."""
+    job, _, number = attempt.rpartition("-")
+    for n in range(int(number) - 1, 0, -1):
+        folder = Path(os.path.realpath(store / "jobs" / job / f"attempt-{n}"))
+        if (folder / CLAIM).is_file():
+            spec = _json(folder / ATTEMPT)
+            job_dir = spec.get("job_dir", "") if isinstance(spec, dict) else ""
+            return Before(n, folder, dict(_files(folder)), str(job_dir))
+    return None
+
+
+async def bring(call: Call, store: Path, attempt: str, tag: str) -> str:
+    """Bring what the node of an attempt lacks of the attempt before. Return where that one's job folder was.
+
+    Args:
+        call: calls the node's agent.
+        store: the store's folder.
+        attempt: the one that is about to start.
+        tag: its value of `raylaunch.runner.contract.VAR_ATTEMPT`.
+
+    Raises:
+        ClusterError: the node does not answer.
+        ConflictError: a newer attempt of the job is there.
+        TransferError: a file of the store cannot be read, or arrived damaged.
+    """
+    found = await asyncio.to_thread(before, store, attempt)
+    if found is None:
+        return ""
+    if cast("int", await call("job_has", attempt, timeout_s=_CALL_S)) < found.n:
+        wanted = cast("list[str]", await call("begin_bringing", attempt, tag, found.files, timeout_s=_CALL_S))
+        for path in wanted:
+            await _bring(call, attempt, path, found)
+        await call("end_bringing", attempt, found.n, timeout_s=_CALL_S)
+    return found.job_dir
+
+
+async def _bring(call: Call, attempt: str, path: str, found: Before) -> None:
+    wanted = found.files[path]
+    offset, last = 0, None
+    try:
+        with (found.folder / path).open("rb") as file:
+            while last is None:
+                data = await asyncio.to_thread(file.read, _PIECE)
+                last = wanted if offset + len(data) >= wanted.size or not data else None
+                await call("bring", attempt, path, offset, data, last, timeout_s=_CALL_S)
+                offset += len(data)
+    except OSError as error:
+        msg = f"{path} of attempt {found.n} cannot be read from the store: {error.strerror}"
+        raise TransferError(msg) from error
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Wanted]]:
+    """Yield what the store has of checkpoints and outputs, without what their program had deleted at its end."""
+    known, listed = _json(folder / REPLICATED), _json(folder / PRESENT)
+    present = set(listed) if isinstance(listed, list) else None
+    for path, stat in kept_files(folder):
+        if present is not None and path not in present:
+            continue
+        entry = known.get(path) if isinstance(known, dict) else None
+        if stat.link:
+            yield path, Wanted(stat.size, 0, LINK + stat.link)
+        elif isinstance(entry, list) and entry[0] == stat.size:
+            yield path, Wanted(stat.size, int(entry[1]), str(entry[2]))
+        elif not path.endswith(".raylaunch-part"):
+            yield path, Wanted(stat.size, 0, "")
+
+
+def _json(path: Path) -> dict[str, object] | list[object] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, (dict, list)) else None

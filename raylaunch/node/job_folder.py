@@ -1,0 +1,214 @@
+"""What a job keeps on a node between its attempts: its checkpoints and outputs, at one path, with one writer at a time.
+
+``<node root>/jobs/<job>/checkpoints`` and ``outputs`` are the same for each attempt of the job; the attempt's folder
+has links to them. ``writer.json`` says which attempt has written there last, so that no older one writes there again,
+and that a copy which is older than the store's is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from raylaunch.errors import ConflictError, TransferError
+from raylaunch.node.files import KEPT_BY_JOB, LINK, FileStat, kept_files
+from raylaunch.node.folder import attempt_folder, attempts_in, close, read_json, write_json
+from raylaunch.node.processes import end_processes
+from raylaunch.runner.contract import WRITER
+
+_EXPIRES_S = 7 * 24 * 3600
+_PART = ".raylaunch-part"
+
+
+class Wanted(NamedTuple):
+    """One file as the store has it; a link's target stands after `LINK` in place of a checksum."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+def job_folder(root: Path, attempt: str) -> Path:
+    """Return the folder of an attempt's job below a node root: without links, as programs record it."""
+    return Path(os.path.realpath(root)) / "jobs" / attempt_folder(root, attempt).name.rpartition("-")[0]
+
+
+def last_writer(root: Path, attempt: str) -> int:
+    """Return the number of the attempt whose files an attempt's job has here; 0 where there are none, or not all."""
+    n = (read_json(job_folder(root, attempt) / WRITER) or {}).get("n")
+    return n if isinstance(n, int) else 0
+
+
+def take(root: Path, attempt: str, tag: str) -> Path:
+    """Give the job's folder to an attempt, and return it. May be repeated.
+
+    Older attempts of the job are closed first, and their processes ended: nothing else writes there from now on.
+
+    Raises:
+        ConflictError: a newer attempt has it.
+        ClusterError: a process of an older attempt cannot be ended.
+    """
+    folder, number = job_folder(root, attempt), int(attempt.rpartition("-")[2])
+    _expire(root, folder)
+    _close_older(root, attempt, tag)
+    for name in KEPT_BY_JOB:
+        _make_folder(folder / name)
+        link = attempt_folder(root, attempt) / name
+        if not os.path.lexists(link):
+            link.symlink_to(Path("../..") / "jobs" / folder.name / name)
+    write_json(folder / WRITER, {"n": number})
+    return folder
+
+
+def begin_bringing(root: Path, attempt: str, tag: str, files: Mapping[str, Wanted]) -> list[str]:
+    """Make the job's folder ready for the files of the attempt before, and return those that are to be brought.
+
+    What is here and differs, or is not among `files`, is older than the store's, and goes. May be repeated.
+
+    Args:
+        root: the node root.
+        attempt: the one that is about to start here.
+        tag: its value of `raylaunch.runner.contract.VAR_ATTEMPT`.
+        files: those that the store has, by path.
+
+    Raises:
+        ConflictError: a newer attempt has the folder.
+        ClusterError: a process of an older attempt cannot be ended.
+    """
+    _close_older(root, attempt, tag)
+    folder = job_folder(root, attempt)
+    _make_folder(folder)
+    write_json(folder / WRITER, {"n": 0})
+    here = dict(kept_files(folder))
+    for path, stat in here.items():
+        if path not in files or not _equal(stat, files[path]):
+            (folder / path).unlink(missing_ok=True)
+    _prune(folder)
+    for path, wanted in files.items():
+        if wanted.sha256.startswith(LINK) and not (path in here and _equal(here[path], wanted)):
+            where = _place(folder, path)
+            where.symlink_to(wanted.sha256[len(LINK) :])
+    return [
+        path
+        for path, wanted in files.items()
+        if not wanted.sha256.startswith(LINK) and not (path in here and _equal(here[path], wanted))
+    ]
+
+
+def bring(root: Path, attempt: str, path: str, offset: int, data: bytes, wanted: Wanted | None) -> None:  # noqa: PLR0913, PLR0917
+    """Take a piece of a file; with the last one comes what the whole is.
+
+    Raises:
+        TransferError: the file has another checksum, or pieces are missing.
+    """
+    where = _place(job_folder(root, attempt), path)
+    part = where.with_name(f".{where.name[:180]}{_PART}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (os.O_TRUNC if offset == 0 else 0)
+    with os.fdopen(os.open(part, flags, 0o600), "r+b" if offset else "wb") as file:
+        file.seek(offset)
+        file.write(data)
+    if wanted is None:
+        return
+    with part.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if part.stat().st_size != wanted.size or (wanted.sha256 and digest.hexdigest() != wanted.sha256):
+        part.unlink()
+        msg = f"{path} did not arrive as the store has it"
+        raise TransferError(msg)
+    if wanted.mtime_ns:
+        os.utime(part, ns=(wanted.mtime_ns, wanted.mtime_ns))
+    part.replace(where)
+
+
+def end_bringing(root: Path, attempt: str, before: int) -> None:
+    """Write down that the job has the files of the attempt numbered `before` here."""
+    write_json(job_folder(root, attempt) / WRITER, {"n": before})
+
+
+def drop(root: Path, attempt: str) -> None:
+    """Delete the job's folder after its last attempt; nothing happens when a newer attempt has it."""
+    if last_writer(root, attempt) <= int(attempt.rpartition("-")[2]):
+        shutil.rmtree(job_folder(root, attempt), ignore_errors=True)
+
+
+def _close_older(root: Path, attempt: str, tag: str) -> None:
+    """Make sure that no older attempt of the job writes on this node any more.
+
+    Raises:
+        ConflictError: there is a newer one.
+    """
+    job, _, number = attempt.rpartition("-")
+    others = {int(name.rpartition("-")[2]) for name in attempts_in(root) if name.rpartition("-")[0] == job}
+    newest = max([last_writer(root, attempt), *others])
+    if newest > int(number):
+        msg = f"attempt {newest} of {job} has followed {attempt} on this node"
+        raise ConflictError(msg)
+    for other in sorted(others - {int(number)}):
+        name = f"{job}-{other}"
+        end_processes(tag.removesuffix(attempt) + name, close(root, name))
+        for kept in KEPT_BY_JOB:
+            link = attempt_folder(root, name) / kept
+            if link.is_symlink():
+                link.unlink()
+
+
+def _equal(stat: FileStat, wanted: Wanted) -> bool:
+    if stat.link or wanted.sha256.startswith(LINK):
+        return wanted.sha256 == LINK + stat.link
+    return (stat.size, stat.mtime_ns) == (wanted.size, wanted.mtime_ns)
+
+
+def _place(folder: Path, path: str) -> Path:
+    """Return where a file goes; its folders are made."""
+    parts = path.split("/")
+    if parts[0] not in KEPT_BY_JOB or ".." in parts or "" in parts:
+        msg = f"{path!r} is not a path in a job's folder"
+        raise ValueError(msg)
+    where = folder.joinpath(*parts)
+    if not Path(os.path.realpath(where.parent)).is_relative_to(folder):
+        msg = f"{path!r} leads out of the job's folder"
+        raise ValueError(msg)
+    _make_folder(where.parent)
+    return where
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder and those above it, each for this account alone."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(mode=0o700, exist_ok=True)
+
+
+def _prune(folder: Path) -> None:
+    """Delete what is neither a folder with files in it nor one of the files that stay: sockets, links that lead out."""
+    kept = {str(folder / path) for path, _ in kept_files(folder)}
+    for name in KEPT_BY_JOB:
+        for parent, folders, files in os.walk(folder / name, topdown=False):
+            for entry in [*files, *(each for each in folders if os.path.islink(f"{parent}/{each}"))]:  # noqa: PTH114
+                if f"{parent}/{entry}" not in kept:
+                    Path(parent, entry).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it has files
+                Path(parent).rmdir()
+
+
+def _expire(root: Path, own: Path) -> None:
+    """Delete the folders of jobs that went on elsewhere: nothing has used them for a week."""
+    alive = {name.rpartition("-")[0] for name in attempts_in(root)}
+    for folder in _folders(own.parent):
+        writer = folder / WRITER
+        used_at = (writer if writer.exists() else folder).stat().st_mtime
+        if folder != own and folder.name not in alive and time.time() - used_at > _EXPIRES_S:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folders(parent: Path) -> Iterator[Path]:
+    with contextlib.suppress(FileNotFoundError):
+        yield from [path for path in parent.iterdir() if path.is_dir() and not path.is_symlink()]

@@ -1,0 +1,170 @@
+"""What a job's attempt before has left is there for the next one: on the same node, on another, and on the way back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from support.attempts import attempt_spec
+
+from raylaunch.controller.handover import bring
+from raylaunch.controller.mirror import Mirror
+from raylaunch.errors import ConflictError, TransferError
+from raylaunch.node import job_folder
+from raylaunch.node.changes import Changes
+from raylaunch.node.files import inventory
+from raylaunch.node.preparing import prepare
+
+JOB = "digits-abc"
+
+
+class Node:
+    """A node, and how the controller reaches it."""
+
+    def __init__(self, root: Path, store: Path) -> None:
+        self.root, self.store = root, store
+        self.pieces = 0
+
+    async def __call__(self, method: str, *args: object, timeout_s: float, **named: object) -> object:
+        """Call what the node agent's method of this name does."""
+        del timeout_s
+        self.pieces += method == "bring"
+        function = {"job_has": "last_writer"}.get(method, method)
+        return getattr(job_folder, function)(self.root, *args, **named)
+
+    def start(self, n: int) -> Path:
+        """Begin attempt `n` here, as the controller does; returns the folder of checkpoints."""
+        spec = attempt_spec(f"{JOB}-{n}")
+        moved_from = asyncio.run(bring(self, self.store, spec["attempt"], spec["tag"]))
+        ready = prepare(
+            self.root,
+            spec={**spec, "moved_from": moved_from},
+            package=None,
+            secrets={},
+            runner=b"",
+            python="python",
+        )
+        claim = {"epoch": "e", "pid": 0, "started_ticks": 0, "boot_id": "", "at": 0.0}
+        Path(ready["folder"], "claim.json").write_text(json.dumps(claim))
+        return Path(ready["folder"], "checkpoints").resolve()
+
+    def carry(self, n: int, *, over: bool = True) -> None:
+        """Bring what attempt `n` has written to the store."""
+        attempt = f"{JOB}-{n}"
+        folder = self.root / "attempts" / attempt
+        if over:
+            (folder / "exit.json").write_text("{}")
+        changes, mirror = Changes(self.root), Mirror(self.store)
+        answer = changes.take("s", mirror.have([attempt]))
+        for _ in range(4):
+            for chunk in answer["chunks"]:
+                mirror.write(chunk)
+            changes.look_again(attempt)
+            answer = changes.take("s", None)
+        mirror.save(at_once=True)
+        if over:
+            mirror.seal(attempt, {path: sha for path, (_, sha) in inventory(folder, checksums=True, known={}).items()})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    (tmp_path / "store/jobs" / JOB).mkdir(parents=True)
+    return tmp_path / "store"
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Return what is in a folder: texts of files, targets of links."""
+    return {
+        str(path.relative_to(folder)): f"-> {path.readlink()}" if path.is_symlink() else path.read_text()
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def test_on_another_node_a_job_goes_on_with_what_the_store_has(tmp_path: Path, store: Path) -> None:
+    here, there = Node(tmp_path / "a", store), Node(tmp_path / "b", store)
+    first = here.start(1)
+    (first / "step-1").mkdir()
+    (first / "step-1/model.pt").write_text("one")
+    (first / "last").symlink_to("step-1")
+    (first / "rotated.pt").write_text("r")
+    here.carry(1, over=False)
+    (first / "rotated.pt").unlink()
+    here.carry(1)
+    second = there.start(2)
+    assert tree(second) == {"step-1/model.pt": "one", "last": "-> step-1"}
+    spec = json.loads((there.root / f"attempts/{JOB}-2/attempt.json").read_text())
+    assert (spec["moved_from"], spec["job_dir"]) == (str(first.parent), str(second.parent))
+
+
+def test_on_the_way_back_the_older_copy_is_replaced_and_what_is_equal_is_not_sent(tmp_path: Path, store: Path) -> None:
+    here, there = Node(tmp_path / "a", store), Node(tmp_path / "b", store)
+    first = here.start(1)
+    for name in ("kept.pt", "changed.pt", "deleted.pt"):
+        (first / name).write_text(name)
+    (first / "link").symlink_to("deleted.pt")
+    here.carry(1)
+    second = there.start(2)
+    (second / "changed.pt").write_text("newer")
+    (second / "deleted.pt").unlink()
+    (second / "link").unlink()
+    (second / "link").symlink_to("kept.pt")
+    there.carry(2)
+    (first / "late.pt").write_text("by the first attempt, when its node was out of reach")
+    (first / "out").symlink_to("/etc")
+    third = here.start(3)
+    assert third == first
+    assert tree(third) == {"kept.pt": "kept.pt", "changed.pt": "newer", "link": "-> kept.pt"}
+    assert here.pieces == 1
+    assert (store / f"jobs/{JOB}/attempt-1/checkpoints/kept.pt").samefile(
+        store / f"jobs/{JOB}/attempt-2/checkpoints/kept.pt"
+    )
+
+
+def test_on_the_same_node_what_the_store_has_not_yet_is_kept(tmp_path: Path, store: Path) -> None:
+    here = Node(tmp_path / "a", store)
+    first = here.start(1)
+    here.carry(1, over=False)
+    (first / "not-sent-yet.pt").write_text("newest")
+    assert tree(here.start(2)) == {"not-sent-yet.pt": "newest"}
+    assert here.pieces == 0
+
+
+def test_an_attempt_that_never_ran_changes_nothing(tmp_path: Path, store: Path) -> None:
+    here, there = Node(tmp_path / "a", store), Node(tmp_path / "b", store)
+    (here.start(1) / "model.pt").write_text("one")
+    here.carry(1)
+    assert tree(there.start(3)) == {"model.pt": "one"}
+
+
+def test_bringing_that_was_interrupted_is_finished_before_the_next_attempt(tmp_path: Path, store: Path) -> None:
+    here, there = Node(tmp_path / "a", store), Node(tmp_path / "b", store)
+    first = here.start(1)
+    for name in ("one.pt", "two.pt"):
+        (first / name).write_text(name)
+    here.carry(1)
+    (store / f"jobs/{JOB}/attempt-1/checkpoints/two.pt").rename(tmp_path / "aside")
+    (store / f"jobs/{JOB}/attempt-1/checkpoints/two.pt").write_text("TWO.pt")
+    with pytest.raises(TransferError, match="did not arrive"):
+        there.start(2)
+    (tmp_path / "aside").replace(store / f"jobs/{JOB}/attempt-1/checkpoints/two.pt")
+    assert tree(there.start(2)) == {"one.pt": "one.pt", "two.pt": "two.pt"}
+
+
+def test_a_piece_for_an_older_attempt_is_refused(tmp_path: Path, store: Path) -> None:
+    here = Node(tmp_path / "a", store)
+    here.start(2)
+    with pytest.raises(ConflictError, match="attempt 2"):
+        job_folder.begin_bringing(here.root, f"{JOB}-1", "cluster/x", {})
+
+
+@pytest.mark.parametrize("path", ["../x", "code/x", "checkpoints/../../x", "checkpoints/out/new/x", "checkpoints//x"])
+def test_no_piece_is_written_outside_the_jobs_folder(tmp_path: Path, path: str) -> None:
+    folder = job_folder.job_folder(tmp_path, f"{JOB}-2")
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/out").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="job's folder"):
+        job_folder.bring(tmp_path, f"{JOB}-2", path, 0, b"", None)
+    assert not (tmp_path / "new").exists()
