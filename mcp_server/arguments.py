@@ -41,6 +41,11 @@ def _as_command(value: object) -> object:
     return found if isinstance(found, list) else value
 
 
+def _as_environment(value: object) -> object:
+    """An object that was sent as text."""
+    return _decoded(value) if isinstance(value, str) and value.startswith("{") else value
+
+
 Words = Annotated[list[str], BeforeValidator(_as_list)]
 JobRef = Annotated[str, Field(description="id, name (its latest job), or 'last'", min_length=1, max_length=99)]
 Text = Annotated[str, Field(max_length=99)]
@@ -68,8 +73,11 @@ class TrainJob(Arguments):
     gpus: Annotated[int | None, Field(description="on one node")] = None
     launcher: Annotated[str | None, Field(description="script (default), torchrun, ray (Train, Tune)")] = None
     environment: Annotated[
-        str | None, Field(description="/path/to/python, venv:PATH, conda:NAME, uv, pip:requirements.txt")
+        str | dict[str, object] | None,
+        BeforeValidator(_as_environment),
+        Field(description="/path/to/python, venv:PATH, conda:NAME, uv, pip:requirements.txt, {'pip': ['numpy']}"),
     ] = None
+    packages: Annotated[Words, Field(description="packages added to the environment")] = []
     env: Annotated[dict[str, object] | None, BeforeValidator(_decoded), Field(description="no secrets here")] = None
     secrets: Annotated[Words, Field(description="names of secrets that a person has set")] = []
     outputs: Annotated[Words, Field(description="globs of files to keep, beside $RAYLAUNCH_OUTPUT_DIR")] = []

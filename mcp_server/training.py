@@ -29,6 +29,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "gpus": ("resources", "gpus"),
     "launcher": ("launcher",),
     "environment": ("environment",),
+    "packages": ("packages",),
     "env": ("env",),
     "timeout": ("timeout_s",),
     "retries": ("retries",),

@@ -250,10 +250,10 @@ class Client:
         there = await self.patient(partial(self._placement, without))
         if spec.environment.kind == "default":
             environment = resolved_here(there.environment)
-            if environment is None:
+            if environment is None and there.environment.kind == "pip":
                 self._notice(_GATHERED_BY_UP)
                 return ()
-            spec = spec.model_copy(update={"environment": environment})
+            spec = spec.model_copy(update={"environment": environment or spec.environment})
         return await send_wheels(
             self._wire, spec, there.wheels_for, patient=self.patient, on_progress=on_progress, on_notice=self._notice
         )

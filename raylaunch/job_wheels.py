@@ -11,14 +11,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from raylaunch.cluster.install.pins import WheelPlatform
 from raylaunch.cluster.install.resolving import IndexUnreachableError, Wheel, find_uv, tool_environment
-from raylaunch.cluster.install.wheels import WheelStore
+from raylaunch.cluster.install.wheels import WheelStore, file_digest
 from raylaunch.cluster.programs import run_program
 from raylaunch.errors import SpecError
+from raylaunch.local_projects import local_folder, read_project
 from raylaunch.packing import Packed
 from raylaunch.requirement_lines import OTHER_FILE, check_line, check_named, joined
 from raylaunch.spec import Environment, JobSpec
@@ -63,23 +65,27 @@ async def send_wheels(  # noqa: PLR0913 -- what goes where, and who is told
     folder = Path(spec.working_dir or ".")
     environ = {**os.environ, "UV_INDEX_STRATEGY": os.environ.get("UV_INDEX_STRATEGY", "unsafe-best-match")}
     store = WheelStore(environ=environ if spec.environment.kind == "uv" else os.environ)
-    requirements = await requirements_of(spec.environment, folder)
+    needed = await needed_by(spec, folder)
     sets = []
     for platform in platforms:
         if spec.environment.kind == "uv":
             _check_python(folder, platform)
         fits = WheelPlatform(arch=platform.arch, glibc=platform.glibc, python=platform.python)
+
+        def gathering(done: int, total: int) -> None:
+            on_progress("gathering wheels", done, total)
+
         try:
-            wheels = await store.gather(
-                requirements, fits, on_bytes=lambda done, total: on_progress("gathering wheels", done, total)
-            )
+            wheels = await store.gather(needed.requirements, fits, on_bytes=gathering) if needed.requirements else ()
+            tools = [wheel for one in needed.built_with for wheel in await store.gather(one, fits, on_bytes=gathering)]
         except IndexUnreachableError as error:
             on_notice(f"{_UNGATHERED}: {error.message.splitlines()[0]}")
             continue
-        for wheel in wheels:
+        for wheel in (*wheels, *tools):
             await _send(wire, store, wheel, patient=patient, on_progress=on_progress)
-        files = tuple(WheelFile(file=wheel.file, sha256=wheel.sha256) for wheel in wheels)
-        sets.append(WheelSet(platform=platform, wheels=files))
+        files = [WheelFile(file=wheel.file, sha256=wheel.sha256) for wheel in wheels]
+        files += [WheelFile(file=wheel.file, sha256=wheel.sha256, build=True) for wheel in tools]
+        sets.append(WheelSet(platform=platform, wheels=tuple(dict.fromkeys(files))))
     return tuple(sets)
 
 
@@ -87,6 +93,43 @@ async def _send(wire: Wire, store: WheelStore, wheel: Wheel, *, patient: Patient
     empty = PackReport(files=1, bytes=wheel.bytes, ignored=0, ignored_bytes=0)
     with Packed(store.path(wheel).open("rb"), wheel.sha256, empty) as packed:
         await upload(wire, packed, patient=patient, on_progress=on_progress, what=wheel.file)
+
+
+class Needed(NamedTuple):
+    """What a job's environment is made of.
+
+    Args:
+        requirements: lines of a requirements file; nothing in them is a project of the working directory.
+        built_with: of each such project, what it is built with.
+    """
+
+    requirements: tuple[str, ...]
+    built_with: tuple[tuple[str, ...], ...]
+
+
+async def needed_by(spec: JobSpec, folder: Path) -> Needed:
+    """Return what has to go along for a job's environment and the packages that are added to it.
+
+    Raises:
+        SpecError: as `requirements_of`, or what a project of the working directory needs is not written in it.
+    """
+    check_named(spec.packages)
+    if spec.environment.kind not in {"uv", "pip"}:
+        return Needed(spec.packages, ())
+    locked = spec.environment.kind == "uv"
+    requirements, built_with = list[str](), list[tuple[str, ...]]()
+    for line in await requirements_of(spec.environment, folder):
+        if local := local_folder(line, folder):
+            project = read_project(*local, locked=locked)
+            check_named((*project.needs, *project.built_with))
+            requirements += project.needs
+            built_with += [project.built_with] if project.built_with else []
+        elif (archive := folder / line.partition(";")[0].strip()).is_file():
+            if not locked:  # else it is installed from where it is
+                requirements.append(f"{archive.resolve()}  # {file_digest(archive)}")
+        else:
+            requirements.append(line)
+    return Needed((*requirements, *spec.packages), tuple(dict.fromkeys(built_with)))
 
 
 async def requirements_of(environment: Environment, folder: Path) -> tuple[str, ...]:
@@ -151,8 +194,8 @@ def _from(parent: Path, line: str, folder: Path) -> str:
 
 
 async def _locked(folder: Path) -> tuple[str, ...]:
-    """Return what a project's ``uv.lock`` names, with its indexes; not the project itself."""
-    argv = [find_uv(os.environ), "export", "--frozen", "--no-emit-project", "--no-hashes", "--no-header", "--quiet"]
+    """Return what a project's ``uv.lock`` names, with its indexes; the project itself where it is installed."""
+    argv = [find_uv(os.environ), "export", "--frozen", "--no-hashes", "--no-header", "--quiet"]
     env = {**tool_environment(os.environ), "UV_NO_PROGRESS": "1"}
     ran = await run_program([*argv, "--color=never"], cwd=folder, env=env, limit_s=_EXPORT_S, step="uv export")
     if ran.status != 0:

@@ -23,6 +23,7 @@ from raylaunch.spec_parts import (
     Bytes,
     Environment,
     EnvironmentKind,
+    Requirements,
     Retention,
     Seconds,
     SecretNames,
@@ -137,6 +138,8 @@ class JobSpec(Spec):
     """The Python environment. `auto` takes the first that applies: `environment` in cluster.yaml, `uv.lock` in the
     working directory, the active environment (on a cluster on this machine), the cluster's own.
     Example: `conda:train`"""
+    packages: Requirements = ()
+    """Packages added to that environment, which stays as it is. Example: `[numpy, pandas==2.3.3]`"""
     timeout_s: Seconds | None = None
     """The longest run of one attempt; waiting does not count. Example: `6h`"""
     grace_s: Seconds = 30.0

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from raylaunch.units import seconds, size_bytes
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_REQUIREMENT = re.compile(r"[A-Za-z0-9]")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -90,6 +91,8 @@ def _environment_from_text(text: str) -> dict[str, object]:
     if text in {"auto", "ray", "uv"}:
         return {"kind": text}
     kind, colon, value = text.partition(":")
+    if kind == "pip" and value.strip().startswith("["):
+        return {"kind": "pip", "requirements": _listed(value.strip())}
     if colon and kind in {"conda", "venv", "pip"}:
         if not value:
             msg = f"{text!r} names no {kind} environment"
@@ -97,10 +100,21 @@ def _environment_from_text(text: str) -> dict[str, object]:
         return {"kind": kind, "value": value}
     if "/" in text or text.startswith("python"):
         return {"kind": "python", "value": text}
+    package = text if re.fullmatch(r"[A-Za-z0-9._-]+", text) else "numpy"
     msg = (
-        f"{text!r} is not an environment; write default, ray, /path/to/python, venv:PATH, conda:NAME, uv, or pip: [...]"
+        f"{text!r} is not an environment; write default, ray, /path/to/python, venv:PATH, conda:NAME, uv, "
+        f"pip:requirements.txt or pip: [{package}]; or add the package to the environment: --with {package}"
     )
     raise ValueError(msg)
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """Read ``[numpy, torch==2.13.0]`` as YAML would. A comma inside brackets or behind one of them is a version's."""
+    if not text.endswith("]"):
+        msg = f"pip: {text} has no end; write pip: [numpy, torch==2.13.0]"
+        raise ValueError(msg)
+    words = re.split(r",\s*(?![<>=!~\d])(?![^\[]*\])", text[1:-1])
+    return tuple(word.strip().strip("'\"") for word in words if word.strip())
 
 
 class Retention(Spec):
@@ -118,6 +132,17 @@ def as_list(value: object) -> object:
 
 
 Words = Annotated[tuple[str, ...], BeforeValidator(as_list)]
+
+
+def _requirements(value: tuple[str, ...]) -> tuple[str, ...]:
+    for text in value:
+        if not _REQUIREMENT.match(text):
+            msg = f"{text!r} is not a package; name it as pip does: numpy, or torch==2.13.0"
+            raise ValueError(msg)
+    return value
+
+
+Requirements = Annotated[Words, AfterValidator(_requirements)]
 
 
 def _as_text(value: object) -> object:

@@ -35,6 +35,8 @@ class WheelFile(_View):
 
     file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+!-]+\.whl$", max_length=255)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    build: bool = False
+    """Whether a project of the working directory is built with it, and nothing of it is installed."""
 
 
 class WheelSet(_View):

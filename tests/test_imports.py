@@ -27,6 +27,7 @@ PACKING = frozenset({"packing", "ignoring", "sensitive", "fetched", "git_facts"}
 SENDING = PACKING | {
     "downloads",
     "environment_choice",
+    "local_projects",
     "submission",
     "transfer",
     "wire",

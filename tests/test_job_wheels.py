@@ -19,6 +19,7 @@ from support.index import Index, index, tiny_sdist, tiny_wheel
 from support.links import LinkToNothing
 from support.running import Attempt
 from support.sshd import free_port
+from support.tiny_project import tiny_project
 
 from raylaunch.client import Client
 from raylaunch.cluster_state import NodeView
@@ -26,7 +27,7 @@ from raylaunch.controller.retention import plan_sweep
 from raylaunch.controller.sight import Sight
 from raylaunch.controller.wheel_needs import WheelNeeds
 from raylaunch.errors import SpecError, VersionError, WheelsNeededError
-from raylaunch.job_wheels import requirements_of, send_wheels
+from raylaunch.job_wheels import needed_by, requirements_of, send_wheels
 from raylaunch.node import package_index
 from raylaunch.node.packages import COMPLETE, Packages
 from raylaunch.node.wheels import WHOLE, chosen, lay_out, this_platform
@@ -78,9 +79,17 @@ class Sent:
         return {wheel.file for one in self.sets for wheel in one.wheels}
 
 
-def sent(api: Api, environment: object, folder: Path, platforms: Sequence[BuildPlatform] = (HERE,)) -> Sent:
+def sent(
+    api: Api,
+    environment: object,
+    folder: Path,
+    platforms: Sequence[BuildPlatform] = (HERE,),
+    packages: Sequence[str] = (),
+) -> Sent:
     """Gather and send the wheels of an environment, as `Client.submit` does."""
-    spec = JobSpec.model_validate({"entrypoint": "x", "working_dir": str(folder), "environment": environment})
+    spec = JobSpec.model_validate(
+        {"entrypoint": "x", "working_dir": str(folder), "environment": environment, "packages": packages}
+    )
     notices: list[str] = []
 
     async def work() -> tuple[WheelSet, ...]:
@@ -102,9 +111,11 @@ def attempt_with(api: Api, sets: Sequence[WheelSet], root: Path, environment: En
     for one in (wheel for found in sets for wheel in found.wheels):
         data = (api.store / "packages" / f"{one.sha256}.tar.gz").read_bytes()
         assert packages.put(one.sha256, 0, len(data), data) == COMPLETE
-        wheels.append({"file": one.file, "sha256": one.sha256})
+        wheels.append({"file": one.file, "sha256": one.sha256, "build": one.build})
     attempt = Attempt(
-        root, IMPORTS, environment={**environment.model_dump(), "requirements": list(environment.requirements)}
+        root,
+        IMPORTS,
+        environment={**environment.model_dump(), "requirements": list(environment.requirements), "packages": []},
     )
     lay_out(root / "packages", wheels, attempt.folder / WHEELS)
     for name, text in files.items():
@@ -155,6 +166,61 @@ def test_what_uv_locks_is_made_from_the_wheels_alone_without_uv_on_the_node(
     assert made_in(tmp_path / "node") == ["wheels"]
 
 
+@pytest.mark.parametrize("kind", ["pip", pytest.param("uv", marks=pytest.mark.long)])
+def test_projects_of_the_working_directory_are_built_where_no_index_is_reached(
+    api: Api, served: Index, tmp_path: Path, kind: str
+) -> None:
+    own = tiny_project("lib", 4, needs=("alpha",), requires=("gamma",))
+    tiny_wheel(served.folder, "gamma", "5.0")
+    folder, below = tmp_path / "project", "" if kind == "uv" else "lib/"
+    files = {f"{below}{name}": text for name, text in own.items()} | {"requirements.txt": "-e ./lib\n"}
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    if kind == "uv":
+        uv = [str(Path(sys.executable).parent / "uv"), "lock", "--quiet", "--default-index", served.url]
+        subprocess.run(uv, cwd=folder, check=True, timeout=60)
+        files["uv.lock"] = (folder / "uv.lock").read_text()
+    environment = Environment.model_validate("uv" if kind == "uv" else "pip:requirements.txt")
+    found = sent(api, environment, folder)
+    assert {wheel.file.partition("-")[0]: wheel.build for one in found.sets for wheel in one.wheels} == {
+        "alpha": False,
+        "beta": False,
+        "gamma": True,
+    }
+    served.down = True
+    attempt = attempt_with(api, found.sets, tmp_path / "node", environment)
+    for name, text in files.items():
+        attempt.file(name, text)
+    spec = json.loads((attempt.folder / "attempt.json").read_text())
+    (attempt.folder / "attempt.json").write_text(
+        json.dumps({**spec, "entrypoint": "lib-run && python -c 'import alpha'"})
+    )
+    assert run_without_index(attempt)["exit_code"] == 0, (attempt.folder / "logs/setup.log").read_text()
+    assert attempt.log.read_text() == "lib 4 1.0\n"
+
+
+def test_a_project_whose_needs_only_its_build_knows_is_refused_where_no_index_is_reached(tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "setup.py").write_text("from setuptools import setup\nsetup(name='lib')\n")
+    (tmp_path / "requirements.txt").write_text("./lib\n")
+    spec = JobSpec(
+        entrypoint="x", working_dir=str(tmp_path), environment=Environment(kind="pip", value="requirements.txt")
+    )
+    with pytest.raises(SpecError, match=r"what .*/lib needs is not written in its pyproject\.toml"):
+        asyncio.run(needed_by(spec, tmp_path))
+
+
+def test_packages_that_a_job_adds_are_gathered_whatever_its_environment_is(
+    api: Api, served: Index, tmp_path: Path
+) -> None:
+    assert sent(api, "venv:/opt/train", tmp_path, packages=["alpha"]).files == {
+        "alpha-1.0-py3-none-any.whl",
+        "beta-2.0-py3-none-any.whl",
+    }
+    assert served.asked
+
+
 def test_what_the_cluster_has_is_not_sent_again(api: Api, served: Index, tmp_path: Path) -> None:
     first = sent(api, {"pip": ["alpha"]}, tmp_path)
     files = {path.name: path.stat().st_mtime_ns for path in (api.store / "packages").iterdir()}
@@ -190,7 +256,9 @@ def test_an_environment_that_cannot_be_fetched_says_that_the_node_reaches_no_ind
     tmp_path: Path,
 ) -> None:
     environment = Environment(kind="pip", requirements=("alpha",))
-    attempt = Attempt(tmp_path, IMPORTS, environment={**environment.model_dump(), "requirements": ["alpha"]})
+    attempt = Attempt(
+        tmp_path, IMPORTS, environment={**environment.model_dump(), "requirements": ["alpha"], "packages": []}
+    )
     ended = run_without_index(attempt)
     assert ended["ended"] == "environment"
     assert "this node reaches no package index. Submit the job again with raylaunch" in ended["message"]
@@ -224,7 +292,7 @@ def test_other_files_of_a_requirements_file_are_found_and_their_change_is_notice
 
 
 def test_a_node_takes_the_wheels_of_its_own_platform() -> None:
-    wheels: list[WheelSpec] = [{"file": "a-1-py3-none-any.whl", "sha256": "0" * 64}]
+    wheels: list[WheelSpec] = [{"file": "a-1-py3-none-any.whl", "sha256": "0" * 64, "build": False}]
     here, other = this_platform(), OTHER.model_dump()
     assert chosen([{"platform": here, "wheels": wheels}], here) == wheels
     assert chosen([{"platform": other, "wheels": wheels}], here) == []  # type: ignore[typeddict-item]  # plain data
@@ -249,7 +317,7 @@ def test_a_wheels_name_cannot_lead_anywhere(tmp_path: Path) -> None:
                     "wheels": [{"platform": OTHER.model_dump(), "wheels": [{"file": name, "sha256": "0" * 64}]}],
                 }
             )
-    lay_out(tmp_path / "packages", [{"file": "../../x.whl", "sha256": "0" * 64}], tmp_path / WHEELS)
+    lay_out(tmp_path / "packages", [{"file": "../../x.whl", "sha256": "0" * 64, "build": False}], tmp_path / WHEELS)
     assert [path.name for path in (tmp_path / WHEELS).iterdir()] == ["x.whl"]
 
 

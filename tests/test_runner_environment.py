@@ -19,7 +19,7 @@ WHICH = "import sys; print(sys.prefix)"
 
 
 def kind(name: str, value: str = "", *requirements: str) -> dict[str, object]:
-    return {"kind": name, "value": value, "requirements": list(requirements)}
+    return {"kind": name, "value": value, "requirements": list(requirements), "packages": []}
 
 
 @pytest.fixture

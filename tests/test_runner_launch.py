@@ -108,7 +108,7 @@ def test_deepspeed_gets_a_free_port_unless_it_names_one(entrypoint: str, expecte
 def test_an_environment_without_pytorch_is_refused_with_its_mend(kind: str, value: str, mend: str) -> None:
     spec = attempt_spec("digits-a-1", entrypoint="python train.py")
     spec["launcher"] = "torchrun"
-    spec["environment"] = {"kind": kind, "value": value, "requirements": []}
+    spec["environment"] = {"kind": kind, "value": value, "requirements": [], "packages": []}
     with pytest.raises(EnvironmentProblem, match=mend):
         plan(spec, env={}, python="/env/bin/python", torch="", shim=SHIM, node=NODE)
 

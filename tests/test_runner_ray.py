@@ -186,7 +186,7 @@ def test_results_land_in_the_checkpoint_folder_and_another_sitecustomize_is_run_
 
 
 def environment(kind: str, value: str = "", *requirements: str) -> EnvironmentSpec:
-    return {"kind": kind, "value": value, "requirements": list(requirements)}
+    return {"kind": kind, "value": value, "requirements": list(requirements), "packages": []}
 
 
 def said(found: Versions, of: EnvironmentSpec, python: str) -> str:

@@ -191,7 +191,9 @@ def test_two_jobs_on_a_node_do_not_meet_on_one_port(make: Make, tmp_path: Path) 
 
 def test_without_pytorch_it_says_what_to_install(make: Make) -> None:
     bare = os.path.realpath(sys.executable)
-    attempt = make("python train.py", TELLS, environment={"kind": "python", "value": bare, "requirements": []})
+    attempt = make(
+        "python train.py", TELLS, environment={"kind": "python", "value": bare, "requirements": [], "packages": []}
+    )
     end = attempt.run()
     assert end["ended"] == "environment"
     assert end["message"].startswith(f"launcher: torchrun needs PyTorch, and the job's environment ({bare}) has none: ")
@@ -200,7 +202,7 @@ def test_without_pytorch_it_says_what_to_install(make: Make) -> None:
 
 
 def test_a_pasted_torchrun_that_is_not_there_says_where_it_comes_from(make: Make) -> None:
-    bare = {"kind": "python", "value": os.path.realpath(sys.executable), "requirements": []}
+    bare = {"kind": "python", "value": os.path.realpath(sys.executable), "requirements": [], "packages": []}
     end = make("torchrun train.py", TELLS, launcher="script", environment=bare, env={"PATH": "/usr/bin:/bin"}).run()
     assert end["ended"] == "entrypoint_not_found"
     said = "the shell did not find 'torchrun'; it comes with PyTorch, which the job's environment does not have"

@@ -36,6 +36,7 @@ _LISTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "secret": ("--secret", ("secrets",)),
     "output": ("--output", ("outputs",)),
     "tag": ("--tag", ("tags",)),
+    "with": ("--with", ("packages",)),
     "host": ("--host", ("where", "hosts")),
 }
 _PAIRS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -65,6 +66,9 @@ _OPTIONS = (
         "environment",
         metavar="ENV",
         help="/path/to/python, venv:PATH, conda:NAME, uv, pip:requirements.txt.",
+    ),
+    click.option(
+        "--with", multiple=True, metavar="PACKAGE", help="Add a package to the environment, for example numpy."
     ),
     click.option("--working-dir", metavar="DIR", help="Folder to pack; by default this one ('' for none)."),
     click.option("--tracking", metavar="MODE", help="W&B: auto, online, offline or disabled."),

@@ -63,7 +63,7 @@ def attempt_spec(  # noqa: PLR0913 -- each is one fact, and all are named
         cpus=spec.resources.cpus,
         env={**settings.env, **spec.env},
         secrets=list(dict.fromkeys((*settings.secrets, *spec.secrets))),
-        environment=_environment(environment),
+        environment=_environment(environment, spec.packages),
         envs_dir="",
         wheels=[],
         links=[link.path for link in links],
@@ -78,9 +78,11 @@ def attempt_spec(  # noqa: PLR0913 -- each is one fact, and all are named
     )
 
 
-def _environment(environment: Environment) -> EnvironmentSpec:
+def _environment(environment: Environment, packages: Sequence[str]) -> EnvironmentSpec:
     kind = "default" if environment.kind in OF_THE_CLUSTER else environment.kind
-    return EnvironmentSpec(kind=kind, value=environment.value, requirements=list(environment.requirements))
+    return EnvironmentSpec(
+        kind=kind, value=environment.value, requirements=list(environment.requirements), packages=list(packages)
+    )
 
 
 def _wandb(spec: JobSpec, *, job: str, n: int, settings: Settings, earlier: Sequence[EarlierRun]) -> WandbSpec:

@@ -30,11 +30,14 @@ class WheelNeeds:
     async def of(self, spec: JobSpec) -> tuple[BuildPlatform, ...]:
         """Return the platforms for which wheels have to go along, each once."""
         kind = self._settings.environment_of(spec).kind
-        if kind not in _MADE_THERE:
+        if kind not in _MADE_THERE and not spec.packages:
             return ()
         ask = ask_for(spec)
         able = [room.node_id for room in rooms_of(self._sight.nodes) if not why_never(ask, [room])]
-        question: dict[str, object] = {"env": {**self._settings.env, **spec.env}, "kind": kind}
+        question: dict[str, object] = {
+            "env": {**self._settings.env, **spec.env},
+            "kind": "uv" if kind == "uv" else "pip",
+        }
         found = await asyncio.gather(*(self._of_node(node_id, question) for node_id in able))
         return tuple(dict.fromkeys(platform for platform in found if platform))
 

@@ -22,9 +22,9 @@ from raylaunch.runner import (
     wandb_env,
     wandb_failure,
 )
-from raylaunch.runner.builds import EnvironmentProblem, Place
+from raylaunch.runner.builds import EnvironmentProblem, Place, Prepared
 from raylaunch.runner.ending import Sweep, stop_training
-from raylaunch.runner.environment import Prepared, prepare
+from raylaunch.runner.environment import prepare
 from raylaunch.runner.processes import ancestors, oom_kills, signal_name
 from raylaunch.runner.rank_failure import RankFailure, before_report, rank_failure
 from raylaunch.runner.relay import Relay
@@ -150,7 +150,7 @@ class Attempt:
         archive = str(folder / contract.RUNNER)
         path = [f"{archive}/{contract.STARTUP}", env.get("PYTHONPATH", ""), "" if seen.raylaunch else archive]
         env["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
-        return Prepared(env, prepared.python), mode
+        return prepared._replace(env=env), mode
 
     def _broken_links(self) -> list[str]:
         """Report links that lead nowhere here: also in the log, where who looks for a missing file will look."""
@@ -267,7 +267,7 @@ class Attempt:
             log.write(f"\nraylaunch: {why}\n\n".encode())
         self._facts["warnings"] = [*self._facts["warnings"], why]
         self._say_mode(wandb_env.Mode("offline", why))
-        self._start(argv, Prepared({**prepared.env, "WANDB_MODE": "offline"}, prepared.python))
+        self._start(argv, prepared._replace(env={**prepared.env, "WANDB_MODE": "offline"}))
 
     def _finish_reports(self, wish: Wish | None) -> None:
         """Say to the program that logs what Ray Train reports how the training ended."""

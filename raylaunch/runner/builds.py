@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -14,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from raylaunch.runner import contract
+from raylaunch.runner.local_sources import Requirements, exported_here, locked_here, read_requirements
 from raylaunch.runner.watch import Pulse, Ran, run_program
 
 if TYPE_CHECKING:
     from raylaunch.runner.contract import EnvironmentSpec
 
 _BUILD_S = 3600.0
-_NESTED_LIMIT = 5
 _COMPLETE = ".raylaunch-complete"
 _NO_INDEX = re.compile(
     r"Failed to establish a new connection|Temporary failure in name resolution|Network is unreachable|"
@@ -31,7 +33,6 @@ _NO_INDEX_WORDS = (
     "this node reaches no package index. Submit the job again with raylaunch, from a machine that reaches one: the "
     "wheels go along then. Or name an environment that is there already (environment: venv:PATH). It said: "
 )
-_NESTED = re.compile(r"^\s*(?:-r|--requirement|-c|--constraint)[ =]\s*(\S+)", re.MULTILINE)
 
 
 class Place(NamedTuple):
@@ -44,15 +45,39 @@ class Place(NamedTuple):
     wheels: Path
     """Wheels that came with the job; there is no such folder where the node reaches a package index."""
 
+    @property
+    def build_wheels(self) -> Path:
+        """Wheels that came along to build the projects of the working directory with."""
+        return self.wheels.with_name(contract.BUILD_WHEELS)
+
+    @property
+    def offline(self) -> bool:
+        """Whether wheels came along, because the node reaches no package index."""
+        return self.wheels.is_dir() or self.build_wheels.is_dir()
+
+
+class Prepared(NamedTuple):
+    """An environment that is there.
+
+    Args:
+        env: the variables of its processes.
+        python: its interpreter; empty when it has none.
+        sites: folders with packages that lie elsewhere than below the interpreter's.
+    """
+
+    env: dict[str, str]
+    python: str
+    sites: tuple[str, ...] = ()
+
 
 class EnvironmentProblem(Exception):  # noqa: N818 -- the word that the exit facts use
     """The environment cannot be used; the text says what is missing and what to do."""
 
 
 def uv_environment(env: dict[str, str], place: Place, pulse: Pulse) -> Path:
-    """Return the folder of the environment that the project's own lock describes, synced if it is not there yet.
+    """Return the folder of what the project's own lock pins, synced if it is not there yet.
 
-    The project itself is not installed into it: other attempts share it, with other copies of the code.
+    The project itself, and others in its working directory, are not in it: attempts with other code share it.
 
     Raises:
         EnvironmentProblem: no lock file, no uv, or the sync failed.
@@ -62,49 +87,94 @@ def uv_environment(env: dict[str, str], place: Place, pulse: Pulse) -> Path:
             hint = "; make it with: uv lock" if name == "uv.lock" else ""
             msg = f"the environment uv needs {name} in the working directory{hint}"
             raise EnvironmentProblem(msg)
-    if place.wheels.is_dir():
+    if place.offline:
         return _from_wheels(env, place, pulse)
-    uv = _find_uv(env)
+    uv = find_uv(env)
     if uv is None:
         msg = "the environment uv needs the program uv, which is not on this node's PATH; install it, or use pip"
         raise EnvironmentProblem(msg)
     names = ("pyproject.toml", "uv.lock", ".python-version")
+    lock = (place.code / "uv.lock").read_text(encoding="utf-8", errors="replace")
     content = b"\0".join((place.code / name).read_bytes() if (place.code / name).is_file() else b"" for name in names)
     prefix = place.envs / f"uv-{hashlib.sha256(content).hexdigest()[:16]}"
     build_env = {**env, "UV_PROJECT_ENVIRONMENT": str(prefix)}
     build_env.pop("VIRTUAL_ENV", None)
-    with _building(prefix, pulse) as needed:
+    with building(prefix, pulse) as needed:
         if needed:
             command = [uv, "sync", "--frozen", "--no-install-project", "--no-progress"]
-            _build(command, build_env, place, pulse, what="uv sync --frozen")
+            command += [f"--no-install-package={name}" for name in locked_here(lock)[0]]
+            build(command, build_env, place, pulse, what="uv sync --frozen")
     return prefix
 
 
-def pip_environment(spec: EnvironmentSpec, env: dict[str, str], place: Place, pulse: Pulse) -> Path:
-    """Return the folder of a virtual environment with these requirements, made if it is not there yet.
+def projects_of_lock(env: dict[str, str], place: Place, pulse: Pulse) -> tuple[str, ...]:
+    """Return what of a lock is in the working directory and wanted by the project, as lines of a requirements file.
 
     Raises:
-        EnvironmentProblem: no such file, or the installation failed.
+        EnvironmentProblem: the node has no uv, or it cannot read the lock.
     """
-    if place.wheels.is_dir():
+    uv = find_uv(env)
+    if uv is None:
+        msg = "the project has a build system, and to install it the program uv is needed, which is not on this node"
+        raise EnvironmentProblem(msg)
+    listed = place.tmp / "locked.txt"
+    command = [uv, "export", "--frozen", "--no-hashes", "--no-header", "--no-annotate", "--quiet", "-o", str(listed)]
+    build(command, without_other_pythons(env), place, pulse, what="uv export")
+    return exported_here(listed.read_text(encoding="utf-8"), place.code)
+
+
+def requirements_of(spec: EnvironmentSpec, place: Place) -> Requirements:
+    """Return what an environment of the kind ``pip`` is made of.
+
+    Raises:
+        EnvironmentProblem: there is no such file.
+    """
+    if not spec["value"]:
+        return read_requirements("\n".join(spec["requirements"]), parent=place.code, code=place.code)
+    file = place.code / spec["value"]
+    if not file.is_file():
+        msg = f"the requirements file {spec['value']} is not in the working directory"
+        raise EnvironmentProblem(msg)
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return read_requirements(text, parent=file.parent, code=place.code)
+
+
+def pip_environment(required: Requirements, env: dict[str, str], place: Place, pulse: Pulse) -> Path:
+    """Return the folder of a virtual environment with these requirements, made if it is not there yet.
+
+    Projects of the working directory are not in it, only what they need: attempts with other code share it.
+
+    Raises:
+        EnvironmentProblem: the installation failed.
+    """
+    if place.offline:
         return _from_wheels(env, place, pulse)
-    if spec["value"]:
-        file = place.code / spec["value"]
-        if not file.is_file():
-            msg = f"the requirements file {spec['value']} is not in the working directory"
-            raise EnvironmentProblem(msg)
-        content, arguments = _requirements_text(file, depth=0), ["-r", str(file)]
-    else:
-        content, arguments = "\n".join(spec["requirements"]), list(spec["requirements"])
-    prefix = _prefix("pip", content, place)
-    build_env = _without_other_pythons(env)
-    with _building(prefix, pulse) as needed:
+    prefix = prefix_of("pip", required.key, place)
+    build_env = without_other_pythons(env)
+    with building(prefix, pulse) as needed:
         if needed:
             _make_venv(prefix, build_env, place, pulse)
-            python = str(prefix / "bin" / "python")
-            install = _installer(python, build_env) + arguments
-            _build(install, build_env, place, pulse, what="the installation of the requirements")
+            listed = place.tmp / "requirements.txt"
+            listed.write_text("".join(f"{line}\n" for line in required.lines), encoding="utf-8")
+            install = [*_installer(str(prefix / "bin" / "python"), build_env), "-r", str(listed)]
+            build(install, build_env, place, pulse, what="the installation of the requirements")
+            _remove_projects(prefix, build_env, place, pulse)
     return prefix
+
+
+def _remove_projects(prefix: Path, env: dict[str, str], place: Place, pulse: Pulse) -> None:
+    """Remove what was installed from a folder: it was there for what it needs, and is not the next attempt's code."""
+    origins = prefix.glob("lib/python3*/site-packages/*.dist-info/direct_url.json")
+    names = [one.parent.name.split("-")[0] for one in origins if "dir_info" in json.loads(one.read_text("utf-8"))]
+    if names:
+        python = str(prefix / "bin" / "python")
+        pip = (prefix / "bin" / "pip").exists()
+        program = (
+            [python, "-m", "pip", "uninstall", "-y"]
+            if pip
+            else [str(find_uv(env)), "pip", "uninstall", "--python", python]
+        )
+        build([*program, *names], env, place, pulse, what="the removal of projects from a shared environment")
 
 
 def _from_wheels(env: dict[str, str], place: Place, pulse: Pulse) -> Path:
@@ -113,38 +183,33 @@ def _from_wheels(env: dict[str, str], place: Place, pulse: Pulse) -> Path:
     Raises:
         EnvironmentProblem: the installation failed.
     """
-    wheels = sorted(place.wheels.iterdir())
-    prefix = _prefix("wheels", "\n".join(f"{wheel.name} {wheel.readlink()}" for wheel in wheels), place)
-    build_env = _without_other_pythons(env)
-    with _building(prefix, pulse) as needed:
+    wheels = wheels_of(place)
+    prefix = prefix_of("wheels", "\n".join(f"{wheel.name} {wheel.readlink()}" for wheel in wheels), place)
+    build_env = without_other_pythons(env)
+    with building(prefix, pulse) as needed:
         if needed:
             _make_venv(prefix, build_env, place, pulse)
+            if not wheels:
+                return prefix
             install = [*_installer(str(prefix / "bin" / "python"), build_env), "--no-index", "--no-deps"]
             command = [*install, *(str(wheel) for wheel in wheels)]
-            _build(command, build_env, place, pulse, what="the installation of the wheels that came with the job")
+            build(command, build_env, place, pulse, what="the installation of the wheels that came with the job")
     return prefix
 
 
-def _prefix(kind: str, content: str, place: Place) -> Path:
+def prefix_of(kind: str, content: str, place: Place) -> Path:
+    """Return the folder of the environment with this content."""
     key = f"{sys.version}\0{sys.executable}\0{content}"
     return place.envs / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
-def _without_other_pythons(env: dict[str, str]) -> dict[str, str]:
+def without_other_pythons(env: dict[str, str]) -> dict[str, str]:
+    """Return `env` without variables that lead an interpreter to the packages of another."""
     return {name: value for name, value in env.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
 
 
-def _requirements_text(file: Path, *, depth: int) -> str:
-    """Return a requirements file and those that it includes: what decides whether an environment can be used again."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    for name in _NESTED.findall(text) if depth < _NESTED_LIMIT else []:
-        nested = file.parent / name
-        if nested.is_file():
-            text += f"\0{name}\0" + _requirements_text(nested, depth=depth + 1)
-    return text
-
-
-def _find_uv(env: dict[str, str]) -> str | None:
+def find_uv(env: dict[str, str]) -> str | None:
+    """Return the program uv of this node: on the PATH, with Ray's Python, or in a usual place."""
     places = [env.get("PATH") or os.defpath, str(Path(sys.executable).parent)]
     places += [str(Path(place).expanduser()) for place in ("~/.local/bin", "~/.cargo/bin")]
     return shutil.which("uv", path=os.pathsep.join(places))
@@ -152,24 +217,39 @@ def _find_uv(env: dict[str, str]) -> str | None:
 
 def _make_venv(prefix: Path, env: dict[str, str], place: Place, pulse: Pulse) -> None:
     """Make an empty environment; where ensurepip is missing (Debian without python3-venv), uv can."""
-    uv = _find_uv(env)
+    uv = find_uv(env)
     try:
-        _build([sys.executable, "-I", "-m", "venv", str(prefix)], env, place, pulse, what="python -m venv")
+        build([sys.executable, "-I", "-m", "venv", str(prefix)], env, place, pulse, what="python -m venv")
     except EnvironmentProblem:
         shutil.rmtree(str(prefix), ignore_errors=True)
         if uv is None:
             raise
-        _build([uv, "venv", "--python", sys.executable, str(prefix)], env, place, pulse, what="uv venv")
+        build([uv, "venv", "--python", sys.executable, str(prefix)], env, place, pulse, what="uv venv")
 
 
 def _installer(python: str, env: dict[str, str]) -> list[str]:
     pip = Path(python).parent / "pip"
     if pip.exists():
         return [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
-    return [_find_uv(env) or "uv", "pip", "install", "--python", python]
+    return [find_uv(env) or "uv", "pip", "install", "--python", python]
 
 
-def _build(command: Sequence[str], env: dict[str, str], place: Place, pulse: Pulse, *, what: str) -> None:
+def with_bin(env: dict[str, str], folder: Path) -> dict[str, str]:
+    """Return `env` with a folder first on its PATH."""
+    return {**env, "PATH": os.pathsep.join([str(folder), env.get("PATH") or os.defpath])}
+
+
+def wheels_of(place: Place) -> list[Path]:
+    """Return the wheels that came with the job."""
+    return sorted(place.wheels.iterdir()) if place.wheels.is_dir() else []
+
+
+def build(command: Sequence[str], env: dict[str, str], place: Place, pulse: Pulse, *, what: str) -> None:
+    """Run a program that makes an environment; what it prints goes to the attempt's log of its setup.
+
+    Raises:
+        EnvironmentProblem: it failed; the text has its most telling line.
+    """
     try:
         with place.setup_log.open("a+b") as output:
             ran = run_program(command, env=env, cwd=place.code, timeout_s=_BUILD_S, pulse=pulse, output=output)
@@ -192,7 +272,7 @@ def last_words(ran: Ran) -> str:
 
 
 @contextlib.contextmanager
-def _building(prefix: Path, pulse: Pulse) -> Iterator[bool]:
+def building(prefix: Path, pulse: Pulse) -> Iterator[bool]:
     """Hold the lock of one environment; yields whether it has to be made. It counts when the block ends well."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     if (prefix / _COMPLETE).exists():

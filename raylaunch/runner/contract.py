@@ -19,6 +19,7 @@ One attempt has one folder on its node, ``<node root>/attempts/<attempt id>/``::
     outputs           $RAYLAUNCH_OUTPUT_DIR; a link to the job's folder; kept (`OUTPUTS`)
     checkpoints       $RAYLAUNCH_CHECKPOINT_DIR; the same; kept (`CHECKPOINTS`)
     wheels/           what the environment is made of, where the node reaches no package index (`WHEELS`)
+    build-wheels/     what the projects of the working directory are built with there (`BUILD_WHEELS`)
     tmp/              W&B cache and staging, and scratch; not kept (`TMP`)
 
 A job has one folder on a node, ``<node root>/jobs/<job id>/``, at the same path for each of its attempts, with
@@ -49,6 +50,7 @@ CHECKPOINTS = "checkpoints"
 TMP = "tmp"
 WHEELS = "wheels"
 WRITER = "writer.json"
+BUILD_WHEELS = "build-wheels"
 
 RANK_LOG = "logs/rank-{rank}.log"
 
@@ -102,6 +104,8 @@ class EnvironmentSpec(TypedDict):
     kind: str
     value: str
     requirements: list[str]
+    packages: list[str]
+    """What is added to it, whatever its kind."""
 
 
 class WheelSpec(TypedDict):
@@ -109,6 +113,8 @@ class WheelSpec(TypedDict):
 
     file: str
     sha256: str
+    build: bool
+    """Whether a project is built with it, and nothing of it is installed."""
 
 
 class EarlierRun(TypedDict):

@@ -7,10 +7,11 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from raylaunch.runner import builds
-from raylaunch.runner.builds import Place
+from raylaunch.runner import builds, layers
+from raylaunch.runner.builds import Place, Prepared, with_bin
+from raylaunch.runner.local_sources import locked_here
 from raylaunch.runner.watch import Pulse, run_program
 
 if TYPE_CHECKING:
@@ -19,13 +20,6 @@ if TYPE_CHECKING:
 _CONDA_PLACES = ("miniforge3", "miniconda3", "anaconda3", "mambaforge", "conda")
 _CONDA_ROOTS = ("~", "/opt", "/usr/local")
 _CONDA_S = 120.0
-
-
-class Prepared(NamedTuple):
-    """An environment that is there: the variables of its processes, and its interpreter (empty when it has none)."""
-
-    env: dict[str, str]
-    python: str
 
 
 def prepare(spec: EnvironmentSpec, env: dict[str, str], *, place: Place, pulse: Pulse) -> Prepared:
@@ -41,6 +35,16 @@ def prepare(spec: EnvironmentSpec, env: dict[str, str], *, place: Place, pulse: 
         EnvironmentProblem: it is not there or cannot be made.
         StopAsked: meanwhile somebody wants the attempt to end.
     """
+    packages = spec.get("packages", [])
+    if spec["kind"] == "uv":
+        return _of_lock(packages, env, place, pulse)
+    if spec["kind"] == "pip":
+        return _of_requirements(spec, packages, env, place, pulse)
+    prepared = _there(spec, env, place, pulse)
+    return layers.with_packages(prepared, packages, place, pulse) if packages else prepared
+
+
+def _there(spec: EnvironmentSpec, env: dict[str, str], place: Place, pulse: Pulse) -> Prepared:
     kind, value = spec["kind"], spec["value"]
     if kind in {"default", "ray"}:
         return Prepared(with_bin(env, Path(sys.executable).parent), sys.executable)
@@ -50,19 +54,29 @@ def prepare(spec: EnvironmentSpec, env: dict[str, str], *, place: Place, pulse: 
         return activate(_folder(value, place.code), env, what=f"venv:{value}")
     if kind == "conda":
         return _conda(value, env, place, pulse)
-    if kind == "uv":
-        prefix = builds.uv_environment(env, place, pulse)
-        return _with_project(activate(prefix, env, what="uv"), place.code)
-    if kind == "pip":
-        prefix = builds.pip_environment(spec, env, place, pulse)
-        return activate(prefix, env, what="pip")
     msg = f"this runner knows no environment of the kind {kind!r}; cluster and client do not fit: raylaunch up"
     raise builds.EnvironmentProblem(msg)
 
 
-def with_bin(env: dict[str, str], folder: Path) -> dict[str, str]:
-    """Return `env` with a folder first on its PATH."""
-    return {**env, "PATH": os.pathsep.join([str(folder), env.get("PATH") or os.defpath])}
+def _of_lock(packages: list[str], env: dict[str, str], place: Place, pulse: Pulse) -> Prepared:
+    """Return what ``uv run`` would make: what the lock pins, with the project and its neighbours installed."""
+    prepared = activate(builds.uv_environment(env, place, pulse), env, what="uv")
+    if packages:
+        prepared = layers.with_packages(prepared, packages, place, pulse)
+    _, installed = locked_here((place.code / "uv.lock").read_text(encoding="utf-8", errors="replace"))
+    if not installed:
+        return _with_project(prepared, place.code)
+    return layers.with_projects(prepared, builds.projects_of_lock(env, place, pulse), place, pulse)
+
+
+def _of_requirements(
+    spec: EnvironmentSpec, packages: list[str], env: dict[str, str], place: Place, pulse: Pulse
+) -> Prepared:
+    required = builds.requirements_of(spec, place)
+    prepared = activate(builds.pip_environment(required, env, place, pulse), env, what="pip")
+    if packages:
+        prepared = layers.with_packages(prepared, packages, place, pulse)
+    return layers.with_projects(prepared, required.local, place, pulse) if required.local else prepared
 
 
 def activate(prefix: Path, env: dict[str, str], *, what: str) -> Prepared:
@@ -188,8 +202,8 @@ def find_conda(env: dict[str, str]) -> str | None:
 
 
 def _with_project(prepared: Prepared, code: Path) -> Prepared:
-    """Let the project import itself; it is not installed in the shared environment, for each attempt has its own."""
-    source = code / "src" if (code / "src").is_dir() else code
+    """Let a project without a build system import what it has: nothing of it is installed."""
+    sources = [code / "src"] if (code / "src").is_dir() and not (code / "src" / "__init__.py").exists() else []
     before = prepared.env.get("PYTHONPATH")
-    path = os.pathsep.join([str(source), before] if before else [str(source)])
-    return Prepared({**prepared.env, "PYTHONPATH": path}, prepared.python)
+    path = os.pathsep.join([*map(str, (*sources, code)), *([before] if before else [])])
+    return prepared._replace(env={**prepared.env, "PYTHONPATH": path})

@@ -13,8 +13,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from raylaunch.runner.builds import EnvironmentProblem, Place, last_words
-from raylaunch.runner.environment import Prepared
+from raylaunch.runner.builds import EnvironmentProblem, Place, Prepared, last_words
 from raylaunch.runner.watch import Pulse, Ran, run_program
 
 _PROBE_S = 60.0
@@ -137,6 +136,8 @@ def _cached(prepared: Prepared, program: str, more: str, place: Place, pulse: Pu
     if isinstance(known, dict):
         return known
     answer = _ask(prepared, program, place, pulse)
+    if place.tmp in Path(prepared.python).parents:
+        return answer  # the attempt's own
     beside = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         place.envs.mkdir(parents=True, exist_ok=True)
@@ -161,6 +162,7 @@ def _key(prepared: Prepared, program: str, more: str) -> str:
     ):
         for kind in ("site-packages", "dist-packages"):
             places += sorted(root.glob(f"lib*/python3*/{kind}"))
+    places += map(Path, prepared.sites)
     places += [Path(path) for path in prepared.env.get("PYTHONPATH", "").split(os.pathsep) if path]
     content = (program, more, [(str(path), _changed(path)) for path in places])
     return hashlib.sha256(repr(content).encode()).hexdigest()[:24]

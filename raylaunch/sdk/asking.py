@@ -14,7 +14,7 @@ from raylaunch.spec import ClusterSpec, JobSpec, Spec
 from raylaunch.spec_problems import spec_error
 from raylaunch.state import JobState
 
-_LISTS = frozenset({"outputs", "secrets", "tags"})
+_LISTS = frozenset({"outputs", "packages", "secrets", "tags"})
 
 Asked = str | Sequence[str] | Path | JobSpec
 """A shell command, a program with its arguments, a job file's path, or a whole spec."""

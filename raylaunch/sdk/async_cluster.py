@@ -235,6 +235,7 @@ class AsyncCluster:
         env: Mapping[str, str] | None = None,
         secrets: Sequence[str] | None = None,
         environment: Environment | Mapping[str, object] | str | None = None,
+        packages: Sequence[str] | str | None = None,
         timeout_s: float | str | None = None,
         grace_s: float | str | None = None,
         outputs: Sequence[str] | str | None = None,
@@ -262,7 +263,9 @@ class AsyncCluster:
             where: which nodes it may run on.
             env: environment variables.
             secrets: names of secrets that become environment variables; the cluster holds their values.
-            environment: the Python environment, as ``conda:train``.
+            environment: the Python environment, for example ``conda:train``; by default the first that applies of
+                cluster.yaml's, ``uv.lock`` in the working directory, this Python's own, and the cluster's.
+            packages: added to that environment, for example ``["numpy", "pandas==2.3.3"]``.
             timeout_s: the longest run of one attempt: seconds, or text as ``2h``.
             grace_s: between SIGTERM and SIGKILL at a stop: seconds, or text.
             outputs: files and globs to keep, beside everything in ``$RAYLAUNCH_OUTPUT_DIR``.
@@ -294,6 +297,7 @@ class AsyncCluster:
             "env": env,
             "secrets": secrets,
             "environment": environment,
+            "packages": packages,
             "timeout_s": timeout_s,
             "grace_s": grace_s,
             "outputs": outputs,

@@ -22,7 +22,7 @@ def attempt_spec(attempt: str, *, epoch: str = "epoch-1", entrypoint: str = "tru
         "cpus": None,
         "env": {},
         "secrets": [],
-        "environment": {"kind": "default", "value": "", "requirements": []},
+        "environment": {"kind": "default", "value": "", "requirements": [], "packages": []},
         "envs_dir": "",
         "wheels": [],
         "links": [],
