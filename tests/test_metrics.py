@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -299,3 +301,20 @@ def test_what_is_held_of_a_job_is_dropped_after_many_others_were_asked_for(tmp_p
         path.unlink()
     assert metrics.last("j39", attempts)[0] == {"loss": 39.0}
     assert metrics.last("j0", attempts)[0] == {}
+
+
+def test_a_job_whose_file_takes_long_to_read_keeps_no_other_job_waiting(tmp_path: Path) -> None:
+    slow = tmp_path / "jobs" / "slow-k3f9qa" / "attempt-1"
+    slow.mkdir(parents=True)
+    os.mkfifo(slow / "progress.jsonl")  # opening it waits for somebody who writes
+    write_run(_attempt(tmp_path), [run(), history(0, {"loss": 0.5})])
+    metrics = Metrics(tmp_path)
+    attempts = (AttemptView(id="slow-k3f9qa-1", n=1, admitted_at=0),)
+    with ThreadPoolExecutor(2) as pool:
+        waits = pool.submit(metrics.last, "slow-k3f9qa", attempts)
+        try:
+            assert pool.submit(metrics.last, _job().id, _job().attempts).result(20)[0] == {"loss": 0.5}
+            assert not waits.done()
+        finally:
+            with (slow / "progress.jsonl").open("w"):
+                waits.result(20)

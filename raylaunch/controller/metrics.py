@@ -20,6 +20,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
@@ -65,7 +66,7 @@ class JobLike(Protocol):
 
 
 class Metrics:
-    """Reads metrics below a store's ``jobs/``. May be called from any thread; calls take turns."""
+    """Reads metrics below a store's ``jobs/``. May be called from any thread; calls about one job take turns."""
 
     def __init__(self, store: Path) -> None:
         self._jobs_dir = store / "jobs"
@@ -81,8 +82,7 @@ class Metrics:
             max_points: at most so many points each, evenly chosen, the last always among them. Of a metric with more
                 than 4,096 points, no more than half as many are at hand; `csv` has all.
         """
-        with self._lock:
-            curves = self._curves(record.id, record.attempts)
+        with self._curves(record.id, record.attempts) as curves:
             last, step = curves.last()
             return MetricsPage(
                 keys=tuple(curves.keys()),
@@ -99,13 +99,13 @@ class Metrics:
 
     def last(self, job_id: str, attempts: Sequence[AttemptLike]) -> tuple[dict[str, float], float | None]:
         """Return the last value of each metric, numbers of the run's summary among them, and the step reached."""
-        with self._lock:
-            return self._curves(job_id, attempts).last()
+        with self._curves(job_id, attempts) as curves:
+            return curves.last()
 
     def progress(self, job_id: str, attempts: Sequence[AttemptLike]) -> Progress | None:
         """Return how far the training said it is (`raylaunch.report`), or None when it never did."""
-        with self._lock:
-            return self._curves(job_id, attempts).progress()
+        with self._curves(job_id, attempts) as curves:
+            return curves.progress()
 
     def at_end(
         self, job_id: str, attempts: Sequence[AttemptLike], *, ran_s: float
@@ -115,25 +115,24 @@ class Metrics:
         Where reading all would take more than a small part of the time that the job ran, the last values are those that
         the end of its run's file has: a training that logs ten thousand rows a second must not pay for it.
         """
-        with self._lock:
-            few = _end_of(self._jobs_dir / job_id, attempts, most=max(_READ_AT_LEAST, int(ran_s * _READ_OF_RUN)))
-            if few is not None:
-                return few
-            curves = self._curves(job_id, attempts)
+        few = _end_of(self._jobs_dir / job_id, attempts, most=max(_READ_AT_LEAST, int(ran_s * _READ_OF_RUN)))
+        if few is not None:
+            return few
+        with self._curves(job_id, attempts) as curves:
             return curves.last()[0], curves.progress()
 
     def problems(self, job_id: str, attempts: Sequence[AttemptLike]) -> tuple[str, ...]:
         """Return, as sentences, what could not be read of the job's metrics."""
-        with self._lock:
-            return self._curves(job_id, attempts).problems()
+        with self._curves(job_id, attempts) as curves:
+            return curves.problems()
 
     def csv(self, record: JobLike, *, keys: Sequence[str] = ()) -> Iterator[str]:
         """Yield all points of the metrics in `keys` (of all when empty) as lines ``step,at,key,value``, a header first.
 
         The files are read again from their beginnings, in memory that does not grow with them.
         """
-        with self._lock:
-            drawn = self._curves(record.id, record.attempts).again()
+        with self._curves(record.id, record.attempts) as curves:
+            drawn = curves.again()
         return _csv(drawn, frozenset(keys))
 
     def forget(self, job_id: str) -> None:
@@ -141,24 +140,32 @@ class Metrics:
         with self._lock:
             self._jobs.pop(job_id, None)
 
-    def _curves(self, job_id: str, attempts: Sequence[AttemptLike]) -> _JobCurves:
-        curves = self._jobs.get(job_id)
-        if curves is None:
-            curves = self._jobs[job_id] = _JobCurves(self._jobs_dir / job_id)
-        self._jobs.move_to_end(job_id)
-        curves.refresh([attempt.n for attempt in attempts])
-        curves.thin(_POINTS_KEPT // 2)
-        while len(self._jobs) > _JOBS_KEPT or (
-            len(self._jobs) > 1 and sum(job.held for job in self._jobs.values()) > _POINTS_KEPT
-        ):
-            self._jobs.popitem(last=False)
-        return curves
+    @contextmanager
+    def _curves(self, job_id: str, attempts: Sequence[AttemptLike]) -> Iterator[_JobCurves]:
+        """Yield the curves of a job, brought up to date; nobody else reads this job meanwhile."""
+        with self._lock:
+            curves = self._jobs.setdefault(job_id, _JobCurves(self._jobs_dir / job_id))
+            self._jobs.move_to_end(job_id)
+        with curves.lock:
+            curves.refresh([attempt.n for attempt in attempts])
+            curves.thin(_POINTS_KEPT // 2)
+            self._make_room()
+            yield curves
+
+    def _make_room(self) -> None:
+        """Forget the jobs that were asked for longest ago, where there are too many."""
+        with self._lock:
+            while len(self._jobs) > _JOBS_KEPT or (
+                len(self._jobs) > 1 and sum(job.held for job in self._jobs.values()) > _POINTS_KEPT
+            ):
+                self._jobs.popitem(last=False)
 
 
 class _JobCurves:
     """All curves of one job: those of its own run, of further runs, and of its reports."""
 
     def __init__(self, folder: Path) -> None:
+        self.lock = threading.Lock()
         self._folder = folder
         self._runs: dict[str, Curve] = {}
         self._reports = Curve()

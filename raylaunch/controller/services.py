@@ -27,7 +27,7 @@ _SEARCHES = 4
 
 
 class MetricsReader(Protocol):
-    """Metrics of a job. Called from worker threads, one at a time."""
+    """Metrics of a job. Called from worker threads."""
 
     def page(self, record: JobRecord, *, keys: Sequence[str], max_points: int) -> MetricsPage:
         """Return keys, last values and, for `keys`, at most `max_points` points each."""
