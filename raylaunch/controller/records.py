@@ -211,7 +211,7 @@ class Records:
             SpecError: the cursor is not one of ours.
         """
         filters = Filters(tuple(states), name, owner, tag, since)
-        return page_of(self._db, filters, limit=limit, cursor=cursor)
+        return page_of(self._db, filters, self._live, limit=limit, cursor=cursor)
 
     def names(self) -> list[tuple[str, str, JobState]]:
         """Return id, name and state of every job of ours."""

@@ -3,11 +3,12 @@
 # ruff: noqa: FAST003 -- `asking.Job` takes the path's {ref}
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated
 
 import anyio
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 from starlette.background import BackgroundTask
 
 from raylaunch.controller.answers import answer, json_answer
@@ -22,6 +23,9 @@ from raylaunch.state import JobPage, JobState, JobView, SubmitAnswer, SubmitRequ
 
 SUBMIT_BYTES = 16 * 1024 * 1024
 """Most bytes of a submission: its spec, the changes that were not committed (1 MiB), what was packed."""
+
+_AT_ONCE = 50
+"""Jobs of a page that are read in one go: each takes about 0.2 ms."""
 
 router = APIRouter(route_class=GuardedRoute)
 
@@ -66,11 +70,18 @@ async def jobs(  # noqa: PLR0913 -- each is one filter
     cursor: str = "",
 ) -> Response:
     """Return one page of jobs, newest first, without their heavy fields."""
-    page = services.records.page(
-        states=_states(state), name=name, owner=owner, tag=tag, since=since, limit=limit, cursor=cursor
-    )
-    explained = tuple(services.jobs.explained(view) for view in page.jobs)
-    return answer(page.model_copy(update={"jobs": explained}))
+    states = _states(state)
+    found: list[JsonValue] = []
+    while True:
+        few = min(limit - len(found), _AT_ONCE)
+        page = services.records.page(
+            states=states, name=name, owner=owner, tag=tag, since=since, limit=few, cursor=cursor
+        )
+        found += [services.jobs.explained(view).model_dump(mode="json") for view in page.jobs]
+        cursor = page.next_cursor
+        if not cursor or len(found) >= limit:
+            return json_answer({"jobs": found, "next_cursor": cursor, "total": page.total})
+        await asyncio.sleep(0)  # a large page lets others have their turn
 
 
 @router.get("/jobs/{ref}", response_model=JobView)

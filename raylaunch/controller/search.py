@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import sqlite3
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from raylaunch.controller.record import record_from
+from raylaunch.controller.record import JobRecord, record_from
 from raylaunch.errors import SpecError
 from raylaunch.state import JobPage, JobState
 
@@ -48,8 +49,10 @@ class Filters:
         return " AND ".join(conditions) or "1", values
 
 
-def page_of(connection: sqlite3.Connection, filters: Filters, *, limit: int, cursor: str) -> JobPage:
-    """Return one page of jobs, newest first, without heavy fields.
+def page_of(
+    connection: sqlite3.Connection, filters: Filters, known: Mapping[str, JobRecord], *, limit: int, cursor: str
+) -> JobPage:
+    """Return one page of jobs, newest first, without heavy fields. Those that are `known` are not read again.
 
     Raises:
         SpecError: the cursor is not one of ours.
@@ -66,7 +69,7 @@ def page_of(connection: sqlite3.Connection, filters: Filters, *, limit: int, cur
     more = len(rows) > limit
     shown = rows[:limit]
     return JobPage(
-        jobs=tuple(record_from(light).view() for light, _, _ in shown),
+        jobs=tuple((known.get(job) or record_from(light)).view() for light, _, job in shown),
         next_cursor=f"{shown[-1][1]!r}~{shown[-1][2]}" if more and shown else "",
         total=total,
     )
