@@ -183,7 +183,8 @@ def _monitor(job: JobView) -> str:
 
 
 def _ran_s(job: JobView, now: float) -> int | None:
-    return None if job.started_at is None else max(0, round((job.ended_at or now) - job.started_at))
+    ran_s = job.ran_s(now)
+    return None if ran_s is None else round(ran_s)
 
 
 def _progress(job: JobView) -> Json | None:

@@ -53,6 +53,7 @@ class Reason(str, Enum):
     RUNNER_DIED = "runner_died"
     NODE_LOST = "node_lost"
     HOST_DRAINED = "host_drained"
+    CLUSTER_DOWN = "cluster_down"
     RAY_REFUSED = "ray_refused"
     RAY_LOST = "ray_lost"
 
@@ -151,6 +152,11 @@ _TABLE: dict[Reason, _Facts] = {
     ),
     Reason.HOST_DRAINED: _Facts(
         Verdict.RETRY_FREE, "its host was drained", "nothing; it is queued again, and continues from its checkpoint"
+    ),
+    Reason.CLUSTER_DOWN: _Facts(
+        Verdict.RETRY_FREE,
+        "the cluster was taken down or upgraded",
+        "nothing; it is queued again, and continues from its checkpoint once the cluster is up",
     ),
     Reason.RAY_REFUSED: _Facts(Verdict.FINAL, "Ray refused the submission", "read what Ray says: `raylaunch show`"),
     Reason.RAY_LOST: _Facts(Verdict.RETRY_FREE, "Ray was restarted under it", "nothing, if it is tried again"),

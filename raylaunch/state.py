@@ -211,6 +211,15 @@ class JobView(View):
         """The latest attempt, or None before the first."""
         return self.attempts[-1] if self.attempts else None
 
+    def ran_s(self, now: float) -> float | None:
+        """Return how long its program has run by `now`, in all attempts together, without what lies between them.
+
+        None before the first attempt has started.
+        """
+        end = now if self.ended_at is None else self.ended_at
+        spans = [max(0.0, (one.ended_at or end) - one.started_at) for one in self.attempts if one.started_at]
+        return sum(spans) if spans else None
+
 
 class JobPage(View):
     """One page of jobs, newest first."""

@@ -194,3 +194,10 @@ def test_usage_is_summed_by_what_files_are(tmp_path: Path, artifacts: Artifacts)
     usage = artifacts.usage(JOB, name="digits", state=JobState.FAILED)
     assert (usage.bytes, usage.logs, usage.outputs, usage.checkpoints, usage.wandb) == (15, 2, 3, 4, 5)
     assert artifacts.bytes_of(JOB) == 15
+
+
+def test_an_output_that_two_attempts_wrote_counts_once_as_the_latest(tmp_path: Path, artifacts: Artifacts) -> None:
+    put(tmp_path, "attempt-1/outputs/model.pt", b"first")
+    put(tmp_path, "attempt-2/outputs/model.pt", b"second")
+    put(tmp_path, "attempt-1/outputs/early.pt", b"only")
+    assert artifacts.outputs(JOB) == (2, len(b"second") + len(b"only"))

@@ -90,7 +90,7 @@ def test_down_with_stop_ends_jobs_as_they_wish_and_the_next_up_goes_on_with_them
     own.good("up")
     assert own.ended(job, timeout_s=120).state is JobState.SUCCEEDED
     assert own.good("logs", job, "--attempt", "1").split() == ["ready", "saved"]
-    assert own.job(job).attempts[0].reason is Reason.HOST_DRAINED
+    assert own.job(job).attempts[0].reason is Reason.CLUSTER_DOWN
 
 
 @pytest.mark.long
@@ -110,7 +110,7 @@ def test_another_ray_is_started_only_once_no_job_runs_and_only_when_asked_to(own
     assert own.record().versions.ray == installed
     assert own.ray_pid() != before
     assert own.ended(job, timeout_s=120).state is JobState.SUCCEEDED
-    assert own.job(job).attempts[0].reason is Reason.HOST_DRAINED
+    assert own.job(job).attempts[0].reason is Reason.CLUSTER_DOWN
 
 
 def test_a_newer_raylaunch_replaces_the_controller_and_the_stewards_while_a_job_runs(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raylaunch.controller.diagnose import MAX_FREE_RETRIES, Evidence, diagnose, retry_follows
+from raylaunch.controller.diagnose import MAX_FREE_RETRIES, Evidence, after_drain, diagnose, retry_follows
 from raylaunch.reasons import Reason
 from raylaunch.runner.contract import Ended, Exit
 from raylaunch.state import Change
@@ -108,3 +108,16 @@ def test_a_failure_over_a_module_that_was_not_sent_names_the_rule() -> None:
         diagnose(evidence(left("completed", 0), log_tail=tail, left_out_by=(".gitignore: log*",))).message
         == "completed"
     )
+
+
+def test_an_attempt_that_was_stopped_for_another_to_follow_says_why() -> None:
+    stopped = diagnose(evidence(left("stopped"), stop_wanted=True))
+    drained = after_drain(stopped, Reason.HOST_DRAINED)
+    assert (drained.reason, drained.message) == (Reason.HOST_DRAINED, "stopped because its host was drained")
+    down = after_drain(stopped, Reason.CLUSTER_DOWN)
+    assert (down.reason, down.message) == (
+        Reason.CLUSTER_DOWN,
+        "stopped because the cluster was taken down or upgraded",
+    )
+    failed = diagnose(evidence(left("exit_code", 1)))
+    assert after_drain(failed, Reason.CLUSTER_DOWN) == failed

@@ -29,7 +29,7 @@ from raylaunch.controller.sight import Sight
 from raylaunch.errors import ClusterDownError
 from raylaunch.reasons import Reason
 from raylaunch.spec import JobSpec, Resources
-from raylaunch.state import JobState, SubmitRequest
+from raylaunch.state import AttemptView, Change, JobState, SubmitRequest
 
 
 class SlowLink(LinkToNothing):
@@ -218,3 +218,18 @@ async def test_a_new_sentence_with_the_same_reason_is_not_recorded(tmp_path: Pat
         link.let.release()
         await until(lambda: "has 0 free" in why(records, sight, job).message, 5, "the sentence is new")
         assert journal.stat().st_size == before
+
+
+@pytest.mark.anyio
+async def test_the_last_lines_of_an_attempt_are_no_longer_shown_when_the_next_one_starts(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    job = submitted(records, "again", gpus=1)
+    first = AttemptView(id=f"{job}-1", n=1, admitted_at=0)
+    records.update(job, change=Change.ADMIT, attempts=(first,))
+    records.update(job, change=Change.REQUEUE, log_tail=("Traceback of attempt 1",))
+    async with running(tmp_path, records) as (lifecycle, link, _):
+        link.there = (node("h1", steward=True).model_copy(update={"gpus": 1, "gpus_free": 1}),)
+        lifecycle.see(LinkUp(ray_version="2"))
+        link.let.release()
+        await until(lambda: len(records.light(job).attempts) == 2, 5, "the next attempt starts")
+        assert records.get(job).log_tail == ()

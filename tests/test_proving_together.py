@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from raylaunch.cluster.on_host import HostState
+from raylaunch.cluster.prove.nodes import still_held
 from raylaunch.cluster.prove.together import Member, TogetherPlan, explain, plan_together, success
 from raylaunch.cluster.record import NodePlace
-from raylaunch.cluster_state import NodeView
+from raylaunch.cluster_state import ControllerStatus, NodeView
 from raylaunch.runner import together
 
 MEMBERS = tuple(Member(f"dgx-{n}", f"10.0.0.{n}", 24_000, "ens1") for n in (1, 2, 3))
@@ -125,3 +126,17 @@ def test_the_rest_of_what_may_go_wrong_is_said_by_host_with_its_mend() -> None:
     assert "wrong result: 5 of 16" in number["dgx-2"].message
     job = explain(MEMBERS, [{"kind": "job", "why": "the environment venv:/x does not exist"}, DONE, DONE])
     assert "the environment venv:/x does not exist" in job["dgx-1"].message
+
+
+def test_a_gpu_that_a_probe_job_held_is_waited_for_and_one_that_was_in_use_before_is_not() -> None:
+    before = {"dgx-1": 8.0, "dgx-2": 3.0}
+    seen = says(node(1, free=7), node(2, free=3))
+    assert still_held(before, seen) == ("dgx-1",)
+    assert not still_held(before, says(node(1), node(2, free=3)))
+    assert not still_held(before, "it does not answer")
+
+
+def says(*nodes: NodeView) -> ControllerStatus:
+    return ControllerStatus(
+        cluster="c", version="", api=1, pid=1, person="p", role="admin", started_at=0, ray="up", nodes=nodes
+    )

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from raylaunch.reasons import Reason, Verdict
-from raylaunch.state import ENDED, Change, IllegalTransition, JobState, transition
+from raylaunch.state import ENDED, AttemptView, Change, IllegalTransition, JobState, JobView, transition
 
 
 def test_a_job_that_runs_to_its_end_succeeds() -> None:
@@ -58,3 +58,29 @@ def _after(state: JobState, change: Change) -> JobState:
 def test_every_reason_has_a_sentence_and_a_verdict(reason: Reason) -> None:
     assert reason.sentence
     assert reason.verdict in Verdict
+
+
+def ran(*spans: tuple[float | None, float | None], ended_at: float | None = None) -> float | None:
+    attempts = tuple(
+        AttemptView(id=f"j-{n}", n=n, admitted_at=0, started_at=began, ended_at=ended)
+        for n, (began, ended) in enumerate(spans, 1)
+    )
+    job = JobView(
+        id="j",
+        name="j",
+        owner="",
+        state=JobState.RUNNING,
+        created_at=0,
+        updated_at=0,
+        attempts=attempts,
+        ended_at=ended_at,
+    )
+    return job.ran_s(100)
+
+
+def test_what_lies_between_attempts_does_not_count_as_run() -> None:
+    assert ran() is None
+    assert ran((None, 5)) is None
+    assert ran((10, 20), (90, None)) == 20
+    assert ran((10, 20), (None, 40), (50, 60), ended_at=70) == 20
+    assert ran((10, None), ended_at=70) == 60

@@ -189,7 +189,7 @@ def facts(job: JobView) -> str:
         "id": job.id,
         "state": job.state.value,
         "node": attempt.node if attempt else "",
-        "ran for": span(job.ended_at - job.started_at) if job.ended_at and job.started_at else "",
+        "ran for": span(job.ran_s(job.ended_at) or 0) if job.ended_at and job.started_at else "",
         "python": f"{job.environment.version} ({job.environment.python})" if job.environment else "",
         "git": job.git.commit[:12] + (" with changes" if job.git.dirty else "") if job.git else "",
         "code": f"{count(job.pack.files, 'file')}, {size(job.pack.bytes)}" if job.pack else "",

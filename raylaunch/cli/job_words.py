@@ -76,7 +76,8 @@ def jobs_table(jobs: tuple[JobView, ...], *, now: float) -> str:
 
 
 def _ran(job: JobView, now: float) -> str:
-    return span((job.ended_at or now) - job.started_at) if job.started_at else ""
+    ran_s = job.ran_s(now)
+    return "" if ran_s is None else span(ran_s)
 
 
 def describe(job: JobView, *, now: float) -> str:

@@ -88,6 +88,8 @@ async def _prove(
     unproved = outcome.states.keys() - set(record.proved)
     await proof.jobs(unproved)
     await proof.together(unproved)
+    if unproved:
+        await proof.let_go()
     outcome.errors.update(proof.errors)
     _remember_proof(paths, outcome.states.keys() - proof.errors.keys() - proof.unproved)
 

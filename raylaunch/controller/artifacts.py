@@ -119,9 +119,10 @@ class Artifacts:
         return manifest
 
     def outputs(self, job_id: str) -> tuple[int, int]:
-        """Return number and bytes of the job's outputs, each name once: as `get` brings them."""
-        sizes = {file.path.partition("/")[2]: file.bytes for file in self.files(job_id) if file.kind == "output"}
-        return len(sizes), sum(sizes.values())
+        """Return number and bytes of the job's outputs, each name once and as `get` brings it: of the latest attempt."""
+        oldest_first = sorted(self.files(job_id), key=lambda file: file.attempt)
+        latest = {file.path.partition("/")[2]: file.bytes for file in oldest_first if file.kind == "output"}
+        return len(latest), sum(latest.values())
 
     def bytes_of(self, job_id: str) -> int:
         """Return the bytes that the job's files take in the store."""

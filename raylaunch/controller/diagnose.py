@@ -137,11 +137,21 @@ def _program_failed(exit_: Exit, log_tail: tuple[str, ...]) -> Finding:
     return Finding(Change.FAIL, Reason.SIGNAL if signal else Reason.EXIT_CODE, how, code, signal)
 
 
-def after_drain(finding: Finding) -> Finding:
-    """Return what the end of an attempt means whose host was drained: one that was stopped for that is tried again."""
+PUT_OFF = frozenset({Reason.HOST_DRAINED, Reason.CLUSTER_DOWN})
+"""Why an attempt is stopped and its job queued again, however often."""
+
+
+def after_drain(finding: Finding, why: Reason | None) -> Finding:
+    """Return what the end of an attempt means that was stopped so that another follows.
+
+    Args:
+        finding: how it ended.
+        why: the job's reason while it was stopped.
+    """
     if finding.change is not Change.END_STOPPED or finding.reason is not Reason.STOP_REQUESTED:
         return finding
-    return finding._replace(reason=Reason.HOST_DRAINED, message="stopped because its host was drained")
+    reason = why if why in PUT_OFF else Reason.HOST_DRAINED
+    return finding._replace(reason=reason, message=f"stopped because {reason.sentence}")
 
 
 def retry_follows(reason: Reason, *, attempts: int, free_retries: int, retries: int) -> bool:

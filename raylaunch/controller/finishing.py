@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from raylaunch.controller.attempt_spec import attempt_tag
-from raylaunch.controller.diagnose import Evidence, Finding, after_drain, diagnose, retry_follows
+from raylaunch.controller.diagnose import PUT_OFF, Evidence, Finding, after_drain, diagnose, retry_follows
 from raylaunch.controller.following import note
 from raylaunch.controller.link import Fenced
 from raylaunch.controller.means import NODE_LEASE_S, STEP_S, Leavings, Means, latest, replaced
@@ -167,7 +167,7 @@ class Finisher:
     def _end(
         self, record: JobRecord, finding: Finding, leavings: Leavings, *, replicated: bool, ended_at: float
     ) -> None:
-        finding = after_drain(finding) if record.again else finding
+        finding = after_drain(finding, record.reason) if record.again else finding
         attempts = replaced(
             record,
             ended_at=ended_at,
@@ -179,8 +179,7 @@ class Finisher:
             replicated=replicated,
         )
         free = finding.reason.verdict is Verdict.RETRY_FREE
-        drained = finding.reason is Reason.HOST_DRAINED
-        again = drained or (
+        again = finding.reason in PUT_OFF or (
             record.stop_wish is None
             and retry_follows(
                 finding.reason, attempts=len(attempts), free_retries=record.free_retries, retries=asked(record).retries

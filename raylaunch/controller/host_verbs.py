@@ -55,7 +55,7 @@ class HostVerbs:
         self._drains.put(Drain(host=host, person=person, since=now, until=until))
         if stop:
             for record in self._running(host):
-                self._stop(record, f"{host} is drained by {person}")
+                self._stop(record, Reason.HOST_DRAINED, f"{host} is drained by {person}")
         self._sight.ring()
         return self._seen(host)
 
@@ -76,7 +76,7 @@ class HostVerbs:
         self._sight.quiet_why = f"{person} takes the cluster down or upgrades it"
         if stop:
             for record in self._records.active():
-                self._stop(record, self._sight.quiet_why)
+                self._stop(record, Reason.CLUSTER_DOWN, self._sight.quiet_why)
         self._sight.ring()
         return self.is_quiet()
 
@@ -92,7 +92,7 @@ class HostVerbs:
         jobs = tuple(record.view() for record in self._records.active())
         return Quiet(until=until if until > time.time() else None, jobs=jobs)
 
-    def _stop(self, record: JobRecord, why: str) -> None:
+    def _stop(self, record: JobRecord, reason: Reason, why: str) -> None:
         """End the attempt, not the job: its state stays as it is until it is queued again."""
         if record.stop_wish is not None:
             return
@@ -100,7 +100,7 @@ class HostVerbs:
             record.id,
             kind="stopping",
             message=f"{why}; it is stopped, and another attempt follows",
-            reason=Reason.HOST_DRAINED,
+            reason=reason,
             stop_wish=StopWish(why="stopped", grace_s=asked(record).grace_s),
             again=True,
         )

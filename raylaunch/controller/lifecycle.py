@@ -167,7 +167,7 @@ class Lifecycle:
         attempt = AttemptView(
             id=f"{record.id}-{n}", n=n, node=admit.hostname, node_id=admit.node_id, admitted_at=time.time()
         )
-        earlier = {"environment": None} if record.attempts else {}  # of the attempt before
+        earlier = {"environment": None, "log_tail": ()} if record.attempts else {}  # of the attempt before
         self._records.update(
             record.id,
             kind="admitted",

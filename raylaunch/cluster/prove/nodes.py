@@ -56,6 +56,7 @@ class Proof:
         """What is not so, by host."""
         self.unproved: set[str] = set()
         """Hosts of which something could not be tried now."""
+        self._free: dict[str, float] = {}
 
     async def nodes(self) -> None:
         """Wait until the controller sees every host as it should be."""
@@ -80,6 +81,7 @@ class Proof:
         """Run a job on each of `hosts`, holding one of its GPUs if one is free there."""
         says = await controller_status(self._port, self._token)
         free = {} if isinstance(says, str) else {node.hostname: node.gpus_free for node in says.nodes if node.alive}
+        self._free = free
         async with anyio.create_task_group() as group:
             for host in sorted(hosts - self.errors.keys()):
                 group.start_soon(partial(self._job, host, gpus=int(min(1, free.get(host, 0)))))
@@ -99,6 +101,12 @@ class Proof:
             together = Together(self._jobs, plan, on_step=self._tell)
             self.errors |= await together.run()
             self.unproved |= together.unproved
+
+    async def let_go(self) -> None:
+        """Wait a moment until the GPUs that the proof has held show as free: Ray hears of it a little later."""
+        with anyio.move_on_after(_LET_GO_S):
+            while still_held(self._free, await controller_status(self._port, self._token)):  # noqa: ASYNC110 -- over HTTP
+                await anyio.sleep(_POLL_S)
 
     async def _plan_together(self, hosts: set[str]) -> TogetherPlan | None:
         """Wait a moment for GPUs: of those that a job has just let go, Ray hears a little later."""
@@ -136,6 +144,12 @@ class Proof:
             msg = f"{host}: a job there ended as {seen.state.value}: {seen.message}"
             raise ClusterStartError(msg, hint=f"raylaunch show {seen.id}; raylaunch logs {seen.id}", step="job")
         await self._jobs.delete(seen.id)
+
+
+def still_held(before: Mapping[str, float], says: ControllerStatus | str) -> tuple[str, ...]:
+    """Return the hosts that show fewer free GPUs than `before`. Pure."""
+    nodes = () if isinstance(says, str) else says.nodes
+    return tuple(node.hostname for node in nodes if node.alive and node.gpus_free < before.get(node.hostname, 0))
 
 
 def unready(states: Mapping[str, HostState], says: ControllerStatus | str) -> dict[str, str]:
