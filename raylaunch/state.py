@@ -212,12 +212,15 @@ class JobView(View):
         return self.attempts[-1] if self.attempts else None
 
     def ran_s(self, now: float) -> float | None:
-        """Return how long its program has run by `now`, in all attempts together, without what lies between them.
+        """Return how long its program has run in all attempts, without the time between them; None before the first.
 
-        None before the first attempt has started.
+        Args:
+            now: seconds since the epoch, for an attempt that has not ended.
         """
         end = now if self.ended_at is None else self.ended_at
         spans = [max(0.0, (one.ended_at or end) - one.started_at) for one in self.attempts if one.started_at]
+        if not self.attempts and self.started_at is not None:
+            return max(0.0, end - self.started_at)
         return sum(spans) if spans else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -173,6 +173,13 @@ def submitted(records: Records, name: str, **resources: float) -> str:
     return records.create(SubmitRequest(spec=spec), owner="ana", wandb=None)[0].id
 
 
+async def soon(condition: Callable[[], bool]) -> None:
+    """Wait on this thread, whose the records are."""
+    with anyio.fail_after(20):
+        while not condition():  # noqa: ASYNC110 -- as above
+            await asyncio.sleep(0.01)
+
+
 def why(records: Records, sight: Sight, job: str) -> Block:
     ask = records.backlog.ask(job)
     block = sight.plan.block(ask) if sight.plan and ask else None
@@ -210,13 +217,13 @@ async def test_a_new_sentence_with_the_same_reason_is_not_recorded(tmp_path: Pat
         link.there = (node("h1", steward=True).model_copy(update={"gpus": 2, "gpus_free": 1}),)
         lifecycle.see(LinkUp(ray_version="2"))
         link.let.release()
-        await until(lambda: records.light(job).reason is Reason.WAITING_FOR_GPUS, 5, "its reason is recorded")
+        await soon(lambda: records.light(job).reason is Reason.WAITING_FOR_GPUS)
         journal = records.folder(job) / "journal.jsonl"
         before = journal.stat().st_size
         link.there = (link.there[0].model_copy(update={"gpus_free": 0}),)
         lifecycle.see(NodesChanged())
         link.let.release()
-        await until(lambda: "has 0 free" in why(records, sight, job).message, 5, "the sentence is new")
+        await soon(lambda: "has 0 free" in why(records, sight, job).message)
         assert journal.stat().st_size == before
 
 
@@ -231,5 +238,5 @@ async def test_the_last_lines_of_an_attempt_are_no_longer_shown_when_the_next_on
         link.there = (node("h1", steward=True).model_copy(update={"gpus": 1, "gpus_free": 1}),)
         lifecycle.see(LinkUp(ray_version="2"))
         link.let.release()
-        await until(lambda: len(records.light(job).attempts) == 2, 5, "the next attempt starts")
+        await soon(lambda: len(records.light(job).attempts) == 2)
         assert records.get(job).log_tail == ()

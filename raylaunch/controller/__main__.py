@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -71,6 +72,8 @@ def main() -> int:
         return _give_up(_LOCKED, error.message)
     except RaylaunchError as error:
         return _give_up(_STORE, error.message)
+    gc.collect()
+    gc.freeze()  # what is here by now stays: no later collection goes through it again
     for sentence in records.healed:
         _log.warning("%s", sentence)
     try:

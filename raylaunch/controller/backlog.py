@@ -10,12 +10,15 @@ from itertools import islice
 from operator import attrgetter
 
 from raylaunch.controller.queue import Ask
+from raylaunch.reasons import Reason
 
 _ORDER = attrgetter("order")
 
 
 class Backlog:
     """Waiting jobs, each once. What it yields is good until the next change.
+
+    It holds no records: thousands of those would make each of Python's full garbage collections take 100 ms.
 
     Args:
         asks: those that wait already.
@@ -26,6 +29,7 @@ class Backlog:
         self._queue: list[Ask] = []
         self._groups: Counter[str] = Counter()
         self._fresh: dict[str, Ask] = {}
+        self._told: dict[str, Reason | None] = {}
         for ask in sorted(asks, key=_ORDER):
             self.put(ask)
 
@@ -46,17 +50,25 @@ class Backlog:
         """Return whether a job waits that asks for some of the resource."""
         return any(ask.needs.get(resource) for ask in self._queue)
 
-    def put(self, ask: Ask) -> None:
-        """Let a job wait; one that waits already takes the place that it asks for now."""
+    def put(self, ask: Ask, *, told: Reason | None = None) -> None:
+        """Let a job wait; one that waits already takes the place that it asks for now.
+
+        Args:
+            ask: the job.
+            told: the reason that its record gives.
+        """
+        self._told[ask.job] = told
         if self._asks.get(ask.job) == ask:
             return
         self.drop(ask.job)
+        self._told[ask.job] = told
         self._asks[ask.job] = self._fresh[ask.job] = ask
         self._groups[ask.group] += 1
         bisect.insort(self._queue, ask, key=_ORDER)
 
     def drop(self, job: str) -> None:
         """Let a job wait no longer; one that does not wait is no matter."""
+        self._told.pop(job, None)
         ask = self._asks.pop(job, None)
         if ask is None:
             return
@@ -78,6 +90,10 @@ class Backlog:
     def ask(self, job: str) -> Ask | None:
         """Return what a job asks for; None when it does not wait."""
         return self._asks.get(job)
+
+    def told(self, job: str) -> Reason | None:
+        """Return the reason that is recorded of a job."""
+        return self._told[job]
 
     def first(self, most: int) -> Sequence[Ask]:
         """Return the first jobs of the queue."""

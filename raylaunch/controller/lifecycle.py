@@ -44,7 +44,7 @@ _FRESH_S = 5.0
 TOLD_AHEAD = 50
 """Each change of a reason is recorded for so many jobs at the head of the queue. Behind them a job's reason may change
 with each start and end ahead of it: it is recorded once, when the job begins to wait, and otherwise seen when read."""
-_TOLD_AT_ONCE = 16
+_TOLD_AT_ONCE = 8
 _STARTED_AT_ONCE = 8
 _REVIVE_AFTER_S = 4.0
 _REVIVE_EVERY_S = 20.0
@@ -189,7 +189,7 @@ class Lifecycle:
         changed = [
             Wait(job, block.reason, block.message)
             for job, block in looked_at.items()
-            if block is not None and block.reason is not self._records.light(job).reason
+            if block is not None and block.reason is not backlog.told(job)
         ][:_TOLD_AT_ONCE]
         if changed:
             self._records.tell_waits(changed)

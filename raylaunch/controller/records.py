@@ -58,10 +58,11 @@ class Records:
             self._db, damage = schema.open_database(store / _DB)
             self.healed = reconcile(self._db, store, damage=damage)
             self._seq = int(self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
-            self._live = {record.id: record for record in self._load_unfinished(foreign=False)}
             self._foreign = {record.id: record for record in self._load_unfinished(foreign=True)}
-            self._active = {job: record for job, record in self._live.items() if record.state.active}
-            self.backlog = Backlog(ask_of(one) for one in self._live.values() if one.state is JobState.QUEUED)
+            self._active: dict[str, JobRecord] = {}
+            self.backlog = Backlog()
+            for record in self._load_unfinished(foreign=False):
+                self._keep(record)
         except BaseException:
             os.close(self._lock)
             raise
@@ -172,12 +173,12 @@ class Records:
         return str(row[0])
 
     def light(self, job_id: str) -> JobRecord:
-        """Return a job without its heavy fields; of one that has not ended, without reading anything.
+        """Return a job without its heavy fields; of one that is active, without reading anything.
 
         Raises:
             NotFoundError: there is no job of this id.
         """
-        known = self._live.get(job_id) or self._foreign.get(job_id)
+        known = self._active.get(job_id) or self._foreign.get(job_id)
         if known is not None:
             return known
         row = self._db.execute("SELECT light FROM jobs WHERE id = ?", (job_id,)).fetchone()
@@ -211,7 +212,7 @@ class Records:
             SpecError: the cursor is not one of ours.
         """
         filters = Filters(tuple(states), name, owner, tag, since)
-        return page_of(self._db, filters, self._live, limit=limit, cursor=cursor)
+        return page_of(self._db, filters, self._active, limit=limit, cursor=cursor)
 
     def names(self) -> list[tuple[str, str, JobState]]:
         """Return id, name and state of every job of ours."""
@@ -224,7 +225,7 @@ class Records:
 
     def unfinished(self) -> list[JobRecord]:
         """Return the jobs of ours that have not ended, without their heavy fields: all, so for rare questions."""
-        return list(self._live.values())
+        return list(self._load_unfinished(foreign=False))
 
     def active(self) -> Collection[JobRecord]:
         """Return the jobs of which an attempt may have processes on a node, without their heavy fields."""
@@ -257,8 +258,7 @@ class Records:
             NotFoundError: there is no such job.
             StorageError: it cannot be written; nothing has changed then.
         """
-        heavy = not HEAVY.isdisjoint(fields)
-        old = (None if heavy else self._live.get(job_id)) or self._by_id(job_id)
+        old = self.light(job_id) if HEAVY.isdisjoint(fields) else self._by_id(job_id)
         new = old.changed(change, fields if message is None else {"message": message, **fields}, now=time.time())
         return self._write(old, new, kind=kind, note=message or "")
 
@@ -275,7 +275,7 @@ class Records:
         now = time.time()
         try:
             for seq, wait in enumerate(waits, self._seq + 1):
-                new = self._live[wait.job].changed(None, {"reason": wait.reason, "message": wait.message}, now=now)
+                new = self.light(wait.job).changed(None, {"reason": wait.reason, "message": wait.message}, now=now)
                 new = new.model_copy(update={"cursor": seq})
                 event = Event(seq=seq, at=now, job=new.id, kind="waiting", message=wait.message, state=new.state)
                 path = self.folder(new.id) / JOURNAL
@@ -424,16 +424,12 @@ class Records:
 
     def _keep(self, record: JobRecord) -> None:
         """Hold what is asked of jobs that have not ended again and again."""
-        if record.state.ended:
-            self._live.pop(record.id, None)
-        else:
-            self._live[record.id] = record.light()
         if record.state.active:
-            self._active[record.id] = self._live[record.id]
+            self._active[record.id] = record.light()
         else:
             self._active.pop(record.id, None)
         if record.state is JobState.QUEUED:
-            self.backlog.put(ask_of(record))
+            self.backlog.put(ask_of(record), told=record.reason)
         else:
             self.backlog.drop(record.id)
 
