@@ -119,7 +119,7 @@ class Artifacts:
         return manifest
 
     def outputs(self, job_id: str) -> tuple[int, int]:
-        """Return number and bytes of the job's outputs, each name once and as `get` brings it: of the latest attempt."""
+        """Return number and bytes of the outputs, each name once: that of the latest attempt, as `get` brings it."""
         oldest_first = sorted(self.files(job_id), key=lambda file: file.attempt)
         latest = {file.path.partition("/")[2]: file.bytes for file in oldest_first if file.kind == "output"}
         return len(latest), sum(latest.values())
