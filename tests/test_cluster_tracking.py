@@ -53,6 +53,17 @@ LOGS_AN_ARTIFACT = (
     "artifact.add_file('model.bin')\n"
     "run.log_artifact(artifact)\n"
 )
+SEVERAL_RUNS = """
+import pathlib, wandb
+pathlib.Path("logs").mkdir()
+for fold in (1, 2):
+    with wandb.init(dir="logs", name=f"fold-{fold}") as run:
+        run.log({"loss": fold})
+        artifact = wandb.Artifact(f"model-{fold}", "model")
+        with artifact.new_file("weights") as file:
+            file.write("weights")
+        run.log_artifact(artifact)
+"""
 REPORTS = (
     "import time, raylaunch\n"
     "assert raylaunch.context().in_job\n"
@@ -95,6 +106,27 @@ def test_without_credentials_a_script_without_changes_tracks_off_line_and_the_jo
     ]
     assert "W&B" in cluster.good("show", job)
     assert why in cluster.good("show", job)
+
+
+def test_each_run_of_a_job_is_its_own_and_all_is_kept_wherever_it_was_written(cluster: Cluster) -> None:
+    job = cluster.python(SEVERAL_RUNS)
+    done = cluster.ended(job)
+    assert done.wandb is not None
+    own, other = done.wandb.runs
+    assert own == done.wandb.run_id
+    assert done.last_metrics == {"loss": 1.0, f"{other}/loss": 2.0}
+    page = cluster.ask(lambda client: client.metrics(job))
+    assert [(run.id, run.name, run.prefix) for run in page.runs] == [
+        (own, "fold-1", ""),
+        (other, "fold-2", f"{other}/"),
+    ]
+    assert f"{other}/… is the run fold-2" in cluster.cli("metrics", job).err
+    shown = cluster.good("show", job)
+    assert "2 runs, " in shown
+    assert "of artifacts kept with the job, not sent yet" in shown
+    kept = cluster.good("files", "--kind", "wandb", job)
+    assert f"run-{other}.wandb" in kept
+    assert "wandb/data/artifacts/staging/" in kept
 
 
 def test_points_are_readable_within_a_second_of_their_logging(cluster: Cluster) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -55,6 +58,13 @@ for step in range(100_000):
 """
 
 
+LOGS_AN_ARTIFACT = """
+import wandb
+run = wandb.init()
+artifact = wandb.Artifact("m", "model")
+artifact.add_file("train.py")
+run.log_artifact(artifact)
+"""
 FOLDS = """
 import sys, wandb
 for fold in sys.argv[1:]:
@@ -113,6 +123,28 @@ def test_runs_are_kept_wherever_the_program_has_them_written(make: Make, tmp_pat
     assert [exit_code(path) for path in run_files(attempt.folder)] == [0, 0]
     first, _ = run_files(attempt.folder)
     assert (first.parent / "files/requirements.txt").exists()
+
+
+@pytest.mark.long
+def test_a_run_that_was_written_elsewhere_can_be_synced_from_the_attempts_folder(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    attempt = make(ELSEWHERE, f"python train.py {tmp_path}/far && rm -r {tmp_path}/far logs")
+    attempt.run()
+    folders = [str(path.parent) for path in run_files(attempt.folder)]
+    with WandbServer() as server:
+        sync = [sys.executable, "-m", "wandb", "sync", "--yes", *folders]
+        env = {**os.environ, **server.environment(), "HOME": str(tmp_path)}
+        subprocess.run(sync, env=env, cwd=tmp_path, check=True, timeout=120)
+        found = {run.id: [row["loss"] for row in run.history] for run in server.runs.values()}
+    assert found == {"run1": [1], "run1-1-2": [2]}
+
+
+def test_files_that_an_offline_artifact_has_staged_are_kept_and_counted(make: Make) -> None:
+    attempt = make(LOGS_AN_ARTIFACT)
+    attempt.run()
+    staged = [path for path in (attempt.folder / contract.WANDB_DATA).rglob("*") if path.is_file()]
+    assert (attempt.code / "train.py").read_bytes() in [path.read_bytes() for path in staged]
+    assert attempt.facts()["wandb_staged"] == sum(path.stat().st_size for path in staged)
 
 
 def test_a_run_elsewhere_can_be_read_while_it_grows(make: Make, tmp_path: Path) -> None:

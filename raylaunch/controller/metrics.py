@@ -39,6 +39,8 @@ _JOBS_KEPT = 32
 _POINTS_KEPT = 2_000_000
 """Over all jobs; a point takes 24 bytes."""
 _CSV_CHUNK = 64 * 1024
+_RUNS_TOLD = 1000
+_LONGEST_NAME = 200
 _READ_AT_LEAST = 256 * 1024
 _READ_OF_RUN = 40_000
 """Bytes of its file for each second that a job ran: 16 MB of rows are read in a second, so that is its 400th part."""
@@ -221,10 +223,10 @@ class _JobCurves:
 
     def runs(self) -> Iterator[MetricsRun]:
         """Yield the job's W&B runs, its own first, then in the order of their start."""
-        for run_id, curve in sorted(self._runs.items(), key=lambda one: bool(one[1].prefix)):
+        for run_id, curve in sorted(self._runs.items(), key=lambda one: bool(one[1].prefix))[:_RUNS_TOLD]:
             info = curve.info()
             name, project = (info.name, info.project) if info is not None else ("", "")
-            yield MetricsRun(id=run_id, name=name, project=project, prefix=curve.prefix)
+            yield MetricsRun(id=run_id, name=name[:_LONGEST_NAME], project=project[:_LONGEST_NAME], prefix=curve.prefix)
 
     def points(self, key: str) -> tuple[list[MetricPoint], int]:
         """Return the points that are held of one metric, and how many there are in all."""

@@ -13,6 +13,8 @@ from raylaunch.tracking.run_file import Exit, RunFile, RunInfo
 _HEAD_ITEMS = 1000
 """Who the run is stands among the first records of its file."""
 _TAIL = 2 * BLOCK
+_LONGEST = 1000
+"""Characters of a run's name and project; with more it is not matched."""
 
 
 def run_files(attempt: Path) -> list[Path]:
@@ -34,7 +36,7 @@ def _earlier(job: Path, before: int) -> Iterator[EarlierRun]:
     for n in range(1, before):
         for path in run_files(job / f"attempt-{n}"):
             info = run_info(path)
-            if info is not None:
+            if info is not None and len(info.name + info.project) <= _LONGEST:
                 yield EarlierRun(
                     attempt=n, id=info.run_id, project=info.project, name=info.name, finished=exit_code(path) == 0
                 )
