@@ -6,11 +6,13 @@ environment that is active here; else the interpreter that runs Ray. Only files 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from raylaunch.cluster_state import ClusterPython
 from raylaunch.spec import OF_THE_CLUSTER, Environment, JobSpec
@@ -94,7 +96,8 @@ def _version(text: str) -> str:
 def choose(spec: JobSpec, cluster: ClusterPython, active: ActivePython | None, *, here: bool) -> EnvironmentChoice:
     """Return the environment that a job gets.
 
-    With `launcher: ray` a lock or an active environment is passed over where its Ray is not the cluster's.
+    With `launcher: ray` a lock or an active environment is passed over where its Ray is not the cluster's. What is
+    installed editable in an environment is named: later edits of it reach the job.
 
     Args:
         spec: the job.
@@ -102,11 +105,51 @@ def choose(spec: JobSpec, cluster: ClusterPython, active: ActivePython | None, *
         active: the environment that is active here.
         here: whether the cluster is on this machine.
     """
-    active = active if here else None
+    found = _choose(spec, cluster, active if here else None, here=here)
+    found = found.model_copy(update={"packages": spec.packages})
+    if not here or found.source in {"lock", "own"}:
+        return found
+    used = _named(cluster.environment if found.source == "cluster" else found.environment)
+    editable = [f"{name} ({path})" for name, path in editable_in(used.prefix).items()] if used else []
+    notes = [found.note, f"installed editable, so that later edits reach the job: {', '.join(editable)}"]
+    return found.model_copy(
+        update={
+            "python": found.python or (used.version if used else ""),
+            "note": "; ".join(note for note in notes[: 2 if editable else 1] if note),
+        }
+    )
+
+
+def _named(environment: Environment) -> ActivePython | None:
+    """Return the environment on this machine that is named by its path."""
+    path = Path(environment.value).expanduser()
+    if environment.kind not in {"venv", "conda", "python"} or not path.is_absolute():
+        return None
+    prefix = path.parent.parent if environment.kind == "python" else path
+    version = _pyvenv(prefix).get("version_info") or _pyvenv(prefix).get("version") or ""
+    return ActivePython(environment, prefix, _version(version))
+
+
+def editable_in(prefix: Path) -> dict[str, str]:
+    """Return the packages of an environment that are installed editable, and the folders of their code (PEP 610)."""
+    found = {}
+    for site in _site_packages(prefix):
+        for origin in sorted(site.glob("*.dist-info/direct_url.json")):
+            try:
+                facts = json.loads(origin.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            if isinstance(facts, dict) and (facts.get("dir_info") or {}).get("editable"):
+                name = origin.parent.name.partition("-")[0]
+                found[name] = unquote(urlsplit(str(facts.get("url", ""))).path)
+    return {name: path for name, path in found.items() if name != "raylaunch"}
+
+
+def _choose(spec: JobSpec, cluster: ClusterPython, active: ActivePython | None, *, here: bool) -> EnvironmentChoice:
     if spec.environment.kind != "auto":
         of_cluster = _of_cluster(cluster, here=here) if spec.environment.kind in OF_THE_CLUSTER else None
         found = of_cluster or EnvironmentChoice(environment=spec.environment, source="job", here=here)
-        return found.model_copy(update={"environment": spec.environment, "python": found.python or _of(found, active)})
+        return found.model_copy(update={"environment": spec.environment})
     lock = _lock(spec)
     if cluster.environment.kind not in OF_THE_CLUSTER:
         return _of_cluster(cluster, here=here).model_copy(update={"note": _passed_over(lock, active)})
@@ -133,11 +176,6 @@ def _of_cluster(cluster: ClusterPython, *, here: bool) -> EnvironmentChoice:
     if cluster.environment.kind not in {*OF_THE_CLUSTER, "ray"}:
         return EnvironmentChoice(environment=default, source="cluster", where=str(cluster.environment), here=here)
     return EnvironmentChoice(environment=default, source="own", python=cluster.version, where=cluster.prefix, here=here)
-
-
-def _of(choice: EnvironmentChoice, active: ActivePython | None) -> str:
-    """Return the version of an environment that a job names, where it is the active one."""
-    return active.version if active and active.environment == choice.environment else ""
 
 
 def _passed_over(lock: Path | None, active: ActivePython | None) -> str:

@@ -146,6 +146,8 @@ class EnvironmentChoice(View):
     """Version of its interpreter, as far as it is known before the job runs."""
     where: str = ""
     """Its folder or name, where `environment` does not have it."""
+    packages: tuple[str, ...] = ()
+    """What the job adds to it."""
     note: str = ""
     """What was passed over, and how to use that instead."""
     here: bool = False
@@ -165,7 +167,8 @@ class EnvironmentChoice(View):
                 words = f"{python} from the active environment ({named})"
             case "own":
                 words = f"{python} that runs Ray" + (f" ({self.where})" if self.where else "")
-        return f"{words}; {self.note}" if self.note else words
+        added = f", with {', '.join(self.packages)}" if self.packages else ""
+        return f"{words}{added}" + (f"; {self.note}" if self.note else "")
 
 
 class JobView(View):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from raylaunch.cli.job_flags import spec_of
 from raylaunch.cluster_state import ClusterPython
-from raylaunch.environment_choice import ActivePython, active_python, choose, has_module, import_hint, missing_module
+from raylaunch.environment_choice import (
+    ActivePython,
+    active_python,
+    choose,
+    editable_in,
+    has_module,
+    import_hint,
+    missing_module,
+)
+from raylaunch.errors import SpecError
 from raylaunch.spec import Environment, JobSpec
 from raylaunch.state import EnvironmentChoice, EnvironmentFacts, JobState, JobView
 
@@ -128,6 +139,54 @@ def test_a_choice_says_the_version_where_it_comes_from_and_what_was_passed_over(
     assert str(choose(plain, RAYS, None, here=True)) == "Python 3.11 that runs Ray (/opt/ray)"
     mine = active(venv(tmp_path / "venv"))
     assert str(choose(plain, RAYS, mine, here=True)) == f"Python 3.11 from the active environment (venv:{mine.prefix})"
+
+
+def test_what_is_installed_editable_in_the_environment_is_named_with_its_folder(tmp_path: Path) -> None:
+    made = venv(tmp_path / "venv", packages={"lib": "1.0", "raylaunch": "0.2.0", "numpy": "2.4.0"})
+    for name, editable in (("lib-1.0", True), ("raylaunch-0.2.0", True), ("numpy-2.4.0", False)):
+        origin = {"url": f"file://{tmp_path}/my%20lib", "dir_info": {"editable": True} if editable else {}}
+        (next(made.glob("lib/*/site-packages")) / f"{name}.dist-info" / "direct_url.json").write_text(
+            json.dumps(origin)
+        )
+    assert editable_in(made) == {"lib": f"{tmp_path}/my lib"}
+    said = f"installed editable, so that later edits reach the job: lib ({tmp_path}/my lib)"
+    plain = JobSpec(entrypoint="x", working_dir="")
+    assert choose(plain, RAYS, active(made), here=True).note == said
+    for named in (f"venv:{made}", f"{made}/bin/python"):
+        spec = plain.model_copy(update={"environment": Environment.model_validate(named)})
+        found = choose(spec, RAYS, None, here=True)
+        assert (found.source, found.python, found.note) == ("job", "3.11.9", said)
+        of_cluster = RAYS.model_copy(update={"environment": spec.environment})
+        assert choose(plain, of_cluster, None, here=True).note == said
+        assert choose(spec, RAYS, None, here=False).note == ""  # that path is another machine's
+
+
+@pytest.mark.parametrize("wrong", ["numpy", "scikit-learn", "no such thing"])
+def test_each_way_on_that_a_wrong_environment_names_is_one(wrong: str) -> None:
+    def spec(**given: object) -> JobSpec:
+        return spec_of({"command": ("python", "train.py"), **given}, {})
+
+    with pytest.raises(SpecError) as caught:
+        spec(environment=wrong)
+    package = "numpy" if " " in wrong else wrong
+    assert f"pip: [{package}]; or add the package to the environment: --with {package}" in caught.value.message
+    assert spec(environment=f"pip: [{package}]").environment.requirements == (package,)
+    added = spec(**{"with": (package, "pandas==2.3.3")})
+    assert (added.environment.kind, added.packages) == ("auto", (package, "pandas==2.3.3"))
+    assert str(choose(added, RAYS, None, here=True)).endswith(f"(/opt/ray), with {package}, pandas==2.3.3")
+    for written in ("default", "ray", "/path/to/python", "venv:PATH", "conda:NAME", "uv", "pip:requirements.txt"):
+        assert written in caught.value.message
+        assert str(spec(environment=written).environment) == written
+
+
+def test_a_list_of_packages_in_brackets_is_read_as_yaml_would(tmp_path: Path) -> None:
+    text = "pip: [numpy>=2,<3, 'torch==2.13.0', ray[train,tune]]"
+    assert Environment.model_validate(text).requirements == ("numpy>=2,<3", "torch==2.13.0", "ray[train,tune]")
+    (tmp_path / "job.yaml").write_text("entrypoint: x\nenvironment: {pip: [numpy, pandas]}\npackages: [torch]\n")
+    spec = spec_of({"file": tmp_path / "job.yaml", "with": ("wandb",)}, {})
+    assert (spec.environment.requirements, spec.packages) == (("numpy", "pandas"), ("torch", "wandb"))
+    with pytest.raises(SpecError, match="is not a package"):
+        spec_of({"command": ("x",), "with": ("-r /etc/passwd",)}, {})
 
 
 def test_a_ray_driver_passes_over_what_has_not_the_clusters_ray(tmp_path: Path) -> None:

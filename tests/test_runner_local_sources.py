@@ -118,11 +118,18 @@ def test_packages_are_added_over_a_venv_that_stays_as_it_is_and_its_scripts_see_
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True, timeout=60)
     (venv / "bin" / "greet").write_text(f"#!{venv}/bin/python\nimport extra\nprint('greet', extra.__version__)\n")
     (venv / "bin" / "greet").chmod(0o755)
+    info = next(venv.glob("lib/python3*/site-packages")) / "edited-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: edited\nVersion: 1.0\n")
+    (info / "direct_url.json").write_text(f'{{"url": "file://{tmp_path}/edited", "dir_info": {{"editable": true}}}}')
     extra = str(tiny_wheel(tmp_path, "extra", "3.0"))
     added = {"kind": "venv", "value": str(venv), "packages": [extra]}
     first = make(["greet"], added, {})
     assert ran(first) == "greet 3.0\n"
     assert "extra==3.0" in first.facts()["packages"]
+    assert first.facts()["warnings"][:1] == [
+        f"edited is installed editable: later edits in {tmp_path}/edited reach this job"
+    ]
     second = make(["greet"], added, {})
     assert ran(second) == "greet 3.0\n"
     assert not (second.folder / "logs" / "setup.log").exists()  # made once

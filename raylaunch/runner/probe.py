@@ -12,6 +12,7 @@ import os
 import re
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from raylaunch.runner.builds import EnvironmentProblem, Place, Prepared, last_words
 from raylaunch.runner.watch import Pulse, Ran, run_program
@@ -22,13 +23,16 @@ _ALIASES = {"arm64": "aarch64", "amd64": "x86_64"}
 
 _LOOK = """
 import json, platform, sys
-packages = {}
+packages, editable = {}, {}
 try:
     from importlib import metadata
     for one in metadata.distributions():
         name = one.metadata["Name"]
         if name and name not in packages:
             packages[name] = one.version
+            origin = json.loads(one.read_text("direct_url.json") or "{}")
+            if origin.get("dir_info", {}).get("editable"):
+                editable[name] = origin["url"]
 except ImportError:
     pass
 try:
@@ -38,7 +42,8 @@ try:
 except Exception:
     raylaunch = ray_train = False
 print("\\n@raylaunch " + json.dumps({"python": sys.executable, "version": platform.python_version(),
-    "machine": platform.machine(), "packages": packages, "raylaunch": raylaunch, "ray_train": ray_train}))
+    "machine": platform.machine(), "packages": packages, "editable": editable,
+    "raylaunch": raylaunch, "ray_train": ray_train}))
 """
 
 _LOOK_AT_GPUS = """
@@ -90,9 +95,9 @@ def look(prepared: Prepared, *, arch: str, gpus: int, place: Place, pulse: Pulse
         raise EnvironmentProblem(msg)
     raw = seen["packages"]
     packages = {str(name): str(version) for name, version in raw.items()} if isinstance(raw, dict) else {}
-    warnings = []
+    warnings = _editable_warnings(seen.get("editable"), place)
     if gpus and "torch" in packages and _has_gpus():
-        warnings = _torch_warnings(prepared, packages["torch"], gpus, place, pulse)
+        warnings += _torch_warnings(prepared, packages["torch"], gpus, place, pulse)
     return Look(
         str(seen["python"]),
         str(seen["version"]),
@@ -101,6 +106,17 @@ def look(prepared: Prepared, *, arch: str, gpus: int, place: Place, pulse: Pulse
         ray_train=bool(seen["ray_train"]),
         warnings=tuple(warnings),
     )
+
+
+def _editable_warnings(editable: object, place: Place) -> list[str]:
+    """Name what runs from a folder that may be edited, unless that is the attempt's own code."""
+    found = editable if isinstance(editable, dict) else {}
+    paths = {str(name): unquote(urlsplit(str(url)).path) for name, url in found.items() if name != "raylaunch"}
+    return [
+        f"{name} is installed editable: later edits in {path} reach this job"
+        for name, path in sorted(paths.items())
+        if Path(path) != place.code and place.code not in Path(path).parents
+    ]
 
 
 def _torch_warnings(prepared: Prepared, version: str, gpus: int, place: Place, pulse: Pulse) -> list[str]:
