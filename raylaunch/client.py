@@ -31,7 +31,7 @@ from raylaunch.downloads import (
 from raylaunch.errors import WheelsNeededError
 from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
 from raylaunch.sensitive import NO_MORE, Allowed
-from raylaunch.spec import JobSpec
+from raylaunch.spec import OF_THE_CLUSTER, JobSpec
 from raylaunch.state import (
     Artifact,
     DryRun,
@@ -221,7 +221,7 @@ class Client:
         with packed:
             if on_packed:
                 on_packed(packed.report, packed.bytes)
-            git = await asyncio.to_thread(git_facts, Path(spec.working_dir))
+            git = await asyncio.to_thread(git_facts, Path(spec.working_dir), sent=packed.contents.paths)
             code = {"package": packed.sha256, "pack": packed.report, "git": git}
             await upload(self._wire, packed, patient=self.patient, on_begin=on_upload, on_progress=on_progress)
             return await self._submit(request.model_copy(update=code), on_progress)
@@ -248,7 +248,7 @@ class Client:
 
         without = spec.model_copy(update={"secrets": ()})  # their values are in the submission, not here
         there = await self.patient(partial(self._placement, without))
-        if spec.environment.kind == "default":
+        if spec.environment.kind in OF_THE_CLUSTER:
             environment = resolved_here(there.environment)
             if environment is None and there.environment.kind == "pip":
                 self._notice(_GATHERED_BY_UP)

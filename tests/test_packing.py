@@ -332,6 +332,58 @@ def test_a_diff_is_cut_at_one_mebibyte(tmp_path: Path) -> None:
     assert (len(facts.diff), facts.diff_truncated) == (DIFF_LIMIT, True)
 
 
+def test_a_diff_has_nothing_of_files_that_are_not_sent(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    files = {"train.py": "one\n", "private/key.txt": "old secret\n", "gone.txt": "deleted secret\n", "notes.txt": "a\n"}
+    tree(tmp_path, files)
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "x")
+    (tmp_path / "gone.txt").unlink()
+    tree(
+        tmp_path, {"train.py": "two\n", "private/key.txt": "new secret\n", ".raylaunchignore": "private/\nnotes.txt\n"}
+    )
+    (tmp_path / "notes.txt").rename(tmp_path / "renamed.txt")
+    with pack(tmp_path) as packed:
+        facts = git_facts(tmp_path, sent=packed.contents.paths)
+    assert facts is not None
+    assert facts.dirty
+    assert "-one\n+two\n" in facts.diff
+    assert "secret" not in facts.diff
+    assert "key.txt" not in facts.diff
+
+
+@pytest.mark.parametrize("inside", ["", "deeper"])
+def test_git_runs_no_program_that_a_repository_names(tmp_path: Path, inside: str) -> None:
+    ran = tmp_path / "ran"
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\necho $0 $* >> {ran}\ncat\n")
+    program.chmod(0o755)
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    git(repository, "init", "-q")
+    tree(repository, {"a.py": "1\n", "deeper/b.py": "1\n", ".gitattributes": "*.py filter=evil diff=evil\n"})
+    git(repository, "add", ".")
+    git(repository, "commit", "-qm", "x")
+    hooks = repository / ".git" / "hooks"
+    for name in ("post-index-change", "fsmonitor-watchman", "pre-commit"):
+        (hooks / name).write_bytes(program.read_bytes())
+        (hooks / name).chmod(0o755)
+    for key in (
+        *("core.fsmonitor", "core.pager", "core.editor", "core.sshCommand", "core.askPass", "diff.external"),
+        *("filter.evil.clean", "filter.evil.smudge", "filter.evil.process", "diff.evil.textconv", "diff.evil.command"),
+        *("credential.helper", "gpg.program", "pager.status", "pager.diff", "interactive.diffFilter"),
+    ):
+        git(repository, "config", key, str(program))
+    git(repository, "config", "filter.evil.required", "true")
+    tree(repository, {"a.py": "2\n", "deeper/b.py": "2\n"})
+    with pack(repository / inside) as packed:
+        facts = git_facts(repository / inside, sent=packed.contents.paths)
+    assert facts is not None
+    assert facts.dirty
+    assert "+2" in facts.diff
+    assert not ran.exists(), ran.read_text()
+
+
 def test_a_folder_without_git_has_no_git_facts(tmp_path: Path) -> None:
     assert git_facts(tmp_path) is None
 
