@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -52,6 +54,31 @@ def test_a_folder_that_others_could_read_is_closed(paths: ClusterPaths) -> None:
     paths.temp.chmod(0o777)
     make_cluster_dirs(paths)
     assert stat.S_IMODE(paths.temp.stat().st_mode) == 0o700
+
+
+def held_by_another(folder: Path) -> None:
+    folder.mkdir()
+    os.chown(folder, NOBODY, NOBODY)
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [pytest.param(held_by_another, marks=needs_root), lambda folder: folder.symlink_to("/etc"), Path.touch],
+)
+def test_another_account_that_holds_the_folder_of_temp_folders_blocks_nobody(
+    tmp_path: Path, taken: Callable[[Path], None]
+) -> None:
+    paths = cluster_paths("lab", {"RAYLAUNCH_HOME": str(tmp_path / "home")})
+    paths.home.mkdir(mode=0o700)
+    (paths.home / "temp").write_text(str(tmp_path / "usual"))
+    taken(tmp_path / "usual")
+    make_cluster_dirs(paths)
+    ours = paths.temp
+    assert stat.S_IMODE(ours.parent.lstat().st_mode) == 0o700
+    assert ours.parent.lstat().st_uid == os.getuid()
+    make_cluster_dirs(paths)
+    assert paths.temp == ours
+    shutil.rmtree(ours.parent)
 
 
 @needs_root

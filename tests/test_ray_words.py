@@ -57,7 +57,8 @@ def test_a_ray_that_never_wrote_a_log_adds_no_words(tmp_path: Path) -> None:
 
 
 def test_a_ray_that_ended_while_it_was_waited_for_is_told_with_them(tmp_path: Path) -> None:
-    paths = ClusterPaths(name="lab", home=tmp_path, root=tmp_path / "lab", temp=tmp_path / "temp")
+    (tmp_path / "temp").write_text(str(tmp_path / "ray"))
+    paths = ClusterPaths(name="lab", home=tmp_path, root=tmp_path / "lab")
     paths.root.mkdir()
     paths.ray_log.write_text("The current node timed out during startup.\n")
     (_logs(paths.temp) / "raylet.out").write_text(_SEVERE.format("address in use"))

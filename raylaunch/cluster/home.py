@@ -24,12 +24,16 @@ _OTHERS = 0o077
 
 @dataclass(frozen=True)
 class ClusterPaths:
-    """The files of one cluster. `root` is ``$RAYLAUNCH_HOME/clusters/<name>``; `temp` is Ray's temp folder."""
+    """The files of one cluster. `root` is ``$RAYLAUNCH_HOME/clusters/<name>``."""
 
     name: str
     home: Path
     root: Path
-    temp: Path
+
+    @property
+    def temp(self) -> Path:
+        """Ray's temp folder. Its parent is private and its owner is checked; Unix sockets need a short path."""
+        return _temp_parent(self.home) / hashlib.sha256(os.fsencode(self.root)).hexdigest()[:8]
 
     @property
     def record(self) -> Path:
@@ -100,9 +104,32 @@ def raylaunch_home(environ: Mapping[str, str] = os.environ) -> Path:
 def cluster_paths(name: str, environ: Mapping[str, str] = os.environ) -> ClusterPaths:
     """Return where the cluster `name` keeps its files. Nothing is made."""
     home = raylaunch_home(environ)
-    root = home / "clusters" / name
-    digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
-    return ClusterPaths(name=name, home=home, root=root, temp=Path(f"/tmp/raylaunch-{os.getuid()}") / digest)  # noqa: S108 -- its parent is private and its owner is checked; Unix sockets need a short path
+    return ClusterPaths(name=name, home=home, root=home / "clusters" / name)
+
+
+def _temp_parent(home: Path) -> Path:
+    """Return the folder of all temp folders: ``/tmp/raylaunch-UID``, or the one that took its place."""
+    try:
+        return Path((home / "temp").read_text(encoding="utf-8").strip() or _usual_temp())
+    except (OSError, UnicodeDecodeError):
+        return Path(_usual_temp())
+
+
+def _usual_temp() -> str:
+    return f"/tmp/raylaunch-{os.getuid()}"  # noqa: S108 -- see `ClusterPaths.temp`
+
+
+def _replace_foreign_temp(home: Path) -> None:
+    """Take another folder where somebody else holds the usual one: in ``/tmp`` any account may make it first."""
+    try:
+        facts = _temp_parent(home).lstat()
+    except OSError:
+        return
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
+        import tempfile  # noqa: PLC0415 -- seldom, and every command loads this module
+
+        with storage_errors(home / "temp"):
+            write_private(home / "temp", tempfile.mkdtemp(prefix="raylaunch-", dir="/tmp"))
 
 
 def make_cluster_dirs(paths: ClusterPaths) -> None:
@@ -113,6 +140,7 @@ def make_cluster_dirs(paths: ClusterPaths) -> None:
         StorageError: a folder cannot be made.
     """
     paths.home.mkdir(parents=True, exist_ok=True, mode=_PRIVATE_DIR) if not paths.home.exists() else None
+    _replace_foreign_temp(paths.home)
     for folder in (paths.home / "clusters", paths.root, paths.node, paths.gcs, paths.temp.parent, paths.temp):
         make_private_dir(folder)
 

@@ -68,7 +68,7 @@ class Person:
     def paths(self, cluster: str) -> ClusterPaths:
         """Return where her machine keeps a cluster."""
         root = self.raylaunch_home / "clusters" / cluster
-        return ClusterPaths(name=cluster, home=self.raylaunch_home, root=root, temp=self.folder)
+        return ClusterPaths(name=cluster, home=self.raylaunch_home, root=root)
 
     def tunnel(self, cluster: str) -> TunnelRecord:
         """Return what her tunnel to a cluster last said."""
