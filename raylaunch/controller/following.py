@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ _RAY_GRACE_S = 5.0
 """How long a runner may still write its exit facts after Ray says that the submission is over."""
 _STOP_MARGIN_S = 20.0
 _UNCLAIMED_S = 3.0
+_RUN_ADDRESS = re.compile(r"https?://[\w.:\[\]-]{1,255}(?:/[\w.%~-]{1,200}){3,8}")
 
 
 class Follower:
@@ -142,6 +144,11 @@ def _environment(facts: Facts) -> EnvironmentFacts:
     )
 
 
+def _address(url: str) -> str:
+    """Return the address of a run if it is a plain one: a job can write its own facts."""
+    return url if _RUN_ADDRESS.fullmatch(url) else ""
+
+
 def _wandb(link: WandbLink | None, facts: Facts) -> WandbLink | None:
     """Return the runs as this attempt tracks them; an address stays when a later attempt tracks off-line."""
     if link is None or "wandb_mode" not in facts:
@@ -150,7 +157,7 @@ def _wandb(link: WandbLink | None, facts: Facts) -> WandbLink | None:
     found = {
         "mode": facts["wandb_mode"],
         "why": facts.get("wandb_why", link.why),
-        "url": facts.get("wandb_url", "") or link.url,
+        "url": _address(facts.get("wandb_url", "")) or link.url,
         "run_id": link.run_id if link.run_id in runs else facts.get("wandb_run", "") or link.run_id,
         "runs": runs,
         "staged_bytes": facts.get("wandb_staged", 0) or link.staged_bytes,

@@ -31,7 +31,7 @@ from raylaunch.runner.relay import Relay
 from raylaunch.runner.train_reports import TrainReports
 from raylaunch.runner.unpack import broken_links
 from raylaunch.runner.wandb_follow import RunFollower
-from raylaunch.runner.wandb_url import RunAddress
+from raylaunch.runner.wandb_url import RunAddress, hosts_of
 
 if TYPE_CHECKING:
     from raylaunch.runner.contract import AttemptSpec, Exit, Facts, Started
@@ -146,6 +146,7 @@ class Attempt:
             **prepared.env,
             **wandb_env.variables(spec["wandb"], mode, own, folder=folder, home=home),
         }
+        self._address.hosts = hosts_of(mode.base_url, env)
         env.pop("WANDB_RUN_ID", None)  # the first run's alone, and so `WandbSpec.run_id`
         archive = str(folder / contract.RUNNER)
         path = [f"{archive}/{contract.STARTUP}", env.get("PYTHONPATH", ""), "" if seen.raylaunch else archive]

@@ -6,19 +6,36 @@ W&B says is read: ``wandb: 🚀 View run at https://…/team/project/runs/ID``.
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 _LOOK_INTO = 32 * 1024 * 1024
 _BLOCK = 1024 * 1024
 _OVERLAP = 4096
+_PUBLIC = frozenset({"wandb.ai", "forge.coreweave.com"})
+
+
+def hosts_of(server: str, environ: Mapping[str, str] = os.environ) -> frozenset[str]:
+    """Return where W&B shows the runs of a server: its own address, and the page that belongs to an API's."""
+    host = urlsplit(server).netloc
+    bare = host.removeprefix("api.")
+    pages = {*(_PUBLIC if bare in _PUBLIC else ()), urlsplit(environ.get("WANDB_APP_URL", "")).netloc}
+    return frozenset({host, bare, f"app.{bare}", *pages}) - {"", "app."}
 
 
 class RunAddress:
-    """Looks for a run's address in a growing log, as far as it has not been found."""
+    """Looks for a run's address in a growing log, as far as it has not been found.
+
+    A program may print any address: only one at W&B's own server counts.
+    """
 
     def __init__(self, log: Path) -> None:
         self._log = log
+        self.hosts: frozenset[str] = frozenset()
+        """Where a run may be shown: see `hosts_of`."""
         self._run_id = ""
         self._at = 0
         self.url = ""
@@ -36,8 +53,11 @@ class RunAddress:
                 end = log.tell()
         except FileNotFoundError:
             return False
-        pattern = rb"https?://[^\s\x1b\"'<>]+/runs/" + re.escape(run_id.encode()) + rb"(?![\w-])"
-        found = re.search(pattern, block) if end > self._at else None
+        hosts = b"|".join(re.escape(host.encode()) for host in sorted(self.hosts))
+        part = rb"[\w.%~-]+"
+        run = re.escape(run_id.encode())
+        pattern = rb"https?://(?:%s)/(?:%s/)*%s/%s/runs/%s(?![\w-])" % (hosts, part, part, part, run)
+        found = re.search(pattern, block) if hosts and end > self._at else None
         self._at = end
         if found is not None:
             self.url = found.group().decode("utf-8", "replace")
