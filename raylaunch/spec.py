@@ -55,6 +55,10 @@ __all__ = [
 ]
 
 
+_BUILT_IN = frozenset({"gpu", "gpus", "cpu", "cpus", "memory", "object_store_memory"})
+_OF_RAY = ("node:", "accelerator_type:", "bundle_")
+
+
 class Resources(Spec):
     """What a job holds on its node while it runs. What no node could ever give is refused at submit."""
 
@@ -66,6 +70,18 @@ class Resources(Spec):
     """Counted when placing, not enforced. Example: `16GiB`"""
     custom: dict[str, float] = Field(default_factory=dict)
     """Custom Ray resources. Example: `{scratch: 1}`"""
+
+    @field_validator("custom")
+    @classmethod
+    def _custom_is_not_built_in(cls, value: dict[str, float]) -> dict[str, float]:
+        for name in value:
+            if name.lower() in _BUILT_IN:
+                msg = f"{name!r} is not a custom resource; write gpus, cpus or memory in resources"
+                raise ValueError(msg)
+            if name.startswith(_OF_RAY):
+                msg = f"{name!r} is a resource of Ray's own; write hosts, labels or gpu_type in where"
+                raise ValueError(msg)
+        return value
 
     @property
     def effective_cpus(self) -> float:

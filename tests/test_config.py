@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from raylaunch.config import Flag, job_spec_from_flags, load_cluster_spec, load_job_spec
+from raylaunch.controller.queue import needs
 from raylaunch.errors import SpecError
-from raylaunch.spec import ClusterSpec
+from raylaunch.spec import ClusterSpec, JobSpec
 
 Here = Callable[[str, str], Path]
 
@@ -251,3 +253,11 @@ def test_a_wrong_value_in_a_cluster_file_says_all_that_would_be_right(here: Here
     with pytest.raises(SpecError) as caught:
         load_cluster_spec(here("cluster.yaml", "gpus: some\n"))
     assert str(caught.value) == "cluster.yaml:1: gpus: 'some' is not 'auto', a whole number or a list"
+
+
+@pytest.mark.parametrize("name", ["GPU", "CPU", "memory", "gpu", "node:10.0.0.1", "accelerator_type:H100"])
+def test_a_custom_resource_replaces_none_that_a_job_has_anyway(name: str) -> None:
+    with pytest.raises(ValidationError, match="resource"):
+        JobSpec.model_validate({"entrypoint": "x", "resources": {"gpus": 1, "custom": {name: 0}}})
+    one = JobSpec.model_validate({"entrypoint": "x", "resources": {"gpus": 1, "custom": {"scratch": 1}}})
+    assert needs(one) == {"GPU": 1, "scratch": 1}

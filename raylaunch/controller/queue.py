@@ -34,7 +34,7 @@ def needs(spec: JobSpec) -> Amounts:
     """Return what one attempt of `spec` holds on its node; nothing that is zero."""
     resources = spec.resources
     amounts: Amounts = {GPUS: resources.gpus, CPUS: resources.effective_cpus, MEMORY: resources.memory}
-    return {name: amount for name, amount in {**amounts, **resources.custom}.items() if amount > 0}
+    return {name: amount for name, amount in {**resources.custom, **amounts}.items() if amount > 0}
 
 
 @dataclass(frozen=True)
