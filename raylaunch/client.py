@@ -171,9 +171,16 @@ class Client:
         answer = await self._wire.ask("GET", "/v1/secrets")
         return TypeAdapter(tuple[str, ...]).validate_json(answer.body)
 
-    async def secrets_set(self, name: str, value: str) -> None:
-        """Set a secret; jobs that name it find it in their environment."""
-        await self._wire.ask("PUT", f"/v1/secrets/{quote(name, safe='')}", body={"value": value})
+    async def secrets_set(self, name: str, value: str, *, people: Sequence[str] | None = None) -> None:
+        """Set a secret; jobs that name it find it in their environment.
+
+        Args:
+            name: its name.
+            value: its value.
+            people: whose jobs may have it; none for everybody's. None leaves that as it is: at first everybody's.
+        """
+        body: dict[str, object] = {"value": value} if people is None else {"value": value, "people": list(people)}
+        await self._wire.ask("PUT", f"/v1/secrets/{quote(name, safe='')}", body=body)
 
     async def secrets_remove(self, name: str) -> None:
         """Remove a secret."""

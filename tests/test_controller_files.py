@@ -14,6 +14,7 @@ import pytest
 from support.api import Api, serving, token_of
 from support.api_use import error, start, submit, write
 
+from raylaunch.controller.secret_store import SecretStore
 from raylaunch.state import Artifact, MetricsPage, UsagePage
 
 
@@ -151,6 +152,53 @@ def test_secrets_go_in_and_only_their_names_come_out(api: Api) -> None:
         assert "planted-secret" not in answer.text + wrong.text
         assert olga.delete("/v1/secrets/KEY").json() == {}
         assert error(olga.delete("/v1/secrets/KEY"))[2] == "there is no secret 'KEY'"
+
+
+def test_a_secret_that_is_for_some_people_goes_to_their_jobs_alone(tmp_path: Path) -> None:
+    store = SecretStore(tmp_path)
+    store.put("OLD", "everybodys")
+    store.put("KEY", "alices", ["alice"])
+    assert store.for_job("a-1", ["KEY", "OLD"], "alice") == {"KEY": "alices", "OLD": "everybodys"}
+    assert store.for_job("b-1", ["KEY", "OLD"], "bob") == {"OLD": "everybodys"}
+    assert (store.withheld(["KEY", "OLD"], "bob"), store.withheld(["KEY"], "alice")) == (("KEY",), ())
+    store.put_job("b-1", {"KEY": "bobs own"})
+    assert store.for_job("b-1", ["KEY"], "bob") == {"KEY": "bobs own"}
+    store.put("KEY", "new")
+    assert store.withheld(["KEY"], "bob") == ("KEY",), "a new value changes nobody's access"
+    store.put("KEY", "new", [])
+    assert store.for_job("c-1", ["KEY"], "bob") == {"KEY": "new"}
+    store.put("KEY", "alices", ["alice"])
+    store.remove("KEY")
+    store.put("KEY", "again")
+    assert store.withheld(["KEY"], "bob") == ()
+    assert (tmp_path / "secret_people.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_people_of_a_secret_are_set_over_http(api: Api) -> None:
+    with api.client("olga") as olga:
+        body = {"value": "v", "people": ["tom"]}
+        assert olga.put("/v1/secrets/TOMS", json=body).json() == {}
+    assert api.services.secrets.withheld(["TOMS"], "tina") == ("TOMS",)
+    assert api.services.secrets.withheld(["TOMS"], "tom") == ()
+
+
+def test_reading_rays_token_and_what_is_rejected_are_in_the_audit_log(tmp_path: Path) -> None:
+    with serving(tmp_path) as api:
+        with api.client("olga") as olga:
+            assert olga.get("/v1/ray").status_code == 200
+            assert olga.get("/v1/status").status_code == 200
+            assert olga.get("/v1/status", headers={"X-Raylaunch-API": "99"}).status_code == 409
+        with api.client("vera") as vera:
+            assert vera.get("/v1/ray").status_code == 403
+        for _ in range(5):
+            assert httpx2.get(f"{api.url}/v1/ray", headers={"Authorization": "Bearer x"}).status_code == 401
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [(line["person"], line["verb"], line["status"]) for line in lines] == [
+        ("olga", "ray", 200),
+        ("olga", "GET /v1/status", 409),
+        ("vera", "ray", 403),
+        ("", "GET /v1/ray", 401),
+    ]
 
 
 def test_every_write_is_in_the_audit_log_and_no_secret_is(tmp_path: Path) -> None:

@@ -138,10 +138,10 @@ def test_a_jobs_own_secrets_come_before_the_clusters_and_are_forgotten(tmp_path:
     secrets.put("B", "cluster")
     secrets.put_job("j", {"A": "own", "C": "own"})
     assert (tmp_path / "job_secrets" / "j.json").stat().st_mode & 0o777 == 0o600
-    assert secrets.for_job("j", ["A", "B", "X"]) == {"A": "own", "B": "cluster", "C": "own"}
+    assert secrets.for_job("j", ["A", "B", "X"], "tom") == {"A": "own", "B": "cluster", "C": "own"}
     assert secrets.missing(["A", "C", "X"], given={"C": "own"}) == ("X",)
     secrets.forget_job("j")
-    assert secrets.for_job("j", ["A"]) == {"A": "cluster"}
+    assert secrets.for_job("j", ["A"], "tom") == {"A": "cluster"}
     assert list((tmp_path / "job_secrets").iterdir()) == []
 
 

@@ -87,7 +87,7 @@ def test_secrets_that_cannot_be_written_leave_no_job(desk: Desk) -> None:
 
 def test_a_job_has_its_secrets_before_it_has_a_record(desk: Desk) -> None:
     job = desk.submit(KEY="value")
-    assert desk.secrets.for_job(job, ("KEY",)) == {"KEY": "value"}
+    assert desk.secrets.for_job(job, ("KEY",), "tom") == {"KEY": "value"}
 
 
 def test_what_a_crash_left_of_other_jobs_secrets_is_deleted_at_the_next_start(desk: Desk) -> None:

@@ -19,9 +19,17 @@ def secret() -> None:
 
 @secret.command("set", epilog="Example:  printenv HF_TOKEN | raylaunch secret set HF_TOKEN")
 @click.argument("name")
+@click.option("--for", "people", multiple=True, metavar="NAME", help="Whose jobs may have it; may be repeated.")
+@click.option("--for-everyone", is_flag=True, help="Everybody's jobs may have it, as without --for at first.")
 @click.pass_obj
-def set_(cluster_file: Path | None, *, name: str) -> None:
-    """Set a secret. The value is read from stdin, or asked for; never from the command line, which others can see."""
+def set_(cluster_file: Path | None, *, name: str, people: tuple[str, ...], for_everyone: bool) -> None:
+    """Set a secret. The value is read from stdin, or asked for; never from the command line, which others can see.
+
+    A new value leaves it as it is whose jobs may have the secret, unless --for or --for-everyone changes that.
+    """
+    if people and for_everyone:
+        msg = "--for names people, and --for-everyone all; give one"
+        raise click.UsageError(msg)
     value = _value(name)
     if not value and name.isidentifier():  # what is no name is the controller's to refuse
         msg = f"the value of {name} is empty"
@@ -29,7 +37,7 @@ def set_(cluster_file: Path | None, *, name: str) -> None:
 
     async def work() -> None:
         async with Place(cluster_file).client() as client:
-            await client.secrets_set(name, value)
+            await client.secrets_set(name, value, people=() if for_everyone else people or None)
 
     finish(work())
     note(f"{name} is set")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,7 +17,10 @@ from raylaunch.version import API, __version__
 
 _READS = frozenset({"GET", "HEAD"})
 _UNAUTHORIZED = 401
+_REJECTED = frozenset({401, 403})
 _NO_ANSWER = 500
+_STRANGERS_S = 10.0
+_LONGEST = 200
 
 
 class Gate:
@@ -26,6 +31,8 @@ class Gate:
         self._tokens = tokens
         self._invitations = invitations
         self._audit = audit
+        self._strangers = 0
+        self._stranger_at = -_STRANGERS_S
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer why not."""
@@ -38,10 +45,12 @@ class Gate:
         headers = Headers(scope=scope)
         caller = self._caller(headers, scope["path"])
         if caller is None:
+            self._note_stranger(scope)
             await _no_token(headers)(scope, receive, send)
             return
         problem = _problem(headers)
         if problem is not None:
+            self._audit.write(person=caller.person, verb=_words(scope), job="", status=problem.status)
             await error_answer(problem)(scope, receive, send)
             return
         scope.setdefault("state", {})["caller"] = caller
@@ -81,11 +90,26 @@ class Gate:
                 self._write_down(scope, caller, _NO_ANSWER)
 
     def _write_down(self, scope: Scope, caller: Caller, status: int) -> None:
-        if scope["method"] in _READS or not scope["state"].get("audited", True):
+        read = scope["method"] in _READS and status not in _REJECTED
+        if not scope["state"].get("audited", not read):
             return
-        verb = getattr(scope.get("route"), "name", "") or f"{scope['method']} {scope['path']}"
+        verb = getattr(scope.get("route"), "name", "") or _words(scope)
         job = scope["state"].get("about") or scope.get("path_params", {}).get("ref", "")
         self._audit.write(person=caller.person, verb=verb, job=job, status=status)
+
+    def _note_stranger(self, scope: Scope) -> None:
+        """Write down a request without a valid token. Of many, one line now and then says how many they were."""
+        self._strangers += 1
+        now = time.monotonic()
+        if now - self._stranger_at < _STRANGERS_S:
+            return
+        times = f" ({self._strangers} requests)" if self._strangers > 1 else ""
+        self._audit.write(person="", verb=f"{_words(scope)}{times}", job="", status=_UNAUTHORIZED)
+        self._strangers, self._stranger_at = 0, now
+
+
+def _words(scope: Scope) -> str:
+    return f"{scope['method']} {scope['path']}"[:_LONGEST]
 
 
 def _no_token(headers: Headers) -> ASGIApp:

@@ -51,7 +51,7 @@ async def submit(
     """Take a job in; with ``dry_run`` only say where it could run."""
     if dry_run:
         request.state.audited = False
-        return answer(await services.jobs.dry_run(submitted))
+        return answer(await services.jobs.dry_run(submitted, caller.person))
     result = await services.jobs.submit(submitted, caller.person)
     request.state.about = result.job.id
     return answer(result)

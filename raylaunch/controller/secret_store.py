@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from raylaunch.controller.private_file import write_private
 from raylaunch.errors import NotFoundError, SpecError, StorageError
@@ -14,10 +15,14 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class SecretStore:
-    """``secrets.json`` and ``job_secrets/`` of one store. Values leave it only on the way to a node."""
+    """``secrets.json`` and ``job_secrets/`` of one store. Values leave it only on the way to a node.
+
+    ``secret_people.json`` says whose jobs may have a secret; one that is not in it is everybody's.
+    """
 
     def __init__(self, store: Path) -> None:
         self._path = store / "secrets.json"
+        self._people_path = store / "secret_people.json"
         self._jobs = store / "job_secrets"
         self._jobs.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -25,15 +30,36 @@ class SecretStore:
         """Return the names of the cluster's secrets, sorted."""
         return tuple(sorted(_read(self._path)))
 
-    def put(self, name: str, value: str) -> None:
+    def put(self, name: str, value: str, people: Sequence[str] | None = None) -> None:
         """Set a secret of the cluster.
+
+        Args:
+            name: its name.
+            value: its value.
+            people: whose jobs may have it; none for everybody's. None leaves that as it is.
 
         Raises:
             SpecError: the name is not a variable's, or the value cannot be one.
             StorageError: it cannot be written; the value before stays.
         """
         _check(name, value)
+        if people:
+            self._restrict(name, people)  # before the value is there
         _write(self._path, {**_read(self._path), name: value})
+        if people is not None and not people:
+            self._restrict(name, ())
+
+    def _restrict(self, name: str, people: Sequence[str]) -> None:
+        known = {key: who for key, who in self._people().items() if key != name}
+        write_private(self._people_path, json.dumps({**known, name: list(people)} if people else known))
+
+    def _people(self) -> dict[str, list[str]]:
+        return _loaded(self._people_path)
+
+    def withheld(self, names: Iterable[str], person: str) -> tuple[str, ...]:
+        """Return those of `names` that are set, and not for a person's jobs."""
+        people, known = self._people(), _read(self._path)
+        return tuple(name for name in names if name in known and name in people and person not in people[name])
 
     def remove(self, name: str) -> None:
         """Delete a secret of the cluster.
@@ -46,6 +72,7 @@ class SecretStore:
             msg = f"there is no secret {name!r}"
             raise NotFoundError(msg, hint="see their names: raylaunch secret list")
         _write(self._path, {key: value for key, value in known.items() if key != name})
+        self._restrict(name, ())
 
     def put_job(self, job_id: str, values: Mapping[str, str]) -> None:
         """Keep the values that came with a job, until `forget_job`. Nothing is written when there are none.
@@ -72,13 +99,15 @@ class SecretStore:
         known = _read(self._path)
         return tuple(name for name in names if name not in given and name not in known)
 
-    def for_job(self, job_id: str, names: Iterable[str]) -> dict[str, str]:
-        """Return the values of `names` for a job, and all that came with it: its own first, then the cluster's.
+    def for_job(self, job_id: str, names: Iterable[str], person: str) -> dict[str, str]:
+        """Return the values of `names` for a person's job, and all that came with it; its own before the cluster's.
 
-        A name without a value is left out.
+        A name without a value is left out, and so is a secret of the cluster that is for other people.
         """
+        names = tuple(names)
         own = _read(self._jobs / f"{job_id}.json")
-        known = {**_read(self._path), **own}
+        others = self.withheld(names, person)
+        known = {**{name: value for name, value in _read(self._path).items() if name not in others}, **own}
         return {name: known[name] for name in [*names, *own] if name in known}
 
     def forget_job(self, job_id: str) -> None:
@@ -104,8 +133,12 @@ def _check(name: str, value: str) -> None:
 
 
 def _read(path: Path) -> dict[str, str]:
+    return {str(key): str(value) for key, value in _loaded(path).items()}
+
+
+def _loaded(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        found: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -113,7 +146,7 @@ def _read(path: Path) -> dict[str, str]:
         raise StorageError(
             msg, hint=f"look at {path}, or delete it and set them again: raylaunch secret set NAME"
         ) from None
-    return {str(key): str(value) for key, value in found.items()}
+    return found
 
 
 def _write(path: Path, values: Mapping[str, str]) -> None:

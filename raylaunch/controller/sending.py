@@ -54,10 +54,11 @@ class Sender:
     async def _send_once(self, record: JobRecord) -> None:
         attempt = latest(record)
         wanted = asked(record)
-        secrets = self._means.secrets.for_job(record.id, {*wanted.secrets, WANDB_KEY})
+        names = {*self._means.settings.secrets, *wanted.secrets, WANDB_KEY}
+        secrets = self._means.secrets.for_job(record.id, names, record.owner)
         missing = sorted(set(wanted.secrets) - set(secrets))
         if missing:
-            msg = f"the secret {missing[0]} is not set any more"
+            msg = f"the secret {missing[0]} is not set any more, or not for {record.owner}"
             raise ConflictError(msg)
         settings = self._means.settings
         spec = attempt_spec(

@@ -48,7 +48,7 @@ class JobVerbs(Protocol):
     async def submit(self, request: SubmitRequest, person: str) -> SubmitAnswer:
         """Take a job in, or return the one that the same request id made."""
 
-    async def dry_run(self, request: SubmitRequest) -> DryRun:
+    async def dry_run(self, request: SubmitRequest, person: str) -> DryRun:
         """Say where the job could run, without taking it in."""
 
     async def stop(self, record: JobRecord, *, grace_s: float | None, person: str) -> JobView:

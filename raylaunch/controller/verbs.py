@@ -70,7 +70,7 @@ class Verbs:
             ConflictError: its code has not arrived, or the request id made another job.
             StorageError: the store's disk is full.
         """
-        self._check(request)
+        self._check(request, person)
         await self._wheel_needs.check(request)
         record, created = self._records.create(
             request,
@@ -81,14 +81,14 @@ class Verbs:
         self._sight.ring()
         return SubmitAnswer(job=record.view(), created=created)
 
-    async def dry_run(self, request: SubmitRequest) -> DryRun:
+    async def dry_run(self, request: SubmitRequest, person: str) -> DryRun:
         """Say where the job could run now, or what it would wait for.
 
         Raises:
             SpecError: as `submit`.
             UnsatisfiableError: as `submit`.
         """
-        self._check(request, package=False)
+        self._check(request, person, package=False)
         wheels_for = await self._wheel_needs.of(request.spec)
         await self._sight.fresh_nodes(age_s=_FRESH_S, timeout_s=_LOOK_S)
         rooms = rooms_of(with_drains(self._sight.nodes, self._drains.now()))
@@ -208,12 +208,16 @@ class Verbs:
         found += [one for one in (sight.unwritten, self._drains.problem) if one]
         return tuple(found)
 
-    def _check(self, request: SubmitRequest, *, package: bool = True) -> None:
+    def _check(self, request: SubmitRequest, person: str, *, package: bool = True) -> None:
         self._secrets.check(request.secrets)
         missing = self._secrets.missing((*self._settings.secrets, *request.spec.secrets), given=request.secrets)
         if missing:
             msg = f"the secret {missing[0]} is not set on cluster {self._settings.cluster}"
             raise SpecError(msg, hint=f"raylaunch secret set {missing[0]}", field="secrets")
+        if withheld := self._secrets.withheld(set(request.spec.secrets) - request.secrets.keys(), person):
+            msg = f"the secret {withheld[0]} is not for jobs of {person}"
+            hint = f"ask an operator: raylaunch secret set {withheld[0]} --for {person}; or send a value of your own"
+            raise SpecError(msg, hint=hint, field="secrets")
         self._check_fits(request.spec)
         if package and request.package and not self._packages.have(request.package).complete:
             msg = f"the code of this job (package {request.package[:12]}) has not arrived"

@@ -90,7 +90,8 @@ class Desk:
         record, created = self._records.create(request, owner=person, wandb=None)
         return SubmitAnswer(job=record.view(), created=created)
 
-    async def dry_run(self, request: SubmitRequest) -> DryRun:
+    async def dry_run(self, request: SubmitRequest, person: str) -> DryRun:
+        assert person
         return self.air_gapped or DryRun(
             fits=("here",), message=f"{request.spec.display_name} would start on here at once"
         )
