@@ -29,6 +29,7 @@ from raylaunch.downloads import (
     local_name,
 )
 from raylaunch.errors import WheelsNeededError
+from raylaunch.job_page import page_from
 from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
 from raylaunch.sensitive import NO_MORE, Allowed
 from raylaunch.spec import OF_THE_CLUSTER, JobSpec
@@ -73,6 +74,7 @@ _Result = TypeVar("_Result")
 HOLD_S = 25.0
 """How long one question about news is held open."""
 _LOOK_S = 300.0
+_NAMED = 3
 _GATHERED_BY_UP = (
     "nodes reach no package index, and the cluster's environment lists packages whose wheels are not there; "
     "the person who runs the cluster sends them: raylaunch up"
@@ -302,7 +304,12 @@ class Client:
             "limit": limit,
             "cursor": cursor,
         }
-        return await self._wire.model(JobPage, "GET", "/v1/jobs", params=params)
+        page = page_from((await self._wire.ask("GET", "/v1/jobs", params=params)).body)
+        if page.unreadable:
+            left_out = ", ".join(page.unreadable[:_NAMED]) + (" and others" if len(page.unreadable) > _NAMED else "")
+            count = len(page.unreadable)
+            self._notice(f"{count} {'job' if count == 1 else 'jobs'} cannot be read and left out: {left_out}")
+        return page
 
     async def job(self, ref: str) -> JobView:
         """Return one job with everything about it."""

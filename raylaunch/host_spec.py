@@ -27,7 +27,7 @@ def _gpus_words(value: object) -> object:
 
 
 ClusterGpus = Annotated[Literal["auto"] | Annotated[int, Field(ge=0)] | tuple[str, ...], BeforeValidator(_gpus_words)]
-Cpus = Annotated[float, Field(gt=0)] | None
+Cpus = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)] | None
 
 
 def _unless(fits: Callable[[str], object], words: str) -> AfterValidator:

@@ -20,6 +20,7 @@ from raylaunch.spec_parts import (
     GPU_VARIABLES,
     NAME,
     OF_THE_CLUSTER,
+    Amount,
     Bytes,
     Environment,
     EnvironmentKind,
@@ -62,13 +63,13 @@ _OF_RAY = ("node:", "accelerator_type:", "bundle_")
 class Resources(Spec):
     """What a job holds on its node while it runs. What no node could ever give is refused at submit."""
 
-    gpus: Annotated[int, Field(ge=0)] = 0
+    gpus: Annotated[int, Field(ge=0, le=100_000)] = 0
     """GPUs. Example: `1`"""
-    cpus: Annotated[float, Field(ge=0)] | None = None
+    cpus: Amount | None = None
     """CPU cores; without it 1, or none when GPUs are asked for. Example: `4`"""
     memory: Bytes = 0
     """Counted when placing, not enforced. Example: `16GiB`"""
-    custom: dict[str, float] = Field(default_factory=dict)
+    custom: dict[str, Amount] = Field(default_factory=dict)
     """Custom Ray resources. Example: `{scratch: 1}`"""
 
     @field_validator("custom")

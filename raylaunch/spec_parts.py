@@ -16,8 +16,23 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
-Seconds = Annotated[float, BeforeValidator(seconds), Field(gt=0)]
-Bytes = Annotated[int, BeforeValidator(size_bytes), Field(ge=0)]
+MOST_SECONDS = 10 * 366 * 86400.0
+_LAST_MOMENT = 253_402_300_799.0
+_MOST_BYTES = 1 << 60
+_MOST_AMOUNT = 1_000_000.0
+
+# Every number that comes from outside is finite and has bounds: one that is not would reach arithmetic, a database and
+# other people's lists, and JSON has no way to write it.
+Seconds = Annotated[float, BeforeValidator(seconds), Field(gt=0, le=MOST_SECONDS, allow_inf_nan=False)]
+"""A duration of more than nothing, at most ten years."""
+SomeSeconds = Annotated[float, Field(ge=0, le=MOST_SECONDS, allow_inf_nan=False)]
+"""A duration that may be nothing."""
+Moment = Annotated[float, Field(ge=0, le=_LAST_MOMENT, allow_inf_nan=False)]
+"""Seconds since the epoch, up to the year 9999."""
+Bytes = Annotated[int, BeforeValidator(size_bytes), Field(ge=0, le=_MOST_BYTES)]
+Amount = Annotated[float, Field(ge=0, le=_MOST_AMOUNT, allow_inf_nan=False)]
+"""How much of a resource."""
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Spec(BaseModel):

@@ -18,6 +18,7 @@ from raylaunch.job_state import JobState as JobState  # noqa: PLC0414 -- exporte
 from raylaunch.job_state import transition as transition  # noqa: PLC0414 -- exported again
 from raylaunch.reasons import Reason
 from raylaunch.spec import Environment, JobSpec
+from raylaunch.spec_parts import Finite, Moment
 from raylaunch.wheel_sets import BuildPlatform, WheelSet
 
 
@@ -55,9 +56,9 @@ class AttemptView(View):
     node: str = ""
     """Hostname of the node it was placed on."""
     node_id: str = ""
-    admitted_at: float
-    started_at: float | None = None
-    ended_at: float | None = None
+    admitted_at: Moment
+    started_at: Moment | None = None
+    ended_at: Moment | None = None
     exit_code: int | None = None
     signal: str = ""
     """Name of the signal that ended it (``SIGKILL``), or empty."""
@@ -77,9 +78,9 @@ class AttemptView(View):
 class Progress(View):
     """How far the training says it is: `step` of `total`, in whatever it counts; said `at`."""
 
-    step: float
-    total: float | None = None
-    at: float
+    step: Finite
+    total: Finite | None = None
+    at: Moment
 
 
 class FileFact(View):
@@ -189,10 +190,10 @@ class JobView(View):
     """None for a foreign job: one that was submitted with plain ``ray job submit``."""
     foreign: bool = False
     entrypoint: str = ""
-    created_at: float
-    started_at: float | None = None
-    ended_at: float | None = None
-    updated_at: float
+    created_at: Moment
+    started_at: Moment | None = None
+    ended_at: Moment | None = None
+    updated_at: Moment
     attempts: tuple[AttemptView, ...] = ()
     unreachable: bool = False
     progress: Progress | None = None
@@ -234,6 +235,8 @@ class JobPage(View):
     next_cursor: str = ""
     """Pass it to get the next page; empty on the last."""
     total: int
+    unreadable: tuple[str, ...] = ()
+    """Ids of jobs that belong here and whose records cannot be read; they are left out."""
 
 
 class Event(View):
@@ -243,7 +246,7 @@ class Event(View):
     """
 
     seq: int
-    at: float
+    at: Moment
     job: str = ""
     kind: str
     message: str = ""

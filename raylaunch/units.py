@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_MOST = 1e18
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -68,6 +69,9 @@ def size_bytes(value: object) -> object:
         msg = f"{value!r} is not a size; write bytes, or 512MiB, 8GiB, 16G"
         raise ValueError(msg)
     number, unit = float(match.group(1)), (match.group(2) or "").lower()
+    if number > _MOST:
+        msg = f"{value[:40]!r} is more than any disk holds"
+        raise ValueError(msg)
     if not unit:
         return int(number)
     decimal = value.strip().lower().endswith("b") and not unit.endswith("i")

@@ -31,6 +31,7 @@ SENDING = PACKING | {
     "submission",
     "transfer",
     "wire",
+    "job_page",
     "log_reading",
     "requirement_lines",
 }

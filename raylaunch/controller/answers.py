@@ -21,7 +21,7 @@ from raylaunch.version import API, __version__
 OURS = {"X-Raylaunch-Version": __version__, "X-Raylaunch-Api": str(API)}
 """Headers of every answer."""
 
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _BLOCK = 1024 * 1024
 
 

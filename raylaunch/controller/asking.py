@@ -44,7 +44,9 @@ async def _light_job(ref: str, request: Request, services: Has, caller: Who) -> 
 Job = Annotated[JobRecord, Depends(_job)]
 LightJob = Annotated[JobRecord, Depends(_light_job)]
 """Without its heavy fields: for what is asked again and again."""
-WaitS = Annotated[float, Query(ge=0, le=WAIT_S, description="how long to wait for news, seconds")]
+LARGEST = (1 << 63) - 1
+"""The largest whole number that files and the database take."""
+WaitS = Annotated[float, Query(ge=0, le=WAIT_S, allow_inf_nan=False, description="how long to wait for news, seconds")]
 
 
 def require_own(caller: Caller, record: JobRecord, what: str) -> None:

@@ -38,7 +38,7 @@ def _last_lines(job_folder: Path, attempt: int, rank: int) -> tuple[str, ...]:
 def _failed_rank(exit_file: Path) -> int:
     try:
         found = json.loads(exit_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return 0
     rank = found.get("failed_rank") if isinstance(found, dict) else None
     return rank if isinstance(rank, int) else 0

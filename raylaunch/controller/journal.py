@@ -127,7 +127,7 @@ def sync_folder(folder: Path) -> None:
 def _parse(data: bytes) -> JournalLine | None:
     try:
         return JournalLine.model_validate(json.loads(data))
-    except (ValueError, ValidationError):
+    except (ValueError, ValidationError, RecursionError):
         return None
 
 

@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from raylaunch.controller.link_events import (
     Stored,
     StoreProblem,
     event_from,
+    exit_from,
 )
 from raylaunch.errors import ClusterDownError, RaylaunchError, from_wire
 from raylaunch.runner.contract import AttemptSpec, Claim, Exit, StopWish
@@ -230,7 +232,7 @@ class Link:
         return Fenced(
             killed=cast("int", answer["killed"]),
             claim=cast("Claim | None", answer["claim"]),
-            exit=cast("Exit | None", answer["exit"]),
+            exit=exit_from(answer["exit"], now=time.time()),
             beat_at=cast("float | None", answer.get("beat_at")),
         )
 

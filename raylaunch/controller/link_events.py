@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import cast
+from typing import Annotated, Literal, cast
 
-from raylaunch.runner.contract import Claim, Exit, Facts, Started
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from raylaunch.runner.contract import Claim, Ended, Exit, Facts, Started
+from raylaunch.spec_parts import Moment
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,76 @@ _EVENTS: dict[str, Callable[..., LinkEvent]] = {
 }
 
 
+class _Exit(BaseModel):
+    """`raylaunch.runner.contract.Exit` as it must be, whoever wrote it: an attempt may write into its own folder."""
+
+    model_config = ConfigDict(extra="allow")
+
+    ended: Ended
+    exit_code: int | None = None
+    signal: str = ""
+    message: str = ""
+    failed_rank: int | None = None
+    at: Moment
+    by_ray: bool = False
+    killed: int = 0
+    oom: bool = False
+
+
+class _Started(BaseModel):
+    """`raylaunch.runner.contract.Started`, as above."""
+
+    model_config = ConfigDict(extra="allow")
+
+    pid: int
+    at: Moment
+    gpus: list[str] = Field(default_factory=list)
+    ranks: Annotated[int, Field(ge=0, le=1_000_000)] = 1
+
+
+class _Facts(BaseModel):
+    """`raylaunch.runner.contract.Facts`, as above; what is wrong in them is left out with the rest."""
+
+    model_config = ConfigDict(extra="allow")
+
+    python: str = ""
+    version: str = ""
+    torch: str = ""
+    wandb: str = ""
+    packages: list[str] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
+    wandb_mode: Literal["online", "offline", "disabled"] = "disabled"
+    wandb_why: str = ""
+    wandb_url: str = ""
+
+
+def exit_from(value: object, *, now: float) -> Exit | None:
+    """Return how an attempt ended, from what its folder says; that it cannot be read is an end too."""
+    if value is None:
+        return None
+    try:
+        return cast("Exit", _Exit.model_validate(value).model_dump())
+    except ValidationError:
+        message = "what it wrote about its end cannot be read"
+        return cast("Exit", _Exit(ended="runner_error", message=message, at=now).model_dump())
+
+
+def started_from(value: object) -> Started | None:
+    """Return that an attempt's training has started, from what its folder says."""
+    try:
+        return None if value is None else cast("Started", _Started.model_validate(value).model_dump())
+    except ValidationError:
+        return None
+
+
+def facts_from(value: object) -> Facts | None:
+    """Return what an attempt's runner found, from what its folder says."""
+    try:
+        return None if value is None else cast("Facts", _Facts.model_validate(value).model_dump(exclude_unset=True))
+    except ValidationError:
+        return None
+
+
 def event_frame(event: LinkEvent) -> dict[str, object]:
     """Return an event as the child sends it."""
     name = next(name for name, kind in _EVENTS.items() if kind is type(event))
@@ -93,4 +167,8 @@ def event_frame(event: LinkEvent) -> dict[str, object]:
 def event_from(frame: dict[str, object]) -> LinkEvent:
     """Return the event that a frame carries."""
     fields = dict(frame)
+    if fields["event"] == "attempt":
+        fields["exit"] = exit_from(fields["exit"], now=time.time())
+        fields["started"] = started_from(fields["started"])
+        fields["facts"] = facts_from(fields["facts"])
     return _EVENTS[cast("str", fields.pop("event"))](**fields)

@@ -313,7 +313,7 @@ def _run_of(attempt_file: Path) -> tuple[str, bool]:
     try:
         found = json.loads(attempt_file.read_text(encoding="utf-8"))
         return str(found["wandb"]["run_id"]), found.get("launcher") == "ray"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "", False
 
 

@@ -335,7 +335,7 @@ def _read_replicated(path: Path) -> dict[str, HaveFile]:
     try:
         known = json.loads(path.read_bytes())
         return {str(name): HaveFile(*entry) for name, entry in known.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 from typing_extensions import TypedDict
 
-from raylaunch.errors import ConflictError
+from raylaunch.errors import ConflictError, StorageError
 from raylaunch.spec import JobSpec
 from raylaunch.state import Change, JobState, JobView, transition
 from raylaunch.wheel_sets import WheelSet
@@ -102,5 +102,13 @@ def record_from(light: str, heavy: str = "") -> JobRecord:
     """Build a record from the two JSON texts of a row.
 
     Python's own JSON carries NaN and infinity, which losses become; JSON proper would turn them into null.
+
+    Raises:
+        StorageError: they are not a record that this version reads.
     """
-    return JobRecord.model_validate({**json.loads(light), **(json.loads(heavy) if heavy else {})})
+    try:
+        return JobRecord.model_validate({**json.loads(light), **(json.loads(heavy) if heavy else {})})
+    except (ValueError, RecursionError, TypeError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        msg = f"the job's record cannot be read: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+        raise StorageError(msg, hint="its folder in the store is whole; raylaunch list shows the others") from error

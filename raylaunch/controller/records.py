@@ -7,6 +7,7 @@ disk has, then a row. What a crash leaves between the two is repaired at the nex
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sqlite3
 import time
@@ -23,12 +24,15 @@ from raylaunch.controller.record import HEAVY, JobRecord, StopWish, heavy_json, 
 from raylaunch.controller.recovery import move_to_trash, reconcile
 from raylaunch.controller.rooms import ask_of
 from raylaunch.controller.search import Filters, Kept, kept, nearest_refs, page_of
-from raylaunch.errors import ConflictError, NotFoundError
+from raylaunch.errors import ConflictError, NotFoundError, StorageError
 from raylaunch.state import Change, Event, EventPage, JobPage, JobState, JobView, SubmitRequest, WandbLink
 
 __all__ = ["JobRecord", "Records"]
 
+_log = logging.getLogger(__name__)
+
 _DB = "raylaunch.db"
+_NAMED = 5
 
 
 class Records:
@@ -58,11 +62,16 @@ class Records:
             self._db, damage = schema.open_database(store / _DB)
             self.healed = reconcile(self._db, store, damage=damage)
             self._seq = int(self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
+            self.unreadable: list[str] = []
             self._foreign = {record.id: record for record in self._load_unfinished(foreign=True)}
             self._active: dict[str, JobRecord] = {}
             self.backlog = Backlog()
             for record in self._load_unfinished(foreign=False):
                 self._keep(record)
+            if self.unreadable:
+                named = ", ".join(self.unreadable[:_NAMED])
+                what = f"The records of {len(self.unreadable)} jobs cannot be read, and they are left alone: {named}."
+                self.healed = (*self.healed, what)
         except BaseException:
             os.close(self._lock)
             raise
@@ -385,8 +394,14 @@ class Records:
     def _load_unfinished(self, *, foreign: bool) -> Iterator[JobRecord]:
         going = [state.value for state in JobState if not state.ended]
         where = f"state IN ({', '.join('?' * len(going))}) AND is_foreign = ?"
-        rows = self._db.execute(f"SELECT light FROM jobs WHERE {where}", [*going, foreign])  # noqa: S608 -- only marks
-        return (record_from(light) for (light,) in rows)
+        rows = self._db.execute(f"SELECT id, light FROM jobs WHERE {where}", [*going, foreign])  # noqa: S608 -- only marks
+        for job, light in rows:
+            try:
+                yield record_from(light)
+            except StorageError as error:  # noqa: PERF203 -- each is one row
+                if job not in self.unreadable:
+                    self.unreadable.append(job)
+                    _log.warning("%s is left alone: %s", job, error.message)
 
     def _by_id(self, job_id: str) -> JobRecord:
         row = self._db.execute("SELECT light, heavy FROM jobs WHERE id = ?", (job_id,)).fetchone()

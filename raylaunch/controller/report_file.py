@@ -12,6 +12,8 @@ from raylaunch.state import Progress
 from raylaunch.tracking.run_file import History, Item
 
 _LONGEST_LINE = 1024 * 1024
+_LONGEST_NAME = 500
+_LARGEST = 1e11
 
 
 class ReportFile:
@@ -55,19 +57,33 @@ class ReportFile:
     def _row(self, line: bytes) -> Iterator[History]:
         try:
             told = json.loads(line)
-            at = float(told["at"])
+            at = _finite(told["at"])
             step = told.get("step")
             total = told.get("total")
-            values = {str(key): float(value) for key, value in (told.get("metrics") or {}).items()}
+            values = {_whole(key): float(value) for key, value in (told.get("metrics") or {}).items()}
             place = self._lines if step is None else float(step)
             of_train = "source" in told
             if math.isfinite(place) and not (of_train and self._asked):
                 done = place + 1 if of_train else place  # the first report of a training is its step 0
-                self.progress = Progress(step=done, total=None if total is None else float(total), at=at)
+                self.progress = Progress(step=done, total=None if total is None else _finite(total), at=at)
             self._asked = self._asked or not of_train
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             self._broken += 1
             return
         self._lines += 1
         if values and math.isfinite(place):
             yield History(place, at, values)
+
+
+def _finite(value: object) -> float:
+    """Return a number that is one, and that a time or a count can be."""
+    number = float(str(value))
+    if not 0 <= number <= _LARGEST:
+        msg = f"{number} is no time and no count"
+        raise ValueError(msg)
+    return number
+
+
+def _whole(key: object) -> str:
+    """Return a name without half characters, which no answer could carry."""
+    return str(key)[:_LONGEST_NAME].encode("utf-8", "replace").decode()

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from raylaunch.controller.answers import answer
-from raylaunch.controller.asking import Has, LightJob, WaitS, Who
+from raylaunch.controller.asking import LARGEST, Has, LightJob, WaitS, Who
 from raylaunch.controller.guarded import GuardedRoute
 from raylaunch.controller.services import Services
 from raylaunch.controller.waits import departure, done, first_of
@@ -21,7 +21,7 @@ router = APIRouter(route_class=GuardedRoute)
 
 _COMMENT_EVERY_S = 15.0
 
-Cursor = Annotated[int, Query(ge=0, description="sequence number of the last event that is known")]
+Cursor = Annotated[int, Query(ge=0, le=LARGEST, description="sequence number of the last event that is known")]
 
 
 @router.get("/jobs/{ref}/events", response_model=EventPage)
@@ -47,9 +47,11 @@ async def events(
     services: Has,
     caller: Who,
     *,
-    after: Annotated[int | None, Query(ge=0, description="cursor; without it, only what happens from now on")] = None,
+    after: Annotated[
+        int | None, Query(ge=0, le=LARGEST, description="cursor; without it, only what happens from now on")
+    ] = None,
     job: str = "",
-    last_event_id: Annotated[int | None, Header(ge=0)] = None,
+    last_event_id: Annotated[int | None, Header(ge=0, le=LARGEST)] = None,
 ) -> Response:
     """Stream events (text/event-stream). A client that reconnects says its Last-Event-ID, and misses nothing."""
     known = last_event_id if last_event_id is not None else after

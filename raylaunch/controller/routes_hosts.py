@@ -10,6 +10,7 @@ from raylaunch.controller.answers import answer
 from raylaunch.controller.asking import Has, Who
 from raylaunch.controller.auth import Role
 from raylaunch.controller.guarded import GuardedRoute, needs
+from raylaunch.spec_parts import Moment
 
 router = APIRouter(route_class=GuardedRoute)
 
@@ -19,7 +20,7 @@ class DrainRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    until: float | None = None
+    until: Moment | None = None
     stop: bool = False
 
 
@@ -28,7 +29,7 @@ class QuietRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    limit_s: float = Field(default=600.0, gt=0, le=7 * 86400)
+    limit_s: float = Field(default=600.0, gt=0, le=7 * 86400, allow_inf_nan=False)
     stop: bool = False
 
 

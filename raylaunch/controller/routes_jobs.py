@@ -19,6 +19,7 @@ from raylaunch.controller.record import JobRecord
 from raylaunch.controller.recovery import empty_trash
 from raylaunch.controller.services import MetricsReader
 from raylaunch.errors import SpecError
+from raylaunch.spec_parts import Moment, SomeSeconds
 from raylaunch.state import JobPage, JobState, JobView, SubmitAnswer, SubmitRequest
 
 SUBMIT_BYTES = 16 * 1024 * 1024
@@ -35,7 +36,7 @@ class StopRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    grace_s: float | None = None
+    grace_s: SomeSeconds | None = None
 
 
 @router.post("/jobs", response_model=SubmitAnswer)
@@ -65,7 +66,7 @@ async def jobs(  # noqa: PLR0913 -- each is one filter
     name: str = "",
     owner: str = "",
     tag: str = "",
-    since: float | None = None,
+    since: Moment | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
     cursor: str = "",
 ) -> Response:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from raylaunch.controller import logs
 from raylaunch.controller.answers import answer
-from raylaunch.controller.asking import Has, LightJob, WaitS, pick_attempt
+from raylaunch.controller.asking import LARGEST, Has, LightJob, WaitS, pick_attempt
 from raylaunch.controller.guarded import GuardedRoute
 from raylaunch.controller.log_sources import Log, Searched, log_of
 from raylaunch.controller.record import JobRecord
@@ -21,8 +21,8 @@ from raylaunch.state import LogMatches
 
 router = APIRouter(route_class=GuardedRoute)
 
-Attempt = Annotated[int | None, Query(description="number of the attempt; by default the latest")]
-Rank = Annotated[int, Query(ge=0)]
+Attempt = Annotated[int | None, Query(le=LARGEST, description="number of the attempt; by default the latest")]
+Rank = Annotated[int, Query(ge=0, le=1_000_000)]
 
 
 class _Look(NamedTuple):
@@ -41,8 +41,8 @@ async def log(  # noqa: PLR0913 -- each is one option
     *,
     attempt: Attempt = None,
     rank: Rank = 0,
-    tail: Annotated[int | None, Query(ge=0, description="begin at the last lines")] = None,
-    offset: Annotated[int | None, Query(ge=0, description="begin at this byte")] = None,
+    tail: Annotated[int | None, Query(ge=0, le=LARGEST, description="begin at the last lines")] = None,
+    offset: Annotated[int | None, Query(ge=0, le=LARGEST, description="begin at this byte")] = None,
     limit: Annotated[int, Query(ge=1, le=logs.READ_BYTES)] = logs.READ_BYTES,
     wait_s: WaitS = 0.0,
 ) -> Response:
@@ -74,7 +74,7 @@ async def search(  # noqa: PLR0913 -- each is one option
     pattern: str,
     regex: bool = False,
     ignore_case: bool = False,
-    offset: Annotated[int, Query(ge=0)] = 0,
+    offset: Annotated[int, Query(ge=0, le=LARGEST)] = 0,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
     attempt: Attempt = None,
     rank: Rank = 0,

@@ -9,7 +9,7 @@ import anyio
 from fastapi import APIRouter, Query, Request, Response
 
 from raylaunch.controller.answers import error_answer, json_answer
-from raylaunch.controller.asking import Has
+from raylaunch.controller.asking import LARGEST, Has
 from raylaunch.controller.auth import Role
 from raylaunch.controller.guarded import GuardedRoute, needs
 from raylaunch.controller.packages import PIECE_BYTES, Have, WrongOffsetError
@@ -31,8 +31,8 @@ async def put_package(
     request: Request,
     services: Has,
     *,
-    offset: Annotated[int, Query(ge=0)],
-    total: Annotated[int, Query(ge=1)],
+    offset: Annotated[int, Query(ge=0, le=LARGEST)],
+    total: Annotated[int, Query(ge=1, le=LARGEST)],
 ) -> Response:
     """Take one piece of a package."""
     request.state.about = sha

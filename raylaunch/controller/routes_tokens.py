@@ -12,6 +12,7 @@ from raylaunch.controller.answers import answer, json_answer
 from raylaunch.controller.asking import Has, Who
 from raylaunch.controller.auth import Role
 from raylaunch.controller.guarded import GuardedRoute, needs
+from raylaunch.spec_parts import Moment
 
 router = APIRouter(route_class=GuardedRoute)
 
@@ -27,8 +28,8 @@ class InviteRequest(BaseModel):
 
     person: str
     role: Role
-    valid_s: float = Field(default=_DAY_S, gt=0, le=30 * _DAY_S)
-    token_expires_at: float | None = None
+    valid_s: float = Field(default=_DAY_S, gt=0, le=30 * _DAY_S, allow_inf_nan=False)
+    token_expires_at: Moment | None = None
 
 
 class TakeRequest(BaseModel):

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from raylaunch.controller.record import JobRecord, record_from
-from raylaunch.errors import SpecError
-from raylaunch.state import JobPage, JobState
+from raylaunch.errors import SpecError, StorageError
+from raylaunch.state import JobPage, JobState, JobView
 
+_log = logging.getLogger(__name__)
+
+METRICS_LISTED = 20
+"""How many metrics of a job a list has; the job itself has more."""
 _NEAR_AMONG = 500
 """Latest jobs whose ids and names are compared with a mistyped one."""
 
@@ -68,11 +74,27 @@ def page_of(
     rows = connection.execute(query, [*values, limit + 1]).fetchall()
     more = len(rows) > limit
     shown = rows[:limit]
+    jobs, unreadable = [], []
+    for light, _, job in shown:
+        try:
+            jobs.append(_listed(known.get(job) or record_from(light)))
+        except StorageError as error:  # noqa: PERF203 -- each is one row
+            _log.warning("%s is left out of a list: %s", job, error.message)
+            unreadable.append(job)
     return JobPage(
-        jobs=tuple((known.get(job) or record_from(light)).view() for light, _, job in shown),
+        jobs=tuple(jobs),
         next_cursor=f"{shown[-1][1]!r}~{shown[-1][2]}" if more and shown else "",
         total=total,
+        unreadable=tuple(unreadable),
     )
+
+
+def _listed(record: JobRecord) -> JobView:
+    """Return what a list shows of a job: of many metrics only some."""
+    view = record.view()
+    if len(view.last_metrics) <= METRICS_LISTED:
+        return view
+    return view.model_copy(update={"last_metrics": dict(islice(view.last_metrics.items(), METRICS_LISTED))})
 
 
 def nearest_refs(connection: sqlite3.Connection, ref: str) -> list[str]:
@@ -107,12 +129,17 @@ class Kept(NamedTuple):
 
 def kept(db: sqlite3.Connection) -> list[Kept]:
     """Return that of every job of ours."""
-    columns = "id, state, json_extract(light, '$.ended_at'), json_extract(light, '$.package')"
-    sets = "json_extract(heavy, '$.wheels')"
-    rows = db.execute(f"SELECT {columns}, {sets} FROM jobs WHERE NOT is_foreign")  # noqa: S608 -- fixed
+    found = db.execute(
+        "SELECT id, state, json_extract(light, '$.ended_at'), json_extract(light, '$.package'), "
+        "json_extract(heavy, '$.wheels') FROM jobs WHERE NOT is_foreign AND json_valid(light)"
+    ).fetchall()
+    others = "json_extract(heavy, '$.wheels') FROM jobs WHERE NOT is_foreign AND NOT json_valid(light)"
+    for job, state, text, wheels in db.execute(f"SELECT id, state, light, {others}"):
+        told = json.loads(text)  # a loss that is no number is JSON for Python only
+        found.append((job, state, told.get("ended_at"), told.get("package"), wheels))
     return [
         Kept(job, at if JobState(state).ended else None, package or "", _shas(wheels))
-        for job, state, at, package, wheels in rows
+        for job, state, at, package, wheels in found
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
@@ -19,6 +20,7 @@ FENCED = "fenced"
 
 _ATTEMPT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}-[0-9]{1,6}")
 _LARGEST_JSON = 16 * 1024 * 1024
+_LARGEST_NUMBER = 1 << 53
 _HALF_WRITTEN_S = 1.0
 
 
@@ -87,9 +89,26 @@ def read_json(path: Path) -> dict[str, object] | None:
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             value = json.loads(file.read(_LARGEST_JSON))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # a job can write there too
         return None
-    return value if isinstance(value, dict) else None
+    return cast("dict[str, object]", plain(value)) if isinstance(value, dict) else None
+
+
+def plain(value: object) -> object:
+    """Return JSON data that every reader takes: no half characters, and numbers that are finite and not huge."""
+    match value:
+        case str():
+            return value.encode("utf-8", "replace").decode()
+        case bool():
+            return value
+        case int() | float():
+            return value if math.isfinite(value) and abs(value) <= _LARGEST_NUMBER else 0
+        case dict():
+            return {plain(key): plain(item) for key, item in value.items()}
+        case list():
+            return [plain(item) for item in value]
+        case _:
+            return value
 
 
 def read_claim(folder: Path) -> Claim | None:
