@@ -18,7 +18,7 @@ from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.foreign import ForeignJobs
 from raylaunch.controller.lifecycle import TOLD_AHEAD, Lifecycle
-from raylaunch.controller.link import LinkDown, LinkUp, NodesChanged
+from raylaunch.controller.link import Link, LinkDown, LinkUp, NodesChanged
 from raylaunch.controller.means import Leavings, Means
 from raylaunch.controller.queue import Block
 from raylaunch.controller.ray_jobs import RayJobs
@@ -26,10 +26,23 @@ from raylaunch.controller.record import JobRecord
 from raylaunch.controller.records import Records
 from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.sight import Sight
-from raylaunch.errors import ClusterDownError
+from raylaunch.errors import ClusterDownError, RaylaunchError
 from raylaunch.reasons import Reason
 from raylaunch.spec import JobSpec, Resources
 from raylaunch.state import AttemptView, Change, JobState, SubmitRequest
+
+
+class BrokenLink(LinkToNothing):
+    """A link whose child has a bug."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.asked = 0
+
+    async def nodes(self) -> tuple[NodeView, ...]:
+        self.asked += 1
+        msg = "the link failed at nodes"
+        raise RaylaunchError(msg)
 
 
 class SlowLink(LinkToNothing):
@@ -64,14 +77,21 @@ async def _nothing_left(_: JobRecord) -> Leavings:
 
 @asynccontextmanager
 async def running(folder: Path, records: Records | None = None) -> AsyncIterator[tuple[Lifecycle, SlowLink, Sight]]:
-    records, sight, link = records or Records(folder), Sight(), SlowLink(folder)
+    link = SlowLink(folder)
+    async with running_with(link, folder, records) as (lifecycle, sight):
+        yield lifecycle, link, sight
+
+
+@asynccontextmanager
+async def running_with(link: Link, folder: Path, records: Records | None) -> AsyncIterator[tuple[Lifecycle, Sight]]:
+    records, sight = records or Records(folder), Sight()
     ray = RayJobs("http://127.0.0.1:9", "none")
     means = Means(settings_of(folder, 9), records, SecretStore(folder), link, ray, sight, _nothing_left)
     foreign = ForeignJobs(records=records, ray=ray, link=link, sight=sight)
     lifecycle = Lifecycle(means, Artifacts(folder), foreign, DrainBook(folder))
     task = asyncio.create_task(lifecycle.run())
     try:
-        yield lifecycle, link, sight
+        yield lifecycle, sight
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -101,6 +121,21 @@ async def test_a_question_without_an_answer_is_asked_again(tmp_path: Path) -> No
         link.let.release()
         link.let.release()
         await until(lambda: bool(sight.ready_nodes()), 5, "the node is seen")
+
+
+@pytest.mark.anyio
+async def test_a_bug_of_the_links_child_is_not_met_again_and_again(tmp_path: Path) -> None:
+    records, link = Records(tmp_path), BrokenLink(tmp_path)
+    spec = JobSpec(entrypoint="python train.py", resources=Resources(gpus=1))
+    records.create(SubmitRequest(spec=spec), owner="ana", wandb=None)
+    async with running_with(link, tmp_path, records) as (lifecycle, sight):
+        lifecycle.see(LinkUp(ray_version="2"))
+        await until(lambda: link.asked == 1, 5, "the nodes are asked for")
+        for _ in range(200):  # each lets the loop take a step
+            sight.ring()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        assert link.asked <= 2
 
 
 @pytest.mark.anyio

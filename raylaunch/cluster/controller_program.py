@@ -61,6 +61,7 @@ def write_config(paths: ClusterPaths, record: ClusterRecord) -> None:
         "dashboard_url": spec.address if foreign else f"http://{LOOPBACK}:{record.ports['dashboard']}",
         "ray_token_path": str(paths.ray_token),
         "ray_env": _ray_tls(paths, record),
+        "log_path": str(paths.controller_log),
         "default_environment": record.spec.environment.model_dump(mode="json"),
         "env": record.spec.env,
         "secrets": record.spec.secrets,

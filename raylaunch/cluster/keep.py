@@ -27,6 +27,7 @@ from raylaunch.cluster.plan import Step
 from raylaunch.cluster.process import is_alive
 from raylaunch.cluster.record import ClusterRecord, cluster_lock, load_record
 from raylaunch.errors import ConflictError, RaylaunchError
+from raylaunch.log_rotation import rotate
 from raylaunch.version import __version__
 
 _log = logging.getLogger("raylaunch.cluster.keep")
@@ -80,6 +81,7 @@ async def keep(paths: ClusterPaths) -> None:
     """
     pause, watch = _FIRST_PAUSE_S, HealthWatch()
     while (record := load_record(paths)) is not None and record.wanted == "running":
+        rotate(paths.root / "keep.log")
         if keeper(paths) != __version__:
             return
         try:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from raylaunch.cluster.home import storage_error
 from raylaunch.errors import ClusterStartError
+from raylaunch.log_rotation import rotate
 
 _POLL_S = 0.05
 
@@ -113,6 +114,7 @@ async def start_apart(
         ClusterStartError: the program cannot be started.
     """
     order = {"argv": list(argv), "env": dict(env), "cwd": str(cwd), "log": str(log), "first_line": first_line}
+    rotate(log)
     launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER]
     with anyio.CancelScope(shield=True):  # what was started must not be forgotten
         done = await anyio.run_process(launcher, input=json.dumps(order).encode(), check=True, stderr=subprocess.STDOUT)

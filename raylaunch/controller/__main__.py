@@ -1,7 +1,7 @@
 """``python -m raylaunch.controller --config FILE``: the program that runs next to the Ray head.
 
-Exit status: 0 after SIGTERM (jobs go on), 2 for a wrong configuration, 3 when the port is taken, 4 when another
-controller holds the store, 5 when the store cannot be used.
+Exit status: 0 after SIGTERM (jobs go on), 1 when its loop failed (the log has the traceback), 2 for a wrong
+configuration, 3 when the port is taken, 4 when another controller holds the store, 5 when the store cannot be used.
 """
 
 from __future__ import annotations
@@ -44,9 +44,12 @@ from raylaunch.controller.sight import Sight
 from raylaunch.controller.verbs import Verbs
 from raylaunch.controller.wheel_needs import WheelNeeds
 from raylaunch.errors import ConflictError, RaylaunchError
+from raylaunch.log_rotation import rotate
 
 _log = logging.getLogger(__name__)
 
+_ROTATE_S = 10.0
+_FAILED = 1
 _CONFIG, _PORT, _LOCKED, _STORE = 2, 3, 4, 5
 
 
@@ -77,14 +80,14 @@ def main() -> int:
     for sentence in records.healed:
         _log.warning("%s", sentence)
     try:
-        asyncio.run(serve(settings, records, listener))
+        failed = asyncio.run(serve(settings, records, listener))
     finally:
         records.close()
-    return 0
+    return _FAILED if failed else 0
 
 
-async def serve(settings: Settings, records: Records, listener: socket.socket) -> None:
-    """Serve HTTP on `listener` and run the lifecycle, until a signal ends both."""
+async def serve(settings: Settings, records: Records, listener: socket.socket) -> bool:
+    """Serve HTTP on `listener` and run the lifecycle, until a signal ends both; return whether the lifecycle failed."""
     sight = Sight()
     secrets = SecretStore(settings.store)
     secrets.keep_only(record.id for record in records.unfinished())
@@ -159,17 +162,29 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
     )
     loop_task = asyncio.create_task(lifecycle.run(), name="lifecycle")
     sweeping = asyncio.create_task(sweeper.run(), name="retention")
+    logs = [one for one in (settings.log_path, settings.store / "link.log") if one is not None]
+    rotating = asyncio.create_task(_rotate_logs(*logs), name="log rotation")
     loop_task.add_done_callback(lambda _: stop())
     try:
         await server.serve(sockets=[listener])
     finally:
         loop_task.cancel()
         sweeping.cancel()
+        rotating.cancel()
         failure = (await asyncio.gather(loop_task, return_exceptions=True))[0]
         if isinstance(failure, Exception):
             _log.error("the lifecycle failed", exc_info=failure)
         await link.close()
         await ray.close()
+    return isinstance(failure, Exception)
+
+
+async def _rotate_logs(*logs: Path) -> None:
+    """Keep the logs of the controller and its link small, until cancelled."""
+    while True:
+        for path in logs:
+            await asyncio.to_thread(rotate, path)
+        await asyncio.sleep(_ROTATE_S)
 
 
 async def leavings_of(record: JobRecord, *, records: Records, artifacts: Artifacts, metrics: Metrics) -> Leavings:

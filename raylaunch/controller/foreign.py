@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from pydantic import ValidationError
+
 from raylaunch.controller.link import Link
 from raylaunch.controller.means import NODE_LEASE_S
 from raylaunch.controller.ray_jobs import SUPERVISOR_LOST, RayJob, RayJobs
@@ -162,8 +164,8 @@ class ForeignJobs:
             if not (job.metadata or {}).get("raylaunch_job") and self._written.get(name) != seen:
                 try:
                     self._write(name, job, seen[1])
-                except ConflictError as error:
-                    _log.warning("a job of plain Ray cannot be shown: %s", error.message)
+                except (ConflictError, ValidationError) as error:
+                    _log.warning("the job %r of plain Ray cannot be shown: %s", name, error)
                 self._written[name] = seen
         for gone in self._written.keys() - jobs.keys():
             del self._written[gone]

@@ -35,6 +35,8 @@ from raylaunch.state import AttemptView, Change
 _log = logging.getLogger(__name__)
 
 _TICK_S = 1.0
+_LONGEST_REST_S = 60.0
+"""How long at most work rests that fails again and again."""
 _POLL_REST = 50
 """Between two looks at Ray's jobs it rests so many times as long as the look took: Ray's answer holds all that it
 remembers, and costs its dashboard half a millisecond a job."""
@@ -63,6 +65,8 @@ class Lifecycle:
         self._drains = drains
         self._driver = Driver(means)
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._rests: dict[str, tuple[float, float]] = {}
+        """Work that failed last time: until when it rests (monotonic), and for how long (seconds)."""
         self._foreign = foreign
         self._ray_silent_since: float | None = None
         self._revived_at = 0.0
@@ -198,8 +202,8 @@ class Lifecycle:
     # -- tasks --------------------------------------------------------------------------------------------------------
 
     def _background(self, name: str, work: Coroutine[None, None, None]) -> None:
-        """Run `work` unless work of this name is under way."""
-        if name in self._tasks:
+        """Run `work` unless work of this name is under way, or failed a moment ago."""
+        if name in self._tasks or self._rests.get(name, (0.0, 0.0))[0] > time.monotonic():
             work.close()
             return
         task = asyncio.create_task(work, name=name)
@@ -209,19 +213,18 @@ class Lifecycle:
     def _ended(self, name: str, task: asyncio.Task[None]) -> None:
         self._tasks.pop(name, None)
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("%s failed; it is tried again", name, exc_info=error)
+            rest_s = min(max(2 * self._rests.get(name, (0.0, 0.0))[1], _TICK_S), _LONGEST_REST_S)
+            self._rests[name] = (time.monotonic() + rest_s, rest_s)
+            _log.error("%s failed; it is tried again in %.0f s", name, rest_s, exc_info=error)
+        else:
+            self._rests.pop(name, None)
         self._sight.ring()
 
     async def _drive(self, job: str) -> None:
         try:
             await self._driver.drive(job)
-        except asyncio.CancelledError:
-            raise
         except StorageError as error:
             self._sight.unwritten = error.message
-            await asyncio.sleep(_TICK_S)
-        except Exception:  # noqa: BLE001 -- the top of a task: a bug of one job must not stop the others
-            _log.exception("driving %s failed; it is tried again", job)
             await asyncio.sleep(_TICK_S)
 
     async def _refresh_nodes(self) -> None:

@@ -303,6 +303,9 @@ class Link:
                 why = await self._run_child()
             except OSError as error:
                 why = f"the link could not be started: {error}"
+            except Exception as error:  # noqa: BLE001 -- the top of a task: what the child says must not end it
+                _log.exception("the link failed; it is started again")
+                why = f"the link failed: {error}"
             finally:
                 self._fall("the link to Ray was closed")
             self._fall(why)

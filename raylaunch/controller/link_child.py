@@ -9,17 +9,17 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-_LOG_LIMIT = 16 * 1024 * 1024
+from raylaunch.log_rotation import rotate
+
 _CLOSE_S = 5.0
 
 
 @contextlib.contextmanager
 def open_log(path: Path) -> Iterator[int]:
-    """Open the log that the child's stderr goes to; one that has become large begins anew."""
+    """Open the log that the child's stderr goes to."""
+    rotate(path)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
-        if os.fstat(fd).st_size > _LOG_LIMIT:
-            os.ftruncate(fd, 0)
         yield fd
     finally:
         os.close(fd)

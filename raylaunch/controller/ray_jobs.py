@@ -7,14 +7,19 @@ It speaks the REST interface itself instead of using ``ray.job_submission``: tha
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+import json
+import logging
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 from urllib.parse import quote
 
 import httpx2
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raylaunch.errors import ClusterDownError, ConflictError
+
+_log = logging.getLogger(__name__)
 
 NODE_LABEL = "ray.io/node-id"
 """The label that Ray gives each node itself."""
@@ -43,6 +48,10 @@ class Submission:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
+Milliseconds = Annotated[int, Field(ge=0, le=253_402_300_799_000)]
+"""Since the epoch, up to the year 9999."""
+
+
 class RayJob(BaseModel):
     """What Ray remembers of a submission."""
 
@@ -55,10 +64,10 @@ class RayJob(BaseModel):
     status: str
     entrypoint: str = ""
     message: str | None = None
-    start_time: int | None = None
-    end_time: int | None = None
+    start_time: Milliseconds | None = None
+    end_time: Milliseconds | None = None
     metadata: dict[str, str] | None = None
-    driver_exit_code: int | None = None
+    driver_exit_code: Annotated[int, Field(ge=-(1 << 31), lt=1 << 32)] | None = None
     driver_node_id: str | None = None
     """Where it runs or ran; None before it began."""
     error_type: str | None = None
@@ -67,9 +76,6 @@ class RayJob(BaseModel):
     def ended(self) -> bool:
         """Whether Ray counts it as over."""
         return self.status in _ENDED
-
-
-_JOBS = TypeAdapter(list[RayJob])
 
 
 class RayJobs:
@@ -85,7 +91,8 @@ class RayJobs:
             timeout=_TIMEOUT,
             trust_env=False,
         )
-        self._all: tuple[bytes, list[RayJob]] = (b"", [])
+        self._unreadable: set[str] = set()
+        self._all: tuple[bytes, list[RayJob]] = (b"[]", [])
 
     async def close(self) -> None:
         """Close the connections."""
@@ -132,19 +139,33 @@ class RayJobs:
             if answer.status_code == _NOT_FOUND:
                 return None
             answer.raise_for_status()
-        return RayJob.model_validate_json(answer.content)
+            return RayJob.model_validate_json(answer.content)
 
     async def all(self) -> list[RayJob]:
         """Return all submissions that Ray remembers; drivers that were not submitted are left out."""
         async with self._asking("for its jobs"):
             answer = await self._http.get("/api/jobs/")
             answer.raise_for_status()
-        if answer.content != self._all[0]:  # mostly nothing has changed, and reading hundreds of jobs takes a while
-            jobs = [
-                job for job in _JOBS.validate_json(answer.content) if job.type == "SUBMISSION" and job.submission_id
-            ]
-            self._all = (answer.content, jobs)
+            if answer.content != self._all[0]:  # mostly nothing has changed, and reading hundreds of jobs takes a while
+                self._all = (answer.content, list(self._readable(answer.json())))
         return list(self._all[1])
+
+    def _readable(self, told: object) -> Iterator[RayJob]:
+        """Yield the submissions that can be read; the others are logged once each, and hide none."""
+        if not isinstance(told, list):
+            msg = "not a list"
+            raise TypeError(msg)
+        for item in told:
+            try:
+                job = RayJob.model_validate_json(json.dumps(item))  # which refuses half characters too
+            except ValidationError as error:
+                named = str(item.get("submission_id") if isinstance(item, dict) else item)[:200]
+                if named not in self._unreadable:
+                    self._unreadable.add(named)
+                    _log.warning("a job of Ray cannot be read and is left out: %r: %s", named, error)
+                continue
+            if job.type == "SUBMISSION" and job.submission_id:
+                yield job
 
     async def stop(self, submission_id: str) -> None:
         """Ask Ray to stop it. For a submission that still waits, Ray's answer is no promise: it may yet start."""
@@ -184,6 +205,9 @@ class RayJobs:
     async def _asking(self, what: str) -> AsyncIterator[None]:
         try:
             yield
+        except (ValueError, TypeError, RecursionError) as error:
+            msg = f"Ray answered with something that cannot be read when asked {what} ({type(error).__name__})"
+            raise ClusterDownError(msg, hint="look at what listens there") from error
         except httpx2.HTTPStatusError as error:
             msg = f"Ray answered {error.response.status_code} when asked {what}: {_last_line(error.response.text)}"
             raise ClusterDownError(msg) from error

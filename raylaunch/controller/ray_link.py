@@ -44,6 +44,7 @@ _KNOCK_S = 0.2
 _LOOK_S = 1.0
 _RAY_S = 10.0
 _FACTS_S = 2.0
+_LONGEST_REST_S = 10.0
 _CALL_S = 45.0
 _PIECE = 8 * 1024 * 1024
 
@@ -116,20 +117,22 @@ class Node:
 
     async def _ask_for_facts(self) -> None:
         """Ask once; until it answers where it never has."""
+        rest_s = _LOOK_S
         try:
             while True:
                 limit_s = 5 if self._facts else _CALL_S / 3
                 try:
                     self._facts = cast("NodeFacts", await self.call("describe", timeout_s=limit_s))
-                    self._facts_at = asyncio.get_running_loop().time()
                 except ClusterError as error:
                     _log.warning("%s", error)
                 except Exception:  # noqa: BLE001 -- one node's trouble must not end the link to the others
                     _log.exception("node %s is not described", self._id)
                 if self._facts is not None:
                     return
-                await asyncio.sleep(_LOOK_S)
+                await asyncio.sleep(rest_s)
+                rest_s = min(2 * rest_s, _LONGEST_REST_S)
         finally:
+            self._facts_at = asyncio.get_running_loop().time()  # also of one that failed: the next is not at once
             self._asking = None
 
 

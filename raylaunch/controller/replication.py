@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar, cast
 
@@ -27,7 +28,9 @@ _POLL_S = 10.0
 _CALL_S = 60.0
 _HASH_S = 600.0
 _SETTLE_LOOK_S = 0.05
-_LONGEST_BACKOFF_S = 10.0
+_SHORT_S, _LONGEST_BACKOFF_S = 0.1, 10.0
+_STEADY_S = 5.0
+"""A session that ends sooner follows something that fails."""
 
 
 class Call(Protocol):
@@ -55,9 +58,11 @@ class Replication:
         backoff_s = 0.0
         while True:
             await asyncio.sleep(backoff_s)
+            began = time.monotonic()
             try:
                 await self._session()
-                backoff_s = 0.1
+                steady = time.monotonic() - began > _STEADY_S
+                backoff_s = _SHORT_S if steady else min(max(backoff_s * 2, _SHORT_S), _LONGEST_BACKOFF_S)
             except ClusterError as error:
                 self.answering = False
                 _log.warning("%s", error)

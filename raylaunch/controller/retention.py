@@ -96,6 +96,8 @@ class Sweeper:
                 await self.sweep()
             except RaylaunchError as error:
                 _log.warning("what is over could not be removed, and is tried again: %s", error.message)
+            except Exception:  # noqa: BLE001 -- the top of a task: what fails once is tried an hour later
+                _log.exception("retention failed; it is tried again")
             await asyncio.sleep(EVERY_S)
 
     async def sweep(self) -> Sweep:

@@ -23,6 +23,8 @@ class Settings(BaseModel):
     ray_token_path: Path
     ray_env: dict[str, str] = Field(default_factory=dict)
     """Variables with which a process connects to Ray: which certificate it has, where Ray uses TLS."""
+    log_path: Path | None = None
+    """Where the controller's own output goes; None where nobody says."""
     default_environment: Environment = Environment()
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every job of the cluster; a job's own win."""
