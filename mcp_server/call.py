@@ -90,8 +90,7 @@ class Call:
             yield
         finally:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await asyncio.gather(task, return_exceptions=True)
 
     async def tell(self, news: News) -> None:
         """Send news now. The figure always grows, as the protocol asks for."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -32,8 +31,7 @@ async def follow_to_end(
         await log
     finally:
         log.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await log
+        await asyncio.gather(log, return_exceptions=True)  # the log's own cancellation, and never ours
     return await client.job(job_id)
 
 

@@ -33,7 +33,7 @@ class Finisher:
 
     async def finish(self, job: str, refused: str) -> None:
         """Prove that nothing of the attempt is left, collect what it left behind, and say how it ended."""
-        record = self._means.records.get(job)
+        record = self._means.records.by_id(job)
         attempt = latest(record)
         if asked(record).launcher == "ray":
             await self._end_actors(attempt)
@@ -41,7 +41,7 @@ class Finisher:
         self._means.sight.released.add(attempt.id)
         self._means.sight.ring()
         replicated = fenced is not None and await self._settle(record)
-        record = self._means.records.get(job)
+        record = self._means.records.by_id(job)
         seen = self._means.sight.attempts.get(attempt.id)
         if seen is not None:
             record = note(self._means, record, seen)
@@ -115,7 +115,7 @@ class Finisher:
 
     async def _forget(self, job: str) -> None:
         """Free the room on the node; what fails here is made good when the steward shows the attempt again."""
-        record = self._means.records.get(job)
+        record = self._means.records.by_id(job)
         attempt = latest(record)
         node_id = self._means.sight.node_of(attempt)
         try:

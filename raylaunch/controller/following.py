@@ -35,7 +35,7 @@ class Follower:
             record = self._means.records.light(job)
             seen = self._means.sight.attempts.get(latest(record).id)
             if seen is not None and seen is not follow.noted:
-                record = note(self._means, self._means.records.get(job), seen)
+                record = note(self._means, self._means.records.by_id(job), seen)
                 follow.noted = seen
             if self._over(record, seen, follow):
                 return

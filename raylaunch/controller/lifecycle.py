@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import secrets as random_secrets
+import signal
 import time
 from collections.abc import Callable, Coroutine
 
@@ -50,6 +53,8 @@ _TOLD_AT_ONCE = 8
 _STARTED_AT_ONCE = 8
 _REVIVE_AFTER_S = 4.0
 _REVIVE_EVERY_S = 20.0
+_REVIVE_S = 600.0
+"""How long the command that starts Ray again may take; one that hangs would otherwise be the last."""
 
 
 class Lifecycle:
@@ -300,7 +305,13 @@ class Lifecycle:
         process = await asyncio.create_subprocess_exec(
             *self._settings.revive, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
         )
-        status = await process.wait()
+        try:
+            status = await asyncio.wait_for(process.wait(), _REVIVE_S)
+        except asyncio.TimeoutError:
+            _log.error("the command that starts Ray again has not ended after %.0f s; it is ended", _REVIVE_S)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            status = await process.wait()
         self._revived_at = time.monotonic()
         self._sight.ray_version = ""
         if status:

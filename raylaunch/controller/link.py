@@ -8,7 +8,6 @@ put into the store by the child itself, and never passes through here.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
 import logging
@@ -161,8 +160,7 @@ class Link:
         if self._keeper is None:
             return
         self._keeper.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._keeper
+        await asyncio.gather(self._keeper, return_exceptions=True)
         self._keeper = None
 
     async def nodes(self) -> tuple[NodeView, ...]:

@@ -8,6 +8,7 @@ import os
 import queue
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from typing import BinaryIO, NoReturn, cast
@@ -15,29 +16,53 @@ from typing import BinaryIO, NoReturn, cast
 from raylaunch.controller.link import error_frame
 from raylaunch.errors import RaylaunchError
 
+_MOST_WAITING = 64 * 1024 * 1024
+"""Bytes of frames that may wait for the controller to read them."""
+_LAST_WORDS_S, _LOOK_S = 2.0, 0.01
+
 
 class Stdout:
-    """The frames' way to the controller. Ray's core may print to descriptor 1, so the pipe moves to another."""
+    """The frames' way to the controller. Ray's core may print to descriptor 1, so the pipe moves to another.
+
+    A thread writes to it: a controller that does not read for a while must not hold up what happens here.
+    """
 
     def __init__(self) -> None:
         self._file: BinaryIO = os.fdopen(os.dup(1), "wb")
         os.dup2(2, 1)
+        self._lines: queue.Queue[bytes] = queue.Queue()
         self._lock = threading.Lock()
+        self._waiting_bytes = 0
+        threading.Thread(target=self._write, name="stdout", daemon=True).start()
 
     def send(self, frame: Mapping[str, object]) -> None:
-        """Write one frame."""
+        """Pass one frame on; it is written soon."""
         line = json.dumps(frame, separators=(",", ":")).encode() + b"\n"
         with self._lock:
+            self._waiting_bytes += len(line)
+            too_many = self._waiting_bytes > _MOST_WAITING
+        if too_many:  # the controller hangs; the next one starts another link and is told everything again
+            os._exit(1)
+        self._lines.put(line)
+
+    def fail(self, why: str) -> NoReturn:
+        """Say why the link is down, and end within a moment: Ray's own threads may hang."""
+        self.send({"event": "down", "why": why})
+        until = time.monotonic() + _LAST_WORDS_S
+        while self._waiting_bytes and time.monotonic() < until:
+            time.sleep(_LOOK_S)
+        os._exit(1)
+
+    def _write(self) -> None:
+        while True:
+            line = self._lines.get()
             try:
                 self._file.write(line)
                 self._file.flush()
-            except BrokenPipeError:
+            except OSError:
                 os._exit(0)
-
-    def fail(self, why: str) -> NoReturn:
-        """Say why the link is down, and end at once: Ray's own threads may hang."""
-        self.send({"event": "down", "why": why})
-        os._exit(1)
+            with self._lock:
+                self._waiting_bytes -= len(line)
 
 
 class Stdin:

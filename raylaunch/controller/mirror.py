@@ -35,7 +35,7 @@ class GapError(Exception):
 
 
 class Mirror:
-    """What one store has of attempts. Used by one thread at a time."""
+    """What one store has of attempts. One thread at a time changes it; files may be compared in others."""
 
     def __init__(self, store: Path) -> None:
         self._jobs = store / "jobs"
@@ -151,8 +151,9 @@ class Mirror:
         self._changed.pop(attempt, None)
         self._before.pop(attempt, None)
         folder = self.folder(attempt)
-        for path in [path for path in self._grown if path.is_relative_to(folder)]:
-            del self._grown[path]
+        for path in list(self._grown):  # a copy: files may be compared meanwhile
+            if path.is_relative_to(folder):
+                self._grown.pop(path, None)
 
     def _write_json(self, attempt: str, name: str, value: object) -> None:
         folder = self.folder(attempt)

@@ -8,6 +8,7 @@ import re
 import threading
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from raylaunch.controller.journal import write_problem
 from raylaunch.errors import ConflictError, NotFoundError, SpecError, TransferError
@@ -41,7 +42,7 @@ class PackageStore:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder = folder
         self._lock = threading.Lock()
-        self._busy: dict[str, threading.Lock] = {}
+        self._busy: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
     def have(self, sha: str) -> Have:
         """Return how much of the package is here."""
@@ -84,7 +85,7 @@ class PackageStore:
         if offset < 0 or not (data or offset == total) or offset + len(data) > total or len(data) > PIECE_BYTES:
             msg = f"a piece of {len(data)} bytes at {offset} does not fit a package of {total} bytes"
             raise SpecError(msg, hint=f"send pieces of 1 to {PIECE_BYTES} bytes that lie within the package")
-        with self._turn(sha):
+        with self._turn(self._checked(sha)):
             have = self.have(sha)
             if have.complete:
                 return have
@@ -100,7 +101,7 @@ class PackageStore:
 
     def remove(self, sha: str) -> None:
         """Delete the package and what was uploaded of it."""
-        with self._turn(sha):
+        with self._turn(self._checked(sha)):
             for path in self._paths(sha):
                 path.unlink(missing_ok=True)
 
@@ -113,12 +114,18 @@ class PackageStore:
         return sum(entry.stat().st_size for entry in os.scandir(self._folder))
 
     def _paths(self, sha: str) -> tuple[Path, Path]:
-        if not _SHA.fullmatch(sha):
-            msg = f"{sha!r} is not a sha256"
-            raise SpecError(msg, hint="name a package by the sha256 of its bytes, 64 hex digits")
+        self._checked(sha)
         return self._folder / f"{sha}.tar.gz", self._folder / f"{sha}.part"
 
+    @staticmethod
+    def _checked(sha: str) -> str:
+        if not _SHA.fullmatch(sha):
+            msg = f"{sha[:100]!r} is not a sha256"
+            raise SpecError(msg, hint="name a package by the sha256 of its bytes, 64 hex digits")
+        return sha
+
     def _turn(self, sha: str) -> threading.Lock:
+        """Return the lock of a package; it goes when nobody holds or waits for it."""
         with self._lock:
             return self._busy.setdefault(sha, threading.Lock())
 

@@ -211,7 +211,7 @@ class Program:
         """Delete the attempt's folder on the node."""
         node = self._node(node_id)
         answer = await node.call("forget", attempt, again=again, timeout_s=2 * _CALL_S)
-        node.replication.forget(attempt)
+        await node.replication.forget(attempt)
         return answer
 
     async def ray_log(self, node_id: str, submission: str, **place: object) -> object:

@@ -150,7 +150,7 @@ class Records:
         Raises:
             NotFoundError: there is none; the hint names the nearest.
         """
-        return self._by_id(self.find(ref, owner=owner))
+        return self.by_id(self.find(ref, owner=owner))
 
     def find(self, ref: str, *, owner: str = "") -> str:
         """Return the id of the job that a person means.
@@ -180,6 +180,18 @@ class Records:
             msg = f"there is no job {ref!r}"
             raise NotFoundError(msg, hint=hint)
         return str(row[0])
+
+    def by_id(self, job_id: str) -> JobRecord:
+        """Return a job by its id alone, with all its fields: for whatever is not a person's word.
+
+        Raises:
+            NotFoundError: there is no job of this id.
+            StorageError: its record cannot be read.
+        """
+        row = self._db.execute("SELECT light, heavy FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        if row is None:
+            raise _no_job(job_id)
+        return record_from(*row)
 
     def light(self, job_id: str) -> JobRecord:
         """Return a job without its heavy fields; of one that is active, without reading anything.
@@ -267,7 +279,7 @@ class Records:
             NotFoundError: there is no such job.
             StorageError: it cannot be written; nothing has changed then.
         """
-        old = self.light(job_id) if HEAVY.isdisjoint(fields) else self._by_id(job_id)
+        old = self.light(job_id) if HEAVY.isdisjoint(fields) else self.by_id(job_id)
         new = old.changed(change, fields if message is None else {"message": message, **fields}, now=time.time())
         return self._write(old, new, kind=kind, note=message or "")
 
@@ -310,12 +322,15 @@ class Records:
         Raises:
             ConflictError: a job of ours has that id.
         """
-        row = self._db.execute("SELECT light, heavy FROM jobs WHERE id = ?", (submission,)).fetchone()
-        record = record_from(*row) if row else None
-        if record is not None and not record.foreign:
+        query = "SELECT light, heavy, is_foreign FROM jobs WHERE id = ?"
+        light, heavy, is_foreign = self._db.execute(query, (submission,)).fetchone() or ("", "", True)
+        if not is_foreign:
             msg = f"{submission} is the id of a job of raylaunch's"
             raise ConflictError(msg, hint="submit with another --submission-id")
-        return record
+        try:
+            return record_from(light, heavy) if light else None
+        except StorageError:  # it is written again from what Ray says
+            return None
 
     def foreign_unfinished(self) -> list[JobRecord]:
         """Return the foreign jobs that have not ended, without heavy fields."""
@@ -378,7 +393,7 @@ class Records:
             NotFoundError: there is no such job.
             StorageError: it cannot be written; the job is still there then.
         """
-        record = self._by_id(job_id)
+        record = self.by_id(job_id)
         record.require_ended()
         event = self._event(record, "removed", f"{record.name} was removed")
         self._commit(event, self.store / JOURNAL, journal.line_of(event), record=None, own_journal=False)
@@ -402,12 +417,6 @@ class Records:
                 if job not in self.unreadable:
                     self.unreadable.append(job)
                     _log.warning("%s is left alone: %s", job, error.message)
-
-    def _by_id(self, job_id: str) -> JobRecord:
-        row = self._db.execute("SELECT light, heavy FROM jobs WHERE id = ?", (job_id,)).fetchone()
-        if row is None:
-            raise _no_job(job_id)
-        return record_from(*row)
 
     def _of_request(self, owner: str, request: SubmitRequest) -> JobRecord | None:
         if not request.request_id:

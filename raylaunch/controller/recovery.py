@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import sqlite3
 from collections.abc import Sequence
@@ -28,8 +30,13 @@ def move_to_trash(store: Path, job: str) -> None:
 
 
 def empty_trash(store: Path) -> None:
-    """Delete the files of removed jobs. May take long; may be called from any thread."""
-    shutil.rmtree(store / TRASH, ignore_errors=True)
+    """Delete the files of removed jobs. May take long; may be called from any thread, also while jobs are moved there.
+
+    The folder itself stays: who moves a job there has just made sure that there is one.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        for entry in list(os.scandir(store / TRASH)):
+            shutil.rmtree(entry.path, ignore_errors=True)
 
 
 @dataclass

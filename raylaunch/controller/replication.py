@@ -80,9 +80,9 @@ class Replication:
             await asyncio.sleep(_SETTLE_LOOK_S)
         return True
 
-    def forget(self, attempt: str) -> None:
+    async def forget(self, attempt: str) -> None:
         """Drop what is remembered of an attempt that is gone from the node."""
-        self._mirror.forget(attempt)
+        await self._write(lambda: self._mirror.forget(attempt))
 
     async def _settled(self, attempt: str) -> bool:
         if not self._mirror.wanted(attempt):

@@ -31,7 +31,7 @@ class Sender:
         """Bring code and runner to the node, and submit. Returns why it can never start, or nothing."""
         failures = 0
         while True:
-            record = self._means.records.get(job)
+            record = self._means.records.by_id(job)
             if record.stop_wish is not None:
                 return ""
             if self._means.gone(record):

@@ -127,7 +127,7 @@ class Verbs:
                 ended_at=time.time(),
             )
             self._secrets.forget_job(record.id)
-            return self._records.get(record.id).view()
+            return self._records.by_id(record.id).view()
         spec_grace = record.spec.grace_s if record.spec is not None else 30.0
         wish = StopWish(why="stopped", grace_s=spec_grace if grace_s is None else grace_s)
         change = None if record.state is JobState.STOPPING else Change.STOP
@@ -141,7 +141,7 @@ class Verbs:
             again=False,
         )
         self._sight.ring()
-        return self._records.get(record.id).view()
+        return self._records.by_id(record.id).view()
 
     async def remove(self, record: JobRecord) -> int:
         """Delete an ended job, its record and all its files; return the bytes that it took.

@@ -125,9 +125,10 @@ class Talk:
     async def close(self) -> None:
         """Let go of the channel."""
         self._errors.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._errors
-        self._process.channel.abort()  # what it did not take is dropped: a channel that closes waits for that
+        try:
+            await asyncio.gather(self._errors, return_exceptions=True)  # its own cancellation, and never ours
+        finally:
+            self._process.channel.abort()  # what it did not take is dropped: a channel that closes waits for that
 
     async def _read(self, stream: asyncssh.SSHReader[bytes]) -> bytes:
         with suppress(OSError, asyncssh.Error):
