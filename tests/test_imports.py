@@ -19,7 +19,8 @@ PACKAGES = ("raylaunch", "mcp_server")
 
 SPECS = frozenset({"spec", "cluster_spec", "host_spec", "spec_parts", "units"})
 GROUND = (
-    frozenset({"errors", "reasons", "version", "directory", "job_state", "state", "cluster_state", "wheel_sets"})
+    frozenset({"errors", "reasons", "version", "directory", "log_rotation", "job_state", "state"})
+    | frozenset({"cluster_state", "wheel_sets"})
     | SPECS
 )
 READING = frozenset({"config", "ray_yaml", "spec_problems", "yaml_file"})
@@ -43,11 +44,12 @@ MAY: dict[str, frozenset[str]] = {
     "reasons": frozenset(),
     "version": frozenset(),
     "directory": frozenset(),
+    "log_rotation": frozenset(),
     **dict.fromkeys(SPECS, SPECS),
     "spec": SPECS | {"runner.entrypoint"},
     "job_state": frozenset(),
     "wheel_sets": frozenset(),
-    "state": frozenset({"job_state", "reasons", "spec", "wheel_sets"}),
+    "state": frozenset({"job_state", "reasons", "spec", "spec_parts", "wheel_sets"}),
     "cluster_state": frozenset({"state", "spec_parts"}),
     **dict.fromkeys(READING, GROUND | READING),
     **dict.fromkeys(SENDING, GROUND | SENDING | {"runner.contract"}),
