@@ -1,19 +1,33 @@
-"""Log bytes for people's eyes: whatever a job wrote, it moves no cursor, floods no line, and ends no reading."""
+"""Text and log bytes for people's eyes and agents: it moves no cursor, hides nothing, floods no line."""
 
 from __future__ import annotations
 
 import codecs
+import json
 import re
 
 LINE_LIMIT = 4000
 """Characters of a line that are shown."""
 
-_COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
+_COLOUR = re.compile(r"\x1b\[([0-9;:]*)m")
+_VISIBLE = frozenset(
+    {"", "0", "1", "2", "3", "4", "22", "23", "24", "39", *map(str, range(31, 38)), *map(str, range(90, 98))}
+)
+"""Colours and styles that a log may use. What can hide text is dropped: concealing, black, inverting, backgrounds."""
 _OTHER_CSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-ln-~]")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_INVISIBLE = (
+    r"\xad\u061c\u070f\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+"""Characters that are not seen or change the direction of reading, tag characters and further variation selectors among
+them; joiners, which scripts and emoji need, are not."""
+_CONTROL = re.compile(rf"[\x00-\x08\x0b-\x1f\x7f-\x9f{_INVISIBLE}]")
+_SELECTORS = re.compile(r"[\U000e0100-\U000e01ef]")  # these alone count as printable
 _UNFINISHED = re.compile(r"\x1b(\[[0-?]*[ -/]*)?\Z")
 _PARTS = re.compile(r"\n|\r|[^\r\n]+")
 _LONGEST_SEQUENCE = 32
+_RESET = "\x1b[0m"
+_RESETS = (_RESET, "\x1b[m")
 
 
 def clean(text: str, *, colour: bool) -> str:
@@ -23,12 +37,15 @@ def clean(text: str, *, colour: bool) -> str:
         text: as it was decoded.
         colour: whether colour sequences stay; else they are dropped, as those that move the cursor always are.
     """
-    if text.isprintable():
+    if text.isprintable() and not _SELECTORS.search(text):
         return text
     kept: list[str] = []
 
     def keep(match: re.Match[str]) -> str:
-        kept.append(match.group())
+        codes = [code for code in re.split("[;:]", match[1]) if code in _VISIBLE]
+        if re.search(r"(^|[;:])[34]8[;:]", match[1]) or not codes:  # the numbers of a further colour are no codes
+            return ""
+        kept.append(f"\x1b[{';'.join(codes)}m")
         return "\ue000"
 
     text = text.replace("\ue000", "\ufffd")  # a private character that stands for a kept colour below
@@ -38,9 +55,25 @@ def clean(text: str, *, colour: bool) -> str:
     return re.sub("\ue000", lambda _: next(colours), text) if kept else text
 
 
+def one_line(text: str) -> str:
+    """Return text as a single line: clean, with line ends as spaces."""
+    return clean(text.replace("\n", " "), colour=False)
+
+
+def clean_json(text: str) -> str:
+    """Return JSON text in which characters that are not to reach a terminal are written as JSON writes them."""
+    return text if text.isascii() and "\x7f" not in text else _CONTROL.sub(_as_json, text)
+
+
+def _as_json(match: re.Match[str]) -> str:
+    return json.dumps(match.group())[1:-1]
+
+
 def _written(match: re.Match[str]) -> str:
     code = ord(match.group())
-    return f"\\x{code:02x}" if code <= 0xFF else f"\\u{code:04x}"  # noqa: PLR2004 -- one byte
+    if code <= 0xFF:  # noqa: PLR2004 -- one byte
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"  # noqa: PLR2004 -- two bytes
 
 
 class LogView:
@@ -59,6 +92,7 @@ class LogView:
         self._chars = 0
         self._bytes = 0
         self._returned = False
+        self._coloured = False
 
     def feed(self, data: bytes) -> str:
         """Return what is to be printed now."""
@@ -89,15 +123,18 @@ class LogView:
         self._chars += len(part)
         self._bytes += len(part.encode("utf-8", "replace"))
         shown = clean(part[:room], colour=self._colour)
+        self._coloured = self._colour and (self._coloured or "\x1b" in shown) and not shown.endswith(_RESETS)
         if self._terminal:
             return before + shown
         self._line.append(shown)
         return ""
 
     def _end_of_line(self) -> str:
-        reset = "\x1b[0m" if self._colour else ""
-        cut = f"{reset}… ({self._bytes:,} bytes)" if self._chars > LINE_LIMIT else ""
+        reset = _RESET if self._coloured else ""  # a colour ends with its line: it reaches nothing that is ours
+        cut = f"… ({self._bytes:,} bytes)" if self._chars > LINE_LIMIT else ""
+        cut = reset + cut
         line = "".join(self._line) + cut + "\n"
+        self._coloured = False
         self._begin_line()
         return line
 

@@ -145,9 +145,3 @@ def test_the_table_says_what_each_host_is_and_problems_follow_with_their_mends()
         "    → reboot it",
         "! the hosts are of different architectures [architectures_differ]",
     ]
-
-
-def test_words_of_a_host_cannot_steer_the_terminal() -> None:
-    lines = "\n".join(doctor_lines(findings(blocking("gone", "probe_failed", "it said \x1b[2J\x07", "\x1b]0;x\x07"))))
-    assert "\x1b" not in lines
-    assert "\x07" not in lines

@@ -11,14 +11,13 @@ from urllib.parse import urlsplit
 import click
 
 from raylaunch.cli.connect import Place, ask_person, finish, show_step
-from raylaunch.cli.console import count, note, say, say_json, size, span, styled
+from raylaunch.cli.console import count, note, say, say_json, say_lines, size, span, styled
 from raylaunch.cli.options import as_json
 from raylaunch.cluster.backends import DownReport
 from raylaunch.cluster.ports import is_loopback
 from raylaunch.cluster.ssh_backend import forward_gcs
 from raylaunch.cluster_state import ClusterStatus, GpuView, NodeView, ProcessView, RayAccess
 from raylaunch.errors import AccessError, ConflictError
-from raylaunch.log_view import clean
 from raylaunch.quieting import quiet_down, upgraded
 from raylaunch.state import JobView
 
@@ -44,7 +43,7 @@ def up(cluster_file: Path | None, *, dry_run: bool, upgrade: bool, stop: bool, a
     for line in place.notes:
         note(line)
     if dry_run:
-        say(str(finish(place.backend.plan(place.spec, on_prompt=ask_person))))
+        say_lines(str(finish(place.backend.plan(place.spec, on_prompt=ask_person))).split("\n"))
         return
     if upgrade:
         status = finish(upgraded(place, stop=stop, on_step=show_step, on_prompt=ask_person))
@@ -69,7 +68,7 @@ def down(cluster_file: Path | None, *, stop: bool, force: bool) -> None:
             _refuse_while_jobs_run(await place.running_jobs(), place.spec.name)
         return await place.backend.down(place.spec, on_prompt=ask_person)
 
-    say(str(finish(work())))
+    say_lines(str(finish(work())).split("\n"))
 
 
 def _refuse_while_jobs_run(jobs: tuple[JobView, ...], cluster: str) -> None:
@@ -139,7 +138,7 @@ def say_status(found: ClusterStatus, *, as_json: bool) -> None:
     if as_json:
         say_json(found)
     else:
-        say("\n".join(status_lines(found, now=time.time())))
+        say_lines(status_lines(found, now=time.time()))
 
 
 _STATES = {"running": "green", "degraded": "yellow", "stopped": "dim"}
@@ -149,7 +148,7 @@ def status_lines(found: ClusterStatus, *, now: float) -> Iterator[str]:
     """Yield a cluster's status for people."""
     yield f"cluster {found.name} is {styled(found.state, _STATES[found.state])}"
     for problem in found.problems:
-        yield f"  ! {clean(problem, colour=False)}"
+        yield f"  ! {problem}"
     yield from _process_lines("controller", found.controller, now)
     yield from _process_lines("ray", found.ray, now)
     if found.ray_ports:
@@ -198,4 +197,4 @@ def _gpu_words(gpu: GpuView) -> str:
         words.append(
             f"{count(len(gpu.processes), 'process', 'processes')} outside raylaunch: {', '.join(gpu.processes)}"
         )
-    return clean(", ".join(word for word in words if word), colour=False)
+    return ", ".join(word for word in words if word)

@@ -11,7 +11,7 @@ from typing import TypeVar
 import click
 
 from raylaunch import place
-from raylaunch.cli.console import is_terminal, note
+from raylaunch.cli.console import is_terminal, note, note_lines, shown_text
 from raylaunch.cluster.backends import Step
 from raylaunch.cluster.ssh.target import Prompt
 from raylaunch.config import load_cluster_file
@@ -27,7 +27,7 @@ def finish(work: Coroutine[None, None, _Result]) -> _Result:
 def show_step(step: Step) -> None:
     """Print a step of ``up`` to stderr when it has done something, or takes long."""
     if step.state in {"done", "note", "waits"}:
-        note(str(step))
+        note_lines(str(step))
 
 
 _ONE_AT_A_TIME = asyncio.Lock()
@@ -42,7 +42,13 @@ async def ask_person(prompt: Prompt) -> str | None:
     async with _ONE_AT_A_TIME:
         return str(
             await asyncio.to_thread(
-                click.prompt, prompt.text, hide_input=secret, default="", show_default=False, prompt_suffix="", err=True
+                click.prompt,
+                shown_text(prompt.text),
+                hide_input=secret,
+                default="",
+                show_default=False,
+                prompt_suffix="",
+                err=True,
             )
         )
 

@@ -1,8 +1,13 @@
-"""How all commands speak: results on stdout, all else on stderr, colour only where somebody looks at it."""
+"""How all commands speak: results on stdout, all else on stderr, colour only where somebody looks at it.
+
+All text is sanitised here, when it is printed, and styled after that: names, reasons and messages come from jobs, hosts
+and other people. A style stands in the text as a mark that nobody else can know.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import IO
@@ -11,8 +16,11 @@ import click
 from pydantic import BaseModel
 
 from raylaunch.errors import RaylaunchError
+from raylaunch.log_view import clean_json, one_line
 
 _COLOURS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "cyan": 36, "dim": 2, "bold": 1}
+_SECRET = os.urandom(8).hex()
+_MARK = re.compile(rf"<{_SECRET}(\d+)>")
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 _KIB = 1024
 
@@ -31,29 +39,49 @@ def styled(text: str, style: str, stream: IO[str] | None = None) -> str:
     """Return `text` in a colour, where the stream (stdout by default) may have colour."""
     if not style or not colour_wanted(stream or sys.stdout):
         return text
-    return f"\x1b[{_COLOURS[style]}m{text}\x1b[0m"
+    return f"<{_SECRET}{_COLOURS[style]}>{text}<{_SECRET}0>"
+
+
+def _shown(line: str) -> str:
+    return _MARK.sub(lambda mark: f"\x1b[{mark[1]}m", one_line(line))
+
+
+def shown_text(text: str) -> str:
+    """Return text of several lines as it may be printed; for what something else than this module prints."""
+    return "\n".join(map(_shown, text.split("\n")))
 
 
 def say(text: str = "") -> None:
-    """Print a result."""
-    click.echo(text, color=True)
+    """Print one line of a result; line ends in it become spaces."""
+    click.echo(_shown(text), color=True)
+
+
+def say_lines(lines: Iterable[str]) -> None:
+    """Print a result of several lines, each as `say` does."""
+    click.echo("\n".join(map(_shown, lines)), color=True)
 
 
 def note(text: str) -> None:
-    """Print what is not the result."""
-    click.echo(text, err=True, color=True)
+    """Print one line that is not the result."""
+    click.echo(_shown(text), err=True, color=True)
+
+
+def note_lines(text: str, *, indent: str = "  ") -> None:
+    """Print what is not the result; its further lines are indented, so that none can pass for a line of ours."""
+    for n, line in enumerate(text.split("\n")):
+        note(f"{indent}{line}" if n else line)
 
 
 def say_json(model: BaseModel) -> None:
     """Print a model as JSON."""
-    say(model.model_dump_json(indent=2))
+    click.echo(clean_json(model.model_dump_json(indent=2)))
 
 
 def complain(error: RaylaunchError) -> None:
     """Print an error: what failed and why, then what to do."""
-    note(f"{styled('error:', 'red', sys.stderr)} {error.message}")
+    note_lines(f"{styled('error:', 'red', sys.stderr)} {error.message}")
     if error.hint:
-        note(f"  → {error.hint}")
+        note_lines(f"  → {error.hint}", indent="    ")
 
 
 def size(number: float) -> str:
@@ -84,14 +112,14 @@ def count(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> str:
-    """Return rows in columns under their titles; the columns in `right` are flush right."""
-    lines = [tuple(titles), *(tuple(row) for row in rows)]
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> list[str]:
+    """Return rows in columns under their titles, a line each; the columns in `right` are flush right."""
+    lines = [tuple(titles), *(tuple(one_line(cell).replace("\t", " ") for cell in row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
-    return "\n".join(
+    return [
         "  ".join(
             cell.rjust(width) if i in right else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
-    )
+    ]

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from raylaunch.cli.connect import Place, finish
-from raylaunch.cli.console import count, size, span
+from raylaunch.cli.console import count, shown_text, size, span
 from raylaunch.cli.plot import chart
 from raylaunch.client import Client
 from raylaunch.cluster.backends import Step
@@ -75,7 +75,7 @@ async def _demo(place: Place, folder: Path, dest: Path, console: Console) -> Non
         if place.spec.kind == "local":  # scikit-learn was found here; what is active, or runs Ray, may not have it
             spec = spec.model_copy(update={"environment": Environment(kind="python", value=sys.executable)})
         answer = await client.submit(spec)
-        console.print(f"  {answer.job.id}: {answer.job.entrypoint}", soft_wrap=True)
+        _say(console, f"  {answer.job.id}: {answer.job.entrypoint}")
 
         _heading(console, "Training", "epochs, loss and accuracy, as the script logs them with wandb")
         job = await _watch(client, answer.job, console)
@@ -84,29 +84,34 @@ async def _demo(place: Place, folder: Path, dest: Path, console: Console) -> Non
         metrics = await client.metrics(job.id, keys=_SHOWN)
         _heading(console, "Metrics", "read from the run's own W&B file, on-line or off")
         for series in metrics.series:
-            console.print(textwrap.indent(chart(series, width=64, height=5), "  "), soft_wrap=True)
+            _say(console, textwrap.indent(chart(series, width=64, height=5), "  "))
         _heading(console, "What is known of the job", f"raylaunch show {job.id}")
-        console.print(facts(job), soft_wrap=True)
+        _say(console, facts(job))
 
         _heading(console, "The model", f"from the cluster's store to {dest}")
         for fetched in await client.download(job.id, dest=dest, replace=True):
-            console.print(f"  {fetched.local}  {size(fetched.bytes)}", soft_wrap=True)
+            _say(console, f"  {fetched.local}  {size(fetched.bytes)}")
 
     _heading(console, "Using it", "evaluate.py loads it in a process of its own")
     python = job.environment.python if job.environment and job.environment.python else sys.executable
     click.echo(await _evaluate(python, folder / "evaluate.py", dest))
     _heading(console, "Now try", "")
-    console.print(_next_steps(), soft_wrap=True)
+    _say(console, _next_steps())
 
 
 def _heading(console: Console, title: str, what: str) -> None:
     console.print()
+    what = shown_text(what)
     console.print(Text.assemble((title, "bold"), "  " if what else "", (what, "dim")), soft_wrap=True)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(Text(shown_text(text)), soft_wrap=True)
 
 
 def _say_step(console: Console, step: Step) -> None:
     if step.state != "begins":
-        console.print(f"  {step}", soft_wrap=True)
+        _say(console, f"  {step}")
 
 
 async def _watch(client: Client, job: JobView, console: Console) -> JobView:
@@ -117,7 +122,7 @@ async def _watch(client: Client, job: JobView, console: Console) -> JobView:
         msg = f"{job.id} has not ended after {LIMIT_S / 60:g} minutes; it goes on"
         raise ClusterError(msg, hint=f"raylaunch follow {job.id}") from None
     except asyncio.CancelledError:
-        console.print(f"  {job.id} goes on without you; see it again with: raylaunch follow {job.id}")
+        _say(console, f"  {job.id} goes on without you; see it again with: raylaunch follow {job.id}")
         raise
 
 
@@ -134,7 +139,7 @@ async def _follow(client: Client, job: JobView, console: Console) -> JobView:
             if console.is_terminal:
                 live.update(Group(bar, curves(metrics.series)) if metrics.last else Text(_state(job), style="dim"))
             elif (line := _line(job, metrics)) != said:
-                console.print(line, soft_wrap=True)
+                _say(console, line)
                 said = line
             if job.state.ended:
                 return job
@@ -146,7 +151,7 @@ def _epoch(metrics: MetricsPage) -> int:
 
 
 def _state(job: JobView) -> str:
-    return f"  {job.state.value}" + (f": {job.message}" if job.message else "")
+    return shown_text(f"  {job.state.value}" + (f": {job.message}" if job.message else ""))
 
 
 def _line(job: JobView, metrics: MetricsPage) -> str:
@@ -178,7 +183,7 @@ def curves(series: Sequence[MetricSeries]) -> Text:
     for one in series:
         values = [point.value for point in one.points]
         if values:
-            lines.append(f"  {one.key:<9} {sparkline(values)}  {values[0]:.4f} → {values[-1]:.4f}")
+            lines.append(f"  {shown_text(one.key):<9} {sparkline(values)}  {values[0]:.4f} → {values[-1]:.4f}")
     return Text("\n".join(lines))
 
 

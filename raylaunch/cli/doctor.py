@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from raylaunch.cli.connect import ask_person, finish
-from raylaunch.cli.console import count, note, say, say_json, size, styled, table
+from raylaunch.cli.console import count, note, say_json, say_lines, size, styled, table
 from raylaunch.cli.options import as_json
 from raylaunch.cluster.doctor.last_look import keep_problems
 from raylaunch.cluster.doctor.look import Findings, examine
@@ -16,7 +16,6 @@ from raylaunch.cluster.doctor.problem import Problem
 from raylaunch.cluster.probe.facts import HostFacts
 from raylaunch.cluster.ssh.target import Wait
 from raylaunch.config import load_cluster_file
-from raylaunch.log_view import clean
 
 _MARKS = {"blocking": ("✗", "red"), "warning": ("!", "yellow")}
 _STATES = {"ready": "green", "blocked": "red"}
@@ -38,7 +37,7 @@ def doctor(cluster_file: Path | None, *, as_json: bool) -> int:
     if as_json:
         say_json(found)
     else:
-        say("\n".join(doctor_lines(found)))
+        say_lines(doctor_lines(found))
     return 1 if found.blocking else 0
 
 
@@ -67,7 +66,7 @@ def doctor_lines(found: Findings) -> Iterator[str]:
 
 def _host_table(found: Findings) -> Iterator[str]:
     rows = [_row(name, found) for name in found.hosts]
-    header, *lines = table(("HOST", "", "SYSTEM", "GPUS", "MEMORY", "FREE DISK", "PYTHON"), rows).splitlines()
+    header, *lines = table(("HOST", "", "SYSTEM", "GPUS", "MEMORY", "FREE DISK", "PYTHON"), rows)
     yield header
     for row, line in zip(rows, lines, strict=True):
         yield line.replace(row[1], styled(row[1], _STATES[row[1]]), 1) if row[1] in _STATES else line
@@ -82,7 +81,7 @@ def _row(name: str, found: Findings) -> tuple[str, ...]:
     disk = facts.disks.get("root")
     system = ", ".join(word for word in (_system_words(facts), facts.arch) if word)
     return tuple(
-        clean(cell, colour=False)
+        cell
         for cell in (
             name,
             state,
@@ -124,7 +123,7 @@ def _python_words(facts: HostFacts) -> str:
 def _problem_lines(problem: Problem) -> Iterator[str]:
     mark, colour = _MARKS[problem.level]
     where = f"{problem.host}: " if problem.host else ""
-    message = clean(problem.message, colour=False)
+    message = problem.message
     yield f"{styled(mark, colour)} {where}{message} [{problem.code}]"
     if problem.mend:
-        yield f"    → {clean(problem.mend, colour=False)}"
+        yield f"    → {problem.mend}"

@@ -8,11 +8,10 @@ import click
 from pydantic import RootModel
 
 from raylaunch.cli.connect import Place, finish
-from raylaunch.cli.console import count, note, say, say_json, size, table
+from raylaunch.cli.console import count, note, say, say_json, say_lines, size, table
 from raylaunch.cli.options import as_json, job_argument
 from raylaunch.cli.transfer_bar import transfer_bar
 from raylaunch.client import Downloaded, IncompleteDownloadError
-from raylaunch.log_view import clean
 from raylaunch.state import Artifact, UsagePage
 
 
@@ -35,13 +34,13 @@ def files(cluster_file: Path | None, *, job: str, kind: str | None, as_json: boo
         say_json(RootModel[list[Artifact]](found))
     elif found:
         rows = [(file.kind, size(file.bytes), file.sha256[:12] or "-", _name(file)) for file in found]
-        say(table(("KIND", "SIZE", "SHA256", "FILE"), rows, right=(1,)))
+        say_lines(table(("KIND", "SIZE", "SHA256", "FILE"), rows, right=(1,)))
     else:
         note("no files yet")
 
 
 def _name(file: Artifact) -> str:
-    return clean(f"{file.path} -> {file.link}" if file.link else file.path, colour=False)
+    return f"{file.path} -> {file.link}" if file.link else file.path
 
 
 @click.command(epilog="Example:  raylaunch get last model.pt --to models/")
@@ -117,5 +116,6 @@ def du(cluster_file: Path | None, *, as_json: bool) -> None:
         for job in page.jobs
     ]
     titles = ("JOB", "STATE", "TOTAL", "OUTPUTS", "CHECKPOINTS", "LOGS", "W&B")
-    say(table(titles, rows, right=(2, 3, 4, 5, 6)))
-    say(f"\n{size(page.total)} in all, {size(page.packages)} of it code; {size(page.free)} free")
+    say_lines(table(titles, rows, right=(2, 3, 4, 5, 6)))
+    say()
+    say(f"{size(page.total)} in all, {size(page.packages)} of it code; {size(page.free)} free")

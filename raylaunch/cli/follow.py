@@ -15,7 +15,7 @@ from raylaunch.cli.console import colour_wanted, is_terminal, note, say, say_jso
 from raylaunch.cli.job_words import environment_words, exit_status, final_facts, sentence
 from raylaunch.cli.options import as_json, job_argument
 from raylaunch.client import Client
-from raylaunch.log_view import LogView, clean
+from raylaunch.log_view import LogView
 from raylaunch.state import JobView
 
 
@@ -27,7 +27,7 @@ async def follow_to_end(
     try:
         async for event in client.follow(job_id):
             if event.message:
-                note(styled(f"· {clean(event.message, colour=False)}", "dim", sys.stderr))
+                note(styled(f"· {event.message}", "dim", sys.stderr))
         await log
     finally:
         log.cancel()
@@ -68,7 +68,8 @@ def detachable(work: Callable[[], int], current: Callable[[], str]) -> int:
     except KeyboardInterrupt:
         if not current():
             raise
-        note(f"\ndetached; the job goes on: raylaunch follow {current()}")
+        note("")
+        note(f"detached; the job goes on: raylaunch follow {current()}")
         return 0
 
 

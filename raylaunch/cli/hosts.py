@@ -8,7 +8,7 @@ import click
 
 from raylaunch.cli.cluster import say_status
 from raylaunch.cli.connect import Place, ask_person, finish, show_step
-from raylaunch.cli.console import note, say, say_json
+from raylaunch.cli.console import note, say, say_json, say_lines
 from raylaunch.cli.options import as_json, to_come
 from raylaunch.cluster.trust import accept, check_accepted
 from raylaunch.cluster_state import HostJobs
@@ -47,7 +47,7 @@ def add(  # noqa: PLR0913 -- each is one fact of the host
     finish(check_accepted(place.spec, on_prompt=ask_person))
     accept(change.spec)  # a person has typed the host's name
     if dry_run:
-        say(str(finish(place.backend.plan(change.spec, on_prompt=ask_person))))
+        say_lines(str(finish(place.backend.plan(change.spec, on_prompt=ask_person))).split("\n"))
         return
     status = finish(add_host(change, host, on_step=show_step, on_prompt=ask_person))
     if change.path is not None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 
 from raylaunch.cli.console import count, size, span, styled, table
 from raylaunch.environment_choice import active_python, import_hint
-from raylaunch.log_view import clean
 from raylaunch.state import AttemptView, DryRun, JobState, JobView, PackReport
 
 TIMED_OUT = 124
@@ -54,17 +53,17 @@ def state_words(job: JobView) -> str:
 
 
 def sentence(job: JobView) -> str:
-    """Return why a job stands where it stands; control characters of a job's own words are shown, not obeyed."""
-    return clean(job.message or (job.reason.sentence if job.reason else ""), colour=False)
+    """Return why a job stands where it stands."""
+    return job.message or (job.reason.sentence if job.reason else "")
 
 
-def jobs_table(jobs: tuple[JobView, ...], *, now: float) -> str:
+def jobs_table(jobs: tuple[JobView, ...], *, now: float) -> list[str]:
     """Return jobs as a table."""
     rows = [
         (
-            clean(job.id, colour=False) + (" (ray job)" if job.foreign else ""),
+            job.id + (" (ray job)" if job.foreign else ""),
             job.state.value + (" (unreachable)" if job.unreachable else ""),
-            clean(job.owner, colour=False) or "-",
+            job.owner or "-",
             str(job.spec.resources.gpus) if job.spec else "-",
             f"{span(now - job.created_at)} ago",
             _ran(job, now) or "-",
@@ -80,21 +79,21 @@ def _ran(job: JobView, now: float) -> str:
     return "" if ran_s is None else span(ran_s)
 
 
-def describe(job: JobView, *, now: float) -> str:
-    """Return everything about a job, for people."""
+def describe(job: JobView, *, now: float) -> list[str]:
+    """Return everything about a job, for people, a line each."""
     facts = [(title, words) for title, words in _facts(job, now) if words]
     width = max(len(title) for title, _ in facts)
     lines = [f"{title:<{width}}  {words}" for title, words in facts]
     lines += [_attempt_line(attempt, now) for attempt in job.attempts]
-    return "\n".join([*lines, *log_lines(job)])
+    return [*lines, *log_lines(job)]
 
 
 def _facts(job: JobView, now: float) -> Iterator[tuple[str, str]]:
     yield "job", job.id + (" (submitted with plain ray job submit)" if job.foreign else "")
     yield "state", state_words(job)
     yield "why", sentence(job)
-    yield "owner", clean(job.owner, colour=False)
-    yield "runs", clean(job.entrypoint or (job.spec.command if job.spec else ""), colour=False)
+    yield "owner", job.owner
+    yield "runs", job.entrypoint or (job.spec.command if job.spec else "")
     yield "asks for", _asks(job)
     yield "launcher", _launcher(job)
     yield "submitted", f"{span(now - job.created_at)} ago"
@@ -105,12 +104,12 @@ def _facts(job: JobView, now: float) -> Iterator[tuple[str, str]]:
     yield "metrics", metrics_words(job.last_metrics)
     yield "W&B", _wandb(job)
     yield "code", _code(job)
-    yield "environment", clean(str(job.chosen), colour=False) if job.chosen else ""
+    yield "environment", str(job.chosen) if job.chosen else ""
     if job.environment:
         found = job.environment
         names = [f"torch {found.torch}" if found.torch else "", f"wandb {found.wandb}" if found.wandb else ""]
         yield "python", " ".join(word for word in (found.version, f"({found.python})", *names) if word)
-        yield "warnings", "; ".join(clean(warning, colour=False) for warning in found.warnings)
+        yield "warnings", "; ".join(found.warnings)
     yield "outputs", f"{count(job.outputs, 'file')}, {size(job.output_bytes)}" if job.outputs else ""
     yield "tags", ", ".join(job.spec.tags) if job.spec else ""
 
@@ -136,11 +135,11 @@ def _wandb(job: JobView) -> str:
         return ""
     why = f" ({link.why})" if link.why else ""
     if link.mode == "disabled":
-        return clean(f"off{why}", colour=False)
+        return f"off{why}"
     more = [f"{len(link.runs)} runs"] if len(link.runs) > 1 else []
     if link.staged_bytes:
         more.append(f"{size(link.staged_bytes)} of artifacts kept with the job, not sent yet")
-    return clean("  ".join(filter(None, (f"{link.mode}{why}", link.url, ", ".join(more)))), colour=False)
+    return "  ".join(filter(None, (f"{link.mode}{why}", link.url, ", ".join(more))))
 
 
 def _code(job: JobView) -> str:
@@ -150,7 +149,7 @@ def _code(job: JobView) -> str:
     if job.git and job.git.commit:
         branch = f" on {job.git.branch}" if job.git.branch else ""
         words.append(f"commit {job.git.commit[:10]}{branch}{', with changes' if job.git.dirty else ''}")
-    return clean("; ".join(words), colour=False)
+    return "; ".join(words)
 
 
 def _attempt_line(attempt: AttemptView, now: float) -> str:
@@ -160,7 +159,7 @@ def _attempt_line(attempt: AttemptView, now: float) -> str:
     if attempt.started_at:
         words.append(f"ran {span((attempt.ended_at or now) - attempt.started_at)}")
     words.append(attempt.signal or (f"exit code {attempt.exit_code}" if attempt.exit_code is not None else ""))
-    words.append(clean(attempt.message, colour=False))
+    words.append(attempt.message)
     return ", ".join(word for word in words if word)
 
 
@@ -170,12 +169,12 @@ def log_lines(job: JobView) -> list[str]:
         return []
     rank = job.attempt.failed_rank if job.attempt else None
     whose = f"rank {rank}'s" if rank else "its"
-    return [f"last lines of {whose} log:", *(f"  │ {clean(line, colour=False)}" for line in job.log_tail)]
+    return [f"last lines of {whose} log:", *(f"  │ {line}" for line in job.log_tail)]
 
 
 def metrics_words(last: dict[str, float], *, limit: int = 8) -> str:
     """Return the last values in one line."""
-    shown = [f"{clean(key, colour=False)} {value:.5g}" for key, value in list(last.items())[:limit]]
+    shown = [f"{key} {value:.5g}" for key, value in list(last.items())[:limit]]
     more = [f"… {len(last) - limit} more"] if len(last) > limit else []
     return ", ".join([*shown, *more])
 
@@ -190,34 +189,32 @@ def final_facts(job: JobView) -> list[str]:
     if job.outputs:
         lines.append(f"outputs: {count(job.outputs, 'file')}, {size(job.output_bytes)}   (raylaunch get {job.id})")
     if job.wandb and job.wandb.url:
-        lines.append(f"W&B: {clean(job.wandb.url, colour=False)}")
+        lines.append(f"W&B: {job.wandb.url}")
     elif job.wandb and job.wandb.mode == "offline" and job.last_metrics:
         lines.append(f"W&B: {_wandb(job)}")
     if job.environment:
-        lines += [f"warning: {clean(warning, colour=False)}" for warning in job.environment.warnings]
+        lines += [f"warning: {warning}" for warning in job.environment.warnings]
     return lines
 
 
 def environment_words(job: JobView, environ: Mapping[str, str]) -> list[str]:
     """Return what to do about a module that a failed job did not find, by what is active where this is asked."""
     hint = import_hint(job, active_python(environ)) if job.log_tail else ""
-    return [f"hint: {clean(hint, colour=False)}"] if hint else []
+    return [f"hint: {hint}"] if hint else []
 
 
 def pack_words(report: PackReport, archive_bytes: int) -> list[str]:
     """Return what was packed, what was left out by which rules, and the largest files."""
     lines = [f"packed {count(report.files, 'file')}, {size(report.bytes)} ({size(archive_bytes)} to send)"]
     if report.ignored:
-        rules = "; ".join(clean(rule, colour=False) for rule in report.ignored_by)
+        rules = "; ".join(report.ignored_by)
         what = count(report.ignored, "file or folder", "files and folders")
         lines.append(f"left out {what} ({rules})")
     if report.largest and report.bytes:
-        largest = ", ".join(f"{clean(one.path, colour=False)} {size(one.bytes)}" for one in report.largest)
+        largest = ", ".join(f"{one.path} {size(one.bytes)}" for one in report.largest)
         lines.append(f"largest: {largest}")
     if report.links:
-        shown = ", ".join(
-            f"{clean(one.path, colour=False)} → {clean(one.target, colour=False)}" for one in report.links
-        )
+        shown = ", ".join(f"{one.path} → {one.target}" for one in report.links)
         more = f" and {report.links_out - len(report.links)} more" if report.links_out > len(report.links) else ""
         lines.append(f"links that lead out of the folder, sent as links: {shown}{more}")
     return lines
@@ -225,7 +222,7 @@ def pack_words(report: PackReport, archive_bytes: int) -> list[str]:
 
 def wandb_words(taken: tuple[str, ...], *, key: bool) -> list[str]:
     """Return what of the environment's W&B settings goes along with a job."""
-    lines = [f"W&B from this environment: {clean(', '.join(taken), colour=False)}"] if taken else []
+    lines = [f"W&B from this environment: {', '.join(taken)}"] if taken else []
     return [*lines, "the W&B key of this environment (WANDB_API_KEY) goes along, for this job alone"] if key else lines
 
 
@@ -233,4 +230,4 @@ def dry_run_words(found: DryRun) -> list[str]:
     """Return what a submission would send, with which environment, and where it would run."""
     sent = pack_words(found.pack, found.package_bytes) if found.pack else ["no files would be sent"]
     placed = found.message or f"could run on: {', '.join(found.fits)}"
-    return [*sent, *(clean(one, colour=False) for one in (str(found.chosen or ""), placed) if one)]
+    return [*sent, *(one for one in (str(found.chosen or ""), placed) if one)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from raylaunch.cli.connect import Place, finish
-from raylaunch.cli.console import count, note, say, say_json, size
+from raylaunch.cli.console import count, note, say, say_json, say_lines, size
 from raylaunch.cli.job_words import describe, environment_words, jobs_table, state_words
 from raylaunch.cli.options import as_json, job_argument
 from raylaunch.client import Client
@@ -89,7 +89,7 @@ def list_(  # noqa: PLR0913 -- each is one filter
         say_json(found)
         return
     if found.jobs:
-        say(jobs_table(found.jobs, now=time.time()))
+        say_lines(jobs_table(found.jobs, now=time.time()))
     else:
         note("no jobs" + (" that fit" if found.total == 0 and any((states, name, owner, tag, since)) else ""))
     if found.next_cursor:
@@ -121,7 +121,7 @@ def show(cluster_file: Path | None, *, job: str, as_json: bool) -> None:
     if as_json:
         say_json(found)
     else:
-        say("\n".join([describe(found, now=time.time()), *environment_words(found, os.environ)]))
+        say_lines([*describe(found, now=time.time()), *environment_words(found, os.environ)])
 
 
 @click.command(epilog="Example:  raylaunch stop digits-k3f9qa --wait")

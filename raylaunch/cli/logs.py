@@ -15,7 +15,7 @@ from raylaunch.cli.console import colour_wanted, is_terminal, note, say, say_jso
 from raylaunch.cli.follow import detachable
 from raylaunch.cli.options import as_json, attempt_option, job_argument, rank_option
 from raylaunch.client import Client, LogChunk
-from raylaunch.log_view import LogView, clean
+from raylaunch.log_view import LogView
 
 _TAIL = 100
 
@@ -134,7 +134,7 @@ async def _search(  # noqa: PLR0913 -- each is one option of the search
             say_json(page)
             return
         for match in page.matches:
-            say(f"{match.offset}: {clean(match.text, colour=False)}")
+            say(f"{match.offset}: {match.text}")
         found += len(page.matches)
         if not page.more or page.next_offset <= offset:
             break

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import click
 
 from raylaunch.cli.connect import Place, finish
-from raylaunch.cli.console import note, say, say_json, table
+from raylaunch.cli.console import is_terminal, note, say_json, say_lines, table
 from raylaunch.cli.options import as_json, job_argument
 from raylaunch.cli.plot import chart
 from raylaunch.errors import NotFoundError
-from raylaunch.log_view import clean
+from raylaunch.log_view import LogView
 from raylaunch.state import MetricsPage
 
 _PLOTTED = 4
@@ -38,8 +40,7 @@ def metrics(  # noqa: PLR0913 -- each is one option
     async def work() -> None:
         async with Place(cluster_file).client() as client:
             if form == "csv":
-                async for data in client.metrics_csv(job, keys=chosen):
-                    click.echo(data, nl=False)
+                await _print_csv(client.metrics_csv(job, keys=chosen))
                 return
             page = await client.metrics(job, keys=chosen, max_points=points)
             _check(chosen, page)
@@ -51,6 +52,15 @@ def metrics(  # noqa: PLR0913 -- each is one option
                 _show(page, form=form, chosen=chosen)
 
     finish(work())
+
+
+async def _print_csv(chunks: AsyncIterator[bytes]) -> None:
+    """Print CSV: to a file or pipe as it is, on a terminal without what a name of a metric may hold."""
+    view = LogView(terminal=False, colour=False)
+    terminal = is_terminal(sys.stdout)
+    async for data in chunks:
+        click.echo(view.feed(data) if terminal else data, nl=False)
+    click.echo(view.finish(), nl=False)
 
 
 def _check(chosen: tuple[str, ...], page: MetricsPage) -> None:
@@ -69,23 +79,17 @@ def _show(page: MetricsPage, *, form: str, chosen: tuple[str, ...]) -> None:
     if not page.keys:
         note("no metrics yet: a job's metrics are what it gives to wandb.log() or raylaunch.report()")
     elif form == "keys":
-        say("\n".join(clean(key, colour=False) for key in page.keys))
+        say_lines(page.keys)
     elif form == "plot":
         width = min(shutil.get_terminal_size((80, 24)).columns, 100)
-        drawn = [
-            chart(series.model_copy(update={"key": clean(series.key, colour=False)}), width=width)
-            for series in page.series
-        ]
-        say("\n\n".join(drawn))
+        say_lines("\n\n".join(chart(series, width=width) for series in page.series).split("\n"))
     else:
-        rows = [
-            (clean(key, colour=False), _value(value)) for key, value in page.last.items() if not chosen or key in chosen
-        ]
-        say(table(("METRIC", "LAST"), rows))
+        rows = [(key, _value(value)) for key, value in page.last.items() if not chosen or key in chosen]
+        say_lines(table(("METRIC", "LAST"), rows))
         if page.last_step is not None:
             note(f"at step {page.last_step:g}")
         for run in [run for run in page.runs if run.prefix and run.name][:_RUNS_NAMED]:
-            note(clean(f"{run.prefix}… is the run {run.name}", colour=False))
+            note(f"{run.prefix}… is the run {run.name}")
 
 
 def _value(value: float) -> str:

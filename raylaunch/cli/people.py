@@ -10,7 +10,7 @@ import click
 from pydantic import RootModel, ValidationError
 
 from raylaunch.cli.connect import Place, finish
-from raylaunch.cli.console import count, note, say, say_json, table
+from raylaunch.cli.console import count, note, say, say_json, say_lines, table
 from raylaunch.cli.options import as_json, to_come
 from raylaunch.cluster import joined
 from raylaunch.cluster_state import TokenView
@@ -58,7 +58,7 @@ def list_(cluster_file: Path | None, *, as_json: bool) -> None:
     if as_json:
         say_json(RootModel[tuple[TokenView, ...]](found))
         return
-    say(table(("ID", "PERSON", "ROLE", "SINCE", "UNTIL", ""), (tuple(_row(one)) for one in found)))
+    say_lines(table(("ID", "PERSON", "ROLE", "SINCE", "UNTIL", ""), (tuple(_row(one)) for one in found)))
 
 
 def _row(one: TokenView) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from raylaunch.log_view import one_line
 from raylaunch.state import MetricPoint, MetricSeries
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
@@ -18,7 +19,7 @@ def chart(series: MetricSeries, *, width: int = 72, height: int = 10) -> str:
     Points that are not finite leave gaps.
     """
     points = [point for point in series.points if math.isfinite(point.value) and math.isfinite(point.step)]
-    title = f"{series.key}  ({series.total:,} points)"
+    title = f"{one_line(series.key)}  ({series.total:,} points)"
     if not points:
         return f"{title}\n  nothing to draw: no finite values"
     low, high = _bounds([point.value for point in points])

@@ -12,14 +12,13 @@ from typing import Any
 import click
 
 from raylaunch.cli.connect import Place, finish
-from raylaunch.cli.console import is_terminal, note, say, say_json, size
+from raylaunch.cli.console import is_terminal, note, say, say_json, say_lines, size
 from raylaunch.cli.follow import detachable, follow_to_end, say_end
 from raylaunch.cli.job_flags import job_options, spec_of, warn_of_options_after
 from raylaunch.cli.job_words import dry_run_words, pack_words, sentence, wandb_words
 from raylaunch.cli.options import as_json
 from raylaunch.cli.transfer_bar import transfer_bar
 from raylaunch.client import Client, with_wandb
-from raylaunch.log_view import clean
 from raylaunch.packing import checked_working_dir
 from raylaunch.sensitive import ASKED_ABOVE, Allowed, allowed
 from raylaunch.spec import JobSpec
@@ -69,7 +68,7 @@ async def _submit(client: Client, spec: JobSpec, *, request_id: str, allow: Allo
         )
     job = answer.job
     if job.chosen:
-        note(clean(str(job.chosen), colour=False))
+        note(str(job.chosen))
     if not answer.created:
         note(f"{job.id} was submitted with this request id before; it is {job.state.value}")
     else:
@@ -86,7 +85,7 @@ async def _dry_run(client: Client, spec: JobSpec, *, allow: Allowed, as_json: bo
     if as_json:
         say_json(found)
     else:
-        say("\n".join(dry_run_words(found)))
+        say_lines(dry_run_words(found))
 
 
 @click.command(

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from raylaunch.cli.console import is_terminal
+from raylaunch.cli.console import is_terminal, shown_text
 from raylaunch.client import OnProgress
 
 _WORTH_SHOWING = 1024 * 1024
@@ -30,7 +30,7 @@ def transfer_bar() -> Iterator[OnProgress]:
             return
         if what not in tasks:
             bar.start()  # not earlier: a person may be asked something first
-            tasks[what] = bar.add_task(what.replace("[", r"\["), total=total)
+            tasks[what] = bar.add_task(shown_text(what).replace("[", r"\["), total=total)
         bar.update(tasks[what], completed=done, total=total)
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,13 +16,14 @@ Answers = Mapping[str, bytes]
 
 
 @contextmanager
-def any_head(answers: Answers) -> Iterator[Reach]:
-    """Serve these answers; every other path is 404."""
+def any_head(answers: Answers, *, missing: str = "no") -> Iterator[Reach]:
+    """Serve these answers; every other path is 404, with `missing` as its message."""
+    error = {"code": "not_found", "message": missing, "hint": missing}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             found = answers.get(self.path.partition("?")[0])
-            body = found if found is not None else b'{"error": {"code": "not_found", "message": "no"}}'
+            body = found if found is not None else json.dumps({"error": error}).encode()
             self.send_response(200 if found is not None else 404)
             self.send_header("X-Raylaunch-Api", str(API))
             self.send_header("X-Raylaunch-Version", __version__)

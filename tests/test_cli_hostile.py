@@ -1,0 +1,222 @@
+"""Whatever a head, a job or a person puts into a field, the command line prints nothing that acts on a terminal."""
+
+from __future__ import annotations
+
+import enum
+import io
+import os
+import types
+import typing
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import get_args, get_origin
+
+import pytest
+from pydantic import BaseModel, RootModel
+from support.any_head import any_head
+
+from raylaunch.cli.app import raylaunch
+from raylaunch.cli.cluster import say_status
+from raylaunch.cli.connect import show_step
+from raylaunch.cli.console import complain, note, say, say_lines, shown_text, styled
+from raylaunch.cli.doctor import doctor_lines
+from raylaunch.cli.follow import say_end
+from raylaunch.cli.job_words import dry_run_words, pack_words
+from raylaunch.cluster.backends import Step
+from raylaunch.cluster.doctor.look import Findings
+from raylaunch.cluster.home import cluster_paths, make_cluster_dirs, write_private
+from raylaunch.cluster.process import identify
+from raylaunch.cluster.record import new_record, save_record
+from raylaunch.cluster_state import ClusterStatus, HostJobs, TokenView
+from raylaunch.errors import RaylaunchError
+from raylaunch.spec import ClusterSpec, JobSpec
+from raylaunch.spec_parts import Environment, Spec
+from raylaunch.state import (
+    Artifact,
+    DryRun,
+    EventPage,
+    JobPage,
+    JobView,
+    LogMatches,
+    MetricsPage,
+    PackReport,
+    SubmitAnswer,
+    UsagePage,
+)
+
+HOSTILE = "a\x1b[8mb\x9b2Jc\u202ed\U000e0041e\x07\x7f\nFAKE line\rf\u2028g\U000e0101h\u200bi\x1b]0;t\x07"
+_JOB = "digits-k3f9qa"
+
+
+def hostile(kind: object) -> object:  # noqa: C901, PLR0911, PLR0912 -- one line a kind of type
+    """Return a value of a type, as JSON has it, with hostile text wherever text may be."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is typing.Annotated:
+        return hostile(args[0])
+    if origin is typing.Literal:
+        return args[0]
+    if origin in {typing.Union, types.UnionType}:
+        return hostile(next(arg for arg in args if arg is not type(None)))
+    if origin is dict:
+        return {str(hostile(args[0])): hostile(args[1])}
+    if origin in {tuple, list, frozenset}:
+        return [hostile(arg) for arg in args if arg is not ...]
+    if not isinstance(kind, type):
+        return None
+    if issubclass(kind, enum.Enum):
+        return list(kind)[-1].value
+    if issubclass(kind, bool):
+        return True
+    if issubclass(kind, int | float):
+        return 1
+    if issubclass(kind, JobSpec):
+        return {
+            "entrypoint": HOSTILE,
+            "tags": [HOSTILE],
+            "outputs": [HOSTILE],
+            "env": {"A": HOSTILE},
+            "where": {"hosts": [HOSTILE], "labels": {HOSTILE: HOSTILE}, "gpu_type": HOSTILE},
+            "resources": {"gpus": 1, "custom": {HOSTILE: 1}},
+            "tracking": {"project": HOSTILE, "entity": HOSTILE, "group": HOSTILE, "job_type": HOSTILE},
+        }
+    if issubclass(kind, Environment):
+        return {"kind": "conda", "value": HOSTILE}
+    if issubclass(kind, Spec):
+        return {}
+    if issubclass(kind, BaseModel):
+        return {name: hostile(field) for name, field in typing.get_type_hints(kind, include_extras=True).items()}
+    return HOSTILE
+
+
+_Model = typing.TypeVar("_Model", bound=BaseModel)
+
+
+def model(kind: type[_Model], **facts: object) -> _Model:
+    fields = {name: hostile(field.annotation) for name, field in kind.model_fields.items()}
+    return kind.model_validate({**fields, **facts})
+
+
+def bad_in(text: str) -> set[str]:
+    """Return what of printed text acts on a terminal, is not seen, or changes the direction of reading."""
+    return {
+        char
+        for char in text
+        if (unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zl", "Zp"} and char not in "\n\t")
+        or 0xE0100 <= ord(char) <= 0xE01EF
+    }
+
+
+def check(capsys: pytest.CaptureFixture[str]) -> str:
+    found = capsys.readouterr()
+    text = found.out + found.err
+    assert not bad_in(text)
+    assert not [line for line in text.split("\n") if line.startswith("FAKE")]
+    assert "FAKE" in text, "nothing hostile was printed: the test proves nothing"
+    return text
+
+
+def job(**facts: object) -> JobView:
+    return model(JobView, id=_JOB, attempts=[hostile(JobView.model_fields["attempts"].annotation)[0]] * 2, **facts)  # type: ignore[index]
+
+
+PRINTED: dict[str, Callable[[], object]] = {
+    "status": lambda: say_status(model(ClusterStatus), as_json=False),
+    "status --json": lambda: say_status(model(ClusterStatus), as_json=True),
+    "doctor": lambda: say_lines(doctor_lines(model(Findings))),
+    "end of a job": lambda: say_end(job(), as_json=True),
+    "packed": lambda: say_lines(pack_words(model(PackReport), 1)),
+    "dry run": lambda: say_lines(dry_run_words(model(DryRun, wheels_for=[]))),
+    "step": lambda: show_step(Step(HOSTILE, "done", HOSTILE)),
+    "error": lambda: complain(RaylaunchError(HOSTILE, hint=HOSTILE)),
+    "note": lambda: note(HOSTILE),
+    "result": lambda: say(HOSTILE),
+}
+
+
+@pytest.mark.parametrize("what", PRINTED)
+def test_no_field_of_what_is_printed_acts_on_a_terminal(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    PRINTED[what]()
+    check(capsys)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A home whose cluster ``local`` is a head that fills every field with hostile text."""
+    monkeypatch.setenv("RAYLAUNCH_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    base = f"/v1/jobs/{_JOB}"
+    models: dict[str, BaseModel] = {
+        "/v1/jobs": model(JobPage),
+        base: job(state="failed"),
+        f"{base}/files": RootModel[list[Artifact]]([model(Artifact)]),
+        f"{base}/events": model(EventPage),
+        f"{base}/metrics": model(MetricsPage),
+        f"{base}/logs/search": model(LogMatches, more=False),
+        "/v1/usage": model(UsagePage),
+        "/v1/tokens": RootModel[list[TokenView]]([model(TokenView)]),
+        "/v1/hosts/gpu-1/drain": model(HostJobs),
+        "/v1/secrets": RootModel[list[str]]([HOSTILE]),
+    }
+    answers = {path: one.model_dump_json().encode() for path, one in models.items()}
+    answers[f"{base}/metrics.csv"] = HOSTILE.encode()
+    with any_head(answers, missing=HOSTILE) as reach:
+        paths = cluster_paths("local")
+        make_cluster_dirs(paths)
+        record = new_record(ClusterSpec(), paths)
+        port = int(reach.url.rpartition(":")[2])
+        save_record(paths, record.with_(wanted="running", controller=identify(os.getpid()), ports={"controller": port}))
+        write_private(paths.token, "any")
+        yield
+
+
+COMMANDS = [
+    "list",
+    "list --json",
+    f"show {_JOB}",
+    f"show {_JOB} --json",
+    f"wait {_JOB}",
+    f"files {_JOB}",
+    f"get {_JOB} --all",
+    "du",
+    f"metrics {_JOB}",
+    f"metrics {_JOB} --keys",
+    f"metrics {_JOB} --plot",
+    f"metrics {_JOB} --json",
+    f"logs {_JOB} --search x",
+    f"logs {_JOB} --search x --json",
+    "secret list",
+    "token list",
+    "token list --json",
+    "show no-such-job",
+]
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_prints_what_acts_on_a_terminal(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raylaunch.main(command.split(), standalone_mode=False, prog_name="raylaunch")
+    except RaylaunchError as error:
+        complain(error)
+    check(capsys)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_styles_are_put_on_after_the_text_was_sanitised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    text = shown_text(f"{styled(HOSTILE, 'red', _Terminal())} {HOSTILE}")
+    assert text.startswith("\x1b[31ma")
+    assert text.count("\x1b") == 2
+    assert not bad_in(text.replace("\x1b[31m", "").replace("\x1b[0m", ""))
+
+
+def test_a_model_of_the_wire_is_hostile_in_every_text_field() -> None:
+    answer = model(SubmitAnswer).model_dump(mode="json")
+    assert answer["job"]["message"] == HOSTILE
+    assert answer["job"]["environment"]["packages"] == [HOSTILE]
