@@ -32,7 +32,7 @@ from raylaunch.errors import WheelsNeededError
 from raylaunch.job_page import page_from
 from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
 from raylaunch.sensitive import NO_MORE, Allowed
-from raylaunch.spec import OF_THE_CLUSTER, JobSpec
+from raylaunch.spec import OF_THE_CLUSTER, Environment, JobSpec
 from raylaunch.state import (
     Artifact,
     DryRun,
@@ -75,9 +75,9 @@ HOLD_S = 25.0
 """How long one question about news is held open."""
 _LOOK_S = 300.0
 _NAMED = 3
-_GATHERED_BY_UP = (
-    "nodes reach no package index, and the cluster's environment lists packages whose wheels are not there; "
-    "the person who runs the cluster sends them: raylaunch up"
+_NOT_RESOLVED = (
+    "nodes reach no package index, and this machine does not resolve packages that the cluster lists; name them in the "
+    "job (environment: {pip: [..]}), or submit where the cluster's cluster.yaml is"
 )
 PATIENCE_S = 60.0
 """How long a lost controller is waited for where something is followed: it restarts in a few seconds."""
@@ -122,6 +122,8 @@ class Client:
         over_ssh: whether the cluster's head is reached over SSH: large files then come over several connections.
         here: whether the cluster is on this machine, so that jobs may use the environment that is active here.
         prefix: `sys.prefix` where the interpreter is the person's own, as in a notebook.
+        environment: what the cluster.yaml on this machine says of jobs' environment: only then are packages that the
+            cluster lists resolved here.
     """
 
     def __init__(  # noqa: PLR0913 -- all keywords, each with a sentence
@@ -136,7 +138,9 @@ class Client:
         over_ssh: bool = False,
         here: bool = False,
         prefix: str = "",
+        environment: Environment | None = None,
     ) -> None:
+        self._environment = environment
         self._ssh_cluster = cluster if over_ssh else ""
         self._wire = Wire(reach, cluster=cluster, replace_hung=replace_hung)
         self._notice = on_notice
@@ -258,9 +262,9 @@ class Client:
         without = spec.model_copy(update={"secrets": ()})  # their values are in the submission, not here
         there = await self.patient(partial(self._placement, without))
         if spec.environment.kind in OF_THE_CLUSTER:
-            environment = resolved_here(there.environment)
+            environment = resolved_here(there.environment, self._environment)
             if environment is None and there.environment.kind == "pip":
-                self._notice(_GATHERED_BY_UP)
+                self._notice(_NOT_RESOLVED)
                 return ()
             spec = spec.model_copy(update={"environment": environment or spec.environment})
         return await send_wheels(

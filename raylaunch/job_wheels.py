@@ -147,11 +147,13 @@ async def requirements_of(environment: Environment, folder: Path) -> tuple[str, 
     return tuple(_lines(folder / environment.value, folder))
 
 
-def resolved_here(environment: Environment) -> Environment | None:
+def resolved_here(environment: Environment, known: Environment | None) -> Environment | None:
     """Return what of the cluster's own environment this machine resolves; None for nothing. Pure.
 
-    The head says which file of the working directory its environment is made from. Packages that the head lists are
-    not resolved here: their wheels are gathered by `raylaunch up`, from the cluster.yaml of the person who runs it.
+    Args:
+        environment: what the head says. It may name a file of the working directory; packages that it lists are not
+            resolved.
+        known: what the cluster.yaml on this machine says; packages that it lists are, where the head says the same.
     """
     match environment.kind:
         case "uv":
@@ -159,7 +161,7 @@ def resolved_here(environment: Environment) -> Environment | None:
         case "pip" if environment.value:
             return Environment(kind="pip", value=environment.value)
         case _:
-            return None
+            return known if known is not None and known == environment and known.kind == "pip" else None
 
 
 def _lines(file: Path, folder: Path, *, depth: int = 0) -> Iterator[str]:

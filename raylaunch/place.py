@@ -97,6 +97,7 @@ class Place:
                 over_ssh=reach.over_ssh,
                 here=self._ours and self.spec.kind == "local",
                 prefix=self._prefix,
+                environment=self.spec.environment,
             ) as client:
                 yield client
         except NoAnswerError as error:

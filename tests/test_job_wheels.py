@@ -361,9 +361,9 @@ PLAIN = JobSpec(entrypoint="x", working_dir="")
 """A job that names no environment."""
 
 
-async def submitted(api: Api, folder: Path, notices: list[str]) -> str:
-    """Submit a job that names no environment; return its id."""
-    async with Client(api.reach(), cluster="test", on_notice=notices.append) as client:
+async def submitted(api: Api, folder: Path, notices: list[str], known: Environment | None = None) -> str:
+    """Submit a job that names no environment, where cluster.yaml says `known` of it; return its id."""
+    async with Client(api.reach(), cluster="test", on_notice=notices.append, environment=known) as client:
         return (await client.submit(PLAIN.model_copy(update={"working_dir": str(folder)}))).job.id
 
 
@@ -401,10 +401,24 @@ def test_lines_that_the_head_names_are_not_resolved_here(
     named = Environment(kind="pip", requirements=lines)
     api.desk.air_gapped = DryRun(fits=("h1",), message="", wheels_for=(HERE,), environment=named)
     notices: list[str] = []
-    job = asyncio.run(submitted(api, tmp_path, notices))
+    (tmp_path / "code").mkdir()
+    job = asyncio.run(submitted(api, tmp_path / "code", notices))
     assert api.do(lambda: api.records.get(job)).wheels == ()
     assert (served.asked, served.fetched) == ([], [])
-    assert "raylaunch up" in notices[0]
+    assert "does not resolve" in notices[0]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_packages_that_the_cluster_lists_are_resolved_where_cluster_yaml_here_lists_the_same(
+    api: Api, served: Index, tmp_path: Path, *, same: bool
+) -> None:
+    known = Environment(kind="pip", requirements=("alpha",))
+    there = known if same else Environment(kind="pip", requirements=("alpha", "native"))
+    api.desk.air_gapped = DryRun(fits=("h1",), message="", wheels_for=(HERE,), environment=there)
+    (tmp_path / "code").mkdir()
+    job = asyncio.run(submitted(api, tmp_path / "code", [], known))
+    assert bool(api.do(lambda: api.records.get(job)).wheels) is same
+    assert bool(served.asked) is same
 
 
 @pytest.mark.parametrize("file", ["../requirements.txt", "/etc/hostname", "~/requirements.txt"])
