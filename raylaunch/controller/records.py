@@ -7,7 +7,6 @@ disk has, then a row. What a crash leaves between the two is repaired at the nex
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import sqlite3
 import time
@@ -23,16 +22,13 @@ from raylaunch.controller.queue import Wait
 from raylaunch.controller.record import HEAVY, JobRecord, StopWish, heavy_json, light_json, record_from
 from raylaunch.controller.recovery import move_to_trash, reconcile
 from raylaunch.controller.rooms import ask_of
-from raylaunch.controller.search import Filters, Kept, kept, nearest_refs, page_of
+from raylaunch.controller.search import Filters, Kept, kept, nearest_refs, page_of, unfinished
 from raylaunch.errors import ConflictError, NotFoundError, StorageError
 from raylaunch.state import Change, Event, EventPage, JobPage, JobState, JobView, SubmitRequest, WandbLink
 
 __all__ = ["JobRecord", "Records"]
 
-_log = logging.getLogger(__name__)
-
 _DB = "raylaunch.db"
-_NAMED = 5
 
 
 class Records:
@@ -62,16 +58,15 @@ class Records:
             self._db, damage = schema.open_database(store / _DB)
             self.healed = reconcile(self._db, store, damage=damage)
             self._seq = int(self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
-            self.unreadable: list[str] = []
-            self._foreign = {record.id: record for record in self._load_unfinished(foreign=True)}
+            foreign, odd = unfinished(self._db, foreign=True)
+            ours, unreadable = unfinished(self._db, foreign=False)
+            self._foreign = {record.id: record for record in foreign}
             self._active: dict[str, JobRecord] = {}
             self.backlog = Backlog()
-            for record in self._load_unfinished(foreign=False):
+            for record in ours:
                 self._keep(record)
-            if self.unreadable:
-                named = ", ".join(self.unreadable[:_NAMED])
-                what = f"The records of {len(self.unreadable)} jobs cannot be read, and they are left alone: {named}."
-                self.healed = (*self.healed, what)
+            if odd or unreadable:
+                self.healed = (*self.healed, *odd, *unreadable)
         except BaseException:
             os.close(self._lock)
             raise
@@ -246,7 +241,7 @@ class Records:
 
     def unfinished(self) -> list[JobRecord]:
         """Return the jobs of ours that have not ended, without their heavy fields: all, so for rare questions."""
-        return list(self._load_unfinished(foreign=False))
+        return unfinished(self._db, foreign=False)[0]
 
     def active(self) -> Collection[JobRecord]:
         """Return the jobs of which an attempt may have processes on a node, without their heavy fields."""
@@ -405,18 +400,6 @@ class Records:
         """Close the database and let go of the store."""
         self._db.close()
         os.close(self._lock)
-
-    def _load_unfinished(self, *, foreign: bool) -> Iterator[JobRecord]:
-        going = [state.value for state in JobState if not state.ended]
-        where = f"state IN ({', '.join('?' * len(going))}) AND is_foreign = ?"
-        rows = self._db.execute(f"SELECT id, light FROM jobs WHERE {where}", [*going, foreign])  # noqa: S608 -- only marks
-        for job, light in rows:
-            try:
-                yield record_from(light)
-            except StorageError as error:  # noqa: PERF203 -- each is one row
-                if job not in self.unreadable:
-                    self.unreadable.append(job)
-                    _log.warning("%s is left alone: %s", job, error.message)
 
     def _of_request(self, owner: str, request: SubmitRequest) -> JobRecord | None:
         if not request.request_id:

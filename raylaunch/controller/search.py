@@ -97,6 +97,20 @@ def _listed(record: JobRecord) -> JobView:
     return view.model_copy(update={"last_metrics": dict(islice(view.last_metrics.items(), METRICS_LISTED))})
 
 
+def unfinished(connection: sqlite3.Connection, *, foreign: bool) -> tuple[list[JobRecord], list[str]]:
+    """Return the jobs that have not ended, without heavy fields; and a sentence for each that cannot be read."""
+    going = [state.value for state in JobState if not state.ended]
+    where = f"state IN ({', '.join('?' * len(going))}) AND is_foreign = ?"
+    rows = connection.execute(f"SELECT id, light FROM jobs WHERE {where}", [*going, foreign])  # noqa: S608 -- only marks
+    found, odd = [], []
+    for job, light in rows:
+        try:
+            found.append(record_from(light))
+        except StorageError as error:  # noqa: PERF203 -- each is one row
+            odd.append(f"{job} is left alone: {error.message}")
+    return found, odd
+
+
 def nearest_refs(connection: sqlite3.Connection, ref: str) -> list[str]:
     """Return up to three names or ids that resemble `ref`, the nearest first."""
     rows = connection.execute("SELECT id, name FROM jobs ORDER BY created_at DESC, id DESC LIMIT ?", (_NEAR_AMONG,))
