@@ -51,7 +51,7 @@ class Gate:
         problem = _problem(headers)
         if problem is not None:
             self._audit.write(person=caller.person, verb=_words(scope), job="", status=problem.status)
-            await error_answer(problem)(scope, receive, send)
+            await error_answer(problem, headers={"Connection": "close"})(scope, receive, send)
             return
         scope.setdefault("state", {})["caller"] = caller
         await self._pass_on(scope, receive, send, caller)
