@@ -425,16 +425,18 @@ class Client:
         regex: bool = False,
         ignore_case: bool = False,
         offset: int = 0,
+        line: int = 0,
         limit: int = 100,
         attempt: int | None = None,
         rank: int = 0,
     ) -> LogMatches:
-        """Return lines of a log that hold `pattern`, from `offset` on."""
+        """Return lines of a log that hold `pattern`, from `offset` on, whose line has the number `line`, if known."""
         params: Params = {
             "pattern": pattern,
             "regex": int(regex),
             "ignore_case": int(ignore_case),
             "offset": offset,
+            "line": line,
             "limit": limit,
             "attempt": attempt,
             "rank": rank,

@@ -43,7 +43,11 @@ def find_cluster_file(*, environ: Mapping[str, str] | None = None, cwd: Path | N
     if here.is_file():
         return here
     chosen = chosen_file(variables)
-    return chosen if chosen.is_file() else None
+    try:
+        return chosen if chosen.is_file() else None
+    except OSError as error:
+        msg = f"{chosen}: the file of the chosen cluster cannot be read: {error.strerror}"
+        raise SpecError(msg, hint="look at its permissions, or name the cluster's file: raylaunch -c FILE") from None
 
 
 def chosen_file(environ: Mapping[str, str]) -> Path:

@@ -349,6 +349,8 @@ class LogMatch(View):
 
     offset: int
     text: str
+    line: int = 0
+    """Its number in the log, from 1; 0 where the search began in the middle and that is not known."""
 
 
 class LogMatches(View):
@@ -357,6 +359,8 @@ class LogMatches(View):
     matches: tuple[LogMatch, ...]
     next_offset: int
     more: bool
+    next_line: int = 0
+    """The number of the line at `next_offset`; 0 where it is not known."""
 
 
 class Artifact(View):

@@ -141,6 +141,31 @@ def test_a_mistyped_command_is_a_usage_error_with_the_nearest(home: Path) -> Non
     assert done.stderr.splitlines()[-1] == "Error: there is no command 'lits' (nearest: list)"
 
 
+@pytest.mark.parametrize(("name", "near"), [("resume", "run"), ("top", "status"), ("remov", ""), ("stp", "")])
+def test_a_command_that_ends_something_is_not_suggested_for_a_name_that_only_looks_like_it(
+    home: Path, name: str, near: str
+) -> None:
+    ending = f" (nearest: {near})" if near else ""
+    assert cli(home, name).stderr.splitlines()[-1] == f"Error: there is no command {name!r}{ending}"
+
+
+def test_with_json_an_error_is_json_too(home: Path, api: Api) -> None:
+    assert api.url
+    done = cli(home, "show", "nope", "--json")
+    assert (done.returncode, json.loads(done.stdout)["error"]["code"]) == (1, "not_found")
+    usage = cli(home, "list", "--json", "--limit", "many")
+    assert (usage.returncode, json.loads(usage.stdout)["error"]["code"]) == (2, "usage")
+
+
+def test_json_is_given_by_every_command_that_shows_state(home: Path, api: Api, code: Path) -> None:
+    job = submitted(home, code)
+    with_log(api, job, b"")
+    api.do(lambda: api.records.update(job, kind="ended", message="done", change=Change.FAIL))
+    assert json.loads(cli(home, "switch", "--json").stdout) == {"chosen": "local", "clusters": ["local"]}
+    assert json.loads(cli(home, "get", job, "--json", "--to", "here").stdout) == []
+    assert json.loads(cli(home, "rm", job, "--json").stdout)["removed"] == job
+
+
 @pytest.mark.parametrize("words", [("list",), ("show", "x"), ("logs",), ("env",), ("stop", "x"), ("get",), ("du",)])
 def test_without_a_cluster_a_command_says_how_to_start_one(home: Path, words: tuple[str, ...]) -> None:
     done = cli(home, *words)
@@ -277,7 +302,7 @@ def test_logs_show_the_last_lines_and_raw_gives_the_bytes(home: Path, api: Api, 
     job = submitted(home, code)
     with_log(api, job, b"one\ntwo \xff\nthree\n")
     assert cli(home, "logs", "--tail", "2").stdout == "two \ufffd\nthree\n"
-    assert cli(home, "logs", job, "--since", "4").stdout == "two \ufffd\nthree\n"
+    assert cli(home, "logs", job, "--offset", "4").stdout == "two \ufffd\nthree\n"
     raw = subprocess.run(
         [sys.executable, "-m", "raylaunch", "logs", "--raw", "--tail", "2"],
         env=environment(home),
@@ -287,7 +312,21 @@ def test_logs_show_the_last_lines_and_raw_gives_the_bytes(home: Path, api: Api, 
         check=True,
     )
     assert raw.stdout == b"two \xff\nthree\n"
-    assert cli(home, "logs", "--search", "th.ee", "--regex").stdout == "10: three\n"
+
+
+def test_a_search_of_a_log_prints_numbered_lines_as_grep_does_and_the_last_of_them_with_tail(
+    home: Path, api: Api, code: Path
+) -> None:
+    job = submitted(home, code)
+    with_log(api, job, b"one\ntwo\nthree\n" * 60)
+    found = cli(home, "logs", "--search", "t.*e", "--regex").stdout.splitlines()
+    assert (len(found), found[0], found[-1]) == (60, "3:three", "180:three")
+    assert cli(home, "logs", "--search", "two", "--tail", "1").stdout == "179:two\n"
+    (match,) = json.loads(cli(home, "logs", "--search", "two", "--tail", "1", "--json").stdout)["matches"]
+    assert match["line"] == 179
+    refused = cli(home, "logs", "--since", "10s")
+    assert refused.returncode == 2
+    assert "carry no time" in refused.stderr
 
 
 def test_a_log_larger_than_one_answer_is_printed_whole(home: Path, api: Api, code: Path) -> None:
@@ -308,7 +347,7 @@ def test_wait_exits_with_the_jobs_own_status(home: Path, api: Api, code: Path) -
 def test_wait_gives_up_after_its_timeout(home: Path, api: Api, code: Path) -> None:
     assert api.url
     job = submitted(home, code)
-    done = cli(home, "wait", job, "--timeout", "0.2")
+    done = cli(home, "wait", job, "--timeout", "200ms")
     assert (done.returncode, done.stderr) == (124, f"{job} has not ended within 0.2 s\n")
 
 

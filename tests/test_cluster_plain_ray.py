@@ -75,7 +75,7 @@ def test_its_python_is_the_one_that_runs_ray(cluster: Cluster) -> None:
 
 def test_it_is_followed_past_a_byte_that_is_no_text_and_a_line_of_5_mb(cluster: Cluster) -> None:
     job = plain_python(cluster, "plain-wild", WILD)
-    with started(cluster, "logs", job, "-f", "--since", "0", "--raw") as follower:
+    with started(cluster, "logs", job, "-f", "--offset", "0", "--raw") as follower:
         assert follower.wait(60) == 0, follower.err
         followed = follower.out
     assert followed.endswith(b"ready\nnot utf-8: \xff\xfe end\n" + b"x" * LONG + b"\nafter the long line\n")
@@ -281,7 +281,7 @@ def test_following_a_huge_one_and_reading_its_end_leave_memory_flat(cluster: Clu
         memory.look()
         return command.ended()
 
-    with started(cluster, "logs", job, "-f", "--since", "0", "--raw") as follower:
+    with started(cluster, "logs", job, "-f", "--offset", "0", "--raw") as follower:
         wait_until(partial(ended, follower), 240, "the log has been followed to its end")
         assert follower.out.count(b"\n") >= LARGE_MB * 10_000
     lines = [f"{LARGE_MB - 1:06} {n:05} {'y' * 86}\n" for n in range(9000, 10000)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from raylaunch.config import Flag, job_spec_from_flags, load_cluster_spec, load_job_spec
+from raylaunch.config import Flag, find_cluster_file, job_spec_from_flags, load_cluster_spec, load_job_spec
 from raylaunch.controller.queue import needs
 from raylaunch.errors import SpecError
 from raylaunch.spec import ClusterSpec, JobSpec
@@ -261,3 +261,9 @@ def test_a_custom_resource_replaces_none_that_a_job_has_anyway(name: str) -> Non
         JobSpec.model_validate({"entrypoint": "x", "resources": {"gpus": 1, "custom": {name: 0}}})
     one = JobSpec.model_validate({"entrypoint": "x", "resources": {"gpus": 1, "custom": {"scratch": 1}}})
     assert needs(one) == {"GPU": 1, "scratch": 1}
+
+
+def test_a_chosen_file_that_cannot_be_looked_at_is_an_error_that_names_it(tmp_path: Path) -> None:
+    home = tmp_path / ("x" * 300)  # longer than a name may be; a folder without permission is the same to us
+    with pytest.raises(SpecError, match="the file of the chosen cluster cannot be read: File name too long"):
+        find_cluster_file(environ={"RAYLAUNCH_HOME": str(home)}, cwd=tmp_path)

@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 
 import click
 
-from raylaunch.cli.console import complain
+from raylaunch.cli.console import complain, say_json
 from raylaunch.errors import RaylaunchError, SpecError
 from raylaunch.version import __version__
 
@@ -69,6 +69,23 @@ _SECTIONS: dict[str, dict[str, _Lazy]] = {
     },
 }
 _COMMANDS = {name: lazy for section in _SECTIONS.values() for name, lazy in section.items()}
+_MEANT = {
+    "cancel": "stop",
+    "delete": "rm",
+    "kill": "stop",
+    "jobs": "list",
+    "ls": "list",
+    "ps": "list",
+    "queue": "list",
+    "resume": "run",
+    "start": "up",
+    "restart": "run",
+    "tail": "logs",
+    "top": "status",
+}
+"""What other programs call it, or what is nearest to a thing that there is no command for."""
+_ENDS_SOMETHING = frozenset({"down", "drain", "leave", "remove", "rm", "stop"})
+"""Commands that are not suggested for a name that only looks like theirs."""
 
 
 class LazyGroup(click.Group):
@@ -92,10 +109,8 @@ class LazyGroup(click.Group):
         """Refuse an unknown name with the nearest known one."""
         name = args[0]
         if not name.startswith("-") and name not in _COMMANDS:
-            import difflib  # noqa: PLC0415 -- only for this sentence
-
-            close = difflib.get_close_matches(name, _COMMANDS, n=1)
-            ctx.fail(f"there is no command {name!r}" + (f" (nearest: {close[0]})" if close else ""))
+            near = _MEANT.get(name) or _nearest(name)
+            ctx.fail(f"there is no command {name!r}" + (f" (nearest: {near})" if near else ""))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 -- as above
@@ -103,6 +118,13 @@ class LazyGroup(click.Group):
         for title, commands in _SECTIONS.items():
             with formatter.section(title):
                 formatter.write_dl([(name, lazy.help) for name, lazy in commands.items()])
+
+
+def _nearest(name: str) -> str:
+    import difflib  # noqa: PLC0415 -- only for this sentence
+
+    harmless = [command for command in _COMMANDS if command not in _ENDS_SOMETHING]
+    return next(iter(difflib.get_close_matches(name, harmless, n=1, cutoff=0.7)), "")
 
 
 @click.command(
@@ -146,15 +168,24 @@ def main() -> NoReturn:
     sys.exit(_status_of_run())
 
 
+def _say_error(code: str, message: str, hint: str) -> None:
+    """Print an error as JSON too, where JSON was asked for: ``{"error": {"code", "message", "hint"}}``."""
+    ours = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    if "--json" in ours:
+        say_json({"error": {"code": code, "message": message, "hint": hint}})
+
+
 def _status_of_run() -> int:
     try:
         done = raylaunch.main(standalone_mode=False, prog_name="raylaunch")
         sys.stdout.flush()
     except click.ClickException as error:
         error.show(sys.stderr)
+        _say_error("usage", error.format_message(), "")
         return error.exit_code
     except RaylaunchError as error:
         complain(error)
+        _say_error(error.code, error.message, error.hint)
         return 2 if isinstance(error, SpecError) else 1
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)

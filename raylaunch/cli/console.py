@@ -6,6 +6,7 @@ and other people. A style stands in the text as a mark that nobody else can know
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import IO
 
 import click
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 
 from raylaunch.errors import RaylaunchError
 from raylaunch.log_view import clean_json, one_line
@@ -72,9 +73,10 @@ def note_lines(text: str, *, indent: str = "  ") -> None:
         note(f"{indent}{line}" if n else line)
 
 
-def say_json(model: BaseModel) -> None:
-    """Print a model as JSON."""
-    click.echo(clean_json(model.model_dump_json(indent=2)))
+def say_json(value: BaseModel | JsonValue) -> None:
+    """Print a model, or plain data, as JSON."""
+    text = value.model_dump_json(indent=2) if isinstance(value, BaseModel) else json.dumps(value, indent=2)
+    click.echo(clean_json(text))
 
 
 def complain(error: RaylaunchError) -> None:

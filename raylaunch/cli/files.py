@@ -51,9 +51,17 @@ def _name(file: Artifact) -> str:
 )
 @click.option("--all", "everything", is_flag=True, help="Checkpoints, logs, tracking and records too.")
 @click.option("--force", is_flag=True, help="Replace files that differ, also in a folder with another job's files.")
+@as_json
 @click.pass_obj
 def get(  # noqa: PLR0913 -- each is one option
-    cluster_file: Path | None, *, job: str, paths: tuple[str, ...], dest: Path | None, everything: bool, force: bool
+    cluster_file: Path | None,
+    *,
+    job: str,
+    paths: tuple[str, ...],
+    dest: Path | None,
+    everything: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Download a job's outputs, or the files, folders or globs named.
 
@@ -74,18 +82,25 @@ def get(  # noqa: PLR0913 -- each is one option
     try:
         done = finish(work())
     except IncompleteDownloadError as error:
-        _say_downloaded(error.done)
+        _say_downloaded(error.done, as_json=False)
         raise
-    _say_downloaded(done)
+    _say_downloaded(done, as_json=as_json)
     if not done:
         note("the job has no outputs; --all fetches everything that it left, raylaunch files lists it")
 
 
-def _say_downloaded(done: tuple[Downloaded, ...]) -> None:
+def _say_downloaded(done: tuple[Downloaded, ...], *, as_json: bool) -> None:
+    if as_json:
+        say_json(
+            [
+                {"file": str(file.local), "bytes": file.bytes, "fetched": file.fetched, "verified": file.verified}
+                for file in done
+            ]
+        )
     if not done:
         return
-    for file in done:
-        say(str(file.local))
+    if not as_json:
+        say_lines(str(file.local) for file in done)
     fetched = [file for file in done if file.fetched]
     here = f", {count(len(done) - len(fetched), 'file')} already here" if len(fetched) < len(done) else ""
     unknown = sum(not file.verified for file in done)

@@ -13,7 +13,7 @@ import click
 from raylaunch.cli.connect import Place, finish
 from raylaunch.cli.console import colour_wanted, is_terminal, note, say, say_json, styled
 from raylaunch.cli.job_words import environment_words, exit_status, final_facts, sentence
-from raylaunch.cli.options import as_json, job_argument
+from raylaunch.cli.options import as_json, duration, job_argument
 from raylaunch.client import Client
 from raylaunch.log_view import LogView
 from raylaunch.state import JobView
@@ -94,13 +94,12 @@ def follow(cluster_file: Path | None, *, job: str, tail: int, as_json: bool) -> 
 
 @click.command(epilog="Example:  raylaunch wait digits-k3f9qa && raylaunch get digits-k3f9qa")
 @job_argument
-@click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(0), metavar="SECONDS", help="Give up after so long (124)."
-)
+@click.option("--timeout", metavar="TIME", help="Give up after so long, as 90s or 2h (exit status 124).")
 @as_json
 @click.pass_obj
-def wait(cluster_file: Path | None, *, job: str, timeout_s: float | None, as_json: bool) -> None:
+def wait(cluster_file: Path | None, *, job: str, timeout: str | None, as_json: bool) -> None:
     """Wait for a job's end and exit with its status: its exit code, 128+N for signal N, 124 when it timed out."""
+    timeout_s = duration(timeout, option="--timeout")
 
     async def work() -> JobView:
         async with Place(cluster_file).client() as client:

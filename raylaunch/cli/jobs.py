@@ -12,7 +12,7 @@ import click
 from raylaunch.cli.connect import Place, finish
 from raylaunch.cli.console import count, note, say, say_json, say_lines, size
 from raylaunch.cli.job_words import describe, environment_words, jobs_table, state_words
-from raylaunch.cli.options import as_json, job_argument
+from raylaunch.cli.options import as_json, duration, job_argument
 from raylaunch.client import Client
 from raylaunch.errors import SpecError
 from raylaunch.state import JobPage, JobState, JobView
@@ -132,7 +132,7 @@ def show(cluster_file: Path | None, *, job: str, as_json: bool) -> None:
 @click.pass_obj
 def stop(cluster_file: Path | None, *, jobs: tuple[str, ...], grace: str | None, wait: bool, as_json: bool) -> None:
     """Stop jobs: SIGTERM, the grace time, SIGKILL."""
-    grace_s = _grace(grace)
+    grace_s = duration(grace, option="--grace")
 
     async def one(client: Client, ref: str) -> None:
         stopped = await client.stop(ref, grace_s=grace_s)
@@ -151,21 +151,11 @@ def stop(cluster_file: Path | None, *, jobs: tuple[str, ...], grace: str | None,
     finish(work())
 
 
-def _grace(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        value = seconds(text)
-    except ValueError as error:
-        msg = f"--grace: {error}"
-        raise SpecError(msg) from None
-    return float(str(value))
-
-
 @click.command(epilog="Example:  raylaunch rm digits-k3f9qa")
 @click.argument("jobs", nargs=-1, required=True, metavar="JOB...")
+@as_json
 @click.pass_obj
-def rm(cluster_file: Path | None, *, jobs: tuple[str, ...]) -> None:
+def rm(cluster_file: Path | None, *, jobs: tuple[str, ...], as_json: bool) -> None:
     """Delete ended jobs with their logs, metrics and outputs."""
 
     async def work() -> None:
@@ -173,6 +163,6 @@ def rm(cluster_file: Path | None, *, jobs: tuple[str, ...]) -> None:
             for ref in jobs:
                 job = await client.job(ref)
                 freed = await client.remove(job.id)
-                say(f"removed {job.id} ({size(freed)})")
+                say_json({"removed": job.id, "bytes": freed}) if as_json else say(f"removed {job.id} ({size(freed)})")
 
     finish(work())

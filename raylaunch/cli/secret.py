@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from raylaunch.cli.connect import Place, finish
-from raylaunch.cli.console import is_terminal, note, say
+from raylaunch.cli.console import is_terminal, note, say, say_json
+from raylaunch.cli.options import as_json
 from raylaunch.errors import SpecError
 
 
@@ -50,8 +51,9 @@ def _value(name: str) -> str:
 
 
 @secret.command("list", epilog="Example:  raylaunch secret list")
+@as_json
 @click.pass_obj
-def list_(cluster_file: Path | None) -> None:
+def list_(cluster_file: Path | None, *, as_json: bool) -> None:
     """List the names of the secrets that are set."""
 
     async def work() -> tuple[str, ...]:
@@ -59,6 +61,9 @@ def list_(cluster_file: Path | None) -> None:
             return await client.secrets_list()
 
     names = finish(work())
+    if as_json:
+        say_json(list(names))
+        return
     for name in names:
         say(name)
     if not names:

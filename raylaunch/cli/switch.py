@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from raylaunch.cli.connect import ask_person, finish
-from raylaunch.cli.console import note, say
+from raylaunch.cli.console import note, say_json, say_lines
+from raylaunch.cli.options import as_json
 from raylaunch.cluster.trust import check_accepted
 from raylaunch.config import chosen_file, kept_clusters, kept_file, load_cluster_spec
 from raylaunch.errors import NotFoundError
@@ -20,13 +21,17 @@ LOCAL = "local"
 
 @click.command(epilog="Example:  raylaunch switch dgx")
 @click.argument("name", required=False)
-def switch(name: str | None) -> None:
+@as_json
+def switch(name: str | None, *, as_json: bool) -> None:
     """Choose the cluster that is meant where no cluster.yaml lies; without NAME list the clusters."""
     link = chosen_file(os.environ)
     if name is None:
         chosen = link.resolve().parent.name if link.is_file() else LOCAL
-        for one in dict.fromkeys([LOCAL, *kept_clusters(os.environ)]):
-            say(f"{'*' if one == chosen else ' '} {one}")
+        known = list(dict.fromkeys([LOCAL, *kept_clusters(os.environ)]))
+        if as_json:
+            say_json({"chosen": chosen, "clusters": [*known]})
+        else:
+            say_lines(f"{'*' if one == chosen else ' '} {one}" for one in known)
         return
     if name == LOCAL:
         link.unlink(missing_ok=True)
@@ -34,6 +39,8 @@ def switch(name: str | None) -> None:
         beside = link.with_name(f".{link.name}.{secrets.token_hex(4)}")
         beside.symlink_to(named_file(name))
         beside.replace(link)
+    if as_json:
+        say_json({"chosen": name})
     note(f"{name} is meant now, where no cluster.yaml lies")
 
 

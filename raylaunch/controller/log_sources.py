@@ -25,6 +25,7 @@ class Searched(TypedDict):
     regex: bool
     ignore_case: bool
     offset: int
+    line: int
     limit: int
 
 

@@ -63,6 +63,7 @@ def search(  # noqa: PLR0913 -- each is one option of the search
     regex: bool = False,
     ignore_case: bool = False,
     offset: int = 0,
+    line: int = 0,
     limit: int = 100,
     max_bytes: int = SEARCH_BYTES,
 ) -> LogMatches:
@@ -77,6 +78,7 @@ def search(  # noqa: PLR0913 -- each is one option of the search
         regex: whether the pattern is a regular expression.
         ignore_case: whether case does not matter.
         offset: where to begin, bytes.
+        line: the number of the line there, where it is known; at the beginning of the log it is 1.
         limit: most matches to return.
         max_bytes: how much to read at most; `more` then says that the search can go on from `next_offset`.
 
@@ -88,10 +90,10 @@ def search(  # noqa: PLR0913 -- each is one option of the search
     size = size_of(path)
     start = min(max(offset, 0), size)
     if start == size:
-        return LogMatches(matches=(), next_offset=start, more=False)
+        return LogMatches(matches=(), next_offset=start, more=False, next_line=line)
     with path.open("rb") as file:
         file.seek(start)
-        found = search_in(file, pattern, **options, offset=start, limit=limit, max_bytes=max_bytes)
+        found = search_in(file, pattern, **options, offset=start, line=line, limit=limit, max_bytes=max_bytes)
     return found.model_copy(update={"more": found.more and found.next_offset < size_of(path)})
 
 
@@ -109,6 +111,7 @@ def search_in(  # noqa: PLR0913 -- as above
     regex: bool,
     ignore_case: bool,
     offset: int,
+    line: int = 0,
     limit: int,
     max_bytes: int = SEARCH_BYTES,
 ) -> LogMatches:
@@ -117,15 +120,16 @@ def search_in(  # noqa: PLR0913 -- as above
     matches = _matcher(pattern, regex=regex, ignore_case=ignore_case)
     literal = b"" if regex or ignore_case else pattern.encode()
     found: list[LogMatch] = []
-    position = offset
-    for at, end, line in _lines(log, offset, literal):
+    position, number = offset, line if offset else 1
+    for at, end, piece, ends in _lines(log, offset, literal):
         position = end
-        text = _matching_text(line, matches) if line else None
+        text = _matching_text(piece, matches) if piece else None
         if text is not None:
-            found.append(LogMatch(offset=at, text=text))
+            found.append(LogMatch(offset=at, text=text, line=number))
+        number += ends if number else 0
         if len(found) >= limit or position >= offset + max_bytes or time.monotonic() > until:
-            return LogMatches(matches=tuple(found), next_offset=position, more=True)
-    return LogMatches(matches=tuple(found), next_offset=position, more=False)
+            return LogMatches(matches=tuple(found), next_offset=position, more=True, next_line=number)
+    return LogMatches(matches=tuple(found), next_offset=position, more=False, next_line=number)
 
 
 def check_known_rank(job: str, job_folder: Path, attempt: AttemptView, *, rank: int) -> None:
@@ -192,8 +196,8 @@ def _words(error: Exception) -> str:
     return said.decode(errors="replace") if isinstance(said, bytes) else str(said)
 
 
-def _lines(log: Blocks, offset: int, literal: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (begin, end, line), long lines in pieces; a block without `literal` is one line without bytes."""
+def _lines(log: Blocks, offset: int, literal: bytes) -> Iterator[tuple[int, int, bytes, int]]:
+    """Yield (begin, end, line, line ends), long lines in pieces; a block without `literal` is a line without bytes."""
     rest = b""
     while block := log.read(READ_BYTES):
         data = rest + block
@@ -202,16 +206,16 @@ def _lines(log: Blocks, offset: int, literal: bytes) -> Iterator[tuple[int, int,
             end = len(data)
         whole, rest = data[:end], data[end:]
         if literal not in whole:
-            yield offset, offset + len(whole), b""
+            yield offset, offset + len(whole), b"", whole.count(b"\n")
             offset += len(whole)
             continue
         for line in _by_newline(whole):
             for start in range(0, len(line), _PIECE):
                 piece = line[start : start + _PIECE]
-                yield offset + start, offset + start + len(piece), piece
+                yield offset + start, offset + start + len(piece), piece, piece.endswith(b"\n")
             offset += len(line)
     if rest:
-        yield offset, offset + len(rest), rest
+        yield offset, offset + len(rest), rest, 0
 
 
 def _by_newline(data: bytes) -> Iterator[bytes]:

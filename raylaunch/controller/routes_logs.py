@@ -75,13 +75,14 @@ async def search(  # noqa: PLR0913 -- each is one option
     regex: bool = False,
     ignore_case: bool = False,
     offset: Annotated[int, Query(ge=0, le=LARGEST)] = 0,
+    line: Annotated[int, Query(ge=0, le=LARGEST, description="number of the line at the offset, where known")] = 0,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
     attempt: Attempt = None,
     rank: Rank = 0,
 ) -> Response:
     """Return lines of a log that match."""
     n = pick_attempt(record, attempt)
-    asked = Searched(pattern=pattern, regex=regex, ignore_case=ignore_case, offset=offset, limit=limit)
+    asked = Searched(pattern=pattern, regex=regex, ignore_case=ignore_case, offset=offset, line=line, limit=limit)
     return answer(await log_of(services, record, n=n, rank=rank).search(asked))
 
 
