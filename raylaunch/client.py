@@ -28,7 +28,7 @@ from raylaunch.downloads import (
     download_all,
     local_name,
 )
-from raylaunch.errors import WheelsNeededError
+from raylaunch.errors import SpecError, WheelsNeededError
 from raylaunch.job_page import page_from
 from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
 from raylaunch.sensitive import NO_MORE, Allowed
@@ -93,11 +93,19 @@ async def _send_it(_bytes: int) -> None:
 
 async def _packed(spec: JobSpec, allow: Allowed) -> Packed | None:
     """Pack the code of a job, which is checked as far as can be done here; None when it has none."""
+    from raylaunch.job_files import check_here, check_sent  # noqa: PLC0415 -- only a submission reads ignore files
+    from raylaunch.packing import packed_apart  # noqa: PLC0415 -- as above
+
+    await asyncio.to_thread(check_here, spec)
     if not spec.working_dir:
         return None
-    from raylaunch.packing import packed_apart  # noqa: PLC0415 -- nothing else reads ignore files
-
-    return await packed_apart(Path(spec.working_dir), allow)
+    packed = await packed_apart(Path(spec.working_dir), allow)
+    try:
+        check_sent(spec, packed.contents)
+    except SpecError:
+        packed.file.close()
+        raise
+    return packed
 
 
 class Client:

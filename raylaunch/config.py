@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from raylaunch.errors import SpecError
 from raylaunch.ray_yaml import is_ray_yaml, read_ray_yaml
+from raylaunch.runner import shell_words
 from raylaunch.spec import ClusterSpec, JobSpec, Spec
 from raylaunch.spec_problems import spec_error
 from raylaunch.yaml_file import KeyPath, YamlFile, read_yaml
@@ -166,7 +167,27 @@ def job_spec_from_flags(
             field="entrypoint",
             hint="write the command after --, as: raylaunch run -- python train.py; or name a file: -f job.yaml",
         )
-    return _validated(JobSpec, data, read, flags)
+    return _started_by_python(_validated(JobSpec, data, read, flags))
+
+
+def _started_by_python(spec: JobSpec) -> JobSpec:
+    """Return the job with ``python`` before a script that cannot be started as it is: ``train.py`` is meant so.
+
+    Raises:
+        SpecError: the command is a job file.
+    """
+    commands = shell_words.read(spec.entrypoint).commands
+    first = commands[0][0].text if commands else ""
+    if first.endswith((".yaml", ".yml")) and len(commands[0]) == 1:
+        hint = f"raylaunch run -f {first}; in Python: Path({first!r}); as a tool's argument: job_file"
+        msg = f"{first} is a job file, not a command"
+        raise SpecError(msg, field="entrypoint", hint=hint)
+    script = Path(spec.working_dir, first)
+    if not (first.endswith(".py") and script.is_file()) or ("/" in first and os.access(script, os.X_OK)):
+        return spec
+    entrypoint = spec.entrypoint
+    started = f"python {entrypoint.lstrip()}" if isinstance(entrypoint, str) else ("python", *entrypoint)
+    return spec.model_copy(update={"entrypoint": started})
 
 
 def _absolute(base: Path, text: str, file: YamlFile | None) -> str:

@@ -182,7 +182,7 @@ def test_two_submissions_without_a_request_id_are_two_jobs(api: Api) -> None:
 
 
 def test_a_dry_run_makes_no_job(api: Api) -> None:
-    found = ask(api, lambda client: client.dry_run(JobSpec(entrypoint="python train.py")))
+    found = ask(api, lambda client: client.dry_run(JobSpec(entrypoint="python -m train")))
     assert found.message == "train would start on here at once"
     assert ask(api, lambda client: client.jobs()).total == 0
 

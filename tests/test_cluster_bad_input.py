@@ -37,7 +37,7 @@ def test_a_missing_working_directory_is_refused(cluster: Cluster) -> None:
 
 
 def test_a_gpu_variable_is_refused(cluster: Cluster) -> None:
-    words = ("--working-dir", "", "--env", "CUDA_VISIBLE_DEVICES=0", "--", "python", "train.py")
+    words = ("--working-dir", "", "--env", "CUDA_VISIBLE_DEVICES=0", "--", "python", "-m", "train")
     assert refused(cluster, "submit", *words) == (
         "error: --env: CUDA_VISIBLE_DEVICES cannot be set: raylaunch gives each job its GPUs; "
         "ask for them with resources.gpus\n"
@@ -45,7 +45,7 @@ def test_a_gpu_variable_is_refused(cluster: Cluster) -> None:
 
 
 def test_a_secret_that_is_not_set_is_refused_with_how_to_set_it(cluster: Cluster) -> None:
-    assert refused(cluster, "submit", "--working-dir", "", "--secret", "NOT_SET", "--", "python", "train.py") == (
+    assert refused(cluster, "submit", "--working-dir", "", "--secret", "NOT_SET", "--", "python", "-m", "train") == (
         "error: the secret NOT_SET is not set on cluster local\n  → raylaunch secret set NOT_SET\n"
     )
 

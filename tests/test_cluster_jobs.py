@@ -62,7 +62,7 @@ def test_the_same_request_id_is_the_same_job(cluster: Cluster) -> None:
 
 
 def test_a_job_that_asks_for_more_than_there_is_is_refused_with_what_there_is(cluster: Cluster) -> None:
-    result = cluster.cli("submit", "--working-dir", "", "--gpus", "16", "--", "python", "x.py")
+    result = cluster.cli("submit", "--working-dir", "", "--gpus", "16", "--", "python", "-m", "x")
     assert result.status == 2
     host = cluster.ask(lambda client: client.status()).nodes[0].hostname
     said = f"x can never run on cluster local: asks 16 GPUs on one node; the largest has 4 ({host})"

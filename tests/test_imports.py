@@ -51,14 +51,15 @@ MAY: dict[str, frozenset[str]] = {
     "wheel_sets": frozenset(),
     "state": frozenset({"job_state", "reasons", "spec", "spec_parts", "wheel_sets"}),
     "cluster_state": frozenset({"state", "spec_parts"}),
-    **dict.fromkeys(READING, GROUND | READING),
+    **dict.fromkeys(READING, GROUND | READING | {"runner.shell_words"}),
     **dict.fromkeys(SENDING, GROUND | SENDING | {"runner.contract"}),
     "cluster": GROUND | {"runner.contract"},
     "admin": GROUND | {"wire"},
     "parallel_download": GROUND | SENDING | {"cluster"},
     "requirement_lines": GROUND | {"cluster"},
     "job_wheels": GROUND | SENDING | {"cluster", "requirement_lines"},
-    "client": GROUND | READING | SENDING | {"cluster", "admin", "job_wheels", "parallel_download"},
+    "job_files": GROUND | PACKING | {"runner.entrypoint", "runner.training"},
+    "client": GROUND | READING | SENDING | {"cluster", "admin", "job_files", "job_wheels", "parallel_download"},
     "people": GROUND | READING | {"client", "cluster", "place"},
     "quieting": GROUND | {"client", "cluster", "place"},
     "members": GROUND | READING | {"client", "cluster", "place", "quieting"},
@@ -68,7 +69,7 @@ MAY: dict[str, frozenset[str]] = {
     "cli": GROUND
     | READING
     | VERBS
-    | {"packing", "sensitive", "cluster", "environment_choice", "job", "members", "people", "quieting", "place"}
+    | {"job_files", "sensitive", "cluster", "environment_choice", "job", "members", "people", "quieting", "place"}
     | {"log_view"},
     "mcp_server": GROUND
     | READING

@@ -31,7 +31,7 @@ def cluster(api: Api) -> Iterator[Cluster]:
 
 
 def submitted(cluster: Cluster, name: str = "digits") -> Job:
-    return cluster.submit("python train.py", name=name, working_dir="")
+    return cluster.submit("python -m train", name=name, working_dir="")
 
 
 def log(api: Api, job: Job, data: bytes, n: int = 1) -> None:
@@ -84,7 +84,7 @@ def test_a_controller_that_does_not_answer_is_an_error_at_once(api: Api) -> None
 
 def test_a_job_is_submitted_with_keywords_that_are_a_job_files_fields(cluster: Cluster) -> None:
     job = cluster.submit(
-        ["python", "train.py"],
+        ["python", "-m", "train"],
         gpus=2,
         resources=Resources(cpus=3),
         working_dir="",
@@ -95,7 +95,7 @@ def test_a_job_is_submitted_with_keywords_that_are_a_job_files_fields(cluster: C
     )
     spec = job.status().spec
     assert spec == JobSpec(
-        entrypoint=("python", "train.py"),
+        entrypoint=("python", "-m", "train"),
         resources=Resources(gpus=2, cpus=3),
         working_dir="",
         env={"SEED": "1"},
@@ -147,7 +147,7 @@ def test_the_wandb_key_of_this_python_goes_along_with_its_server_and_is_not_show
 
 
 def test_a_dry_run_makes_no_job(cluster: Cluster) -> None:
-    assert cluster.dry_run("python train.py").message == "train would start on here at once"
+    assert cluster.dry_run("python -m train").message == "train would start on here at once"
     assert cluster.jobs() == ()
 
 

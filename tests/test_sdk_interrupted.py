@@ -38,7 +38,7 @@ class Reach(NamedTuple):
     token: str
 
 cluster = raylaunch.connect(reach=Reach(*sys.argv[1:3]))
-job = cluster.submit("python train.py", working_dir="", request_id="night")
+job = cluster.submit("python -m train", working_dir="", request_id="night")
 print(job.id, flush=True)
 try:
     job.wait()
@@ -68,7 +68,7 @@ def test_a_killed_python_leaves_its_job_and_the_same_request_id_finds_it(api: Ap
     with waiting_python(api) as python:
         python.kill()
         out, _ = python.communicate(timeout=30)
-    again = cluster.submit("python train.py", working_dir="", request_id="night")
+    again = cluster.submit("python -m train", working_dir="", request_id="night")
     assert again.id == out.strip()
     assert again.status().state is JobState.QUEUED
 
@@ -104,7 +104,7 @@ def test_a_download_that_was_killed_is_completed_by_the_next_and_leaves_nothing_
     api: Api, cluster: Cluster, tmp_path: Path
 ) -> None:
     size = 150_000_000
-    job = cluster.submit("python train.py", name="heavy", working_dir="")
+    job = cluster.submit("python -m train", name="heavy", working_dir="")
     sha256 = large(api, job.view, "attempt-1/outputs/model.pt", size)
     folder = tmp_path / "here"
     with subprocess.Popen([sys.executable, "-c", DOWNLOAD, *of_tom(api), str(folder)]) as python:

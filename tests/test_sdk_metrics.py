@@ -25,7 +25,7 @@ pytestmark = pytest.mark.wandb
 def job(api: Api) -> Iterator[Job]:
     """A job that has logged ten epochs, the accuracy in every second."""
     with raylaunch.connect("test", reach=api.reach()) as cluster:
-        job = cluster.submit("python train.py", name="digits", working_dir="")
+        job = cluster.submit("python -m train", name="digits", working_dir="")
         start(api, job.view)
         rows = [history(n, {"loss": 1 / (n + 1), **({"acc": n / 10} if n % 2 else {})}) for n in range(10)]
         write_run(api.store / "jobs" / job.id / "attempt-1", [run(), *rows])
@@ -61,7 +61,7 @@ def test_a_card_draws_the_loss(job: Job) -> None:
 def test_a_job_is_shown_as_it_was_last_seen_when_the_cluster_is_gone(tmp_path: Path) -> None:
     with serving(tmp_path / "store") as api:
         cluster = raylaunch.connect("test", reach=api.reach())
-        job = cluster.submit("python train.py", name="digits", working_dir="")
+        job = cluster.submit("python -m train", name="digits", working_dir="")
     assert "as it was last seen: the cluster does not answer now" in job._repr_html_()
     cluster.close()
 

@@ -45,8 +45,14 @@ _PAIRS: dict[str, tuple[str, tuple[str, ...]]] = {
     "resource": ("--resource", ("resources", "custom")),
 }
 
+_JOB_FILE = "job.yaml"
 _OPTIONS = (
-    click.option("-f", "--file", type=click.Path(path_type=Path), help="job.yaml; flags are laid over it."),
+    click.option(
+        "-f",
+        "--file",
+        type=click.Path(path_type=Path),
+        help="Job file, by default ./job.yaml when no command is given; flags override it.",
+    ),
     click.option("--name", help="Name; by default made from the program."),
     click.option("--gpus", metavar="N", help="GPUs."),
     click.option("--launcher", metavar="KIND", help="script, torchrun, or ray (a Ray Train or Tune program)."),
@@ -99,12 +105,29 @@ def job_options(command: _Command) -> _Command:
 
 
 def spec_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> JobSpec:
-    """Return the job that the options describe.
+    """Return the job that the options describe: also ``run job.yaml``, and ``run`` alone where there is a job.yaml.
 
     Raises:
         SpecError: they, or the file, say something that cannot be.
     """
+    given = _with_file(given)
     return job_spec_from_flags(flags_of(given, environ), file=given.get("file"))
+
+
+def _with_file(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    command = tuple(given.get("command") or ())
+    if given.get("file") or given.get("shell") is not None:
+        return given
+    if not command and Path(_JOB_FILE).is_file():
+        return {**given, "file": Path(_JOB_FILE)}
+    if command and command[0].endswith((".yaml", ".yml")) and Path(command[0]).is_file():
+        if len(command) > 1:
+            msg = f"{command[0]} is a job file, and {command[1]} stands after it"
+            raise SpecError(
+                msg, field="entrypoint", hint=f"options stand before it: raylaunch run OPTIONS {command[0]}"
+            )
+        return {**given, "file": Path(command[0]), "command": ()}
+    return given
 
 
 def flag_of(field: tuple[str, ...]) -> str:

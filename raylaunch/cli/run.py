@@ -19,7 +19,7 @@ from raylaunch.cli.job_words import dry_run_words, pack_words, sentence, wandb_w
 from raylaunch.cli.options import as_json
 from raylaunch.cli.transfer_bar import transfer_bar
 from raylaunch.client import Client, with_wandb
-from raylaunch.packing import checked_working_dir
+from raylaunch.job_files import check_here
 from raylaunch.sensitive import ASKED_ABOVE, Allowed, allowed
 from raylaunch.spec import JobSpec
 from raylaunch.state import JobView, PackReport, SubmitAnswer
@@ -31,8 +31,7 @@ def _prepared(given: dict[str, Any]) -> JobSpec:
     """Return the spec, checked as far as can be done without a cluster."""
     spec = spec_of(given, os.environ)
     warn_of_options_after(given["command"])
-    if spec.working_dir:
-        checked_working_dir(spec.working_dir)
+    check_here(spec)
     return spec
 
 

@@ -54,6 +54,10 @@ _BRING_ONE = (*_RUN, "uvx")
 """These bring an interpreter of their own."""
 SHELLS = ("sh", "bash", "zsh", "dash", "ash", "ksh", "fish", "busybox")
 _WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
+_MODULE = ("-m", "--module")
+_ELSEWHERE = ("-C", "--chdir", "--directory", "--project", "--cwd")
+"""Options with which what stands before a program runs it in another folder."""
+_EXPANDED = "$`*?[{"
 _IN_ORDER = ("&&", ";", "\n")
 _ADVICE = (
     "write the program alone, as python train.py, or with launcher: script a command that starts the ranks itself, "
@@ -120,6 +124,39 @@ def python_word(entrypoint: str | Sequence[str]) -> str:
     """Return the interpreter that the Python program asks for; empty when it is the one of the job's environment."""
     found = next(found for found in map(_python, read(entrypoint).commands) if found is not None)
     return found[2]
+
+
+def script_of(entrypoint: str | Sequence[str]) -> str:
+    """Return the file that the first command runs, as it is written, relative to where it runs.
+
+    Empty where there is none, and where that cannot be known without running it: a path with variables, or a command
+    that changes the folder first.
+    """
+    line = read(entrypoint)
+    command = line.commands[0] if line.commands else []
+    at = _program(command)
+    if at >= len(command) or any(word.text.partition("=")[0] in _ELSEWHERE for word in command[:at]):
+        return ""
+    text = _script_word(command, at)
+    unclear = text.startswith(("/", "~", "-")) or any(letter in _EXPANDED for letter in text)
+    return "" if unclear else text
+
+
+def _script_word(command: Sequence[Word], at: int) -> str:
+    words = [word.text for word in command]
+    name = words[at].rpartition("/")[2]
+    if _PYTHON.fullmatch(name):
+        script = _script(command, at)
+        plain = script is not None and words[script - 1] not in ("-m", "-c")
+        return words[script] if script is not None and plain else ""
+    if name in SHELLS:
+        options = [word for word in words[at + 1 :] if word.startswith("-")]
+        commanded = any("c" in option for option in options if not option.startswith("--"))
+        return "" if commanded else next((word for word in words[at + 1 :] if not word.startswith("-")), "")
+    if _launcher(command, at) is not None:
+        following = range(at + 1, len(words))
+        return next((words[n] for n in following if words[n].endswith(".py") and words[n - 1] not in _MODULE), "")
+    return words[at] if "/" in words[at] or name.endswith(".py") else ""
 
 
 def wrapped(entrypoint: str | list[str], launcher: Sequence[str], python: str) -> str | list[str]:

@@ -71,6 +71,8 @@ def spec_of(job: Asked, given: Mapping[str, object], *, gpus: int | None = None,
     flags = [Flag("", (name,), _plain(name, value)) for name, value in given.items() if value is not None]
     if gpus is not None:
         flags.append(Flag("", ("resources", "gpus"), gpus))
+    if isinstance(job, str) and job.endswith((".yaml", ".yml")) and ((cwd or Path()) / job).is_file():
+        job = Path(job)
     if isinstance(job, Path):
         return job_spec_from_flags(flags, file=job, cwd=cwd)
     if isinstance(job, JobSpec):

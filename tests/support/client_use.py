@@ -28,7 +28,7 @@ def ask(api: Api, verb: Callable[[Client], Coroutine[None, None, _T]], *, person
 
 
 def submitted(api: Api, spec: JobSpec | None = None) -> JobView:
-    wanted = spec or JobSpec(entrypoint="python train.py", name="digits", working_dir="")
+    wanted = spec or JobSpec(entrypoint="python -m train", name="digits", working_dir="")
     return ask(api, lambda client: client.submit(wanted)).job
 
 
