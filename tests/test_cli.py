@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -449,3 +450,13 @@ def test_stop_and_rm_take_several_jobs(home: Path, api: Api, code: Path) -> None
     assert stopped.stdout == f"{one} stopped\n{other} stopped\n"
     assert cli(home, "rm", one, other).stdout.startswith(f"removed {one} (")
     assert cli(home, "list").stderr == "no jobs\n"
+
+
+def test_a_dry_run_of_up_fails_where_up_would(home: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = one.getsockname()[1], other.getsockname()[1]
+    hosts = "".join(f"  - {{host: 127.0.0.1, name: dgx-{port}, port: {port}}}\n" for port in ports)
+    (tmp_path / "lab.yaml").write_text(f"name: lab\nhosts:\n{hosts}")
+    done = cli(home, "-c", str(tmp_path / "lab.yaml"), "up", "--dry-run")
+    assert (done.returncode, done.stdout.splitlines()[0]) == (1, "cluster lab: up would fail")
+    assert all(f"dgx-{port}: " in done.stdout for port in ports)

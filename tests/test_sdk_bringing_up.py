@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -78,10 +79,24 @@ def test_a_cluster_is_meant_by_a_name_a_file_a_spec_or_by_nothing(tmp_path: Path
 
 def test_a_host_that_cannot_be_reached_is_named_in_the_plan_in_a_step_and_in_the_error() -> None:
     spec, steps = lab(free_port()), list[Step]()
-    assert "dgx-1" in Cluster.plan(spec).notes[0]
+    plan = Cluster.plan(spec)
+    assert "dgx-1" in plan.problems[0]
+    assert str(plan).startswith("cluster lab: up would fail\n  x dgx-1: ")
     with pytest.raises(HostUnreachableError, match="dgx-1"):
         Cluster.up(spec, on_step=steps.append)
     assert [(step.name, step.state) for step in steps] == [("dgx-1", "note")]
+
+
+def test_a_plan_is_refused_as_up_would_be_where_a_fixed_port_is_taken(home: Path) -> None:
+    with socket.create_server((LOOPBACK, 0)) as taken, pytest.raises(ConflictError):
+        Cluster.plan(ClusterSpec(name="local", gpus=2, port=taken.getsockname()[1]))
+    assert not (home / "clusters" / "local").exists()
+
+
+def test_a_plan_names_every_host_that_cannot_be_reached() -> None:
+    plan = Cluster.plan(lab(free_port(), free_port()))
+    assert [problem.partition(":")[0] for problem in sorted(plan.problems)] == ["dgx-1", "dgx-2"]
+    assert plan.actions == ()
 
 
 def test_an_upgrade_is_an_up_where_nothing_runs_and_stop_is_for_it_alone() -> None:

@@ -26,7 +26,7 @@ _NAMED = 3
 
 
 @click.command(epilog="Example:  raylaunch up")
-@click.option("--dry-run", is_flag=True, help="Say what would be started, and start nothing.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print what would be started, and start nothing.")
 @click.option("--upgrade", is_flag=True, help="Where another Ray runs: wait until no job runs, then start this one.")
 @click.option("--stop", is_flag=True, help="With --upgrade: stop jobs, each with its grace; they are tried again.")
 @as_json
@@ -43,8 +43,10 @@ def up(cluster_file: Path | None, *, dry_run: bool, upgrade: bool, stop: bool, a
     for line in place.notes:
         note(line)
     if dry_run:
-        say_lines(str(finish(place.backend.plan(place.spec, on_prompt=ask_person))).split("\n"))
-        return
+        plan = finish(place.backend.plan(place.spec, on_prompt=ask_person))
+        say_lines(str(plan).split("
+"))
+        click.get_current_context().exit(1 if plan.problems else 0)
     if upgrade:
         status = finish(upgraded(place, stop=stop, on_step=show_step, on_prompt=ask_person))
     else:

@@ -48,7 +48,7 @@ async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Pl
 
     Raises:
         SpecError: a GPU that the spec lists is not there, or its cpus are not whole.
-        ConflictError: another cluster uses those GPUs.
+        ConflictError: another cluster uses those GPUs, or the port that the spec fixes is taken.
         VersionError: the Ray that is installed, or the cluster that runs, does not fit.
     """
     paths = _paths(spec)
@@ -56,6 +56,8 @@ async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Pl
     version = installed_ray()
     upgrade = check_versions(seen, version)
     runs = seen.record.spec if seen.record and (seen.ray_alive or seen.controller_alive) else spec
+    if not seen.controller_alive and runs.port is not None:
+        assign.controller_port({}, fixed=runs.port, say=lambda _: None, avoid=())
     if seen.ray_alive:
         with_gpus = ""
     else:

@@ -34,10 +34,14 @@ class Plan:
     keeps: tuple[str, ...] = ()
     """What runs already and stays as it is."""
     notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    """Why ``up`` would fail, host by host; empty when it would not, as far as can be seen before."""
 
     def __str__(self) -> str:
-        head = f"cluster {self.cluster}: " + ("would start" if self.actions else "nothing to do, it is up")
-        lines = [*(f"  + {one}" for one in self.actions), *(f"  = {one}" for one in self.keeps)]
+        would = "would start" if self.actions else "nothing to do, it is up"
+        head = f"cluster {self.cluster}: {'up would fail' if self.problems else would}"
+        lines = [f"  x {one}" for one in self.problems]
+        lines += [*(f"  + {one}" for one in self.actions), *(f"  = {one}" for one in self.keeps)]
         return "\n".join([head, *lines, *(f"  ! {one}" for one in self.notes)])
 
 

@@ -148,17 +148,19 @@ def _failure(spec: ClusterSpec, outcome: Outcome) -> RaylaunchError:
 
 
 async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:
-    """Say what `up` would do now: every host is probed, and nothing is changed."""
+    """Say what `up` would do now, and why it would fail: every host is probed, and nothing is changed."""
     outcome = await Bootstrap(spec, lambda _: None, on_prompt=on_prompt).look()
     return Plan(
         cluster=spec.name,
         actions=tuple(f"{host}: {one}" for host, found in outcome.actions.items() for one in found),
         keeps=tuple(f"{host}: {one}" for host, found in outcome.keeps.items() for one in found),
-        notes=(
-            *(f"{host}: {error}".replace("\n", "\n    ") for host, error in outcome.errors.items()),
-            *(f"{one.host}: {one.message}" for one in outcome.warnings),
-        ),
+        notes=tuple(f"{one.host}: {one.message}" for one in outcome.warnings),
+        problems=tuple(_named(host, error) for host, error in outcome.errors.items()),
     )
+
+
+def _named(host: str, error: RaylaunchError) -> str:
+    return f"{host}: {str(error).removeprefix(f'{host}: ')}".replace("\n", "\n    ")
 
 
 async def down(name: str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:

@@ -100,7 +100,7 @@ class AsyncCluster:
                 here.
 
         Raises:
-            ClusterError: this machine, or what runs on it, does not fit. Of hosts over SSH the plan's notes say that.
+            ClusterError: this machine, or what runs on it, does not fit. For hosts over SSH see the plan's problems.
             SpecError: the file cannot be read, or says something that cannot be.
         """
         spec = cluster_to_reach(which)
