@@ -83,7 +83,7 @@ def test_a_python_killed_while_it_sends_its_code_can_send_it_again(api: Api, clu
         wait_until(lambda: [file for file in packages.rglob("*") if file.is_file()], 60, "some of it has arrived")
         python.kill()
         python.communicate(timeout=30)
-    job = cluster.submit("python train.py", working_dir=folder, request_id="night")
+    job = cluster.submit("python -m train", working_dir=folder, request_id="night")
     assert [other.id for other in cluster.jobs()] == [job.id]
 
 

@@ -44,8 +44,7 @@ def up(cluster_file: Path | None, *, dry_run: bool, upgrade: bool, stop: bool, a
         note(line)
     if dry_run:
         plan = finish(place.backend.plan(place.spec, on_prompt=ask_person))
-        say_lines(str(plan).split("
-"))
+        say_lines(str(plan).split("\n"))
         click.get_current_context().exit(1 if plan.problems else 0)
     if upgrade:
         status = finish(upgraded(place, stop=stop, on_step=show_step, on_prompt=ask_person))
