@@ -457,6 +457,7 @@ def test_a_dry_run_of_up_fails_where_up_would(home: Path, tmp_path: Path) -> Non
         ports = one.getsockname()[1], other.getsockname()[1]
     hosts = "".join(f"  - {{host: 127.0.0.1, name: dgx-{port}, port: {port}}}\n" for port in ports)
     (tmp_path / "lab.yaml").write_text(f"name: lab\nhosts:\n{hosts}")
+    assert cli(home, "trust", str(tmp_path / "lab.yaml")).returncode == 0
     done = cli(home, "-c", str(tmp_path / "lab.yaml"), "up", "--dry-run")
     assert (done.returncode, done.stdout.splitlines()[0]) == (1, "cluster lab: up would fail")
     assert all(f"dgx-{port}: " in done.stdout for port in ports)
