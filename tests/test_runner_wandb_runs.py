@@ -108,6 +108,19 @@ def test_each_init_is_a_run_of_its_own_as_with_bare_wandb(make: Make) -> None:
     assert "wandb sync" not in attempt.log.read_text()
 
 
+@pytest.mark.long
+def test_each_init_is_a_run_of_its_own_online_too(make: Make) -> None:
+    with WandbServer() as server:
+        attempt = make(K_FOLD, env=server.environment())
+        assert attempt.run()["ended"] == "completed", attempt.log.read_text()
+        found = {run.id: [row["loss"] for row in run.history] for run in server.runs.values()}
+        names = {run.id: run.fields["displayName"] for run in server.runs.values()}
+        groups = {run.fields["groupName"] for run in server.runs.values()}
+    assert found == rows(attempt) == {"run1": [1], "run1-1-2": [2], "run1-1-3": [3], "run1-1-4": [4], "mine": [5]}
+    assert (names["run1-1-3"], names["run1-1-4"], groups) == ("job", "job-2", {"job"})
+    assert attempt.facts()["wandb_url"].endswith("/runs/run1")
+
+
 def test_two_programs_of_a_job_are_two_runs(make: Make) -> None:
     once = "import wandb\nwandb.init().log({'loss': 1})\n"
     attempt = make(once, "python train.py && python train.py")
@@ -139,6 +152,7 @@ def test_a_run_that_was_written_elsewhere_can_be_synced_from_the_attempts_folder
     assert found == {"run1": [1], "run1-1-2": [2]}
 
 
+@pytest.mark.long  # test_cluster_tracking has it too
 def test_files_that_an_offline_artifact_has_staged_are_kept_and_counted(make: Make) -> None:
     attempt = make(LOGS_AN_ARTIFACT)
     attempt.run()
@@ -187,6 +201,7 @@ def test_a_retry_continues_what_was_not_finished_and_opens_nothing_finished_agai
     assert found == {"run1": [0], "run1-1-2": [0, 1], "run1-2-1": [0]}
 
 
+@pytest.mark.long
 def test_an_init_that_fails_takes_no_run_from_the_next(make: Make) -> None:
     program = (
         "import wandb\ntry: wandb.init(resume='allow', config=3)\nexcept Exception: pass\nwandb.init().log({'pt': 1})"
