@@ -129,6 +129,9 @@ class _Facts(BaseModel):
     wandb_mode: Literal["online", "offline", "disabled"] = "disabled"
     wandb_why: str = ""
     wandb_url: str = ""
+    wandb_run: str = ""
+    wandb_runs: list[str] = Field(default_factory=list)
+    wandb_staged: Annotated[int, Field(ge=0)] = 0
 
 
 def exit_from(value: object, *, now: float) -> Exit | None:
