@@ -188,13 +188,17 @@ def test_what_pip_needs_goes_along_with_a_job_whose_node_reaches_no_index(cluste
     (code / "requirements.txt").write_text("alpha\n")
     words = ["--environment", "pip:requirements.txt", "--env", f"PIP_INDEX_URL=http://127.0.0.1:{free_port()}/simple"]
     program = ["python", "-c", "import alpha, beta; print('made of', alpha.__version__, beta.__version__)"]
+    with_rays_own = [*program[:2], f"import ray; {program[2]}"]
     with index(tmp_path / "index") as served:
         own = {name: value for name, value in served.environ(tmp_path).items() if name not in {"PATH", "HOME"}}
         said = cluster.good("submit", "--dry-run", *words, "--", *program, cwd=code, env=own)
         assert "reach no package index, and wheels would go along" in said
         job = cluster.submit(*words, "--", *program, cwd=code, env=own)
         again = cluster.submit(*words, "--", *program, cwd=code, env=own)
+        added = cluster.submit("--with", "alpha", *words[2:], "--", *with_rays_own, cwd=code, env=own)
     assert served.fetched.count("alpha-1.0-py3-none-any.whl") == 1
-    for one in (job, again):
-        assert cluster.ended(one, 120).state is JobState.SUCCEEDED
+    for one in (job, again, added):
+        done = succeeded(cluster, one)
         assert b"made of 1.0 2.0" in cluster.log(one)
+    assert done.chosen is not None
+    assert str(done.chosen).endswith(", with alpha")

@@ -73,7 +73,8 @@ async def _demo(place: Place, folder: Path, dest: Path, console: Console) -> Non
         _heading(console, "A job", f"train.py learns to read handwritten digits ({_shown(folder)})")
         spec = load_job_spec(folder / "job.yaml")
         if place.spec.kind == "local":  # scikit-learn was found here; what is active, or runs Ray, may not have it
-            spec = spec.model_copy(update={"environment": Environment(kind="python", value=sys.executable)})
+            own = Environment(kind="python", value=sys.executable)
+            spec = spec.model_copy(update={"environment": own, "packages": ()})
         answer = await client.submit(spec)
         _say(console, f"  {answer.job.id}: {answer.job.entrypoint}")
 
