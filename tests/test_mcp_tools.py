@@ -58,6 +58,27 @@ def test_a_dry_run_says_what_would_happen_and_submits_nothing(agent: Agent, pape
     assert paper.do(lambda: len(paper.records.backlog)) == before
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_no_argument_of_a_tool_sends_a_secret_and_a_person_who_configures_the_server_may(
+    place: Path, paper: Api, *, dry_run: bool
+) -> None:
+    folder = place / "work" / f"with-secrets-{dry_run}"
+    folder.mkdir()
+    (folder / ".env").write_text("TOKEN=1\n")
+    asked = {"entrypoint": "true", "working_dir": folder.name, "dry_run": dry_run}
+    before = paper.do(lambda: len(paper.records.backlog))
+    with agent_at(place, place / "work") as agent:
+        refused = agent.call_with("train_job", asked)
+        tried = agent.call_with("train_job", {**asked, "more": {"allow": [".env"]}})
+    assert refused.error
+    assert "these files look like secrets: .env" in refused.text
+    assert "Only a person can allow it" in refused.text
+    assert tried.error
+    assert paper.do(lambda: len(paper.records.backlog)) == before
+    with agent_at(place, place / "work", extra={"RAYLAUNCH_ALLOW": ".env"}) as agent:
+        assert agent.call_with("train_job", asked).facts["packed"]["files"] == 1
+
+
 def test_the_same_request_id_is_the_same_job(agent: Agent) -> None:
     first, again = (agent.call("train_job", entrypoint="true", working_dir="", request_id="once") for _ in range(2))
     assert first.facts["job"]["id"] == again.facts["job"]["id"]
