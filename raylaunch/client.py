@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 from urllib.parse import quote
 
 from pydantic import TypeAdapter
@@ -28,7 +28,7 @@ from raylaunch.downloads import (
     download_all,
     local_name,
 )
-from raylaunch.errors import SpecError, WheelsNeededError
+from raylaunch.errors import WheelsNeededError
 from raylaunch.job_page import page_from
 from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
 from raylaunch.sensitive import NO_MORE, Allowed
@@ -50,12 +50,9 @@ from raylaunch.state import (
     UsagePage,
 )
 from raylaunch.submission import with_wandb
-from raylaunch.transfer import OnProgress, no_progress, upload
+from raylaunch.transfer import OnProgress, no_progress, send_it, upload
 from raylaunch.wheel_sets import WheelSet
 from raylaunch.wire import NoAnswerError, Params, Patience, Reachable, Wire
-
-if TYPE_CHECKING:
-    from raylaunch.packing import Packed
 
 __all__ = [
     "Client",
@@ -85,27 +82,6 @@ PATIENCE_S = 60.0
 
 def _say_nothing(_sentence: str) -> None:
     pass
-
-
-async def _send_it(_bytes: int) -> None:
-    pass
-
-
-async def _packed(spec: JobSpec, allow: Allowed) -> Packed | None:
-    """Pack the code of a job, which is checked as far as can be done here; None when it has none."""
-    from raylaunch.job_files import check_here, check_sent  # noqa: PLC0415 -- only a submission reads ignore files
-    from raylaunch.packing import packed_apart  # noqa: PLC0415 -- as above
-
-    await asyncio.to_thread(check_here, spec)
-    if not spec.working_dir:
-        return None
-    packed = await packed_apart(Path(spec.working_dir), allow)
-    try:
-        check_sent(spec, packed.contents)
-    except SpecError:
-        packed.file.close()
-        raise
-    return packed
 
 
 class Client:
@@ -210,7 +186,7 @@ class Client:
         secrets: Mapping[str, str] | None = None,
         allow: Allowed = NO_MORE,
         on_packed: Callable[[PackReport, int], None] | None = None,
-        on_upload: Callable[[int], Awaitable[None]] = _send_it,
+        on_upload: Callable[[int], Awaitable[None]] = send_it,
         on_progress: OnProgress = no_progress,
     ) -> SubmitAnswer:
         """Pack the working directory, send what the cluster lacks of it, and submit.
@@ -234,7 +210,9 @@ class Client:
         chosen = await self.choose_environment(spec)
         spec = spec.model_copy(update={"environment": chosen.environment})
         request = SubmitRequest(spec=spec, request_id=key, chosen=chosen, secrets=dict(secrets or {}))
-        packed = await _packed(spec, allow)
+        from raylaunch.job_files import packed_job  # noqa: PLC0415 -- only a submission reads ignore files
+
+        packed = await packed_job(spec, allow)
         if packed is None:
             return await self._submit(request, on_progress)
         from raylaunch.git_facts import git_facts  # noqa: PLC0415 -- only a submission needs subprocess
@@ -285,8 +263,10 @@ class Client:
         """Return what `submit` would send, and where the job could run; send nothing. Checks and raises as `submit`."""
         chosen = await self.choose_environment(spec)
         spec = spec.model_copy(update={"environment": chosen.environment})
+        from raylaunch.job_files import packed_job  # noqa: PLC0415 -- as above
+
         code: dict[str, object] = {}
-        if packed := await _packed(spec, allow):
+        if packed := await packed_job(spec, allow):
             with packed:
                 code = {"pack": packed.report, "package_bytes": packed.bytes}
         return (await self._placement(spec, secrets)).model_copy(update={"chosen": chosen, **code})

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from raylaunch.errors import SpecError
-from raylaunch.packing import Contents, checked_working_dir
+from raylaunch.packing import Contents, Packed, checked_working_dir, packed_apart
 from raylaunch.runner.entrypoint import script_of
 from raylaunch.runner.training import nearest_file
+from raylaunch.sensitive import Allowed
 from raylaunch.spec import JobSpec
 
 
@@ -21,6 +23,24 @@ class _Needed(NamedTuple):
     by: str
     field: str
     hint: str
+
+
+async def packed_job(spec: JobSpec, allow: Allowed) -> Packed | None:
+    """Pack the code of a job, which is checked as far as can be done here; None when it has none.
+
+    Raises:
+        SpecError: as `check_here`, `raylaunch.packing.pack` and `check_sent`.
+    """
+    await asyncio.to_thread(check_here, spec)
+    if not spec.working_dir:
+        return None
+    packed = await packed_apart(Path(spec.working_dir), allow)
+    try:
+        check_sent(spec, packed.contents)
+    except SpecError:
+        packed.file.close()
+        raise
+    return packed
 
 
 def check_here(spec: JobSpec) -> None:

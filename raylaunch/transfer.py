@@ -25,8 +25,8 @@ def no_progress(_what: str, _done: int, _total: int, /) -> None:
     """Show nothing."""
 
 
-async def _begin(_bytes: int) -> None:
-    pass
+async def send_it(_bytes: int) -> None:
+    """Let every upload begin."""
 
 
 async def upload(  # noqa: PLR0913 -- what goes where, and who is told
@@ -34,7 +34,7 @@ async def upload(  # noqa: PLR0913 -- what goes where, and who is told
     packed: Packed,
     *,
     patient: Patient,
-    on_begin: Callable[[int], Awaitable[None]] = _begin,
+    on_begin: Callable[[int], Awaitable[None]] = send_it,
     on_progress: OnProgress = no_progress,
     what: str = "code",
 ) -> int:
