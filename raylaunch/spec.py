@@ -72,6 +72,18 @@ class Resources(Spec):
     custom: dict[str, Amount] = Field(default_factory=dict)
     """Custom Ray resources. Example: `{scratch: 1}`"""
 
+    @field_validator("gpus", mode="before")
+    @classmethod
+    def _gpus_are_whole(cls, value: object) -> object:
+        try:
+            part = float(str(value)) % 1
+        except ValueError:
+            return value
+        if part and not isinstance(value, bool):
+            msg = f"{value} is a part of a GPU, and a job gets whole ones; to share one, run the programs in one job"
+            raise ValueError(msg)
+        return value
+
     @field_validator("custom")
     @classmethod
     def _custom_is_not_built_in(cls, value: dict[str, float]) -> dict[str, float]:

@@ -267,3 +267,9 @@ def test_a_chosen_file_that_cannot_be_looked_at_is_an_error_that_names_it(tmp_pa
     home = tmp_path / ("x" * 300)  # longer than a name may be; a folder without permission is the same to us
     with pytest.raises(SpecError, match="the file of the chosen cluster cannot be read: File name too long"):
         find_cluster_file(environ={"RAYLAUNCH_HOME": str(home)}, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("gpus", [0.5, "0.5"])
+def test_a_part_of_a_gpu_is_refused_with_what_there_is_instead(gpus: object) -> None:
+    with pytest.raises(SpecError, match="a job gets whole ones; to share one, run the programs in one job"):
+        job_spec_from_flags([Flag("--gpus", ("resources", "gpus"), gpus), Flag("--", ("entrypoint",), ("python",))])

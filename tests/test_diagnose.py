@@ -121,3 +121,19 @@ def test_an_attempt_that_was_stopped_for_another_to_follow_says_why() -> None:
     )
     failed = diagnose(evidence(left("exit_code", 1)))
     assert after_drain(failed, Reason.CLUSTER_DOWN) == failed
+
+
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        (
+            "ValueError: When connecting to an existing cluster, num_cpus and num_gpus must not be provided.",
+            "takes no num_cpus or num_gpus",
+        ),
+        ("INFO worker.py:2015 -- Started a local Ray instance.", "submit it with --launcher ray"),
+    ],
+)
+def test_a_ray_init_that_does_not_fit_the_launcher_is_named_with_its_fix(said: str, fix: str) -> None:
+    finding = diagnose(evidence(left("exit_code", 1), log_tail=("Traceback", said)))
+    assert finding.reason is Reason.EXIT_CODE
+    assert fix in finding.message

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from raylaunch.config import Flag, job_spec_from_flags
 from raylaunch.errors import SpecError
 from raylaunch.runner.entrypoint import pasted, problem_of, python_word, with_options, wrapped
+from raylaunch.runner.training import EntrypointProblem, command, explain_missing
 
 LAUNCHER = ("env/python", "-m", "torch.distributed.run", "--nproc-per-node=2")
 BEGIN = "env/python -m torch.distributed.run --nproc-per-node=2"
@@ -189,3 +192,18 @@ def test_a_pasted_launcher_is_taken_under_either_launcher() -> None:
     for launcher in ("script", "torchrun"):
         flags = [Flag("", ("entrypoint",), "torchrun train.py"), Flag("", ("launcher",), launcher)]
         assert job_spec_from_flags(flags).launcher == launcher
+
+
+def test_a_script_with_windows_line_ends_is_named_with_its_fix(tmp_path: Path) -> None:
+    script = tmp_path / "train.sh"
+    script.write_bytes(b"#!/bin/bash\r\necho hi\r\n")
+    script.chmod(0o755)
+    with pytest.raises(EntrypointProblem, match="Windows line ends"):
+        command(["./train.sh"], {}, tmp_path)
+    said = explain_missing(
+        "./train.sh --lr 1", 127, "bash: ./train.sh: cannot execute: required file not found", tmp_path
+    )
+    assert "sed -i 's/\\r$//' train.sh" in said
+    script.write_bytes(b"#!/bin/bash\necho hi\n")
+    assert command(["./train.sh"], {}, tmp_path) == [str(script)]
+    assert not explain_missing("./train.sh", 127, "", tmp_path)

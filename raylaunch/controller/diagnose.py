@@ -15,6 +15,17 @@ MAX_FREE_RETRIES = 3
 """Attempts that are made anew without counting when the machines failed, not the program."""
 
 _GPU_MEMORY = re.compile(r"CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|OutOfMemoryError: CUDA")
+_RAY_INIT = (
+    (
+        re.compile(r"connecting to an existing cluster, num_cpus and num_gpus must not be provided"),
+        ": under launcher: ray, ray.init() uses the cluster's Ray and takes no num_cpus or num_gpus; leave them out",
+    ),
+    (
+        re.compile(r"Started a local Ray instance"),
+        ": its ray.init() started a Ray of its own on the node; to use the cluster's, submit it with --launcher ray",
+    ),
+)
+"""What training says whose ``ray.init()`` does not fit how it was started, and what to do."""
 _DISK_FULL = re.compile(r"No space left on device|ENOSPC")
 _MEMORY = re.compile(r"\bMemoryError\b|Cannot allocate memory")
 
@@ -134,7 +145,8 @@ def _program_failed(exit_: Exit, log_tail: tuple[str, ...]) -> Finding:
         return Finding(Change.FAIL, Reason.DISK_FULL, f"{how}: no space left on the node's disk", code, signal)
     if _MEMORY.search(tail):
         return Finding(Change.FAIL, Reason.OUT_OF_MEMORY, f"{how}: it could not allocate memory", code, signal)
-    return Finding(Change.FAIL, Reason.SIGNAL if signal else Reason.EXIT_CODE, how, code, signal)
+    hint = next((hint for pattern, hint in _RAY_INIT if pattern.search(tail)), "")
+    return Finding(Change.FAIL, Reason.SIGNAL if signal else Reason.EXIT_CODE, f"{how}{hint}", code, signal)
 
 
 PUT_OFF = frozenset({Reason.HOST_DRAINED, Reason.CLUSTER_DOWN})

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _MANY_FILES = 5000
 _FEW_LINES = 5
+_NOT_RUN = 126
+"""A shell's exit status for a file that it cannot start."""
+_FIRST_LINE = 256
 _NOT_FOUND = 127
 """A shell's exit status for a command that is not there."""
 _USAGE = 2
@@ -76,6 +79,8 @@ def job_variables(spec: AttemptSpec, folder: Path, environ: Mapping[str, str]) -
         contract.VAR_PROGRESS: str(folder / contract.PROGRESS),
         "PYTHONUNBUFFERED": spec["env"].get("PYTHONUNBUFFERED", "1"),
     }
+    if spec["launcher"] != "ray" and "RAY_ADDRESS" not in spec["env"]:
+        found["RAY_ADDRESS"] = "local"  # without it ray.init() finds the cluster's Ray, has no token, and hangs
     if not spec["gpus"]:
         found["CUDA_VISIBLE_DEVICES"] = ""
     elif "CUDA_VISIBLE_DEVICES" in environ:
@@ -113,6 +118,8 @@ def command(entrypoint: str | list[str], env: Mapping[str, str], code: Path) -> 
         if not place.is_file():
             msg = f"the program {program!r} is not there{nearest_file(program, code)}"
             raise EntrypointProblem(msg)
+        if windows := line_ends_of(place, code):
+            raise EntrypointProblem(windows)
         if not os.access(str(place), os.X_OK):
             msg = f"the program {program!r} is not executable; start it with its interpreter, as: python {program}"
             raise EntrypointProblem(msg)
@@ -161,8 +168,26 @@ def _files(code: Path) -> Iterator[str]:
             yield os.path.relpath(Path(folder) / name, code)
 
 
+def line_ends_of(script: Path, code: Path) -> str:
+    """Return a sentence when a script has Windows line ends, with which its interpreter is not found; else nothing."""
+    try:
+        with script.open("rb") as file:
+            first = file.readline(_FIRST_LINE)
+    except OSError:
+        return ""
+    if not first.startswith(b"#!") or not first.endswith(b"\r\n"):
+        return ""
+    name = os.path.relpath(str(script), str(code))
+    return f"{name!r} has Windows line ends (CRLF), so its interpreter is not found; fix it: sed -i 's/\\r$//' {name}"
+
+
 def explain_missing(entrypoint: str | list[str], status: int, log_tail: str, code: Path) -> str:
     """Return a sentence when the program ended because a file to run was not found, else an empty text."""
+    if status in {_NOT_FOUND, _NOT_RUN}:
+        words = entrypoint.split() if isinstance(entrypoint, str) else entrypoint
+        for word in words:
+            if windows := line_ends_of(code / word, code):
+                return windows
     if status == _NOT_FOUND and isinstance(entrypoint, str):
         for match in _SHELL_MISSING.finditer(log_tail):
             program = match.group(1) or match.group(2)
