@@ -120,6 +120,28 @@ def test_the_status_says_who_is_asking(api: Api) -> None:
     assert (status.person, status.role) == ("tom", "trainer")
 
 
+def test_nothing_is_sent_when_a_person_says_no_to_an_upload_and_nobody_is_asked_for_what_is_there(
+    api: Api, code: Path
+) -> None:
+    asked: list[int] = []
+
+    async def refuse(size: int) -> None:
+        asked.append(size)
+        msg = "no"
+        raise ConflictError(msg)
+
+    async def submit(client: Client) -> None:
+        spec = JobSpec(entrypoint="python train.py", working_dir=str(code))
+        with pytest.raises(ConflictError, match="no"):
+            await client.submit(spec, on_upload=refuse)
+        assert not [file for file in (api.store / "packages").rglob("*") if file.is_file()]
+        await client.submit(spec)
+        await client.submit(spec, on_upload=refuse)
+
+    ask(api, submit)
+    assert len(asked) == 1
+
+
 def test_a_submission_sends_code_report_and_git_facts(api: Api, code: Path) -> None:
     said: list[tuple[int, int]] = []
 
