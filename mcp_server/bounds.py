@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import NamedTuple
 
 from raylaunch.log_view import LogView, clean
@@ -10,6 +11,7 @@ from raylaunch.log_view import LogView, clean
 MOST_BYTES = 24_000
 """Bytes of job output in one answer: about 8,000 tokens, a third of what Claude Code shows of one answer."""
 _LINE_CHARS = 4000
+_TOKEN = re.compile(r"[A-Za-z0-9_.:/+@=-]+")
 _MIDDLE = " […] "
 
 Json = dict[str, object]
@@ -65,6 +67,11 @@ def short(text: str, limit: int = 300) -> str:
         return line
     half = (limit - len(_MIDDLE)) // 2
     return line[:half] + _MIDDLE + line[-half:]
+
+
+def token(text: str, limit: int = 99) -> str:
+    """Return a name that may stand outside the fence: no spaces, so that no sentence fits into it; else nothing."""
+    return text if len(text) <= limit and _TOKEN.fullmatch(text) else ""
 
 
 def plain(value: object) -> object:

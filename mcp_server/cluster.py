@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from mcp_server.arguments import LONGEST_WAIT_S, ClusterStatus
-from mcp_server.bounds import Json
+from mcp_server.bounds import Json, short
 from mcp_server.call import Call, News
 from mcp_server.words import cluster_facts, findings_facts, next_for_cluster, next_without_cluster
 from raylaunch.client import Client
@@ -53,7 +53,7 @@ async def _status(place: Place) -> Json:
             "queued": seen.queued,
             "running": seen.running,
             "nodes": [],
-            "problems": list(dict.fromkeys([error.message, *seen.problems])),
+            "problems": [short(one) for one in dict.fromkeys([error.message, *seen.problems])][:10],
             "next": up if isinstance(error, ClusterDownError) else f"{error.hint}; then {up}",
         }
     return {**cluster_facts(status), "next": next_for_cluster(status)}

@@ -132,7 +132,7 @@ TOOLS = (
             "Fetch a job's model, checkpoint or other files into a local folder, verified by checksum. Answers with "
             "paths, never with content; files that are there already are not replaced."
         ),
-        answers={"folder": "string", "files": "array", "verified": "boolean"},
+        answers={"folder": "string", "files": "object", "verified": "boolean"},
         writes=True,
     ),
     Tool(

@@ -13,7 +13,7 @@ from mcp_server.bounds import Json, short, without_empty
 from mcp_server.call import Call, News
 from mcp_server.paths import Roots
 from mcp_server.policy import ALLOW_VARIABLE, UPLOAD_VARIABLE
-from mcp_server.words import job_facts, job_row, next_for
+from mcp_server.words import UNTRUSTED_LIST, job_facts, job_row, next_for
 from raylaunch.client import DryRun, with_wandb
 from raylaunch.config import Flag, job_spec_from_flags
 from raylaunch.errors import SpecError, WithheldError
@@ -86,7 +86,12 @@ async def stop_job(given: StopJob, call: Call) -> Json:
     """Ask a job to stop."""
     async with call.client() as client:
         job = await client.stop(given.job, grace_s=given.grace_s)
-    return {"job": job_row(job, now=time.time()), "cursor": job.cursor, "next": next_for(job)}
+    return {
+        "untrusted": UNTRUSTED_LIST,
+        "job": job_row(job, now=time.time()),
+        "cursor": job.cursor,
+        "next": next_for(job),
+    }
 
 
 def _spec_of(given: TrainJob, roots: Roots) -> JobSpec:

@@ -6,9 +6,9 @@ import asyncio
 import time
 
 from mcp_server.arguments import ListJobs, MonitorJob
-from mcp_server.bounds import Json, last_lines, lines_of, short, without_empty
+from mcp_server.bounds import Json, last_lines, lines_of, short, token, without_empty
 from mcp_server.call import Call, News
-from mcp_server.words import UNTRUSTED, job_facts, job_row, next_for
+from mcp_server.words import UNTRUSTED, UNTRUSTED_LIST, job_facts, job_row, next_for
 from raylaunch.client import HOLD_S, Client, NoAnswerError
 from raylaunch.errors import ClusterError, NotFoundError
 from raylaunch.state import JobState, JobView
@@ -56,7 +56,13 @@ async def list_jobs(given: ListJobs, call: Call) -> Json:
     else:
         filtered = given.states or given.name or given.owner or given.tag
         then = "no job fits; list_jobs without filters shows all" if filtered else "no jobs yet; train_job submits one"
-    return {"jobs": rows, "total": page.total, **without_empty({"cursor": page.next_cursor}), "next": then}
+    return {
+        "untrusted": UNTRUSTED_LIST,
+        "jobs": rows,
+        "total": page.total,
+        **without_empty({"cursor": page.next_cursor}),
+        "next": then,
+    }
 
 
 async def _after_a_change(client: Client, job: JobView, known: int, wait_s: float, call: Call) -> JobView:
@@ -94,11 +100,15 @@ async def _after_a_change(client: Client, job: JobView, known: int, wait_s: floa
 
 
 def _line(job: JobView) -> str:
-    words = [f"{job.id} is {job.state.value}" + (", its node cannot be reached" if job.unreachable else "")]
+    words = [f"{token(job.id)} is {job.state.value}" + (", its node cannot be reached" if job.unreachable else "")]
     if job.progress:
         total = f" of {job.progress.total:g}" if job.progress.total else ""
         words.append(f"step {job.progress.step:g}{total}")
-    words += [f"{short(key, 40)} {value:.5g}" for key, value in list(job.last_metrics.items())[:_METRICS_TOLD]]
+    words += [
+        f"{token(key, 40)} {value:.5g}"
+        for key, value in list(job.last_metrics.items())[:_METRICS_TOLD]
+        if token(key, 40)
+    ]
     return ", ".join(words)
 
 

@@ -32,6 +32,7 @@ from raylaunch.wire import Wire
 
 _PARTIAL = 206
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_PLAIN = re.compile(r"[A-Za-z0-9_.:/+@=-]{1,200}")
 _LONGEST_NAME = 200
 """Bytes of a name; a part's is some longer."""
 _OURS = ".raylaunch"
@@ -401,6 +402,8 @@ def _fits(file: Artifact, name: str) -> bool:
 
 
 def _no_such_file(name: str, files: list[Artifact]) -> NotFoundError:
-    close = difflib.get_close_matches(name, [local_name(file) for file in files], n=3, cutoff=0.3)
+    named = [local_name(file) for file in files]
+    plain = [one for one in named if _PLAIN.fullmatch(one)]  # a hint is no place for sentences that a job wrote
+    close = difflib.get_close_matches(name, plain, n=3, cutoff=0.3)
     hint = f"nearest: {', '.join(close)}" if close else "raylaunch files shows what there is"
     return NotFoundError(f"the job has left no file {name!r}", hint=hint)

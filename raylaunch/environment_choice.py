@@ -122,7 +122,10 @@ def choose(spec: JobSpec, cluster: ClusterPython, active: ActivePython | None, *
 
 def _named(environment: Environment) -> ActivePython | None:
     """Return the environment on this machine that is named by its path."""
-    path = Path(environment.value).expanduser()
+    try:
+        path = Path(environment.value).expanduser()
+    except RuntimeError:  # the home of somebody who has no account here
+        return None
     if environment.kind not in {"venv", "conda", "python"} or not path.is_absolute():
         return None
     prefix = path.parent.parent if environment.kind == "python" else path

@@ -245,7 +245,7 @@ def test_what_cannot_be_had_of_a_job_of_plain_ray_is_said(agent: Agent, paper: A
 
 def test_bytes_that_did_not_arrive_as_they_were_sent_are_refused(agent: Agent, paper: Api, place: Path) -> None:
     job = with_output(agent, paper)
-    (facts,) = agent.call("download_model", job=job, to="good").facts["files"]
+    (facts,) = agent.call("download_model", job=job, to="good").facts["files"]["list"]
     part = place / "work" / "torn" / f".model.pt.{facts['sha256'][:12]}.part"
     part.parent.mkdir()
     part.write_bytes(b"wrong!!")
@@ -261,7 +261,7 @@ def test_hidden_files_of_a_job_are_not_written_into_the_project(agent: Agent, pa
     facts = agent.call("download_model", job=job, to=".").facts
     assert (place / "work" / "model.pt").read_bytes() == b"weights"
     assert not (place / "work" / ".claude").exists()
-    assert "its name is hidden" in str(facts["not_downloaded"])
+    assert "its name is hidden" in str(facts["files"]["not_downloaded"])
     (place / "work" / "model.pt").unlink()
 
 

@@ -99,7 +99,7 @@ def test_a_download_that_was_killed_is_completed_by_the_next_and_leaves_nothing_
     given: dict[str, object] = {"job": job, "to": "weighty"}
     killed(place, "download_model", given, lambda: any(part.stat().st_size for part in folder.glob(".*.part")))
     assert len(list(folder.iterdir())) == 1
-    (file,) = agent.call_with("download_model", given).facts["files"]
+    (file,) = agent.call_with("download_model", given).facts["files"]["list"]
     assert (file["sha256"], file["bytes"]) == (sha256, LARGE)
     assert sorted(left.name for left in folder.iterdir()) == [".raylaunch", "model.pt"]
     assert (folder / "model.pt").stat().st_size == LARGE

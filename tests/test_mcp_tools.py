@@ -145,7 +145,7 @@ def test_progress_and_metrics_are_told_while_it_waits_and_do_not_end_the_wait(ag
     answer = agent.call_with("monitor_job", {"job": job.id, "wait_s": 5}, news)
     assert answer.facts["changed"] is False
     assert answer.facts["job"]["progress"] == {"step": 3.0, "total": 10.0, "percent": 30.0}
-    assert news[-1][2] == f"{job.id} is running, step 3 of 10, strange 1, loss 0.25"
+    assert news[-1][2] == f"{job.id} is running, step 3 of 10, loss 0.25"
 
 
 def test_a_lost_node_ends_the_wait(agent: Agent, paper: Api) -> None:
@@ -278,13 +278,13 @@ def test_a_model_is_fetched_with_its_checksum_and_never_answered(agent: Agent, p
     keep(paper, job, "attempt-1/outputs/best/model.pt", b"secret weights")
     write(paper, job, "attempt-1/logs/rank-0.log", b"a log")
     answer = agent.call("download_model", job=job.id)
-    (file,) = answer.facts["files"]
+    (file,) = answer.facts["files"]["list"]
     assert file["sha256"] == hashlib.sha256(b"secret weights").hexdigest()
     assert Path(file["local"]) == place / "work" / job.id / "best" / "model.pt"
     assert Path(file["local"]).read_bytes() == b"secret weights"
     assert "secret weights" not in answer.text
     assert answer.facts["verified"] is True
-    again = agent.call("download_model", job=job.id).facts["files"]
+    again = agent.call("download_model", job=job.id).facts["files"]["list"]
     assert again[0]["was_here"] is True
 
 
@@ -302,7 +302,7 @@ def test_the_latest_attempts_checkpoints_are_fetched_by_that_word(agent: Agent, 
     write(paper, job, "attempt-1/checkpoints/step-1.pt", b"1")
     write(paper, job, "attempt-2/checkpoints/step-2.pt", b"2")
     facts = agent.call("download_model", job=job.id, what="checkpoint", to="ckpts").facts
-    assert [file["file"] for file in facts["files"]] == ["attempt-2/checkpoints/step-2.pt"]
+    assert [file["file"] for file in facts["files"]["list"]] == ["attempt-2/checkpoints/step-2.pt"]
 
 
 def test_named_files_and_all_files_are_fetched(agent: Agent, paper: Api) -> None:
@@ -321,7 +321,7 @@ def test_many_files_are_counted_and_only_the_first_are_listed(agent: Agent, pape
     for n in range(60):
         write(paper, job, f"attempt-1/outputs/{n:03d}.txt", b"x")
     facts = agent.call("download_model", job=job.id).facts
-    assert (facts["count"], len(facts["files"]), facts["files_left_out"]) == (60, 50, 10)
+    assert (facts["count"], len(facts["files"]["list"]), facts["files_left_out"]) == (60, 50, 10)
 
 
 def test_the_cluster_is_shown_with_who_asks(agent: Agent) -> None:
