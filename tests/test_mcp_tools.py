@@ -79,6 +79,17 @@ def test_no_argument_of_a_tool_sends_a_secret_and_a_person_who_configures_the_se
         assert agent.call_with("train_job", asked).facts["packed"]["files"] == 1
 
 
+@pytest.mark.parametrize("written", [{"pip": ["numpy"]}, '{"pip": ["numpy"]}', "pip: [numpy]"], ids=str)
+def test_an_environment_of_packages_is_taken_in_each_form_and_packages_are_added(
+    agent: Agent, paper: Api, written: object
+) -> None:
+    answer = agent.call("train_job", entrypoint="x", working_dir="", environment=written, packages=["pandas"])
+    spec = paper.do(lambda: paper.records.get(answer.facts["job"]["id"]).spec)
+    assert spec
+    assert (spec.environment.requirements, spec.packages) == (("numpy",), ("pandas",))
+    assert answer.facts["job"]["python"] == "Python from the job's environment (pip: numpy), with pandas"
+
+
 def test_the_same_request_id_is_the_same_job(agent: Agent) -> None:
     first, again = (agent.call("train_job", entrypoint="true", working_dir="", request_id="once") for _ in range(2))
     assert first.facts["job"]["id"] == again.facts["job"]["id"]
