@@ -80,7 +80,7 @@ class TrainJob(Arguments):
     packages: Annotated[Words, Field(description="packages added to the environment")] = []
     env: Annotated[dict[str, object] | None, BeforeValidator(_decoded), Field(description="no secrets here")] = None
     secrets: Annotated[Words, Field(description="names of secrets that a person has set")] = []
-    outputs: Annotated[Words, Field(description="globs of files to keep, beside $RAYLAUNCH_OUTPUT_DIR")] = []
+    outputs: Annotated[Words, Field(description="globs of files to keep; by default what is new; none")] = []
     timeout: Annotated[str | float | None, Field(description="as 2h")] = None
     retries: int | None = None
     more: Annotated[

@@ -368,11 +368,13 @@ def _sha256_in(folder: Directory, name: str) -> str:
 
 
 def chosen(files: list[Artifact], wanted: tuple[str, ...], *, everything: bool) -> list[Artifact]:
-    """Return the files that were asked for: by name, folder or glob; without a name the outputs, or all.
+    """Return the files that were asked for: by name, folder or glob; without a name the outputs, or all, that are kept.
 
     Raises:
         NotFoundError: a name fits no file.
     """
+    if not wanted:
+        files = [file for file in files if not file.left]
     if everything and not wanted:
         return files
     oldest_first = sorted(files, key=lambda file: file.attempt)

@@ -25,13 +25,11 @@ from typing_extensions import Self
 from raylaunch.errors import ConflictError, SpecError, StorageError
 from raylaunch.git_facts import tracked_files
 from raylaunch.ignoring import Found, LeftOut, Tracked, printable, unreadable, walk
+from raylaunch.runner.secret_files import HEAD, holds_private_key, looks_secret
 from raylaunch.sensitive import (
-    HEAD,
     NO_MORE,
     Allowed,
-    holds_private_key,
     is_allowed,
-    looks_secret,
     refuse_home,
     refuse_secrets,
     too_large,

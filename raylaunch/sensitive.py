@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,27 +21,6 @@ ASKED_ABOVE = 100_000_000
 """Bytes to upload above which a person at a terminal is asked."""
 LARGEST_UPLOAD = 1_000_000_000
 """Bytes to upload above which a submission fails, unless more is allowed."""
-HEAD = 64 * 1024
-"""Bytes of a file's beginning that are searched for a private key."""
-
-_NAMES = frozenset(
-    {
-        *(".env", ".envrc", ".netrc", "_netrc", ".pypirc", ".git-credentials", ".pgpass", ".htpasswd"),
-        *("id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "id_ecdsa_sk", "id_ed25519_sk"),
-        *("kubeconfig", "credentials.json", "application_default_credentials.json", "client_secret.json"),
-    }
-)
-_PATHS = (".aws/credentials", ".kube/config", ".docker/config.json", ".config/gh/hosts.yml")
-_FOLDERS = frozenset({".ssh", ".gnupg"})
-_SUFFIXES = (".p12", ".pfx", ".kdbx")
-_EXAMPLES = ("example", "sample", "template", "dist", "defaults", "schema")
-"""``.env.example`` and the like are made to be shared."""
-_PRIVATE_KEY = re.compile(
-    rb"^-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----\s*$"
-    rb'|\A\s*\{[^\0]*"private_key"\s*:\s*"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----'
-    rb"|^PuTTY-User-Key-File-\d|^AGE-SECRET-KEY-1",
-    re.MULTILINE,
-)
 _SHOWN = 5
 
 
@@ -77,21 +55,6 @@ def allowed(names: Sequence[str] = (), max_upload: str | int | None = None) -> A
         msg = f"{max_upload!r} is not the size of an upload"
         raise SpecError(msg, field="max_upload", hint="write for example 5GB")
     return Allowed(plain, size, asked=False)
-
-
-def looks_secret(path: str) -> bool:
-    """Return whether a file's name, or the folder that it is in, says that it holds secrets."""
-    *folders, name = path.split("/")
-    if name in _NAMES or name.endswith(_SUFFIXES) or not _FOLDERS.isdisjoint(folders):
-        return True
-    if name.startswith(".env."):
-        return not name.endswith(_EXAMPLES)
-    return any(path == one or path.endswith(f"/{one}") for one in _PATHS)
-
-
-def holds_private_key(head: bytes) -> bool:
-    """Return whether the beginning of a file is, or has in it, a private key."""
-    return _PRIVATE_KEY.search(head) is not None
 
 
 def is_allowed(path: str, names: Sequence[str]) -> bool:

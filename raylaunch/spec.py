@@ -14,6 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from raylaunch.cluster_spec import ClusterSpec
 from raylaunch.host_spec import ClusterGpus, HostDefaults, HostSpec
+from raylaunch.runner.contract import AUTO, NONE
 from raylaunch.runner.entrypoint import pasted, problem_of
 from raylaunch.spec_parts import (
     ENVIRONMENTS,
@@ -173,9 +174,13 @@ class JobSpec(Spec):
     """The longest run of one attempt; waiting does not count. Example: `6h`"""
     grace_s: Seconds = 30.0
     """From SIGTERM to SIGKILL when the job is stopped or timed out. Example: `60s`"""
-    outputs: Words = ()
-    """Files and globs in the working directory to keep, beside all in `$RAYLAUNCH_OUTPUT_DIR`.
-    Example: `["results/*.csv"]`"""
+    outputs: Words = (AUTO,)
+    """What to keep of the working directory, in addition to all in `$RAYLAUNCH_OUTPUT_DIR`: `auto` keeps what is new or
+    changed, `none` nothing, and globs what they match. Example: `["results/*.csv"]`"""
+    outputs_size: Bytes = 1 << 30
+    """How much `auto` keeps, small files first; the rest stays on the node for 7 days. Example: `5GiB`"""
+    outputs_files: Annotated[int, Field(ge=0)] = 10_000
+    """How many files `auto` keeps. Example: `500`"""
     tags: Words = ()
     """Words to find it by; W&B sees them too. Example: `[baseline]`"""
     tracking: Tracking = Tracking()
@@ -213,6 +218,14 @@ class JobSpec(Spec):
         found = pasted(info.data.get("entrypoint") or "")
         if value is not None and found is not None and found.ranks:
             msg = f"the entrypoint says itself how many ranks there are ({found.ranks}); leave one of the two out"
+            raise ValueError(msg)
+        return value
+
+    @field_validator("outputs")
+    @classmethod
+    def _none_stands_alone(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if NONE in value and len(value) > 1:
+            msg = "outputs: none keeps nothing of the working directory; leave none out, or the other words"
             raise ValueError(msg)
         return value
 

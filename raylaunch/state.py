@@ -374,6 +374,8 @@ class Artifact(View):
     attempt: int = 0
     link: str = ""
     """Of a link to a folder: where it leads, relative; it has no bytes. A link to a file counts as the file."""
+    left: bool = False
+    """Whether it is an output over the limits that is still on its node; `get` brings it when it is named."""
 
 
 class Usage(View):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,18 @@ def test_what_two_attempts_have_in_common_counts_once(tmp_path: Path, artifacts:
     assert artifacts.outputs(JOB) == (2, 10)
     assert artifacts.bytes_of(JOB) == 10
     assert artifacts.usage(JOB, name="digits", state=JobState.SUCCEEDED).outputs == 10
+
+
+def test_what_was_not_kept_is_listed_as_left_and_is_no_output(tmp_path: Path, artifacts: Artifacts) -> None:
+    put(tmp_path, "attempt-1/facts.json", b'{"left": {"gone.bin": 1}}')
+    put(tmp_path, "attempt-2/facts.json", b'{"left": {"big.bin": 5000, "kept.pt": 7}}')
+    put(tmp_path, "attempt-2/outputs/kept.pt")
+    left = [(file.path, file.bytes, file.attempt) for file in artifacts.files(JOB) if file.left]
+    assert left == [("attempt-2/outputs/big.bin", 5000, 2)]
+    assert artifacts.outputs(JOB) == (1, 7)
+    facts = tmp_path / "jobs" / JOB / "attempt-2/facts.json"
+    os.utime(facts, (time.time() - 8 * 86400,) * 2)
+    assert artifacts.left(JOB) == (2, {})
 
 
 def test_a_noted_checksum_is_shown_as_long_as_the_file_is_the_same(tmp_path: Path, artifacts: Artifacts) -> None:

@@ -163,6 +163,23 @@ def test_a_failed_program_is_tried_again_as_often_as_asked(cluster: Cluster) -> 
     assert (second / "last").readlink() == Path("step-1")
 
 
+def test_what_a_program_writes_is_kept_and_what_is_too_large_is_fetched_from_its_node(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "train.py").write_text(
+        "import os; os.mkdir('out'); open('out/m.pt', 'w').write('m'); open('big', 'w').write('b' * 5000)"
+    )
+    (tmp_path / "job.yaml").write_text("entrypoint: python train.py\noutputs_size: 1000\n")
+    job = cluster.submit("-f", "job.yaml", cwd=tmp_path)
+    done = cluster.ended(job)
+    assert (done.state, done.outputs) == (JobState.SUCCEEDED, 1)
+    cluster.good("get", job, "--to", "got", cwd=tmp_path)
+    assert (tmp_path / "got/out/m.pt").read_text() == "m"
+    assert not (tmp_path / "got/big").exists()
+    cluster.good("get", job, "big", "--to", "got", cwd=tmp_path)
+    assert (tmp_path / "got/big").read_text() == "b" * 5000
+
+
 def test_killing_the_runner_ends_its_training_before_its_gpus_are_given_away(cluster: Cluster) -> None:
     job = cluster.python(WAITS, "--gpus", "4")
     running = cluster.runs(job)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 from support.attempts import attempt_spec
 
 from raylaunch.controller.handover import bring
+from raylaunch.controller.link_events import LinkEvent, Stored
 from raylaunch.controller.mirror import Mirror
-from raylaunch.errors import ConflictError, TransferError
+from raylaunch.controller.replication import Replication
+from raylaunch.errors import ConflictError, NotFoundError, TransferError
 from raylaunch.node import job_folder
 from raylaunch.node.changes import Changes
 from raylaunch.node.files import inventory
-from raylaunch.node.preparing import prepare
+from raylaunch.node.preparing import forget, prepare
 
 JOB = "digits-abc"
 
@@ -168,3 +172,23 @@ def test_no_piece_is_written_outside_the_jobs_folder(tmp_path: Path, path: str) 
     with pytest.raises(ValueError, match="job's folder"):
         job_folder.bring(tmp_path, f"{JOB}-2", path, 0, b"", None)
     assert not (tmp_path / "new").exists()
+
+
+def test_an_output_that_was_not_kept_is_brought_until_a_week_has_passed(tmp_path: Path, store: Path) -> None:
+    here = Node(tmp_path / "a", store)
+    left = here.start(1).parent / "left"
+    left.mkdir()
+    (left / "big.bin").write_text("large")
+    (left / "out").symlink_to("/etc")
+    forget(here.root, f"{JOB}-1")
+    seen: list[LinkEvent] = []
+    replication = Replication("n", call=here, mirror=Mirror(store), emit=seen.append)
+    asyncio.run(replication.bring_left(f"{JOB}-1", "big.bin"))
+    assert (store / f"jobs/{JOB}/attempt-1/outputs/big.bin").read_text() == "large"
+    assert [event.path for event in seen if isinstance(event, Stored)] == ["outputs/big.bin"]
+    for path in ("../writer.json", "out/passwd", "gone"):
+        with pytest.raises(NotFoundError, match="not on the node any more"):
+            asyncio.run(replication.bring_left(f"{JOB}-1", path))
+    os.utime(left.parent / "writer.json", (time.time() - 8 * 86400,) * 2)
+    forget(here.root, "other-abc-1")
+    assert not left.exists()

@@ -308,6 +308,18 @@ def test_what_the_next_attempt_has_unchanged_is_in_the_store_once(world: World) 
     assert not (second / "checkpoints/deleted.pt").exists()
 
 
+def test_an_attempt_that_begins_within_a_session_sends_nothing_twice_either(world: World) -> None:
+    world.output("checkpoints/old.pt", b"o" * 1000)
+    world.end()
+    world.carry()
+    world.changes.expect("digits-abc-2", world.mirror.have(["digits-abc-2"])["digits-abc-2"])
+    prepare_next(world)
+    world.answer = world.changes.take("session", None)
+    assert world.carry() < 1000
+    first, second = world.store / "jobs/digits-abc/attempt-1", world.store / "jobs/digits-abc/attempt-2"
+    assert (first / "checkpoints/old.pt").samefile(second / "checkpoints/old.pt")
+
+
 def test_a_file_that_only_looks_unchanged_is_sent_again(world: World) -> None:
     model = world.output("checkpoints/last.pt", b"one")
     world.end()

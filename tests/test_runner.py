@@ -273,34 +273,3 @@ def test_a_command_that_the_shell_does_not_find_is_said(make: Make) -> None:
     end = make("pyhton train.py").run()
     assert (end["ended"], end["exit_code"]) == ("entrypoint_not_found", 127)
     assert end["message"] == "the shell did not find 'pyhton'"
-
-
-def test_outputs_named_by_globs_are_kept_under_their_paths(make: Make) -> None:
-    attempt = make("mkdir -p a/b && echo m > a/b/model.pt && echo n > no.txt", outputs=["**/*.pt", "*.onnx", "../x"])
-    attempt.run()
-    kept = attempt.folder / contract.OUTPUTS
-    assert [str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()] == ["a/b/model.pt"]
-    assert attempt.facts()["warnings"] == [
-        "outputs: nothing matches '*.onnx' in the working directory",
-        "outputs: '../x' leads out of the working directory and was not kept",
-    ]
-
-
-def test_a_link_that_is_broken_on_the_node_is_reported_before_the_training_starts(tmp_path: Path) -> None:
-    attempt = Attempt(tmp_path, "true", links=["data", "here"])
-    (attempt.code / "data").symlink_to("/nowhere/data")
-    (attempt.code / "here").symlink_to(tmp_path)
-    assert attempt.run()["ended"] == "completed"
-    warnings = [one for one in attempt.facts()["warnings"] if "link" in one]
-    assert warnings == [f"the link data -> /nowhere/data is broken on {os.uname().nodename}"]
-    assert attempt.log.read_text().splitlines()[0] == f"raylaunch: warning: {warnings[0]}"
-
-
-@pytest.mark.parametrize("command", ["exit 3 | cat", "(exit 3); true", "(exit 3) && true | cat"])
-def test_a_shell_command_fails_when_a_part_of_it_does(tmp_path: Path, command: str) -> None:
-    found = Attempt(tmp_path, command).run()
-    assert (found["ended"], found["exit_code"]) == ("exit_code", 3)
-
-
-def test_a_failure_that_a_shell_command_passes_over_is_none(tmp_path: Path) -> None:
-    assert Attempt(tmp_path, "false || true; if false; then true; fi").run()["ended"] == "completed"

@@ -13,6 +13,7 @@ from support.links import LinkToNothing
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.foreign import ForeignJobs
+from raylaunch.controller.left_outputs import LeftOutputs
 from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.ray_jobs import RayJobs
 from raylaunch.controller.records import Records
@@ -47,6 +48,7 @@ class Desk:
             drains=DrainBook(store),
             foreign=ForeignJobs(records=self.records, ray=ray, link=link, sight=sight),
             wheel_needs=WheelNeeds(settings=settings, sight=sight, link=link),
+            left=LeftOutputs(link=link, sight=sight, artifacts=Artifacts(store)),
         )
 
     def submit(self, **secrets: str) -> str:

@@ -40,7 +40,8 @@ def files(cluster_file: Path | None, *, job: str, kind: str | None, as_json: boo
 
 
 def _name(file: Artifact) -> str:
-    return f"{file.path} -> {file.link}" if file.link else file.path
+    more = f" -> {file.link}" if file.link else " (not kept, on its node)" if file.left else ""
+    return f"{file.path}{more}"
 
 
 @click.command(epilog="Example:  raylaunch get last model.pt --to models/")

@@ -64,7 +64,7 @@ _OPTIONS = (
     click.option("--secret", multiple=True, metavar="NAME", help="A secret that becomes an environment variable."),
     click.option("--timeout", metavar="TIME", help="Longest run of an attempt, as 2h."),
     click.option("--grace", metavar="TIME", help="Between SIGTERM and SIGKILL at a stop."),
-    click.option("--output", multiple=True, metavar="GLOB", help="Files in the working directory to keep."),
+    click.option("--output", multiple=True, metavar="GLOB", help="Files to keep: a glob, auto (what is new), none."),
     click.option("--tag", multiple=True, help="A tag."),
     click.option(
         "--environment",

@@ -27,6 +27,7 @@ from raylaunch.controller.foreign import ForeignJobs
 from raylaunch.controller.foreign_logs import ForeignLogs
 from raylaunch.controller.host_verbs import HostVerbs
 from raylaunch.controller.invitations import Invitations
+from raylaunch.controller.left_outputs import LeftOutputs
 from raylaunch.controller.lifecycle import Lifecycle
 from raylaunch.controller.link import Link
 from raylaunch.controller.means import Leavings, Means
@@ -128,6 +129,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         drains=drains,
         foreign=foreign,
         wheel_needs=WheelNeeds(settings=settings, sight=sight, link=link),
+        left=LeftOutputs(link=link, sight=sight, artifacts=artifacts),
     )
     tokens = TokenBook(settings.store)
     services = Services(

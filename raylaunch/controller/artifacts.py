@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypeAlias
@@ -15,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from raylaunch.controller.journal import JOURNAL, write_problem
 from raylaunch.controller.packages import file_sha256
 from raylaunch.errors import NotFoundError
-from raylaunch.runner.contract import CHECKPOINTS, LOGS, OUTPUTS, WANDB
+from raylaunch.runner.contract import CHECKPOINTS, FACTS, LEFT_S, LOGS, OUTPUTS, WANDB
 from raylaunch.state import Artifact, JobState, Usage
 
 MANIFEST = "manifest.json"
@@ -53,7 +54,25 @@ class Artifacts:
         """Return the job's files, a folder's own before those of its folders; checksums where they still hold."""
         folder, known = self._jobs / job_id, self._known(job_id)
         found = [(path, _artifact(path, facts, known.get(path))) for path, facts in _walk(folder)]
-        return tuple(artifact for _, artifact in sorted([*found, *_links(folder, known)], key=_listed_at))
+        found += _links(folder, known)
+        n, left = self.left(job_id)
+        for path in left.keys() - {path.partition(f"attempt-{n}/{OUTPUTS}/")[2] for path, _ in found}:
+            artifact = _artifact(f"attempt-{n}/{OUTPUTS}/{path}", None, None)
+            found.append((artifact.path, artifact.model_copy(update={"bytes": left[path], "left": True})))
+        return tuple(artifact for _, artifact in sorted(found, key=_listed_at))
+
+    def left(self, job_id: str) -> tuple[int, dict[str, int]]:
+        """Return the number of the last attempt, and the sizes of its outputs that were not kept, by path."""
+        numbers = [int(path.parent.name[8:]) for path in (self._jobs / job_id).glob(f"attempt-*/{FACTS}")]
+        n = max(numbers, default=0)
+        facts = self._jobs / job_id / f"attempt-{n}" / FACTS
+        try:
+            if time.time() - facts.stat().st_mtime > LEFT_S:
+                return n, {}
+            left = json.loads(facts.read_bytes()).get("left", {})
+            return n, {str(path): int(size) for path, size in left.items()}
+        except (OSError, ValueError, AttributeError, TypeError):
+            return n, {}
 
     def path(self, job_id: str, path: str) -> tuple[Path, Artifact]:
         """Return where a file of a job lies in the store, and what is known of it.
@@ -120,9 +139,12 @@ class Artifacts:
 
     def outputs(self, job_id: str) -> tuple[int, int]:
         """Return number and bytes of the outputs, each name once: that of the latest attempt, as `get` brings it."""
-        oldest_first = sorted(self.files(job_id), key=lambda file: file.attempt)
-        latest = {file.path.partition("/")[2]: file.bytes for file in oldest_first if file.kind == "output"}
+        oldest_first = sorted(self._kept(job_id), key=lambda file: file.attempt)
+        latest = {file.path.partition("/")[2]: file.bytes for file in oldest_first}
         return len(latest), sum(latest.values())
+
+    def _kept(self, job_id: str) -> Iterator[Artifact]:
+        return (file for file in self.files(job_id) if file.kind == "output" and not file.left and not file.link)
 
     def bytes_of(self, job_id: str) -> int:
         """Return the bytes that the job's files take in the store."""

@@ -72,6 +72,8 @@ def attempt_spec(  # noqa: PLR0913 -- each is one fact, and all are named
         timeout_s=spec.timeout_s,
         grace_s=spec.grace_s,
         outputs=list(spec.outputs),
+        outputs_size=spec.outputs_size,
+        outputs_files=spec.outputs_files,
         wandb=_wandb(spec, job=job, n=n, settings=settings, earlier=earlier),
         job_dir="",
         moved_from="",

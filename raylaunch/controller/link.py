@@ -90,6 +90,9 @@ class Config(TypedDict):
     carries: bool
 
 
+_LEFT_S = 3600.0
+
+
 class Link:
     """The link to Ray and its stewards. Use it from one event loop."""
 
@@ -261,6 +264,21 @@ class Link:
             ClusterError: The node's steward does not answer.
         """
         await self.ask("forget", {"node_id": node_id, "attempt": attempt, "again": again}, timeout_s=120)
+
+    async def bring_left(self, node_id: str, attempt: str, path: str) -> None:
+        """Bring an output that was over the limits, and stayed on the node, into the store.
+
+        Args:
+            node_id: Ray's id of the node.
+            attempt: The attempt's id.
+            path: Of the file, relative to the working directory.
+
+        Raises:
+            ClusterDownError: The link is down.
+            NotFoundError: There is no such node, or the file is not there any more.
+            ClusterError: The node's agent does not answer.
+        """
+        await self.ask("bring_left", {"node_id": node_id, "attempt": attempt, "path": path}, timeout_s=_LEFT_S)
 
     async def ask(self, method: str, params: Mapping[str, object], *, timeout_s: float) -> object:
         """Ask the child for one of the methods of `raylaunch.controller.ray_link.Program`.

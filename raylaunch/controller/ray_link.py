@@ -154,6 +154,7 @@ class Program:
             "fence": self.fence,
             "settle": self.settle,
             "forget": self.forget,
+            "bring_left": self.bring_left,
             "ray_log": self.ray_log,
             "ray_log_grown": self.ray_log_grown,
             "kill_waiting": self.kill_waiting,
@@ -184,7 +185,8 @@ class Program:
             await self._send_package(node, sha256)
         moved_from = await bring(node.call, self._store, str(spec["attempt"]), str(spec["tag"]))
         told = {**spec, "wheels": fitting, "moved_from": moved_from}
-        return await node.call("prepare", told, package, secrets, await asyncio.to_thread(runner_zip), timeout_s=600)
+        runner, have = await asyncio.to_thread(runner_zip), await node.replication.have(str(spec["attempt"]))
+        return await node.call("prepare", told, package, secrets, runner, have, timeout_s=600)
 
     async def index_look(self, node_id: str, env: object, kind: str) -> object:
         """Ask whether the node reaches a package index, and what wheels it would take."""
@@ -213,6 +215,10 @@ class Program:
         answer = await node.call("forget", attempt, again=again, timeout_s=2 * _CALL_S)
         await node.replication.forget(attempt)
         return answer
+
+    async def bring_left(self, node_id: str, attempt: str, path: str) -> None:
+        """Bring an output that was not kept."""
+        await self._node(node_id).replication.bring_left(attempt, path)
 
     async def ray_log(self, node_id: str, submission: str, **place: object) -> object:
         """Return bytes of the log of a job of plain Ray."""

@@ -7,6 +7,7 @@ session begins with what the store's disk says.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import secrets
 import time
@@ -16,9 +17,10 @@ from typing import Protocol, TypeVar, cast
 from raylaunch.controller.link_events import AttemptSeen, Grew, LinkEvent, StoreProblem
 from raylaunch.controller.mirror import GapError, Mirror
 from raylaunch.errors import ClusterError
-from raylaunch.node.changes import Answer, AttemptFacts, Chunk
+from raylaunch.node.changes import Answer, AttemptFacts, Chunk, HaveFile
+from raylaunch.node.job_folder import LeftPiece
 from raylaunch.node.packages import storage_error
-from raylaunch.runner.contract import Claim, Exit, Facts, Started
+from raylaunch.runner.contract import OUTPUTS, Claim, Exit, Facts, Started
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ _Result = TypeVar("_Result")
 _POLL_S = 10.0
 _CALL_S = 60.0
 _HASH_S = 600.0
+_LEFT_PIECE = 8 * 1024 * 1024
 _SETTLE_LOOK_S = 0.05
 _SHORT_S, _LONGEST_BACKOFF_S = 0.1, 10.0
 _STEADY_S = 5.0
@@ -79,6 +82,40 @@ class Replication:
                 return False
             await asyncio.sleep(_SETTLE_LOOK_S)
         return True
+
+    async def have(self, attempt: str) -> Mapping[str, HaveFile]:
+        """Return what the store has of an attempt, or of the one before it."""
+        found = await self._write(lambda: self._mirror.have([attempt]))
+        return found.get(attempt, {})
+
+    async def bring_left(self, attempt: str, path: str) -> None:
+        """Bring an output that stayed on the node: it was over the limits of what is kept.
+
+        Raises:
+            NotFoundError: it is not there any more.
+            ClusterError: the node does not answer.
+        """
+        digest, offset, final = hashlib.sha256(), 0, False
+        await self._write(lambda: self._mirror.have([attempt]))
+        while not final:
+            asked = self._call("read_left", attempt, path, offset, _LEFT_PIECE, timeout_s=_CALL_S)
+            data, size, mtime_ns = cast("LeftPiece", await asked)
+            digest.update(data)
+            final = offset + len(data) >= size or not data
+            chunk = Chunk(
+                attempt=attempt,
+                path=f"{OUTPUTS}/{path}",
+                mode="replace",
+                offset=offset,
+                data=data,
+                final=final,
+                sha256=digest.hexdigest() if final else "",
+                size=size,
+                mtime_ns=mtime_ns,
+            )
+            for event in await self._stored([chunk]):
+                self._emit(event)
+            offset += len(data)
 
     async def forget(self, attempt: str) -> None:
         """Drop what is remembered of an attempt that is gone from the node."""

@@ -17,6 +17,7 @@ from starlette.convertors import PathConvertor, register_url_convertor
 from raylaunch.controller.answers import answer, file_answer
 from raylaunch.controller.asking import Has, Job, require_ours
 from raylaunch.controller.guarded import GuardedRoute
+from raylaunch.errors import NotFoundError
 from raylaunch.state import Artifact, MetricsPage
 
 
@@ -69,7 +70,12 @@ async def files(record: Job, services: Has) -> Response:
 async def file(record: Job, path: str, request: Request, services: Has) -> Response:
     """Return one file, or a range of it."""
     require_ours(record, "files")
-    where, artifact = await anyio.to_thread.run_sync(services.artifacts.path, record.id, path)
+    try:
+        where, artifact = await anyio.to_thread.run_sync(services.artifacts.path, record.id, path)
+    except NotFoundError:
+        if not await services.jobs.bring_left(record, path):
+            raise
+        where, artifact = await anyio.to_thread.run_sync(services.artifacts.path, record.id, path)
     headers = {"X-File": quote(str(where))}  # an account of this host that may read it need not ask for its bytes
     if artifact.sha256:
         headers["X-Sha256"] = artifact.sha256

@@ -66,6 +66,9 @@ class JobVerbs(Protocol):
     async def wait_growth(self, attempt_id: str, timeout_s: float) -> None:
         """Return when a file of the attempt has grown in the store, or the time is over."""
 
+    async def bring_left(self, record: JobRecord, path: str) -> bool:
+        """Bring an output that was not kept from its node; returns whether the file is one of those."""
+
     def ray_access(self) -> RayAccess:
         """Return what Ray's own tools need."""
 

@@ -10,6 +10,7 @@ from raylaunch.cluster_state import ControllerStatus, RayAccess
 from raylaunch.controller.attempt_spec import wandb_link
 from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.foreign import ForeignJobs
+from raylaunch.controller.left_outputs import LeftOutputs
 from raylaunch.controller.nodes import by_name
 from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.queue import Admit, plan_queue, why_never
@@ -48,6 +49,7 @@ class Verbs:
         drains: DrainBook,
         foreign: ForeignJobs,
         wheel_needs: WheelNeeds,
+        left: LeftOutputs,
     ) -> None:
         self._settings = settings
         self._records = records
@@ -58,6 +60,7 @@ class Verbs:
         self._drains = drains
         self._foreign = foreign
         self._wheel_needs = wheel_needs
+        self._left = left
         self._began_at = time.time()
 
     async def submit(self, request: SubmitRequest, person: str) -> SubmitAnswer:
@@ -186,6 +189,10 @@ class Verbs:
     async def wait_growth(self, attempt_id: str, timeout_s: float) -> None:
         """Return when anything of the attempt changed, or the time is over."""
         await self._sight.growth(attempt_id, timeout_s)
+
+    async def bring_left(self, record: JobRecord, path: str) -> bool:
+        """Bring an output that was not kept from its node; returns whether the file is one of those."""
+        return await self._left.bring(record, path)
 
     def ray_access(self) -> RayAccess:
         """Return what Ray's own tools need to reach the cluster."""

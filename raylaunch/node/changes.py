@@ -13,7 +13,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, TypedDict, cast
@@ -114,6 +114,12 @@ class Changes:
         self._lock = threading.Lock()
         self._session = ""
         self._attempts: dict[str, _Attempt] = {}
+        self._expected: dict[str, dict[str, HaveFile]] = {}
+
+    def expect(self, attempt: str, have: Mapping[str, HaveFile]) -> None:
+        """Know what the receiver has of an attempt that is about to be made: the files of the attempt before."""
+        with self._lock:
+            self._expected[attempt] = dict(have)
 
     def take(self, session: str, have: Have | None, *, metrics: bool = True) -> Answer:
         """Return what changed since the last call, at most about `BUDGET` bytes; possibly nothing. Does not wait.
@@ -145,7 +151,10 @@ class Changes:
         left = BUDGET
         now = time.monotonic()
         for name in names:
-            known = self._attempts.setdefault(name, _Attempt(have={}))
+            if name not in self._attempts:
+                self._attempts[name] = _Attempt(have=self._expected.get(name, {}))
+            self._expected.pop(name, None)
+            known = self._attempts[name]
             folder = self._root / "attempts" / name
             answer["live"] = answer["live"] or not known.over
             if known.over and now < known.next_look:

@@ -16,14 +16,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from raylaunch.errors import ConflictError, TransferError
+from raylaunch.errors import ConflictError, NotFoundError, TransferError
 from raylaunch.node.files import KEPT_BY_JOB, LINK, FileStat, kept_files
 from raylaunch.node.folder import attempt_folder, attempts_in, close, read_json, write_json
 from raylaunch.node.processes import end_processes
-from raylaunch.runner.contract import WRITER
+from raylaunch.runner.contract import COLLECTED, LEFT, LEFT_S, WRITER
 
-_EXPIRES_S = 7 * 24 * 3600
 _PART = ".raylaunch-part"
+
+
+class LeftPiece(NamedTuple):
+    """A piece of an output that was not kept, with what the whole is."""
+
+    data: bytes
+    size: int
+    mtime_ns: int
 
 
 class Wanted(NamedTuple):
@@ -133,10 +140,39 @@ def end_bringing(root: Path, attempt: str, before: int) -> None:
     write_json(job_folder(root, attempt) / WRITER, {"n": before})
 
 
+def read_left(root: Path, attempt: str, path: str, offset: int, limit: int) -> LeftPiece:
+    """Return a piece of an output of an ended attempt that stayed on the node.
+
+    Raises:
+        NotFoundError: it is not here, or no longer.
+    """
+    left = job_folder(root, attempt) / LEFT
+    where = left / path
+    try:
+        if ".." in path.split("/") or Path(os.path.realpath(where)) != where:
+            raise FileNotFoundError
+        with os.fdopen(os.open(where, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            found = os.fstat(file.fileno())
+            file.seek(offset)
+            return LeftPiece(file.read(limit), found.st_size, found.st_mtime_ns)
+    except OSError:
+        msg = f"{path} is not on the node any more: what is over the limits of a job's outputs stays for 7 days"
+        raise NotFoundError(msg) from None
+
+
 def drop(root: Path, attempt: str) -> None:
-    """Delete the job's folder after its last attempt; nothing happens when a newer attempt has it."""
-    if last_writer(root, attempt) <= int(attempt.rpartition("-")[2]):
-        shutil.rmtree(job_folder(root, attempt), ignore_errors=True)
+    """Delete the job's folder after its last attempt, unless a newer one has it. Outputs that were left stay a week."""
+    _expire(root, job_folder(root, attempt))
+    if last_writer(root, attempt) > int(attempt.rpartition("-")[2]):
+        return
+    folder = job_folder(root, attempt)
+    if not (folder / LEFT).is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for name in KEPT_BY_JOB:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / COLLECTED).unlink(missing_ok=True)
+    write_json(folder / WRITER, {"n": 0})
 
 
 def _close_older(root: Path, attempt: str, tag: str) -> None:
@@ -205,7 +241,7 @@ def _expire(root: Path, own: Path) -> None:
     for folder in _folders(own.parent):
         writer = folder / WRITER
         used_at = (writer if writer.exists() else folder).stat().st_mtime
-        if folder != own and folder.name not in alive and time.time() - used_at > _EXPIRES_S:
+        if folder != own and folder.name not in alive and time.time() - used_at > LEFT_S:
             shutil.rmtree(folder, ignore_errors=True)
 
 

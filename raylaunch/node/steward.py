@@ -19,7 +19,7 @@ from typing import TypedDict, TypeVar
 
 from raylaunch.errors import RaylaunchError
 from raylaunch.node import facts, folder, job_folder, package_index, preparing, ray_logs
-from raylaunch.node.changes import Answer, Changes, Have
+from raylaunch.node.changes import Answer, Changes, Have, HaveFile
 from raylaunch.node.files import FileStat, inventory
 from raylaunch.node.packages import Packages, storage_error
 from raylaunch.node.processes import end_processes, runner_alive, wait_for_runner
@@ -143,8 +143,11 @@ class Steward:
         """Take a piece of a package, and return as `package_have`."""
         return await self._in_thread(lambda: self._packages.put(sha256, offset, total, data))
 
-    async def prepare(self, spec: AttemptSpec, package: str, secrets: dict[str, str], runner: bytes) -> preparing.Ready:
-        """Make an attempt's folder."""
+    async def prepare(
+        self, spec: AttemptSpec, package: str, secrets: dict[str, str], runner: bytes, have: Mapping[str, HaveFile]
+    ) -> preparing.Ready:
+        """Make an attempt's folder. `have` is what the store has of it: the files of the attempt before."""
+        self._changes.expect(spec["attempt"], have)
 
         def make() -> preparing.Ready:
             unpacked = self._packages.path(package) if package else None
@@ -188,6 +191,10 @@ class Steward:
     async def end_bringing(self, attempt: str, before: int) -> None:
         """Write down that the files of the attempt numbered `before` are here."""
         await self._in_thread(lambda: job_folder.end_bringing(self._root, attempt, before))
+
+    async def read_left(self, attempt: str, path: str, offset: int, limit: int) -> job_folder.LeftPiece:
+        """Return a piece of an output that was not kept."""
+        return await self._in_thread(lambda: job_folder.read_left(self._root, attempt, path, offset, limit))
 
     async def platform(self) -> Platform:
         """Return which wheels fit here."""

@@ -65,6 +65,7 @@ class Attempt:
         self._facts: Facts = {"warnings": []}
         self._kept: keeper.Kept | None = None
         self._in_time = True
+        self._before: outputs.Snapshot = {}
         self._launch = launch.as_it_is(spec)
         self._driver: ray_driver.Driver | None = None
         self._reports = TrainReports(folder)
@@ -85,6 +86,7 @@ class Attempt:
         prepared = self._plan(prepared)
         argv = training.command(self._launch.entrypoint, prepared.env, self._code)
         self._pulse.check()
+        self._before = outputs.snapshot(self._code)
         oom_before = oom_kills()
         self._start(argv, prepared)
         deadline = time.monotonic() + (self._spec["timeout_s"] or float("inf"))
@@ -283,9 +285,13 @@ class Attempt:
             self._sweep.after_stop(wish, in_time=self._in_time)
 
     def _keep_outputs(self) -> None:
-        warnings = outputs.collect(self._code, self._folder / contract.OUTPUTS, self._spec["outputs"])
-        if warnings:
-            self._facts["warnings"] = [*self._facts["warnings"], *warnings]
+        spec = self._spec
+        limits = outputs.Limits(spec["outputs_size"], spec["outputs_files"])
+        folder = Path(spec["job_dir"] or self._folder)
+        kept = outputs.collect(self._code, folder, spec["outputs"], limits, self._before)
+        if kept.warnings:
+            self._facts["warnings"] = [*self._facts["warnings"], *kept.warnings]
+            self._facts["left"] = kept.left
             claim.write_whole(self._folder / contract.FACTS, self._facts)
 
     def _facts_of_end(self, wish: Wish | None) -> Exit:

@@ -23,7 +23,9 @@ One attempt has one folder on its node, ``<node root>/attempts/<attempt id>/``::
     tmp/              W&B cache and staging, and scratch; not kept (`TMP`)
 
 A job has one folder on a node, ``<node root>/jobs/<job id>/``, at the same path for each of its attempts, with
-``checkpoints/``, ``outputs/`` and ``writer.json`` (`WRITER`), which says which attempt may write there.
+``checkpoints/``, ``outputs/``, ``writer.json`` (`WRITER`), which says which attempt may write there, ``collected.json``
+(`COLLECTED`) with the outputs that were found in the working directory, and ``left/`` (`LEFT`) with those that are not
+kept, for some days.
 
 Only logs, the .wandb file, outputs, checkpoints and the JSON files above travel to the store, under the same names
 below ``jobs/<job>/attempt-<n>/``.
@@ -51,6 +53,14 @@ TMP = "tmp"
 WHEELS = "wheels"
 WRITER = "writer.json"
 BUILD_WHEELS = "build-wheels"
+COLLECTED = "collected.json"
+LEFT = "left"
+LEFT_S = 7 * 24 * 3600
+"""How long a job's folder stays on a node that its job has left."""
+
+AUTO = "auto"
+NONE = "none"
+"""Instead of globs of outputs: what is new or changed in the working directory; nothing of it."""
 
 RANK_LOG = "logs/rank-{rank}.log"
 
@@ -175,6 +185,9 @@ class AttemptSpec(TypedDict):
     timeout_s: float | None
     grace_s: float
     outputs: list[str]
+    """Globs, `AUTO` or `NONE`."""
+    outputs_size: int
+    outputs_files: int
     wandb: WandbSpec
     job_dir: str
     """The job's folder on the node, which has its checkpoints and outputs; written by the node agent."""
@@ -222,6 +235,8 @@ class Facts(TypedDict, total=False):
     """Ids of the attempt's runs, in the order of their start; the first `MANY_RUNS`."""
     wandb_staged: int
     """Bytes of files that off-line runs have added to artifacts and tables; they are kept in `WANDB_DATA`."""
+    left: dict[str, int]
+    """Sizes of the outputs that were not kept and stay on the node (`LEFT`), by path."""
 
 
 class StopWish(TypedDict):

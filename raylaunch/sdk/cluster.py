@@ -206,6 +206,8 @@ class Cluster:
         timeout_s: float | str | None = None,
         grace_s: float | str | None = None,
         outputs: Sequence[str] | str | None = None,
+        outputs_size: int | str | None = None,
+        outputs_files: int | None = None,
         tags: Sequence[str] | str | None = None,
         tracking: Tracking | Mapping[str, object] | None = None,
         priority: int | None = None,
@@ -235,7 +237,9 @@ class Cluster:
             packages: added to that environment, for example ``["numpy", "pandas==2.3.3"]``.
             timeout_s: the longest run of one attempt: seconds, or text as ``2h``.
             grace_s: between SIGTERM and SIGKILL at a stop: seconds, or text.
-            outputs: files and globs to keep, beside everything in ``$RAYLAUNCH_OUTPUT_DIR``.
+            outputs: ``auto`` (what is new in the working directory), ``none``, or files and globs to keep.
+            outputs_size: how much ``auto`` keeps, as ``5GiB``.
+            outputs_files: how many files ``auto`` keeps.
             tags: words to find the job by.
             tracking: Weights & Biases. What it does not state is taken from this Python's ``WANDB_MODE``,
                 ``WANDB_PROJECT`` and so on; the key of ``WANDB_API_KEY`` goes along, for this job alone.
@@ -272,6 +276,8 @@ class Cluster:
                     timeout_s=timeout_s,
                     grace_s=grace_s,
                     outputs=outputs,
+                    outputs_size=outputs_size,
+                    outputs_files=outputs_files,
                     tags=tags,
                     tracking=tracking,
                     priority=priority,

@@ -118,6 +118,10 @@ class Desk:
     def explained(self, view: JobView) -> JobView:
         return view
 
+    async def bring_left(self, record: JobRecord, path: str) -> bool:
+        del record, path  # there is no node
+        return False
+
     async def wait_growth(self, attempt_id: str, timeout_s: float) -> None:
         grown = self._grown.setdefault(attempt_id, asyncio.Event())
         try:

@@ -31,6 +31,8 @@ def attempt_spec(attempt: str, *, epoch: str = "epoch-1", entrypoint: str = "tru
         "timeout_s": None,
         "grace_s": 1.0,
         "outputs": [],
+        "outputs_size": 1 << 30,
+        "outputs_files": 10_000,
         "wandb": {
             "mode": "disabled",
             "run_id": "",
