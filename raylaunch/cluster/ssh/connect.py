@@ -214,7 +214,7 @@ async def _once(attempt: _Attempt, expected: host_keys.Known, algorithms: str) -
 
 async def _connect(attempt: _Attempt, expected: host_keys.Known, algorithms: str) -> asyncssh.SSHClientConnection:
     place, ours, target = attempt.place, attempt.ours, attempt.place.target
-    watch = host_keys.HostKeyWatch(target.fingerprint)
+    watch = host_keys.HostKeyWatch("" if expected.keys else target.fingerprint)  # known keys count, not the pin
     told = telling(attempt.on_wait, target.name, "connect", attempt.limit_s)
     narrowed = bool(expected.keys or target.fingerprint)
     with told, _in_words(place, attempt.limit_s, watch, narrowed=narrowed), anyio.fail_after(attempt.limit_s):
