@@ -310,7 +310,7 @@ def test_a_controller_that_hangs_is_replaced_by_the_next_command_and_ends_are_to
     before = cluster.controller_pid()
     with hung_controller(cluster, job) as last_words:
         result = cluster.cli("list", "--json")
-        assert result.status == 0
+        assert result.status == 0, result.err
         assert "the controller of cluster 'local' is not responding; it is being restarted" in result.err
         assert job in result.out
         assert cluster.controller_pid() != before
