@@ -120,7 +120,7 @@ def test_a_node_is_seen_with_what_it_has(head: RayHeadRunning, store: Store) -> 
     asyncio.run(scenario())
 
 
-def test_an_attempt_is_prepared_with_its_code_and_settled_in_the_store(head: RayHeadRunning, store: Store) -> None:
+def test_an_attempt_is_prepared_settled_and_continued_from_the_store(head: RayHeadRunning, store: Store) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         info = tarfile.TarInfo("train.py")
@@ -149,6 +149,9 @@ def test_an_attempt_is_prepared_with_its_code_and_settled_in_the_store(head: Ray
             assert stored["outputs/model.bin"] == hashlib.sha256(b"m" * (20 << 20)).hexdigest()
             await link.forget(node, "code-a-1")
             assert not await asyncio.to_thread(folder.exists)
+            again = await link.prepare(node, spec=attempt_spec("code-a-2"), package=sha256, secrets={})
+            model = await asyncio.to_thread(Path(again.folder, "outputs/model.bin").read_bytes)
+            assert model == b"m" * (20 << 20)
 
     asyncio.run(scenario())
 
