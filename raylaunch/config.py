@@ -14,6 +14,7 @@ from raylaunch.errors import SpecError
 from raylaunch.ray_yaml import is_ray_yaml, read_ray_yaml
 from raylaunch.runner import shell_words
 from raylaunch.spec import ClusterSpec, JobSpec, Spec
+from raylaunch.spec_parts import KEYS
 from raylaunch.spec_problems import spec_error
 from raylaunch.yaml_file import KeyPath, YamlFile, read_yaml
 
@@ -159,6 +160,7 @@ def job_spec_from_flags(
         value = flag.value
         if flag.field == ("working_dir",) and isinstance(value, str) and value:
             value = _absolute(here, value, None)
+        data.pop(KEYS.get(flag.field[0], ""), None)
         _lay(data, flag.field, value)
     if not read and "entrypoint" not in data:
         msg = "there is nothing to run: no entrypoint was given"

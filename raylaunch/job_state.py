@@ -25,7 +25,7 @@ class JobState(str, Enum):
     STOPPED = "stopped"
     """An end: it was stopped, and all of its processes are gone."""
     TIMED_OUT = "timed_out"
-    """An end: it ran longer than its `timeout_s`."""
+    """An end: it ran longer than its `timeout`."""
     LOST = "lost"
     """An end: its node or Ray went away under it, and no further attempt is made."""
 

@@ -131,7 +131,7 @@ _TABLE: dict[Reason, _Facts] = {
         Verdict.FINAL, "stopped with Ray's own tools", "nothing; somebody used `ray job stop`"
     ),
     Reason.TIMEOUT: _Facts(
-        Verdict.FINAL, "ran longer than its timeout", "give a longer `timeout_s`, or continue from a checkpoint"
+        Verdict.FINAL, "ran longer than its timeout", "give a longer `timeout`, or continue from a checkpoint"
     ),
     Reason.ENVIRONMENT: _Facts(
         Verdict.FINAL,

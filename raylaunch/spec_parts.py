@@ -44,6 +44,26 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+KEYS = {"timeout_s": "timeout", "grace_s": "grace"}
+"""What people write for a field whose name has a unit; the field's own name is taken too."""
+
+
+def by_field(data: object) -> object:
+    """Return what was written with each of `KEYS` under its field's name.
+
+    Raises:
+        ValueError: both are there.
+    """
+    if not isinstance(data, dict) or (KEYS.keys().isdisjoint(data) and set(KEYS.values()).isdisjoint(data)):
+        return data
+    for field, key in KEYS.items():
+        if field in data and key in data:
+            msg = f"{key} and {field} are the same setting; leave {field} out"
+            raise ValueError(msg)
+    fields = {key: field for field, key in KEYS.items()}
+    return {fields.get(name, name): value for name, value in data.items()}
+
+
 EnvironmentKind = Literal["auto", "default", "ray", "python", "conda", "venv", "uv", "pip"]
 
 OF_THE_CLUSTER: frozenset[EnvironmentKind] = frozenset({"auto", "default"})

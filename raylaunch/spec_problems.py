@@ -11,12 +11,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from raylaunch.errors import SpecError
-from raylaunch.spec_parts import PlacedError
+from raylaunch.spec_parts import KEYS, PlacedError
 from raylaunch.yaml_file import KeyPath
 
 Locate = Callable[[KeyPath], str]
 """Where a value came from: ``job.yaml:7``, ``--gpus``, or nothing."""
 
+_FIELDS = {key: field for field, key in KEYS.items()}
 _EXPECTED = {
     "string_type": "text",
     "tuple_type": "a list",
@@ -98,6 +99,7 @@ def _path_in(detail: ErrorDetails, data: object) -> KeyPath:
     current = data
     for part in detail["loc"]:
         items = dict(enumerate(current)) if isinstance(current, list | tuple) else current
+        part = KEYS.get(str(part), part) if isinstance(items, dict) and part not in items else part  # noqa: PLW2901
         if isinstance(items, dict) and part in items:
             current = items[part]
         elif detail["type"] != "missing" or part != detail["loc"][-1]:
@@ -135,14 +137,14 @@ def _unquoted(problem: Problem, model: type[BaseModel]) -> str:
     known: list[str] = []
     holder: type[BaseModel] | None = model
     for part in problem.path:
-        field = holder.model_fields.get(str(part)) if holder else None
+        field = holder.model_fields.get(_FIELDS.get(str(part), str(part))) if holder else None
         if field is None:
             break
         known.append(str(part))
         holder = next(iter(_models_in(field.annotation)), None)
     if len(known) < len(problem.path) and holder is not None:
         inside = f" in {'.'.join(known)}" if known else ""
-        return f"unknown key{inside} (known: {', '.join(holder.model_fields)})"
+        return f"unknown key{inside} (known: {', '.join(KEYS.get(name, name) for name in holder.model_fields)})"
     return f"{'.'.join(known)} {problem.expected or 'is not valid'}" if known else "it is not valid"
 
 
@@ -196,7 +198,7 @@ def _unknown_key(path: KeyPath, model: type[BaseModel]) -> str:
 
 
 def _nearest(key: str, holder: type[BaseModel]) -> str:
-    known = list(holder.model_fields)
+    known = [KEYS.get(name, name) for name in holder.model_fields]
     nested = [
         f"{name}.{key}"
         for name, field in holder.model_fields.items()

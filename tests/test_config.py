@@ -273,3 +273,16 @@ def test_a_chosen_file_that_cannot_be_looked_at_is_an_error_that_names_it(tmp_pa
 def test_a_part_of_a_gpu_is_refused_with_what_there_is_instead(gpus: object) -> None:
     with pytest.raises(SpecError, match="a job gets whole ones; to share one, run the programs in one job"):
         job_spec_from_flags([Flag("--gpus", ("resources", "gpus"), gpus), Flag("--", ("entrypoint",), ("python",))])
+
+
+@pytest.mark.parametrize(("key", "old"), [("timeout", "timeout_s"), ("grace", "grace_s")])
+def test_a_duration_is_written_without_its_unit_and_the_old_key_is_taken_too(here: Here, key: str, old: str) -> None:
+    for name in (key, old):
+        found = load_job_spec(Path(here("job.yaml", f"entrypoint: python train.py\n{name}: 6h\n")))
+        assert getattr(found, old) == 6 * 3600
+    with pytest.raises(SpecError, match=f"{key} and {old} are the same setting"):
+        load_job_spec(Path(here("job.yaml", f"entrypoint: x\n{key}: 1h\n{old}: 2h\n")))
+    with pytest.raises(SpecError, match=f"job.yaml:2: {key}: 'soon' is not a duration"):
+        load_job_spec(Path(here("job.yaml", f"entrypoint: x\n{key}: soon\n")))
+    file = Path(here("job.yaml", f"entrypoint: x\n{key}: 1h\n"))
+    assert getattr(job_spec_from_flags([Flag(f"--{key}", (old,), "2h")], file=file), old) == 2 * 3600

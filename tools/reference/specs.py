@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefinedType
 from raylaunch.cli.job_flags import flag_of
 from raylaunch.cluster_spec import ClusterSpec
 from raylaunch.spec import JobSpec
-from raylaunch.spec_parts import ENVIRONMENTS, Environment, Spec, Words
+from raylaunch.spec_parts import ENVIRONMENTS, KEYS, Environment, Spec, Words
 from raylaunch.units import seconds, size_bytes
 from tools.reference import markdown, source
 
@@ -86,7 +86,9 @@ def described(kind: type[Spec], path: tuple[str, ...] = ()) -> Iterator[Describe
         found = _EXAMPLE.search(field.text)
         example = yaml.safe_load(found[1]) if found else None
         info = kind.model_fields[field.name]
-        yield Described((*path, field.name), info, hints[field.name], _EXAMPLE.sub("", field.text), example)
+        yield Described(
+            (*path, KEYS.get(field.name, field.name)), info, hints[field.name], _EXAMPLE.sub("", field.text), example
+        )
         inner, mark = _within(info.annotation)
         if inner:
             yield from described(inner, (*path, field.name + mark))
@@ -101,6 +103,7 @@ def _within(annotation: object) -> tuple[type[Spec] | None, str]:
     return None, mark
 
 
+_FIELDS = {key: field for field, key in KEYS.items()}
 OF_EXISTING = frozenset({"address", "gcs", "ray_token_file", "ray_tls"})
 """Fields of a cluster that are for one kind alone, and cannot stand beside hosts."""
 
@@ -138,7 +141,7 @@ def _facts(one: Described, *, flags: bool) -> Iterator[str]:
         yield "required"
     elif (default := one.info.default) and not isinstance(default, Spec | PydanticUndefinedType):
         yield f"By default {markdown.code(f'{default:g}' if isinstance(default, float) else str(default))}"
-    if flags and (flag := flag_of(one.path)):
+    if flags and (flag := flag_of(tuple(_FIELDS.get(name, name) for name in one.path))):
         yield f"On the command line: {markdown.code(flag)}"
 
 
