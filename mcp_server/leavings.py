@@ -166,7 +166,7 @@ async def download_model(given: DownloadModel, call: Call) -> Json:
         news[0] = News(done_before[0] + done, None, f"{token(what, 100) or 'a file'}: {done} of {total} bytes")
 
     async with call.client() as client:
-        job = await client.patient(lambda: client.job(given.job))
+        job = await client.patient(lambda: client.job_to_download(given.job))
         found = await client.patient(lambda: client.files(job.id))
         paths = _paths(given, job, found)
         dest = named or call.roots.resolve(job.id, field="job")

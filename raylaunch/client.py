@@ -16,19 +16,12 @@ from urllib.parse import quote
 from pydantic import TypeAdapter
 from typing_extensions import Self
 
+from raylaunch import downloads
 from raylaunch.admin import Admin
 from raylaunch.cluster_state import ClusterPython, ControllerStatus, RayAccess
 from raylaunch.directory import Directory
-from raylaunch.downloads import (
-    Downloaded,
-    IncompleteDownloadError,
-    MayReplace,
-    chosen,
-    download,
-    download_all,
-    local_name,
-)
-from raylaunch.errors import WheelsNeededError
+from raylaunch.downloads import Downloaded, IncompleteDownloadError, MayReplace
+from raylaunch.errors import ConflictError, WheelsNeededError
 from raylaunch.job_page import page_from
 from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
 from raylaunch.sensitive import NO_MORE, Allowed
@@ -447,6 +440,14 @@ class Client:
         answer = await self._wire.ask("GET", _of(ref, "files"))
         return TypeAdapter(tuple[Artifact, ...]).validate_json(answer.body)
 
+    async def job_to_download(self, ref: str) -> JobView:
+        """Return one job; another person's by its id alone, else a `ConflictError`: their files may run code."""
+        job = await self.job(ref)
+        if ref == job.id or job.owner == (await self.status()).person:
+            return job
+        msg = f"you have no job {ref!r}; the latest is {job.id}, which is {job.owner or 'of plain Ray'}'s"
+        raise ConflictError(msg, hint=f"to download its files all the same, name it by its id: {job.id}")
+
     async def download(  # noqa: PLR0913 -- each says what goes where
         self,
         ref: str,
@@ -481,16 +482,16 @@ class Client:
         """
         from raylaunch.parallel_download import ParallelDownload  # noqa: PLC0415 -- only a download needs it
 
-        job, wide = await self.job(ref), ParallelDownload(self._ssh_cluster)
+        job, wide = await self.job_to_download(ref), ParallelDownload(self._ssh_cluster)
         files = [file for file in await self.files(job.id) if not file.link]
-        files = chosen(files, tuple(paths), everything=everything)
+        files = downloads.chosen(files, tuple(paths), everything=everything)
 
         async def bring(artifact: Artifact, folder: Directory, name: str, *, replace: MayReplace) -> Downloaded:
-            fetch = partial(download, self._wire, job.id, artifact, folder, name, wide=wide)
+            fetch = partial(downloads.download, self._wire, job.id, artifact, folder, name, wide=wide)
             return await self.patient(partial(fetch, replace=replace, on_progress=on_progress))
 
-        named = [(file, file.path if everything else local_name(file)) for file in files]
-        return await download_all(bring, job.id, named, dest, replace=replace, hidden=hidden)
+        named = [(file, file.path if everything else downloads.local_name(file)) for file in files]
+        return await downloads.download_all(bring, job.id, named, dest, replace=replace, hidden=hidden)
 
 
 def _of(ref: str, verb: str = "") -> str:

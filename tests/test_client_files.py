@@ -18,6 +18,7 @@ from support.client_use import ask, submitted, write
 from raylaunch.client import Client, IncompleteDownloadError
 from raylaunch.cluster.plan import Reach
 from raylaunch.errors import ConflictError, NotFoundError, StorageError, TransferError
+from raylaunch.spec import JobSpec
 from raylaunch.state import JobState, JobView
 
 
@@ -243,3 +244,21 @@ def test_a_file_that_is_not_there_is_answered_with_the_nearest(api: Api, tmp_pat
         ask(api, lambda client: client.download(job.id, ["modle.pt"], dest=tmp_path))
     assert caught.value.message == "the job has left no file 'modle.pt'"
     assert "model.pt" in caught.value.hint
+
+
+def test_a_name_means_ones_own_job_and_anothers_is_downloaded_by_its_id_alone(api: Api, tmp_path: Path) -> None:
+    own = submitted(api, JobSpec(entrypoint="true", name="shared", working_dir=""))
+    theirs = ask(
+        api, lambda client: client.submit(JobSpec(entrypoint="true", name="shared", working_dir="")), person="olga"
+    ).job
+    only = ask(
+        api, lambda client: client.submit(JobSpec(entrypoint="true", name="hers", working_dir="")), person="olga"
+    ).job
+    for job in (own, theirs, only):
+        write(api, job.id, "attempt-1/outputs/model.pt", job.id.encode())
+    (done,) = ask(api, lambda client: client.download("shared", dest=tmp_path / "a"))
+    assert done.local.read_bytes() == own.id.encode()
+    with pytest.raises(ConflictError, match=f"the latest is {only.id}, which is olga's"):
+        ask(api, lambda client: client.download("hers", dest=tmp_path / "b"))
+    (done,) = ask(api, lambda client: client.download(only.id, dest=tmp_path / "b"))
+    assert done.local.read_bytes() == only.id.encode()

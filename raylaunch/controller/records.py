@@ -151,8 +151,8 @@ class Records:
         """Return the id of the job that a person means.
 
         Args:
-            ref: an id; or a name, for the latest job of that name, ours before others'; or ``last``, for our latest.
-            owner: whose latest job ``last`` is; when the owner has none, anybody's.
+            ref: an id; or a name, for the owner's latest job of that name; or ``last``, for the owner's latest.
+            owner: who asks; where they have no such job, anybody's counts, raylaunch's before those of plain Ray.
 
         Raises:
             NotFoundError: there is none; the hint names the nearest.
@@ -167,8 +167,8 @@ class Records:
                 msg = "there is no job yet"
                 raise NotFoundError(msg, hint="submit one: raylaunch run -- python train.py")
         if row is None:
-            ours_first = latest.replace("ORDER BY", "ORDER BY is_foreign,")
-            row = self._db.execute(f"{columns} name = ? {ours_first}", (ref,)).fetchone()
+            own_first = latest.replace("ORDER BY", "ORDER BY is_foreign, owner != ?,")
+            row = self._db.execute(f"{columns} name = ? {own_first}", (ref, owner)).fetchone()
         if row is None:
             near = nearest_refs(self._db, ref)
             hint = f"did you mean {' or '.join(near)}?" if near else "see what there is: raylaunch list"
