@@ -27,6 +27,7 @@ OF_OTHERS = {
     "raylaunch/job_wheels.py": "an index that uv's settings name, as pip says it",
     "raylaunch/requirement_lines.py": "options of requirements files, by name",
     "tests/test_requirement_lines.py": "as above, with addresses that do not exist",
+    "tests/test_runner_local_sources.py": "as above",
 }
 """Files in which such words are other programs', and why."""
 TOO_SHORT_TO_TELL = 2  # a clone in /raylaunch: that is a word of the project too

@@ -148,7 +148,7 @@ def test_packages_are_added_to_rays_own_python_with_all_that_it_has(make: Make, 
 def test_what_a_lock_takes_from_the_folder_is_known_by_its_source() -> None:
     lock = (
         '[[package]]\nname = "app"\nversion = "1"\nsource = { editable = "." }\n\n'
-        '[[package]]\nname = "numpy"\nversion = "2"\nsource = { registry = "https://pypi.org/simple" }\n\n'
+        '[[package]]\nname = "numpy"\nversion = "2"\nsource = { registry = "https://index.example.org/simple" }\n\n'
         '[[package]]\nname = "dyn"\nsource = { directory = "dyn" }\n'
     )
     assert locked_here(lock) == (["app", "dyn"], True)
