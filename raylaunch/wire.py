@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from typing_extensions import Self
 
 from raylaunch.errors import ClusterDownError, ClusterError, RaylaunchError, VersionError, from_wire
+from raylaunch.log_view import clean
 from raylaunch.version import API, __version__
 
 _Result = TypeVar("_Result")
@@ -370,7 +371,8 @@ def _error_in(response: httpx2.Response, cluster: str) -> RaylaunchError:
     asked = f"{response.request.method} {response.request.url.path}"
     try:
         error = json.loads(response.content)["error"]
-        return from_wire(str(error["code"]), str(error["message"]), str(error.get("hint", "")))
+        message, hint = (clean(str(error.get(key, "")), colour=False) for key in ("message", "hint"))
+        return from_wire(str(error["code"]), message, hint)
     except (ValueError, KeyError, TypeError):
         log = "its log says more: raylaunch status shows where that is"
         return RaylaunchError(f"cluster {cluster!r} answered {response.status_code} to {asked}", hint=log)

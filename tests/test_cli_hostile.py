@@ -85,7 +85,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     models: dict[str, BaseModel] = {
         "/v1/jobs": model(JobPage),
         base: job(state="failed"),
-        f"{base}/files": RootModel[list[Artifact]]([model(Artifact), model(Artifact, link="")]),
+        f"{base}/files": RootModel[list[Artifact]]([model(Artifact), model(Artifact, link="", left=False)]),
         f"{base}/events": model(EventPage),
         f"{base}/metrics": model(MetricsPage),
         f"{base}/logs/search": model(LogMatches, more=False),

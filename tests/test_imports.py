@@ -52,7 +52,7 @@ MAY: dict[str, frozenset[str]] = {
     "state": frozenset({"job_state", "reasons", "spec", "spec_parts", "wheel_sets"}),
     "cluster_state": frozenset({"state", "spec_parts"}),
     **dict.fromkeys(READING, GROUND | READING | {"runner.shell_words"}),
-    **dict.fromkeys(SENDING, GROUND | SENDING | {"runner.contract", "runner.secret_files"}),
+    **dict.fromkeys(SENDING, GROUND | SENDING | {"log_view", "runner.contract", "runner.secret_files"}),
     "cluster": GROUND | {"runner.contract"},
     "admin": GROUND | {"wire"},
     "parallel_download": GROUND | SENDING | {"cluster"},

@@ -7,6 +7,8 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree as ET
 
 import pytest
+from support.hostile import HOSTILE as EVERY_KIND
+from support.hostile import bad_in, model
 
 from raylaunch.cluster_state import ControllerStatus, NodeView
 from raylaunch.sdk.curve import curve_svg
@@ -143,3 +145,13 @@ def test_lines_come_whole_and_a_line_without_end_is_not_held_for_ever() -> None:
     assert lines.feed("ü".encode()[:1]) == []
     assert lines.finish() == ["�"]
     assert lines.finish() == []
+
+
+def test_no_field_of_what_a_notebook_shows_is_markup_or_hidden() -> None:
+    script = "<script>" + EVERY_KIND
+    status = model(ControllerStatus)
+    nodes = tuple(node.model_copy(update={"hostname": script}) for node in status.nodes)
+    job = model(JobView, id=script, message=script, state="failed", attempts=[])
+    for html in (Card(job)._repr_html_(), cluster_html(script, status.model_copy(update={"nodes": nodes}))):
+        assert "<script>" not in html
+        assert not bad_in(html)

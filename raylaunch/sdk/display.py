@@ -146,8 +146,8 @@ class Steps:
         return "\n".join([f"cluster {self.cluster}", *(clean(line, colour=False) for line in lines)])
 
     def _repr_html_(self) -> str:
-        lines = [f"{_MARKS[step.state]} {escape(clean(str(step), colour=False))}" for step in self.last.values()]
-        return _panel([f"<b>{escape(self.cluster)}</b>", *lines, *(_muted(f"! {note}") for note in self.notes)])
+        lines = [f"{_MARKS[step.state]} {_escaped(str(step))}" for step in self.last.values()]
+        return _panel([f"<b>{_escaped(self.cluster)}</b>", *lines, *(_muted(f"! {note}") for note in self.notes)])
 
 
 def job_line(job: JobView) -> str:
@@ -184,8 +184,8 @@ def cluster_line(name: str, status: ControllerStatus) -> str:
 def cluster_html(name: str, status: ControllerStatus) -> str:
     """Return a cluster as a small panel: its nodes, their free GPUs, what waits and runs."""
     nodes = [(node.hostname, f"{node.gpus_free:g} of {node.gpus:g} GPUs free") for node in status.nodes]
-    rows = "".join(f"<tr><td>{escape(host)}</td><td>{escape(free)}</td></tr>" for host, free in nodes)
-    parts = [f"<b>{escape(name)}</b> {escape(_cluster_words(status))}", f"<table>{rows}</table>" if rows else ""]
+    rows = "".join(f"<tr><td>{_escaped(host)}</td><td>{_escaped(free)}</td></tr>" for host, free in nodes)
+    parts = [f"<b>{_escaped(name)}</b> {_escaped(_cluster_words(status))}", f"<table>{rows}</table>" if rows else ""]
     return _panel([*parts, *(_muted(problem) for problem in status.problems)])
 
 
@@ -193,6 +193,11 @@ def _cluster_words(status: ControllerStatus) -> str:
     free, gpus = sum(node.gpus_free for node in status.nodes), sum(node.gpus for node in status.nodes)
     nodes = f"{len(status.nodes)} node{'' if len(status.nodes) == 1 else 's'}"
     return f"{nodes}, {free:g} of {gpus:g} GPUs free, {status.running} running, {status.queued} queued"
+
+
+def _escaped(text: str) -> str:
+    """Return text for HTML: names, reasons and messages come from jobs, hosts and other people."""
+    return escape(clean(text, colour=False))
 
 
 def _panel(parts: Iterable[str]) -> str:
@@ -203,23 +208,23 @@ def _panel(parts: Iterable[str]) -> str:
 def _head(job: JobView) -> str:
     dot = f'<span style="color:{_COLOURS[job.state]}">●</span>'
     beside = " (unreachable)" if job.unreachable else ""
-    return f"{dot} <b>{escape(job.id)}</b> {escape(job.state.value)}{beside}"
+    return f"{dot} <b>{_escaped(job.id)}</b> {_escaped(job.state.value)}{beside}"
 
 
 def _muted(text: str) -> str:
-    return f'<span style="{_MUTED}">{escape(clean(text, colour=False))}</span>' if text else ""
+    return f'<span style="{_MUTED}">{_escaped(text)}</span>' if text else ""
 
 
 def _progress(job: JobView) -> str:
     words = progress_words(job)
     if job.progress is None or not job.progress.total or not math.isfinite(job.progress.step):
-        return escape(words)
+        return _escaped(words)
     part = min(max(job.progress.step / job.progress.total, 0.0), 1.0)
-    return f'<progress value="{part:.4f}" max="1"></progress> {escape(words)}'
+    return f'<progress value="{part:.4f}" max="1"></progress> {_escaped(words)}'
 
 
 def _table(items: Sequence[tuple[str, float]]) -> str:
-    rows = "".join(f"<tr><td>{escape(clean(key, colour=False))}</td><td>{value:.6g}</td></tr>" for key, value in items)
+    rows = "".join(f"<tr><td>{_escaped(key)}</td><td>{value:.6g}</td></tr>" for key, value in items)
     return f"<table>{rows}</table>" if rows else ""
 
 
@@ -233,4 +238,4 @@ def _lines(lines: Sequence[str]) -> str:
 def _tracking(job: JobView) -> str:
     if job.wandb is None or not job.wandb.url.startswith("https://"):
         return ""
-    return f'<a href="{escape(job.wandb.url)}" target="_blank" rel="noopener noreferrer">Weights &amp; Biases</a>'
+    return f'<a href="{_escaped(job.wandb.url)}" target="_blank" rel="noopener noreferrer">Weights &amp; Biases</a>'
