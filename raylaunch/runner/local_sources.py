@@ -88,7 +88,7 @@ def _place(text: str, code: Path, *, is_path: bool) -> tuple[Path, str] | None:
     found = _PLACE.fullmatch(named[1] if named else text)
     if found is None or "://" in text.replace("file://", ""):
         return None
-    words = found[1].strip().removeprefix("file://")
+    words = re.sub(r"^file://", "", found[1].strip())  # Python 3.8
     looks_like = is_path or named or words.startswith((".", "/", "~")) or "/" in words or words.endswith(_ARCHIVES)
     path = Path(os.path.normpath(code / words))
     if not looks_like or not path.exists() or (path != code and code not in path.parents):

@@ -21,7 +21,7 @@ _PUBLIC = frozenset({"wandb.ai", "forge.coreweave.com"})
 def hosts_of(server: str, environ: Mapping[str, str] = os.environ) -> frozenset[str]:
     """Return where W&B shows the runs of a server: its own address, and the page that belongs to an API's."""
     host = urlsplit(server).netloc
-    bare = host.removeprefix("api.")
+    bare = re.sub(r"^api\.", "", host)  # Python 3.8
     pages = {*(_PUBLIC if bare in _PUBLIC else ()), urlsplit(environ.get("WANDB_APP_URL", "")).netloc}
     return frozenset({host, bare, f"app.{bare}", *pages}) - {"", "app."}
 
