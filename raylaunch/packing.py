@@ -25,6 +25,7 @@ from typing_extensions import Self
 from raylaunch.errors import ConflictError, SpecError, StorageError
 from raylaunch.git_facts import tracked_files
 from raylaunch.ignoring import Found, LeftOut, Tracked, printable, unreadable, walk
+from raylaunch.runner.contract import most_unpacked
 from raylaunch.runner.secret_files import HEAD, holds_private_key, looks_secret
 from raylaunch.sensitive import (
     NO_MORE,
@@ -104,9 +105,22 @@ def pack(working_dir: str | Path, allow: Allowed = NO_MORE) -> Packed:
                 raise StorageError(msg, hint=hint) from None
             raise
         refuse_secrets([printable(path) for path in tally.secrets if not is_allowed(path, allow.names)])
+        _refuse_bomb(os.fstat(file.fileno()).st_size, tally)
         unless_done.pop_all()
         contents = Contents(frozenset(tally.paths), tally.left)
         return Packed(file, sink.sha256.hexdigest(), tally.report(), contents)
+
+
+def _refuse_bomb(packed: int, tally: _Tally) -> None:
+    """Refuse here what no node would unpack."""
+    if tally.unpacked > most_unpacked(packed):
+        largest = ", ".join(f"{one.path} ({one.bytes} B)" for one in tally.largest()[:3])
+        msg = (
+            f"the files are {tally.unpacked} B, and their package {packed} B: a node refuses to unpack more than a "
+            "hundred times a package's size"
+        )
+        hint = f"leave out files that are nearly empty, with .raylaunchignore; the largest: {largest}"
+        raise SpecError(msg, field="working_dir", hint=hint)
 
 
 async def packed_apart(working_dir: Path, allow: Allowed = NO_MORE) -> Packed:
@@ -174,6 +188,8 @@ class _Tally:
 
     def __init__(self) -> None:
         self.bytes = 0
+        self.unpacked = 0
+        """Bytes of the archive before compression, headers included."""
         self.ignored_bytes = 0
         self.files = 0
         self.paths: set[str] = set()
@@ -225,6 +241,7 @@ def _write(root: Path, sink: _Sink, tally: _Tally) -> None:
     ):
         for found in walk(root, tracked, on_left_out=tally.left_out):
             _add(archive, root, found, tally)
+        tally.unpacked = zipped.tell()
 
 
 def _add(archive: tarfile.TarFile, root: Path, found: Found, tally: _Tally) -> None:

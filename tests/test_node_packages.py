@@ -10,6 +10,7 @@ import pytest
 
 from raylaunch.errors import NotFoundError, TransferError
 from raylaunch.node.packages import COMPLETE, Packages
+from raylaunch.runner.contract import most_unpacked
 from raylaunch.runner.unpack import unpack
 
 
@@ -128,6 +129,11 @@ def test_a_small_package_that_unpacks_to_very_much_is_refused_before_it_is_writt
     assert len(data) < 300_000
     assert unpacked(tmp_path, data, most=1_000_000) == "it unpacks to more than 1000000 bytes"
     assert sum(path.stat().st_size for path in (tmp_path / "folder").iterdir()) <= 1_000_000
+
+
+def test_a_package_of_300_kb_does_not_unpack_to_300_mb() -> None:
+    assert most_unpacked(300_000) < 300_000_000
+    assert most_unpacked(50_000_000) > 5_000_000_000
 
 
 def test_a_package_of_very_many_files_is_refused(tmp_path: Path) -> None:

@@ -393,3 +393,12 @@ def test_a_repository_without_a_commit_has_no_commit(tmp_path: Path) -> None:
     facts = git_facts(tree(tmp_path, {"a": ""}))
     assert facts is not None
     assert (facts.commit, facts.branch, facts.dirty, facts.diff) == ("", "main", True, "")
+
+
+def test_what_no_node_would_unpack_is_refused_here_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("print()")
+    with (tmp_path / "zeros.bin").open("wb") as file:
+        file.truncate(400_000_000)
+    with pytest.raises(SpecError, match="refuses to unpack") as refused:
+        pack(tmp_path)
+    assert "zeros.bin" in refused.value.hint

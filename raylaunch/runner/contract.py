@@ -263,3 +263,11 @@ class Exit(TypedDict):
     """Processes of the attempt that were left over and ended at the end."""
     oom: bool
     """The kernel's out-of-memory killer ended a process of the attempt's cgroup meanwhile."""
+
+
+def most_unpacked(packed: int) -> int:
+    """Return how many bytes a package of `packed` bytes may unpack to, headers included: 128 MiB and 100 for each.
+
+    Code, text and data that somebody wants to train on are far below; what is above is meant to fill a node's disk.
+    """
+    return (128 << 20) + 100 * packed

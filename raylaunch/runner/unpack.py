@@ -14,17 +14,13 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from raylaunch.runner import contract
+
 _BLOCK = 1 << 20
 _LARGEST_READ = 16 << 20
 """A header is read as a whole; no header of ours comes near this."""
 MOST_FILES = 500_000
-_FLOOR_BYTES, _RATIO = 10 << 30, 100
 _PROGRAM = 0o100
-
-
-def most_bytes(packed: int) -> int:
-    """Return how many bytes an archive of `packed` bytes may unpack to, headers included."""
-    return _FLOOR_BYTES + _RATIO * packed
 
 
 class _Bounded:
@@ -61,14 +57,14 @@ def unpack(package: Path, folder: Path, *, most: int | None = None, most_files: 
     Args:
         package: what `raylaunch.packing` made, a tar.gz of files, folders and symbolic links.
         folder: where to.
-        most: bytes that it may unpack to; by default 10 GiB, and 100 for each byte of the package.
+        most: bytes that it may unpack to; by default what `contract.most_unpacked` allows.
         most_files: files, folders and links that it may have.
 
     Raises:
         tarfile.TarError: it is too large; or a member lies outside, is there twice, or is something else.
         OSError: the disk is full.
     """
-    limit = most_bytes(package.stat().st_size) if most is None else most
+    limit = contract.most_unpacked(package.stat().st_size) if most is None else most
     with gzip.open(str(package)) as unzipped, tarfile.open(fileobj=_Bounded(unzipped, limit), mode="r:") as archive:  # type: ignore[call-overload]  # tarfile reads and seeks, no more
         _unpack(archive, folder, most_files)
 
