@@ -391,10 +391,24 @@ class Usage(View):
     wandb: int
 
 
+class NodeUsage(View):
+    """Bytes that raylaunch takes on the disk of a node, apart from the store."""
+
+    host: str
+    environments: int
+    """Environments that jobs have shared: made once for each content, and used again."""
+    packages: int
+    """Code and wheels that were sent there."""
+    attempts: int
+    """Working folders of attempts that run, checkpoints, and outputs that were left there."""
+
+
 class UsagePage(View):
-    """What the store holds, largest first."""
+    """What the store holds, largest first, and what nodes hold apart from it."""
 
     jobs: tuple[Usage, ...]
+    nodes: tuple[NodeUsage, ...] = ()
+    """Those that answered."""
     packages: int
     total: int
     free: int

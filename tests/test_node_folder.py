@@ -15,6 +15,7 @@ from support.waiting import wait_until
 
 from raylaunch.errors import ConflictError, NotFoundError
 from raylaunch.node import folder, preparing
+from raylaunch.node.files import disk_use
 from raylaunch.node.processes import boot_id, started_ticks
 from raylaunch.node.steward import sweep
 from raylaunch.runner.contract import VAR_ATTEMPT
@@ -177,3 +178,17 @@ def test_training_of_a_living_runner_is_left_alone(tmp_path: Path) -> None:
     }
     (path / "claim.json").write_text(json.dumps(claim))
     assert sweep(tmp_path, set()) == []
+
+
+def test_the_disk_use_of_a_node_counts_environments_code_and_attempts_each_file_once(tmp_path: Path) -> None:
+    for name, size in {
+        "envs/pip-1/lib.py": 100,
+        "packages/a.tar.gz": 10,
+        "attempts/j-1/log": 3,
+        "jobs/j/out": 2,
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    (tmp_path / "envs" / "again.py").hardlink_to(tmp_path / "envs/pip-1/lib.py")
+    assert disk_use(tmp_path) == {"environments": 100, "packages": 10, "attempts": 5}
+    assert disk_use(tmp_path / "nothing") == {"environments": 0, "packages": 0, "attempts": 0}

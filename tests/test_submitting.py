@@ -45,6 +45,7 @@ class Desk:
             secrets=self.secrets,
             removal=Removal(records=self.records, artifacts=Artifacts(store), secrets=self.secrets),
             sight=sight,
+            link=link,
             drains=DrainBook(store),
             foreign=ForeignJobs(records=self.records, ray=ray, link=link, sight=sight),
             wheel_needs=WheelNeeds(settings=settings, sight=sight, link=link),

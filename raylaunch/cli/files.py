@@ -12,7 +12,7 @@ from raylaunch.cli.console import count, note, say, say_json, say_lines, size, t
 from raylaunch.cli.options import as_json, job_argument
 from raylaunch.cli.transfer_bar import transfer_bar
 from raylaunch.client import Downloaded, IncompleteDownloadError
-from raylaunch.state import Artifact, UsagePage
+from raylaunch.state import Artifact, NodeUsage, UsagePage
 
 
 @click.command(epilog="Example:  raylaunch files last --kind output")
@@ -113,7 +113,7 @@ def _say_downloaded(done: tuple[Downloaded, ...], *, as_json: bool) -> None:
 @as_json
 @click.pass_obj
 def du(cluster_file: Path | None, *, as_json: bool) -> None:
-    """Show what the jobs take on disk, largest first."""
+    """Show what jobs take on disk, largest first, and what nodes keep for them: environments, code, attempts."""
 
     async def work() -> UsagePage:
         async with Place(cluster_file).client() as client:
@@ -134,4 +134,12 @@ def du(cluster_file: Path | None, *, as_json: bool) -> None:
     titles = ("JOB", "STATE", "TOTAL", "OUTPUTS", "CHECKPOINTS", "LOGS", "W&B")
     say_lines(table(titles, rows, right=(2, 3, 4, 5, 6)))
     say()
-    say(f"{size(page.total)} in all, {size(page.packages)} of it code; {size(page.free)} free")
+    say(f"{size(page.total)} in the store, {size(page.packages)} of it code; {size(page.free)} free")
+    if page.nodes:
+        say()
+        taken = [(node.host, *(size(part) for part in _parts(node))) for node in page.nodes]
+        say_lines(table(("NODE", "ENVIRONMENTS", "CODE, WHEELS", "ATTEMPTS"), taken, right=(1, 2, 3)))
+
+
+def _parts(node: NodeUsage) -> tuple[int, int, int]:
+    return node.environments, node.packages, node.attempts

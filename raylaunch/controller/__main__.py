@@ -129,6 +129,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         drains=drains,
         foreign=foreign,
         wheel_needs=WheelNeeds(settings=settings, sight=sight, link=link),
+        link=link,
         left=LeftOutputs(link=link, sight=sight, artifacts=artifacts),
     )
     tokens = TokenBook(settings.store)

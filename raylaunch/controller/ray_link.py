@@ -150,6 +150,7 @@ class Program:
             "nodes": self.nodes,
             "prepare": self.prepare,
             "index_look": self.index_look,
+            "disk_use": self.disk_use,
             "stop": self.stop,
             "fence": self.fence,
             "settle": self.settle,
@@ -191,6 +192,10 @@ class Program:
     async def index_look(self, node_id: str, env: object, kind: str) -> object:
         """Ask whether the node reaches a package index, and what wheels it would take."""
         return await self._node(node_id).call("index_look", env, kind, timeout_s=_CALL_S)
+
+    async def disk_use(self, node_id: str) -> object:
+        """Ask how many bytes raylaunch's folders take there."""
+        return await self._node(node_id).call("disk_use", timeout_s=_CALL_S)
 
     async def stop(self, node_id: str, attempt: str, wish: object) -> object:
         """Write the wish to stop."""

@@ -86,8 +86,9 @@ async def remove_secret(name: str, request: Request, services: Has) -> Response:
 
 @router.get("/usage", response_model=UsagePage)
 async def usage(services: Has) -> Response:
-    """Say what the store holds, largest first."""
-    return answer(await anyio.to_thread.run_sync(_usage, services, services.records.names()))
+    """Say what the store holds, largest first, and what nodes hold apart from it."""
+    page = await anyio.to_thread.run_sync(_usage, services, services.records.names())
+    return answer(page.model_copy(update={"nodes": await services.jobs.node_usage()}))
 
 
 def python_of(settings: Settings) -> ClusterPython:

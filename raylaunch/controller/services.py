@@ -21,7 +21,7 @@ from raylaunch.controller.record import JobRecord
 from raylaunch.controller.records import Records
 from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.settings import Settings
-from raylaunch.state import AttemptView, DryRun, JobView, MetricsPage, Progress, SubmitAnswer, SubmitRequest
+from raylaunch.state import AttemptView, DryRun, JobView, MetricsPage, NodeUsage, Progress, SubmitAnswer, SubmitRequest
 
 _SEARCHES = 4
 
@@ -68,6 +68,9 @@ class JobVerbs(Protocol):
 
     async def bring_left(self, record: JobRecord, path: str) -> bool:
         """Bring an output that was not kept from its node; returns whether the file is one of those."""
+
+    async def node_usage(self) -> tuple[NodeUsage, ...]:
+        """Return what raylaunch takes on the nodes' disks, apart from the store."""
 
     def ray_access(self) -> RayAccess:
         """Return what Ray's own tools need."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import time
@@ -11,6 +12,7 @@ from raylaunch.controller.attempt_spec import wandb_link
 from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.foreign import ForeignJobs
 from raylaunch.controller.left_outputs import LeftOutputs
+from raylaunch.controller.link import Link
 from raylaunch.controller.nodes import by_name
 from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.queue import Admit, plan_queue, why_never
@@ -25,12 +27,14 @@ from raylaunch.errors import ConflictError, SpecError, UnsatisfiableError
 from raylaunch.reasons import Reason
 from raylaunch.runner.contract import StopWish
 from raylaunch.spec import JobSpec
-from raylaunch.state import Change, DryRun, JobState, JobView, SubmitAnswer, SubmitRequest
+from raylaunch.state import Change, DryRun, JobState, JobView, NodeUsage, SubmitAnswer, SubmitRequest
 from raylaunch.version import API, __version__
 
 _FRESH_S = 2.0
 """How old what is seen of the nodes may be when somebody asks: their GPUs and disks have other users too."""
 _LOOK_S = 3.0
+_DISK_S = 60.0
+"""How long a node may take to add up what its folders hold."""
 """How long an answer waits for a look at them; then it tells what was seen last."""
 
 
@@ -46,6 +50,7 @@ class Verbs:
         secrets: SecretStore,
         removal: Removal,
         sight: Sight,
+        link: Link,
         drains: DrainBook,
         foreign: ForeignJobs,
         wheel_needs: WheelNeeds,
@@ -57,6 +62,7 @@ class Verbs:
         self._secrets = secrets
         self._removal = removal
         self._sight = sight
+        self._link = link
         self._drains = drains
         self._foreign = foreign
         self._wheel_needs = wheel_needs
@@ -193,6 +199,17 @@ class Verbs:
     async def bring_left(self, record: JobRecord, path: str) -> bool:
         """Bring an output that was not kept from its node; returns whether the file is one of those."""
         return await self._left.bring(record, path)
+
+    async def node_usage(self) -> tuple[NodeUsage, ...]:
+        """Ask each node what raylaunch takes on its disk; one that does not answer is left out."""
+        nodes = [node for node in self._sight.nodes if node.alive and node.ready]
+        asked = (self._link.ask("disk_use", {"node_id": node.id}, timeout_s=_DISK_S) for node in nodes)
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        return tuple(
+            NodeUsage.model_validate({"host": node.hostname, **use})
+            for node, use in zip(nodes, found, strict=True)
+            if isinstance(use, dict)
+        )
 
     def ray_access(self) -> RayAccess:
         """Return what Ray's own tools need to reach the cluster."""

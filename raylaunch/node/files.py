@@ -236,3 +236,22 @@ def _stat_inside(folder: Path, path: str) -> FileStat | None:
         return FileStat.of(_inside(folder, path))
     except OSError:
         return None
+
+
+def disk_use(root: Path) -> dict[str, int]:
+    """Return the bytes of raylaunch's folders on a node, by what they hold; a file with several names counts once."""
+    parts = {"environments": ("envs",), "packages": ("packages",), "attempts": ("attempts", "jobs")}
+    seen: set[tuple[int, int]] = set()
+    return {name: sum(_tree_bytes(root / folder, seen) for folder in folders) for name, folders in parts.items()}
+
+
+def _tree_bytes(folder: Path, seen: set[tuple[int, int]]) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # it went meanwhile
+                facts = os.lstat(os.path.join(parent, name))  # noqa: PTH118 -- many files
+                if (facts.st_dev, facts.st_ino) not in seen:
+                    seen.add((facts.st_dev, facts.st_ino))
+                    total += facts.st_size
+    return total

@@ -20,7 +20,7 @@ from typing import TypedDict, TypeVar
 from raylaunch.errors import RaylaunchError
 from raylaunch.node import facts, folder, job_folder, package_index, preparing, ray_logs
 from raylaunch.node.changes import Answer, Changes, Have, HaveFile
-from raylaunch.node.files import FileStat, inventory
+from raylaunch.node.files import FileStat, disk_use, inventory
 from raylaunch.node.packages import Packages, storage_error
 from raylaunch.node.processes import end_processes, runner_alive, wait_for_runner
 from raylaunch.node.watching import Watcher
@@ -195,6 +195,10 @@ class Steward:
     async def read_left(self, attempt: str, path: str, offset: int, limit: int) -> job_folder.LeftPiece:
         """Return a piece of an output that was not kept."""
         return await self._in_thread(lambda: job_folder.read_left(self._root, attempt, path, offset, limit))
+
+    async def disk_use(self) -> dict[str, int]:
+        """Return the bytes of raylaunch's folders on this node, by what they hold."""
+        return await self._in_thread(lambda: disk_use(self._root))
 
     async def platform(self) -> Platform:
         """Return which wheels fit here."""

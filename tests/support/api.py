@@ -37,7 +37,7 @@ from raylaunch.controller.services import Services
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.sight import Sight
 from raylaunch.errors import WheelsNeededError
-from raylaunch.state import Change, DryRun, JobView, SubmitAnswer, SubmitRequest
+from raylaunch.state import Change, DryRun, JobView, NodeUsage, SubmitAnswer, SubmitRequest
 from raylaunch.version import API, __version__
 from support.waiting import wait_until
 
@@ -121,6 +121,9 @@ class Desk:
     async def bring_left(self, record: JobRecord, path: str) -> bool:
         del record, path  # there is no node
         return False
+
+    async def node_usage(self) -> tuple[NodeUsage, ...]:
+        return ()
 
     async def wait_growth(self, attempt_id: str, timeout_s: float) -> None:
         grown = self._grown.setdefault(attempt_id, asyncio.Event())
