@@ -393,6 +393,13 @@ def test_where_no_index_is_reached_from_here_either_the_job_is_taken_and_that_is
     assert "wheels for them could not be gathered" in notices[0]
 
 
+def code_in(folder: Path) -> Path:
+    """Make a working directory with something to send."""
+    (folder / "code").mkdir()
+    (folder / "code" / "train.py").write_text("print()")
+    return folder / "code"
+
+
 def test_lines_that_the_head_names_are_not_resolved_here(
     api: Api, served: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,8 +408,7 @@ def test_lines_that_the_head_names_are_not_resolved_here(
     named = Environment(kind="pip", requirements=lines)
     api.desk.air_gapped = DryRun(fits=("h1",), message="", wheels_for=(HERE,), environment=named)
     notices: list[str] = []
-    (tmp_path / "code").mkdir()
-    job = asyncio.run(submitted(api, tmp_path / "code", notices))
+    job = asyncio.run(submitted(api, code_in(tmp_path), notices))
     assert api.do(lambda: api.records.get(job)).wheels == ()
     assert (served.asked, served.fetched) == ([], [])
     assert "does not resolve" in notices[0]
@@ -415,8 +421,7 @@ def test_packages_that_the_cluster_lists_are_resolved_where_cluster_yaml_here_li
     known = Environment(kind="pip", requirements=("alpha",))
     there = known if same else Environment(kind="pip", requirements=("alpha", "native"))
     api.desk.air_gapped = DryRun(fits=("h1",), message="", wheels_for=(HERE,), environment=there)
-    (tmp_path / "code").mkdir()
-    job = asyncio.run(submitted(api, tmp_path / "code", [], known))
+    job = asyncio.run(submitted(api, code_in(tmp_path), [], known))
     assert bool(api.do(lambda: api.records.get(job)).wheels) is same
     assert bool(served.asked) is same
 
@@ -426,11 +431,10 @@ def test_a_file_outside_the_working_folder_that_the_head_names_is_not_read(
     api: Api, served: Index, tmp_path: Path, file: str
 ) -> None:
     (tmp_path / "requirements.txt").write_text("alpha\n")
-    (tmp_path / "code").mkdir()
     own = Environment(kind="pip", value=file)
     api.desk.air_gapped = DryRun(fits=("h1",), message="", wheels_for=(HERE,), environment=own)
     with pytest.raises(SpecError, match="leads out of the working directory"):
-        asyncio.run(submitted(api, tmp_path / "code", []))
+        asyncio.run(submitted(api, code_in(tmp_path), []))
     assert served.asked == []
 
 

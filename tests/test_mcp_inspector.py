@@ -37,6 +37,7 @@ def place() -> Iterator[Place]:
     with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as folder:
         home = Path(folder)
         (home / "work").mkdir()
+        (home / "work" / "train.py").write_text("print()")
         with cluster_of_paper(home, home / "store") as api:
             yield Place(home, api, _job(api).id)
 

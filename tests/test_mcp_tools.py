@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def test_no_argument_of_a_tool_sends_a_secret_and_a_person_who_configures_the_se
     assert paper.do(lambda: len(paper.records.backlog)) == before
     with agent_at(place, place / "work", extra={"RAYLAUNCH_ALLOW": ".env"}) as agent:
         assert agent.call_with("train_job", asked).facts["packed"]["files"] == 1
+    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("written", [{"pip": ["numpy"]}, '{"pip": ["numpy"]}', "pip: [numpy]"], ids=str)
@@ -87,7 +89,7 @@ def test_an_environment_of_packages_is_taken_in_each_form_and_packages_are_added
     spec = paper.do(lambda: paper.records.get(answer.facts["job"]["id"]).spec)
     assert spec
     assert (spec.environment.requirements, spec.packages) == (("numpy",), ("pandas",))
-    assert answer.facts["job"]["python"] == "Python from the job's environment (pip: numpy), with pandas"
+    assert answer.facts["job"]["reported"]["python"] == "Python from the job's environment (pip: numpy), with pandas"
 
 
 def test_the_same_request_id_is_the_same_job(agent: Agent) -> None:

@@ -132,7 +132,7 @@ def test_a_head_that_is_down_is_named_and_found_when_it_is_back(ada: Person, hos
 
 
 def test_a_job_that_is_followed_is_followed_on_after_the_connection_was_away(ada: Person, host: Sshd) -> None:
-    job = ada.call("--cluster", "lab", "submit", "--", "true").stdout.strip()
+    job = ada.call("--cluster", "lab", "submit", "--working-dir", "", "--", "true").stdout.strip()
     with ada.start("--cluster", "lab", "wait", job) as waiting:
         time.sleep(3)
         host.stop()

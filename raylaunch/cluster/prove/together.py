@@ -34,7 +34,7 @@ _MEET_S, _QUIET_S, _REDUCE_S = 60.0, 15.0, 60.0
 _STEP = "network"
 _POLL_S = 0.2
 _MARK = "raylaunch-together "
-_PROGRAM = 'python "$(dirname "$RAYLAUNCH_OUTPUT_DIR")/runner.pyz" --together'
+_PROGRAM = 'python "$(dirname "$RAYLAUNCH_PROGRESS_FILE")/runner.pyz" --together'
 _GB, _MB = 1e9, 1e6
 
 
