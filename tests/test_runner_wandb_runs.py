@@ -130,7 +130,9 @@ def test_two_programs_of_a_job_are_two_runs(make: Make) -> None:
 
 def test_runs_are_kept_wherever_the_program_has_them_written(make: Make, tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
-    attempt = make(ELSEWHERE, f"python train.py {tmp_path}/far && rm -r {tmp_path}/far logs/wandb/latest-run")
+    brought = "until ls ../wandb/wandb/*/run-run1-1-2.wandb 2>/dev/null; do sleep 0.1; done"
+    removed = f"rm -r {tmp_path}/far logs/wandb/latest-run"
+    attempt = make(ELSEWHERE, f"python train.py {tmp_path}/far && {brought} && {removed}")
     assert attempt.run()["ended"] == "completed", attempt.log.read_text()
     assert rows(attempt) == {"run1": [1], "run1-1-2": [2]}
     assert [exit_code(path) for path in run_files(attempt.folder)] == [0, 0]
