@@ -17,6 +17,7 @@ from raylaunch.errors import StorageError
 from raylaunch.fetched import FETCHED, Stamp, fetched_in
 
 NEVER = (".git", ".raylaunch")
+_OWN_HOME = "built in: RAYLAUNCH_HOME, with the keys to clusters"
 BUILT_IN = (
     "__pycache__/",
     "*.pyc",
@@ -80,6 +81,7 @@ def walk(root: Path, tracked: Tracked, *, on_left_out: Callable[[str, LeftOut, i
         StorageError: a folder cannot be read.
     """
     stack = [_Folder("", IgnoreRules.above(root), None, {})]
+    home = Path(os.environ.get("RAYLAUNCH_HOME") or "~/.raylaunch").expanduser().resolve()
     while stack:
         folder = stack.pop()
         rules = folder.rules.entering(root, folder.path)
@@ -90,6 +92,8 @@ def walk(root: Path, tracked: Tracked, *, on_left_out: Callable[[str, LeftOut, i
             path = base + entry.name
             is_dir = entry.is_dir(follow_symlinks=False)
             left = rules.rule_against(path, entry, is_dir=is_dir) or folder.left
+            if is_dir and (root / path).resolve() == home:
+                left = LeftOut(_OWN_HOME, final=True)
             if left is None and path in fetched and fetched[path].is_still(entry):
                 left = LeftOut(FETCHED, final=False)
             if left and (left.final or path not in (tracked.folders if is_dir else tracked.files)):

@@ -402,3 +402,16 @@ def test_what_no_node_would_unpack_is_refused_here_with_its_file(tmp_path: Path)
     with pytest.raises(SpecError, match="refuses to unpack") as refused:
         pack(tmp_path)
     assert "zeros.bin" in refused.value.hint
+
+
+def test_the_home_of_raylaunch_is_never_sent_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "project" / "rl-home" / "clusters" / "lab"
+    home.mkdir(parents=True)
+    (home / "token").write_text("secret")
+    (tmp_path / "project" / "train.py").write_text("print()")
+    monkeypatch.setenv("RAYLAUNCH_HOME", str(tmp_path / "project" / "rl-home"))
+    with pack(tmp_path / "project") as packed:
+        assert set(packed.contents.paths) == {"train.py"}
+        assert "RAYLAUNCH_HOME" in packed.report.ignored_by[0]
