@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from raylaunch.config import load_cluster_spec
 from raylaunch.errors import SpecError
@@ -292,3 +293,34 @@ def test_a_host_in_words_that_are_wrong_and_defaults_that_are_wrong_are_both_sai
     said = refusal(written, "defaults: {port: 99999}\nhosts:\n  - {host: a, gpus: some}\n")
     assert "cluster.yaml:1: defaults.port: 99999 is more than 65535" in said
     assert "cluster.yaml:3: hosts.0.gpus: 'some' is not 'auto', a whole number or a list" in said
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("jump", "-oProxyCommand=touch x"),
+        ("jump", "gate -oProxyCommand=x"),
+        ("jump", "root;id@gate"),
+        ("user", "-oProxyCommand=x"),
+        ("user", "ml\nroot"),
+        ("interface", "eth0;reboot"),
+        ("interface", "eth0\nExecStart=x"),
+        ("root", "-rf"),
+        ("root", "/raid\nExecStart=/bin/sh"),
+        ("key", "-oProxyCommand=x"),
+        ("store", "/raid\x1b[2J"),
+        ("address", "fe80::1%eth0;reboot"),
+        ("address", "10.0.0.1%-x y"),
+    ],
+)
+def test_what_would_reach_ssh_or_a_unit_file_is_checked_when_the_file_is_read(field: str, value: str) -> None:
+    with pytest.raises(ValidationError):
+        ClusterSpec.model_validate({"name": "lab", "hosts": [{"host": "gate", field: value}]})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("jump", "ml@gate.example.org:2222"), ("user", "ml.smith"), ("root", "~/my files"), ("address", "fe80::1%eth0")],
+)
+def test_what_people_write_there_is_taken(field: str, value: str) -> None:
+    assert ClusterSpec.model_validate({"name": "lab", "hosts": [{"host": "gate", field: value}]})

@@ -98,3 +98,15 @@ def test_what_a_crash_left_of_other_jobs_secrets_is_deleted_at_the_next_start(de
     desk.secrets.put_job("gone-aaaaaa", {"KEY": "left behind"})
     desk.secrets.keep_only(record.id for record in desk.records.unfinished())
     assert [path.name for path in (desk.store / "job_secrets").iterdir()] == [f"{kept}.json"]
+
+
+def test_a_secret_for_other_people_is_refused_at_submit_and_nothing_exists(desk: Desk) -> None:
+    desk.secrets.put("KEY", "of-alice", people=["alice"])
+    refused = desk.rejected()
+    assert isinstance(refused, SpecError)
+    assert (refused.field, "--for ana" in refused.hint) == ("secrets", True)
+    assert "of-alice" not in str(refused)
+    assert not [name for name in desk.left() if name.startswith("digits")]
+    assert desk.submit(KEY="of-ana")
+    desk.secrets.put("KEY", "of-all", people=[])
+    assert desk.submit()
