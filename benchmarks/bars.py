@@ -41,7 +41,7 @@ BARS = {
     "followed_line": Bar("figure", 0.3),
     "page_10000": Bar("figure", 50),
     "controller_memory": Bar("figure", 200),
-    "queue_end": Bar("excess", 20),
+    "queue_end": Bar("figure", 20),
     "queue_list": Bar("figure", 100),
     "queue_show": Bar("figure", 100),
     "wandb_overhead": Bar("ratio", 1.02),

@@ -22,7 +22,7 @@ PROMISED = {
     "followed_line": ("figure", 0.3),
     "page_10000": ("figure", 50),
     "controller_memory": ("figure", 200),
-    "queue_end": ("excess", 20),
+    "queue_end": ("figure", 20),
     "queue_list": ("figure", 100),
     "queue_show": ("figure", 100),
     "wandb_overhead": ("ratio", 1.02),

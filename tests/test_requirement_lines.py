@@ -12,16 +12,17 @@ from raylaunch.errors import SpecError
 from raylaunch.requirement_lines import check_line, check_named, joined
 from raylaunch.wheel_sets import BuildPlatform
 
+WHEEL = "lib-1-py3-none-any.whl"
 TAKEN = (
     "numpy",
     "torch==2.13.0; python_version >= '3.10'",
     "ray[default]>=2.60,<3",
-    "lib @ https://example.org/lib-1-py3-none-any.whl",
+    f"lib @ https://example.org/{WHEEL}",
 )
 REFUSED = (
     "lib @ https://example.org/${AWS_SECRET}/lib-1-py3-none-any.whl",
-    "lib @ https://${TOKEN}@example.org/lib-1-py3-none-any.whl",
-    "lib @ http://example.org/lib-1-py3-none-any.whl",
+    f"lib @ https://${{TOKEN}}@example.org/{WHEEL}",
+    f"lib @ http://example.org/{WHEEL}",
     "lib @ file:///etc/passwd",
     "lib @ ../../lib",
     "-r /etc/passwd",
@@ -42,7 +43,7 @@ IN_A_FILE = (
     "./wheels/lib-1-py3-none-any.whl ; python_version > '3'",
     "lib @ ./lib",
     "lib @ git+https://example.org/lib.git@v1",
-    "https://example.org/lib-1-py3-none-any.whl",
+    f"https://example.org/{WHEEL}",
     "--extra-index-url https://example.org/simple",
     "--index-url http://127.0.0.1:3141/simple",
     "--find-links wheels",
