@@ -64,7 +64,7 @@ class ClusterSpec(Spec):
     secrets: SecretNames = ()
     """Names of secrets that every job gets, beside those that it names itself. Example: `[HF_TOKEN]`"""
     retention: Retention = Retention()
-    """How long the store keeps what jobs leave behind; without it for ever. Example: `{jobs_s: 180d}`"""
+    """How long the store keeps what jobs leave behind; without it for ever. Example: `{jobs: 180d}`"""
     labels: dict[str, str] = Field(default_factory=dict)
     """Labels of each node, for `where` in jobs. Example: `{disk: nvme}`"""
     bind: Literal["", "loopback", "network"] = ""

@@ -10,7 +10,7 @@ import re
 import shlex
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from raylaunch.cluster_spec import ClusterSpec
 from raylaunch.host_spec import ClusterGpus, HostDefaults, HostSpec
@@ -32,7 +32,6 @@ from raylaunch.spec_parts import (
     Spec,
     Variables,
     Words,
-    by_field,
 )
 
 __all__ = [
@@ -191,11 +190,6 @@ class JobSpec(Spec):
     retries: Annotated[int, Field(ge=0, le=100)] = 0
     """More attempts when the program fails. One that failed because a machine did is repeated without counting.
     Example: `2`"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _keys_as_fields(cls, data: object) -> object:
-        return by_field(data)
 
     @field_validator("entrypoint", mode="before")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -35,6 +36,10 @@ Amount = Annotated[float, Field(ge=0, le=_MOST_AMOUNT, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
+KEYS = {"timeout_s": "timeout", "grace_s": "grace", "jobs_s": "jobs", "checkpoints_s": "checkpoints"}
+"""What people write for a field whose name has a unit; the field's own name is taken too."""
+
+
 class Spec(BaseModel):
     """Base of everything that is asked for: frozen, and strict about unknown fields.
 
@@ -43,24 +48,25 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_as_fields(cls, data: object) -> object:
+        return by_field(data, {field: key for field, key in KEYS.items() if field in cls.model_fields})
 
-KEYS = {"timeout_s": "timeout", "grace_s": "grace"}
-"""What people write for a field whose name has a unit; the field's own name is taken too."""
 
-
-def by_field(data: object) -> object:
-    """Return what was written with each of `KEYS` under its field's name.
+def by_field(data: object, keys: Mapping[str, str]) -> object:
+    """Return what was written with each of `keys` under its field's name.
 
     Raises:
         ValueError: both are there.
     """
-    if not isinstance(data, dict) or (KEYS.keys().isdisjoint(data) and set(KEYS.values()).isdisjoint(data)):
+    if not isinstance(data, dict) or (keys.keys().isdisjoint(data) and set(keys.values()).isdisjoint(data)):
         return data
-    for field, key in KEYS.items():
+    for field, key in keys.items():
         if field in data and key in data:
             msg = f"{key} and {field} are the same setting; leave {field} out"
             raise ValueError(msg)
-    fields = {key: field for field, key in KEYS.items()}
+    fields = {key: field for field, key in keys.items()}
     return {fields.get(name, name): value for name, value in data.items()}
 
 

@@ -203,7 +203,7 @@ def _nearest(key: str, holder: type[BaseModel]) -> str:
         f"{name}.{key}"
         for name, field in holder.model_fields.items()
         for child in _models_in(field.annotation)
-        if key in child.model_fields
+        if _FIELDS.get(key, key) in child.model_fields
     ]
     close = nested or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"nearest: {close[0]}" if close else f"known: {', '.join(known)}"

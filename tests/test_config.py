@@ -286,3 +286,16 @@ def test_a_duration_is_written_without_its_unit_and_the_old_key_is_taken_too(her
         load_job_spec(Path(here("job.yaml", f"entrypoint: x\n{key}: soon\n")))
     file = Path(here("job.yaml", f"entrypoint: x\n{key}: 1h\n"))
     assert getattr(job_spec_from_flags([Flag(f"--{key}", (old,), "2h")], file=file), old) == 2 * 3600
+
+
+@pytest.mark.parametrize(("key", "old"), [("jobs", "jobs_s"), ("checkpoints", "checkpoints_s")])
+def test_retention_is_written_without_its_unit_and_the_old_key_is_taken_too(here: Here, key: str, old: str) -> None:
+    for name in (key, old):
+        found = load_cluster_spec(Path(here("cluster.yaml", f"retention:\n  {name}: 2d\n")))
+        assert getattr(found.retention, old) == 2 * 86400
+    with pytest.raises(SpecError, match=f"{key} and {old} are the same setting"):
+        load_cluster_spec(Path(here("cluster.yaml", f"retention: {{{key}: 1d, {old}: 2d}}\n")))
+    with pytest.raises(SpecError, match=f"cluster.yaml:2: retention.{key}: 'soon' is not a duration"):
+        load_cluster_spec(Path(here("cluster.yaml", f"retention:\n  {key}: soon\n")))
+    with pytest.raises(SpecError, match=f"nearest: retention.{key}"):
+        load_cluster_spec(Path(here("cluster.yaml", f"{key}: 2d\n")))

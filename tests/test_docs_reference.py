@@ -61,6 +61,11 @@ def test_every_field_has_an_example_that_is_taken(kind: type[JobSpec | ClusterSp
     kind.model_validate({**base, **yaml.safe_load(field.as_written())})
 
 
+@EACH_FIELD
+def test_no_key_that_people_write_ends_with_a_unit(kind: type[JobSpec | ClusterSpec], field: specs.Described) -> None:
+    assert not field.title.endswith(("_s", "_ms", "_bytes", "_gib", "_mib")), kind
+
+
 @pytest.mark.parametrize("kind", [JobSpec, ClusterSpec])
 def test_the_file_with_every_field_is_one_that_is_taken(kind: type[JobSpec | ClusterSpec]) -> None:
     of_one_kind = specs.OF_EXISTING if kind is ClusterSpec else frozenset()

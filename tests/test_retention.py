@@ -37,7 +37,7 @@ def test_without_a_setting_nothing_of_a_job_goes() -> None:
 
 
 def test_what_has_outlived_its_time_goes_and_what_has_not_ended_never_does() -> None:
-    retention = Retention.model_validate({"jobs_s": "180d", "checkpoints_s": "14d"})
+    retention = Retention.model_validate({"jobs": "180d", "checkpoints": "14d"})
     found = plan_sweep([job("old", 181), job("spent", 15), job("new", 1), job("runs", None)], retention, {}, now=NOW)
     assert (found.jobs, found.checkpoints) == (("old",), ("spent",))
 
@@ -45,12 +45,12 @@ def test_what_has_outlived_its_time_goes_and_what_has_not_ended_never_does() -> 
 def test_code_goes_that_no_job_came_with_unless_it_may_just_have_arrived() -> None:
     jobs = [job("kept", 1, "a"), job("gone", 200, "b")]
     packages = {"a": 0.0, "b": 0.0, "late": NOW - PACKAGE_S / 2}
-    found = plan_sweep(jobs, Retention.model_validate({"jobs_s": "180d"}), packages, now=NOW)
+    found = plan_sweep(jobs, Retention.model_validate({"jobs": "180d"}), packages, now=NOW)
     assert found.packages == ("b",)
 
 
 def test_a_cluster_says_it_in_words_of_time() -> None:
-    spec = ClusterSpec.model_validate({"name": "lab", "hosts": ["a"], "retention": {"jobs_s": "180d"}})
+    spec = ClusterSpec.model_validate({"name": "lab", "hosts": ["a"], "retention": {"jobs": "180d"}})
     assert spec.part_of(spec.hosts[0]).retention.jobs_s == 180 * DAY
 
 
@@ -87,7 +87,7 @@ def ended(records: Records, name: str, days: float) -> str:
 
 def test_a_job_that_is_over_leaves_record_and_folder_and_is_in_the_audit_log(records: Records) -> None:
     old, new = ended(records, "old", 200), ended(records, "new", 1)
-    sweep(records, Retention.model_validate({"jobs_s": "180d"}))
+    sweep(records, Retention.model_validate({"jobs": "180d"}))
     with pytest.raises(NotFoundError):
         records.get(old)
     assert not records.folder(old).exists()
@@ -100,7 +100,7 @@ def test_a_job_that_is_over_is_removed_as_by_a_person_with_its_event_and_without
     old = ended(records, "old", 200)
     secrets = SecretStore(records.store)
     secrets.put_job(old, {"KEY": "value"})
-    sweep(records, Retention.model_validate({"jobs_s": "180d"}))
+    sweep(records, Retention.model_validate({"jobs": "180d"}))
     assert [event.kind for event in records.events(after=0, job=old).events][-1] == "removed"
     assert secrets.for_job(old, ["KEY"], "tom") == {}
     assert not any((records.store / "trash").iterdir())
@@ -108,7 +108,7 @@ def test_a_job_that_is_over_is_removed_as_by_a_person_with_its_event_and_without
 
 def test_checkpoints_go_and_outputs_stay(records: Records) -> None:
     spent = ended(records, "spent", 15)
-    sweep(records, Retention.model_validate({"checkpoints_s": "14d"}))
+    sweep(records, Retention.model_validate({"checkpoints": "14d"}))
     folder = records.folder(spent)
     assert not (folder / "attempt-1/checkpoints").exists()
     manifest = json.loads((folder / "manifest.json").read_text())
