@@ -81,6 +81,8 @@ class TrainJob(Arguments):
     env: Annotated[dict[str, object] | None, BeforeValidator(_decoded), Field(description="no secrets here")] = None
     secrets: Annotated[Words, Field(description="names of secrets that a person has set")] = []
     outputs: Annotated[Words, Field(description="globs of files to keep; by default what is new; none")] = []
+    outputs_size: Annotated[str | int | None, Field(description="how much of what is new, as 5GiB")] = None
+    outputs_files: int | None = None
     timeout: Annotated[str | float | None, Field(description="as 2h")] = None
     retries: int | None = None
     more: Annotated[

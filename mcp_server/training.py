@@ -35,6 +35,8 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "retries": ("retries",),
     "secrets": ("secrets",),
     "outputs": ("outputs",),
+    "outputs_size": ("outputs_size",),
+    "outputs_files": ("outputs_files",),
 }
 _LARGEST = 3
 _LINKS = 10

@@ -312,6 +312,8 @@ def test_all_flags_together_make_a_job() -> None:
         "timeout": "2h",
         "grace": "10s",
         "output": ("*.pt",),
+        "outputs_size": "5GiB",
+        "outputs_files": "20",
         "tag": ("x",),
         "environment": "venv:.venv",
         "tracking": "offline",
@@ -331,6 +333,7 @@ def test_all_flags_together_make_a_job() -> None:
     assert (spec.timeout_s, spec.grace_s, spec.priority, spec.retries) == (7200, 10, -5, 1)
     assert (spec.where.hosts, spec.where.labels, spec.where.gpu_type) == (("dgx",), {"zone": "a"}, "H100")
     assert (str(spec.environment), spec.tracking.mode, spec.tracking.project) == ("venv:.venv", "offline", "p")
+    assert (spec.outputs_size, spec.outputs_files) == (5 * 1024**3, 20)
     assert (spec.secrets, spec.outputs, spec.tags) == (("HF_TOKEN",), ("*.pt",), ("x",))
 
 

@@ -28,7 +28,7 @@ TOOLS = sorted(GOOD)
 ABOUT_A_JOB = ["monitor_job", "job_logs", "stop_job", "download_model"]
 TAKES = {
     "train_job": "entrypoint, job_file, working_dir, name, gpus, launcher, environment, packages, env, secrets, "
-    "outputs, timeout, retries, more, request_id, dry_run",
+    "outputs, outputs_size, outputs_files, timeout, retries, more, request_id, dry_run",
     "monitor_job": "job, wait_s, cursor, log_lines",
     "list_jobs": "states, name, owner, tag, limit, cursor",
     "job_logs": "job, tail, search, regex, ignore_case, cursor, attempt, rank",

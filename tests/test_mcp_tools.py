@@ -43,10 +43,11 @@ def test_a_job_is_submitted_with_what_was_packed_and_the_next_step(agent: Agent,
 
 def test_a_job_file_is_read_and_arguments_are_laid_over_it(agent: Agent, paper: Api, place: Path) -> None:
     (place / "work" / "job.yaml").write_text("name: from-file\nentrypoint: python train.py\nretries: 2\n")
-    answer = agent.call("train_job", job_file="job.yaml", gpus=3)
+    answer = agent.call("train_job", job_file="job.yaml", gpus=3, outputs_size="5GiB", outputs_files=20)
     spec = paper.do(lambda: paper.records.get(answer.facts["job"]["id"]).spec)
     assert spec
     assert (spec.name, spec.retries, spec.resources.gpus) == ("from-file", 2, 3)
+    assert (spec.outputs_size, spec.outputs_files) == (5 << 30, 20)
 
 
 def test_a_dry_run_says_what_would_happen_and_submits_nothing(agent: Agent, paper: Api) -> None:

@@ -30,6 +30,8 @@ _FIELDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "project": ("--project", ("tracking", "project")),
     "priority": ("--priority", ("priority",)),
     "retries": ("--retries", ("retries",)),
+    "outputs_size": ("--outputs-size", ("outputs_size",)),
+    "outputs_files": ("--outputs-files", ("outputs_files",)),
     "gpu_type": ("--gpu-type", ("where", "gpu_type")),
 }
 _LISTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -65,6 +67,8 @@ _OPTIONS = (
     click.option("--timeout", metavar="TIME", help="Longest run of an attempt, as 2h."),
     click.option("--grace", metavar="TIME", help="Between SIGTERM and SIGKILL at a stop."),
     click.option("--output", multiple=True, metavar="GLOB", help="Files to keep: a glob, auto (what is new), none."),
+    click.option("--outputs-size", metavar="SIZE", help="How much auto keeps, as 5GiB; by default 1GiB."),
+    click.option("--outputs-files", metavar="N", help="How many files auto keeps; by default 10000."),
     click.option("--tag", multiple=True, help="A tag."),
     click.option(
         "--environment",
