@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import pytest
 from support.api import Api, serving, token_of
+from support.cli import run_cli
 from support.waiting import wait_until
 
 from raylaunch.cli.app import LazyGroup, raylaunch
@@ -35,16 +36,7 @@ def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str,
 def cli(
     home: Path, *words: str, cwd: Path | None = None, text: str = "", extra: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "raylaunch", *words],
-        cwd=cwd or home,
-        env=environment(home, extra),
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return run_cli(words, cwd=cwd or home, env=environment(home, extra), text=text)
 
 
 @pytest.fixture

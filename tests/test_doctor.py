@@ -6,11 +6,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from support.cli import run_cli
 from support.facts import facts
 from support.nvidia import dgx_h100
 from support.sshd import Sshd, free_port, sshd
@@ -26,15 +26,8 @@ NO_PIP = str(Path(__file__).parent / "data/no_pip")
 def doctor(folder: Path, *words: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAYLAUNCH_")}
     accepted = trusted(folder / "cluster.yaml")
-    return subprocess.run(
-        [sys.executable, "-m", "raylaunch", *words],
-        cwd=folder,
-        env={**kept, "RAYLAUNCH_HOME": str(folder / "rl"), "PYTHONPATH": NO_PIP, **accepted, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    environ = {**kept, "RAYLAUNCH_HOME": str(folder / "rl"), "PYTHONPATH": NO_PIP, **accepted, **(env or {})}
+    return run_cli(words, cwd=folder, env=environ, timeout_s=120)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ The rules are read off `docs/architecture.md`; a new module must be given its pl
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -146,6 +147,7 @@ def _imports(path: Path) -> Iterator[Import]:
                 pass
 
 
+@functools.cache
 def _all_imports() -> list[Import]:
     return [found for path in _files() for found in _imports(path)]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.cli import run_cli
 
 from raylaunch.cli.init import cluster_text, ssh_notes
 from raylaunch.config import load_cluster_spec
@@ -15,15 +15,7 @@ from raylaunch.spec import ClusterSpec, HostSpec
 
 
 def init(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "raylaunch", *words],
-        cwd=folder,
-        env={"HOME": str(folder), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return run_cli(words, cwd=folder, env={"HOME": str(folder), "PATH": "/usr/bin:/bin"})
 
 
 def test_a_file_is_written_that_says_the_hosts_as_they_were_given(tmp_path: Path) -> None:

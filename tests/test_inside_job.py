@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.agent import agent_at, environment
+from support.cli import run_cli
 
 from raylaunch.runner.contract import VAR_JOB
 
@@ -24,7 +25,7 @@ def inside(home: Path, *argv: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("command", ["run -- true", "up", "list", "doctor", "down", "switch", "join a --head b"])
 def test_the_command_line_refuses_with_the_reason(tmp_path: Path, command: str) -> None:
-    done = inside(tmp_path, "-m", "raylaunch", *command.split())
+    done = run_cli(command.split(), cwd=tmp_path, env=environment(tmp_path, {VAR_JOB: "digits-k3f9qa"}))
     assert done.returncode == 1, done.stderr
     assert SAID in done.stderr
     assert "raylaunch.report()" in done.stderr
@@ -33,7 +34,7 @@ def test_the_command_line_refuses_with_the_reason(tmp_path: Path, command: str) 
 
 @pytest.mark.parametrize("words", [["--version"], ["run", "--help"]])
 def test_help_and_version_are_still_printed(tmp_path: Path, words: list[str]) -> None:
-    assert inside(tmp_path, "-m", "raylaunch", *words).returncode == 0
+    assert run_cli(words, cwd=tmp_path, env=environment(tmp_path, {VAR_JOB: "digits-k3f9qa"})).returncode == 0
 
 
 @pytest.mark.parametrize("call", ["raylaunch.connect()", "raylaunch.Cluster.up()"])

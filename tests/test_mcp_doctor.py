@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import anyio
 import pytest
 from support.agent import Agent, agent_at, cluster_of_paper
+from support.cli import run_cli
 from support.sshd import LOOPBACK, Sshd, free_port, sshd
 from support.trust import trusted
 
@@ -74,8 +73,7 @@ def test_the_doctor_looks_when_it_is_asked_to_and_what_it_found_is_told_again(la
 def test_what_raylaunch_doctor_found_in_a_terminal_is_told(lab: Agent, home: Path, host: Sshd, tmp_path: Path) -> None:
     accepted = trusted(tmp_path / "cluster.yaml")
     env = {**os.environ, "RAYLAUNCH_HOME": str(home), "HOME": str(host.home), **accepted}
-    words = [sys.executable, "-m", "raylaunch", "doctor", "--json"]
-    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = run_cli(["doctor", "--json"], cwd=tmp_path, env=env, timeout_s=120)
     said = {(one["host"], one["code"]) for one in json.loads(done.stdout)["problems"] if one["level"] == "blocking"}
     assert codes(lab.call("cluster_status").facts) == said
 

@@ -8,7 +8,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import httpx2
 import pytest
 from support.api import Api, token_of, write_tokens
 from support.api_use import error, submit
+from support.cli import run_cli
 from support.sshd import LOOPBACK, Sshd, fingerprint, sshd
 from support.waiting import wait_until
 
@@ -220,10 +220,7 @@ class Desk:
         folder.mkdir()
 
     def call(self, *words: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-m", "raylaunch", *words]
-        return subprocess.run(
-            argv, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=90, check=False
-        )
+        return run_cli(words, cwd=self.folder, env=self.env, timeout_s=90)
 
     def paths(self, name: str) -> ClusterPaths:
         return cluster_paths(name, self.env)

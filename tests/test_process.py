@@ -72,7 +72,8 @@ def test_what_it_prints_is_appended_to_a_log_that_only_we_can_read(start: Starte
 
 def test_it_makes_files_that_only_we_can_read(start: Starter, tmp_path: Path) -> None:
     made = tmp_path / "made"
-    start(sys.executable, "-I", "-S", "-c", f"open({str(made)!r}, 'w').write('x'); print('up', flush=True); input()")
+    program = f"import time; open({str(made)!r}, 'w').write('x'); time.sleep(60)"
+    start(sys.executable, "-I", "-S", "-c", program)
     wait_until(made.exists, 20, "the file that it makes")
     assert made.stat().st_mode & 0o077 == 0
 
@@ -80,6 +81,7 @@ def test_it_makes_files_that_only_we_can_read(start: Starter, tmp_path: Path) ->
 def test_it_gets_the_environment_that_is_given_and_no_other(start: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLANTED", "secret")
     process = start(*STAYS)
+    wait_for_output(start)
     environ = psutil.Process(process.pid).environ()
     assert environ["MARK"] == "x"
     assert "PLANTED" not in environ

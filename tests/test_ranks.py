@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support.agent import Agent, environment
 from support.api import Api
 from support.api_use import end, error, submit, write
+from support.cli import run_cli
 from support.run_writer import history, run, write_run
 
 from raylaunch.controller.evidence import last_lines
@@ -76,10 +76,7 @@ def failed(paper: Api, job: JobView) -> JobView:
 
 
 def cli(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "raylaunch", *words]
-    return subprocess.run(
-        command, cwd=place / "work", env=environment(place), capture_output=True, text=True, timeout=60, check=False
-    )
+    return run_cli(words, cwd=place / "work", env=environment(place))
 
 
 def test_the_log_of_each_rank_is_read_while_it_runs_and_says_how_many_there_are(paper: Api, place: Path) -> None:

@@ -23,6 +23,7 @@ from raylaunch.cluster.controller_program import VAR_CONTROLLER_OF
 from raylaunch.cluster.home import cluster_paths
 from raylaunch.cluster.record import ClusterRecord
 from raylaunch.state import JobView
+from support.cli import run_cli
 from support.waiting import wait_until
 
 _T = TypeVar("_T")
@@ -63,16 +64,7 @@ class Cluster:
         self, *words: str, timeout_s: float = 120, cwd: Path | None = None, env: Mapping[str, str] | None = None
     ) -> Result:
         """Run ``raylaunch`` with these words, to its end."""
-        done = subprocess.run(
-            [sys.executable, "-m", "raylaunch", *words],
-            cwd=cwd or self.work,
-            env={**self.env, **(env or {})},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-        )
+        done = run_cli(words, cwd=cwd or self.work, env={**self.env, **(env or {})}, timeout_s=timeout_s)
         return Result(done.returncode, done.stdout, done.stderr)
 
     def good(

@@ -10,6 +10,7 @@ from pathlib import Path
 from raylaunch.cluster.client_record import ClientRecord, TunnelRecord, load_tunnel, save_client
 from raylaunch.cluster.home import ClusterPaths
 from raylaunch.spec import ClusterSpec
+from support.cli import run_cli
 from support.sshd import LOOPBACK, Sshd
 
 
@@ -52,16 +53,7 @@ class Person:
         self, *words: str, limit_s: float = 60, check: bool = True, stdin: str = ""
     ) -> subprocess.CompletedProcess[str]:
         """Run ``raylaunch WORDS`` as she does."""
-        done = subprocess.run(
-            [sys.executable, "-m", "raylaunch", *words],
-            cwd=self.folder,
-            env=self.environ(),
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=limit_s,
-            check=False,
-        )
+        done = run_cli(words, cwd=self.folder, env=self.environ(), text=stdin, timeout_s=limit_s)
         assert not check or done.returncode == 0, f"{words}: {done.stdout}\n{done.stderr}"
         return done
 

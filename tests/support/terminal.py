@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.cli import run_cli
 from support.hosts import World
 from support.trust import trusted
 
@@ -79,15 +80,18 @@ class Laptop:
 
     def call(self, *words: str, limit_s: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run ``raylaunch WORDS`` there."""
-        done = subprocess.run(
-            self._argv(words),
-            cwd=self.folder,
-            env=self.env,
-            capture_output=True,
-            text=True,
-            timeout=limit_s,
-            check=False,
-        )
+        if self.code is None:
+            done = run_cli(words, cwd=self.folder, env=self.env, timeout_s=limit_s)
+        else:
+            done = subprocess.run(
+                self._argv(words),
+                cwd=self.folder,
+                env=self.env,
+                capture_output=True,
+                text=True,
+                timeout=limit_s,
+                check=False,
+            )
         assert not check or done.returncode == 0, f"{words}: {done.stdout}\n{done.stderr}"
         return done
 
