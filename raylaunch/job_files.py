@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from raylaunch.errors import SpecError
 from raylaunch.packing import Contents, Packed, checked_working_dir, packed_apart
-from raylaunch.runner.entrypoint import script_of
-from raylaunch.runner.training import nearest_file
+from raylaunch.runner.entrypoint import script_of, started_itself
+from raylaunch.runner.training import line_ends_of, nearest_file
 from raylaunch.sensitive import Allowed
 from raylaunch.spec import JobSpec
 
@@ -63,6 +63,9 @@ def check_here(spec: JobSpec) -> None:
             near = nearest_file(need.path, folder) if need.field == "entrypoint" else ""
             msg = f"{need.by} needs {need.path}, which is not in {folder}{near}"
             raise SpecError(msg, field=need.field, hint=need.hint)
+    script = script_of(spec.entrypoint)
+    if folder and started_itself(spec.entrypoint, script) and (windows := line_ends_of(folder / script, folder)):
+        raise SpecError(windows, field="entrypoint")
 
 
 def check_sent(spec: JobSpec, contents: Contents) -> None:

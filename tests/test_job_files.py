@@ -167,3 +167,13 @@ def test_nothing_to_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SpecError, match="nothing to run"):
         spec_of({"command": ()}, {})
+
+
+def test_a_script_whose_interpreter_cannot_be_found_for_its_line_ends_is_refused(tmp_path: Path) -> None:
+    tree(tmp_path, {"run.sh": "#!/bin/bash\r\necho hi\r\n", "run.py": "#!/usr/bin/env python\r\nprint()\r\n"})
+    for command in ("./run.sh --lr 1", ["./run.py"]):
+        found = refusal(spec(tmp_path, command))
+        assert "Windows line ends" in found.message
+        assert found.field == "entrypoint"
+    checked(spec(tmp_path, "bash run.sh"))
+    checked(spec(tmp_path, "python run.py"))

@@ -65,6 +65,21 @@ def test_a_failing_program_gives_its_exit_code_to_the_facts_and_to_ray(make: Mak
     assert attempt.runner.returncode == 3
 
 
+def test_a_ray_that_a_program_starts_for_itself_is_reported_while_it_runs(make: Make) -> None:
+    attempt = make(["./gcs_server"])
+    attempt.file("gcs_server", "#!/bin/sh\nsleep 300\n").chmod(0o755)
+    attempt.start()
+    wait_until(lambda: contract.PRIVATE_RAY in attempt.facts()["warnings"], 30, "a warning")
+
+
+def test_a_shell_script_with_windows_line_ends_is_named_when_it_fails(make: Make) -> None:
+    attempt = make("bash train.sh")
+    attempt.file("train.sh", "python -c 'exit(3)'\r\n")
+    end = attempt.run()
+    assert (end["ended"], end["exit_code"]) == ("exit_code", 3)
+    assert "'train.sh' has Windows line ends" in end["message"]
+
+
 def test_a_second_claimant_starts_nothing_and_exits_with_success(make: Make) -> None:
     attempt = make("echo once")
     attempt.run()

@@ -9,7 +9,7 @@ import pytest
 from raylaunch.config import Flag, job_spec_from_flags
 from raylaunch.errors import SpecError
 from raylaunch.runner.entrypoint import pasted, problem_of, python_word, with_options, wrapped
-from raylaunch.runner.training import EntrypointProblem, command, explain_missing
+from raylaunch.runner.training import EntrypointProblem, command, explain_missing, shell_line_ends
 
 LAUNCHER = ("env/python", "-m", "torch.distributed.run", "--nproc-per-node=2")
 BEGIN = "env/python -m torch.distributed.run --nproc-per-node=2"
@@ -207,3 +207,25 @@ def test_a_script_with_windows_line_ends_is_named_with_its_fix(tmp_path: Path) -
     script.write_bytes(b"#!/bin/bash\necho hi\n")
     assert command(["./train.sh"], {}, tmp_path) == [str(script)]
     assert not explain_missing("./train.sh", 127, "", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entrypoint", "status"),
+    [("bash train.sh --lr 1", 2), (["bash", "-x", "train.sh"], 127), ("sh 'train.sh'", 126), ("./train.sh", 127)],
+)
+@pytest.mark.parametrize("first", [b"#!/usr/bin/env bash\r\n", b""])
+def test_a_shell_script_with_windows_line_ends_is_named_with_or_without_its_first_line(
+    tmp_path: Path, entrypoint: str | list[str], status: int, first: bytes
+) -> None:
+    (tmp_path / "train.sh").write_bytes(first + b"set -e\r\npython train.py\r\n")
+    said = explain_missing(entrypoint, status, "python: can't open file 'train.py\r': [Errno 2]", tmp_path)
+    assert "'train.sh' has Windows line ends" in said
+
+
+def test_windows_line_ends_of_a_python_program_or_of_data_are_no_reason(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_bytes(b"#!/usr/bin/env python\r\nprint(1)\r\n")
+    (tmp_path / "data.csv").write_bytes(b"a,b\r\n")
+    (tmp_path / "train.sh").write_bytes(b"python train.py\n")
+    for entrypoint in ("python train.py data.csv", ["bash", "train.sh", "data.csv"]):
+        assert not explain_missing(entrypoint, 2, "", tmp_path)
+        assert not shell_line_ends(entrypoint, tmp_path)

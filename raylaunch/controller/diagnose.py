@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from raylaunch.controller.missing import rule_against
 from raylaunch.reasons import Reason, Verdict
-from raylaunch.runner.contract import Exit
+from raylaunch.runner.contract import PRIVATE_RAY, Exit
 from raylaunch.state import Change
 
 MAX_FREE_RETRIES = 3
@@ -22,7 +22,7 @@ _RAY_INIT = (
     ),
     (
         re.compile(r"Started a local Ray instance"),
-        ": its ray.init() started a Ray of its own on the node; to use the cluster's, submit it with --launcher ray",
+        f": {PRIVATE_RAY}",
     ),
 )
 """What training says whose ``ray.init()`` does not fit how it was started, and what to do."""

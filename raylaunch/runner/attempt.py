@@ -25,7 +25,7 @@ from raylaunch.runner import (
 from raylaunch.runner.builds import EnvironmentProblem, Place, Prepared
 from raylaunch.runner.ending import Sweep, stop_training
 from raylaunch.runner.environment import prepare
-from raylaunch.runner.processes import ancestors, oom_kills, signal_name
+from raylaunch.runner.processes import ancestors, named, oom_kills, signal_name
 from raylaunch.runner.rank_failure import RankFailure, before_report, rank_failure
 from raylaunch.runner.relay import Relay
 from raylaunch.runner.train_reports import TrainReports
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.1
 _TAIL = 64 * 1024
+_RAY_LOOK_S = 2.0
+_HEAD_OF_RAY = "gcs_server"
 _SHELL_SIGNAL = 128
 _FAILED = 1
 """torchrun's exit status when a rank failed, whatever the rank's was."""
@@ -72,6 +74,7 @@ class Attempt:
         self._sweep = Sweep(spec["tag"], self._spare, pulse)
         self._runs = RunFollower(folder, spec["tag"])
         self._address = RunAddress(self._log)
+        self._next_ray_look = float("inf") if spec["launcher"] == "ray" else 0.0
 
     def run(self) -> Exit:
         """Prepare, start, watch and end the training.
@@ -227,6 +230,7 @@ class Attempt:
             self._runs.look()
             self._report_runs()
             self._reports.look()
+            self._look_for_ray()
             wish = self._pulse.poll()
             if wish is None and time.monotonic() >= deadline:
                 wish = self._pulse.time_out()
@@ -250,6 +254,17 @@ class Attempt:
         if found or ids[: contract.MANY_RUNS] != self._facts.get("wandb_runs", []):
             self._facts["wandb_run"], self._facts["wandb_url"] = first, self._address.url
             self._facts["wandb_runs"] = ids[: contract.MANY_RUNS]
+            claim.write_whole(self._folder / contract.FACTS, self._facts)
+
+    def _look_for_ray(self) -> None:
+        """Report a Ray that a program without `launcher: ray` starts for itself: it has this node's CPUs only."""
+        now = time.monotonic()
+        if now < self._next_ray_look:
+            return
+        self._next_ray_look = now + _RAY_LOOK_S
+        if named(_HEAD_OF_RAY, self._spec["tag"]):
+            self._next_ray_look = float("inf")
+            self._facts["warnings"] = [*self._facts["warnings"], contract.PRIVATE_RAY]
             claim.write_whole(self._folder / contract.FACTS, self._facts)
 
     def _wandb_broke(self) -> bool:
@@ -328,6 +343,8 @@ class Attempt:
             missing = training.explain_missing(self._spec["entrypoint"], code, tail, self._code)
             if missing:
                 end["ended"], end["message"] = "entrypoint_not_found", missing
+            elif windows := training.shell_line_ends(self._spec["entrypoint"], self._code):
+                end["message"] = f"{who} exited with status {code}; {windows}"
         return end
 
     def _read_status(self, status: int | None) -> tuple[int | None, str]:

@@ -92,6 +92,8 @@ WANDB_RUNS = "tmp/wandb-runs"
 WANDB_DATA = "wandb/data"
 """WANDB_DATA_DIR: where W&B stages the files of artifacts and tables until they are sent."""
 MANY_RUNS = 100
+PRIVATE_RAY = "its ray.init() started a Ray of its own on the node; to use the cluster's, submit it with --launcher ray"
+"""What is reported of a program that is not under ``launcher: ray``."""
 STARTUP = "startup"
 """Folder in the runner's archive with a ``sitecustomize``, for PYTHONPATH."""
 

@@ -142,6 +142,14 @@ def script_of(entrypoint: str | Sequence[str]) -> str:
     return "" if unclear else text
 
 
+def started_itself(entrypoint: str | Sequence[str], script: str) -> bool:
+    """Return whether the first command is this file itself, and not a program that reads it."""
+    line = read(entrypoint)
+    command = line.commands[0] if line.commands else []
+    at = _program(command)
+    return at < len(command) and command[at].text == script and "/" in script
+
+
 def _script_word(command: Sequence[Word], at: int) -> str:
     words = [word.text for word in command]
     name = words[at].rpartition("/")[2]

@@ -5,6 +5,7 @@ Where there is no /proc (macOS) nothing is found, and only the training's own pr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -100,6 +101,15 @@ def of_attempt(tag: str, spare: frozenset[int]) -> list[Found]:
 
 def open_files_of_cores(tag: str) -> list[str]:
     """Return the files that the attempt's ``wandb-core`` processes, which write its W&B runs, hold open."""
+    found = []
+    for pid in named("wandb-core", tag):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            found += [os.readlink(str(path)) for path in (_PROC / pid / "fd").iterdir()]  # noqa: PTH115 -- 3.8
+    return sorted(set(found))
+
+
+def named(name: str, tag: str) -> list[str]:
+    """Return the ids of the attempt's processes that have this name."""
     mark = f"{VAR_ATTEMPT}={tag}".encode()
     found = []
     entries = os.listdir(str(_PROC)) if _PROC.is_dir() else []  # noqa: PTH208 -- looked at again and again
@@ -107,13 +117,13 @@ def open_files_of_cores(tag: str) -> list[str]:
         if not entry.isdigit():
             continue
         try:
-            if (_PROC / entry / "comm").read_bytes() != b"wandb-core\n":
+            if (_PROC / entry / "comm").read_bytes() != f"{name}\n".encode():
                 continue
             if mark in (_PROC / entry / "environ").read_bytes().split(b"\0"):
-                found += [os.readlink(str(path)) for path in (_PROC / entry / "fd").iterdir()]  # noqa: PTH115 -- 3.8
+                found.append(entry)
         except OSError:
             continue  # it ended meanwhile, or belongs to another user
-    return sorted(set(found))
+    return found
 
 
 def send(found: Found, number: int) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raylaunch.runner import contract
+from raylaunch.runner.entrypoint import SHELLS
 
 if TYPE_CHECKING:
     from raylaunch.runner.contract import AttemptSpec
@@ -19,10 +20,12 @@ _FEW_LINES = 5
 _NOT_RUN = 126
 """A shell's exit status for a file that it cannot start."""
 _FIRST_LINE = 256
+_SCRIPT = 256 * 1024
+_SHEBANG = re.compile(rb"#!\s*\S*/(?:env )?(?:ba|da|a|k|z)?sh\b")
 _NOT_FOUND = 127
 """A shell's exit status for a command that is not there."""
 _USAGE = 2
-"""Python's exit status for a script that is not there."""
+"""Python's exit status for a script that is not there, and a shell's for one that it cannot read."""
 _RUNNER_ONLY = ("OMP_NUM_THREADS", "PYTHONPATH", contract.VAR_NODE_ROOT, contract.VAR_PATH)
 """Ray sets OMP_NUM_THREADS to 1 for a driver without CPUs, which would slow a training down without a word. Its
 PYTHONPATH may lead to the cluster's own raylaunch, which is not for every Python, nor for every environment."""
@@ -170,24 +173,55 @@ def _files(code: Path) -> Iterator[str]:
 
 def line_ends_of(script: Path, code: Path) -> str:
     """Return a sentence when a script has Windows line ends, with which its interpreter is not found; else nothing."""
+    first = _first_line(script)
+    if not first.startswith(b"#!") or not first.endswith(b"\r"):
+        return ""
+    return _windows_line_ends(script, code, "so its interpreter is not found")
+
+
+def shell_line_ends(entrypoint: str | Sequence[str], code: Path) -> str:
+    """Return a sentence when a shell script of the entrypoint has Windows line ends; else nothing."""
+    words = entrypoint.split() if isinstance(entrypoint, str) else entrypoint
+    for at, word in enumerate(words):
+        script = code / word.strip("'\"")
+        before = words[at - 1] if at else ""
+        shell = before.rpartition("/")[2] in SHELLS or word.endswith(".sh") or _SHEBANG.match(_first_line(script))
+        if shell and b"\r\n" in _beginning(script, _SCRIPT):
+            return _windows_line_ends(script, code, "which its shell takes for a part of each line")
+    return ""
+
+
+def _first_line(script: Path) -> bytes:
+    return _beginning(script, _FIRST_LINE).partition(b"\n")[0]
+
+
+def _beginning(script: Path, size: int) -> bytes:
     try:
+        if not script.is_file():  # a pipe would keep its reader waiting
+            return b""
         with script.open("rb") as file:
-            first = file.readline(_FIRST_LINE)
-    except OSError:
-        return ""
-    if not first.startswith(b"#!") or not first.endswith(b"\r\n"):
-        return ""
+            return file.read(size)
+    except (OSError, ValueError):
+        return b""
+
+
+def _windows_line_ends(script: Path, code: Path, effect: str) -> str:
     name = os.path.relpath(str(script), str(code))
-    return f"{name!r} has Windows line ends (CRLF), so its interpreter is not found; fix it: sed -i 's/\\r$//' {name}"
+    return f"{name!r} has Windows line ends (CRLF), {effect}; fix it: sed -i 's/\\r$//' {name}"
+
+
+def _line_ends_behind(entrypoint: str | Sequence[str], status: int, code: Path) -> str:
+    if status not in {_NOT_FOUND, _NOT_RUN, _USAGE}:
+        return ""
+    words = entrypoint.split() if isinstance(entrypoint, str) else entrypoint
+    started = (line_ends_of(code / word, code) for word in words) if status != _USAGE else iter(())
+    return shell_line_ends(entrypoint, code) or next(filter(None, started), "")
 
 
 def explain_missing(entrypoint: str | list[str], status: int, log_tail: str, code: Path) -> str:
     """Return a sentence when the program ended because a file to run was not found, else an empty text."""
-    if status in {_NOT_FOUND, _NOT_RUN}:
-        words = entrypoint.split() if isinstance(entrypoint, str) else entrypoint
-        for word in words:
-            if windows := line_ends_of(code / word, code):
-                return windows
+    if windows := _line_ends_behind(entrypoint, status, code):
+        return windows
     if status == _NOT_FOUND and isinstance(entrypoint, str):
         for match in _SHELL_MISSING.finditer(log_tail):
             program = match.group(1) or match.group(2)
