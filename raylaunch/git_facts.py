@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from raylaunch.state import GitFacts
@@ -25,6 +25,8 @@ _RUNS_NOTHING = (
 )
 """Settings by which git runs no program of the repository's; filters are added by name (`_without_filters`)."""
 _MOST_LEFT_OUT = 1000
+_SUBMODULE = "160000"
+"""The mode of a submodule in git's index."""
 
 
 def git_facts(working_dir: Path, *, sent: Collection[str] | None = None) -> GitFacts | None:
@@ -83,9 +85,28 @@ def _without_filters(folder: Path) -> list[str] | None:
 
 
 def tracked_files(working_dir: Path) -> frozenset[str]:
-    """Return the files of a folder that git tracks, relative to it; none where `git_facts` returns None."""
-    listed = _output(working_dir, "ls-files", "-z", "--cached", "--", ".")
-    return frozenset(os.fsdecode(name) for name in listed.split(b"\0") if name) if listed else frozenset()
+    """Return the files of a folder that git tracks, relative to it; none where `git_facts` returns None.
+
+    Those of its submodules that are checked out are among them. Each is asked by itself, so that nothing that its
+    configuration names is run.
+    """
+    found, folders = set[str](), [""]
+    while folders:
+        base = folders.pop()
+        folder = working_dir / base
+        if base and (folder.is_symlink() or not (folder / ".git").exists()):  # not checked out
+            continue
+        for mode, name in _staged(folder):
+            (folders.append if mode == _SUBMODULE else found.add)(base + name + ("/" if mode == _SUBMODULE else ""))
+    return frozenset(found)
+
+
+def _staged(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield mode and name of what is in the index of a folder's repository, below the folder."""
+    for entry in (_output(folder, "ls-files", "-z", "--cached", "--stage", "--", ".") or b"").split(b"\0"):
+        facts, tab, name = os.fsdecode(entry).partition("\t")
+        if tab:
+            yield facts.partition(" ")[0], name
 
 
 def _git(folder: Path, *words: str) -> str | None:

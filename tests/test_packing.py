@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from raylaunch.errors import ConflictError, SpecError, StorageError
-from raylaunch.git_facts import DIFF_LIMIT, git_facts
+from raylaunch.git_facts import DIFF_LIMIT, git_facts, tracked_files
 from raylaunch.packing import pack
 from raylaunch.state import PackReport
 
@@ -215,6 +216,19 @@ def test_what_git_tracks_in_a_folder_of_its_repository_is_sent(tmp_path: Path) -
     tree(tmp_path, {".gitignore": "log*\n", "exp/logs.py": "", "exp/log": ""})
     git(tmp_path, "add", "-f", ".gitignore", "exp/logs.py")
     assert names(tmp_path / "exp") == ["logs.py"]
+
+
+def test_what_submodules_track_is_sent_whatever_gits_rules_say(tmp_path: Path) -> None:
+    folders = ["lib/inner/lib/deepest", "lib/inner", "."]
+    for folder in (tmp_path / name for name in folders):  # `add` of a repository within makes it a submodule
+        tree(folder, {".gitignore": "log*\n", "logging.py": "", "log.txt": ""})
+        git(folder, "init", "-q")
+        git(folder, "add", "-f", ".gitignore", "logging.py", *(["lib"] if (folder / "lib").exists() else []))
+        git(folder, "commit", "-qm", "x")
+    sent = {os.path.normpath(f"{folder}/{name}") for folder in folders for name in (".gitignore", "logging.py")}
+    assert set(names(tmp_path)) == sent
+    shutil.rmtree(tmp_path / "lib/inner/.git")  # as where it is not checked out
+    assert tracked_files(tmp_path) == {".gitignore", "logging.py"}
 
 
 def test_raylaunchignore_leaves_out_what_git_tracks_too(tmp_path: Path) -> None:
