@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import secrets as random_source
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 from pydantic import TypeAdapter
@@ -18,18 +15,17 @@ from typing_extensions import Self
 
 from raylaunch import downloads
 from raylaunch.admin import Admin
-from raylaunch.cluster_state import ClusterPython, ControllerStatus, RayAccess
+from raylaunch.cluster_state import ControllerStatus, RayAccess
 from raylaunch.directory import Directory
 from raylaunch.downloads import Downloaded, IncompleteDownloadError, MayReplace
-from raylaunch.errors import ConflictError, WheelsNeededError
+from raylaunch.errors import ConflictError
 from raylaunch.job_page import page_from
 from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
 from raylaunch.sensitive import NO_MORE, Allowed
-from raylaunch.spec import OF_THE_CLUSTER, Environment, JobSpec
+from raylaunch.spec import Environment, JobSpec
 from raylaunch.state import (
     Artifact,
     DryRun,
-    EnvironmentChoice,
     Event,
     EventPage,
     JobPage,
@@ -39,13 +35,15 @@ from raylaunch.state import (
     MetricsPage,
     PackReport,
     SubmitAnswer,
-    SubmitRequest,
     UsagePage,
 )
 from raylaunch.submission import with_wandb
-from raylaunch.transfer import OnProgress, no_progress, send_it, upload
-from raylaunch.wheel_sets import WheelSet
+from raylaunch.transfer import OnProgress, no_progress, send_it
 from raylaunch.wire import NoAnswerError, Params, Patience, Reachable, Wire
+
+if TYPE_CHECKING:
+    from raylaunch.packing import Packed
+    from raylaunch.submitting import Submitter
 
 __all__ = [
     "Client",
@@ -65,10 +63,6 @@ HOLD_S = 25.0
 """How long one question about news is held open."""
 _LOOK_S = 300.0
 _NAMED = 3
-_NOT_RESOLVED = (
-    "nodes reach no package index, and this machine does not resolve packages that the cluster lists; name them in the "
-    "job (environment: {pip: [..]}), or submit where the cluster's cluster.yaml is"
-)
 PATIENCE_S = 60.0
 """How long a lost controller is waited for where something is followed: it restarts in a few seconds."""
 
@@ -178,6 +172,7 @@ class Client:
         request_id: str = "",
         secrets: Mapping[str, str] | None = None,
         allow: Allowed = NO_MORE,
+        packed: Packed | None = None,
         on_packed: Callable[[PackReport, int], None] | None = None,
         on_upload: Callable[[int], Awaitable[None]] = send_it,
         on_progress: OnProgress = no_progress,
@@ -190,6 +185,7 @@ class Client:
                 a submission whose answer was lost is repeated safely.
             secrets: values for this job alone, by the name of their environment variable.
             allow: what a person lets through that is refused otherwise (`raylaunch.sensitive`).
+            packed: its code, where `raylaunch.submitting.checked` has packed it already; closed at the end.
             on_packed: told what was packed, and the size of the archive.
             on_upload: told how many bytes the cluster lacks, before the first is sent; it may raise.
             on_progress: told how far the upload is.
@@ -199,74 +195,34 @@ class Client:
             WithheldError: files in the working directory look like secrets, or the upload is larger than allowed.
             ConflictError: `request_id` was used for something else.
         """
-        key = request_id or random_source.token_hex(16)
-        chosen = await self.choose_environment(spec)
-        spec = spec.model_copy(update={"environment": chosen.environment})
-        request = SubmitRequest(spec=spec, request_id=key, chosen=chosen, secrets=dict(secrets or {}))
-        from raylaunch.job_files import packed_job  # noqa: PLC0415 -- only a submission reads ignore files
-
-        packed = await packed_job(spec, allow)
-        if packed is None:
-            return await self._submit(request, on_progress)
-        from raylaunch.git_facts import git_facts  # noqa: PLC0415 -- only a submission needs subprocess
-
-        with packed:
-            if on_packed:
-                on_packed(packed.report, packed.bytes)
-            git = await asyncio.to_thread(git_facts, Path(spec.working_dir), sent=packed.contents.paths)
-            code = {"package": packed.sha256, "pack": packed.report, "git": git}
-            await upload(self._wire, packed, patient=self.patient, on_begin=on_upload, on_progress=on_progress)
-            return await self._submit(request.model_copy(update=code), on_progress)
-
-    async def choose_environment(self, spec: JobSpec) -> EnvironmentChoice:
-        """Return which Python environment `submit` would give to a job, and why."""
-        from raylaunch.environment_choice import active_python, choose  # noqa: PLC0415 -- only a submission needs it
-
-        cluster = await self.patient(lambda: self._wire.model(ClusterPython, "GET", "/v1/python"))
-        return choose(spec, cluster, active_python(os.environ, prefix=self._prefix), here=self._here)
-
-    async def _submit(self, request: SubmitRequest, on_progress: OnProgress) -> SubmitAnswer:
-        post = partial(self._wire.model, SubmitAnswer, "POST", "/v1/jobs")
-        try:
-            return await self.patient(partial(post, body=request))
-        except WheelsNeededError:
-            wheels = await self._send_wheels(request.spec, on_progress)
-        update = {"wheels": wheels, "wheels_sought": True}
-        return await self.patient(partial(post, body=request.model_copy(update=update)))
-
-    async def _send_wheels(self, spec: JobSpec, on_progress: OnProgress) -> tuple[WheelSet, ...]:
-        """Send what the environment is made of, for nodes that reach no package index. See `resolved_here`."""
-        from raylaunch.job_wheels import resolved_here, send_wheels  # noqa: PLC0415 -- seldom, and it loads what finds wheels
-
-        without = spec.model_copy(update={"secrets": ()})  # their values are in the submission, not here
-        there = await self.patient(partial(self._placement, without))
-        if spec.environment.kind in OF_THE_CLUSTER:
-            environment = resolved_here(there.environment, self._environment)
-            if environment is None and there.environment.kind == "pip":
-                self._notice(_NOT_RESOLVED)
-                return ()
-            spec = spec.model_copy(update={"environment": environment or spec.environment})
-        return await send_wheels(
-            self._wire, spec, there.wheels_for, patient=self.patient, on_progress=on_progress, on_notice=self._notice
+        return await self._submitter().submit(
+            spec,
+            request_id=request_id,
+            secrets=secrets,
+            allow=allow,
+            packed=packed,
+            on_packed=on_packed,
+            on_upload=on_upload,
+            on_progress=on_progress,
         )
 
     async def dry_run(
         self, spec: JobSpec, *, secrets: Mapping[str, str] | None = None, allow: Allowed = NO_MORE
     ) -> DryRun:
         """Return what `submit` would send, and where the job could run; send nothing. Checks and raises as `submit`."""
-        chosen = await self.choose_environment(spec)
-        spec = spec.model_copy(update={"environment": chosen.environment})
-        from raylaunch.job_files import packed_job  # noqa: PLC0415 -- as above
+        return await self._submitter().dry_run(spec, secrets=secrets, allow=allow)
 
-        code: dict[str, object] = {}
-        if packed := await packed_job(spec, allow):
-            with packed:
-                code = {"pack": packed.report, "package_bytes": packed.bytes}
-        return (await self._placement(spec, secrets)).model_copy(update={"chosen": chosen, **code})
+    def _submitter(self) -> Submitter:
+        from raylaunch.submitting import Submitter  # noqa: PLC0415 -- only a submission reads ignore files and git
 
-    async def _placement(self, spec: JobSpec, secrets: Mapping[str, str] | None = None) -> DryRun:
-        request = SubmitRequest(spec=spec, secrets=dict(secrets or {}))
-        return await self._wire.model(DryRun, "POST", "/v1/jobs", params={"dry_run": "true"}, body=request)
+        return Submitter(
+            self._wire,
+            patient=self.patient,
+            on_notice=self._notice,
+            here=self._here,
+            prefix=self._prefix,
+            environment=self._environment,
+        )
 
     async def jobs(  # noqa: PLR0913 -- each is one filter
         self,

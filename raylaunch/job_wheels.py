@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,31 +62,67 @@ async def send_wheels(  # noqa: PLR0913 -- what goes where, and who is told
         TransferError: a wheel did not arrive as it was sent.
         VersionError: a package has no wheel for a platform; the message names both.
     """
-    folder = Path(spec.working_dir or ".")
-    environ = {**os.environ, "UV_INDEX_STRATEGY": os.environ.get("UV_INDEX_STRATEGY", "unsafe-best-match")}
-    store = WheelStore(environ=environ if spec.environment.kind == "uv" else os.environ)
-    needed = await needed_by(spec, folder)
+    store = _store_for(spec)
+
+    async def gather(requirements: Sequence[str], platform: WheelPlatform) -> tuple[Wheel, ...]:
+        return await store.gather(
+            requirements, platform, on_bytes=lambda done, total: on_progress("gathering wheels", done, total)
+        )
+
     sets = []
-    for platform in platforms:
-        if spec.environment.kind == "uv":
-            _check_python(folder, platform)
-        fits = WheelPlatform(arch=platform.arch, glibc=platform.glibc, python=platform.python)
-
-        def gathering(done: int, total: int) -> None:
-            on_progress("gathering wheels", done, total)
-
-        try:
-            wheels = await store.gather(needed.requirements, fits, on_bytes=gathering) if needed.requirements else ()
-            tools = [wheel for one in needed.built_with for wheel in await store.gather(one, fits, on_bytes=gathering)]
-        except IndexUnreachableError as error:
-            on_notice(f"{_UNGATHERED}: {error.message.splitlines()[0]}")
-            continue
+    async for platform, wheels, tools in _found(spec, platforms, gather, on_notice):
         for wheel in (*wheels, *tools):
             await _send(wire, store, wheel, patient=patient, on_progress=on_progress)
         files = [WheelFile(file=wheel.file, sha256=wheel.sha256) for wheel in wheels]
         files += [WheelFile(file=wheel.file, sha256=wheel.sha256, build=True) for wheel in tools]
         sets.append(WheelSet(platform=platform, wheels=tuple(dict.fromkeys(files))))
     return tuple(sets)
+
+
+async def check_wheels(spec: JobSpec, platforms: Sequence[BuildPlatform], *, on_notice: Callable[[str], None]) -> None:
+    """See whether there are wheels of a job's environment for each platform; download and send none.
+
+    Raises:
+        RaylaunchError: as `send_wheels`, but for what a download may raise.
+    """
+    async for _ in _found(spec, platforms, _store_for(spec).find, on_notice):
+        pass
+
+
+def _store_for(spec: JobSpec) -> WheelStore:
+    if spec.environment.kind != "uv":
+        return WheelStore()
+    return WheelStore(environ={"UV_INDEX_STRATEGY": "unsafe-best-match", **os.environ})
+
+
+class _Found(NamedTuple):
+    """Wheels for one platform: what is installed, and what projects of the working directory are built with."""
+
+    platform: BuildPlatform
+    wheels: tuple[Wheel, ...]
+    tools: tuple[Wheel, ...]
+
+
+async def _found(
+    spec: JobSpec,
+    platforms: Sequence[BuildPlatform],
+    find: Callable[[Sequence[str], WheelPlatform], Awaitable[tuple[Wheel, ...]]],
+    on_notice: Callable[[str], None],
+) -> AsyncIterator[_Found]:
+    """Yield what there is for each platform; none where no index can be reached, of which `on_notice` is told."""
+    folder = Path(spec.working_dir or ".")
+    needed = await needed_by(spec, folder)
+    for platform in platforms:
+        if spec.environment.kind == "uv":
+            _check_python(folder, platform)
+        fits = WheelPlatform(arch=platform.arch, glibc=platform.glibc, python=platform.python)
+        try:
+            wheels = await find(needed.requirements, fits) if needed.requirements else ()
+            tools = [wheel for one in needed.built_with for wheel in await find(one, fits)]
+        except IndexUnreachableError as error:
+            on_notice(f"{_UNGATHERED}: {error.message.splitlines()[0]}")
+            continue
+        yield _Found(platform, wheels, tuple(tools))
 
 
 async def _send(wire: Wire, store: WheelStore, wheel: Wheel, *, patient: Patient, on_progress: OnProgress) -> None:

@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from urllib.parse import urlsplit
 
 from raylaunch.client import PATIENCE_S, Client, NoAnswerError
-from raylaunch.cluster.backends import Backend, Reach, Step, backend_for, explain_silence, is_joined
+from raylaunch.cluster.backends import Backend, Plan, Reach, Step, backend_for, explain_silence, is_joined
 from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.errors import ClusterDownError, ClusterError, HostLostError, HostTimeoutError, HostUnreachableError
 from raylaunch.log_view import clean
@@ -76,15 +76,28 @@ class Place:
         self._prompt = on_prompt
 
     @contextlib.asynccontextmanager
-    async def client(self, *, start: bool = False, patience_s: float = PATIENCE_S) -> AsyncIterator[Client]:
+    async def client(
+        self,
+        *,
+        start: bool = False,
+        patience_s: float = PATIENCE_S,
+        before_start: Callable[[], Awaitable[None]] | None = None,
+    ) -> AsyncIterator[Client]:
         """Yield a client. A cluster that should run and does not is healed; with `start`, a missing one is started.
+
+        Args:
+            start: whether a missing cluster is started.
+            patience_s: how long a lost controller is waited for.
+            before_start: called before anything is started; it may raise.
 
         Raises:
             ClusterDownError: there is no cluster here.
             ClusterStartError: a step of starting it failed.
         """
         heals = self._heals and self._ours
-        reach = await self._reach(start=start) if heals else await self.backend.reach(self.spec)
+        reach = (
+            await self._reach(start=start, before_start=before_start) if heals else await self.backend.reach(self.spec)
+        )
         self._last = reach
         try:
             async with Client(
@@ -118,11 +131,26 @@ class Place:
             return ()
         return tuple(job for job in page.jobs if not job.foreign)
 
-    async def _reach(self, *, start: bool) -> Reach:
+    async def would_start(self) -> bool:
+        """Return whether `client` with `start` would start something, because nothing answers. Nothing is started."""
+        return self._heals and self._ours and await self._running() is None
+
+    async def plan(self) -> Plan:
+        """Return what `up` would do now, and why it would fail. Nothing is changed."""
+        return await self.backend.plan(self.spec, on_prompt=self._prompt)
+
+    async def _running(self) -> Reach | None:
         with contextlib.suppress(ClusterDownError):
             reach = await self.backend.reach(self.spec)
             if reach.over_ssh or await _answers(reach):  # a tunnel takes every connection
                 return reach
+        return None
+
+    async def _reach(self, *, start: bool, before_start: Callable[[], Awaitable[None]] | None) -> Reach:
+        if (reach := await self._running()) is not None:
+            return reach
+        if start and before_start:
+            await before_start()
         if await self._should_run():
             self._notice(f"cluster {self.spec.name!r} should run, and its controller does not answer; healing it")
         elif start:

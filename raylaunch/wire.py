@@ -227,10 +227,14 @@ class Wire:
     ) -> _Model:
         """Send one request and return its answer as a model. Raises as `ask`."""
         answer = await self.ask(method, path, params=params, body=body, wait_s=wait_s)
+        return self.read(kind, answer, f"{method} {path}")
+
+    def read(self, kind: type[_Model], answer: Answer, asked: str) -> _Model:
+        """Return an answer as a model; `asked` is the request, for the message of the `ClusterError`."""
         try:
             return kind.model_validate_json(answer.body)
         except ValidationError as error:
-            msg = f"cluster {self.cluster!r} answered {method} {path} with something that is not a {kind.__name__}"
+            msg = f"cluster {self.cluster!r} answered {asked} with something that is not a {kind.__name__}"
             raise ClusterError(msg, hint=f"raylaunch up starts a controller of this version ({__version__})") from error
 
     @contextlib.asynccontextmanager

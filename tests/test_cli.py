@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -263,6 +265,68 @@ def test_a_dry_run_submits_nothing(home: Path, api: Api, code: Path) -> None:
         ],
     )
     assert json.loads(cli(home, "list", "--json").stdout)["total"] == 0
+
+
+def test_what_is_refused_here_is_refused_before_a_missing_cluster_is_started(home: Path, code: Path) -> None:
+    (code / ".env").write_text("TOKEN=1")
+    for words in (["submit"], ["run"], ["run", "--dry-run"]):
+        done = cli(home, *words, "--", "python", "train.py", cwd=code)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: these files look like secrets: .env")
+    assert not (home / "clusters").exists()
+
+
+def test_a_dry_run_starts_no_cluster_and_checks_what_it_can_without_one(home: Path, code: Path) -> None:
+    (code / "cluster.yaml").write_text("gpus: 2\n")
+    done = cli(home, "run", "--gpus", "2", "--dry-run", "--", "python", "train.py", cwd=code)
+    python = f"Python {sys.version_info[0]}.{sys.version_info[1]} that runs Ray ({sys.prefix})"
+    said = done.stdout.splitlines()
+    assert (done.returncode, said[0].startswith("packed 2 files"), python in said) == (0, True, True)
+    assert "cluster 'local' does not run, and would be started first" in said
+    assert "cluster local: would start" in said
+    found = json.loads(cli(home, "submit", "--json", "--dry-run", "--", "python", "train.py", cwd=code).stdout)
+    assert (found["fits"], found["pack"]["files"], found["chosen"]["source"]) == ([], 2, "own")
+    never = cli(home, "run", "--gpus", "3", "--dry-run", "--", "python", "train.py", cwd=code)
+    assert (never.returncode, never.stdout, "can never run" in never.stderr) == (2, "", True)
+    assert not (home / "clusters").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_more_than_100_mb_is_asked_about_in_a_terminal_once(
+    home: Path, code: Path, request: pytest.FixtureRequest
+) -> None:
+    (code / "data.bin").write_bytes(os.urandom(100_100_000))
+    status, said = at_terminal(home, "submit", "--", "true", cwd=code, answer="n")
+    assert (status, said.count("MiB to upload. Continue?")) == (130, 1), said
+    assert not (home / "clusters").exists()
+    request.getfixturevalue("api")
+    status, said = at_terminal(home, "submit", "--", "true", cwd=code, answer="y")
+    assert (status, said.count("MiB to upload. Continue?")) == (0, 1), said
+    assert json.loads(cli(home, "list", "--json").stdout)["total"] == 1
+
+
+def at_terminal(home: Path, *words: str, cwd: Path, answer: str) -> tuple[int, str]:
+    """Run a command in a terminal whose person answers its question; return its status and all that was shown."""
+    ours, theirs = os.openpty()
+    program = [sys.executable, "-m", "raylaunch", *words]
+    with subprocess.Popen(
+        program, cwd=cwd, env=environment(home), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    ) as process:
+        os.close(theirs)
+        seen = bytearray()
+
+        def ended() -> bool:
+            with contextlib.suppress(OSError):  # EIO: nobody has it open any more
+                while select.select([ours], [], [], 0)[0] and (data := os.read(ours, 4096)):
+                    seen.extend(data)
+                    if seen.endswith(b"Continue? [y/N]: "):
+                        os.write(ours, f"{answer}\n".encode())
+            return process.poll() is not None
+
+        wait_until(ended, 180, "the command ends")
+    os.close(ours)
+    return process.returncode, seen.decode()
 
 
 def test_lists_and_shows_are_the_models_json(home: Path, api: Api, code: Path) -> None:

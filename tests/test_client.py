@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import http.server
+import json
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.api import Api
@@ -28,7 +30,7 @@ from raylaunch.errors import (
 )
 from raylaunch.packing import pack
 from raylaunch.spec import JobSpec, Tracking
-from raylaunch.state import Change, JobState, JobView
+from raylaunch.state import Change, DryRun, JobState, JobView, SubmitAnswer
 from raylaunch.transfer import CHUNK
 
 
@@ -207,6 +209,64 @@ def test_a_dry_run_makes_no_job(api: Api) -> None:
     found = ask(api, lambda client: client.dry_run(JobSpec(entrypoint="python -m train")))
     assert found.message == "train would start on here at once"
     assert ask(api, lambda client: client.jobs()).total == 0
+
+
+@contextmanager
+def older_head(taken: list[dict[str, Any]]) -> Iterator[Reach]:
+    """Serve what a controller of 0.1.0 does with a submission: its own fields are all that it takes."""
+    job = JobView(id="x-1", name="x", owner="tom", state=JobState.QUEUED, created_at=1.0, updated_at=1.0)
+    missing = {"error": {"code": "not_found", "message": "Not Found", "hint": ""}}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer(404, json.dumps(missing))
+
+        def do_POST(self) -> None:
+            taken.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            dry = DryRun(fits=("here",), message="would start").model_dump_json(exclude={"chosen", "pack"})
+            self.answer(200, dry if "dry_run" in self.path else SubmitAnswer(job=job, created=True).model_dump_json())
+
+        def answer(self, status: int, body: str) -> None:
+            self.send_response(status)
+            for name, value in {"X-Raylaunch-Api": "1", "X-Raylaunch-Version": "0.1.0"}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield Reach(f"http://127.0.0.1:{server.server_address[1]}", "x")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
+
+
+def test_a_head_of_0_1_0_takes_what_it_knows_and_what_it_cannot_do_is_said() -> None:
+    taken: list[dict[str, Any]] = []
+    notices: list[str] = []
+    plain = JobSpec(entrypoint="x", working_dir="", env={"SEED": "1"})
+
+    async def work(reach: Reach) -> None:
+        async with Client(reach, patience_s=5, on_notice=notices.append) as client:
+            assert (await client.submit(plain)).job.id == "x-1"
+            found = await client.dry_run(plain)
+            assert (found.message, found.chosen) == ("would start", None)
+            with pytest.raises(VersionError, match="packages") as raised:
+                await client.submit(plain.model_copy(update={"packages": ("numpy",)}))
+            assert "raylaunch up" in raised.value.hint
+
+    with older_head(taken) as reach:
+        asyncio.run(work(reach))
+    assert [sorted(one) for one in taken] == [["request_id", "spec"], ["spec"]]
+    assert taken[0]["spec"] == {"entrypoint": "x", "working_dir": "", "env": {"SEED": "1"}, "environment": {}}
+    assert all("0.1.0" in notice and "raylaunch up" in notice for notice in notices)
+    assert notices
 
 
 def test_jobs_are_filtered_and_paged(api: Api) -> None:

@@ -60,7 +60,8 @@ MAY: dict[str, frozenset[str]] = {
     "requirement_lines": GROUND | {"cluster"},
     "job_wheels": GROUND | SENDING | {"cluster", "requirement_lines"},
     "job_files": GROUND | PACKING | {"runner.entrypoint", "runner.training"},
-    "client": GROUND | READING | SENDING | {"cluster", "admin", "job_files", "job_wheels", "parallel_download"},
+    "submitting": GROUND | SENDING | {"job_files", "job_wheels"},
+    "client": GROUND | READING | SENDING | {"cluster", "admin", "parallel_download", "submitting"},
     "people": GROUND | READING | {"client", "cluster", "place"},
     "quieting": GROUND | {"client", "cluster", "place"},
     "members": GROUND | READING | {"client", "cluster", "place", "quieting"},
@@ -71,7 +72,7 @@ MAY: dict[str, frozenset[str]] = {
     | READING
     | VERBS
     | {"job_files", "sensitive", "cluster", "environment_choice", "job", "members", "people", "quieting", "place"}
-    | {"log_view"},
+    | {"log_view", "packing", "submitting"},
     "mcp_server": GROUND
     | READING
     | VERBS

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,14 @@ from raylaunch.cli.job_words import dry_run_words, pack_words, sentence, wandb_w
 from raylaunch.cli.options import as_json
 from raylaunch.cli.transfer_bar import transfer_bar
 from raylaunch.client import Client, with_wandb
+from raylaunch.cluster.plan import Plan
+from raylaunch.errors import UnsatisfiableError
 from raylaunch.job_files import check_here
+from raylaunch.packing import Packed
 from raylaunch.sensitive import ASKED_ABOVE, Allowed, allowed
 from raylaunch.spec import JobSpec
-from raylaunch.state import JobView, PackReport, SubmitAnswer
+from raylaunch.state import DryRun, JobView, PackReport, SubmitAnswer
+from raylaunch.submitting import checked
 
 _SETTINGS = {"ignore_unknown_options": False, "allow_interspersed_args": False}
 
@@ -35,18 +38,31 @@ def _prepared(given: dict[str, Any]) -> JobSpec:
     return spec
 
 
-def _uploads(allow: Allowed) -> Callable[[int], Awaitable[None]]:
-    """Return what is asked before an upload begins: a person at a terminal, when it is large."""
+class _Before:
+    """What is checked and asked before a missing cluster is started, so that nothing of it is refused afterwards."""
 
-    async def ask(size_bytes: int) -> None:
-        if size_bytes > ASKED_ABOVE and allow.asked and is_terminal(sys.stdin):
+    def __init__(self, place: Place, spec: JobSpec, allow: Allowed) -> None:
+        self._place = place
+        self._spec = spec
+        self._allow = allow
+        self._asked = False
+        self.packed: Packed | None = None
+
+    async def start(self) -> None:
+        """Check and pack the job, and ask about its size: the cluster has nothing of it yet."""
+        self.packed = (await checked(self._spec, self._place.spec, allow=self._allow)).packed
+        if self.packed:
+            await self.upload(self.packed.bytes)
+
+    async def upload(self, size_bytes: int) -> None:
+        """Ask a person at a terminal, once, whether a large upload is to begin."""
+        if size_bytes > ASKED_ABOVE and self._allow.asked and not self._asked and is_terminal(sys.stdin):
             question = f"{size(size_bytes)} to upload. Continue?"
             await asyncio.to_thread(click.confirm, question, abort=True, err=True)
+            self._asked = True
 
-    return ask
 
-
-async def _submit(client: Client, spec: JobSpec, *, request_id: str, allow: Allowed) -> SubmitAnswer:
+async def _submit(client: Client, spec: JobSpec, *, request_id: str, allow: Allowed, before: _Before) -> SubmitAnswer:
     spec, secrets, taken = with_wandb(spec, os.environ)
     for line in wandb_words(taken, key=bool(secrets)):
         note(line)
@@ -61,8 +77,9 @@ async def _submit(client: Client, spec: JobSpec, *, request_id: str, allow: Allo
             request_id=request_id,
             secrets=secrets,
             allow=allow,
+            packed=before.packed,
             on_packed=packed,
-            on_upload=_uploads(allow),
+            on_upload=before.upload,
             on_progress=progress,
         )
     job = answer.job
@@ -76,15 +93,33 @@ async def _submit(client: Client, spec: JobSpec, *, request_id: str, allow: Allo
     return answer
 
 
-async def _dry_run(client: Client, spec: JobSpec, *, allow: Allowed, as_json: bool) -> None:
+async def _dry_run(place: Place, spec: JobSpec, *, allow: Allowed, as_json: bool) -> int:
+    """Print what a submission would do, and return the exit status. Nothing is sent or started."""
     spec, secrets, taken = with_wandb(spec, os.environ)
     for line in wandb_words(taken, key=bool(secrets)):
         note(line)
-    found = await client.dry_run(spec, secrets=secrets, allow=allow)
+    plan = None
+    if await place.would_start():
+        found, plan = await _without_cluster(place, spec, allow)
+    else:
+        async with place.client() as client:
+            found = await client.dry_run(spec, secrets=secrets, allow=allow)
     if as_json:
         say_json(found)
     else:
-        say_lines(dry_run_words(found))
+        say_lines([*dry_run_words(found), *(str(plan).split("\n") if plan else ())])
+    return 1 if plan and plan.problems else 0
+
+
+async def _without_cluster(place: Place, spec: JobSpec, allow: Allowed) -> tuple[DryRun, Plan]:
+    name = place.spec.name
+    with await checked(spec, place.spec, allow=allow) as ready:
+        plan = await place.plan()
+        for what, most in plan.offers.items():
+            if (getattr(spec.resources, what) or 0) > most:
+                msg = f"{spec.display_name} can never run on cluster {name}: it asks for {what}, and there are {most:g}"
+                raise UnsatisfiableError(msg, hint=f"ask for at most {most:g} {what}")
+        return ready.dry_run(f"cluster {name!r} does not run, and would be started first"), plan
 
 
 @click.command(
@@ -104,18 +139,18 @@ def run(cluster_file: Path | None, /, *, as_json: bool, **given: Any) -> None:  
     allow = allowed(given["allow"], given["max_upload"])
     known: list[str] = []
 
-    async def work() -> JobView | None:
-        async with Place(cluster_file).client(start=True) as client:
-            if given["dry_run"]:
-                await _dry_run(client, spec, allow=allow, as_json=as_json)
-                return None
-            answer = await _submit(client, spec, request_id=given["request_id"], allow=allow)
+    async def work() -> JobView:
+        place = Place(cluster_file)
+        before = _Before(place, spec, allow)
+        async with place.client(start=True, before_start=before.start) as client:
+            answer = await _submit(client, spec, request_id=given["request_id"], allow=allow, before=before)
             known.append(answer.job.id)
             return await follow_to_end(client, answer.job.id, log_to_stderr=as_json)
 
     def ended() -> int:
-        job = finish(work())
-        return say_end(job, as_json=as_json) if job else 0
+        if given["dry_run"]:
+            return finish(_dry_run(Place(cluster_file), spec, allow=allow, as_json=as_json))
+        return say_end(finish(work()), as_json=as_json)
 
     click.get_current_context().exit(detachable(ended, lambda: known[0] if known else ""))
 
@@ -131,15 +166,17 @@ def submit(cluster_file: Path | None, /, *, as_json: bool, **given: Any) -> None
     spec = _prepared(given)
     allow = allowed(given["allow"], given["max_upload"])
 
-    async def work() -> None:
-        async with Place(cluster_file).client(start=True) as client:
-            if given["dry_run"]:
-                await _dry_run(client, spec, allow=allow, as_json=as_json)
-                return
-            answer = await _submit(client, spec, request_id=given["request_id"], allow=allow)
-            if as_json:
-                say_json(answer)
-            else:
-                say(answer.job.id)
+    async def work() -> int:
+        place = Place(cluster_file)
+        if given["dry_run"]:
+            return await _dry_run(place, spec, allow=allow, as_json=as_json)
+        before = _Before(place, spec, allow)
+        async with place.client(start=True, before_start=before.start) as client:
+            answer = await _submit(client, spec, request_id=given["request_id"], allow=allow, before=before)
+        if as_json:
+            say_json(answer)
+        else:
+            say(answer.job.id)
+        return 0
 
-    finish(work())
+    click.get_current_context().exit(finish(work()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -58,14 +59,15 @@ async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Pl
     runs = seen.record.spec if seen.record and (seen.ray_alive or seen.controller_alive) else spec
     if not seen.controller_alive and runs.port is not None:
         assign.controller_port({}, fixed=runs.port, say=lambda _: None, avoid=())
-    if seen.ray_alive:
-        with_gpus = ""
-    else:
+    with_gpus, offers = "", dict[str, float]()
+    if not seen.ray_alive:
         choice = choose_gpus(runs, [] if isinstance(runs.gpus, int) else await detect_gpus(), os.environ)
         check_gpus(runs, choice, neighbours(paths.controller_config))
         cpus = "all CPU cores" if runs.cpus is None else f"{whole_cpus(runs.cpus)} CPU cores"
         with_gpus = f"Ray {version} with {cpus} and {choice}, loopback only, log {paths.ray_log}"
-    return plan_up(spec, seen, ray=with_gpus, log=str(paths.controller_log), upgrade=upgrade)
+        offers = {"gpus": choice.count, **({} if runs.cpus is None else {"cpus": runs.cpus})}
+    found = plan_up(spec, seen, ray=with_gpus, log=str(paths.controller_log), upgrade=upgrade)
+    return dataclasses.replace(found, offers=offers)
 
 
 def plan_up(spec: ClusterSpec, seen: Seen, *, ray: str, log: str, upgrade: bool) -> Plan:

@@ -36,6 +36,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     """Why ``up`` would fail, host by host; empty when it would not, as far as can be seen before."""
+    offers: Mapping[str, float] = field(default_factory=dict)
+    """The most ``gpus`` and ``cpus`` that a job could ask for, as far as they are known before."""
 
     def __str__(self) -> str:
         would = "would start" if self.actions else "nothing to do, it is up"

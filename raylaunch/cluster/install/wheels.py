@@ -127,6 +127,11 @@ class WheelStore:
             self._know(key, found)
             return found
 
+    async def find(self, requirements: Sequence[str], platform: WheelPlatform) -> tuple[Wheel, ...]:
+        """Find the wheels that `gather` would have, and download none. Raises as `gather`."""
+        known = self._known(_key(requirements, {}, platform))
+        return known or await resolve(requirements, {}, platform, environ=self.environ)
+
     def _known(self, key: str) -> tuple[Wheel, ...]:
         try:
             return _LOCK.validate_json((self.folder / "found" / f"{key}.json").read_bytes())
