@@ -5,11 +5,19 @@ SOURCES := raylaunch mcp_server tests examples benchmarks tools docs
 # Two workers, whole files each: a file that starts a cluster keeps it to itself. tests/conftest.py says which come first.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARGS :=
+# The type checker works next to the tests, and both must pass. What it has found is printed at once, and again at the end.
+define WITH_TYPES
+	@mkdir -p build
+	@($(BIN)/mypy >build/types.txt 2>&1 || { cat build/types.txt; exit 1; }) & types=$$!; \
+	$(1); tests=$$?; \
+	wait $$types || { cat build/types.txt; exit 1; }; \
+	exit $$tests
+endef
 # Tests start thousands of Pythons; without its bytecode each would compile raylaunch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-machines test-clients gpu-check check lint format bench docs docs-reference clean
+.PHONY: help demo test test-machines test-clients gpu-check check lint style format bench docs docs-reference clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-21s %s\n", $$1, $$2}'
@@ -19,8 +27,8 @@ help: ## this list
 demo: .venv/.demo ## start a cluster here, train on real data, fetch the model
 	$(BIN)/raylaunch demo
 
-test: lint ## all checks and tests, but for those marked long, which it counts
-	$(PYTEST) -m "not long" $(ARGS)
+test: style ## all checks and tests, but for those marked long, which it counts
+	$(call WITH_TYPES,$(PYTEST) -m "not long" $(ARGS))
 
 test-machines: .venv/.test ## hosts made of namespaces: clusters over SSH, alone, and the long tests (needs root)
 	@tools/setup.sh machines
@@ -34,13 +42,15 @@ test-clients: .venv/.test ## Claude Code's own command line connects to the MCP 
 	tools/node.sh claude @anthropic-ai/claude-code@2.1.330 1800
 	$(BIN)/python -m pytest tests/clients_claude_code.py $(ARGS)
 
-check: lint ## lint, format, types and the pure tests; about two minutes
-	$(PYTEST) -m "not machines and not ray and not wandb and not slow and not long" $(ARGS)
+check: style ## lint, format, types and the pure tests; about two minutes
+	$(call WITH_TYPES,$(PYTEST) -m "not machines and not ray and not wandb and not slow and not long" $(ARGS))
 
-lint: .venv/.test
+lint: style ## lint, format and types
+	$(BIN)/mypy
+
+style: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 format: .venv/.test ## let ruff format and fix what it can
 	$(BIN)/ruff check --fix .

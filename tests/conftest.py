@@ -30,6 +30,8 @@ MAY_BE_MISSING = (
 )
 _LONGEST = ("long", "machines", "ray", "slow", "wandb")
 """Marks of tests, those that take longest first."""
+_SECOND_TRIES = 2
+"""How many tests may pass at their second try only, before the run has failed."""
 ALL = os.environ.get("RAYLAUNCH_TEST_ALL", "") not in {"", "0"}
 
 _Report = pytest.TestReport | pytest.CollectReport
@@ -99,9 +101,11 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
             item.config.stash[_LEFT_OUT].add(item.nodeid)
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
-    """Tell the process that started the workers what a worker has left out."""
+    """Fail a run with many second tries; report to the process that started the workers what one has left out."""
+    if session.exitstatus == pytest.ExitCode.OK and len(_tried_again(session.config)) > _SECOND_TRIES:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     yield
     if hasattr(session.config, "workeroutput"):
         left_out = session.config.stash[_LEFT_OUT]
@@ -114,6 +118,12 @@ def pytest_testnodedown(node: Any) -> None:  # noqa: ANN401 -- a class of xdist,
     node.config.stash[_LEFT_OUT].update(getattr(node, "workeroutput", {}).get("left_out", ()))
 
 
+def _tried_again(config: pytest.Config) -> set[str]:
+    """Return the tests that ran a second time; none in a worker, which has no terminal."""
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    return {report.nodeid for report in terminal.stats.get("rerun", ())} if terminal else set()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say why tests failed that passed when run again, and how many long tests were left out.
 
@@ -123,6 +133,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         crash = getattr(report.longrepr, "reprcrash", None)
         where = f"{Path(crash.path).name}:{crash.lineno}: {crash.message}" if crash else str(report.longrepr)
         terminalreporter.write_line(f"run again: {report.nodeid} ({report.when}): {where}")
+    if len(again := _tried_again(config)) > _SECOND_TRIES:
+        terminalreporter.write_line(f"FAILED: {len(again)} tests needed a second try, more than {_SECOND_TRIES}")
     if left_out := config.stash[_LEFT_OUT]:
         terminalreporter.write_line(f"left out: {len(left_out)} tests marked long; `make test-machines` runs them")
 

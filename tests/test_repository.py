@@ -122,3 +122,20 @@ def test_the_wheel_carries_the_demo_and_the_types(tmp_path: Path) -> None:
     assert {"raylaunch/py.typed", "mcp_server/__init__.py"} <= names
     assert {f"raylaunch/cluster/probe/{part}.sh" for part in ("gpus", "python", "script")} <= names
     assert not [name for name in names if name.startswith(("tests/", "examples/"))]
+
+
+def test_a_run_in_which_more_than_two_tests_needed_a_second_try_fails(tmp_path: Path) -> None:
+    conftest = (ROOT / "tests/conftest.py").read_text(encoding="utf-8")
+    (tmp_path / "conftest.py").write_text(re.sub(r"^pytest_plugins = .*$", "", conftest, flags=re.MULTILINE))
+    (tmp_path / "test_shaky.py").write_text(
+        "import pytest\n\nSEEN = set()\n\n\n"
+        "@pytest.mark.ray\n@pytest.mark.parametrize('n', range(3))\n"
+        "def test_it(n):\n    first = n not in SEEN\n    SEEN.add(n)\n    assert not first\n"
+    )
+    setting = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *setting], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert "3 passed" in done.stdout
+    assert "second try" in done.stdout
