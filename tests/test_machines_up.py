@@ -88,6 +88,7 @@ def test_three_bare_hosts_become_a_cluster_on_which_a_job_has_run_everywhere(
     )
     assert laptop.living() == {"h1", "h2", "h3"}
     assert laptop.status()["state"] == "running"
+    assert re.findall(r"(\d+) of (\d+)\D*GPUs free", first_up.stdout) == [("8", "8"), ("8", "8")]
     assert "raylaunch-probe" not in laptop.call("list").stdout
 
 

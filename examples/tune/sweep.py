@@ -46,7 +46,7 @@ def main() -> None:
             "lr": tune.grid_search([1e-4, 1e-3]),
             "epochs": args.epochs,
         },
-        tune_config=tune.TuneConfig(metric="accuracy", mode="max"),
+        tune_config=tune.TuneConfig(metric="accuracy", mode="max", max_concurrent_trials=2),
         run_config=tune.RunConfig(name="digits", callbacks=[WandbLoggerCallback()]),
     )
     best = tuner.fit().get_best_result()

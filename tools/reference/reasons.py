@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from raylaunch.controller.diagnose import MAX_FREE_RETRIES, PUT_OFF
 from raylaunch.reasons import Reason, Verdict
 from raylaunch.state import JobState
 from tools.reference import markdown, source
@@ -15,9 +16,10 @@ _VERDICTS = {Verdict.FINAL: "no", Verdict.RETRY: "yes", Verdict.RETRY_FREE: "yes
 _INTRODUCTION = """\
 Where a job stands is its state; beside it stands a reason: a stable word for programs, and a sentence for people with
 the numbers of the job. `raylaunch show`, `--json`, Python and the MCP tools all give both."""
-_TRIED = """\
-*Tried again* says whether another attempt follows: `yes` while the job has `retries` left, `uncounted` for what
-machines did: three times at most, whatever `retries` says."""
+_TRIED = f"""\
+*Tried again* says whether another attempt follows: `yes` while the job has `retries` left; `uncounted` for what
+machines did, {MAX_FREE_RETRIES} times at most, whatever `retries` says; `always` where somebody drained the host or
+took the cluster down, however often. A job that was stopped is not tried again."""
 
 
 def page() -> str:
@@ -41,5 +43,9 @@ def _table(reasons: list[Reason]) -> list[str]:
     if reasons[0].verdict is Verdict.WAIT:
         rows = [(markdown.code(one.value), one.sentence, one.advice) for one in reasons]
         return markdown.table(("reason", "says", "what to do"), rows)
-    ended = [(markdown.code(one.value), one.sentence, _VERDICTS[one.verdict], one.advice) for one in reasons]
+    ended = [(markdown.code(one.value), one.sentence, _tried(one), one.advice) for one in reasons]
     return markdown.table(("reason", "says", "tried again", "what to do"), ended)
+
+
+def _tried(reason: Reason) -> str:
+    return "always" if reason in PUT_OFF else _VERDICTS[reason.verdict]
