@@ -8,6 +8,7 @@ from functools import partial
 
 import anyio
 import pytest
+from support.api import Api
 from support.standing import Start
 
 from raylaunch.cluster.health import START_S, HealthWatch, end_hung, responds
@@ -123,3 +124,14 @@ def test_a_controller_that_is_silent_is_ended_unless_it_still_starts(
     found = anyio.run(partial(end_hung, paths, "token", lock_s=5))
     assert found == (hung if ended else None)
     assert is_alive(process) is not ended
+
+
+def test_one_that_answers_when_it_is_asked_again_stays(paths: ClusterPaths, start: Start, api: Api) -> None:
+    process = start()
+    ports = {"controller": int(api.url.rpartition(":")[2])}
+    record = new_record(ClusterSpec(), paths).with_(
+        wanted="running", controller=process, controller_answered=True, ports=ports
+    )
+    save_record(paths, record)
+    assert anyio.run(partial(end_hung, paths, "token", lock_s=5)) is None
+    assert is_alive(process)
