@@ -212,8 +212,9 @@ def test_submit_prints_the_id_and_says_on_stderr_what_was_packed(home: Path, api
 
 def test_an_option_behind_the_program_without_dashes_is_pointed_out(home: Path, api: Api, code: Path) -> None:
     assert api.url
-    done = cli(home, "submit", "train.py", "--gpus", "4", cwd=code)
-    assert "note: --gpus goes to train.py; options of raylaunch stand before --" in done.stderr
+    for option in ("--gpus", "--dry-run", "--json"):
+        done = cli(home, "submit", "train.py", option, "4", cwd=code)
+        assert f"note: {option} goes to train.py; options of raylaunch stand before --" in done.stderr
 
 
 def test_the_same_request_id_twice_is_one_job(home: Path, api: Api, code: Path) -> None:
@@ -471,6 +472,10 @@ def test_get_downloads_and_prints_where_and_finds_again_what_is_here(home: Path,
     assert again.stderr == "0 files fetched, 0 B, 1 file already here; checksums agree\n"
     assert (home / "here" / "model.pt").read_bytes() == b"weights"
     assert cli(home, "get", "digits").stdout == f"{job}/model.pt\n"
+    (home / "here" / "model.pt").write_bytes(b"my own")
+    kept = cli(home, "get", "digits", "--to", "here", "--json")
+    assert kept.returncode == 1
+    assert "model.pt" in json.loads(kept.stdout)["error"]["message"]
 
 
 def test_secrets_come_from_stdin_and_only_their_names_come_back(home: Path, api: Api) -> None:

@@ -83,7 +83,11 @@ def get(  # noqa: PLR0913 -- each is one option
     try:
         done = finish(work())
     except IncompleteDownloadError as error:
-        _say_downloaded(error.done, as_json=False)
+        if as_json:  # stdout is for one document, that of the error
+            for file in error.done:
+                note(str(file.local))
+        else:
+            _say_downloaded(error.done, as_json=False)
         raise
     _say_downloaded(done, as_json=as_json)
     if not done:

@@ -194,7 +194,7 @@ def warn_of_options_after(command: Sequence[str]) -> None:
     """Nothing is parsed after the program's name: say so when one of our own options stands there without ``--``."""
     if "--" in sys.argv:
         return
-    ours = {option for option, _ in (*_FIELDS.values(), *_LISTS.values(), *_PAIRS.values())}
+    ours = {option for one in click.get_current_context().command.params for option in one.opts if option[:2] == "--"}
     for word in command[1:]:
         if word.partition("=")[0] in ours:
             click.echo(f"note: {word} goes to {command[0]}; options of raylaunch stand before --", err=True)
