@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import itertools
 import re
@@ -42,6 +43,7 @@ class Doc(NamedTuple):
         return self.sections.get(section, {})
 
 
+@functools.cache
 def class_node(kind: type) -> ast.ClassDef:
     """Return a class as it is written."""
     node = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
@@ -49,6 +51,7 @@ def class_node(kind: type) -> ast.ClassDef:
     return node
 
 
+@functools.cache
 def function_node(function: Callable[..., object]) -> Function:
     """Return a function as it is written."""
     node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
