@@ -26,7 +26,7 @@ from support.trust import trusted
 
 from raylaunch.cluster.doctor.look import Findings
 
-pytestmark = [pytest.mark.machines, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.machines, pytest.mark.long, pytest.mark.timeout(300)]
 
 
 def doctor(lab: World, folder: Path, text: str, *words: str) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ from support.waiting import wait_until
 
 from raylaunch.cluster.ssh.machine import machine
 
-pytestmark = pytest.mark.machines
+pytestmark = [pytest.mark.machines, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,6 @@ def test_a_small_disk_can_be_filled_and_keeps_its_files_over_a_reboot() -> None:
         assert host.out("cat /root/kept") == "kept"
 
 
-@pytest.mark.long
 def test_somebody_elses_ray_runs_on_a_host_and_on_no_other(lab: World) -> None:
     with world() as own:
         host = own.host(share=fittings.this_python())

@@ -268,6 +268,7 @@ def knock(address: str, port: int, method: str, path: str) -> int | None:
         connection.close()
 
 
+@pytest.mark.long
 def test_a_rays_crash_on_a_worker_is_mended_by_its_keeper(cluster: Laptop, lab: World) -> None:
     worker = lab.hosts[2]
     ray = rays(worker)["raylaunch.cluster.ray_start start"]

@@ -78,6 +78,7 @@ async def test_a_link_that_is_cut_in_the_middle_is_noticed() -> None:
             await run()
 
 
+@pytest.mark.long
 async def test_a_link_that_comes_back_soon_interrupts_nothing(lab: World, there: Machine) -> None:
     host = lab.hosts[0]
     script = Script("echo on; for i in 1 2 3 4 5 6; do sleep 1; echo $i; done")
@@ -122,6 +123,7 @@ async def test_a_push_over_a_link_that_was_cut_is_completed_over_the_next_connec
         assert (far / "big.whl").read_bytes() == wheel.read_bytes()
 
 
+@pytest.mark.long
 async def test_a_host_that_is_down_is_not_waited_for_beyond_the_limit() -> None:
     with world(1) as own:
         target = own.hosts[0].target()
@@ -134,6 +136,7 @@ async def test_a_host_that_is_down_is_not_waited_for_beyond_the_limit() -> None:
     assert "is it on" in caught.value.hint
 
 
+@pytest.mark.long
 async def test_a_jump_host_is_the_only_way_and_is_named_when_it_is_gone() -> None:
     with world() as own:
         gate = own.host("gate", networks=("front", "back"))
@@ -154,12 +157,14 @@ async def test_a_jump_host_is_the_only_way_and_is_named_when_it_is_gone() -> Non
 
 
 @pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="needs IPv6")
+@pytest.mark.long
 async def test_a_host_is_reached_by_its_ipv6_address(lab: World) -> None:
     target = Target("six", lab.hosts[0].address6, user="root", key=str(lab.key), known_hosts=lab.known_hosts)
     async with machine(target) as there:
         assert (await there.run(["hostname"], limit_s=20)).text == "gate"
 
 
+@pytest.mark.long
 async def test_a_full_disk_is_said_to_be_full_with_what_is_free(lab: World) -> None:
     host = lab.hosts[2]
     fittings.fill_disk(host, but_mib=8)
@@ -180,6 +185,7 @@ def alice(lab: World) -> Iterator[Host]:
     host.run("usermod -s /bin/bash alice")
 
 
+@pytest.mark.long
 async def test_an_ordinary_user_is_told_where_she_may_not_write(alice: Host) -> None:
     async with machine(alice.target("alice")) as there:
         with pytest.raises(HostStorageError, match="Permission denied"):
@@ -188,6 +194,7 @@ async def test_an_ordinary_user_is_told_where_she_may_not_write(alice: Host) -> 
     assert alice.out("stat -c '%U %a' /home/alice/x") == "alice 600"
 
 
+@pytest.mark.long
 async def test_start_up_files_that_print_disturb_nothing(alice: Host) -> None:
     fittings.noisy_shell(alice, "alice")
     async with machine(alice.target("alice")) as there:
@@ -202,6 +209,7 @@ SHELLS = ("/bin/sh", "/bin/zsh", "/usr/bin/fish", "/bin/tcsh")
 
 
 @pytest.mark.parametrize("shell", [shell for shell in SHELLS if Path(shell).exists()])
+@pytest.mark.long
 async def test_any_login_shell_will_do(alice: Host, shell: str) -> None:
     alice.run(f"usermod -s {shell} alice")
     async with machine(alice.target("alice")) as there:
@@ -209,6 +217,7 @@ async def test_any_login_shell_will_do(alice: Host, shell: str) -> None:
     assert ran.text == "bash it's"
 
 
+@pytest.mark.long
 async def test_a_shell_that_lets_nobody_in_is_quoted(alice: Host) -> None:
     alice.run("usermod -s /usr/sbin/nologin alice")
     async with machine(replace(alice.target("alice"), name="spark", host=alice.name)) as there:
@@ -217,6 +226,7 @@ async def test_a_shell_that_lets_nobody_in_is_quoted(alice: Host) -> None:
     assert str(caught.value).startswith("spark: the login shell did not run what it was sent")
 
 
+@pytest.mark.long
 async def test_a_long_link_costs_time_and_nothing_else(lab: World) -> None:
     host = lab.hosts[0]
     host.slow(rtt_ms=50)

@@ -56,10 +56,8 @@ def ask(person: Person, cluster: str = "lab", *, check: bool = True) -> subproce
 
 
 def refused(person: Person) -> str:
-    """Let a verb fail, in time; return what it said."""
-    began = time.monotonic()
+    """Let a verb fail; return what it said."""
     done = ask(person, check=False)
-    assert time.monotonic() - began < SAID_S + MARGIN_S
     assert done.returncode == 1, done.stderr
     assert "healing" not in done.stderr, "bringing the cluster up mends no network"
     return done.stderr
@@ -82,6 +80,7 @@ def test_clusters_side_by_side_have_a_tunnel_each(ada: Person) -> None:
     assert not set(one.ports.values()) & set(other.ports.values())
 
 
+@pytest.mark.long
 def test_a_tunnel_that_hangs_is_replaced_by_the_next_verb(ada: Person) -> None:
     before = ada.tunnel("lab")
     os.kill(before.process.pid, signal.SIGSTOP)
@@ -93,6 +92,7 @@ def test_a_tunnel_that_hangs_is_replaced_by_the_next_verb(ada: Person) -> None:
     assert ada.tunnel("lab").ports == before.ports
 
 
+@pytest.mark.long
 def test_a_laptop_that_slept_longer_than_its_connections_live_finds_its_cluster_again(ada: Person, host: Sshd) -> None:
     before = ada.tunnel("lab")
     process = psutil.Process(before.process.pid)
@@ -108,11 +108,14 @@ def silent(person: Person) -> float:
     return time.time() - (person.paths("lab").root / "tunnel.json").stat().st_mtime
 
 
+@pytest.mark.long
 def test_a_network_that_swallows_everything_is_said_in_time_and_the_cluster_is_found_again(
     ada: Person, host: Sshd
 ) -> None:
     host.freeze()
+    began = time.monotonic()
     first = refused(ada)
+    assert time.monotonic() - began < SAID_S + MARGIN_S
     assert "the connection to head was lost" in first
     assert "are you on its network or VPN?" in first
     wait_until(lambda: not ada.tunnel("lab").up, 20, "the tunnel has noticed")
@@ -131,18 +134,22 @@ def test_a_head_that_is_down_is_named_and_found_when_it_is_back(ada: Person, hos
     ask(ada)
 
 
+def connected(pid: int) -> bool:
+    return any(one.status == psutil.CONN_ESTABLISHED for one in psutil.Process(pid).net_connections())
+
+
 def test_a_job_that_is_followed_is_followed_on_after_the_connection_was_away(ada: Person, host: Sshd) -> None:
     job = ada.call("--cluster", "lab", "submit", "--working-dir", "", "--", "true").stdout.strip()
     with ada.start("--cluster", "lab", "wait", job) as waiting:
-        time.sleep(3)
+        wait_until(lambda: connected(waiting.pid), 30, "it waits for the job")
         host.stop()
+        assert waiting.stderr is not None
+        assert any("trying again" in line for line in waiting.stderr), "it said so and went on"
         wait_until(lambda: not ada.tunnel("lab").up, 20, "the tunnel has noticed")
-        time.sleep(3)
         host.start()
         wait_until(lambda: ada.tunnel("lab").up, 30, "the tunnel is up again")
         ada.call("--cluster", "lab", "stop", job)
         _, said = waiting.communicate(timeout=60)
-    assert "trying again" in said
     assert "answers again" in said
 
 
