@@ -13,9 +13,9 @@ from mcp_server.bounds import MOST_BYTES, Json, first_lines, last_lines, lines_o
 from mcp_server.call import Call, News
 from mcp_server.paths import LocalPath
 from mcp_server.words import UNTRUSTED
-from raylaunch.client import Client, Downloaded, IncompleteDownloadError, LogChunk
+from raylaunch.client import Client, Downloaded, IncompleteDownloadError, LogChunk, is_named
 from raylaunch.directory import Directory
-from raylaunch.errors import ConflictError, NotFoundError, SpecError, StorageError, TransferError
+from raylaunch.errors import ConflictError, NotFoundError, SpecError, StorageError, TransferError, WithheldError
 from raylaunch.log_view import clean
 from raylaunch.state import Artifact, JobView, LogMatch
 
@@ -217,7 +217,12 @@ def _paths(given: DownloadModel, job: JobView, found: tuple[Artifact, ...]) -> t
 
     Raises:
         NotFoundError: there is nothing of that kind.
+        WithheldError: one of them looks like a secret.
     """
+    withheld = [name for name in given.files if any(file.withheld and is_named(file, name) for file in found)]
+    if withheld:
+        msg = f"{', '.join(short(name, 80) for name in withheld[:3])}: looks like a secret, and was not kept"
+        raise WithheldError(msg, hint=f"a person fetches it: raylaunch get {job.id} NAME", paths=tuple(withheld))
     if given.files:
         return tuple(given.files)
     if given.what == "checkpoint":

@@ -17,7 +17,7 @@ from raylaunch import downloads
 from raylaunch.admin import Admin
 from raylaunch.cluster_state import ControllerStatus, RayAccess
 from raylaunch.directory import Directory
-from raylaunch.downloads import Downloaded, IncompleteDownloadError, MayReplace
+from raylaunch.downloads import Downloaded, IncompleteDownloadError, MayReplace, is_named
 from raylaunch.errors import ConflictError
 from raylaunch.job_page import page_from
 from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
@@ -54,6 +54,7 @@ __all__ = [
     "NoAnswerError",
     "OnProgress",
     "Reachable",
+    "is_named",
     "with_wandb",
 ]
 

@@ -382,7 +382,7 @@ def chosen(files: list[Artifact], wanted: tuple[str, ...], *, everything: bool) 
         return list({local_name(file): file for file in oldest_first if file.kind == "output"}.values())
     found: dict[str, Artifact] = {}
     for name in wanted:
-        fitting = [file for file in oldest_first if _fits(file, name)]
+        fitting = [file for file in oldest_first if _fits(file, name) and (not file.withheld or is_named(file, name))]
         if not fitting:
             raise _no_such_file(name, files)
         found.update({local_name(file): file for file in fitting})
@@ -397,10 +397,18 @@ def local_name(artifact: Artifact) -> str:
 
 def _fits(file: Artifact, name: str) -> bool:
     bare = name.rstrip("/")
-    return any(
-        path == bare or path.startswith(f"{bare}/") or fnmatch.fnmatchcase(path, name)
-        for path in (file.path, local_name(file), file.path.partition("/")[2])
+    return is_named(file, bare) or any(
+        path.startswith(f"{bare}/") or fnmatch.fnmatchcase(path, name) for path in _names_of(file)
     )
+
+
+def is_named(file: Artifact, name: str) -> bool:
+    """Return whether `name` is the whole name of a file, in one of its forms."""
+    return name in _names_of(file)
+
+
+def _names_of(file: Artifact) -> tuple[str, ...]:
+    return file.path, local_name(file), file.path.partition("/")[2]
 
 
 def _no_such_file(name: str, files: list[Artifact]) -> NotFoundError:

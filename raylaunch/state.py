@@ -375,7 +375,9 @@ class Artifact(View):
     link: str = ""
     """Of a link to a folder: where it leads, relative; it has no bytes. A link to a file counts as the file."""
     left: bool = False
-    """Whether it is an output over the limits that is still on its node; `get` brings it when it is named."""
+    """Whether it is an output that was not kept and is still on its node; `get` brings it when it is named."""
+    withheld: bool = False
+    """Whether it looks like a secret, and was not kept: `get` brings it for the job's owner, by its whole name."""
 
 
 class Usage(View):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.controller.artifacts import Artifacts
+from raylaunch.controller.artifacts import Artifacts, Left
 from raylaunch.errors import NotFoundError
 from raylaunch.state import JobState
 
@@ -98,7 +98,23 @@ def test_what_was_not_kept_is_listed_as_left_and_is_no_output(tmp_path: Path, ar
     assert artifacts.outputs(JOB) == (1, 7)
     facts = tmp_path / "jobs" / JOB / "attempt-2/facts.json"
     os.utime(facts, (time.time() - 8 * 86400,) * 2)
-    assert artifacts.left(JOB) == (2, {})
+    assert artifacts.left(JOB) == Left(2)
+
+
+def test_what_looks_like_a_secret_is_listed_as_withheld_and_once_fetched_not_shown(
+    tmp_path: Path, artifacts: Artifacts
+) -> None:
+    put(tmp_path, "attempt-1/facts.json", b'{"left": {".env": 5, "big.bin": 9}, "withheld": [".env"]}')
+    put(tmp_path, "attempt-1/withheld/.env", b"TOKEN")
+    found = [(file.path, file.withheld) for file in artifacts.files(JOB) if file.left]
+    assert found == [("attempt-1/outputs/.env", True), ("attempt-1/outputs/big.bin", False)]
+    assert [file.path for file in artifacts.files(JOB) if not file.left] == ["attempt-1/facts.json"]
+    assert "attempt-1/withheld/.env" not in artifacts.seal(JOB).files
+    for path in ("attempt-1/withheld/.env", "withheld/.env", ".env"):
+        with pytest.raises(NotFoundError):
+            artifacts.path(JOB, path)
+    where, artifact = artifacts.withheld(JOB, ".env")
+    assert (where.read_bytes(), artifact.sha256) == (b"TOKEN", sha256(b"TOKEN"))
 
 
 def test_a_noted_checksum_is_shown_as_long_as_the_file_is_the_same(tmp_path: Path, artifacts: Artifacts) -> None:

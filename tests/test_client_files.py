@@ -246,6 +246,20 @@ def test_a_file_that_is_not_there_is_answered_with_the_nearest(api: Api, tmp_pat
     assert "model.pt" in caught.value.hint
 
 
+def test_what_looks_like_a_secret_comes_by_its_whole_name_alone(api: Api, tmp_path: Path) -> None:
+    job = submitted(api)
+    write(api, job.id, "attempt-1/outputs/model.pt", b"weights")
+    write(api, job.id, "attempt-1/facts.json", b'{"left": {"keys/id_rsa": 3}, "withheld": ["keys/id_rsa"]}')
+    write(api, job.id, "attempt-1/withheld/keys/id_rsa", b"KEY")
+    done = ask(api, lambda client: client.download(job.id, ["*"], dest=tmp_path / "all"))
+    done += ask(api, lambda client: client.download(job.id, everything=True, dest=tmp_path / "all"))
+    assert "id_rsa" not in {one.local.name for one in done}
+    with pytest.raises(NotFoundError):
+        ask(api, lambda client: client.download(job.id, ["keys"], dest=tmp_path / "all"))
+    (one,) = ask(api, lambda client: client.download(job.id, ["keys/id_rsa"], dest=tmp_path / "one"))
+    assert (one.local.read_bytes(), one.verified) == (b"KEY", True)
+
+
 def test_a_name_means_ones_own_job_and_anothers_is_downloaded_by_its_id_alone(api: Api, tmp_path: Path) -> None:
     own = submitted(api, JobSpec(entrypoint="true", name="shared", working_dir=""))
     theirs = ask(

@@ -167,7 +167,8 @@ def test_what_a_program_writes_is_kept_and_what_is_too_large_is_fetched_from_its
     cluster: Cluster, tmp_path: Path
 ) -> None:
     (tmp_path / "train.py").write_text(
-        "import os; os.mkdir('out'); open('out/m.pt', 'w').write('m'); open('big', 'w').write('b' * 5000)"
+        "import os; os.mkdir('out'); open('out/m.pt', 'w').write('m'); open('big', 'w').write('b' * 5000);"
+        "open('.env', 'w').write('TOKEN=1')"
     )
     (tmp_path / "job.yaml").write_text("entrypoint: python train.py\noutputs_size: 1000\n")
     job = cluster.submit("-f", "job.yaml", cwd=tmp_path)
@@ -178,6 +179,12 @@ def test_what_a_program_writes_is_kept_and_what_is_too_large_is_fetched_from_its
     assert not (tmp_path / "got/big").exists()
     cluster.good("get", job, "big", "--to", "got", cwd=tmp_path)
     assert (tmp_path / "got/big").read_text() == "b" * 5000
+    listed = json.loads(cluster.good("files", job, "--json"))
+    assert [file["path"] for file in listed if file["withheld"]] == ["attempt-1/outputs/.env"]
+    cluster.good("get", job, ".env", "--to", "got", cwd=tmp_path)
+    assert (tmp_path / "got/.env").read_text() == "TOKEN=1"
+    jobs = Path(cluster.record().store) / "jobs"
+    assert [str(path.relative_to(jobs / job)) for path in (jobs / job).rglob(".env")] == ["attempt-1/withheld/.env"]
 
 
 def test_killing_the_runner_ends_its_training_before_its_gpus_are_given_away(cluster: Cluster) -> None:

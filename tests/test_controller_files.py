@@ -90,6 +90,21 @@ def test_a_range_beyond_the_end_is_416_and_a_changed_file_is_sent_whole(api: Api
     assert tom.get(url, headers={"Range": "bytes=5-", "If-Range": etag}).content == b"abcdefghijk"
 
 
+def test_what_looks_like_a_secret_is_sent_to_the_jobs_owner_alone(api: Api, tom: httpx2.Client) -> None:
+    job = submit(tom)
+    write(api, job, "attempt-1/facts.json", b'{"left": {".env": 5, "big": 9}, "withheld": [".env"]}')
+    write(api, job, "attempt-1/withheld/.env", b"TOKEN")
+    url = f"/v1/jobs/{job.id}/files"
+    assert tom.get(f"{url}/.env").content == b"TOKEN"
+    for person in ("tina", "olga", "vera"):
+        with api.client(person) as other:
+            assert error(other.get(f"{url}/attempt-1/outputs/.env"))[:2] == (403, "access")
+            assert other.get(f"{url}/attempt-1/withheld/.env").status_code == 404
+    with api.client("vera") as vera:
+        assert error(vera.get(f"{url}/big"))[:2] == (403, "access"), "a viewer fills no disk"
+    assert "no node" in error(tom.get(f"{url}/big"))[2]
+
+
 @pytest.mark.parametrize("path", ["..%2f..%2ftokens.json", "%2e%2e/%2e%2e/tokens.json", "%2fetc%2fpasswd", "a%00b"])
 def test_no_file_outside_the_job_is_sent(tom: httpx2.Client, api: Api, path: str) -> None:
     job = submit(tom)

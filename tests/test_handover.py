@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.attempts import attempt_spec
+from support.running import Attempt
 
 from raylaunch.controller.handover import bring
 from raylaunch.controller.link_events import LinkEvent, Stored
 from raylaunch.controller.mirror import Mirror
 from raylaunch.controller.replication import Replication
-from raylaunch.errors import ConflictError, NotFoundError, TransferError
+from raylaunch.errors import ClusterError, ConflictError, NotFoundError, TransferError
 from raylaunch.node import job_folder
 from raylaunch.node.changes import Changes
 from raylaunch.node.files import inventory
 from raylaunch.node.preparing import forget, prepare
+from raylaunch.runner import outputs, training
 
 JOB = "digits-abc"
 
@@ -101,6 +105,7 @@ def test_on_another_node_a_job_goes_on_with_what_the_store_has(tmp_path: Path, s
     assert tree(second) == {"step-1/model.pt": "one", "last": "-> step-1"}
     spec = json.loads((there.root / f"attempts/{JOB}-2/attempt.json").read_text())
     assert (spec["moved_from"], spec["job_dir"]) == (str(first.parent), str(second.parent))
+    assert "same root" in training.moved(spec)[0]
 
 
 def test_on_the_way_back_the_older_copy_is_replaced_and_what_is_equal_is_not_sent(tmp_path: Path, store: Path) -> None:
@@ -125,6 +130,26 @@ def test_on_the_way_back_the_older_copy_is_replaced_and_what_is_equal_is_not_sen
     assert (store / f"jobs/{JOB}/attempt-1/checkpoints/kept.pt").samefile(
         store / f"jobs/{JOB}/attempt-2/checkpoints/kept.pt"
     )
+
+
+def test_what_was_collected_is_replaced_on_another_node_too(tmp_path: Path, store: Path) -> None:
+    here, there = Node(tmp_path / "a", store), Node(tmp_path / "b", store)
+
+    def collected(node: Node, n: int) -> Path:
+        job = node.start(n).parent
+        folder = node.root / "attempts" / f"{JOB}-{n}"
+        (folder / "code").mkdir(exist_ok=True)
+        (folder / "code/model.pt").write_text(f"of attempt {n}")
+        outputs.collect(folder / "code", job, ["auto"], outputs.Limits(100, 100), {})
+        (folder / "collected.json").write_bytes((job / "collected.json").read_bytes())
+        node.carry(n)
+        return job
+
+    collected(here, 1)
+    assert (collected(there, 2) / "outputs/model.pt").read_text() == "of attempt 2"
+    third = here.start(3).parent
+    assert json.loads((third / "collected.json").read_text()) == ["model.pt"]
+    assert (third / "outputs/model.pt").read_text() == "of attempt 2"
 
 
 def test_on_the_same_node_what_the_store_has_not_yet_is_kept(tmp_path: Path, store: Path) -> None:
@@ -164,6 +189,41 @@ def test_a_piece_for_an_older_attempt_is_refused(tmp_path: Path, store: Path) ->
         job_folder.begin_bringing(here.root, f"{JOB}-1", "cluster/x", {})
 
 
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Attempt]:
+    """A first attempt that runs on another machine, which has the same node root."""
+    attempt = Attempt(tmp_path / "node", "echo on > begun; exec sleep 600")
+    attempt.start()
+    attempt.started_pid()
+    path = attempt.folder / "claim.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "boot_id": "of another machine"}))
+    (attempt.folder.parent / "job-aaaaaa-2").mkdir()
+    yield attempt
+    attempt.close()
+
+
+@pytest.mark.slow
+def test_an_attempt_on_another_machine_with_the_same_root_has_ended_before_the_next_begins(elsewhere: Attempt) -> None:
+    root = elsewhere.folder.parent.parent
+    folder = job_folder.take(root, "job-aaaaaa-2", "another tag, as on another machine/job-aaaaaa-2")
+    assert (elsewhere.exit(0)["ended"], elsewhere.processes()) == ("stopped", [])
+    assert json.loads((folder / "writer.json").read_text()) == {"n": 2}
+
+
+@pytest.mark.slow
+def test_an_attempt_that_does_not_end_on_another_machine_keeps_the_next_from_starting(elsewhere: Attempt) -> None:
+    root = elsewhere.folder.parent.parent
+    assert elsewhere.runner
+    elsewhere.runner.send_signal(signal.SIGSTOP)
+    with pytest.raises(ClusterError, match="another machine"):
+        job_folder.take(root, "job-aaaaaa-2", "another/job-aaaaaa-2", elsewhere_s=0.5)
+    assert job_folder.last_writer(root, "job-aaaaaa-2") == 0
+    os.utime(elsewhere.folder / "heartbeat", (time.time() - 60,) * 2)
+    job_folder.take(root, "job-aaaaaa-2", "another/job-aaaaaa-2", elsewhere_s=0.5)
+    elsewhere.runner.send_signal(signal.SIGCONT)
+    assert elsewhere.exit()["ended"] == "stopped", "it is ended as soon as it can be"
+
+
 @pytest.mark.parametrize("path", ["../x", "code/x", "checkpoints/../../x", "checkpoints/out/new/x", "checkpoints//x"])
 def test_no_piece_is_written_outside_the_jobs_folder(tmp_path: Path, path: str) -> None:
     folder = job_folder.job_folder(tmp_path, f"{JOB}-2")
@@ -186,6 +246,8 @@ def test_an_output_that_was_not_kept_is_brought_until_a_week_has_passed(tmp_path
     asyncio.run(replication.bring_left(f"{JOB}-1", "big.bin"))
     assert (store / f"jobs/{JOB}/attempt-1/outputs/big.bin").read_text() == "large"
     assert [event.path for event in seen if isinstance(event, Stored)] == ["outputs/big.bin"]
+    asyncio.run(replication.bring_left(f"{JOB}-1", "big.bin", below="withheld"))
+    assert (store / f"jobs/{JOB}/attempt-1/withheld/big.bin").read_text() == "large"
     for path in ("../writer.json", "out/passwd", "gone"):
         with pytest.raises(NotFoundError, match="not on the node any more"):
             asyncio.run(replication.bring_left(f"{JOB}-1", path))

@@ -80,7 +80,7 @@ MAY: dict[str, frozenset[str]] = {
     "runner": frozenset({"errors", "tracking.frames", "tracking.wire"}),
     "job": frozenset({"runner.contract"}),
     "tracking": GROUND | {"runner.contract", "runner.wandb_runs"},
-    "node": GROUND | {"runner.contract", "runner.unpack"},
+    "node": GROUND | {"runner.contract", "runner.unpack", "runner.processes"},
     "controller": GROUND | {"node", "tracking", "runner.contract", "runner.archive", "runner.rank_failure"},
     "__init__": GROUND | READING | VERBS | {"job"},
     "__main__": frozenset({"cli"}),

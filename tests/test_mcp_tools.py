@@ -287,6 +287,16 @@ def test_a_stop_is_asked_for_and_the_next_step_said(agent: Agent, paper: Api) ->
     assert facts["next"] == "to run it again: train_job"
 
 
+def test_what_looks_like_a_secret_is_fetched_by_a_person_alone(agent: Agent, paper: Api, place: Path) -> None:
+    job = trained(agent, paper, "secretive")
+    write(paper, job, "attempt-1/facts.json", b'{"left": {"id_rsa": 3}, "withheld": ["id_rsa"]}')
+    write(paper, job, "attempt-1/withheld/id_rsa", b"KEY")
+    answer = agent.call_with("download_model", {"job": job.id, "files": ["id_rsa"]})
+    assert answer.error
+    assert f"raylaunch get {job.id}" in answer.text
+    assert not list((place / "work").glob("**/id_rsa"))
+
+
 def test_a_model_is_fetched_with_its_checksum_and_never_answered(agent: Agent, paper: Api, place: Path) -> None:
     job = trained(agent, paper, "model")
     keep(paper, job, "attempt-1/outputs/best/model.pt", b"secret weights")

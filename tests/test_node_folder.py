@@ -16,9 +16,10 @@ from support.waiting import wait_until
 from raylaunch.errors import ConflictError, NotFoundError
 from raylaunch.node import folder, preparing
 from raylaunch.node.files import disk_use
-from raylaunch.node.processes import boot_id, started_ticks
+from raylaunch.node.processes import started_ticks
 from raylaunch.node.steward import sweep
 from raylaunch.runner.contract import VAR_ATTEMPT
+from raylaunch.runner.processes import boot_id
 
 
 def prepared(root: Path, package: Path | None = None, attempt: str = "digits-abc-1") -> preparing.Ready:

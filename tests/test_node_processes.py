@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 from support.waiting import wait_until
 
-from raylaunch.node.processes import boot_id, end_processes, processes_of, runner_alive, started_ticks
+from raylaunch.node.processes import end_processes, processes_of, runner_alive, started_ticks
 from raylaunch.runner.contract import VAR_ATTEMPT, Claim
+from raylaunch.runner.processes import boot_id
 
 FAMILY = """
 import os, sys, time
@@ -64,7 +65,15 @@ def test_the_runner_named_by_the_claim_is_ended_though_it_has_no_tag(tag: str) -
     assert not runner_alive(claim)
 
 
-@pytest.mark.parametrize("change", [{"started_ticks": 1}, {"boot_id": "another boot"}])
+def test_a_claim_of_a_runner_of_0_1_0_names_the_boot_alone() -> None:
+    claim = claim_of(os.getpid())
+    claim["boot_id"] = claim["boot_id"].partition(":")[0]
+    assert runner_alive(claim)
+
+
+@pytest.mark.parametrize(
+    "change", [{"started_ticks": 1}, {"boot_id": "another boot"}, {"boot_id": f"{boot_id()}of-another-namespace"}]
+)
 def test_a_pid_that_was_used_again_is_not_the_runner(tag: str, change: dict[str, object]) -> None:
     innocent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     claim: Claim = {**claim_of(innocent.pid), **change}  # type: ignore[typeddict-item]  # one field is wrong on purpose

@@ -51,12 +51,13 @@ def test_new_and_changed_files_are_kept_and_others_not(place: Place) -> None:
     place.before = snapshot(place.code)
     place.write("data.txt", "changed by the program")
     place.write("out/metrics.csv")
-    assert place.collect() == Kept([], {})
+    assert place.collect() == Kept([], {}, [])
     assert place.outputs() == ["data.txt", "out/metrics.csv"]
 
 
 def test_caches_and_what_wandb_writes_are_no_outputs(place: Place) -> None:
     for path in (
+        *(".hypothesis/x", ".nv/ComputeCache/x", ".eggs/x"),
         *("__pycache__/a.pyc", "lib.pyc", ".cache/x", "core.1234", "pkg.egg-info/PKG-INFO", ".git/index"),
         *("env/pyvenv.cfg", "env/lib/x.py", "hub/CACHEDIR.TAG", "hub/model", "logs/wandb/offline-run-1-a/run-a.wandb"),
     ):
@@ -66,12 +67,24 @@ def test_caches_and_what_wandb_writes_are_no_outputs(place: Place) -> None:
     assert place.outputs() == ["integrations/wandb/__init__.py"]
 
 
-def test_what_looks_like_a_secret_is_named_and_neither_kept_nor_left(place: Place) -> None:
+def test_what_looks_like_a_secret_is_named_and_stays_without_being_kept(place: Place) -> None:
     place.write(".env", "TOKEN=planted")
     place.write("key.txt", "-----BEGIN PRIVATE KEY-----\nplanted\n")
+    place.write("big.bin", "x" * 50)
     found = place.collect(limits=Limits(0, 0))
-    assert found.warnings == ["outputs: not kept, for they look like secrets: key.txt (36 B), .env (13 B)"]
-    assert (place.outputs(), place.outputs("left"), found.left) == ([], [], {})
+    assert "not kept, for they look like secrets: key.txt (36 B), .env (13 B)" in found.warnings[1]
+    assert found.left == {"big.bin": 50, ".env": 13, "key.txt": 36}
+    assert found.withheld == [".env", "key.txt"]
+    assert (place.outputs(), place.outputs("left")) == ([], [".env", "big.bin", "key.txt"])
+
+
+def test_what_cannot_be_kept_stays_too(place: Place) -> None:
+    place.write("out/model.pt")
+    (place.kept / "outputs").mkdir()
+    (place.kept / "outputs/out").write_text("a file, where a folder is needed")
+    found = place.collect()
+    assert "out/model.pt could not be kept" in found.warnings[0]
+    assert (found.left, place.outputs("left")) == ({"out/model.pt": 3}, ["out/model.pt"])
 
 
 def test_what_is_over_the_limit_stays_and_is_said_with_its_size(place: Place) -> None:
@@ -135,14 +148,19 @@ def test_globs_next_to_auto_are_kept_whatever_their_size(place: Place) -> None:
 def test_the_next_attempt_replaces_what_was_collected_and_never_the_programs_own(place: Place) -> None:
     place.write("collected.csv", "one")
     place.write("own.csv", "from the working directory")
+    place.write("same.csv", "same")
     (place.kept / "outputs").mkdir()
     (place.kept / "outputs/own.csv").write_text("own")
-    place.collect()
+    (place.kept / "outputs/same.csv").write_text("same")
+    found = place.collect()
     (place.code / "collected.csv").unlink()
     place.write("collected.csv", "second")
     place.collect()
     assert (place.kept / "outputs/collected.csv").read_text() == "second"
     assert (place.kept / "outputs/own.csv").read_text() == "own"
+    assert (place.kept / "outputs/working-dir/own.csv").read_text() == "from the working directory"
+    assert place.outputs() == ["collected.csv", "own.csv", "same.csv", "working-dir/own.csv"]
+    assert ["working-dir/own.csv" in warning for warning in found.warnings] == [True]
 
 
 def test_the_runner_keeps_what_its_program_wrote_and_says_what_is_left(tmp_path: Path) -> None:

@@ -40,8 +40,14 @@ def files(cluster_file: Path | None, *, job: str, kind: str | None, as_json: boo
 
 
 def _name(file: Artifact) -> str:
-    more = f" -> {file.link}" if file.link else " (not kept, on its node)" if file.left else ""
+    more = f" -> {file.link}" if file.link else _left(file)
     return f"{file.path}{more}"
+
+
+def _left(file: Artifact) -> str:
+    if file.withheld:
+        return " (not kept, looks like a secret; on its node)"
+    return " (not kept, on its node)" if file.left else ""
 
 
 @click.command(epilog="Example:  raylaunch get last model.pt --to models/")

@@ -9,14 +9,15 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Literal, TypeAlias
+from types import MappingProxyType
+from typing import Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, Field, ValidationError
 
 from raylaunch.controller.journal import JOURNAL, write_problem
 from raylaunch.controller.packages import file_sha256
 from raylaunch.errors import NotFoundError
-from raylaunch.runner.contract import CHECKPOINTS, FACTS, LEFT_S, LOGS, OUTPUTS, WANDB
+from raylaunch.runner.contract import CHECKPOINTS, FACTS, LEFT_S, LOGS, OUTPUTS, WANDB, WITHHELD
 from raylaunch.state import Artifact, JobState, Usage
 
 MANIFEST = "manifest.json"
@@ -42,6 +43,22 @@ class Manifest(BaseModel):
     files: dict[str, ManifestEntry] = Field(default_factory=dict)
 
 
+class Left(NamedTuple):
+    """Outputs of a job's last attempt that were not kept, and are on its node for some days."""
+
+    n: int
+    """The attempt's number."""
+    sizes: Mapping[str, int] = MappingProxyType({})
+    """By path, relative to the working directory."""
+    withheld: frozenset[str] = frozenset()
+    """Those that look like secrets."""
+
+    def name_of(self, path: str) -> str:
+        """Return which of them `path` means, as `Artifacts.path` takes it; else nothing."""
+        name = path.removeprefix(f"attempt-{self.n}/").removeprefix(f"{OUTPUTS}/")
+        return name if name in self.sizes else ""
+
+
 class Artifacts:
     """The files of all jobs of a store. May be used from several threads."""
 
@@ -55,24 +72,45 @@ class Artifacts:
         folder, known = self._jobs / job_id, self._known(job_id)
         found = [(path, _artifact(path, facts, known.get(path))) for path, facts in _walk(folder)]
         found += _links(folder, known)
-        n, left = self.left(job_id)
-        for path in left.keys() - {path.partition(f"attempt-{n}/{OUTPUTS}/")[2] for path, _ in found}:
-            artifact = _artifact(f"attempt-{n}/{OUTPUTS}/{path}", None, None)
-            found.append((artifact.path, artifact.model_copy(update={"bytes": left[path], "left": True})))
+        left = self.left(job_id)
+        for path in left.sizes.keys() - {path.partition(f"attempt-{left.n}/{OUTPUTS}/")[2] for path, _ in found}:
+            artifact = _artifact(f"attempt-{left.n}/{OUTPUTS}/{path}", None, None)
+            facts = {"bytes": left.sizes[path], "left": True, "withheld": path in left.withheld}
+            found.append((artifact.path, artifact.model_copy(update=facts)))
         return tuple(artifact for _, artifact in sorted(found, key=_listed_at))
 
-    def left(self, job_id: str) -> tuple[int, dict[str, int]]:
-        """Return the number of the last attempt, and the sizes of its outputs that were not kept, by path."""
+    def left(self, job_id: str) -> Left:
+        """Return what the last attempt has left on its node."""
         numbers = [int(path.parent.name[8:]) for path in (self._jobs / job_id).glob(f"attempt-*/{FACTS}")]
         n = max(numbers, default=0)
         facts = self._jobs / job_id / f"attempt-{n}" / FACTS
         try:
             if time.time() - facts.stat().st_mtime > LEFT_S:
-                return n, {}
-            left = json.loads(facts.read_bytes()).get("left", {})
-            return n, {str(path): int(size) for path, size in left.items()}
+                return Left(n)
+            found = json.loads(facts.read_bytes())
+            sizes = {str(path): int(size) for path, size in found.get("left", {}).items()}
+            return Left(n, sizes, frozenset(str(path) for path in found.get("withheld", ())))
         except (OSError, ValueError, AttributeError, TypeError):
-            return n, {}
+            return Left(n)
+
+    def withheld(self, job_id: str, path: str) -> tuple[Path, Artifact]:
+        """Return where an output that looks like a secret lies in the store, once it was fetched for the job's owner.
+
+        Args:
+            job_id: the job's id.
+            path: relative to the working directory.
+
+        Raises:
+            NotFoundError: it was not fetched.
+        """
+        n = self.left(job_id).n
+        found = _inside(self._jobs / job_id / f"attempt-{n}" / WITHHELD, path)
+        if found is None:
+            msg = f"{job_id} has no file {path!r}"
+            raise NotFoundError(msg)
+        facts = found.stat()
+        entry = ManifestEntry(bytes=facts.st_size, sha256=file_sha256(found), mtime_ns=facts.st_mtime_ns)
+        return found, _artifact(f"attempt-{n}/{OUTPUTS}/{path}", facts, entry)
 
     def path(self, job_id: str, path: str) -> tuple[Path, Artifact]:
         """Return where a file of a job lies in the store, and what is known of it.
@@ -88,7 +126,7 @@ class Artifacts:
         folder = self._jobs / job_id
         for candidate in _candidates(folder, path):
             found = _inside(folder, candidate)
-            if found is not None:
+            if found is not None and not _is_withheld(found.relative_to(folder.resolve()).parts):
                 entry = self._known(job_id).get(candidate)
                 return found, _artifact(candidate, found.stat(), entry)
         msg = f"{job_id} has no file {path!r}"
@@ -182,7 +220,8 @@ class Artifacts:
 def _walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Yield regular files with their facts, a folder's own first, by name; links are not followed."""
     for root, folders, names in os.walk(folder):
-        folders.sort()
+        here = Path(root).relative_to(folder).parts
+        folders[:] = sorted(name for name in folders if not _is_withheld((*here, name)))
         for name in sorted(name for name in names if not any(mark in name for mark in _UNDER_WAY)):
             path = Path(root, name)
             try:
@@ -191,6 +230,11 @@ def _walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
                 continue
             if not path.is_symlink() and path.is_file():
                 yield path.relative_to(folder).as_posix(), facts
+
+
+def _is_withheld(parts: tuple[str, ...]) -> bool:
+    """Whether a path in a job's folder is, or is in, what only its owner gets."""
+    return parts[1:2] == (WITHHELD,) and parts[0].startswith("attempt-")
 
 
 def _once(files: Iterable[tuple[str, os.stat_result]]) -> Iterator[tuple[str, os.stat_result]]:

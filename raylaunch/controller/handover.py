@@ -17,7 +17,7 @@ from raylaunch.controller.replication import Call
 from raylaunch.errors import TransferError
 from raylaunch.node.files import LINK, kept_files
 from raylaunch.node.job_folder import Wanted
-from raylaunch.runner.contract import ATTEMPT, CLAIM
+from raylaunch.runner.contract import ATTEMPT, CLAIM, COLLECTED
 
 _PIECE = 8 * 1024 * 1024
 _CALL_S = 120.0
@@ -31,6 +31,8 @@ class Before(NamedTuple):
     files: dict[str, Wanted]
     job_dir: str
     """Where the job's folder was on its node; empty where that is not known."""
+    collected: list[str]
+    """Those of its outputs that were found in the working directory, as far as its attempts have said."""
 
 
 def before(store: Path, attempt: str) -> Before | None:
@@ -41,7 +43,7 @@ def before(store: Path, attempt: str) -> Before | None:
         if (folder / CLAIM).is_file():
             spec = _json(folder / ATTEMPT)
             job_dir = spec.get("job_dir", "") if isinstance(spec, dict) else ""
-            return Before(n, folder, dict(_files(folder)), str(job_dir))
+            return Before(n, folder, dict(_files(folder)), str(job_dir), _collected(store / "jobs" / job, n))
     return None
 
 
@@ -66,7 +68,7 @@ async def bring(call: Call, store: Path, attempt: str, tag: str) -> str:
         wanted = cast("list[str]", await call("begin_bringing", attempt, tag, found.files, timeout_s=_CALL_S))
         for path in wanted:
             await _bring(call, attempt, path, found)
-        await call("end_bringing", attempt, found.n, timeout_s=_CALL_S)
+        await call("end_bringing", attempt, found.n, found.collected, timeout_s=_CALL_S)
     return found.job_dir
 
 
@@ -99,6 +101,13 @@ def _files(folder: Path) -> Iterator[tuple[str, Wanted]]:
             yield path, Wanted(stat.size, int(entry[1]), str(entry[2]))
         elif not path.endswith(".raylaunch-part"):
             yield path, Wanted(stat.size, 0, "")
+
+
+def _collected(job: Path, n: int) -> list[str]:
+    """Return the list of the latest attempt that has one: each goes on with that of the attempt before."""
+    lists = (_json(job / f"attempt-{number}" / COLLECTED) for number in range(n, 0, -1))
+    found = next((each for each in lists if isinstance(each, list)), [])
+    return [path for path in found if isinstance(path, str)]
 
 
 def _json(path: Path) -> dict[str, object] | list[object] | None:

@@ -265,20 +265,22 @@ class Link:
         """
         await self.ask("forget", {"node_id": node_id, "attempt": attempt, "again": again}, timeout_s=120)
 
-    async def bring_left(self, node_id: str, attempt: str, path: str) -> None:
-        """Bring an output that was over the limits, and stayed on the node, into the store.
+    async def bring_left(self, node_id: str, attempt: str, path: str, *, below: str) -> None:
+        """Bring an output that was not kept, and stayed on the node, into the store.
 
         Args:
             node_id: Ray's id of the node.
             attempt: The attempt's id.
             path: Of the file, relative to the working directory.
+            below: The folder of the attempt in the store that it goes into.
 
         Raises:
             ClusterDownError: The link is down.
             NotFoundError: There is no such node, or the file is not there any more.
             ClusterError: The node's agent does not answer.
         """
-        await self.ask("bring_left", {"node_id": node_id, "attempt": attempt, "path": path}, timeout_s=_LEFT_S)
+        asked = {"node_id": node_id, "attempt": attempt, "path": path, "below": below}
+        await self.ask("bring_left", asked, timeout_s=_LEFT_S)
 
     async def ask(self, method: str, params: Mapping[str, object], *, timeout_s: float) -> object:
         """Ask the child for one of the methods of `raylaunch.controller.ray_link.Program`.

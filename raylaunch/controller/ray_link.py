@@ -221,9 +221,9 @@ class Program:
         await node.replication.forget(attempt)
         return answer
 
-    async def bring_left(self, node_id: str, attempt: str, path: str) -> None:
+    async def bring_left(self, node_id: str, attempt: str, path: str, below: str) -> None:
         """Bring an output that was not kept."""
-        await self._node(node_id).replication.bring_left(attempt, path)
+        await self._node(node_id).replication.bring_left(attempt, path, below=below)
 
     async def ray_log(self, node_id: str, submission: str, **place: object) -> object:
         """Return bytes of the log of a job of plain Ray."""

@@ -88,8 +88,8 @@ class Replication:
         found = await self._write(lambda: self._mirror.have([attempt]))
         return found.get(attempt, {})
 
-    async def bring_left(self, attempt: str, path: str) -> None:
-        """Bring an output that stayed on the node: it was over the limits of what is kept.
+    async def bring_left(self, attempt: str, path: str, *, below: str = OUTPUTS) -> None:
+        """Bring an output that was not kept, and stayed on the node, into a folder of the attempt.
 
         Raises:
             NotFoundError: it is not there any more.
@@ -104,7 +104,7 @@ class Replication:
             final = offset + len(data) >= size or not data
             chunk = Chunk(
                 attempt=attempt,
-                path=f"{OUTPUTS}/{path}",
+                path=f"{below}/{path}",
                 mode="replace",
                 offset=offset,
                 data=data,

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
@@ -15,9 +16,12 @@ from fastapi.responses import StreamingResponse
 from starlette.convertors import PathConvertor, register_url_convertor
 
 from raylaunch.controller.answers import answer, file_answer
-from raylaunch.controller.asking import Has, Job, require_ours
+from raylaunch.controller.asking import Has, Job, Who, require_ours
+from raylaunch.controller.auth import Caller, Role
 from raylaunch.controller.guarded import GuardedRoute
-from raylaunch.errors import NotFoundError
+from raylaunch.controller.record import JobRecord
+from raylaunch.controller.services import Services
+from raylaunch.errors import AccessError, NotFoundError
 from raylaunch.state import Artifact, MetricsPage
 
 
@@ -67,19 +71,39 @@ async def files(record: Job, services: Has) -> Response:
 
 @router.head("/jobs/{ref}/files/{path:file}", response_class=Response, include_in_schema=False)
 @router.get("/jobs/{ref}/files/{path:file}", response_class=Response)
-async def file(record: Job, path: str, request: Request, services: Has) -> Response:
-    """Return one file, or a range of it."""
+async def file(record: Job, path: str, request: Request, services: Has, caller: Who) -> Response:
+    """Return one file, or a range of it. One that was not kept is brought from its node first."""
     require_ours(record, "files")
     try:
         where, artifact = await anyio.to_thread.run_sync(services.artifacts.path, record.id, path)
     except NotFoundError:
-        if not await services.jobs.bring_left(record, path):
+        left = await anyio.to_thread.run_sync(services.artifacts.left, record.id)
+        name = left.name_of(path)
+        if not name:
             raise
-        where, artifact = await anyio.to_thread.run_sync(services.artifacts.path, record.id, path)
+        where, artifact = await _left(record, name, services, caller, withheld=name in left.withheld)
     headers = {"X-File": quote(str(where))}  # an account of this host that may read it need not ask for its bytes
     if artifact.sha256:
         headers["X-Sha256"] = artifact.sha256
     return file_answer(where, request, headers=headers)
+
+
+async def _left(
+    record: JobRecord, name: str, services: Services, caller: Caller, *, withheld: bool
+) -> tuple[Path, Artifact]:
+    """Bring an output that was not kept; what looks like a secret for its owner alone, and not among the others."""
+    caller.require(Role.TRAINER, "fetch files that were not kept from")
+    if not withheld:
+        await services.jobs.bring_left(record, name)
+        return await anyio.to_thread.run_sync(services.artifacts.path, record.id, name)
+    if caller.person != record.owner:
+        msg = f"{name} looks like a secret, and only {record.owner}, whose job it is, can fetch it"
+        raise AccessError(msg)
+    try:
+        return await anyio.to_thread.run_sync(services.artifacts.withheld, record.id, name)
+    except NotFoundError:
+        await services.jobs.bring_left(record, name)
+    return await anyio.to_thread.run_sync(services.artifacts.withheld, record.id, name)
 
 
 async def _encoded(lines: Iterator[str]) -> AsyncIterator[bytes]:

@@ -66,8 +66,8 @@ class JobVerbs(Protocol):
     async def wait_growth(self, attempt_id: str, timeout_s: float) -> None:
         """Return when a file of the attempt has grown in the store, or the time is over."""
 
-    async def bring_left(self, record: JobRecord, path: str) -> bool:
-        """Bring an output that was not kept from its node; returns whether the file is one of those."""
+    async def bring_left(self, record: JobRecord, name: str) -> None:
+        """Bring an output that was not kept, one of `Artifacts.left`, from its node."""
 
     async def node_usage(self) -> tuple[NodeUsage, ...]:
         """Return what raylaunch takes on the nodes' disks, apart from the store."""

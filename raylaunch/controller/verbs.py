@@ -196,9 +196,9 @@ class Verbs:
         """Return when anything of the attempt changed, or the time is over."""
         await self._sight.growth(attempt_id, timeout_s)
 
-    async def bring_left(self, record: JobRecord, path: str) -> bool:
-        """Bring an output that was not kept from its node; returns whether the file is one of those."""
-        return await self._left.bring(record, path)
+    async def bring_left(self, record: JobRecord, name: str) -> None:
+        """Bring an output that was not kept from its node."""
+        await self._left.bring(record, name)
 
     async def node_usage(self) -> tuple[NodeUsage, ...]:
         """Ask each node what raylaunch takes on its disk; one that does not answer is left out."""

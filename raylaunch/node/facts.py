@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from raylaunch.node.folder import attempts_in, read_json
-from raylaunch.node.processes import boot_id, environment_of
+from raylaunch.node.processes import environment_of
 from raylaunch.runner.contract import ATTEMPT, VAR_ATTEMPT, VAR_NODE_ROOT
+from raylaunch.runner.processes import boot_id
 from raylaunch.version import __version__
 
 _MIB = 1024 * 1024

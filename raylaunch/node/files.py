@@ -15,6 +15,7 @@ from raylaunch.runner.contract import (
     ATTEMPT,
     CHECKPOINTS,
     CLAIM,
+    COLLECTED,
     EXIT,
     FACTS,
     LOGS,
@@ -31,7 +32,7 @@ KEPT_BY_JOB = (CHECKPOINTS, OUTPUTS)
 LINK = "link:"
 """Before a link's target, where a file has its checksum."""
 
-_RECORDS = (ATTEMPT, CLAIM, FACTS, STARTED, STOP, PROGRESS, EXIT)
+_RECORDS = (ATTEMPT, CLAIM, FACTS, STARTED, STOP, PROGRESS, COLLECTED, EXIT)
 _WANDB_FILES = "files"
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 

@@ -6,14 +6,15 @@ import json
 import math
 import os
 import re
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 from raylaunch.errors import NotFoundError
-from raylaunch.node.processes import boot_id
 from raylaunch.runner.contract import CLAIM, HEARTBEAT, SECRETS, STOP, Claim, StopWish
+from raylaunch.runner.processes import boot_id
 
 FENCED = "fenced"
 """Epoch of a claim that a fence made: no runner has it."""
@@ -63,7 +64,7 @@ def close(root: Path, attempt: str) -> Claim:
     folder = attempt_folder(root, attempt)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     mine = Claim(epoch=FENCED, pid=0, started_ticks=0, boot_id=boot_id(), at=time.time())
-    beside = folder / f".{CLAIM}.{os.getpid()}"
+    beside = folder / f".{CLAIM}.{os.getpid()}.{secrets.token_hex(8)}"
     write_file(beside, json.dumps(mine).encode())
     try:
         os.link(beside, folder / CLAIM)

@@ -2,27 +2,44 @@
 
 ``<node root>/jobs/<job>/checkpoints`` and ``outputs`` are the same for each attempt of the job; the attempt's folder
 has links to them. ``writer.json`` says which attempt has written there last, so that no older one writes there again,
-and that a copy which is older than the store's is replaced.
+and that a copy which is older than the store's is replaced. Several machines may have one root, by NFS: an older
+attempt whose runner is on another machine is ended by that runner, which is asked to, before a newer one starts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from raylaunch.errors import ConflictError, NotFoundError, TransferError
+from raylaunch.errors import ClusterError, ConflictError, NotFoundError, TransferError
 from raylaunch.node.files import KEPT_BY_JOB, LINK, FileStat, kept_files
-from raylaunch.node.folder import attempt_folder, attempts_in, close, read_json, write_json
+from raylaunch.node.folder import (
+    FENCED,
+    attempt_folder,
+    attempts_in,
+    beat_at,
+    close,
+    read_json,
+    wish_stop,
+    write_file,
+    write_json,
+)
 from raylaunch.node.processes import end_processes
-from raylaunch.runner.contract import COLLECTED, LEFT, LEFT_S, WRITER
+from raylaunch.runner.contract import COLLECTED, EXIT, LEFT, LEFT_S, WRITER, StopWish
+from raylaunch.runner.processes import is_of_here
 
 _PART = ".raylaunch-part"
+_ELSEWHERE_S = 60.0
+_SILENT_S = 20.0
+"""Without a heartbeat for so long a runner on another machine is dead: it beats once a second."""
+_POLL_S = 0.2
 
 
 class LeftPiece(NamedTuple):
@@ -52,18 +69,24 @@ def last_writer(root: Path, attempt: str) -> int:
     return n if isinstance(n, int) else 0
 
 
-def take(root: Path, attempt: str, tag: str) -> Path:
+def take(root: Path, attempt: str, tag: str, *, elsewhere_s: float = _ELSEWHERE_S) -> Path:
     """Give the job's folder to an attempt, and return it. May be repeated.
 
     Older attempts of the job are closed first, and their processes ended: nothing else writes there from now on.
 
+    Args:
+        root: the node root.
+        attempt: the one that is about to start here.
+        tag: its value of `raylaunch.runner.contract.VAR_ATTEMPT`.
+        elsewhere_s: how long the runner of an older attempt on another machine with the same root may take to end it.
+
     Raises:
         ConflictError: a newer attempt has it.
-        ClusterError: a process of an older attempt cannot be ended.
+        ClusterError: a process of an older attempt cannot be ended, or its runner on another machine does not end it.
     """
     folder, number = job_folder(root, attempt), int(attempt.rpartition("-")[2])
     _expire(root, folder)
-    _close_older(root, attempt, tag)
+    _close_older(root, attempt, tag, elsewhere_s=elsewhere_s)
     for name in KEPT_BY_JOB:
         _make_folder(folder / name)
         link = attempt_folder(root, attempt) / name
@@ -135,9 +158,18 @@ def bring(root: Path, attempt: str, path: str, offset: int, data: bytes, wanted:
     part.replace(where)
 
 
-def end_bringing(root: Path, attempt: str, before: int) -> None:
-    """Write down that the job has the files of the attempt numbered `before` here."""
-    write_json(job_folder(root, attempt) / WRITER, {"n": before})
+def end_bringing(root: Path, attempt: str, before: int, collected: Sequence[str] = ()) -> None:
+    """Write down that the job has the files of the attempt numbered `before` here.
+
+    Args:
+        root: the node root.
+        attempt: the one that is about to start here.
+        before: the number of the one before.
+        collected: those of its outputs that were found in the working directory, which this attempt may replace.
+    """
+    folder = job_folder(root, attempt)
+    write_file(folder / COLLECTED, json.dumps(list(collected)).encode())
+    write_json(folder / WRITER, {"n": before})
 
 
 def read_left(root: Path, attempt: str, path: str, offset: int, limit: int) -> LeftPiece:
@@ -156,7 +188,7 @@ def read_left(root: Path, attempt: str, path: str, offset: int, limit: int) -> L
             file.seek(offset)
             return LeftPiece(file.read(limit), found.st_size, found.st_mtime_ns)
     except OSError:
-        msg = f"{path} is not on the node any more: what is over the limits of a job's outputs stays for 7 days"
+        msg = f"{path} is not on the node any more: outputs that were not kept stay for {LEFT_S // 86400} days"
         raise NotFoundError(msg) from None
 
 
@@ -175,7 +207,7 @@ def drop(root: Path, attempt: str) -> None:
     write_json(folder / WRITER, {"n": 0})
 
 
-def _close_older(root: Path, attempt: str, tag: str) -> None:
+def _close_older(root: Path, attempt: str, tag: str, *, elsewhere_s: float = _ELSEWHERE_S) -> None:
     """Make sure that no older attempt of the job writes on this node any more.
 
     Raises:
@@ -189,11 +221,41 @@ def _close_older(root: Path, attempt: str, tag: str) -> None:
         raise ConflictError(msg)
     for other in sorted(others - {int(number)}):
         name = f"{job}-{other}"
-        end_processes(tag.removesuffix(attempt) + name, close(root, name))
+        claim = close(root, name)
+        end_processes(tag.removesuffix(attempt) + name, claim)
+        if claim["epoch"] != FENCED and not is_of_here(claim["boot_id"]):
+            _end_elsewhere(root, name, elsewhere_s)
         for kept in KEPT_BY_JOB:
             link = attempt_folder(root, name) / kept
             if link.is_symlink():
                 link.unlink()
+
+
+def _end_elsewhere(root: Path, attempt: str, limit_s: float) -> None:
+    """Wait until an attempt's runner, which is on another machine or was on this one before a reboot, has ended it.
+
+    Raises:
+        ClusterError: it still lives.
+    """
+    folder, deadline = attempt_folder(root, attempt), time.monotonic() + limit_s
+    wish_stop(root, attempt, StopWish(why="stopped", grace_s=0.0))
+    while read_json(folder / EXIT) is None and _beats(folder):
+        if time.monotonic() > deadline:
+            msg = f"{attempt} still runs on another machine that has the folder {root} too"
+            raise ClusterError(msg, hint="end it there, or give each host a root of its own that others do not have")
+        time.sleep(_POLL_S)
+
+
+def _beats(folder: Path) -> bool:
+    """Return whether a runner gives signs of life, by the clock of the disk that it writes to."""
+    at = beat_at(folder)
+    if at is None:
+        return False
+    clock = folder / f".clock.{os.getpid()}"
+    clock.write_bytes(b"")
+    now = clock.stat().st_mtime
+    clock.unlink(missing_ok=True)
+    return now - at < _SILENT_S
 
 
 def _equal(stat: FileStat, wanted: Wanted) -> bool:

@@ -10,12 +10,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from raylaunch.errors import ClusterError
 from raylaunch.runner.contract import VAR_ATTEMPT, Claim
+from raylaunch.runner.processes import is_of_here
 
 _PROC = Path("/proc")
 _START_TIME_FIELD = 22
@@ -27,12 +27,6 @@ class ProcessId(NamedTuple):
 
     pid: int
     started_ticks: int
-
-
-@lru_cache(maxsize=1)
-def boot_id() -> str:
-    """Return the id of this boot of the machine: pids and start ticks mean nothing after another."""
-    return (_PROC / "sys/kernel/random/boot_id").read_text().strip()
 
 
 def started_ticks(pid: int) -> int | None:
@@ -49,7 +43,7 @@ def started_ticks(pid: int) -> int | None:
 
 def runner_alive(claim: Claim | None) -> bool:
     """Return whether the runner that made a claim lives."""
-    if claim is None or claim["boot_id"] != boot_id() or claim["pid"] <= 0:
+    if claim is None or not is_of_here(claim["boot_id"]) or claim["pid"] <= 0:
         return False
     return started_ticks(claim["pid"]) == claim["started_ticks"]
 

@@ -188,9 +188,9 @@ class Steward:
 
         await self._in_thread(take)
 
-    async def end_bringing(self, attempt: str, before: int) -> None:
-        """Write down that the files of the attempt numbered `before` are here."""
-        await self._in_thread(lambda: job_folder.end_bringing(self._root, attempt, before))
+    async def end_bringing(self, attempt: str, before: int, collected: list[str]) -> None:
+        """Write down that the files of the attempt numbered `before` are here, and which of them it had collected."""
+        await self._in_thread(lambda: job_folder.end_bringing(self._root, attempt, before, collected))
 
     async def read_left(self, attempt: str, path: str, offset: int, limit: int) -> job_folder.LeftPiece:
         """Return a piece of an output that was not kept."""

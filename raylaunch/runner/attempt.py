@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -304,9 +305,11 @@ class Attempt:
         limits = outputs.Limits(spec["outputs_size"], spec["outputs_files"])
         folder = Path(spec["job_dir"] or self._folder)
         kept = outputs.collect(self._code, folder, spec["outputs"], limits, self._before)
+        if (folder / contract.COLLECTED).is_file() and folder != self._folder:
+            shutil.copyfile(str(folder / contract.COLLECTED), str(self._folder / contract.COLLECTED))
         if kept.warnings:
             self._facts["warnings"] = [*self._facts["warnings"], *kept.warnings]
-            self._facts["left"] = kept.left
+            self._facts["left"], self._facts["withheld"] = kept.left, kept.withheld
             claim.write_whole(self._folder / contract.FACTS, self._facts)
 
     def _facts_of_end(self, wish: Wish | None) -> Exit:

@@ -59,8 +59,11 @@ def _last_writer(spec: AttemptSpec) -> int:
 
 
 def _make_new(path: Path, data: bytes) -> bool:
-    """Make a file with its whole content, or return False when it is there. Nobody sees it half written."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    """Make a file with its whole content, or return False when it is there. Nobody sees it half written.
+
+    Other machines may have the folder too, and processes with the same id.
+    """
+    beside = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(8).hex()}")
     fd = os.open(str(beside), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(fd, "wb") as file:
         file.write(data)

@@ -24,8 +24,8 @@ One attempt has one folder on its node, ``<node root>/attempts/<attempt id>/``::
 
 A job has one folder on a node, ``<node root>/jobs/<job id>/``, at the same path for each of its attempts, with
 ``checkpoints/``, ``outputs/``, ``writer.json`` (`WRITER`), which says which attempt may write there, ``collected.json``
-(`COLLECTED`) with the outputs that were found in the working directory, and ``left/`` (`LEFT`) with those that are not
-kept, for some days.
+(`COLLECTED`) with the outputs that were found in the working directory, which each attempt has a copy of, and ``left/``
+(`LEFT`) with those that are not kept, for some days.
 
 Only logs, the .wandb file, outputs, checkpoints and the JSON files above travel to the store, under the same names
 below ``jobs/<job>/attempt-<n>/``.
@@ -57,6 +57,10 @@ COLLECTED = "collected.json"
 LEFT = "left"
 LEFT_S = 7 * 24 * 3600
 """How long a job's folder stays on a node that its job has left."""
+WITHHELD = "withheld"
+"""In the store, next to an attempt's `OUTPUTS`: what looks like a secret, once the job's owner has fetched it."""
+APART = "working-dir"
+"""Among `OUTPUTS`: files of the working directory whose names the program has given to other ones there."""
 
 AUTO = "auto"
 NONE = "none"
@@ -205,6 +209,7 @@ class Claim(TypedDict):
     started_ticks: int
     """Field 22 of /proc/PID/stat: with the pid it names one process for ever (until a reboot)."""
     boot_id: str
+    """Which machine it is, as `raylaunch.runner.processes.boot_id` says."""
     at: float
 
 
@@ -239,6 +244,8 @@ class Facts(TypedDict, total=False):
     """Bytes of files that off-line runs have added to artifacts and tables; they are kept in `WANDB_DATA`."""
     left: dict[str, int]
     """Sizes of the outputs that were not kept and stay on the node (`LEFT`), by path."""
+    withheld: list[str]
+    """Those of `left` that look like secrets."""
 
 
 class StopWish(TypedDict):

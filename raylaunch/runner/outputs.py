@@ -1,14 +1,15 @@
 """What a program leaves in its working directory: which of it is kept as outputs, and what of it stays on the node.
 
 Kept by default (`AUTO`) is what is new or changed since the training started, small files first, up to a limit. Left
-out are caches, W&B's own files, and what has a place of its own (`$RAYLAUNCH_CHECKPOINT_DIR`). What looks like a secret
-is only named. What is over the limit stays on the node for some days, in the job's folder, where ``raylaunch get``
-finds it.
+out are caches, W&B's own files, and what has a place of its own (`$RAYLAUNCH_CHECKPOINT_DIR`). What is over the limit,
+looks like a secret or cannot be kept is named, and stays on the node for some days, in the job's folder, where
+``raylaunch get`` finds it; what looks like a secret only for the job's owner, by its name.
 """
 
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import json
 import os
 import re
@@ -17,12 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from raylaunch.runner.contract import AUTO, CHECKPOINTS, COLLECTED, LEFT, NONE, OUTPUTS
+from raylaunch.runner.contract import APART, AUTO, CHECKPOINTS, COLLECTED, LEFT, LEFT_S, NONE, OUTPUTS
 from raylaunch.runner.secret_files import HEAD, holds_private_key, looks_secret
 
 _CACHES = frozenset(
     {
         *("__pycache__", ".cache", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints", ".triton"),
+        *(".hypothesis", ".eggs", ".nv", ".jax_cache", ".numba_cache", ".uv_cache"),
         *(".git", ".raylaunch", ".venv", ".tox", ".nox", "node_modules"),
     }
 )
@@ -31,6 +33,7 @@ _MARKS = ("CACHEDIR.TAG", "pyvenv.cfg")
 _NEVER = re.compile(r".*\.py[co]|\.DS_Store|core\.\d+")
 _OF_WANDB = re.compile(r"(?:offline-)?run-\d|latest-run$|debug(?:-internal)?\.log$")
 _NAMED = 5
+_DAYS = LEFT_S // 86400
 
 if TYPE_CHECKING:
     Snapshot = Mapping[str, tuple[int, int]]
@@ -45,10 +48,13 @@ class Limits(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """How it went, in words; and the sizes of the files that stay on the node, by path."""
+    """How it went, in words; and the files that stay on the node."""
 
     warnings: list[str]
     left: dict[str, int]
+    """Their sizes, by path."""
+    withheld: list[str]
+    """Those of them that look like secrets."""
 
 
 class _File(NamedTuple):
@@ -74,14 +80,12 @@ def collect(code: Path, kept: Path, patterns: Sequence[str], limits: Limits, bef
         before: the working directory as it was.
     """
     place = _Place(code, kept)
-    warnings = [warning for pattern in patterns if pattern not in (AUTO, NONE) for warning in place.keep_all(pattern)]
-    left: dict[str, int] = {}
+    for pattern in patterns:
+        if pattern not in (AUTO, NONE):
+            place.keep_all(pattern)
     if AUTO in patterns:
-        new = [file for file in _walk(code) if before.get(file.path) != (file.size, file.changed_ns)]
-        left, more = place.keep_new(new, limits)
-        warnings += more
-    place.finish()
-    return Kept(warnings, left)
+        place.keep_new([file for file in _walk(code) if before.get(file.path) != (file.size, file.changed_ns)], limits)
+    return place.finish()
 
 
 class _Place:
@@ -96,52 +100,62 @@ class _Place:
         except (OSError, ValueError):
             self._before = set()
         self._now: set[str] = set()
+        self._warnings: list[str] = []
+        self._left: dict[str, int] = {}
+        self._withheld: list[str] = []
         self._has = {
             (found.st_dev, found.st_ino)
             for name in (CHECKPOINTS, OUTPUTS)
             for found in map(os.stat, _files_below(kept / name))
         }
 
-    def keep_all(self, pattern: str) -> list[str]:
-        """Keep what matches a glob; returns warnings."""
+    def keep_all(self, pattern: str) -> None:
+        """Keep what matches a glob."""
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-            return [f"outputs: {pattern!r} leads out of the working directory and was not kept"]
+            self._warnings.append(f"outputs: {pattern!r} leads out of the working directory and was not kept")
+            return
         files = list(_matching(self._code, pattern))
         if not files:
-            return [f"outputs: nothing matches {pattern!r} in the working directory"]
-        return [warning for path in files for warning in self._keep(path.relative_to(self._code).as_posix())]
+            self._warnings.append(f"outputs: nothing matches {pattern!r} in the working directory")
+        for path in files:
+            self._keep(path.relative_to(self._code).as_posix())
 
-    def keep_new(self, new: Sequence[_File], limits: Limits) -> tuple[dict[str, int], list[str]]:
-        """Keep new files up to the limits; returns those that stay on the node, and warnings."""
-        left: dict[str, int] = {}
-        secret: list[_File] = []
-        warnings: list[str] = []
+    def keep_new(self, new: Sequence[_File], limits: Limits) -> None:
+        """Keep new files up to the limits."""
+        over: dict[str, int] = {}
+        secret: dict[str, int] = {}
         room, count = limits.size, limits.files
         for file in sorted((file for file in new if not file.link), key=lambda file: (file.size, file.path)):
             if self._is_kept_anyway(file):
                 continue
             if self._looks_secret(file):
-                secret.append(file)
+                secret[file.path] = file.size
             elif count and file.size <= room:
                 room, count = room - file.size, count - 1
-                warnings += self._keep(file.path)
+                self._keep(file.path)
             else:
-                left[file.path] = file.size
+                over[file.path] = file.size
         for file in new:
             if file.link:
                 self._keep_link(file.path)
-        self._leave(left)
-        if left:
-            warnings.append(_words_of_left(left, limits))
+        if over:
+            self._warnings.append(_words_of_left(over, limits))
         if secret:
-            named = _named([(file.path, file.size) for file in secret])
-            warnings.append(f"outputs: not kept, for they look like secrets: {named}")
-        return left, warnings
+            self._warnings.append(
+                f"outputs: not kept, for they look like secrets: {_named(secret)}; for {_DAYS} days raylaunch get "
+                "fetches each for the job's owner, by its whole name"
+            )
+        self._left.update({**over, **secret})
+        self._withheld += secret
 
-    def finish(self) -> None:
-        """Write down what was collected, for an attempt that may follow."""
+    def finish(self) -> Kept:
+        """Let the other files stay, and write down what was collected, for an attempt that may follow."""
+        gone = self._leave()
+        if gone:
+            self._warnings.append(f"outputs: these could not stay on the node either, and are deleted: {_named(gone)}")
         if self._now or self._before:
             self._collected.write_text(json.dumps(sorted(self._now | self._before)), encoding="utf-8")
+        return Kept(self._warnings, self._left, [path for path in self._withheld if path in self._left])
 
     def _is_kept_anyway(self, file: _File) -> bool:
         found = os.lstat(self._code / file.path)
@@ -156,18 +170,31 @@ class _Place:
         except OSError:
             return False
 
-    def _keep(self, path: str) -> list[str]:
-        target = self._kept / OUTPUTS / path
+    def _keep(self, path: str) -> None:
+        source, target = self._code / path, self._kept / OUTPUTS / path
         try:
-            if os.path.lexists(target):
+            if os.path.lexists(str(target)):
                 if path not in self._before:
-                    return []
+                    self._keep_apart(path)
+                    return
                 target.unlink()
-            _link(self._code / path, target)
+            _link(source, target)
         except OSError as error:
-            return [f"outputs: {path} could not be kept: {error.strerror or error}"]
+            self._warnings.append(f"outputs: {path} could not be kept: {error.strerror or error}")
+            self._left[path] = source.stat().st_size
+            return
         self._now.add(path)
-        return []
+
+    def _keep_apart(self, path: str) -> None:
+        """Keep a file whose name another one has, which the program has put among the outputs itself."""
+        apart = f"{APART}/{path}"
+        if path.startswith(f"{APART}/") or _equal(self._code / path, self._kept / OUTPUTS / path):
+            return
+        _link(self._code / path, self._kept / OUTPUTS / apart, replace=True)
+        self._now.add(apart)
+        self._warnings.append(
+            f"outputs: {path} is kept as {apart}: $RAYLAUNCH_OUTPUT_DIR has another file of that name"
+        )
 
     def _keep_link(self, path: str) -> None:
         """Keep a link to something that is kept."""
@@ -177,12 +204,17 @@ class _Place:
             if (target.parent / leads).exists() and not os.path.lexists(target):
                 target.symlink_to(leads)
 
-    def _leave(self, left: Mapping[str, int]) -> None:
-        """Let files stay on the node when the working directory goes."""
+    def _leave(self) -> dict[str, int]:
+        """Let files stay on the node when the working directory goes; return those that cannot."""
         shutil.rmtree(str(self._kept / LEFT), ignore_errors=True)
-        for path in left:
-            with contextlib.suppress(OSError):  # then it goes, as it was said
-                _link(self._code / path, self._kept / LEFT / path)
+        return {path: self._left.pop(path) for path in list(self._left) if not self._stays(path)}
+
+    def _stays(self, path: str) -> bool:
+        try:
+            _link(self._code / path, self._kept / LEFT / path)
+        except OSError:
+            return False
+        return True
 
 
 def _words_of_left(left: Mapping[str, int], limits: Limits) -> str:
@@ -190,12 +222,12 @@ def _words_of_left(left: Mapping[str, int], limits: Limits) -> str:
     limit = f"{_size(limits.size)} or {limits.files} files (outputs_size, outputs_files)"
     return (
         f"outputs: {count} of the working directory ({_size(sum(left.values()))}) not kept, for more than {limit}: "
-        f"{_named(list(left.items()))}; for 7 days raylaunch get fetches them by name from the node"
+        f"{_named(left)}; for {_DAYS} days raylaunch get fetches them by name from the node"
     )
 
 
-def _named(files: Sequence[tuple[str, int]]) -> str:
-    largest = sorted(files, key=lambda file: -file[1])
+def _named(files: Mapping[str, int]) -> str:
+    largest = sorted(files.items(), key=lambda file: -file[1])
     more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
     return ", ".join(f"{path} ({_size(size)})" for path, size in largest[:_NAMED]) + more
 
@@ -254,8 +286,17 @@ def _matching(code: Path, pattern: str) -> Iterator[Path]:
                 yield file
 
 
-def _link(source: Path, target: Path) -> None:
+def _equal(one: Path, other: Path) -> bool:
+    try:
+        return filecmp.cmp(str(one), str(other), shallow=False)
+    except OSError:  # one is a folder
+        return False
+
+
+def _link(source: Path, target: Path, *, replace: bool = False) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
+    if replace and os.path.lexists(str(target)):
+        target.unlink()
     try:
         os.link(str(source.resolve()), str(target))
     except OSError:  # another file system, or one without hard links

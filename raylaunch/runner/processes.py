@@ -33,11 +33,21 @@ class Found(NamedTuple):
 
 
 def boot_id() -> str:
-    """Return the id of this boot, or an empty text."""
+    """Return the id of this boot of the machine and of the pid namespace, as a container has one; or an empty text.
+
+    Process ids and start ticks mean nothing after another boot, and in another namespace.
+    """
     try:
-        return (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        boot = (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116 -- Path.stat does the same
     except OSError:
         return ""
+
+
+def is_of_here(boot: str) -> bool:
+    """Return whether a claim's `boot_id` is this machine's; 0.1.0 wrote it without the namespace."""
+    here = boot_id()
+    return boot in {here, here.partition(":")[0]}
 
 
 def started_ticks(pid: int) -> int:

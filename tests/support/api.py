@@ -36,7 +36,7 @@ from raylaunch.controller.server import ApiServer
 from raylaunch.controller.services import Services
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.sight import Sight
-from raylaunch.errors import WheelsNeededError
+from raylaunch.errors import NotFoundError, WheelsNeededError
 from raylaunch.state import Change, DryRun, JobView, NodeUsage, SubmitAnswer, SubmitRequest
 from raylaunch.version import API, __version__
 from support.waiting import wait_until
@@ -118,9 +118,9 @@ class Desk:
     def explained(self, view: JobView) -> JobView:
         return view
 
-    async def bring_left(self, record: JobRecord, path: str) -> bool:
-        del record, path  # there is no node
-        return False
+    async def bring_left(self, record: JobRecord, name: str) -> None:
+        msg = f"there is no node that has {name} of {record.id}"
+        raise NotFoundError(msg)
 
     async def node_usage(self) -> tuple[NodeUsage, ...]:
         return ()
