@@ -75,6 +75,20 @@ def test_a_second_job_with_other_code_in_its_required_folders_runs_that_code(mak
 
 
 @pytest.mark.slow
+def test_a_second_job_with_another_wheel_of_the_same_name_runs_its_code(make: Make) -> None:
+    said = []
+    for value in (1, 2):
+        attempt = make(
+            ["python", "-c", "import x; print(x.value)"],
+            {"value": "requirements.txt"},
+            {"requirements.txt": "./wheels/x-1.0-py3-none-any.whl\n"},
+        )
+        tiny_wheel(attempt.code / "wheels", "x", "1.0", body=f"value = {value}")
+        said.append(ran(attempt))
+    assert said == ["1\n", "2\n"]
+
+
+@pytest.mark.slow
 def test_uv_installs_the_project_and_its_workspace_as_uv_run_does(make: Make, tmp_path: Path) -> None:
     workspace = '\n[tool.uv.workspace]\nmembers = ["libs/*"]\n[tool.uv.sources]\nlib = { workspace = true }\n'
     unused = below("libs/unused", {**tiny_project("unused", 0), "backend.py": "raise SystemExit('it is not wanted')\n"})

@@ -105,6 +105,42 @@ def test_a_secret_reaches_workers_and_stands_in_no_runtime_environment(tmp_path:
     assert not start.exists()
 
 
+def test_on_another_node_a_worker_says_that_its_wandb_runs_are_not_kept(tmp_path: Path) -> None:
+    env = prepared(tmp_path / "attempt", env={"WANDB_MODE": "online", "WANDB_PROJECT": "p"})
+    ray_driver.forget(tmp_path / "attempt")  # nothing of the attempt's folder is there
+    (tmp_path / "lib/wandb/sdk").mkdir(parents=True)
+    for package in ("wandb", "wandb/sdk"):
+        (tmp_path / "lib" / package / "__init__.py").touch()
+    (tmp_path / "lib/wandb/sdk/wandb_init.py").write_text("print('opened')")
+    program = tmp_path / "lib/worker.py"
+    program.write_text(
+        "import json, os, sys\nimport wandb.sdk.wandb_init\n"
+        "if __name__ == '__main__': print(json.dumps([sys.argv[1:], dict(os.environ)]))"
+    )
+    started = {
+        **runtime_env(env)["env_vars"],
+        "WANDB_DIR": str(tmp_path / "attempt/wandb"),
+        "HOME": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        ["bash", "-c", f"exec {runtime_env(env)['py_executable']} {program} --port=1 'a b'"],
+        env=started,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    opened, told = done.stdout.splitlines()
+    arguments, seen = json.loads(told)
+    assert (opened, arguments) == ("opened", ["--port=1", "a b"])
+    assert (seen["WANDB_MODE"], seen["WANDB_PROJECT"]) == ("offline", "p")
+    assert Path(seen["WANDB_DIR"]).parent == tmp_path, "a folder of its own"
+    assert done.stderr.count("raylaunch: this worker is on ") == 1
+    assert f"{seen['WANDB_DIR']}; they are off-line" in done.stderr
+
+
 def test_wandbs_key_is_in_a_file_and_in_no_process(tmp_path: Path) -> None:
     theirs = tmp_path / "netrc"
     theirs.write_text("machine example.org login me password mine\n")

@@ -42,6 +42,38 @@ _DEFAULTS = {
 }
 
 
+_ELSEWHERE = """
+import os, runpy, sys, tempfile
+
+for name, value in list(os.environ.items()):
+    if name.startswith(("WANDB_", "NETRC", "RAYLAUNCH_WANDB_")) and value.startswith(FOLDER):
+        del os.environ[name]
+note = ""
+key = "WANDB_API_KEY" in os.environ or os.path.exists(os.environ.get("NETRC") or os.path.expanduser("~/.netrc"))
+if os.environ.get("WANDB_MODE") == "online" and not key:
+    os.environ["WANDB_MODE"] = "offline"
+    note = "; they are off-line, for there is no W&B key here"
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "wandb.sdk.wandb_init":
+            sys.meta_path.remove(self)
+            place = os.environ.setdefault("WANDB_DIR", tempfile.mkdtemp(prefix="raylaunch-wandb-"))
+            sys.stderr.write(
+                "raylaunch: this worker is on %s, not on its driver's node: its W&B runs have ids of W&B's own, are "
+                "neither read nor kept by raylaunch, and are written to %s%s\\n" % (os.uname().nodename, place, note)
+            )
+
+
+sys.meta_path.insert(0, Finder())
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""What a worker on another node begins with: nothing of the attempt's folder is there, and W&B is told so."""
+
+
 class Driver(NamedTuple):
     """What a driver is made from.
 
@@ -154,13 +186,18 @@ def _job_config(driver: Driver, env: Mapping[str, str], environ: Mapping[str, st
         return {}  # not in a Ray job
     runtime_env = config.setdefault("runtime_env", {})
     runtime_env["env_vars"] = {**(runtime_env.get("env_vars") or {}), **_worker_variables(driver, env, environ)}
-    runtime_env["py_executable"] = _command(start, driver.python)
+    runtime_env["py_executable"] = _command(start, driver.python, start.parent.parent.parent)
     return {JOB_CONFIG: json.dumps(config)}
 
 
-def _command(start: Path, python: str) -> str:
-    """Return what Ray puts before a worker's arguments, in bash. Where the script is not, the interpreter may be."""
-    become = f'[ -x "$0" ] && exec "$0" "$@"; exec {shlex.quote(python)} "$@"'
+def _command(start: Path, python: str, folder: Path) -> str:
+    """Return what Ray puts before a worker's arguments, in bash. Where the script is not, the interpreter may be.
+
+    That is on another node than the driver's. The first argument is Ray's own program, which `_ELSEWHERE` runs.
+    """
+    elsewhere = shlex.quote(_ELSEWHERE.replace("FOLDER", repr(str(folder))))
+    python = shlex.quote(python)
+    become = f'[ -x "$0" ] && exec "$0" "$@"; [[ $1 == -* ]] && exec {python} "$@"; exec {python} -c {elsewhere} "$@"'
     return f"bash -c {shlex.quote(become)} {shlex.quote(str(start))}"
 
 
