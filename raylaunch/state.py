@@ -206,7 +206,7 @@ class JobView(View):
     chosen: EnvironmentChoice | None = None
     environment: EnvironmentFacts | None = None
     log_tail: tuple[str, ...] = ()
-    """The last lines of an attempt that did not succeed."""
+    """The last lines of the latest attempt: of one that runs, and of one that did not succeed."""
     cursor: int = 0
     """Sequence number of the job's last event: pass it to ``events`` to see only what comes after."""
 

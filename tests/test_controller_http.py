@@ -11,10 +11,10 @@ from pathlib import Path
 import httpx2
 import pytest
 from support.api import Api, serving, write_tokens
-from support.api_use import error, submit, write
+from support.api_use import error, start, submit, write
 from support.waiting import wait_until
 
-from raylaunch.state import JobPage, JobView
+from raylaunch.state import Change, JobPage, JobView
 from raylaunch.version import __version__
 
 
@@ -299,6 +299,18 @@ def test_removing_a_job_deletes_its_files_and_one_that_runs_stays(api: Api, tom:
     assert tom.get(f"/v1/jobs/{job.id}").status_code == 404
     wait_until(lambda: not any((api.store / "trash").iterdir()), 10, "the job's files are deleted")
     assert not (api.store / "jobs" / job.id).exists()
+
+
+def test_a_job_that_runs_has_the_last_lines_of_its_current_attempt(api: Api, tom: httpx2.Client) -> None:
+    job = submit(tom)
+    start(api, job)
+    write(api, job, "attempt-1/logs/rank-0.log", b"the first attempt\n")
+    assert tom.get(f"/v1/jobs/{job.id}").json()["log_tail"] == ["the first attempt"]
+    api.do(lambda: api.records.update(job.id, change=Change.REQUEUE, kind="retry", log_tail=("the first attempt",)))
+    start(api, job, 2)
+    assert tom.get(f"/v1/jobs/{job.id}").json()["log_tail"] == []
+    write(api, job, "attempt-2/logs/rank-0.log", b"step\n" * 50 + b"the second\n")
+    assert tom.get(f"/v1/jobs/{job.id}").json()["log_tail"] == [*(["step"] * 9), "the second"]
 
 
 def test_a_loss_that_is_not_a_number_reaches_the_client(api: Api, tom: httpx2.Client) -> None:

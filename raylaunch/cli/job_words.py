@@ -164,7 +164,7 @@ def _attempt_line(attempt: AttemptView, now: float) -> str:
 
 
 def log_lines(job: JobView) -> list[str]:
-    """Return the last lines that a job without success has left, under a title; nothing for others."""
+    """Return the last lines of a job that runs or did not succeed, under a title; nothing for others."""
     if not job.log_tail:
         return []
     rank = job.attempt.failed_rank if job.attempt else None

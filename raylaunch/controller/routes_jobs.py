@@ -14,10 +14,11 @@ from starlette.background import BackgroundTask
 from raylaunch.controller.answers import answer, json_answer
 from raylaunch.controller.asking import Has, Job, Who, require_own
 from raylaunch.controller.auth import Role
+from raylaunch.controller.evidence import last_lines
 from raylaunch.controller.guarded import GuardedRoute, needs
 from raylaunch.controller.record import JobRecord
 from raylaunch.controller.recovery import empty_trash
-from raylaunch.controller.services import MetricsReader
+from raylaunch.controller.services import Services
 from raylaunch.errors import SpecError
 from raylaunch.spec_parts import Moment, SomeSeconds
 from raylaunch.state import JobPage, JobState, JobView, SubmitAnswer, SubmitRequest
@@ -27,6 +28,9 @@ SUBMIT_BYTES = 16 * 1024 * 1024
 
 _AT_ONCE = 50
 """Jobs of a page that are read in one go: each takes about 0.2 ms."""
+
+_LINES_SO_FAR = 10
+"""Last lines of a job that still runs; the whole log has a route of its own."""
 
 router = APIRouter(route_class=GuardedRoute)
 
@@ -87,10 +91,10 @@ async def jobs(  # noqa: PLR0913 -- each is one filter
 
 @router.get("/jobs/{ref}", response_model=JobView)
 async def job(record: Job, services: Has) -> Response:
-    """Return one job with all its fields; of one that runs, with what it has measured so far."""
+    """Return one job with all its fields; of one that runs, with what it has measured and last written so far."""
     view = record.view()
     if record.state.active and not record.foreign:
-        view = view.model_copy(update=await anyio.to_thread.run_sync(_measured, services.metrics, record))
+        view = view.model_copy(update=await anyio.to_thread.run_sync(_so_far, services, record))
     return answer(services.jobs.explained(view))
 
 
@@ -113,9 +117,16 @@ async def remove(record: Job, services: Has, caller: Who) -> Response:
     return json_answer({"removed": record.id, "bytes": freed}, background=later)
 
 
-def _measured(metrics: MetricsReader, record: JobRecord) -> dict[str, object]:
-    last, _ = metrics.last(record.id, record.attempts)
-    return {"last_metrics": last, "progress": metrics.progress(record.id, record.attempts)}
+def _so_far(services: Services, record: JobRecord) -> dict[str, object]:
+    last, _ = services.metrics.last(record.id, record.attempts)
+    found: dict[str, object] = {
+        "last_metrics": last,
+        "progress": services.metrics.progress(record.id, record.attempts),
+    }
+    if record.state in (JobState.RUNNING, JobState.STOPPING):
+        lines = last_lines(services.store / "jobs" / record.id, attempt=len(record.attempts))
+        found["log_tail"] = lines[-_LINES_SO_FAR:]
+    return found
 
 
 def _states(text: str) -> tuple[JobState, ...]:
