@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from urllib.parse import quote
 
 from pydantic import TypeAdapter
@@ -52,7 +51,7 @@ class Admin:
     async def tokens(self) -> tuple[TokenView, ...]:
         """Return who may come in, and who is invited."""
         answer = await self._wire.ask("GET", "/v1/tokens")
-        return TypeAdapter(tuple[TokenView, ...]).validate_json(answer.body)
+        return answer.read(TypeAdapter(tuple[TokenView, ...]))
 
     async def invite(
         self, person: str, role: str, *, valid_s: float, token_expires_at: float | None = None
@@ -69,7 +68,7 @@ class Admin:
     async def revoke(self, who: str) -> int:
         """Take back a person's tokens and invitations, or one by its id; return how many those were."""
         answer = await self._wire.ask("DELETE", f"/v1/tokens/{quote(who, safe='')}")
-        return int(json.loads(answer.body)["revoked"])
+        return answer.read(TypeAdapter(dict[str, int])).get("revoked", 0)
 
     async def take(self, sha256: str) -> Admission:
         """Take an invitation, where the connection's token is its code; `sha256` is that of a token made here."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -147,7 +146,7 @@ class Client:
     async def secrets_list(self) -> tuple[str, ...]:
         """Return the names of the secrets that are set."""
         answer = await self._wire.ask("GET", "/v1/secrets")
-        return TypeAdapter(tuple[str, ...]).validate_json(answer.body)
+        return answer.read(TypeAdapter(tuple[str, ...]))
 
     async def secrets_set(self, name: str, value: str, *, people: Sequence[str] | None = None) -> None:
         """Set a secret; jobs that name it find it in their environment.
@@ -268,7 +267,7 @@ class Client:
             ConflictError: the job has not ended.
         """
         answer = await self._wire.ask("DELETE", _of(ref))
-        return int(json.loads(answer.body)["bytes"])
+        return answer.read(TypeAdapter(dict[str, int])).get("bytes", 0)
 
     # --- what happens
 
@@ -395,7 +394,7 @@ class Client:
     async def files(self, ref: str) -> tuple[Artifact, ...]:
         """Return the files that a job has left behind so far."""
         answer = await self._wire.ask("GET", _of(ref, "files"))
-        return TypeAdapter(tuple[Artifact, ...]).validate_json(answer.body)
+        return answer.read(TypeAdapter(tuple[Artifact, ...]))
 
     async def job_to_download(self, ref: str) -> JobView:
         """Return one job; another person's by its id alone, else a `ConflictError`: their files may run code."""

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from raylaunch.spec_parts import Environment
+from raylaunch.spec_parts import Capacity, Count, Environment, Moment, Port
 from raylaunch.state import JobView, View
 
 
@@ -20,9 +20,9 @@ class GpuView(View):
     index: str
     uuid: str = ""
     name: str = ""
-    memory_total: int | None = None
-    memory_used: int | None = None
-    utilization: float | None = None
+    memory_total: Count | None = None
+    memory_used: Count | None = None
+    utilization: Capacity | None = None
     """Percent."""
     processes: tuple[str, ...] = ()
     """Who uses it outside raylaunch: ``user:pid:command``."""
@@ -33,8 +33,8 @@ class Drain(View):
 
     host: str
     person: str
-    since: float
-    until: float | None = None
+    since: Moment
+    until: Moment | None = None
     """When it takes jobs again by itself; None for not before somebody says so."""
 
     def __str__(self) -> str:
@@ -50,17 +50,17 @@ class NodeView(View):
     address: str
     alive: bool
     arch: str = ""
-    cpus: float = 0
-    gpus: float = 0
-    memory: int = 0
-    custom: dict[str, float] = Field(default_factory=dict)
+    cpus: Capacity = 0
+    gpus: Capacity = 0
+    memory: Count = 0
+    custom: dict[str, Capacity] = Field(default_factory=dict)
     labels: dict[str, str] = Field(default_factory=dict)
-    cpus_free: float = 0
-    gpus_free: float = 0
-    memory_free: int = 0
+    cpus_free: Capacity = 0
+    gpus_free: Capacity = 0
+    memory_free: Count = 0
     gpu_type: str = ""
     gpu: tuple[GpuView, ...] = ()
-    disk_free: int | None = None
+    disk_free: Count | None = None
     """What the disk of raylaunch's folder there has left."""
     steward: bool = False
     """Whether its steward answers."""
@@ -76,10 +76,10 @@ class NodeView(View):
 class ProcessView(View):
     """One process of the cluster, identified by pid and start time so that a reused pid is not mistaken for it."""
 
-    pid: int
-    started_at: float
+    pid: Count
+    started_at: Moment
     alive: bool
-    port: int | None = None
+    port: Port | None = None
     url: str = ""
     version: str = ""
     log: str = ""
@@ -94,12 +94,12 @@ class ClusterStatus(View):
     problems: tuple[str, ...] = ()
     controller: ProcessView | None = None
     ray: ProcessView | None = None
-    ray_ports: dict[str, int] = Field(default_factory=dict)
+    ray_ports: dict[str, Port] = Field(default_factory=dict)
     nodes: tuple[NodeView, ...] = ()
-    queued: int = 0
-    running: int = 0
+    queued: Count = 0
+    running: Count = 0
     store: str = ""
-    store_free: int | None = None
+    store_free: Count | None = None
     gpus_logical: bool = False
     owner: str = ""
 
@@ -113,18 +113,18 @@ class ControllerStatus(View):
 
     cluster: str
     version: str
-    api: int
-    pid: int
+    api: Count
+    pid: Count
     person: str
     role: str
-    started_at: float
+    started_at: Moment
     ray: Literal["up", "down"]
     ray_version: str = ""
     nodes: tuple[NodeView, ...] = ()
-    queued: int = 0
-    running: int = 0
+    queued: Count = 0
+    running: Count = 0
     store: str = ""
-    store_free: int | None = None
+    store_free: Count | None = None
     problems: tuple[str, ...] = ()
 
 
@@ -154,7 +154,7 @@ class HostJobs(View):
 class Quiet(View):
     """A cluster that begins no attempt for a while (``/v1/quiet``): until when, and what still runs."""
 
-    until: float | None = None
+    until: Moment | None = None
     """None when it is not quiet."""
     jobs: tuple[JobView, ...] = ()
 
@@ -175,9 +175,9 @@ class TokenView(View):
     id: str
     person: str
     role: str
-    created_at: float | None = None
+    created_at: Moment | None = None
     """None for those that were made before this was kept."""
-    expires_at: float | None = None
+    expires_at: Moment | None = None
     made_by: str = ""
     invited: bool = False
     """Whether it is an invitation that nobody has taken yet; it is over at `expires_at`."""
@@ -191,10 +191,10 @@ class Invitation(View):
     code: str = Field(repr=False)
     person: str
     role: str
-    expires_at: float
-    token_expires_at: float | None = None
+    expires_at: Moment
+    token_expires_at: Moment | None = None
     cluster: str
-    port: int
+    port: Port
     """The controller's, on the head's loopback."""
 
 
@@ -206,4 +206,4 @@ class Admission(View):
     made_by: str
     cluster: str
     cluster_id: str
-    expires_at: float | None = None
+    expires_at: Moment | None = None

@@ -26,7 +26,8 @@ def _gpus_words(value: object) -> object:
     return value
 
 
-ClusterGpus = Annotated[Literal["auto"] | Annotated[int, Field(ge=0)] | tuple[str, ...], BeforeValidator(_gpus_words)]
+_GpuCount = Annotated[int, Field(ge=0, le=100_000)]
+ClusterGpus = Annotated[Literal["auto"] | _GpuCount | tuple[str, ...], BeforeValidator(_gpus_words)]
 Cpus = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)] | None
 
 

@@ -23,6 +23,7 @@ from raylaunch.spec_parts import (
     OF_THE_CLUSTER,
     Amount,
     Bytes,
+    Count,
     Environment,
     EnvironmentKind,
     Requirements,
@@ -179,7 +180,7 @@ class JobSpec(Spec):
     changed, `none` nothing, and globs what they match. Example: `["results/*.csv"]`"""
     outputs_size: Bytes = 1 << 30
     """How much `auto` keeps, small files first; the rest stays on the node for 7 days. Example: `5GiB`"""
-    outputs_files: Annotated[int, Field(ge=0)] = 10_000
+    outputs_files: Count = 10_000
     """How many files `auto` keeps. Example: `500`"""
     tags: Words = ()
     """Words to find it by; W&B sees them too. Example: `[baseline]`"""

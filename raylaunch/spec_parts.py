@@ -32,8 +32,15 @@ Moment = Annotated[float, Field(ge=0, le=_LAST_MOMENT, allow_inf_nan=False)]
 """Seconds since the epoch, up to the year 9999."""
 Bytes = Annotated[int, BeforeValidator(size_bytes), Field(ge=0, le=_MOST_BYTES)]
 Amount = Annotated[float, Field(ge=0, le=_MOST_AMOUNT, allow_inf_nan=False)]
-"""How much of a resource."""
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+"""How much of a resource a job asks for."""
+Capacity = Annotated[float, Field(ge=0, le=1e24, allow_inf_nan=False)]
+"""How much of a resource a node has."""
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+"""How many of something, or how many bytes."""
+ExitCode = Annotated[int, Field(ge=-(1 << 31), lt=1 << 32)]
+Port = Annotated[int, Field(ge=0, lt=1 << 16)]
+StepNumber = Annotated[float, Field(ge=-1e24, le=1e24, allow_inf_nan=False)]
+"""Where a training stands, in whatever it counts: nanoseconds since the epoch too."""
 
 
 KEYS = {"timeout_s": "timeout", "grace_s": "grace", "jobs_s": "jobs", "checkpoints_s": "checkpoints"}

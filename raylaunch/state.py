@@ -18,7 +18,7 @@ from raylaunch.job_state import JobState as JobState  # noqa: PLC0414 -- exporte
 from raylaunch.job_state import transition as transition  # noqa: PLC0414 -- exported again
 from raylaunch.reasons import Reason
 from raylaunch.spec import Environment, JobSpec
-from raylaunch.spec_parts import Finite, Moment
+from raylaunch.spec_parts import Count, ExitCode, Moment, StepNumber
 from raylaunch.wheel_sets import BuildPlatform, WheelSet
 
 
@@ -41,7 +41,7 @@ class WandbLink(View):
     """Why this mode, in words (``no W&B credentials``, ``W&B did not answer within 10 s``)."""
     runs: tuple[str, ...] = ()
     """Ids of all runs that were opened, over all attempts, in the order of their start; 100 of an attempt at most."""
-    staged_bytes: int = 0
+    staged_bytes: Count = 0
     """Size of the files of artifacts and tables of off-line runs: kept with the job, and not at W&B yet."""
 
 
@@ -52,22 +52,22 @@ class AttemptView(View):
     """
 
     id: str
-    n: int
+    n: Count
     node: str = ""
     """Hostname of the node it was placed on."""
     node_id: str = ""
     admitted_at: Moment
     started_at: Moment | None = None
     ended_at: Moment | None = None
-    exit_code: int | None = None
+    exit_code: ExitCode | None = None
     signal: str = ""
     """Name of the signal that ended it (``SIGKILL``), or empty."""
     gpus: tuple[str, ...] = ()
     """Ids that the attempt saw in ``CUDA_VISIBLE_DEVICES``."""
-    pid: int | None = None
-    ranks: int = 1
+    pid: Count | None = None
+    ranks: Count = 1
     """How many ranks its launcher starts, each with a log of its own; 0 where that cannot be known before."""
-    failed_rank: int | None = None
+    failed_rank: Count | None = None
     """The rank that failed first: exit code, signal and last lines are its own."""
     reason: Reason | None = None
     message: str = ""
@@ -78,8 +78,8 @@ class AttemptView(View):
 class Progress(View):
     """How far the training says it is: `step` of `total`, in whatever it counts; said `at`."""
 
-    step: Finite
-    total: Finite | None = None
+    step: StepNumber
+    total: StepNumber | None = None
     at: Moment
 
 
@@ -87,7 +87,7 @@ class FileFact(View):
     """One packed or left-out file: path relative to the working directory, size in bytes."""
 
     path: str
-    bytes: int
+    bytes: Count
 
 
 class LinkFact(View):
@@ -100,16 +100,16 @@ class LinkFact(View):
 class PackReport(View):
     """What the client packed: said to the person, and kept with the job. `ignored` counts files and whole folders."""
 
-    files: int = 0
-    bytes: int = 0
-    ignored: int = 0
-    ignored_bytes: int = 0
+    files: Count = 0
+    bytes: Count = 0
+    ignored: Count = 0
+    ignored_bytes: Count = 0
     ignored_by: tuple[str, ...] = ()
     """The rules that left something out, as written (``.gitignore: *.pt``, ``built in: .venv/``)."""
     largest: tuple[FileFact, ...] = ()
     links: tuple[LinkFact, ...] = ()
     """Links that lead out of the working directory; the first 100."""
-    links_out: int = 0
+    links_out: Count = 0
     """How many there are."""
 
 
@@ -199,15 +199,15 @@ class JobView(View):
     progress: Progress | None = None
     last_metrics: dict[str, float] = Field(default_factory=dict)
     wandb: WandbLink | None = None
-    outputs: int = 0
-    output_bytes: int = 0
+    outputs: Count = 0
+    output_bytes: Count = 0
     pack: PackReport | None = None
     git: GitFacts | None = None
     chosen: EnvironmentChoice | None = None
     environment: EnvironmentFacts | None = None
     log_tail: tuple[str, ...] = ()
     """The last lines of the latest attempt: of one that runs, and of one that did not succeed."""
-    cursor: int = 0
+    cursor: Count = 0
     """Sequence number of the job's last event: pass it to ``events`` to see only what comes after."""
 
     @property
@@ -234,7 +234,7 @@ class JobPage(View):
     jobs: tuple[JobView, ...]
     next_cursor: str = ""
     """Pass it to get the next page; empty on the last."""
-    total: int
+    total: Count
     unreadable: tuple[str, ...] = ()
     """Ids of jobs that belong here and whose records cannot be read; they are left out."""
 
@@ -245,7 +245,7 @@ class Event(View):
     `kind` is a word for programs, `message` a sentence, `state` the job's when it had happened.
     """
 
-    seq: int
+    seq: Count
     at: Moment
     job: str = ""
     kind: str
@@ -257,7 +257,7 @@ class EventPage(View):
     """Events after a cursor, oldest first."""
 
     events: tuple[Event, ...]
-    cursor: int
+    cursor: Count
 
 
 class SubmitRequest(View):
@@ -300,16 +300,16 @@ class DryRun(View):
     """Which environment that is, and why."""
     pack: PackReport | None = None
     """What would be sent; None for a job without code."""
-    package_bytes: int = 0
+    package_bytes: Count = 0
     """Size of the package."""
 
 
 class MetricPoint(View):
     """One value of one metric: at which of the run's steps, and when it was logged."""
 
-    step: float
+    step: StepNumber
     value: float
-    at: float
+    at: Moment
 
 
 class MetricSeries(View):
@@ -317,7 +317,7 @@ class MetricSeries(View):
 
     key: str
     points: tuple[MetricPoint, ...]
-    total: int
+    total: Count
     """How many points the run has logged."""
 
 
@@ -338,7 +338,7 @@ class MetricsPage(View):
 
     keys: tuple[str, ...]
     last: dict[str, float]
-    last_step: float | None = None
+    last_step: StepNumber | None = None
     series: tuple[MetricSeries, ...] = ()
     runs: tuple[MetricsRun, ...] = ()
     """The job's run first; empty from a controller before 0.2."""
@@ -347,9 +347,9 @@ class MetricsPage(View):
 class LogMatch(View):
     """One line that matched a search; `offset` is where it begins, in bytes."""
 
-    offset: int
+    offset: Count
     text: str
-    line: int = 0
+    line: Count = 0
     """Its number in the log, from 1; 0 where the search began in the middle and that is not known."""
 
 
@@ -357,9 +357,9 @@ class LogMatches(View):
     """Matches of a search in one log; search again from `next_offset` (bytes) when there is `more`."""
 
     matches: tuple[LogMatch, ...]
-    next_offset: int
+    next_offset: Count
     more: bool
-    next_line: int = 0
+    next_line: Count = 0
     """The number of the line at `next_offset`; 0 where it is not known."""
 
 
@@ -367,11 +367,11 @@ class Artifact(View):
     """One file that a job left behind. `attempt` is the one that wrote it; 0 for what belongs to the job."""
 
     path: str
-    bytes: int
+    bytes: Count
     sha256: str = ""
     """Empty while the file may still grow."""
     kind: Literal["output", "checkpoint", "log", "wandb", "record"]
-    attempt: int = 0
+    attempt: Count = 0
     link: str = ""
     """Of a link to a folder: where it leads, relative; it has no bytes. A link to a file counts as the file."""
     left: bool = False
@@ -386,22 +386,22 @@ class Usage(View):
     job: str
     name: str
     state: JobState
-    bytes: int
-    outputs: int
-    checkpoints: int
-    logs: int
-    wandb: int
+    bytes: Count
+    outputs: Count
+    checkpoints: Count
+    logs: Count
+    wandb: Count
 
 
 class NodeUsage(View):
     """Bytes that raylaunch takes on the disk of a node, apart from the store."""
 
     host: str
-    environments: int
+    environments: Count
     """Environments that jobs have shared: made once for each content, and used again."""
-    packages: int
+    packages: Count
     """Code and wheels that were sent there."""
-    attempts: int
+    attempts: Count
     """Working folders of attempts that run, checkpoints, and outputs that were left there."""
 
 
@@ -411,6 +411,6 @@ class UsagePage(View):
     jobs: tuple[Usage, ...]
     nodes: tuple[NodeUsage, ...] = ()
     """Those that answered."""
-    packages: int
-    total: int
-    free: int
+    packages: Count
+    total: Count
+    free: Count

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
 from raylaunch.errors import TransferError
+from raylaunch.spec_parts import Count
 from raylaunch.wire import Answer, Wire
 
 if TYPE_CHECKING:
@@ -19,6 +22,14 @@ Patient = Callable[[Callable[[], Awaitable[Answer]]], Awaitable[Answer]]
 
 CHUNK = 8 * 1024 * 1024
 _CONFLICT = 409
+
+
+class _Have(TypedDict):
+    have: Count
+    complete: bool
+
+
+_HAVE = TypeAdapter(_Have)
 
 
 def no_progress(_what: str, _done: int, _total: int, /) -> None:
@@ -59,8 +70,8 @@ async def upload(  # noqa: PLR0913 -- what goes where, and who is told
         if answer.status == _CONFLICT:
             have = _other_offset(answer, have)  # an answer was lost on the way, or somebody else sends the same
             continue
-        facts = json.loads(answer.body)
-        sent, have = sent + len(data), int(facts["have"])
+        facts = answer.read(_HAVE)
+        sent, have = sent + len(data), facts["have"]
         if facts["complete"]:
             on_progress(what, packed.bytes, packed.bytes)
             return sent

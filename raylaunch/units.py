@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_WHOLE = re.compile(r"[0-9]{1,18}")
 _MOST = 1e18
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -54,6 +55,14 @@ def point_in_time(text: str, *, now: datetime) -> datetime:
         msg = f"{text!r} is over already"
         raise ValueError(msg)
     return at
+
+
+def whole(text: str) -> int | None:
+    """Return a number that somebody else wrote in at most 18 digits; None for anything else.
+
+    `int` itself reads digits of other scripts than `str.isdigit` knows, and fails for more than 4,300.
+    """
+    return int(text) if _WHOLE.fullmatch(text) else None
 
 
 def size_bytes(value: object) -> object:

@@ -10,15 +10,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from typing import Protocol, TypeVar
 
 import httpx2
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from typing_extensions import Self
 
 from raylaunch.errors import ClusterDownError, ClusterError, RaylaunchError, VersionError, from_wire
 from raylaunch.log_view import clean
+from raylaunch.units import whole
 from raylaunch.version import API, __version__
 
 _Result = TypeVar("_Result")
 _Model = TypeVar("_Model", bound=BaseModel)
+_Read = TypeVar("_Read")
 _READS = frozenset({"GET", "HEAD"})
 Params = Mapping[str, str | int | float | bool | list[str] | None]
 
@@ -61,8 +63,20 @@ class Answer:
 
     def number(self, name: str, default: int = 0) -> int:
         """Return a header that holds a whole number."""
-        text = self.header(name)
-        return int(text) if text.isdigit() else default
+        found = whole(self.header(name))
+        return default if found is None else found
+
+    def read(self, kind: TypeAdapter[_Read]) -> _Read:
+        """Return what the body's JSON says.
+
+        Raises:
+            ClusterError: it is something else.
+        """
+        try:
+            return kind.validate_json(self.body)
+        except ValidationError as error:
+            msg = "the cluster answered with something that cannot be read"
+            raise ClusterError(msg, hint=f"raylaunch up starts a controller of this version ({__version__})") from error
 
 
 class Body:
@@ -297,7 +311,7 @@ class Wire:
             raise ClusterError(msg, hint="raylaunch status shows where the controller is; raylaunch up starts it")
         if theirs == str(API):
             return
-        newer = theirs.isdigit() and int(theirs) > API
+        newer = (whole(theirs) or 0) > API
         hint = (
             f"install the controller's version here: pip install raylaunch=={version}"
             if newer
@@ -377,6 +391,6 @@ def _error_in(response: httpx2.Response, cluster: str) -> RaylaunchError:
         error = json.loads(response.content)["error"]
         message, hint = (clean(str(error.get(key, "")), colour=False) for key in ("message", "hint"))
         return from_wire(str(error["code"]), message, hint)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         log = "its log says more: raylaunch status shows where that is"
         return RaylaunchError(f"cluster {cluster!r} answered {response.status_code} to {asked}", hint=log)

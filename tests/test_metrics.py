@@ -12,7 +12,7 @@ from pathlib import Path
 
 from support.run_writer import framed, history, run, step_metric, summary, write_run
 
-from raylaunch.controller.metrics import Metrics
+from raylaunch.controller.metrics import Measured, Metrics
 from raylaunch.state import AttemptView, MetricSeries
 
 
@@ -182,7 +182,7 @@ def _rows(count: int, *, first: int = 0) -> list[bytes]:
 def test_at_the_end_of_a_job_its_last_values_are_those_of_all_its_rows(tmp_path: Path) -> None:
     write_run(_attempt(tmp_path), [run(), history(0, {"early": 7}), *_rows(50, first=1), summary({"best": 0.5})])
     _report(_attempt(tmp_path), {"step": 3, "total": 9, "metrics": {"seen": 5, "loss": 99}})
-    last, progress = Metrics(tmp_path).at_end("digits-k3f9qa", _job().attempts, ran_s=1)
+    last, progress, _ = Metrics(tmp_path).at_end("digits-k3f9qa", _job().attempts, ran_s=1)
     assert last == Metrics(tmp_path).last("digits-k3f9qa", _job().attempts)[0]
     assert last == {"best": 0.5, "early": 7.0, "loss": 25.0, "seen": 5.0}
     assert progress is not None
@@ -194,24 +194,24 @@ def test_of_a_job_that_logged_very_much_in_a_short_time_the_end_of_its_file_is_r
     path = write_run(_attempt(tmp_path), rows)
     _report(_attempt(tmp_path), {"step": 3, "metrics": {"seen": 5, "loss": 99}})
     assert path.stat().st_size > 600_000
-    last, progress = Metrics(tmp_path).at_end("digits-k3f9qa", _job().attempts, ran_s=1)
+    last, progress, _ = Metrics(tmp_path).at_end("digits-k3f9qa", _job().attempts, ran_s=1)
     assert last == {"best": 0.5, "loss": 10_000.0, "seen": 5.0}
     assert progress is not None
     assert "early" in Metrics(tmp_path).page(_job()).keys
-    slow, _ = Metrics(tmp_path).at_end("digits-k3f9qa", _job().attempts, ran_s=3600)
+    slow, _, _ = Metrics(tmp_path).at_end("digits-k3f9qa", _job().attempts, ran_s=3600)
     assert slow == {**last, "early": 7.0}
 
 
 def test_of_a_job_of_several_attempts_all_is_read(tmp_path: Path) -> None:
     write_run(_attempt(tmp_path), [run(), history(0, {"early": 7}), *_rows(20_000, first=1)])
     write_run(_attempt(tmp_path, 2), [run(), history(20_001, {"loss": 1})], started="20260102_120000")
-    last, _ = Metrics(tmp_path).at_end("digits-k3f9qa", _job(2).attempts, ran_s=1)
+    last, _, _ = Metrics(tmp_path).at_end("digits-k3f9qa", _job(2).attempts, ran_s=1)
     assert last == {"early": 7.0, "loss": 1.0}
 
 
 def test_a_file_that_is_not_wandbs_has_no_last_values(tmp_path: Path) -> None:
     write_run(_attempt(tmp_path), [run()]).write_bytes(b"nonsense" * 100_000)
-    assert Metrics(tmp_path).at_end("digits-k3f9qa", _job().attempts, ran_s=1) == ({}, None)
+    assert Metrics(tmp_path).at_end("digits-k3f9qa", _job().attempts, ran_s=1) == Measured({}, None)
 
 
 def test_reports_are_metrics_and_progress(tmp_path: Path) -> None:

@@ -2,30 +2,62 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import anyio
 import httpx2
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
+from pydantic.fields import FieldInfo
 from support.api import Api, serving
 from support.api_use import submit, write
+from support.links import LinkToNothing
+from support.run_writer import history, run, summary, write_run
 
+from raylaunch import cluster_spec, cluster_state, host_spec, spec, spec_parts, state
+from raylaunch.cluster.probe import answer as probe
+from raylaunch.cluster.probe.facts import Clock
+from raylaunch.cluster.probe.gpus import read_gpus
+from raylaunch.cluster.probe.reading import read_facts
+from raylaunch.controller import journal, link_events, ray_jobs, record
+from raylaunch.controller.__main__ import leavings_of
+from raylaunch.controller.artifacts import Artifacts, Left
+from raylaunch.controller.finishing import warned
+from raylaunch.controller.link import LinkUp
 from raylaunch.controller.link_events import exit_from, facts_from, started_from
+from raylaunch.controller.means import Leavings
+from raylaunch.controller.metric_series import KEYS_KEPT
+from raylaunch.controller.metrics import NAMES_KEPT, Metrics
+from raylaunch.controller.nodes import node_views
+from raylaunch.controller.record import JobRecord
 from raylaunch.controller.records import Records
 from raylaunch.controller.report_file import ReportFile
 from raylaunch.errors import ClusterError, StorageError
 from raylaunch.job_page import page_from
-from raylaunch.node.folder import read_json
+from raylaunch.node.folder import plain, read_json
 from raylaunch.spec import JobSpec, Resources
-from raylaunch.state import Change, JobPage, JobView, SubmitRequest
+from raylaunch.state import AttemptView, Change, JobPage, JobView, SubmitRequest
 from raylaunch.tracking.run_file import History
+from raylaunch.tracking.wire import LONGEST_KEY
 from raylaunch.units import size_bytes
+from raylaunch.wire import Answer
 
 DEEP = "[" * 200_000
 HUGE = "9" * 5000
+
+
+@dataclass(frozen=True)
+class OddJob:
+    """A job with one attempt."""
+
+    id: str = "odd"
+    attempts: tuple[AttemptView, ...] = (AttemptView(id="odd-1", n=1, admitted_at=0),)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +132,98 @@ def test_a_size_of_hundreds_of_digits_is_no_size() -> None:
         Resources(cpus=math.inf)
 
 
+FROM_OUTSIDE = (cluster_spec, cluster_state, host_spec, journal, link_events, ray_jobs, record, spec, spec_parts, state)
+
+
+def models_from_outside() -> Iterator[type[BaseModel]]:
+    """Yield every model that a client, a node, an attempt or Ray can fill."""
+    for module in FROM_OUTSIDE:
+        for one in vars(module).values():
+            if isinstance(one, type) and issubclass(one, BaseModel) and one.__module__ == module.__name__:
+                yield one
+
+
+ANY_NUMBER = {("MetricPoint", "value"), ("MetricsPage", "last")}
+"""As `last_metrics`. What a training logs may be NaN, and people want to see that; JSON has it as a text."""
+READ_LATER = {("JournalLine", "record"), ("JournalLine", "heavy")}
+"""JSON that becomes a `JobRecord`."""
+
+
+ENDS = ("NaN", "Infinity", "-Infinity", "1e300", str(2**80), str(-(2**80)))
+
+
+def made_of(field: FieldInfo, value: object) -> object:
+    """Return what a field makes of a value; nothing where it refuses it."""
+    try:
+        return vars(create_model("One", x=(field.annotation or str, field))(x=value))["x"]
+    except ValidationError:
+        return None
+
+
+def test_every_number_of_every_model_is_finite_and_has_bounds() -> None:
+    unbounded = set()
+    for model in models_from_outside():
+        for name, field in model.model_fields.items():
+            if name == "last_metrics" or (model.__name__, name) in ANY_NUMBER | READ_LATER:
+                continue
+            for place in ("{}", '{{"a": {}}}', "[{}]"):
+                if numbers_in(made_of(field, json.loads(place.format(2)))):
+                    taken = [end for end in ENDS if numbers_in(made_of(field, json.loads(place.format(end))))]
+                    unbounded |= {(model.__name__, name) for _ in taken}
+    assert unbounded == set()
+
+
+def numbers_in(value: object) -> bool:
+    """Return whether a value that was made of a number holds one: a text or a model made of it does not."""
+    match value:
+        case dict():
+            return any(map(numbers_in, value.values()))
+        case list() | tuple():
+            return any(map(numbers_in, value))
+        case _:
+            return isinstance(value, int | float)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/jobs"),
+        ("POST", "/v1/jobs/odd/stop"),
+        ("POST", "/v1/quiet"),
+        ("POST", "/v1/hosts/h/drain"),
+        ("POST", "/v1/tokens"),
+        ("POST", "/v1/join"),
+        ("PUT", "/v1/secrets/A"),
+    ],
+)
+def test_a_body_of_brackets_is_not_understood(ada: httpx2.Client, method: str, path: str) -> None:
+    submit(ada, "odd")
+    for body in (DEEP, '{"a": ' * 50_000, HUGE, '"\\ud800"', '{"\\ud800": 1}'):
+        assert 400 <= ada.request(method, path, content=body).status_code < 500
+    assert ada.get("/v1/health").status_code == 200
+
+
+@pytest.mark.parametrize("word", ["%ED%A0%80", "%FF", "%00", "%F0%9F%98%80", "a" * 5000])
+def test_odd_characters_in_a_path_or_a_question_are_answered(ada: httpx2.Client, word: str) -> None:
+    for path in (
+        f"/v1/jobs/{word}", f"/v1/jobs/{word}/logs", f"/v1/packages/{word}", f"/v1/hosts/{word}",
+        f"/v1/jobs?name={word}", f"/v1/jobs?tag={word}", f"/v1/jobs?cursor={word}", f"/v1/jobs?state={word}",
+        f"/v1/jobs?cursor=nan~{word}", f"/v1/events?job={word}", f"/v1/jobs?{word}={word}",
+    ):  # fmt: skip
+        answer = ada.get(path)
+        assert answer.status_code < 500, path
+        answer.json()
+
+
+@pytest.mark.parametrize("name", ["Range", "If-None-Match", "Content-Type", "Authorization", "X-Raylaunch-Api"])
+def test_odd_headers_are_answered(api: Api, ada: httpx2.Client, name: str) -> None:
+    job = submit(ada, "headed")
+    write(api, job, "attempt-1/outputs/a.bin", b"abc")
+    for value in (b"\xff", b"\xed\xa0\x80", b"\xc2\xb2", b"9" * 5000, b"bytes=-" + b"9" * 5000, b"=" * 5000):
+        for path in (f"/v1/jobs/{job.id}/files/attempt-1/outputs/a.bin", "/v1/status"):
+            assert ada.get(path, headers=[(name.encode(), value)]).status_code < 500, value
+
+
 # -- what is recorded ------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +278,29 @@ def test_a_list_has_some_of_thousands_of_metrics_and_the_job_has_more(tmp_path: 
         records.close()
 
 
+async def leavings_now(records: Records, record: JobRecord) -> Leavings:
+    store = records.store
+    return await leavings_of(record, records=records, artifacts=Artifacts(store), metrics=Metrics(store))
+
+
+def test_a_record_keeps_some_of_very_many_metrics_and_says_so_once(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    try:
+        job, _ = records.create(SubmitRequest(spec=JobSpec(entrypoint="true")), owner="ana", wandb=None)
+        records.update(job.id, attempts=(AttemptView(id=f"{job.id}-1", n=1, admitted_at=1),))
+        attempt = tmp_path / "jobs" / job.id / "attempt-1"
+        rows = [history(n, {f"m{n}.{m}": 1.0 for m in range(500)}) for n in range(3)]
+        write_run(attempt, [run(), *rows])
+        left = anyio.run(leavings_now, records, records.by_id(job.id))
+        assert len(left.last_metrics) == NAMES_KEPT
+        (warning,) = left.warnings
+        assert "500 metrics" in warning
+        records.update(job.id, environment=warned(records.by_id(job.id), left.warnings)["environment"])
+        assert warned(records.by_id(job.id), left.warnings) == {}
+    finally:
+        records.close()
+
+
 # -- what a client is told -------------------------------------------------------------------------------------------
 
 
@@ -200,6 +347,42 @@ def test_what_an_attempt_wrote_into_its_records_is_made_plain_or_left_out(tmp_pa
     assert read_json(path) is None
 
 
+def test_whole_numbers_of_hundreds_of_digits_are_made_plain_too() -> None:
+    assert plain({"exit_code": 10**400, "list": [-(10**400), 7]}) == {"exit_code": 0, "list": [0, 7]}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
+def test_a_row_whose_step_is_none_is_passed_over_and_the_next_is_read(tmp_path: Path, value: float) -> None:
+    (tmp_path / "jobs" / "odd" / "attempt-1").mkdir(parents=True)
+    odd = history(1, {"_step": value, "loss": 1.0})
+    late = history(2, {"_timestamp": value, "global_step": 5, "loss": 2.0})
+    axis = history(3, {"global_step": value, "loss": 3.0})
+    write_run(tmp_path / "jobs" / "odd" / "attempt-1", [run(), odd, late, axis])
+    page = Metrics(tmp_path).page(OddJob(), keys=["loss"])
+    assert [(point.step, point.value) for point in page.series[0].points] == [(5, 2.0), (5, 3.0)]
+    assert math.isfinite(page.last_step or 0)
+    assert page.series[0].points[0].at == 0
+
+
+def test_names_of_metrics_have_an_end_each_and_together(tmp_path: Path) -> None:
+    attempt = tmp_path / "jobs" / "odd" / "attempt-1"
+    names = {f"{n}": 1.0 for n in range(11_000)}
+    write_run(attempt, [run(), history(0, {"x" * 10_000: 1.0, **names}), summary({f"s{n}": 1 for n in range(11_000)})])
+    page = Metrics(tmp_path).page(OddJob())
+    assert len(page.keys) == len(page.last) == KEYS_KEPT
+    assert max(map(len, page.keys)) == LONGEST_KEY
+
+
+@pytest.mark.parametrize("size", ["Infinity", '"x"', "-1", "[]", HUGE[:400]])
+def test_a_size_that_cannot_be_hides_no_other_output_that_was_left(tmp_path: Path, size: str) -> None:
+    attempt = tmp_path / "jobs" / "odd" / "attempt-1"
+    attempt.mkdir(parents=True)
+    (attempt / "facts.json").write_text(f'{{"left": {{"a": {size}, "b": 3}}}}')
+    assert Artifacts(tmp_path).left("odd").sizes["b"] == 3
+    (attempt / "facts.json").write_text(f'{{"left": {DEEP}}}')
+    assert Artifacts(tmp_path).left("odd") == Left(1)
+
+
 def test_an_end_that_cannot_be_read_is_an_end_all_the_same() -> None:
     odd = exit_from({"ended": 5, "at": "yesterday"}, now=12.0)
     assert odd is not None
@@ -207,3 +390,55 @@ def test_an_end_that_cannot_be_read_is_an_end_all_the_same() -> None:
     assert exit_from(None, now=12.0) is None
     assert started_from({"pid": "x"}) is None
     assert facts_from({"python": ["/usr/bin/python"]}) is None
+
+
+# -- what the link's child, nodes and hosts say ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line", ["", "3", "null", "[]", "{}", DEEP, '{"event": "x"}', '{"event": "up"}', '{"id": [1]}']
+)
+def test_a_line_of_the_links_child_that_is_no_frame_is_passed_over(tmp_path: Path, line: str) -> None:
+    seen: list[object] = []
+    link = LinkToNothing(tmp_path, on_event=seen.append)
+
+    async def listen() -> str:
+        frames = f'{line}\n{{"event": "up", "ray_version": "2"}}\n{{"event": "down", "why": "the end"}}\n'
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", "import sys; sys.stdout.write(sys.stdin.read())",
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=2**20,
+        )  # fmt: skip
+        assert child.stdin is not None
+        child.stdin.write(frames.encode())
+        child.stdin.close()
+        why = await link._listen(child)  # noqa: SLF001 -- that nothing of it is lost shows nowhere else
+        await child.wait()
+        return why
+
+    assert anyio.run(listen) == "the end"
+    assert [type(event) for event in seen] == [LinkUp]
+
+
+@pytest.mark.parametrize("odd", [{"cpus": math.inf}, {"memory": 2**80}, {"gpu": [3]}, {"custom": {"x": -1}}])
+def test_a_node_that_cannot_be_read_hides_no_other(odd: dict[str, object]) -> None:
+    node = {"id": "a", "hostname": "dgx-1", "address": "10.0.0.1", "alive": True}
+    assert [found.hostname for found in node_views([{**node, "hostname": "dgx-2", **odd}, 3, node])] == ["dgx-1"]
+
+
+@pytest.mark.parametrize("text", [HUGE, "inf", "nan", "²"])
+def test_a_number_of_a_host_that_is_none_is_not_known(text: str) -> None:
+    table = f"index, memory.total [MiB], utilization.gpu [%]\n0, {text}, {text}\n"
+    answer = probe.Answer(
+        {"gpu_query": probe.Section(table, 0), "limits": probe.Section(rows=(("nofile", text, text),))}, complete=True
+    )
+    (gpu,) = read_gpus(answer).gpus
+    assert read_facts(answer, clock=Clock(), took_s=1.0).nofile is None
+    assert (gpu.memory_total, gpu.utilization) == (None, None)
+
+
+@pytest.mark.parametrize("body", [b"", b"3", b'{"revoked": "x"}', DEEP.encode(), b'{"revoked": [1]}'])
+def test_an_answer_of_a_controller_that_cannot_be_read_is_said(body: bytes) -> None:
+    answer = Answer(httpx2.Response(200, content=body, headers={"X-Have": HUGE}))
+    with pytest.raises(ClusterError, match="cannot be read"):
+        answer.read(TypeAdapter(dict[str, int]))
+    assert answer.number("X-Have") == 0

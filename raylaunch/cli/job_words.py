@@ -108,7 +108,8 @@ def _facts(job: JobView, now: float) -> Iterator[tuple[str, str]]:
     if job.environment:
         found = job.environment
         names = [f"torch {found.torch}" if found.torch else "", f"wandb {found.wandb}" if found.wandb else ""]
-        yield "python", " ".join(word for word in (found.version, f"({found.python})", *names) if word)
+        where = f"({found.python})" if found.python else ""
+        yield "python", " ".join(word for word in (found.version, where, *names) if word)
         yield "warnings", "; ".join(found.warnings)
     yield "outputs", f"{count(job.outputs, 'file')}, {size(job.output_bytes)}" if job.outputs else ""
     yield "tags", ", ".join(job.spec.tags) if job.spec else ""

@@ -29,7 +29,7 @@ class Answer:
         """Return the body's JSON, or None if it is none."""
         try:
             return json.loads(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
 

@@ -86,7 +86,7 @@ def _read(line: bytes) -> tuple[str, object]:
     """Return one answer; what is none is noise of the host's shell."""
     try:
         read = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "", None
     return next(iter(read.items())) if isinstance(read, dict) and len(read) == 1 else ("", None)
 

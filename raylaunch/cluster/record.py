@@ -21,6 +21,7 @@ from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.process import ProcessIdentity
 from raylaunch.errors import ConflictError
 from raylaunch.spec import ClusterSpec
+from raylaunch.spec_parts import Moment
 
 _POLL_S = 0.05
 
@@ -76,7 +77,7 @@ class ClusterRecord(BaseModel):
     wanted: Literal["running", "stopped"] = "stopped"
     tls: bool = False
     """Whether its Ray was started with TLS. It stays so until the cluster is taken down: never under a running Ray."""
-    tls_until: float | None = None
+    tls_until: Moment | None = None
     """When the certificate of this machine's Ray expires; seconds since the epoch."""
     spec: ClusterSpec
     store: str

@@ -31,7 +31,7 @@ from raylaunch.controller.left_outputs import LeftOutputs
 from raylaunch.controller.lifecycle import Lifecycle
 from raylaunch.controller.link import Link
 from raylaunch.controller.means import Leavings, Means
-from raylaunch.controller.metrics import Metrics
+from raylaunch.controller.metrics import NAMES_KEPT, Metrics
 from raylaunch.controller.packages import PackageStore
 from raylaunch.controller.ray_jobs import RayJobs
 from raylaunch.controller.records import JobRecord, Records
@@ -200,13 +200,15 @@ def _leavings_of(record: JobRecord, records: Records, artifacts: Artifacts, metr
     artifacts.seal(record.id)
     count, size = artifacts.outputs(record.id)
     ran_s = time.time() - record.started_at if record.started_at is not None else 0.0
-    last, progress = metrics.at_end(record.id, record.attempts, ran_s=ran_s)
+    measured = metrics.at_end(record.id, record.attempts, ran_s=ran_s)
+    more = f"{measured.left_out} metrics beyond {NAMES_KEPT} are not in the record: raylaunch metrics has more"
     return Leavings(
         log_tail=last_lines(folder, attempt=len(record.attempts)),
         outputs=count,
         output_bytes=size,
-        last_metrics=last,
-        progress=progress,
+        last_metrics=measured.last,
+        progress=measured.progress,
+        warnings=(more,) if measured.left_out else (),
     )
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from raylaunch.controller.journal import JOURNAL, write_problem
 from raylaunch.controller.packages import file_sha256
 from raylaunch.errors import NotFoundError
+from raylaunch.node.folder import read_json
 from raylaunch.runner.contract import CHECKPOINTS, FACTS, LEFT_S, LOGS, OUTPUTS, WANDB, WITHHELD
 from raylaunch.state import Artifact, JobState, Usage
 
@@ -87,11 +88,16 @@ class Artifacts:
         try:
             if time.time() - facts.stat().st_mtime > LEFT_S:
                 return Left(n)
-            found = json.loads(facts.read_bytes())
-            sizes = {str(path): int(size) for path, size in found.get("left", {}).items()}
-            return Left(n, sizes, frozenset(str(path) for path in found.get("withheld", ())))
-        except (OSError, ValueError, AttributeError, TypeError):
+        except OSError:
             return Left(n)
+        found = read_json(facts) or {}
+        left, withheld = found.get("left"), found.get("withheld")
+        sizes = left.items() if isinstance(left, dict) else ()
+        return Left(
+            n,
+            {path: size for path, size in sizes if isinstance(size, int) and size >= 0},
+            frozenset(str(path) for path in withheld) if isinstance(withheld, list) else frozenset(),
+        )
 
     def withheld(self, job_id: str, path: str) -> tuple[Path, Artifact]:
         """Return where an output that looks like a secret lies in the store, once it was fetched for the job's owner.

@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raylaunch.errors import AccessError
+from raylaunch.spec_parts import Moment
 
 _log = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ class Token(BaseModel):
     sha256: str
     person: str
     role: Role
-    created_at: float | None = None
-    expires_at: float | None = None
+    created_at: Moment | None = None
+    expires_at: Moment | None = None
     made_by: str = ""
 
     @property

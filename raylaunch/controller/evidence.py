@@ -12,6 +12,7 @@ from raylaunch.runner.rank_failure import before_report
 _LINES = 30
 _BYTES = 64 * 1024
 _LINE = 2000
+_MOST_RANKS = 1_000_000
 
 
 def last_lines(job_folder: Path, *, attempt: int) -> tuple[str, ...]:
@@ -41,4 +42,4 @@ def _failed_rank(exit_file: Path) -> int:
     except (OSError, ValueError, RecursionError):
         return 0
     rank = found.get("failed_rank") if isinstance(found, dict) else None
-    return rank if isinstance(rank, int) else 0
+    return rank if isinstance(rank, int) and 0 <= rank < _MOST_RANKS else 0

@@ -15,7 +15,7 @@ from raylaunch.controller.records import JobRecord
 from raylaunch.controller.rooms import asked
 from raylaunch.errors import ClusterError, RaylaunchError
 from raylaunch.reasons import Reason, Verdict
-from raylaunch.state import AttemptView, Change
+from raylaunch.state import AttemptView, Change, EnvironmentFacts
 
 _log = logging.getLogger(__name__)
 
@@ -194,6 +194,7 @@ class Finisher:
             "last_metrics": leavings.last_metrics,
             "progress": leavings.progress,
             "unreachable": False,
+            **warned(record, leavings.warnings),
         }
         if again:
             self._means.records.update(
@@ -212,6 +213,13 @@ class Finisher:
             record.id, kind="ended", message=finding.message, change=finding.change, ended_at=ended_at, **common
         )
         self._means.secrets.forget_job(record.id)
+
+
+def warned(record: JobRecord, warnings: tuple[str, ...]) -> dict[str, EnvironmentFacts]:
+    """Return the job's facts with these warnings too, each once."""
+    facts = record.environment or EnvironmentFacts()
+    new = tuple(warning for warning in warnings if warning not in facts.warnings)
+    return {"environment": facts.model_copy(update={"warnings": (*facts.warnings, *new)})} if new else {}
 
 
 def _ended_at(attempt: AttemptView, fenced: Fenced | None, *, now: float) -> float:

@@ -13,6 +13,7 @@ from raylaunch.controller.auth import Caller, TokenBook
 from raylaunch.controller.invitations import Invitations
 from raylaunch.controller.routes_tokens import TAKE
 from raylaunch.errors import AccessError, RaylaunchError, VersionError
+from raylaunch.units import whole
 from raylaunch.version import API, __version__
 
 _READS = frozenset({"GET", "HEAD"})
@@ -125,7 +126,7 @@ def _problem(headers: Headers) -> RaylaunchError | None:
     if theirs != str(API):
         version = headers.get("x-raylaunch-version", "of an unknown version")
         msg = f"the client is raylaunch {version} and the controller {__version__}: they do not speak the same protocol"
-        newer = theirs.isdigit() and int(theirs) > API
+        newer = (whole(theirs) or 0) > API
         older_hint = f"install the controller's version on the client's side: pip install raylaunch=={__version__}"
         newer_hint = "raylaunch up starts a controller of the client's version; running jobs go on"
         return VersionError(f"{msg} ({theirs} there, {API} here)", hint=newer_hint if newer else older_hint)

@@ -113,6 +113,6 @@ def _collected(job: Path, n: int) -> list[str]:
 def _json(path: Path) -> dict[str, object] | list[object] | None:
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, (dict, list)) else None

@@ -20,6 +20,7 @@ from raylaunch.cluster_state import TokenView
 from raylaunch.controller.auth import ID_DIGITS, Caller, Role, Token, TokenBook, Tokens, digest
 from raylaunch.controller.private_file import write_private
 from raylaunch.errors import AccessError, ConflictError, NotFoundError, SpecError, StorageError
+from raylaunch.spec_parts import Moment
 
 _log = logging.getLogger(__name__)
 
@@ -39,9 +40,9 @@ class _Invitation(BaseModel):
     person: str
     role: Role
     made_by: str
-    created_at: float
-    expires_at: float
-    token_expires_at: float | None = None
+    created_at: Moment
+    expires_at: Moment
+    token_expires_at: Moment | None = None
     token: str = ""
     """Hash of the token that it led to; empty while nobody has taken it."""
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel, JsonValue, ValidationError
 
 from raylaunch.errors import StorageError
+from raylaunch.spec_parts import Count, Moment
 from raylaunch.state import Event, JobState
 
 JOURNAL = "journal.jsonl"
@@ -25,8 +26,8 @@ JOURNAL = "journal.jsonl"
 class JournalLine(BaseModel):
     """One change of one job."""
 
-    seq: int
-    at: float
+    seq: Count
+    at: Moment
     kind: str
     message: str = ""
     job: str = ""

@@ -32,6 +32,7 @@ from raylaunch.controller.link_events import (
     event_from,
     exit_from,
 )
+from raylaunch.controller.nodes import node_views
 from raylaunch.errors import ClusterDownError, RaylaunchError, from_wire
 from raylaunch.runner.contract import AttemptSpec, Claim, Exit, StopWish
 from raylaunch.wheel_sets import WheelSet
@@ -173,7 +174,7 @@ class Link:
             ClusterDownError: The link is down.
         """
         answer = await self.ask("nodes", {}, timeout_s=30)
-        return tuple(NodeView.model_validate(node) for node in cast("list[object]", answer))
+        return node_views(cast("list[object]", answer))
 
     async def prepare(
         self,
@@ -359,18 +360,22 @@ class Link:
         if child.stdout is None:
             return why
         while line := await child.stdout.readline():
-            try:
-                frame = json.loads(line)
-            except ValueError:
-                _log.warning("the link wrote a line that is not a frame: %.200r", line)
-                continue
+            why = self._take(line) or why
+        return why
+
+    def _take(self, line: bytes) -> str:
+        """Take one frame; return what it says about why the child ends, mostly nothing."""
+        try:
+            frame = cast("dict[str, object]", json.loads(line))
             if "id" in frame:
                 self._answer(frame)
             elif frame["event"] == "down":
-                why = str(frame["why"])
+                return str(frame["why"])
             else:
                 self._event(frame)
-        return why
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            _log.warning("the link wrote a line that is not a frame: %.200r", line)
+        return ""
 
     def _answer(self, frame: Mapping[str, object]) -> None:
         future = self._waiting.get(cast("int", frame["id"]))

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raylaunch.runner.contract import Claim, Ended, Exit, Facts, Started
-from raylaunch.spec_parts import Moment
+from raylaunch.spec_parts import Count, ExitCode, Moment
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,13 @@ class _Exit(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     ended: Ended
-    exit_code: int | None = None
+    exit_code: ExitCode | None = None
     signal: str = ""
     message: str = ""
-    failed_rank: int | None = None
+    failed_rank: Count | None = None
     at: Moment
     by_ray: bool = False
-    killed: int = 0
+    killed: Count = 0
     oom: bool = False
 
 
@@ -109,7 +109,7 @@ class _Started(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    pid: int
+    pid: Count
     at: Moment
     gpus: list[str] = Field(default_factory=list)
     ranks: Annotated[int, Field(ge=0, le=1_000_000)] = 1
@@ -131,7 +131,7 @@ class _Facts(BaseModel):
     wandb_url: str = ""
     wandb_run: str = ""
     wandb_runs: list[str] = Field(default_factory=list)
-    wandb_staged: Annotated[int, Field(ge=0)] = 0
+    wandb_staged: Count = 0
 
 
 def exit_from(value: object, *, now: float) -> Exit | None:

@@ -29,6 +29,8 @@ class Leavings:
     output_bytes: int
     last_metrics: dict[str, float]
     progress: Progress | None = None
+    warnings: tuple[str, ...] = ()
+    """What the record leaves out."""
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,16 @@ import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 from raylaunch.state import MetricPoint
-from raylaunch.tracking.run_file import History, Item, RunInfo, StepMetric, Summary
+from raylaunch.tracking.run_file import LARGEST_STEP, History, Item, RunInfo, StepMetric, Summary
 
 WANDB_STEP = ""
 """The axis of a metric for which the run names none: W&B's own step."""
 _GLOBAL_STEP = "global_step"
-_KEYS_KEPT = 10_000
+KEYS_KEPT = 10_000
+"""Names of metrics of one file."""
 _POINTS_AT_FIRST = 4096
 _POINTS_AT_LEAST = 64
 
@@ -50,6 +51,8 @@ class Axes:
 
     def define(self, metric: StepMetric) -> None:
         """Take note of a `define_metric`."""
+        if len(self._prefixes) + len(self._defined) >= KEYS_KEPT:
+            return
         if metric.pattern.endswith("*"):
             self._prefixes[metric.pattern[:-1]] = metric.step_metric
         else:
@@ -59,13 +62,13 @@ class Axes:
         """Yield the row's values with their axes and steps."""
         seen, of = self._seen, self._of
         for name in seen:
-            if name in row.values:
+            if _is_step(row.values.get(name)):
                 seen[name] = row.values[name]
         for key, value in row.values.items():
             axis = of.get(key)
             if axis is None:
                 axis = self._choose(key, row.values)
-                if len(of) >= _KEYS_KEPT:
+                if len(of) >= KEYS_KEPT:
                     continue
                 of[key] = axis
             yield Placed(key, axis, row.step if axis == WANDB_STEP else seen[axis], row.at, value)
@@ -82,7 +85,7 @@ class Axes:
         for axis in (wished, _GLOBAL_STEP):
             if axis in self._seen:
                 return axis
-            if math.isfinite(values.get(axis, math.nan)):
+            if _is_step(values.get(axis)):
                 self._seen[axis] = values[axis]
                 return axis
         return WANDB_STEP
@@ -192,6 +195,8 @@ class Segment:
                 self._axes.define(item)
             elif isinstance(item, Summary):
                 self.summary.update(item.values)
+                while len(self.summary) > KEYS_KEPT:
+                    self.summary.popitem()
             elif isinstance(item, RunInfo):
                 self.info = item
 
@@ -222,6 +227,10 @@ class Segment:
             self.reach[axis] = Reach(step, step)
         elif step > reach.highest:
             reach.highest = step
+
+
+def _is_step(value: float | None) -> TypeGuard[float]:
+    return value is not None and abs(value) <= LARGEST_STEP
 
 
 def evenly(points: list[MetricPoint], most: int) -> tuple[MetricPoint, ...]:

@@ -21,9 +21,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from raylaunch.controller.metric_curve import Curve
 from raylaunch.controller.metric_series import Placed, Segment, evenly, plain, total_points
@@ -40,6 +40,9 @@ _POINTS_KEPT = 2_000_000
 """Over all jobs; a point takes 24 bytes."""
 _CSV_CHUNK = 64 * 1024
 _RUNS_TOLD = 1000
+_NAMES_TOLD = 10_000
+NAMES_KEPT = 1000
+"""Names of metrics in a job's record, its own run's first: it is read and written again and again."""
 _LONGEST_NAME = 200
 _READ_AT_LEAST = 256 * 1024
 _READ_OF_RUN = 40_000
@@ -67,6 +70,14 @@ class JobLike(Protocol):
         """Its attempts, oldest first."""
 
 
+class Measured(NamedTuple):
+    """What a job's record keeps of its metrics: last values, how far it is, and how many names it leaves out."""
+
+    last: dict[str, float]
+    progress: Progress | None
+    left_out: int = 0
+
+
 class Metrics:
     """Reads metrics below a store's ``jobs/``. May be called from any thread; calls about one job take turns."""
 
@@ -87,8 +98,8 @@ class Metrics:
         with self._curves(record.id, record.attempts) as curves:
             last, step = curves.last()
             return MetricsPage(
-                keys=tuple(curves.keys()),
-                last=last,
+                keys=tuple(curves.keys()[:_NAMES_TOLD]),
+                last=_first(last, _NAMES_TOLD),
                 last_step=step,
                 series=tuple(
                     MetricSeries(key=key, points=evenly(points, max(max_points, 1)), total=total)
@@ -100,28 +111,28 @@ class Metrics:
             )
 
     def last(self, job_id: str, attempts: Sequence[AttemptLike]) -> tuple[dict[str, float], float | None]:
-        """Return the last value of each metric, numbers of the run's summary among them, and the step reached."""
+        """Return last values of `NAMES_KEPT` metrics, numbers of the run's summary among them, and the step reached."""
         with self._curves(job_id, attempts) as curves:
-            return curves.last()
+            last, step = curves.last()
+            return _first(last, NAMES_KEPT), step
 
     def progress(self, job_id: str, attempts: Sequence[AttemptLike]) -> Progress | None:
         """Return how far the training said it is (`raylaunch.report`), or None when it never did."""
         with self._curves(job_id, attempts) as curves:
             return curves.progress()
 
-    def at_end(
-        self, job_id: str, attempts: Sequence[AttemptLike], *, ran_s: float
-    ) -> tuple[dict[str, float], Progress | None]:
+    def at_end(self, job_id: str, attempts: Sequence[AttemptLike], *, ran_s: float) -> Measured:
         """Return last values and progress of a job none of whose attempts runs, as `last` and `progress` do.
 
         Where reading all would take more than a small part of the time that the job ran, the last values are those that
         the end of its run's file has: a training that logs ten thousand rows a second must not pay for it.
         """
         few = _end_of(self._jobs_dir / job_id, attempts, most=max(_READ_AT_LEAST, int(ran_s * _READ_OF_RUN)))
-        if few is not None:
-            return few
-        with self._curves(job_id, attempts) as curves:
-            return curves.last()[0], curves.progress()
+        if few is None:
+            with self._curves(job_id, attempts) as curves:
+                few = curves.last()[0], curves.progress()
+        last, progress = few
+        return Measured(_first(last, NAMES_KEPT), progress, max(0, len(last) - NAMES_KEPT))
 
     def problems(self, job_id: str, attempts: Sequence[AttemptLike]) -> tuple[str, ...]:
         """Return, as sentences, what could not be read of the job's metrics."""
@@ -289,6 +300,10 @@ class _JobCurves:
 
     def _segments(self) -> Iterator[Segment]:
         return chain.from_iterable(curve.segments.values() for curve in self._all())
+
+
+def _first(values: dict[str, float], most: int) -> dict[str, float]:
+    return values if len(values) <= most else dict(islice(values.items(), most))
 
 
 def _end_of(

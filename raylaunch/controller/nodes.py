@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from typing import TypedDict
 
+from pydantic import ValidationError
+
 from raylaunch.cluster_state import GpuView, NodeView
 from raylaunch.node.facts import NodeFacts
+
+_log = logging.getLogger(__name__)
 
 HOST_LABEL = "raylaunch-host"
 """Ray's label of a node that bears the host's name in cluster.yaml; `raylaunch.cluster.ray_head` sets it."""
@@ -54,14 +59,25 @@ def node_view(row: RayNode, facts: NodeFacts | None, *, steward: bool) -> NodeVi
         memory=int(total.get("memory", 0)),
         custom={name: amount for name, amount in total.items() if _is_custom(name)},
         labels=row["labels"],
-        cpus_free=free.get("CPU", 0),
-        gpus_free=free.get("GPU", 0),
-        memory_free=int(free.get("memory", 0)),
+        cpus_free=max(0.0, free.get("CPU", 0)),  # below nothing where a worker that waited goes on
+        gpus_free=max(0.0, free.get("GPU", 0)),
+        memory_free=max(0, int(free.get("memory", 0))),
         gpu_type=gpus[0].name if gpus else _gpu_type(total, row["labels"]),
         gpu=gpus,
         disk_free=facts["disk_free"] if facts else None,
         steward=steward,
     )
+
+
+def node_views(rows: Iterable[object]) -> tuple[NodeView, ...]:
+    """Return the nodes that can be read; the others are left out, and logged."""
+    found = []
+    for row in rows:
+        try:
+            found.append(NodeView.model_validate(row))
+        except ValidationError as error:  # noqa: PERF203 -- each is one node
+            _log.warning("a node is left out, since what is said of it cannot be read: %s", error)
+    return tuple(found)
 
 
 def by_name(nodes: Iterable[NodeView]) -> tuple[NodeView, ...]:

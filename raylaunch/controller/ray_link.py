@@ -174,7 +174,7 @@ class Program:
 
     async def nodes(self) -> list[dict[str, object]]:
         """Return the nodes as `raylaunch.cluster_state.NodeView`."""
-        return list(await asyncio.gather(*(self._view(row) for row in self._rows)))
+        return [view for view in await asyncio.gather(*(self._view(row) for row in self._rows)) if view is not None]
 
     async def prepare(
         self, node_id: str, spec: dict[str, object], package: str, secrets: object, wheels: list[WheelSet]
@@ -267,10 +267,14 @@ class Program:
             raise NotFoundError(msg)
         return node
 
-    async def _view(self, row: RayNode) -> dict[str, object]:
+    async def _view(self, row: RayNode) -> dict[str, object] | None:
         node = self._nodes.get(row["id"])
         facts = await node.facts() if node else None
-        return node_view(row, facts, steward=node is not None and node.ready).model_dump(mode="json")
+        try:
+            return node_view(row, facts, steward=node is not None and node.ready).model_dump(mode="json")
+        except (ValueError, TypeError, OverflowError) as error:
+            _log.warning("node %s is left out, since what is said of it cannot be read: %s", row["id"], error)
+            return None
 
     async def _watch(self) -> None:
         while True:

@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from raylaunch.errors import ConflictError, StorageError
 from raylaunch.spec import JobSpec
+from raylaunch.spec_parts import Count
 from raylaunch.state import Change, JobState, JobView, transition
 from raylaunch.wheel_sets import WheelSet
 
@@ -35,7 +36,7 @@ class JobRecord(JobView):
     stop_wish: StopWish | None = None
     again: bool = False
     """Whether another attempt follows its stop."""
-    free_retries: int = 0
+    free_retries: Count = 0
     """Attempts that were made again without counting, because the machines failed and not the program."""
     force_offline: bool = False
     submitted_to_ray: bool = False

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from raylaunch.errors import TrackingError
 from raylaunch.state import Progress
-from raylaunch.tracking.run_file import History, Item
+from raylaunch.tracking.run_file import LARGEST_STEP, History, Item
+from raylaunch.tracking.wire import LONGEST_KEY
 
 _LONGEST_LINE = 1024 * 1024
-_LONGEST_NAME = 500
 _LARGEST = 1e11
 
 
@@ -63,7 +62,7 @@ class ReportFile:
             values = {_whole(key): float(value) for key, value in (told.get("metrics") or {}).items()}
             place = self._lines if step is None else float(step)
             of_train = "source" in told
-            if math.isfinite(place) and not (of_train and self._asked):
+            if abs(place) <= LARGEST_STEP and not (of_train and self._asked):
                 done = place + 1 if of_train else place  # the first report of a training is its step 0
                 self.progress = Progress(step=done, total=None if total is None else _finite(total), at=at)
             self._asked = self._asked or not of_train
@@ -71,7 +70,7 @@ class ReportFile:
             self._broken += 1
             return
         self._lines += 1
-        if values and math.isfinite(place):
+        if values and abs(place) <= LARGEST_STEP:
             yield History(place, at, values)
 
 
@@ -86,4 +85,4 @@ def _finite(value: object) -> float:
 
 def _whole(key: object) -> str:
     """Return a name without half characters, which no answer could carry."""
-    return str(key)[:_LONGEST_NAME].encode("utf-8", "replace").decode()
+    return str(key)[:LONGEST_KEY].encode("utf-8", "replace").decode()

@@ -77,15 +77,18 @@ async def jobs(  # noqa: PLR0913 -- each is one filter
     """Return one page of jobs, newest first, without their heavy fields."""
     states = _states(state)
     found: list[JsonValue] = []
+    unreadable: list[JsonValue] = []
     while True:
         few = min(limit - len(found), _AT_ONCE)
         page = services.records.page(
             states=states, name=name, owner=owner, tag=tag, since=since, limit=few, cursor=cursor
         )
         found += [services.jobs.explained(view).model_dump(mode="json") for view in page.jobs]
+        unreadable += page.unreadable
         cursor = page.next_cursor
         if not cursor or len(found) >= limit:
-            return json_answer({"jobs": found, "next_cursor": cursor, "total": page.total})
+            told: JsonValue = {"jobs": found, "next_cursor": cursor, "total": page.total, "unreadable": unreadable}
+            return json_answer(told)
         await asyncio.sleep(0)  # a large page lets others have their turn
 
 

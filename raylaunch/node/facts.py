@@ -20,6 +20,7 @@ from raylaunch.runner.processes import boot_id
 from raylaunch.version import __version__
 
 _MIB = 1024 * 1024
+_LARGEST = 1e12
 _NVIDIA_SMI_S = 15
 _GPU_QUERY = ("index", "uuid", "name", "memory.total", "memory.used", "utilization.gpu")
 _PROCESS_QUERY = ("gpu_uuid", "pid", "process_name")
@@ -121,9 +122,10 @@ def _rows(program: str, query: str, fields: tuple[str, ...]) -> Iterable[list[st
 def _number(text: str) -> float | None:
     """Read a number; ``[N/A]`` and its like are None (GPUs that share the machine's memory say so)."""
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return None
+    return number if 0 <= number <= _LARGEST else None
 
 
 def _bytes(mebibytes: str) -> int | None:

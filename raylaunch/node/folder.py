@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import secrets
@@ -103,7 +102,7 @@ def plain(value: object) -> object:
         case bool():
             return value
         case int() | float():
-            return value if math.isfinite(value) and abs(value) <= _LARGEST_NUMBER else 0
+            return value if abs(value) <= _LARGEST_NUMBER else 0  # which NaN is not either
         case dict():
             return {plain(key): plain(item) for key, item in value.items()}
         case list():

@@ -88,8 +88,9 @@ class RunFollower:
         found: dict[str, set[str]] = {}
         with contextlib.suppress(OSError):
             for line in self._notes.read_text(encoding="utf-8").splitlines():
-                note = json.loads(line)
-                found.setdefault(note["place"], set()).add(note["id"])
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # a job can write there too
+                    note = json.loads(line)
+                    found.setdefault(note["place"], set()).add(note["id"])
         return found
 
     def _folders_in_code(self) -> Iterator[Path]:

@@ -89,8 +89,10 @@ class Pulse:
     def _stop_file(self) -> Wish | None:
         try:
             content = json.loads(self._stop.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return None  # not there, or not written to its end yet
+        if not isinstance(content, dict):
+            return None
         grace = _number(content.get("grace_s"), self._grace_s)
         return _wish(str(content.get("why") or "stopped"), grace)
 

@@ -31,11 +31,14 @@ from raylaunch.tracking.wire import Rows, WireError, fields
 
 _HISTORY, _SUMMARY, _METRIC, _RUN, _EXIT = 2, 3, 12, 17, 18
 """Field numbers of W&B's ``Record`` (wandb/proto/wandb_internal.proto)."""
+LARGEST_STEP = float(1 << 63)
+"""What is beyond it, infinite or NaN is no step."""
+_LAST_MOMENT = 1e11
 
 
 @dataclass(frozen=True)
 class History:
-    """One row of `wandb.log`. `at` is 0 where W&B gave no time."""
+    """One row of `wandb.log`. `at` is 0 where W&B gave no time that can be one."""
 
     step: float
     at: float
@@ -172,7 +175,11 @@ class RunFile:
         step, at = values.get("_step"), values.get("_timestamp", 0.0)
         if step is None:
             step = _number(dict(fields(_bytes(dict(fields(payload)), 2))), 1)
-        return History(int(step), at, {key: value for key, value in values.items() if not key.startswith("_")})
+        if not abs(step) <= LARGEST_STEP:
+            msg = f"{step} is no step"
+            raise WireError(msg)
+        moment = at if 0 <= at <= _LAST_MOMENT else 0.0
+        return History(int(step), moment, {key: value for key, value in values.items() if not key.startswith("_")})
 
 
 def _step_metric(payload: bytes) -> StepMetric:

@@ -21,6 +21,8 @@ _ITEM = 1
 _VALUE_TAG = b"\x82\x01"
 """The tag of a field 16 that holds bytes."""
 _KEYS_REMEMBERED = 10_000
+LONGEST_KEY = 500
+"""Characters of a metric's name; what is longer is cut."""
 _NOT_NUMBERS = frozenset(b'"{[tfn')
 """First bytes of JSON that is a text, an object, a list, true, false or null."""
 
@@ -141,7 +143,7 @@ def _any_item(data: bytes) -> tuple[str, float | None]:
             value = _json_number(part)
         elif number in {_KEY, _NESTED_KEY} and isinstance(part, bytes):
             word = part.decode("utf-8", "replace")
-            key = f"{key}.{word}" if key else word
+            key = (f"{key}.{word}" if key else word)[:LONGEST_KEY]
         elif number == _NUMBER and isinstance(part, bytes):
             value = float(struct.unpack("<d", part)[0])
         elif number == _INTEGER and isinstance(part, int):

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from raylaunch.controller.link import Link
+from raylaunch.controller.link import Link, LinkEvent
 
 
 class LinkToNothing(Link):
     """A link that is never up."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, on_event: Callable[[LinkEvent], None] = lambda _event: None) -> None:
         """Describe it; its store and log would be in `folder`."""
         super().__init__(
             gcs_address="127.0.0.1:9",
             ray_token_path=folder / "none",
             store=folder,
-            on_event=lambda _event: None,
+            on_event=on_event,
             log_path=folder / "link.log",
         )

@@ -8,8 +8,9 @@ import textwrap
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from functools import cache
+from typing import Annotated, get_args, get_origin
 
-from raylaunch import cluster_state, errors, job, sdk, state, submission, transfer, wire
+from raylaunch import cluster_state, errors, job, sdk, spec_parts, state, submission, transfer, wire
 from raylaunch.cluster import plan
 from raylaunch.errors import RaylaunchError
 from raylaunch.sdk import asking, async_cluster, display, live
@@ -172,8 +173,18 @@ def _properties(kind: type, prefix: str = "") -> list[str]:
         for node in source.functions(kind)
         if source.is_property(node)
     ]
-    cells = [(markdown.code(prefix + name), _linked(words), _plain(text)) for name, words, text in rows]
+    cells = [(markdown.code(prefix + name), _linked(_unbounded(words)), _plain(text)) for name, words, text in rows]
     return markdown.table(("name", "is", "means"), cells)
+
+
+def _unbounded(words: str) -> str:
+    """Write a number with bounds as the number that it is."""
+    return _NAME.sub(lambda found: _number(getattr(spec_parts, found[0], None)) or found[0], words)
+
+
+def _number(alias: object) -> str:
+    kind = next(iter(get_args(alias)), None) if get_origin(alias) is Annotated else None
+    return kind.__name__ if kind in {int, float} and isinstance(kind, type) else ""
 
 
 def _function(node: source.Function, call: str) -> Iterator[str]:

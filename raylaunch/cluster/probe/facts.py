@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from raylaunch.units import whole
+
 
 class _Facts(BaseModel):
     model_config = ConfigDict(frozen=True)
@@ -63,9 +65,7 @@ class Python(_Facts):
     @property
     def minor(self) -> tuple[int, int]:
         """``(3, 12)``; ``(0, 0)`` where it does not run."""
-        major, _, rest = self.version.partition(".")
-        minor = rest.partition(".")[0]
-        return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
+        return _two(self.version) or (0, 0)
 
 
 class GpuProcess(_Facts):
@@ -363,7 +363,10 @@ class HostFacts(_Facts):
     def glibc(self) -> tuple[int, int] | None:
         """``(2, 35)``; None for another C library, or where it is not known."""
         word, _, version = self.system.libc.partition(" ")
-        parts = version.split(".")
-        if word != "glibc" or not all(part.isdigit() for part in parts[:2]) or len(parts) < 2:  # noqa: PLR2004 -- major and minor
-            return None
-        return int(parts[0]), int(parts[1])
+        return _two(version) if word == "glibc" else None
+
+
+def _two(version: str) -> tuple[int, int] | None:
+    """Return the first two numbers of a version."""
+    major, minor, *_ = (whole(part) for part in (*version.split("."), ""))
+    return None if major is None or minor is None else (major, minor)

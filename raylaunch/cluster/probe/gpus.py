@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 
 from raylaunch.cluster.probe.answer import Answer, Section
 from raylaunch.cluster.probe.facts import GpuProcess, Gpus, HostGpu
+from raylaunch.units import whole
 
 _MIB = 1024 * 1024
+_LARGEST = 1e12
 _CUDA = re.compile(r"CUDA (?:UMD )?Version\s*:\s*([0-9.]+)")
 """Drivers from 610 on say "CUDA UMD Version"."""
 _MODULE = re.compile(r"Module\s+(?:for \S+\s+)?([0-9.]+)")
@@ -81,9 +83,10 @@ def _gpu(row: Mapping[str, str], processes: Iterable[GpuProcess]) -> HostGpu:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:  # [N/A], [Not Supported], [Unknown Error]
         return None
+    return number if 0 <= number <= _LARGEST else None
 
 
 def _mib(text: str) -> int | None:
@@ -96,12 +99,12 @@ def _processes(section: Section) -> dict[str, list[GpuProcess]]:
     about = {row[0]: (*row[1:], "", "")[:2] for row in section.all("pid") if row}
     found: dict[str, list[GpuProcess]] = {}
     for row in _table("\n".join(line[0] for line in section.all("app") if line)):
-        pid = row.get("pid", "")
-        if not pid.isdigit():
+        pid = whole(row.get("pid", ""))
+        if pid is None:
             continue
-        user, ours = about.get(pid, ("", ""))
+        user, ours = about.get(row["pid"], ("", ""))
         process = GpuProcess(
-            pid=int(pid),
+            pid=pid,
             user=user,
             command=row.get("process_name", "").rsplit("/", 1)[-1].strip("[]"),
             memory=_mib(row.get("used_gpu_memory", row.get("used_memory", ""))),

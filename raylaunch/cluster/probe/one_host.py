@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -89,6 +90,8 @@ def _clock(answer: Answer, sent: float, received: float) -> Clock:
             float(answer[f"clock_{which}"].text.replace(".%N", "").rstrip("N.")) for which in ("first", "last")
         )
     except ValueError:
+        return Clock(synced=synced)
+    if not (math.isfinite(first) and math.isfinite(last)):
         return Clock(synced=synced)
     low, high = last - received, first - sent
     return Clock(offset_s=(low + high) / 2, uncertain_s=abs(high - low) / 2, synced=synced)

@@ -27,9 +27,12 @@ from raylaunch.cluster.probe.facts import (
     is_network_fs,
 )
 from raylaunch.cluster.probe.gpus import read_gpus
+from raylaunch.spec_parts import Moment
+from raylaunch.units import whole
 
 _KIB = 1024
 _MEGABIT = 10**6
+_WHOLE = re.compile(r"-?[0-9]{1,19}")
 _INFINIBAND_TYPE = "32"
 """ARPHRD_INFINIBAND, in /sys/class/net/*/type."""
 _NO_LIMIT = 1 << 60
@@ -88,7 +91,7 @@ def read_facts(answer: Answer, *, clock: Clock, took_s: float) -> HostFacts:
 
 
 def _whole(text: str) -> int | None:
-    return int(text) if text.strip().lstrip("-").isdigit() else None
+    return int(text) if _WHOLE.fullmatch(text.strip()) else None
 
 
 def _pair(text: str) -> tuple[int, int] | None:
@@ -258,8 +261,8 @@ def _listening(ports: Section) -> tuple[int, ...] | None:
 
 def _holders(ports: Section) -> dict[int, str]:
     """Of a port that several listen on, the one that began first stands for all."""
-    rows = [row for row in ports.all("holder") if len(row) == 3 and row[0].isdigit() and row[1].isdigit()]  # noqa: PLR2004 -- port, pid, program
-    found = sorted((int(pid), int(port), program) for port, pid, program in rows)
+    rows = [(whole(row[1]), whole(row[0]), row[2]) for row in ports.all("holder") if len(row) == 3]  # noqa: PLR2004 -- port, pid, program
+    found = sorted((pid, port, program) for pid, port, program in rows if pid is not None and port is not None)
     return {port: f"{program} (pid {pid})" for pid, port, program in reversed(found)}
 
 
@@ -291,7 +294,7 @@ class _Record(BaseModel):
     cluster_id: str = ""
     wanted: str = ""
     gpu_uuids: tuple[str, ...] = ()
-    tls_until: float | None = None
+    tls_until: Moment | None = None
 
 
 def _clusters(section: Section) -> Iterator[FoundCluster]:

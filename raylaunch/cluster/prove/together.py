@@ -169,7 +169,7 @@ def _ended(job: JobView, printed: str) -> dict[str, Any]:
     _, mark, line = printed.rpartition(_MARK)
     try:
         said = json.loads(line.splitlines()[0]) if mark else None
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, RecursionError):
         said = None
     if isinstance(said, dict) and "kind" in said:
         return said

@@ -172,7 +172,7 @@ async def head_ports(head: Machine, client: ClientRecord) -> dict[str, int]:
         return client.head_ports
     path = f"{program.root}/clusters/{client.spec.name}/cluster.json"
     ran = await head.run(["cat", path], limit_s=10)
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         ports = json.loads(ran.out)["ports"]
         if isinstance(ports, dict) and all(isinstance(ports.get(key), int) for key in _PORTS):
             return ports
