@@ -5,9 +5,15 @@ from __future__ import annotations
 from urllib.parse import quote
 
 from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from raylaunch.cluster_state import Admission, HostJobs, Invitation, Quiet, TokenView
+from raylaunch.spec_parts import Count
 from raylaunch.wire import Wire
+
+
+class _Revoked(TypedDict):
+    revoked: Count
 
 
 class Admin:
@@ -68,7 +74,7 @@ class Admin:
     async def revoke(self, who: str) -> int:
         """Take back a person's tokens and invitations, or one by its id; return how many those were."""
         answer = await self._wire.ask("DELETE", f"/v1/tokens/{quote(who, safe='')}")
-        return answer.read(TypeAdapter(dict[str, int])).get("revoked", 0)
+        return answer.read(TypeAdapter(_Revoked))["revoked"]
 
     async def take(self, sha256: str) -> Admission:
         """Take an invitation, where the connection's token is its code; `sha256` is that of a token made here."""

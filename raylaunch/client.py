@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 from pydantic import TypeAdapter
-from typing_extensions import Self
+from typing_extensions import Self, TypedDict
 
 from raylaunch import downloads
 from raylaunch.admin import Admin
@@ -22,6 +22,7 @@ from raylaunch.job_page import page_from
 from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
 from raylaunch.sensitive import NO_MORE, Allowed
 from raylaunch.spec import Environment, JobSpec
+from raylaunch.spec_parts import Count
 from raylaunch.state import (
     Artifact,
     DryRun,
@@ -65,6 +66,10 @@ _LOOK_S = 300.0
 _NAMED = 3
 PATIENCE_S = 60.0
 """How long a lost controller is waited for where something is followed: it restarts in a few seconds."""
+
+
+class _Freed(TypedDict):
+    bytes: Count
 
 
 def _say_nothing(_sentence: str) -> None:
@@ -267,7 +272,7 @@ class Client:
             ConflictError: the job has not ended.
         """
         answer = await self._wire.ask("DELETE", _of(ref))
-        return answer.read(TypeAdapter(dict[str, int])).get("bytes", 0)
+        return answer.read(TypeAdapter(_Freed))["bytes"]
 
     # --- what happens
 

@@ -37,6 +37,8 @@ Capacity = Annotated[float, Field(ge=0, le=1e24, allow_inf_nan=False)]
 """How much of a resource a node has."""
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 """How many of something, or how many bytes."""
+Whole = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+"""A whole number that is judged where it is used."""
 ExitCode = Annotated[int, Field(ge=-(1 << 31), lt=1 << 32)]
 Port = Annotated[int, Field(ge=0, lt=1 << 16)]
 StepNumber = Annotated[float, Field(ge=-1e24, le=1e24, allow_inf_nan=False)]

@@ -18,7 +18,7 @@ from raylaunch.job_state import JobState as JobState  # noqa: PLC0414 -- exporte
 from raylaunch.job_state import transition as transition  # noqa: PLC0414 -- exported again
 from raylaunch.reasons import Reason
 from raylaunch.spec import Environment, JobSpec
-from raylaunch.spec_parts import Count, ExitCode, Moment, StepNumber
+from raylaunch.spec_parts import Count, ExitCode, Moment, StepNumber, Whole
 from raylaunch.wheel_sets import BuildPlatform, WheelSet
 
 
@@ -367,7 +367,7 @@ class Artifact(View):
     """One file that a job left behind. `attempt` is the one that wrote it; 0 for what belongs to the job."""
 
     path: str
-    bytes: Count
+    bytes: Whole
     sha256: str = ""
     """Empty while the file may still grow."""
     kind: Literal["output", "checkpoint", "log", "wandb", "record"]

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
+import psutil
 import pytest
 from support.api import settings_of
 from support.links import LinkToNothing
@@ -83,10 +84,20 @@ async def running(folder: Path, records: Records | None = None) -> AsyncIterator
 
 
 @asynccontextmanager
-async def running_with(link: Link, folder: Path, records: Records | None) -> AsyncIterator[tuple[Lifecycle, Sight]]:
+async def running_with(
+    link: Link, folder: Path, records: Records | None, **settings: object
+) -> AsyncIterator[tuple[Lifecycle, Sight]]:
     records, sight = records or Records(folder), Sight()
     ray = RayJobs("http://127.0.0.1:9", "none")
-    means = Means(settings_of(folder, 9), records, SecretStore(folder), link, ray, sight, _nothing_left)
+    means = Means(
+        settings_of(folder, 9).model_copy(update=settings),
+        records,
+        SecretStore(folder),
+        link,
+        ray,
+        sight,
+        _nothing_left,
+    )
     foreign = ForeignJobs(records=records, ray=ray, link=link, sight=sight)
     lifecycle = Lifecycle(means, Artifacts(folder), foreign, DrainBook(folder))
     task = asyncio.create_task(lifecycle.run())
@@ -275,3 +286,14 @@ async def test_the_last_lines_of_an_attempt_are_no_longer_shown_when_the_next_on
         link.let.release()
         await soon(lambda: len(records.light(job).attempts) == 2)
         assert records.get(job).log_tail == ()
+
+
+@pytest.mark.anyio
+async def test_a_command_that_starts_ray_again_and_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    noted = tmp_path / "pids"
+    hangs = f"sleep 1000 & echo $! $$ > {noted}.new; mv {noted}.new {noted}; wait"
+    command = ("sh", "-c", hangs)
+    async with running_with(BrokenLink(tmp_path), tmp_path, None, revive=command, revive_limit_s=0.2):
+        await until(noted.exists, 60, "Ray is silent for long enough to be started again")
+        pids = [int(word) for word in noted.read_text().split()]
+        await until(lambda: not any(map(psutil.pid_exists, pids)), 60, "both are ended")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import sqlite3
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,8 @@ from support.store import end, kinds, opened, request, submit
 from raylaunch.controller.queue import Wait
 from raylaunch.controller.records import Records
 from raylaunch.controller.recovery import empty_trash
+from raylaunch.controller.schema import LISTED
+from raylaunch.controller.search import nearest
 from raylaunch.errors import ConflictError, NotFoundError, SpecError
 from raylaunch.reasons import Reason
 from raylaunch.spec import JobSpec
@@ -67,11 +72,13 @@ def test_last_without_any_job_says_how_to_submit_one(records: Records) -> None:
     assert str(raised.value) == "there is no job yet\n  → submit one: raylaunch run -- python train.py"
 
 
-def test_a_mistyped_name_is_answered_with_the_nearest(records: Records) -> None:
+def test_names_that_a_mistyped_one_resembles_are_found_among_the_latest(records: Records) -> None:
     submit(records, "digits")
-    with pytest.raises(NotFoundError) as raised:
+    submit(records, "other")
+    with pytest.raises(NotFoundError):
         records.get("digist")
-    assert str(raised.value) == "there is no job 'digist'\n  → did you mean digits?"
+    assert nearest("digist", records.refs())[0] == "digits"
+    assert nearest("zzz", records.refs()) == []
 
 
 def test_a_name_like_nothing_points_to_the_list(records: Records) -> None:
@@ -82,6 +89,29 @@ def test_a_name_like_nothing_points_to_the_list(records: Records) -> None:
 
 
 # -- pages -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_grows_with_the_number_of_jobs_is_asked_in_another_thread(records: Records) -> None:
+    ended, waiting = submit(records), submit(records)
+    end(records, ended)
+    with ThreadPoolExecutor(1) as other:
+        assert {one.id: one.ended_at is None for one in other.submit(records.kept).result(30)} == {
+            ended.id: False,
+            waiting.id: True,
+        }
+        states = {job: state for job, _, state in other.submit(records.names).result(30)}
+    assert states == {ended.id: JobState.FAILED, waiting.id: JobState.QUEUED}
+    assert records.unfinished() == [waiting.id]
+
+
+def test_a_store_of_an_older_version_gets_what_lists_are_filtered_by(tmp_path: Path) -> None:
+    with opened(tmp_path) as records:
+        job = submit(records, tags=("both",))
+    with closing(sqlite3.connect(tmp_path / "raylaunch.db")) as database:
+        database.execute(f"DROP INDEX {LISTED}")
+    with opened(tmp_path) as records:
+        for filters in ({"tag": "both"}, {"name": "dig*"}, {"owner": job.owner, "states": [JobState.QUEUED]}):
+            assert [found.id for found in records.page(**filters).jobs] == [job.id]
 
 
 def test_pages_show_every_job_once_newest_first(records: Records) -> None:

@@ -96,7 +96,7 @@ def test_a_job_has_its_secrets_before_it_has_a_record(desk: Desk) -> None:
 def test_what_a_crash_left_of_other_jobs_secrets_is_deleted_at_the_next_start(desk: Desk) -> None:
     kept = desk.submit(KEY="value")
     desk.secrets.put_job("gone-aaaaaa", {"KEY": "left behind"})
-    desk.secrets.keep_only(record.id for record in desk.records.unfinished())
+    desk.secrets.keep_only(desk.records.unfinished())
     assert [path.name for path in (desk.store / "job_secrets").iterdir()] == [f"{kept}.json"]
 
 

@@ -91,7 +91,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
     """Serve HTTP on `listener` and run the lifecycle, until a signal ends both; return whether the lifecycle failed."""
     sight = Sight()
     secrets = SecretStore(settings.store)
-    secrets.keep_only(job for job, _, state in records.names() if not state.ended)
+    secrets.keep_only(records.unfinished())
     drains = DrainBook(settings.store)
     artifacts = Artifacts(settings.store)
     packages = PackageStore(settings.store / "packages")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import anyio
 from fastapi import Depends, Query, Request
 
 from raylaunch.controller.auth import Caller, Role
 from raylaunch.controller.record import JobRecord
+from raylaunch.controller.search import nearest
 from raylaunch.controller.services import Services
 from raylaunch.errors import AccessError, NotFoundError
 
@@ -29,14 +31,29 @@ Has = Annotated[Services, Depends(_services)]
 Who = Annotated[Caller, Depends(_caller)]
 
 
+async def find(ref: str, services: Services, caller: Caller) -> str:
+    """Return the id of the job that a person means, as `Records.find` does.
+
+    Raises:
+        NotFoundError: there is none; the hint names those that resemble it.
+    """
+    try:
+        return services.records.find(ref, owner=caller.person)
+    except NotFoundError as error:
+        near = await anyio.to_thread.run_sync(nearest, ref, services.records.refs())
+        if not near:
+            raise
+        raise NotFoundError(error.message, hint=f"did you mean {' or '.join(near)}?") from None
+
+
 async def _job(ref: str, request: Request, services: Has, caller: Who) -> JobRecord:
-    record = services.records.get(ref, owner=caller.person)
+    record = services.records.by_id(await find(ref, services, caller))
     request.state.about = record.id
     return record
 
 
 async def _light_job(ref: str, request: Request, services: Has, caller: Who) -> JobRecord:
-    record = services.records.light(services.records.find(ref, owner=caller.person))
+    record = services.records.light(await find(ref, services, caller))
     request.state.about = record.id
     return record
 

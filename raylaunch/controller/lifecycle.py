@@ -53,8 +53,6 @@ _TOLD_AT_ONCE = 8
 _STARTED_AT_ONCE = 8
 _REVIVE_AFTER_S = 4.0
 _REVIVE_EVERY_S = 20.0
-_REVIVE_S = 600.0
-"""How long the command that starts Ray again may take; one that hangs would otherwise be the last."""
 
 
 class Lifecycle:
@@ -302,13 +300,14 @@ class Lifecycle:
 
     async def _revive(self) -> None:
         """Run the command that starts Ray again: who started it knows how."""
+        limit_s = self._settings.revive_limit_s
         process = await asyncio.create_subprocess_exec(
             *self._settings.revive, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
         )
         try:
-            status = await asyncio.wait_for(process.wait(), _REVIVE_S)
+            status = await asyncio.wait_for(process.wait(), limit_s)
         except asyncio.TimeoutError:
-            _log.error("the command that starts Ray again has not ended after %.0f s; it is ended", _REVIVE_S)
+            _log.error("the command that starts Ray again has not ended after %.0f s; it is ended", limit_s)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             status = await process.wait()

@@ -205,7 +205,7 @@ class RayJobs:
     async def _asking(self, what: str) -> AsyncIterator[None]:
         try:
             yield
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             msg = f"Ray answered with something that cannot be read when asked {what} ({type(error).__name__})"
             raise ClusterDownError(msg, hint="look at what listens there") from error
         except httpx2.HTTPStatusError as error:

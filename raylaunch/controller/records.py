@@ -22,13 +22,15 @@ from raylaunch.controller.queue import Wait
 from raylaunch.controller.record import HEAVY, JobRecord, StopWish, heavy_json, light_json, record_from
 from raylaunch.controller.recovery import move_to_trash, reconcile
 from raylaunch.controller.rooms import ask_of
-from raylaunch.controller.search import Filters, Kept, kept, nearest_refs, page_of, unfinished
+from raylaunch.controller.search import Filters, Kept, kept, page_of, unfinished, unfinished_ids
 from raylaunch.errors import ConflictError, NotFoundError, StorageError
 from raylaunch.state import Change, Event, EventPage, JobPage, JobState, JobView, SubmitRequest, WandbLink
 
 __all__ = ["JobRecord", "Records"]
 
 _DB = "raylaunch.db"
+_NEAR_AMONG = 500
+"""Latest jobs whose ids and names are compared with a mistyped one."""
 
 
 class Records:
@@ -143,7 +145,7 @@ class Records:
         """Return a job with all its fields; `ref` and `owner` as in `find`.
 
         Raises:
-            NotFoundError: there is none; the hint names the nearest.
+            NotFoundError: there is none.
         """
         return self.by_id(self.find(ref, owner=owner))
 
@@ -155,7 +157,7 @@ class Records:
             owner: who asks; where they have no such job, anybody's counts, raylaunch's before those of plain Ray.
 
         Raises:
-            NotFoundError: there is none; the hint names the nearest.
+            NotFoundError: there is none.
         """
         columns = "SELECT id FROM jobs WHERE"
         latest = "ORDER BY created_at DESC, id DESC LIMIT 1"
@@ -170,11 +172,13 @@ class Records:
             own_first = latest.replace("ORDER BY", "ORDER BY is_foreign, owner != ?,")
             row = self._db.execute(f"{columns} name = ? {own_first}", (ref, owner)).fetchone()
         if row is None:
-            near = nearest_refs(self._db, ref)
-            hint = f"did you mean {' or '.join(near)}?" if near else "see what there is: raylaunch list"
-            msg = f"there is no job {ref!r}"
-            raise NotFoundError(msg, hint=hint)
+            raise _no_job(ref)
         return str(row[0])
+
+    def refs(self) -> list[str]:
+        """Return ids and names of the latest jobs, among which a mistyped one may be (`search.nearest`)."""
+        rows = self._db.execute("SELECT id, name FROM jobs ORDER BY created_at DESC, id DESC LIMIT ?", (_NEAR_AMONG,))
+        return list(dict.fromkeys(word for row in rows for word in reversed(row)))
 
     def by_id(self, job_id: str) -> JobRecord:
         """Return a job by its id alone, with all its fields: for whatever is not a person's word.
@@ -231,17 +235,19 @@ class Records:
         return page_of(self._db, filters, self._active, limit=limit, cursor=cursor)
 
     def names(self) -> list[tuple[str, str, JobState]]:
-        """Return id, name and state of every job of ours."""
-        rows = self._db.execute("SELECT id, name, state FROM jobs WHERE NOT is_foreign")
-        return [(job, name, JobState(state)) for job, name, state in rows]
+        """Return id, name and state of every job of ours. Takes long: in any other thread than the event loop's."""
+        with schema.reading(self.store / _DB) as connection:
+            rows = connection.execute("SELECT id, name, state FROM jobs WHERE NOT is_foreign")
+            return [(job, name, JobState(state)) for job, name, state in rows]
 
     def kept(self) -> list[Kept]:
-        """Return what retention asks of every job of ours."""
-        return kept(self._db)
+        """Return what retention asks of every job of ours. Takes long: in any other thread than the event loop's."""
+        with schema.reading(self.store / _DB) as connection:
+            return kept(connection)
 
-    def unfinished(self) -> list[JobRecord]:
-        """Return the jobs of ours that have not ended, without their heavy fields: all, so for rare questions."""
-        return unfinished(self._db, foreign=False)[0]
+    def unfinished(self) -> list[str]:
+        """Return the ids of the jobs of ours that have not ended, those among them whose records cannot be read."""
+        return unfinished_ids(self._db)
 
     def active(self) -> Collection[JobRecord]:
         """Return the jobs of which an attempt may have processes on a node, without their heavy fields."""

@@ -102,8 +102,7 @@ class Sweeper:
 
     async def sweep(self) -> Sweep:
         """Remove what has outlived its time, and return what that was."""
-        packages = {name: self._packages.path(name).stat().st_mtime for name in self._packages.names()}
-        found = plan_sweep(self._records.kept(), self._retention, packages, now=time.time())
+        found = await asyncio.to_thread(self._plan)
         for job in found.jobs:
             with contextlib.suppress(NotFoundError):  # a person was faster
                 await self._removal.remove(job)
@@ -113,10 +112,14 @@ class Sweeper:
                 self._audit.write(person=_BY, verb="remove checkpoints", job=job, status=200)
             self._spent.add(job)
         for name in found.packages:
-            self._packages.remove(name)
+            await asyncio.to_thread(self._packages.remove, name)
         if found.jobs:
             await asyncio.to_thread(empty_trash, self._store)
         return found
+
+    def _plan(self) -> Sweep:
+        packages = {name: self._packages.path(name).stat().st_mtime for name in self._packages.names()}
+        return plan_sweep(self._records.kept(), self._retention, packages, now=time.time())
 
     def _drop_checkpoints(self, job: str) -> bool:
         folders = list((self._store / "jobs" / job).glob("attempt-*/checkpoints"))

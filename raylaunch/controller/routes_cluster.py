@@ -17,7 +17,7 @@ from raylaunch.controller.auth import Role
 from raylaunch.controller.guarded import GuardedRoute, needs
 from raylaunch.controller.services import Services
 from raylaunch.controller.settings import Settings
-from raylaunch.state import JobState, UsagePage
+from raylaunch.state import UsagePage
 
 SECRET_BYTES = 1024 * 1024
 
@@ -87,7 +87,7 @@ async def remove_secret(name: str, request: Request, services: Has) -> Response:
 @router.get("/usage", response_model=UsagePage)
 async def usage(services: Has) -> Response:
     """Say what the store holds, largest first, and what nodes hold apart from it."""
-    page = await anyio.to_thread.run_sync(_usage, services, services.records.names())
+    page = await anyio.to_thread.run_sync(_usage, services)
     return answer(page.model_copy(update={"nodes": await services.jobs.node_usage()}))
 
 
@@ -103,7 +103,8 @@ def python_of(settings: Settings) -> ClusterPython:
     )
 
 
-def _usage(services: Services, jobs: list[tuple[str, str, JobState]]) -> UsagePage:
+def _usage(services: Services) -> UsagePage:
+    jobs = services.records.names()
     found = [services.artifacts.usage(job, name=name, state=state) for job, name, state in jobs]
     packages = services.packages.bytes()
     return UsagePage(

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from raylaunch.controller.answers import answer
-from raylaunch.controller.asking import LARGEST, Has, LightJob, WaitS, Who
+from raylaunch.controller.asking import LARGEST, Has, LightJob, WaitS, Who, find
 from raylaunch.controller.guarded import GuardedRoute
 from raylaunch.controller.services import Services
 from raylaunch.controller.waits import departure, done, first_of
@@ -56,7 +56,7 @@ async def events(
     """Stream events (text/event-stream). A client that reconnects says its Last-Event-ID, and misses nothing."""
     known = last_event_id if last_event_id is not None else after
     cursor = services.records.cursor if known is None else known
-    job_id = services.records.find(job, owner=caller.person) if job else ""
+    job_id = await find(job, services, caller) if job else ""
     headers = {"Cache-Control": "no-store"}
     return StreamingResponse(_stream(services, cursor, job_id), 200, headers, "text/event-stream")
 

@@ -11,7 +11,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from raylaunch.controller.record import JobRecord, heavy_json, light_json
@@ -52,6 +52,13 @@ MIGRATIONS = (
 """Each brings the database one version on; ``PRAGMA user_version`` counts those that were applied."""
 
 
+LISTED = "jobs_listed"
+_LISTED = f"""
+    CREATE INDEX IF NOT EXISTS {LISTED} ON jobs (created_at DESC, id DESC, state, name, owner, tags)
+"""
+"""Has all that a list filters by, so that no row is read of a job that is not on the page. An older raylaunch does not
+mind it, so that it counts as no version."""
+
 _BUSY_S = 2.0
 """How long a write waits for a person who holds the database with sqlite3."""
 
@@ -78,10 +85,24 @@ def open_database(path: Path) -> tuple[sqlite3.Connection, str]:
             raise storage_problem(path, again) from again
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open the database once more, for a question whose answer grows with the number of jobs; in any thread.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_S)) as connection:
+            yield connection
+    except sqlite3.Error as error:
+        raise storage_problem(path, error) from error
+
+
 def is_damage(error: sqlite3.Error) -> bool:
     """Whether the database itself is broken, rather than its disk full, locked or unreadable."""
     if isinstance(error, sqlite3.OperationalError):
-        return "malformed" in str(error)
+        return any(words in str(error) for words in ("malformed", "no such table"))
     return isinstance(error, sqlite3.DatabaseError)
 
 
@@ -167,6 +188,7 @@ def _open_sound(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = NORMAL")
         _check(connection)
         _migrate(connection, path)
+        connection.execute(_LISTED)
     except BaseException:
         connection.close()
         raise

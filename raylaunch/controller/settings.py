@@ -33,6 +33,8 @@ class Settings(BaseModel):
     retention: Retention = Retention()
     revive: tuple[str, ...] = ()
     """Command that starts Ray again when it is found dead; empty where somebody else looks after it."""
+    revive_limit_s: float = 600.0
+    """How long it may take; one that hangs would otherwise be the last."""
 
     carries_stewards: bool = False
     """Whether somebody else runs Ray: its nodes have no raylaunch, and stewards come with their code."""
