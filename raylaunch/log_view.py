@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import logging
 import re
 
 LINE_LIMIT = 4000
@@ -58,6 +59,19 @@ def clean(text: str, *, colour: bool) -> str:
 def one_line(text: str) -> str:
     """Return text as a single line: clean, with line ends as spaces."""
     return clean(text.replace("\n", " "), colour=False)
+
+
+def clean_lines(text: str, *, indent: str = "  ") -> str:
+    """Return text of several lines, clean; those after the first are indented: none can pass for a line of ours."""
+    return f"\n{indent}".join(clean(line, colour=False) for line in text.split("\n"))
+
+
+class CleanFormatter(logging.Formatter):
+    """Formats what is logged, tracebacks too, for people's eyes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as text without control characters."""
+        return clean_lines(super().format(record))
 
 
 def clean_json(text: str) -> str:

@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
 import pytest
 from pydantic import BaseModel, RootModel
+from rich.console import Console
 from support.any_head import any_head
 from support.hostile import HOSTILE, bad_in, hostile, model
 
-from raylaunch.cli.app import raylaunch
-from raylaunch.cli.cluster import say_status
+from raylaunch.cli import demo
+from raylaunch.cli.app import main, raylaunch
+from raylaunch.cli.cluster import export_lines, say_status
 from raylaunch.cli.connect import show_step
-from raylaunch.cli.console import complain, note, say, say_lines, shown_text, styled
+from raylaunch.cli.console import (
+    complain,
+    complain_bug,
+    complain_usage,
+    note,
+    say,
+    say_lines,
+    shown_text,
+    styled,
+)
 from raylaunch.cli.doctor import doctor_lines
 from raylaunch.cli.follow import say_end
+from raylaunch.cli.hosts import say_removed
 from raylaunch.cli.job_words import dry_run_words, pack_words
 from raylaunch.cluster.backends import Step
 from raylaunch.cluster.doctor.look import Findings
 from raylaunch.cluster.home import cluster_paths, make_cluster_dirs, write_private
+from raylaunch.cluster.plan import DownReport, Ended, Plan
 from raylaunch.cluster.process import identify
 from raylaunch.cluster.record import new_record, save_record
-from raylaunch.cluster_state import ClusterStatus, HostJobs, TokenView
+from raylaunch.cluster_state import ClusterPython, ClusterStatus, HostJobs, Invitation, RayAccess, TokenView
 from raylaunch.errors import RaylaunchError
+from raylaunch.log_view import CleanFormatter
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import (
     Artifact,
@@ -56,6 +74,18 @@ def job(**facts: object) -> JobView:
     return model(JobView, id=_JOB, attempts=[hostile(JobView.model_fields["attempts"].annotation)[0]] * 2, **facts)  # type: ignore[index]
 
 
+_DOWN = DownReport(HOSTILE, (Ended(HOSTILE, 7, HOSTILE), Ended(HOSTILE)), HOSTILE, notes=(HOSTILE,))
+
+
+def _console() -> Console:
+    return Console(file=sys.stderr, highlight=False)
+
+
+def _logged(text: str) -> None:
+    record = logging.LogRecord("x", logging.WARNING, "", 1, "%s", (text,), None)
+    print(CleanFormatter().format(record))  # noqa: T201 -- what a handler writes
+
+
 PRINTED: dict[str, Callable[[], object]] = {
     "status": lambda: say_status(model(ClusterStatus), as_json=False),
     "status --json": lambda: say_status(model(ClusterStatus), as_json=True),
@@ -66,6 +96,20 @@ PRINTED: dict[str, Callable[[], object]] = {
     "step": lambda: show_step(Step(HOSTILE, "done", HOSTILE)),
     "error": lambda: complain(RaylaunchError(HOSTILE, hint=HOSTILE)),
     "note": lambda: note(HOSTILE),
+    "plan": lambda: say_lines(str(Plan(HOSTILE, (HOSTILE,), (HOSTILE,), (HOSTILE,))).split("\n")),
+    "plan that would fail": lambda: say_lines(str(Plan(HOSTILE, (), problems=(HOSTILE,))).split("\n")),
+    "down": lambda: say_lines(str(_DOWN).split("\n")),
+    "down of what was not up": lambda: say_lines(str(DownReport(HOSTILE, (), HOSTILE)).split("\n")),
+    "remove": lambda: say_removed(_DOWN, HOSTILE, reached=False),
+    "exports": lambda: say_lines(export_lines(model(RayAccess, gcs_address="127.0.0.1:1"))),
+    "demo: facts": lambda: demo.say_facts(_console(), job()),
+    "demo: step": lambda: demo.say_step(_console(), Step(HOSTILE, "done", HOSTILE)),
+    "demo: state": lambda: demo.say_state(_console(), job(), model(MetricsPage)),
+    "demo: curves": lambda: _console().print(demo.curves(model(MetricsPage).series)),
+    "a mistake in the arguments": lambda: complain_usage(click.UsageError(HOSTILE, ctx=click.Context(raylaunch))),
+    "a mistake in an option": lambda: complain_usage(click.BadParameter(HOSTILE, param_hint=HOSTILE)),
+    "a bug": lambda: complain_bug(ValueError, ValueError(HOSTILE), None),
+    "a logged warning": lambda: _logged(HOSTILE),
     "result": lambda: say(HOSTILE),
 }
 
@@ -92,10 +136,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "/v1/usage": model(UsagePage),
         "/v1/tokens": RootModel[list[TokenView]]([model(TokenView)]),
         "/v1/hosts/gpu-1/drain": model(HostJobs),
+        f"{base}/stop": model(JobView, state="stopping"),
+        "/v1/python": model(ClusterPython),
+        "/v1/ray": model(RayAccess, gcs_address="127.0.0.1:1"),
         "/v1/secrets": RootModel[list[str]]([HOSTILE]),
     }
     answers = {path: one.model_dump_json().encode() for path, one in models.items()}
     answers[f"{base}/metrics.csv"] = HOSTILE.encode()
+    answers[f"DELETE {base}"] = b'{"removed": "x", "bytes": 1}'
+    answers["POST /v1/jobs"] = model(SubmitAnswer, job=job()).model_dump_json().encode()
+    answers["POST /v1/tokens"] = model(Invitation, expires_at=2e9, cluster="c").model_dump_json().encode()
     with any_head(answers, missing=HOSTILE) as reach:
         paths = cluster_paths("local")
         make_cluster_dirs(paths)
@@ -125,7 +175,65 @@ COMMANDS = [
     "token list",
     "token list --json",
     "show no-such-job",
+    "drain gpu-1",
+    "drain gpu-1 --json",
+    "drain gpu-1 --off",
+    f"stop {_JOB}",
+    f"stop {_JOB} --json",
+    "submit --working-dir= -- true",
+    "submit --working-dir= --json -- true",
+    "env",
+    "stop no-such-job",
+    "rm no-such-job",
 ]
+
+
+WRONG = [
+    [HOSTILE],
+    ["list", HOSTILE],
+    ["list", f"--{HOSTILE}"],
+    ["list", "--limit", HOSTILE],
+    ["files", "--kind", HOSTILE],
+    ["show", _JOB, HOSTILE],
+    ["list", "--state", HOSTILE],
+    ["--cluster", HOSTILE, "list"],
+    ["-c", HOSTILE.replace("\x00", ""), "list"],
+    ["run", "-f", HOSTILE],
+    ["run", "--env", HOSTILE, "--", "true"],
+    ["list", "--json", "--limit", HOSTILE],
+    ["up", HOSTILE],
+]
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("words", WRONG, ids=range(len(WRONG)))
+def test_arguments_that_are_wrong_are_quoted_without_what_acts_on_a_terminal(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("train.py").write_text("")
+    monkeypatch.setattr(sys, "argv", ["raylaunch", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in {1, 2}
+    check(capsys)
+
+
+def test_a_traceback_of_the_program_is_sanitised(tmp_path: Path) -> None:
+    code = "from raylaunch.cli.console import sanitise_bugs_and_logs as s; s(); import logging, sys\n"
+    code += f"logging.getLogger('x').warning('%s', {HOSTILE!r})\nraise RuntimeError({HOSTILE!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "RuntimeError: a" in done.stderr
+    assert done.stderr.count("FAKE") >= 2
+    assert not bad_in(done.stderr)
+    assert not [line for line in done.stderr.split("\n") if line.startswith("FAKE")]
+
+
+def test_exports_for_a_shell_have_no_names_but_rays_own() -> None:
+    tls = {"x=1; touch /tmp/x #": "1", "LD_PRELOAD": "/x", "RAY_USE_TLS": "1"}
+    lines = export_lines(model(RayAccess, gcs_address="127.0.0.1:1", tls=tls))
+    assert [line for line in lines if "TLS" in line] == ["export RAY_USE_TLS=1"]
+    assert not [line for line in lines if "PRELOAD" in line or "touch" in line]
 
 
 @pytest.mark.usefixtures("home")

@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 
 import click
 
-from raylaunch.cli.console import complain, say_json
+from raylaunch.cli.console import complain, complain_usage, note, sanitise_bugs_and_logs, say_json
 from raylaunch.errors import RaylaunchError, SpecError
 from raylaunch.version import __version__
 
@@ -144,7 +144,8 @@ def _nearest(name: str) -> str:
 def raylaunch(ctx: click.Context, cluster_file: Path | None, cluster: str | None) -> None:
     """Train on your own GPU machines.
 
-    JOB is a job's id, its name (then the latest job of that name), or 'last'.
+    JOB is a job's id, its name (then your latest job of that name), or 'last'. What stops, removes or downloads a job
+    of somebody else needs its id.
     """
     if not {"-h", "--help"}.intersection(sys.argv):
         from raylaunch.place import refuse_inside_job  # noqa: PLC0415 -- every command needs it, and --version does not
@@ -165,6 +166,7 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
+    sanitise_bugs_and_logs()
     sys.exit(_status_of_run())
 
 
@@ -180,7 +182,7 @@ def _status_of_run() -> int:
         done = raylaunch.main(standalone_mode=False, prog_name="raylaunch")
         sys.stdout.flush()
     except click.ClickException as error:
-        error.show(sys.stderr)
+        complain_usage(error)
         _say_error("usage", error.format_message(), "")
         return error.exit_code
     except RaylaunchError as error:
@@ -188,7 +190,7 @@ def _status_of_run() -> int:
         _say_error(error.code, error.message, error.hint)
         return 2 if isinstance(error, SpecError) else 1
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+        note("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         with contextlib.suppress(OSError):  # what reads our output has gone; nothing is to be flushed at exit

@@ -21,6 +21,8 @@ from raylaunch.errors import AccessError, ConflictError
 from raylaunch.quieting import quiet_down, upgraded
 from raylaunch.state import JobView
 
+_TLS = frozenset({"RAY_USE_TLS", "RAY_TLS_CA_CERT", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY"})
+"""All that a cluster may set for TLS in the shell that evaluates its lines."""
 _NAMED = 3
 """Jobs that a refusal names."""
 
@@ -127,7 +129,7 @@ def export_lines(access: RayAccess) -> list[str]:
         **({"RAY_ADDRESS": access.gcs_address} if access.gcs_address else {}),
         "RAY_API_SERVER_ADDRESS": access.dashboard_url,
         **(token if access.token else {"RAY_AUTH_MODE": "disabled"}),
-        **(access.tls if access.gcs_address else {}),
+        **({name: value for name, value in access.tls.items() if name in _TLS} if access.gcs_address else {}),
     }
     if is_loopback(urlsplit(f"//{access.gcs_address}").hostname or ""):
         values["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else Ray's tools look for it at the outward address

@@ -6,18 +6,22 @@ and other people. A style stands in the text as a mark that nobody else can know
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
+from types import TracebackType
 from typing import IO
 
 import click
 from pydantic import BaseModel, JsonValue
 
 from raylaunch.errors import RaylaunchError
-from raylaunch.log_view import clean_json, one_line
+from raylaunch.log_view import CleanFormatter, clean_json, one_line
 
 _COLOURS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "cyan": 36, "dim": 2, "bold": 1}
 _SECRET = os.urandom(8).hex()
@@ -84,6 +88,28 @@ def complain(error: RaylaunchError) -> None:
     note_lines(f"{styled('error:', 'red', sys.stderr)} {error.message}")
     if error.hint:
         note_lines(f"  → {error.hint}", indent="    ")
+
+
+def complain_usage(error: click.ClickException) -> None:
+    """Print what is wrong with the arguments, as click does: they are quoted there."""
+    text = io.StringIO()
+    error.show(text)
+    usage, begins, message = text.getvalue().rstrip("\n").rpartition("\nError: ")
+    for line in usage.split("\n") if begins else ():
+        note(line)
+    note_lines(f"Error: {message.removeprefix('Error: ')}")
+
+
+def complain_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of what is no error that a person should act on; takes what `sys.excepthook` does."""
+    note_lines("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"))
+
+
+def sanitise_bugs_and_logs() -> None:
+    """Let what Python prints by itself, tracebacks and logged warnings, be sanitised as all else is."""
+    sys.excepthook = complain_bug
+    if logging.lastResort:
+        logging.lastResort.setFormatter(CleanFormatter())
 
 
 def size(number: float) -> str:

@@ -18,12 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from raylaunch.cli.connect import Place, finish
-from raylaunch.cli.console import count, shown_text, size, span
+from raylaunch.cli.console import count, say_lines, shown_text, size, span
 from raylaunch.cli.plot import chart
 from raylaunch.client import Client
 from raylaunch.cluster.backends import Step
 from raylaunch.config import load_job_spec
 from raylaunch.errors import ClusterError, ConflictError, RaylaunchError
+from raylaunch.log_view import clean_lines, one_line
 from raylaunch.spec import Environment
 from raylaunch.state import JobState, JobView, MetricSeries, MetricsPage
 
@@ -67,7 +68,7 @@ def example_folder() -> Path:
 
 async def _demo(place: Place, folder: Path, dest: Path, console: Console) -> None:
     _heading(console, "A cluster", "Ray and raylaunch's controller, on this machine, reachable from this machine only")
-    await place.backend.up(place.spec, on_step=lambda step: _say_step(console, step))
+    await place.backend.up(place.spec, on_step=lambda step: say_step(console, step))
 
     async with place.client() as client:
         _heading(console, "A job", f"train.py learns to read handwritten digits ({_shown(folder)})")
@@ -76,7 +77,7 @@ async def _demo(place: Place, folder: Path, dest: Path, console: Console) -> Non
             own = Environment(kind="python", value=sys.executable)
             spec = spec.model_copy(update={"environment": own, "packages": ()})
         answer = await client.submit(spec)
-        _say(console, f"  {answer.job.id}: {answer.job.entrypoint}")
+        _say(console, one_line(f"  {answer.job.id}: {answer.job.entrypoint}"))
 
         _heading(console, "Training", "epochs, loss and accuracy, as the script logs them with wandb")
         job = await _watch(client, answer.job, console)
@@ -87,22 +88,22 @@ async def _demo(place: Place, folder: Path, dest: Path, console: Console) -> Non
         for series in metrics.series:
             _say(console, textwrap.indent(chart(series, width=64, height=5), "  "))
         _heading(console, "What is known of the job", f"raylaunch show {job.id}")
-        _say(console, facts(job))
+        say_facts(console, job)
 
         _heading(console, "The model", f"from the cluster's store to {dest}")
         for fetched in await client.download(job.id, dest=dest, replace=True):
-            _say(console, f"  {fetched.local}  {size(fetched.bytes)}")
+            _say(console, one_line(f"  {fetched.local}  {size(fetched.bytes)}"))
 
     _heading(console, "Using it", "evaluate.py loads it in a process of its own")
-    python = job.environment.python if job.environment and job.environment.python else sys.executable
-    click.echo(await _evaluate(python, folder / "evaluate.py", dest))
+    said = await _evaluate(sys.executable, folder / "evaluate.py", dest)  # no program that the cluster names
+    say_lines(said.split("\n"))
     _heading(console, "Now try", "")
     _say(console, _next_steps())
 
 
 def _heading(console: Console, title: str, what: str) -> None:
     console.print()
-    what = shown_text(what)
+    what = one_line(what)
     console.print(Text.assemble((title, "bold"), "  " if what else "", (what, "dim")), soft_wrap=True)
 
 
@@ -110,9 +111,15 @@ def _say(console: Console, text: str) -> None:
     console.print(Text(shown_text(text)), soft_wrap=True)
 
 
-def _say_step(console: Console, step: Step) -> None:
+def say_facts(console: Console, job: JobView) -> None:
+    """Print what is worth knowing of an ended job."""
+    _say(console, facts(job))
+
+
+def say_step(console: Console, step: Step) -> None:
+    """Print a step of ``up``."""
     if step.state != "begins":
-        _say(console, f"  {step}")
+        _say(console, clean_lines(f"  {step}", indent="    "))
 
 
 async def _watch(client: Client, job: JobView, console: Console) -> JobView:
@@ -140,11 +147,16 @@ async def _follow(client: Client, job: JobView, console: Console) -> JobView:
             if console.is_terminal:
                 live.update(Group(bar, curves(metrics.series)) if metrics.last else Text(_state(job), style="dim"))
             elif (line := _line(job, metrics)) != said:
-                _say(console, line)
+                say_state(console, job, metrics)
                 said = line
             if job.state.ended:
                 return job
             await asyncio.sleep(_LOOK_EVERY_S)
+
+
+def say_state(console: Console, job: JobView, metrics: MetricsPage) -> None:
+    """Print where training stands."""
+    _say(console, _line(job, metrics))
 
 
 def _epoch(metrics: MetricsPage) -> int:
@@ -152,7 +164,7 @@ def _epoch(metrics: MetricsPage) -> int:
 
 
 def _state(job: JobView) -> str:
-    return shown_text(f"  {job.state.value}" + (f": {job.message}" if job.message else ""))
+    return one_line(f"  {job.state.value}" + (f": {job.message}" if job.message else ""))
 
 
 def _line(job: JobView, metrics: MetricsPage) -> str:
@@ -161,7 +173,7 @@ def _line(job: JobView, metrics: MetricsPage) -> str:
     if job.state.ended or not passed:
         return _state(job)
     at = {series.key: series.points[min(passed, len(series.points)) - 1].value for series in metrics.series}
-    return f"  epoch {passed:>2}" + "".join(f"  {key} {value:.4f}" for key, value in at.items())
+    return f"  epoch {passed:>2}" + "".join(f"  {one_line(key)} {value:.4f}" for key, value in at.items())
 
 
 def _check(job: JobView) -> None:
@@ -184,7 +196,7 @@ def curves(series: Sequence[MetricSeries]) -> Text:
     for one in series:
         values = [point.value for point in one.points]
         if values:
-            lines.append(f"  {shown_text(one.key):<9} {sparkline(values)}  {values[0]:.4f} → {values[-1]:.4f}")
+            lines.append(f"  {one_line(one.key):<9} {sparkline(values)}  {values[0]:.4f} → {values[-1]:.4f}")
     return Text("\n".join(lines))
 
 
@@ -202,7 +214,7 @@ def facts(job: JobView) -> str:
         "W&B": f"{wandb.mode}, run {wandb.run_id}" + (f" ({wandb.why})" if wandb.why else "") if wandb else "",
         "outputs": f"{count(job.outputs, 'file')}, {size(job.output_bytes)}",
     }
-    return "\n".join(f"  {name:<9} {value}" for name, value in rows.items() if value)
+    return "\n".join(f"  {name:<9} {one_line(value)}" for name, value in rows.items() if value)
 
 
 async def _evaluate(python: str, program: Path, folder: Path) -> str:

@@ -10,6 +10,7 @@ from raylaunch.cli.cluster import say_status
 from raylaunch.cli.connect import Place, ask_person, finish, show_step
 from raylaunch.cli.console import note, say, say_json, say_lines
 from raylaunch.cli.options import as_json, to_come
+from raylaunch.cluster.plan import DownReport
 from raylaunch.cluster.trust import accept, check_accepted
 from raylaunch.cluster_state import HostJobs
 from raylaunch.members import add as add_host
@@ -110,8 +111,13 @@ def remove(cluster_file: Path | None, *, host: str, stop: bool, forget: bool) ->
     place = Place(cluster_file)
     change = plan_remove(place.file, host)
     report = finish(remove_host(place, change, host, stop=stop, forget=forget, on_step=show_step, on_prompt=ask_person))
+    say_removed(report, host, reached=not forget)
+
+
+def say_removed(report: DownReport, host: str, *, reached: bool) -> None:
+    """Print what was ended on a host that was taken out of its cluster."""
     for one in (*report.ended, *report.notes):
         say(f"  {one}")
-    if forget:
+    if not reached:
         note(f"{host} was not reached: Ray and jobs of cluster {report.cluster} may still run there")
     say(f"{host} is no host of cluster {report.cluster} any more")

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from raylaunch.cli.console import note
 from raylaunch.config import Flag, job_spec_from_flags
 from raylaunch.errors import SpecError
 from raylaunch.spec import JobSpec
@@ -197,5 +198,5 @@ def warn_of_options_after(command: Sequence[str]) -> None:
     ours = {option for one in click.get_current_context().command.params for option in one.opts if option[:2] == "--"}
     for word in command[1:]:
         if word.partition("=")[0] in ours:
-            click.echo(f"note: {word} goes to {command[0]}; options of raylaunch stand before --", err=True)
+            note(f"note: {word} goes to {command[0]}; options of raylaunch stand before --")
             return

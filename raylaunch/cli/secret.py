@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from raylaunch.cli.connect import Place, finish
-from raylaunch.cli.console import is_terminal, note, say, say_json
+from raylaunch.cli.console import is_terminal, note, say, say_json, shown_text
 from raylaunch.cli.options import as_json
 from raylaunch.errors import SpecError
 
@@ -46,7 +46,7 @@ def set_(cluster_file: Path | None, *, name: str, people: tuple[str, ...], for_e
 
 def _value(name: str) -> str:
     if is_terminal(sys.stdin):
-        return str(click.prompt(f"Value of {name}", hide_input=True, err=True))
+        return str(click.prompt(shown_text(f"Value of {name}"), hide_input=True, err=True))
     return sys.stdin.read().rstrip("\r\n")
 
 

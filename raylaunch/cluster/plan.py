@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from raylaunch.log_view import clean_lines, one_line
+
+
+def _listed(head: str, entries: Iterable[str]) -> str:
+    """Return entries below a line. They may have words of hosts in them: further lines of one are indented."""
+    return "\n".join([one_line(head), *(clean_lines(entry, indent="      ") for entry in entries)])
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Plan:
         head = f"cluster {self.cluster}: {'up would fail' if self.problems else would}"
         lines = [f"  x {one}" for one in self.problems]
         lines += [*(f"  + {one}" for one in self.actions), *(f"  = {one}" for one in self.keeps)]
-        return "\n".join([head, *lines, *(f"  ! {one}" for one in self.notes)])
+        return _listed(head, [*lines, *(f"  ! {one}" for one in self.notes)])
 
 
 IF_UNKNOWN = "if it runs already, raylaunch up finds it there, and it is used from here too"
@@ -88,9 +95,9 @@ class DownReport:
         if self.unknown:
             return f"nothing was ended: this machine knows nothing of cluster {self.cluster}; {IF_UNKNOWN}"
         if not self.ended:
-            return f"cluster {self.cluster} was not running{stays}"
+            return one_line(f"cluster {self.cluster} was not running{stays}")
         lines = [*(f"  {one}" for one in self.ended), *(f"  ! {one}" for one in self.notes)]
-        return "\n".join([f"cluster {self.cluster} is down{stays}", *lines])
+        return _listed(f"cluster {self.cluster} is down{stays}", lines)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from raylaunch.cluster.plan import Reach
 from raylaunch.version import API, __version__
 
 Answers = Mapping[str, bytes]
-"""Bodies by path; the query does not count."""
+"""Bodies by path, or by method and path as ``DELETE /v1/jobs/x``; the query does not count."""
 
 
 @contextmanager
@@ -22,7 +22,9 @@ def any_head(answers: Answers, *, missing: str = "no") -> Iterator[Reach]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            found = answers.get(self.path.partition("?")[0])
+            path = self.path.partition("?")[0]
+            found = answers.get(f"{self.command} {path}", answers.get(path))
+            self.rfile.read(int(self.headers.get("Content-Length", "0")))
             body = found if found is not None else json.dumps({"error": error}).encode()
             self.send_response(200 if found is not None else 404)
             self.send_header("X-Raylaunch-Api", str(API))
