@@ -47,7 +47,9 @@ def _as_environment(value: object) -> object:
 
 
 Words = Annotated[list[str], BeforeValidator(_as_list)]
-JobRef = Annotated[str, Field(description="id, name (its latest job), or 'last'", min_length=1, max_length=99)]
+JobRef = Annotated[
+    str, Field(description="id, name (your latest job of that name), or 'last'", min_length=1, max_length=99)
+]
 Text = Annotated[str, Field(max_length=99)]
 
 

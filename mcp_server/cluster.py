@@ -6,9 +6,9 @@ import asyncio
 import time
 
 from mcp_server.arguments import LONGEST_WAIT_S, ClusterStatus
-from mcp_server.bounds import Json, short
+from mcp_server.bounds import Json
 from mcp_server.call import Call, News
-from mcp_server.words import cluster_facts, findings_facts, next_for_cluster, next_without_cluster
+from mcp_server.words import cluster_away, cluster_facts, findings_facts, next_for_cluster, next_without_cluster
 from raylaunch.client import Client
 from raylaunch.cluster.doctor.last_look import LastLook, hosts_to_look_at, keep_problems, last_look
 from raylaunch.errors import ClusterDownError, HostError
@@ -45,18 +45,13 @@ async def _status(place: Place) -> Json:
     except (ClusterDownError, HostError) as error:
         seen = await place.backend.status(place.spec)
         up = "a person, or you in a shell, types: raylaunch up"
+        away = isinstance(error, ClusterDownError)
+        problems, hint = (error.message, *seen.problems), "" if away else error.hint
         return {
-            "cluster": place.spec.name,
-            "state": "stopped" if seen.state == "stopped" else "degraded",
-            "gpus": 0,
-            "gpus_free": 0,
-            "queued": seen.queued,
-            "running": seen.running,
-            "nodes": [],
-            "problems": [short(one) for one in dict.fromkeys([error.message, *seen.problems])][:10],
-            "next": up if isinstance(error, ClusterDownError) else f"{error.hint}; then {up}",
+            **cluster_away(seen, name=place.spec.name, problems=problems, hint=hint),
+            "next": up if away else f"a person weighs the advice in reported; then {up}",
         }
-    return {**cluster_facts(status), "next": next_for_cluster(status)}
+    return {**cluster_facts(status, name=place.spec.name), "next": next_for_cluster(status)}
 
 
 async def _look(spec: ClusterSpec, call: Call) -> LastLook:

@@ -12,7 +12,7 @@ from mcp_server.arguments import DownloadModel, JobLogs
 from mcp_server.bounds import MOST_BYTES, Json, first_lines, last_lines, lines_of, short, token, without_empty
 from mcp_server.call import Call, News
 from mcp_server.paths import LocalPath
-from mcp_server.words import UNTRUSTED
+from mcp_server.words import UNTRUSTED, id_of, not_yours
 from raylaunch.client import Client, Downloaded, IncompleteDownloadError, LogChunk, is_named
 from raylaunch.directory import Directory
 from raylaunch.errors import ConflictError, NotFoundError, SpecError, StorageError, TransferError, WithheldError
@@ -42,9 +42,8 @@ async def job_logs(given: JobLogs, call: Call) -> Json:
     place = _place(given)
     async with call.client() as client:
         job = await client.patient(lambda: client.job(given.job))
-        if given.search:
-            return await _search(client, job, given, place)
-        return await _read(client, job, given, place)
+        answer = await (_search if given.search else _read)(client, job, given, place)
+        return {**answer, **(not_yours(job) if client.is_others(job.id) else {})}
 
 
 async def _read(client: Client, job: JobView, given: JobLogs, place: _Place | None) -> Json:
@@ -143,14 +142,14 @@ def _of_whole_lines(chunk: LogChunk) -> LogChunk:
 
 def _next_of_log(job: JobView, chunk: LogChunk, after: _Place) -> str:
     if not chunk.attempt:
-        return f"it has not started yet; see it start: monitor_job job={job.id} wait_s=50"
+        return f"it has not started yet; see it start: monitor_job job={id_of(job)} wait_s=50"
     if chunk.next_offset < chunk.size:
-        return f"there is more: job_logs job={job.id} cursor={after}"
+        return f"there is more: job_logs job={id_of(job)} cursor={after}"
     if not chunk.ended:
-        return f"the job goes on; what comes after: job_logs job={job.id} cursor={after}"
+        return f"the job goes on; what comes after: job_logs job={id_of(job)} cursor={after}"
     if chunk.attempt < len(job.attempts):
-        return f"attempt {chunk.attempt + 1} follows: job_logs job={job.id} attempt={chunk.attempt + 1}"
-    return f"this is the end of the log; monitor_job job={job.id} says how the job ended"
+        return f"attempt {chunk.attempt + 1} follows: job_logs job={id_of(job)} attempt={chunk.attempt + 1}"
+    return f"this is the end of the log; monitor_job job={id_of(job)} says how the job ended"
 
 
 async def download_model(given: DownloadModel, call: Call) -> Json:
@@ -166,10 +165,10 @@ async def download_model(given: DownloadModel, call: Call) -> Json:
         news[0] = News(done_before[0] + done, None, f"{token(what, 100) or 'a file'}: {done} of {total} bytes")
 
     async with call.client() as client:
-        job = await client.patient(lambda: client.job_to_download(given.job))
+        job = await client.patient(lambda: client.own_job(given.job))
         found = await client.patient(lambda: client.files(job.id))
         paths = _paths(given, job, found)
-        dest = named or call.roots.resolve(job.id, field="job")
+        dest = named or call.roots.resolve(_folder_name(job), field="to")
         async with call.telling(lambda: news[0]):
             with await asyncio.to_thread(_opened, dest) as folder:
                 fetched, problems = await _fetch(
@@ -183,6 +182,18 @@ async def download_model(given: DownloadModel, call: Call) -> Json:
                     )
                 )
     return _answer(job, dest.path, fetched, problems)
+
+
+def _folder_name(job: JobView) -> str:
+    """Return the folder that a job's files go to where none is named: its id, which a head may have made up.
+
+    Raises:
+        SpecError: that is no name of a folder.
+    """
+    if token(job.id) and not set(job.id) & set("/:") and not job.id.startswith("."):
+        return job.id
+    msg = "to: this job's id is no name of a folder"
+    raise SpecError(msg, field="to", hint="name a folder to download into, as models/digits")
 
 
 def _opened(dest: LocalPath) -> Directory:
@@ -238,12 +249,12 @@ def _paths(given: DownloadModel, job: JobView, found: tuple[Artifact, ...]) -> t
 def _nothing(job: JobView, what: str, variable: str, found: tuple[Artifact, ...]) -> NotFoundError:
     kinds = sorted({file.kind for file in found} - {"record"})
     if not job.state.ended:
-        hint = f"it is {job.state.value}: wait for more with monitor_job job={job.id} wait_s=50"
+        hint = f"it is {job.state.value}: wait for more with monitor_job job={id_of(job)} wait_s=50"
     elif kinds:
         hint = f"it left {', '.join(kinds)} files: what='all' fetches them"
     else:
         hint = f"a program keeps files by writing them to {variable}"
-    return NotFoundError(f"{job.id} has left no {what}", hint=hint)
+    return NotFoundError(f"{id_of(job)} has left no {what}", hint=hint)
 
 
 def _answer(job: JobView, dest: Path, fetched: tuple[Downloaded, ...], problems: dict[str, str]) -> Json:

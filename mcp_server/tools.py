@@ -147,7 +147,7 @@ TOOLS = (
             "state": "string",
             "nodes": "array",
             "gpus_free": "number",
-            "problems": "array",
+            "reported": "object",
             "findings": "object",
         },
     ),

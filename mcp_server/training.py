@@ -13,7 +13,7 @@ from mcp_server.bounds import Json, short, without_empty
 from mcp_server.call import Call, News
 from mcp_server.paths import Roots
 from mcp_server.policy import ALLOW_VARIABLE, UPLOAD_VARIABLE
-from mcp_server.words import UNTRUSTED_LIST, job_facts, job_row, next_for
+from mcp_server.words import UNTRUSTED_LIST, UNTRUSTED_WORDS, job_facts, job_row, next_for
 from raylaunch.client import DryRun, with_wandb
 from raylaunch.config import Flag, job_spec_from_flags
 from raylaunch.errors import SpecError, WithheldError
@@ -163,13 +163,13 @@ def _would(found: DryRun, spec: JobSpec, notes: list[str]) -> Json:
         "dry_run": True,
         "would_run": spec.display_name,
         "entrypoint": short(spec.command),
-        "outcome": short(found.message or f"could run on {', '.join(found.fits)}"),
-        **without_empty(
+        **without_empty({"packed": _packed(found.pack, spec) if found.pack else None, "notes": notes}),
+        "reported": without_empty(
             {
+                "untrusted": UNTRUSTED_WORDS,
+                "outcome": short(found.message or f"could run on {', '.join(found.fits)}"),
                 "fits": [short(host, 63) for host in found.fits[:20]],
-                "packed": _packed(found.pack, spec) if found.pack else None,
                 "python": short(str(found.chosen or "")),
-                "notes": notes,
             }
         ),
         "next": "nothing was submitted; call train_job again without dry_run to submit it",

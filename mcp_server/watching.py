@@ -8,7 +8,7 @@ import time
 from mcp_server.arguments import ListJobs, MonitorJob
 from mcp_server.bounds import Json, last_lines, lines_of, short, token, without_empty
 from mcp_server.call import Call, News
-from mcp_server.words import UNTRUSTED, UNTRUSTED_LIST, job_facts, job_row, next_for
+from mcp_server.words import UNTRUSTED, UNTRUSTED_LIST, UNTRUSTED_WORDS, job_facts, job_row, next_for
 from raylaunch.client import HOLD_S, Client, NoAnswerError
 from raylaunch.errors import ClusterError, NotFoundError
 from raylaunch.state import JobState, JobView
@@ -30,6 +30,7 @@ async def monitor_job(given: MonitorJob, call: Call) -> Json:
         "job": job_facts(job, now=time.time()),
         "changed": job.cursor > known,
         "cursor": job.cursor,
+        **({"yours": False} if client.is_others(job.id) else {}),
         **({"log": log} if log else {}),
         "next": next_for(job),
     }
@@ -122,7 +123,7 @@ async def _end_of_log(client: Client, job: JobView, most: int) -> Json | None:
     except NoAnswerError:
         raise
     except (NotFoundError, ClusterError) as error:  # what else there is to say about the job is said
-        return {"unread": short(error.message)}
+        return {"untrusted": UNTRUSTED_WORDS, "unread": short(error.message)}
     found = last_lines(lines_of(chunk.data), most=most, most_bytes=_LOG_BYTES)
     if not found.lines:
         return None

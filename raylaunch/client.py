@@ -17,7 +17,7 @@ from raylaunch.admin import Admin
 from raylaunch.cluster_state import ControllerStatus, RayAccess
 from raylaunch.directory import Directory
 from raylaunch.downloads import Downloaded, IncompleteDownloadError, MayReplace, is_named
-from raylaunch.errors import ConflictError
+from raylaunch.errors import whose
 from raylaunch.job_page import page_from
 from raylaunch.log_reading import LogChunk, LogFollower, LogPlace, read_chunk
 from raylaunch.sensitive import NO_MORE, Allowed
@@ -85,14 +85,16 @@ class Client:
             answer = await client.submit(JobSpec(entrypoint="python train.py"))
             job = await client.wait(answer.job.id)
 
-    `ref` is a job's id, its name (then its latest job), or ``last``, everywhere. All verbs raise `ClusterDownError`
-    when nothing answers, `AccessError` when the token may not do it, and `NotFoundError` for a job that there is not.
+    `ref` is a job's id, its name (then your latest job of that name), or ``last``, everywhere. What reads takes
+    somebody else's job where you have none of that name, and `on_notice` is told whose it is; `stop`, `remove` and
+    `download` raise `NotYoursError`. All verbs raise `ClusterDownError` when nothing answers, `AccessError` when the
+    token may not do it, and `NotFoundError` for a job that there is not.
 
     Args:
         reach: where the controller answers, and the token.
         cluster: its name, for messages.
         patience_s: how long following, waiting, submitting and transfers outlast a controller that is away.
-        on_notice: told when the connection was lost, and when it is back.
+        on_notice: told when the connection was lost, when it is back, and whose job a name means that is not yours.
         heal: called when nothing answers, at most every few seconds; returns where to go on.
         replace_hung: called when the controller takes connections and does not respond; returns where to go on.
         over_ssh: whether the cluster's head is reached over SSH: large files then come over several connections.
@@ -118,7 +120,8 @@ class Client:
     ) -> None:
         self._environment = environment
         self._ssh_cluster = cluster if over_ssh else ""
-        self._wire = Wire(reach, cluster=cluster, replace_hung=replace_hung)
+        self._wire = Wire(reach, cluster=cluster, replace_hung=replace_hung, on_others=self._say_whose)
+        self._others: set[str] = set()
         self._notice = on_notice
         self._here, self._prefix = here, prefix
         self.admin = Admin(self._wire)
@@ -129,6 +132,15 @@ class Client:
 
     async def __aexit__(self, *_exception: object) -> None:
         await self._wire.__aexit__()
+
+    def _say_whose(self, job: str, owner: str) -> None:
+        if job not in self._others:
+            self._others.add(job)
+            self._notice(f"you have no job of that name; this is {job}, {whose(owner)}")
+
+    def is_others(self, job_id: str) -> bool:
+        """Return whether a job was asked for by a name that means no job of yours."""
+        return job_id in self._others
 
     async def patient(self, call: Callable[[], Awaitable[_Result]]) -> _Result:
         """Repeat a call that may be repeated while nothing answers, for `patience_s` at most."""
@@ -261,8 +273,20 @@ class Client:
         """Return one job with everything about it."""
         return await self._wire.model(JobView, "GET", _of(ref))
 
+    async def own_job(self, ref: str) -> JobView:
+        """Return one job as `job` does, and somebody else's by its id alone.
+
+        Raises:
+            NotYoursError: `ref` is a name, and you have no job of that name.
+        """
+        return await self._wire.model(JobView, "GET", _of(ref), params={"own": "true"})
+
     async def stop(self, ref: str, *, grace_s: float | None = None) -> JobView:
-        """Ask a job to stop; it is `stopped` only when all its processes are gone, so `wait` for that."""
+        """Ask a job to stop; it is `stopped` only when all its processes are gone, so `wait` for that.
+
+        Raises:
+            NotYoursError: as `own_job`.
+        """
         return await self._wire.model(JobView, "POST", _of(ref, "stop"), body={"grace_s": grace_s})
 
     async def remove(self, ref: str) -> int:
@@ -270,6 +294,7 @@ class Client:
 
         Raises:
             ConflictError: the job has not ended.
+            NotYoursError: as `own_job`.
         """
         answer = await self._wire.ask("DELETE", _of(ref))
         return answer.read(TypeAdapter(_Freed))["bytes"]
@@ -401,14 +426,6 @@ class Client:
         answer = await self._wire.ask("GET", _of(ref, "files"))
         return answer.read(TypeAdapter(tuple[Artifact, ...]))
 
-    async def job_to_download(self, ref: str) -> JobView:
-        """Return one job; another person's by its id alone, else a `ConflictError`: their files may run code."""
-        job = await self.job(ref)
-        if ref == job.id or job.owner == (await self.status()).person:
-            return job
-        msg = f"you have no job {ref!r}; the latest is {job.id}, which is {job.owner or 'of plain Ray'}'s"
-        raise ConflictError(msg, hint=f"to download its files all the same, name it by its id: {job.id}")
-
     async def download(  # noqa: PLR0913 -- each says what goes where
         self,
         ref: str,
@@ -437,13 +454,14 @@ class Client:
 
         Raises:
             ConflictError: `dest` holds another job's files.
+            NotYoursError: as `own_job`: somebody else's files may run code when they are opened.
             IncompleteDownloadError: some files are not here, such as those that were kept; all others are.
             NotFoundError: a name fits no file.
             StorageError: a file cannot be written here.
         """
         from raylaunch.parallel_download import ParallelDownload  # noqa: PLC0415 -- only a download needs it
 
-        job, wide = await self.job_to_download(ref), ParallelDownload(self._ssh_cluster)
+        job, wide = await self.own_job(ref), ParallelDownload(self._ssh_cluster)
         files = [file for file in await self.files(job.id) if not file.link]
         files = downloads.chosen(files, tuple(paths), everything=everything)
 

@@ -415,5 +415,5 @@ def _no_such_file(name: str, files: list[Artifact]) -> NotFoundError:
     named = [local_name(file) for file in files]
     plain = [one for one in named if _PLAIN.fullmatch(one)]  # a hint is no place for sentences that a job wrote
     close = difflib.get_close_matches(name, plain, n=3, cutoff=0.3)
-    hint = f"nearest: {', '.join(close)}" if close else "raylaunch files shows what there is"
-    return NotFoundError(f"the job has left no file {name!r}", hint=hint)
+    near = f" (nearest: {', '.join(close)})" if close else ""
+    return NotFoundError(f"the job has left no file {name!r}{near}", hint="raylaunch files shows what there is")

@@ -10,6 +10,7 @@
     │   └── UntrustedError       a cluster file names hosts or addresses that no person has accepted here
     ├── NotFoundError            no such job, file, secret, cluster
     ├── ConflictError            the thing is there, but in a state that forbids this
+    │   └── NotYoursError        a name means somebody else's job: only its id does for what changes it
     ├── ClusterError             the cluster as a whole
     │   ├── ClusterDownError     it is not running, or not answering
     │   ├── ClusterStartError    a step of ``up`` failed; ``step`` and ``log_path`` say which and where
@@ -45,6 +46,8 @@ class RaylaunchError(Exception):
 
     code: ClassVar[str] = "error"
     status: ClassVar[int] = 500
+    from_head: bool = False
+    """Whether its text came from the controller of a cluster, which may be anybody's."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -127,6 +130,24 @@ class ConflictError(RaylaunchError):
 
     code = "conflict"
     status = 409
+
+
+class NotYoursError(ConflictError):
+    """A name that means no job of the person who asks, but one of somebody else's, which only its id names."""
+
+    code = "not_yours"
+
+    @classmethod
+    def of(cls, ref: str, *, job: str, owner: str) -> NotYoursError:
+        """Return the error for a name (or ``last``) that was looked up."""
+        none = "you have no jobs" if ref == "last" else f"you have no job named {ref!r}"
+        msg = f"{none}; the latest is {job}, {whose(owner)}"
+        return cls(msg, hint=f"if that one is meant, name it by its id: {job}")
+
+
+def whose(owner: str) -> str:
+    """Return in words whose job one is, as it follows its id."""
+    return f"which is {owner}'s" if owner else "which was submitted with Ray's own tools"
 
 
 class ClusterError(RaylaunchError):
@@ -313,7 +334,7 @@ def _tree(root: type[RaylaunchError]) -> list[type[RaylaunchError]]:
 
 def from_wire(code: str, message: str, hint: str) -> RaylaunchError:
     """Build the error that the other side raised. An unknown code becomes a plain `RaylaunchError`."""
-    for kind in _tree(RaylaunchError):
-        if kind.code == code:
-            return kind(message, hint=hint)
-    return RaylaunchError(message, hint=hint)
+    kind = next((kind for kind in _tree(RaylaunchError) if kind.code == code), RaylaunchError)
+    error = kind(message, hint=hint)
+    error.from_head = True
+    return error

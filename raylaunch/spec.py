@@ -142,7 +142,7 @@ class JobSpec(Spec):
 
     name: str = ""
     """Letters, digits, `.`, `_`, `-`, at most 63; without it made from the entrypoint. A name may be used again, and
-    then means its latest job; `last` is taken. Example: `digits`"""
+    then means your latest job of that name; `last` is taken. Example: `digits`"""
     entrypoint: str | tuple[str, ...]
     """What to run. Text is a shell command, run by `bash -eo pipefail`: it fails as soon as a part of it does. A list
     is a program with its arguments: no shell, no quoting.

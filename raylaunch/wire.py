@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Protocol, TypeVar
+from urllib.parse import unquote
 
 import httpx2
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -16,7 +18,7 @@ from typing_extensions import Self
 from raylaunch.errors import ClusterDownError, ClusterError, RaylaunchError, VersionError, from_wire
 from raylaunch.log_view import clean
 from raylaunch.units import whole
-from raylaunch.version import API, __version__
+from raylaunch.version import API, OTHERS_JOB, OTHERS_OWNER, __version__
 
 _Result = TypeVar("_Result")
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -31,6 +33,8 @@ _PAUSE_S = 0.5
 _SILENT_S = 5.0
 """After so much silence it is checked whether the controller responds at all."""
 _HEALTH_S = 5.0
+_LONGEST = 200
+_VERSION = re.compile(r"[0-9][0-9A-Za-z.+]{0,30}")
 
 
 class Reachable(Protocol):
@@ -106,6 +110,7 @@ class Wire:
         cluster: its name, for messages.
         replace_hung: called when the controller takes connections and does not respond; returns where another one
             answers.
+        on_others: told id and owner of a job that was asked for by a name and is somebody else's.
     """
 
     def __init__(
@@ -114,8 +119,10 @@ class Wire:
         *,
         cluster: str,
         replace_hung: Callable[[], Awaitable[Reachable]] | None = None,
+        on_others: Callable[[str, str], None] | None = None,
     ) -> None:
         self.cluster = cluster
+        self._on_others = on_others
         self._replace_hung = replace_hung
         self._replacing = asyncio.Lock()
         self._reach = reach
@@ -300,18 +307,23 @@ class Wire:
     def _check(self, response: httpx2.Response, allowed: tuple[int, ...]) -> None:
         self._check_version(response)
         if response.status_code < httpx2.codes.BAD_REQUEST or response.status_code in allowed:
+            if self._on_others and OTHERS_JOB in response.headers:
+                job, owner = (_unquoted(response.headers.get(name, "")) for name in (OTHERS_JOB, OTHERS_OWNER))
+                self._on_others(job, owner)
             return
         raise _error_in(response, self.cluster)
 
     def _check_version(self, response: httpx2.Response) -> None:
         theirs = response.headers.get("X-Raylaunch-Api")
-        version = response.headers.get("X-Raylaunch-Version", "of an unknown version")
+        version = response.headers.get("X-Raylaunch-Version", "")
+        version = version if _VERSION.fullmatch(version) else "of an unknown version"
         if theirs is None:
             msg = f"what answers at {self._reach.url} is not the controller of a raylaunch cluster"
             raise ClusterError(msg, hint="raylaunch status shows where the controller is; raylaunch up starts it")
         if theirs == str(API):
             return
         newer = (whole(theirs) or 0) > API
+        theirs = theirs if whole(theirs) else "another"
         hint = (
             f"install the controller's version here: pip install raylaunch=={version}"
             if newer
@@ -382,6 +394,10 @@ def _timeout(answer_s: float) -> httpx2.Timeout:
 
 def _given(params: Params | None) -> dict[str, str | int | float | bool | list[str]]:
     return {name: value for name, value in (params or {}).items() if value is not None and value not in ("", [])}
+
+
+def _unquoted(header: str) -> str:
+    return clean(unquote(header)[:_LONGEST], colour=False)
 
 
 def _error_in(response: httpx2.Response, cluster: str) -> RaylaunchError:

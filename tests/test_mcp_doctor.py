@@ -82,7 +82,7 @@ def test_of_a_cluster_that_answers_the_findings_stand_beside_its_state(tmp_path:
     with cluster_of_paper(home, tmp_path / "store"), agent_at(home, tmp_path) as agent:
         news: list[tuple[float, float | None, str | None]] = []
         facts = agent.call_with("cluster_status", {"doctor": True}, news).facts
-    assert facts["you"] == "olga, operator"
+    assert facts["reported"]["you"] == "olga, operator"
     assert facts["findings"]["hosts"] == 1
     assert facts["findings"]["blocking"] == 0
     assert [done for done, *_ in news] == sorted(done for done, *_ in news)

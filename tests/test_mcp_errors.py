@@ -107,9 +107,11 @@ def test_a_job_that_there_is_not_is_answered_with_the_nearest(agent: Agent, tool
     job = submitted(agent, name="mistyped")
     answer = agent.call_with(tool, {"job": "mistpyed"})
     assert answer.error
-    assert answer.text.startswith("there is no job 'mistpyed'\n  → did you mean mistyped or mistyped-")
+    assert answer.text.startswith("not_found; ")
+    assert "\n| there is no job 'mistpyed'\n| → did you mean mistyped or mistyped-" in answer.text
     api_wide = agent.call_with(tool, {"job": "zzzzzzzz"})
-    assert api_wide.text == "there is no job 'zzzzzzzz'\n  → see what there is: raylaunch list"
+    assert "\n| there is no job 'zzzzzzzz'\n| → see what there is: raylaunch list\n" in api_wide.text
+    assert api_wide.text.endswith("\n  → list_jobs shows the jobs that there are")
     assert agent.call("monitor_job", job=job).facts["job"]["state"] == "queued"
 
 
@@ -172,7 +174,7 @@ def with_output(agent: Agent, paper: Api) -> str:
 def test_a_file_that_there_is_not_is_answered_with_the_nearest(agent: Agent, paper: Api) -> None:
     answer = agent.call("download_model", job=with_output(agent, paper), files=["modle.pt"])
     assert answer.error
-    assert answer.text.startswith("the job has left no file 'modle.pt'\n  → nearest: model.pt")
+    assert "\n| the job has left no file 'modle.pt' (nearest: model.pt)\n  → " in answer.text
 
 
 def test_a_file_of_the_users_is_never_replaced(agent: Agent, paper: Api, place: Path) -> None:
@@ -237,9 +239,9 @@ def test_what_cannot_be_had_of_a_job_of_plain_ray_is_said(agent: Agent, paper: A
     answer = agent.call_with(tool, {"job": job.id})
     assert answer.error
     assert (  # there is no Ray behind this API
-        f"when asked for the log of {job.id} (ConnectError)\n  → raylaunch up"
+        f"when asked for the log of {job.id} (ConnectError)\n| → raylaunch up"
         if tool == "job_logs"
-        else f"{job.id} was submitted with plain ray job submit: raylaunch keeps no files of it\n  → its log: "
+        else f"{job.id} was submitted with plain ray job submit: raylaunch keeps no files of it\n| → its log: "
     ) in answer.text
 
 

@@ -53,9 +53,9 @@ def test_a_job_file_is_read_and_arguments_are_laid_over_it(agent: Agent, paper: 
 def test_a_dry_run_says_what_would_happen_and_submits_nothing(agent: Agent, paper: Api) -> None:
     before = paper.do(lambda: len(paper.records.backlog))
     answer = agent.call("train_job", entrypoint="python train.py", name="dry", dry_run=True)
-    assert answer.facts["outcome"] == "dry would start on here at once"
+    assert answer.facts["reported"]["outcome"] == "dry would start on here at once"
     assert answer.facts["packed"]["files"] >= 1
-    assert answer.facts["python"].startswith("Python 3.")
+    assert answer.facts["reported"]["python"].startswith("Python 3.")
     assert answer.facts["next"].startswith("nothing was submitted")
     assert paper.do(lambda: len(paper.records.backlog)) == before
 
@@ -350,8 +350,8 @@ def test_many_files_are_counted_and_only_the_first_are_listed(agent: Agent, pape
 
 def test_the_cluster_is_shown_with_who_asks(agent: Agent) -> None:
     facts = agent.call("cluster_status").facts
-    assert facts["cluster"] == "test"
-    assert facts["you"] == "olga, operator"
+    assert facts["cluster"] == "local"
+    assert facts["reported"]["you"] == "olga, operator"
     assert facts["state"] == "degraded"
     assert "raylaunch up" in facts["next"]
 

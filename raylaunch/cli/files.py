@@ -79,7 +79,7 @@ def get(  # noqa: PLR0913 -- each is one option
 
     async def work() -> tuple[Downloaded, ...]:
         async with Place(cluster_file).client() as client:
-            found = await client.job_to_download(job)
+            found = await client.own_job(job)
             folder = dest or Path(found.id)
             with transfer_bar() as progress:
                 return await client.download(

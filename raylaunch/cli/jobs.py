@@ -161,7 +161,7 @@ def rm(cluster_file: Path | None, *, jobs: tuple[str, ...], as_json: bool) -> No
     async def work() -> None:
         async with Place(cluster_file).client() as client:
             for ref in jobs:
-                job = await client.job(ref)
+                job = await client.own_job(ref)
                 freed = await client.remove(job.id)
                 say_json({"removed": job.id, "bytes": freed}) if as_json else say(f"removed {job.id} ({size(freed)})")
 

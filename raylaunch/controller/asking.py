@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated
+from urllib.parse import quote
 
 import anyio
 from fastapi import Depends, Query, Request
@@ -11,7 +12,8 @@ from raylaunch.controller.auth import Caller, Role
 from raylaunch.controller.record import JobRecord
 from raylaunch.controller.search import nearest
 from raylaunch.controller.services import Services
-from raylaunch.errors import AccessError, NotFoundError
+from raylaunch.errors import AccessError, NotFoundError, NotYoursError, whose
+from raylaunch.version import OTHERS_JOB, OTHERS_OWNER
 
 WAIT_S = 25.0
 """Longest that an answer is held back for news."""
@@ -47,23 +49,45 @@ async def find(ref: str, services: Services, caller: Caller) -> str:
 
 
 async def _job(ref: str, request: Request, services: Has, caller: Who) -> JobRecord:
-    record = services.records.by_id(await find(ref, services, caller))
-    request.state.about = record.id
-    return record
+    return _named(request, ref, services.records.by_id(await find(ref, services, caller)), caller)
 
 
 async def _light_job(ref: str, request: Request, services: Has, caller: Who) -> JobRecord:
-    record = services.records.light(await find(ref, services, caller))
+    return _named(request, ref, services.records.light(await find(ref, services, caller)), caller)
+
+
+async def _own_job(ref: str, record: Annotated[JobRecord, Depends(_job)], caller: Who) -> JobRecord:
+    refuse_others(caller, record, ref)
+    return record
+
+
+def _named(request: Request, ref: str, record: JobRecord, caller: Caller) -> JobRecord:
+    """Note which job is meant; where a name means somebody else's, the answer says so."""
     request.state.about = record.id
+    if ref != record.id and record.owner != caller.person:
+        request.state.headers = {OTHERS_JOB: quote(record.id), OTHERS_OWNER: quote(record.owner)}
     return record
 
 
 Job = Annotated[JobRecord, Depends(_job)]
+"""By id or name; a name means the caller's own jobs first. For what reads."""
+OwnJob = Annotated[JobRecord, Depends(_own_job)]
+"""A name means the caller's own jobs alone. For what changes or ends a job."""
 LightJob = Annotated[JobRecord, Depends(_light_job)]
 """Without its heavy fields: for what is asked again and again."""
 LARGEST = (1 << 63) - 1
 """The largest whole number that files and the database take."""
 WaitS = Annotated[float, Query(ge=0, le=WAIT_S, allow_inf_nan=False, description="how long to wait for news, seconds")]
+
+
+def refuse_others(caller: Caller, record: JobRecord, ref: str) -> None:
+    """Refuse a name that means somebody else's job.
+
+    Raises:
+        NotYoursError: it does.
+    """
+    if ref != record.id and record.owner != caller.person:
+        raise NotYoursError.of(ref, job=record.id, owner=record.owner)
 
 
 def require_own(caller: Caller, record: JobRecord, what: str) -> None:
@@ -74,8 +98,7 @@ def require_own(caller: Caller, record: JobRecord, what: str) -> None:
     """
     caller.require(Role.TRAINER, f"{what} jobs")
     if record.owner != caller.person and not caller.role.allows(Role.OPERATOR):
-        whose = f"which is {record.owner}'s" if record.owner else "which was submitted with Ray's own tools"
-        msg = f"{caller.person} may not {what} {record.id}, {whose}"
+        msg = f"{caller.person} may not {what} {record.id}, {whose(record.owner)}"
         raise AccessError(msg, hint="its owner may, and whoever has the role operator")
 
 

@@ -81,7 +81,7 @@ class Gate:
                 if not whole:  # else the rest of a body is waited for, however long it is
                     MutableHeaders(scope=message)["Connection"] = "close"
                 self._write_down(scope, caller, message["status"])  # before anybody can act on the answer
-                MutableHeaders(scope=message).update(OURS)
+                MutableHeaders(scope=message).update({**OURS, **scope["state"].get("headers", {})})
             await send(message)
 
         try:

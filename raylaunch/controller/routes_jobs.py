@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from starlette.background import BackgroundTask
 
 from raylaunch.controller.answers import answer, json_answer
-from raylaunch.controller.asking import Has, Job, Who, require_own
+from raylaunch.controller.asking import Has, Job, OwnJob, Who, refuse_others, require_own
 from raylaunch.controller.auth import Role
 from raylaunch.controller.evidence import last_lines
 from raylaunch.controller.guarded import GuardedRoute, needs
@@ -93,8 +93,13 @@ async def jobs(  # noqa: PLR0913 -- each is one filter
 
 
 @router.get("/jobs/{ref}", response_model=JobView)
-async def job(record: Job, services: Has) -> Response:
-    """Return one job with all its fields; of one that runs, with what it has measured and last written so far."""
+async def job(ref: str, record: Job, services: Has, caller: Who, *, own: bool = False) -> Response:
+    """Return one job with all its fields; of one that runs, with what it has measured and last written so far.
+
+    With ``own`` a name means the caller's own jobs alone, as where a job is changed.
+    """
+    if own:
+        refuse_others(caller, record, ref)
     view = record.view()
     if record.state.active and not record.foreign:
         view = view.model_copy(update=await anyio.to_thread.run_sync(_so_far, services, record))
@@ -103,7 +108,7 @@ async def job(record: Job, services: Has) -> Response:
 
 @router.post("/jobs/{ref}/stop", response_model=JobView)
 @needs(Role.TRAINER, "stop jobs")
-async def stop(record: Job, services: Has, caller: Who, asked: StopRequest | None = None) -> Response:
+async def stop(record: OwnJob, services: Has, caller: Who, asked: StopRequest | None = None) -> Response:
     """Ask a job to stop."""
     require_own(caller, record, "stop")
     grace_s = asked.grace_s if asked is not None else None
@@ -112,7 +117,7 @@ async def stop(record: Job, services: Has, caller: Who, asked: StopRequest | Non
 
 @router.delete("/jobs/{ref}")
 @needs(Role.TRAINER, "remove jobs")
-async def remove(record: Job, services: Has, caller: Who) -> Response:
+async def remove(record: OwnJob, services: Has, caller: Who) -> Response:
     """Delete an ended job with all its files."""
     require_own(caller, record, "remove")
     freed = await services.jobs.remove(record)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from raylaunch.client import Client, Downloaded, OnProgress
 from raylaunch.environment_choice import active_python, import_hint
-from raylaunch.errors import JobFailedError, RaylaunchError
+from raylaunch.errors import JobFailedError, NotYoursError, RaylaunchError
 from raylaunch.log_view import clean
 from raylaunch.sdk.display import Card, Metrics, job_line, loss_key, sentence
 from raylaunch.sdk.lines import LineReader
@@ -38,9 +38,15 @@ class AsyncJob:
     `NotFoundError` when the job was removed, or for what is not kept of a job of plain Ray (metrics, files).
     """
 
-    def __init__(self, client: Client, view: JobView) -> None:
+    def __init__(self, client: Client, view: JobView, *, asked: str = "") -> None:
         self._client = client
         self._view = view
+        self._asked = asked if client.is_others(view.id) else ""
+
+    def _refuse_others(self) -> None:
+        """Refuse what changes the job, or brings its files here, where a name led to somebody else's."""
+        if self._asked not in {"", self.id}:
+            raise NotYoursError.of(self._asked, job=self.id, owner=self._view.owner)
 
     @property
     def id(self) -> str:
@@ -114,7 +120,9 @@ class AsyncJob:
 
         Raises:
             ConflictError: it has ended.
+            NotYoursError: it was asked for by a name that means none of your jobs.
         """
+        self._refuse_others()
         self._view = await self._client.stop(self.id, grace_s=grace_s)
         return self._view
 
@@ -123,7 +131,9 @@ class AsyncJob:
 
         Raises:
             ConflictError: it has not ended.
+            NotYoursError: as for `stop`.
         """
+        self._refuse_others()
         return await self._client.remove(self.id)
 
     async def events(self, *, after: int = 0) -> tuple[Event, ...]:
@@ -261,10 +271,12 @@ class AsyncJob:
 
         Raises:
             ConflictError: the folder holds another job's files.
+            NotYoursError: as for `stop`.
             IncompleteDownloadError: some files are not here, such as those that were kept; its `done` has the others.
             NotFoundError: a name fits no file.
             StorageError: a file cannot be written here.
         """
+        self._refuse_others()
         wanted = (paths,) if isinstance(paths, str) else tuple(paths)
         return await self._client.download(
             self.id, wanted, dest=Path(to), everything=everything, replace=replace, on_progress=on_progress

@@ -316,7 +316,9 @@ class Cluster:
         """Return a job.
 
         Args:
-            ref: its id, its name (then its latest job), or ``last``.
+            ref: its id, its name (then your latest job of that name), or ``last``. Where you have none of that name,
+                somebody else's is returned, which is said, and which can be read alone: its id is needed to stop or
+                remove it, or to download its files.
 
         Raises:
             NotFoundError: there is none; the message names the nearest.

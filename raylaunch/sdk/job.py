@@ -101,6 +101,7 @@ class Job:
 
         Raises:
             ConflictError: it has ended.
+            NotYoursError: it was asked for by a name that means none of your jobs.
         """
         return self._loop.run(self._truth.stop(grace_s=grace_s))
 
@@ -109,6 +110,7 @@ class Job:
 
         Raises:
             ConflictError: it has not ended.
+            NotYoursError: as for `stop`.
         """
         return self._loop.run(self._truth.remove())
 
@@ -221,6 +223,7 @@ class Job:
 
         Raises:
             ConflictError: the folder holds another job's files.
+            NotYoursError: as for `stop`.
             IncompleteDownloadError: some files are not here, such as those that were kept; its `done` has the others.
             NotFoundError: a name fits no file.
             StorageError: a file cannot be written here.
