@@ -58,7 +58,7 @@ class Call:
         Raises:
             SpecError: its file cannot be read, or says something that cannot be.
         """
-        return Place(load_cluster_spec(), on_notice=self._notice, on_step=self._step, heals=self._heals)
+        return Place(load_cluster_spec(quoted=False), on_notice=self._notice, on_step=self._step, heals=self._heals)
 
     @contextlib.asynccontextmanager
     async def client(self) -> AsyncIterator[Client]:

@@ -33,7 +33,7 @@ class LocalPath(NamedTuple):
         Raises:
             OSError: it is no directory, or cannot be opened or created.
         """
-        with Directory(os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), self.root) as root:
+        with Directory.open_resolved(self.root) as root:
             return root.below(self.parts, make=make)
 
     def read_text(self, *, field: str) -> str:

@@ -40,13 +40,14 @@ def may_write(environ: Mapping[str, str]) -> bool:
 def may_send(environ: Mapping[str, str]) -> Allowed:
     """Return which files that look like secrets may be sent, and how large an upload may be.
 
-    A person says so when they configure the server; no argument of a tool does, because an agent may be misled.
+    A person says so when they configure the server; no argument of a tool does, because an agent may be misled. Paths
+    are checked by the tools, so what has become a link since is not packed.
 
     Raises:
         SpecError: ``$RAYLAUNCH_MAX_UPLOAD`` is not a size.
     """
     names = [name for name in environ.get(ALLOW_VARIABLE, "").split(":") if name]
-    return allowed(names, environ.get(UPLOAD_VARIABLE) or None)
+    return allowed(names, environ.get(UPLOAD_VARIABLE) or None)._replace(links=False)
 
 
 class Audit:

@@ -183,8 +183,14 @@ def _packed(report: PackReport, spec: JobSpec) -> Json:
             "files": report.files,
             "bytes": report.bytes,
             "left_out": report.ignored or None,
-            "left_out_by": [short(rule, 100) for rule in report.ignored_by[:10]],
+            "left_out_by": list(dict.fromkeys(_rules_of(rule) for rule in report.ignored_by))[:10],
             "largest": [f"{short(one.path, 100)} {one.bytes} B" for one in report.largest[:_LARGEST]],
             "links_out": [f"{short(one.path, 100)} -> {short(one.target, 100)}" for one in report.links[:_LINKS]],
         }
     )
+
+
+def _rules_of(rule: str) -> str:
+    """Return where a rule stands; the rule itself only where it is built in, for it may be a line of any file."""
+    where, _, text = rule.partition(": ")
+    return short(rule if where == "built in" else where, 100) if text else short(where, 100)

@@ -72,14 +72,18 @@ def _home(environ: Mapping[str, str]) -> Path:
 
 
 def load_cluster_spec(
-    path: Path | None = None, *, environ: Mapping[str, str] | None = None, cwd: Path | None = None
+    path: Path | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    quoted: bool = True,
 ) -> ClusterSpec:
     """Return the cluster that `path` describes, else the one that applies here, else the embedded cluster ``local``.
 
     Raises:
-        SpecError: the file cannot be read, or says something that cannot be.
+        SpecError: the file cannot be read, or says something that cannot be; without `quoted` it repeats nothing of it.
     """
-    return load_cluster_file(path, environ=environ, cwd=cwd).spec
+    return load_cluster_file(path, environ=environ, cwd=cwd, quoted=quoted).spec
 
 
 class ClusterFile(NamedTuple):
@@ -93,17 +97,21 @@ class ClusterFile(NamedTuple):
 
 
 def load_cluster_file(
-    path: Path | None = None, *, environ: Mapping[str, str] | None = None, cwd: Path | None = None
+    path: Path | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    quoted: bool = True,
 ) -> ClusterFile:
     """Return the cluster as `load_cluster_spec` does, with where it came from. Ray's own cluster.yaml is understood.
 
     Raises:
-        SpecError: the file cannot be read, or says something that cannot be.
+        SpecError: as `load_cluster_spec`.
     """
     chosen = path or find_cluster_file(environ=environ, cwd=cwd)
     if chosen is None:
         return ClusterFile(ClusterSpec())
-    file = read_yaml(chosen)
+    file = read_yaml(chosen, quoted=quoted)
     if is_ray_yaml(file.data):
         return _of_ray(chosen, file)
     _refuse_other_kinds(file)
@@ -113,7 +121,7 @@ def load_cluster_file(
 def _of_ray(path: Path, file: YamlFile) -> ClusterFile:
     ray = read_ray_yaml(file)
     lines = {place: file.lines[origin] for place, origin in ray.origins.items() if origin in file.lines}
-    ours = YamlFile(path, ray.data, lines)
+    ours = YamlFile(path, ray.data, lines, quoted=file.quoted)
     return ClusterFile(
         _validated(ClusterSpec, ray.data, ours, ()), path, tuple(str(note) for note in ray.notes), of_ray=True
     )
@@ -123,8 +131,9 @@ def _refuse_other_kinds(file: YamlFile) -> None:
     kind = file.data.get("kind", "local")
     if kind in {"local", "ssh", "existing"}:
         return
+    said = f"kind: {kind}" if file.quoted else "its kind"
     msg = (
-        f"kind: {kind} is no kind that is known; there are local (this machine), ssh (hosts over SSH) and existing "
+        f"{said} is no kind that is known; there are local (this machine), ssh (hosts over SSH) and existing "
         "(a Ray that somebody else runs)"
     )
     raise SpecError(msg, where=file.where(("kind",)), field="kind", hint="write kind: local, or leave the key out")

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing_extensions import Self
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_THROUGH: int = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+"""For a folder that is only passed through: where the system can, it need not be readable."""
 
 
 class Directory:
@@ -47,22 +49,38 @@ class Directory:
         with cls(os.open(real, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), start) as above:
             return above.below(names, make=make)
 
+    @classmethod
+    def open_resolved(cls, path: Path) -> Self:
+        """Open a directory by a path without links, as `Path.resolve` returns it: name by name, from the root.
+
+        Raises:
+            OSError: ELOOP where a part of it is a link by now.
+        """
+        with cls(os.open(path.anchor, _THROUGH), Path(path.anchor)) as top:
+            return top.below(path.parts[1:])
+
     def below(self, names: Sequence[str], *, make: bool = False) -> Self:
         """Open a directory below this one, name by name; no name may be a link. `make` creates what is missing."""
         current = type(self)(os.dup(self.descriptor), self.path)
-        for name in names:
+        for at, name in enumerate(names, 1):
             with current:
-                current = current.child(name, make=make)
+                current = current.child(name, make=make, through=at < len(names))
         return current
 
-    def child(self, name: str, *, make: bool = False) -> Self:
-        """Open a directory in this one, which may not be a link. `make` creates it where it is missing."""
+    def child(self, name: str, *, make: bool = False, through: bool = False) -> Self:
+        """Open a directory in this one, which may not be a link.
+
+        Args:
+            name: of the directory.
+            make: creates it where it is missing.
+            through: only to open what is in it.
+        """
         path = self.path / name
         try:
             if make:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(name, 0o777, dir_fd=self.descriptor)
-            return type(self)(os.open(name, _FOLDER, dir_fd=self.descriptor), path)
+            return type(self)(os.open(name, _THROUGH if through else _FOLDER, dir_fd=self.descriptor), path)
         except NotADirectoryError:
             raise self._not_a_folder(name) from None
         except OSError as error:
@@ -101,6 +119,13 @@ class Directory:
             return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
         except FileNotFoundError:
             return None
+
+    def has(self, name: str) -> bool:
+        """Return whether anything is there under a name; of what cannot be looked at, that nothing is."""
+        try:
+            return self.stat(name) is not None
+        except OSError:
+            return False
 
     def replace(self, name: str, target: str) -> None:
         """Rename a file within this directory; a file or link that has the new name is replaced, not followed."""

@@ -7,12 +7,13 @@ it out.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from pathspec import GitIgnoreSpec
 
+from raylaunch.directory import Directory
 from raylaunch.errors import StorageError
 from raylaunch.fetched import FETCHED, Stamp, fetched_in
 
@@ -63,46 +64,61 @@ class Tracked(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A path to send, relative to the working directory, and its entry."""
+    """A path to send, relative to the working directory, its entry, and the folder of that, which is open for now."""
 
     path: str
     entry: os.DirEntry[str]
+    folder: Directory
 
 
-def walk(root: Path, tracked: Tracked, *, on_left_out: Callable[[str, LeftOut, int], None]) -> Iterator[Found]:
+def walk(root: Directory, tracked: Tracked, *, on_left_out: Callable[[str, LeftOut, int], None]) -> Iterator[Found]:
     """Yield what is to be sent of `root`, each folder before its contents, in the order of names.
 
+    Each folder is opened name by name: what has become a link meanwhile is not followed.
+
     Args:
-        root: the working directory.
+        root: the working directory, open.
         tracked: what git tracks in it.
         on_left_out: told each path that is left out, by which rule, and its size in bytes (0 for a folder).
 
     Raises:
-        StorageError: a folder cannot be read.
+        StorageError: a folder cannot be read, or is a link by now.
     """
-    stack = [_Folder("", IgnoreRules.above(root), None, {})]
+    stack = [_Folder("", IgnoreRules.above(root.path), None, {})]
     home = Path(os.environ.get("RAYLAUNCH_HOME") or "~/.raylaunch").expanduser().resolve()
     while stack:
         folder = stack.pop()
-        rules = folder.rules.entering(root, folder.path)
+        rules = folder.rules.entering(root.path, folder.path)
         base = f"{folder.path}/" if folder.path else ""
-        fetched = {**folder.fetched, **{base + name: stamp for name, stamp in fetched_in(root / folder.path).items()}}
+        fetched = {**folder.fetched, **{base + name: stamp for name, stamp in _fetched(root, folder.path)}}
         deeper = []
-        for entry in _entries(root / folder.path, folder.path or "."):
-            path = base + entry.name
-            is_dir = entry.is_dir(follow_symlinks=False)
-            left = rules.rule_against(path, entry, is_dir=is_dir) or folder.left
-            if is_dir and (root / path).resolve() == home:
-                left = LeftOut(_OWN_HOME, final=True)
-            if left is None and path in fetched and fetched[path].is_still(entry):
-                left = LeftOut(FETCHED, final=False)
-            if left and (left.final or path not in (tracked.folders if is_dir else tracked.files)):
-                on_left_out(path, left, 0 if is_dir else entry.stat(follow_symlinks=False).st_size)
-                continue
-            yield Found(path, entry)
-            if is_dir:
-                deeper.append(_Folder(path, rules, left, fetched))
+        with _opened(root, folder.path) as here:
+            for entry in _entries(here, folder.path or "."):
+                path = base + entry.name
+                is_dir = entry.is_dir(follow_symlinks=False)
+                left = rules.rule_against(path, entry, is_dir=is_dir, folder=here) or folder.left
+                if is_dir and (root.path / path).resolve() == home:
+                    left = LeftOut(_OWN_HOME, final=True)
+                if left is None and path in fetched and fetched[path].is_still(entry):
+                    left = LeftOut(FETCHED, final=False)
+                if left and (left.final or path not in (tracked.folders if is_dir else tracked.files)):
+                    on_left_out(path, left, 0 if is_dir else entry.stat(follow_symlinks=False).st_size)
+                    continue
+                yield Found(path, entry, here)
+                if is_dir:
+                    deeper.append(_Folder(path, rules, left, fetched))
         stack.extend(reversed(deeper))
+
+
+def _fetched(root: Directory, folder: str) -> Iterable[tuple[str, Stamp]]:
+    return fetched_in(root.path / folder).items()
+
+
+def _opened(root: Directory, folder: str) -> Directory:
+    try:
+        return root.below(folder.split("/") if folder else ())
+    except OSError as error:
+        raise unreadable(folder or ".", error) from None
 
 
 class _Folder(NamedTuple):
@@ -114,9 +130,9 @@ class _Folder(NamedTuple):
     fetched: Mapping[str, Stamp]
 
 
-def _entries(folder: Path, shown: str) -> list[os.DirEntry[str]]:
+def _entries(folder: Directory, shown: str) -> list[os.DirEntry[str]]:
     try:
-        with os.scandir(folder) as entries:
+        with os.scandir(folder.descriptor) as entries:
             return sorted(entries, key=lambda entry: os.fsencode(entry.name))
     except OSError as error:
         raise unreadable(shown, error) from None
@@ -191,8 +207,8 @@ class IgnoreRules:
         ]
         return IgnoreRules((*self._files, *found)) if found else self
 
-    def rule_against(self, path: str, entry: os.DirEntry[str], *, is_dir: bool) -> LeftOut | None:
-        """Return the rule that leaves `path` out, or None when it is to be sent."""
+    def rule_against(self, path: str, entry: os.DirEntry[str], *, is_dir: bool, folder: Directory) -> LeftOut | None:
+        """Return the rule that leaves `path` out, or None when it is to be sent; `folder` is the one that it is in."""
         if entry.name in NEVER:
             return LeftOut(f"built in: {entry.name}{'/' if is_dir else ''}", final=True)
         asked = f"{path}/" if is_dir else path
@@ -200,7 +216,7 @@ class IgnoreRules:
             verdict = file.verdict(asked)
             if verdict is not None:
                 return verdict[1] if verdict[0] else None
-        if is_dir and os.path.lexists(os.path.join(entry.path, "pyvenv.cfg")):  # noqa: PTH118 -- once for every folder
+        if is_dir and folder.has(f"{entry.name}/pyvenv.cfg"):
             return LeftOut(f"built in: {entry.name}/ (a virtual environment)", final=False)
         return None
 

@@ -22,7 +22,7 @@ from raylaunch.cluster.programs import run_program
 from raylaunch.errors import SpecError
 from raylaunch.local_projects import local_folder, read_project
 from raylaunch.packing import Packed
-from raylaunch.requirement_lines import OTHER_FILE, check_line, check_named, joined
+from raylaunch.requirement_lines import OTHER_FILE, RequirementError, check_line, check_named, joined
 from raylaunch.spec import Environment, JobSpec
 from raylaunch.state import PackReport
 from raylaunch.transfer import OnProgress, Patient, upload
@@ -209,8 +209,8 @@ def _lines(file: Path, folder: Path, *, depth: int = 0) -> Iterator[str]:
         raise SpecError(
             msg, hint="name one in the working directory: environment: pip:FILE", field="environment"
         ) from None
-    for line in joined(text):
-        check_line(_from(file.parent, line, folder), folder)
+    for number, line in joined(text):
+        _check_of_file(_from(file.parent, line, folder), folder, where=f"{file}:{number}")
         if found := OTHER_FILE.match(line.strip()):
             if depth == _DEEPEST:
                 msg = f"the requirements file {file} refers to others more than {_DEEPEST} deep"
@@ -237,13 +237,20 @@ async def _locked(folder: Path) -> tuple[str, ...]:
     env = {**tool_environment(os.environ), "UV_NO_PROGRESS": "1"}
     ran = await run_program([*argv, "--color=never"], cwd=folder, env=env, limit_s=_EXPORT_S, step="uv export")
     if ran.status != 0:
-        msg = f"uv cannot read the lock of {folder}: {' '.join(ran.text.split())[-400:]}"
-        raise SpecError(msg, hint="make it anew with: uv lock", field="environment")
+        msg = f"uv cannot read the lock of {folder}"
+        raise SpecError(msg, hint="uv export --frozen says why; uv lock makes it anew", field="environment")
     lines = tuple(line for line in ran.text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
     found = (*_indexes(folder), *lines)
     for line in found:
-        check_line(line, folder)
+        _check_of_file(line, folder, where=str(folder / "uv.lock"))
     return found
+
+
+def _check_of_file(line: str, folder: Path, *, where: str) -> None:
+    try:
+        check_line(line, folder)
+    except RequirementError as error:
+        raise error.in_file(where) from None
 
 
 def _indexes(folder: Path) -> Iterator[str]:

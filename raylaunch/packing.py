@@ -22,6 +22,7 @@ from typing import IO, NamedTuple
 
 from typing_extensions import Self
 
+from raylaunch.directory import Directory
 from raylaunch.errors import ConflictError, SpecError, StorageError
 from raylaunch.git_facts import tracked_files
 from raylaunch.ignoring import Found, LeftOut, Tracked, printable, unreadable, walk
@@ -90,11 +91,14 @@ def pack(working_dir: str | Path, allow: Allowed = NO_MORE) -> Packed:
         ConflictError: a file was written to while it was read.
     """
     root = checked_working_dir(working_dir)
+    if not allow.links and root != Path(working_dir):
+        raise _is_link(Path(working_dir))
     with contextlib.ExitStack() as unless_done:
         try:
             file = unless_done.enter_context(tempfile.TemporaryFile())
             sink, tally = _Sink(file, allow.upload), _Tally()
-            _write(root, sink, tally)
+            with _opened(root) as folder:
+                _write(folder, sink, tally)
             file.seek(0)
         except _FullError:
             raise too_large(allow.upload, tally.largest()) from None
@@ -109,6 +113,20 @@ def pack(working_dir: str | Path, allow: Allowed = NO_MORE) -> Packed:
         unless_done.pop_all()
         contents = Contents(frozenset(tally.paths), tally.left)
         return Packed(file, sink.sha256.hexdigest(), tally.report(), contents)
+
+
+def _opened(root: Path) -> Directory:
+    try:
+        return Directory.open_resolved(root)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _is_link(root) from None
+        raise unreadable(str(root), error) from None
+
+
+def _is_link(root: Path) -> SpecError:
+    msg = f"the working directory {root} has become a link, or is behind one, and was not packed"
+    return SpecError(msg, field="working_dir", hint="name the folder itself")
 
 
 def _refuse_bomb(packed: int, tally: _Tally) -> None:
@@ -233,14 +251,14 @@ class _Tally:
         )
 
 
-def _write(root: Path, sink: _Sink, tally: _Tally) -> None:
-    tracked = Tracked.of(tracked_files(root))
+def _write(root: Directory, sink: _Sink, tally: _Tally) -> None:
+    tracked = Tracked.of(tracked_files(root.path))
     with (
         gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=sink, mtime=0) as zipped,
         tarfile.open(fileobj=zipped, mode="w|", format=tarfile.PAX_FORMAT, encoding="utf-8") as archive,
     ):
         for found in walk(root, tracked, on_left_out=tally.left_out):
-            _add(archive, root, found, tally)
+            _add(archive, root.path, found, tally)
         tally.unpacked = zipped.tell()
 
 
@@ -251,7 +269,7 @@ def _add(archive: tarfile.TarFile, root: Path, found: Found, tally: _Tally) -> N
     member.mtime = _MEMBER_TIME
     member.mode = 0o755 if stat.S_ISDIR(facts.st_mode) or facts.st_mode & stat.S_IXUSR else 0o644
     if entry.is_symlink():
-        member.type, member.linkname = tarfile.SYMTYPE, _link_target(root, found.path, tally)
+        member.type, member.linkname = tarfile.SYMTYPE, _link_target(root, found, tally)
         archive.addfile(member)
         tally.packed(found.path, 0)
     elif stat.S_ISDIR(facts.st_mode):
@@ -259,14 +277,15 @@ def _add(archive: tarfile.TarFile, root: Path, found: Found, tally: _Tally) -> N
         archive.addfile(member)
         tally.paths.add(found.path)
     elif stat.S_ISREG(facts.st_mode):
-        _add_file(archive, member, entry.path, tally)
+        _add_file(archive, member, found, tally)
     else:
         tally.left_out(found.path, LeftOut("built in: sockets, pipes and devices", final=True), 0)
 
 
-def _link_target(root: Path, path: str, tally: _Tally) -> str:
+def _link_target(root: Path, found: Found, tally: _Tally) -> str:
     """Return what a link leads to: as it is written, but relative where it is absolute and stays inside."""
-    target = os.readlink(root / path)  # noqa: PTH115 -- the text as it stands, surrogates and all
+    path = found.path
+    target = os.readlink(found.entry.name, dir_fd=found.folder.descriptor)
     folder = os.path.dirname(path)  # noqa: PTH120 -- a name, not a path here
     if os.path.isabs(target):  # noqa: PTH117 -- as above
         inside = os.path.relpath(os.path.normpath(target), root)
@@ -282,9 +301,9 @@ def _leads_out(place: str) -> bool:
     return place == ".." or place.startswith("../")
 
 
-def _add_file(archive: tarfile.TarFile, member: tarfile.TarInfo, path: str, tally: _Tally) -> None:
+def _add_file(archive: tarfile.TarFile, member: tarfile.TarInfo, found: Found, tally: _Tally) -> None:
     try:
-        file = open(path, "rb")  # noqa: PTH123, SIM115 -- a name of any bytes; closed below
+        file = os.fdopen(found.folder.open_file(found.entry.name, os.O_RDONLY), "rb")
     except OSError as error:
         raise unreadable(member.name, error) from None
     with file:

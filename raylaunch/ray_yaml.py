@@ -123,10 +123,10 @@ class _Reader:
         for key in self.file.data:
             if key not in known:
                 close = difflib.get_close_matches(key, known, n=1)
-                msg = (
-                    f"unknown key {key!r} in Ray's cluster.yaml ({f'nearest: {close[0]}' if close else 'Ray has none'})"
-                )
-                raise SpecError(msg, where=self.file.where((key,)), field=key)
+                shown = f" {key!r}" if self.file.quoted else ""
+                near = f"nearest: {close[0]}" if close and self.file.quoted else "Ray has none"
+                msg = f"unknown key{shown} in Ray's cluster.yaml ({near})"
+                raise SpecError(msg, where=self.file.where((key,)), field=key if self.file.quoted else "")
 
     def _take(self, to: KeyPath, path: KeyPath) -> None:
         holder: object = self.file.data
@@ -145,7 +145,8 @@ class _Reader:
         provider = self._mapping("provider")
         kind = provider.get("type")
         if kind != "local" or "coordinator_address" in provider:
-            what = f"provider type {kind!r} makes machines" if kind != "local" else "coordinator_address lends machines"
+            named = f" {kind!r}" if self.file.quoted else ""
+            what = f"provider type{named} makes machines" if kind != "local" else "coordinator_address lends machines"
             msg = f"{what}, and raylaunch uses machines that are there: type: local with head_ip and worker_ips"
             raise SpecError(msg, where=self.file.where(("provider",)), field="provider")
         head, workers = provider.get("head_ip"), provider.get("worker_ips") or []

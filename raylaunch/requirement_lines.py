@@ -24,12 +24,36 @@ _HARMLESS = re.compile(r"--(?:pre|prefer-binary|no-index|(?:no|only)-binary(?:\s
 _HASH = re.compile(r"\s--hash[= ][a-z0-9]+:[0-9a-f]+(?=\s|$)")
 _COMMENT = re.compile(r"(?:^|\s)#.*$")
 _PATH = re.compile(r"\.{0,2}/|~|.*\.(?:whl|tar\.gz|zip)(?:\[[^\]]*\])?$|\.{1,2}(?:\[[^\]]*\])?$")
+_HINT = (
+    "name packages (PEP 508), https addresses or files in the working directory; credentials of an index belong in "
+    "pip's or uv's configuration, or in a netrc file"
+)
 _SECURE = frozenset({"https", "git+https"})
 
 
-def joined(text: str) -> Iterator[str]:
-    r"""Yield a requirements file's lines; one that ends with ``\`` is continued by the next."""
-    yield from re.sub(r"\\\r?\n", " ", text).splitlines()
+class RequirementError(SpecError):
+    """A requirement that this machine does not resolve. `why` says so without repeating any of it."""
+
+    def __init__(self, message: str, *, why: str) -> None:
+        super().__init__(message, hint=_HINT, field="environment")
+        self.why = why
+
+    def in_file(self, where: str) -> SpecError:
+        """Return the same about a line of a file, whose content no error repeats."""
+        return SpecError(f"a requirement there {self.why}", where=where, hint=self.hint, field=self.field)
+
+
+def joined(text: str) -> Iterator[tuple[int, str]]:
+    r"""Yield a requirements file's lines with their numbers; one that ends with ``\`` is continued by the next."""
+    number, begun = 1, ""
+    for at, line in enumerate(text.splitlines(), 1):
+        if line.endswith("\\"):
+            begun += f"{line[:-1]} "
+            continue
+        yield number, begun + line
+        number, begun = at + 1, ""
+    if begun:
+        yield number, begun
 
 
 def check_named(requirements: Iterable[str]) -> None:
@@ -73,8 +97,7 @@ def _check_requirement(text: str, folder: Path | None = None) -> None:
     try:
         url = Requirement(text).url
     except InvalidRequirement as error:
-        why = str(error).splitlines()[0]
-        raise _refused(text, f"is not a requirement (PEP 508): {why}") from None
+        raise _refused(text, "is not a requirement (PEP 508)", f": {str(error).splitlines()[0]}") from None
     if url is None:
         return
     if folder is None:
@@ -107,10 +130,5 @@ def _check_path(text: str, path: str, folder: Path) -> None:
         raise _refused(text, "leads out of the working directory")
 
 
-def _refused(text: str, why: str) -> SpecError:
-    msg = f"the requirement {text[:200]!r} {why}"
-    hint = (
-        "name packages (PEP 508), https addresses or files in the working directory; credentials of an index belong in "
-        "pip's or uv's configuration, or in a netrc file"
-    )
-    return SpecError(msg, hint=hint, field="environment")
+def _refused(text: str, why: str, detail: str = "") -> RequirementError:
+    return RequirementError(f"the requirement {text[:200]!r} {why}{detail}", why=why)

@@ -32,6 +32,8 @@ class Allowed(NamedTuple):
     upload: int = LARGEST_UPLOAD
     asked: bool = True
     """Whether a person at a terminal is asked above `ASKED_ABOVE`: not when they have named a size."""
+    links: bool = True
+    """Whether the working directory may be named by a path with links in it: not where its path was checked before."""
 
 
 NO_MORE = Allowed()

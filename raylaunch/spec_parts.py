@@ -227,7 +227,8 @@ Variables = Annotated[dict[str, str], BeforeValidator(_as_text), AfterValidator(
 def _secret_names(value: tuple[str, ...]) -> tuple[str, ...]:
     for name in value:
         if not _VARIABLE.fullmatch(name):
-            msg = f"{name!r} is not a secret's name; list names here, and set values with: raylaunch secret set NAME"
+            shown = repr(name) if "=" not in name else "text with = in it"  # most likely the value
+            msg = f"{shown} is not a secret's name; list names here, and set values with: raylaunch secret set NAME"
             raise ValueError(msg)
     return value
 

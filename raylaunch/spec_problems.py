@@ -34,6 +34,8 @@ _EXPECTED = {
     "model_type": "a mapping of keys to values",
     "model_attributes_type": "a mapping of keys to values",
 }
+_PRIVATE = frozenset({"env", "secrets"})
+"""Fields of which no value is repeated."""
 _BOUNDS = {
     "greater_than": ("gt", "is not greater than"),
     "greater_than_equal": ("ge", "is less than"),
@@ -123,13 +125,14 @@ def _problem(path: KeyPath, details: list[ErrorDetails], model: type[BaseModel])
         name, phrase = _BOUNDS[kind]
         bound = f"{phrase} {detail['ctx'][name]:g}"
         return Problem(path, f"{dotted}: {_shown(detail['input'])} {bound}", bound)
+    shown = "the value" if path and path[0] in _PRIVATE else _shown(detail["input"])
     expected = [phrase for phrase in map(_expected, details) if phrase]
     if not expected:
-        return Problem(path, f"{dotted}: {_shown(detail['input'])}: {detail['msg'][:1].lower()}{detail['msg'][1:]}")
+        return Problem(path, f"{dotted}: {shown}: {detail['msg'][:1].lower()}{detail['msg'][1:]}")
     quotes = expected == ["text"] and isinstance(detail["input"], int | float)
     ending = "; write it in quotes" if quotes else ""
     wanted = f"is not {_either(expected)}"
-    return Problem(path, f"{dotted}: {_shown(detail['input'])} {wanted}{ending}", wanted)
+    return Problem(path, f"{dotted}: {shown} {wanted}{ending}", wanted)
 
 
 def _unquoted(problem: Problem, model: type[BaseModel]) -> str:

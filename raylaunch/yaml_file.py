@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
 from raylaunch.errors import SpecError
+
+_OF_A_PARSER = re.compile(r"(?:[^'\"]|'<[a-z ]+>')*")
+"""What a parser says in words and tokens of its own, before it repeats any of a file, which may be one of secrets."""
 
 KeyPath = tuple[str | int, ...]
 """Where a value stands: ``("resources", "gpus")``, ``("tags", 0)``."""
@@ -30,13 +34,13 @@ class YamlFile(NamedTuple):
         return str(self.path)
 
 
-def read_yaml(path: Path) -> YamlFile:
-    """Read one file that holds a mapping. An empty file is an empty mapping.
+def read_yaml(path: Path, *, quoted: bool = True) -> YamlFile:
+    """Read one file that holds a mapping. An empty file is an empty mapping. `quoted` as for `parse_yaml`.
 
     Raises:
         SpecError: there is no such file, it cannot be read, is not YAML, or gives a key twice.
     """
-    return parse_yaml(_text_of(path), path)
+    return parse_yaml(_text_of(path), path, quoted=quoted)
 
 
 def parse_yaml(text: str, path: Path, *, quoted: bool = True) -> YamlFile:
@@ -55,7 +59,7 @@ def parse_yaml(text: str, path: Path, *, quoted: bool = True) -> YamlFile:
     except SpecError as error:
         if quoted:
             raise
-        msg = "this is not a YAML file of a job"
+        msg = "this is not a YAML file as one is expected here"
         raise SpecError(msg, where=error.where, hint="it must hold keys with values, each key once") from None
 
 
@@ -153,6 +157,7 @@ def _text_of(path: Path) -> str:
 def _not_yaml(path: Path, error: Exception) -> SpecError:
     mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
     why = (error.problem if isinstance(error, yaml.MarkedYAMLError) else None) or f"{error}".partition("\n")[0]
+    why = (_OF_A_PARSER.match(why) or [""])[0].strip().removesuffix(":")
     where = f"{path}:{mark.line + 1}" if mark else str(path)
     return SpecError(f"this is not YAML: {why}", where=where, hint="tabs, colons and quotes are the usual causes")
 

@@ -132,6 +132,30 @@ def test_a_file_with_a_tag_that_makes_objects_is_refused(here: Here) -> None:
     assert str(error).startswith("job.yaml:1: this is not YAML: could not determine a constructor for the tag")
 
 
+SECRET_FILES = {
+    "netrc": "machine h login u password hunter2\n",
+    "key": "-----BEGIN KEY-----\nhunter2\n",
+    "ini": "[default]\naws_secret = hunter2\n",
+    "tag": "a: !hunter2 b\n",
+    "alias": "a: *hunter2\n",
+    "anchor": "a: &hunter2 b\nc: &hunter2 d\n",
+    "indicator": "a: @hunter2\n",
+    "quote": "a: 'hunter2\n",
+    "directive": "%hunter2 x\n",
+    "env": "entrypoint: x\nenv: hunter2\n",
+    "env value": "entrypoint: x\nenv: {A: 2026-01-01}\n",
+    "secret": "entrypoint: x\nsecrets: [A=hunter2]\n",
+}
+
+
+@pytest.mark.parametrize("name", SECRET_FILES)
+def test_an_error_repeats_nothing_of_a_file_of_another_kind_and_no_value_of_a_secret(here: Here, name: str) -> None:
+    error = str(job_error(here, SECRET_FILES[name]))
+    assert "hunter2" not in error
+    assert "2026" not in error
+    assert "job.yaml" in error
+
+
 def test_a_list_instead_of_keys_is_refused(here: Here) -> None:
     assert str(job_error(here, "- a\n")) == (
         "job.yaml:1: the file holds a list, not keys with values\n  → write it as: key: value"

@@ -54,7 +54,7 @@ MAY: dict[str, frozenset[str]] = {
     "cluster_state": frozenset({"state", "spec_parts"}),
     **dict.fromkeys(READING, GROUND | READING | {"runner.shell_words"}),
     **dict.fromkeys(SENDING, GROUND | SENDING | {"log_view", "runner.contract", "runner.secret_files"}),
-    "cluster": GROUND | {"runner.contract"},
+    "cluster": GROUND | {"runner.contract", "log_view"},
     "admin": GROUND | {"wire"},
     "parallel_download": GROUND | SENDING | {"cluster"},
     "requirement_lines": GROUND | {"cluster"},

@@ -182,7 +182,7 @@ def test_an_unknown_token_is_said(place: Path, agent: Agent, tool: str) -> None:
 @pytest.mark.parametrize(
     ("tool", "words"),
     [
-        ("train_job", "vera is a viewer and may not submit jobs\n  → it takes the role trainer"),
+        ("train_job", "vera is a viewer and may not submit jobs\n| → it takes the role trainer"),
         ("stop_job", "vera is a viewer and may not stop"),
     ],
 )
@@ -209,4 +209,4 @@ def test_a_broken_cluster_file_is_named_with_its_line(home: Path, broken: Agent,
     assert home
     answer = broken.call_with(tool, GOOD[tool])
     assert answer.error
-    assert "cluster.yaml:2: unknown key 'gpu' (nearest: gpus)" in answer.text
+    assert "cluster.yaml:2: unknown key (known: " in answer.text

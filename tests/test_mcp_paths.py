@@ -12,8 +12,10 @@ import pytest
 from mcp_server.arguments import TrainJob
 from mcp_server.call import Call, News
 from mcp_server.paths import ROOTS_VARIABLE, Roots, roots_of
-from mcp_server.training import train_job
+from mcp_server.policy import may_send
+from mcp_server.training import _spec_of, train_job
 from raylaunch.errors import SpecError
+from raylaunch.job_files import packed_job
 
 
 @pytest.fixture
@@ -127,3 +129,38 @@ def test_no_error_about_a_job_file_quotes_it(project: Path, name: str) -> None:
 def test_an_error_about_a_job_file_names_its_line_and_what_was_expected(project: Path) -> None:
     (project / "it.yaml").write_text("entrypoint: x\nresources:\n  gpus: none\n")
     assert "it.yaml:3: resources.gpus is not a whole number" in refusal(project, {"job_file": "it.yaml"})
+
+
+CLUSTERS = {name: text for name, text in FILES.items() if name not in {"folder", "user", "hidden", "requirements"}} | {
+    "kind": "kind: hunter2\n",
+    "host": "kind: ssh\nhosts: [hunter2 hunter2]\n",
+    "token": "kind: existing\naddress: hunter2\n",
+    "ray": "cluster_name: a\nprovider: {type: hunter2}\n",
+    "ray key": "cluster_name: a\nprovider: {type: local}\nhunter2: 1\n",
+}
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_no_error_about_a_cluster_file_quotes_it(project: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "elsewhere").write_text(CLUSTERS[name])
+    (project / "cluster.yaml").symlink_to("elsewhere")
+    monkeypatch.chdir(project)
+    monkeypatch.delenv("RAYLAUNCH_CLUSTER_FILE", raising=False)
+
+    async def tell(_news: News) -> None:
+        pass
+
+    with pytest.raises(SpecError) as caught:
+        Call(heals=False, tell=tell, roots=roots_in(project)).place()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_working_directory_that_becomes_a_link_after_the_check_is_not_packed(project: Path) -> None:
+    (project / "code").mkdir()
+    (project / "code" / "train.py").write_text("")
+    spec = _spec_of(TrainJob(entrypoint="python train.py", working_dir="code"), roots_in(project))
+    (project / "code").rename(project / "before")
+    (project / "code").symlink_to(project.parent / ".ssh")
+    (project.parent / ".ssh" / "train.py").write_text("")
+    with pytest.raises(SpecError, match="link"):
+        asyncio.run(packed_job(spec, may_send({})))

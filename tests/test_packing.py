@@ -16,9 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from raylaunch.directory import Directory
 from raylaunch.errors import ConflictError, SpecError, StorageError
 from raylaunch.git_facts import DIFF_LIMIT, git_facts, tracked_files
+from raylaunch.ignoring import Tracked, walk
 from raylaunch.packing import pack
+from raylaunch.sensitive import Allowed
 from raylaunch.state import PackReport
 
 
@@ -429,3 +432,51 @@ def test_the_home_of_raylaunch_is_never_sent_whatever_it_is_called(
     with pack(tmp_path / "project") as packed:
         assert set(packed.contents.paths) == {"train.py"}
         assert "RAYLAUNCH_HOME" in packed.report.ignored_by[0]
+
+
+def test_a_folder_that_becomes_a_link_while_it_is_packed_is_not_followed(tmp_path: Path) -> None:
+    secret = tree(tmp_path / "elsewhere", {"id": "secret"})
+    project = tree(tmp_path / "project", {"a/b/c.txt": "c"})
+    with Directory.open_resolved(project) as root:
+        found = walk(root, Tracked.of(frozenset()), on_left_out=lambda _path, _rule, _size: None)
+        assert next(found).path == "a"
+        (project / "a").rename(project / "before")
+        (project / "a").symlink_to(secret)
+        with pytest.raises(StorageError, match="link"):
+            list(found)
+
+
+def test_a_file_that_becomes_a_link_while_it_is_packed_is_not_followed(tmp_path: Path) -> None:
+    secret = tree(tmp_path / "elsewhere", {"id": "secret"})
+    project = tree(tmp_path / "project", {"c.txt": "c"})
+    with Directory.open_resolved(project) as root:
+        (found,) = (
+            found._replace(folder=root)
+            for found in walk(root, Tracked.of(frozenset()), on_left_out=lambda _path, _rule, _size: None)
+        )
+        (project / "c.txt").unlink()
+        (project / "c.txt").symlink_to(secret / "id")
+        with pytest.raises(OSError, match="link"):
+            found.folder.open_file(found.entry.name, os.O_RDONLY)
+
+
+def test_a_working_directory_whose_path_was_checked_is_not_reached_through_a_link(tmp_path: Path) -> None:
+    project = tree(tmp_path / "above" / "project", {"train.py": "1"})
+    checked = Allowed(links=False)
+    with pack(project, checked) as packed:
+        assert packed.report.files == 1
+    (tmp_path / "above").rename(tmp_path / "moved")
+    (tmp_path / "above").symlink_to(tmp_path / "moved")
+    with pytest.raises(SpecError, match="link"):
+        pack(project, checked)
+    with pack(project) as packed:  # a person may name it so
+        assert packed.report.files == 1
+
+
+def test_a_folder_above_that_may_only_be_passed_through_is_no_obstacle(tmp_path: Path) -> None:
+    project = tree(tmp_path / "closed" / "project", {"train.py": "1"})
+    (tmp_path / "closed").chmod(0o311)
+    try:
+        assert names(project) == ["train.py"]
+    finally:
+        (tmp_path / "closed").chmod(0o755)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from pydantic import ValidationError
 
 from raylaunch.cluster.install.resolving import tool_environment
 from raylaunch.errors import SpecError
+from raylaunch.job_wheels import requirements_of
 from raylaunch.requirement_lines import check_line, check_named, joined
+from raylaunch.spec import Environment
 from raylaunch.wheel_sets import BuildPlatform
 
 WHEEL = "lib-1-py3-none-any.whl"
@@ -99,9 +102,27 @@ def test_a_link_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
 
 
 def test_a_continued_line_is_one_line(tmp_path: Path) -> None:
-    (line,) = joined("numpy==1 \\\n    --hash=sha256:00ff")
+    ((_, line),) = joined("numpy==1 \\\n    --hash=sha256:00ff")
     check_line(line, tmp_path)
-    assert list(joined("-r \\\n/etc/passwd")) == ["-r  /etc/passwd"]
+    assert list(joined("a\n-r \\\n/etc/passwd\nb \\")) == [(1, "a"), (2, "-r  /etc/passwd"), (4, "b  ")]
+
+
+@pytest.mark.parametrize("line", ["machine h password hunter2", "hunter2 = 1", "--hunter2", "-r /hunter2", "$hunter2"])
+def test_an_error_about_a_requirements_file_has_its_line_and_none_of_its_content(tmp_path: Path, line: str) -> None:
+    (tmp_path / "requirements.txt").write_text("numpy\n-r .env\n")
+    (tmp_path / ".env").write_text(f"# x\n{line}\n")
+    with pytest.raises(SpecError) as caught:
+        asyncio.run(requirements_of(Environment(kind="pip", value="requirements.txt"), tmp_path))
+    assert ".env:2" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_an_error_about_a_lock_that_uv_cannot_read_has_none_of_its_content(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "uv.lock"):
+        (tmp_path / name).write_text("-----BEGIN hunter2\n")
+    with pytest.raises(SpecError, match="lock") as caught:
+        asyncio.run(requirements_of(Environment(kind="uv"), tmp_path))
+    assert "hunter2" not in str(caught.value)
 
 
 def test_uv_and_pip_get_their_settings_and_no_secret() -> None:
