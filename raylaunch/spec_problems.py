@@ -125,7 +125,7 @@ def _problem(path: KeyPath, details: list[ErrorDetails], model: type[BaseModel])
         name, phrase = _BOUNDS[kind]
         bound = f"{phrase} {detail['ctx'][name]:g}"
         return Problem(path, f"{dotted}: {_shown(detail['input'])} {bound}", bound)
-    shown = "the value" if path and path[0] in _PRIVATE else _shown(detail["input"])
+    shown = _shown(detail["input"], private=bool(path) and path[0] in _PRIVATE)
     expected = [phrase for phrase in map(_expected, details) if phrase]
     if not expected:
         return Problem(path, f"{dotted}: {shown}: {detail['msg'][:1].lower()}{detail['msg'][1:]}")
@@ -180,7 +180,7 @@ def _either(phrases: list[str]) -> str:
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} or {phrases[-1]}"
 
 
-def _shown(value: object, *, limit: int = 60) -> str:
+def _shown(value: object, *, limit: int = 60, private: bool = False) -> str:
     """Return a value for a message; the inside of a mapping or list is not repeated (it may hold a secret)."""
     if isinstance(value, dict):
         return "a mapping"
@@ -188,6 +188,8 @@ def _shown(value: object, *, limit: int = 60) -> str:
         return "a list"
     if value is None:
         return "nothing"
+    if private:
+        return "the value"
     text = repr(value) if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= limit else f"{text[:limit]}…"
 
