@@ -16,8 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["support.cluster", "support.api", "support.agent", "support.standing", "support.bare_host"]
+
+settings.register_profile("raylaunch", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("raylaunch")  # by default an example of more than 200 ms fails, as on a busy machine any may
 
 MAY_BE_MISSING = (
     "needs PyTorch",

@@ -123,9 +123,9 @@ def test_a_controller_that_restarts_elsewhere_is_found_again_and_that_is_said_on
         waiter = threading.Thread(target=lambda: found.append(asyncio.run(wait())))
         waiter.start()
     with serving(tmp_path / "store") as after:
-        wait_until(lambda: notices, 20, "the loss is noticed")
+        wait_until(lambda: notices, 60, "the loss is noticed")
         here.append(after.reach())
-        wait_until(lambda: len(notices) > 1, 20, "the controller is found again")
+        wait_until(lambda: len(notices) > 1, 60, "the controller is found again")
         ask(after, lambda client: client.stop(job.id))
         waiter.join(30)
     assert found[0].state is JobState.STOPPED

@@ -58,7 +58,7 @@ def test_a_drained_host_lets_jobs_end_and_begins_none_until_it_takes_jobs_again(
     assert said.startswith(f"{host} is drained by ")
     assert f"there 1 job runs: {runs}" in said
     waits = own.python("print('my turn')", "--name", "after")
-    waiting = own.until(waits, lambda job: job.reason is Reason.WAITING_FOR_DRAIN, 20, "it says what it waits for")
+    waiting = own.until(waits, lambda job: job.reason is Reason.WAITING_FOR_DRAIN, 60, "it says what it waits for")
     assert waiting.message.startswith(f"could run, but {host} is drained by ")
     done.touch()
     assert own.ended(runs).state is JobState.SUCCEEDED

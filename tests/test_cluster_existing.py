@@ -85,8 +85,8 @@ def test_down_ends_controller_and_stewards_and_nothing_of_ray(theirs: BesideRay)
         before, controller = theirs.daemons(), theirs.controller_pid()
         said = theirs.good("down", timeout_s=UP_S)
         assert "was not started by raylaunch, and runs on" in said
-        wait_until(lambda: not psutil.pid_exists(controller), 10, "the controller has ended")
-        wait_until(lambda: not theirs.stewards(), 20, "the stewards have ended")
+        wait_until(lambda: not psutil.pid_exists(controller), 60, "the controller has ended")
+        wait_until(lambda: not theirs.stewards(), 60, "the stewards have ended")
         assert before <= theirs.daemons()
         assert ray.get(f"/api/jobs/{theirs_too}").json()["status"] == "RUNNING"
     assert theirs.cli("list").status == 1

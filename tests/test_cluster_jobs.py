@@ -74,7 +74,7 @@ def test_a_job_waits_for_its_turn_and_says_why(cluster: Cluster) -> None:
     first = cluster.python(WAITS, "--gpus", "3", "--name", "holder")
     cluster.runs(first)
     second = cluster.python("print('my turn')", "--gpus", "2", "--name", "waiter")
-    waiting = cluster.until(second, lambda job: job.reason is Reason.WAITING_FOR_GPUS, 20, "it says that it waits")
+    waiting = cluster.until(second, lambda job: job.reason is Reason.WAITING_FOR_GPUS, 60, "it says that it waits")
     host = waiting.message.split("; ")[1].split(" has ")[0]
     assert waiting.message == (f"needs 2 GPUs on one node; {host} has 1 free of 4: 3 held by holder ({first})")
     cluster.good("stop", first)
@@ -193,7 +193,7 @@ def test_killing_the_runner_ends_its_training_before_its_gpus_are_given_away(clu
     training = psutil.Process(running.attempts[0].pid or 0)
     claim = cluster.paths.node / "attempts" / f"{job}-1" / "claim.json"
     psutil.Process(json.loads(claim.read_text())["pid"]).send_signal(signal.SIGKILL)
-    wait_until(lambda: not training.is_running() or training.status() == psutil.STATUS_ZOMBIE, 2, "training has ended")
+    wait_until(lambda: not training.is_running() or training.status() == psutil.STATUS_ZOMBIE, 20, "training has ended")
     failed = cluster.ended(job)
     assert (failed.state, failed.reason) == (JobState.FAILED, Reason.RUNNER_DIED)
 

@@ -155,7 +155,7 @@ def test_a_running_one_is_stopped_and_ray_agrees(cluster: Cluster) -> None:
     assert (ended.state, ended.reason) == (JobState.STOPPED, Reason.STOP_REQUESTED)
     assert ended.message.endswith("asked to stop it")
     assert status_in_ray(cluster, job) == "STOPPED"
-    wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, 10, "its process is gone")
+    wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, 60, "its process is gone")
     assert cluster.cli("wait", job).status == 128 + signal.SIGTERM
     again = cluster.cli("stop", job)
     assert again.status == 1

@@ -218,7 +218,7 @@ def test_after_the_job_its_own_secret_is_nowhere(cluster: Cluster) -> None:
     done = cluster.ended(job)
     assert done.state is JobState.SUCCEEDED, done.message
     assert done.last_metrics["loss"] == 1.0
-    wait_until(lambda: not _files_with([value.encode()], cluster.home, cluster.paths.temp), 20, "it is gone")
+    wait_until(lambda: not _files_with([value.encode()], cluster.home, cluster.paths.temp), 60, "it is gone")
 
 
 def _get(url: str, token: str, path: str) -> httpx2.Response:

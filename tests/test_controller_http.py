@@ -297,7 +297,7 @@ def test_removing_a_job_deletes_its_files_and_one_that_runs_stays(api: Api, tom:
     assert removed["removed"] == job.id
     assert removed["bytes"] > 1000
     assert tom.get(f"/v1/jobs/{job.id}").status_code == 404
-    wait_until(lambda: not any((api.store / "trash").iterdir()), 10, "the job's files are deleted")
+    wait_until(lambda: not any((api.store / "trash").iterdir()), 60, "the job's files are deleted")
     assert not (api.store / "jobs" / job.id).exists()
 
 

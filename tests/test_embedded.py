@@ -114,7 +114,7 @@ def test_what_a_cluster_left_behind_is_found_when_its_record_is_gone(paths: Clus
 
 def test_the_session_of_a_dead_head_is_found_by_its_processes_titles(paths: ClusterPaths, start: Start) -> None:
     head = start("/bin/bash", "-c", "exec -a ray::Worker sleep 600 & exec sleep 0.1")
-    wait_until(lambda: not is_alive(head), 10, "the head's death")
+    wait_until(lambda: not is_alive(head), 60, "the head's death")
     (left,) = of_ray("none", head, paths.temp)
     assert left.pid != head.pid
     os.kill(left.pid, signal.SIGKILL)

@@ -108,7 +108,7 @@ def pids(found: ClusterStatus) -> tuple[int, int]:
 def kill(process: ProcessIdentity | None) -> ProcessIdentity:
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
-    wait_until(lambda: not is_alive(process), 20, "its death")
+    wait_until(lambda: not is_alive(process), 60, "its death")
     return process
 
 

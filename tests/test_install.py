@@ -206,4 +206,4 @@ def test_progress_is_told_while_wheels_are_pushed(fresh_host: BareHost) -> None:
     pushed = [step.message for step in fresh_host.steps if step.name == "push" and step.state == "waits"]
     assert pushed
     assert all("pushed" in words and "MB of" in words for words in pushed)
-    wait_until(lambda: not fresh_host.left_over(), 5, "nothing is left over")
+    wait_until(lambda: not fresh_host.left_over(), 60, "nothing is left over")

@@ -115,7 +115,7 @@ def test_a_node_is_seen_with_what_it_has(head: RayHeadRunning, store: Store) -> 
             assert node.labels["zone"] == "attic"
             assert node.arch == os.uname().machine
             assert node.disk_free
-            await until(lambda: any(isinstance(event, LinkUp) for event in store.events), 5, "LinkUp")
+            await until(lambda: any(isinstance(event, LinkUp) for event in store.events), 60, "LinkUp")
 
     asyncio.run(scenario())
 
@@ -161,7 +161,7 @@ def test_the_link_writes_into_the_store_and_nowhere_else(head: RayHeadRunning, s
         async with linked(head, store) as link:
             folder = await prepared(link, store, "opened-a-1")
             (folder / "logs/rank-0.log").write_bytes(b"line\n")
-            await until(lambda: store.size("opened-a-1", "logs/rank-0.log"), 10, "the line is in the store")
+            await until(lambda: store.size("opened-a-1", "logs/rank-0.log"), 60, "the line is in the store")
             child = psutil.Process(link.pid)
             opened = [file.path for file in child.open_files()]
             assert not [path for path in opened if path.startswith(str(head.node_root))]
@@ -179,7 +179,7 @@ def test_children_in_sessions_of_their_own_die_at_a_fence(head: RayHeadRunning, 
             env = {**os.environ, VAR_ATTEMPT: "cluster/family-a-1"}
             first = subprocess.Popen([sys.executable, "-c", family], env=env)  # noqa: ASYNC220 -- returns at once
             me = psutil.Process(first.pid)
-            await until(lambda: len(me.children(recursive=True)) == 3, 10, "three children")
+            await until(lambda: len(me.children(recursive=True)) == 3, 60, "three children")
             children = me.children(recursive=True)
             fenced = await link.fence(await node_of(link), "family-a-1", "cluster/family-a-1")
             assert fenced.killed == 4
@@ -220,9 +220,9 @@ def test_a_link_that_is_killed_comes_back_and_sends_nothing_twice(head: RayHeadR
         async with linked(head, store) as link:
             folder = await prepared(link, store, "again-a-1")
             (folder / "logs/rank-0.log").write_bytes(b"before\n")
-            await until(lambda: store.size("again-a-1", "logs/rank-0.log") == 7, 10, "the first line")
+            await until(lambda: store.size("again-a-1", "logs/rank-0.log") == 7, 60, "the first line")
             psutil.Process(link.pid).kill()
-            await until(lambda: not link.up, 10, "the link is down")
+            await until(lambda: not link.up, 60, "the link is down")
             with pytest.raises(ClusterDownError, match="Ray cannot be reached"):
                 await link.nodes()
             with (folder / "logs/rank-0.log").open("ab") as file:
@@ -239,7 +239,7 @@ def test_a_large_log_leaves_the_memory_of_link_and_steward_flat(head: RayHeadRun
         async with linked(head, store) as link:
             folder = await prepared(link, store, "large-a-1")
             (folder / "logs/rank-0.log").write_bytes(b"x" * 1_000_000)
-            await until(lambda: store.size("large-a-1", "logs/rank-0.log") == 1_000_000, 20, "the first megabyte")
+            await until(lambda: store.size("large-a-1", "logs/rank-0.log") == 1_000_000, 60, "the first megabyte")
             steward = steward_of(head)
             assert steward is not None
             both = (psutil.Process(link.pid), steward)
@@ -262,7 +262,7 @@ def test_each_line_arrives_before_the_next_is_written(head: RayHeadRunning, stor
                 for number in range(1, 11):
                     file.write(b"a line\n")
                     size = 7 * number
-                    await until(lambda: store.size("soon-a-1", "logs/rank-0.log") == size, 10, "the line")  # noqa: B023 -- awaited at once
+                    await until(lambda: store.size("soon-a-1", "logs/rank-0.log") == size, 60, "the line")  # noqa: B023 -- awaited at once
 
     asyncio.run(scenario())
 
@@ -282,7 +282,7 @@ def test_a_store_that_is_full_is_said_and_nothing_is_lost(head: RayHeadRunning, 
     async def scenario() -> None:
         async with linked(head, store) as link:
             folder = await prepared(link, store, "full-a-1")
-            await until(lambda: store.file("full-a-1", "attempt.json").exists(), 10, "the first file")
+            await until(lambda: store.file("full-a-1", "attempt.json").exists(), 60, "the first file")
             store.file("full-a-1", "logs").write_text("in the way")
             (folder / "logs/rank-0.log").write_bytes(b"kept\n")
             await until(

@@ -67,7 +67,7 @@ def test_a_server_killed_while_it_watches_leaves_the_job_and_no_question_open(
     job = agent.call("train_job", entrypoint="true", working_dir="", name="watched").facts["job"]["id"]
     before = listening(paper)
     killed(place, "monitor_job", {"job": job, "wait_s": 50}, lambda: listening(paper) > before)
-    wait_until(lambda: listening(paper) == before, 10, "its question is given up")
+    wait_until(lambda: listening(paper) == before, 20, "its question is given up")
     assert agent.call("monitor_job", job=job).facts["job"]["state"] == "queued"
 
 

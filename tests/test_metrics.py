@@ -313,8 +313,8 @@ def test_a_job_whose_file_takes_long_to_read_keeps_no_other_job_waiting(tmp_path
     with ThreadPoolExecutor(2) as pool:
         waits = pool.submit(metrics.last, "slow-k3f9qa", attempts)
         try:
-            assert pool.submit(metrics.last, _job().id, _job().attempts).result(20)[0] == {"loss": 0.5}
+            assert pool.submit(metrics.last, _job().id, _job().attempts).result(60)[0] == {"loss": 0.5}
             assert not waits.done()
         finally:
             with (slow / "progress.jsonl").open("w"):
-                waits.result(20)
+                waits.result(60)

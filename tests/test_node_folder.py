@@ -164,7 +164,7 @@ def test_training_dies_with_its_runner(tmp_path: Path) -> None:
     claim = {"epoch": "epoch-1", "pid": training.pid, "started_ticks": 1, "boot_id": "b", "at": 1.0}
     (path / "claim.json").write_text(json.dumps(claim))
     swept: set[str] = set()
-    wait_until(lambda: sweep(tmp_path, swept) or training.poll() is not None, 10, "the sweep found it")
+    wait_until(lambda: sweep(tmp_path, swept) or training.poll() is not None, 60, "the sweep found it")
     assert training.wait(10) == -9
 
 

@@ -41,7 +41,7 @@ def claim_of(pid: int) -> Claim:
 
 def test_children_that_called_setsid_are_ended_with_their_attempt(tag: str) -> None:
     first = start(tag, FAMILY)
-    wait_until(lambda: len(set(processes_of(tag))) == 8, 10, "eight processes in sessions of their own")
+    wait_until(lambda: len(set(processes_of(tag))) == 8, 60, "eight processes in sessions of their own")
     assert end_processes(tag, None) == 8
     first.wait(10)
     assert not set(processes_of(tag))
@@ -49,7 +49,7 @@ def test_children_that_called_setsid_are_ended_with_their_attempt(tag: str) -> N
 
 def test_a_process_of_another_attempt_is_left_alone(tag: str) -> None:
     other = start(f"{tag}2", "import time; time.sleep(600)")
-    wait_until(lambda: set(processes_of(f"{tag}2")), 10, "the other attempt's process")
+    wait_until(lambda: set(processes_of(f"{tag}2")), 60, "the other attempt's process")
     assert end_processes(tag, None) == 0
     assert other.poll() is None
     end_processes(f"{tag}2", None)
@@ -86,5 +86,5 @@ def test_a_pid_that_was_used_again_is_not_the_runner(tag: str, change: dict[str,
 
 def test_a_zombie_is_dead() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
-    wait_until(lambda: started_ticks(child.pid) is None, 10, "the child is a zombie")
+    wait_until(lambda: started_ticks(child.pid) is None, 60, "the child is a zombie")
     child.wait(10)

@@ -303,7 +303,7 @@ def test_leaving_forgets_the_cluster_and_ends_the_tunnel(anna: Desk, alice: Desk
     tunnel = load_tunnel(alice.paths("test"))
     assert tunnel is not None
     assert alice.call("leave", "test").returncode == 0
-    wait_until(lambda: not tunnel.alive, 10, "the tunnel has ended")
+    wait_until(lambda: not tunnel.alive, 60, "the tunnel has ended")
     assert not alice.paths("test").root.exists()
     assert anna.call("leave", "test").returncode == 1
 

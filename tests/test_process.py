@@ -52,13 +52,13 @@ def start(tmp_path: Path) -> Iterator[Starter]:
 
 
 def wait_for_output(start: Starter) -> None:
-    wait_until(lambda: "up" in last_lines(start.log), 20, "the program's first line")
+    wait_until(lambda: "up" in last_lines(start.log), 60, "the program's first line")
 
 
 def test_a_program_started_apart_leads_a_session_of_its_own_and_is_nobodys_child(start: Starter) -> None:
     process = start(*STAYS)
     assert os.getsid(process.pid) == process.pid
-    wait_until(lambda: psutil.Process(process.pid).ppid() != os.getpid(), 10, "its launcher's end")
+    wait_until(lambda: psutil.Process(process.pid).ppid() != os.getpid(), 60, "its launcher's end")
     assert process.pid not in [child.pid for child in psutil.Process().children()]
 
 
@@ -74,7 +74,7 @@ def test_it_makes_files_that_only_we_can_read(start: Starter, tmp_path: Path) ->
     made = tmp_path / "made"
     program = f"import time; open({str(made)!r}, 'w').write('x'); time.sleep(60)"
     start(sys.executable, "-I", "-S", "-c", program)
-    wait_until(made.exists, 20, "the file that it makes")
+    wait_until(made.exists, 60, "the file that it makes")
     assert made.stat().st_mode & 0o077 == 0
 
 
@@ -91,7 +91,7 @@ def test_a_process_is_alive_until_it_is_killed(start: Starter) -> None:
     process = start(*STAYS)
     assert is_alive(process)
     os.kill(process.pid, signal.SIGKILL)
-    wait_until(lambda: not is_alive(process), 10, "its death")
+    wait_until(lambda: not is_alive(process), 60, "its death")
 
 
 def test_another_process_with_the_same_pid_is_not_taken_for_it() -> None:

@@ -137,7 +137,7 @@ def test_children_that_left_the_session_are_ended_by_a_stop_and_counted(make: Ma
     attempt = make("setsid sh -c 'trap \"\" TERM; while :; do sleep 0.1; done' & echo up; exec sleep 300")
     attempt.start()
     attempt.wait_log("up")
-    wait_until(lambda: len(attempt.processes()) >= 2, 10, "the child that left the session")
+    wait_until(lambda: len(attempt.processes()) >= 2, 60, "the child that left the session")
     end = attempt.stop(grace_s=0.5)
     assert end["killed"] >= 1
     assert attempt.processes() == []
@@ -195,9 +195,9 @@ def test_killing_the_runner_ends_all_of_its_training(make: Make) -> None:
     attempt = make("setsid sleep 300 & echo up; exec sleep 300")
     runner = attempt.start()
     attempt.wait_log("up")
-    wait_until(lambda: len(attempt.processes()) >= 2, 10, "both processes")
+    wait_until(lambda: len(attempt.processes()) >= 2, 60, "both processes")
     runner.kill()
-    wait_until(lambda: not attempt.processes(), 2, "the training has ended")
+    wait_until(lambda: not attempt.processes(), 60, "the training has ended")
     assert not (attempt.folder / contract.EXIT).exists()
 
 

@@ -68,7 +68,7 @@ def sleeper(mark: str) -> Script:
 
 async def gone(mark: str) -> None:
     """Wait until no process bears `mark`."""
-    await anyio.to_thread.run_sync(lambda: wait_until(lambda: not running(mark), 20, f"{mark} has ended"))
+    await anyio.to_thread.run_sync(lambda: wait_until(lambda: not running(mark), 60, f"{mark} has ended"))
 
 
 # What it printed, and how it ended

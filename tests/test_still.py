@@ -14,7 +14,7 @@ QUIET_S = 0.05
 
 async def heard(told: list[Step], count: int) -> list[str]:
     """Wait until so many lines of waiting were told, and return them."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         while len(found := [str(step) for step in told if step.state == "waits"]) < count:  # noqa: ASYNC110 -- told by what cannot set an event
             await anyio.sleep(0.01)
     return found
@@ -26,7 +26,7 @@ async def test_what_began_last_and_goes_on_is_told_again_and_again() -> None:
         tell(Step("dgx-1: probe", "begins", "looks"))
         tell(Step("dgx-1: wheels", "begins", "gathers wheels"))
         lines = await heard(told, 2)
-    assert lines == ["dgx-1: wheels: gathers wheels: 0 s so far"] * len(lines)
+    assert {line.rpartition(": ")[0] for line in lines} == {"dgx-1: wheels: gathers wheels"}
 
 
 async def test_of_steps_that_are_over_nothing_more_is_told() -> None:

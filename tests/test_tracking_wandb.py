@@ -151,7 +151,7 @@ def test_a_row_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
             assert process.stdout is not None
             assert process.stdout.readline() == "logged\n"
             (path,) = _files(tmp_path)
-            losses = wait_until(lambda: _losses(path), 10, "the row is in the file")
+            losses = wait_until(lambda: _losses(path), 60, "the row is in the file")
             assert losses == [0.5]
             assert process.poll() is None
         finally:
@@ -163,7 +163,7 @@ def test_what_was_flushed_before_a_sigkill_is_read(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "logged\n"
         (path,) = _files(tmp_path)
-        wait_until(lambda: _losses(path), 10, "the row is in the file")
+        wait_until(lambda: _losses(path), 60, "the row is in the file")
         os.killpg(process.pid, signal.SIGKILL)
     reader = RunFile(path)
     items = reader.read_new()
@@ -184,7 +184,7 @@ def test_a_server_that_dies_takes_nothing_from_the_file(tmp_path: Path, server: 
         process.stdin.flush()
         assert process.stdout.readline() == "more\n"
         (path,) = _files(tmp_path)
-        wait_until(lambda: len(_losses(path)) == 5, 10, "all rows are in the file")
+        wait_until(lambda: len(_losses(path)) == 5, 60, "all rows are in the file")
         os.killpg(process.pid, signal.SIGKILL)
 
 
