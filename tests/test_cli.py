@@ -136,7 +136,9 @@ def test_a_mistyped_command_is_a_usage_error_with_the_nearest(home: Path) -> Non
     assert done.stderr.splitlines()[-1] == "Error: there is no command 'lits' (nearest: list)"
 
 
-@pytest.mark.parametrize(("name", "near"), [("resume", "run"), ("top", "status"), ("remov", ""), ("stp", "")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("resume", "run"), ("top", "status"), ("remov", ""), ("stp", ""), ("delete", "")]
+)
 def test_a_command_that_ends_something_is_not_suggested_for_a_name_that_only_looks_like_it(
     home: Path, name: str, near: str
 ) -> None:

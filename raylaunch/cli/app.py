@@ -71,7 +71,6 @@ _SECTIONS: dict[str, dict[str, _Lazy]] = {
 _COMMANDS = {name: lazy for section in _SECTIONS.values() for name, lazy in section.items()}
 _MEANT = {
     "cancel": "stop",
-    "delete": "rm",
     "kill": "stop",
     "jobs": "list",
     "ls": "list",
