@@ -215,6 +215,7 @@ def test_an_attempt_that_does_not_end_on_another_machine_keeps_the_next_from_sta
     root = elsewhere.folder.parent.parent
     assert elsewhere.runner
     elsewhere.runner.send_signal(signal.SIGSTOP)
+    os.utime(elsewhere.folder / "heartbeat")
     with pytest.raises(ClusterError, match="another machine"):
         job_folder.take(root, "job-aaaaaa-2", "another/job-aaaaaa-2", elsewhere_s=0.5)
     assert job_folder.last_writer(root, "job-aaaaaa-2") == 0

@@ -238,7 +238,8 @@ def _end_elsewhere(root: Path, attempt: str, limit_s: float) -> None:
         ClusterError: it still lives.
     """
     folder, deadline = attempt_folder(root, attempt), time.monotonic() + limit_s
-    wish_stop(root, attempt, StopWish(why="stopped", grace_s=0.0))
+    if read_json(folder / EXIT) is None:  # it is ended also where it is heard of again only later
+        wish_stop(root, attempt, StopWish(why="stopped", grace_s=0.0))
     while read_json(folder / EXIT) is None and _beats(folder):
         if time.monotonic() > deadline:
             msg = f"{attempt} still runs on another machine that has the folder {root} too"
