@@ -7,6 +7,7 @@ with one of `MAY_BE_MISSING`.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -32,8 +33,9 @@ MAY_BE_MISSING = (
     "needs systemd-analyze",
     "needs systemd-nspawn",
 )
-_LONGEST = ("long", "machines", "ray", "slow", "wandb")
+_LONGEST = ("long", "ray", "machines", "slow", "wandb")
 """Marks of tests, those that take longest first."""
+_SHARED = "the files that share a cluster"
 _SECOND_TRIES = 2
 """How many tests may pass at their second try only, before the run has failed."""
 ALL = os.environ.get("RAYLAUNCH_TEST_ALL", "") not in {"", "0"}
@@ -54,12 +56,14 @@ def _failed_if_skipped(report: _Report) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files that take longest first; let a test of real processes fail twice before it counts.
 
-    A file belongs to one worker, so a long one at the end would let the others wait. Each first failure is shown in the
+    A file belongs to one worker, and all that share a cluster do, so a long one at the end would let the others wait;
+    what shares the cluster takes longest. Each first failure is shown in the
     summary: tests of real processes wait with limits, and a machine that is busy with something else may exceed any.
     """
     turns: dict[Path, int] = {}
     for item in items:
-        turns[item.path] = min(turns.get(item.path, len(_LONGEST)), _turn(item))
+        turn = -1 if _shares_cluster(item.path) else _turn(item)
+        turns[item.path] = min(turns.get(item.path, len(_LONGEST)), turn)
         if any(item.get_closest_marker(name) for name in ("ray", "wandb", "machines")):
             item.add_marker(pytest.mark.flaky(reruns=1))
     items.sort(key=lambda item: turns[item.path])
@@ -67,6 +71,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _turn(item: pytest.Item) -> int:
     return next((n for n, name in enumerate(_LONGEST) if item.get_closest_marker(name)), len(_LONGEST))
+
+
+@functools.cache
+def _shares_cluster(path: Path) -> bool:
+    """Whether tests of a file use the session's cluster; decided by the text, as workers alone know the fixtures."""
+    text = path.read_text(encoding="utf-8")
+    return "cluster: Cluster" in text and "def cluster(" not in text and "mark.ray" in text
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:  # noqa: ANN401 -- xdist ships no types
+    """Give a worker whole files, and one of them all files that share a cluster: it is started once."""
+    from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]  # noqa: PLC0415 -- only with xdist
+
+    class ByWorld(LoadFileScheduling):  # type: ignore[misc]  # xdist ships no types
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return _SHARED if _shares_cluster(config.rootpath / file) else file
+
+    return ByWorld(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

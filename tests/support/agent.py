@@ -29,6 +29,7 @@ from raylaunch.spec import ClusterSpec
 from raylaunch.state import JobView
 from support.api import Api, serving, token_of
 from support.api_use import write
+from support.cli import forked
 from support.waiting import wait_until
 
 _T = TypeVar("_T")
@@ -77,7 +78,7 @@ class Agent:
         cwd: where the server is started.
         extra: more environment.
         mode: ``auto`` (2026-07-28), or ``legacy`` (the handshake).
-        program: the server.
+        program: the server; without one it is forked.
     """
 
     def __init__(
@@ -87,8 +88,9 @@ class Agent:
         *,
         extra: Mapping[str, str] | None = None,
         mode: str = "auto",
-        program: Sequence[str] = PROGRAM,
+        program: Sequence[str] = (),
     ) -> None:
+        program = program or forked("raylaunch-mcp")
         self._program = StdioServerParameters(
             command=program[0], args=list(program[1:]), env=environment(home, extra), cwd=cwd
         )
@@ -150,7 +152,7 @@ def agent_at(
     *,
     extra: Mapping[str, str] | None = None,
     mode: str = "auto",
-    program: Sequence[str] = PROGRAM,
+    program: Sequence[str] = (),
 ) -> Iterator[Agent]:
     """Open an agent, and close it."""
     agent = Agent(home, cwd, extra=extra, mode=mode, program=program)
