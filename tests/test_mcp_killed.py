@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.agent import Agent, Raw
+from support.agent import PROGRAM, Agent, Raw
 from support.api import Api
 from support.api_use import large, listening, start, write
 from support.waiting import wait_until
@@ -21,7 +21,7 @@ LARGE = 150_000_000
 
 def killed(place: Path, tool: str, given: dict[str, object], when: Callable[[], object]) -> None:
     """Ask a new server, and kill it when something is so."""
-    with Raw(place, place / "work") as raw:
+    with Raw(place, place / "work", program=PROGRAM) as raw:
         raw.greet()
         raw.ask(1, "tools/call", {"name": tool, "arguments": given})
         wait_until(lambda: when() or any(message.get("id") == 1 for message in raw.messages()), 60, "the moment")

@@ -225,9 +225,11 @@ def keep(api: Api, job: JobView, path: str, content: bytes) -> None:
 class Raw:
     """A server that is spoken to line by line; what it says on stdout is kept as it is."""
 
-    def __init__(self, home: Path, cwd: Path, *, extra: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, home: Path, cwd: Path, *, extra: Mapping[str, str] | None = None, program: Sequence[str] = ()
+    ) -> None:
         self.process = subprocess.Popen(
-            PROGRAM,
+            program or forked("raylaunch-mcp"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
