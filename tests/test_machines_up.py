@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import re
 import shlex
 import subprocess
@@ -275,6 +276,27 @@ def test_a_rays_crash_on_a_worker_is_mended_by_its_keeper(cluster: Laptop, lab: 
     psutil.Process(ray).kill()
     wait_until(lambda: rays(worker).get("raylaunch.cluster.ray_start start", ray) != ray, 120, "Ray is started again")
     wait_until(lambda: cluster.living() == {"h1", "h2", "h3"}, 180, "the worker is back")
+
+
+@pytest.mark.long
+def test_a_controller_that_hangs_is_replaced_by_the_heads_keeper_and_a_job_ended_when_it_did(
+    cluster: Laptop, lab: World
+) -> None:
+    head, worker, _ = lab.hosts
+    waits = "echo ready; while ! test -e /tmp/go; do sleep 0.1; done"
+    job = cluster.call("submit", "--host", "h2", "--name", "ends-meanwhile", "--", waits).stdout.strip()
+    wait_until(lambda: "ready" in cluster.call("logs", job).stdout, 120, "the job runs")
+    hung = rays(head)["raylaunch.controller --config"]
+    psutil.Process(hung).suspend()
+    worker.run("touch /tmp/go")
+    attempt = worker.path(f"/root/.raylaunch/clusters/lab.h2/node/attempts/{job}-1")
+    wait_until((attempt / "exit.json").exists, 60, "the job has ended")
+    began, ended = (json.loads((attempt / name).read_text())["at"] for name in ("started.json", "exit.json"))
+    assert "not responding; it is being restarted" in cluster.call("list").stderr
+    wait_until(lambda: rays(head).get("raylaunch.controller --config", hung) != hung, 120, "another controller runs")
+    assert cluster.call("wait", job).returncode == 0
+    shown = json.loads(cluster.call("show", job, "--json").stdout)
+    assert [(one["started_at"], one["ended_at"]) for one in (shown, *shown["attempts"])] == [(began, ended)] * 2
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,6 +152,19 @@ def test_a_job_that_is_followed_is_followed_on_after_the_connection_was_away(ada
         ada.call("--cluster", "lab", "stop", job)
         _, said = waiting.communicate(timeout=60)
     assert "answers again" in said
+
+
+def test_a_controller_that_does_not_respond_is_reported_and_waited_for(ada: Person, api: Api) -> None:
+    replaced = threading.Event()
+    api.loop.call_soon_threadsafe(replaced.wait, 60)  # takes connections, and answers nobody
+    with ada.start("--cluster", "lab", "list") as asking:
+        assert asking.stderr is not None
+        said = asking.stderr.readline()
+        replaced.set()  # as the watchdog of its host does
+        _, rest = asking.communicate(timeout=60)
+    assert "not responding; it is being restarted" in said
+    assert "answers again" in rest
+    assert asking.returncode == 0
 
 
 def test_an_up_from_another_machine_says_that_it_found_the_cluster() -> None:
