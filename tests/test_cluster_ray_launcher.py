@@ -72,6 +72,24 @@ ours = Holder.remote()
 print("held", ray.get([left.hold.remote(), ours.hold.remote()]), flush=True)
 time.sleep(600)
 """
+SAVES = """
+import signal, subprocess, time
+import ray
+
+@ray.remote(num_gpus=1, num_cpus=0)
+class Worker:
+    def weights(self):
+        return "7"
+
+loader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+worker = Worker.remote()
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+print("ready", ray.get(worker.weights.remote()), flush=True)
+while not asked:
+    time.sleep(0.05)
+print("saved", *loader.communicate(ray.get(worker.weights.remote())), "asked", len(asked), flush=True)
+"""
 TRAINS_ON = """
 import sys, time
 from ray import train
@@ -255,6 +273,16 @@ def test_nothing_of_a_driver_is_left_after_a(by: str, cluster: Cluster) -> None:
     expected = (JobState.STOPPED, Reason.STOP_REQUESTED) if by == "stop" else (JobState.FAILED, Reason.SIGNAL)
     assert (ended.state, ended.reason) == expected
     assert len(before) >= 5
+    nothing_is_left(cluster, job)
+
+
+def test_a_driver_that_is_asked_to_stop_still_has_its_workers_and_what_it_has_started(cluster: Cluster) -> None:
+    job = cluster.submit("--launcher", "ray", "--gpus", "1", "--working-dir", "", "--", "python", "-c", SAVES)
+    cluster.ready(job, b"ready 7")
+    cluster.good("stop", job)
+    ended = cluster.ended(job)
+    assert (ended.state, ended.reason) == (JobState.STOPPED, Reason.STOP_REQUESTED)
+    assert b"saved 7 None asked 1\n" in cluster.log(job)
     nothing_is_left(cluster, job)
 
 
