@@ -27,7 +27,7 @@ from mcp_server.tools import Tool, offered
 from mcp_server.words import refusal
 from raylaunch.cluster.home import raylaunch_home
 from raylaunch.errors import RaylaunchError, StorageError
-from raylaunch.log_view import clean
+from raylaunch.log_view import CleanFormatter, clean, clean_lines
 from raylaunch.sensitive import NO_MORE, Allowed
 from raylaunch.version import __version__
 
@@ -159,11 +159,13 @@ def main() -> NoReturn:
         known = sys.argv[1:] in ([], ["--help"], ["-h"])
         sys.stderr.write(_USAGE if sys.argv[1:] != ["--version"] else f"raylaunch-mcp {__version__}\n")
         sys.exit(0 if known or sys.argv[1:] == ["--version"] else 2)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
+    stderr = logging.StreamHandler()
+    stderr.setFormatter(CleanFormatter("%(asctime)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[stderr])
     try:
         made = server()
     except RaylaunchError as error:
-        sys.stderr.write(f"raylaunch-mcp: {error}\n")
+        sys.stderr.write(clean_lines(f"raylaunch-mcp: {error}") + "\n")
         sys.exit(2)
     anyio.run(_serve, made)
     sys.exit(0)
