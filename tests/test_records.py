@@ -104,6 +104,15 @@ def test_what_grows_with_the_number_of_jobs_is_asked_in_another_thread(records: 
     assert records.unfinished() == [waiting.id]
 
 
+def test_who_waits_for_news_of_a_job_is_woken_by_writes_about_that_job_alone(records: Records) -> None:
+    one, other = submit(records), submit(records)
+    with records.subscribe(one.id) as of_one, records.subscribe() as of_any:
+        records.update(other.id, kind="", message="on its way")
+        assert (of_one.is_set(), of_any.is_set()) == (False, True)
+        records.update(one.id, kind="", message="on its way")
+        assert of_one.is_set()
+
+
 def test_a_store_of_an_older_version_gets_what_lists_are_filtered_by(tmp_path: Path) -> None:
     with opened(tmp_path) as records:
         job = submit(records, tags=("both",))

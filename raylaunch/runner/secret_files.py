@@ -29,6 +29,8 @@ _PRIVATE_KEY = re.compile(
     rb"|^PuTTY-User-Key-File-\d|^AGE-SECRET-KEY-1",
     re.MULTILINE,
 )
+_MARKS = (b"PRIVATE KEY", b"PuTTY-User-Key-File-", b"AGE-SECRET-KEY-1")
+"""One of them is in each match; to look for them costs a tenth of the expression, which took a third of packing."""
 
 
 def looks_secret(path: str) -> bool:
@@ -43,4 +45,4 @@ def looks_secret(path: str) -> bool:
 
 def holds_private_key(head: bytes) -> bool:
     """Return whether the beginning of a file is, or has in it, a private key."""
-    return _PRIVATE_KEY.search(head) is not None
+    return any(mark in head for mark in _MARKS) and _PRIVATE_KEY.search(head) is not None
