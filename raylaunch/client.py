@@ -39,6 +39,7 @@ from raylaunch.state import (
 )
 from raylaunch.submission import with_wandb
 from raylaunch.transfer import OnProgress, no_progress, send_it
+from raylaunch.wheel_sets import WheelSet
 from raylaunch.wire import NoAnswerError, Params, Patience, Reachable, Wire
 
 if TYPE_CHECKING:
@@ -228,6 +229,10 @@ class Client:
     ) -> DryRun:
         """Return what `submit` would send, and where the job could run; send nothing. Checks and raises as `submit`."""
         return await self._submitter().dry_run(spec, secrets=secrets, allow=allow)
+
+    async def send_environment(self, *, on_progress: OnProgress = no_progress) -> tuple[WheelSet, ...]:
+        """Send the wheels of the packages that cluster.yaml lists, for nodes without an index; return what was sent."""
+        return await self._submitter().send_environment(on_progress=on_progress)
 
     def _submitter(self) -> Submitter:
         from raylaunch.submitting import Submitter  # noqa: PLC0415 -- only a submission reads ignore files and git

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from raylaunch.spec_parts import Capacity, Count, Environment, Moment, Port
 from raylaunch.state import JobView, View
+from raylaunch.wheel_sets import WheelSet
 
 
 class GpuView(View):
@@ -139,6 +140,16 @@ class ClusterPython(View):
     """Its folder, on the head."""
     ray: str = ""
     """Version of Ray."""
+
+
+class EnvironmentWheels(View):
+    """Wheels of the environment that cluster.yaml lists, gathered at `up` for nodes without an index.
+
+    They are what ``PUT /v1/python/wheels`` takes; their bytes are packages of the cluster.
+    """
+
+    environment: Environment
+    sets: tuple[WheelSet, ...]
 
 
 class HostJobs(View):

@@ -50,11 +50,12 @@ async def send_wheels(  # noqa: PLR0913 -- what goes where, and who is told
     patient: Patient,
     on_progress: OnProgress,
     on_notice: Callable[[str], None],
+    added: bool = False,
 ) -> tuple[WheelSet, ...]:
     """Gather the wheels of a job's environment for each platform, and send what the cluster lacks of them.
 
     Where no index can be reached from here either, nothing goes along and `on_notice` is told: the environment may be
-    there from an earlier job.
+    there from an earlier job. `added` marks them as what a job adds to the cluster's own environment.
 
     Raises:
         ClusterStartError: they could not be found or downloaded for another reason.
@@ -73,7 +74,7 @@ async def send_wheels(  # noqa: PLR0913 -- what goes where, and who is told
     async for platform, wheels, tools in _found(spec, platforms, gather, on_notice):
         for wheel in (*wheels, *tools):
             await _send(wire, store, wheel, patient=patient, on_progress=on_progress)
-        files = [WheelFile(file=wheel.file, sha256=wheel.sha256) for wheel in wheels]
+        files = [WheelFile(file=wheel.file, sha256=wheel.sha256, added=added) for wheel in wheels]
         files += [WheelFile(file=wheel.file, sha256=wheel.sha256, build=True) for wheel in tools]
         sets.append(WheelSet(platform=platform, wheels=tuple(dict.fromkeys(files))))
     return tuple(sets)

@@ -19,7 +19,7 @@ from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.cluster_state import ClusterStatus, HostJobs
 from raylaunch.config import ClusterFile, load_cluster_file
 from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError, SpecError
-from raylaunch.place import Place
+from raylaunch.place import Place, bring_up
 from raylaunch.quieting import until_ended, words
 from raylaunch.spec import ClusterSpec, HostSpec
 from raylaunch.spec_problems import spec_error
@@ -143,7 +143,7 @@ async def add(
     if runs is not None and runs.wanted == "running" and runs.head_address == LOOPBACK:
         msg = f"cluster {change.spec.name} listens on its host's loopback alone, where {host} cannot reach it"
         raise ConflictError(msg, hint=f"raylaunch down, then raylaunch add {host}: it starts on the cluster's network")
-    status = await place.backend.up(change.spec, on_step=on_step, on_prompt=on_prompt)
+    status = await bring_up(place.backend, change.spec, on_step=on_step, on_prompt=on_prompt)
     change.write()
     return status
 

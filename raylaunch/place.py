@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from raylaunch.client import PATIENCE_S, Client, NoAnswerError
 from raylaunch.cluster.backends import Backend, Plan, Reach, Step, backend_for, explain_silence, is_joined
 from raylaunch.cluster.ssh.target import OnPrompt
+from raylaunch.cluster_state import ClusterStatus
 from raylaunch.errors import ClusterDownError, ClusterError, HostLostError, HostTimeoutError, HostUnreachableError
 from raylaunch.log_view import clean
 from raylaunch.runner.contract import VAR_JOB
@@ -119,7 +120,7 @@ class Place:
 
     async def up(self) -> Reach:
         """Start what is missing, and return where the controller answers."""
-        await self.backend.up(self.spec, on_step=self._step, on_prompt=self._prompt)
+        await bring_up(self.backend, self.spec, on_step=self._step, on_prompt=self._prompt)
         return await self.backend.reach(self.spec)
 
     async def running_jobs(self) -> tuple[JobView, ...]:
@@ -208,6 +209,34 @@ class Place:
         self._last = reach
         self._notice(f"cluster {self.spec.name!r} answers again")
         return reach
+
+
+async def bring_up(
+    backend: Backend, spec: ClusterSpec, *, on_step: Callable[[Step], None], on_prompt: OnPrompt | None = None
+) -> ClusterStatus:
+    """Start what is missing of a cluster, and send it the wheels of the environment that its cluster.yaml lists.
+
+    They are for nodes that reach no package index, so that those who submit need neither resolve nor send them.
+
+    Raises:
+        RaylaunchError: as `Backend.up`, or there is no wheel of a package for a node.
+    """
+    status = await backend.up(spec, on_step=on_step, on_prompt=on_prompt)
+    if spec.kind == "local" or not spec.environment.requirements:
+        return status
+    began = time.monotonic()
+
+    def note(sentence: str) -> None:
+        on_step(Step("environment", "note", sentence))
+
+    async with Client(
+        await backend.reach(spec), cluster=spec.name, environment=spec.environment, on_notice=note
+    ) as client:
+        sets = await client.send_environment()
+    if sets:
+        words = f"sent wheels of {spec.environment} for nodes with {', '.join(str(one.platform) for one in sets)}"
+        on_step(Step("environment", "done", words, time.monotonic() - began))
+    return status
 
 
 async def _answers(reach: Reach) -> bool:

@@ -12,7 +12,7 @@ from raylaunch.cluster.backends import Step
 from raylaunch.cluster.ssh.target import OnPrompt
 from raylaunch.cluster_state import ClusterStatus
 from raylaunch.errors import ClusterDownError, ClusterError, RayVersionError
-from raylaunch.place import Place
+from raylaunch.place import Place, bring_up
 from raylaunch.state import JobView
 
 _POLL_S = 0.5
@@ -39,7 +39,7 @@ async def upgraded(
         RaylaunchError: as `down` and `up`.
     """
     try:
-        return await place.backend.up(place.spec, on_step=on_step, on_prompt=on_prompt)
+        return await bring_up(place.backend, place.spec, on_step=on_step, on_prompt=on_prompt)
     except RayVersionError as error:
         on_step(Step("upgrade", "note", error.message))
     try:
@@ -48,7 +48,7 @@ async def upgraded(
     except ClusterDownError:  # no controller runs, so no job of ours can begin
         on_step(Step("upgrade", "note", "no controller answers; what still runs is ended"))
     await place.backend.down(place.spec, on_prompt=on_prompt)
-    return await place.backend.up(place.spec, on_step=on_step, on_prompt=on_prompt)
+    return await bring_up(place.backend, place.spec, on_step=on_step, on_prompt=on_prompt)
 
 
 async def _quiet(client: Client, *, on_step: Callable[[Step], None]) -> None:

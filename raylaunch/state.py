@@ -294,6 +294,8 @@ class DryRun(View):
     message: str
     wheels_for: tuple[BuildPlatform, ...] = ()
     """Platforms of nodes that could run it and reach no package index: wheels of its environment go along."""
+    wheels_there: tuple[BuildPlatform, ...] = ()
+    """Platforms for which the cluster has the wheels of its own environment, where the job uses that."""
     environment: Environment = Environment()
     """Its environment: its own, or the cluster's."""
     chosen: EnvironmentChoice | None = None

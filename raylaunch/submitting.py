@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
-from raylaunch.cluster_state import ClusterPython
+from raylaunch.cluster_state import ClusterPython, EnvironmentWheels
 from raylaunch.environment_choice import active_python, choose
 from raylaunch.errors import VersionError, WheelsNeededError
 from raylaunch.git_facts import git_facts
@@ -37,7 +37,7 @@ _MISSING = 404
 _UNKNOWN_TO_OLDER = ("packages", "outputs_size", "outputs_files")
 _NOT_RESOLVED = (
     "nodes reach no package index, and this machine does not resolve packages that the cluster lists; name them in the "
-    "job (environment: {pip: [..]}), or submit where the cluster's cluster.yaml is"
+    "job (environment: {pip: [..]}), or run raylaunch up where the cluster's cluster.yaml is: that sends their wheels"
 )
 
 
@@ -215,9 +215,11 @@ class Submitter:
             send_wheels,
         )
 
+        added = False
         if spec.environment.kind in OF_THE_CLUSTER:
             environment = resolved_here(there.environment, self._environment)
-            if environment is None and there.environment.kind == "pip":
+            added = environment is None and there.environment.kind == "pip"
+            if added and not set(there.wheels_for) <= set(there.wheels_there):
                 self._notice(_NOT_RESOLVED)
                 return ()
             spec = spec.model_copy(update={"environment": environment or spec.environment})
@@ -225,8 +227,43 @@ class Submitter:
             await check_wheels(spec, there.wheels_for, on_notice=self._notice)
             return ()
         return await send_wheels(
-            self._wire, spec, there.wheels_for, patient=self._patient, on_progress=on_progress, on_notice=self._notice
+            self._wire,
+            spec,
+            there.wheels_for,
+            patient=self._patient,
+            on_progress=on_progress,
+            on_notice=self._notice,
+            added=added,
         )
+
+    async def send_environment(self, *, on_progress: OnProgress) -> tuple[WheelSet, ...]:
+        """Send the wheels of the packages that cluster.yaml lists, for nodes without an index; return what was sent.
+
+        The cluster keeps them for all jobs that use its environment: those who submit resolve nothing then.
+
+        Raises:
+            RaylaunchError: as `raylaunch.job_wheels.send_wheels`.
+        """
+        environment = self._environment
+        if environment is None or not environment.requirements:
+            return ()
+        from raylaunch.job_wheels import send_wheels  # noqa: PLC0415 -- as above
+
+        own = JobSpec(entrypoint="true", working_dir="", environment=Environment(kind="default"))
+        there = await self._placement(own)
+        if not there.wheels_for:
+            return ()
+        sets = await send_wheels(
+            self._wire,
+            own.model_copy(update={"environment": environment}),
+            there.wheels_for,
+            patient=self._patient,
+            on_progress=on_progress,
+            on_notice=self._notice,
+        )
+        body = EnvironmentWheels(environment=environment, sets=sets)
+        await self._patient(lambda: self._wire.ask("PUT", "/v1/python/wheels", body=body))
+        return sets
 
     async def _placement(self, spec: JobSpec, secrets: Mapping[str, str] | None = None) -> DryRun:
         request = SubmitRequest(spec=spec, secrets=dict(secrets or {}))

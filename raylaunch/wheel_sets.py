@@ -37,6 +37,8 @@ class WheelFile(_View):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     build: bool = False
     """Whether a project of the working directory is built with it, and nothing of it is installed."""
+    added: bool = False
+    """Whether it is for packages that a job adds to the cluster's own environment, whose wheels the cluster has."""
 
 
 class WheelSet(_View):

@@ -51,7 +51,7 @@ MAY: dict[str, frozenset[str]] = {
     "job_state": frozenset(),
     "wheel_sets": frozenset(),
     "state": frozenset({"job_state", "reasons", "spec", "spec_parts", "wheel_sets"}),
-    "cluster_state": frozenset({"state", "spec_parts"}),
+    "cluster_state": frozenset({"state", "spec_parts", "wheel_sets"}),
     **dict.fromkeys(READING, GROUND | READING | {"runner.shell_words"}),
     **dict.fromkeys(SENDING, GROUND | SENDING | {"log_view", "runner.contract", "runner.secret_files"}),
     "cluster": GROUND | {"runner.contract", "log_view"},

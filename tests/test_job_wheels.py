@@ -22,11 +22,11 @@ from support.sshd import free_port
 from support.tiny_project import tiny_project
 
 from raylaunch.client import Client
-from raylaunch.cluster_state import NodeView
+from raylaunch.cluster_state import EnvironmentWheels, NodeView
 from raylaunch.controller.retention import plan_sweep
 from raylaunch.controller.sight import Sight
-from raylaunch.controller.wheel_needs import WheelNeeds
-from raylaunch.errors import SpecError, VersionError, WheelsNeededError
+from raylaunch.controller.wheel_needs import ClusterWheels, WheelNeeds
+from raylaunch.errors import ConflictError, SpecError, VersionError, WheelsNeededError
 from raylaunch.job_wheels import needed_by, requirements_of, send_wheels
 from raylaunch.node import package_index
 from raylaunch.node.packages import COMPLETE, Packages
@@ -35,7 +35,7 @@ from raylaunch.runner.contract import WHEELS, Exit, WheelSpec
 from raylaunch.spec import Environment, JobSpec, Retention
 from raylaunch.state import DryRun, SubmitRequest
 from raylaunch.transfer import no_progress
-from raylaunch.wheel_sets import BuildPlatform, WheelSet
+from raylaunch.wheel_sets import BuildPlatform, WheelFile, WheelSet
 from raylaunch.wire import Answer, Wire
 
 pytestmark = pytest.mark.slow
@@ -111,7 +111,7 @@ def attempt_with(api: Api, sets: Sequence[WheelSet], root: Path, environment: En
     for one in (wheel for found in sets for wheel in found.wheels):
         data = (api.store / "packages" / f"{one.sha256}.tar.gz").read_bytes()
         assert packages.put(one.sha256, 0, len(data), data) == COMPLETE
-        wheels.append({"file": one.file, "sha256": one.sha256, "build": one.build})
+        wheels.append({"file": one.file, "sha256": one.sha256, "build": one.build, "added": one.added})
     attempt = Attempt(
         root,
         IMPORTS,
@@ -292,7 +292,7 @@ def test_other_files_of_a_requirements_file_are_found_and_their_change_is_notice
 
 
 def test_a_node_takes_the_wheels_of_its_own_platform() -> None:
-    wheels: list[WheelSpec] = [{"file": "a-1-py3-none-any.whl", "sha256": "0" * 64, "build": False}]
+    wheels: list[WheelSpec] = [{"file": "a-1-py3-none-any.whl", "sha256": "0" * 64, "build": False, "added": False}]
     here, other = this_platform(), OTHER.model_dump()
     assert chosen([{"platform": here, "wheels": wheels}], here) == wheels
     assert chosen([{"platform": other, "wheels": wheels}], here) == []  # type: ignore[typeddict-item]  # plain data
@@ -317,7 +317,11 @@ def test_a_wheels_name_cannot_lead_anywhere(tmp_path: Path) -> None:
                     "wheels": [{"platform": OTHER.model_dump(), "wheels": [{"file": name, "sha256": "0" * 64}]}],
                 }
             )
-    lay_out(tmp_path / "packages", [{"file": "../../x.whl", "sha256": "0" * 64, "build": False}], tmp_path / WHEELS)
+    lay_out(
+        tmp_path / "packages",
+        [{"file": "../../x.whl", "sha256": "0" * 64, "build": False, "added": False}],
+        tmp_path / WHEELS,
+    )
     assert [path.name for path in (tmp_path / WHEELS).iterdir()] == ["x.whl"]
 
 
@@ -426,6 +430,55 @@ def test_packages_that_the_cluster_lists_are_resolved_where_cluster_yaml_here_li
     assert bool(served.asked) is same
 
 
+def test_up_gathers_the_wheels_of_what_cluster_yaml_lists_and_sends_them_to_the_cluster(
+    api: Api, served: Index
+) -> None:
+    listed = Environment(kind="pip", requirements=("alpha",))
+    api.desk.air_gapped = DryRun(fits=("h1",), message="", wheels_for=(HERE,), environment=listed)
+
+    async def up(environment: Environment) -> None:
+        async with Client(api.reach("olga"), cluster="test", environment=environment) as client:
+            await client.send_environment()
+
+    asyncio.run(up(Environment(kind="uv")))  # what each job's own folder has
+    assert api.desk.kept == []
+    asyncio.run(up(listed))
+    (kept,) = api.desk.kept
+    assert (kept.environment, [one.platform for one in kept.sets]) == (listed, [HERE])
+    assert {wheel.file for wheel in kept.sets[0].wheels} == {"alpha-1.0-py3-none-any.whl", "beta-2.0-py3-none-any.whl"}
+    assert all((api.store / "packages" / f"{wheel.sha256}.tar.gz").is_file() for wheel in kept.sets[0].wheels)
+    assert served.asked
+
+
+def test_a_dry_run_finds_out_that_wheels_cannot_be_gathered_and_downloads_none(api: Api, served: Index) -> None:
+    async def dry(package: str, platform: BuildPlatform) -> DryRun:
+        own = Environment(kind="pip", requirements=(package,))
+        api.desk.air_gapped = DryRun(fits=("h1",), message="", wheels_for=(platform,), environment=own)
+        async with Client(api.reach(), cluster="test") as client:
+            return await client.dry_run(PLAIN.model_copy(update={"environment": own}))
+
+    assert asyncio.run(dry("alpha", HERE)).wheels_for == (HERE,)
+    with pytest.raises(VersionError, match="native"):
+        asyncio.run(dry("native", OTHER))
+    assert (served.asked != [], served.fetched) == (True, [])
+
+
+def test_who_has_no_cluster_yaml_resolves_what_they_add_alone(api: Api, served: Index, tmp_path: Path) -> None:
+    listed = Environment(kind="pip", requirements=("alpha",))
+    there = DryRun(fits=("h1",), message="", wheels_for=(HERE,), wheels_there=(HERE,), environment=listed)
+    api.desk.air_gapped = there
+    job = PLAIN.model_copy(update={"working_dir": str(code_in(tmp_path)), "packages": ("native",)})
+
+    async def work() -> str:
+        async with Client(api.reach(), cluster="test") as client:
+            return (await client.submit(job)).job.id
+
+    made = asyncio.run(work())
+    (found,) = api.do(lambda: api.records.get(made)).wheels
+    assert [(wheel.file.split("-")[0], wheel.added) for wheel in found.wheels] == [("native", True)]
+    assert {name for name in served.asked if "alpha" in name} == set()
+
+
 @pytest.mark.parametrize("file", ["../requirements.txt", "/etc/hostname", "~/requirements.txt"])
 def test_a_file_outside_the_working_folder_that_the_head_names_is_not_read(
     api: Api, served: Index, tmp_path: Path, file: str
@@ -452,16 +505,46 @@ class Looks(LinkToNothing):
         return {"index": self._indexes[int(str(params["node_id"]))], **HERE.model_dump()}
 
 
-def needs(folder: Path, *indexes: str, kind: str) -> tuple[WheelNeeds, Looks]:
-    settings = settings_of(folder, 9).model_copy(
-        update={"default_environment": Environment.model_validate({"kind": kind})}
-    )
+def needs(folder: Path, *indexes: str, kind: str | Environment) -> tuple[WheelNeeds, Looks]:
+    own = Environment.model_validate(kind if isinstance(kind, Environment) else {"kind": kind})
+    settings = settings_of(folder, 9).model_copy(update={"default_environment": own})
     nodes = tuple(
         NodeView(id=str(n), hostname=f"h{n}", address="10.0.0.1", alive=True, steward=True, cpus=4, cpus_free=4)
         for n in range(len(indexes))
     )
     link = Looks(folder, indexes)
-    return WheelNeeds(settings=settings, sight=Sight(nodes=nodes), link=link), link
+    kept = ClusterWheels(settings)
+    return WheelNeeds(settings=settings, sight=Sight(nodes=nodes), link=link, kept=kept), link
+
+
+def test_wheels_of_the_clusters_environment_reach_the_jobs_that_use_it_and_stay_while_it_is_the_same(
+    tmp_path: Path,
+) -> None:
+    listed = Environment(kind="pip", requirements=("alpha",))
+    alpha, native = (WheelFile(file=f"{name}-1-py3-none-any.whl", sha256=name[0] * 64) for name in ("aa", "ff"))
+    sets = (WheelSet(platform=HERE, wheels=(alpha,)),)
+    wheels, _ = needs(tmp_path, INDEX, "", kind=listed)
+    assert asyncio.run(wheels.of(PLAIN)) == (HERE,)
+    with pytest.raises(ConflictError):
+        asyncio.run(wheels.kept.keep(EnvironmentWheels(environment=Environment(kind="uv"), sets=sets)))
+    asyncio.run(wheels.kept.keep(EnvironmentWheels(environment=listed, sets=sets)))
+
+    again, _ = needs(tmp_path, INDEX, "", kind=listed)  # as after a restart
+    asyncio.run(again.check(SubmitRequest(spec=PLAIN)))
+    assert again.complete(SubmitRequest(spec=PLAIN)).wheels == sets
+    with_more = PLAIN.model_copy(update={"packages": ("native",)})
+    assert (asyncio.run(again.of(with_more)), again.there(with_more)) == ((HERE,), (HERE,))
+    more = WheelSet(platform=HERE, wheels=(native.model_copy(update={"added": True}),))
+    (both,) = again.complete(SubmitRequest(spec=with_more, wheels=(more,))).wheels
+    assert both.wheels == (alpha, *more.wheels)
+    assert again.complete(SubmitRequest(spec=with_more)).wheels == ()  # its nodes reach an index
+    own = PLAIN.model_copy(update={"environment": Environment(kind="pip", requirements=("native",))})
+    assert again.complete(SubmitRequest(spec=own)).wheels == ()
+    assert plan_sweep([], Retention(), {"a" * 64: 0.0}, now=1e9, also=again.kept.packages).packages == ()
+
+    other, _ = needs(tmp_path, INDEX, "", kind=Environment(kind="pip", requirements=("alpha", "beta")))
+    assert asyncio.run(other.of(PLAIN)) == (HERE,)
+    assert other.complete(SubmitRequest(spec=PLAIN)).wheels == ()
 
 
 @pytest.mark.parametrize("own", [Environment(), Environment(kind="pip", requirements=("alpha",))])

@@ -109,6 +109,7 @@ def packages(tmp_path: Path, laptop: Laptop, monkeypatch: pytest.MonkeyPatch) ->
     """An index that this machine alone reaches; yields the end of a command line whose program needs two packages."""
     tiny_wheel(tmp_path / "index", "alpha", "1.0", requires=["beta"])
     tiny_wheel(tmp_path / "index", "beta", "2.0")
+    tiny_wheel(tmp_path / "index", "gamma", "3.0")
     code = laptop.folder / "needs-pip"
     code.mkdir(exist_ok=True)
     (code / "requirements.txt").write_text("alpha\n")
@@ -328,9 +329,15 @@ def test_down_leaves_no_process_on_any_host(cluster: Laptop, lab: World) -> None
 
 @pytest.mark.long
 @pytest.mark.usefixtures("first_up")  # what hosts need themselves is not in the index of packages
-def test_what_the_clusters_own_environment_needs_goes_along_too(laptop: Laptop, packages: list[str]) -> None:
+def test_what_the_clusters_own_environment_needs_is_sent_by_up_and_serves_everybody(
+    laptop: Laptop, packages: list[str]
+) -> None:
     laptop.call("down", limit_s=300)
     laptop.write(FILE + "environment: {pip: [alpha]}\n")
     laptop.call("up", limit_s=UP_S)
+    laptop.write(FILE)  # as for who has joined: no file here says what the cluster's environment is
+    assert "wheels would go along" not in laptop.call("submit", "--dry-run", *packages).stdout
     ends_with_both(laptop, laptop.call("submit", *packages).stdout.strip())
+    with_more = ["--with", "gamma", *packages[:-1], f"import gamma; {packages[-1]}"]
+    ends_with_both(laptop, laptop.call("submit", *with_more).stdout.strip())
     laptop.call("down", limit_s=300)

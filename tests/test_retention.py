@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.api import settings_of
 from support.store import opened, submit
 
 from raylaunch.controller.artifacts import Artifacts
@@ -19,6 +20,7 @@ from raylaunch.controller.removal import Removal
 from raylaunch.controller.retention import PACKAGE_S, Sweeper, plan_sweep
 from raylaunch.controller.search import Kept
 from raylaunch.controller.secret_store import SecretStore
+from raylaunch.controller.wheel_needs import ClusterWheels
 from raylaunch.errors import NotFoundError
 from raylaunch.spec import ClusterSpec, Retention
 from raylaunch.state import Change
@@ -63,6 +65,7 @@ def records(tmp_path: Path) -> Iterator[Records]:
 def sweep(records: Records, retention: Retention) -> None:
     store = records.store
     artifacts = Artifacts(store)
+    wheels = ClusterWheels(settings_of(store, 9))
     parts = Sweeper(
         store,
         retention,
@@ -70,6 +73,7 @@ def sweep(records: Records, retention: Retention) -> None:
         artifacts=artifacts,
         packages=PackageStore(store / "packages"),
         removal=Removal(records=records, artifacts=artifacts, secrets=SecretStore(store)),
+        cluster_wheels=wheels,
     )
     asyncio.run(parts.sweep())
 

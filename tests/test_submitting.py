@@ -21,7 +21,7 @@ from raylaunch.controller.removal import Removal
 from raylaunch.controller.secret_store import SecretStore
 from raylaunch.controller.sight import Sight
 from raylaunch.controller.verbs import Verbs
-from raylaunch.controller.wheel_needs import WheelNeeds
+from raylaunch.controller.wheel_needs import ClusterWheels, WheelNeeds
 from raylaunch.errors import RaylaunchError, SpecError, StorageError
 from raylaunch.spec import JobSpec
 from raylaunch.state import SubmitRequest
@@ -48,7 +48,7 @@ class Desk:
             link=link,
             drains=DrainBook(store),
             foreign=ForeignJobs(records=self.records, ray=ray, link=link, sight=sight),
-            wheel_needs=WheelNeeds(settings=settings, sight=sight, link=link),
+            wheel_needs=WheelNeeds(settings=settings, sight=sight, link=link, kept=ClusterWheels(settings)),
             left=LeftOutputs(link=link, sight=sight, artifacts=Artifacts(store)),
         )
 

@@ -18,6 +18,7 @@ from raylaunch.cluster.ports import is_loopback
 from raylaunch.cluster.ssh_backend import forward_gcs
 from raylaunch.cluster_state import ClusterStatus, GpuView, NodeView, ProcessView, RayAccess
 from raylaunch.errors import AccessError, ConflictError
+from raylaunch.place import bring_up
 from raylaunch.quieting import quiet_down, upgraded
 from raylaunch.state import JobView
 
@@ -51,7 +52,7 @@ def up(cluster_file: Path | None, *, dry_run: bool, upgrade: bool, stop: bool, a
     if upgrade:
         status = finish(upgraded(place, stop=stop, on_step=show_step, on_prompt=ask_person))
     else:
-        status = finish(place.backend.up(place.spec, on_step=show_step, on_prompt=ask_person))
+        status = finish(bring_up(place.backend, place.spec, on_step=show_step, on_prompt=ask_person))
     say_status(status, as_json=as_json)
 
 

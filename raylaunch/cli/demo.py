@@ -25,6 +25,7 @@ from raylaunch.cluster.backends import Step
 from raylaunch.config import load_job_spec
 from raylaunch.errors import ClusterError, ConflictError, RaylaunchError
 from raylaunch.log_view import clean_lines, one_line
+from raylaunch.place import bring_up
 from raylaunch.spec import Environment
 from raylaunch.state import JobState, JobView, MetricSeries, MetricsPage
 
@@ -68,7 +69,7 @@ def example_folder() -> Path:
 
 async def _demo(place: Place, folder: Path, dest: Path, console: Console) -> None:
     _heading(console, "A cluster", "Ray and raylaunch's controller, on this machine, reachable from this machine only")
-    await place.backend.up(place.spec, on_step=lambda step: say_step(console, step))
+    await bring_up(place.backend, place.spec, on_step=lambda step: say_step(console, step))
 
     async with place.client() as client:
         _heading(console, "A job", f"train.py learns to read handwritten digits ({_shown(folder)})")

@@ -43,7 +43,7 @@ from raylaunch.controller.services import Services
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.sight import Sight
 from raylaunch.controller.verbs import Verbs
-from raylaunch.controller.wheel_needs import WheelNeeds
+from raylaunch.controller.wheel_needs import ClusterWheels, WheelNeeds
 from raylaunch.errors import ConflictError, RaylaunchError
 from raylaunch.log_rotation import rotate
 
@@ -119,6 +119,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
     foreign = ForeignJobs(records=records, ray=ray, link=link, sight=sight)
     lifecycle = Lifecycle(means, artifacts, foreign, drains)
     removal = Removal(records=records, artifacts=artifacts, secrets=secrets)
+    cluster_wheels = ClusterWheels(settings)
     verbs = Verbs(
         settings=settings,
         records=records,
@@ -128,7 +129,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         sight=sight,
         drains=drains,
         foreign=foreign,
-        wheel_needs=WheelNeeds(settings=settings, sight=sight, link=link),
+        wheel_needs=WheelNeeds(settings=settings, sight=sight, link=link, kept=cluster_wheels),
         link=link,
         left=LeftOutputs(link=link, sight=sight, artifacts=artifacts),
     )
@@ -162,6 +163,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         artifacts=artifacts,
         packages=packages,
         removal=removal,
+        cluster_wheels=cluster_wheels,
     )
     loop_task = asyncio.create_task(lifecycle.run(), name="lifecycle")
     sweeping = asyncio.create_task(sweeper.run(), name="retention")

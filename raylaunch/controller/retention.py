@@ -8,6 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from raylaunch.controller.records import Records
 from raylaunch.controller.recovery import empty_trash
 from raylaunch.controller.removal import Removal
 from raylaunch.controller.search import Kept
+from raylaunch.controller.wheel_needs import ClusterWheels
 from raylaunch.errors import NotFoundError, RaylaunchError
 from raylaunch.spec import Retention
 
@@ -40,7 +42,14 @@ class Sweep:
     packages: tuple[str, ...] = ()
 
 
-def plan_sweep(jobs: Iterable[Kept], retention: Retention, packages: Mapping[str, float], *, now: float) -> Sweep:
+def plan_sweep(
+    jobs: Iterable[Kept],
+    retention: Retention,
+    packages: Mapping[str, float],
+    *,
+    now: float,
+    also: AbstractSet[str] = frozenset(),
+) -> Sweep:
     """Compute what goes. Pure.
 
     Args:
@@ -48,6 +57,7 @@ def plan_sweep(jobs: Iterable[Kept], retention: Retention, packages: Mapping[str
         retention: the cluster's setting.
         packages: packages of code and wheels, with the time since which each is here.
         now: seconds since the epoch.
+        also: packages that stay whatever jobs need.
     """
     ended = [(job, now - job.ended_at) for job in jobs if job.ended_at is not None]
     old = tuple(job.id for job, age in ended if retention.jobs_s is not None and age > retention.jobs_s)
@@ -56,7 +66,7 @@ def plan_sweep(jobs: Iterable[Kept], retention: Retention, packages: Mapping[str
         for job, age in ended
         if retention.checkpoints_s is not None and age > retention.checkpoints_s and job.id not in old
     )
-    needed = {name for job in jobs if job.id not in old for name in job.packages}
+    needed = {name for job in jobs if job.id not in old for name in job.packages} | also
     unused = tuple(name for name, since in packages.items() if name not in needed and now - since > PACKAGE_S)
     return Sweep(old, spent, unused)
 
@@ -78,6 +88,7 @@ class Sweeper:
         artifacts: Artifacts,
         packages: PackageStore,
         removal: Removal,
+        cluster_wheels: ClusterWheels,
     ) -> None:
         self._store = store
         self._retention = retention
@@ -85,6 +96,7 @@ class Sweeper:
         self._artifacts = artifacts
         self._packages = packages
         self._removal = removal
+        self._cluster_wheels = cluster_wheels
         self._audit = AuditLog(store)
         self._spent: set[str] = set()
 
@@ -119,7 +131,8 @@ class Sweeper:
 
     def _plan(self) -> Sweep:
         packages = {name: self._packages.path(name).stat().st_mtime for name in self._packages.names()}
-        return plan_sweep(self._records.kept(), self._retention, packages, now=time.time())
+        also = self._cluster_wheels.packages
+        return plan_sweep(self._records.kept(), self._retention, packages, now=time.time(), also=also)
 
     def _drop_checkpoints(self, job: str) -> bool:
         folders = list((self._store / "jobs" / job).glob("attempt-*/checkpoints"))

@@ -10,7 +10,7 @@ import anyio
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from raylaunch.cluster_state import ClusterPython, ControllerStatus, RayAccess
+from raylaunch.cluster_state import ClusterPython, ControllerStatus, EnvironmentWheels, RayAccess
 from raylaunch.controller.answers import answer, json_answer
 from raylaunch.controller.asking import Has, Who
 from raylaunch.controller.auth import Role
@@ -20,6 +20,7 @@ from raylaunch.controller.settings import Settings
 from raylaunch.state import UsagePage
 
 SECRET_BYTES = 1024 * 1024
+WHEELS_BYTES = 4 * 1024 * 1024
 
 router = APIRouter(route_class=GuardedRoute)
 
@@ -57,6 +58,14 @@ async def ray(request: Request, services: Has) -> Response:
 async def python(services: Has) -> Response:
     """Return which Python jobs get that name none, and which runs Ray."""
     return answer(python_of(services.settings))
+
+
+@router.put("/python/wheels")
+@needs(Role.OPERATOR, "send wheels of the cluster's environment", body_bytes=WHEELS_BYTES)
+async def keep_wheels(body: EnvironmentWheels, services: Has) -> Response:
+    """Keep the wheels of the environment that cluster.yaml lists, for nodes that reach no package index."""
+    await services.jobs.keep_wheels(body)
+    return json_answer({})
 
 
 @router.get("/secrets", response_model=list[str])

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import anyio
 
-from raylaunch.cluster_state import ControllerStatus, RayAccess
+from raylaunch.cluster_state import ControllerStatus, EnvironmentWheels, RayAccess
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.auth import Role, TokenBook
 from raylaunch.controller.foreign_logs import ForeignLogs
@@ -50,6 +50,9 @@ class JobVerbs(Protocol):
 
     async def dry_run(self, request: SubmitRequest, person: str) -> DryRun:
         """Say where the job could run, without taking it in."""
+
+    async def keep_wheels(self, given: EnvironmentWheels) -> None:
+        """Keep the wheels of the cluster's own environment."""
 
     async def stop(self, record: JobRecord, *, grace_s: float | None, person: str) -> JobView:
         """Ask the job to stop, with `grace_s` seconds before SIGKILL (None: the job's own)."""

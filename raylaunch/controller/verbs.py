@@ -6,8 +6,9 @@ import asyncio
 import os
 import shutil
 import time
+from collections.abc import Sequence
 
-from raylaunch.cluster_state import ControllerStatus, RayAccess
+from raylaunch.cluster_state import ControllerStatus, EnvironmentWheels, RayAccess
 from raylaunch.controller.attempt_spec import wandb_link
 from raylaunch.controller.drains import DrainBook
 from raylaunch.controller.foreign import ForeignJobs
@@ -29,6 +30,7 @@ from raylaunch.runner.contract import StopWish
 from raylaunch.spec import JobSpec
 from raylaunch.state import Change, DryRun, JobState, JobView, NodeUsage, SubmitAnswer, SubmitRequest
 from raylaunch.version import API, __version__
+from raylaunch.wheel_sets import WheelSet
 
 _FRESH_S = 2.0
 """How old what is seen of the nodes may be when somebody asks: their GPUs and disks have other users too."""
@@ -81,6 +83,7 @@ class Verbs:
         """
         self._check(request, person)
         await self._wheel_needs.check(request)
+        request = self._wheel_needs.complete(request)
         record, created = self._records.create(
             request,
             owner=person,
@@ -112,7 +115,17 @@ class Verbs:
             message += f"; nodes with {platforms} reach no package index, and wheels would go along"
         fits = (decision.hostname,) if isinstance(decision, Admit) else ()
         environment = self._settings.environment_of(request.spec)
-        return DryRun(fits=fits, message=message, wheels_for=wheels_for, environment=environment)
+        there = self._wheel_needs.there(request.spec)
+        return DryRun(fits=fits, message=message, wheels_for=wheels_for, wheels_there=there, environment=environment)
+
+    async def keep_wheels(self, given: EnvironmentWheels) -> None:
+        """Keep the wheels of the cluster's own environment, which have arrived.
+
+        Raises:
+            ConflictError: one has not arrived, or they are of another environment.
+        """
+        self._check_wheels(given.sets)
+        await self._wheel_needs.kept.keep(given)
 
     async def stop(self, record: JobRecord, *, grace_s: float | None, person: str) -> JobView:
         """Ask for the end of a job; it is ``stopped`` once none of its processes is left.
@@ -246,9 +259,12 @@ class Verbs:
         if package and request.package and not self._packages.have(request.package).complete:
             msg = f"the code of this job (package {request.package[:12]}) has not arrived"
             raise ConflictError(msg, hint="submit it again; what has arrived is not sent again")
-        for wheel in (one for found in request.wheels for one in found.wheels):
+        self._check_wheels(request.wheels)
+
+    def _check_wheels(self, sets: Sequence[WheelSet]) -> None:
+        for wheel in (one for found in sets for one in found.wheels):
             if not self._packages.have(wheel.sha256).complete:
-                msg = f"the wheel {wheel.file} of this job has not arrived"
+                msg = f"the wheel {wheel.file} has not arrived"
                 raise ConflictError(msg, hint="submit it again; what has arrived is not sent again")
 
     def _check_fits(self, spec: JobSpec) -> None:

@@ -3,32 +3,81 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import cast
 
+from pydantic import ValidationError
+
+from raylaunch.cluster_state import EnvironmentWheels
 from raylaunch.controller.link import Link
+from raylaunch.controller.private_file import write_private
 from raylaunch.controller.queue import why_never
 from raylaunch.controller.rooms import ask_for, rooms_of
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.sight import Sight
-from raylaunch.errors import RaylaunchError, WheelsNeededError
-from raylaunch.spec import JobSpec
+from raylaunch.errors import ConflictError, RaylaunchError, WheelsNeededError
+from raylaunch.spec import OF_THE_CLUSTER, JobSpec
 from raylaunch.state import SubmitRequest
-from raylaunch.wheel_sets import BuildPlatform
+from raylaunch.wheel_sets import BuildPlatform, WheelSet
+
+_log = logging.getLogger(__name__)
 
 _ASK_S = 20.0
 _MADE_THERE = frozenset({"uv", "pip"})
 
 
+class ClusterWheels:
+    """The wheels of the cluster's own environment, as the last `up` gathered them: ``cluster_wheels.json``."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._path = settings.store / "cluster_wheels.json"
+        self._environment = settings.default_environment
+        self.sets = self._read()
+
+    def _read(self) -> tuple[WheelSet, ...]:
+        """Return what is kept for this environment; for another it is nothing."""
+        try:
+            found = EnvironmentWheels.model_validate_json(self._path.read_bytes())
+        except FileNotFoundError:
+            return ()
+        except (OSError, ValidationError) as error:
+            _log.warning("%s cannot be read, and the next up gathers its wheels again: %s", self._path, error)
+            return ()
+        return found.sets if found.environment == self._environment else ()
+
+    @property
+    def packages(self) -> frozenset[str]:
+        """The packages that they are, by sha256."""
+        return frozenset(wheel.sha256 for one in self.sets for wheel in one.wheels)
+
+    async def keep(self, given: EnvironmentWheels) -> None:
+        """Keep wheels for jobs that use the cluster's environment; those for other platforms stay.
+
+        Raises:
+            ConflictError: they are of another environment.
+            StorageError: they cannot be written down.
+        """
+        if given.environment != self._environment:
+            msg = f"these wheels are of {given.environment}, and the cluster's environment is {self._environment}"
+            raise ConflictError(msg, hint="repeat: raylaunch up")
+        new = {one.platform for one in given.sets}
+        sets = (*(one for one in self.sets if one.platform not in new), *given.sets)
+        text = EnvironmentWheels(environment=self._environment, sets=sets).model_dump_json(indent=1)
+        await asyncio.to_thread(write_private, self._path, text)
+        self.sets = sets
+
+
 class WheelNeeds:
     """Asks the nodes that could run a job. What is not answered in time counts as an index that is reached."""
 
-    def __init__(self, *, settings: Settings, sight: Sight, link: Link) -> None:
+    def __init__(self, *, settings: Settings, sight: Sight, link: Link, kept: ClusterWheels) -> None:
         self._settings = settings
         self._sight = sight
         self._link = link
+        self.kept = kept
 
     async def of(self, spec: JobSpec) -> tuple[BuildPlatform, ...]:
-        """Return the platforms for which wheels have to go along, each once."""
+        """Return the platforms for which wheels have to go along, each once: not those that the cluster has."""
         kind = self._settings.environment_of(spec).kind
         if kind not in _MADE_THERE and not spec.packages:
             return ()
@@ -39,7 +88,28 @@ class WheelNeeds:
             "kind": "uv" if kind == "uv" else "pip",
         }
         found = await asyncio.gather(*(self._of_node(node_id, question) for node_id in able))
-        return tuple(dict.fromkeys(platform for platform in found if platform))
+        have = () if spec.packages else self.there(spec)
+        return tuple(dict.fromkeys(platform for platform in found if platform and platform not in have))
+
+    def there(self, spec: JobSpec) -> tuple[BuildPlatform, ...]:
+        """Return the platforms for which the cluster has the wheels of its own environment, if the job uses that."""
+        return tuple(one.platform for one in self.kept.sets) if spec.environment.kind in OF_THE_CLUSTER else ()
+
+    def complete(self, request: SubmitRequest) -> SubmitRequest:
+        """Return a request with the cluster's wheels, where its job uses the cluster's environment.
+
+        What was sent for a platform counts, unless all of it is for packages that the job adds. Where it adds some and
+        nothing was sent for them, its nodes reach an index, and are to ask that.
+        """
+        if request.spec.environment.kind not in OF_THE_CLUSTER:
+            return request
+        sent = {one.platform: one.wheels for one in request.wheels}
+        for one in self.kept.sets:
+            with_it = sent.get(one.platform, ())
+            if all(wheel.added for wheel in with_it) and bool(with_it) == bool(request.spec.packages):
+                sent[one.platform] = (*one.wheels, *with_it)
+        sets = tuple(WheelSet(platform=platform, wheels=wheels) for platform, wheels in sent.items())
+        return request.model_copy(update={"wheels": sets})
 
     async def check(self, request: SubmitRequest) -> None:
         """See to it that wheels were looked for where they have to go along.

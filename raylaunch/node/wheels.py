@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypedDict
 
-from raylaunch.runner.contract import BUILD_WHEELS, WheelSpec
+from raylaunch.runner.contract import ADDED_WHEELS, BUILD_WHEELS, WheelSpec
 
 WHOLE = "wheel"
 """Name of a wheel inside its package's folder: what a file is called is each job's to say."""
@@ -44,13 +44,15 @@ def chosen(sets: Iterable[WheelSet], here: Platform) -> list[WheelSpec]:
 
 
 def lay_out(packages: Path, wheels: Iterable[WheelSpec], folder: Path) -> None:
-    """Make a folder in which each wheel has its name, and one for those that projects are built with.
+    """Make a folder in which each wheel has its name, and one each for those to build with and those that are added.
 
     May be repeated; without wheels there is none.
     """
     listed = list(wheels)
-    _lay_out(packages, [one for one in listed if not one["build"]], folder)
+    own = [one for one in listed if not one["build"] and not one["added"]]
+    _lay_out(packages, own, folder)
     _lay_out(packages, [one for one in listed if one["build"]], folder.with_name(BUILD_WHEELS))
+    _lay_out(packages, [one for one in listed if one["added"]], folder.with_name(ADDED_WHEELS))
 
 
 def _lay_out(packages: Path, wheels: Iterable[WheelSpec], folder: Path) -> None:

@@ -51,9 +51,14 @@ class Place(NamedTuple):
         return self.wheels.with_name(contract.BUILD_WHEELS)
 
     @property
+    def added_wheels(self) -> Path:
+        """Wheels that came along for the packages that a job adds to the cluster's own environment."""
+        return self.wheels.with_name(contract.ADDED_WHEELS)
+
+    @property
     def offline(self) -> bool:
         """Whether wheels came along, because the node reaches no package index."""
-        return self.wheels.is_dir() or self.build_wheels.is_dir()
+        return any(folder.is_dir() for folder in (self.wheels, self.build_wheels, self.added_wheels))
 
 
 class Prepared(NamedTuple):
@@ -240,8 +245,13 @@ def with_bin(env: dict[str, str], folder: Path) -> dict[str, str]:
 
 
 def wheels_of(place: Place) -> list[Path]:
-    """Return the wheels that came with the job."""
-    return sorted(place.wheels.iterdir()) if place.wheels.is_dir() else []
+    """Return the wheels that came with the job and are its environment."""
+    return wheels_in(place.wheels)
+
+
+def wheels_in(folder: Path) -> list[Path]:
+    """Return the wheels in a folder, which need not be there."""
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def build(command: Sequence[str], env: dict[str, str], place: Place, pulse: Pulse, *, what: str) -> None:

@@ -20,6 +20,7 @@ One attempt has one folder on its node, ``<node root>/attempts/<attempt id>/``::
     checkpoints       $RAYLAUNCH_CHECKPOINT_DIR; the same; kept (`CHECKPOINTS`)
     wheels/           what the environment is made of, where the node reaches no package index (`WHEELS`)
     build-wheels/     what the projects of the working directory are built with there (`BUILD_WHEELS`)
+    added-wheels/     what a job adds to the cluster's own environment there (`ADDED_WHEELS`)
     tmp/              W&B cache and staging, and scratch; not kept (`TMP`)
 
 A job has one folder on a node, ``<node root>/jobs/<job id>/``, at the same path for each of its attempts, with
@@ -53,6 +54,7 @@ TMP = "tmp"
 WHEELS = "wheels"
 WRITER = "writer.json"
 BUILD_WHEELS = "build-wheels"
+ADDED_WHEELS = "added-wheels"
 COLLECTED = "collected.json"
 LEFT = "left"
 LEFT_S = 7 * 24 * 3600
@@ -131,6 +133,8 @@ class WheelSpec(TypedDict):
     sha256: str
     build: bool
     """Whether a project is built with it, and nothing of it is installed."""
+    added: bool
+    """Whether it is for packages that are added to an environment, and is not in that."""
 
 
 class EarlierRun(TypedDict):

@@ -20,6 +20,7 @@ from raylaunch.runner.builds import (
     building,
     find_uv,
     prefix_of,
+    wheels_in,
     wheels_of,
     with_bin,
     without_other_pythons,
@@ -43,7 +44,7 @@ def with_packages(below: Prepared, packages: Sequence[str], place: Place, pulse:
     """
     sites = _sites(below, place, pulse)
     state = [(site, Path(site).stat().st_mtime_ns) for site in sites if Path(site).is_dir()]
-    wheels = [f"{one.name} {one.readlink()}" for one in wheels_of(place)]
+    wheels = [f"{one.name} {one.readlink()}" for one in (*wheels_of(place), *wheels_in(place.added_wheels))]
     prefix = prefix_of("with", repr((below.python, state, sorted(packages), wheels)), place)
     with building(prefix, pulse) as needed:
         if needed:
@@ -164,7 +165,8 @@ def _release(wheel: Path) -> tuple[int, ...]:
 
 def _from_here(place: Place, *, builds: bool = False) -> list[str]:
     """Return options with which nothing is asked of an index, where the node reaches none and wheels came along."""
-    folder = place.build_wheels if builds else place.wheels
+    folders = [place.build_wheels] if builds else [place.added_wheels, place.wheels]
     if not place.offline:
         return []
-    return ["--no-index", *(["--find-links", str(folder)] if folder.is_dir() else [])]
+    links = [word for folder in folders if folder.is_dir() for word in ("--find-links", str(folder))]
+    return ["--no-index", *links]

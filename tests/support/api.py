@@ -18,7 +18,7 @@ import httpx2
 import pytest
 
 from raylaunch.cluster.plan import Reach
-from raylaunch.cluster_state import ControllerStatus, RayAccess
+from raylaunch.cluster_state import ControllerStatus, EnvironmentWheels, RayAccess
 from raylaunch.controller.artifacts import Artifacts
 from raylaunch.controller.auth import TokenBook
 from raylaunch.controller.drains import DrainBook
@@ -82,6 +82,7 @@ class Desk:
         self._grown: dict[str, asyncio.Event] = {}
         self.air_gapped: DryRun | None = None
         """What it says of jobs, where nodes reach no package index and the cluster has an environment made there."""
+        self.kept: list[EnvironmentWheels] = []
 
     async def submit(self, request: SubmitRequest, person: str) -> SubmitAnswer:
         if self.air_gapped and not request.wheels_sought:
@@ -95,6 +96,9 @@ class Desk:
         return self.air_gapped or DryRun(
             fits=("here",), message=f"{request.spec.display_name} would start on here at once"
         )
+
+    async def keep_wheels(self, given: EnvironmentWheels) -> None:
+        self.kept.append(given)
 
     async def stop(self, record: JobRecord, *, grace_s: float | None, person: str) -> JobView:
         message = f"{person} asked to stop it, grace {grace_s}"
