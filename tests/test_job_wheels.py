@@ -30,7 +30,7 @@ from raylaunch.errors import ConflictError, SpecError, VersionError, WheelsNeede
 from raylaunch.job_wheels import needed_by, requirements_of, send_wheels
 from raylaunch.node import package_index
 from raylaunch.node.packages import COMPLETE, Packages
-from raylaunch.node.wheels import WHOLE, chosen, lay_out, this_platform
+from raylaunch.node.wheels import WHOLE, chosen, lay_out, platform_of, this_platform
 from raylaunch.runner.contract import WHEELS, Exit, WheelSpec
 from raylaunch.spec import Environment, JobSpec, Retention
 from raylaunch.state import DryRun, SubmitRequest
@@ -41,6 +41,7 @@ from raylaunch.wire import Answer, Wire
 pytestmark = pytest.mark.slow
 
 HERE = BuildPlatform.model_validate(this_platform())
+PYENV = Path("~/.pyenv/versions").expanduser()
 OTHER = BuildPlatform(arch="aarch64", glibc="2.39", python="3.12.3")
 IMPORTS = [
     "python",
@@ -121,6 +122,47 @@ def attempt_with(api: Api, sets: Sequence[WheelSet], root: Path, environment: En
     for name, text in files.items():
         attempt.file(name.replace("__", "."), text)
     return attempt
+
+
+def test_packages_are_added_to_an_environment_of_another_python_from_wheels_that_fit_it(
+    api: Api, served: Index, tmp_path: Path
+) -> None:
+    other = [one for one in sorted(PYENV.glob("3.1[0-2].*/bin/python3")) if f"/{HERE.minor}." not in str(one)]
+    if not other:
+        pytest.skip("needs another Python under ~/.pyenv")
+    subprocess.run([other[-1], "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=60)
+    named = Environment(kind="venv", value=str(tmp_path / "venv"))
+    its = BuildPlatform.model_validate(platform_of(named.model_dump(), {}))
+    assert its.minor == other[-1].parent.parent.name.rpartition(".")[0]
+    tag = f"cp{its.minor.replace('.', '')}"
+    tiny_wheel(served.folder, "native", "1.0", tag=f"{tag}-{tag}-manylinux_2_17_{platform.machine()}")
+    ended = {}
+    for fits in (its, HERE):
+        found = sent(api, str(named), tmp_path, [fits], packages=["native"])
+        attempt = attempt_with(api, found.sets, tmp_path / fits.minor, named)
+        told = json.loads((attempt.folder / "attempt.json").read_text())
+        told["environment"]["packages"] = ["native"]
+        (attempt.folder / "attempt.json").write_text(
+            json.dumps({**told, "entrypoint": ["python", "-c", "import native"]})
+        )
+        ended[fits] = run_without_index(attempt)
+    assert ended[its]["exit_code"] == 0
+    assert f"the wheels are for python{HERE.minor}, while the environment has python{its.minor}" in str(ended[HERE])
+
+
+def test_the_python_of_a_named_environment_that_cannot_be_asked_is_taken_for_the_nodes(tmp_path: Path) -> None:
+    folder = tmp_path / "venv" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "python").write_text("#!/bin/sh\necho no version\n")
+    (folder / "python").chmod(0o755)
+    for kind, value in (
+        ("venv", str(tmp_path / "venv")),
+        ("venv", ".venv"),
+        ("conda", "no-such-environment"),
+        ("python", "/nowhere/python3"),
+        ("default", ""),
+    ):
+        assert platform_of({"kind": kind, "value": value}, {"PATH": "/nowhere"}) == this_platform()
 
 
 def made_in(root: Path) -> list[str]:

@@ -93,6 +93,28 @@ def test_every_success_carries_the_next_step_and_the_same_as_text(agent: Agent) 
         assert json.loads(answer.text) == answer.facts
 
 
+def test_a_jobs_python_is_its_projects_lock_else_the_environment_that_is_active_for_the_server(
+    place: Path, paper: Api, tmp_path: Path
+) -> None:
+    assert paper
+    active, project = tmp_path / "venv", tmp_path / "project"
+    for folder in (active, project):
+        folder.mkdir()
+    (active / "pyvenv.cfg").write_text("version_info = 3.12.1\n")
+    (project / "train.py").write_text("print(1)\n")
+    with agent_at(place, project, extra={"VIRTUAL_ENV": str(active), "CONDA_PREFIX": ""}) as agent:
+
+        def python(**given: object) -> str:
+            answer = agent.call("train_job", entrypoint="python train.py", dry_run=True, **given)
+            return str(answer.facts["python"])
+
+        assert python() == f"Python 3.12 from the active environment (venv:{active})"
+        assert python(environment="venv:/opt/train") == "Python from the job's environment (venv:/opt/train)"
+        (project / "pyproject.toml").write_text('[project]\nname = "p"\nversion = "0"\n')
+        (project / "uv.lock").write_text("version = 1\n")
+        assert python() == "Python from uv.lock"
+
+
 def test_a_viewer_sees_only_what_reads_and_the_rest_does_not_exist(place: Path, paper: Api) -> None:
     assert paper
     with agent_at(place, place / "work", extra={"RAYLAUNCH_ROLE": "viewer"}) as viewer:

@@ -181,7 +181,7 @@ class Program:
     ) -> object:
         """Send package, wheels and what the attempt before left when the node lacks them; make the attempt's folder."""
         node = self._node(node_id)
-        fitting = chosen(wheels, cast("Platform", await node.call("platform", timeout_s=_CALL_S))) if wheels else []
+        fitting = chosen(wheels, await self._platform(node, spec)) if wheels else []
         for sha256 in [*([package] if package else []), *(wheel["sha256"] for wheel in fitting)]:
             await self._send_package(node, sha256)
         moved_from = await bring(node.call, self._store, str(spec["attempt"]), str(spec["tag"]))
@@ -189,9 +189,12 @@ class Program:
         runner, have = await asyncio.to_thread(runner_zip), await node.replication.have(str(spec["attempt"]))
         return await node.call("prepare", told, package, secrets, runner, have, timeout_s=600)
 
-    async def index_look(self, node_id: str, env: object, kind: str) -> object:
-        """Ask whether the node reaches a package index, and what wheels it would take."""
-        return await self._node(node_id).call("index_look", env, kind, timeout_s=_CALL_S)
+    async def _platform(self, node: Node, spec: dict[str, object]) -> Platform:
+        return cast("Platform", await node.call("platform", spec["environment"], spec["env"], timeout_s=_CALL_S))
+
+    async def index_look(self, node_id: str, env: object, kind: str, environment: object) -> object:
+        """Ask whether the node reaches a package index, and what wheels an environment there would take."""
+        return await self._node(node_id).call("index_look", env, kind, environment, timeout_s=_CALL_S)
 
     async def disk_use(self, node_id: str) -> object:
         """Ask how many bytes raylaunch's folders take there."""

@@ -78,7 +78,8 @@ class WheelNeeds:
 
     async def of(self, spec: JobSpec) -> tuple[BuildPlatform, ...]:
         """Return the platforms for which wheels have to go along, each once: not those that the cluster has."""
-        kind = self._settings.environment_of(spec).kind
+        own = self._settings.environment_of(spec)
+        kind = own.kind
         if kind not in _MADE_THERE and not spec.packages:
             return ()
         ask = ask_for(spec)
@@ -86,6 +87,7 @@ class WheelNeeds:
         question: dict[str, object] = {
             "env": {**self._settings.env, **spec.env},
             "kind": "uv" if kind == "uv" else "pip",
+            "environment": {"kind": kind, "value": own.value},
         }
         found = await asyncio.gather(*(self._of_node(node_id, question) for node_id in able))
         have = () if spec.packages else self.there(spec)

@@ -24,7 +24,7 @@ from raylaunch.node.files import FileStat, disk_use, inventory
 from raylaunch.node.packages import Packages, storage_error
 from raylaunch.node.processes import end_processes, runner_alive, wait_for_runner
 from raylaunch.node.watching import Watcher
-from raylaunch.node.wheels import Platform, this_platform
+from raylaunch.node.wheels import Platform, platform_of
 from raylaunch.runner.contract import ATTEMPT, EXIT, VAR_NODE_ROOT, AttemptSpec, StopWish
 
 _log = logging.getLogger(__name__)
@@ -200,14 +200,14 @@ class Steward:
         """Return the bytes of raylaunch's folders on this node, by what they hold."""
         return await self._in_thread(lambda: disk_use(self._root))
 
-    async def platform(self) -> Platform:
-        """Return which wheels fit here."""
-        return this_platform()
+    async def platform(self, environment: dict[str, str], env: dict[str, str]) -> Platform:
+        """Return which wheels fit an environment here."""
+        return await self._in_thread(lambda: platform_of(environment, {**os.environ, **env}))
 
-    async def index_look(self, env: dict[str, str], kind: str) -> dict[str, object]:
+    async def index_look(self, env: dict[str, str], kind: str, environment: dict[str, str]) -> dict[str, object]:
         """Return the same, and under ``index`` whether a package index is reached by a build with these variables."""
         reached = await self._in_thread(lambda: package_index.reached({**os.environ, **env}, kind=kind))
-        return {**this_platform(), "index": reached}
+        return {**await self.platform(environment, env), "index": reached}
 
     async def stop(self, attempt: str, wish: StopWish) -> None:
         """Write the wish to stop an attempt."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,9 +52,12 @@ def with_packages(below: Prepared, packages: Sequence[str], place: Place, pulse:
             _make(prefix, below, sites, place, pulse)
             python = str(prefix / "bin" / "python")
             command = [*_pip(python, below), *_from_here(place), *packages]
-            build(
-                command, without_other_pythons(below.env), place, pulse, what="the installation of the added packages"
-            )
+            what = "the installation of the added packages"
+            try:
+                build(command, without_other_pythons(below.env), place, pulse, what=what)
+            except EnvironmentProblem as problem:
+                msg = f"{problem}{_of_another_python(prefix, place)}"
+                raise EnvironmentProblem(msg) from None
     return _over(prefix, below, sites)
 
 
@@ -75,6 +79,18 @@ def with_projects(below: Prepared, lines: Sequence[str], place: Place, pulse: Pu
     command = [*install, *_from_here(place, builds=True), "--no-deps", "-r", str(listed)]
     build(command, env, place, pulse, what="the installation of the projects in the working directory")
     return _over(prefix, below, sites)
+
+
+def _of_another_python(prefix: Path, place: Place) -> str:
+    """Return what to do where wheels came along for another Python than that of the environment below."""
+    ours = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    theirs = next((one.name for one in prefix.glob("lib/python3*")), ours)
+    if not place.offline or theirs == ours:
+        return ""
+    return (
+        f"; this node reaches no package index, and the wheels are for {ours}, while the environment has {theirs}: "
+        "name it by its full path (venv:/PATH, conda:/PATH), and wheels for its Python come along"
+    )
 
 
 def _make(prefix: Path, below: Prepared, sites: Sequence[str], place: Place, pulse: Pulse) -> None:
