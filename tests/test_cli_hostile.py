@@ -92,7 +92,7 @@ PRINTED: dict[str, Callable[[], object]] = {
     "doctor": lambda: say_lines(doctor_lines(model(Findings))),
     "end of a job": lambda: say_end(job(), as_json=True),
     "packed": lambda: say_lines(pack_words(model(PackReport), 1)),
-    "dry run": lambda: say_lines(dry_run_words(model(DryRun, wheels_for=[]))),
+    "dry run": lambda: say_lines(dry_run_words(model(DryRun, wheels_for=[], wheels_there=[]))),
     "step": lambda: show_step(Step(HOSTILE, "done", HOSTILE)),
     "error": lambda: complain(RaylaunchError(HOSTILE, hint=HOSTILE)),
     "note": lambda: note(HOSTILE),

@@ -267,6 +267,7 @@ def test_a_dry_run_says_where_and_takes_nothing_in(tom: httpx2.Client) -> None:
         "fits": ["here"],
         "message": "dry would start on here at once",
         "wheels_for": [],
+        "wheels_there": [],
         "environment": {"kind": "default", "value": "", "requirements": []},
         "chosen": None,
         "pack": None,
