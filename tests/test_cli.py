@@ -271,6 +271,8 @@ def test_a_dry_run_submits_nothing(home: Path, api: Api, code: Path) -> None:
 
 
 def test_what_is_refused_here_is_refused_before_a_missing_cluster_is_started(home: Path, code: Path) -> None:
+    odd = cli(home, "submit", "--", "x", cwd=code, extra={"WANDB_MODE": "sometimes"})
+    assert (odd.returncode, odd.stdout, "WANDB_MODE" in odd.stderr) == (2, "", True)
     (code / ".env").write_text("TOKEN=1")
     for words in (["submit"], ["run"], ["run", "--dry-run"]):
         done = cli(home, *words, "--", "python", "train.py", cwd=code)

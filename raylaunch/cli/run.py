@@ -50,7 +50,8 @@ class _Before:
 
     async def start(self) -> None:
         """Check and pack the job, and ask about its size: the cluster has nothing of it yet."""
-        self.packed = (await checked(self._spec, self._place.spec, allow=self._allow)).packed
+        spec = with_wandb(self._spec, os.environ).spec
+        self.packed = (await checked(spec, self._place.spec, allow=self._allow)).packed
         if self.packed:
             await self.upload(self.packed.bytes)
 
