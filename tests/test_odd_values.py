@@ -257,6 +257,13 @@ def test_a_record_that_cannot_be_read_hides_no_other_and_is_named(tmp_path: Path
         records.close()
 
 
+def test_a_list_over_http_names_what_it_leaves_out(api: Api, ada: httpx2.Client) -> None:
+    bad = submit(ada, "left-out")
+    api.do(lambda: api.records._db.execute("UPDATE jobs SET light = '{}' WHERE id = ?", (bad.id,)))  # noqa: SLF001 -- as above
+    page = ada.get("/v1/jobs?name=left-out").json()
+    assert (page["jobs"], page["unreadable"]) == ([], [bad.id])
+
+
 def test_a_loss_that_is_no_number_does_not_stop_retention(tmp_path: Path) -> None:
     records = Records(tmp_path)
     try:

@@ -57,6 +57,25 @@ def test_it_runs_a_program_under_python(version: str, make: Make) -> None:
     assert attempt.facts()["version"].startswith(version)
 
 
+ODD = """
+import json, os, pathlib, time
+places = pathlib.Path(os.environ["RAYLAUNCH_WANDB_RUNS"], "places")
+folder = pathlib.Path(os.environ["RAYLAUNCH_PROGRESS_FILE"]).parent
+places.write_text('{"place": []}' + chr(10))
+for text in ("[]", "3", "[" * 100_000):
+    places.open("a").write(text + chr(10))
+    (folder / "stop.json").write_text(text)
+    time.sleep(0.3)
+print("not stopped")
+"""
+
+
+def test_what_a_program_writes_into_its_runners_files_is_no_wish_and_ends_nothing(make: Make) -> None:
+    attempt = make([sys.executable, "-c", ODD])
+    assert attempt.run()["ended"] == "completed"
+    assert "not stopped" in attempt.log.read_text()
+
+
 def test_a_failing_program_gives_its_exit_code_to_the_facts_and_to_ray(make: Make) -> None:
     attempt = make("exit 3")
     end = attempt.run()
