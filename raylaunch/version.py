@@ -9,3 +9,12 @@ API = 1
 
 OTHERS_JOB, OTHERS_OWNER = "X-Raylaunch-Others-Job", "X-Raylaunch-Others-Owner"
 """Headers of an answer about a job that a name meant and that is somebody else's: its id and owner, percent-encoded."""
+
+
+def is_older(one: str, other: str = __version__) -> bool:
+    """Return whether version `one` came before `other`; one that is not known (empty) came before all."""
+    return _numbers(one) < _numbers(other)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())

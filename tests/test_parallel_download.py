@@ -34,6 +34,7 @@ from raylaunch.parallel_download import ParallelDownload
 from raylaunch.spec import ClusterSpec
 from raylaunch.state import Artifact
 from raylaunch.transfer import OnProgress
+from raylaunch.version import __version__
 from raylaunch.wire import Wire
 
 pytestmark = pytest.mark.slow  # each test has an sshd, and programs that speak through it
@@ -61,7 +62,8 @@ def host(tmp_path: Path, api: Api, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         if words is not None:
             ours = identify(os.getpid())
             assert ours is not None
-            save_tunnel(paths, TunnelRecord(process=ours, ports=ports, head_ports=ports, openssh=tuple(words), up=True))
+            has = TunnelRecord(process=ours, ports=ports, head_ports=ports, openssh=tuple(words), version=__version__)
+            save_tunnel(paths, has.model_copy(update={"up": True}))
         yield served
 
 

@@ -18,10 +18,11 @@ from support.person import Person
 from support.sshd import Sshd, sshd
 from support.waiting import wait_until
 
-from raylaunch.cluster.client_record import ClientRecord
+from raylaunch.cluster.client_record import ClientRecord, save_tunnel
 from raylaunch.cluster.on_host import HostState
 from raylaunch.cluster.ssh_up import adopted
 from raylaunch.spec import ClusterSpec
+from raylaunch.version import __version__
 
 pytestmark = pytest.mark.slow  # each test has an sshd, and programs that speak through it
 
@@ -71,6 +72,19 @@ def test_a_tunnel_that_was_killed_is_started_by_the_next_verb_on_the_same_ports(
     ask(ada)
     assert ada.tunnel("lab").ports == before.ports
     assert ada.tunnel("lab").process != before.process
+
+
+def test_a_tunnel_of_an_older_raylaunch_is_replaced_by_the_next_verb(ada: Person) -> None:
+    before = ada.tunnel("lab")
+    save_tunnel(ada.paths("lab"), before.model_copy(update={"version": ""}))
+    ask(ada)
+    assert not before.alive
+    assert ada.tunnel("lab").version == __version__
+    assert ada.tunnel("lab").ports == before.ports
+    after = ada.tunnel("lab").process
+    save_tunnel(ada.paths("lab"), ada.tunnel("lab").model_copy(update={"version": "99.0.0"}))
+    ask(ada)
+    assert ada.tunnel("lab").process == after
 
 
 def test_clusters_side_by_side_have_a_tunnel_each(ada: Person) -> None:

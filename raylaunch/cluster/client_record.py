@@ -89,6 +89,8 @@ class TunnelRecord(BaseModel):
     """The error's."""
     at: float = 0.0
     """When it came up, or went down; seconds since the epoch."""
+    version: str = ""
+    """Of the raylaunch that it runs; empty before 0.2.0."""
 
     @property
     def alive(self) -> bool:

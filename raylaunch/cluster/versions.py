@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from raylaunch.cluster.look import Seen
 from raylaunch.errors import RayVersionError, VersionError
-from raylaunch.version import __version__
+from raylaunch.version import __version__, is_older
 
 
 def check_versions(seen: Seen, installed: str) -> bool:
@@ -33,11 +33,7 @@ def check_ours(seen: Seen) -> bool:
     if record is None or not (seen.ray_alive or seen.controller_alive):
         return False
     runs = record.versions.raylaunch
-    if _number(runs) > _number(__version__):
+    if is_older(__version__, runs):
         msg = f"cluster {record.name} was started by raylaunch {runs}, and this is {__version__}"
         raise VersionError(msg, hint=f"upgrade this one to {runs}, or raylaunch down, then raylaunch up")
     return seen.controller_alive and runs != __version__
-
-
-def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())

@@ -34,6 +34,7 @@ from raylaunch.cluster.ssh.machine import Machine, machine
 from raylaunch.cluster.ssh.openssh import command
 from raylaunch.cluster.targets import target_of
 from raylaunch.errors import HostLostError, RaylaunchError
+from raylaunch.version import __version__
 
 _log = logging.getLogger("raylaunch.cluster.reach.tunnel")
 
@@ -63,7 +64,7 @@ class Tunnel:
         ports |= zip(missing, free_ports(len(missing), avoid=tuple(ports.values())), strict=True)
         self._remote: dict[str, Address] = {}
         self._woken = anyio.Event()
-        self._record = TunnelRecord(process=own, ports=ports, at=time.time())
+        self._record = TunnelRecord(process=own, ports=ports, at=time.time(), version=__version__)
 
     async def run(self) -> None:
         """Keep the way open until the cluster is not wanted any more."""

@@ -16,6 +16,7 @@ from raylaunch.cluster.client_record import TunnelRecord, load_client, load_tunn
 from raylaunch.cluster.home import ClusterPaths
 from raylaunch.cluster.process import end, start_apart
 from raylaunch.errors import ClusterDownError, HostTimeoutError, from_wire
+from raylaunch.version import is_older
 
 START_S = 30.0
 """For whoever has just brought a cluster up; a verb waits shorter."""
@@ -26,7 +27,7 @@ _KNOWN_LATE_S = 2.0
 
 
 async def ensure_tunnel(paths: ClusterPaths, *, fresh: bool = False, limit_s: float = _VERB_S) -> TunnelRecord:
-    """Return a tunnel that is up; start one when none runs, and another one for one that runs and does nothing.
+    """Return a tunnel that is up; start one when none runs, and another one for one that does nothing or is older.
 
     Args:
         paths: of the cluster on this machine.
@@ -38,8 +39,8 @@ async def ensure_tunnel(paths: ClusterPaths, *, fresh: bool = False, limit_s: fl
         HostError: the head cannot be reached; the words are the connection's own.
     """
     record = load_tunnel(paths)
-    if fresh or (record is not None and record.alive and not await _beats(paths)):
-        await end_tunnel(paths)
+    if record is not None and record.alive and (fresh or is_older(record.version) or not await _beats(paths)):
+        await _end(record)
         record = None
     if record is not None and record.alive and record.up:
         return record
@@ -98,5 +99,10 @@ async def end_tunnel(paths: ClusterPaths) -> bool:
     record = load_tunnel(paths)
     if record is None or not record.alive:
         return False
-    await end([record.process], grace_s=0.5)
+    await _end(record)
     return True
+
+
+async def _end(record: TunnelRecord) -> None:
+    """End this tunnel; another one that runs meanwhile stays."""
+    await end([record.process], grace_s=0.5)
