@@ -73,6 +73,13 @@ def test_each_attempt_of_a_job_has_the_same_folder_of_checkpoints(*, tidied: boo
     assert not list(tmp_path.rglob("model.pt"))
 
 
+def test_an_attempt_that_0_1_0_made_and_did_not_start_writes_to_its_jobs_folder(tmp_path: Path) -> None:
+    made = tmp_path / "attempts/digits-abc-1/checkpoints/run"
+    made.mkdir(parents=True)
+    checkpoints = Path(prepared(tmp_path)["folder"]) / "checkpoints"
+    assert checkpoints.resolve() == tmp_path.resolve() / "jobs/digits-abc/checkpoints"
+
+
 def test_an_older_attempt_is_ended_before_a_newer_one_has_the_folder(tmp_path: Path) -> None:
     first = Path(prepared(tmp_path)["folder"])
     tag = attempt_spec("digits-abc-1")["tag"]

@@ -90,6 +90,8 @@ def take(root: Path, attempt: str, tag: str, *, elsewhere_s: float = _ELSEWHERE_
     for name in KEPT_BY_JOB:
         _make_folder(folder / name)
         link = attempt_folder(root, attempt) / name
+        if link.is_dir() and not link.is_symlink():  # 0.1.0 made the attempt and did not start it
+            shutil.rmtree(link)  # what it put there is in the store, and was brought
         if not os.path.lexists(link):
             link.symlink_to(Path("../..") / "jobs" / folder.name / name)
     write_json(folder / WRITER, {"n": number})
