@@ -15,15 +15,25 @@ import httpx2
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from typing_extensions import Self
 
-from raylaunch.errors import ClusterDownError, ClusterError, RaylaunchError, VersionError, from_wire
+from raylaunch.errors import (
+    ClusterDownError,
+    ClusterError,
+    NotFoundError,
+    RaylaunchError,
+    SpecError,
+    VersionError,
+    from_wire,
+)
 from raylaunch.log_view import clean
 from raylaunch.units import whole
-from raylaunch.version import API, OTHERS_JOB, OTHERS_OWNER, __version__
+from raylaunch.version import API, OTHERS_JOB, OTHERS_OWNER, __version__, is_older
 
 _Result = TypeVar("_Result")
 _Model = TypeVar("_Model", bound=BaseModel)
 _Read = TypeVar("_Read")
 _READS = frozenset({"GET", "HEAD"})
+_OF_WHAT_IS_NEW = frozenset({NotFoundError.code, SpecError.code})
+"""How a controller refuses routes and fields that it does not know."""
 Params = Mapping[str, str | int | float | bool | list[str] | None]
 
 CONNECT_TIMEOUT_S = 5.0
@@ -406,7 +416,17 @@ def _error_in(response: httpx2.Response, cluster: str) -> RaylaunchError:
     try:
         error = json.loads(response.content)["error"]
         message, hint = (clean(str(error.get(key, "")), colour=False) for key in ("message", "hint"))
-        return from_wire(str(error["code"]), message, hint)
+        code = str(error["code"])
+        older = _of_older_controller(response) if code in _OF_WHAT_IS_NEW else ""
+        return from_wire(code, message, "; ".join(filter(None, (older, hint))))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         log = "its log says more: raylaunch status shows where that is"
         return RaylaunchError(f"cluster {cluster!r} answered {response.status_code} to {asked}", hint=log)
+
+
+def _of_older_controller(response: httpx2.Response) -> str:
+    """Return what to do where the controller may not know yet what was asked for; empty where it is not older."""
+    version = clean(response.headers.get("X-Raylaunch-Version", ""), colour=False)
+    if not version or not is_older(version):
+        return ""
+    return f"its controller is raylaunch {version}, and this is {__version__}: raylaunch up replaces it, and jobs go on"

@@ -22,9 +22,9 @@ from raylaunch.cluster.plan import Reach
 from raylaunch.errors import (
     AccessError,
     ClusterDownError,
-    ClusterError,
     ConflictError,
     NotFoundError,
+    RaylaunchError,
     SpecError,
     VersionError,
 )
@@ -32,6 +32,7 @@ from raylaunch.packing import pack
 from raylaunch.spec import JobSpec, Tracking
 from raylaunch.state import Change, DryRun, JobState, JobView, SubmitAnswer
 from raylaunch.transfer import CHUNK
+from raylaunch.version import API, __version__
 
 
 @pytest.fixture
@@ -43,15 +44,16 @@ def code(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def stranger(headers: dict[str, str]) -> Iterator[str]:
-    """Serve something that is not our controller."""
+def stranger(headers: dict[str, str], *, status: int = 200, body: object = None) -> Iterator[str]:
+    """Serve something that is not our controller, or one of another version."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
+            self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
+            self.wfile.write(json.dumps(body).encode() if body else b"")
 
         def log_message(self, *_: object) -> None:
             pass
@@ -67,12 +69,12 @@ def stranger(headers: dict[str, str]) -> Iterator[str]:
         thread.join(10)
 
 
-def status_error(url: str) -> ClusterError:
+def status_error(url: str) -> RaylaunchError:
     async def run() -> None:
         async with Client(Reach(url, "x")) as client:
             await client.status()
 
-    with pytest.raises(ClusterError) as caught:
+    with pytest.raises(RaylaunchError) as caught:
         asyncio.run(run())
     return caught.value
 
@@ -95,6 +97,17 @@ def test_a_cluster_that_does_not_listen_is_down() -> None:
 def test_something_else_on_the_port_is_not_taken_for_the_controller() -> None:
     with stranger({}) as url:
         assert status_error(url).message == f"what answers at {url} is not the controller of a raylaunch cluster"
+
+
+@pytest.mark.parametrize(("version", "told"), [("0.1.0", True), (__version__, False), ("99.0.0", False)])
+def test_what_an_older_controller_does_not_know_is_refused_with_what_to_do(version: str, *, told: bool) -> None:
+    headers = {"X-Raylaunch-Api": str(API), "X-Raylaunch-Version": version}
+    body = {"error": {"code": "not_found", "message": "there is no /v1/status here", "hint": "see openapi.json"}}
+    with stranger(headers, status=404, body=body) as url:
+        error = status_error(url)
+    assert isinstance(error, NotFoundError)
+    assert "openapi.json" in error.hint
+    assert ("raylaunch up" in error.hint) == told
 
 
 @pytest.mark.parametrize(
