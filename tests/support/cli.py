@@ -37,8 +37,14 @@ _PROGRAMS = {
 """By name: the module whose ``main`` it is, and what it imports while it runs."""
 
 
-def run_cli(
-    words: Sequence[str], *, cwd: Path, env: Mapping[str, str], text: str = "", timeout_s: float = 60
+def run_cli(  # noqa: PLR0913 -- all but the first are named
+    words: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    text: str = "",
+    timeout_s: float = 60,
+    python: str = sys.executable,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``raylaunch WORDS`` to its end.
 

@@ -50,11 +50,12 @@ class Reach:
 
 
 class Cluster:
-    """One embedded cluster, with four logical GPUs."""
+    """One embedded cluster, with four logical GPUs. `interpreter` is the Python whose raylaunch is used."""
 
     def __init__(self, home: Path, work: Path) -> None:
         self.home = home
         self.work = work
+        self.interpreter = sys.executable
         of_tests = ("RAY", "WANDB_", "VIRTUAL_ENV", "CONDA_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(of_tests)}
         self.env = {**kept, "RAYLAUNCH_HOME": str(home), "NETRC": str(work / "no-netrc"), "NO_COLOR": "1"}
@@ -64,7 +65,8 @@ class Cluster:
         self, *words: str, timeout_s: float = 120, cwd: Path | None = None, env: Mapping[str, str] | None = None
     ) -> Result:
         """Run ``raylaunch`` with these words, to its end."""
-        done = run_cli(words, cwd=cwd or self.work, env={**self.env, **(env or {})}, timeout_s=timeout_s)
+        env = {**self.env, **(env or {})}
+        done = run_cli(words, cwd=cwd or self.work, env=env, timeout_s=timeout_s, python=self.interpreter)
         return Result(done.returncode, done.stdout, done.stderr)
 
     def good(

@@ -54,12 +54,16 @@ class Laptop:
         folder: where she works.
         text: her cluster.yaml.
         code: the folder of another raylaunch than the one under test, which she has installed.
+        python: the interpreter of an environment with another raylaunch.
     """
 
-    def __init__(self, lab: World, folder: Path, text: str, *, code: Path | None = None) -> None:
+    def __init__(
+        self, lab: World, folder: Path, text: str, *, code: Path | None = None, python: str = sys.executable
+    ) -> None:
         self.lab = lab
         self.folder = folder
         self.code = code
+        self.python = python
         self.home = folder / "raylaunch-home"
         folder.mkdir(exist_ok=True)
         self.write(text)
@@ -80,18 +84,7 @@ class Laptop:
 
     def call(self, *words: str, limit_s: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run ``raylaunch WORDS`` there."""
-        if self.code is None:
-            done = run_cli(words, cwd=self.folder, env=self.env, timeout_s=limit_s)
-        else:
-            done = subprocess.run(
-                self._argv(words),
-                cwd=self.folder,
-                env=self.env,
-                capture_output=True,
-                text=True,
-                timeout=limit_s,
-                check=False,
-            )
+        done = run_cli(words, cwd=self.folder, env=self.env, timeout_s=limit_s, python=self.python)
         assert not check or done.returncode == 0, f"{words}: {done.stdout}\n{done.stderr}"
         return done
 
@@ -144,4 +137,4 @@ class Laptop:
         return {str(node["hostname"]) for node in nodes if node["alive"] and node["steward"]}
 
     def _argv(self, words: tuple[str, ...]) -> list[str]:
-        return [sys.executable, "-m", "raylaunch", *words]
+        return [self.python, "-m", "raylaunch", *words]
