@@ -215,6 +215,14 @@ class ClusterSpec(Spec):
         overridden = {key for host in self.hosts for key in host.env}
         return {key: text for key, text in self.env.items() if key not in overridden}
 
+    def said(self) -> dict[str, object]:
+        """Return, for a file, the fields that are not as by default: an older raylaunch may not know the others.
+
+        Hosts are whole: what one leaves out would be taken from the defaults of all.
+        """
+        whole = self.model_dump(mode="json")
+        return {field: whole[field] for field in self.model_dump(exclude_defaults=True)}
+
     def host_specs(self) -> tuple[HostSpec, ...]:
         """Return the hosts, the head first, each with the defaults of all laid under what it says itself."""
         return self.hosts

@@ -122,3 +122,16 @@ def test_a_job_that_had_ended_is_listed_shown_and_fetched_as_before(upgraded: Up
     assert losses(cluster, job.id) == pytest.approx(older.LOSSES)
     cluster.good("get", job.id, "--to", str(tmp_path))
     assert (tmp_path / "model.txt").read_text() == "trained"
+
+
+def test_the_older_raylaunch_is_refused_then_and_ends_nothing(upgraded: Upgraded, tmp_path: Path) -> None:
+    cluster = upgraded.cluster
+    before = (cluster.ray_pid(), cluster.controller_pid())
+    cluster.interpreter = str(older.install(tmp_path / "env"))
+    refused = cluster.cli("up")
+    listed = cluster.cli("list")
+    cluster.interpreter = Cluster(cluster.home, cluster.work).interpreter
+    assert (cluster.ray_pid(), cluster.controller_pid()) == before
+    assert (refused.status, listed.status) == (1, 1)
+    assert f"was started by raylaunch {__version__}" in refused.err
+    assert cluster.job(upgraded.done).state is JobState.SUCCEEDED

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+from support import older
 from support.standing import Start
 from support.waiting import wait_until
 
@@ -23,7 +24,7 @@ from raylaunch.cluster.look import look
 from raylaunch.cluster.ports import RAY_PORTS
 from raylaunch.cluster.process import identify, is_alive
 from raylaunch.cluster.ray_head import VAR_CLUSTER_ID, RayStart, clean_environment, whole_cpus
-from raylaunch.cluster.record import ClusterRecord, Versions, new_record, save_record
+from raylaunch.cluster.record import ClusterRecord, Versions, load_record, new_record, save_record
 from raylaunch.cluster.sweep import of_ray
 from raylaunch.cluster.versions import check_versions
 from raylaunch.errors import ClusterDownError, SpecError, VersionError
@@ -62,6 +63,27 @@ def test_down_on_a_cluster_that_does_not_run_succeeds_and_says_so(paths: Cluster
     report = anyio.run(embedded.down, "local")
     assert not report.was_running
     assert str(report) == f"cluster local was not running; jobs, logs and outputs stay in {paths.default_store}"
+
+
+def test_what_is_recorded_of_a_cluster_is_understood_by_0_1_0(paths: ClusterPaths, tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"tls": True})  # as a host of several is told
+    save_record(paths, new_record(spec, paths).with_(tls=True, versions=Versions(raylaunch="99.0.0")))
+    read = "from raylaunch.cluster import home, record; print(record.load_record(home.cluster_paths('local')).versions)"
+    words = [str(older.install(tmp_path / "env")), "-c", read]
+    done = subprocess.run(words, cwd="/", capture_output=True, text=True, timeout=60, check=False)
+    assert "99.0.0" in done.stdout, done.stderr
+
+
+def test_what_is_recorded_of_a_cluster_is_what_it_was_started_with(paths: ClusterPaths) -> None:
+    hosts = ["h1", {"host": "h2", "gpus": "auto", "user": "root"}]
+    spec = ClusterSpec.model_validate(
+        {"name": "lab", "gpus": 2, "defaults": {"user": "ada", "cpus": 2}, "hosts": hosts}
+    )
+    save_record(paths, new_record(spec, paths))
+    found = load_record(paths)
+    assert found is not None
+    assert found.spec == spec
+    assert found.spec.hosts[1].gpus == "auto"
 
 
 def test_a_record_of_before_the_reboot_is_a_stopped_cluster(paths: ClusterPaths) -> None:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
 from raylaunch.cluster.home import ClusterPaths, storage_errors, write_private
 from raylaunch.cluster.process import ProcessIdentity, is_alive
@@ -54,6 +54,11 @@ class ClientRecord(BaseModel):
     gcs: bool = False
     """Whether the tunnel leads to the GCS, Ray's own port, too: `raylaunch env --gcs`."""
     at: float = Field(default_factory=time.time)
+
+    @field_serializer("spec")
+    def _said(self, spec: ClusterSpec) -> dict[str, object]:
+        """Leave out defaults: an older raylaunch takes a record with fields that it does not know for none."""
+        return spec.said()
 
     @property
     def joined(self) -> bool:

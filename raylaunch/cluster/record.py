@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import anyio
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
 from raylaunch.cluster.home import ClusterPaths, storage_errors, write_private
 from raylaunch.cluster.ports import LOOPBACK
@@ -89,6 +89,11 @@ class ClusterRecord(BaseModel):
     controller_answered: bool = False
     """Whether this controller has answered since it was started: from then on, silence means that it hangs."""
     versions: Versions = Versions()
+
+    @field_serializer("spec")
+    def _said(self, spec: ClusterSpec) -> dict[str, object]:
+        """Leave out defaults, and what `tls` says: 0.1.0 takes a record with a spec that it does not know for none."""
+        return {field: value for field, value in spec.said().items() if field != "tls"}
 
     def with_(self, **changes: object) -> ClusterRecord:
         """Return a copy with some fields changed."""
