@@ -54,10 +54,23 @@ def run_cli(  # noqa: PLR0913 -- all but the first are named
         env: the whole environment.
         text: what it reads from stdin.
         timeout_s: after which it is killed.
+        python: an interpreter with another raylaunch, which is started then, as it is for another ``PYTHONPATH``.
 
     Raises:
         subprocess.TimeoutExpired: it was killed.
     """
+    if python != sys.executable or env.get("PYTHONPATH") != os.environ.get("PYTHONPATH"):
+        return subprocess.run(
+            [python, "-m", "raylaunch", *words],
+            cwd=cwd,
+            env=env,
+            input=text,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
     inputs, outputs, errors = os.pipe(), os.pipe(), os.pipe()
     ours, theirs = (inputs[1], outputs[0], errors[0]), (inputs[0], outputs[1], errors[1])
     try:
