@@ -333,7 +333,7 @@ class Wire:
         if theirs == str(API):
             return
         newer = (whole(theirs) or 0) > API
-        theirs = theirs if whole(theirs) else "another"
+        theirs = "another" if whole(theirs) is None else theirs
         hint = (
             f"install the controller's version here: pip install raylaunch=={version}"
             if newer
