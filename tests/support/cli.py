@@ -142,7 +142,6 @@ def _server(program: str) -> str:
         assert server.stdin is not None
         server.stdin.close()
         server.wait(10)
-        shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(end)
     return address
@@ -166,6 +165,7 @@ def _serve(program: str, listener: socket.socket) -> None:
             listener.close()
             _watch(program, client)
         client.close()
+    shutil.rmtree(Path(listener.getsockname()).parent)
 
 
 def _watch(program: str, client: socket.socket) -> NoReturn:
