@@ -18,6 +18,7 @@ from support.waiting import wait_until
 
 from raylaunch.cluster import embedded
 from raylaunch.cluster.backends import Step, backend_for
+from raylaunch.cluster.client_record import ClientRecord, save_client
 from raylaunch.cluster.gpus import choose_gpus, parse_gpus
 from raylaunch.cluster.home import ClusterPaths, secret_file, write_private
 from raylaunch.cluster.look import look
@@ -27,6 +28,7 @@ from raylaunch.cluster.ray_head import VAR_CLUSTER_ID, RayStart, clean_environme
 from raylaunch.cluster.record import ClusterRecord, Versions, load_record, new_record, save_record
 from raylaunch.cluster.sweep import of_ray
 from raylaunch.cluster.versions import check_versions
+from raylaunch.config import load_cluster_spec
 from raylaunch.errors import ClusterDownError, SpecError, VersionError
 from raylaunch.runner.training import without_ray
 from raylaunch.spec import ClusterSpec
@@ -84,6 +86,8 @@ def test_what_is_recorded_of_a_cluster_is_what_it_was_started_with(paths: Cluste
     assert found is not None
     assert found.spec == spec
     assert found.spec.hosts[1].gpus == "auto"
+    save_client(paths, ClientRecord(spec=spec))
+    assert load_cluster_spec(paths.root / "cluster.yaml") == spec
 
 
 def test_a_record_of_before_the_reboot_is_a_stopped_cluster(paths: ClusterPaths) -> None:

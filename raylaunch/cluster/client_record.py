@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -147,7 +148,7 @@ def _load(path: Path, model: type[_Model]) -> _Model | None:
 def save_client(paths: ClusterPaths, record: ClientRecord) -> ClientRecord:
     """Write ``client.json``, and the spec as a cluster file beside it; return the record."""
     write_private(client_file(paths), record.model_dump_json(indent=2))
-    spec = record.spec.model_dump_json(indent=2, exclude_defaults=True)
+    spec = json.dumps(record.spec.said(), indent=2)
     write_private(paths.root / "cluster.yaml", f"# As it was last brought up. JSON is YAML too.\n{spec}\n")
     return record
 
