@@ -51,6 +51,7 @@ lint: style ## lint, format and types
 style: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: .venv/.test ## let ruff format and fix what it can
 	$(BIN)/ruff check --fix .

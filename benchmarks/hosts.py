@@ -15,8 +15,8 @@ import pytest
 
 from benchmarks.measure import Skipped
 from raylaunch.cluster.client_record import ClientRecord, load_tunnel, save_client
-from raylaunch.cluster.home import cluster_paths, make_private_dir
-from raylaunch.spec import ClusterSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.paths import cluster_paths, make_private_dir
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from support.api import Api, serving, token_of

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from benchmarks.measure import Result, Skipped, compared, in_turns, seconds
 from benchmarks.workshop import PROGRAMS, Workshop
-from raylaunch.wire import Reachable
+from raylaunch.client.transport import Reachable
 
 _OURS = (sys.executable, "-c", "from mcp_server.server import main; main()")
 """What the program `raylaunch-mcp` runs."""

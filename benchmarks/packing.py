@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.measure import Result, compared, in_turns, seconds
 from benchmarks.workshop import Workshop
-from raylaunch.packing import pack
+from raylaunch.client.packing import pack
 
 _FILES, _FEW_FILES = 1000, 50
 _ROUNDS = 5

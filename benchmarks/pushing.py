@@ -18,10 +18,10 @@ import anyio
 from benchmarks.hosts import Host, World, lab
 from benchmarks.measure import Result, compared, in_turns, seconds
 from benchmarks.workshop import Workshop
-from raylaunch.cluster.install.host_wheels import HostWheels, Seen
-from raylaunch.cluster.install.resolving import Wheel
-from raylaunch.cluster.install.wheels import WheelStore
-from raylaunch.cluster.ssh.machine import machine
+from raylaunch.cluster.install.resolve import Wheel
+from raylaunch.cluster.install.wheel_push import HostWheels, InstalledFiles
+from raylaunch.cluster.install.wheel_store import WheelStore
+from raylaunch.ssh.host import machine
 
 _MB = 1_000_000
 # As Ray, wandb and what they need were in November 2026: a few large wheels and many small ones, 155 MB in all.
@@ -81,7 +81,7 @@ async def _push_to_all(hosts: Sequence[Host], store: WheelStore, wheels: Sequenc
 
 
 async def _push(host: Host, store: WheelStore, wheels: Sequence[Wheel]) -> None:
-    seen = Seen(wheels="/root/pushed/wheels", free_bytes=sys.maxsize)
+    seen = InstalledFiles(wheels="/root/pushed/wheels", free_bytes=sys.maxsize)
     async with machine(host.target()) as connection:
         await HostWheels(connection, store, lambda _step: None, limit_bytes_per_s=None).push(wheels, seen)
 

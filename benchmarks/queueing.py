@@ -13,22 +13,24 @@ from urllib.parse import urlencode, urlsplit
 
 from benchmarks.measure import Result, Skipped
 from benchmarks.workshop import Workshop
-from raylaunch.cluster_state import NodeView
-from raylaunch.controller.artifacts import Artifacts
-from raylaunch.controller.drains import DrainBook
-from raylaunch.controller.foreign import ForeignJobs
-from raylaunch.controller.lifecycle import Lifecycle
-from raylaunch.controller.link import Link, LinkUp, Prepared
-from raylaunch.controller.means import Leavings, Means
-from raylaunch.controller.ray_jobs import RayJobs
-from raylaunch.controller.record import JobRecord
-from raylaunch.controller.records import Records
-from raylaunch.controller.secret_store import SecretStore
+from raylaunch.client.transport import Reachable
+from raylaunch.controller.ray.bridge import PreparedAttempt, RayBridge
+from raylaunch.controller.ray.jobs_api import RayJobs
+from raylaunch.controller.ray.protocol import LinkUp
+from raylaunch.controller.scheduler.attempt_context import AttemptContext, AttemptResult
+from raylaunch.controller.scheduler.external_jobs import ExternalJobs
+from raylaunch.controller.scheduler.loop import SchedulerLoop
+from raylaunch.controller.scheduler.observed import ObservedState
 from raylaunch.controller.settings import Settings
-from raylaunch.controller.sight import Sight
-from raylaunch.spec import JobSpec, Resources, Where
-from raylaunch.state import Change, SubmitRequest
-from raylaunch.wire import Reachable
+from raylaunch.controller.store.artifacts import Artifacts
+from raylaunch.controller.store.audit import DrainStore
+from raylaunch.controller.store.jobs import Records
+from raylaunch.controller.store.record import JobRecord
+from raylaunch.controller.store.secrets import SecretStore
+from raylaunch.models.cluster import NodeView
+from raylaunch.models.job import SubmitRequest
+from raylaunch.models.job_spec import JobSpec, Resources, Where
+from raylaunch.models.states import Change
 
 _SIZES, _FEW_SIZES = (10, 100, 1_000, 10_000), (10, 100)
 _ENDS = 9
@@ -65,7 +67,7 @@ def answers(shop: Workshop) -> Iterator[Result]:
     yield Result("queue_show", _slowest(shows), "ms", f"{how} one of them.")
 
 
-class _Elsewhere(Link):
+class _Elsewhere(RayBridge):
     """A link to one node on which attempts are prepared for ever."""
 
     def __init__(self, folder: Path) -> None:
@@ -87,14 +89,14 @@ class _Elsewhere(Link):
             ),
         )
 
-    async def prepare(self, *_attempt: object, **_with: object) -> Prepared:
+    async def prepare(self, *_attempt: object, **_with: object) -> PreparedAttempt:
         """Take for ever."""
         await asyncio.Event().wait()
         raise AssertionError
 
 
 async def _one_end(folder: Path, rounds: int) -> float:
-    records, sight = Records(folder), Sight()
+    records, sight = Records(folder), ObservedState()
     settings = Settings(
         cluster="bench",
         cluster_id="bench",
@@ -105,9 +107,9 @@ async def _one_end(folder: Path, rounds: int) -> float:
         ray_token_path=folder / "none",
     )
     link, ray = _Elsewhere(folder), RayJobs(settings.dashboard_url, "none")
-    means = Means(settings, records, SecretStore(folder), link, ray, sight, _nothing_left)
-    foreign = ForeignJobs(records=records, ray=ray, link=link, sight=sight)
-    lifecycle = Lifecycle(means, Artifacts(folder), foreign, DrainBook(folder))
+    means = AttemptContext(settings, records, SecretStore(folder), link, ray, sight, _nothing_left)
+    foreign = ExternalJobs(records=records, ray=ray, link=link, sight=sight)
+    lifecycle = SchedulerLoop(means, Artifacts(folder), foreign, DrainStore(folder))
     running = asyncio.create_task(lifecycle.run())
     try:
         lifecycle.see(LinkUp(ray_version=""))
@@ -123,8 +125,8 @@ async def _one_end(folder: Path, rounds: int) -> float:
         records.close()
 
 
-async def _nothing_left(_record: JobRecord) -> Leavings:
-    return Leavings(log_tail=(), outputs=0, output_bytes=0, last_metrics={})
+async def _nothing_left(_record: JobRecord) -> AttemptResult:
+    return AttemptResult(log_tail=(), outputs=0, output_bytes=0, last_metrics={})
 
 
 async def _until_one_runs(records: Records, *, but: str) -> None:
@@ -136,7 +138,7 @@ async def _until_one_runs(records: Records, *, but: str) -> None:
     raise Skipped(msg)
 
 
-async def _pause_at_end(records: Records, sight: Sight) -> float:
+async def _pause_at_end(records: Records, sight: ObservedState) -> float:
     """Return the longest that other work on the loop waits while a job ends and the next one starts, milliseconds."""
     (ended,) = records.active()
     longest = 0.0

@@ -13,10 +13,11 @@ from urllib.parse import urlencode, urlsplit
 
 from benchmarks.measure import Result, Skipped
 from benchmarks.workshop import Workshop
-from raylaunch.controller.records import Records
-from raylaunch.spec import JobSpec
-from raylaunch.state import Change, SubmitRequest
-from raylaunch.wire import Reachable
+from raylaunch.client.transport import Reachable
+from raylaunch.controller.store.jobs import Records
+from raylaunch.models.job import SubmitRequest
+from raylaunch.models.job_spec import JobSpec
+from raylaunch.models.states import Change
 
 _JOBS, _FEW_JOBS = 10_000, 100
 _PAGE = 50

@@ -16,8 +16,8 @@ import psutil
 
 from benchmarks.measure import Result, Skipped, compared, in_turns
 from benchmarks.workshop import PROGRAMS, Cluster, Workshop, run_program
+from raylaunch.models.states import JobState
 from raylaunch.sdk import AsyncCluster
-from raylaunch.state import JobState
 
 _POINTS, _FEW_POINTS = 100_000, 2000
 _ROUNDS = 7

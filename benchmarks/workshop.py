@@ -17,7 +17,7 @@ import psutil
 from typing_extensions import Self
 
 from benchmarks.measure import Skipped
-from raylaunch.wire import Reachable
+from raylaunch.client.transport import Reachable
 
 BIN = Path(sys.executable).parent
 RAYLAUNCH = (sys.executable, "-m", "raylaunch")

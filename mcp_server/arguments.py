@@ -8,9 +8,9 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from raylaunch.config.validation import spec_error
 from raylaunch.errors import SpecError
-from raylaunch.spec_problems import spec_error
-from raylaunch.state import JobState
+from raylaunch.models.states import JobState
 
 LONGEST_WAIT_S = 50
 MOST_LINES = 1000
@@ -154,7 +154,7 @@ class DownloadModel(Arguments):
     to: Annotated[str, Field(description="local folder; by default one with the job's id")] = ""
 
 
-class ClusterStatus(Arguments):
+class ClusterStatusArguments(Arguments):
     """Arguments of ``cluster_status``."""
 
     doctor: Annotated[

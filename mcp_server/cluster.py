@@ -5,21 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 
-from mcp_server.arguments import LONGEST_WAIT_S, ClusterStatus
-from mcp_server.bounds import Json
-from mcp_server.call import Call, News
-from mcp_server.words import cluster_away, cluster_facts, findings_facts, next_for_cluster, next_without_cluster
-from raylaunch.client import Client
-from raylaunch.cluster.doctor.last_look import LastLook, hosts_to_look_at, keep_problems, last_look
+from mcp_server.arguments import LONGEST_WAIT_S, ClusterStatusArguments
+from mcp_server.context import ToolCall, ToolProgress
+from mcp_server.render import Json, cluster_away, cluster_facts, findings_facts, next_for_cluster, next_without_cluster
+from raylaunch.client.client import Client
+from raylaunch.cluster.doctor.examine import LastLook, hosts_to_look_at, keep_problems, last_look
 from raylaunch.errors import ClusterDownError, HostError
-from raylaunch.place import Place
-from raylaunch.spec import ClusterSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.operations.connect import ClusterConnection
 
 _HOST_S = LONGEST_WAIT_S - 5.0
 """Seconds for one host; all are looked at together."""
 
 
-async def cluster_status(given: ClusterStatus, call: Call) -> Json:
+async def cluster_status(given: ClusterStatusArguments, call: ToolCall) -> Json:
     """Say what the cluster is; one that does not run is an answer too. Nothing is started."""
     place = call.place()
     looking = asyncio.ensure_future(_look(place.spec, call)) if given.doctor else None
@@ -37,7 +36,7 @@ async def cluster_status(given: ClusterStatus, call: Call) -> Json:
     return {**answer, **found, "next": next_without_cluster(str(then), look)}
 
 
-async def _status(place: Place) -> Json:
+async def _status(place: ClusterConnection) -> Json:
     try:
         reach = await place.backend.reach(place.spec)
         async with Client(reach, cluster=place.spec.name, patience_s=0) as client:
@@ -54,12 +53,12 @@ async def _status(place: Place) -> Json:
     return {**cluster_facts(status, name=place.spec.name), "next": next_for_cluster(status)}
 
 
-async def _look(spec: ClusterSpec, call: Call) -> LastLook:
+async def _look(spec: ClusterSpec, call: ToolCall) -> LastLook:
     """Look at all hosts now, and say meanwhile how many are done."""
-    from raylaunch.cluster.doctor.look import examine  # noqa: PLC0415 -- seldom, and it costs 0.1 s to load
+    from raylaunch.cluster.doctor.examine import examine  # noqa: PLC0415 -- seldom, and it costs 0.1 s to load
 
     every = len(hosts_to_look_at(spec))
     done: list[str] = []
-    async with call.telling(lambda: News(len(done), every, f"looked at {len(done)} of {every} hosts")):
+    async with call.telling(lambda: ToolProgress(len(done), every, f"looked at {len(done)} of {every} hosts")):
         found = await examine(spec, on_host=lambda host, _: done.append(host), limit_s=_HOST_S)
     return keep_problems(spec, found.problems)

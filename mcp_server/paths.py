@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from raylaunch.directory import Directory
 from raylaunch.errors import SpecError
+from raylaunch.files import Directory
 
 ROOTS_VARIABLE = "RAYLAUNCH_MCP_ROOTS"
 LONGEST_FILE = 1024 * 1024

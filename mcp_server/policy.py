@@ -9,10 +9,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from mcp_server.bounds import Json, plain
-from raylaunch.cluster.home import storage_errors
+from mcp_server.render import Json, plain
+from raylaunch.client.sensitive import Allowances, allowed
 from raylaunch.errors import SpecError
-from raylaunch.sensitive import Allowed, allowed
+from raylaunch.paths import storage_errors
 
 ROLE_VARIABLE = "RAYLAUNCH_ROLE"
 ALLOW_VARIABLE = "RAYLAUNCH_ALLOW"
@@ -37,7 +37,7 @@ def may_write(environ: Mapping[str, str]) -> bool:
     return role != _READS
 
 
-def may_send(environ: Mapping[str, str]) -> Allowed:
+def may_send(environ: Mapping[str, str]) -> Allowances:
     """Return which files that look like secrets may be sent, and how large an upload may be.
 
     A person says so when they configure the server; no argument of a tool does, because an agent may be misled. Paths

@@ -19,16 +19,15 @@ from mcp.server import Server, ServerRequestContext
 from mcp.server.stdio import stdio_server
 from mcp.types import CallToolRequestParams, CallToolResult, ListToolsResult, PaginatedRequestParams, TextContent
 
-from mcp_server.bounds import Json, plain
-from mcp_server.call import Call, News
+from mcp_server.context import ToolCall, ToolProgress
 from mcp_server.paths import ROOTS_VARIABLE, Roots, roots_of
 from mcp_server.policy import Audit, may_send, may_write
+from mcp_server.render import Json, plain, refusal
 from mcp_server.tools import Tool, offered
-from mcp_server.words import refusal
-from raylaunch.cluster.home import raylaunch_home
+from raylaunch.client.sensitive import NO_MORE, Allowances
 from raylaunch.errors import RaylaunchError, StorageError
-from raylaunch.log_view import CleanFormatter, clean, clean_lines
-from raylaunch.sensitive import NO_MORE, Allowed
+from raylaunch.models.safe_text import CleanFormatter, clean, clean_lines
+from raylaunch.paths import raylaunch_home
 from raylaunch.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ with ':' between them).
 """
 
 
-class Desk:
+class ToolHandlers:
     """Answers for the tools.
 
     Args:
@@ -74,7 +73,7 @@ class Desk:
         *,
         heals: bool,
         roots: Roots,
-        allow: Allowed = NO_MORE,
+        allow: Allowances = NO_MORE,
     ) -> None:
         self._allow = allow
         self._tools = tools
@@ -94,10 +93,10 @@ class Desk:
         if tool is None:
             return _refused(f"Unknown tool: {params.name[:100]}")
 
-        async def tell(news: News) -> None:
+        async def tell(news: ToolProgress) -> None:
             await context.session.report_progress(news.done, news.total, news.message)
 
-        call = Call(heals=self._heals, tell=tell, roots=self._roots, allow=self._allow)
+        call = ToolCall(heals=self._heals, tell=tell, roots=self._roots, allow=self._allow)
         try:
             answer = await self._answer(tool, params.arguments or {}, call)
         except RaylaunchError as error:
@@ -112,7 +111,7 @@ class Desk:
         text = json.dumps(structured, ensure_ascii=False)
         return CallToolResult(content=[TextContent(type="text", text=text)], structured_content=structured)
 
-    async def _answer(self, tool: Tool[Any], arguments: Mapping[str, object], call: Call) -> Json:
+    async def _answer(self, tool: Tool[Any], arguments: Mapping[str, object], call: ToolCall) -> Json:
         if not tool.writes_with(arguments):
             return await tool(arguments, call)
         mark = self._audit.asked(tool.name, arguments)
@@ -142,7 +141,9 @@ def server(environ: Mapping[str, str] = os.environ) -> Server[dict[str, Any]]:
     """
     writes = may_write(environ)
     roots, allow = roots_of(environ, Path.cwd()), may_send(environ)
-    desk = Desk(offered(may_write=writes), Audit(raylaunch_home(environ)), heals=writes, roots=roots, allow=allow)
+    desk = ToolHandlers(
+        offered(may_write=writes), Audit(raylaunch_home(environ)), heals=writes, roots=roots, allow=allow
+    )
     return Server(
         "raylaunch",
         title="raylaunch",

@@ -11,12 +11,11 @@ from mcp.types import ToolAnnotations
 
 from mcp_server import arguments
 from mcp_server.arguments import Given
-from mcp_server.bounds import Json
-from mcp_server.call import Call
 from mcp_server.cluster import cluster_status
-from mcp_server.leavings import download_model, job_logs
-from mcp_server.training import stop_job, train_job
-from mcp_server.watching import list_jobs, monitor_job
+from mcp_server.context import ToolCall
+from mcp_server.jobs import list_jobs, monitor_job, stop_job, train_job
+from mcp_server.render import Json
+from mcp_server.results import download_model, job_logs
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Tool(Generic[Given]):
     """One tool. `answers` are the keys of its result beside `next`."""
 
     takes: type[Given]
-    run: Callable[[Given, Call], Awaitable[Json]]
+    run: Callable[[Given, ToolCall], Awaitable[Json]]
     title: str
     description: str
     answers: Mapping[str, str]
@@ -42,7 +41,7 @@ class Tool(Generic[Given]):
         """Return whether a call with these arguments changes anything."""
         return self.writes and given.get("dry_run") is not True
 
-    async def __call__(self, given: Mapping[str, object], call: Call) -> Json:
+    async def __call__(self, given: Mapping[str, object], call: ToolCall) -> Json:
         """Read the arguments and run.
 
         Raises:
@@ -136,7 +135,7 @@ TOOLS = (
         writes=True,
     ),
     Tool(
-        takes=arguments.ClusterStatus,
+        takes=arguments.ClusterStatusArguments,
         run=cluster_status,
         title="Show the cluster",
         description=(

@@ -13,20 +13,26 @@ from raylaunch.version import __version__
 if TYPE_CHECKING:
     from raylaunch.errors import JobFailedError, RaylaunchError
     from raylaunch.job import context, report
+    from raylaunch.models.cluster_spec import ClusterSpec
+    from raylaunch.models.fields import Environment
+    from raylaunch.models.job_spec import JobSpec, Resources, Tracking, Where
+    from raylaunch.models.states import JobState
     from raylaunch.sdk import AsyncCluster, AsyncJob, Cluster, Job, aconnect, connect
-    from raylaunch.spec import ClusterSpec, JobSpec
-    from raylaunch.state import JobState
 
 _HOMES = {
     "AsyncCluster": "raylaunch.sdk",
     "AsyncJob": "raylaunch.sdk",
     "Cluster": "raylaunch.sdk",
-    "ClusterSpec": "raylaunch.spec",
+    "ClusterSpec": "raylaunch.models.cluster_spec",
+    "Environment": "raylaunch.models.fields",
     "Job": "raylaunch.sdk",
     "JobFailedError": "raylaunch.errors",
-    "JobSpec": "raylaunch.spec",
-    "JobState": "raylaunch.state",
+    "JobSpec": "raylaunch.models.job_spec",
+    "JobState": "raylaunch.models.states",
     "RaylaunchError": "raylaunch.errors",
+    "Resources": "raylaunch.models.job_spec",
+    "Tracking": "raylaunch.models.job_spec",
+    "Where": "raylaunch.models.job_spec",
     "aconnect": "raylaunch.sdk",
     "connect": "raylaunch.sdk",
     "context": "raylaunch.job",
@@ -38,11 +44,15 @@ __all__ = [
     "AsyncJob",
     "Cluster",
     "ClusterSpec",
+    "Environment",
     "Job",
     "JobFailedError",
     "JobSpec",
     "JobState",
     "RaylaunchError",
+    "Resources",
+    "Tracking",
+    "Where",
     "__version__",
     "aconnect",
     "connect",

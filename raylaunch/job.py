@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import SupportsFloat
 
-from raylaunch.runner import contract
+from raylaunch import contract
 
 Number = SupportsFloat
 """Anything that `float` accepts: an int, a float, a numpy scalar, a tensor with one element."""

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.controller.artifacts import Artifacts, Left
+from raylaunch.controller.store.artifacts import Artifacts, Left
 from raylaunch.errors import NotFoundError
-from raylaunch.state import JobState
+from raylaunch.models.states import JobState
 
 JOB = "digits-abcdef"
 

@@ -20,11 +20,12 @@ from support.cli import run_cli
 from support.waiting import wait_until
 
 from raylaunch.cli.app import LazyGroup, raylaunch
-from raylaunch.cluster.home import cluster_paths, make_cluster_dirs, write_private
-from raylaunch.cluster.process import identify
+from raylaunch.cluster.processes import identify
 from raylaunch.cluster.record import new_record, save_record
-from raylaunch.spec import ClusterSpec
-from raylaunch.state import AttemptView, Change
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.job import AttemptView
+from raylaunch.models.states import Change
+from raylaunch.paths import cluster_paths, make_cluster_dirs, write_private
 
 COMMANDS = sorted(LazyGroup().list_commands(click.Context(raylaunch)))
 
@@ -113,7 +114,7 @@ def test_the_help_lists_every_command_without_loading_them(home: Path) -> None:
     )
     assert all(f"  {command} " in done.stdout for command in COMMANDS)
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert not loaded & {"raylaunch.client", "raylaunch.cli.run", "httpx2", "rich", "ray", "wandb"}
+    assert not loaded & {"raylaunch.client.client", "raylaunch.cli.run", "httpx2", "rich", "ray", "wandb"}
 
 
 def test_listing_loads_nothing_that_only_a_submission_needs(home: Path) -> None:
@@ -126,7 +127,7 @@ def test_listing_loads_nothing_that_only_a_submission_needs(home: Path) -> None:
         check=False,
     )
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "raylaunch.client" in loaded
+    assert "raylaunch.client.client" in loaded
     assert not loaded & {"ray", "wandb", "asyncssh", "fastapi", "rich", "pathspec", "tarfile", "raylaunch.cli.run"}
 
 

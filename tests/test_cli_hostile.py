@@ -32,20 +32,17 @@ from raylaunch.cli.console import (
     styled,
 )
 from raylaunch.cli.doctor import doctor_lines
-from raylaunch.cli.follow import say_end
 from raylaunch.cli.hosts import say_removed
-from raylaunch.cli.job_words import dry_run_words, pack_words
-from raylaunch.cluster.backends import Step
-from raylaunch.cluster.doctor.look import Findings
-from raylaunch.cluster.home import cluster_paths, make_cluster_dirs, write_private
-from raylaunch.cluster.plan import DownReport, Ended, Plan
-from raylaunch.cluster.process import identify
+from raylaunch.cli.job_format import dry_run_words, pack_words
+from raylaunch.cli.logs import say_end
+from raylaunch.cluster.doctor.examine import Findings
+from raylaunch.cluster.processes import identify
 from raylaunch.cluster.record import new_record, save_record
-from raylaunch.cluster_state import ClusterPython, ClusterStatus, HostJobs, Invitation, RayAccess, TokenView
+from raylaunch.cluster.types import DownReport, Ended, Plan, Step
 from raylaunch.errors import RaylaunchError
-from raylaunch.log_view import CleanFormatter
-from raylaunch.spec import ClusterSpec
-from raylaunch.state import (
+from raylaunch.models.cluster import ClusterPython, ClusterStatus, HostJobs, Invitation, RayAccess, TokenView
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.job import (
     Artifact,
     DryRun,
     EventPage,
@@ -57,6 +54,8 @@ from raylaunch.state import (
     SubmitAnswer,
     UsagePage,
 )
+from raylaunch.models.safe_text import CleanFormatter
+from raylaunch.paths import cluster_paths, make_cluster_dirs, write_private
 
 _JOB = "digits-k3f9qa"
 

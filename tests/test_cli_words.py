@@ -8,16 +8,16 @@ import pytest
 
 from raylaunch.cli.cluster import export_lines, status_lines
 from raylaunch.cli.console import count, size, span, table
-from raylaunch.cli.job_flags import flags_of
-from raylaunch.cli.job_words import describe, exit_status, final_facts, jobs_table, metrics_words, pack_words
+from raylaunch.cli.job_format import describe, exit_status, final_facts, jobs_table, metrics_words, pack_words
 from raylaunch.cli.jobs import since_time
-from raylaunch.cli.plot import chart
-from raylaunch.cluster_state import ClusterStatus, ProcessView, RayAccess
-from raylaunch.config import Flag, job_spec_from_flags
+from raylaunch.cli.metrics import chart
+from raylaunch.cli.run import flags_of
+from raylaunch.config.load import Flag, job_spec_from_flags
 from raylaunch.errors import SpecError
-from raylaunch.log_view import LINE_LIMIT, LogView, clean
-from raylaunch.reasons import Reason
-from raylaunch.state import AttemptView, FileFact, JobState, JobView, MetricPoint, MetricSeries, PackReport
+from raylaunch.models.cluster import ClusterStatus, ProcessView, RayAccess
+from raylaunch.models.job import AttemptView, FileFact, JobView, MetricPoint, MetricSeries, PackReport
+from raylaunch.models.safe_text import LINE_LIMIT, LogView, clean
+from raylaunch.models.states import JobState, Reason
 
 NOW = 1_800_000_000.0
 

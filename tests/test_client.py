@@ -17,8 +17,11 @@ import pytest
 from support.api import Api
 from support.client_use import ask, ended, submitted
 
-from raylaunch.client import Client, with_wandb
-from raylaunch.cluster.plan import Reach
+from raylaunch.client.client import Client
+from raylaunch.client.packing import pack
+from raylaunch.client.submission import with_wandb
+from raylaunch.client.transfer import CHUNK
+from raylaunch.cluster.types import Reach
 from raylaunch.errors import (
     AccessError,
     ClusterDownError,
@@ -28,10 +31,9 @@ from raylaunch.errors import (
     SpecError,
     VersionError,
 )
-from raylaunch.packing import pack
-from raylaunch.spec import JobSpec, Tracking
-from raylaunch.state import Change, DryRun, JobState, JobView, SubmitAnswer
-from raylaunch.transfer import CHUNK
+from raylaunch.models.job import DryRun, JobView, SubmitAnswer
+from raylaunch.models.job_spec import JobSpec, Tracking
+from raylaunch.models.states import Change, JobState
 from raylaunch.version import API, __version__
 
 

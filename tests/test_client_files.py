@@ -15,11 +15,13 @@ from support.any_head import any_head
 from support.api import Api
 from support.client_use import ask, submitted, write
 
-from raylaunch.client import Client, IncompleteDownloadError
-from raylaunch.cluster.plan import Reach
+from raylaunch.client.client import Client
+from raylaunch.client.downloads import IncompleteDownloadError
+from raylaunch.cluster.types import Reach
 from raylaunch.errors import ConflictError, NotFoundError, StorageError, TransferError
-from raylaunch.spec import JobSpec
-from raylaunch.state import JobState, JobView
+from raylaunch.models.job import JobView
+from raylaunch.models.job_spec import JobSpec
+from raylaunch.models.states import JobState
 
 
 def test_outputs_are_downloaded_under_their_own_names_and_verified(api: Api, tmp_path: Path) -> None:

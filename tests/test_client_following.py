@@ -11,9 +11,10 @@ from support.api import Api, serving
 from support.client_use import admitted, ask, ended, submitted, write
 from support.waiting import wait_until
 
-from raylaunch.client import Client
-from raylaunch.cluster.plan import Reach
-from raylaunch.state import AttemptView, Change, JobState, JobView
+from raylaunch.client.client import Client
+from raylaunch.cluster.types import Reach
+from raylaunch.models.job import AttemptView, JobView
+from raylaunch.models.states import Change, JobState
 
 
 def test_waiting_returns_when_the_job_ends(api: Api) -> None:

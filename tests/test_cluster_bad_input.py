@@ -10,7 +10,7 @@ import psutil
 import pytest
 from support.cluster import Cluster, Result
 
-from raylaunch.cluster.ray_head import installed_ray
+from raylaunch.cluster.local.ray_head import installed_ray
 
 pytestmark = pytest.mark.ray
 

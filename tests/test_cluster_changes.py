@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from support.cluster import ROOT, Cluster, running_cluster
 
-from raylaunch.reasons import Reason
-from raylaunch.state import JobState
+from raylaunch.models.states import JobState, Reason
 from raylaunch.version import __version__
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]

@@ -9,7 +9,7 @@ from support.background import Command, started
 from support.cluster import Cluster
 from support.waiting import wait_until
 
-from raylaunch.state import JobState
+from raylaunch.models.states import JobState
 
 pytestmark = pytest.mark.ray
 

@@ -25,15 +25,15 @@ from support.disasters import KILLS, LEDGER, TALKS, Book, at_random_moments, kil
 from support.plain_ray import plain_python, started_plain, submit_plain
 from support.waiting import wait_until
 
-from raylaunch.client import Client
-from raylaunch.cluster.controller_program import controller_argv, controller_environment
-from raylaunch.cluster.process import ProcessIdentity, identify, is_alive
+from raylaunch.client.client import Client
+from raylaunch.cluster.local.controller_process import controller_argv, controller_environment
+from raylaunch.cluster.local.process_sweep import of_controller, of_ray
+from raylaunch.cluster.processes import ProcessIdentity, identify, is_alive
 from raylaunch.cluster.record import save_record
-from raylaunch.cluster.sweep import of_controller, of_ray
 from raylaunch.errors import RaylaunchError
-from raylaunch.reasons import Reason
-from raylaunch.spec import JobSpec
-from raylaunch.state import JobState, JobView
+from raylaunch.models.job import JobView
+from raylaunch.models.job_spec import JobSpec
+from raylaunch.models.states import JobState, Reason
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 FIRST_WAITS = LEDGER + (

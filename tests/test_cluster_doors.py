@@ -9,8 +9,8 @@ from support.plain_ray import listed_ids
 from support.tokens import people
 from support.waiting import wait_until
 
-from raylaunch.reasons import Reason
-from raylaunch.state import JobState, JobView
+from raylaunch.models.job import JobView
+from raylaunch.models.states import JobState, Reason
 
 pytestmark = pytest.mark.ray
 

@@ -13,7 +13,8 @@ from support.cluster import Cluster
 from support.index import index, tiny_wheel
 from support.sshd import free_port
 
-from raylaunch.state import JobState, JobView
+from raylaunch.models.job import JobView
+from raylaunch.models.states import JobState
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

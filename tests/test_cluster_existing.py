@@ -14,7 +14,7 @@ from support.beside_ray import BesideRay, beside_ray
 from support.cluster import UP_S, Cluster
 from support.waiting import wait_until
 
-from raylaunch.state import JobState
+from raylaunch.models.states import JobState
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 

@@ -12,8 +12,8 @@ from support.disasters import TALKS
 from support.disks import fill, small_disk
 from support.waiting import wait_until
 
-from raylaunch.cluster.sweep import of_controller, of_ray
-from raylaunch.state import JobState
+from raylaunch.cluster.local.process_sweep import of_controller, of_ray
+from raylaunch.models.states import JobState
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 

@@ -14,19 +14,12 @@ from pathlib import Path
 import anyio
 import pytest
 
-from raylaunch.cluster.controller_program import admit
-from raylaunch.cluster.home import (
-    ClusterPaths,
-    cluster_paths,
-    make_cluster_dirs,
-    make_store,
-    secret_file,
-    write_private,
-)
-from raylaunch.cluster.process import identify
+from raylaunch.cluster.local.controller_process import admit
+from raylaunch.cluster.processes import identify
 from raylaunch.cluster.record import cluster_lock, keep_unreadable_aside, load_record, new_record, save_record
 from raylaunch.errors import ConflictError, StorageError
-from raylaunch.spec import ClusterSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.paths import ClusterPaths, cluster_paths, make_cluster_dirs, make_store, secret_file, write_private
 
 SPEC = ClusterSpec(gpus=2)
 NOBODY = 65534

@@ -11,8 +11,7 @@ import pytest
 from support.cluster import Cluster
 from support.waiting import wait_until
 
-from raylaunch.reasons import Reason
-from raylaunch.state import JobState
+from raylaunch.models.states import JobState, Reason
 
 pytestmark = pytest.mark.ray
 

@@ -13,7 +13,7 @@ from support.background import MB, Command, memory_of, started
 from support.cluster import Cluster
 from support.waiting import wait_until
 
-from raylaunch.state import JobState
+from raylaunch.models.states import JobState
 
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")]
 

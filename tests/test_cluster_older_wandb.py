@@ -9,7 +9,7 @@ import pytest
 from support.cluster import Cluster
 from support.wandb_server import WandbServer
 
-from raylaunch.state import JobState
+from raylaunch.models.states import JobState
 
 pytestmark = [pytest.mark.ray, pytest.mark.wandb, pytest.mark.long]
 

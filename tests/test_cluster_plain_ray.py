@@ -21,9 +21,8 @@ from support.waiting import wait_until
 
 import raylaunch
 from raylaunch.errors import AccessError, ConflictError, JobFailedError
-from raylaunch.reasons import Reason
+from raylaunch.models.states import JobState, Reason
 from raylaunch.sdk.job import Job
-from raylaunch.state import JobState
 
 pytestmark = pytest.mark.ray
 
@@ -129,7 +128,7 @@ def test_where_the_link_hangs_rays_own_api_gives_the_log(cluster: Cluster, waiti
     link = next(
         process
         for process in cluster.processes()
-        if any("raylaunch.controller.ray_link" in word for word in argv(process))
+        if any("raylaunch.controller.ray.process" in word for word in argv(process))
     )
     link.send_signal(signal.SIGSTOP)
     try:

@@ -20,9 +20,8 @@ from support.cluster import ROOT, Cluster
 from support.waiting import wait_until
 from support.wandb_server import WandbServer
 
-from raylaunch.reasons import Reason
-from raylaunch.state import JobState
-from raylaunch.tracking.run_file import Exit, RunFile, RunInfo
+from raylaunch.models.states import JobState, Reason
+from raylaunch.tracking.run_file import RunExit, RunFile, RunInfo
 
 pytestmark = [
     pytest.mark.ray,
@@ -315,7 +314,7 @@ def test_what_ray_train_reports_can_be_read_at_once_and_a_stop_ends_its_run(
     assert points == [(step, step) for step in range(len(points))]
     assert "left over" not in cluster.job(job).message
     items = RunFile(run_files(cluster, job)[own_run(cluster, job)]).read_new()
-    assert [item.code for item in items if isinstance(item, Exit)] == [143]
+    assert [item.code for item in items if isinstance(item, RunExit)] == [143]
     nothing_is_left(cluster, job)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raylaunch.cluster.controller_program import write_config
-from raylaunch.cluster.home import cluster_paths, make_cluster_dirs
+from raylaunch.cluster.local.controller_process import write_config
 from raylaunch.cluster.record import new_record
-from raylaunch.controller.attempt_spec import attempt_spec
+from raylaunch.controller.scheduler.attempt_context import attempt_spec
 from raylaunch.controller.settings import Settings
-from raylaunch.spec import ClusterSpec, JobSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.job_spec import JobSpec
+from raylaunch.paths import cluster_paths, make_cluster_dirs
 
 
 def test_the_clusters_secrets_are_those_of_every_job_beside_its_own(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 from support.cluster import Cluster
 from support.waiting import wait_until
 
-from raylaunch.state import JobState
+from raylaunch.models.states import JobState
 
 pytestmark = pytest.mark.ray
 

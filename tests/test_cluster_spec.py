@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from raylaunch.config import load_cluster_spec
+from raylaunch.config.load import load_cluster_spec
 from raylaunch.errors import SpecError
-from raylaunch.spec import ClusterSpec, Environment, HostDefaults, HostSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.fields import Environment
+from raylaunch.models.host_spec import HostDefaults, HostSpec
 
 Written = Callable[[str], ClusterSpec]
 

@@ -17,8 +17,8 @@ from support.cluster import Cluster
 from support.waiting import wait_until
 from support.wandb_server import WandbServer
 
-from raylaunch.reasons import Reason
-from raylaunch.state import JobState, JobView, MetricPoint
+from raylaunch.models.job import JobView, MetricPoint
+from raylaunch.models.states import JobState, Reason
 
 pytestmark = [
     pytest.mark.ray,

@@ -11,8 +11,9 @@ import pytest
 from support import older
 from support.cluster import UP_S, Cluster, argv, unstarted_cluster
 
-from raylaunch.client import Client
-from raylaunch.state import JobState, JobView
+from raylaunch.client.client import Client
+from raylaunch.models.job import JobView
+from raylaunch.models.states import JobState
 from raylaunch.version import __version__
 
 pytestmark = [pytest.mark.ray, pytest.mark.wandb, pytest.mark.long, pytest.mark.timeout(420)]

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from raylaunch.config import Flag, find_cluster_file, job_spec_from_flags, load_cluster_spec, load_job_spec
-from raylaunch.controller.queue import needs
+from raylaunch.config.load import Flag, find_cluster_file, job_spec_from_flags, load_cluster_spec, load_job_spec
+from raylaunch.controller.store.backlog import needs
 from raylaunch.errors import SpecError
-from raylaunch.spec import ClusterSpec, JobSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.job_spec import JobSpec
 
 Here = Callable[[str, str], Path]
 

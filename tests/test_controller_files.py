@@ -14,8 +14,8 @@ import pytest
 from support.api import Api, serving, token_of
 from support.api_use import error, start, submit, write
 
-from raylaunch.controller.secret_store import SecretStore
-from raylaunch.state import Artifact, MetricsPage, UsagePage
+from raylaunch.controller.store.secrets import SecretStore
+from raylaunch.models.job import Artifact, MetricsPage, UsagePage
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from support.api import Api, serving, token_of
 from support.api_use import end, error, later, listening, start, submit, write
 from support.waiting import wait_until
 
-from raylaunch.state import Change, EventPage, LogMatches
+from raylaunch.models.job import EventPage, LogMatches
+from raylaunch.models.states import Change
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from support.api import Api, serving, write_tokens
 from support.api_use import error, start, submit, write
 from support.waiting import wait_until
 
-from raylaunch.state import Change, JobPage, JobView
+from raylaunch.models.job import JobPage, JobView
+from raylaunch.models.states import Change
 from raylaunch.version import __version__
 
 

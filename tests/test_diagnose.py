@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from raylaunch.controller.diagnose import MAX_FREE_RETRIES, Evidence, after_drain, diagnose, retry_follows
-from raylaunch.reasons import Reason
-from raylaunch.runner.contract import Ended, Exit
-from raylaunch.state import Change
+from raylaunch.contract import Ended, Exit
+from raylaunch.controller.scheduler.diagnose import MAX_FREE_RETRIES, Evidence, after_drain, diagnose, retry_follows
+from raylaunch.models.states import Change, Reason
 
 
 def left(ended: Ended, code: int | None = None, signal: str = "", **more: object) -> Exit:

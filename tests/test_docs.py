@@ -15,7 +15,8 @@ from support import pages
 from support.cluster import ROOT
 
 from raylaunch.cli.app import raylaunch
-from raylaunch.spec import ClusterSpec, JobSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.job_spec import JobSpec
 
 LINK = re.compile(r"\]\((?!https?://|mailto:)([^)\s]*)\)")
 OF_A_CLUSTER = frozenset({"kind", "hosts", "defaults", "bind"})

@@ -14,10 +14,10 @@ import yaml
 from support.cluster import ROOT
 
 import raylaunch
-from raylaunch.cluster_spec import ClusterSpec
-from raylaunch.reasons import Reason
-from raylaunch.spec import JobSpec
-from raylaunch.spec_parts import ENVIRONMENTS, KEYS, Environment
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.fields import ENVIRONMENTS, KEYS, Environment
+from raylaunch.models.job_spec import JobSpec
+from raylaunch.models.states import Reason
 from tools.reference import source, specs
 from tools.reference.pages import MEND, pages
 from tools.reference.python import classes, functions, shown

@@ -17,7 +17,7 @@ from support.sshd import Sshd, free_port, sshd
 from support.trust import trusted
 
 from raylaunch.cli.doctor import doctor_lines
-from raylaunch.cluster.doctor.look import Findings
+from raylaunch.cluster.doctor.examine import Findings
 from raylaunch.cluster.doctor.problem import Problem, blocking, warning
 
 NO_PIP = str(Path(__file__).parent / "data/no_pip")

@@ -24,7 +24,7 @@ from support.fittings import (
 from support.hosts import World, world
 from support.trust import trusted
 
-from raylaunch.cluster.doctor.look import Findings
+from raylaunch.cluster.doctor.examine import Findings
 
 pytestmark = [pytest.mark.machines, pytest.mark.long, pytest.mark.timeout(300)]
 

@@ -16,22 +16,22 @@ from support import older
 from support.standing import Start
 from support.waiting import wait_until
 
-from raylaunch.cluster import embedded
-from raylaunch.cluster.backends import Step, backend_for
 from raylaunch.cluster.client_record import ClientRecord, save_client
-from raylaunch.cluster.gpus import choose_gpus, parse_gpus
-from raylaunch.cluster.home import ClusterPaths, secret_file, write_private
-from raylaunch.cluster.look import look
+from raylaunch.cluster.local import backend
+from raylaunch.cluster.local.gpus import choose_gpus, parse_gpus
+from raylaunch.cluster.local.inspect import check_versions, look
+from raylaunch.cluster.local.process_sweep import of_ray
+from raylaunch.cluster.local.ray_head import RayStart, clean_environment, whole_cpus
 from raylaunch.cluster.ports import RAY_PORTS
-from raylaunch.cluster.process import identify, is_alive
-from raylaunch.cluster.ray_head import VAR_CLUSTER_ID, RayStart, clean_environment, whole_cpus
-from raylaunch.cluster.record import ClusterRecord, Versions, load_record, new_record, save_record
-from raylaunch.cluster.sweep import of_ray
-from raylaunch.cluster.versions import check_versions
-from raylaunch.config import load_cluster_spec
+from raylaunch.cluster.processes import VAR_CLUSTER_ID, identify, is_alive
+from raylaunch.cluster.record import ClusterRecord, ClusterVersions, load_record, new_record, save_record
+from raylaunch.cluster.types import Step
+from raylaunch.config.load import load_cluster_spec
 from raylaunch.errors import ClusterDownError, SpecError, VersionError
-from raylaunch.runner.training import without_ray
-from raylaunch.spec import ClusterSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.operations.connect import backend_for
+from raylaunch.paths import ClusterPaths, secret_file, write_private
+from raylaunch.runner.command import without_ray
 
 SPEC = ClusterSpec(gpus=2)
 ROWS = "0, GPU-aaaa1111, NVIDIA H100, 81559, 0, 0\n1, GPU-bbbb2222, NVIDIA H100, 81559, 0, 0"
@@ -45,11 +45,11 @@ def ignore(_step: Step) -> None:
 
 
 def test_the_backend_of_a_local_cluster_is_the_embedded_one() -> None:
-    assert backend_for(SPEC) is embedded
+    assert backend_for(SPEC) is backend
 
 
 def test_a_cluster_that_was_never_started_is_stopped(home: Path) -> None:
-    status = anyio.run(embedded.status, "local")
+    status = anyio.run(backend.status, "local")
     assert status.state == "stopped"
     assert list(home.iterdir()) == []
 
@@ -57,19 +57,19 @@ def test_a_cluster_that_was_never_started_is_stopped(home: Path) -> None:
 def test_reaching_a_cluster_that_does_not_run_says_how_to_start_it(home: Path) -> None:
     assert home.is_dir()
     with pytest.raises(ClusterDownError) as caught:
-        anyio.run(embedded.reach, "local")
+        anyio.run(backend.reach, "local")
     assert str(caught.value) == "cluster local does not run on this machine\n  → start it: raylaunch up"
 
 
 def test_down_on_a_cluster_that_does_not_run_succeeds_and_says_so(paths: ClusterPaths) -> None:
-    report = anyio.run(embedded.down, "local")
+    report = anyio.run(backend.down, "local")
     assert not report.was_running
     assert str(report) == f"cluster local was not running; jobs, logs and outputs stay in {paths.default_store}"
 
 
 def test_what_is_recorded_of_a_cluster_is_understood_by_0_1_0(paths: ClusterPaths, tmp_path: Path) -> None:
     spec = SPEC.model_copy(update={"tls": True})  # as a host of several is told
-    save_record(paths, new_record(spec, paths).with_(tls=True, versions=Versions(raylaunch="99.0.0")))
+    save_record(paths, new_record(spec, paths).with_(tls=True, versions=ClusterVersions(raylaunch="99.0.0")))
     read = "from raylaunch.cluster import home, record; print(record.load_record(home.cluster_paths('local')).versions)"
     words = [str(older.install(tmp_path / "env")), "-c", read]
     done = subprocess.run(words, cwd="/", capture_output=True, text=True, timeout=60, check=False)
@@ -95,7 +95,7 @@ def test_a_record_of_before_the_reboot_is_a_stopped_cluster(paths: ClusterPaths)
     assert me is not None
     old = me.model_copy(update={"boot_id": "before"})
     save_record(paths, new_record(SPEC, paths).with_(wanted="running", ray=old, controller=old))
-    assert anyio.run(embedded.status, "local").state == "stopped"
+    assert anyio.run(backend.status, "local").state == "stopped"
 
 
 def test_a_dead_controller_beside_a_living_ray_is_a_degraded_cluster_in_words(
@@ -105,7 +105,7 @@ def test_a_dead_controller_beside_a_living_ray_is_a_degraded_cluster_in_words(
     dead = ray.model_copy(update={"ticks": ray.ticks + 1, "pid": 4711})
     ports = {"controller": 25990, "dashboard": 25991}
     save_record(paths, new_record(SPEC, paths).with_(wanted="running", ray=ray, controller=dead, ports=ports))
-    status = anyio.run(embedded.status, "local")
+    status = anyio.run(backend.status, "local")
     assert status.state == "degraded"
     assert status.problems == ("the controller (pid 4711) is dead",)
     assert status.ray is not None
@@ -123,18 +123,18 @@ def test_down_ends_what_the_record_names_and_all_that_carry_the_clusters_mark_an
     controller = start(RAYLAUNCH_CONTROLLER_OF=record.cluster_id)
     other = start(**{VAR_CLUSTER_ID: "another"})
     save_record(paths, record.with_(wanted="running", ray=ray, controller=controller, ports={"controller": 25990}))
-    report = anyio.run(embedded.down, "local")
+    report = anyio.run(backend.down, "local")
     assert {one.pid for one in report.ended} == {ray.pid, strayed.pid, training.pid, controller.pid}
     assert {one.what for one in report.ended if one.pid == ray.pid} == {"Ray"}  # a worker's is no head
     assert is_alive(other)
     assert not any(is_alive(one) for one in (ray, strayed, training, controller))
-    assert anyio.run(embedded.status, "local").state == "stopped"
+    assert anyio.run(backend.status, "local").state == "stopped"
 
 
 def test_what_a_cluster_left_behind_is_found_when_its_record_is_gone(paths: ClusterPaths, start: Start) -> None:
     write_private(paths.controller_config, json.dumps({"cluster_id": "c0ffee"}))
     left = start(**{VAR_CLUSTER_ID: "c0ffee"})
-    report = anyio.run(embedded.down, "local")
+    report = anyio.run(backend.down, "local")
     assert [one.pid for one in report.ended] == [left.pid]
 
 
@@ -150,7 +150,7 @@ def test_the_session_of_a_dead_head_is_found_by_its_processes_titles(paths: Clus
 
 
 def test_a_plan_says_what_would_be_started_and_makes_nothing(home: Path) -> None:
-    text = str(anyio.run(embedded.plan, SPEC))
+    text = str(anyio.run(backend.plan, SPEC))
     assert text.startswith("cluster local: would start\n  + Ray 2.60.")
     assert "with all CPU cores and 2 logical GPUs, loopback only" in text
     assert "\n  + the controller, on a free port, log " in text
@@ -223,7 +223,10 @@ def test_rays_arguments_hold_no_secret(paths: ClusterPaths) -> None:
 
 def running_with(paths: ClusterPaths, start: Start, **versions: str) -> ClusterRecord:
     record = new_record(SPEC, paths).with_(
-        wanted="running", ray=start(), ports={"controller": 25990, "dashboard": 25991}, versions=Versions(**versions)
+        wanted="running",
+        ray=start(),
+        ports={"controller": 25990, "dashboard": 25991},
+        versions=ClusterVersions(**versions),
     )
     return save_record(paths, record)
 
@@ -231,7 +234,7 @@ def running_with(paths: ClusterPaths, start: Start, **versions: str) -> ClusterR
 def test_a_cluster_that_runs_another_ray_is_refused_with_what_to_do(paths: ClusterPaths, start: Start) -> None:
     running_with(paths, start, ray="2.59.1", raylaunch="0.1.0")
     with pytest.raises(VersionError) as caught:
-        anyio.run(partial(embedded.up, SPEC, on_step=ignore))
+        anyio.run(partial(backend.up, SPEC, on_step=ignore))
     assert caught.value.message.startswith("cluster local runs Ray 2.59.1, and Ray 2.60.")
     assert caught.value.hint == (
         "raylaunch up --upgrade: when no job runs any more, it starts the cluster anew with this Ray"
@@ -249,9 +252,10 @@ def test_an_installed_ray_that_does_not_fit_is_said_with_the_command_that_helps(
     facts = tmp_path / "ray-2.9.3.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: ray\nVersion: 2.9.3\n")
-    program = "import anyio; from raylaunch.cluster import embedded; from raylaunch.spec import ClusterSpec\n"
+    program = "import anyio; from raylaunch.cluster.local import backend\n"
+    program += "from raylaunch.models.cluster_spec import ClusterSpec\n"
     program += "from raylaunch.errors import VersionError\n"
-    program += "try: anyio.run(embedded.plan, ClusterSpec())\nexcept VersionError as error: print(error)"
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(embedded.__file__).parents[2]}", "RAYLAUNCH_HOME": str(home)}
+    program += "try: anyio.run(backend.plan, ClusterSpec())\nexcept VersionError as error: print(error)"
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(backend.__file__).parents[3]}", "RAYLAUNCH_HOME": str(home)}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
     assert f"needs Ray 2.60, and Ray 2.9.3 is installed in {sys.prefix}\n  → install the one that fits: " in done.stdout

@@ -21,16 +21,16 @@ import psutil
 import pytest
 from support.waiting import wait_until
 
-from raylaunch.cluster import embedded
-from raylaunch.cluster.answer import ask
-from raylaunch.cluster.backends import Step
-from raylaunch.cluster.home import ClusterPaths, cluster_paths
+from raylaunch.cluster.local import backend
+from raylaunch.cluster.local.health import ask
+from raylaunch.cluster.local.process_sweep import of_controller, of_ray
 from raylaunch.cluster.ports import RAY_PORTS, is_free
-from raylaunch.cluster.process import ProcessIdentity, identify, is_alive
+from raylaunch.cluster.processes import ProcessIdentity, identify, is_alive
 from raylaunch.cluster.record import ClusterRecord, load_record
-from raylaunch.cluster.sweep import of_controller, of_ray
-from raylaunch.cluster_state import ClusterStatus
-from raylaunch.spec import ClusterSpec
+from raylaunch.cluster.types import Step
+from raylaunch.models.cluster import ClusterStatus
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.paths import ClusterPaths, cluster_paths
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -65,18 +65,18 @@ def silent(_step: Step) -> None:
 
 
 def up(steps: list[Step] | None = None) -> ClusterStatus:
-    return anyio.run(partial(embedded.up, SPEC, on_step=silent if steps is None else steps.append))
+    return anyio.run(partial(backend.up, SPEC, on_step=silent if steps is None else steps.append))
 
 
 def status() -> ClusterStatus:
-    return anyio.run(embedded.status, SPEC)
+    return anyio.run(backend.status, SPEC)
 
 
 async def two_ups_at_once() -> list[ClusterStatus]:
     done: list[ClusterStatus] = []
 
     async def one() -> None:
-        done.append(await embedded.up(SPEC, on_step=silent))
+        done.append(await backend.up(SPEC, on_step=silent))
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(one)
@@ -94,7 +94,7 @@ def cluster() -> Iterator[Cluster]:
             one, other = anyio.run(two_ups_at_once)
             yield Cluster(paths, (one, other))
         finally:
-            anyio.run(embedded.down, SPEC)
+            anyio.run(backend.down, SPEC)
             shutil.rmtree(paths.temp, ignore_errors=True)
             shutil.rmtree(home, ignore_errors=True)
 
@@ -135,7 +135,7 @@ def test_up_on_a_healthy_cluster_changes_nothing(cluster: Cluster) -> None:
 def test_a_running_cluster_that_differs_from_the_spec_is_kept_and_the_difference_said(cluster: Cluster) -> None:
     steps: list[Step] = []
     changed = SPEC.model_copy(update={"gpus": 4})
-    anyio.run(partial(embedded.up, changed, on_step=steps.append))
+    anyio.run(partial(backend.up, changed, on_step=steps.append))
     assert cluster.record.spec == SPEC
     assert steps[-1].message == "it runs with gpus: 2, not 4; raylaunch down, then raylaunch up changes that"
 
@@ -199,7 +199,7 @@ def test_a_second_cluster_in_another_home_lives_beside_it(cluster: Cluster, monk
             assert second.state == "running"
             assert not set(second.ray_ports.values()) & set(cluster.record.ports.values())
         finally:
-            anyio.run(embedded.down, SPEC)
+            anyio.run(backend.down, SPEC)
             shutil.rmtree(other.temp, ignore_errors=True)
     assert pids(status()) == before
     assert status().state == "running"
@@ -234,7 +234,7 @@ def test_a_killed_ray_is_revived_by_the_program_that_the_controller_runs(cluster
     kill(before.ray)
     argv = json.loads(cluster.paths.controller_config.read_text())["revive"]
     assert argv == [sys.executable, "-m", "raylaunch.cluster.revive", SPEC.name]
-    root = Path(embedded.__file__).parents[2]
+    root = Path(backend.__file__).parents[3]
     done = subprocess.run(argv, env=os.environ | {"PYTHONPATH": str(root)}, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert cluster.record.controller == before.controller
@@ -248,7 +248,7 @@ def test_down_ends_all_that_it_started_and_what_jobs_left_behind_and_the_store_s
     wait_until(marker.exists, 120, "the job's child")
     stray = identify(int(marker.read_text()))
     found, ports = cluster.processes(), cluster.record.ports
-    report = anyio.run(embedded.down, SPEC)
+    report = anyio.run(backend.down, SPEC)
     assert stray is not None
     assert not is_alive(stray)
     assert not any(is_alive(process) for process in found)
@@ -257,7 +257,7 @@ def test_down_ends_all_that_it_started_and_what_jobs_left_behind_and_the_store_s
     assert "still there" not in str(report)
     assert Path(report.store, "tokens.json").exists()
     assert status().state == "stopped"
-    assert not anyio.run(embedded.down, SPEC).was_running
+    assert not anyio.run(backend.down, SPEC).was_running
 
 
 def submit(cluster: Cluster, script: str) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.cli.job_flags import spec_of
-from raylaunch.cluster_state import ClusterPython
-from raylaunch.environment_choice import (
+from raylaunch.cli.run import spec_of
+from raylaunch.client.environment_choice import (
     ActivePython,
     active_python,
     choose,
@@ -20,8 +19,11 @@ from raylaunch.environment_choice import (
     missing_module,
 )
 from raylaunch.errors import SpecError
-from raylaunch.spec import Environment, JobSpec
-from raylaunch.state import EnvironmentChoice, EnvironmentFacts, JobState, JobView
+from raylaunch.models.cluster import ClusterPython
+from raylaunch.models.fields import Environment
+from raylaunch.models.job import EnvironmentChoice, EnvironmentFacts, JobView
+from raylaunch.models.job_spec import JobSpec
+from raylaunch.models.states import JobState
 
 RAYS = ClusterPython(version="3.11.2", prefix="/opt/ray", ray="2.60.0")
 LOCK = 'version = 1\n\n[[package]]\nname = "numpy"\nversion = "2.4.0"\n'

@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 from support.links import LinkToNothing
 
-from raylaunch.cluster_state import NodeView
-from raylaunch.controller.foreign import ForeignJobs, Where, foreign_view
-from raylaunch.controller.foreign_logs import ForeignLogs
-from raylaunch.controller.ray_jobs import RayJob, RayJobs
-from raylaunch.controller.record import JobRecord
-from raylaunch.controller.records import Records
-from raylaunch.controller.sight import Sight
+from raylaunch.agent import attempt_files
+from raylaunch.controller.ray.jobs_api import RayJob, RayJobs
+from raylaunch.controller.scheduler.external_jobs import ExternalJobs, SubmissionPlace, foreign_view
+from raylaunch.controller.scheduler.external_logs import ExternalLogs
+from raylaunch.controller.scheduler.observed import ObservedState
+from raylaunch.controller.store.jobs import Records
+from raylaunch.controller.store.record import JobRecord
 from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError
-from raylaunch.node import ray_logs
-from raylaunch.reasons import Reason
-from raylaunch.spec import JobSpec
-from raylaunch.state import AttemptView, JobState, JobView, SubmitRequest
+from raylaunch.models.cluster import NodeView
+from raylaunch.models.job import AttemptView, JobView, SubmitRequest
+from raylaunch.models.job_spec import JobSpec
+from raylaunch.models.states import JobState, Reason
 
 NODE = "aa" * 28
-HERE = Where("dgx")
+HERE = SubmissionPlace("dgx")
 FAILED = "Job entrypoint command failed with exit code 7"
 TAIL = f"{FAILED}, last available logs (truncated to 20,000 chars):\nepoch 1\nboom\n"
 
@@ -33,7 +33,7 @@ def job(status: str, **fields: object) -> RayJob:
     return RayJob.model_validate({**facts, **fields})
 
 
-def view(seen: RayJob, where: Where = HERE, before: JobRecord | None = None) -> JobView:
+def view(seen: RayJob, where: SubmissionPlace = HERE, before: JobRecord | None = None) -> JobView:
     return foreign_view(seen, where=where, now=9.0, before=before)
 
 
@@ -90,15 +90,17 @@ def test_no_entrypoint_is_too_odd_to_be_shown(entrypoint: str) -> None:
 
 
 def test_of_a_job_whose_node_is_gone_that_is_said() -> None:
-    found = view(job("FAILED", driver_node_id=NODE, error_type="JOB_SUPERVISOR_ACTOR_DIED"), Where("dgx", lost=True))
+    found = view(
+        job("FAILED", driver_node_id=NODE, error_type="JOB_SUPERVISOR_ACTOR_DIED"), SubmissionPlace("dgx", lost=True)
+    )
     assert (found.reason, found.message) == (Reason.NODE_LOST, "its node dgx was lost")
 
 
 def test_a_job_on_a_node_that_is_gone_is_unreachable_and_at_last_lost() -> None:
     running = job("RUNNING", driver_node_id=NODE)
-    found = view(running, Where("dgx", lost=True))
+    found = view(running, SubmissionPlace("dgx", lost=True))
     assert (found.state, found.unreachable) == (JobState.RUNNING, True)
-    found = view(running, Where("dgx", lost=True, lost_for_good=True))
+    found = view(running, SubmissionPlace("dgx", lost=True, lost_for_good=True))
     assert (found.state, found.reason, found.message) == (JobState.LOST, Reason.NODE_LOST, "its node dgx was lost")
     assert (found.unreachable, found.ended_at) == (False, 9.0)
 
@@ -114,21 +116,21 @@ def records(tmp_path: Path) -> Iterator[Records]:
 
 
 @pytest.fixture
-def sight() -> Sight:
-    return Sight(nodes=(NodeView(id=NODE, hostname="dgx", address="10.0.0.1", alive=True),), link_up=True)
+def sight() -> ObservedState:
+    return ObservedState(nodes=(NodeView(id=NODE, hostname="dgx", address="10.0.0.1", alive=True),), link_up=True)
 
 
 @pytest.fixture
-def foreign(records: Records, sight: Sight, tmp_path: Path) -> ForeignJobs:
+def foreign(records: Records, sight: ObservedState, tmp_path: Path) -> ExternalJobs:
     ray = RayJobs("http://127.0.0.1:9", "none")
-    return ForeignJobs(records=records, ray=ray, link=LinkToNothing(tmp_path), sight=sight)
+    return ExternalJobs(records=records, ray=ray, link=LinkToNothing(tmp_path), sight=sight)
 
 
 def recorded(records: Records) -> JobRecord:
     return records.get("raysubmit_1")
 
 
-def test_what_ray_has_forgotten_is_lost(foreign: ForeignJobs, records: Records) -> None:
+def test_what_ray_has_forgotten_is_lost(foreign: ExternalJobs, records: Records) -> None:
     foreign.take({"raysubmit_1": job("RUNNING", driver_node_id=NODE)})
     foreign.take({})
     found = recorded(records)
@@ -137,14 +139,14 @@ def test_what_ray_has_forgotten_is_lost(foreign: ForeignJobs, records: Records) 
     assert found.attempts[0].ended_at is not None
 
 
-def test_what_was_lost_by_mistake_is_found_again(foreign: ForeignJobs, records: Records) -> None:
+def test_what_was_lost_by_mistake_is_found_again(foreign: ExternalJobs, records: Records) -> None:
     for jobs in ({"raysubmit_1": job("RUNNING", driver_node_id=NODE)}, {}, {"raysubmit_1": job("SUCCEEDED")}):
         foreign.take(jobs)
     assert recorded(records).state is JobState.SUCCEEDED
 
 
 def test_what_has_ended_does_not_end_again_and_an_id_that_is_used_again_is_another_job(
-    foreign: ForeignJobs, records: Records
+    foreign: ExternalJobs, records: Records
 ) -> None:
     ended = job("SUCCEEDED", driver_node_id=NODE)
     for jobs in ({"raysubmit_1": ended}, {}, {"raysubmit_1": ended.model_copy(update={"status": "FAILED"})}):
@@ -154,13 +156,13 @@ def test_what_has_ended_does_not_end_again_and_an_id_that_is_used_again_is_anoth
     assert recorded(records).state is JobState.RUNNING
 
 
-def test_what_ended_stays_as_it_was_when_ray_forgets_it(foreign: ForeignJobs, records: Records) -> None:
+def test_what_ended_stays_as_it_was_when_ray_forgets_it(foreign: ExternalJobs, records: Records) -> None:
     foreign.take({"raysubmit_1": job("SUCCEEDED", driver_node_id=NODE)})
     foreign.take({})
     assert recorded(records).state is JobState.SUCCEEDED
 
 
-def test_a_job_of_ours_is_never_taken_for_another(foreign: ForeignJobs, records: Records) -> None:
+def test_a_job_of_ours_is_never_taken_for_another(foreign: ExternalJobs, records: Records) -> None:
     spec = JobSpec(entrypoint="python train.py", name="digits")
     ours, _ = records.create(SubmitRequest(spec=spec), owner="ana", wandb=None)
     foreign.take({ours.id: job("FAILED", submission_id=ours.id)})
@@ -169,12 +171,12 @@ def test_a_job_of_ours_is_never_taken_for_another(foreign: ForeignJobs, records:
         records.foreign(ours.id)
 
 
-def test_submissions_of_raylaunch_itself_are_left_out(foreign: ForeignJobs, records: Records) -> None:
+def test_submissions_of_raylaunch_itself_are_left_out(foreign: ExternalJobs, records: Records) -> None:
     foreign.take({"digits-1": job("RUNNING", submission_id="digits-1", metadata={"raylaunch_job": "digits"})})
     assert records.page().total == 0
 
 
-def test_a_wish_to_stop_is_kept_until_ray_says_how_it_ended(foreign: ForeignJobs, records: Records) -> None:
+def test_a_wish_to_stop_is_kept_until_ray_says_how_it_ended(foreign: ExternalJobs, records: Records) -> None:
     running = job("RUNNING", driver_node_id=NODE, message="Job is currently running.")
     foreign.take({"raysubmit_1": running})
     stopping = foreign.stop(recorded(records), grace_s=None, person="olga")
@@ -193,19 +195,19 @@ def test_a_wish_to_stop_is_kept_until_ray_says_how_it_ended(foreign: ForeignJobs
 
 
 def test_a_wish_to_stop_outlives_the_controller(
-    foreign: ForeignJobs, records: Records, sight: Sight, tmp_path: Path
+    foreign: ExternalJobs, records: Records, sight: ObservedState, tmp_path: Path
 ) -> None:
     running = {"raysubmit_1": job("RUNNING", driver_node_id=NODE)}
     foreign.take(running)
     foreign.stop(recorded(records), grace_s=60, person="olga")
     ray = RayJobs("http://127.0.0.1:9", "none")
-    again = ForeignJobs(records=records, ray=ray, link=LinkToNothing(tmp_path), sight=sight)
+    again = ExternalJobs(records=records, ray=ray, link=LinkToNothing(tmp_path), sight=sight)
     again.take(running)
     assert (recorded(records).state, again.stopping()) == (JobState.STOPPING, ["raysubmit_1"])
     assert recorded(records).message == "olga asked to stop it, with Ray's own grace"
 
 
-def test_a_waiting_job_that_was_killed_on_request_was_stopped(foreign: ForeignJobs, records: Records) -> None:
+def test_a_waiting_job_that_was_killed_on_request_was_stopped(foreign: ExternalJobs, records: Records) -> None:
     foreign.take({"raysubmit_1": job("PENDING")})
     foreign.stop(recorded(records), grace_s=None, person="olga")
     foreign.take({"raysubmit_1": job("FAILED", error_type="JOB_SUPERVISOR_ACTOR_DIED", message="Job supervisor died")})
@@ -213,20 +215,22 @@ def test_a_waiting_job_that_was_killed_on_request_was_stopped(foreign: ForeignJo
     assert (ended.state, ended.message) == (JobState.STOPPED, "olga asked to stop it before it began")
 
 
-def test_a_job_that_succeeded_before_the_stop_has_succeeded(foreign: ForeignJobs, records: Records) -> None:
+def test_a_job_that_succeeded_before_the_stop_has_succeeded(foreign: ExternalJobs, records: Records) -> None:
     foreign.take({"raysubmit_1": job("RUNNING", driver_node_id=NODE)})
     foreign.stop(recorded(records), grace_s=None, person="olga")
     foreign.take({"raysubmit_1": job("SUCCEEDED", driver_node_id=NODE, message="Job finished successfully.")})
     assert (recorded(records).state, recorded(records).message) == (JobState.SUCCEEDED, "Job finished successfully.")
 
 
-def test_what_has_ended_is_not_stopped(foreign: ForeignJobs, records: Records) -> None:
+def test_what_has_ended_is_not_stopped(foreign: ExternalJobs, records: Records) -> None:
     foreign.take({"raysubmit_1": job("SUCCEEDED", driver_node_id=NODE)})
     with pytest.raises(ConflictError, match="raysubmit_1 has ended already: succeeded"):
         foreign.stop(recorded(records), grace_s=None, person="olga")
 
 
-def test_the_hostname_is_kept_when_the_node_has_gone(foreign: ForeignJobs, records: Records, sight: Sight) -> None:
+def test_the_hostname_is_kept_when_the_node_has_gone(
+    foreign: ExternalJobs, records: Records, sight: ObservedState
+) -> None:
     running = job("RUNNING", driver_node_id=NODE)
     foreign.take({"raysubmit_1": running})
     sight.nodes = (sight.nodes[0].model_copy(update={"id": "bb" * 28, "hostname": "other"}),)
@@ -238,18 +242,18 @@ def test_the_hostname_is_kept_when_the_node_has_gone(foreign: ForeignJobs, recor
 # -- logs ------------------------------------------------------------------------------------------------------------
 
 
-def read(sight: Sight, folder: Path, attempt: AttemptView) -> None:
-    logs = ForeignLogs(link=LinkToNothing(folder), ray=RayJobs("http://127.0.0.1:9", "none"), sight=sight)
+def read(sight: ObservedState, folder: Path, attempt: AttemptView) -> None:
+    logs = ExternalLogs(link=LinkToNothing(folder), ray=RayJobs("http://127.0.0.1:9", "none"), sight=sight)
     asyncio.run(logs.read(attempt, offset=0, limit=100, ended=False))
 
 
-def test_a_log_on_a_node_that_is_gone_is_said_to_lie_there(sight: Sight, tmp_path: Path) -> None:
+def test_a_log_on_a_node_that_is_gone_is_said_to_lie_there(sight: ObservedState, tmp_path: Path) -> None:
     attempt = AttemptView(id="raysubmit_1", n=1, node="gone", node_id="cc" * 28, admitted_at=1.0)
     with pytest.raises(NotFoundError, match="the log of raysubmit_1 lies on gone, which is not part of the cluster"):
         read(sight, tmp_path, attempt)
 
 
-def test_a_log_that_neither_a_steward_nor_ray_can_give_is_an_error(sight: Sight, tmp_path: Path) -> None:
+def test_a_log_that_neither_a_steward_nor_ray_can_give_is_an_error(sight: ObservedState, tmp_path: Path) -> None:
     attempt = AttemptView(id="raysubmit_1", n=1, node="dgx", node_id=NODE, admitted_at=1.0)
     with pytest.raises(ClusterDownError, match=r"Ray does not answer at .* when asked for the log of raysubmit_1"):
         read(sight, tmp_path, attempt)
@@ -266,9 +270,9 @@ def test_a_log_is_found_in_this_session_of_rays_or_in_the_latest_earlier_one(tmp
     (tmp_path / "session_latest").symlink_to(current.parent)
     (oldest / "job-driver-one.log").write_text("oldest")
     (older / "job-driver-one.log").write_text("older")
-    assert ray_logs.path_of(current, "one") == older / "job-driver-one.log"
+    assert attempt_files.path_of(current, "one") == older / "job-driver-one.log"
     (current / "job-driver-one.log").write_text("now")
-    assert ray_logs.read(current, "one", offset=0, tail=None, limit=100)["data"] == b"now"
+    assert attempt_files.read_ray_log(current, "one", offset=0, tail=None, limit=100)["data"] == b"now"
 
 
 @pytest.mark.parametrize("submission", ["none", "x/../../secret", "a\0b"])
@@ -276,12 +280,16 @@ def test_what_is_no_log_of_rays_is_not_read(tmp_path: Path, submission: str) -> 
     logs = session(tmp_path, "session_1")
     (logs / "job-driver-x").mkdir()
     (tmp_path / "secret.log").write_text("a secret")
-    assert ray_logs.path_of(logs, submission) is None
-    assert ray_logs.read(logs, submission, offset=0, tail=5, limit=100) == {"offset": 0, "data": b"", "size": 0}
+    assert attempt_files.path_of(logs, submission) is None
+    assert attempt_files.read_ray_log(logs, submission, offset=0, tail=5, limit=100) == {
+        "offset": 0,
+        "data": b"",
+        "size": 0,
+    }
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
     logs = session(tmp_path, "session_1")
     (tmp_path / "secret").write_text("a secret")
     (logs / "job-driver-one.log").symlink_to(tmp_path / "secret")
-    assert ray_logs.path_of(logs, "one") is None
+    assert attempt_files.path_of(logs, "one") is None

@@ -16,9 +16,8 @@ from support.card import GIB, NO_DEVICE, PROGRAM, Card, cards
 from support.cluster import ROOT, Cluster, running_cluster
 from support.waiting import wait_until
 
-from raylaunch.cluster_state import NodeView
-from raylaunch.reasons import Reason
-from raylaunch.state import JobState
+from raylaunch.models.cluster import NodeView
+from raylaunch.models.states import JobState, Reason
 
 CARDS = cards()
 pytestmark = [

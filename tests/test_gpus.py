@@ -8,9 +8,9 @@ from pathlib import Path
 import anyio
 import pytest
 
-from raylaunch.cluster.gpus import GpuChoice, choose_gpus, detect_gpus, parse_gpus
+from raylaunch.cluster.local.gpus import GpuChoice, choose_gpus, detect_gpus, parse_gpus
 from raylaunch.errors import ClusterStartError, SpecError
-from raylaunch.spec import ClusterSpec
+from raylaunch.models.cluster_spec import ClusterSpec
 
 ROWS = """\
 0, GPU-aaaa1111-0000, NVIDIA H100 80GB HBM3, 81559, 1024, 37

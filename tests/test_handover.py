@@ -14,16 +14,16 @@ import pytest
 from support.attempts import attempt_spec
 from support.running import Attempt
 
-from raylaunch.controller.handover import bring
-from raylaunch.controller.link_events import LinkEvent, Stored
-from raylaunch.controller.mirror import Mirror
-from raylaunch.controller.replication import Replication
+from raylaunch.agent import job_dir
+from raylaunch.agent.attempt_files import inventory
+from raylaunch.agent.change_feed import Changes
+from raylaunch.agent.job_dir import forget, prepare
+from raylaunch.controller.ray.handover import bring
+from raylaunch.controller.ray.protocol import LinkEvent, Stored
+from raylaunch.controller.ray.replica import ReplicaStore
+from raylaunch.controller.ray.replication import Replication
 from raylaunch.errors import ClusterError, ConflictError, NotFoundError, TransferError
-from raylaunch.node import job_folder
-from raylaunch.node.changes import Changes
-from raylaunch.node.files import inventory
-from raylaunch.node.preparing import forget, prepare
-from raylaunch.runner import outputs, training
+from raylaunch.runner import command, outputs
 
 JOB = "digits-abc"
 
@@ -40,7 +40,7 @@ class Node:
         del timeout_s
         self.pieces += method == "bring"
         function = {"job_has": "last_writer"}.get(method, method)
-        return getattr(job_folder, function)(self.root, *args, **named)
+        return getattr(job_dir, function)(self.root, *args, **named)
 
     def start(self, n: int) -> Path:
         """Begin attempt `n` here, as the controller does; returns the folder of checkpoints."""
@@ -64,7 +64,7 @@ class Node:
         folder = self.root / "attempts" / attempt
         if over:
             (folder / "exit.json").write_text("{}")
-        changes, mirror = Changes(self.root), Mirror(self.store)
+        changes, mirror = Changes(self.root), ReplicaStore(self.store)
         answer = changes.take("s", mirror.have([attempt]))
         for _ in range(4):
             for chunk in answer["chunks"]:
@@ -105,7 +105,7 @@ def test_on_another_node_a_job_goes_on_with_what_the_store_has(tmp_path: Path, s
     assert tree(second) == {"step-1/model.pt": "one", "last": "-> step-1"}
     spec = json.loads((there.root / f"attempts/{JOB}-2/attempt.json").read_text())
     assert (spec["moved_from"], spec["job_dir"]) == (str(first.parent), str(second.parent))
-    assert "same root" in training.moved(spec)[0]
+    assert "same root" in command.moved(spec)[0]
 
 
 def test_on_the_way_back_the_older_copy_is_replaced_and_what_is_equal_is_not_sent(tmp_path: Path, store: Path) -> None:
@@ -140,7 +140,7 @@ def test_what_was_collected_is_replaced_on_another_node_too(tmp_path: Path, stor
         folder = node.root / "attempts" / f"{JOB}-{n}"
         (folder / "code").mkdir(exist_ok=True)
         (folder / "code/model.pt").write_text(f"of attempt {n}")
-        outputs.collect(folder / "code", job, ["auto"], outputs.Limits(100, 100), {})
+        outputs.collect(folder / "code", job, ["auto"], outputs.OutputLimits(100, 100), {})
         (folder / "collected.json").write_bytes((job / "collected.json").read_bytes())
         node.carry(n)
         return job
@@ -186,7 +186,7 @@ def test_a_piece_for_an_older_attempt_is_refused(tmp_path: Path, store: Path) ->
     here = Node(tmp_path / "a", store)
     here.start(2)
     with pytest.raises(ConflictError, match="attempt 2"):
-        job_folder.begin_bringing(here.root, f"{JOB}-1", "cluster/x", {})
+        job_dir.begin_bringing(here.root, f"{JOB}-1", "cluster/x", {})
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def elsewhere(tmp_path: Path) -> Iterator[Attempt]:
 @pytest.mark.slow
 def test_an_attempt_on_another_machine_with_the_same_root_has_ended_before_the_next_begins(elsewhere: Attempt) -> None:
     root = elsewhere.folder.parent.parent
-    folder = job_folder.take(root, "job-aaaaaa-2", "another tag, as on another machine/job-aaaaaa-2")
+    folder = job_dir.take(root, "job-aaaaaa-2", "another tag, as on another machine/job-aaaaaa-2")
     assert (elsewhere.exit(0)["ended"], elsewhere.processes()) == ("stopped", [])
     assert json.loads((folder / "writer.json").read_text()) == {"n": 2}
 
@@ -217,21 +217,21 @@ def test_an_attempt_that_does_not_end_on_another_machine_keeps_the_next_from_sta
     elsewhere.runner.send_signal(signal.SIGSTOP)
     os.utime(elsewhere.folder / "heartbeat")
     with pytest.raises(ClusterError, match="another machine"):
-        job_folder.take(root, "job-aaaaaa-2", "another/job-aaaaaa-2", elsewhere_s=0.5)
-    assert job_folder.last_writer(root, "job-aaaaaa-2") == 0
+        job_dir.take(root, "job-aaaaaa-2", "another/job-aaaaaa-2", elsewhere_s=0.5)
+    assert job_dir.last_writer(root, "job-aaaaaa-2") == 0
     os.utime(elsewhere.folder / "heartbeat", (time.time() - 60,) * 2)
-    job_folder.take(root, "job-aaaaaa-2", "another/job-aaaaaa-2", elsewhere_s=0.5)
+    job_dir.take(root, "job-aaaaaa-2", "another/job-aaaaaa-2", elsewhere_s=0.5)
     elsewhere.runner.send_signal(signal.SIGCONT)
     assert elsewhere.exit()["ended"] == "stopped", "it is ended as soon as it can be"
 
 
 @pytest.mark.parametrize("path", ["../x", "code/x", "checkpoints/../../x", "checkpoints/out/new/x", "checkpoints//x"])
 def test_no_piece_is_written_outside_the_jobs_folder(tmp_path: Path, path: str) -> None:
-    folder = job_folder.job_folder(tmp_path, f"{JOB}-2")
+    folder = job_dir.job_folder(tmp_path, f"{JOB}-2")
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints/out").symlink_to(tmp_path)
     with pytest.raises(ValueError, match="job's folder"):
-        job_folder.bring(tmp_path, f"{JOB}-2", path, 0, b"", None)
+        job_dir.bring(tmp_path, f"{JOB}-2", path, 0, b"", None)
     assert not (tmp_path / "new").exists()
 
 
@@ -243,7 +243,7 @@ def test_an_output_that_was_not_kept_is_brought_until_a_week_has_passed(tmp_path
     (left / "out").symlink_to("/etc")
     forget(here.root, f"{JOB}-1")
     seen: list[LinkEvent] = []
-    replication = Replication("n", call=here, mirror=Mirror(store), emit=seen.append)
+    replication = Replication("n", call=here, mirror=ReplicaStore(store), emit=seen.append)
     asyncio.run(replication.bring_left(f"{JOB}-1", "big.bin"))
     assert (store / f"jobs/{JOB}/attempt-1/outputs/big.bin").read_text() == "large"
     assert [event.path for event in seen if isinstance(event, Stored)] == ["outputs/big.bin"]

@@ -11,11 +11,11 @@ import pytest
 from support.api import Api
 from support.standing import Start
 
-from raylaunch.cluster.health import START_S, HealthWatch, end_hung, responds
-from raylaunch.cluster.home import ClusterPaths
-from raylaunch.cluster.process import ProcessIdentity, is_alive
+from raylaunch.cluster.local.health import START_S, HealthWatch, end_hung, responds
+from raylaunch.cluster.processes import ProcessIdentity, is_alive
 from raylaunch.cluster.record import new_record, save_record
-from raylaunch.spec import ClusterSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.paths import ClusterPaths
 
 ONE = ProcessIdentity(pid=1, started_at=0, ticks=1, boot_id="b")
 OTHER = ONE.model_copy(update={"pid": 2})

@@ -15,7 +15,7 @@ from support import fittings
 from support.hosts import Host, World, world
 from support.waiting import wait_until
 
-from raylaunch.cluster.ssh.machine import machine
+from raylaunch.ssh.host import machine
 
 pytestmark = [pytest.mark.machines, pytest.mark.long]
 

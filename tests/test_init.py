@@ -10,8 +10,9 @@ import pytest
 from support.cli import run_cli
 
 from raylaunch.cli.init import cluster_text, ssh_notes
-from raylaunch.config import load_cluster_spec
-from raylaunch.spec import ClusterSpec, HostSpec
+from raylaunch.config.load import load_cluster_spec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.host_spec import HostSpec
 
 
 def init(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ import pytest
 from support.agent import agent_at, environment
 from support.cli import run_cli
 
-from raylaunch.runner.contract import VAR_JOB
+from raylaunch.contract import VAR_JOB
 
 SAID = "this is inside job digits-k3f9qa"
 

@@ -18,10 +18,10 @@ from support.sshd import sshd
 from support.waiting import wait_until
 
 from raylaunch.cluster.install.environment import ensure_environment
-from raylaunch.cluster.install.resolving import find_uv
-from raylaunch.cluster.install.wheels import WheelStore
-from raylaunch.cluster.ssh.machine import machine
+from raylaunch.cluster.install.resolve import find_uv
+from raylaunch.cluster.install.wheel_store import WheelStore
 from raylaunch.errors import HostStepError
+from raylaunch.ssh.host import machine
 from raylaunch.version import __version__
 
 pytestmark = pytest.mark.slow

@@ -11,9 +11,9 @@ import pytest
 from support.bare_host import PYTHON, VERSIONS, BareHost, runs, versions_of
 from support.index import Index, tiny_wheel
 
-from raylaunch.cluster.install.own_wheel import own_wheel
-from raylaunch.cluster.install.pins import EXACT
-from raylaunch.cluster.install.resolving import find_uv
+from raylaunch.cluster.install.platforms import EXACT
+from raylaunch.cluster.install.resolve import find_uv
+from raylaunch.cluster.install.wheel_store import own_wheel
 from raylaunch.errors import HostStepError, VersionError
 
 pytestmark = pytest.mark.slow

@@ -16,9 +16,9 @@ from support.bare_host import HERE, PYTHON, VERSIONS, BareHost, versions_of
 from support.disks import fill, small_disk
 from support.index import Index, index, tiny_wheel
 
-from raylaunch.cluster.install.pins import WheelPlatform
-from raylaunch.cluster.install.wheels import WheelStore
-from raylaunch.cluster.plan import Step
+from raylaunch.cluster.install.platforms import WheelPlatform
+from raylaunch.cluster.install.wheel_store import WheelStore
+from raylaunch.cluster.types import Step
 from raylaunch.errors import HostLostError, HostStepError, HostStorageError, VersionError
 
 pytestmark = pytest.mark.slow
@@ -29,9 +29,9 @@ import json, sys
 import anyio
 from pathlib import Path
 from raylaunch.cluster.install.environment import HostPython, ensure_environment
-from raylaunch.cluster.install.pins import WheelPlatform
-from raylaunch.cluster.ssh.machine import Target, machine
-from raylaunch.cluster.install.wheels import WheelStore
+from raylaunch.cluster.install.platforms import WheelPlatform
+from raylaunch.ssh.host import Target, machine
+from raylaunch.cluster.install.wheel_store import WheelStore
 
 asked = json.loads(sys.argv[1])
 target = Target(**asked["target"], ssh_config=Path(asked["config"]), known_hosts=Path(asked["known_hosts"]))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import raylaunch
-from raylaunch.runner import contract
+from raylaunch import contract
 
 
 def test_outside_a_job_the_context_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.cli.job_flags import spec_of
-from raylaunch.config import Flag, job_spec_from_flags
+from raylaunch.cli.run import spec_of
+from raylaunch.client.packing import pack
+from raylaunch.client.submission import check_here, check_sent
+from raylaunch.config.load import Flag, job_spec_from_flags
+from raylaunch.entrypoint import script_of
 from raylaunch.errors import SpecError
-from raylaunch.job_files import check_here, check_sent
-from raylaunch.packing import pack
-from raylaunch.runner.entrypoint import script_of
-from raylaunch.sdk import asking
-from raylaunch.spec import JobSpec
+from raylaunch.models.job_spec import JobSpec
+from raylaunch.sdk import arguments
 
 
 def tree(root: Path, files: Mapping[str, str]) -> Path:
@@ -153,7 +153,7 @@ def test_run_takes_a_job_file_by_its_name_alone_and_job_yaml_by_itself(
     assert spec_of({"command": (), "gpus": "2"}, {}).resources.gpus == 2
     assert spec_of({"command": ("other.yml",)}, {}).command == "echo other"
     assert spec_of({"command": ("echo", "x")}, {}).command == "echo x"
-    assert asking.spec_of("other.yml", {}).command == "echo other"
+    assert arguments.spec_of("other.yml", {}).command == "echo other"
     with pytest.raises(SpecError, match="stands after it"):
         spec_of({"command": ("job.yaml", "--gpus")}, {})
 

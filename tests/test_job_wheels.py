@@ -21,22 +21,22 @@ from support.running import Attempt
 from support.sshd import free_port
 from support.tiny_project import tiny_project
 
-from raylaunch.client import Client
-from raylaunch.cluster_state import EnvironmentWheels, NodeView
-from raylaunch.controller.retention import plan_sweep
-from raylaunch.controller.sight import Sight
-from raylaunch.controller.wheel_needs import ClusterWheels, WheelNeeds
+from raylaunch.agent import index_check
+from raylaunch.agent.packages import COMPLETE, WHOLE, Packages, chosen, lay_out, platform_of, this_platform
+from raylaunch.client.client import Client
+from raylaunch.client.job_wheels import needed_by, requirements_of, send_wheels
+from raylaunch.client.transfer import no_progress
+from raylaunch.client.transport import Response, Transport
+from raylaunch.contract import WHEELS, Exit, WheelSpec
+from raylaunch.controller.scheduler.observed import ObservedState
+from raylaunch.controller.scheduler.preflight import WheelPreflight
+from raylaunch.controller.store.packages import ClusterWheels
+from raylaunch.controller.store.retention import plan_sweep
 from raylaunch.errors import ConflictError, SpecError, VersionError, WheelsNeededError
-from raylaunch.job_wheels import needed_by, requirements_of, send_wheels
-from raylaunch.node import package_index
-from raylaunch.node.packages import COMPLETE, Packages
-from raylaunch.node.wheels import WHOLE, chosen, lay_out, platform_of, this_platform
-from raylaunch.runner.contract import WHEELS, Exit, WheelSpec
-from raylaunch.spec import Environment, JobSpec, Retention
-from raylaunch.state import DryRun, SubmitRequest
-from raylaunch.transfer import no_progress
-from raylaunch.wheel_sets import BuildPlatform, WheelFile, WheelSet
-from raylaunch.wire import Answer, Wire
+from raylaunch.models.cluster import EnvironmentWheels, NodeView
+from raylaunch.models.fields import Environment, Retention
+from raylaunch.models.job import BuildPlatform, DryRun, SubmitRequest, WheelFile, WheelSet
+from raylaunch.models.job_spec import JobSpec
 
 pytestmark = pytest.mark.slow
 
@@ -94,9 +94,9 @@ def sent(
     notices: list[str] = []
 
     async def work() -> tuple[WheelSet, ...]:
-        async with Wire(api.reach(), cluster="test") as wire:
+        async with Transport(api.reach(), cluster="test") as wire:
 
-            async def once(call: Callable[[], Awaitable[Answer]]) -> Answer:
+            async def once(call: Callable[[], Awaitable[Response]]) -> Response:
                 return await call()
 
             return await send_wheels(
@@ -371,7 +371,7 @@ def test_whether_an_index_is_reached_is_what_pip_would_find(served: Index, tmp_p
     closed = f"http://127.0.0.1:{free_port()}/simple"
 
     def reached(kind: str = "pip", **env: str) -> bool:
-        return package_index.reached({"HOME": str(tmp_path / "nobody"), **env}, kind=kind)
+        return index_check.reached({"HOME": str(tmp_path / "nobody"), **env}, kind=kind)
 
     assert reached(PIP_INDEX_URL=served.url)
     assert not reached(PIP_INDEX_URL=closed)
@@ -547,7 +547,7 @@ class Looks(LinkToNothing):
         return {"index": self._indexes[int(str(params["node_id"]))], **HERE.model_dump()}
 
 
-def needs(folder: Path, *indexes: str, kind: str | Environment) -> tuple[WheelNeeds, Looks]:
+def needs(folder: Path, *indexes: str, kind: str | Environment) -> tuple[WheelPreflight, Looks]:
     own = Environment.model_validate(kind if isinstance(kind, Environment) else {"kind": kind})
     settings = settings_of(folder, 9).model_copy(update={"default_environment": own})
     nodes = tuple(
@@ -556,7 +556,7 @@ def needs(folder: Path, *indexes: str, kind: str | Environment) -> tuple[WheelNe
     )
     link = Looks(folder, indexes)
     kept = ClusterWheels(settings)
-    return WheelNeeds(settings=settings, sight=Sight(nodes=nodes), link=link, kept=kept), link
+    return WheelPreflight(settings=settings, sight=ObservedState(nodes=nodes), link=link, kept=kept), link
 
 
 def test_wheels_of_the_clusters_environment_reach_the_jobs_that_use_it_and_stay_while_it_is_the_same(

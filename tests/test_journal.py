@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from support.disks import fill, small_disk
 
-from raylaunch.controller import journal
-from raylaunch.controller.journal import JournalLine
+from raylaunch.controller.store import journal
+from raylaunch.controller.store.journal import JournalLine
 from raylaunch.errors import StorageError
 
 

@@ -14,23 +14,24 @@ from support.api import settings_of
 from support.links import LinkToNothing
 from support.waiting import until
 
-from raylaunch.cluster_state import GpuView, NodeView
-from raylaunch.controller.artifacts import Artifacts
-from raylaunch.controller.drains import DrainBook
-from raylaunch.controller.foreign import ForeignJobs
-from raylaunch.controller.lifecycle import TOLD_AHEAD, Lifecycle
-from raylaunch.controller.link import Link, LinkDown, LinkUp, NodesChanged
-from raylaunch.controller.means import Leavings, Means
-from raylaunch.controller.queue import Block
-from raylaunch.controller.ray_jobs import RayJobs
-from raylaunch.controller.record import JobRecord
-from raylaunch.controller.records import Records
-from raylaunch.controller.secret_store import SecretStore
-from raylaunch.controller.sight import Sight
+from raylaunch.controller.ray.bridge import RayBridge
+from raylaunch.controller.ray.jobs_api import RayJobs
+from raylaunch.controller.ray.protocol import LinkDown, LinkUp, NodesChanged
+from raylaunch.controller.scheduler.attempt_context import AttemptContext, AttemptResult
+from raylaunch.controller.scheduler.external_jobs import ExternalJobs
+from raylaunch.controller.scheduler.loop import TOLD_AHEAD, SchedulerLoop
+from raylaunch.controller.scheduler.observed import ObservedState
+from raylaunch.controller.scheduler.queue import Block
+from raylaunch.controller.store.artifacts import Artifacts
+from raylaunch.controller.store.audit import DrainStore
+from raylaunch.controller.store.jobs import Records
+from raylaunch.controller.store.record import JobRecord
+from raylaunch.controller.store.secrets import SecretStore
 from raylaunch.errors import ClusterDownError, RaylaunchError
-from raylaunch.reasons import Reason
-from raylaunch.spec import JobSpec, Resources
-from raylaunch.state import AttemptView, Change, JobState, SubmitRequest
+from raylaunch.models.cluster import GpuView, NodeView
+from raylaunch.models.job import AttemptView, SubmitRequest
+from raylaunch.models.job_spec import JobSpec, Resources
+from raylaunch.models.states import Change, JobState, Reason
 
 
 class BrokenLink(LinkToNothing):
@@ -72,12 +73,14 @@ def node(name: str, *, steward: bool) -> NodeView:
     return NodeView(id=name * 8, hostname=name, address="10.0.0.1", alive=True, steward=steward)
 
 
-async def _nothing_left(_: JobRecord) -> Leavings:
-    return Leavings(log_tail=(), outputs=0, output_bytes=0, last_metrics={})
+async def _nothing_left(_: JobRecord) -> AttemptResult:
+    return AttemptResult(log_tail=(), outputs=0, output_bytes=0, last_metrics={})
 
 
 @asynccontextmanager
-async def running(folder: Path, records: Records | None = None) -> AsyncIterator[tuple[Lifecycle, SlowLink, Sight]]:
+async def running(
+    folder: Path, records: Records | None = None
+) -> AsyncIterator[tuple[SchedulerLoop, SlowLink, ObservedState]]:
     link = SlowLink(folder)
     async with running_with(link, folder, records) as (lifecycle, sight):
         yield lifecycle, link, sight
@@ -85,11 +88,11 @@ async def running(folder: Path, records: Records | None = None) -> AsyncIterator
 
 @asynccontextmanager
 async def running_with(
-    link: Link, folder: Path, records: Records | None, **settings: object
-) -> AsyncIterator[tuple[Lifecycle, Sight]]:
-    records, sight = records or Records(folder), Sight()
+    link: RayBridge, folder: Path, records: Records | None, **settings: object
+) -> AsyncIterator[tuple[SchedulerLoop, ObservedState]]:
+    records, sight = records or Records(folder), ObservedState()
     ray = RayJobs("http://127.0.0.1:9", "none")
-    means = Means(
+    means = AttemptContext(
         settings_of(folder, 9).model_copy(update=settings),
         records,
         SecretStore(folder),
@@ -98,8 +101,8 @@ async def running_with(
         sight,
         _nothing_left,
     )
-    foreign = ForeignJobs(records=records, ray=ray, link=link, sight=sight)
-    lifecycle = Lifecycle(means, Artifacts(folder), foreign, DrainBook(folder))
+    foreign = ExternalJobs(records=records, ray=ray, link=link, sight=sight)
+    lifecycle = SchedulerLoop(means, Artifacts(folder), foreign, DrainStore(folder))
     task = asyncio.create_task(lifecycle.run())
     try:
         yield lifecycle, sight
@@ -227,7 +230,7 @@ async def soon(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-def why(records: Records, sight: Sight, job: str) -> Block:
+def why(records: Records, sight: ObservedState, job: str) -> Block:
     ask = records.backlog.ask(job)
     block = sight.plan.block(ask) if sight.plan and ask else None
     return block or Block(Reason.SENDING_CODE, str)

@@ -22,9 +22,10 @@ from support.ray_head import RayHeadRunning, ray_head
 from support.waiting import until
 
 import raylaunch
-from raylaunch.controller.link import AttemptSeen, Grew, Link, LinkDown, LinkEvent, LinkUp, Stored
+from raylaunch.contract import VAR_ATTEMPT, VAR_NODE_ROOT
+from raylaunch.controller.ray.bridge import RayBridge
+from raylaunch.controller.ray.protocol import Grew, LinkDown, LinkEvent, LinkUp, ObservedAttempt, Stored
 from raylaunch.errors import ClusterDownError, NotFoundError
-from raylaunch.runner.contract import VAR_ATTEMPT, VAR_NODE_ROOT
 
 pytestmark = pytest.mark.ray
 
@@ -67,8 +68,8 @@ def store(tmp_path: Path) -> Store:
 
 
 @asynccontextmanager
-async def linked(head: RayHeadRunning, store: Store) -> AsyncIterator[Link]:
-    link = Link(
+async def linked(head: RayHeadRunning, store: Store) -> AsyncIterator[RayBridge]:
+    link = RayBridge(
         gcs_address=head.gcs_address,
         ray_token_path=head.token_path,
         store=store.path,
@@ -83,11 +84,11 @@ async def linked(head: RayHeadRunning, store: Store) -> AsyncIterator[Link]:
         await link.close()
 
 
-async def node_of(link: Link) -> str:
+async def node_of(link: RayBridge) -> str:
     return (await link.nodes())[0].id
 
 
-async def prepared(link: Link, store: Store, attempt: str) -> Path:
+async def prepared(link: RayBridge, store: Store, attempt: str) -> Path:
     """Prepare an attempt, and return its folder on the node."""
     store.add_job(attempt.rpartition("-")[0])
     ready = await link.prepare(await node_of(link), spec=attempt_spec(attempt), package="", secrets={"KEY": "planted"})
@@ -229,7 +230,9 @@ def test_a_link_that_is_killed_comes_back_and_sends_nothing_twice(head: RayHeadR
                 file.write(b"after\n")
             await until(lambda: store.size("again-a-1", "logs/rank-0.log") == 13, 30, "the second line")
             assert store.file("again-a-1", "logs/rank-0.log").read_bytes() == b"before\nafter\n"
-            assert [event for event in store.events if isinstance(event, AttemptSeen) and event.attempt == "again-a-1"]
+            assert [
+                event for event in store.events if isinstance(event, ObservedAttempt) and event.attempt == "again-a-1"
+            ]
 
     asyncio.run(scenario())
 
@@ -300,7 +303,7 @@ def test_a_link_without_ray_says_why(store: Store, tmp_path: Path) -> None:
     token.write_text("t" * 48)
 
     async def scenario() -> None:
-        link = Link(
+        link = RayBridge(
             gcs_address="127.0.0.1:9",
             ray_token_path=token,
             store=store.path,
@@ -323,7 +326,7 @@ def test_the_link_ends_when_its_controller_is_killed(tmp_path: Path) -> None:
     controller = f"""
 import asyncio
 from pathlib import Path
-from raylaunch.controller.link import Link
+from raylaunch.controller.ray.bridge import Link
 
 async def main():
     folder = Path({str(tmp_path)!r})

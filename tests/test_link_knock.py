@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from raylaunch.controller.ray_link import _hung_up, _knock
+from raylaunch.controller.ray.process import _hung_up, _knock
 
 
 @pytest.fixture

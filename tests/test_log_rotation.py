@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from raylaunch.controller.audit import AuditLog
-from raylaunch.log_rotation import rotate
+from raylaunch.controller.store.audit import AuditLog
+from raylaunch.files import rotate
 
 
 def test_a_large_log_is_kept_once_and_its_writer_goes_on_in_the_same_file(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.controller import logs
+from raylaunch.agent import attempt_files
+from raylaunch.controller.store import logs
 from raylaunch.errors import NotFoundError, SpecError
 
 
@@ -19,7 +20,7 @@ def log(tmp_path: Path) -> Path:
 
 
 def tail(log: Path, lines: int, **options: int) -> bytes:
-    return logs.read(log, offset=logs.tail_offset(log, lines, **options)).data
+    return attempt_files.read(log, offset=attempt_files.tail_offset(log, lines, **options)).data
 
 
 def texts(log: Path, pattern: str, **options: bool | int) -> list[str]:
@@ -39,8 +40,8 @@ def every(log: Path, pattern: str, *, limit: int, max_bytes: int) -> Iterator[in
 
 
 def test_a_log_that_does_not_exist_yet_is_an_empty_one(log: Path) -> None:
-    assert logs.read(log, offset=0) == logs.Slice(0, b"", 0)
-    assert logs.tail_offset(log, 10) == 0
+    assert attempt_files.read(log, offset=0) == attempt_files.Slice(0, b"", 0)
+    assert attempt_files.tail_offset(log, 10) == 0
     assert texts(log, "x") == []
 
 
@@ -48,7 +49,7 @@ def test_reading_on_from_next_gives_every_byte_once(log: Path) -> None:
     content = bytes(range(256)) * 9000
     log.write_bytes(content)
     read, offset = b"", 0
-    while piece := logs.read(log, offset=offset, limit=100_000):
+    while piece := attempt_files.read(log, offset=offset, limit=100_000):
         if not piece.data:
             break
         read, offset = read + piece.data, piece.next
@@ -57,12 +58,12 @@ def test_reading_on_from_next_gives_every_byte_once(log: Path) -> None:
 
 def test_an_offset_beyond_the_end_is_the_end(log: Path) -> None:
     log.write_bytes(b"abc")
-    assert logs.read(log, offset=99) == logs.Slice(3, b"", 3)
+    assert attempt_files.read(log, offset=99) == attempt_files.Slice(3, b"", 3)
 
 
 def test_one_read_is_never_more_than_its_limit(log: Path) -> None:
-    log.write_bytes(b"x" * (3 * logs.READ_BYTES))
-    assert len(logs.read(log, offset=0, limit=10 * logs.READ_BYTES).data) == logs.READ_BYTES
+    log.write_bytes(b"x" * (3 * attempt_files.READ_BYTES))
+    assert len(attempt_files.read(log, offset=0, limit=10 * attempt_files.READ_BYTES).data) == attempt_files.READ_BYTES
 
 
 # -- the tail --------------------------------------------------------------------------------------------------------
@@ -90,13 +91,13 @@ def test_the_tail_is_right_across_the_edges_of_blocks(log: Path) -> None:
     lines = [f"line {number:05} {'x' * (number % 97)}\n".encode() for number in range(20_000)]
     log.write_bytes(b"".join(lines))
     for wanted in (1, 999, 1000, 1001, 5000):
-        offset = logs.tail_offset(log, wanted)
+        offset = attempt_files.tail_offset(log, wanted)
         assert log.read_bytes()[offset:] == b"".join(lines[-wanted:])
 
 
 def test_the_tail_of_a_line_of_ten_megabytes_begins_where_it_stops_looking(log: Path) -> None:
     log.write_bytes(b"first\n" + b"x" * 10_000_000 + b"\n")
-    assert logs.tail_offset(log, 1) == log.stat().st_size - logs.TAIL_BYTES
+    assert attempt_files.tail_offset(log, 1) == log.stat().st_size - attempt_files.TAIL_BYTES
 
 
 def test_a_tail_that_stops_looking_does_not_begin_inside_a_character(log: Path) -> None:
@@ -110,9 +111,11 @@ def test_the_last_lines_of_a_gigabyte_leave_memory_flat(log: Path) -> None:
         file.seek(0, 2)
         file.write(b"\n" + b"".join(b"line %d\n" % number for number in range(1000)))
     program = (
-        "import resource, sys; from pathlib import Path; from raylaunch.controller import logs\n"
+        "import resource, sys; from pathlib import Path; from raylaunch.agent import attempt_files\n"
+        "from raylaunch.controller.store import logs\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; path = Path(sys.argv[1])\n"
-        "offset = logs.tail_offset(path, 1000); assert logs.read(path, offset=offset).data[:7] == b'line 0\\n'\n"
+        "offset = attempt_files.tail_offset(path, 1000)\n"
+        "assert attempt_files.read(path, offset=offset).data[:7] == b'line 0\\n'\n"
         "offset, more = 0, True\n"
         "while more:\n"
         "    found = logs.search(path, 'line 999', offset=offset); offset, more = found.next_offset, found.more\n"

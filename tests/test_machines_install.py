@@ -13,12 +13,12 @@ from support.fittings import add_user, bare_python, find_python, only_python
 from support.hosts import Host, World, world
 from support.waiting import wait_until
 
-from raylaunch.cluster.install.environment import HostPython, ensure_environment
-from raylaunch.cluster.install.pins import EXACT, WheelPlatform, installed_version
-from raylaunch.cluster.install.wheels import WheelStore
-from raylaunch.cluster.plan import Step
-from raylaunch.cluster.ssh.machine import machine
+from raylaunch.cluster.install.environment import ensure_environment
+from raylaunch.cluster.install.platforms import EXACT, HostPython, WheelPlatform, installed_version
+from raylaunch.cluster.install.wheel_store import WheelStore
+from raylaunch.cluster.types import Step
 from raylaunch.errors import HostError, HostLostError
+from raylaunch.ssh.host import machine
 from raylaunch.version import __version__
 
 pytestmark = [pytest.mark.machines, pytest.mark.slow, pytest.mark.long]

@@ -21,9 +21,9 @@ from support.terminal import Laptop, Said
 from support.waiting import wait_until
 
 from raylaunch.cluster.client_record import load_client
-from raylaunch.cluster.home import cluster_paths
-from raylaunch.cluster.plan import IF_UNKNOWN
-from raylaunch.cluster.reach.tunnel_use import end_tunnel
+from raylaunch.cluster.hosts.tunnel_client import end_tunnel
+from raylaunch.cluster.types import IF_UNKNOWN
+from raylaunch.paths import cluster_paths
 
 pytestmark = [pytest.mark.machines, pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(900)]
 

@@ -10,27 +10,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcp_server import arguments, bounds
+from mcp_server import arguments, render
 from mcp_server.arguments import DownloadModel, MonitorJob, StopJob, TrainJob
 from mcp_server.policy import may_write
-from mcp_server.words import next_for, when
+from mcp_server.render import next_for, when
 from raylaunch.errors import SpecError
-from raylaunch.reasons import Reason
-from raylaunch.state import JobState, JobView
+from raylaunch.models.job import JobView
+from raylaunch.models.states import JobState, Reason
 
 
 def test_the_end_of_too_many_lines_is_kept_and_the_cut_is_said() -> None:
-    found = bounds.last_lines([f"line {n}" for n in range(100)], most=3)
+    found = render.last_lines([f"line {n}" for n in range(100)], most=3)
     assert found.lines == ["line 97", "line 98", "line 99"]
     assert found.cut == "97 earlier lines are left out here"
 
 
 def test_lines_that_fit_are_not_said_to_be_cut() -> None:
-    assert bounds.last_lines(["a", "b"], most=2) == bounds.Lines(["a", "b"], "")
+    assert render.last_lines(["a", "b"], most=2) == render.BoundedLines(["a", "b"], "")
 
 
 def test_of_one_line_that_is_too_long_its_end_is_kept() -> None:
-    found = bounds.last_lines(["x" * 100 + "the end"], most=5, most_bytes=20)
+    found = render.last_lines(["x" * 100 + "the end"], most=5, most_bytes=20)
     assert found.lines[0].endswith("the end")
     assert len(found.lines[0].encode()) <= 20
     assert found.cut
@@ -38,26 +38,26 @@ def test_of_one_line_that_is_too_long_its_end_is_kept() -> None:
 
 @given(st.binary(max_size=3000), st.integers(1, 20), st.integers(50, 500))
 def test_whatever_a_log_holds_it_fits_and_is_utf8(data: bytes, most: int, most_bytes: int) -> None:
-    found = bounds.last_lines(bounds.lines_of(data), most=most, most_bytes=most_bytes)
+    found = render.last_lines(render.lines_of(data), most=most, most_bytes=most_bytes)
     assert len(found.lines) <= most
     assert sum(len(line.encode()) + 1 for line in found.lines) <= most_bytes + 1
 
 
 @given(st.text(max_size=600), st.integers(20, 100))
 def test_a_short_text_is_one_line_of_bounded_length(text: str, limit: int) -> None:
-    found = bounds.short(text, limit)
+    found = render.short(text, limit)
     assert "\n" not in found
     assert len(found) <= limit
 
 
 def test_what_json_cannot_bear_becomes_text() -> None:
-    found = bounds.plain({"loss": math.nan, "best": math.inf, "name": "a\ud800b", "deep": [{"x": -math.inf}]})
+    found = render.plain({"loss": math.nan, "best": math.inf, "name": "a\ud800b", "deep": [{"x": -math.inf}]})
     assert found == {"loss": "nan", "best": "inf", "name": "a?b", "deep": [{"x": "-inf"}]}
     json.dumps(found, allow_nan=False).encode()
 
 
 def test_false_and_zero_are_facts_and_emptiness_is_not() -> None:
-    assert bounds.without_empty({"a": 0, "b": False, "c": "", "d": None, "e": []}) == {"a": 0, "b": False}
+    assert render.without_empty({"a": 0, "b": False, "c": "", "d": None, "e": []}) == {"a": 0, "b": False}
 
 
 def test_a_list_that_a_client_sends_as_text_is_read() -> None:

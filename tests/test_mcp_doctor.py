@@ -16,13 +16,12 @@ from support.cli import run_cli
 from support.sshd import LOOPBACK, Sshd, free_port, sshd
 from support.trust import trusted
 
-from mcp_server.words import findings_facts, next_without_cluster
-from raylaunch.cluster.doctor.last_look import LastLook, keep_problems, last_look
-from raylaunch.cluster.doctor.look import examine
+from mcp_server.render import findings_facts, next_without_cluster
+from raylaunch.cluster.doctor.examine import LastLook, examine, keep_problems, last_look
 from raylaunch.cluster.doctor.problem import Problem, blocking, warning
-from raylaunch.cluster.home import cluster_paths
 from raylaunch.cluster.trust import accept
-from raylaunch.spec import ClusterSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.paths import cluster_paths
 
 pytestmark = pytest.mark.slow
 

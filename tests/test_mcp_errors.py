@@ -15,13 +15,13 @@ from support.api_use import foreign, start, write
 from support.disks import fill, small_disk
 
 from mcp_server import arguments
-from mcp_server.bounds import Json
-from mcp_server.call import Call
+from mcp_server.context import ToolCall
 from mcp_server.paths import ROOTS_VARIABLE, Roots
 from mcp_server.policy import Audit
-from mcp_server.server import Desk
+from mcp_server.render import Json
+from mcp_server.server import ToolHandlers
 from mcp_server.tools import Tool
-from raylaunch.state import Change
+from raylaunch.models.states import Change
 
 pytestmark = pytest.mark.slow
 TOOLS = sorted(GOOD)
@@ -281,12 +281,12 @@ def test_what_the_controller_itself_gets_wrong_is_said_without_its_traceback(age
 async def test_a_bug_of_ours_is_called_one_and_ends_nothing(tmp_path: Path, anyio_backend: str) -> None:
     assert anyio_backend
 
-    async def broken_tool(_given: arguments.ClusterStatus, _call: Call) -> Json:
+    async def broken_tool(_given: arguments.ClusterStatusArguments, _call: ToolCall) -> Json:
         key = "a secret value"
         raise KeyError(key)
 
-    tool = Tool(arguments.ClusterStatus, broken_tool, title="", description="", answers={})
-    desk = Desk({"broken_tool": tool}, Audit(tmp_path), heals=False, roots=Roots(tmp_path, ()))
+    tool = Tool(arguments.ClusterStatusArguments, broken_tool, title="", description="", answers={})
+    desk = ToolHandlers({"broken_tool": tool}, Audit(tmp_path), heals=False, roots=Roots(tmp_path, ()))
     made = Server("bug", on_list_tools=desk.list_tools, on_call_tool=desk.call_tool)
     async with Client(made) as client:
         for _ in range(2):

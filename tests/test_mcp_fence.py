@@ -12,15 +12,14 @@ import pytest
 from mcp.types import CallToolResult, TextContent
 from support.hostile import HOSTILE, bad_in, hostile, model
 
-from mcp_server.bounds import Json, plain
-from mcp_server.leavings import _folder_name, _nothing
+from mcp_server.jobs import _would
+from mcp_server.render import Json, cluster_away, cluster_facts, job_facts, job_row, next_for, plain, refusal
+from mcp_server.results import _folder_name, _nothing
 from mcp_server.server import _refused
-from mcp_server.training import _would
-from mcp_server.words import cluster_away, cluster_facts, job_facts, job_row, next_for, refusal
-from raylaunch.client import Client, DryRun, NoAnswerError
-from raylaunch.cluster.plan import Reach
-from raylaunch.cluster_state import ClusterStatus, ControllerStatus
-from raylaunch.downloads import IncompleteDownloadError, chosen
+from raylaunch.client.client import Client
+from raylaunch.client.downloads import IncompleteDownloadError, chosen
+from raylaunch.client.transport import NoAnswerError
+from raylaunch.cluster.types import Reach
 from raylaunch.errors import (
     ClusterStartError,
     HostStepError,
@@ -30,8 +29,10 @@ from raylaunch.errors import (
     VersionError,
     from_wire,
 )
-from raylaunch.spec import JobSpec
-from raylaunch.state import Artifact, JobState, JobView
+from raylaunch.models.cluster import ClusterStatus, ControllerStatus
+from raylaunch.models.job import Artifact, DryRun, JobView
+from raylaunch.models.job_spec import JobSpec
+from raylaunch.models.states import JobState
 
 FENCED = ("reported", "log", "findings")
 

@@ -16,8 +16,8 @@ from support.api_use import start, write
 from support.node import node, program
 
 from mcp_server.tools import TOOLS
-from raylaunch.spec import JobSpec
-from raylaunch.state import JobView, SubmitRequest
+from raylaunch.models.job import JobView, SubmitRequest
+from raylaunch.models.job_spec import JobSpec
 
 pytestmark = pytest.mark.slow
 

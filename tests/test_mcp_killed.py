@@ -12,7 +12,8 @@ from support.api import Api
 from support.api_use import large, listening, start, write
 from support.waiting import wait_until
 
-from raylaunch.state import JobState, JobView
+from raylaunch.models.job import JobView
+from raylaunch.models.states import JobState
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ import pytest
 from support.agent import GOOD, HASTY, Agent, Answer, agent_at, submitted
 from support.api import Api, token_of
 
-from raylaunch.cluster.home import cluster_paths, write_private
 from raylaunch.cluster.record import load_record, save_record
+from raylaunch.paths import cluster_paths, write_private
 from raylaunch.version import API
 
 pytestmark = pytest.mark.slow

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from mcp_server.arguments import TrainJob
-from mcp_server.call import Call, News
+from mcp_server.context import ToolCall, ToolProgress
+from mcp_server.jobs import _spec_of, train_job
 from mcp_server.paths import ROOTS_VARIABLE, Roots, roots_of
 from mcp_server.policy import may_send
-from mcp_server.training import _spec_of, train_job
+from raylaunch.client.submission import packed_job
 from raylaunch.errors import SpecError
-from raylaunch.job_files import packed_job
 
 
 @pytest.fixture
@@ -89,10 +89,10 @@ def test_what_is_no_file_is_not_waited_for(project: Path) -> None:
 
 
 def refusal(project: Path, given: Mapping[str, object]) -> str:
-    async def tell(_news: News) -> None:
+    async def tell(_news: ToolProgress) -> None:
         pass
 
-    call = Call(heals=False, tell=tell, roots=roots_in(project))
+    call = ToolCall(heals=False, tell=tell, roots=roots_in(project))
     with pytest.raises(SpecError) as caught:
         asyncio.run(train_job(TrainJob.model_validate(given), call))
     return str(caught.value)
@@ -147,11 +147,11 @@ def test_no_error_about_a_cluster_file_quotes_it(project: Path, name: str, monke
     monkeypatch.chdir(project)
     monkeypatch.delenv("RAYLAUNCH_CLUSTER_FILE", raising=False)
 
-    async def tell(_news: News) -> None:
+    async def tell(_news: ToolProgress) -> None:
         pass
 
     with pytest.raises(SpecError) as caught:
-        Call(heals=False, tell=tell, roots=roots_in(project)).place()
+        ToolCall(heals=False, tell=tell, roots=roots_in(project)).place()
     assert "hunter2" not in str(caught.value)
 
 

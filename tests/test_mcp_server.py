@@ -15,8 +15,8 @@ from mcp.types import ListToolsResult
 from support.agent import PROGRAM, Agent, Raw, agent_at, cluster_of_paper, environment
 from support.api import Api
 
-from mcp_server import reference
 from mcp_server.tools import offered
+from tools.reference import mcp
 
 pytestmark = pytest.mark.slow
 
@@ -295,8 +295,8 @@ def test_a_closed_stdin_ends_the_server_in_the_middle_of_a_call(place: Path, pap
 
 
 def test_the_page_about_the_tools_is_what_the_tools_say() -> None:
-    text = reference.PAGE.read_text(encoding="utf-8")
-    assert text == reference.page(text), "python -m mcp_server.reference writes it anew"
+    text = mcp.PAGE.read_text(encoding="utf-8")
+    assert text == mcp.page(text), "python -m tools.reference.mcp writes it anew"
 
 
 def test_the_mcp_file_of_the_repository_names_the_program() -> None:

@@ -14,8 +14,9 @@ from support.api import Api
 from support.api_use import end, foreign, listening, start, write
 from support.waiting import wait_until
 
-from mcp_server.bounds import MOST_BYTES
-from raylaunch.state import Change, JobView
+from mcp_server.render import MOST_BYTES
+from raylaunch.models.job import JobView
+from raylaunch.models.states import Change
 
 pytestmark = pytest.mark.slow
 

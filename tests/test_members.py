@@ -12,14 +12,15 @@ from support.api import Api, serving
 from support.api_use import error
 from support.queues import decide
 
-from raylaunch.cluster_state import Drain, NodeView
-from raylaunch.config import ClusterFile, load_cluster_file
-from raylaunch.controller.drains import DrainBook
-from raylaunch.controller.queue import Admit, Ask, Room, Wait
+from raylaunch.config.load import ClusterFile, load_cluster_file
+from raylaunch.controller.scheduler.queue import Admit, NodeCapacity
+from raylaunch.controller.store.audit import DrainStore
+from raylaunch.controller.store.backlog import ResourceRequest, WaitDecision
 from raylaunch.errors import ConflictError, NotFoundError, SpecError
-from raylaunch.members import plan_add, plan_remove
-from raylaunch.reasons import Reason
-from raylaunch.units import point_in_time
+from raylaunch.models.cluster import Drain, NodeView
+from raylaunch.models.fields import point_in_time
+from raylaunch.models.states import Reason
+from raylaunch.operations.hosts import plan_add, plan_remove
 
 BLOCK = """\
 # Our cluster.
@@ -113,27 +114,29 @@ def test_a_file_of_rays_own_is_left_to_its_owner(tmp_path: Path) -> None:
 # -- the queue -------------------------------------------------------------------------------------------------------
 
 
-def room(name: str, *, gpus: float = 8, drained: str = "") -> Room:
+def room(name: str, *, gpus: float = 8, drained: str = "") -> NodeCapacity:
     total = {"GPU": gpus, "CPU": 64.0, "memory": 2.0**40}
-    return Room(node_id=f"id-{name}", hostname=name, total=total, ray_free=dict(total), drained=drained)
+    return NodeCapacity(node_id=f"id-{name}", hostname=name, total=total, ray_free=dict(total), drained=drained)
 
 
 def test_a_drained_host_gets_no_job_and_another_does() -> None:
     rooms = [room("dgx-1", drained="is drained by anna"), room("dgx-2")]
-    assert decide([Ask("a", "a", 0, {"GPU": 8.0})], rooms, []) == [Admit("a", "id-dgx-2", "dgx-2")]
+    assert decide([ResourceRequest("a", "a", 0, {"GPU": 8.0})], rooms, []) == [Admit("a", "id-dgx-2", "dgx-2")]
 
 
 def test_a_job_that_only_a_drained_host_could_run_waits_and_says_who_drains_it() -> None:
     rooms = [room("dgx-1", drained="is drained by anna until 2026-11-27 18:00 UTC"), room("dgx-2", gpus=4)]
-    (wait,) = decide([Ask("a", "a", 0, {"GPU": 8.0})], rooms, [])
-    assert wait == Wait(
+    (wait,) = decide([ResourceRequest("a", "a", 0, {"GPU": 8.0})], rooms, [])
+    assert wait == WaitDecision(
         "a", Reason.WAITING_FOR_DRAIN, "could run, but dgx-1 is drained by anna until 2026-11-27 18:00 UTC"
     )
 
 
 def test_a_job_that_waits_for_a_drained_host_holds_nothing_back_there_or_elsewhere() -> None:
     rooms = [room("dgx-1", drained="is drained by anna"), room("dgx-2", gpus=4)]
-    _, second = decide([Ask("a", "a", 0, {"GPU": 8.0}), Ask("b", "b", 1, {"GPU": 4.0})], rooms, [])
+    _, second = decide(
+        [ResourceRequest("a", "a", 0, {"GPU": 8.0}), ResourceRequest("b", "b", 1, {"GPU": 4.0})], rooms, []
+    )
     assert second == Admit("b", "id-dgx-2", "dgx-2")
 
 
@@ -142,8 +145,8 @@ def test_a_job_that_waits_for_a_drained_host_holds_nothing_back_there_or_elsewhe
 
 def test_a_drain_outlives_the_controller_and_ends_at_its_time(tmp_path: Path) -> None:
     now = [1000.0]
-    DrainBook(tmp_path, clock=lambda: now[0]).put(Drain(host="dgx-1", person="anna", since=1000, until=2000))
-    book = DrainBook(tmp_path, clock=lambda: now[0])
+    DrainStore(tmp_path, clock=lambda: now[0]).put(Drain(host="dgx-1", person="anna", since=1000, until=2000))
+    book = DrainStore(tmp_path, clock=lambda: now[0])
     assert book.now()["dgx-1"].person == "anna"
     now[0] = 2000.0
     assert not book.now()
@@ -151,11 +154,11 @@ def test_a_drain_outlives_the_controller_and_ends_at_its_time(tmp_path: Path) ->
 
 def test_a_book_that_cannot_be_read_drains_nothing_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "drains.json").write_text("{")
-    book = DrainBook(tmp_path)
+    book = DrainStore(tmp_path)
     assert not book.now()
     assert book.problem.startswith(f"{tmp_path}/drains.json cannot be read")
     book.put(Drain(host="dgx-1", person="anna", since=0))
-    assert (book.problem, list(DrainBook(tmp_path).now())) == ("", ["dgx-1"])
+    assert (book.problem, list(DrainStore(tmp_path).now())) == ("", ["dgx-1"])
 
 
 # -- over HTTP -------------------------------------------------------------------------------------------------------
@@ -231,4 +234,4 @@ def test_what_is_no_time_to_come_is_refused(text: str, said: str) -> None:
 
 def test_nothing_is_drained_that_was_not(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="dgx-1 is not drained"):
-        DrainBook(tmp_path).remove("dgx-1")
+        DrainStore(tmp_path).remove("dgx-1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raylaunch.controller.missing import rule_against
+from raylaunch.controller.scheduler.diagnose import rule_against
 
 CODE = "/var/lib/raylaunch/node/attempts/train-abc-1/code"
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 from support.standing import STAYS, Start
 
-from raylaunch.cluster.gpus import choose_gpus, parse_gpus
-from raylaunch.cluster.home import ClusterPaths
-from raylaunch.cluster.neighbours import Neighbour, check_gpus, neighbours
+from raylaunch.cluster.local.gpus import OtherCluster, check_gpus, choose_gpus, neighbours, parse_gpus
 from raylaunch.cluster.record import new_record
 from raylaunch.errors import ConflictError
-from raylaunch.spec import ClusterSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.paths import ClusterPaths
 
 ROWS = "0, GPU-aaaa1111, NVIDIA H100, 81559, 0, 0\n1, GPU-bbbb2222, NVIDIA H100, 81559, 0, 0"
 
@@ -35,19 +34,19 @@ def test_a_cluster_that_uses_the_same_gpus_is_found_and_said_whose_it_is(
 
 
 def test_other_gpus_of_the_same_machine_do_not_conflict() -> None:
-    other = Neighbour(name="lab", user="anna", folder="/f", pid=1, gpu_uuids=("GPU-bbbb2222",))
+    other = OtherCluster(name="lab", user="anna", folder="/f", pid=1, gpu_uuids=("GPU-bbbb2222",))
     spec = ClusterSpec(gpus=("0",))
     check_gpus(spec, choose_gpus(spec, parse_gpus(ROWS), {}), [other])
 
 
 def test_logical_gpus_never_conflict() -> None:
-    other = Neighbour(name="lab", user="anna", folder="/f", pid=1, gpu_uuids=None)
+    other = OtherCluster(name="lab", user="anna", folder="/f", pid=1, gpu_uuids=None)
     spec = ClusterSpec(gpus=2)
     check_gpus(spec, choose_gpus(spec, parse_gpus(ROWS), {}), [other])
 
 
 def test_a_cluster_whose_gpus_we_may_not_see_conflicts_unless_gpus_are_listed() -> None:
-    other = Neighbour(name="lab", user="anna", folder="/f", pid=1, gpu_uuids=None)
+    other = OtherCluster(name="lab", user="anna", folder="/f", pid=1, gpu_uuids=None)
     auto, listed = ClusterSpec(), ClusterSpec(gpus=("0",))
     check_gpus(listed, choose_gpus(listed, parse_gpus(ROWS), {}), [other])
     with pytest.raises(ConflictError, match="may use GPUs 0, 1 of this machine"):

@@ -11,11 +11,11 @@ from typing import cast
 import pytest
 from support.attempts import attempt_spec
 
-from raylaunch.controller.link import Stored
-from raylaunch.controller.mirror import GapError, Mirror
-from raylaunch.node.changes import BUDGET, Answer, Changes, Chunk
-from raylaunch.node.files import inventory
-from raylaunch.node.preparing import Ready, forget, prepare
+from raylaunch.agent.attempt_files import inventory
+from raylaunch.agent.change_feed import BUDGET, ChangeReply, Changes, Chunk
+from raylaunch.agent.job_dir import ReadyAttempt, forget, prepare
+from raylaunch.controller.ray.protocol import Stored
+from raylaunch.controller.ray.replica import GapError, ReplicaStore
 
 ATTEMPT = "digits-abc-1"
 
@@ -35,7 +35,7 @@ class World:
 
     def restart(self, attempt: str = ATTEMPT) -> None:
         """Begin anew on both sides, as after a crash of the link and the steward."""
-        self.changes, self.mirror = Changes(self.root), Mirror(self.store)
+        self.changes, self.mirror = Changes(self.root), ReplicaStore(self.store)
         self.answer = self.changes.take("session", self.mirror.have([attempt]))
 
     def carry(self) -> int:
@@ -48,7 +48,7 @@ class World:
         self.answer = self.changes.take("session", None)
         return carried + (self.carry() if self.answer["chunks"] else 0)
 
-    def write(self, answer: Answer) -> int:
+    def write(self, answer: ChangeReply) -> int:
         for chunk in answer["chunks"]:
             self.mirror.write(chunk)
         return sum(len(chunk["data"]) for chunk in answer["chunks"])
@@ -80,7 +80,7 @@ class World:
         return where
 
 
-def prepare_next(world: World) -> Ready:
+def prepare_next(world: World) -> ReadyAttempt:
     forget(world.root, ATTEMPT, again=True)
     spec = attempt_spec("digits-abc-2")
     return prepare(world.root, spec=spec, package=None, secrets={}, runner=b"", python="python")

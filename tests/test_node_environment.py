@@ -10,13 +10,13 @@ import pytest
 from support.running import Attempt
 from support.waiting import wait_until
 
-from raylaunch.cluster.gpus import GpuChoice
-from raylaunch.cluster.home import cluster_paths
+from raylaunch import contract
+from raylaunch.cluster.local.gpus import GpuChoice
+from raylaunch.cluster.local.ray_head import RayStart, memory_threshold
 from raylaunch.cluster.ports import RAY_PORTS, free_ports
-from raylaunch.cluster.ray_head import RayStart, memory_threshold
 from raylaunch.cluster.record import NodePlace
-from raylaunch.runner import contract
-from raylaunch.spec import ClusterSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.paths import cluster_paths
 
 INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 GIB = 1024**3

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.node.facts import describe
-from raylaunch.runner.contract import VAR_NODE_ROOT
+from raylaunch.agent.node_info import describe
+from raylaunch.contract import VAR_NODE_ROOT
 
 SCRIPT = """#!/bin/sh
 case "$1" in

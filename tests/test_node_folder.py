@@ -13,18 +13,18 @@ import pytest
 from support.attempts import attempt_spec
 from support.waiting import wait_until
 
+from raylaunch.agent import attempt_dir, job_dir
+from raylaunch.agent.agent import sweep
+from raylaunch.agent.attempt_files import disk_use
+from raylaunch.agent.processes import started_ticks
+from raylaunch.contract import VAR_ATTEMPT
 from raylaunch.errors import ConflictError, NotFoundError
-from raylaunch.node import folder, preparing
-from raylaunch.node.files import disk_use
-from raylaunch.node.processes import started_ticks
-from raylaunch.node.steward import sweep
-from raylaunch.runner.contract import VAR_ATTEMPT
 from raylaunch.runner.processes import boot_id
 
 
-def prepared(root: Path, package: Path | None = None, attempt: str = "digits-abc-1") -> preparing.Ready:
+def prepared(root: Path, package: Path | None = None, attempt: str = "digits-abc-1") -> job_dir.ReadyAttempt:
     secrets = {"KEY": "planted"}
-    return preparing.prepare(
+    return job_dir.prepare(
         root, spec=attempt_spec(attempt), package=package, secrets=secrets, runner=b"zip", python="/a b/python"
     )
 
@@ -63,13 +63,13 @@ def test_each_attempt_of_a_job_has_the_same_folder_of_checkpoints(*, tidied: boo
     (first / "checkpoints/run/model.pt").write_text("weights")
     place = (first / "checkpoints").resolve()
     if tidied:
-        preparing.forget(tmp_path, "digits-abc-1", again=True)
+        job_dir.forget(tmp_path, "digits-abc-1", again=True)
         assert not first.exists()
     second = Path(prepared(tmp_path, attempt="digits-abc-2")["folder"])
     assert (second / "checkpoints").resolve() == place
     assert json.loads((second / "attempt.json").read_text())["job_dir"] == str(place.parent)
     assert (second / "checkpoints/run/model.pt").read_text() == "weights"
-    preparing.forget(tmp_path, "digits-abc-2")
+    job_dir.forget(tmp_path, "digits-abc-2")
     assert not list(tmp_path.rglob("model.pt"))
 
 
@@ -86,7 +86,7 @@ def test_an_older_attempt_is_ended_before_a_newer_one_has_the_folder(tmp_path: P
     training = subprocess.Popen(["sleep", "600"], env={**os.environ, VAR_ATTEMPT: tag}, start_new_session=True)
     prepared(tmp_path, attempt="digits-abc-2")
     assert training.wait(10) == -9
-    assert json.loads((first / "claim.json").read_text())["epoch"] == folder.FENCED
+    assert json.loads((first / "claim.json").read_text())["epoch"] == attempt_dir.FENCED
     assert not (first / "checkpoints").is_symlink()
 
 
@@ -94,13 +94,13 @@ def test_an_older_attempt_never_gets_the_folder_of_a_newer_one(tmp_path: Path) -
     newer = Path(prepared(tmp_path, attempt="digits-abc-2")["folder"])
     with pytest.raises(ConflictError, match="attempt 2 of digits-abc has followed"):
         prepared(tmp_path)
-    preparing.forget(tmp_path, "digits-abc-1")
+    job_dir.forget(tmp_path, "digits-abc-1")
     assert (newer / "checkpoints").is_dir()
 
 
 def test_a_job_that_went_on_elsewhere_leaves_nothing_after_a_week(tmp_path: Path) -> None:
     prepared(tmp_path, attempt="other-abc-1")
-    preparing.forget(tmp_path, "other-abc-1", again=True)
+    job_dir.forget(tmp_path, "other-abc-1", again=True)
     writer = tmp_path / "jobs/other-abc/writer.json"
     os.utime(writer, (time.time() - 8 * 86400,) * 2)
     prepared(tmp_path)
@@ -131,8 +131,8 @@ def test_preparing_again_after_the_claim_changes_nothing(tmp_path: Path) -> None
 
 
 def test_a_fence_takes_the_claim_before_any_runner(tmp_path: Path) -> None:
-    claim = folder.close(tmp_path, "digits-abc-1")
-    assert claim["epoch"] == folder.FENCED
+    claim = attempt_dir.close(tmp_path, "digits-abc-1")
+    assert claim["epoch"] == attempt_dir.FENCED
     with pytest.raises(FileExistsError):
         os.open(tmp_path / "attempts/digits-abc-1/claim.json", os.O_CREAT | os.O_EXCL)
     with pytest.raises(ConflictError, match="was ended on this node before it began"):
@@ -143,20 +143,20 @@ def test_a_fence_leaves_a_runners_claim_and_deletes_secrets(tmp_path: Path) -> N
     path = Path(prepared(tmp_path)["folder"])
     claim = {"epoch": "epoch-1", "pid": 0, "started_ticks": 1, "boot_id": "b", "at": 1.0}
     (path / "claim.json").write_text(json.dumps(claim))
-    assert folder.close(tmp_path, "digits-abc-1") == claim
+    assert attempt_dir.close(tmp_path, "digits-abc-1") == claim
     assert not (path / "secrets.json").exists()
 
 
 @pytest.mark.parametrize("name", ["../digits-1", "a/b-1", "", "digits", ".hidden-1", "digits-1\n"])
 def test_a_name_that_is_no_attempts_id_reaches_no_path(tmp_path: Path, name: str) -> None:
     with pytest.raises(NotFoundError):
-        folder.attempt_folder(tmp_path, name)
+        attempt_dir.attempt_folder(tmp_path, name)
 
 
 def test_forgetting_twice_is_forgetting_once(tmp_path: Path) -> None:
     path = Path(prepared(tmp_path)["folder"])
-    preparing.forget(tmp_path, "digits-abc-1")
-    preparing.forget(tmp_path, "digits-abc-1")
+    job_dir.forget(tmp_path, "digits-abc-1")
+    job_dir.forget(tmp_path, "digits-abc-1")
     assert not path.exists()
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from raylaunch.agent.packages import COMPLETE, Packages
+from raylaunch.contract import most_unpacked
 from raylaunch.errors import NotFoundError, TransferError
-from raylaunch.node.packages import COMPLETE, Packages
-from raylaunch.runner.contract import most_unpacked
 from raylaunch.runner.unpack import unpack
 
 

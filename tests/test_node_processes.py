@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 from support.waiting import wait_until
 
-from raylaunch.node.processes import end_processes, processes_of, runner_alive, started_ticks
-from raylaunch.runner.contract import VAR_ATTEMPT, Claim
+from raylaunch.agent.processes import end_processes, processes_of, runner_alive, started_ticks
+from raylaunch.contract import VAR_ATTEMPT, Claim
 from raylaunch.runner.processes import boot_id
 
 FAMILY = """

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.node.folder import write_json
-from raylaunch.node.watching import Watcher
+from raylaunch.agent.attempt_dir import write_json
+from raylaunch.agent.inotify import Watcher
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's inotify")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from raylaunch.cluster_state import NodeView
-from raylaunch.controller.nodes import by_name
+from raylaunch.controller.ray.calls import by_name
+from raylaunch.models.cluster import NodeView
 
 
 def node(name: str) -> NodeView:

@@ -20,33 +20,33 @@ from support.api_use import submit, write
 from support.links import LinkToNothing
 from support.run_writer import history, run, summary, write_run
 
-from raylaunch import cluster_spec, cluster_state, host_spec, spec, spec_parts, state
-from raylaunch.cluster.probe import answer as probe
+from raylaunch.agent.attempt_dir import plain, read_json
+from raylaunch.client.transport import Response, page_from
+from raylaunch.cluster.probe import parse_gpus as probe
 from raylaunch.cluster.probe.facts import Clock
-from raylaunch.cluster.probe.gpus import read_gpus
-from raylaunch.cluster.probe.reading import read_facts
-from raylaunch.controller import journal, link_events, ray_jobs, record
+from raylaunch.cluster.probe.parse import read_facts
+from raylaunch.cluster.probe.parse_gpus import read_gpus
 from raylaunch.controller.__main__ import leavings_of
-from raylaunch.controller.artifacts import Artifacts, Left
-from raylaunch.controller.finishing import warned
-from raylaunch.controller.link import LinkUp
-from raylaunch.controller.link_events import exit_from, facts_from, started_from
-from raylaunch.controller.means import Leavings
-from raylaunch.controller.metric_series import KEYS_KEPT
-from raylaunch.controller.metrics import NAMES_KEPT, Metrics
-from raylaunch.controller.nodes import node_views
-from raylaunch.controller.record import JobRecord
-from raylaunch.controller.records import Records
-from raylaunch.controller.report_file import ReportFile
+from raylaunch.controller.metrics.curves import KEYS_KEPT
+from raylaunch.controller.metrics.reader import NAMES_KEPT, MetricsStore
+from raylaunch.controller.metrics.reports import ReportReader
+from raylaunch.controller.ray import jobs_api, protocol
+from raylaunch.controller.ray.calls import node_views
+from raylaunch.controller.ray.protocol import LinkUp, exit_from, facts_from, started_from
+from raylaunch.controller.scheduler.attempt_context import AttemptResult
+from raylaunch.controller.scheduler.finish import warned
+from raylaunch.controller.store import journal, record
+from raylaunch.controller.store.artifacts import Artifacts, Left
+from raylaunch.controller.store.jobs import Records
+from raylaunch.controller.store.record import JobRecord
 from raylaunch.errors import ClusterError, StorageError
-from raylaunch.job_page import page_from
-from raylaunch.node.folder import plain, read_json
-from raylaunch.spec import JobSpec, Resources
-from raylaunch.state import AttemptView, Change, JobPage, JobView, SubmitRequest
+from raylaunch.models import cluster, cluster_spec, fields, host_spec, job, job_spec
+from raylaunch.models.fields import size_bytes
+from raylaunch.models.job import AttemptView, JobPage, JobView, SubmitRequest
+from raylaunch.models.job_spec import JobSpec, Resources
+from raylaunch.models.states import Change
+from raylaunch.tracking.protobuf import LONGEST_KEY
 from raylaunch.tracking.run_file import History
-from raylaunch.tracking.wire import LONGEST_KEY
-from raylaunch.units import size_bytes
-from raylaunch.wire import Answer
 
 DEEP = "[" * 200_000
 HUGE = "9" * 5000
@@ -80,10 +80,10 @@ def ada(api: Api) -> Iterator[httpx2.Client]:
 )
 @pytest.mark.parametrize("field", ["timeout_s", "grace_s", "resources.cpus", "resources.memory", "resources.custom.x"])
 def test_a_number_without_an_end_is_refused_in_every_field(ada: httpx2.Client, field: str, value: str) -> None:
-    spec = value
+    job_spec = value
     for name in reversed(field.split(".")):
-        spec = f'{{"{name}": {spec}}}'
-    body = f'{{"spec": {{"entrypoint": "true", {spec[1:]}}}'
+        job_spec = f'{{"{name}": {job_spec}}}'
+    body = f'{{"spec": {{"entrypoint": "true", {job_spec[1:]}}}'
     assert ada.post("/v1/jobs", content=body).status_code == 422
     assert ada.get("/v1/jobs").json()["jobs"] == []
 
@@ -132,7 +132,7 @@ def test_a_size_of_hundreds_of_digits_is_no_size() -> None:
         Resources(cpus=math.inf)
 
 
-FROM_OUTSIDE = (cluster_spec, cluster_state, host_spec, journal, link_events, ray_jobs, record, spec, spec_parts, state)
+FROM_OUTSIDE = (cluster_spec, cluster, host_spec, journal, protocol, jobs_api, record, job_spec, fields, job)
 
 
 def models_from_outside() -> Iterator[type[BaseModel]]:
@@ -286,9 +286,9 @@ def test_a_list_has_some_of_thousands_of_metrics_and_the_job_has_more(tmp_path: 
         records.close()
 
 
-async def leavings_now(records: Records, record: JobRecord) -> Leavings:
+async def leavings_now(records: Records, record: JobRecord) -> AttemptResult:
     store = records.store
-    return await leavings_of(record, records=records, artifacts=Artifacts(store), metrics=Metrics(store))
+    return await leavings_of(record, records=records, artifacts=Artifacts(store), metrics=MetricsStore(store))
 
 
 def test_a_record_keeps_some_of_very_many_metrics_and_says_so_once(tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_what_is_no_page_of_jobs_is_said(body: bytes) -> None:
 def test_a_report_that_cannot_be_is_passed_over_and_the_next_is_read(tmp_path: Path, line: str) -> None:
     path = tmp_path / "progress.jsonl"
     path.write_text(f'{line}\n{{"at": 2, "step": 7, "metrics": {{"\\ud800": 1, "loss": NaN}}}}\n')
-    report = ReportFile(path)
+    report = ReportReader(path)
     (row,) = report.stream()
     assert isinstance(row, History)
     assert sorted(row.values) == ["?", "loss"]
@@ -366,7 +366,7 @@ def test_a_row_whose_step_is_none_is_passed_over_and_the_next_is_read(tmp_path: 
     late = history(2, {"_timestamp": value, "global_step": 5, "loss": 2.0})
     axis = history(3, {"global_step": value, "loss": 3.0})
     write_run(tmp_path / "jobs" / "odd" / "attempt-1", [run(), odd, late, axis])
-    page = Metrics(tmp_path).page(OddJob(), keys=["loss"])
+    page = MetricsStore(tmp_path).page(OddJob(), keys=["loss"])
     assert [(point.step, point.value) for point in page.series[0].points] == [(5, 2.0), (5, 3.0)]
     assert math.isfinite(page.last_step or 0)
     assert page.series[0].points[0].at == 0
@@ -376,7 +376,7 @@ def test_names_of_metrics_have_an_end_each_and_together(tmp_path: Path) -> None:
     attempt = tmp_path / "jobs" / "odd" / "attempt-1"
     names = {f"{n}": 1.0 for n in range(11_000)}
     write_run(attempt, [run(), history(0, {"x" * 10_000: 1.0, **names}), summary({f"s{n}": 1 for n in range(11_000)})])
-    page = Metrics(tmp_path).page(OddJob())
+    page = MetricsStore(tmp_path).page(OddJob())
     assert len(page.keys) == len(page.last) == KEYS_KEPT
     assert max(map(len, page.keys)) == LONGEST_KEY
 
@@ -436,7 +436,7 @@ def test_a_node_that_cannot_be_read_hides_no_other(odd: dict[str, object]) -> No
 @pytest.mark.parametrize("text", [HUGE, "inf", "nan", "²"])
 def test_a_number_of_a_host_that_is_none_is_not_known(text: str) -> None:
     table = f"index, memory.total [MiB], utilization.gpu [%]\n0, {text}, {text}\n"
-    answer = probe.Answer(
+    answer = probe.ProbeOutput(
         {"gpu_query": probe.Section(table, 0), "limits": probe.Section(rows=(("nofile", text, text),))}, complete=True
     )
     (gpu,) = read_gpus(answer).gpus
@@ -446,7 +446,7 @@ def test_a_number_of_a_host_that_is_none_is_not_known(text: str) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"3", b'{"revoked": "x"}', DEEP.encode(), b'{"revoked": [1]}'])
 def test_an_answer_of_a_controller_that_cannot_be_read_is_said(body: bytes) -> None:
-    answer = Answer(httpx2.Response(200, content=body, headers={"X-Have": HUGE}))
+    answer = Response(httpx2.Response(200, content=body, headers={"X-Have": HUGE}))
     with pytest.raises(ClusterError, match="cannot be read"):
         answer.read(TypeAdapter(dict[str, int]))
     assert answer.number("X-Have") == 0

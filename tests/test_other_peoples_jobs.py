@@ -15,20 +15,19 @@ from support.client_use import ask
 
 import raylaunch
 from mcp_server.arguments import DownloadModel, JobLogs, MonitorJob, StopJob
-from mcp_server.bounds import Json
-from mcp_server.call import Call, News
-from mcp_server.leavings import download_model, job_logs
+from mcp_server.context import ToolCall, ToolProgress
+from mcp_server.jobs import monitor_job, stop_job
 from mcp_server.paths import roots_of
-from mcp_server.training import stop_job
-from mcp_server.watching import monitor_job
+from mcp_server.render import Json
+from mcp_server.results import download_model, job_logs
 from raylaunch.cli.app import raylaunch as command_line
-from raylaunch.client import Client
-from raylaunch.cluster.home import cluster_paths, make_cluster_dirs, write_private
-from raylaunch.cluster.process import identify
+from raylaunch.client.client import Client
+from raylaunch.cluster.processes import identify
 from raylaunch.cluster.record import new_record, save_record
 from raylaunch.errors import NotYoursError
-from raylaunch.spec import ClusterSpec
-from raylaunch.state import JobView
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.job import JobView
+from raylaunch.paths import cluster_paths, make_cluster_dirs, write_private
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +163,10 @@ def test_a_command_that_reads_says_whose_job_it_is(capsys: pytest.CaptureFixture
 
 @pytest.mark.usefixtures("as_olga")
 def test_tools_refuse_the_name_where_they_change_and_mark_the_job_where_they_read(api: Api, theirs: JobView) -> None:
-    async def tell(_news: News) -> None:
+    async def tell(_news: ToolProgress) -> None:
         pass
 
-    call = Call(heals=False, tell=tell, roots=roots_of({"HOME": "/nowhere"}, Path.cwd()))
+    call = ToolCall(heals=False, tell=tell, roots=roots_of({"HOME": "/nowhere"}, Path.cwd()))
     with pytest.raises(NotYoursError, match=theirs.id):
         asyncio.run(stop_job(StopJob(job="shared"), call))
     with pytest.raises(NotYoursError, match=theirs.id):

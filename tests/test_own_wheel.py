@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.cluster.install.own_wheel import OwnWheel, own_wheel
-from raylaunch.cluster.install.resolving import find_uv
+from raylaunch.cluster.install.resolve import find_uv
+from raylaunch.cluster.install.wheel_store import OwnWheel, own_wheel
 from raylaunch.version import __version__
 
 ROOT = Path(__file__).parent.parent
 REPORT = (
-    "import json; from raylaunch.cluster.install.own_wheel import own_wheel; one = own_wheel();"
+    "import json; from raylaunch.cluster.install.wheel_store import own_wheel; one = own_wheel();"
     "print(json.dumps([one.digest, one.sha256, one.requirements]))"
 )
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from support.disks import fill, small_disk
 
-from raylaunch.controller.packages import Have, PackageStore, WrongOffsetError
-from raylaunch.controller.secret_store import SecretStore
+from raylaunch.controller.store.packages import PackageBytes, PackageStore, WrongOffsetError
+from raylaunch.controller.store.secrets import SecretStore
 from raylaunch.errors import NotFoundError, SpecError, StorageError, TransferError
 
 DATA = os.urandom(300_000)
@@ -24,10 +24,12 @@ def packages(tmp_path: Path) -> PackageStore:
 
 
 def test_a_package_is_complete_once_all_its_bytes_are_here(packages: PackageStore) -> None:
-    assert packages.have(SHA) == Have(0, complete=False)
-    assert packages.put(SHA, offset=0, total=len(DATA), data=DATA[:100_000]) == Have(100_000, complete=False)
+    assert packages.have(SHA) == PackageBytes(0, complete=False)
+    assert packages.put(SHA, offset=0, total=len(DATA), data=DATA[:100_000]) == PackageBytes(100_000, complete=False)
     assert not packages.complete(SHA)
-    assert packages.put(SHA, offset=100_000, total=len(DATA), data=DATA[100_000:]) == Have(len(DATA), complete=True)
+    assert packages.put(SHA, offset=100_000, total=len(DATA), data=DATA[100_000:]) == PackageBytes(
+        len(DATA), complete=True
+    )
     assert packages.path(SHA).read_bytes() == DATA
     assert packages.names() == (SHA,)
     assert packages.bytes() == len(DATA)
@@ -36,7 +38,7 @@ def test_a_package_is_complete_once_all_its_bytes_are_here(packages: PackageStor
 def test_an_upload_goes_on_after_a_restart(tmp_path: Path, packages: PackageStore) -> None:
     packages.put(SHA, offset=0, total=len(DATA), data=DATA[:100_000])
     again = PackageStore(tmp_path / "packages")
-    assert again.have(SHA) == Have(100_000, complete=False)
+    assert again.have(SHA) == PackageBytes(100_000, complete=False)
     assert again.put(SHA, offset=100_000, total=len(DATA), data=DATA[100_000:]).complete
 
 
@@ -57,18 +59,18 @@ def test_bytes_that_are_not_what_the_name_says_are_refused_and_deleted(packages:
         f"package {SHA[:12]} arrived damaged: its bytes have the sha256 {hashlib.sha256(wrong).hexdigest()[:12]}\n"
         "  → what had arrived was deleted; submit again to send it anew"
     )
-    assert packages.have(SHA) == Have(0, complete=False)
+    assert packages.have(SHA) == PackageBytes(0, complete=False)
 
 
 def test_a_package_that_is_here_is_not_written_again(packages: PackageStore) -> None:
     packages.put(SHA, offset=0, total=len(DATA), data=DATA)
-    assert packages.put(SHA, offset=0, total=len(DATA), data=DATA[:10]) == Have(len(DATA), complete=True)
+    assert packages.put(SHA, offset=0, total=len(DATA), data=DATA[:10]) == PackageBytes(len(DATA), complete=True)
 
 
 def test_bytes_that_are_all_here_and_not_yet_verified_are_completed_by_an_empty_piece(packages: PackageStore) -> None:
     packages.put(SHA, offset=0, total=len(DATA) + 1, data=DATA)  # as a controller leaves them that died at this point
-    assert packages.have(SHA) == Have(len(DATA), complete=False)
-    assert packages.put(SHA, offset=len(DATA), total=len(DATA), data=b"") == Have(len(DATA), complete=True)
+    assert packages.have(SHA) == PackageBytes(len(DATA), complete=False)
+    assert packages.put(SHA, offset=len(DATA), total=len(DATA), data=b"") == PackageBytes(len(DATA), complete=True)
 
 
 def test_several_who_send_the_same_package_at_once_make_it_whole(packages: PackageStore) -> None:
@@ -81,7 +83,7 @@ def test_several_who_send_the_same_package_at_once_make_it_whole(packages: Packa
                 data = DATA[have.bytes : have.bytes + piece]
                 have = packages.put(SHA, offset=have.bytes, total=len(DATA), data=data)
             except WrongOffsetError as error:  # noqa: PERF203 -- losing a race is what this is about
-                have = Have(error.have, complete=False) if error.have else packages.have(SHA)
+                have = PackageBytes(error.have, complete=False) if error.have else packages.have(SHA)
 
     threads = [threading.Thread(target=send) for _ in range(6)]
     for thread in threads:
@@ -114,7 +116,7 @@ def test_a_full_disk_loses_nothing_of_what_had_arrived(tmp_path: Path) -> None:
         ballast = fill(disk, but_kib=40)
         with pytest.raises(StorageError, match="No space left on device"):
             packages.put(SHA, offset=100_000, total=len(DATA), data=DATA[100_000:])
-        assert packages.have(SHA) == Have(100_000, complete=False)
+        assert packages.have(SHA) == PackageBytes(100_000, complete=False)
         ballast.unlink()
         assert packages.put(SHA, offset=100_000, total=len(DATA), data=DATA[100_000:]).complete
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.directory import Directory
+from raylaunch.client.git_facts import DIFF_LIMIT, git_facts, tracked_files
+from raylaunch.client.ignore_rules import TrackedFiles, walk
+from raylaunch.client.packing import pack
+from raylaunch.client.sensitive import Allowances
 from raylaunch.errors import ConflictError, SpecError, StorageError
-from raylaunch.git_facts import DIFF_LIMIT, git_facts, tracked_files
-from raylaunch.ignoring import Tracked, walk
-from raylaunch.packing import pack
-from raylaunch.sensitive import Allowed
-from raylaunch.state import PackReport
+from raylaunch.files import Directory
+from raylaunch.models.job import PackReport
 
 
 def tree(root: Path, files: Mapping[str, str | bytes]) -> Path:
@@ -81,7 +81,7 @@ def test_a_process_that_is_killed_leaves_no_archive_behind(tmp_path: Path) -> No
     (tmp_path / "temp").mkdir()
     tree(tmp_path / "code", {"a": "x" * 1000})
     script = (
-        "import os, signal, sys; from raylaunch.packing import pack\n"
+        "import os, signal, sys; from raylaunch.client.packing import pack\n"
         "with pack(sys.argv[1]) as packed:\n    print(packed.bytes, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run(
@@ -438,7 +438,7 @@ def test_a_folder_that_becomes_a_link_while_it_is_packed_is_not_followed(tmp_pat
     secret = tree(tmp_path / "elsewhere", {"id": "secret"})
     project = tree(tmp_path / "project", {"a/b/c.txt": "c"})
     with Directory.open_resolved(project) as root:
-        found = walk(root, Tracked.of(frozenset()), on_left_out=lambda _path, _rule, _size: None)
+        found = walk(root, TrackedFiles.of(frozenset()), on_left_out=lambda _path, _rule, _size: None)
         assert next(found).path == "a"
         (project / "a").rename(project / "before")
         (project / "a").symlink_to(secret)
@@ -452,7 +452,7 @@ def test_a_file_that_becomes_a_link_while_it_is_packed_is_not_followed(tmp_path:
     with Directory.open_resolved(project) as root:
         (found,) = (
             found._replace(folder=root)
-            for found in walk(root, Tracked.of(frozenset()), on_left_out=lambda _path, _rule, _size: None)
+            for found in walk(root, TrackedFiles.of(frozenset()), on_left_out=lambda _path, _rule, _size: None)
         )
         (project / "c.txt").unlink()
         (project / "c.txt").symlink_to(secret / "id")
@@ -462,7 +462,7 @@ def test_a_file_that_becomes_a_link_while_it_is_packed_is_not_followed(tmp_path:
 
 def test_a_working_directory_whose_path_was_checked_is_not_reached_through_a_link(tmp_path: Path) -> None:
     project = tree(tmp_path / "above" / "project", {"train.py": "1"})
-    checked = Allowed(links=False)
+    checked = Allowances(links=False)
     with pack(project, checked) as packed:
         assert packed.report.files == 1
     (tmp_path / "above").rename(tmp_path / "moved")

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.directory import Directory
+from raylaunch.client.packing import pack
+from raylaunch.client.sensitive import FetchedFiles, allowed
 from raylaunch.errors import SpecError, WithheldError
-from raylaunch.fetched import FetchedFiles
-from raylaunch.packing import pack
-from raylaunch.sensitive import allowed
+from raylaunch.files import Directory
 
 KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAABG5vbmU=\n-----END OPENSSH PRIVATE KEY-----\n"
 

@@ -13,6 +13,10 @@ from support.api_use import submit, write
 from support.sshd import LOOPBACK, Sshd, sshd
 from support.waiting import wait_until
 
+from raylaunch.client.downloads import download
+from raylaunch.client.parallel_download import ParallelDownload
+from raylaunch.client.transfer import OnProgress
+from raylaunch.client.transport import Transport
 from raylaunch.cluster.client_record import (
     ClientRecord,
     TunnelRecord,
@@ -21,21 +25,17 @@ from raylaunch.cluster.client_record import (
     save_tunnel,
     tunnel_file,
 )
-from raylaunch.cluster.home import cluster_paths, make_private_dir
-from raylaunch.cluster.process import identify
-from raylaunch.cluster.reach.part_file import notes_of
-from raylaunch.cluster.ssh.openssh import command
-from raylaunch.cluster.targets import target_of
-from raylaunch.controller.packages import file_sha256
-from raylaunch.directory import Directory
-from raylaunch.downloads import download
+from raylaunch.cluster.probe.choices import target_of
+from raylaunch.cluster.processes import identify
+from raylaunch.controller.store.packages import file_sha256
 from raylaunch.errors import TransferError
-from raylaunch.parallel_download import ParallelDownload
-from raylaunch.spec import ClusterSpec
-from raylaunch.state import Artifact
-from raylaunch.transfer import OnProgress
+from raylaunch.files import Directory
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.job import Artifact
+from raylaunch.paths import cluster_paths, make_private_dir
+from raylaunch.ssh.fetch import notes_of
+from raylaunch.ssh.resolve import command
 from raylaunch.version import __version__
-from raylaunch.wire import Wire
 
 pytestmark = pytest.mark.slow  # each test has an sshd, and programs that speak through it
 
@@ -104,7 +104,7 @@ def fetched(api: Api, model: tuple[str, Artifact], target: Path, on_progress: On
     job, artifact = model
 
     async def run() -> None:
-        async with Wire(api.reach(), cluster="test") as wire:
+        async with Transport(api.reach(), cluster="test") as wire:
             with Directory.open(target.parent, make=True) as folder:
                 wide = ParallelDownload("test")
                 await download(

@@ -20,13 +20,12 @@ from support.sshd import LOOPBACK, Sshd, fingerprint, sshd
 from support.waiting import wait_until
 
 from raylaunch.cluster.client_record import ClientRecord, TunnelRecord, load_client, load_tunnel, save_client
-from raylaunch.cluster.home import ClusterPaths, cluster_paths, make_private_dir
-from raylaunch.cluster.joined import join_line
-from raylaunch.cluster.process import ProcessIdentity
-from raylaunch.cluster_state import Invitation
-from raylaunch.controller.auth import Role, TokenBook
-from raylaunch.controller.invitations import Invitations
-from raylaunch.spec import ClusterSpec
+from raylaunch.cluster.hosts.joined import join_line
+from raylaunch.cluster.processes import ProcessIdentity
+from raylaunch.controller.store.access import Invitations, Role, TokenStore
+from raylaunch.models.cluster import Invitation
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.paths import ClusterPaths, cluster_paths, make_private_dir
 
 pytestmark = pytest.mark.slow
 
@@ -142,7 +141,7 @@ def test_nobody_locks_herself_out(api: Api) -> None:
 
 def test_invitations_and_tokens_are_over_at_their_time(tmp_path: Path) -> None:
     now = [1000.0]
-    book = TokenBook(tmp_path, clock=lambda: now[0])
+    book = TokenStore(tmp_path, clock=lambda: now[0])
     made = Invitations(tmp_path, book, clock=lambda: now[0])
     late, _ = made.invite("late", Role.VIEWER, by="ada", valid_s=60, token_expires_at=None)
     code, _ = made.invite("alice", Role.VIEWER, by="ada", valid_s=60, token_expires_at=2000)
@@ -353,7 +352,7 @@ def test_the_embedded_cluster_invites_nobody(tmp_path: Path, host: Sshd) -> None
 
 def test_tokens_of_earlier_versions_stay_good(tmp_path: Path) -> None:
     write_tokens(tmp_path, {"ada": "admin"})
-    book = TokenBook(tmp_path)
+    book = TokenStore(tmp_path)
     made = Invitations(tmp_path, book)
     code, _ = made.invite("alice", Role.VIEWER, by="ada", valid_s=60, token_expires_at=None)
     made.take(code, SHA)

@@ -9,8 +9,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from raylaunch.cluster.assign import controller_port, ray_ports
-from raylaunch.cluster.ports import RAY_PORTS, WORKER_PORTS, free_ports, holder, is_free, worker_range
+from raylaunch.cluster.ports import (
+    RAY_PORTS,
+    WORKER_PORTS,
+    controller_port,
+    free_ports,
+    holder,
+    is_free,
+    ray_ports,
+    worker_range,
+)
 from raylaunch.errors import ClusterStartError, ConflictError
 
 

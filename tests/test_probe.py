@@ -23,12 +23,12 @@ import pytest
 from support.nvidia import H100, NvidiaSmi, dgx_h100, sliced, spark
 from support.sshd import Sshd, sshd
 
+from raylaunch.cluster.commands import LocalHost, LocalResult
 from raylaunch.cluster.probe.facts import HostFacts
-from raylaunch.cluster.probe.one_host import probe, script
-from raylaunch.cluster.ssh.machine import machine
-from raylaunch.cluster.this_machine import Ran, ThisMachine
+from raylaunch.cluster.probe.probe import probe, script
 from raylaunch.errors import HostStepError
-from raylaunch.spec import HostSpec
+from raylaunch.models.host_spec import HostSpec
+from raylaunch.ssh.host import machine
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(platform.system() != "Linux", reason="hosts run Linux")]
 
@@ -50,10 +50,10 @@ class Here:
     env: dict[str, str] = field(default_factory=dict)
     name: str = "here"
 
-    async def run(self, argv: Sequence[str], /, *, input: bytes, limit_s: float) -> Ran:  # noqa: A002 -- the product's word
+    async def run(self, argv: Sequence[str], /, *, input: bytes, limit_s: float) -> LocalResult:  # noqa: A002 -- the product's word
         """Run it as the shell that is asked for."""
         settings = [f"{name}={value}" for name, value in (NO_INDEX | self.env).items()]
-        return await ThisMachine(self.name).run(
+        return await LocalHost(self.name).run(
             ["env", *settings, *self.program, *argv[1:]], input=input, limit_s=limit_s
         )
 
@@ -377,7 +377,7 @@ def test_a_host_without_a_shell_is_an_error_that_says_what_to_try() -> None:
 
 
 def test_a_program_that_ends_without_reading_its_input_has_ended_and_no_more() -> None:
-    ran = anyio.run(partial(ThisMachine().run, ["false"], input=bytes(1_000_000), limit_s=20))
+    ran = anyio.run(partial(LocalHost().run, ["false"], input=bytes(1_000_000), limit_s=20))
     assert (ran.status, ran.out) == (1, b"")
 
 

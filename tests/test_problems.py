@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from support.facts import BLOCKING, GIB, SOMEBODY, WARNING, Case, check_alone, check_words, disk, facts, one_host
 
-from raylaunch.cluster.doctor.problems import problems
+from raylaunch.cluster.doctor.checks_cluster import problems
 from raylaunch.cluster.probe.facts import HostFacts
-from raylaunch.spec import ClusterSpec, HostSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.host_spec import HostSpec
 
 CASES = (
     Case(

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from support.facts import SECOND, Changes, disk, facts, only, two_hosts
 
-from raylaunch.cluster.bootstrap import choose_pythons
-from raylaunch.cluster.doctor.problems import CODES, problems
+from raylaunch.cluster.doctor.checks_cluster import problems
+from raylaunch.cluster.doctor.problem import CODES
+from raylaunch.cluster.hosts.bootstrap import choose_pythons
 from raylaunch.errors import (
     HostAuthError,
     HostKeyError,
@@ -18,7 +19,8 @@ from raylaunch.errors import (
     HostUnreachableError,
     RaylaunchError,
 )
-from raylaunch.spec import ClusterSpec, HostSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.host_spec import HostSpec
 
 THIRD: Changes = {**SECOND, "hostname": "dgx-3", "system.boot_id": "0b2f8f1e-0004", "reached_at": "10.0.0.4"}
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from support.facts import BLOCKING, SOMEBODY, WARNING, Case, check_alone, check_words, facts, one_host
 
-from raylaunch.cluster.doctor.problems import problems
-from raylaunch.cluster.host_gpus import counted
-from raylaunch.spec import ClusterSpec, HostSpec
+from raylaunch.cluster.doctor.checks_cluster import problems
+from raylaunch.cluster.probe.choices import counted
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.host_spec import HostSpec
 
 LAB2 = {"name": "lab2", "user": "anna", "folder": "/home/anna/.raylaunch/clusters/lab2", "pid": 77, "wanted": "running"}
 GPU0 = "GPU-0aaa1111-0000-0000-0000-000000000000"

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from support.waiting import wait_until
 
-from raylaunch.cluster.process import ProcessIdentity, end, identify, is_alive, last_lines, matching, start_apart
+from raylaunch.cluster.processes import ProcessIdentity, end, identify, is_alive, last_lines, matching, start_apart
 from raylaunch.errors import ClusterStartError, StorageError
 
 STAYS = (sys.executable, "-I", "-S", "-c", "import signal; print('up', flush=True); signal.pause()")

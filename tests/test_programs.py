@@ -12,13 +12,13 @@ import anyio
 import pytest
 from support.waiting import wait_until
 
-from raylaunch.cluster.programs import Ran, run_program
+from raylaunch.agent.processes import started_ticks
+from raylaunch.cluster.commands import ProgramResult, run_program
 from raylaunch.errors import ClusterStartError
-from raylaunch.node.processes import started_ticks
 
 
-def ran(tmp_path: Path, *argv: str, body: bytes = b"", limit_s: float = 30) -> Ran:
-    async def run() -> Ran:
+def ran(tmp_path: Path, *argv: str, body: bytes = b"", limit_s: float = 30) -> ProgramResult:
+    async def run() -> ProgramResult:
         return await run_program(argv, cwd=tmp_path, env=os.environ, limit_s=limit_s, step="a step", input=body)
 
     return anyio.run(run)
@@ -26,7 +26,7 @@ def ran(tmp_path: Path, *argv: str, body: bytes = b"", limit_s: float = 30) -> R
 
 def test_what_it_was_given_and_all_that_it_prints(tmp_path: Path) -> None:
     said = ran(tmp_path, "sh", "-c", "cat; echo $0 >&2; pwd; exit 3", "its name", body=b"given\n")
-    assert said == Ran(3, f"given\nits name\n{tmp_path}\n")
+    assert said == ProgramResult(3, f"given\nits name\n{tmp_path}\n")
 
 
 def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_one_that_does_not_end_is_ended_with_its_children(tmp_path: Path) -> Non
 
 def test_one_ends_when_who_waits_for_it_is_killed(tmp_path: Path) -> None:
     program = (
-        "import anyio, functools, os; from pathlib import Path; from raylaunch.cluster.programs import run_program;"
+        "import anyio, functools, os; from pathlib import Path; from raylaunch.cluster.commands import run_program;"
         "run = functools.partial(run_program, ['sh', '-c', 'echo $$ > pid; exec sleep 1000']);"
         "anyio.run(functools.partial(run, cwd=Path.cwd(), env=os.environ, limit_s=60, step=''))"
     )

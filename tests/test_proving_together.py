@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from raylaunch.cluster.on_host import HostState
-from raylaunch.cluster.prove.nodes import still_held
-from raylaunch.cluster.prove.together import Member, TogetherPlan, explain, plan_together, success
+from raylaunch.cluster.hosts.allreduce import AllReducePlan, NetworkMember, explain, plan_together, success
+from raylaunch.cluster.hosts.host_program import HostState
+from raylaunch.cluster.hosts.verify import still_held
 from raylaunch.cluster.record import NodePlace
-from raylaunch.cluster_state import ControllerStatus, NodeView
-from raylaunch.runner import together
+from raylaunch.models.cluster import ControllerStatus, NodeView
+from raylaunch.runner.netcheck import allreduce
 
-MEMBERS = tuple(Member(f"dgx-{n}", f"10.0.0.{n}", 24_000, "ens1") for n in (1, 2, 3))
+MEMBERS = tuple(NetworkMember(f"dgx-{n}", f"10.0.0.{n}", 24_000, "ens1") for n in (1, 2, 3))
 DONE: dict[str, Any] = {"kind": "done", "over": "TCP", "seconds": 0.1, "bytes_per_s": 850e6}
 
 
@@ -69,11 +69,11 @@ def test_a_host_whose_gpus_are_in_use_is_left_out_and_not_waited_for() -> None:
 
 
 def test_the_command_of_a_member_is_one_that_its_program_understands() -> None:
-    words = shlex.split(TogetherPlan(MEMBERS, run="r").entrypoint(1))
-    assert words[-2] == together.OPTION
+    words = shlex.split(AllReducePlan(MEMBERS, run="r").entrypoint(1))
+    assert words[-2] == allreduce.OPTION
     plan = json.loads(words[-1])
     assert plan["members"][plan["rank"]] == ["dgx-2", "10.0.0.2", 24_000]
-    together.Together(plan)
+    allreduce.NetworkCheck(plan)
 
 
 def test_success_says_over_what_between_whom_and_how_fast_the_slowest_was() -> None:

@@ -6,28 +6,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.queues import decide
 
-from raylaunch.controller.backlog import Backlog
-from raylaunch.controller.queue import (
+from raylaunch.controller.scheduler.queue import (
     Admit,
-    Ask,
-    Holding,
-    Room,
-    Wait,
+    Allocation,
+    NodeCapacity,
     free_in,
     most_groups,
-    needs,
     plan_queue,
     why_never,
 )
-from raylaunch.reasons import Reason
-from raylaunch.spec import JobSpec, Resources, Where
+from raylaunch.controller.store.backlog import Backlog, ResourceRequest, WaitDecision, needs
+from raylaunch.models.job_spec import JobSpec, Resources, Where
+from raylaunch.models.states import Reason
 
 GIB = 1024**3
 
 
-def room(name: str = "dgx", *, gpus: float = 8, cpus: float = 64, outside: int = 0, gpu_type: str = "") -> Room:
+def room(name: str = "dgx", *, gpus: float = 8, cpus: float = 64, outside: int = 0, gpu_type: str = "") -> NodeCapacity:
     total = {"GPU": gpus, "CPU": cpus, "memory": 512.0 * GIB}
-    return Room(
+    return NodeCapacity(
         node_id=f"id-{name}",
         hostname=name,
         total=total,
@@ -39,17 +36,19 @@ def room(name: str = "dgx", *, gpus: float = 8, cpus: float = 64, outside: int =
     )
 
 
-def ask(job: str, *, gpus: float = 0, cpus: float = 0, since: float = 0, priority: int = 0, **where: object) -> Ask:
+def ask(
+    job: str, *, gpus: float = 0, cpus: float = 0, since: float = 0, priority: int = 0, **where: object
+) -> ResourceRequest:
     amounts = {name: amount for name, amount in (("GPU", gpus), ("CPU", cpus)) if amount}
-    return Ask(job, job, since, amounts, Where.model_validate(where), priority)
+    return ResourceRequest(job, job, since, amounts, Where.model_validate(where), priority)
 
 
-def holding(job: str, gpus: float, *, placed: bool = True) -> Holding:
-    return Holding(job, job, "id-dgx", {"GPU": gpus}, placed=placed)
+def holding(job: str, gpus: float, *, placed: bool = True) -> Allocation:
+    return Allocation(job, job, "id-dgx", {"GPU": gpus}, placed=placed)
 
 
-def used(of: Room, gpus: float) -> Room:
-    return Room(of.node_id, of.hostname, of.total, {**of.ray_free, "GPU": of.total["GPU"] - gpus})
+def used(of: NodeCapacity, gpus: float) -> NodeCapacity:
+    return NodeCapacity(of.node_id, of.hostname, of.total, {**of.ray_free, "GPU": of.total["GPU"] - gpus})
 
 
 def test_a_job_that_fits_starts_at_once() -> None:
@@ -59,7 +58,7 @@ def test_a_job_that_fits_starts_at_once() -> None:
 def test_the_older_job_goes_first() -> None:
     first, second = decide([ask("young", gpus=8, since=2), ask("old", gpus=8, since=1)], [room()], [])
     assert first == Admit("old", "id-dgx", "dgx")
-    assert isinstance(second, Wait)
+    assert isinstance(second, WaitDecision)
 
 
 def test_a_higher_priority_goes_before_age() -> None:
@@ -70,7 +69,7 @@ def test_a_higher_priority_goes_before_age() -> None:
 def test_why_not_yours_is_arithmetic() -> None:
     busy = used(room(), 7)
     (wait,) = decide([ask("a", gpus=4)], [busy], [holding("x", 5)])
-    assert wait == Wait(
+    assert wait == WaitDecision(
         "a",
         Reason.WAITING_FOR_GPUS,
         "needs 4 GPUs on one node; dgx has 1 free of 8: 5 held by x (x), 2 held in Ray by others",
@@ -79,7 +78,7 @@ def test_why_not_yours_is_arithmetic() -> None:
 
 def test_gpus_that_processes_outside_raylaunch_use_are_not_given_away() -> None:
     (wait,) = decide([ask("a", gpus=8)], [room(outside=1)], [])
-    assert wait == Wait(
+    assert wait == WaitDecision(
         "a",
         Reason.GPU_BUSY_OUTSIDE,
         "needs 8 GPUs on one node; dgx has 7 free of 8: 1 used by processes outside raylaunch (bob's python)",
@@ -89,8 +88,8 @@ def test_gpus_that_processes_outside_raylaunch_use_are_not_given_away() -> None:
 def test_a_small_job_does_not_starve_a_large_one() -> None:
     asks = [ask("large", gpus=8, since=1), ask("small", gpus=1, since=2)]
     large, small = decide(asks, [used(room(), 4)], [holding("x", 4)])
-    assert isinstance(large, Wait)
-    assert small == Wait(
+    assert isinstance(large, WaitDecision)
+    assert small == WaitDecision(
         "small",
         Reason.WAITING_FOR_TURN,
         "would fit on dgx, but large (large) is ahead of it and waits for 8 GPUs there",
@@ -110,7 +109,7 @@ def test_a_job_without_gpus_goes_where_no_gpus_are() -> None:
 
 def test_two_jobs_do_not_get_the_same_gpus_in_one_plan() -> None:
     decisions = decide([ask("a", gpus=5), ask("b", gpus=5)], [room()], [])
-    assert [type(decision) for decision in decisions] == [Admit, Wait]
+    assert [type(decision) for decision in decisions] == [Admit, WaitDecision]
 
 
 def test_an_attempt_that_ray_does_not_count_yet_still_holds_its_gpus() -> None:
@@ -123,7 +122,7 @@ def test_more_than_the_largest_node_has_is_said_with_what_there_is() -> None:
 
 
 def test_a_resource_that_no_node_has_is_said() -> None:
-    asked = Ask("a", "a", 0, {"scratch": 1})
+    asked = ResourceRequest("a", "a", 0, {"scratch": 1})
     assert why_never(asked, [room()]) == "asks 1 scratch on one node; no node has any"
 
 
@@ -177,9 +176,11 @@ def test_behind_a_group_that_waits_the_next_of_another_group_starts() -> None:
 
 
 def test_what_many_different_jobs_wait_for_takes_no_more_than_so_many_looks() -> None:
-    waiting = [Ask(f"j{index:05}", "j", index, {"CPU": 100.0 + index}) for index in range(most_groups(1) + 5)]
+    waiting = [
+        ResourceRequest(f"j{index:05}", "j", index, {"CPU": 100.0 + index}) for index in range(most_groups(1) + 5)
+    ]
     decisions = decide(waiting, [room()], [])
-    reasons = [decision.reason for decision in decisions if isinstance(decision, Wait)]
+    reasons = [decision.reason for decision in decisions if isinstance(decision, WaitDecision)]
     assert reasons.count(Reason.WAITING_FOR_TURN) == 5
     assert len(reasons) == len(waiting)
 
@@ -193,7 +194,7 @@ def test_a_requested_host_that_is_down_is_named_and_not_the_others() -> None:
     asked = ask("a", gpus=1, hosts=("gpu-2",))
     plan = plan_queue([asked], [room()], [], groups=1, down={"gpu-2": 46.0 * 60, "gpu-3": 0.0})
     said = "gpu-2, the only requested host, has been down since 1970-01-01 00:46 UTC"
-    assert plan.of(asked) == Wait("a", Reason.WAITING_FOR_NODE, said)
+    assert plan.of(asked) == WaitDecision("a", Reason.WAITING_FOR_NODE, said)
 
 
 def test_a_requested_host_that_is_up_is_the_one_that_is_spoken_of() -> None:
@@ -205,7 +206,7 @@ def test_a_requested_host_that_is_up_is_the_one_that_is_spoken_of() -> None:
 def test_the_backlog_holds_what_was_put_and_not_dropped_in_the_order_of_the_queue(
     steps: list[tuple[int, int, bool]],
 ) -> None:
-    backlog, left = Backlog(), dict[str, Ask]()
+    backlog, left = Backlog(), dict[str, ResourceRequest]()
     for index, (gpus, priority, drops) in enumerate(steps):
         job = f"j{index // 2}"
         left[job] = ask(job, gpus=gpus, since=index // 3, priority=priority)

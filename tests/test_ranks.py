@@ -13,10 +13,11 @@ from support.api_use import end, error, submit, write
 from support.cli import run_cli
 from support.run_writer import history, run, write_run
 
-from raylaunch.controller.evidence import last_lines
-from raylaunch.controller.metrics import Metrics
-from raylaunch.runner.rank_failure import RankFailure, before_report, rank_failure
-from raylaunch.state import AttemptView, Change, JobView
+from raylaunch.controller.metrics.reader import MetricsStore
+from raylaunch.controller.store.logs import last_lines
+from raylaunch.models.job import AttemptView, JobView
+from raylaunch.models.states import Change
+from raylaunch.runner.launchers.torchrun import RankFailure, before_report, rank_failure
 
 REPORT = """\
 W1122 20:35:25.256000 30212 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 30219 closing signal
@@ -163,5 +164,5 @@ def test_the_jobs_metrics_are_those_of_its_own_run_though_another_rank_began_ear
     write_run(attempt, [run("own"), history(0, {"loss": 1.0})], run_id="own", started="20260101_120000")
     (attempt / "attempt.json").write_text(json.dumps({"wandb": {"run_id": "own"}}))
     views = (AttemptView(id="digits-a-1", n=1, admitted_at=1.0),)
-    last, _ = Metrics(tmp_path).last("digits-a", views)
+    last, _ = MetricsStore(tmp_path).last("digits-a", views)
     assert list(last.items()) == [("loss", 1.0), ("1z/loss", 9.0)]

@@ -18,10 +18,10 @@ import pytest
 from support.store import opened, submit
 from support.waiting import wait_until
 
-from raylaunch.controller.ray_jobs import RayJob, RayJobs
+from raylaunch.controller.ray.jobs_api import RayJob, RayJobs
 from raylaunch.controller.settings import Settings
 from raylaunch.errors import ClusterDownError
-from raylaunch.state import JobState
+from raylaunch.models.states import JobState
 
 GOOD = {"type": "SUBMISSION", "submission_id": "good", "status": "RUNNING"}
 

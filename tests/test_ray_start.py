@@ -15,8 +15,8 @@ from support.ray_head import PORT_FLAGS
 from support.sshd import listening
 from support.waiting import wait_until
 
+from raylaunch.cluster.local.ray_start import AGENT_PORTS, patient, ports_first, raylet_lives
 from raylaunch.cluster.ports import LOOPBACK, free_ports
-from raylaunch.cluster.ray_start import AGENT_PORTS, patient, ports_first, raylet_lives
 
 NAMES = {argument: argument.upper() for argument in AGENT_PORTS}
 

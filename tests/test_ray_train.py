@@ -17,7 +17,7 @@ from support.cluster import argv
 from support.waiting import wait_until
 from support.wandb_server import WandbServer
 
-from raylaunch.tracking.run_file import Exit, History, RunFile, RunInfo
+from raylaunch.tracking.run_file import History, RunExit, RunFile, RunInfo
 
 pytestmark = pytest.mark.wandb
 
@@ -81,7 +81,7 @@ class Writer:
 
     def exit_code(self, run: str = "rl1") -> int | None:
         """Return the status with which the run was finished."""
-        return next((item.code for item in self._items(run) if isinstance(item, Exit)), None)
+        return next((item.code for item in self._items(run) if isinstance(item, RunExit)), None)
 
     def info(self, run: str = "rl1") -> RunInfo:
         """Return who the run is."""

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.cluster.home import ClusterPaths
-from raylaunch.cluster.ray_words import ray_words
-from raylaunch.cluster.steps import DiedError, Steps
+from raylaunch.cluster.local.steps import DiedError, StepLog, ray_words
+from raylaunch.paths import ClusterPaths
 
 _CALM = "[2026-11-27 17:16:05,821 I 29585 29636] (raylet) agent_manager.cc:83: Agent process with name {}\n"
 _SEVERE = "[2026-11-27 17:16:05,826 E 29585 14965] (raylet) grpc_server.cc:150: Failed to start: {}\n"
@@ -63,7 +62,7 @@ def test_a_ray_that_ended_while_it_was_waited_for_is_told_with_them(tmp_path: Pa
     paths.ray_log.write_text("The current node timed out during startup.\n")
     (_logs(paths.temp) / "raylet.out").write_text(_SEVERE.format("address in use"))
     with pytest.raises(DiedError) as caught:
-        Steps(paths, lambda _: None).must_live("ray", "Ray", None, paths.ray_log)
+        StepLog(paths, lambda _: None).must_live("ray", "Ray", None, paths.ray_log)
     assert str(caught.value).splitlines()[1:4] == [
         "    The current node timed out during startup.",
         f"the end of {paths.temp}/session_latest/logs/raylet.out:",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.config import ClusterFile, load_cluster_file
+from raylaunch.config.load import ClusterFile, load_cluster_file
 from raylaunch.errors import SpecError
 
 # As Ray's documentation has it for on-premise clusters, with what people put there.

@@ -14,26 +14,14 @@ import pytest
 import yaml
 from support.store import end, kinds, opened, request, submit
 
-from raylaunch.controller.queue import Wait
-from raylaunch.controller.records import Records
-from raylaunch.controller.recovery import empty_trash
-from raylaunch.controller.schema import LISTED
-from raylaunch.controller.search import nearest
+from raylaunch.controller.store.backlog import WaitDecision
+from raylaunch.controller.store.database import LISTED, nearest
+from raylaunch.controller.store.jobs import Records
+from raylaunch.controller.store.recovery import empty_trash
 from raylaunch.errors import ConflictError, NotFoundError, SpecError
-from raylaunch.reasons import Reason
-from raylaunch.spec import JobSpec
-from raylaunch.state import (
-    Change,
-    EnvironmentFacts,
-    FileFact,
-    GitFacts,
-    IllegalTransition,
-    JobState,
-    JobView,
-    PackReport,
-    SubmitRequest,
-    WandbLink,
-)
+from raylaunch.models.job import EnvironmentFacts, FileFact, GitFacts, JobView, PackReport, SubmitRequest, WandbLink
+from raylaunch.models.job_spec import JobSpec
+from raylaunch.models.states import Change, IllegalTransition, JobState, Reason
 
 
 @pytest.fixture
@@ -332,7 +320,7 @@ def test_what_jobs_wait_for_is_told_in_one_go_each_with_an_event(tmp_path: Path)
     with opened(tmp_path) as records:
         jobs = [submit(records, name) for name in ("a", "b")]
         before = records.cursor
-        records.tell_waits([Wait(job.id, Reason.WAITING_FOR_GPUS, f"{job.name} needs 2 GPUs") for job in jobs])
+        records.tell_waits([WaitDecision(job.id, Reason.WAITING_FOR_GPUS, f"{job.name} needs 2 GPUs") for job in jobs])
         events = records.events(after=before).events
         assert [(event.job, event.kind) for event in events] == [(job.id, "waiting") for job in jobs]
         assert records.get(jobs[0].id).cursor == events[0].seq

@@ -13,9 +13,9 @@ import pytest
 from support.disks import fill, small_disk
 from support.store import end, kinds, opened, submit
 
-from raylaunch.controller.records import Records
+from raylaunch.controller.store.jobs import Records
 from raylaunch.errors import ConflictError, StorageError, VersionError
-from raylaunch.state import Change, JobState
+from raylaunch.models.states import Change, JobState
 
 
 @pytest.fixture

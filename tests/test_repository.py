@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.config import load_cluster_spec, load_job_spec
-from raylaunch.spec import ClusterSpec
+from raylaunch.config.load import load_cluster_spec, load_job_spec
+from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.version import __version__
 
 ROOT = Path(__file__).parent.parent
@@ -24,8 +24,8 @@ REGISTRIES = re.compile(
     r"|conda\.anaconda\.org|--(?:extra-)?index-url|--find-links[= ]\S*://|_authToken"
 )
 OF_OTHERS = {
-    "raylaunch/job_wheels.py": "an index that uv's settings name, as pip says it",
-    "raylaunch/requirement_lines.py": "options of requirements files, by name",
+    "raylaunch/client/job_wheels.py": "an index that uv's settings name, as pip says it",
+    "raylaunch/client/local_projects.py": "options of requirements files, by name",
     "tests/test_requirement_lines.py": "as above, with addresses that do not exist",
     "tests/test_runner_local_sources.py": "as above",
 }

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from raylaunch.cluster.install.resolving import tool_environment
+from raylaunch.client.job_wheels import requirements_of
+from raylaunch.client.local_projects import check_line, check_named, joined
+from raylaunch.cluster.install.resolve import tool_environment
 from raylaunch.errors import SpecError
-from raylaunch.job_wheels import requirements_of
-from raylaunch.requirement_lines import check_line, check_named, joined
-from raylaunch.spec import Environment
-from raylaunch.wheel_sets import BuildPlatform
+from raylaunch.models.fields import Environment
+from raylaunch.models.job import BuildPlatform
 
 WHEEL = "lib-1-py3-none-any.whl"
 TAKEN = (

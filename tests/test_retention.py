@@ -13,24 +13,23 @@ import pytest
 from support.api import settings_of
 from support.store import opened, submit
 
-from raylaunch.controller.artifacts import Artifacts
-from raylaunch.controller.packages import PackageStore
-from raylaunch.controller.records import Records
-from raylaunch.controller.removal import Removal
-from raylaunch.controller.retention import PACKAGE_S, Sweeper, plan_sweep
-from raylaunch.controller.search import Kept
-from raylaunch.controller.secret_store import SecretStore
-from raylaunch.controller.wheel_needs import ClusterWheels
+from raylaunch.controller.store.artifacts import Artifacts
+from raylaunch.controller.store.database import RetentionRow
+from raylaunch.controller.store.jobs import Records
+from raylaunch.controller.store.packages import ClusterWheels, PackageStore
+from raylaunch.controller.store.retention import PACKAGE_S, JobRemoval, RetentionLoop, plan_sweep
+from raylaunch.controller.store.secrets import SecretStore
 from raylaunch.errors import NotFoundError
-from raylaunch.spec import ClusterSpec, Retention
-from raylaunch.state import Change
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.fields import Retention
+from raylaunch.models.states import Change
 
 DAY = 86400.0
 NOW = 1000 * DAY
 
 
-def job(name: str, days: float | None, package: str = "") -> Kept:
-    return Kept(name, None if days is None else NOW - days * DAY, package)
+def job(name: str, days: float | None, package: str = "") -> RetentionRow:
+    return RetentionRow(name, None if days is None else NOW - days * DAY, package)
 
 
 def test_without_a_setting_nothing_of_a_job_goes() -> None:
@@ -66,13 +65,13 @@ def sweep(records: Records, retention: Retention) -> None:
     store = records.store
     artifacts = Artifacts(store)
     wheels = ClusterWheels(settings_of(store, 9))
-    parts = Sweeper(
+    parts = RetentionLoop(
         store,
         retention,
         records=records,
         artifacts=artifacts,
         packages=PackageStore(store / "packages"),
-        removal=Removal(records=records, artifacts=artifacts, secrets=SecretStore(store)),
+        removal=JobRemoval(records=records, artifacts=artifacts, secrets=SecretStore(store)),
         cluster_wheels=wheels,
     )
     asyncio.run(parts.sweep())

@@ -16,7 +16,7 @@ import pytest
 from support.running import Attempt
 from support.waiting import wait_until
 
-from raylaunch.runner import contract
+from raylaunch import contract
 from raylaunch.runner.archive import runner_zip
 
 Make = Callable[..., Attempt]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.config import Flag, job_spec_from_flags
+from raylaunch.config.load import Flag, job_spec_from_flags
+from raylaunch.entrypoint import pasted, problem_of, python_word, with_options, wrapped
 from raylaunch.errors import SpecError
-from raylaunch.runner.entrypoint import pasted, problem_of, python_word, with_options, wrapped
-from raylaunch.runner.training import EntrypointProblem, command, explain_missing, shell_line_ends
+from raylaunch.runner.command import EntrypointProblem, command, explain_missing, shell_line_ends
 
 LAUNCHER = ("env/python", "-m", "torch.distributed.run", "--nproc-per-node=2")
 BEGIN = "env/python -m torch.distributed.run --nproc-per-node=2"

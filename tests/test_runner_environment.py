@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.running import Attempt
 
-from raylaunch.runner import contract
+from raylaunch import contract
 
 Make = Callable[..., Attempt]
 WHICH = "import sys; print(sys.prefix)"

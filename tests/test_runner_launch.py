@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import pytest
 from support.attempts import attempt_spec
 
-from raylaunch.runner.builds import EnvironmentProblem
-from raylaunch.runner.contract import AttemptSpec
-from raylaunch.runner.launch import Launch, Node, Shim, plan, starts_ranks
+from raylaunch.contract import AttemptSpec
+from raylaunch.runner.environments.build import EnvironmentProblem
+from raylaunch.runner.launchers.torchrun import LaunchPlan, NodeResources, Shim, plan, starts_ranks
 
 SHIM = Shim(("py", "-I", "runner.pyz", "--rank"), "/attempt/tmp/rank-python")
-NODE = Node(cores=64, gpus=8, port=4321)
+NODE = NodeResources(cores=64, gpus=8, port=4321)
 
 
 def planned(
@@ -22,7 +22,7 @@ def planned(
     processes: int | None = None,
     torch: str = "2.13",
     env: Mapping[str, str] | None = None,
-) -> Launch:
+) -> LaunchPlan:
     spec: AttemptSpec = {
         **attempt_spec("digits-a-1", entrypoint=entrypoint),
         "launcher": "torchrun",

@@ -13,7 +13,7 @@ from support.running import Attempt
 from support.sshd import free_port
 from support.tiny_project import tiny_project
 
-from raylaunch.runner.local_sources import exported_here, locked_here, read_requirements
+from raylaunch.runner.environments.local_sources import exported_here, locked_here, read_requirements
 
 Make = Callable[..., Attempt]
 UV = str(Path(sys.executable).parent / "uv")

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from support.running import Attempt
 
-from raylaunch.runner import contract
-from raylaunch.runner.outputs import Kept, Limits, collect, snapshot
-from raylaunch.spec import JobSpec
+from raylaunch import contract
+from raylaunch.models.job_spec import JobSpec
+from raylaunch.runner.outputs import KeptOutputs, OutputLimits, collect, snapshot
 
-PLENTY = Limits(1 << 30, 10_000)
+PLENTY = OutputLimits(1 << 30, 10_000)
 
 
 class Place:
@@ -30,7 +30,7 @@ class Place:
         where.write_text(text)
         return where
 
-    def collect(self, *patterns: str, limits: Limits = PLENTY) -> Kept:
+    def collect(self, *patterns: str, limits: OutputLimits = PLENTY) -> KeptOutputs:
         return collect(self.code, self.kept, patterns or ("auto",), limits, self.before)
 
     def outputs(self, folder: str = "outputs") -> list[str]:
@@ -51,7 +51,7 @@ def test_new_and_changed_files_are_kept_and_others_not(place: Place) -> None:
     place.before = snapshot(place.code)
     place.write("data.txt", "changed by the program")
     place.write("out/metrics.csv")
-    assert place.collect() == Kept([], {}, [])
+    assert place.collect() == KeptOutputs([], {}, [])
     assert place.outputs() == ["data.txt", "out/metrics.csv"]
 
 
@@ -71,7 +71,7 @@ def test_what_looks_like_a_secret_is_named_and_stays_without_being_kept(place: P
     place.write(".env", "TOKEN=planted")
     place.write("key.txt", "-----BEGIN PRIVATE KEY-----\nplanted\n")
     place.write("big.bin", "x" * 50)
-    found = place.collect(limits=Limits(0, 0))
+    found = place.collect(limits=OutputLimits(0, 0))
     assert "not kept, for they look like secrets: key.txt (36 B), .env (13 B)" in found.warnings[1]
     assert found.left == {"big.bin": 50, ".env": 13, "key.txt": 36}
     assert found.withheld == [".env", "key.txt"]
@@ -91,7 +91,7 @@ def test_what_is_over_the_limit_stays_and_is_said_with_its_size(place: Place) ->
     place.write("small.csv", "x" * 10)
     place.write("large.bin", "x" * 3000)
     place.write("a/larger.bin", "x" * 5000)
-    found = place.collect(limits=Limits(3500, 10))
+    found = place.collect(limits=OutputLimits(3500, 10))
     assert found.left == {"a/larger.bin": 5000}
     assert "1 new file of the working directory (4.9 KiB) not kept, for more than 3.4 KiB" in found.warnings[0]
     assert "a/larger.bin (4.9 KiB)" in found.warnings[0]
@@ -102,7 +102,7 @@ def test_what_is_over_the_limit_stays_and_is_said_with_its_size(place: Place) ->
 def test_the_number_of_files_has_a_limit_too(place: Place) -> None:
     for number in range(8):
         place.write(f"{number}.txt", "x" * (number + 1))
-    found = place.collect(limits=Limits(1 << 30, 2))
+    found = place.collect(limits=OutputLimits(1 << 30, 2))
     assert place.outputs() == ["0.txt", "1.txt"]
     assert "and 1 more" in found.warnings[0]
 
@@ -141,7 +141,7 @@ def test_none_keeps_nothing_and_globs_keep_what_they_match(place: Place) -> None
 def test_globs_next_to_auto_are_kept_whatever_their_size(place: Place) -> None:
     place.write("model.pt", "x" * 5000)
     place.write("other.bin", "x" * 5000)
-    assert place.collect("auto", "*.pt", limits=Limits(100, 10)).left == {"other.bin": 5000}
+    assert place.collect("auto", "*.pt", limits=OutputLimits(100, 10)).left == {"other.bin": 5000}
     assert place.outputs() == ["model.pt"]
 
 

@@ -13,12 +13,13 @@ import pytest
 from support.attempts import attempt_spec
 from support.running import Attempt
 
-from raylaunch.runner import contract, ray_driver
+from raylaunch import contract
+from raylaunch.contract import EnvironmentSpec
 from raylaunch.runner.archive import runner_zip
-from raylaunch.runner.contract import EnvironmentSpec
-from raylaunch.runner.ray_fit import NO_RAY, Versions, mismatch
+from raylaunch.runner.launchers import ray_driver
+from raylaunch.runner.launchers.ray_compat import NO_RAY, RayVersions, mismatch
 
-CLUSTER = Versions("3.11.7", "2.60.0")
+CLUSTER = RayVersions("3.11.7", "2.60.0")
 CONFIG = {"runtime_env": {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "40"}}, "metadata": {"job_submission_id": "job-1"}}
 OF_RAY = {
     "RAY_ADDRESS": "127.0.0.1:6379",
@@ -39,7 +40,7 @@ def prepared(
     spec["env"] = {"EPOCHS": "3", **(env or {})}
     spec["wandb"]["run_id"] = "rl1"
     own = {**spec["env"], **(secrets or {})}
-    driver = ray_driver.Driver(
+    driver = ray_driver.DriverPlan(
         spec,
         {"PATH": "/env/bin:/usr/bin:/bin", "LANG": "C.UTF-8", contract.VAR_ATTEMPT: spec["tag"], **own},
         secrets or {},
@@ -225,7 +226,7 @@ def environment(kind: str, value: str = "", *requirements: str) -> EnvironmentSp
     return {"kind": kind, "value": value, "requirements": list(requirements), "packages": []}
 
 
-def said(found: Versions, of: EnvironmentSpec, python: str) -> str:
+def said(found: RayVersions, of: EnvironmentSpec, python: str) -> str:
     """Return what is wrong, and its mend, in one line; empty when it fits."""
     problem = mismatch(found, CLUSTER, of, python)
     return f"{problem.what}: {problem.mend}" if problem else ""
@@ -234,9 +235,9 @@ def said(found: Versions, of: EnvironmentSpec, python: str) -> str:
 @pytest.mark.parametrize(
     ("found", "of", "python", "words"),
     [
-        (Versions("3.11.2", "2.60.0"), environment("venv", "/env"), "/env/bin/python", ""),
+        (RayVersions("3.11.2", "2.60.0"), environment("venv", "/env"), "/env/bin/python", ""),
         (
-            Versions("3.11.2", NO_RAY),
+            RayVersions("3.11.2", NO_RAY),
             environment("venv", "/env"),
             "/env/bin/python",
             (
@@ -245,7 +246,7 @@ def said(found: Versions, of: EnvironmentSpec, python: str) -> str:
             ),
         ),
         (
-            Versions("3.11.2", "2.55.0"),
+            RayVersions("3.11.2", "2.55.0"),
             environment("conda", "train"),
             "/conda/bin/python",
             (
@@ -254,7 +255,7 @@ def said(found: Versions, of: EnvironmentSpec, python: str) -> str:
             ),
         ),
         (
-            Versions("3.12.1", "2.60.0"),
+            RayVersions("3.12.1", "2.60.0"),
             environment("venv", "/env"),
             "/env/bin/python",
             (
@@ -263,7 +264,7 @@ def said(found: Versions, of: EnvironmentSpec, python: str) -> str:
             ),
         ),
         (
-            Versions("3.10.4", "2.60.0"),
+            RayVersions("3.10.4", "2.60.0"),
             environment("conda", "train"),
             "/conda/bin/python",
             (
@@ -272,7 +273,7 @@ def said(found: Versions, of: EnvironmentSpec, python: str) -> str:
             ),
         ),
         (
-            Versions("3.12", ""),
+            RayVersions("3.12", ""),
             environment("uv"),
             "/env/bin/python",
             (
@@ -280,11 +281,11 @@ def said(found: Versions, of: EnvironmentSpec, python: str) -> str:
                 "uv python pin 3.11 && uv lock, and submit it again"
             ),
         ),
-        (Versions("", ""), environment("python", "/nowhere"), "", ""),
+        (RayVersions("", ""), environment("python", "/nowhere"), "", ""),
     ],
 )
 def test_what_does_not_fit_is_said_with_the_command_that_mends_it(
-    found: Versions, of: EnvironmentSpec, python: str, words: str
+    found: RayVersions, of: EnvironmentSpec, python: str, words: str
 ) -> None:
     assert said(found, of, python) == words
 

@@ -13,8 +13,8 @@ import pytest
 from support.running import Attempt
 from support.waiting import wait_until
 
-from raylaunch.runner import contract
-from raylaunch.runner.stopping import Process, choose
+from raylaunch import contract
+from raylaunch.runner.shutdown import Process, choose
 
 Make = Callable[..., Attempt]
 

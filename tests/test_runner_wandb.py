@@ -17,7 +17,7 @@ import pytest
 from support.running import Attempt
 from support.waiting import wait_until
 
-from raylaunch.runner import contract
+from raylaunch import contract
 
 pytestmark = [
     pytest.mark.wandb,

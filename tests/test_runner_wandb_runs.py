@@ -15,9 +15,8 @@ from support.running import Attempt
 from support.waiting import wait_until
 from support.wandb_server import WandbServer
 
-from raylaunch.runner import contract
-from raylaunch.tracking.earlier_runs import exit_code, run_files, run_info
-from raylaunch.tracking.run_file import History, RunFile
+from raylaunch import contract
+from raylaunch.tracking.run_file import History, RunFile, exit_code, run_files, run_info
 
 pytestmark = [
     pytest.mark.wandb,

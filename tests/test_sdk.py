@@ -15,11 +15,12 @@ from support.api_use import end, start, write
 
 import raylaunch
 from raylaunch import AsyncCluster, Cluster, Job, JobFailedError, JobState
-from raylaunch.cluster.plan import Reach
+from raylaunch.cluster.types import Reach
 from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError, SpecError
-from raylaunch.sdk.asking import spec_of
-from raylaunch.spec import JobSpec, Resources
-from raylaunch.state import Change, JobView
+from raylaunch.models.job import JobView
+from raylaunch.models.job_spec import JobSpec, Resources
+from raylaunch.models.states import Change
+from raylaunch.sdk.arguments import spec_of
 
 pytest.importorskip("pandas", reason="needs pandas: pip install 'raylaunch[notebook]'")
 

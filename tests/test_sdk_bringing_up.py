@@ -24,10 +24,10 @@ from test_notebook import EXECUTE
 import raylaunch
 from raylaunch import AsyncCluster, Cluster, ClusterSpec
 from raylaunch.cluster.client_record import ClientRecord, save_client
-from raylaunch.cluster.home import cluster_paths
-from raylaunch.cluster.plan import Reach, Step
+from raylaunch.cluster.types import Reach, Step
 from raylaunch.errors import ClusterStartError, ConflictError, HostKeyError, HostUnreachableError, SpecError
-from raylaunch.sdk.asking import cluster_of
+from raylaunch.paths import cluster_paths
+from raylaunch.sdk.arguments import cluster_of
 from raylaunch.sdk.display import Steps
 
 

@@ -11,7 +11,7 @@ import pytest
 from support.cluster import Cluster, argv, unstarted_cluster
 from support.waiting import wait_until
 
-from raylaunch.state import JobState
+from raylaunch.models.states import JobState
 
 pytestmark = pytest.mark.ray
 

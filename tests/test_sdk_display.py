@@ -10,11 +10,11 @@ import pytest
 from support.hostile import HOSTILE as EVERY_KIND
 from support.hostile import bad_in, model
 
-from raylaunch.cluster_state import ControllerStatus, NodeView
-from raylaunch.sdk.curve import curve_svg
-from raylaunch.sdk.display import Card, Metrics, cluster_html, cluster_line, job_line, loss_key
-from raylaunch.sdk.lines import LONGEST, LineReader
-from raylaunch.state import JobState, JobView, MetricPoint, MetricSeries, MetricsPage, Progress, WandbLink
+from raylaunch.models.cluster import ControllerStatus, NodeView
+from raylaunch.models.job import JobView, MetricPoint, MetricSeries, MetricsPage, Progress, WandbLink
+from raylaunch.models.states import JobState
+from raylaunch.sdk.dataframe import LONGEST, LineReader
+from raylaunch.sdk.display import Card, Metrics, cluster_html, cluster_line, curve_svg, job_line, loss_key
 
 HOSTILE = "<script>alert('x')</script>\x1b[31m&\u202e"
 

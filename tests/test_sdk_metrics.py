@@ -15,7 +15,7 @@ from support.run_writer import history, run, write_run
 
 import raylaunch
 from raylaunch import Job
-from raylaunch.sdk.frame import frame_of_csv
+from raylaunch.sdk.dataframe import frame_of_csv
 
 pytest.importorskip("pandas", reason="needs pandas: pip install 'raylaunch[notebook]'")
 pytestmark = pytest.mark.wandb
@@ -77,7 +77,7 @@ def test_names_and_values_that_look_like_missing_ones_stay_what_they_are() -> No
 def test_without_pandas_the_error_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "pandas.py").write_text("raise ImportError('no pandas here')\n")
     code = (
-        "from raylaunch.sdk.frame import frame_of_csv\n"
+        "from raylaunch.sdk.dataframe import frame_of_csv\n"
         "from raylaunch.errors import RaylaunchError\n"
         "try:\n    frame_of_csv(b'')\nexcept RaylaunchError as error:\n    print(error)\n"
     )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 import raylaunch
-from raylaunch.spec import JobSpec
+from raylaunch.models.job_spec import JobSpec
 
 TWINS = ((raylaunch.AsyncCluster, raylaunch.Cluster), (raylaunch.AsyncJob, raylaunch.Job))
 SHORT = {"gpus", "request_id", "job", "allow", "max_upload"}

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.controller.mirror import Mirror
-from raylaunch.controller.packages import PackageStore
-from raylaunch.controller.records import Records
-from raylaunch.controller.recovery import TRASH, empty_trash, move_to_trash
+from raylaunch.controller.ray.replica import ReplicaStore
+from raylaunch.controller.store.jobs import Records
+from raylaunch.controller.store.packages import PackageStore
+from raylaunch.controller.store.recovery import TRASH, empty_trash, move_to_trash
 from raylaunch.errors import NotFoundError, SpecError
-from raylaunch.spec import JobSpec
-from raylaunch.state import SubmitRequest
+from raylaunch.models.job import SubmitRequest
+from raylaunch.models.job_spec import JobSpec
 
 
 def test_a_job_may_go_into_the_trash_while_it_is_emptied(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_a_job_may_go_into_the_trash_while_it_is_emptied(tmp_path: Path) -> None
 
 
 def test_a_mirror_forgets_while_it_compares(tmp_path: Path) -> None:
-    mirror = Mirror(tmp_path)
+    mirror = ReplicaStore(tmp_path)
     attempts = [f"job-{number}-1" for number in range(400)]
     for attempt in attempts:
         folder = mirror.folder(attempt) / "logs"
@@ -57,7 +57,7 @@ def test_a_mirror_forgets_while_it_compares(tmp_path: Path) -> None:
 def test_the_links_child_is_not_held_up_by_a_controller_that_does_not_read() -> None:
     program = (
         "import sys\n"
-        "from raylaunch.controller.link_pipe import Stdout\n"
+        "from raylaunch.controller.ray.protocol import Stdout\n"
         "out = Stdout()\n"
         "for _ in range(8): out.send({'event': 'x' * 1024 * 1024})\n"
         "sys.stderr.write('goes on\\n')\n"
@@ -77,7 +77,7 @@ def test_the_links_child_is_not_held_up_by_a_controller_that_does_not_read() -> 
 
 def test_last_words_of_the_links_child_arrive() -> None:
     program = (
-        "from raylaunch.controller.link_pipe import Stdout\n"
+        "from raylaunch.controller.ray.protocol import Stdout\n"
         "out = Stdout()\n"
         "for n in range(100): out.send({'n': n})\n"
         "out.fail('the end')\n"

@@ -18,8 +18,6 @@ from hypothesis import strategies as st
 from support.sshd import Sshd, free_port, sshd
 from support.waiting import wait_until
 
-from raylaunch.cluster.ssh.machine import Machine, Script, Wait, machine
-from raylaunch.cluster.ssh.scripts import Frame, assign, courier, quote
 from raylaunch.errors import (
     HostError,
     HostLostError,
@@ -28,6 +26,9 @@ from raylaunch.errors import (
     RaylaunchError,
     from_wire,
 )
+from raylaunch.ssh.host import SSHHost, machine
+from raylaunch.ssh.scripts import OutputFrame, Script, assign, courier, quote
+from raylaunch.ssh.target import PendingStep
 
 pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 
@@ -44,7 +45,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
 
 
 @pytest.fixture(scope="module")
-async def there(host: Sshd) -> AsyncIterator[Machine]:
+async def there(host: Sshd) -> AsyncIterator[SSHHost]:
     """One connection for the tests that leave it as it was."""
     async with machine(host.target) as opened:
         yield opened
@@ -74,7 +75,7 @@ async def gone(mark: str) -> None:
 # What it printed, and how it ended
 
 
-async def test_a_script_gets_its_input_and_its_output_comes_back_byte_for_byte(there: Machine) -> None:
+async def test_a_script_gets_its_input_and_its_output_comes_back_byte_for_byte(there: SSHHost) -> None:
     data = bytes(range(256)) * 2000 + b"no newline at the end"
     ran = await there.run(Script("cat; printf 'err\\n\\n' >&2"), input=data, limit_s=30)
     assert ran.status == 0
@@ -82,7 +83,7 @@ async def test_a_script_gets_its_input_and_its_output_comes_back_byte_for_byte(t
     assert ran.err == b"err\n\n"
 
 
-async def test_a_failed_script_is_an_error_with_its_status_and_last_words(there: Machine) -> None:
+async def test_a_failed_script_is_an_error_with_its_status_and_last_words(there: SSHHost) -> None:
     with pytest.raises(HostStepError) as caught:
         await there.run(Script("echo fine; echo 'no such wheel' >&2; exit 3", name="unpack"), limit_s=20)
     error = caught.value
@@ -90,18 +91,18 @@ async def test_a_failed_script_is_an_error_with_its_status_and_last_words(there:
     assert str(error).startswith("here: unpack failed with exit status 3: no such wheel")
 
 
-async def test_a_failed_script_is_just_a_status_to_whom_asks_for_that(there: Machine) -> None:
+async def test_a_failed_script_is_just_a_status_to_whom_asks_for_that(there: SSHHost) -> None:
     assert (await there.run(Script("exit 3"), limit_s=20, check=False)).status == 3
 
 
 @pytest.mark.parametrize("text", ["false; echo on", "false | true; echo on", "echo $nothing; echo on"])
-async def test_a_script_stops_at_its_first_failure(there: Machine, text: str) -> None:
+async def test_a_script_stops_at_its_first_failure(there: SSHHost, text: str) -> None:
     ran = await there.run(Script(text), limit_s=20, check=False)
     assert ran.status != 0
     assert b"on" not in ran.out
 
 
-async def test_words_on_stderr_are_no_failure(there: Machine) -> None:
+async def test_words_on_stderr_are_no_failure(there: SSHHost) -> None:
     assert (await there.run(Script("echo warning: old locale >&2"), limit_s=20)).status == 0
 
 
@@ -109,17 +110,17 @@ async def test_words_on_stderr_are_no_failure(there: Machine) -> None:
 @given(
     words=st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20), max_size=4)
 )
-async def test_words_arrive_as_they_are_whatever_is_in_them(there: Machine, words: list[str]) -> None:
+async def test_words_arrive_as_they_are_whatever_is_in_them(there: SSHHost, words: list[str]) -> None:
     ran = await there.run(["printf", "%s\\0", *words], limit_s=20)
     assert ran.out == (b"".join(word.encode() + b"\0" for word in words) or b"\0")
 
 
-async def test_variables_and_arguments_reach_the_script(there: Machine) -> None:
+async def test_variables_and_arguments_reach_the_script(there: SSHHost) -> None:
     script = Script('printf "%s|%s|%s" "$1" "$2" "$A"', args=("it's", "$HOME"))
     assert (await there.run(script, env={"A": 'x "y" $z'}, limit_s=20)).text == 'it\'s|$HOME|x "y" $z'
 
 
-async def test_no_secret_of_a_script_is_in_a_list_of_processes(there: Machine) -> None:
+async def test_no_secret_of_a_script_is_in_a_list_of_processes(there: SSHHost) -> None:
     script = Script("secret=in-the-script; cat; ps -eo args")
     ran = await there.run(script, env={"TOKEN": "in-the-env"}, input=b"in-the-input\n", limit_s=20)
     listed = ran.text.removeprefix("in-the-input\n")
@@ -128,12 +129,12 @@ async def test_no_secret_of_a_script_is_in_a_list_of_processes(there: Machine) -
         assert secret not in listed
 
 
-async def test_files_that_a_script_makes_are_nobody_elses(there: Machine, tmp_path: Path) -> None:
+async def test_files_that_a_script_makes_are_nobody_elses(there: SSHHost, tmp_path: Path) -> None:
     await there.run(["touch", str(tmp_path / "made")], limit_s=20)
     assert (tmp_path / "made").stat().st_mode & 0o777 == 0o600
 
 
-async def test_a_child_that_keeps_the_output_open_holds_nobody_up(there: Machine) -> None:
+async def test_a_child_that_keeps_the_output_open_holds_nobody_up(there: SSHHost) -> None:
     mark = "mark-daemon"
     child = f"{quote(sys.executable)} -c 'import time; time.sleep(600)' {mark} &"
     try:
@@ -144,12 +145,12 @@ async def test_a_child_that_keeps_the_output_open_holds_nobody_up(there: Machine
             process.kill()
 
 
-async def test_a_program_that_a_script_starts_can_be_interrupted(there: Machine) -> None:
+async def test_a_program_that_a_script_starts_can_be_interrupted(there: SSHHost) -> None:
     asked = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     assert (await there.run([sys.executable, "-c", asked], limit_s=60)).text == "True"
 
 
-async def test_lines_come_as_they_are_printed_and_the_status_last(there: Machine) -> None:
+async def test_lines_come_as_they_are_printed_and_the_status_last(there: SSHHost) -> None:
     async with there.lines(Script("echo one; read -r x; echo $x; printf three; exit 4"), limit_s=60) as lines:
         seen = [line async for line in lines]
     assert seen[0] == b"one"
@@ -160,7 +161,7 @@ async def test_lines_come_as_they_are_printed_and_the_status_last(there: Machine
     assert lines.status == 4
 
 
-async def test_a_line_is_there_before_the_script_has_ended(there: Machine, tmp_path: Path) -> None:
+async def test_a_line_is_there_before_the_script_has_ended(there: SSHHost, tmp_path: Path) -> None:
     flag = tmp_path / "flag"
     script = Script(f"echo waiting; until [ -e {flag} ]; do sleep 0.05; done; echo done")
     seen = []
@@ -171,7 +172,7 @@ async def test_a_line_is_there_before_the_script_has_ended(there: Machine, tmp_p
     assert seen == [b"waiting", b"done"]
 
 
-async def test_more_commands_at_once_than_a_connection_takes_wait_for_each_other(there: Machine) -> None:
+async def test_more_commands_at_once_than_a_connection_takes_wait_for_each_other(there: SSHHost) -> None:
     answers: list[str] = []
 
     async def one(number: int) -> None:
@@ -200,24 +201,24 @@ async def test_a_host_that_allows_few_sessions_serves_them_in_turn(tmp_path: Pat
 # Limits
 
 
-async def test_a_script_that_does_not_end_is_ended_there_and_an_error_here(there: Machine) -> None:
+async def test_a_script_that_does_not_end_is_ended_there_and_an_error_here(there: SSHHost) -> None:
     with pytest.raises(HostTimeoutError, match="here: install did not end within 1 s") as caught:
         await there.run(sleeper("mark-limit"), limit_s=1, step="install")
     assert caught.value.step == "install"
     await gone("mark-limit")
 
 
-async def test_a_script_that_ends_with_timeouts_own_status_before_its_limit_is_no_timeout(there: Machine) -> None:
+async def test_a_script_that_ends_with_timeouts_own_status_before_its_limit_is_no_timeout(there: SSHHost) -> None:
     assert (await there.run(Script("exit 124"), limit_s=30, check=False)).status == 124
 
 
-async def test_a_script_that_ignores_sigterm_is_killed(there: Machine) -> None:
+async def test_a_script_that_ignores_sigterm_is_killed(there: SSHHost) -> None:
     with pytest.raises(HostTimeoutError):
         await there.run(Script("trap '' TERM; while :; do sleep 1; done", args=("mark-stubborn",)), limit_s=1)
     await gone("mark-stubborn")
 
 
-async def test_who_no_longer_wants_a_script_ends_it(there: Machine) -> None:
+async def test_who_no_longer_wants_a_script_ends_it(there: SSHHost) -> None:
     async with there.lines(sleeper("mark-cancel"), limit_s=600) as lines:
         async for line in lines:
             assert line == b"started"
@@ -230,7 +231,7 @@ async def test_who_no_longer_wants_a_script_ends_it(there: Machine) -> None:
 
 
 async def test_somebody_who_waits_is_told_how_long_already(host: Sshd) -> None:
-    heard: list[Wait] = []
+    heard: list[PendingStep] = []
     async with machine(host.target, on_wait=heard.append) as there:
         with pytest.raises(HostTimeoutError):
             await there.run(Script("sleep 60", name="install"), limit_s=6)
@@ -253,7 +254,7 @@ async def test_a_lost_connection_is_an_error_not_a_success(tmp_path: Path) -> No
         await gone("mark-lost")
 
 
-async def lost(there: Machine, mark: str, loses: Callable[[], None]) -> HostLostError:
+async def lost(there: SSHHost, mark: str, loses: Callable[[], None]) -> HostLostError:
     """Run a script, lose the connection when it has started, and return the error."""
 
     async def run() -> None:
@@ -271,7 +272,7 @@ async def test_a_script_whose_client_was_killed_ends_too(host: Sshd, tmp_path: P
     client.write_text(
         "import anyio, sys\n"
         "from pathlib import Path\n"
-        "from raylaunch.cluster.ssh.machine import Script, Target, machine\n"
+        "from raylaunch.ssh.host import Script, Target, machine\n"
         "async def main():\n"
         "    port, user, key, known, config, text = sys.argv[1:]\n"
         "    files = {'known_hosts': Path(known), 'ssh_config': Path(config)}\n"
@@ -297,7 +298,7 @@ async def test_a_script_whose_client_was_killed_ends_too(host: Sshd, tmp_path: P
 
 @pytest.mark.slow
 async def test_an_sshd_that_hangs_in_the_middle_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raylaunch.cluster.ssh.connect._KEEPALIVE_S", 1)  # test_ssh_network waits as long as people do
+    monkeypatch.setattr("raylaunch.ssh.connection._KEEPALIVE_S", 1)  # test_ssh_network waits as long as people do
     with sshd(tmp_path) as frozen:
         async with machine(frozen.target) as there:
             await lost(there, "mark-frozen", frozen.freeze)
@@ -339,7 +340,7 @@ async def test_a_login_shell_that_never_runs_the_command_is_quoted(noisy: tuple[
 # Ports
 
 
-async def test_a_forwarded_port_carries_bytes_both_ways(there: Machine) -> None:
+async def test_a_forwarded_port_carries_bytes_both_ways(there: SSHHost) -> None:
     async def echo(stream: SocketStream) -> None:
         async with stream:
             async for data in stream:
@@ -355,7 +356,7 @@ async def test_a_forwarded_port_carries_bytes_both_ways(there: Machine) -> None:
         group.cancel_scope.cancel()
 
 
-async def test_a_port_that_is_taken_here_is_an_error(there: Machine, host: Sshd) -> None:
+async def test_a_port_that_is_taken_here_is_an_error(there: SSHHost, host: Sshd) -> None:
     with pytest.raises(HostError, match=f"cannot forward 127.0.0.1:{host.port}"):
         await there.forward(host.port, "127.0.0.1", free_port())
 
@@ -366,7 +367,7 @@ async def test_a_port_that_is_taken_here_is_an_error(there: Machine, host: Sshd)
 @given(st.binary(max_size=200), st.integers(1, 7))
 def test_a_frame_is_found_however_the_bytes_arrive(body: bytes, size: int) -> None:
     stream = b"noise\nrl-1 begin 42\n" + body + b"rl-1 end 3 9\nlate"
-    frame = Frame("rl-1")
+    frame = OutputFrame("rl-1")
     got = b"".join(frame.feed(stream[at : at + size]) for at in range(0, len(stream), size))
     assert got == body
     assert (frame.pid, frame.status, frame.seconds, frame.ended) == (42, 3, 9, True)
@@ -384,7 +385,7 @@ def test_a_script_longer_than_a_pipe_arrives_whole() -> None:
     script = Script("".join(f": line {number}\n" for number in range(20_000)) + "echo end $1", args=("here",))
     sent = courier(script, nonce="rl-1", limit_s=60, env={})
     done = subprocess.run(["bash", "-s"], input=sent, capture_output=True, check=True, timeout=60)
-    assert Frame("rl-1").feed(done.stdout) == b"end here\n"
+    assert OutputFrame("rl-1").feed(done.stdout) == b"end here\n"
 
 
 @pytest.mark.parametrize("kind", [HostError, *HostError.__subclasses__()])

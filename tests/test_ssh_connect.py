@@ -15,8 +15,9 @@ import pytest
 from support.laptop import Person, agent, empty_laptop, hello, program, refusal
 from support.sshd import LOOPBACK, Sshd, free_port, make_key, sshd
 
-from raylaunch.cluster.ssh.machine import Target, machine
 from raylaunch.errors import HostAuthError, HostUnreachableError, SpecError
+from raylaunch.ssh.host import machine
+from raylaunch.ssh.target import Target
 
 pytestmark = pytest.mark.anyio
 

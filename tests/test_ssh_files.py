@@ -19,9 +19,10 @@ from support.disks import small_disk
 from support.sshd import Sshd, sshd
 from support.waiting import wait_until
 
-from raylaunch.cluster.ssh.machine import Machine, PushFile, machine
-from raylaunch.cluster.ssh.transfer import RANGE_BYTES, sha_of
 from raylaunch.errors import HostLostError, HostStorageError, RaylaunchError, SpecError, StorageError, TransferError
+from raylaunch.ssh.fetch import RANGE_BYTES, sha_of
+from raylaunch.ssh.host import SSHHost, machine
+from raylaunch.ssh.push import PushFile
 
 pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 
@@ -40,7 +41,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
 
 
 @pytest.fixture(scope="module")
-async def there(host: Sshd) -> AsyncIterator[Machine]:
+async def there(host: Sshd) -> AsyncIterator[SSHHost]:
     async with machine(host.target) as opened:
         yield opened
 
@@ -71,7 +72,7 @@ class Meter:
         return sum(self.told)
 
 
-async def refusal(there: Machine, *files: PushFile) -> RaylaunchError:
+async def refusal(there: SSHHost, *files: PushFile) -> RaylaunchError:
     with pytest.raises(RaylaunchError) as caught:
         await there.push(files)
     return caught.value
@@ -79,7 +80,7 @@ async def refusal(there: Machine, *files: PushFile) -> RaylaunchError:
 
 @pytest.mark.parametrize("durable", [True, False])
 async def test_files_arrive_as_they_are_with_their_modes_in_folders_of_their_own(
-    there: Machine, tmp_path: Path, big: Path, *, durable: bool
+    there: SSHHost, tmp_path: Path, big: Path, *, durable: bool
 ) -> None:
     far = tmp_path / "far/with a space"
     meter = Meter()
@@ -102,7 +103,7 @@ async def test_files_arrive_as_they_are_with_their_modes_in_folders_of_their_own
     assert meter.total == big.stat().st_size + 16
 
 
-async def test_a_tilde_is_the_home_there(there: Machine) -> None:
+async def test_a_tilde_is_the_home_there(there: SSHHost) -> None:
     home = Path((await there.run(["sh", "-c", "echo $HOME"], limit_s=20)).text)
     name = f".raylaunch-test-{os.getpid()}"
     try:
@@ -112,13 +113,13 @@ async def test_a_tilde_is_the_home_there(there: Machine) -> None:
         (home / name).unlink(missing_ok=True)
 
 
-async def test_many_files_share_a_few_sessions(there: Machine, tmp_path: Path) -> None:
+async def test_many_files_share_a_few_sessions(there: SSHHost, tmp_path: Path) -> None:
     files = [PushFile(f"file {number}".encode(), f"{tmp_path}/many/{number}") for number in range(60)]
     await there.push(files)
     assert all((tmp_path / f"many/{number}").read_text() == f"file {number}" for number in range(60))
 
 
-async def test_what_is_there_already_is_not_sent_again(there: Machine, tmp_path: Path, big: Path) -> None:
+async def test_what_is_there_already_is_not_sent_again(there: SSHHost, tmp_path: Path, big: Path) -> None:
     far = tmp_path / "big.whl"
     await there.push([PushFile(big, str(far))])
     inode = far.stat().st_ino
@@ -127,14 +128,14 @@ async def test_what_is_there_already_is_not_sent_again(there: Machine, tmp_path:
     assert far.stat().st_mode & 0o777 == 0o640
 
 
-async def test_a_file_of_the_same_size_and_other_content_is_replaced(there: Machine, tmp_path: Path, big: Path) -> None:
+async def test_a_file_of_the_same_size_and_other_content_is_replaced(there: SSHHost, tmp_path: Path, big: Path) -> None:
     far = tmp_path / "big.whl"
     far.write_bytes(b"\0" * big.stat().st_size)
     await there.push([PushFile(big, str(far))])
     assert far.read_bytes() == big.read_bytes()
 
 
-async def interrupted(there: Machine, big: Path, far: Path) -> None:
+async def interrupted(there: SSHHost, big: Path, far: Path) -> None:
     """Push a file and stop in the middle, when a range and more has arrived."""
     meter = Meter()
 
@@ -149,7 +150,7 @@ async def interrupted(there: Machine, big: Path, far: Path) -> None:
         group.cancel_scope.cancel()
 
 
-async def test_an_interrupted_push_is_taken_up_where_it_was(there: Machine, tmp_path: Path, big: Path) -> None:
+async def test_an_interrupted_push_is_taken_up_where_it_was(there: SSHHost, tmp_path: Path, big: Path) -> None:
     far = tmp_path / "far/big.whl"
     await interrupted(there, big, far)
     assert not far.exists()
@@ -161,7 +162,7 @@ async def test_an_interrupted_push_is_taken_up_where_it_was(there: Machine, tmp_
     assert [path.name for path in far.parent.iterdir()] == ["big.whl"]
 
 
-async def test_two_contents_of_one_name_are_never_mixed(there: Machine, tmp_path: Path, big: Path) -> None:
+async def test_two_contents_of_one_name_are_never_mixed(there: SSHHost, tmp_path: Path, big: Path) -> None:
     far = tmp_path / "far/big.whl"
     await interrupted(there, big, far)
     other = tmp_path / "other"
@@ -172,7 +173,7 @@ async def test_two_contents_of_one_name_are_never_mixed(there: Machine, tmp_path
 
 
 async def test_a_piece_that_went_bad_while_nobody_looked_is_found_and_sent_anew(
-    there: Machine, tmp_path: Path, big: Path
+    there: SSHHost, tmp_path: Path, big: Path
 ) -> None:
     far = tmp_path / "far/big.whl"
     await interrupted(there, big, far)
@@ -209,7 +210,7 @@ async def test_a_connection_lost_in_the_middle_keeps_what_has_arrived(tmp_path: 
 
 
 async def test_two_that_push_the_same_at_once_do_not_disturb_each_other(
-    there: Machine, host: Sshd, tmp_path: Path, big: Path
+    there: SSHHost, host: Sshd, tmp_path: Path, big: Path
 ) -> None:
     far = tmp_path / "far/big.whl"
     async with machine(host.target) as other, anyio.create_task_group() as group:
@@ -219,7 +220,7 @@ async def test_two_that_push_the_same_at_once_do_not_disturb_each_other(
 
 
 async def test_what_another_is_just_beginning_to_write_is_left_to_both(
-    there: Machine, tmp_path: Path, big: Path
+    there: SSHHost, tmp_path: Path, big: Path
 ) -> None:
     far = tmp_path / "far/big.whl"
     far.parent.mkdir()
@@ -231,7 +232,7 @@ async def test_what_another_is_just_beginning_to_write_is_left_to_both(
     assert far.read_bytes() == big.read_bytes()
 
 
-async def test_a_speed_limit_holds_for_all_files_together(there: Machine, tmp_path: Path) -> None:
+async def test_a_speed_limit_holds_for_all_files_together(there: SSHHost, tmp_path: Path) -> None:
     started = time.monotonic()
     files = [PushFile(bytes(MB // 4), f"{tmp_path}/far/{number}") for number in range(5)]
     await there.push(files, limit_bytes_per_s=MB)
@@ -242,7 +243,7 @@ async def test_a_speed_limit_holds_for_all_files_together(there: Machine, tmp_pa
 
 
 async def test_a_full_disk_is_said_to_be_full_and_what_was_there_stays(
-    there: Machine, tmp_path: Path, big: Path
+    there: SSHHost, tmp_path: Path, big: Path
 ) -> None:
     with small_disk(tmp_path / "small", kib=40 * 1024) as disk:
         (disk / "big.whl").write_text("the old one")
@@ -254,25 +255,25 @@ async def test_a_full_disk_is_said_to_be_full_and_what_was_there_stays(
         assert (disk / "big.whl").read_text() == "the old one"
 
 
-async def test_a_place_that_cannot_be_written_is_named(there: Machine) -> None:
+async def test_a_place_that_cannot_be_written_is_named(there: SSHHost) -> None:
     error = await refusal(there, PushFile(b"x", "/proc/nowhere/x"))
     assert isinstance(error, HostStorageError)
     assert "cannot create directory '/proc/nowhere'" in error.message
 
 
 @pytest.mark.parametrize("remote", ["relative/path", "", "/with\na newline"])
-async def test_a_place_must_be_one(there: Machine, remote: str) -> None:
+async def test_a_place_must_be_one(there: SSHHost, remote: str) -> None:
     assert isinstance(await refusal(there, PushFile(b"x", remote)), SpecError)
 
 
-async def test_a_file_here_that_is_missing_is_named(there: Machine, tmp_path: Path) -> None:
+async def test_a_file_here_that_is_missing_is_named(there: SSHHost, tmp_path: Path) -> None:
     error = await refusal(there, PushFile(tmp_path / "missing", f"{tmp_path}/far"))
     assert isinstance(error, StorageError)
     assert str(tmp_path / "missing") in error.message
 
 
 async def test_a_file_that_does_not_have_the_checksum_that_was_said_is_not_put_in_place(
-    there: Machine, tmp_path: Path
+    there: SSHHost, tmp_path: Path
 ) -> None:
     error = await refusal(there, PushFile(b"x", f"{tmp_path}/far/x", sha256=hashlib.sha256(b"y").hexdigest()))
     assert isinstance(error, TransferError)
@@ -282,7 +283,7 @@ async def test_a_file_that_does_not_have_the_checksum_that_was_said_is_not_put_i
 # The other way
 
 
-async def test_a_file_is_fetched_as_it_lies_there(there: Machine, tmp_path: Path, big: Path) -> None:
+async def test_a_file_is_fetched_as_it_lies_there(there: SSHHost, tmp_path: Path, big: Path) -> None:
     meter = Meter()
     await there.fetch(str(big), tmp_path / "back", on_bytes=meter)
     assert (tmp_path / "back").read_bytes() == big.read_bytes()
@@ -291,13 +292,13 @@ async def test_a_file_is_fetched_as_it_lies_there(there: Machine, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["back"]
 
 
-async def test_an_empty_file_can_be_fetched(there: Machine, tmp_path: Path) -> None:
+async def test_an_empty_file_can_be_fetched(there: SSHHost, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     await there.fetch(str(tmp_path / "empty"), tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == b""
 
 
-async def test_an_interrupted_fetch_is_taken_up_where_it_was(there: Machine, tmp_path: Path, big: Path) -> None:
+async def test_an_interrupted_fetch_is_taken_up_where_it_was(there: SSHHost, tmp_path: Path, big: Path) -> None:
     local = tmp_path / "back"
     async with anyio.create_task_group() as group:
         group.start_soon(there.fetch, str(big), local)
@@ -312,13 +313,13 @@ async def test_an_interrupted_fetch_is_taken_up_where_it_was(there: Machine, tmp
 
 
 @pytest.mark.parametrize("remote", ["/nonexistent/file", "/etc"])
-async def test_what_is_no_file_cannot_be_fetched(there: Machine, tmp_path: Path, remote: str) -> None:
+async def test_what_is_no_file_cannot_be_fetched(there: SSHHost, tmp_path: Path, remote: str) -> None:
     with pytest.raises(HostStorageError, match=remote):
         await there.fetch(remote, tmp_path / "back")
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_a_full_disk_here_is_said_to_be_here(there: Machine, tmp_path: Path, big: Path) -> None:
+async def test_a_full_disk_here_is_said_to_be_here(there: SSHHost, tmp_path: Path, big: Path) -> None:
     with small_disk(tmp_path / "small", kib=20 * 1024) as disk:
         with pytest.raises(StorageError, match="no space left to write"):
             await there.fetch(str(big), disk / "back")

@@ -14,8 +14,12 @@ from support.host import Host
 from support.hosts import World, world
 from support.waiting import wait_until
 
-from raylaunch.cluster.ssh.machine import Lines, Machine, PushFile, Script, Target, machine
 from raylaunch.errors import HostLostError, HostStorageError, HostUnreachableError
+from raylaunch.ssh.host import SSHHost, machine
+from raylaunch.ssh.process import RemoteLines
+from raylaunch.ssh.push import PushFile
+from raylaunch.ssh.scripts import Script
+from raylaunch.ssh.target import Target
 
 pytestmark = [pytest.mark.machines, pytest.mark.anyio]
 
@@ -45,7 +49,7 @@ def laptop(lab: World, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def there(lab: World) -> AsyncIterator[Machine]:
+async def there(lab: World) -> AsyncIterator[SSHHost]:
     async with machine(lab.hosts[0].target()) as opened:
         yield opened
 
@@ -56,7 +60,7 @@ async def in_thread(act: object) -> None:
     await anyio.to_thread.run_sync(act)
 
 
-async def first(lines: Lines) -> bytes:
+async def first(lines: RemoteLines) -> bytes:
     """Return the first line; the rest can still be read."""
     async for line in lines:
         return line
@@ -79,7 +83,7 @@ async def test_a_link_that_is_cut_in_the_middle_is_noticed() -> None:
 
 
 @pytest.mark.long
-async def test_a_link_that_comes_back_soon_interrupts_nothing(lab: World, there: Machine) -> None:
+async def test_a_link_that_comes_back_soon_interrupts_nothing(lab: World, there: SSHHost) -> None:
     host = lab.hosts[0]
     script = Script("echo on; for i in 1 2 3 4 5 6; do sleep 1; echo $i; done")
     async with there.lines(script, limit_s=60) as lines:
@@ -95,7 +99,7 @@ async def test_a_link_that_comes_back_soon_interrupts_nothing(lab: World, there:
 async def test_a_push_over_a_link_that_was_cut_is_completed_over_the_next_connection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raylaunch.cluster.ssh.connect._KEEPALIVE_S", 1)
+    monkeypatch.setattr("raylaunch.ssh.connection._KEEPALIVE_S", 1)
     wheel = tmp_path / "big.whl"
     wheel.write_bytes(bytes(range(256)) * (70 * MB // 256))
     with world(1) as own:

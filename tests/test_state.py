@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from raylaunch.reasons import Reason, Verdict
-from raylaunch.state import ENDED, AttemptView, Change, IllegalTransition, JobState, JobView, transition
+from raylaunch.models.job import AttemptView, JobView
+from raylaunch.models.states import ENDED, Change, IllegalTransition, JobState, Reason, Verdict, transition
 
 
 def test_a_job_that_runs_to_its_end_succeeds() -> None:

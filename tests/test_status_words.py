@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from raylaunch.cli.cluster import status_lines
 from raylaunch.cluster.client_record import ClientRecord
-from raylaunch.cluster.plan import DownReport
-from raylaunch.cluster.ssh_backend import not_up, unanswered
-from raylaunch.spec import ClusterSpec, HostSpec
+from raylaunch.cluster.hosts.backend import not_up, unanswered
+from raylaunch.cluster.types import DownReport
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.host_spec import HostSpec
 
 
 def test_a_head_that_is_away_is_named_and_no_number_of_jobs_is_made_up() -> None:

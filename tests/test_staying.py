@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.cluster.home import cluster_paths
-from raylaunch.cluster.staying import unit_text
+from raylaunch.cluster.local.autostart import unit_text
+from raylaunch.paths import cluster_paths
 
 ANALYZE = shutil.which("systemd-analyze")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from raylaunch.cluster.plan import Step
-from raylaunch.cluster.still import Still, telling_steps
+from raylaunch.cluster.progress import ProgressReporter, telling_steps
+from raylaunch.cluster.types import Step
 
 pytestmark = pytest.mark.anyio
 QUIET_S = 0.05
@@ -52,7 +52,7 @@ async def test_what_is_usually_over_at_once_is_told_only_when_it_takes_long() ->
 async def test_when_all_is_over_nobody_is_left_who_tells() -> None:
     told: list[Step] = []
     with telling_steps(told.append, quiet_s=QUIET_S) as tell:
-        assert isinstance(tell, Still)
+        assert isinstance(tell, ProgressReporter)
         tell(Step("ray", "begins", "starts"))
     said = len(told)
     await anyio.sleep(3 * QUIET_S)

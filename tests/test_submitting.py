@@ -10,21 +10,20 @@ import pytest
 from support.api import settings_of
 from support.links import LinkToNothing
 
-from raylaunch.controller.artifacts import Artifacts
-from raylaunch.controller.drains import DrainBook
-from raylaunch.controller.foreign import ForeignJobs
-from raylaunch.controller.left_outputs import LeftOutputs
-from raylaunch.controller.packages import PackageStore
-from raylaunch.controller.ray_jobs import RayJobs
-from raylaunch.controller.records import Records
-from raylaunch.controller.removal import Removal
-from raylaunch.controller.secret_store import SecretStore
-from raylaunch.controller.sight import Sight
-from raylaunch.controller.verbs import Verbs
-from raylaunch.controller.wheel_needs import ClusterWheels, WheelNeeds
+from raylaunch.controller.ray.jobs_api import RayJobs
+from raylaunch.controller.scheduler.external_jobs import ExternalJobs
+from raylaunch.controller.scheduler.job_service import JobService, LeftOutputs
+from raylaunch.controller.scheduler.observed import ObservedState
+from raylaunch.controller.scheduler.preflight import WheelPreflight
+from raylaunch.controller.store.artifacts import Artifacts
+from raylaunch.controller.store.audit import DrainStore
+from raylaunch.controller.store.jobs import Records
+from raylaunch.controller.store.packages import ClusterWheels, PackageStore
+from raylaunch.controller.store.retention import JobRemoval
+from raylaunch.controller.store.secrets import SecretStore
 from raylaunch.errors import RaylaunchError, SpecError, StorageError
-from raylaunch.spec import JobSpec
-from raylaunch.state import SubmitRequest
+from raylaunch.models.job import SubmitRequest
+from raylaunch.models.job_spec import JobSpec
 
 SPEC = JobSpec(entrypoint="python train.py", secrets=("KEY",))
 
@@ -36,19 +35,19 @@ class Desk:
         self.store = store
         self.records = Records(store)
         self.secrets = SecretStore(store)
-        settings, sight, link = settings_of(store, 9), Sight(), LinkToNothing(store)
+        settings, sight, link = settings_of(store, 9), ObservedState(), LinkToNothing(store)
         ray = RayJobs("http://127.0.0.1:9", "none")
-        self.verbs = Verbs(
+        self.verbs = JobService(
             settings=settings,
             records=self.records,
             packages=PackageStore(store / "packages"),
             secrets=self.secrets,
-            removal=Removal(records=self.records, artifacts=Artifacts(store), secrets=self.secrets),
+            removal=JobRemoval(records=self.records, artifacts=Artifacts(store), secrets=self.secrets),
             sight=sight,
             link=link,
-            drains=DrainBook(store),
-            foreign=ForeignJobs(records=self.records, ray=ray, link=link, sight=sight),
-            wheel_needs=WheelNeeds(settings=settings, sight=sight, link=link, kept=ClusterWheels(settings)),
+            drains=DrainStore(store),
+            foreign=ExternalJobs(records=self.records, ray=ray, link=link, sight=sight),
+            wheel_needs=WheelPreflight(settings=settings, sight=sight, link=link, kept=ClusterWheels(settings)),
             left=LeftOutputs(link=link, sight=sight, artifacts=Artifacts(store)),
         )
 

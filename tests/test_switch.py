@@ -8,12 +8,13 @@ import pytest
 from click.testing import CliRunner
 
 from raylaunch.cli.app import raylaunch
-from raylaunch.cli.switch import ssh_argv
+from raylaunch.cli.hosts import ssh_argv
 from raylaunch.cluster.client_record import ClientRecord, save_client
-from raylaunch.cluster.home import cluster_paths
-from raylaunch.config import load_cluster_spec
+from raylaunch.config.load import load_cluster_spec
 from raylaunch.errors import NotFoundError
-from raylaunch.spec import ClusterSpec, HostSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.host_spec import HostSpec
+from raylaunch.paths import cluster_paths
 
 
 @pytest.fixture(autouse=True)

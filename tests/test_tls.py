@@ -14,15 +14,15 @@ import pytest
 from cryptography import x509
 
 from raylaunch.cluster import tls
-from raylaunch.cluster.controller_program import write_config
-from raylaunch.cluster.existing import check_certificates
-from raylaunch.cluster.home import ClusterPaths, cluster_paths, make_cluster_dirs
-from raylaunch.cluster.look import differences
+from raylaunch.cluster.local.controller_process import write_config
+from raylaunch.cluster.local.existing import check_certificates
+from raylaunch.cluster.local.inspect import differences
 from raylaunch.cluster.ports import own_addresses
 from raylaunch.cluster.record import new_record
-from raylaunch.controller.link_child import child_environment
+from raylaunch.controller.ray.protocol import child_environment
 from raylaunch.errors import SpecError
-from raylaunch.spec import ClusterSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.paths import ClusterPaths, cluster_paths, make_cluster_dirs
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from support.run_writer import BLOCK, PREAMBLE, ended, framed, history, run, ste
 from wandb.proto import wandb_internal_pb2 as pb
 
 from raylaunch.errors import TrackingError
-from raylaunch.runner.wandb_failure import has_history
+from raylaunch.runner.wandb_env import has_history
 from raylaunch.tracking.frames import Frames
-from raylaunch.tracking.run_file import Exit, History, RunFile, RunInfo, StepMetric, Summary
+from raylaunch.tracking.run_file import History, RunExit, RunFile, RunInfo, StepMetric, Summary
 
 DATA = Path(__file__).parent / "data"
 
@@ -185,7 +185,7 @@ def test_run_step_metrics_summary_and_exit_are_read(tmp_path: Path) -> None:
         RunInfo("r1", "digits", "me", "brave-net", 12),
         StepMetric("val/*", "epoch"),
         Summary({"best": 3.0}),
-        Exit(-9),
+        RunExit(-9),
     ]
 
 
@@ -205,7 +205,7 @@ def test_a_file_by_wandb_0_28_is_read() -> None:
     assert rows[20].values["worse"] == -math.inf
     assert StepMetric("val/*", "epoch") in items
     assert Summary({"best": 0.9}) in items
-    assert items[-1] == Exit(3)
+    assert items[-1] == RunExit(3)
 
 
 def test_the_runner_finds_out_whether_a_run_has_a_row(tmp_path: Path) -> None:

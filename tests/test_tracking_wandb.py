@@ -14,9 +14,9 @@ import pytest
 from support.waiting import wait_until
 from support.wandb_server import WandbServer
 
-from raylaunch.controller.metrics import Metrics
-from raylaunch.state import AttemptView
-from raylaunch.tracking.run_file import Exit, History, RunFile
+from raylaunch.controller.metrics.reader import MetricsStore
+from raylaunch.models.job import AttemptView
+from raylaunch.tracking.run_file import History, RunExit, RunFile
 
 pytestmark = pytest.mark.wandb
 
@@ -75,7 +75,7 @@ def test_an_offline_run_is_read_whole(tmp_path: Path) -> None:
     assert [row.step for row in rows] == list(range(5))
     assert [row.values["loss"] for row in rows] == pytest.approx([1 / (n + 1) for n in range(5)])
     assert abs(rows[-1].at - time.time()) < 300
-    assert items[-1] == Exit(0)
+    assert items[-1] == RunExit(0)
 
 
 def test_an_online_run_is_read_from_its_file_as_the_server_got_it(tmp_path: Path, server: WandbServer) -> None:
@@ -141,7 +141,7 @@ def _loss_of_two_attempts(store: Path) -> list[tuple[float, float]]:
         id = "digits"
         attempts = tuple(AttemptView(id=f"digits-{n}", n=n, admitted_at=0) for n in (1, 2))
 
-    (series,) = Metrics(store).page(Job(), keys=["loss"]).series
+    (series,) = MetricsStore(store).page(Job(), keys=["loss"]).series
     return [(point.step, point.value) for point in series.points]
 
 

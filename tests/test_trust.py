@@ -20,12 +20,12 @@ from raylaunch import Cluster
 from raylaunch.cli.app import raylaunch
 from raylaunch.cluster import trust
 from raylaunch.cluster.client_record import ClientRecord, save_client
-from raylaunch.cluster.home import cluster_paths, make_cluster_dirs
 from raylaunch.cluster.record import new_record, save_record
-from raylaunch.config import load_cluster_spec
+from raylaunch.config.load import load_cluster_spec
 from raylaunch.errors import RaylaunchError, SpecError, UntrustedError
-from raylaunch.host_spec import HostSpec
-from raylaunch.spec import ClusterSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.host_spec import HostSpec
+from raylaunch.paths import cluster_paths, make_cluster_dirs
 
 ELSEWHERE = {
     "name": "what it is called here",

@@ -18,9 +18,9 @@ from support.sshd import Sshd, sshd
 from support.waiting import wait_until
 
 from raylaunch.cluster.client_record import ClientRecord, save_tunnel
-from raylaunch.cluster.on_host import HostState
-from raylaunch.cluster.ssh_up import adopted
-from raylaunch.spec import ClusterSpec
+from raylaunch.cluster.hosts.bring_up import adopted
+from raylaunch.cluster.hosts.host_program import HostState
+from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.version import __version__
 
 pytestmark = pytest.mark.slow  # each test has an sshd, and programs that speak through it
@@ -186,5 +186,5 @@ def test_an_up_from_another_machine_says_that_it_found_the_cluster() -> None:
 
 
 def test_a_verb_about_jobs_loads_no_ssh_for_a_cluster_over_ssh() -> None:
-    code = "import sys, raylaunch.cli.jobs, raylaunch.cluster.ssh_backend; sys.exit('asyncssh' in sys.modules)"
+    code = "import sys, raylaunch.cli.jobs, raylaunch.cluster.hosts.backend; sys.exit('asyncssh' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from support.run_writer import ended, history, run, write_run
 
-from raylaunch.runner import contract, wandb_runs
-from raylaunch.runner.contract import EarlierRun
-from raylaunch.runner.wandb_runs import Ask, Run, claim
-from raylaunch.tracking.earlier_runs import earlier_runs
+from raylaunch import contract
+from raylaunch.contract import EarlierRun
+from raylaunch.tracking import wandb_runs
+from raylaunch.tracking.run_file import earlier_runs
+from raylaunch.tracking.wandb_runs import Run, RunRequest, claim
 
 PROJECT = "digits"
 
@@ -30,7 +31,7 @@ def was(run_id: str, name: str = "job", *, finished: bool = False, attempt: int 
 
 def opened(folder: str, *names: str, base: str = "rl1") -> list[Run]:
     """Open runs of these names one after the other."""
-    return [claim(folder, Ask(base, PROJECT, name)) for name in names]
+    return [claim(folder, RunRequest(base, PROJECT, name)) for name in names]
 
 
 def ids(runs: list[Run]) -> list[str]:
@@ -64,7 +65,7 @@ def test_a_name_that_the_person_sets_for_all_runs_is_left(tmp_path: Path) -> Non
 def test_processes_that_open_runs_at_once_get_different_ones(tmp_path: Path) -> None:
     folder = claims(tmp_path / "runs")
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: claim(folder, Ask("rl1", PROJECT, "job")).id, range(40)))
+        found = list(pool.map(lambda _: claim(folder, RunRequest("rl1", PROJECT, "job")).id, range(40)))
     assert sorted(found) == sorted(["rl1", *(f"rl1-1-{n}" for n in range(2, 41))])
 
 
@@ -123,7 +124,7 @@ def test_the_latest_attempt_that_came_so_far_counts(tmp_path: Path) -> None:
 
 def test_a_run_of_another_project_is_another_run(tmp_path: Path) -> None:
     folder = claims(tmp_path / "runs", was("rl1"), n=2)
-    assert claim(folder, Ask("rl1", "another", "job")) == Run("rl1-2-1", "job", resume=False)
+    assert claim(folder, RunRequest("rl1", "another", "job")) == Run("rl1-2-1", "job", resume=False)
 
 
 def test_a_rank_continues_its_own_run_also_where_all_have_one_name(tmp_path: Path) -> None:
@@ -134,13 +135,13 @@ def test_a_rank_continues_its_own_run_also_where_all_have_one_name(tmp_path: Pat
 def test_a_training_that_is_started_again_within_the_attempt_continues_its_runs(tmp_path: Path) -> None:
     folder = claims(tmp_path / "runs")
     opened(folder, "job", "fold")
-    again = [claim(folder, Ask("rl1", PROJECT, name, round="1")) for name in ("job", "fold", "new")]
+    again = [claim(folder, RunRequest("rl1", PROJECT, name, round="1")) for name in ("job", "fold", "new")]
     assert [(run.id, run.resume) for run in again] == [("rl1", True), ("rl1-1-2", True), ("rl1-1-5", False)]
 
 
 def test_what_must_be_a_new_run_is_one(tmp_path: Path) -> None:
     folder = claims(tmp_path / "runs", was("rl1"), n=2)
-    assert claim(folder, Ask("rl1", PROJECT, "job", may_resume=False)) == Run("rl1-2-1", "job", resume=False)
+    assert claim(folder, RunRequest("rl1", PROJECT, "job", may_resume=False)) == Run("rl1-2-1", "job", resume=False)
 
 
 def test_the_next_attempt_is_told_which_runs_the_earlier_ones_left_and_whether_they_are_finished(

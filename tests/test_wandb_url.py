@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.controller.following import _address
-from raylaunch.runner.wandb_url import RunAddress, hosts_of
+from raylaunch.controller.scheduler.follow import _address
+from raylaunch.runner.wandb_env import RunAddress, hosts_of
 
 
 def found(folder: Path, line: str, server: str = "https://api.wandb.ai") -> str:

@@ -15,9 +15,9 @@ from support.disks import small_disk
 from support.index import Index, index, tiny_sdist, tiny_wheel
 from support.waiting import wait_until
 
-from raylaunch.cluster.install.pins import WheelPlatform, exact_requirements, installed_pins
-from raylaunch.cluster.install.resolving import IndexUnreachableError, Wheel
-from raylaunch.cluster.install.wheels import WheelStore
+from raylaunch.cluster.install.platforms import WheelPlatform, exact_requirements, installed_pins
+from raylaunch.cluster.install.resolve import IndexUnreachableError, Wheel
+from raylaunch.cluster.install.wheel_store import WheelStore
 from raylaunch.errors import ClusterStartError, RaylaunchError, StorageError, VersionError
 
 pytestmark = pytest.mark.slow
@@ -225,8 +225,8 @@ def test_a_gathering_that_was_killed_leaves_nothing_that_counts(
 ) -> None:
     tiny_wheel(served.folder, "engine", "1.0")
     program = (
-        "import anyio, os, sys; from pathlib import Path; from raylaunch.cluster.install.wheels import WheelStore;"
-        "from raylaunch.cluster.install.pins import WheelPlatform;"
+        "import anyio, os, sys; from pathlib import Path; from raylaunch.cluster.install.wheel_store import WheelStore;"
+        "from raylaunch.cluster.install.platforms import WheelPlatform;"
         "anyio.run(WheelStore(Path(sys.argv[1])).gather, ['engine'], WheelPlatform('x86_64', '2.35', '3.10.12'))"
     )
     path = os.pathsep.join(sys.path)

@@ -39,16 +39,16 @@ _SECTIONS: dict[str, dict[str, _Lazy]] = {
         "drain": _Lazy("hosts", "drain", "Let a host take no new jobs for a while."),
         "remove": _Lazy("hosts", "remove", "Take a host out of the cluster."),
         "env": _Lazy("cluster", "env", "Print what Ray's own tools need in the environment."),
-        "switch": _Lazy("switch", "switch", "Choose among several clusters."),
-        "ssh": _Lazy("switch", "ssh", "Open a shell on a host."),
+        "switch": _Lazy("hosts", "switch", "Choose among several clusters."),
+        "ssh": _Lazy("hosts", "ssh", "Open a shell on a host."),
     },
     "Jobs": {
         "run": _Lazy("run", "run", "Submit a job and follow it to its end."),
         "submit": _Lazy("run", "submit", "Submit a job and print its id."),
         "list": _Lazy("jobs", "list_", "List jobs, newest first."),
         "show": _Lazy("jobs", "show", "Show everything about a job."),
-        "follow": _Lazy("follow", "follow", "Follow a job's log and state to its end."),
-        "wait": _Lazy("follow", "wait", "Wait for a job's end; exit with its status."),
+        "follow": _Lazy("logs", "follow", "Follow a job's log and state to its end."),
+        "wait": _Lazy("logs", "wait", "Wait for a job's end; exit with its status."),
         "stop": _Lazy("jobs", "stop", "Stop jobs."),
         "rm": _Lazy("jobs", "rm", "Delete ended jobs with their files."),
     },
@@ -60,11 +60,11 @@ _SECTIONS: dict[str, dict[str, _Lazy]] = {
         "du": _Lazy("files", "du", "Show what the jobs take on disk."),
     },
     "More": {
-        "trust": _Lazy("trust", "trust", "Accept what a cluster.yaml connects to."),
-        "token": _Lazy("people", "token", "Invite people, list and revoke tokens."),
-        "join": _Lazy("people", "join", "Use a cluster that somebody else runs."),
-        "leave": _Lazy("people", "leave", "Forget a cluster that was joined."),
-        "secret": _Lazy("secret", "secret", "Set, list and remove secrets."),
+        "trust": _Lazy("access", "trust", "Accept what a cluster.yaml connects to."),
+        "token": _Lazy("access", "token", "Invite people, list and revoke tokens."),
+        "join": _Lazy("access", "join", "Use a cluster that somebody else runs."),
+        "leave": _Lazy("access", "leave", "Forget a cluster that was joined."),
+        "secret": _Lazy("access", "secret", "Set, list and remove secrets."),
         "demo": _Lazy("demo", "demo", "Train a small real model, from start to downloaded file."),
     },
 }
@@ -147,14 +147,14 @@ def raylaunch(ctx: click.Context, cluster_file: Path | None, cluster: str | None
     of somebody else needs its id.
     """
     if not {"-h", "--help"}.intersection(sys.argv):
-        from raylaunch.place import refuse_inside_job  # noqa: PLC0415 -- every command needs it, and --version does not
+        from raylaunch.operations.connect import refuse_inside_job  # noqa: PLC0415 -- every command needs it, and --version does not
 
         refuse_inside_job(os.environ)
     if cluster and cluster_file:
         msg = "--cluster and --cluster-file name a cluster each; give one"
         raise click.UsageError(msg)
     if cluster:
-        from raylaunch.cli.switch import named_file  # noqa: PLC0415 -- only where it is asked for
+        from raylaunch.cli.hosts import named_file  # noqa: PLC0415 -- only where it is asked for
 
         cluster_file = named_file(cluster)
     ctx.obj = cluster_file

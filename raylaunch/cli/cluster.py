@@ -10,17 +10,16 @@ from urllib.parse import urlsplit
 
 import click
 
-from raylaunch.cli.connect import Place, ask_person, finish, show_step
+from raylaunch.cli.connect import ClusterCommand, as_json, ask_person, finish, show_step
 from raylaunch.cli.console import count, note, say, say_json, say_lines, size, span, styled
-from raylaunch.cli.options import as_json
-from raylaunch.cluster.backends import DownReport
+from raylaunch.cluster.hosts.backend import forward_gcs
 from raylaunch.cluster.ports import is_loopback
-from raylaunch.cluster.ssh_backend import forward_gcs
-from raylaunch.cluster_state import ClusterStatus, GpuView, NodeView, ProcessView, RayAccess
+from raylaunch.cluster.types import DownReport
 from raylaunch.errors import AccessError, ConflictError
-from raylaunch.place import bring_up
-from raylaunch.quieting import quiet_down, upgraded
-from raylaunch.state import JobView
+from raylaunch.models.cluster import ClusterStatus, GpuView, NodeView, ProcessView, RayAccess
+from raylaunch.models.job import JobView
+from raylaunch.operations.connect import bring_up
+from raylaunch.operations.upgrade import quiet_down, upgraded
 
 _TLS = frozenset({"RAY_USE_TLS", "RAY_TLS_CA_CERT", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY"})
 """All that a cluster may set for TLS in the shell that evaluates its lines."""
@@ -42,7 +41,7 @@ def up(cluster_file: Path | None, *, dry_run: bool, upgrade: bool, stop: bool, a
     if stop and not upgrade:
         msg = "--stop is for --upgrade; to stop jobs: raylaunch stop JOB"
         raise click.UsageError(msg)
-    place = Place(cluster_file)
+    place = ClusterCommand(cluster_file)
     for line in place.notes:
         note(line)
     if dry_run:
@@ -62,7 +61,7 @@ def up(cluster_file: Path | None, *, dry_run: bool, upgrade: bool, stop: bool, a
 @click.pass_obj
 def down(cluster_file: Path | None, *, stop: bool, force: bool) -> None:
     """End exactly what 'up' started; refuses while jobs run. Records, logs and outputs stay."""
-    place = Place(cluster_file)
+    place = ClusterCommand(cluster_file)
 
     async def work() -> DownReport:
         if (stop or (force and place.spec.kind == "existing")) and await place.running_jobs():
@@ -90,7 +89,7 @@ def _refuse_while_jobs_run(jobs: tuple[JobView, ...], cluster: str) -> None:
 @click.pass_obj
 def status(cluster_file: Path | None, *, as_json: bool) -> None:
     """Show what runs: controller and Ray with pids and ports, nodes, GPUs, queue, problems."""
-    place = Place(cluster_file)
+    place = ClusterCommand(cluster_file)
     say_status(finish(place.backend.status(place.spec)), as_json=as_json)
 
 
@@ -102,7 +101,7 @@ def env(cluster_file: Path | None, *, gcs: bool) -> None:
 
     Where the cluster is reached over SSH they are for `ray job`; --gcs adds what other tools need.
     """
-    place = Place(cluster_file)
+    place = ClusterCommand(cluster_file)
 
     async def work() -> RayAccess:
         async with place.client() as client:

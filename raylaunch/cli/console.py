@@ -21,7 +21,7 @@ import click
 from pydantic import BaseModel, JsonValue
 
 from raylaunch.errors import RaylaunchError
-from raylaunch.log_view import CleanFormatter, clean_json, one_line
+from raylaunch.models.safe_text import CleanFormatter, clean_json, one_line
 
 _COLOURS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "cyan": 36, "dim": 2, "bold": 1}
 _SECRET = os.urandom(8).hex()

@@ -17,17 +17,18 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from raylaunch.cli.connect import Place, finish
+from raylaunch.cli.connect import ClusterCommand, finish
 from raylaunch.cli.console import count, say_lines, shown_text, size, span
-from raylaunch.cli.plot import chart
-from raylaunch.client import Client
-from raylaunch.cluster.backends import Step
-from raylaunch.config import load_job_spec
+from raylaunch.cli.metrics import chart
+from raylaunch.client.client import Client
+from raylaunch.cluster.types import Step
+from raylaunch.config.load import load_job_spec
 from raylaunch.errors import ClusterError, ConflictError, RaylaunchError
-from raylaunch.log_view import clean_lines, one_line
-from raylaunch.place import bring_up
-from raylaunch.spec import Environment
-from raylaunch.state import JobState, JobView, MetricSeries, MetricsPage
+from raylaunch.models.fields import Environment
+from raylaunch.models.job import JobView, MetricSeries, MetricsPage
+from raylaunch.models.safe_text import clean_lines, one_line
+from raylaunch.models.states import JobState
+from raylaunch.operations.connect import bring_up
 
 LIMIT_S = 20 * 60.0
 _LOOK_EVERY_S = 0.2
@@ -54,7 +55,7 @@ def demo(cluster_file: Path | None, dest: Path) -> None:
     if importlib.util.find_spec("sklearn") is None:
         msg = "the demo trains with scikit-learn, which is not installed here"
         raise RaylaunchError(msg, hint="pip install 'raylaunch[demo]'")
-    finish(_demo(Place(cluster_file), folder, dest, Console(stderr=True, highlight=False)))
+    finish(_demo(ClusterCommand(cluster_file), folder, dest, Console(stderr=True, highlight=False)))
 
 
 def example_folder() -> Path:
@@ -67,7 +68,7 @@ def example_folder() -> Path:
     raise RaylaunchError(msg, hint="install it again: pip install --force-reinstall 'raylaunch[demo]'")
 
 
-async def _demo(place: Place, folder: Path, dest: Path, console: Console) -> None:
+async def _demo(place: ClusterCommand, folder: Path, dest: Path, console: Console) -> None:
     _heading(console, "A cluster", "Ray and raylaunch's controller, on this machine, reachable from this machine only")
     await bring_up(place.backend, place.spec, on_step=lambda step: say_step(console, step))
 

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import click
 
-from raylaunch.cli.connect import ask_person, finish
+from raylaunch.cli.connect import as_json, ask_person, finish
 from raylaunch.cli.console import count, note, say_json, say_lines, size, styled, table
-from raylaunch.cli.options import as_json
-from raylaunch.cluster.doctor.last_look import keep_problems
-from raylaunch.cluster.doctor.look import Findings, examine
+from raylaunch.cluster.doctor.examine import Findings, examine, keep_problems
 from raylaunch.cluster.doctor.problem import Problem
 from raylaunch.cluster.probe.facts import HostFacts
-from raylaunch.cluster.ssh.target import Wait
-from raylaunch.config import load_cluster_file
+from raylaunch.config.load import load_cluster_file
+from raylaunch.ssh.target import PendingStep
 
 _MARKS = {"blocking": ("✗", "red"), "warning": ("!", "yellow")}
 _STATES = {"ready": "green", "blocked": "red"}
@@ -41,7 +39,7 @@ def doctor(cluster_file: Path | None, *, as_json: bool) -> int:
     return 1 if found.blocking else 0
 
 
-def _show_wait(wait: Wait) -> None:
+def _show_wait(wait: PendingStep) -> None:
     note(str(wait))
 
 

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 from pydantic import RootModel
 
-from raylaunch.cli.connect import Place, finish
-from raylaunch.cli.console import count, note, say, say_json, say_lines, size, table
-from raylaunch.cli.options import as_json, job_argument
-from raylaunch.cli.transfer_bar import transfer_bar
-from raylaunch.client import Downloaded, IncompleteDownloadError
-from raylaunch.state import Artifact, NodeUsage, UsagePage
+from raylaunch.cli.connect import ClusterCommand, as_json, finish, job_argument
+from raylaunch.cli.console import count, is_terminal, note, say, say_json, say_lines, shown_text, size, table
+from raylaunch.client.downloads import Downloaded, IncompleteDownloadError
+from raylaunch.client.transfer import OnProgress
+from raylaunch.models.job import Artifact, NodeUsage, UsagePage
+
+_WORTH_SHOWING = 1024 * 1024
+
+
+@contextlib.contextmanager
+def transfer_bar() -> Iterator[OnProgress]:
+    """Yield what is to be told of progress; it draws on stderr, or nothing where nobody looks."""
+    if not is_terminal(sys.stderr):
+        yield lambda _what, _done, _total: None
+        return
+    from rich.console import Console  # noqa: PLC0415 -- only where a person looks
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn  # noqa: PLC0415
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    tasks: dict[str, TaskID] = {}
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+
+    def told(what: str, done: int, total: int) -> None:
+        if total < _WORTH_SHOWING:
+            return
+        if what not in tasks:
+            bar.start()  # not earlier: a person may be asked something first
+            tasks[what] = bar.add_task(shown_text(what).replace("[", r"\["), total=total)
+        bar.update(tasks[what], completed=done, total=total)
+
+    try:
+        yield told
+    finally:
+        bar.stop()
 
 
 @click.command(epilog="Example:  raylaunch files last --kind output")
@@ -26,7 +57,7 @@ def files(cluster_file: Path | None, *, job: str, kind: str | None, as_json: boo
     """List the files that a job has left behind so far."""
 
     async def work() -> tuple[Artifact, ...]:
-        async with Place(cluster_file).client() as client:
+        async with ClusterCommand(cluster_file).client() as client:
             return await client.files(job)
 
     found = [file for file in finish(work()) if kind is None or file.kind == kind]
@@ -78,7 +109,7 @@ def get(  # noqa: PLR0913 -- each is one option
     """
 
     async def work() -> tuple[Downloaded, ...]:
-        async with Place(cluster_file).client() as client:
+        async with ClusterCommand(cluster_file).client() as client:
             found = await client.own_job(job)
             folder = dest or Path(found.id)
             with transfer_bar() as progress:
@@ -126,7 +157,7 @@ def du(cluster_file: Path | None, *, as_json: bool) -> None:
     """Show what jobs take on disk, largest first, and what nodes keep for them: environments, code, attempts."""
 
     async def work() -> UsagePage:
-        async with Place(cluster_file).client() as client:
+        async with ClusterCommand(cluster_file).client() as client:
             return await client.usage()
 
     page = finish(work())

@@ -2,21 +2,101 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from pathlib import Path
 
 import click
 
 from raylaunch.cli.cluster import say_status
-from raylaunch.cli.connect import Place, ask_person, finish, show_step
+from raylaunch.cli.connect import ClusterCommand, as_json, ask_person, finish, show_step, to_come
 from raylaunch.cli.console import note, say, say_json, say_lines
-from raylaunch.cli.options import as_json, to_come
-from raylaunch.cluster.plan import DownReport
 from raylaunch.cluster.trust import accept, check_accepted
-from raylaunch.cluster_state import HostJobs
-from raylaunch.members import add as add_host
-from raylaunch.members import plan_add, plan_remove, wait_empty
-from raylaunch.members import remove as remove_host
-from raylaunch.quieting import words
+from raylaunch.cluster.types import DownReport
+from raylaunch.config.load import chosen_file, kept_clusters, kept_file, load_cluster_spec
+from raylaunch.errors import NotFoundError
+from raylaunch.models.cluster import HostJobs
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.host_spec import HostSpec
+from raylaunch.operations.hosts import add as add_host
+from raylaunch.operations.hosts import plan_add, plan_remove, wait_empty
+from raylaunch.operations.hosts import remove as remove_host
+from raylaunch.operations.upgrade import words
+
+LOCAL = "local"
+
+
+@click.command(epilog="Example:  raylaunch switch dgx")
+@click.argument("name", required=False)
+@as_json
+def switch(name: str | None, *, as_json: bool) -> None:
+    """Choose the cluster that is meant where no cluster.yaml lies; without NAME list the clusters."""
+    link = chosen_file(os.environ)
+    if name is None:
+        chosen = link.resolve().parent.name if link.is_file() else LOCAL
+        known = list(dict.fromkeys([LOCAL, *kept_clusters(os.environ)]))
+        if as_json:
+            say_json({"chosen": chosen, "clusters": [*known]})
+        else:
+            say_lines(f"{'*' if one == chosen else ' '} {one}" for one in known)
+        return
+    if name == LOCAL:
+        link.unlink(missing_ok=True)
+    else:
+        beside = link.with_name(f".{link.name}.{secrets.token_hex(4)}")
+        beside.symlink_to(named_file(name))
+        beside.replace(link)
+    if as_json:
+        say_json({"chosen": name})
+    note(f"{name} is meant now, where no cluster.yaml lies")
+
+
+def named_file(name: str) -> Path:
+    """Return the file that is kept of a cluster over SSH.
+
+    Raises:
+        NotFoundError: it was not brought up from here.
+    """
+    file = kept_file(name, os.environ)
+    if not file.is_file():
+        known = ", ".join(kept_clusters(os.environ)) or "none yet"
+        msg = f"no cluster {name!r} was brought up from here; known: {known}"
+        raise NotFoundError(msg, hint="bring it up where its cluster.yaml lies: raylaunch up")
+    return file.absolute()
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    epilog="Example:  raylaunch ssh dgx-2 nvidia-smi",
+)
+@click.argument("host")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.pass_obj
+def ssh(cluster_file: Path | None, *, host: str, command: tuple[str, ...]) -> None:
+    """Open a shell on a host of the cluster, or run a command there, with ssh itself."""
+    spec = load_cluster_spec(cluster_file)
+    finish(check_accepted(spec, on_prompt=ask_person))
+    argv = ssh_argv(_host(spec, host), command)
+    os.execvp(argv[0], argv)  # noqa: S606 -- ssh takes over, terminal and all
+
+
+def _host(spec: ClusterSpec, name: str) -> HostSpec:
+    for host in spec.host_specs():
+        if name in (host.name, host.host):
+            return host
+    has = ", ".join(host.name for host in spec.host_specs())
+    msg = f"cluster {spec.name} has no host {name!r}" + (f"; it has {has}" if has else ": it runs on this machine")
+    raise NotFoundError(msg, hint="see: raylaunch status")
+
+
+def ssh_argv(host: HostSpec, command: tuple[str, ...] = ()) -> list[str]:
+    """Return ssh's command line for what cluster.yaml says of a host; the rest is ``~/.ssh/config``'s."""
+    argv = ["ssh"]
+    argv += ["-p", str(host.port)] if host.port else []
+    argv += ["-l", host.user] if host.user else []
+    argv += ["-i", str(Path(host.key).expanduser())] if host.key else []
+    argv += ["-J", ",".join(host.jump)] if host.jump else []
+    return [*argv, "--", host.host, *command]
 
 
 @click.command(epilog="Example:  raylaunch add dgx-3 --gpus 4")
@@ -42,7 +122,7 @@ def add(  # noqa: PLR0913 -- each is one fact of the host
     as_json: bool,
 ) -> None:
     """Add HOST to the cluster, written as for ssh; cluster.yaml gets a line for it once it is in."""
-    place = Place(cluster_file)
+    place = ClusterCommand(cluster_file)
     given = {"gpus": _gpus(gpus), "address": address, "user": user, "key": key, "jump": list(jump)}
     change = plan_add(place.file, {"host": host, **{name: value for name, value in given.items() if value}})
     finish(check_accepted(place.spec, on_prompt=ask_person))
@@ -81,7 +161,7 @@ def drain(  # noqa: PLR0913 -- each is one option
     at = to_come(until, option="--until")
 
     async def work() -> HostJobs:
-        async with Place(cluster_file).client() as client:
+        async with ClusterCommand(cluster_file).client() as client:
             if off:
                 return await client.admin.undrain(host)
             found = await client.admin.drain(host, until=at, stop=stop)
@@ -108,7 +188,7 @@ def drain(  # noqa: PLR0913 -- each is one option
 @click.pass_obj
 def remove(cluster_file: Path | None, *, host: str, stop: bool, forget: bool) -> None:
     """Take HOST out of the cluster: end what 'up' started there, and take it out of cluster.yaml."""
-    place = Place(cluster_file)
+    place = ClusterCommand(cluster_file)
     change = plan_remove(place.file, host)
     report = finish(remove_host(place, change, host, stop=stop, forget=forget, on_step=show_step, on_prompt=ask_person))
     say_removed(report, host, reached=not forget)

@@ -14,10 +14,11 @@ from pydantic import ValidationError
 
 from raylaunch.cli.console import count, note, say
 from raylaunch.cluster.trust import accept
-from raylaunch.config import CLUSTER_FILE, load_cluster_file
+from raylaunch.config.load import CLUSTER_FILE, load_cluster_file
+from raylaunch.config.validation import spec_error
 from raylaunch.errors import ConflictError, SpecError, StorageError
-from raylaunch.spec import ClusterSpec, HostSpec
-from raylaunch.spec_problems import spec_error
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.host_spec import HostSpec
 
 _INCLUDES = 16
 """How deep configurations of ssh may include others, as in OpenSSH."""

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import click
 
-from raylaunch.cli.connect import Place, finish
+from raylaunch.cli.connect import ClusterCommand, as_json, duration, finish, job_argument
 from raylaunch.cli.console import count, note, say, say_json, say_lines, size
-from raylaunch.cli.job_words import describe, environment_words, jobs_table, state_words
-from raylaunch.cli.options import as_json, duration, job_argument
-from raylaunch.client import Client
+from raylaunch.cli.job_format import describe, environment_words, jobs_table, state_words
+from raylaunch.client.client import Client
 from raylaunch.errors import SpecError
-from raylaunch.state import JobPage, JobState, JobView
-from raylaunch.units import seconds
+from raylaunch.models.fields import seconds
+from raylaunch.models.job import JobPage, JobView
+from raylaunch.models.states import JobState
 
 _PAGE = 500
 
@@ -71,7 +71,7 @@ def list_(  # noqa: PLR0913 -- each is one filter
     after = since_time(since, now=time.time()) if since else None
 
     async def work() -> JobPage:
-        async with Place(cluster_file).client() as client:
+        async with ClusterCommand(cluster_file).client() as client:
 
             async def page(at: str) -> JobPage:
                 return await client.jobs(
@@ -114,7 +114,7 @@ def show(cluster_file: Path | None, *, job: str, as_json: bool) -> None:
     """Show everything about a job."""
 
     async def work() -> JobView:
-        async with Place(cluster_file).client() as client:
+        async with ClusterCommand(cluster_file).client() as client:
             return await client.job(job)
 
     found = finish(work())
@@ -144,7 +144,7 @@ def stop(cluster_file: Path | None, *, jobs: tuple[str, ...], grace: str | None,
             say(f"{stopped.id} {state_words(stopped)}")
 
     async def work() -> None:
-        async with Place(cluster_file).client() as client:
+        async with ClusterCommand(cluster_file).client() as client:
             for ref in jobs:
                 await one(client, ref)
 
@@ -159,7 +159,7 @@ def rm(cluster_file: Path | None, *, jobs: tuple[str, ...], as_json: bool) -> No
     """Delete ended jobs with their logs, metrics and outputs."""
 
     async def work() -> None:
-        async with Place(cluster_file).client() as client:
+        async with ClusterCommand(cluster_file).client() as client:
             for ref in jobs:
                 job = await client.own_job(ref)
                 freed = await client.remove(job.id)

@@ -1,31 +1,219 @@
-"""``run`` and ``submit``: from words on a command line to a job."""
+"""The options that describe a job, and the flags that they become."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
-from raylaunch.cli.connect import Place, finish
+from raylaunch.cli.connect import ClusterCommand, as_json, finish
 from raylaunch.cli.console import is_terminal, note, say, say_json, say_lines, size
-from raylaunch.cli.follow import detachable, follow_to_end, say_end
-from raylaunch.cli.job_flags import job_options, spec_of, warn_of_options_after
-from raylaunch.cli.job_words import dry_run_words, pack_words, sentence, wandb_words
-from raylaunch.cli.options import as_json
-from raylaunch.cli.transfer_bar import transfer_bar
-from raylaunch.client import Client, with_wandb
-from raylaunch.cluster.plan import Plan
-from raylaunch.errors import UnsatisfiableError
-from raylaunch.job_files import check_here
-from raylaunch.packing import Packed
-from raylaunch.sensitive import ASKED_ABOVE, Allowed, allowed
-from raylaunch.spec import JobSpec
-from raylaunch.state import DryRun, JobView, PackReport, SubmitAnswer
-from raylaunch.submitting import checked
+from raylaunch.cli.files import transfer_bar
+from raylaunch.cli.job_format import dry_run_words, pack_words, sentence, wandb_words
+from raylaunch.cli.logs import detachable, follow_to_end, say_end
+from raylaunch.client.client import Client
+from raylaunch.client.packing import Packed
+from raylaunch.client.sensitive import ASKED_ABOVE, Allowances, allowed
+from raylaunch.client.submission import check_here, with_wandb
+from raylaunch.client.submitting import checked
+from raylaunch.cluster.types import Plan
+from raylaunch.config.load import Flag, job_spec_from_flags
+from raylaunch.errors import SpecError, UnsatisfiableError
+from raylaunch.models.job import DryRun, JobView, PackReport, SubmitAnswer
+from raylaunch.models.job_spec import JobSpec
+
+_Command = TypeVar("_Command", bound=Callable[..., object])
+
+_FIELDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "name": ("--name", ("name",)),
+    "gpus": ("--gpus", ("resources", "gpus")),
+    "launcher": ("--launcher", ("launcher",)),
+    "processes": ("--processes", ("processes",)),
+    "cpus": ("--cpus", ("resources", "cpus")),
+    "memory": ("--memory", ("resources", "memory")),
+    "working_dir": ("--working-dir", ("working_dir",)),
+    "environment": ("--environment", ("environment",)),
+    "timeout": ("--timeout", ("timeout_s",)),
+    "grace": ("--grace", ("grace_s",)),
+    "tracking": ("--tracking", ("tracking", "mode")),
+    "project": ("--project", ("tracking", "project")),
+    "priority": ("--priority", ("priority",)),
+    "retries": ("--retries", ("retries",)),
+    "outputs_size": ("--outputs-size", ("outputs_size",)),
+    "outputs_files": ("--outputs-files", ("outputs_files",)),
+    "gpu_type": ("--gpu-type", ("where", "gpu_type")),
+}
+_LISTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "secret": ("--secret", ("secrets",)),
+    "output": ("--output", ("outputs",)),
+    "tag": ("--tag", ("tags",)),
+    "with": ("--with", ("packages",)),
+    "host": ("--host", ("where", "hosts")),
+}
+_PAIRS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "env": ("--env", ("env",)),
+    "label": ("--label", ("where", "labels")),
+    "resource": ("--resource", ("resources", "custom")),
+}
+
+_JOB_FILE = "job.yaml"
+_OPTIONS = (
+    click.option(
+        "-f",
+        "--file",
+        type=click.Path(path_type=Path),
+        help="Job file, by default ./job.yaml when no command is given; flags override it.",
+    ),
+    click.option("--name", help="Name; by default made from the program."),
+    click.option("--gpus", metavar="N", help="GPUs."),
+    click.option("--launcher", metavar="KIND", help="script, torchrun, or ray (a Ray Train or Tune program)."),
+    click.option("--processes", metavar="N", help="Ranks that torchrun starts; by default one a GPU."),
+    click.option("--cpus", metavar="N", help="CPU cores."),
+    click.option("--memory", metavar="SIZE", help="Memory, as 8GiB."),
+    click.option("--resource", multiple=True, metavar="NAME=N", help="A custom Ray resource."),
+    click.option("--env", multiple=True, metavar="K=V", help="An environment variable; K alone takes it from here."),
+    click.option("--secret", multiple=True, metavar="NAME", help="A secret that becomes an environment variable."),
+    click.option("--timeout", metavar="TIME", help="Longest run of an attempt, as 2h."),
+    click.option("--grace", metavar="TIME", help="Between SIGTERM and SIGKILL at a stop."),
+    click.option("--output", multiple=True, metavar="GLOB", help="Files to keep: a glob, auto (what is new), none."),
+    click.option("--outputs-size", metavar="SIZE", help="How much auto keeps, as 5GiB; by default 1GiB."),
+    click.option("--outputs-files", metavar="N", help="How many files auto keeps; by default 10000."),
+    click.option("--tag", multiple=True, help="A tag."),
+    click.option(
+        "--environment",
+        "--env-python",
+        "environment",
+        metavar="ENV",
+        help="/path/to/python, venv:PATH, conda:NAME, uv, pip:requirements.txt.",
+    ),
+    click.option(
+        "--with", multiple=True, metavar="PACKAGE", help="Add a package to the environment, for example numpy."
+    ),
+    click.option("--working-dir", metavar="DIR", help="Folder to pack; by default this one ('' for none)."),
+    click.option("--tracking", metavar="MODE", help="W&B: auto, online, offline or disabled."),
+    click.option("--project", help="W&B project."),
+    click.option("--host", multiple=True, help="Run on this machine (or one of these)."),
+    click.option("--label", multiple=True, metavar="K=V", help="Run on machines with this label."),
+    click.option("--gpu-type", metavar="TEXT", help="Run on GPUs with this in their name."),
+    click.option("--priority", metavar="N", help="-100 to 100; higher runs earlier."),
+    click.option("--retries", metavar="N", help="More attempts when the program fails."),
+    click.option("--shell", metavar="COMMAND", help="A shell command, instead of a program after --."),
+    click.option("--allow", multiple=True, metavar="NAME", help="Send this file although it looks like a secret."),
+    click.option("--max-upload", metavar="SIZE", help="Largest upload, for example 5GB; by default 1GB."),
+    click.option("--request-id", default="", help="The same id again returns the same job."),
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Check everything, print what would be sent and where it would run, and submit nothing.",
+    ),
+    click.argument("command", nargs=-1, type=click.UNPROCESSED),
+)
+
+
+def job_options(command: _Command) -> _Command:
+    """Give a command all options that describe a job."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def spec_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> JobSpec:
+    """Return the job that the options describe: also ``run job.yaml``, and ``run`` alone where there is a job.yaml.
+
+    Raises:
+        SpecError: they, or the file, say something that cannot be.
+    """
+    given = _with_file(given)
+    return job_spec_from_flags(flags_of(given, environ), file=given.get("file"))
+
+
+def _with_file(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    command = tuple(given.get("command") or ())
+    if given.get("file") or given.get("shell") is not None:
+        return given
+    if not command and Path(_JOB_FILE).is_file():
+        return {**given, "file": Path(_JOB_FILE)}
+    if command and command[0].endswith((".yaml", ".yml")) and Path(command[0]).is_file():
+        if len(command) > 1:
+            msg = f"{command[0]} is a job file, and {command[1]} stands after it"
+            raise SpecError(
+                msg, field="entrypoint", hint=f"options stand before it: raylaunch run OPTIONS {command[0]}"
+            )
+        return {**given, "file": Path(command[0]), "command": ()}
+    return given
+
+
+def flag_of(field: tuple[str, ...]) -> str:
+    """Return the option that sets a field of a job, and "" where there is none."""
+    for options in (_FIELDS, _LISTS, _PAIRS):
+        for option, path in options.values():
+            if path == field:
+                return option
+    return "--shell" if field == ("entrypoint",) else ""
+
+
+def flags_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> list[Flag]:
+    """Return the flags that were given, in the order of their names."""
+    flags = [
+        Flag(option, field, _number(given[name])) for name, (option, field) in _FIELDS.items() if _given(given, name)
+    ]
+    flags += [Flag(option, field, tuple(given[name])) for name, (option, field) in _LISTS.items() if given.get(name)]
+    for name, (option, field) in _PAIRS.items():
+        if given.get(name):
+            flags.append(Flag(option, field, _pairs(option, given[name], environ)))
+    return [*flags, *_entrypoint(given)]
+
+
+def _given(given: Mapping[str, Any], name: str) -> bool:
+    return given.get(name) is not None
+
+
+def _number(value: object) -> object:
+    """A priority of ``-5`` is a number; validation says of other words that they are none."""
+    return int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value
+
+
+def _pairs(option: str, pairs: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals and option == "--env" and name in environ:
+            value = environ[name]
+        elif not equals or not name:
+            hint = f"there is no {name} in the environment here" if option == "--env" and name else ""
+            msg = f"{option}: {pair!r} is not NAME=VALUE"
+            raise SpecError(msg, hint=hint)
+        found[name] = value
+    return found
+
+
+def _entrypoint(given: Mapping[str, Any]) -> list[Flag]:
+    command, shell = tuple(given.get("command") or ()), given.get("shell")
+    if command and shell is not None:
+        msg = "both --shell and a program after -- were given"
+        raise SpecError(msg, field="entrypoint", hint="give one of the two")
+    if shell is not None:
+        return [Flag("--shell", ("entrypoint",), shell)]
+    if len(command) == 1 and any(letter in command[0] for letter in " |&;<>$"):
+        return [Flag("--", ("entrypoint",), command[0])]  # one quoted word with a blank in it was meant for a shell
+    return [Flag("--", ("entrypoint",), command)] if command else []
+
+
+def warn_of_options_after(command: Sequence[str]) -> None:
+    """Nothing is parsed after the program's name: say so when one of our own options stands there without ``--``."""
+    if "--" in sys.argv:
+        return
+    ours = {option for one in click.get_current_context().command.params for option in one.opts if option[:2] == "--"}
+    for word in command[1:]:
+        if word.partition("=")[0] in ours:
+            note(f"note: {word} goes to {command[0]}; options of raylaunch stand before --")
+            return
+
 
 _SETTINGS = {"ignore_unknown_options": False, "allow_interspersed_args": False}
 
@@ -41,7 +229,7 @@ def _prepared(given: dict[str, Any]) -> JobSpec:
 class _Before:
     """What is checked and asked before a missing cluster is started, so that nothing of it is refused afterwards."""
 
-    def __init__(self, place: Place, spec: JobSpec, allow: Allowed) -> None:
+    def __init__(self, place: ClusterCommand, spec: JobSpec, allow: Allowances) -> None:
         self._place = place
         self._spec = spec
         self._allow = allow
@@ -63,7 +251,9 @@ class _Before:
             self._asked = True
 
 
-async def _submit(client: Client, spec: JobSpec, *, request_id: str, allow: Allowed, before: _Before) -> SubmitAnswer:
+async def _submit(
+    client: Client, spec: JobSpec, *, request_id: str, allow: Allowances, before: _Before
+) -> SubmitAnswer:
     spec, secrets, taken = with_wandb(spec, os.environ)
     for line in wandb_words(taken, key=bool(secrets)):
         note(line)
@@ -94,7 +284,7 @@ async def _submit(client: Client, spec: JobSpec, *, request_id: str, allow: Allo
     return answer
 
 
-async def _dry_run(place: Place, spec: JobSpec, *, allow: Allowed, as_json: bool) -> int:
+async def _dry_run(place: ClusterCommand, spec: JobSpec, *, allow: Allowances, as_json: bool) -> int:
     """Print what a submission would do, and return the exit status. Nothing is sent or started."""
     spec, secrets, taken = with_wandb(spec, os.environ)
     for line in wandb_words(taken, key=bool(secrets)):
@@ -112,7 +302,7 @@ async def _dry_run(place: Place, spec: JobSpec, *, allow: Allowed, as_json: bool
     return 1 if plan and plan.problems else 0
 
 
-async def _without_cluster(place: Place, spec: JobSpec, allow: Allowed) -> tuple[DryRun, Plan]:
+async def _without_cluster(place: ClusterCommand, spec: JobSpec, allow: Allowances) -> tuple[DryRun, Plan]:
     name = place.spec.name
     with await checked(spec, place.spec, allow=allow) as ready:
         plan = await place.plan()
@@ -141,7 +331,7 @@ def run(cluster_file: Path | None, /, *, as_json: bool, **given: Any) -> None:  
     known: list[str] = []
 
     async def work() -> JobView:
-        place = Place(cluster_file)
+        place = ClusterCommand(cluster_file)
         before = _Before(place, spec, allow)
         async with place.client(start=True, before_start=before.start) as client:
             answer = await _submit(client, spec, request_id=given["request_id"], allow=allow, before=before)
@@ -150,7 +340,7 @@ def run(cluster_file: Path | None, /, *, as_json: bool, **given: Any) -> None:  
 
     def ended() -> int:
         if given["dry_run"]:
-            return finish(_dry_run(Place(cluster_file), spec, allow=allow, as_json=as_json))
+            return finish(_dry_run(ClusterCommand(cluster_file), spec, allow=allow, as_json=as_json))
         return say_end(finish(work()), as_json=as_json)
 
     click.get_current_context().exit(detachable(ended, lambda: known[0] if known else ""))
@@ -168,7 +358,7 @@ def submit(cluster_file: Path | None, /, *, as_json: bool, **given: Any) -> None
     allow = allowed(given["allow"], given["max_upload"])
 
     async def work() -> int:
-        place = Place(cluster_file)
+        place = ClusterCommand(cluster_file)
         if given["dry_run"]:
             return await _dry_run(place, spec, allow=allow, as_json=as_json)
         before = _Before(place, spec, allow)

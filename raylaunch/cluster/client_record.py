@@ -9,10 +9,11 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
-from raylaunch.cluster.home import ClusterPaths, storage_errors, write_private
-from raylaunch.cluster.process import ProcessIdentity, is_alive
+from raylaunch.cluster.processes import ProcessIdentity, is_alive
 from raylaunch.errors import AccessError
-from raylaunch.spec import ClusterSpec, HostSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.host_spec import HostSpec
+from raylaunch.paths import ClusterPaths, storage_errors, write_private
 
 _Model = TypeVar("_Model", bound=BaseModel)
 

@@ -16,17 +16,17 @@ from typing import Literal
 import anyio
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
-from raylaunch.cluster.home import ClusterPaths, storage_errors, write_private
 from raylaunch.cluster.ports import LOOPBACK
-from raylaunch.cluster.process import ProcessIdentity
+from raylaunch.cluster.processes import ProcessIdentity
 from raylaunch.errors import ConflictError
-from raylaunch.spec import ClusterSpec
-from raylaunch.spec_parts import Moment
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.fields import Moment
+from raylaunch.paths import ClusterPaths, storage_errors, write_private
 
 _POLL_S = 0.05
 
 
-class Versions(BaseModel):
+class ClusterVersions(BaseModel):
     """What the cluster was started with."""
 
     model_config = ConfigDict(frozen=True)
@@ -88,7 +88,7 @@ class ClusterRecord(BaseModel):
     controller: ProcessIdentity | None = None
     controller_answered: bool = False
     """Whether this controller has answered since it was started: from then on, silence means that it hangs."""
-    versions: Versions = Versions()
+    versions: ClusterVersions = ClusterVersions()
 
     @field_serializer("spec")
     def _said(self, spec: ClusterSpec) -> dict[str, object]:

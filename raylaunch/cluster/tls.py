@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from raylaunch.cluster.home import ClusterPaths, make_private_dir, storage_errors, write_private
 from raylaunch.cluster.ports import LOOPBACK
+from raylaunch.paths import ClusterPaths, make_private_dir, storage_errors, write_private
 
 if TYPE_CHECKING:
     from cryptography import x509

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raylaunch.cluster.client_record import load_client
-from raylaunch.cluster.home import cluster_paths, make_private_dir, raylaunch_home, write_private
 from raylaunch.cluster.record import load_record
-from raylaunch.cluster.ssh.target import OnPrompt, Prompt
 from raylaunch.errors import ConflictError, StorageError, UntrustedError
-from raylaunch.spec import ClusterSpec, HostSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.host_spec import HostSpec
+from raylaunch.paths import cluster_paths, make_private_dir, raylaunch_home, write_private
+from raylaunch.ssh.target import OnPrompt, Prompt
 
 VARIABLE = "RAYLAUNCH_TRUST"
 """Holds the fingerprint of a cluster that is accepted for this process, where nobody can be asked: in CI."""

@@ -19,33 +19,31 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from raylaunch.controller.artifacts import Artifacts
-from raylaunch.controller.auth import TokenBook
-from raylaunch.controller.drains import DrainBook
-from raylaunch.controller.evidence import last_lines
-from raylaunch.controller.foreign import ForeignJobs
-from raylaunch.controller.foreign_logs import ForeignLogs
-from raylaunch.controller.host_verbs import HostVerbs
-from raylaunch.controller.invitations import Invitations
-from raylaunch.controller.left_outputs import LeftOutputs
-from raylaunch.controller.lifecycle import Lifecycle
-from raylaunch.controller.link import Link
-from raylaunch.controller.means import Leavings, Means
-from raylaunch.controller.metrics import NAMES_KEPT, Metrics
-from raylaunch.controller.packages import PackageStore
-from raylaunch.controller.ray_jobs import RayJobs
-from raylaunch.controller.records import JobRecord, Records
-from raylaunch.controller.removal import Removal
-from raylaunch.controller.retention import Sweeper
-from raylaunch.controller.secret_store import SecretStore
-from raylaunch.controller.server import ApiServer
-from raylaunch.controller.services import Services
+from raylaunch.controller.api.app import ApiServer
+from raylaunch.controller.api.dependencies import AppState
+from raylaunch.controller.metrics.reader import NAMES_KEPT, MetricsStore
+from raylaunch.controller.ray.bridge import RayBridge
+from raylaunch.controller.ray.jobs_api import RayJobs
+from raylaunch.controller.scheduler.attempt_context import AttemptContext, AttemptResult
+from raylaunch.controller.scheduler.external_jobs import ExternalJobs
+from raylaunch.controller.scheduler.external_logs import ExternalLogs
+from raylaunch.controller.scheduler.host_service import HostService
+from raylaunch.controller.scheduler.job_service import JobService, LeftOutputs
+from raylaunch.controller.scheduler.loop import SchedulerLoop
+from raylaunch.controller.scheduler.observed import ObservedState
+from raylaunch.controller.scheduler.preflight import WheelPreflight
 from raylaunch.controller.settings import Settings
-from raylaunch.controller.sight import Sight
-from raylaunch.controller.verbs import Verbs
-from raylaunch.controller.wheel_needs import ClusterWheels, WheelNeeds
+from raylaunch.controller.store.access import Invitations, TokenStore
+from raylaunch.controller.store.artifacts import Artifacts
+from raylaunch.controller.store.audit import DrainStore
+from raylaunch.controller.store.jobs import Records
+from raylaunch.controller.store.logs import last_lines
+from raylaunch.controller.store.packages import ClusterWheels, PackageStore
+from raylaunch.controller.store.record import JobRecord
+from raylaunch.controller.store.retention import JobRemoval, RetentionLoop
+from raylaunch.controller.store.secrets import SecretStore
 from raylaunch.errors import ConflictError, RaylaunchError
-from raylaunch.log_rotation import rotate
+from raylaunch.files import rotate
 
 _log = logging.getLogger(__name__)
 
@@ -89,15 +87,15 @@ def main() -> int:
 
 async def serve(settings: Settings, records: Records, listener: socket.socket) -> bool:
     """Serve HTTP on `listener` and run the lifecycle, until a signal ends both; return whether the lifecycle failed."""
-    sight = Sight()
+    sight = ObservedState()
     secrets = SecretStore(settings.store)
     secrets.keep_only(records.unfinished())
-    drains = DrainBook(settings.store)
+    drains = DrainStore(settings.store)
     artifacts = Artifacts(settings.store)
     packages = PackageStore(settings.store / "packages")
-    metrics = Metrics(settings.store)
+    metrics = MetricsStore(settings.store)
     ray = RayJobs(settings.dashboard_url, settings.ray_token)
-    link = Link(
+    link = RayBridge(
         gcs_address=settings.gcs_address,
         ray_token_path=settings.ray_token_path,
         ray_env=settings.ray_env,
@@ -107,7 +105,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         namespace=settings.namespace,
         carries=settings.carries_stewards,
     )
-    means = Means(
+    means = AttemptContext(
         settings=settings,
         records=records,
         secrets=secrets,
@@ -116,11 +114,11 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         sight=sight,
         leavings=lambda record: leavings_of(record, records=records, artifacts=artifacts, metrics=metrics),
     )
-    foreign = ForeignJobs(records=records, ray=ray, link=link, sight=sight)
-    lifecycle = Lifecycle(means, artifacts, foreign, drains)
-    removal = Removal(records=records, artifacts=artifacts, secrets=secrets)
+    foreign = ExternalJobs(records=records, ray=ray, link=link, sight=sight)
+    lifecycle = SchedulerLoop(means, artifacts, foreign, drains)
+    removal = JobRemoval(records=records, artifacts=artifacts, secrets=secrets)
     cluster_wheels = ClusterWheels(settings)
-    verbs = Verbs(
+    verbs = JobService(
         settings=settings,
         records=records,
         packages=packages,
@@ -129,12 +127,12 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         sight=sight,
         drains=drains,
         foreign=foreign,
-        wheel_needs=WheelNeeds(settings=settings, sight=sight, link=link, kept=cluster_wheels),
+        wheel_needs=WheelPreflight(settings=settings, sight=sight, link=link, kept=cluster_wheels),
         link=link,
         left=LeftOutputs(link=link, sight=sight, artifacts=artifacts),
     )
-    tokens = TokenBook(settings.store)
-    services = Services(
+    tokens = TokenStore(settings.store)
+    services = AppState(
         settings=settings,
         store=settings.store,
         records=records,
@@ -145,8 +143,8 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         artifacts=artifacts,
         metrics=metrics,
         jobs=verbs,
-        hosts=HostVerbs(records=records, drains=drains, sight=sight),
-        foreign_logs=ForeignLogs(link=link, ray=ray, sight=sight),
+        hosts=HostService(records=records, drains=drains, sight=sight),
+        foreign_logs=ExternalLogs(link=link, ray=ray, sight=sight),
     )
     server = ApiServer(services)
 
@@ -156,7 +154,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop)
     await link.start()
-    sweeper = Sweeper(
+    sweeper = RetentionLoop(
         settings.store,
         settings.retention,
         records=records,
@@ -192,19 +190,21 @@ async def _rotate_logs(*logs: Path) -> None:
         await asyncio.sleep(_ROTATE_S)
 
 
-async def leavings_of(record: JobRecord, *, records: Records, artifacts: Artifacts, metrics: Metrics) -> Leavings:
+async def leavings_of(
+    record: JobRecord, *, records: Records, artifacts: Artifacts, metrics: MetricsStore
+) -> AttemptResult:
     """Read what a job has left in the store so far, and write its manifest; in a thread, for it may be much."""
     return await asyncio.to_thread(_leavings_of, record, records, artifacts, metrics)
 
 
-def _leavings_of(record: JobRecord, records: Records, artifacts: Artifacts, metrics: Metrics) -> Leavings:
+def _leavings_of(record: JobRecord, records: Records, artifacts: Artifacts, metrics: MetricsStore) -> AttemptResult:
     folder = records.folder(record.id)
     artifacts.seal(record.id)
     count, size = artifacts.outputs(record.id)
     ran_s = time.time() - record.started_at if record.started_at is not None else 0.0
     measured = metrics.at_end(record.id, record.attempts, ran_s=ran_s)
     more = f"{measured.left_out} metrics beyond {NAMES_KEPT} are not in the record: raylaunch metrics has more"
-    return Leavings(
+    return AttemptResult(
         log_tail=last_lines(folder, attempt=len(record.attempts)),
         outputs=count,
         output_bytes=size,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from raylaunch.spec import OF_THE_CLUSTER, Environment, JobSpec, Retention
+from raylaunch.models.fields import OF_THE_CLUSTER, Environment, Retention
+from raylaunch.models.job_spec import JobSpec
 
 
 class Settings(BaseModel):

@@ -10,16 +10,16 @@ import zipfile
 from functools import lru_cache
 from pathlib import Path
 
-from raylaunch.runner.contract import STARTUP
+from raylaunch.contract import STARTUP
 
-_PACKAGE = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _MAIN = """import sys
 
 if sys.argv[1:2] == ["--rank"]:
-    from raylaunch.runner.rank import main
+    from raylaunch.runner.launchers.rank import main
 elif sys.argv[1:2] == ["--together"]:
-    from raylaunch.runner.together import main
+    from raylaunch.runner.netcheck.allreduce import main
 else:
     from raylaunch.runner.main import main
 
@@ -30,9 +30,12 @@ _JOB_MODULES = (
     "job.py",
     "version.py",
     "errors.py",
+    "contract.py",
+    "entrypoint.py",
     "tracking/__init__.py",
     "tracking/frames.py",
-    "tracking/wire.py",
+    "tracking/protobuf.py",
+    "tracking/wandb_runs.py",
     "tracking/train_callback.py",
     "tracking/train_writer.py",
 )
@@ -55,11 +58,12 @@ def runner_zip() -> bytes:
     files = {"__main__.py": _MAIN.encode()}
     for name in _JOB_MODULES:
         files[f"raylaunch/{name}"] = (_PACKAGE / name).read_bytes()
-    for path in sorted((_PACKAGE / "runner").glob("*.py")):
-        files[f"raylaunch/runner/{path.name}"] = path.read_bytes()
+    for path in sorted((_PACKAGE / "runner").rglob("*.py")):
+        if STARTUP not in path.parts:
+            files[path.relative_to(_PACKAGE.parent).as_posix()] = path.read_bytes()
     for path in (_PACKAGE / "runner" / STARTUP).glob("*.py"):
         files[f"{STARTUP}/{path.name}"] = path.read_bytes()
-    files[f"{STARTUP}/raylaunch_runs.py"] = files["raylaunch/runner/wandb_runs.py"]
+    files[f"{STARTUP}/raylaunch_runs.py"] = files["raylaunch/tracking/wandb_runs.py"]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(files):

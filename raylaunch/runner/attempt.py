@@ -10,33 +10,24 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raylaunch.runner import (
-    claim,
-    contract,
-    keeper,
-    launch,
-    outputs,
-    probe,
-    ray_driver,
-    ray_fit,
-    training,
-    wandb_env,
-    wandb_failure,
-)
-from raylaunch.runner.builds import EnvironmentProblem, Place, Prepared
-from raylaunch.runner.ending import Sweep, stop_training
-from raylaunch.runner.environment import prepare
+from raylaunch import contract
+from raylaunch.runner import claim, command, outputs, supervisor, wandb_env
+from raylaunch.runner.environments import probe
+from raylaunch.runner.environments.build import BuildFolders, EnvironmentProblem, PreparedEnvironment
+from raylaunch.runner.environments.prepare import prepare
+from raylaunch.runner.launchers import ray_compat, ray_driver, torchrun
+from raylaunch.runner.launchers.ray_driver import TrainReportFollower
+from raylaunch.runner.launchers.torchrun import RankFailure, before_report, rank_failure
+from raylaunch.runner.log_relay import LogRelay
 from raylaunch.runner.processes import ancestors, named, oom_kills, signal_name
-from raylaunch.runner.rank_failure import RankFailure, before_report, rank_failure
-from raylaunch.runner.relay import Relay
-from raylaunch.runner.train_reports import TrainReports
+from raylaunch.runner.supervisor import ProcessReaper, stop_training
 from raylaunch.runner.unpack import broken_links
+from raylaunch.runner.wandb_env import RunAddress, hosts_of
 from raylaunch.runner.wandb_follow import RunFollower
-from raylaunch.runner.wandb_url import RunAddress, hosts_of
 
 if TYPE_CHECKING:
-    from raylaunch.runner.contract import AttemptSpec, Exit, Facts, Started
-    from raylaunch.runner.watch import Pulse, Wish
+    from raylaunch.contract import AttemptSpec, Exit, Facts, Started
+    from raylaunch.runner.control import Heartbeat, StopRequest
 
 _POLL_S = 0.1
 _TAIL = 64 * 1024
@@ -50,13 +41,13 @@ _FAILED = 1
 class Attempt:
     """Runs one attempt. `end_everything` may be called at any time, and again."""
 
-    def __init__(self, folder: Path, spec: AttemptSpec, pulse: Pulse) -> None:
+    def __init__(self, folder: Path, spec: AttemptSpec, pulse: Heartbeat) -> None:
         self._folder = folder
         self._spec = spec
         self._pulse = pulse
         self._code = folder / contract.CODE
         self._log = folder / contract.RANK_LOG.format(rank=0)
-        self._place = Place(
+        self._place = BuildFolders(
             self._code,
             folder / contract.TMP,
             Path(spec["envs_dir"]),
@@ -64,15 +55,15 @@ class Attempt:
             folder / contract.WHEELS,
         )
         self._spare = ancestors(os.getpid())
-        self._relay = Relay(self._log, sys.stdout.fileno(), job=spec["job"])
+        self._relay = LogRelay(self._log, sys.stdout.fileno(), job=spec["job"])
         self._facts: Facts = {"warnings": []}
-        self._kept: keeper.Kept | None = None
+        self._kept: supervisor.ManagedProcess | None = None
         self._in_time = True
         self._before: outputs.Snapshot = {}
-        self._launch = launch.as_it_is(spec)
-        self._driver: ray_driver.Driver | None = None
-        self._reports = TrainReports(folder)
-        self._sweep = Sweep(spec["tag"], self._spare, pulse)
+        self._launch = torchrun.as_it_is(spec)
+        self._driver: ray_driver.DriverPlan | None = None
+        self._reports = TrainReportFollower(folder)
+        self._sweep = ProcessReaper(spec["tag"], self._spare, pulse)
         self._runs = RunFollower(folder, spec["tag"])
         self._address = RunAddress(self._log)
         self._next_ray_look = float("inf") if spec["launcher"] == "ray" else 0.0
@@ -88,7 +79,7 @@ class Attempt:
         secrets = claim.take_secrets(self._folder)
         prepared, mode = self._prepare(secrets)
         prepared = self._plan(prepared)
-        argv = training.command(self._launch.entrypoint, prepared.env, self._code)
+        argv = command.command(self._launch.entrypoint, prepared.env, self._code)
         self._pulse.check()
         self._before = outputs.snapshot(self._code)
         oom_before = oom_kills()
@@ -117,11 +108,11 @@ class Attempt:
             self._kept.release()
             self._kept = None
 
-    def _prepare(self, secrets: dict[str, str]) -> tuple[Prepared, wandb_env.Mode]:
+    def _prepare(self, secrets: dict[str, str]) -> tuple[PreparedEnvironment, wandb_env.Mode]:
         spec, folder = self._spec, self._folder
         place = self._place
-        base = training.base_variables(os.environ, spec, secrets)
-        base.update(training.job_variables(spec, folder, os.environ))
+        base = command.base_variables(os.environ, spec, secrets)
+        base.update(command.job_variables(spec, folder, os.environ))
         prepared = prepare(spec["environment"], base, place=place, pulse=self._pulse)
         gpus = 0 if spec["launcher"] == "ray" else spec["gpus"]
         seen = probe.look(prepared, arch=spec["arch"], gpus=gpus, place=place, pulse=self._pulse)
@@ -136,14 +127,14 @@ class Attempt:
                 *seen.warnings,
                 *wandb_env.version_warnings(version),
                 *self._broken_links(),
-                *training.moved(spec),
+                *command.moved(spec),
             ],
         }
         mode = wandb_env.find_mode(spec["wandb"], prepared.env, version=version, place=place, pulse=self._pulse)
         self._say_mode(mode)
         if spec["launcher"] == "ray":
             self._check_ray(seen)
-            self._driver = ray_driver.Driver(
+            self._driver = ray_driver.DriverPlan(
                 spec, prepared.env, secrets, seen.python, imports=seen.ray_train, wandb_url=mode.base_url
             )
         own = {**spec["env"], **secrets}
@@ -167,24 +158,24 @@ class Attempt:
                 log.writelines(f"raylaunch: warning: {one}\n" for one in found)
         return found
 
-    def _check_ray(self, seen: probe.Look) -> None:
-        found = ray_fit.Versions(seen.version, seen.packages.get("ray", ray_fit.NO_RAY))
-        problem = ray_fit.mismatch(found, ray_fit.of_cluster(), self._spec["environment"], seen.python)
+    def _check_ray(self, seen: probe.EnvironmentProbe) -> None:
+        found = ray_compat.RayVersions(seen.version, seen.packages.get("ray", ray_compat.NO_RAY))
+        problem = ray_compat.mismatch(found, ray_compat.of_cluster(), self._spec["environment"], seen.python)
         if problem:
             msg = f"{problem.what}: {problem.mend}"
             raise EnvironmentProblem(msg)
 
-    def _plan(self, prepared: Prepared) -> Prepared:
+    def _plan(self, prepared: PreparedEnvironment) -> PreparedEnvironment:
         """Plan how the training is started; returns its variables with those of its launcher."""
-        if not launch.starts_ranks(self._spec):
+        if not torchrun.starts_ranks(self._spec):
             return prepared
-        self._launch = launch.plan(
+        self._launch = torchrun.plan(
             self._spec,
             env=prepared.env,
             python=prepared.python,
             torch=self._facts["torch"],
-            shim=launch.shim_in(self._folder),
-            node=launch.look_at_node(),
+            shim=torchrun.shim_in(self._folder),
+            node=torchrun.look_at_node(),
         )
         return prepared._replace(env={**prepared.env, **self._launch.env})
 
@@ -193,7 +184,7 @@ class Attempt:
         self._facts["wandb_why"] = mode.why
         claim.write_whole(self._folder / contract.FACTS, self._facts)
 
-    def _start(self, argv: list[str], prepared: Prepared) -> None:
+    def _start(self, argv: list[str], prepared: PreparedEnvironment) -> None:
         env = prepared.env
         wandb_env.hand_out_runs(self._spec, self._folder)
         if self._driver is not None:
@@ -202,7 +193,7 @@ class Attempt:
             if self._facts["wandb"] and self._facts["wandb_mode"] != "disabled":
                 self._reports.begin(env, self._driver.python)
         try:
-            self._kept = keeper.start(
+            self._kept = supervisor.start(
                 argv,
                 env=env,
                 cwd=self._code,
@@ -210,19 +201,19 @@ class Attempt:
                 tag=self._spec["tag"],
                 spare=self._spare,
             )
-        except keeper.StartError as error:
+        except supervisor.StartError as error:
             msg = f"{argv[0]} could not be started: {error}"
-            raise training.EntrypointProblem(msg) from None
+            raise command.EntrypointProblem(msg) from None
         started: Started = {
             "pid": self._kept.pid,
             "at": time.time(),
-            "gpus": training.gpu_ids(self._spec, prepared.env),
+            "gpus": command.gpu_ids(self._spec, prepared.env),
             "ranks": self._launch.ranks,
         }
         claim.write_whole(self._folder / contract.STARTED, started)
         self._relay.start()
 
-    def _watch(self, deadline: float) -> Wish | None:
+    def _watch(self, deadline: float) -> StopRequest | None:
         """Wait for the training's end; returns the wish that it was ended for, or None when it ended by itself."""
         kept = self._kept
         if kept is None:
@@ -271,9 +262,9 @@ class Attempt:
     def _wandb_broke(self) -> bool:
         kept = self._kept
         failed = kept is not None and kept.status is not None and kept.status > 0
-        return failed and wandb_failure.init_broke(self._folder, b"\n".join(self._tail_of(log) for log in self._logs()))
+        return failed and wandb_env.init_broke(self._folder, b"\n".join(self._tail_of(log) for log in self._logs()))
 
-    def _restart_offline(self, argv: list[str], prepared: Prepared) -> None:
+    def _restart_offline(self, argv: list[str], prepared: PreparedEnvironment) -> None:
         why = "wandb.init failed on-line, so the training was started again off-line"
         self._finish_reports(None)
         self._end_leftovers(None, online=False)
@@ -288,13 +279,13 @@ class Attempt:
         self._say_mode(wandb_env.Mode("offline", why))
         self._start(argv, prepared._replace(env={**prepared.env, "WANDB_MODE": "offline"}))
 
-    def _finish_reports(self, wish: Wish | None) -> None:
+    def _finish_reports(self, wish: StopRequest | None) -> None:
         """Say to the program that logs what Ray Train reports how the training ended."""
         status = self._kept.status if self._kept is not None else None
         code = self._read_status(status)[0] if wish is None else _SHELL_SIGNAL + signal.SIGTERM
         self._reports.finish(1 if code is None else code, wish=wish, pulse=self._pulse)
 
-    def _end_leftovers(self, wish: Wish | None, *, online: bool) -> None:
+    def _end_leftovers(self, wish: StopRequest | None, *, online: bool) -> None:
         if wish is None:
             self._sweep.after_end(online=online)
         else:
@@ -302,7 +293,7 @@ class Attempt:
 
     def _keep_outputs(self) -> None:
         spec = self._spec
-        limits = outputs.Limits(spec["outputs_size"], spec["outputs_files"])
+        limits = outputs.OutputLimits(spec["outputs_size"], spec["outputs_files"])
         folder = Path(spec["job_dir"] or self._folder)
         kept = outputs.collect(self._code, folder, spec["outputs"], limits, self._before)
         if (folder / contract.COLLECTED).is_file() and folder != self._folder:
@@ -312,7 +303,7 @@ class Attempt:
             self._facts["left"], self._facts["withheld"] = kept.left, kept.withheld
             claim.write_whole(self._folder / contract.FACTS, self._facts)
 
-    def _facts_of_end(self, wish: Wish | None) -> Exit:
+    def _facts_of_end(self, wish: StopRequest | None) -> Exit:
         kept = self._kept
         status = kept.status if kept is not None else None
         failure = self._failure_of_rank(status) if wish is None else None
@@ -343,10 +334,10 @@ class Attempt:
             end["ended"] = "exit_code"
             end["message"] = f"{who} exited with status {code}" if failure else ""
             tail = self._last_words(failure)
-            missing = training.explain_missing(self._spec["entrypoint"], code, tail, self._code)
+            missing = command.explain_missing(self._spec["entrypoint"], code, tail, self._code)
             if missing:
                 end["ended"], end["message"] = "entrypoint_not_found", missing
-            elif windows := training.shell_line_ends(self._spec["entrypoint"], self._code):
+            elif windows := command.shell_line_ends(self._spec["entrypoint"], self._code):
                 end["message"] = f"{who} exited with status {code}; {windows}"
         return end
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from raylaunch.runner import contract
+from raylaunch import contract
 from raylaunch.runner.processes import boot_id, started_ticks
 
 if TYPE_CHECKING:
-    from raylaunch.runner.contract import AttemptSpec, Claim
+    from raylaunch.contract import AttemptSpec, Claim
 
 FENCED = "fenced"
 """The epoch in a claim that a steward makes so that no runner can start any more."""

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raylaunch.runner import claim, contract, wandb_env
+from raylaunch import contract
+from raylaunch.runner import claim, wandb_env
 from raylaunch.runner.attempt import Attempt
-from raylaunch.runner.builds import EnvironmentProblem
-from raylaunch.runner.training import EntrypointProblem
-from raylaunch.runner.watch import Pulse, StopAsked
+from raylaunch.runner.command import EntrypointProblem
+from raylaunch.runner.control import Heartbeat, StopRequested
+from raylaunch.runner.environments.build import EnvironmentProblem
 
 if TYPE_CHECKING:
-    from raylaunch.runner.contract import Exit
+    from raylaunch.contract import Exit
 
 _STATUS = {"environment": 78, "entrypoint_not_found": 127, "runner_error": 70, "stopped": 143, "timed_out": 124}
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     if refusal:
         say(refusal)
         return 0
-    pulse = Pulse(folder, grace_s=spec["grace_s"], environ=os.environ)
+    pulse = Heartbeat(folder, grace_s=spec["grace_s"], environ=os.environ)
     pulse.beat()
     end = _run(folder, Attempt(folder, spec, pulse))
     claim.write_whole(folder / contract.EXIT, end)
@@ -48,7 +49,7 @@ def _run(folder: Path, attempt: Attempt) -> Exit:
         return ending("environment", str(problem))
     except EntrypointProblem as problem:
         return ending("entrypoint_not_found", str(problem), exit_code=127)
-    except StopAsked as asked:
+    except StopRequested as asked:
         ended: contract.Ended = "timed_out" if asked.wish.why == "timed_out" else "stopped"
         return ending(ended, "it ended before its training had started", by_ray=asked.wish.by_ray)
     except Exception as error:  # noqa: BLE001 -- the process's top: whatever happened must reach the exit file

@@ -18,8 +18,52 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from raylaunch.runner.contract import APART, AUTO, CHECKPOINTS, COLLECTED, LEFT, LEFT_S, NONE, OUTPUTS
-from raylaunch.runner.secret_files import HEAD, holds_private_key, looks_secret
+from raylaunch.contract import APART, AUTO, CHECKPOINTS, COLLECTED, LEFT, LEFT_S, NONE, OUTPUTS
+
+if TYPE_CHECKING:
+    Snapshot = Mapping[str, tuple[int, int]]
+    """Size and time of change of each file of a working directory."""
+
+HEAD = 64 * 1024
+"""Bytes of a file's beginning that are searched for a private key."""
+
+
+_NAMES = frozenset(
+    {
+        *(".env", ".envrc", ".netrc", "_netrc", ".pypirc", ".git-credentials", ".pgpass", ".htpasswd"),
+        *("id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "id_ecdsa_sk", "id_ed25519_sk"),
+        *("kubeconfig", "credentials.json", "application_default_credentials.json", "client_secret.json"),
+    }
+)
+_PATHS = (".aws/credentials", ".kube/config", ".docker/config.json", ".config/gh/hosts.yml")
+_FOLDERS = frozenset({".ssh", ".gnupg"})
+_SUFFIXES = (".p12", ".pfx", ".kdbx")
+_EXAMPLES = ("example", "sample", "template", "dist", "defaults", "schema")
+"""``.env.example`` and the like are made to be shared."""
+_PRIVATE_KEY = re.compile(
+    rb"^-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----\s*$"
+    rb'|\A\s*\{[^\0]*"private_key"\s*:\s*"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----'
+    rb"|^PuTTY-User-Key-File-\d|^AGE-SECRET-KEY-1",
+    re.MULTILINE,
+)
+_KEY_MARKS = (b"PRIVATE KEY", b"PuTTY-User-Key-File-", b"AGE-SECRET-KEY-1")
+"""One of them is in each match; to look for them costs a tenth of the expression, which took a third of packing."""
+
+
+def looks_secret(path: str) -> bool:
+    """Return whether a file's name, or the folder that it is in, says that it holds secrets."""
+    *folders, name = path.split("/")
+    if name in _NAMES or name.endswith(_SUFFIXES) or not _FOLDERS.isdisjoint(folders):
+        return True
+    if name.startswith(".env."):
+        return not name.endswith(_EXAMPLES)
+    return any(path == one or path.endswith(f"/{one}") for one in _PATHS)
+
+
+def holds_private_key(head: bytes) -> bool:
+    """Return whether the beginning of a file is, or has in it, a private key."""
+    return any(mark in head for mark in _KEY_MARKS) and _PRIVATE_KEY.search(head) is not None
+
 
 _CACHES = frozenset(
     {
@@ -35,19 +79,15 @@ _OF_WANDB = re.compile(r"(?:offline-)?run-\d|latest-run$|debug(?:-internal)?\.lo
 _NAMED = 5
 _DAYS = LEFT_S // 86400
 
-if TYPE_CHECKING:
-    Snapshot = Mapping[str, tuple[int, int]]
-    """Size and time of change of each file of a working directory."""
 
-
-class Limits(NamedTuple):
+class OutputLimits(NamedTuple):
     """How much is kept without being named: bytes, and files."""
 
     size: int
     files: int
 
 
-class Kept(NamedTuple):
+class KeptOutputs(NamedTuple):
     """How it went, in words; and the files that stay on the node."""
 
     warnings: list[str]
@@ -69,7 +109,7 @@ def snapshot(code: Path) -> Snapshot:
     return {file.path: (file.size, file.changed_ns) for file in _walk(code)}
 
 
-def collect(code: Path, kept: Path, patterns: Sequence[str], limits: Limits, before: Snapshot) -> Kept:
+def collect(code: Path, kept: Path, patterns: Sequence[str], limits: OutputLimits, before: Snapshot) -> KeptOutputs:
     """Keep the outputs of a program that has ended, under their relative paths.
 
     Args:
@@ -120,7 +160,7 @@ class _Place:
         for path in files:
             self._keep(path.relative_to(self._code).as_posix())
 
-    def keep_new(self, new: Sequence[_File], limits: Limits) -> None:
+    def keep_new(self, new: Sequence[_File], limits: OutputLimits) -> None:
         """Keep new files up to the limits."""
         over: dict[str, int] = {}
         secret: dict[str, int] = {}
@@ -148,14 +188,14 @@ class _Place:
         self._left.update({**over, **secret})
         self._withheld += secret
 
-    def finish(self) -> Kept:
+    def finish(self) -> KeptOutputs:
         """Let the other files stay, and write down what was collected, for an attempt that may follow."""
         gone = self._leave()
         if gone:
             self._warnings.append(f"outputs: these could not stay on the node either, and are deleted: {_named(gone)}")
         if self._now or self._before:
             self._collected.write_text(json.dumps(sorted(self._now | self._before)), encoding="utf-8")
-        return Kept(self._warnings, self._left, [path for path in self._withheld if path in self._left])
+        return KeptOutputs(self._warnings, self._left, [path for path in self._withheld if path in self._left])
 
     def _is_kept_anyway(self, file: _File) -> bool:
         found = os.lstat(self._code / file.path)
@@ -217,7 +257,7 @@ class _Place:
         return True
 
 
-def _words_of_left(left: Mapping[str, int], limits: Limits) -> str:
+def _words_of_left(left: Mapping[str, int], limits: OutputLimits) -> str:
     count = "1 new file" if len(left) == 1 else f"{len(left)} new files"
     limit = f"{_size(limits.size)} or {limits.files} files (outputs_size, outputs_files)"
     return (

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from raylaunch.runner.contract import VAR_ATTEMPT
+from raylaunch.contract import VAR_ATTEMPT
 
 _PROC = Path("/proc")
 
 
-class Found(NamedTuple):
+class AttemptProcess(NamedTuple):
     """One process of the attempt. `wandb` marks W&B's own helpers, which write what the training has logged.
 
     `ray` marks Ray's workers, which end with their driver, or, detached, only when they are ended. One that has just
@@ -86,7 +86,7 @@ def ancestors(pid: int) -> frozenset[int]:
     return frozenset(found)
 
 
-def of_attempt(tag: str, spare: frozenset[int]) -> list[Found]:
+def of_attempt(tag: str, spare: frozenset[int]) -> list[AttemptProcess]:
     """Return the living processes whose environment carries the attempt's tag, without those in `spare`."""
     mark = f"{VAR_ATTEMPT}={tag}".encode()
     found = []
@@ -105,7 +105,7 @@ def of_attempt(tag: str, spare: frozenset[int]) -> list[Found]:
         fields = stat_of(int(entry))
         if fields and fields[0] not in "ZX":
             ray = name.startswith("ray::") or any("/ray/_private/workers/" in word for word in words)
-            found.append(Found(int(entry), int(fields[19]), name, wandb=of_wandb(name, words), ray=ray))
+            found.append(AttemptProcess(int(entry), int(fields[19]), name, wandb=of_wandb(name, words), ray=ray))
     return found
 
 
@@ -136,7 +136,7 @@ def named(name: str, tag: str) -> list[str]:
     return found
 
 
-def send(found: Found, number: int) -> bool:
+def send(found: AttemptProcess, number: int) -> bool:
     """Send a signal to exactly this process; False when it is gone, or its pid means another process by now."""
     if started_ticks(found.pid) != found.ticks:
         return False

@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from raylaunch.runner import contract
+from raylaunch import contract
 
 _BLOCK = 1 << 20
 _LARGEST_READ = 16 << 20
@@ -55,7 +55,7 @@ def unpack(package: Path, folder: Path, *, most: int | None = None, most_files: 
     """Unpack a package into an empty folder, and write nowhere else.
 
     Args:
-        package: what `raylaunch.packing` made, a tar.gz of files, folders and symbolic links.
+        package: what `raylaunch.client.packing` made, a tar.gz of files, folders and symbolic links.
         folder: where to.
         most: bytes that it may unpack to; by default what `contract.most_unpacked` allows.
         most_files: files, folders and links that it may have.

@@ -18,12 +18,95 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
-from raylaunch.runner import contract, wandb_runs
-from raylaunch.runner.watch import Pulse, run_program
+from raylaunch import contract
+from raylaunch.runner.control import Heartbeat, run_program
+from raylaunch.tracking import wandb_runs
 
 if TYPE_CHECKING:
-    from raylaunch.runner.builds import Place
-    from raylaunch.runner.contract import AttemptSpec, WandbSpec
+    from raylaunch.contract import AttemptSpec, WandbSpec
+    from raylaunch.runner.environments.build import BuildFolders
+
+_LOOK_INTO = 32 * 1024 * 1024
+_BLOCK = 1024 * 1024
+_OVERLAP = 4096
+_PUBLIC_HOST = frozenset({"wandb.ai", "forge.coreweave.com"})
+
+
+def hosts_of(server: str, environ: Mapping[str, str] = os.environ) -> frozenset[str]:
+    """Return where W&B shows the runs of a server: its own address, and the page that belongs to an API's."""
+    host = urlsplit(server).netloc
+    bare = re.sub(r"^api\.", "", host)  # Python 3.8
+    pages = {*(_PUBLIC_HOST if bare in _PUBLIC_HOST else ()), urlsplit(environ.get("WANDB_APP_URL", "")).netloc}
+    return frozenset({host, bare, f"app.{bare}", *pages}) - {"", "app."}
+
+
+class RunAddress:
+    """Looks for a run's address in a growing log, as far as it has not been found.
+
+    A program may print any address: only one at W&B's own server counts.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self.hosts: frozenset[str] = frozenset()
+        """Where a run may be shown: see `hosts_of`."""
+        self._run_id = ""
+        self._at = 0
+        self.url = ""
+
+    def look(self, run_id: str) -> bool:
+        """Read on in the log, from its beginning for another run; True when the address has been found just now."""
+        if run_id != self._run_id:
+            self._run_id, self._at, self.url = run_id, 0, ""
+        if self.url or self._at >= _LOOK_INTO:
+            return False
+        try:
+            with self._log.open("rb") as log:
+                log.seek(max(0, self._at - _OVERLAP))
+                block = log.read(_BLOCK + _OVERLAP)
+                end = log.tell()
+        except FileNotFoundError:
+            return False
+        hosts = b"|".join(re.escape(host.encode()) for host in sorted(self.hosts))
+        part = rb"[\w.%~-]+"
+        run = re.escape(run_id.encode())
+        pattern = rb"https?://(?:%s)/(?:%s/)*%s/%s/runs/%s(?![\w-])" % (hosts, part, part, part, run)
+        found = re.search(pattern, block) if hosts and end > self._at else None
+        self._at = end
+        if found is not None:
+            self.url = found.group().decode("utf-8", "replace")
+        return found is not None
+
+
+_HISTORY = 2
+"""Number of the field `history` in wandb.proto's Record."""
+_BROKEN_INIT = re.compile(
+    rb"wandb\.errors\.\S*(?:CommError|UsageError|AuthenticationError|WandbInitError)"
+    rb"|^(?:\w+\.)*(?:CommError|AuthenticationError|UsageError): ",
+    re.MULTILINE,
+)
+
+
+def init_broke(folder: Path, log_tail: bytes) -> bool:
+    """Return whether the log ends in W&B's own error, and no point of history has been written."""
+    if not _BROKEN_INIT.search(log_tail):
+        return False
+    runs = (folder / contract.WANDB).glob("wandb/*run-*/run-*.wandb")
+    return not any(has_history(path) for path in runs)
+
+
+def has_history(path: Path) -> bool:
+    """Return whether a .wandb file holds a row of history. One that cannot be read holds none."""
+    # Only for a training that failed at wandb.init; each start would pay for these imports.
+    from raylaunch.errors import TrackingError  # noqa: PLC0415
+    from raylaunch.tracking.frames import Frames  # noqa: PLC0415
+    from raylaunch.tracking.protobuf import WireError, fields  # noqa: PLC0415
+
+    try:
+        return any(number == _HISTORY for record in Frames(path).read() for number, _ in fields(record))
+    except (TrackingError, WireError):
+        return False
+
 
 FLUSH_S = "0.25"
 """Seconds between writes of the run's file: points are readable, and safe from SIGKILL, that fast."""
@@ -58,7 +141,7 @@ class Mode(NamedTuple):
     base_url: str = ""
 
 
-def find_mode(spec: WandbSpec, env: Mapping[str, str], *, version: str, place: Place, pulse: Pulse) -> Mode:
+def find_mode(spec: WandbSpec, env: Mapping[str, str], *, version: str, place: BuildFolders, pulse: Heartbeat) -> Mode:
     """Decide between on-line and off-line: on-line takes credentials, and a server that answers within 10 s.
 
     Args:
@@ -143,7 +226,7 @@ def _hosts(place: Path) -> frozenset[str]:
         return frozenset()
 
 
-def _knock(base_url: str, env: Mapping[str, str], tmp: Path, pulse: Pulse) -> str:
+def _knock(base_url: str, env: Mapping[str, str], tmp: Path, pulse: Heartbeat) -> str:
     """Return an empty text when the server answers, else why it does not."""
     tmp.mkdir(parents=True, exist_ok=True)
     argv = [sys.executable, "-I", "-c", _KNOCK, base_url]

@@ -17,8 +17,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from raylaunch.runner import contract, wandb_runs
+from raylaunch import contract
 from raylaunch.runner.processes import open_files_of_cores
+from raylaunch.tracking import wandb_runs
 
 _LOOK_S = 0.25
 _SCAN_S = 1.0

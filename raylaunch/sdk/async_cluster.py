@@ -11,18 +11,31 @@ from pathlib import Path
 
 from typing_extensions import Self
 
-from raylaunch.client import Client, DryRun, Reachable, with_wandb
-from raylaunch.cluster.plan import DownReport, Plan, Step
-from raylaunch.cluster_state import ClusterStatus, ControllerStatus
-from raylaunch.place import Place
-from raylaunch.sdk.asking import Asked, Which, cluster_of, cluster_spec_of, spec_of, states_of
+from raylaunch.client.client import Client
+from raylaunch.client.sensitive import allowed
+from raylaunch.client.submission import with_wandb
+from raylaunch.client.transport import Reachable
+from raylaunch.cluster.types import DownReport, Plan, Step
+from raylaunch.models.cluster import ClusterStatus, ControllerStatus
+from raylaunch.models.fields import Environment
+from raylaunch.models.job import DryRun, PackReport
+from raylaunch.models.job_spec import Launcher, Resources, Tracking, Where
+from raylaunch.models.states import JobState
+from raylaunch.operations.connect import ClusterConnection
+from raylaunch.sdk.arguments import (
+    Asked,
+    Which,
+    brought_up,
+    cluster_of,
+    cluster_spec_of,
+    cluster_to_reach,
+    spec_of,
+    states_of,
+    steps_of_up,
+    taken_down,
+)
 from raylaunch.sdk.async_job import AsyncJob
-from raylaunch.sdk.bringing_up import brought_up, cluster_to_reach, steps_of_up, taken_down
-from raylaunch.sdk.display import cluster_html, cluster_line
-from raylaunch.sdk.live import OnStep, show_steps
-from raylaunch.sensitive import allowed
-from raylaunch.spec import Environment, Launcher, Resources, Tracking, Where
-from raylaunch.state import JobState, PackReport
+from raylaunch.sdk.display import OnStep, cluster_html, cluster_line, show_steps
 
 _PAGE = 500
 
@@ -86,7 +99,7 @@ class AsyncCluster:
                 client = await stack.enter_async_context(Client(reach, cluster=label, on_notice=on_notice))
             else:
                 spec = cluster_spec_of(name, Path(cluster_file) if cluster_file else None)
-                place = Place(spec, on_notice=on_notice, on_step=show_steps(spec.name), prefix=sys.prefix)
+                place = ClusterConnection(spec, on_notice=on_notice, on_step=show_steps(spec.name), prefix=sys.prefix)
                 label, client = spec.name, await stack.enter_async_context(place.client(start=start))
             seen = await client.status()
             return cls(client, name=label, holds=stack.pop_all(), seen=seen)
@@ -104,7 +117,7 @@ class AsyncCluster:
             SpecError: the file cannot be read, or says something that cannot be.
         """
         spec = cluster_to_reach(which)
-        return await Place(spec, on_notice=say, on_step=show_steps(spec.name)).backend.plan(spec)
+        return await ClusterConnection(spec, on_notice=say, on_step=show_steps(spec.name)).backend.plan(spec)
 
     @classmethod
     async def up(
@@ -137,7 +150,7 @@ class AsyncCluster:
         """
         spec = cluster_to_reach(which)
         told = on_step or show_steps(spec.name)
-        place = Place(spec, on_notice=on_notice, on_step=told, prefix=sys.prefix)
+        place = ClusterConnection(spec, on_notice=on_notice, on_step=told, prefix=sys.prefix)
         async with contextlib.AsyncExitStack() as stack:
             await brought_up(place, upgrade=upgrade, stop=stop, on_step=told)
             client = await stack.enter_async_context(place.client())
@@ -172,7 +185,7 @@ class AsyncCluster:
             SpecError: the file cannot be read, or says something that cannot be.
         """
         spec = cluster_of(which)
-        return await Place(spec, on_notice=say, on_step=show_steps(spec.name)).backend.status(spec)
+        return await ClusterConnection(spec, on_notice=say, on_step=show_steps(spec.name)).backend.status(spec)
 
     @classmethod
     async def down(
@@ -192,7 +205,7 @@ class AsyncCluster:
         """
         spec = cluster_of(which)
         told = on_step or show_steps(spec.name)
-        place = Place(spec, on_notice=say, on_step=told, heals=False)
+        place = ClusterConnection(spec, on_notice=say, on_step=told, heals=False)
         return await taken_down(place, stop=stop, force=force, on_step=told)
 
     async def __aenter__(self) -> Self:

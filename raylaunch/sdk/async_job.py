@@ -9,13 +9,16 @@ from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raylaunch.client import Client, Downloaded, OnProgress
-from raylaunch.environment_choice import active_python, import_hint
+from raylaunch.client.client import Client
+from raylaunch.client.downloads import Downloaded
+from raylaunch.client.environment_choice import active_python, import_hint
+from raylaunch.client.transfer import OnProgress
 from raylaunch.errors import JobFailedError, NotYoursError, RaylaunchError
-from raylaunch.log_view import clean
+from raylaunch.models.job import Artifact, Event, JobView, LogMatches
+from raylaunch.models.safe_text import clean
+from raylaunch.models.states import JobState
+from raylaunch.sdk.dataframe import LineReader
 from raylaunch.sdk.display import Card, Metrics, job_line, loss_key, sentence
-from raylaunch.sdk.lines import LineReader
-from raylaunch.state import Artifact, Event, JobState, JobView, LogMatches
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -237,7 +240,7 @@ class AsyncJob:
         Raises:
             RaylaunchError: pandas is not installed.
         """
-        from raylaunch.sdk.frame import frame_of_csv  # noqa: PLC0415 -- only who wants a table has pandas
+        from raylaunch.sdk.dataframe import frame_of_csv  # noqa: PLC0415 -- only who wants a table has pandas
 
         return frame_of_csv(b"".join([data async for data in self._client.metrics_csv(self.id, keys=keys)]))
 

@@ -10,16 +10,18 @@ from pathlib import Path
 
 from typing_extensions import Self
 
-from raylaunch.client import DryRun, Reachable
-from raylaunch.cluster.plan import DownReport, Plan, Step
-from raylaunch.cluster_state import ClusterStatus, ControllerStatus
-from raylaunch.sdk.asking import Asked, Which
+from raylaunch.client.transport import Reachable
+from raylaunch.cluster.types import DownReport, Plan, Step
+from raylaunch.models.cluster import ClusterStatus, ControllerStatus
+from raylaunch.models.fields import Environment
+from raylaunch.models.job import DryRun
+from raylaunch.models.job_spec import Launcher, Resources, Tracking, Where
+from raylaunch.models.states import JobState
+from raylaunch.sdk.arguments import Asked, Which
 from raylaunch.sdk.async_cluster import AsyncCluster, Notice, say
+from raylaunch.sdk.display import OnStep
 from raylaunch.sdk.job import Job
-from raylaunch.sdk.live import OnStep
 from raylaunch.sdk.loop import LoopThread, shared_loop
-from raylaunch.spec import Environment, Launcher, Resources, Tracking, Where
-from raylaunch.state import JobState
 
 
 class Cluster:

@@ -5,20 +5,70 @@ Everything that a job wrote is untrusted: it is escaped, shown as text, and neve
 
 from __future__ import annotations
 
+import importlib
+import logging
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from raylaunch.cluster.plan import Step
-from raylaunch.cluster_state import ControllerStatus
-from raylaunch.log_view import clean
-from raylaunch.sdk.curve import curve_svg
-from raylaunch.state import JobState, JobView, MetricSeries, MetricsPage, MetricsRun
+from raylaunch.cluster.types import Step
+from raylaunch.models.cluster import ControllerStatus
+from raylaunch.models.job import JobView, MetricPoint, MetricSeries, MetricsPage, MetricsRun
+from raylaunch.models.safe_text import clean
+from raylaunch.models.states import JobState
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_WIDTH, _HEIGHT = 300, 90
+_LEFT, _TOP, _RIGHT, _BOTTOM = 4, 18, 4, 16
+
+
+def curve_svg(series: MetricSeries) -> str:
+    """Return a series as an SVG; points that are not finite are left out, and said."""
+    points = [point for point in series.points if math.isfinite(point.value) and math.isfinite(point.step)]
+    if not points:
+        return _framed(f"{series.key}: no finite value", "", "")
+    low, high = min(point.value for point in points), max(point.value for point in points)
+    places = _placed(points, low, high)
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    end = f'<circle cx="{places[-1][0]:.1f}" cy="{places[-1][1]:.1f}" r="2.5" fill="#268bd2"/>'
+    line = f'<polyline points="{path}" fill="none" stroke="#268bd2" stroke-width="1.5"/>{end}'
+    left_out = len(series.points) - len(points)
+    title = f"{series.key} {points[-1].value:.4g}" + (f" ({left_out} not finite)" if left_out else "")
+    return _framed(title, f"{low:.4g} to {high:.4g}, step {points[0].step:g} to {points[-1].step:g}", line)
+
+
+def _placed(points: list[MetricPoint], low: float, high: float) -> list[tuple[float, float]]:
+    """Return where the points lie; all the numbers of a curve fit, also those whose difference is no float."""
+    first, last = points[0].step, max(point.step for point in points)
+    across, down = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+    return [
+        (
+            _LEFT + _share(point.step, first, last) * across,
+            _TOP + (1 - _share(point.value, low, high)) * down,
+        )
+        for point in points
+    ]
+
+
+def _share(value: float, low: float, high: float) -> float:
+    span = high / 2 - low / 2
+    return min(max((value / 2 - low / 2) / span, 0.0), 1.0) if span > 0 else 0.5
+
+
+def _framed(title: str, below: str, inside: str) -> str:
+    style = "font:11px system-ui,sans-serif;color:inherit;margin:2px"
+    return (
+        f'<svg width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" style="{style}">'
+        f"<title>{escape(clean(title, colour=False))}</title>"
+        f'<text x="{_LEFT}" y="12" fill="currentColor">{escape(clean(title, colour=False))}</text>{inside}'
+        f'<text x="{_LEFT}" y="{_HEIGHT - 3}" fill="currentColor" opacity=".65">{escape(below)}</text></svg>'
+    )
+
 
 _COLOURS = {
     JobState.HELD: "#b58900",
@@ -112,7 +162,7 @@ class Metrics:
         Raises:
             RaylaunchError: pandas is not installed.
         """
-        from raylaunch.sdk.frame import frame_of_series  # noqa: PLC0415 -- pandas takes half a second
+        from raylaunch.sdk.dataframe import frame_of_series  # noqa: PLC0415 -- pandas takes half a second
 
         return frame_of_series(self.page.series)
 
@@ -239,3 +289,57 @@ def _tracking(job: JobView) -> str:
     if job.wandb is None or not job.wandb.url.startswith("https://"):
         return ""
     return f'<a href="{_escaped(job.wandb.url)}" target="_blank" rel="noopener noreferrer">Weights &amp; Biases</a>'
+
+
+_log = logging.getLogger(__name__)
+
+OnStep = Callable[[Step], None]
+"""Told each step when it begins, takes long, is done, or had nothing to do."""
+
+
+def show_steps(cluster: str) -> OnStep:
+    """Return what shows the steps of a cluster where this Python runs."""
+    display = _notebook_display()
+    return LiveSteps(cluster, display) if display else _log_step
+
+
+class LiveDisplay(Protocol):
+    """Something that is shown already, and can be replaced."""
+
+    def update(self, shown: object, /) -> None:
+        """Show this in its place."""
+
+
+class LiveSteps:
+    """Takes steps, and shows where each host is.
+
+    Args:
+        cluster: the cluster's name.
+        display: shows something, and returns what replaces it.
+    """
+
+    def __init__(self, cluster: str, display: Callable[[object], LiveDisplay]) -> None:
+        self._steps = Steps(cluster)
+        self._display = display
+        self._shown: LiveDisplay | None = None
+
+    def __call__(self, step: Step) -> None:
+        """Take a step."""
+        self._steps = self._steps.with_step(step)
+        if self._shown is None:
+            self._shown = self._display(self._steps)
+        else:
+            self._shown.update(self._steps)
+
+
+def _notebook_display() -> Callable[[object], LiveDisplay] | None:
+    """Return a notebook's own way to show something; None where this is none. IPython is not imported for that."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if getattr(shell, "kernel", None) is None:
+        return None
+    display = importlib.import_module("IPython.display").display
+    return lambda steps: display(steps, display_id=True)
+
+
+def _log_step(step: Step) -> None:
+    _log.info("%s", step)

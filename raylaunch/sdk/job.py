@@ -10,12 +10,13 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raylaunch.client import Downloaded, OnProgress
+from raylaunch.client.downloads import Downloaded
+from raylaunch.client.transfer import OnProgress
 from raylaunch.errors import RaylaunchError
+from raylaunch.models.job import Artifact, Event, JobView, LogMatches
 from raylaunch.sdk.async_job import AsyncJob, no_progress
 from raylaunch.sdk.display import Card, Metrics, job_line
 from raylaunch.sdk.loop import LoopThread
-from raylaunch.state import Artifact, Event, JobView, LogMatches
 
 if TYPE_CHECKING:
     import pandas as pd

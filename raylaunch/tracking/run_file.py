@@ -1,7 +1,7 @@
 """One W&B run as its ``.wandb`` file tells it, on-line or off-line, while it grows.
 
 W&B writes the file of a run beside its uploads, and off-line it is the only record there is; so this is where metrics
-come from. Nothing of the wandb package is imported (see `raylaunch.tracking.wire` for what that would cost).
+come from. Nothing of the wandb package is imported (see `raylaunch.tracking.protobuf` for what that would cost).
 
 How soon a row can be read is W&B's to decide. Measured from `run.log` to the row read here, a row each 20 ms, by
 ``WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL`` (wandb 0.31; CPU seconds of script and core together over 5 s):
@@ -26,8 +26,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from raylaunch.tracking.frames import Frames
-from raylaunch.tracking.wire import Rows, WireError, fields
+from raylaunch.contract import WANDB, EarlierRun
+from raylaunch.errors import TrackingError
+from raylaunch.tracking.frames import BLOCK, Frames
+from raylaunch.tracking.protobuf import Rows, WireError, fields
+
+
+def last_values(path: Path, *, most: int) -> dict[str, float]:
+    """Return the last value of each metric that the end of the file has, numbers of the summary among them.
+
+    Args:
+        path: the run's ``.wandb`` file.
+        most: how many bytes to read, to a block more.
+
+    Raises:
+        TrackingError: the file is not W&B's, or cannot be read.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        msg = f"{path} cannot be read: {error.strerror}"
+        raise TrackingError(msg) from error
+    drawn: dict[str, float] = {}
+    told: dict[str, float] = {}
+    for item in RunFile(path, start=max(0, size - most) // BLOCK * BLOCK).stream():
+        if isinstance(item, History):
+            drawn.update(item.values)
+        elif isinstance(item, Summary):
+            told.update(item.values)
+    return {**told, **drawn}
+
 
 _HISTORY, _SUMMARY, _METRIC, _RUN, _EXIT = 2, 3, 12, 17, 18
 """Field numbers of W&B's ``Record`` (wandb/proto/wandb_internal.proto)."""
@@ -75,13 +103,13 @@ class RunInfo:
 
 
 @dataclass(frozen=True)
-class Exit:
+class RunExit:
     """The script ended the run, or W&B saw it end. Says nothing about how the job ended: a killed run has none."""
 
     code: int
 
 
-Item = History | Summary | StepMetric | RunInfo | Exit
+Item = History | Summary | StepMetric | RunInfo | RunExit
 
 
 class RunFile:
@@ -166,7 +194,7 @@ class RunFile:
             elif number == _RUN:
                 yield _run_info(payload)
             elif number == _EXIT:
-                yield Exit(_signed(_number(dict(fields(payload)), 1)))
+                yield RunExit(_signed(_number(dict(fields(payload)), 1)))
         except WireError:
             self._unknown += 1
 
@@ -216,3 +244,64 @@ def _number(found: dict[int, int | bytes], number: int) -> int:
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_HEAD_ITEMS = 1000
+"""Who the run is stands among the first records of its file."""
+_TAIL = 2 * BLOCK
+_LONGEST = 1000
+"""Characters of a run's name and project; with more it is not matched."""
+
+
+def run_files(attempt: Path) -> list[Path]:
+    """Return the files of an attempt's runs, in the order of their start; `attempt` is its folder."""
+    return sorted((attempt / WANDB / "wandb").glob("*run-*/run-*.wandb"), key=_started)
+
+
+def earlier_runs(job: Path, before: int) -> list[EarlierRun]:
+    """Return the runs of a job's attempts with numbers below `before`, oldest attempt first.
+
+    Args:
+        job: the job's folder in the store.
+        before: number of the attempt that is told them.
+    """
+    return list(_earlier(job, before))
+
+
+def _earlier(job: Path, before: int) -> Iterator[EarlierRun]:
+    for n in range(1, before):
+        for path in run_files(job / f"attempt-{n}"):
+            info = run_info(path)
+            if info is not None and len(info.name + info.project) <= _LONGEST:
+                yield EarlierRun(
+                    attempt=n, id=info.run_id, project=info.project, name=info.name, finished=exit_code(path) == 0
+                )
+
+
+def run_info(path: Path) -> RunInfo | None:
+    """Return who a run is, as the beginning of its file has it; None when it does not, or cannot be read."""
+    try:
+        for _, item in zip(range(_HEAD_ITEMS), RunFile(path).stream(), strict=False):
+            if isinstance(item, RunInfo):
+                return item
+    except TrackingError:
+        pass
+    return None
+
+
+def exit_code(path: Path) -> int | None:
+    """Return the status with which a run was finished, as the end of its file has it; None when it was not."""
+    found = None
+    try:
+        start = max(0, path.stat().st_size - _TAIL) // BLOCK * BLOCK
+        for item in RunFile(path, start=start).stream():
+            if isinstance(item, RunExit):
+                found = item.code
+    except (OSError, TrackingError):
+        pass
+    return found
+
+
+def _started(path: Path) -> tuple[str, str]:
+    """Order runs by the time in their folder's name: ``offline-run-20260101_120000-ID``, ``run-20260101_120000-ID``."""
+    return path.parent.name.removeprefix("offline-").removeprefix("run-"), path.name

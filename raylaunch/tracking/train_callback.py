@@ -31,7 +31,8 @@ import ray
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.execution.callback import ControllerCallback, ReportCallback, WorkerGroupCallback
 
-from raylaunch.runner import contract, wandb_runs
+from raylaunch import contract
+from raylaunch.tracking import wandb_runs
 
 if TYPE_CHECKING:
     from typing_extensions import ParamSpec
@@ -163,7 +164,7 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
     def _open_run(self) -> None:
         """Have a run opened for the reports: the next of the attempt, which is the job's if the program opened none."""
         with contextlib.suppress(OSError, ValueError, KeyError):  # where ids are not handed out it is the job's run
-            ask = wandb_runs.Ask(self._base, os.environ.get("WANDB_PROJECT", ""), self._label)
+            ask = wandb_runs.RunRequest(self._base, os.environ.get("WANDB_PROJECT", ""), self._label)
             self._run, self._label, _ = wandb_runs.claim(os.environ.get(contract.VAR_WANDB_RUNS, ""), ask)
         self._tell(event="start", name=self._label, **self._facts)
 

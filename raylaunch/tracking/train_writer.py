@@ -28,7 +28,7 @@ _COMM = b"wandb-reports"
 _RUNNER_KILLED = 1
 
 
-class ReportFile:
+class EventFile:
     """The growing file of events, one JSON object a line."""
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +47,7 @@ class ReportFile:
             return
 
 
-class Runs:
+class TrainRuns:
     """The W&B runs of one attempt. A run is opened with its first report."""
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ def _say(text: str) -> None:
 
 def follow(path: Path, control: int) -> None:
     """Log what is written to `path`, until `control` says how the training ended."""
-    file, runs = ReportFile(path), Runs()
+    file, runs = EventFile(path), TrainRuns()
     word = b""
     while not word.endswith(b"\n"):
         for event in file.new():

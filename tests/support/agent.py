@@ -22,11 +22,11 @@ from mcp.client.stdio import stdio_client
 from mcp.types import TextContent, Tool
 from typing_extensions import Self
 
-from raylaunch.cluster.home import cluster_paths, make_cluster_dirs, write_private
-from raylaunch.cluster.process import identify
+from raylaunch.cluster.processes import identify
 from raylaunch.cluster.record import new_record, save_record
-from raylaunch.spec import ClusterSpec
-from raylaunch.state import JobView
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.job import JobView
+from raylaunch.paths import cluster_paths, make_cluster_dirs, write_private
 from support.api import Api, serving, token_of
 from support.api_use import write
 from support.cli import forked
@@ -38,8 +38,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, "-c", "from mcp_server.server import main; main()"]
 HASTY = [
     *PROGRAM[:2],
-    "import mcp_server.call, raylaunch.wire; mcp_server.call.PATIENCE_S = raylaunch.wire.ANSWER_TIMEOUT_S = 3.0; "
-    + PROGRAM[2],
+    "import mcp_server.context, raylaunch.client.transport; "
+    "mcp_server.context.PATIENCE_S = raylaunch.client.transport.ANSWER_TIMEOUT_S = 3.0; " + PROGRAM[2],
 ]
 """The same server, which waits three seconds for what it else waits thirty for."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from raylaunch.cluster.plan import Reach
+from raylaunch.cluster.types import Reach
 from raylaunch.version import API, __version__
 
 Answers = Mapping[str, bytes]

@@ -17,27 +17,28 @@ from typing import TypeVar
 import httpx2
 import pytest
 
-from raylaunch.cluster.plan import Reach
-from raylaunch.cluster_state import ControllerStatus, EnvironmentWheels, RayAccess
-from raylaunch.controller.artifacts import Artifacts
-from raylaunch.controller.auth import TokenBook
-from raylaunch.controller.drains import DrainBook
-from raylaunch.controller.foreign_logs import ForeignLogs
-from raylaunch.controller.host_verbs import HostVerbs
-from raylaunch.controller.invitations import Invitations
-from raylaunch.controller.link import Link
-from raylaunch.controller.metrics import Metrics
-from raylaunch.controller.packages import PackageStore
-from raylaunch.controller.ray_jobs import RayJobs
-from raylaunch.controller.records import JobRecord, Records
-from raylaunch.controller.removal import Removal
-from raylaunch.controller.secret_store import SecretStore
-from raylaunch.controller.server import ApiServer
-from raylaunch.controller.services import Services
+from raylaunch.cluster.types import Reach
+from raylaunch.controller.api.app import ApiServer
+from raylaunch.controller.api.dependencies import AppState
+from raylaunch.controller.metrics.reader import MetricsStore
+from raylaunch.controller.ray.bridge import RayBridge
+from raylaunch.controller.ray.jobs_api import RayJobs
+from raylaunch.controller.scheduler.external_logs import ExternalLogs
+from raylaunch.controller.scheduler.host_service import HostService
+from raylaunch.controller.scheduler.observed import ObservedState
 from raylaunch.controller.settings import Settings
-from raylaunch.controller.sight import Sight
+from raylaunch.controller.store.access import Invitations, TokenStore
+from raylaunch.controller.store.artifacts import Artifacts
+from raylaunch.controller.store.audit import DrainStore
+from raylaunch.controller.store.jobs import Records
+from raylaunch.controller.store.packages import PackageStore
+from raylaunch.controller.store.record import JobRecord
+from raylaunch.controller.store.retention import JobRemoval
+from raylaunch.controller.store.secrets import SecretStore
 from raylaunch.errors import NotFoundError, WheelsNeededError
-from raylaunch.state import Change, DryRun, JobView, NodeUsage, SubmitAnswer, SubmitRequest
+from raylaunch.models.cluster import ControllerStatus, EnvironmentWheels, RayAccess
+from raylaunch.models.job import DryRun, JobView, NodeUsage, SubmitAnswer, SubmitRequest
+from raylaunch.models.states import Change
 from raylaunch.version import API, __version__
 from support.waiting import wait_until
 
@@ -76,7 +77,7 @@ def settings_of(store: Path, port: int) -> Settings:
 class Desk:
     """Takes jobs in and ends them on paper: what stands behind the API where there is no Ray."""
 
-    def __init__(self, records: Records, removal: Removal) -> None:
+    def __init__(self, records: Records, removal: JobRemoval) -> None:
         self._records = records
         self._removal = removal
         self._grown: dict[str, asyncio.Event] = {}
@@ -193,11 +194,11 @@ class Api:
         self.loop = asyncio.get_running_loop()
         self.records = Records(self.store)
         artifacts = Artifacts(self.store)
-        self.sight = Sight()
+        self.sight = ObservedState()
         secrets = SecretStore(self.store)
-        self.desk = Desk(self.records, Removal(records=self.records, artifacts=artifacts, secrets=secrets))
-        tokens = TokenBook(self.store)
-        self.services = Services(
+        self.desk = Desk(self.records, JobRemoval(records=self.records, artifacts=artifacts, secrets=secrets))
+        tokens = TokenStore(self.store)
+        self.services = AppState(
             settings=settings_of(self.store, int(self.url.rpartition(":")[2])),
             store=self.store,
             records=self.records,
@@ -206,9 +207,9 @@ class Api:
             tokens=tokens,
             invitations=Invitations(self.store, tokens),
             artifacts=artifacts,
-            metrics=Metrics(self.store),
+            metrics=MetricsStore(self.store),
             jobs=self.desk,
-            hosts=HostVerbs(records=self.records, drains=DrainBook(self.store), sight=self.sight),
+            hosts=HostService(records=self.records, drains=DrainStore(self.store), sight=self.sight),
             foreign_logs=_without_ray(self.store),
         )
         self.server = ApiServer(self.services)
@@ -219,16 +220,16 @@ class Api:
             self.records.close()
 
 
-def _without_ray(store: Path) -> ForeignLogs:
+def _without_ray(store: Path) -> ExternalLogs:
     """Return what reads logs of plain Ray's jobs, where there is no Ray."""
-    link = Link(
+    link = RayBridge(
         gcs_address="127.0.0.1:9",
         ray_token_path=store / "none",
         store=store,
         on_event=lambda _event: None,
         log_path=store / "link.log",
     )
-    return ForeignLogs(link=link, ray=RayJobs("http://127.0.0.1:9", "none"), sight=Sight())
+    return ExternalLogs(link=link, ray=RayJobs("http://127.0.0.1:9", "none"), sight=ObservedState())
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 
-from raylaunch.controller.packages import file_sha256
-from raylaunch.state import AttemptView, Change, JobState, JobView, SubmitAnswer
+from raylaunch.controller.store.packages import file_sha256
+from raylaunch.models.job import AttemptView, JobView, SubmitAnswer
+from raylaunch.models.states import Change, JobState
 from support.api import Api
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raylaunch.runner.contract import AttemptSpec
+from raylaunch.contract import AttemptSpec
 
 
 def attempt_spec(attempt: str, *, epoch: str = "epoch-1", entrypoint: str = "true") -> AttemptSpec:

@@ -125,7 +125,7 @@ def memory_of(cluster: Cluster) -> Memory:
             continue
         if words.startswith("ray::Steward"):
             found.append(("steward", process))
-        elif "raylaunch.controller.ray_link" in words:
+        elif "raylaunch.controller.ray.process" in words:
             found.append(("link", process))
     assert {name for name, _ in found} == {"controller", "link", "steward"}
     return Memory(found)

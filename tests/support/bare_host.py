@@ -18,13 +18,12 @@ from pathlib import Path
 import anyio
 import pytest
 
-from raylaunch.cluster.install.environment import HostPython, Way, ensure_beside, ensure_environment
-from raylaunch.cluster.install.own_wheel import own_wheel
-from raylaunch.cluster.install.pins import EXACT, WheelPlatform, installed_pins, installed_version
-from raylaunch.cluster.install.wheels import WheelStore
-from raylaunch.cluster.plan import Step
-from raylaunch.cluster.ssh.machine import machine
+from raylaunch.cluster.install.environment import Way, ensure_beside, ensure_environment
+from raylaunch.cluster.install.platforms import EXACT, HostPython, WheelPlatform, installed_pins, installed_version
+from raylaunch.cluster.install.wheel_store import WheelStore, own_wheel
+from raylaunch.cluster.types import Step
 from raylaunch.errors import RaylaunchError
+from raylaunch.ssh.host import machine
 from raylaunch.version import __version__
 from support.index import Index, index, installed_wheel, tiny_wheel
 from support.sshd import Sshd, sshd

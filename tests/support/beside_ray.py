@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from raylaunch.cluster.home import cluster_paths
+from raylaunch.paths import cluster_paths
 from support.cluster import UP_S, Cluster
 from support.ray_head import RayHeadRunning, ray_head
 

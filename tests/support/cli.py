@@ -31,8 +31,8 @@ from typing import NoReturn
 
 _BLOCK = 1 << 16
 _PROGRAMS = {
-    "raylaunch": ("raylaunch.cli", "raylaunch.client", "asyncssh", "rich.console", "rich.progress"),
-    "raylaunch-mcp": ("mcp_server.server", "mcp.server.stdio", "raylaunch.client"),
+    "raylaunch": ("raylaunch.cli", "raylaunch.client.client", "asyncssh", "rich.console", "rich.progress"),
+    "raylaunch-mcp": ("mcp_server.server", "mcp.server.stdio", "raylaunch.client.client"),
 }
 """By name: the module whose ``main`` it is, and what it imports while it runs."""
 

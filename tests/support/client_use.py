@@ -9,9 +9,10 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TypeVar
 
-from raylaunch.client import Client
-from raylaunch.spec import JobSpec
-from raylaunch.state import AttemptView, Change, JobView
+from raylaunch.client.client import Client
+from raylaunch.models.job import AttemptView, JobView
+from raylaunch.models.job_spec import JobSpec
+from raylaunch.models.states import Change
 from support.api import Api
 
 _T = TypeVar("_T")

@@ -18,11 +18,11 @@ from typing import TypeVar
 import psutil
 import pytest
 
-from raylaunch.client import Client
-from raylaunch.cluster.controller_program import VAR_CONTROLLER_OF
-from raylaunch.cluster.home import cluster_paths
+from raylaunch.client.client import Client
+from raylaunch.cluster.processes import VAR_CONTROLLER_OF
 from raylaunch.cluster.record import ClusterRecord
-from raylaunch.state import JobView
+from raylaunch.models.job import JobView
+from raylaunch.paths import cluster_paths
 from support.cli import run_cli
 from support.waiting import wait_until
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from raylaunch.cluster.process import ProcessIdentity, is_alive
+from raylaunch.cluster.processes import ProcessIdentity, is_alive
 from support.waiting import wait_until
 
 KILLS = 10

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from raylaunch.cluster.doctor.problem import Level
-from raylaunch.cluster.doctor.problems import Problem, problems
+from raylaunch.cluster.doctor.checks_cluster import problems
+from raylaunch.cluster.doctor.problem import Level, Problem
 from raylaunch.cluster.probe.facts import HostFacts
-from raylaunch.spec import ClusterSpec
+from raylaunch.models.cluster_spec import ClusterSpec
 
 DATA = Path(__file__).parent.parent / "data/facts"
 GIB = 1024**3

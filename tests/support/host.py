@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from raylaunch.cluster.ssh.target import Target
+from raylaunch.ssh.target import Target
 from support.sshd import make_key
 from support.waiting import wait_until
 

@@ -10,8 +10,9 @@ from typing import get_args, get_origin
 
 from pydantic import BaseModel
 
-from raylaunch.spec import JobSpec
-from raylaunch.spec_parts import Environment, Spec
+from raylaunch.models.fields import Environment, Spec
+from raylaunch.models.job import BuildPlatform
+from raylaunch.models.job_spec import JobSpec
 
 HOSTILE = "a\x1b[8mb\x9b2Jc\u202ed\U000e0041e\x07\x7f\nFAKE line\rf\u2028g\U000e0101h\u200bi\x1b]0;t\x07"
 
@@ -47,6 +48,8 @@ def hostile(kind: object) -> object:  # noqa: C901, PLR0911, PLR0912 -- one line
             "resources": {"gpus": 1, "custom": {HOSTILE: 1}},
             "tracking": {"project": HOSTILE, "entity": HOSTILE, "group": HOSTILE, "job_type": HOSTILE},
         }
+    if issubclass(kind, BuildPlatform):
+        return {"python": "3.11", "glibc": "2.35", "arch": "x86_64"}
     if issubclass(kind, Environment):
         return {"kind": "conda", "value": HOSTILE}
     if issubclass(kind, Spec):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.cluster.ssh.machine import Prompt, Target, machine
 from raylaunch.errors import RaylaunchError
+from raylaunch.ssh.host import machine
+from raylaunch.ssh.target import Prompt, Target
 from support.sshd import Sshd
 from support.waiting import wait_until
 

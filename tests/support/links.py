@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from raylaunch.controller.link import Link, LinkEvent
+from raylaunch.controller.ray.bridge import RayBridge
+from raylaunch.controller.ray.protocol import LinkEvent
 
 
-class LinkToNothing(Link):
+class LinkToNothing(RayBridge):
     """A link that is never up."""
 
     def __init__(self, folder: Path, *, on_event: Callable[[LinkEvent], None] = lambda _event: None) -> None:

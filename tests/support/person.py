@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from raylaunch.cluster.client_record import ClientRecord, TunnelRecord, load_tunnel, save_client
-from raylaunch.cluster.home import ClusterPaths
-from raylaunch.spec import ClusterSpec
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.paths import ClusterPaths
 from support.cli import run_cli
 from support.sshd import LOOPBACK, Sshd
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import httpx2
 
-from raylaunch.state import JobView
+from raylaunch.models.job import JobView
 from support.cluster import Cluster
 from support.waiting import wait_until
 

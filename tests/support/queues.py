@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from raylaunch.controller.backlog import Backlog
-from raylaunch.controller.queue import Admit, Ask, Holding, Room, Wait, plan_queue
+from raylaunch.controller.scheduler.queue import Admit, Allocation, NodeCapacity, plan_queue
+from raylaunch.controller.store.backlog import Backlog, ResourceRequest, WaitDecision
 
 
-def decide(asks: Iterable[Ask], rooms: list[Room], holdings: list[Holding]) -> list[Admit | Wait]:
+def decide(
+    asks: Iterable[ResourceRequest], rooms: list[NodeCapacity], holdings: list[Allocation]
+) -> list[Admit | WaitDecision]:
     """Return the decision for each of these waiting jobs, in the queue's order."""
     backlog = Backlog(asks)
     plan = plan_queue(backlog, rooms, holdings, groups=backlog.groups)

@@ -11,9 +11,9 @@ import uuid
 from pathlib import Path
 from typing import Any, cast
 
-from raylaunch.runner import contract
+from raylaunch import contract
+from raylaunch.contract import Exit, Facts
 from raylaunch.runner.archive import runner_zip
-from raylaunch.runner.contract import Exit, Facts
 from support.attempts import attempt_spec
 from support.waiting import wait_until
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from raylaunch.cluster.ssh.target import Target
+from raylaunch.ssh.target import Target
 from support.waiting import wait_until
 
 LOOPBACK = "127.0.0.1"

@@ -13,8 +13,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from raylaunch.cluster.home import ClusterPaths, cluster_paths, make_cluster_dirs
-from raylaunch.cluster.process import ProcessIdentity, is_alive, start_apart
+from raylaunch.cluster.processes import ProcessIdentity, is_alive, start_apart
+from raylaunch.paths import ClusterPaths, cluster_paths, make_cluster_dirs
 
 STAYS = (sys.executable, "-I", "-S", "-c", "import signal; signal.pause()")
 Start = Callable[..., ProcessIdentity]

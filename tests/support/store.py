@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from raylaunch.controller.records import JobRecord, Records
-from raylaunch.spec import JobSpec
-from raylaunch.state import Change, SubmitRequest
+from raylaunch.controller.store.jobs import Records
+from raylaunch.controller.store.record import JobRecord
+from raylaunch.models.job import SubmitRequest
+from raylaunch.models.job_spec import JobSpec
+from raylaunch.models.states import Change
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from raylaunch.cluster.trust import VARIABLE, fingerprint
-from raylaunch.config import load_cluster_spec
+from raylaunch.config.load import load_cluster_spec
 from raylaunch.errors import SpecError
 
 

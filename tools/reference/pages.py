@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mcp_server import reference as mcp
-from tools.reference import commands, python, reasons, specs
+from tools.reference import commands, mcp, python, reasons, specs
 
 ROOT = Path(__file__).resolve().parents[2]
 MEND = "make docs-reference"

@@ -10,15 +10,19 @@ from collections.abc import Set as AbstractSet
 from functools import cache
 from typing import Annotated, get_args, get_origin
 
-from raylaunch import cluster_state, errors, job, sdk, spec_parts, state, submission, transfer, wire
-from raylaunch.cluster import plan
+import raylaunch.models.cluster
+import raylaunch.models.job
+from raylaunch import errors, job, sdk
+from raylaunch.client import downloads, submission, transfer, transport
+from raylaunch.cluster import types
 from raylaunch.errors import RaylaunchError
-from raylaunch.sdk import asking, async_cluster, display, live
+from raylaunch.models import fields
+from raylaunch.sdk import arguments, async_cluster, display
 from tools.reference import markdown, source
 
 TWINS: dict[type, type] = {sdk.Cluster: sdk.AsyncCluster, sdk.Job: sdk.AsyncJob}
-_HOMES = (state, cluster_state, display, transfer, submission, wire, plan)
-_ALIASES = {"Asked": asking, "Which": asking, "Notice": async_cluster, "OnStep": live, "OnProgress": transfer}
+_HOMES = (raylaunch.models.job, raylaunch.models.cluster, display, downloads, submission, transfer, transport, types)
+_ALIASES = {"Asked": arguments, "Which": arguments, "Notice": async_cluster, "OnStep": display, "OnProgress": transfer}
 _SPECS = ("JobSpec", "Resources", "Where", "Tracking", "Environment")
 _ELSEWHERE = {
     **dict.fromkeys(_SPECS, "job-file.md"),
@@ -129,7 +133,10 @@ def _introduction() -> Iterator[str]:
         ("[`AsyncCluster`, `AsyncJob`, `raylaunch.aconnect`](#asynchronous)", "the same verbs, to be awaited"),
         ("[`raylaunch.context`, `raylaunch.report`](#in-a-job)", "for the training itself"),
         ("[`RaylaunchError`, `JobFailedError`](#errors)", "what is raised on purpose"),
-        ("[`JobSpec`](job-file.md)", "the job file as an object; its parts are in `raylaunch.spec`"),
+        (
+            "[`JobSpec`](job-file.md)",
+            "the job file as an object; its parts are `raylaunch.Resources`, `Where`, `Tracking`, `Environment`",
+        ),
         ("[`ClusterSpec`](cluster-file.md)", "the cluster file as an object"),
         ("[`JobState`](reasons.md#states)", "where a job stands"),
     ]
@@ -179,7 +186,7 @@ def _properties(kind: type, prefix: str = "") -> list[str]:
 
 def _unbounded(words: str) -> str:
     """Write a number with bounds as the number that it is."""
-    return _NAME.sub(lambda found: _number(getattr(spec_parts, found[0], None)) or found[0], words)
+    return _NAME.sub(lambda found: _number(getattr(fields, found[0], None)) or found[0], words)
 
 
 def _number(alias: object) -> str:

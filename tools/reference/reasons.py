@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from raylaunch.controller.diagnose import MAX_FREE_RETRIES, PUT_OFF
-from raylaunch.reasons import Reason, Verdict
-from raylaunch.state import JobState
+from raylaunch.controller.scheduler.diagnose import MAX_FREE_RETRIES, PUT_OFF
+from raylaunch.models.states import JobState, Reason, Verdict
 from tools.reference import markdown, source
 
 _GROUPS = {
@@ -36,7 +35,7 @@ def page() -> str:
         lines += _table([reason for reason in Reason if reason.verdict in verdicts])
         if Verdict.RETRY in verdicts:
             lines.append(_TRIED)
-    return markdown.page("States and reasons", "raylaunch/reasons.py and raylaunch/job_state.py", lines)
+    return markdown.page("States and reasons", "raylaunch/models/states.py and raylaunch/models/states.py", lines)
 
 
 def _table(reasons: list[Reason]) -> list[str]:

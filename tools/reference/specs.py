@@ -14,15 +14,14 @@ from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefinedType
 
-from raylaunch.cli.job_flags import flag_of
-from raylaunch.cluster_spec import ClusterSpec
-from raylaunch.spec import JobSpec
-from raylaunch.spec_parts import ENVIRONMENTS, KEYS, Environment, Spec, Words
-from raylaunch.units import seconds, size_bytes
+from raylaunch.cli.run import flag_of
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.fields import ENVIRONMENTS, KEYS, Environment, Spec, Words, seconds, size_bytes
+from raylaunch.models.job_spec import JobSpec
 from tools.reference import markdown, source
 
 _EXAMPLE = re.compile(r"\s*Example: `(.+)`$")
-_SOURCE = "the models in raylaunch/spec.py and raylaunch/cluster_spec.py"
+_SOURCE = "the models in raylaunch/models/job_spec.py and raylaunch/models/cluster_spec.py"
 _JOB = """\
 A job file is YAML. Only [`entrypoint`](#entrypoint) is required. The same fields are the flags of
 [`raylaunch run`](cli.md#raylaunch-run) and the keywords of [`cluster.submit`](python.md#clustersubmit). An unknown

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from raylaunch.units import whole
+from raylaunch.models.fields import whole
 
 
 class _Facts(BaseModel):
@@ -293,7 +293,7 @@ class InfinibandPort(_Facts):
     interfaces: tuple[str, ...] = ()
 
 
-class Services(_Facts):
+class BootServices(_Facts):
     """What could start raylaunch again after a reboot."""
 
     init: str = ""
@@ -352,7 +352,7 @@ class HostFacts(_Facts):
     """By variable's name; without credentials."""
     interfaces: tuple[Interface, ...] | None = None
     infiniband: tuple[InfinibandPort, ...] = ()
-    services: Services = Services()
+    services: BootServices = BootServices()
     nofile: tuple[int, int] | None = None
     """Open files: the limit, and how far it may be raised."""
     unanswered: tuple[str, ...] = ()

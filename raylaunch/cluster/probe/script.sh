@@ -2,7 +2,7 @@
 #
 # Plain POSIX sh, without Python (one that is found is only asked what it is), and changes nothing. Everything that can
 # hang runs under a limit, and all together under BUDGET seconds. Each section stands between two lines that bear MARK,
-# so that what a login shell prints is no part of it; raylaunch/cluster/probe/one_host.py reads them.
+# so that what a login shell prints is no part of it; raylaunch/cluster/probe/probe.py reads them.
 # A lost connection cuts the text off before its last line, and then nothing runs.
 
 BUDGET=20

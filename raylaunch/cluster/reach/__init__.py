@@ -1,1 +1,1 @@
-"""From here to a cluster elsewhere: its tunnel, and `ssh` for large files."""
+"""Where the tunnel's program was in 0.1.0; its name is a contract."""

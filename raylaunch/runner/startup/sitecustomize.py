@@ -3,8 +3,8 @@
 Python imports a module of this name at its start. This one lies first on PYTHONPATH, in the runner's archive; the
 environment's own ``sitecustomize``, if there is one, is run first. It loads nothing that Python has not loaded by then.
 
-- W&B runs get their ids from `raylaunch_runs` (`raylaunch.runner.wandb_runs`): WANDB_RUN_ID would make all runs of all
-  processes one run.
+- W&B runs get their ids from `raylaunch_runs` (`raylaunch.tracking.wandb_runs`): WANDB_RUN_ID would make all runs of
+  all processes one run.
 - Under ``launcher: ray`` results of Ray Train and Tune land in the job's folder for checkpoints, where a program names
   no storage. Ray keeps them in ``~/ray_results`` by a constant (ray/train/constants.py in Ray 2.60; the variables that
   once set it are errors by now), where two jobs with one run name would resume each other.

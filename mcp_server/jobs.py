@@ -1,0 +1,333 @@
+"""``train_job`` and ``stop_job``: what begins and ends jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+
+from mcp_server.arguments import ListJobs, MonitorJob, StopJob, TrainJob
+from mcp_server.context import ToolCall, ToolProgress
+from mcp_server.paths import Roots
+from mcp_server.policy import ALLOW_VARIABLE, UPLOAD_VARIABLE
+from mcp_server.render import (
+    UNTRUSTED,
+    UNTRUSTED_LIST,
+    UNTRUSTED_WORDS,
+    Json,
+    job_facts,
+    job_row,
+    last_lines,
+    lines_of,
+    next_for,
+    short,
+    token,
+    without_empty,
+)
+from raylaunch.client.client import HOLD_S, Client
+from raylaunch.client.packing import checked_working_dir
+from raylaunch.client.submission import with_wandb
+from raylaunch.client.transport import NoAnswerError
+from raylaunch.config.load import Flag, job_spec_from_flags
+from raylaunch.config.yaml_file import YamlFile, parse_yaml
+from raylaunch.errors import ClusterError, NotFoundError, SpecError, WithheldError
+from raylaunch.models.job import DryRun, JobView, PackReport
+from raylaunch.models.job_spec import JobSpec
+from raylaunch.models.states import JobState
+
+_LOG_BYTES = 12_000
+_LOOK_S = 2.0
+_METRICS_TOLD = 3
+
+
+async def monitor_job(given: MonitorJob, call: ToolCall) -> Json:
+    """Say how a job goes; with `wait_s`, wait for a change first."""
+    async with call.client() as client:
+        job = await client.patient(lambda: client.job(given.job))
+        known = job.cursor if given.cursor is None else given.cursor
+        if given.wait_s and not job.state.ended:
+            job = await _after_a_change(client, job, known, given.wait_s, call)
+        log = await _end_of_log(client, job, given.log_lines) if given.log_lines else None
+    return {
+        "job": job_facts(job, now=time.time()),
+        "changed": job.cursor > known,
+        "cursor": job.cursor,
+        **({"yours": False} if client.is_others(job.id) else {}),
+        **({"log": log} if log else {}),
+        "next": next_for(job),
+    }
+
+
+async def list_jobs(given: ListJobs, call: ToolCall) -> Json:
+    """List jobs, newest first."""
+    async with call.client() as client:
+        page = await client.patient(
+            lambda: client.jobs(
+                states=given.states,
+                name=given.name,
+                owner=given.owner,
+                tag=given.tag,
+                limit=given.limit,
+                cursor=given.cursor,
+            )
+        )
+    rows = [job_row(job, now=time.time()) for job in page.jobs]
+    if page.next_cursor:
+        then = "the next page: list_jobs with this cursor"
+    elif rows:
+        then = "monitor_job shows one of them"
+    else:
+        filtered = given.states or given.name or given.owner or given.tag
+        then = "no job fits; list_jobs without filters shows all" if filtered else "no jobs yet; train_job submits one"
+    return {
+        "untrusted": UNTRUSTED_LIST,
+        "jobs": rows,
+        "total": page.total,
+        **without_empty({"cursor": page.next_cursor}),
+        "next": then,
+    }
+
+
+async def _after_a_change(client: Client, job: JobView, known: int, wait_s: float, call: ToolCall) -> JobView:
+    """Return the job when something happened to it after `known`, or when the time is over.
+
+    Progress and metrics are told meanwhile and do not end the wait: of a training that logs each second, an agent would
+    read each second.
+    """
+    loop = asyncio.get_running_loop()
+    began, seen = loop.time(), [job]
+
+    async def event() -> None:
+        while (left := began + wait_s - loop.time()) > 0:
+            hold_s = min(left, HOLD_S)
+            if (await client.patient(lambda: client.events(job.id, after=known, wait_s=hold_s))).events:  # noqa: B023 -- called before the next turn
+                return
+
+    async def other_reach() -> None:
+        """Keep the news fresh; return when the job's node is lost or back, which is no event."""
+        while seen[0].unreachable == job.unreachable:
+            await asyncio.sleep(_LOOK_S)
+            seen[0] = await client.patient(lambda: client.job(job.id))
+
+    waits = [asyncio.ensure_future(event()), asyncio.ensure_future(other_reach())]
+    try:
+        async with call.telling(lambda: ToolProgress(loop.time() - began, wait_s, _line(seen[0]))):
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in done:
+            wait.result()
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+    return await client.patient(lambda: client.job(job.id))
+
+
+def _line(job: JobView) -> str:
+    words = [f"{token(job.id)} is {job.state.value}" + (", its node cannot be reached" if job.unreachable else "")]
+    if job.progress:
+        total = f" of {job.progress.total:g}" if job.progress.total else ""
+        words.append(f"step {job.progress.step:g}{total}")
+    words += [
+        f"{token(key, 40)} {value:.5g}"
+        for key, value in list(job.last_metrics.items())[:_METRICS_TOLD]
+        if token(key, 40)
+    ]
+    return ", ".join(words)
+
+
+async def _end_of_log(client: Client, job: JobView, most: int) -> Json | None:
+    if job.state in {JobState.QUEUED, JobState.HELD} or not job.attempts:
+        return None
+    try:
+        chunk = await client.patient(lambda: client.logs(job.id, tail=most))
+        if chunk.next_offset < chunk.size:
+            chunk = await client.patient(lambda: client.logs(job.id, offset=max(0, chunk.size - 4 * _LOG_BYTES)))
+    except NoAnswerError:
+        raise
+    except (NotFoundError, ClusterError) as error:  # what else there is to say about the job is said
+        return {"untrusted": UNTRUSTED_WORDS, "unread": short(error.message)}
+    found = last_lines(lines_of(chunk.data), most=most, most_bytes=_LOG_BYTES)
+    if not found.lines:
+        return None
+    cut = found.cut or ("earlier lines are left out here" if chunk.offset else "")
+    return {
+        "untrusted": UNTRUSTED,
+        "lines": found.lines,
+        **without_empty({"cut": f"{cut}; job_logs shows more" if cut else ""}),
+    }
+
+
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "entrypoint": ("entrypoint",),
+    "working_dir": ("working_dir",),
+    "name": ("name",),
+    "gpus": ("resources", "gpus"),
+    "launcher": ("launcher",),
+    "environment": ("environment",),
+    "packages": ("packages",),
+    "env": ("env",),
+    "timeout": ("timeout_s",),
+    "retries": ("retries",),
+    "secrets": ("secrets",),
+    "outputs": ("outputs",),
+    "outputs_size": ("outputs_size",),
+    "outputs_files": ("outputs_files",),
+}
+_LARGEST = 3
+_LINKS = 10
+_SECRETS = 5
+
+
+async def train_job(given: TrainJob, call: ToolCall) -> Json:
+    """Submit a job, or say what submitting it would do."""
+    spec, secrets, taken = with_wandb(await asyncio.to_thread(_spec_of, given, call.roots), os.environ)
+    notes = [f"W&B from this server's environment: {short(', '.join(taken))}"] if taken else []
+    notes += ["the W&B key of this server's environment goes along, for this job alone"] if secrets else []
+    async with call.client() as client:
+        if given.dry_run:
+            with _a_person_allows():
+                return _would(await client.dry_run(spec, secrets=secrets, allow=call.allow), spec, notes)
+        packed: list[PackReport] = []
+        news = [ToolProgress(0, None, "packs the working directory")]
+
+        def travels(what: str, done: int, total: int) -> None:
+            news[0] = ToolProgress(done, total or None, what if what.startswith("gathering") else f"sends {what}")
+
+        async with call.telling(lambda: news[0]):
+            with _a_person_allows():
+                answer = await client.submit(
+                    spec,
+                    request_id=given.request_id,
+                    secrets=secrets,
+                    allow=call.allow,
+                    on_packed=lambda report, _size: packed.append(report),
+                    on_progress=travels,
+                )
+    if not answer.created:
+        notes = ["this request_id was used before, for the same job; nothing new was submitted"]
+    return {
+        "job": job_facts(answer.job, now=time.time()),
+        "created": answer.created,
+        **without_empty(
+            {
+                "packed": _packed(packed[0], spec) if packed else None,
+                "request_id": given.request_id,
+                "notes": notes,
+            }
+        ),
+        "next": next_for(answer.job),
+    }
+
+
+async def stop_job(given: StopJob, call: ToolCall) -> Json:
+    """Ask a job to stop."""
+    async with call.client() as client:
+        job = await client.stop(given.job, grace_s=given.grace_s)
+    return {
+        "untrusted": UNTRUSTED_LIST,
+        "job": job_row(job, now=time.time()),
+        "cursor": job.cursor,
+        "next": next_for(job),
+    }
+
+
+def _spec_of(given: TrainJob, roots: Roots) -> JobSpec:
+    file = _job_file(given, roots)
+    flags = _flags(given)
+    if given.working_dir is None and file is None:
+        flags.append(Flag("working_dir", _FIELDS["working_dir"], roots.working_dir))
+    elif given.working_dir:
+        named = roots.resolve(given.working_dir, field="working_dir")
+        flags.append(Flag("working_dir", _FIELDS["working_dir"], str(named.path)))
+    elif given.working_dir == "":
+        flags.append(Flag("working_dir", _FIELDS["working_dir"], ""))
+    spec = job_spec_from_flags(flags, file=file)
+    if not spec.working_dir:
+        return spec
+    quoted = file is None
+    folder = roots.resolve(spec.working_dir, field="working_dir", quoted=quoted).path
+    checked_working_dir(folder)
+    if spec.environment.kind == "pip" and spec.environment.value:
+        roots.resolve(spec.environment.value, field="environment", base=folder, quoted=quoted)
+    return spec
+
+
+def _job_file(given: TrainJob, roots: Roots) -> YamlFile | None:
+    if given.job_file:
+        named = roots.resolve(given.job_file, field="job_file")
+        return parse_yaml(named.read_text(field="job_file"), named.path, quoted=False)
+    if given.entrypoint is None and "entrypoint" not in (given.more or {}):
+        msg = "there is nothing to run: neither entrypoint nor job_file was given"
+        raise SpecError(msg, field="entrypoint", hint="give entrypoint, as 'python train.py', or job_file")
+    return None
+
+
+def _flags(given: TrainJob) -> list[Flag]:
+    flags = []
+    for key, value in (given.more or {}).items():
+        if key in _FIELDS and getattr(given, key) not in (None, []):
+            msg = f"{key} is given twice: as an argument and in `more`"
+            raise SpecError(msg, field=key, hint=f"leave {key} out of `more`")
+        if key == "working_dir":
+            msg = "working_dir is an argument of its own"
+            raise SpecError(msg, field=key, hint="leave it out of `more`")
+        flags.append(Flag("more", (key,), tuple(value) if isinstance(value, list) and key != "entrypoint" else value))
+    for name, field in _FIELDS.items():
+        value = getattr(given, name)
+        if name != "working_dir" and value not in (None, []):
+            flags.append(Flag(name, field, tuple(value) if isinstance(value, list) else value))
+    return flags
+
+
+@contextlib.contextmanager
+def _a_person_allows() -> Iterator[None]:
+    """Say of what is withheld what an agent can do about it: it cannot allow it itself."""
+    try:
+        yield
+    except WithheldError as error:
+        variable = f"{ALLOW_VARIABLE}={':'.join(error.paths[:_SECRETS])}" if error.paths else f"{UPLOAD_VARIABLE}=5GB"
+        hint = (
+            "leave them out with lines in .raylaunchignore; a person sets values that the job needs with: raylaunch "
+            f"secret set NAME. Only a person can allow it: they restart this server with {variable} in its environment"
+        )
+        raise WithheldError(error.message, hint=hint, paths=error.paths) from None
+
+
+def _would(found: DryRun, spec: JobSpec, notes: list[str]) -> Json:
+    return {
+        "dry_run": True,
+        "would_run": spec.display_name,
+        "entrypoint": short(spec.command),
+        **without_empty({"packed": _packed(found.pack, spec) if found.pack else None, "notes": notes}),
+        "reported": without_empty(
+            {
+                "untrusted": UNTRUSTED_WORDS,
+                "outcome": short(found.message or f"could run on {', '.join(found.fits)}"),
+                "fits": [short(host, 63) for host in found.fits[:20]],
+                "python": short(str(found.chosen or "")),
+            }
+        ),
+        "next": "nothing was submitted; call train_job again without dry_run to submit it",
+    }
+
+
+def _packed(report: PackReport, spec: JobSpec) -> Json:
+    return without_empty(
+        {
+            "working_dir": spec.working_dir,
+            "files": report.files,
+            "bytes": report.bytes,
+            "left_out": report.ignored or None,
+            "left_out_by": list(dict.fromkeys(_rules_of(rule) for rule in report.ignored_by))[:10],
+            "largest": [f"{short(one.path, 100)} {one.bytes} B" for one in report.largest[:_LARGEST]],
+            "links_out": [f"{short(one.path, 100)} -> {short(one.target, 100)}" for one in report.links[:_LINKS]],
+        }
+    )
+
+
+def _rules_of(rule: str) -> str:
+    """Return where a rule stands; the rule itself only where it is built in, for it may be a line of any file."""
+    where, _, text = rule.partition(": ")
+    return short(rule if where == "built in" else where, 100) if text else short(where, 100)

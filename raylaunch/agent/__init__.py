@@ -1,0 +1,1 @@
+"""The node agent: raylaunch on each node, as a light Ray actor."""

@@ -1,0 +1,319 @@
+"""The steward: raylaunch's hands on one node. A Ray actor, but nothing here knows Ray.
+
+It keeps no state beyond the files below its node root, so that it may be killed at any moment and started again. Every
+call may be repeated. Blocking work happens in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypedDict, TypeVar
+
+from raylaunch.agent import attempt_dir, attempt_files, index_check, job_dir, node_info
+from raylaunch.agent.attempt_files import FileStat, disk_use, inventory
+from raylaunch.agent.change_feed import ChangeReply, Changes, Have, HaveFile
+from raylaunch.agent.inotify import Watcher
+from raylaunch.agent.packages import Packages, Platform, platform_of, storage_error
+from raylaunch.agent.processes import end_processes, runner_alive, wait_for_runner
+from raylaunch.contract import ATTEMPT, EXIT, VAR_NODE_ROOT, AttemptSpec, StopWish
+from raylaunch.errors import RaylaunchError
+
+_log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+_WATCH_S = 1.0
+_LIVE_LOOK_S = 0.02
+_QUIET_LOOK_S = 0.05
+_QUIET_AFTER_S = 2.0
+_IDLE_LOOK_S = 2.0
+_GATHER_S = 0.03
+_GATHER_MOST_S = 0.2
+_METRICS_S = 0.6
+_MUCH = 1024 * 1024
+_RUNNER_ENDS_S = 3.0
+"""How long a runner may still live after its last word: Ray takes the status that it exits with for the job's."""
+_THREADS = 16
+
+
+class FenceResult(TypedDict):
+    """What a fence found."""
+
+    killed: int
+    claim: dict[str, object] | None
+    exit: dict[str, object] | None
+    beat_at: float | None
+    """When its runner was last alive, seconds since the epoch; None when none ever was."""
+
+
+def node_root() -> Path:
+    """Return the folder that Ray on this node was told to use, else ``~/.raylaunch/node``."""
+    return Path(os.environ.get(VAR_NODE_ROOT) or "~/.raylaunch/node").expanduser()
+
+
+def sweep(root: Path, swept: set[str]) -> list[str]:
+    """End what is left of attempts whose runner died without a word. One round of the watch.
+
+    Args:
+        root: The node root.
+        swept: Attempts that are done with; kept up to date.
+
+    Returns:
+        The attempts whose processes were ended now.
+    """
+    names = attempt_dir.attempts_in(root)
+    swept.intersection_update(names)
+    ended = []
+    for attempt in names:
+        if attempt in swept:
+            continue
+        path = root / "attempts" / attempt
+        claim = attempt_dir.read_claim(path)
+        if claim is None or runner_alive(claim):
+            continue
+        spec = attempt_dir.read_json(path / ATTEMPT)
+        silent = attempt_dir.read_json(path / EXIT) is None
+        if silent and spec is not None and end_processes(str(spec["tag"]), claim, limit_s=5):
+            ended.append(attempt)
+        swept.add(attempt)
+    return ended
+
+
+def watch(root: Path) -> None:
+    """Sweep for ever. In a thread of its own, so that it goes on while nobody calls the steward."""
+    swept: set[str] = set()
+    pause = threading.Event()
+    while not pause.wait(_WATCH_S):
+        _sweep_and_say(root, swept)
+
+
+def _sweep_and_say(root: Path, swept: set[str]) -> None:
+    try:
+        for attempt in sweep(root, swept):
+            _log.warning("the runner of %s died; its processes were ended", attempt)
+    except (RaylaunchError, OSError) as error:
+        _log.warning("the watch over attempts: %s", error)
+
+
+class NodeAgent:
+    """One node's agent. The methods are the actor's calls, see `raylaunch.controller.ray.bridge.RayBridge`."""
+
+    def __init__(self) -> None:
+        os.umask(0o077)
+        self._root = node_root()
+        (self._root / "attempts").mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._packages = Packages(self._root)
+        self._changes = Changes(self._root)
+        self._checksums: dict[str, dict[str, tuple[FileStat, str]]] = {}
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="steward")
+        self._watcher = Watcher(self._root)
+        self._woken: asyncio.Event | None = None
+        self._answered_at = float("-inf")
+        self._gather_s = _GATHER_S
+        self._metrics_at = float("-inf")
+        self._full = False
+        threading.Thread(target=watch, args=(self._root,), name="watch", daemon=True).start()
+
+    async def ready(self) -> int:
+        """Return this process's id."""
+        return os.getpid()
+
+    async def describe(self) -> node_info.NodeFacts:
+        """Return what this node is and has."""
+        return await self._in_thread(lambda: node_info.describe(self._root))
+
+    async def attempts(self) -> list[str]:
+        """Return the attempts that have a folder here."""
+        return await self._in_thread(lambda: attempt_dir.attempts_in(self._root))
+
+    async def package_have(self, sha256: str) -> int:
+        """Return how much of a package is here; -1 when it is whole."""
+        return await self._in_thread(lambda: self._packages.have(sha256))
+
+    async def put_package(self, sha256: str, offset: int, total: int, data: bytes) -> int:
+        """Take a piece of a package, and return as `package_have`."""
+        return await self._in_thread(lambda: self._packages.put(sha256, offset, total, data))
+
+    async def prepare(
+        self, spec: AttemptSpec, package: str, secrets: dict[str, str], runner: bytes, have: Mapping[str, HaveFile]
+    ) -> job_dir.ReadyAttempt:
+        """Make an attempt's folder. `have` is what the store has of it: the files of the attempt before."""
+        self._changes.expect(spec["attempt"], have)
+
+        def make() -> job_dir.ReadyAttempt:
+            unpacked = self._packages.path(package) if package else None
+            try:
+                return job_dir.prepare(
+                    self._root, spec=spec, package=unpacked, secrets=secrets, runner=runner, python=sys.executable
+                )
+            except OSError as error:
+                what = f"the folder of {spec['attempt']} cannot be written"
+                raise storage_error(what, error) from error
+
+        ready = await self._in_thread(make)
+        if self._woken is not None:
+            self._woken.set()
+        return ready
+
+    async def job_has(self, attempt: str) -> int:
+        """Return the number of the attempt whose checkpoints and outputs an attempt's job has here; 0 for none."""
+        return await self._in_thread(lambda: job_dir.last_writer(self._root, attempt))
+
+    async def begin_bringing(self, attempt: str, tag: str, files: Mapping[str, job_dir.StoredFile]) -> list[str]:
+        """Make the folder of an attempt's job ready, and return which of its files are to be brought."""
+
+        def begin() -> list[str]:
+            return job_dir.begin_bringing(self._root, attempt, tag, files)
+
+        return await self._in_thread(begin)
+
+    async def bring(self, attempt: str, path: str, offset: int, data: bytes, wanted: job_dir.StoredFile | None) -> None:
+        """Take a piece of such a file; with the last one comes what the whole is."""
+
+        def take() -> None:
+            try:
+                job_dir.bring(self._root, attempt, path, offset, data, wanted)
+            except OSError as error:
+                what = f"{path} of the attempt before cannot be written"
+                raise storage_error(what, error) from error
+
+        await self._in_thread(take)
+
+    async def end_bringing(self, attempt: str, before: int, collected: list[str]) -> None:
+        """Write down that the files of the attempt numbered `before` are here, and which of them it had collected."""
+        await self._in_thread(lambda: job_dir.end_bringing(self._root, attempt, before, collected))
+
+    async def read_left(self, attempt: str, path: str, offset: int, limit: int) -> job_dir.LeftPiece:
+        """Return a piece of an output that was not kept."""
+        return await self._in_thread(lambda: job_dir.read_left(self._root, attempt, path, offset, limit))
+
+    async def disk_use(self) -> dict[str, int]:
+        """Return the bytes of raylaunch's folders on this node, by what they hold."""
+        return await self._in_thread(lambda: disk_use(self._root))
+
+    async def platform(self, environment: dict[str, str], env: dict[str, str]) -> Platform:
+        """Return which wheels fit an environment here."""
+        return await self._in_thread(lambda: platform_of(environment, {**os.environ, **env}))
+
+    async def index_look(self, env: dict[str, str], kind: str, environment: dict[str, str]) -> dict[str, object]:
+        """Return the same, and under ``index`` whether a package index is reached by a build with these variables."""
+        reached = await self._in_thread(lambda: index_check.reached({**os.environ, **env}, kind=kind))
+        return {**await self.platform(environment, env), "index": reached}
+
+    async def stop(self, attempt: str, wish: StopWish) -> None:
+        """Write the wish to stop an attempt."""
+        await self._in_thread(lambda: attempt_dir.wish_stop(self._root, attempt, wish))
+
+    async def fence(self, attempt: str, tag: str) -> FenceResult:
+        """End all of an attempt's processes, and let none start any more."""
+
+        def end() -> FenceResult:
+            claim = attempt_dir.close(self._root, attempt)
+            path = attempt_dir.attempt_folder(self._root, attempt)
+            if attempt_dir.read_json(path / EXIT) is not None:
+                wait_for_runner(claim, limit_s=_RUNNER_ENDS_S)
+            beat_at = attempt_dir.beat_at(path)
+            killed = end_processes(tag, claim)
+            return FenceResult(
+                killed=killed, claim=dict(claim), exit=attempt_dir.read_json(path / EXIT), beat_at=beat_at
+            )
+
+        return await self._in_thread(end)
+
+    async def changes(self, session: str, have: Have | None, wait_s: float) -> ChangeReply:
+        """Return what changed in the attempts' files; wait up to `wait_s` for something. See `Changes.take`."""
+        woken = self._woken = self._woken or asyncio.Event()
+        deadline = time.monotonic() + wait_s
+        if not self._full:
+            await _at(self._answered_at + self._gather_s)
+        looked = 0
+        while True:
+            woken.clear()
+            looked += 1
+            answer = await self._look(session, have)
+            have = None
+            left_s = deadline - time.monotonic()
+            if answer["resync"] or answer["chunks"] or answer["attempts"] or left_s <= 0:
+                self._pace(answer, at_once=looked == 1, in_time=left_s > 0)
+                return answer
+            await self._watcher.news(woken, min(self._look_s(live=answer["live"]), left_s))
+
+    async def _look(self, session: str, have: Have | None) -> ChangeReply:
+        """Look at the files once; at those that grow with each step of a training, not more often than is read."""
+        now = time.monotonic()
+        metrics = now - self._metrics_at >= _METRICS_S
+        if metrics:
+            self._metrics_at = now
+
+        def take() -> ChangeReply:
+            self._watcher.follow(attempt_dir.attempts_in(self._root))
+            self._watcher.drain()
+            return self._changes.take(session, have, metrics=metrics)
+
+        return await self._in_thread(take)
+
+    def _pace(self, answer: ChangeReply, *, at_once: bool, in_time: bool) -> None:
+        """Let what comes without a pause gather for longer, so that a chatty log costs no more than a quiet one."""
+        self._full = sum(len(chunk["data"]) for chunk in answer["chunks"]) > _MUCH
+        self._gather_s = min(self._gather_s * 2, _GATHER_MOST_S) if at_once else _GATHER_S
+        if in_time:
+            self._answered_at = time.monotonic()
+
+    def _look_s(self, *, live: bool) -> float:
+        """Return how long to wait between two looks at the files when there is no news."""
+        if not live:
+            return _IDLE_LOOK_S
+        if self._watcher.works:
+            return _METRICS_S
+        quiet_s = time.monotonic() - self._answered_at
+        return _LIVE_LOOK_S if quiet_s < _QUIET_AFTER_S else _QUIET_LOOK_S
+
+    async def inventory(self, attempt: str, *, checksums: bool) -> dict[str, tuple[int, str]]:
+        """Return size and checksum of all that an ended attempt has for the store."""
+        path = attempt_dir.attempt_folder(self._root, attempt)
+        known = self._checksums.setdefault(attempt, {})
+        found = await self._in_thread(lambda: inventory(path, checksums=checksums, known=known))
+        self._changes.look_again(attempt)
+        if self._woken is not None:
+            self._woken.set()
+        return found
+
+    async def ray_log(
+        self, logs: str, submission: str, *, offset: int, tail: int | None, limit: int
+    ) -> attempt_files.LogPiece:
+        """Return bytes of the log of a job of plain Ray; `logs` is where Ray keeps them on this node."""
+        return await self._in_thread(
+            lambda: attempt_files.read_ray_log(Path(logs), submission, offset=offset, tail=tail, limit=limit)
+        )
+
+    async def ray_log_grown(self, logs: str, submission: str, size: int, wait_s: float) -> int:
+        """Return the size of such a log as soon as it is more than `size`, or after `wait_s`."""
+        began = time.monotonic()
+        while True:
+            now = await self._in_thread(lambda: attempt_files.ray_log_size(Path(logs), submission))
+            waited_s = time.monotonic() - began
+            if now > size or waited_s >= wait_s:
+                return now
+            await asyncio.sleep(_LIVE_LOOK_S if waited_s < _QUIET_AFTER_S else _QUIET_LOOK_S)
+
+    async def forget(self, attempt: str, *, again: bool = False) -> None:
+        """Delete an attempt's folder; its job's checkpoints and outputs wait for the next one, if another follows."""
+        self._checksums.pop(attempt, None)
+        await self._in_thread(lambda: job_dir.forget(self._root, attempt, again=again))
+
+    async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+async def _at(when: float) -> None:
+    left_s = when - time.monotonic()
+    if left_s > 0:
+        await asyncio.sleep(left_s)

@@ -1,0 +1,145 @@
+"""The folder of one attempt on its node, as `raylaunch.contract` describes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+from raylaunch.contract import CLAIM, HEARTBEAT, SECRETS, STOP, Claim, StopWish
+from raylaunch.errors import NotFoundError
+from raylaunch.runner.processes import boot_id
+
+FENCED = "fenced"
+"""Epoch of a claim that a fence made: no runner has it."""
+
+_ATTEMPT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}-[0-9]{1,6}")
+_LARGEST_JSON = 16 * 1024 * 1024
+_LARGEST_NUMBER = 1 << 53
+_HALF_WRITTEN_S = 1.0
+
+
+def attempt_folder(root: Path, attempt: str) -> Path:
+    """Return where an attempt's folder is below a node root, or would be.
+
+    Raises:
+        NotFoundError: `attempt` is not an attempt's id.
+    """
+    if not _ATTEMPT_ID.fullmatch(attempt):
+        msg = f"{attempt!r} is not an attempt's id"
+        raise NotFoundError(msg)
+    return root / "attempts" / attempt
+
+
+def attempts_in(root: Path) -> list[str]:
+    """Return the ids of the attempts that have a folder below a node root."""
+    try:
+        names = os.listdir(root / "attempts")  # noqa: PTH208 -- looked at many times a second
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in names if _ATTEMPT_ID.fullmatch(name))
+
+
+def wish_stop(root: Path, attempt: str, wish: StopWish) -> None:
+    """Write the wish to stop an attempt; a later one replaces it. Nothing happens when it has no folder."""
+    folder = attempt_folder(root, attempt)
+    if folder.is_dir():
+        write_json(folder / STOP, wish)
+
+
+def close(root: Path, attempt: str) -> Claim:
+    """Make sure that no runner can start this attempt any more, and return its claim.
+
+    When nobody has claimed it, the claim is taken with the epoch `FENCED`. Its secrets are deleted.
+
+    Raises:
+        OSError: The disk is full.
+    """
+    folder = attempt_folder(root, attempt)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mine = Claim(epoch=FENCED, pid=0, started_ticks=0, boot_id=boot_id(), at=time.time())
+    beside = folder / f".{CLAIM}.{os.getpid()}.{secrets.token_hex(8)}"
+    write_file(beside, json.dumps(mine).encode())
+    try:
+        os.link(beside, folder / CLAIM)
+        claim = mine
+    except FileExistsError:
+        claim = _whole_claim(folder) or mine
+    finally:
+        beside.unlink(missing_ok=True)
+    (folder / SECRETS).unlink(missing_ok=True)
+    return claim
+
+
+def beat_at(folder: Path) -> float | None:
+    """Return when the attempt's runner touched its heartbeat last; None when it never did."""
+    try:
+        return (folder / HEARTBEAT).stat().st_mtime
+    except OSError:
+        return None
+
+
+def read_json(path: Path) -> dict[str, object] | None:
+    """Return a JSON object, or None when there is no file or it is not whole. A link is not followed."""
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            value = json.loads(file.read(_LARGEST_JSON))
+    except (OSError, ValueError, RecursionError):  # a job can write there too
+        return None
+    return cast("dict[str, object]", plain(value)) if isinstance(value, dict) else None
+
+
+def plain(value: object) -> object:
+    """Return JSON data that every reader takes: no half characters, and numbers that are finite and not huge."""
+    match value:
+        case str():
+            return value.encode("utf-8", "replace").decode()
+        case bool():
+            return value
+        case int() | float():
+            return value if abs(value) <= _LARGEST_NUMBER else 0  # which NaN is not either
+        case dict():
+            return {plain(key): plain(item) for key, item in value.items()}
+        case list():
+            return [plain(item) for item in value]
+        case _:
+            return value
+
+
+def read_claim(folder: Path) -> Claim | None:
+    """Return who claimed an attempt; None when nobody has, or the claim is not whole yet."""
+    value = read_json(folder / CLAIM)
+    if value is None or not Claim.__required_keys__ <= value.keys():
+        return None
+    return cast("Claim", value)
+
+
+def write_json(path: Path, value: Mapping[str, object]) -> None:
+    """Write a JSON object as a whole, 0600."""
+    write_file(path, json.dumps(value).encode())
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file beside and rename it, 0600."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.unlink(missing_ok=True)
+    try:
+        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _whole_claim(folder: Path) -> Claim | None:
+    """Read a claim that a runner may be writing just now."""
+    deadline = time.monotonic() + _HALF_WRITTEN_S
+    while (claim := read_claim(folder)) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return claim

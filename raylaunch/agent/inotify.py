@@ -1,0 +1,76 @@
+"""Being told by the kernel when an attempt writes a line or a record, so that nobody has to look fifty times a second.
+
+Linux's inotify, over ctypes, for there is no binding in the standard library. Where it cannot be had (macOS, or the
+limit of watches is reached) the steward looks by the clock instead. A file on a network disk is watched as well: the
+writer and the steward are on one node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+from raylaunch.contract import LOGS
+
+_MODIFY, _MOVED_TO, _CREATE, _ONLY_FOLDERS = 0x2, 0x80, 0x100, 0x01000000
+_RECORDS = _MOVED_TO | _CREATE | _ONLY_FOLDERS
+"""Records are renamed or linked into place. What is modified there, heartbeat and reports, is worth no look at once."""
+_LINES = _MODIFY | _MOVED_TO | _CREATE | _ONLY_FOLDERS
+_SOME_EVENTS = 64 * 1024
+
+
+class Watcher:
+    """Says that there may be news in the attempts below a node root: a log that grew, a record, a new attempt."""
+
+    def __init__(self, root: Path) -> None:
+        self._attempts = root / "attempts"
+        self._known: frozenset[str] = frozenset()
+        self._libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+        flags = os.O_NONBLOCK | os.O_CLOEXEC
+        self._descriptor = self._libc.inotify_init1(flags) if self._libc is not None else -1
+        self.works = self._watch(self._attempts, _RECORDS)
+        """Whether the kernel tells; else files have to be looked at by the clock."""
+
+    def follow(self, attempts: Collection[str]) -> None:
+        """Watch these attempts; those that are gone from the disk have left by themselves."""
+        wanted = frozenset(attempts)
+        for attempt in wanted - self._known:
+            folder = self._attempts / attempt
+            self.works &= self._watch(folder, _RECORDS) and self._watch(folder / LOGS, _LINES)
+        self._known = wanted
+
+    def drain(self) -> None:
+        """Forget the news so far: whoever looks at the files now sees what they were about."""
+        with contextlib.suppress(BlockingIOError):
+            while self.works and len(os.read(self._descriptor, _SOME_EVENTS)) > _SOME_EVENTS // 2:
+                continue
+
+    async def news(self, woken: asyncio.Event, timeout_s: float) -> None:
+        """Return when there is news, `woken` is set, or the time is over."""
+        loop = asyncio.get_running_loop()
+        if self.works:
+            loop.add_reader(self._descriptor, woken.set)
+        try:
+            await asyncio.wait_for(woken.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            return
+        finally:
+            if self.works:
+                loop.remove_reader(self._descriptor)
+
+    def _watch(self, folder: Path, mask: int) -> bool:
+        """Watch a folder. One that is not there any more, or never came, has no news."""
+        if self._libc is None or self._descriptor < 0:
+            return False
+        if self._libc.inotify_add_watch(self._descriptor, os.fsencode(folder), mask) >= 0:
+            return True
+        return ctypes.get_errno() in _GONE
+
+
+_GONE = frozenset({2, 20})
+"""ENOENT, ENOTDIR."""

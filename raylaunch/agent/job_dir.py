@@ -1,0 +1,430 @@
+"""What a job keeps on a node between its attempts: its checkpoints and outputs, at one path, with one writer at a time.
+
+``<node root>/jobs/<job>/checkpoints`` and ``outputs`` are the same for each attempt of the job; the attempt's folder
+has links to them. ``writer.json`` says which attempt has written there last, so that no older one writes there again,
+and that a copy which is older than the store's is replaced. Several machines may have one root, by NFS: an older
+attempt whose runner is on another machine is ended by that runner, which is asked to, before a newer one starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypedDict
+
+from raylaunch.agent.attempt_dir import (
+    FENCED,
+    attempt_folder,
+    attempts_in,
+    beat_at,
+    close,
+    read_claim,
+    read_json,
+    wish_stop,
+    write_file,
+    write_json,
+)
+from raylaunch.agent.attempt_files import KEPT_BY_JOB, LINK, FileStat, kept_files
+from raylaunch.agent.packages import lay_out
+from raylaunch.agent.processes import end_processes
+from raylaunch.contract import (
+    ATTEMPT,
+    CODE,
+    COLLECTED,
+    EXIT,
+    LEFT,
+    LEFT_S,
+    LOGS,
+    RUNNER,
+    SECRETS,
+    TMP,
+    WANDB,
+    WHEELS,
+    WRITER,
+    AttemptSpec,
+    StopWish,
+)
+from raylaunch.errors import ClusterError, ConflictError, NotFoundError, TransferError
+from raylaunch.runner.processes import is_of_here
+
+_PART = ".raylaunch-part"
+_ELSEWHERE_S = 60.0
+_SILENT_S = 20.0
+"""Without a heartbeat for so long a runner on another machine is dead: it beats once a second."""
+_POLL_S = 0.2
+
+
+class LeftPiece(NamedTuple):
+    """A piece of an output that was not kept, with what the whole is."""
+
+    data: bytes
+    size: int
+    mtime_ns: int
+
+
+class StoredFile(NamedTuple):
+    """One file as the store has it; a link's target stands after `LINK` in place of a checksum."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+def job_folder(root: Path, attempt: str) -> Path:
+    """Return the folder of an attempt's job below a node root: without links, as programs record it."""
+    return Path(os.path.realpath(root)) / "jobs" / attempt_folder(root, attempt).name.rpartition("-")[0]
+
+
+def last_writer(root: Path, attempt: str) -> int:
+    """Return the number of the attempt whose files an attempt's job has here; 0 where there are none, or not all."""
+    n = (read_json(job_folder(root, attempt) / WRITER) or {}).get("n")
+    return n if isinstance(n, int) else 0
+
+
+def take(root: Path, attempt: str, tag: str, *, elsewhere_s: float = _ELSEWHERE_S) -> Path:
+    """Give the job's folder to an attempt, and return it. May be repeated.
+
+    Older attempts of the job are closed first, and their processes ended: nothing else writes there from now on.
+
+    Args:
+        root: the node root.
+        attempt: the one that is about to start here.
+        tag: its value of `raylaunch.contract.VAR_ATTEMPT`.
+        elsewhere_s: how long the runner of an older attempt on another machine with the same root may take to end it.
+
+    Raises:
+        ConflictError: a newer attempt has it.
+        ClusterError: a process of an older attempt cannot be ended, or its runner on another machine does not end it.
+    """
+    folder, number = job_folder(root, attempt), int(attempt.rpartition("-")[2])
+    _expire(root, folder)
+    _close_older(root, attempt, tag, elsewhere_s=elsewhere_s)
+    for name in KEPT_BY_JOB:
+        _make_folder(folder / name)
+        link = attempt_folder(root, attempt) / name
+        if link.is_dir() and not link.is_symlink():  # 0.1.0 made the attempt and did not start it
+            shutil.rmtree(link)  # what it put there is in the store, and was brought
+        if not os.path.lexists(link):
+            link.symlink_to(Path("../..") / "jobs" / folder.name / name)
+    write_json(folder / WRITER, {"n": number})
+    return folder
+
+
+def begin_bringing(root: Path, attempt: str, tag: str, files: Mapping[str, StoredFile]) -> list[str]:
+    """Make the job's folder ready for the files of the attempt before, and return those that are to be brought.
+
+    What is here and differs, or is not among `files`, is older than the store's, and goes. May be repeated.
+
+    Args:
+        root: the node root.
+        attempt: the one that is about to start here.
+        tag: its value of `raylaunch.contract.VAR_ATTEMPT`.
+        files: those that the store has, by path.
+
+    Raises:
+        ConflictError: a newer attempt has the folder.
+        ClusterError: a process of an older attempt cannot be ended.
+    """
+    _close_older(root, attempt, tag)
+    folder = job_folder(root, attempt)
+    _make_folder(folder)
+    write_json(folder / WRITER, {"n": 0})
+    here = dict(kept_files(folder))
+    for path, stat in here.items():
+        if path not in files or not _equal(stat, files[path]):
+            (folder / path).unlink(missing_ok=True)
+    _prune(folder)
+    for path, wanted in files.items():
+        if wanted.sha256.startswith(LINK) and not (path in here and _equal(here[path], wanted)):
+            where = _place(folder, path)
+            where.symlink_to(wanted.sha256[len(LINK) :])
+    return [
+        path
+        for path, wanted in files.items()
+        if not wanted.sha256.startswith(LINK) and not (path in here and _equal(here[path], wanted))
+    ]
+
+
+def bring(root: Path, attempt: str, path: str, offset: int, data: bytes, wanted: StoredFile | None) -> None:  # noqa: PLR0913, PLR0917
+    """Take a piece of a file; with the last one comes what the whole is.
+
+    Raises:
+        TransferError: the file has another checksum, or pieces are missing.
+    """
+    where = _place(job_folder(root, attempt), path)
+    part = where.with_name(f".{where.name[:180]}{_PART}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (os.O_TRUNC if offset == 0 else 0)
+    with os.fdopen(os.open(part, flags, 0o600), "r+b" if offset else "wb") as file:
+        file.seek(offset)
+        file.write(data)
+    if wanted is None:
+        return
+    with part.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if part.stat().st_size != wanted.size or (wanted.sha256 and digest.hexdigest() != wanted.sha256):
+        part.unlink()
+        msg = f"{path} did not arrive as the store has it"
+        raise TransferError(msg)
+    if wanted.mtime_ns:
+        os.utime(part, ns=(wanted.mtime_ns, wanted.mtime_ns))
+    part.replace(where)
+
+
+def end_bringing(root: Path, attempt: str, before: int, collected: Sequence[str] = ()) -> None:
+    """Write down that the job has the files of the attempt numbered `before` here.
+
+    Args:
+        root: the node root.
+        attempt: the one that is about to start here.
+        before: the number of the one before.
+        collected: those of its outputs that were found in the working directory, which this attempt may replace.
+    """
+    folder = job_folder(root, attempt)
+    write_file(folder / COLLECTED, json.dumps(list(collected)).encode())
+    write_json(folder / WRITER, {"n": before})
+
+
+def read_left(root: Path, attempt: str, path: str, offset: int, limit: int) -> LeftPiece:
+    """Return a piece of an output of an ended attempt that stayed on the node.
+
+    Raises:
+        NotFoundError: it is not here, or no longer.
+    """
+    left = job_folder(root, attempt) / LEFT
+    where = left / path
+    try:
+        if ".." in path.split("/") or Path(os.path.realpath(where)) != where:
+            raise FileNotFoundError
+        with os.fdopen(os.open(where, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            found = os.fstat(file.fileno())
+            file.seek(offset)
+            return LeftPiece(file.read(limit), found.st_size, found.st_mtime_ns)
+    except OSError:
+        msg = f"{path} is not on the node any more: outputs that were not kept stay for {LEFT_S // 86400} days"
+        raise NotFoundError(msg) from None
+
+
+def drop(root: Path, attempt: str) -> None:
+    """Delete the job's folder after its last attempt, unless a newer one has it. Outputs that were left stay a week."""
+    _expire(root, job_folder(root, attempt))
+    if last_writer(root, attempt) > int(attempt.rpartition("-")[2]):
+        return
+    folder = job_folder(root, attempt)
+    if not (folder / LEFT).is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for name in KEPT_BY_JOB:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / COLLECTED).unlink(missing_ok=True)
+    write_json(folder / WRITER, {"n": 0})
+
+
+def _close_older(root: Path, attempt: str, tag: str, *, elsewhere_s: float = _ELSEWHERE_S) -> None:
+    """Make sure that no older attempt of the job writes on this node any more.
+
+    Raises:
+        ConflictError: there is a newer one.
+    """
+    job, _, number = attempt.rpartition("-")
+    others = {int(name.rpartition("-")[2]) for name in attempts_in(root) if name.rpartition("-")[0] == job}
+    newest = max([last_writer(root, attempt), *others])
+    if newest > int(number):
+        msg = f"attempt {newest} of {job} has followed {attempt} on this node"
+        raise ConflictError(msg)
+    for other in sorted(others - {int(number)}):
+        name = f"{job}-{other}"
+        claim = close(root, name)
+        end_processes(tag.removesuffix(attempt) + name, claim)
+        if claim["epoch"] != FENCED and not is_of_here(claim["boot_id"]):
+            _end_elsewhere(root, name, elsewhere_s)
+        for kept in KEPT_BY_JOB:
+            link = attempt_folder(root, name) / kept
+            if link.is_symlink():
+                link.unlink()
+
+
+def _end_elsewhere(root: Path, attempt: str, limit_s: float) -> None:
+    """Wait until an attempt's runner, which is on another machine or was on this one before a reboot, has ended it.
+
+    Raises:
+        ClusterError: it still lives.
+    """
+    folder, deadline = attempt_folder(root, attempt), time.monotonic() + limit_s
+    if read_json(folder / EXIT) is None:  # it is ended also where it is heard of again only later
+        wish_stop(root, attempt, StopWish(why="stopped", grace_s=0.0))
+    while read_json(folder / EXIT) is None and _beats(folder):
+        if time.monotonic() > deadline:
+            msg = f"{attempt} still runs on another machine that has the folder {root} too"
+            raise ClusterError(msg, hint="end it there, or give each host a root of its own that others do not have")
+        time.sleep(_POLL_S)
+
+
+def _beats(folder: Path) -> bool:
+    """Return whether a runner gives signs of life, by the clock of the disk that it writes to."""
+    at = beat_at(folder)
+    if at is None:
+        return False
+    clock = folder / f".clock.{os.getpid()}"
+    clock.write_bytes(b"")
+    now = clock.stat().st_mtime
+    clock.unlink(missing_ok=True)
+    return now - at < _SILENT_S
+
+
+def _equal(stat: FileStat, wanted: StoredFile) -> bool:
+    if stat.link or wanted.sha256.startswith(LINK):
+        return wanted.sha256 == LINK + stat.link
+    return (stat.size, stat.mtime_ns) == (wanted.size, wanted.mtime_ns)
+
+
+def _place(folder: Path, path: str) -> Path:
+    """Return where a file goes; its folders are made."""
+    parts = path.split("/")
+    if parts[0] not in KEPT_BY_JOB or ".." in parts or "" in parts:
+        msg = f"{path!r} is not a path in a job's folder"
+        raise ValueError(msg)
+    where = folder.joinpath(*parts)
+    if not Path(os.path.realpath(where.parent)).is_relative_to(folder):
+        msg = f"{path!r} leads out of the job's folder"
+        raise ValueError(msg)
+    _make_folder(where.parent)
+    return where
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder and those above it, each for this account alone."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(mode=0o700, exist_ok=True)
+
+
+def _prune(folder: Path) -> None:
+    """Delete what is neither a folder with files in it nor one of the files that stay: sockets, links that lead out."""
+    kept = {str(folder / path) for path, _ in kept_files(folder)}
+    for name in KEPT_BY_JOB:
+        for parent, folders, files in os.walk(folder / name, topdown=False):
+            for entry in [*files, *(each for each in folders if os.path.islink(f"{parent}/{each}"))]:  # noqa: PTH114
+                if f"{parent}/{entry}" not in kept:
+                    Path(parent, entry).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it has files
+                Path(parent).rmdir()
+
+
+def _expire(root: Path, own: Path) -> None:
+    """Delete the folders of jobs that went on elsewhere: nothing has used them for a week."""
+    alive = {name.rpartition("-")[0] for name in attempts_in(root)}
+    for folder in _folders(own.parent):
+        writer = folder / WRITER
+        used_at = (writer if writer.exists() else folder).stat().st_mtime
+        if folder != own and folder.name not in alive and time.time() - used_at > LEFT_S:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folders(parent: Path) -> Iterator[Path]:
+    with contextlib.suppress(FileNotFoundError):
+        yield from [path for path in parent.iterdir() if path.is_dir() and not path.is_symlink()]
+
+
+_FICLONE = 0x40049409
+
+
+class ReadyAttempt(TypedDict):
+    """An attempt that can be submitted."""
+
+    folder: str
+    command: str
+
+
+def prepare(  # noqa: PLR0913 -- what an attempt consists of
+    root: Path, *, spec: AttemptSpec, package: Path | None, secrets: Mapping[str, str], runner: bytes, python: str
+) -> ReadyAttempt:
+    """Make an attempt's folder. May be repeated; once a runner has claimed the attempt nothing is changed any more.
+
+    Args:
+        root: The node root.
+        spec: Becomes ``attempt.json``, written last.
+        package: The unpacked package, of which the attempt gets its own copy; None for no code.
+        secrets: Values by name; become ``secrets.json``, which the runner deletes.
+        runner: Bytes of the runner's zip.
+        python: The interpreter that runs it.
+
+    Raises:
+        ConflictError: The attempt was fenced, or a newer one of its job is here.
+        ClusterError: A process of an older attempt of its job cannot be ended.
+        OSError: The disk is full.
+    """
+    folder = attempt_folder(root, spec["attempt"])
+    ready = ReadyAttempt(folder=str(folder), command=shlex.join([python, "-I", str(folder / RUNNER), str(folder)]))
+    claim = read_claim(folder)
+    if claim is not None and claim["epoch"] == FENCED:
+        msg = f"the attempt {spec['attempt']} was ended on this node before it began"
+        raise ConflictError(msg)
+    if claim is not None:
+        return ready
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    job_dir = str(take(root, spec["attempt"], spec["tag"]))
+    for name in (LOGS, WANDB, TMP):
+        (folder / name).mkdir(mode=0o700, exist_ok=True)
+    _copy_code(package, folder / CODE)
+    lay_out(root / "packages", spec["wheels"], folder / WHEELS)
+    write_file(folder / RUNNER, runner)
+    write_json(folder / SECRETS, secrets)
+    envs = spec["envs_dir"] or str(root / "envs")
+    moved_from = spec["moved_from"] if spec["moved_from"] != job_dir else ""
+    write_json(folder / ATTEMPT, {**spec, "envs_dir": envs, "job_dir": job_dir, "moved_from": moved_from})
+    return ready
+
+
+def forget(root: Path, attempt: str, *, again: bool = False) -> None:
+    """Delete an attempt's folder. May be repeated.
+
+    Args:
+        root: The node root.
+        attempt: Its id.
+        again: Another attempt follows, which begins with the checkpoints and outputs of this one.
+    """
+    if not again:
+        drop(root, attempt)
+    folder = attempt_folder(root, attempt)
+    aside = folder.with_name(f".forgotten-{attempt}")
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _copy_code(package: Path | None, code: Path) -> None:
+    if code.is_dir():
+        return
+    beside = code.with_name(f".{code.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    if package is None:
+        beside.mkdir(mode=0o700)
+    else:
+        shutil.copytree(package, beside, symlinks=True, copy_function=_copy_file)
+    beside.chmod(0o700)
+    beside.rename(code)
+
+
+def _copy_file(source: str, target: str) -> str:
+    """Copy one file, sharing its blocks where the file system can; 0600, or 0700 for a program."""
+    mode = 0o700 if os.access(source, os.X_OK) and os.lstat(source).st_mode & 0o100 else 0o600
+    with (
+        Path(source).open("rb") as reader,
+        os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as writer,
+    ):
+        try:
+            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+        except OSError:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+    os.utime(target, ns=(os.stat(source).st_atime_ns, os.stat(source).st_mtime_ns))  # noqa: PTH116 -- a string, as copytree gives it
+    return target

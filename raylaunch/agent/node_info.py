@@ -1,0 +1,159 @@
+"""What a node is and has: machine, disk, GPUs, and who uses those outside this cluster."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import pwd
+import shutil
+import subprocess
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TypedDict
+
+from raylaunch.agent.attempt_dir import attempts_in, read_json
+from raylaunch.agent.processes import environment_of
+from raylaunch.contract import ATTEMPT, VAR_ATTEMPT, VAR_NODE_ROOT
+from raylaunch.runner.processes import boot_id
+from raylaunch.version import __version__
+
+_MIB = 1024 * 1024
+_LARGEST = 1e12
+_NVIDIA_SMI_S = 15
+_GPU_QUERY = ("index", "uuid", "name", "memory.total", "memory.used", "utilization.gpu")
+_PROCESS_QUERY = ("gpu_uuid", "pid", "process_name")
+
+
+class GpuFacts(TypedDict):
+    """One GPU; the fields of `raylaunch.models.cluster.GpuView`."""
+
+    index: str
+    uuid: str
+    name: str
+    memory_total: int | None
+    memory_used: int | None
+    utilization: float | None
+    processes: list[str]
+
+
+class NodeFacts(TypedDict):
+    """What a steward says of its node."""
+
+    hostname: str
+    arch: str
+    gpus: list[GpuFacts]
+    gpu_problem: str
+    """Why GPUs could not be looked at, in words; empty when they could, or there is no ``nvidia-smi``."""
+    memory: int
+    disk_free: int
+    root: str
+    boot_id: str
+    version: str
+    python: str
+    pid: int
+
+
+def describe(root: Path) -> NodeFacts:
+    """Look at this node. Takes as long as ``nvidia-smi`` does, at most 30 s."""
+    problem = ""
+    gpus: list[GpuFacts] = []
+    try:
+        gpus = gpus_seen(is_ours=_membership(root))
+    except (OSError, subprocess.SubprocessError) as error:
+        problem = f"nvidia-smi failed: {error}"
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return NodeFacts(
+        hostname=platform.node(),
+        arch=platform.machine(),
+        gpus=gpus,
+        gpu_problem=problem,
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        disk_free=shutil.disk_usage(root).free,
+        root=str(root),
+        boot_id=boot_id(),
+        version=__version__,
+        python=platform.python_version(),
+        pid=os.getpid(),
+    )
+
+
+def gpus_seen(*, is_ours: Callable[[int], bool]) -> list[GpuFacts]:
+    """Ask ``nvidia-smi`` for the GPUs; none when there is no such program.
+
+    Args:
+        is_ours: Whether a process belongs to this cluster, and so is no use from outside.
+
+    Raises:
+        OSError: ``nvidia-smi`` cannot be started.
+        subprocess.SubprocessError: It failed, or took longer than 15 s.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    users: dict[str, list[str]] = defaultdict(list)
+    for uuid, pid, name in _rows(program, "--query-compute-apps", _PROCESS_QUERY):
+        if pid.isdigit() and not is_ours(int(pid)):
+            users[uuid].append(f"{_user(int(pid))}:{pid}:{name.rsplit('/', 1)[-1]}")
+    return [
+        GpuFacts(
+            index=index,
+            uuid=uuid,
+            name=name,
+            memory_total=_bytes(total),
+            memory_used=_bytes(used),
+            utilization=_number(utilization),
+            processes=sorted(users[uuid]),
+        )
+        for index, uuid, name, total, used, utilization in _rows(program, "--query-gpu", _GPU_QUERY)
+    ]
+
+
+def _rows(program: str, query: str, fields: tuple[str, ...]) -> Iterable[list[str]]:
+    command = [program, f"{query}={','.join(fields)}", "--format=csv,noheader,nounits"]
+    done = subprocess.run(  # noqa: S603 -- fixed words
+        command, capture_output=True, text=True, errors="replace", timeout=_NVIDIA_SMI_S, check=True
+    )
+    rows = csv.reader(done.stdout.splitlines(), skipinitialspace=True)
+    return [[word.strip() for word in row] for row in rows if len(row) == len(fields)]
+
+
+def _number(text: str) -> float | None:
+    """Read a number; ``[N/A]`` and its like are None (GPUs that share the machine's memory say so)."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if 0 <= number <= _LARGEST else None
+
+
+def _bytes(mebibytes: str) -> int | None:
+    number = _number(mebibytes)
+    return None if number is None else int(number) * _MIB
+
+
+def _user(pid: int) -> str:
+    try:
+        uid = Path(f"/proc/{pid}").stat().st_uid
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+    except OSError:
+        return "?"
+
+
+def _membership(root: Path) -> Callable[[int], bool]:
+    """Return the question whether a process was started by this Ray, or by an attempt below this node root."""
+    entries = {f"{VAR_NODE_ROOT}={root}".encode()}
+    entries |= _entries_of_ray(os.environ)
+    for attempt in attempts_in(root):
+        spec = read_json(root / "attempts" / attempt / ATTEMPT)
+        if spec is not None:
+            entries.add(f"{VAR_ATTEMPT}={spec['tag']}".encode())
+    return lambda pid: not entries.isdisjoint(environment_of(pid))
+
+
+def _entries_of_ray(environment: Mapping[str, str]) -> set[bytes]:
+    raylet = environment.get("RAY_RAYLET_PID", "")
+    return {f"RAY_RAYLET_PID={raylet}".encode()} if raylet else set()

@@ -1,0 +1,249 @@
+"""``token``, ``join``, ``leave``: other people on a cluster over SSH."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
+
+from raylaunch.cli.connect import ClusterCommand, as_json, finish, to_come
+from raylaunch.cli.console import count, is_terminal, note, say, say_json, say_lines, shown_text, table
+from raylaunch.cluster.hosts import joined
+from raylaunch.cluster.trust import VARIABLE, accept, destinations, fingerprint, unaccepted
+from raylaunch.config.load import load_cluster_file
+from raylaunch.config.validation import spec_error
+from raylaunch.errors import SpecError
+from raylaunch.models.cluster import TokenView
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.fields import seconds
+from raylaunch.operations.invites import choose, invite
+from raylaunch.operations.invites import join as join_cluster
+
+
+@click.group(epilog="Example:  raylaunch secret set HF_TOKEN < token.txt")
+def secret() -> None:
+    """Set, list and remove secrets. A job names those that it needs: --secret NAME."""
+
+
+@secret.command("set", epilog="Example:  printenv HF_TOKEN | raylaunch secret set HF_TOKEN")
+@click.argument("name")
+@click.option("--for", "people", multiple=True, metavar="NAME", help="Whose jobs may have it; may be repeated.")
+@click.option("--for-everyone", is_flag=True, help="Everybody's jobs may have it, as without --for at first.")
+@click.pass_obj
+def set_(cluster_file: Path | None, *, name: str, people: tuple[str, ...], for_everyone: bool) -> None:
+    """Set a secret. The value is read from stdin, or asked for; never from the command line, which others can see.
+
+    A new value leaves it as it is whose jobs may have the secret, unless --for or --for-everyone changes that.
+    """
+    if people and for_everyone:
+        msg = "--for names people, and --for-everyone all; give one"
+        raise click.UsageError(msg)
+    value = _value(name)
+    if not value and name.isidentifier():  # what is no name is the controller's to refuse
+        msg = f"the value of {name} is empty"
+        raise SpecError(msg, hint=f"give it on stdin: printenv {name} | raylaunch secret set {name}")
+
+    async def work() -> None:
+        async with ClusterCommand(cluster_file).client() as client:
+            await client.secrets_set(name, value, people=() if for_everyone else people or None)
+
+    finish(work())
+    note(f"{name} is set")
+
+
+def _value(name: str) -> str:
+    if is_terminal(sys.stdin):
+        return str(click.prompt(shown_text(f"Value of {name}"), hide_input=True, err=True))
+    return sys.stdin.read().rstrip("\r\n")
+
+
+@secret.command("list", epilog="Example:  raylaunch secret list")
+@as_json
+@click.pass_obj
+def list_secrets(cluster_file: Path | None, *, as_json: bool) -> None:
+    """List the names of the secrets that are set."""
+
+    async def work() -> tuple[str, ...]:
+        async with ClusterCommand(cluster_file).client() as client:
+            return await client.secrets_list()
+
+    names = finish(work())
+    if as_json:
+        say_json(list(names))
+        return
+    for name in names:
+        say(name)
+    if not names:
+        note("no secrets are set")
+
+
+@secret.command("rm", epilog="Example:  raylaunch secret rm HF_TOKEN")
+@click.argument("name")
+@click.pass_obj
+def rm(cluster_file: Path | None, *, name: str) -> None:
+    """Remove a secret."""
+
+    async def work() -> None:
+        async with ClusterCommand(cluster_file).client() as client:
+            await client.secrets_remove(name)
+
+    finish(work())
+    note(f"{name} is removed")
+
+
+class _Trust(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    cluster: str
+    fingerprint: str
+    connects_to: tuple[str, ...]
+    accepted: bool
+
+
+@click.command(epilog="Example:  raylaunch trust cluster.yaml")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--show", is_flag=True, help="Print what the file connects to, and accept nothing.")
+@as_json
+@click.pass_obj
+def trust(cluster_file: Path | None, *, file: Path | None, show: bool, as_json: bool) -> None:
+    """Accept the hosts and addresses that FILE names; without FILE those of the cluster that applies here.
+
+    raylaunch contacts nothing that a cluster file names before you have accepted it. 'init' and 'add' accept the hosts
+    that you type, and 'up' asks in a terminal. Comments, names and other settings may change without a new question.
+    """
+    spec = load_cluster_file(file or cluster_file).spec
+    if not show:
+        accept(spec)
+    places = destinations(spec)
+    code = fingerprint(spec) if places else ""
+    accepted = not unaccepted(spec)
+    if as_json:
+        words = tuple(one.words for one in places)
+        say_json(_Trust(cluster=spec.name, fingerprint=code, connects_to=words, accepted=accepted))
+        return
+    if not places:
+        say(f"cluster {spec.name} is on this machine: there is nothing to accept")
+        return
+    say(f"cluster {spec.name}: {'accepted' if accepted else 'not accepted yet'}")
+    for one in places:
+        say(f"  {one.words}")
+    note(f"in CI: {VARIABLE}={code}")
+
+
+ROLES = ("viewer", "trainer", "operator", "admin")
+
+
+@click.group(epilog="Example:  raylaunch token create --for alice --role trainer")
+def token() -> None:
+    """Say who may use the cluster: invite people, list and revoke tokens."""
+
+
+@token.command(epilog="Example:  raylaunch token create --for alice --role trainer --expires 90d")
+@click.option("--for", "person", required=True, metavar="NAME", help="Whom; the name stands beside her jobs.")
+@click.option("--role", type=click.Choice(ROLES), default="trainer", show_default=True, help="What she may do.")
+@click.option("--expires", metavar="TIME", help="When her token is over: 90d, 2027-01-31; without it never.")
+@click.option("--valid", default="24h", show_default=True, metavar="DURATION", help="How long the line is good.")
+@click.pass_obj
+def create(cluster_file: Path | None, *, person: str, role: str, expires: str | None, valid: str) -> None:
+    """Print the line that lets a person in. It works once; she needs an account of her own on the head."""
+    at = to_come(expires, option="--expires")
+    valid_s = _seconds(valid)
+    line, over = finish(invite(ClusterCommand(cluster_file), person, role, valid_s=valid_s, token_expires_at=at))
+    say(line)
+    note(f"{person} pastes this once, until {_when(over)}; `ssh` to that head must work for her")
+
+
+@token.command("list", epilog="Example:  raylaunch token list --json")
+@as_json
+@click.pass_obj
+def list_(cluster_file: Path | None, *, as_json: bool) -> None:
+    """List whose tokens there are. Tokens themselves are known to nobody but their owners."""
+
+    async def work() -> tuple[TokenView, ...]:
+        async with ClusterCommand(cluster_file).client() as client:
+            return await client.admin.tokens()
+
+    found = finish(work())
+    if as_json:
+        say_json(RootModel[tuple[TokenView, ...]](found))
+        return
+    say_lines(table(("ID", "PERSON", "ROLE", "SINCE", "UNTIL", ""), (tuple(_row(one)) for one in found)))
+
+
+def _row(one: TokenView) -> Iterator[str]:
+    yield from (one.id, one.person, one.role)
+    yield _when(one.created_at) if one.created_at else ""
+    yield _when(one.expires_at) if one.expires_at else ""
+    over = one.expires_at is not None and one.expires_at <= time.time()
+    yield "invited" if one.invited else "over" if over else "yours" if one.mine else ""
+
+
+@token.command(epilog="Example:  raylaunch token revoke alice")
+@click.argument("who")
+@click.pass_obj
+def revoke(cluster_file: Path | None, *, who: str) -> None:
+    """Take back the tokens and invitations of a person, or one by its ID. Her jobs go on."""
+
+    async def work() -> int:
+        async with ClusterCommand(cluster_file).client() as client:
+            return await client.admin.revoke(who)
+
+    note(f"{count(finish(work()), 'token')} of {who} revoked")
+
+
+@click.command(epilog="Example:  raylaunch join lab --head dgx-1.example.org --port 41234 --code k7qm2-…")
+@click.argument("name")
+@click.option("--head", required=True, metavar="HOST", help="The cluster's head, as for ssh.")
+@click.option("--port", type=click.IntRange(1, 65535), required=True, help="The controller's, on the head's loopback.")
+@click.option("--code", required=True, help="The invitation's; it works once, and is worth nothing then.")
+@click.option("--fingerprint", help="The host key that the head must show.")
+@click.option("--jump", multiple=True, help="A machine to go through; may be repeated.")
+@click.option("--user", help="Your account on the head, where ~/.ssh/config does not say it.")
+@click.option("--key", help="The private key to log in with.")
+def join(  # noqa: PLR0913 -- each is one fact of the line
+    *,
+    name: str,
+    head: str,
+    port: int,
+    code: str,
+    fingerprint: str | None,
+    jump: tuple[str, ...],
+    user: str | None,
+    key: str | None,
+) -> None:
+    """Use a cluster that somebody else runs: paste the line that she sent you ('raylaunch token create')."""
+    given = {"host": head, "fingerprint": fingerprint, "jump": list(jump), "user": user, "key": key}
+    host: dict[str, object] = {field: value for field, value in given.items() if value}
+    try:
+        ClusterSpec.model_validate({"name": name, "kind": "ssh", "hosts": [host]})
+    except ValidationError as error:
+        raise spec_error(error, ClusterSpec, {"name": name, "hosts": [host]}, lambda _path: "") from None
+    admission = finish(join_cluster(name, host, port=port, code=code))
+    say(f"joined cluster {name} as {admission.person}, {admission.role}; {admission.made_by} runs it")
+    if choose(name, cwd=Path.cwd()):
+        note("it is the one that is meant where no cluster.yaml lies; others: raylaunch switch")
+    else:
+        note(f"name it once: raylaunch --cluster {name} list; or always: raylaunch switch {name}")
+
+
+@click.command(epilog="Example:  raylaunch leave lab")
+@click.argument("name")
+def leave(name: str) -> None:
+    """Forget a cluster that was joined. The cluster, and your jobs there, go on."""
+    finish(joined.leave(name))
+    note(f"cluster {name} is forgotten here; who runs it can revoke the token: raylaunch token revoke")
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(str(seconds(text)))
+    except ValueError as error:
+        raise SpecError(str(error), field="valid") from None
+
+
+def _when(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))

@@ -1,0 +1,469 @@
+"""The verbs of a cluster over HTTP: the asynchronous truth that the CLI, the SDK and the MCP server stand on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import quote
+
+from pydantic import TypeAdapter
+from typing_extensions import Self, TypedDict
+
+from raylaunch.client import downloads
+from raylaunch.client.admin import Admin
+from raylaunch.client.downloads import Downloaded, MayReplace
+from raylaunch.client.logs import LogChunk, LogFollower, LogPlace, read_chunk
+from raylaunch.client.sensitive import NO_MORE, Allowances
+from raylaunch.client.transfer import OnProgress, no_progress, send_it
+from raylaunch.client.transport import Params, Patience, Reachable, Transport, page_from
+from raylaunch.errors import whose
+from raylaunch.files import Directory
+from raylaunch.models.cluster import ControllerStatus, RayAccess
+from raylaunch.models.fields import Count, Environment
+from raylaunch.models.job import (
+    Artifact,
+    DryRun,
+    Event,
+    EventPage,
+    JobPage,
+    JobView,
+    LogMatches,
+    MetricsPage,
+    PackReport,
+    SubmitAnswer,
+    UsagePage,
+    WheelSet,
+)
+from raylaunch.models.job_spec import JobSpec
+from raylaunch.models.states import JobState
+
+if TYPE_CHECKING:
+    from raylaunch.client.packing import Packed
+    from raylaunch.client.submitting import Submitter
+
+
+_Result = TypeVar("_Result")
+
+HOLD_S = 25.0
+"""How long one question about news is held open."""
+_LOOK_S = 300.0
+_NAMED = 3
+PATIENCE_S = 60.0
+"""How long a lost controller is waited for where something is followed: it restarts in a few seconds."""
+
+
+class _Freed(TypedDict):
+    bytes: Count
+
+
+def _say_nothing(_sentence: str) -> None:
+    pass
+
+
+class Client:
+    """One cluster. An async context manager.
+
+    ::
+
+        async with Client(reach) as client:
+            answer = await client.submit(JobSpec(entrypoint="python train.py"))
+            job = await client.wait(answer.job.id)
+
+    `ref` is a job's id, its name (then your latest job of that name), or ``last``, everywhere. What reads takes
+    somebody else's job where you have none of that name, and `on_notice` is told whose it is; `stop`, `remove` and
+    `download` raise `NotYoursError`. All verbs raise `ClusterDownError` when nothing answers, `AccessError` when the
+    token may not do it, and `NotFoundError` for a job that there is not.
+
+    Args:
+        reach: where the controller answers, and the token.
+        cluster: its name, for messages.
+        patience_s: how long following, waiting, submitting and transfers outlast a controller that is away.
+        on_notice: told when the connection was lost, when it is back, and whose job a name means that is not yours.
+        heal: called when nothing answers, at most every few seconds; returns where to go on.
+        replace_hung: called when the controller takes connections and does not respond; returns where to go on.
+        over_ssh: whether the cluster's head is reached over SSH: large files then come over several connections.
+        here: whether the cluster is on this machine, so that jobs may use the environment that is active here.
+        prefix: `sys.prefix` where the interpreter is the person's own, as in a notebook.
+        environment: what the cluster.yaml on this machine says of jobs' environment: only then are packages that the
+            cluster lists resolved here.
+    """
+
+    def __init__(  # noqa: PLR0913 -- all keywords, each with a sentence
+        self,
+        reach: Reachable,
+        *,
+        cluster: str = "local",
+        patience_s: float = PATIENCE_S,
+        on_notice: Callable[[str], None] = _say_nothing,
+        heal: Callable[[], Awaitable[Reachable]] | None = None,
+        replace_hung: Callable[[], Awaitable[Reachable]] | None = None,
+        over_ssh: bool = False,
+        here: bool = False,
+        prefix: str = "",
+        environment: Environment | None = None,
+    ) -> None:
+        self._environment = environment
+        self._ssh_cluster = cluster if over_ssh else ""
+        self._wire = Transport(reach, cluster=cluster, replace_hung=replace_hung, on_others=self._say_whose)
+        self._others: set[str] = set()
+        self._notice = on_notice
+        self._here, self._prefix = here, prefix
+        self.admin = Admin(self._wire)
+        self._patience = Patience(self._wire, limit_s=patience_s, on_notice=on_notice, heal=heal)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        await self._wire.__aexit__()
+
+    def _say_whose(self, job: str, owner: str) -> None:
+        if job not in self._others:
+            self._others.add(job)
+            self._notice(f"you have no job of that name; this is {job}, {whose(owner)}")
+
+    def is_others(self, job_id: str) -> bool:
+        """Return whether a job was asked for by a name that means no job of yours."""
+        return job_id in self._others
+
+    async def patient(self, call: Callable[[], Awaitable[_Result]]) -> _Result:
+        """Repeat a call that may be repeated while nothing answers, for `patience_s` at most."""
+        return await self._patience.outlast(call)
+
+    # --- the cluster
+
+    async def status(self) -> ControllerStatus:
+        """Return what the controller says of itself, Ray and the nodes."""
+        return await self._wire.model(ControllerStatus, "GET", "/v1/status")
+
+    async def usage(self) -> UsagePage:
+        """Return what the store holds, largest first."""
+        return await self._wire.model(UsagePage, "GET", "/v1/usage")
+
+    async def ray_access(self) -> RayAccess:
+        """Return what Ray's own tools need to reach the cluster."""
+        return await self._wire.model(RayAccess, "GET", "/v1/ray")
+
+    async def secrets_list(self) -> tuple[str, ...]:
+        """Return the names of the secrets that are set."""
+        answer = await self._wire.ask("GET", "/v1/secrets")
+        return answer.read(TypeAdapter(tuple[str, ...]))
+
+    async def secrets_set(self, name: str, value: str, *, people: Sequence[str] | None = None) -> None:
+        """Set a secret; jobs that name it find it in their environment.
+
+        Args:
+            name: its name.
+            value: its value.
+            people: whose jobs may have it; none for everybody's. None leaves that as it is: at first everybody's.
+        """
+        body: dict[str, object] = {"value": value} if people is None else {"value": value, "people": list(people)}
+        await self._wire.ask("PUT", f"/v1/secrets/{quote(name, safe='')}", body=body)
+
+    async def secrets_remove(self, name: str) -> None:
+        """Remove a secret."""
+        await self._wire.ask("DELETE", f"/v1/secrets/{quote(name, safe='')}")
+
+    # --- jobs
+
+    async def submit(  # noqa: PLR0913 -- what to run, and who is told
+        self,
+        spec: JobSpec,
+        *,
+        request_id: str = "",
+        secrets: Mapping[str, str] | None = None,
+        allow: Allowances = NO_MORE,
+        packed: Packed | None = None,
+        on_packed: Callable[[PackReport, int], None] | None = None,
+        on_upload: Callable[[int], Awaitable[None]] = send_it,
+        on_progress: OnProgress = no_progress,
+    ) -> SubmitAnswer:
+        """Pack the working directory, send what the cluster lacks of it, and submit.
+
+        Args:
+            spec: what to run.
+            request_id: the same id with the same spec and code returns the same job. By default a random one, so that
+                a submission whose answer was lost is repeated safely.
+            secrets: values for this job alone, by the name of their environment variable.
+            allow: what a person lets through that is refused otherwise (`raylaunch.client.sensitive`).
+            packed: its code, where `raylaunch.client.submitting.checked` has packed it already; closed at the end.
+            on_packed: told what was packed, and the size of the archive.
+            on_upload: told how many bytes the cluster lacks, before the first is sent; it may raise.
+            on_progress: told how far the upload is.
+
+        Raises:
+            SpecError: the working directory cannot be packed, or the cluster could never run this.
+            WithheldError: files in the working directory look like secrets, or the upload is larger than allowed.
+            ConflictError: `request_id` was used for something else.
+        """
+        return await self._submitter().submit(
+            spec,
+            request_id=request_id,
+            secrets=secrets,
+            allow=allow,
+            packed=packed,
+            on_packed=on_packed,
+            on_upload=on_upload,
+            on_progress=on_progress,
+        )
+
+    async def dry_run(
+        self, spec: JobSpec, *, secrets: Mapping[str, str] | None = None, allow: Allowances = NO_MORE
+    ) -> DryRun:
+        """Return what `submit` would send, and where the job could run; send nothing. Checks and raises as `submit`."""
+        return await self._submitter().dry_run(spec, secrets=secrets, allow=allow)
+
+    async def send_environment(self, *, on_progress: OnProgress = no_progress) -> tuple[WheelSet, ...]:
+        """Send the wheels of the packages that cluster.yaml lists, for nodes without an index; return what was sent."""
+        return await self._submitter().send_environment(on_progress=on_progress)
+
+    def _submitter(self) -> Submitter:
+        from raylaunch.client.submitting import Submitter  # noqa: PLC0415 -- only a submission reads ignore files and git
+
+        return Submitter(
+            self._wire,
+            patient=self.patient,
+            on_notice=self._notice,
+            here=self._here,
+            prefix=self._prefix,
+            environment=self._environment,
+        )
+
+    async def jobs(  # noqa: PLR0913 -- each is one filter
+        self,
+        *,
+        states: Sequence[JobState] = (),
+        name: str = "",
+        owner: str = "",
+        tag: str = "",
+        since: float | None = None,
+        limit: int = 50,
+        cursor: str = "",
+    ) -> JobPage:
+        """Return one page of jobs, newest first. `since` is a time in seconds since the epoch."""
+        params: Params = {
+            "state": ",".join(state.value for state in states),
+            "name": name,
+            "owner": owner,
+            "tag": tag,
+            "since": since,
+            "limit": limit,
+            "cursor": cursor,
+        }
+        page = page_from((await self._wire.ask("GET", "/v1/jobs", params=params)).body)
+        if page.unreadable:
+            left_out = ", ".join(page.unreadable[:_NAMED]) + (" and others" if len(page.unreadable) > _NAMED else "")
+            count = len(page.unreadable)
+            self._notice(f"{count} {'job' if count == 1 else 'jobs'} cannot be read and left out: {left_out}")
+        return page
+
+    async def job(self, ref: str) -> JobView:
+        """Return one job with everything about it."""
+        return await self._wire.model(JobView, "GET", _of(ref))
+
+    async def own_job(self, ref: str) -> JobView:
+        """Return one job as `job` does, and somebody else's by its id alone.
+
+        Raises:
+            NotYoursError: `ref` is a name, and you have no job of that name.
+        """
+        return await self._wire.model(JobView, "GET", _of(ref), params={"own": "true"})
+
+    async def stop(self, ref: str, *, grace_s: float | None = None) -> JobView:
+        """Ask a job to stop; it is `stopped` only when all its processes are gone, so `wait` for that.
+
+        Raises:
+            NotYoursError: as `own_job`.
+        """
+        return await self._wire.model(JobView, "POST", _of(ref, "stop"), body={"grace_s": grace_s})
+
+    async def remove(self, ref: str) -> int:
+        """Delete an ended job with all its files, and return how many bytes that were.
+
+        Raises:
+            ConflictError: the job has not ended.
+            NotYoursError: as `own_job`.
+        """
+        answer = await self._wire.ask("DELETE", _of(ref))
+        return answer.read(TypeAdapter(_Freed))["bytes"]
+
+    # --- what happens
+
+    async def events(self, ref: str, *, after: int = 0, wait_s: float = 0.0) -> EventPage:
+        """Return a job's events after a cursor; with `wait_s`, hold on until there is one."""
+        params = {"after": after, "wait_s": wait_s}
+        return await self._wire.model(EventPage, "GET", _of(ref, "events"), params=params, wait_s=wait_s)
+
+    async def follow(self, ref: str, *, after: int = 0) -> AsyncIterator[Event]:
+        """Yield a job's events after a cursor, those to come too, until the job has ended."""
+        job = await self.patient(lambda: self.job(ref))
+        cursor, ended = after, job.state.ended
+        while True:
+            page = await self._news(job.id, cursor, 0.0 if ended else HOLD_S)
+            for event in page.events:
+                yield event
+            cursor = max(cursor, page.cursor)
+            if page.events:
+                ended = ended or any(event.state is not None and event.state.ended for event in page.events)
+            elif ended:
+                return
+            else:
+                ended = (await self.patient(lambda: self.job(job.id))).state.ended
+
+    async def wait(self, ref: str) -> JobView:
+        """Return the job when it has ended."""
+        job = await self.patient(lambda: self.job(ref))
+        looked = time.monotonic()
+        while not job.state.ended:
+            asked = time.monotonic()
+            news = await self._news(job.id, job.cursor, HOLD_S)
+            now = time.monotonic()
+            # Each change of state is an event, and a look at a job that runs reads all that its metrics have become. So
+            # it is looked at when there is news, when the controller goes and answers early, and every few minutes.
+            if news.events or now - asked < HOLD_S / 2 or now - looked > _LOOK_S:
+                job, looked = await self.patient(lambda: self.job(job.id)), now  # noqa: B023 -- called before the next turn
+        return job
+
+    async def _news(self, job_id: str, after: int, wait_s: float) -> EventPage:
+        return await self.patient(lambda: self.events(job_id, after=after, wait_s=wait_s))
+
+    # --- what it leaves behind
+
+    async def logs(  # noqa: PLR0913 -- each says where to read
+        self,
+        ref: str,
+        *,
+        attempt: int | None = None,
+        rank: int = 0,
+        tail: int | None = None,
+        offset: int | None = None,
+        limit: int | None = None,
+        wait_s: float = 0.0,
+    ) -> LogChunk:
+        """Return bytes of a log: from the last `tail` lines on, or from `offset`; at most 1 MiB at once.
+
+        Go on from `next_offset`. With `wait_s`, an offset at the end of the log waits for more.
+        """
+        return await read_chunk(self._wire, ref, LogPlace(attempt, rank, tail, offset), limit=limit, wait_s=wait_s)
+
+    async def follow_logs(
+        self, ref: str, *, attempt: int | None = None, rank: int = 0, tail: int | None = None, offset: int | None = None
+    ) -> AsyncIterator[LogChunk]:
+        """Yield a log's bytes from a place on, as they are written, until the job has ended.
+
+        Begins in the latest attempt and goes on with later ones; with `attempt`, only that one. With neither `tail` nor
+        `offset`, from its beginning.
+        """
+        job = await self.patient(lambda: self.job(ref))
+        place = LogPlace(attempt or len(job.attempts) or 1, rank, tail, offset)
+
+        async def read(at: LogPlace) -> LogChunk:
+            return await self.patient(lambda: read_chunk(self._wire, job.id, at, limit=None, wait_s=HOLD_S))
+
+        follower = LogFollower(read, lambda n: self._job_with(job.id, n))
+        async for chunk in follower.all_from(place, only=attempt is not None):
+            yield chunk
+
+    async def _job_with(self, job_id: str, attempt: int) -> JobView:
+        """Return the job when it has that attempt, or has ended."""
+        job = await self.patient(lambda: self.job(job_id))
+        while not job.state.ended and len(job.attempts) < attempt:
+            await self._news(job_id, job.cursor, HOLD_S)
+            job = await self.patient(lambda: self.job(job_id))
+        return job
+
+    async def search_logs(  # noqa: PLR0913 -- each is one option of the search
+        self,
+        ref: str,
+        pattern: str,
+        *,
+        regex: bool = False,
+        ignore_case: bool = False,
+        offset: int = 0,
+        line: int = 0,
+        limit: int = 100,
+        attempt: int | None = None,
+        rank: int = 0,
+    ) -> LogMatches:
+        """Return lines of a log that hold `pattern`, from `offset` on, whose line has the number `line`, if known."""
+        params: Params = {
+            "pattern": pattern,
+            "regex": int(regex),
+            "ignore_case": int(ignore_case),
+            "offset": offset,
+            "line": line,
+            "limit": limit,
+            "attempt": attempt,
+            "rank": rank,
+        }
+        return await self._wire.model(LogMatches, "GET", _of(ref, "logs/search"), params=params)
+
+    async def metrics(self, ref: str, *, keys: Sequence[str] = (), max_points: int = 500) -> MetricsPage:
+        """Return a job's metrics: names and last values, and the points of those in `keys`."""
+        params: Params = {"key": list(keys), "max_points": max_points}
+        return await self._wire.model(MetricsPage, "GET", _of(ref, "metrics"), params=params)
+
+    async def metrics_csv(self, ref: str, *, keys: Sequence[str] = ()) -> AsyncIterator[bytes]:
+        """Yield ``step,at,key,value`` lines of all points, as bytes."""
+        async with self._wire.stream(_of(ref, "metrics.csv"), params={"key": list(keys)}) as body:
+            async for data in body.chunks():
+                yield data
+
+    async def files(self, ref: str) -> tuple[Artifact, ...]:
+        """Return the files that a job has left behind so far."""
+        answer = await self._wire.ask("GET", _of(ref, "files"))
+        return answer.read(TypeAdapter(tuple[Artifact, ...]))
+
+    async def download(  # noqa: PLR0913 -- each says what goes where
+        self,
+        ref: str,
+        paths: Sequence[str] = (),
+        *,
+        dest: Path | Directory,
+        everything: bool = False,
+        replace: bool = False,
+        hidden: bool = True,
+        on_progress: OnProgress = no_progress,
+    ) -> tuple[Downloaded, ...]:
+        """Fetch files into `dest`, each verified against its checksum; what is there already is not fetched again.
+
+        A file that is there and is something else is kept, unless it is what an earlier download of this job left.
+
+        Args:
+            ref: the job.
+            paths: names, folders or globs; none means the job's outputs, each from the latest attempt that has it.
+            dest: folder that they go into: outputs under the names that the job gave them, others as in the store. No
+                part of a relative path may be a link; of an absolute one the last.
+            everything: without `paths`: checkpoints, logs, tracking and records too.
+            replace: whether files that are there already with other content are replaced, and whether the folder may
+                hold another job's files.
+            hidden: whether files may be written whose names have a part that starts with a dot.
+            on_progress: told how far each file is.
+
+        Raises:
+            ConflictError: `dest` holds another job's files.
+            NotYoursError: as `own_job`: somebody else's files may run code when they are opened.
+            IncompleteDownloadError: some files are not here, such as those that were kept; all others are.
+            NotFoundError: a name fits no file.
+            StorageError: a file cannot be written here.
+        """
+        from raylaunch.client.parallel_download import ParallelDownload  # noqa: PLC0415 -- only a download needs it
+
+        job, wide = await self.own_job(ref), ParallelDownload(self._ssh_cluster)
+        files = [file for file in await self.files(job.id) if not file.link]
+        files = downloads.chosen(files, tuple(paths), everything=everything)
+
+        async def bring(artifact: Artifact, folder: Directory, name: str, *, replace: MayReplace) -> Downloaded:
+            fetch = partial(downloads.download, self._wire, job.id, artifact, folder, name, wide=wide)
+            return await self.patient(partial(fetch, replace=replace, on_progress=on_progress))
+
+        named = [(file, file.path if everything else downloads.local_name(file)) for file in files]
+        return await downloads.download_all(bring, job.id, named, dest, replace=replace, hidden=hidden)
+
+
+def _of(ref: str, verb: str = "") -> str:
+    base = f"/v1/jobs/{quote(ref, safe='')}"
+    return f"{base}/{verb}" if verb else base

@@ -1,0 +1,251 @@
+"""Which files of a folder are sent: the rules of ``.gitignore``, ``.raylaunchignore``, and those that are built in.
+
+What git tracks is sent whatever git's rules or the built-in ones say, as in a clone; only ``.raylaunchignore`` leaves
+it out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from pathspec import GitIgnoreSpec
+
+from raylaunch.client.sensitive import FETCHED, Stamp, fetched_in
+from raylaunch.errors import StorageError
+from raylaunch.files import Directory
+
+NEVER = (".git", ".raylaunch")
+_OWN_HOME = "built in: RAYLAUNCH_HOME, with the keys to clusters"
+BUILT_IN = (
+    "__pycache__/",
+    "*.pyc",
+    ".venv/",
+    "node_modules/",
+    "wandb/",
+    ".mypy_cache/",
+    ".pytest_cache/",
+    ".ruff_cache/",
+    ".ipynb_checkpoints/",
+    ".tox/",
+    ".nox/",
+    ".DS_Store",
+    ".netrc",
+)
+FILES = (".gitignore", ".raylaunchignore")
+"""Read in this order; the later has the last word in a folder."""
+
+
+class LeftOut(NamedTuple):
+    """The rule that leaves a path out, as written; `final` when it holds for what git tracks too."""
+
+    rule: str
+    final: bool
+
+
+class TrackedFiles(NamedTuple):
+    """What git tracks in a folder: its files, and the folders that hold them."""
+
+    files: frozenset[str]
+    folders: frozenset[str]
+
+    @classmethod
+    def of(cls, files: frozenset[str]) -> TrackedFiles:
+        """Return the same with the folders of `files`."""
+        folders = set[str]()
+        for file in files:
+            folder = file.rpartition("/")[0]
+            while folder and folder not in folders:
+                folders.add(folder)
+                folder = folder.rpartition("/")[0]
+        return cls(files, frozenset(folders))
+
+
+class FoundPath(NamedTuple):
+    """A path to send, relative to the working directory, its entry, and the folder of that, which is open for now."""
+
+    path: str
+    entry: os.DirEntry[str]
+    folder: Directory
+
+
+def walk(
+    root: Directory, tracked: TrackedFiles, *, on_left_out: Callable[[str, LeftOut, int], None]
+) -> Iterator[FoundPath]:
+    """Yield what is to be sent of `root`, each folder before its contents, in the order of names.
+
+    Each folder is opened name by name: what has become a link meanwhile is not followed.
+
+    Args:
+        root: the working directory, open.
+        tracked: what git tracks in it.
+        on_left_out: told each path that is left out, by which rule, and its size in bytes (0 for a folder).
+
+    Raises:
+        StorageError: a folder cannot be read, or is a link by now.
+    """
+    stack = [_Folder("", IgnoreRules.above(root.path), None, {})]
+    home = Path(os.environ.get("RAYLAUNCH_HOME") or "~/.raylaunch").expanduser().resolve()
+    while stack:
+        folder = stack.pop()
+        rules = folder.rules.entering(root.path, folder.path)
+        base = f"{folder.path}/" if folder.path else ""
+        fetched = {**folder.fetched, **{base + name: stamp for name, stamp in _fetched(root, folder.path)}}
+        deeper = []
+        with _opened(root, folder.path) as here:
+            for entry in _entries(here, folder.path or "."):
+                path = base + entry.name
+                is_dir = entry.is_dir(follow_symlinks=False)
+                left = rules.rule_against(path, entry, is_dir=is_dir, folder=here) or folder.left
+                if is_dir and (root.path / path).resolve() == home:
+                    left = LeftOut(_OWN_HOME, final=True)
+                if left is None and path in fetched and fetched[path].is_still(entry):
+                    left = LeftOut(FETCHED, final=False)
+                if left and (left.final or path not in (tracked.folders if is_dir else tracked.files)):
+                    on_left_out(path, left, 0 if is_dir else entry.stat(follow_symlinks=False).st_size)
+                    continue
+                yield FoundPath(path, entry, here)
+                if is_dir:
+                    deeper.append(_Folder(path, rules, left, fetched))
+        stack.extend(reversed(deeper))
+
+
+def _fetched(root: Directory, folder: str) -> Iterable[tuple[str, Stamp]]:
+    return fetched_in(root.path / folder).items()
+
+
+def _opened(root: Directory, folder: str) -> Directory:
+    try:
+        return root.below(folder.split("/") if folder else ())
+    except OSError as error:
+        raise unreadable(folder or ".", error) from None
+
+
+class _Folder(NamedTuple):
+    """A folder to look into; `left` is the rule that leaves out all in it that git does not track."""
+
+    path: str
+    rules: IgnoreRules
+    left: LeftOut | None
+    fetched: Mapping[str, Stamp]
+
+
+def _entries(folder: Directory, shown: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder.descriptor) as entries:
+            return sorted(entries, key=lambda entry: os.fsencode(entry.name))
+    except OSError as error:
+        raise unreadable(shown, error) from None
+
+
+def unreadable(path: str, error: OSError) -> StorageError:
+    """Return the error for a file or folder of the working directory that cannot be read."""
+    return StorageError(
+        f"{printable(path)} in the working directory cannot be read: {error.strerror}",
+        hint=f"make it readable, or leave it out with a line in .raylaunchignore: /{printable(path)}",
+    )
+
+
+def printable(path: str) -> str:
+    """Return a file name as text: names that are not UTF-8 cannot travel in JSON."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+class _RuleFile(NamedTuple):
+    """One ignore file: its name for messages, the folder that it rules (relative to the root), and its lines."""
+
+    shown: str
+    base: str
+    lines: tuple[str, ...]
+    spec: GitIgnoreSpec
+
+    def verdict(self, path: str) -> tuple[bool, LeftOut] | None:
+        """Return whether `path` (relative to the working directory) is left out and by which rule; None when silent."""
+        inside = path[len(self.base) :] if path.startswith(self.base) else ""
+        return self._of(inside) if inside else None
+
+    def _of(self, path: str) -> tuple[bool, LeftOut] | None:
+        found = self.spec.check_file(printable(path))  # RE2 takes no surrogates
+        if found.include is None:
+            return None
+        line = self.lines[found.index] if found.index is not None else ""
+        return found.include, LeftOut(f"{self.shown}: {line}", final=self.shown.endswith(FILES[1]))
+
+
+def _rule_file(shown: str, base: str, lines: list[str]) -> _RuleFile:
+    return _RuleFile(shown, base, tuple(line.strip() for line in lines), GitIgnoreSpec.from_lines(lines))
+
+
+class IgnoreRules:
+    """The rule files that apply in one folder, the strongest last."""
+
+    def __init__(self, files: tuple[_RuleFile, ...]) -> None:
+        self._files = files
+
+    @classmethod
+    def above(cls, root: Path) -> IgnoreRules:
+        """Return what applies before the root's own files: the built-in rules, and git's from above the root.
+
+        Rules from above that would leave out the working directory itself are not applied: who packs it wants it.
+        """
+        files = [_rule_file("built in", "", list(BUILT_IN))]
+        for parent in _repository_parents(root):
+            lines = _read_lines(parent / FILES[0])
+            prefix = root.relative_to(parent).as_posix()
+            spec = GitIgnoreSpec.from_lines(lines)
+            if not lines or spec.match_file(f"{prefix}/"):
+                continue
+            shown = Path(os.path.relpath(parent / FILES[0], root)).as_posix()
+            files.append(_AboveFile(shown, prefix, tuple(line.strip() for line in lines), spec))
+        return cls(tuple(files))
+
+    def entering(self, root: Path, folder: str) -> IgnoreRules:
+        """Return the rules inside `folder`, a path relative to the root (empty for the root)."""
+        base = f"{folder}/" if folder else ""
+        found = [
+            _rule_file(f"{base}{name}", base, lines) for name in FILES if (lines := _read_lines(root / folder / name))
+        ]
+        return IgnoreRules((*self._files, *found)) if found else self
+
+    def rule_against(self, path: str, entry: os.DirEntry[str], *, is_dir: bool, folder: Directory) -> LeftOut | None:
+        """Return the rule that leaves `path` out, or None when it is to be sent; `folder` is the one that it is in."""
+        if entry.name in NEVER:
+            return LeftOut(f"built in: {entry.name}{'/' if is_dir else ''}", final=True)
+        asked = f"{path}/" if is_dir else path
+        for file in reversed(self._files):
+            verdict = file.verdict(asked)
+            if verdict is not None:
+                return verdict[1] if verdict[0] else None
+        if is_dir and folder.has(f"{entry.name}/pyvenv.cfg"):
+            return LeftOut(f"built in: {entry.name}/ (a virtual environment)", final=False)
+        return None
+
+
+class _AboveFile(_RuleFile):
+    """An ignore file above the working directory: its paths begin with the working directory's own."""
+
+    __slots__ = ()
+
+    def verdict(self, path: str) -> tuple[bool, LeftOut] | None:
+        return self._of(f"{self.base}/{path}")
+
+
+def _repository_parents(root: Path) -> list[Path]:
+    """Return the folders above `root` up to the git repository that holds it, outermost first."""
+    if (root / ".git").exists():
+        return []
+    above = []
+    for parent in root.parents:
+        above.append(parent)
+        if (parent / ".git").exists():
+            return above[::-1]
+    return []
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
+        return []

@@ -1,0 +1,463 @@
+"""HTTP to one controller. The only module that knows httpx2; it turns what goes wrong there into our errors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from typing import Protocol, TypeVar
+from urllib.parse import unquote
+
+import httpx2
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from typing_extensions import Self
+
+from raylaunch.errors import (
+    ClusterDownError,
+    ClusterError,
+    NotFoundError,
+    RaylaunchError,
+    SpecError,
+    VersionError,
+    from_wire,
+)
+from raylaunch.models.fields import whole
+from raylaunch.models.job import JobPage, JobView
+from raylaunch.models.safe_text import clean
+from raylaunch.version import API, OTHERS_JOB, OTHERS_OWNER, __version__, is_older
+
+_Result = TypeVar("_Result")
+_Model = TypeVar("_Model", bound=BaseModel)
+_Read = TypeVar("_Read")
+_READS = frozenset({"GET", "HEAD"})
+_OF_WHAT_IS_NEW = frozenset({NotFoundError.code, SpecError.code})
+"""How a controller refuses routes and fields that it does not know."""
+Params = Mapping[str, str | int | float | bool | list[str] | None]
+
+CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 30.0
+HEALTH = "/v1/health"
+_PAUSE_S = 0.5
+_SILENT_S = 5.0
+"""After so much silence it is checked whether the controller responds at all."""
+_HEALTH_S = 5.0
+_LONGEST = 200
+_VERSION = re.compile(r"[0-9][0-9A-Za-z.+]{0,30}")
+
+
+class Reachable(Protocol):
+    """Where a controller answers, and with which token: what a backend's ``reach()`` returns."""
+
+    @property
+    def url(self) -> str:
+        """Base URL, as ``http://127.0.0.1:8470``."""
+
+    @property
+    def token(self) -> str:
+        """The bearer token."""
+
+
+class NoAnswerError(ClusterDownError):
+    """Nothing came back: refused, lost on the way, or not in time. Asking again may help."""
+
+
+class Response:
+    """A response whose body was read."""
+
+    def __init__(self, response: httpx2.Response) -> None:
+        self.status = response.status_code
+        self.body = response.content
+        self._headers = response.headers
+
+    def header(self, name: str, default: str = "") -> str:
+        """Return a header's value."""
+        return str(self._headers.get(name, default))
+
+    def number(self, name: str, default: int = 0) -> int:
+        """Return a header that holds a whole number."""
+        found = whole(self.header(name))
+        return default if found is None else found
+
+    def read(self, kind: TypeAdapter[_Read]) -> _Read:
+        """Return what the body's JSON says.
+
+        Raises:
+            ClusterError: it is something else.
+        """
+        try:
+            return kind.validate_json(self.body)
+        except ValidationError as error:
+            msg = "the cluster answered with something that cannot be read"
+            raise ClusterError(msg, hint=f"raylaunch up starts a controller of this version ({__version__})") from error
+
+
+class ResponseStream:
+    """A response whose body is still arriving."""
+
+    def __init__(self, response: httpx2.Response, wire: Transport) -> None:
+        self.status = response.status_code
+        self._response = response
+        self._wire = wire
+
+    def header(self, name: str) -> str:
+        """Return a header's value, or nothing."""
+        return str(self._response.headers.get(name, ""))
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Yield the body's bytes as they arrive."""
+        with self._wire.translated(ANSWER_TIMEOUT_S):
+            async for data in self._response.aiter_raw():
+                yield data
+
+
+class Transport:
+    """A connection to the controller of one cluster. An async context manager.
+
+    Args:
+        reach: where the controller answers, and the token.
+        cluster: its name, for messages.
+        replace_hung: called when the controller takes connections and does not respond; returns where another one
+            answers.
+        on_others: told id and owner of a job that was asked for by a name and is somebody else's.
+    """
+
+    def __init__(
+        self,
+        reach: Reachable,
+        *,
+        cluster: str,
+        replace_hung: Callable[[], Awaitable[Reachable]] | None = None,
+        on_others: Callable[[str, str], None] | None = None,
+    ) -> None:
+        self.cluster = cluster
+        self._on_others = on_others
+        self._replace_hung = replace_hung
+        self._replacing = asyncio.Lock()
+        self._reach = reach
+        self._http = self._opened()
+
+    def _opened(self) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(
+            base_url=self._reach.url,
+            headers={
+                "Authorization": f"Bearer {self._reach.token}",
+                "X-Raylaunch-Version": __version__,
+                "X-Raylaunch-Api": str(API),
+            },
+            timeout=_timeout(ANSWER_TIMEOUT_S),
+            trust_env=False,  # a proxy for the world outside must not see the cluster's token
+            follow_redirects=False,
+            verify=self._reach.url.startswith("https:"),  # elsewhere reading all certificates is 30 ms for nothing
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        await self._http.aclose()
+
+    async def move(self, reach: Reachable) -> None:
+        """Go on with a controller that answers elsewhere now."""
+        if (reach.url, reach.token) != (self._reach.url, self._reach.token):
+            before, self._reach = self._http, reach
+            self._http = self._opened()
+            await before.aclose()
+
+    async def ask(  # noqa: PLR0913 -- a request has that many parts
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Params | None = None,
+        body: BaseModel | dict[str, object] | None = None,
+        content: bytes | None = None,
+        wait_s: float = 0.0,
+        allowed: tuple[int, ...] = (),
+    ) -> Response:
+        """Send one request and return the answer.
+
+        Args:
+            method: GET, HEAD, POST, PUT or DELETE.
+            path: below the base URL, as ``/v1/status``.
+            params: query parameters; those that are None or empty are left out.
+            body: a JSON body.
+            content: a raw body.
+            wait_s: how long the controller may hold the answer back on purpose.
+            allowed: statuses of 400 and more that the caller reads itself.
+
+        Raises:
+            NoAnswerError: nothing answered.
+            RaylaunchError: the controller's own error.
+        """
+        headers = {"Content-Type": "application/octet-stream"} if content is not None else {}
+        if body is not None:
+            content = body.model_dump_json().encode() if isinstance(body, BaseModel) else json.dumps(body).encode()
+            headers = {"Content-Type": "application/json"}
+        timeout_s = ANSWER_TIMEOUT_S + wait_s
+
+        async def send() -> httpx2.Response:
+            with self.translated(timeout_s):
+                return await self._http.request(
+                    method, path, params=_given(params), content=content, headers=headers, timeout=_timeout(timeout_s)
+                )
+
+        response = await self._answered(send, wait_s=wait_s, repeatable=method in _READS)
+        self._check(response, allowed)
+        return Response(response)
+
+    async def _answered(
+        self, send: Callable[[], Awaitable[httpx2.Response]], *, wait_s: float, repeatable: bool
+    ) -> httpx2.Response:
+        """Return the response to a request. A controller that hangs meanwhile is replaced; then a read is repeated."""
+        asked, hung, silent_s = asyncio.ensure_future(send()), False, wait_s + _SILENT_S
+        try:
+            while not hung and not (await asyncio.wait({asked}, timeout=silent_s))[0]:
+                silent_s = _SILENT_S
+                hung = self._replace_hung is not None and not await self._responds()
+            if hung:
+                await self._replaced()
+            try:
+                return await asked
+            except NoAnswerError:
+                if not (hung and repeatable):
+                    raise
+            return await send()
+        finally:
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+
+    async def _replaced(self) -> None:
+        """Have the controller replaced, once for all requests that wait for it."""
+        first = not self._replacing.locked()
+        async with self._replacing:
+            if self._replace_hung is not None and (first or not await self._responds()):
+                await self.move(await self._replace_hung())
+
+    async def _responds(self) -> bool:
+        """Return whether something answers; what refuses a connection does not hang."""
+        try:
+            async with self._opened() as http:
+                await http.get(HEALTH, timeout=_timeout(_HEALTH_S))
+        except httpx2.TimeoutException:
+            return False
+        except httpx2.TransportError:
+            return True
+        return True
+
+    async def model(  # noqa: PLR0913 -- as above
+        self,
+        kind: type[_Model],
+        method: str,
+        path: str,
+        *,
+        params: Params | None = None,
+        wait_s: float = 0.0,
+        body: BaseModel | dict[str, object] | None = None,
+    ) -> _Model:
+        """Send one request and return its answer as a model. Raises as `ask`."""
+        answer = await self.ask(method, path, params=params, body=body, wait_s=wait_s)
+        return self.read(kind, answer, f"{method} {path}")
+
+    def read(self, kind: type[_Model], answer: Response, asked: str) -> _Model:
+        """Return an answer as a model; `asked` is the request, for the message of the `ClusterError`."""
+        try:
+            return kind.model_validate_json(answer.body)
+        except ValidationError as error:
+            msg = f"cluster {self.cluster!r} answered {asked} with something that is not a {kind.__name__}"
+            raise ClusterError(msg, hint=f"raylaunch up starts a controller of this version ({__version__})") from error
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self,
+        path: str,
+        *,
+        params: Params | None = None,
+        headers: Mapping[str, str] | None = None,
+        allowed: tuple[int, ...] = (),
+    ) -> AsyncIterator[ResponseStream]:
+        """GET a body that may be large. `allowed` and what it raises are those of `ask`."""
+
+        async def send() -> httpx2.Response:
+            with self.translated(ANSWER_TIMEOUT_S):
+                asked = self._http.build_request(
+                    "GET", path, params=_given(params), headers={"Accept-Encoding": "identity"}
+                )
+                asked.headers.update(headers or {})
+                return await self._http.send(asked, stream=True)
+
+        response = await self._answered(send, wait_s=0.0, repeatable=True)
+        try:
+            if response.status_code >= httpx2.codes.BAD_REQUEST:
+                with self.translated(ANSWER_TIMEOUT_S):
+                    await response.aread()
+            self._check(response, allowed)
+            yield ResponseStream(response, self)
+        finally:
+            await response.aclose()
+
+    @contextlib.contextmanager
+    def translated(self, timeout_s: float) -> Iterator[None]:
+        """Turn httpx2's transport errors into `NoAnswerError`."""
+        where = f"cluster {self.cluster!r}"
+        hint = "raylaunch up starts what is missing; raylaunch status shows what runs"
+        try:
+            yield
+        except (httpx2.ConnectError, httpx2.ConnectTimeout):
+            msg = f"{where} does not answer at {self._reach.url}"
+            raise NoAnswerError(msg, hint=hint) from None
+        except httpx2.TimeoutException:
+            msg = f"{where} did not answer within {timeout_s:g} s at {self._reach.url}"
+            raise NoAnswerError(msg, hint=hint) from None
+        except httpx2.TransportError as error:
+            msg = f"the connection to {where} at {self._reach.url} was lost ({type(error).__name__})"
+            raise NoAnswerError(msg, hint=hint) from None
+
+    def _check(self, response: httpx2.Response, allowed: tuple[int, ...]) -> None:
+        self._check_version(response)
+        if response.status_code < httpx2.codes.BAD_REQUEST or response.status_code in allowed:
+            if self._on_others and OTHERS_JOB in response.headers:
+                job, owner = (_unquoted(response.headers.get(name, "")) for name in (OTHERS_JOB, OTHERS_OWNER))
+                self._on_others(job, owner)
+            return
+        raise _error_in(response, self.cluster)
+
+    def _check_version(self, response: httpx2.Response) -> None:
+        theirs = response.headers.get("X-Raylaunch-Api")
+        version = response.headers.get("X-Raylaunch-Version", "")
+        version = version if _VERSION.fullmatch(version) else "of an unknown version"
+        if theirs is None:
+            msg = f"what answers at {self._reach.url} is not the controller of a raylaunch cluster"
+            raise ClusterError(msg, hint="raylaunch status shows where the controller is; raylaunch up starts it")
+        if theirs == str(API):
+            return
+        newer = (whole(theirs) or 0) > API
+        theirs = "another" if whole(theirs) is None else theirs
+        hint = (
+            f"install the controller's version here: pip install raylaunch=={version}"
+            if newer
+            else "raylaunch up starts a controller of this version; running jobs go on"
+        )
+        msg = f"this is raylaunch {__version__}, and the controller of cluster {self.cluster!r} is raylaunch {version}"
+        msg += f": they do not speak the same protocol ({API} here, {theirs} there)"
+        raise VersionError(msg, hint=hint)
+
+
+class Patience:
+    """Outlasts a controller that is away: it restarts in a few seconds, and jobs go on meanwhile.
+
+    Args:
+        wire: the connection; it is moved when the controller answers elsewhere afterwards.
+        limit_s: how long a call is repeated.
+        on_notice: told once that the connection was lost, and once that it is back, however many calls wait for it.
+        heal: called between the tries; returns where to go on.
+    """
+
+    def __init__(
+        self,
+        wire: Transport,
+        *,
+        limit_s: float,
+        on_notice: Callable[[str], None],
+        heal: Callable[[], Awaitable[Reachable]] | None,
+    ) -> None:
+        self._wire = wire
+        self._limit_s = limit_s
+        self._notice = on_notice
+        self._heal = heal
+        self._healing = asyncio.Lock()
+        self._lost = False
+
+    async def outlast(self, call: Callable[[], Awaitable[_Result]]) -> _Result:
+        """Repeat a call that may be repeated until it is answered. Raises what it raised last when the time is over."""
+        deadline = 0.0
+        while True:
+            try:
+                result = await call()
+            except NoAnswerError as error:  # noqa: PERF203 -- each turn is a request
+                now = time.monotonic()
+                deadline = deadline or now + self._limit_s
+                if now >= deadline:
+                    raise
+                self._say(error.message, lost=True)
+                await asyncio.sleep(_PAUSE_S)
+                await self._find_again()
+            else:
+                self._say(f"cluster {self._wire.cluster!r} answers again", lost=False)
+                return result
+
+    def _say(self, sentence: str, *, lost: bool) -> None:
+        if lost != self._lost:
+            self._lost = lost
+            self._notice(f"{sentence}; trying again for {self._limit_s:g} s" if lost else sentence)
+
+    async def _find_again(self) -> None:
+        if self._heal:
+            async with self._healing:
+                await self._wire.move(await self._heal())
+
+
+def _timeout(answer_s: float) -> httpx2.Timeout:
+    return httpx2.Timeout(answer_s, connect=CONNECT_TIMEOUT_S)
+
+
+def _given(params: Params | None) -> dict[str, str | int | float | bool | list[str]]:
+    return {name: value for name, value in (params or {}).items() if value is not None and value not in ("", [])}
+
+
+def _unquoted(header: str) -> str:
+    return clean(unquote(header)[:_LONGEST], colour=False)
+
+
+def _error_in(response: httpx2.Response, cluster: str) -> RaylaunchError:
+    """Return the error that the controller raised; for a body that is not one, a sentence with the status."""
+    asked = f"{response.request.method} {response.request.url.path}"
+    try:
+        error = json.loads(response.content)["error"]
+        message, hint = (clean(str(error.get(key, "")), colour=False) for key in ("message", "hint"))
+        code = str(error["code"])
+        older = _of_older_controller(response) if code in _OF_WHAT_IS_NEW else ""
+        return from_wire(code, message, "; ".join(filter(None, (older, hint))))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        log = "its log says more: raylaunch status shows where that is"
+        return RaylaunchError(f"cluster {cluster!r} answered {response.status_code} to {asked}", hint=log)
+
+
+def _of_older_controller(response: httpx2.Response) -> str:
+    """Return what to do where the controller may not know yet what was asked for; empty where it is not older."""
+    version = clean(response.headers.get("X-Raylaunch-Version", ""), colour=False)
+    if not version or not is_older(version):
+        return ""
+    return f"its controller is raylaunch {version}, and this is {__version__}: raylaunch up replaces it, and jobs go on"
+
+
+def page_from(body: bytes) -> JobPage:
+    """Return the page that an answer holds; jobs that cannot be read are named in `JobPage.unreadable`.
+
+    Raises:
+        ClusterError: it is not a page at all.
+    """
+    try:
+        return JobPage.model_validate_json(body)
+    except ValidationError:
+        return _what_can_be_read(body)
+
+
+def _what_can_be_read(body: bytes) -> JobPage:
+    """Read job by job: a newer controller, or a value that no model allows, may have made one of them."""
+    jobs: list[JobView] = []
+    unreadable: list[str] = []
+    try:
+        page = json.loads(body)
+        for job in page["jobs"]:
+            try:
+                jobs.append(JobView.model_validate(job))
+            except ValidationError:  # noqa: PERF203 -- each is one job
+                unreadable.append(str(job.get("id", "?")))
+        rest = {**page, "jobs": (), "unreadable": (*page.get("unreadable", ()), *unreadable)}
+        return JobPage.model_validate(rest).model_copy(update={"jobs": tuple(jobs)})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        msg = "the controller answered a question for jobs with something that is not a page of them"
+        raise ClusterError(msg, hint=f"raylaunch up starts a controller of this version ({__version__})") from error

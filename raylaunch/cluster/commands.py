@@ -1,0 +1,147 @@
+"""Programs that are run on this machine to their end, under a limit. Cancelled, they are ended with their children.
+
+On Linux they also end when this process is killed: what nobody waits for must not go on writing into folders that
+the next command sweeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+
+from raylaunch.errors import ClusterStartError, HostStepError, HostTimeoutError
+
+_DIES_WITH_US = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[3:])
+"""
+"""Asks the kernel for SIGKILL (9) at the parent's death (1: PR_SET_PDEATHSIG), then becomes the program.
+
+A function that `subprocess` runs before it starts the program would do the same, but is not safe beside threads.
+"""
+
+
+@dataclass(frozen=True)
+class ProgramResult:
+    """How a program ended, and all that it printed."""
+
+    status: int
+    text: str
+
+
+async def run_program(  # noqa: PLR0913 -- each is one fact, and all are named
+    argv: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    limit_s: float,
+    step: str,
+    input: bytes = b"",  # noqa: A002 -- as subprocess calls it
+) -> ProgramResult:
+    """Run a program; return how it ended.
+
+    Raises:
+        ClusterStartError: it cannot be started, or has not ended after `limit_s` seconds.
+    """
+    try:
+        with anyio.fail_after(limit_s):
+            return await _run(argv, cwd, env, input)
+    except TimeoutError:
+        msg = f"{' '.join(argv[:3])} … has not ended after {limit_s:.0f} s"
+        raise ClusterStartError(
+            msg, hint="run the same command again: what is done is not done again", step=step
+        ) from None
+    except OSError as error:  # after TimeoutError, which is one
+        msg = f"{argv[0]} cannot be started: {error.strerror or error}"
+        raise ClusterStartError(msg, step=step) from None
+
+
+async def _run(argv: Sequence[str], cwd: Path, env: Mapping[str, str], body: bytes) -> ProgramResult:
+    process = await anyio.open_process(
+        _bound_to_us(argv, env),
+        cwd=cwd,
+        env=dict(env),
+        stdin=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        async with process:
+            assert process.stdin is not None  # noqa: S101 -- both are pipes
+            assert process.stdout is not None  # noqa: S101 -- as above
+            with contextlib.suppress(anyio.BrokenResourceError):
+                await process.stdin.send(body)
+            await process.stdin.aclose()
+            printed = b"".join([chunk async for chunk in process.stdout])
+            return ProgramResult(await process.wait(), printed.decode(errors="replace"))
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def _bound_to_us(argv: Sequence[str], env: Mapping[str, str]) -> Sequence[str]:
+    if not sys.platform.startswith("linux"):
+        return argv
+    program = shutil.which(argv[0], path=env.get("PATH", os.defpath))
+    if program is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), argv[0])
+    return [sys.executable, "-I", "-S", "-c", _DIES_WITH_US, str(os.getpid()), program, *argv]
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What became of a command here."""
+
+    status: int
+    out: bytes
+    err: bytes
+
+
+@dataclass(frozen=True)
+class LocalHost:
+    """Runs commands here. `name` is what errors call it."""
+
+    name: str = "this machine"
+
+    async def run(self, argv: Sequence[str], /, *, input: bytes = b"", limit_s: float) -> LocalResult:  # noqa: A002 -- the name that subprocess has for it
+        """Run a program with `input` on its stdin.
+
+        Raises:
+            HostStepError: there is no such program.
+            HostTimeoutError: it did not end within `limit_s`, and was ended.
+        """
+        try:
+            with anyio.fail_after(limit_s):
+                return await _ended(argv, input)
+        except TimeoutError:
+            msg = f"{self.name}: {argv[0]} did not end within {limit_s:.0f} s"
+            raise HostTimeoutError(msg, host=self.name, step=argv[0]) from None
+        except OSError as error:
+            msg = f"{self.name}: {argv[0]} cannot be started: {error.strerror}"
+            raise HostStepError(msg, host=self.name, step=argv[0]) from None
+
+
+async def _ended(argv: Sequence[str], given: bytes) -> LocalResult:
+    pipe = subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*argv, stdin=pipe, stdout=pipe, stderr=pipe)
+    try:
+        out, err = await process.communicate(given)  # also of a program that ends without reading what it is given
+    finally:
+        if process.returncode is None:
+            process.kill()
+            with anyio.CancelScope(shield=True):
+                await process.wait()
+    return LocalResult(await process.wait(), out, err)

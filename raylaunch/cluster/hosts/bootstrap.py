@@ -1,0 +1,271 @@
+"""From hosts that run nothing but sshd to a working cluster: connect, probe, install, start, each host at its own pace.
+
+A host that fails does not stop the others; what it failed at is kept by its name, and the next `up` goes on from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import anyio
+
+from raylaunch.cluster.client_record import HeadProgram
+from raylaunch.cluster.doctor.checks_cluster import problems
+from raylaunch.cluster.doctor.problem import Problem
+from raylaunch.cluster.hosts import host_calls
+from raylaunch.cluster.hosts.host_program import HeadUpRequest, HostState, JoinRequest
+from raylaunch.cluster.install.environment import ensure_beside, ensure_environment
+from raylaunch.cluster.install.platforms import HostPython
+from raylaunch.cluster.install.wheel_store import WheelStore
+from raylaunch.cluster.probe import choices
+from raylaunch.cluster.probe.choices import addresses_of, counted, place_of, root_of, target_of
+from raylaunch.cluster.probe.facts import HostFacts
+from raylaunch.cluster.probe.probe import probe
+from raylaunch.cluster.types import Step
+from raylaunch.errors import ClusterError, ClusterStartError, RaylaunchError
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.host_spec import HostSpec
+from raylaunch.ssh.host import SSHHost, machine
+from raylaunch.ssh.target import OnPrompt, PendingStep
+from raylaunch.version import __version__
+
+CONNECT_S = 20.0
+CLIENT = "(client)"
+"""Among the names of hosts, this machine."""
+_QUIET_S = 4.0
+
+_Result = TypeVar("_Result")
+_OF_PYTHON = frozenset({"python_missing", "python_differs", "environment_missing"})
+
+
+@dataclass
+class BootstrapOutcome:
+    """How far each host came, by its name."""
+
+    facts: dict[str, HostFacts] = field(default_factory=dict)
+    programs: dict[str, HeadProgram] = field(default_factory=dict)
+    states: dict[str, HostState] = field(default_factory=dict)
+    errors: dict[str, RaylaunchError] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+    """What the probes found, blocking ones first."""
+    warnings: tuple[Problem, ...] = ()
+    fresh: set[str] = field(default_factory=set)
+    """Hosts on which something was started now."""
+    actions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """What would be done on each host, where nothing was."""
+    keeps: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def choose_pythons(
+    hosts: Sequence[HostSpec], facts: Mapping[str, HostFacts], found: Sequence[Problem]
+) -> dict[str, HostPython]:
+    """Return by host the Python that its environment is made from. Pure.
+
+    A host whose Python is the problem has no say: the others come up without it.
+
+    Raises:
+        ClusterStartError: the others have none in common.
+    """
+    out = {one.host for one in found if one.level == "blocking" and one.code in _OF_PYTHON}
+    agree = {host.name: host for host in hosts if host.name in facts and host.name not in out}
+    made = {name: facts[name] for name, host in agree.items() if not host.environment}
+    named = {
+        one.minor for name in agree if name not in made for one in facts[name].pythons if one.named and one.version
+    }
+    return choices.choose(made, beside=named)
+
+
+class Bootstrap:
+    """One bring-up of a cluster of hosts.
+
+    Args:
+        spec: the cluster.
+        on_step: told each step of each host; its name begins with the host's.
+        on_prompt: asks a person; None where nobody is there.
+        on_start: told of a host right before something may be started there, with the program that will end it.
+    """
+
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        on_step: Callable[[Step], None],
+        *,
+        on_prompt: OnPrompt | None = None,
+        on_start: Callable[[HostSpec, HeadProgram], None] = lambda _host, _program: None,
+    ) -> None:
+        self._spec = spec
+        self._hosts = spec.host_specs()
+        self._head = self._hosts[0]
+        self._tell = on_step
+        self._prompt = on_prompt
+        self._on_start = on_start
+        self._store = WheelStore()
+        self._left = len(self._hosts)
+        self._all_probed = anyio.Event()
+        self._head_settled = anyio.Event()
+        self._pythons: Mapping[str, HostPython] = {}
+        self._no_python: ClusterStartError | None = None
+        self._told_at: dict[str, float] = {}
+        self.outcome = BootstrapOutcome()
+
+    async def run(self) -> BootstrapOutcome:
+        """Bring up what can be brought up; what went wrong is in the outcome, host by host."""
+        return await self._all(self._bring_up)
+
+    async def look(self) -> BootstrapOutcome:
+        """Probe every host, say what `run` would do, and change nothing."""
+        return await self._all(self._foresee)
+
+    async def _all(self, then: Callable[[HostSpec, SSHHost], Awaitable[None]]) -> BootstrapOutcome:
+        async with anyio.create_task_group() as group:
+            for host in self._hosts:
+                group.start_soon(self._host, host, then)
+        return self.outcome
+
+    async def _host(self, host: HostSpec, then: Callable[[HostSpec, SSHHost], Awaitable[None]]) -> None:
+        """Connect to one host, probe it, and go on when all are probed."""
+        counted = False
+        try:
+            async with machine(
+                target_of(host), limit_s=CONNECT_S, on_prompt=self._prompt, on_wait=self._waits
+            ) as connection:
+                self.outcome.facts[host.name] = await self._timed(host, "probe", probe(connection, host))
+                counted = True
+                self._count_probed()
+                await self._all_probed.wait()
+                self._refuse_blocking(host)
+                await then(host, connection)
+        except RaylaunchError as error:
+            self.outcome.errors[host.name] = error
+            self._tell(Step(host.name, "note", error.message.removeprefix(f"{host.name}: ")))
+        finally:
+            if not counted:
+                self._count_probed()
+            if host is self._head:
+                self._head_settled.set()
+
+    async def _bring_up(self, host: HostSpec, connection: SSHHost) -> None:
+        program = await self._install(host, connection)
+        self.outcome.programs[host.name] = program
+        self._on_start(host, program)
+        self.outcome.states[host.name] = await self._start(host, connection, program)
+
+    async def _foresee(self, host: HostSpec, _connection: SSHHost) -> None:
+        facts = self.outcome.facts[host.name]
+        runs = any(one.name == self._spec.name and one.wanted == "running" for one in facts.clusters)
+        if runs:
+            self.outcome.keeps[host.name] = ("its part of the cluster, if it is well",)
+            return
+        self.outcome.actions[host.name] = (self._how_installed(host, facts), self._how_started(host, facts))
+
+    def _how_installed(self, host: HostSpec, facts: HostFacts) -> str:
+        if host.environment:
+            return f"raylaunch {__version__} beside {host.environment}"
+        if self._no_python is not None:
+            raise self._no_python
+        python = self._pythons[host.name]
+        source = "from its package index" if facts.index.reachable else "from wheels that are pushed"
+        made = f"raylaunch {__version__}, Ray and wandb in {root_of(host, facts)}/versions"
+        return f"{made}, with Python {python.platform.python} ({python.path}), {source}"
+
+    def _how_started(self, host: HostSpec, facts: HostFacts) -> str:
+        place = place_of(self._spec, host, facts)
+        what = "Ray's head and the controller" if host is self._head else f"Ray, joining {self._head.name}"
+        found = len(facts.gpus.gpus)
+        gpus = host.gpus if isinstance(host.gpus, int) else found if host.gpus == "auto" else len(host.gpus)
+        return f"{what}, with {gpus} {'GPU' if gpus == 1 else 'GPUs'}, on {place.ray_address}"
+
+    def _count_probed(self) -> None:
+        """When the last host is probed, or has failed to be, look at all of them together."""
+        self._left -= 1
+        if self._left:
+            return
+        found = problems(self._spec, {**self.outcome.facts, **self.outcome.errors})
+        self.outcome.problems = found
+        self.outcome.warnings = tuple(one for one in found if one.level == "warning")
+        try:
+            self._pythons = choose_pythons(self._hosts, self.outcome.facts, found)
+        except ClusterStartError as error:
+            self._no_python = error
+        self._all_probed.set()
+
+    def _refuse_blocking(self, host: HostSpec) -> None:
+        found = [one for one in self.outcome.problems if one.level == "blocking" and one.host == host.name]
+        if found:
+            first, *others = found
+            more = "".join(f"\n    {one.message}" for one in others)
+            msg = f"{host.name}: {first.message}{more}"
+            raise ClusterStartError(msg, hint=first.mend, step="probe")
+
+    async def _install(self, host: HostSpec, connection: SSHHost) -> HeadProgram:
+        """Have this raylaunch, Ray and wandb on the host."""
+        facts = self.outcome.facts[host.name]
+        root = root_of(host, facts)
+        tell = self._of_host(host)
+        if host.environment:
+            named = next(one.path for one in facts.pythons if one.named)  # as the probe has found it
+            python = await ensure_beside(connection, named, store=self._store, root=root, on_step=tell)
+        elif self._no_python is not None:
+            raise self._no_python
+        else:
+            python = await ensure_environment(
+                connection,
+                self._pythons[host.name],
+                store=self._store,
+                index_reachable=bool(facts.index.reachable),
+                root=root,
+                on_step=tell,
+            )
+        return HeadProgram(python=python, root=root)
+
+    async def _start(self, host: HostSpec, connection: SSHHost, program: HeadProgram) -> HostState:
+        """Bring the host's part of the cluster up: the head's at once, a worker's when the head is up."""
+        facts = self.outcome.facts[host.name]
+        spec, place = self._spec.part_of(counted(self._spec, host, facts)), place_of(self._spec, host, facts)
+        tell = self._of_host(host)
+        if host is self._head:
+            request = HeadUpRequest(spec=spec, place=place, members=self._members())
+            return await host_calls.bring_up(connection, program, request, tell=tell)
+        await self._head_settled.wait()
+        head = self.outcome.states.get(self._head.name)
+        if head is None:
+            msg = f"{host.name}: was not started, for the head {self._head.name} did not come up"
+            raise ClusterError(msg, hint=f"mend {self._head.name}, then run raylaunch up again")
+        place = place.model_copy(update={"head": f"{head.place.ray_address}:{head.ports['gcs']}"})
+        join = JoinRequest(
+            spec=spec,
+            place=place,
+            cluster_id=head.cluster_id,
+            ray_token=head.ray_token,
+            certificate=head.certificates.get(host.name),
+        )
+        return await host_calls.bring_up(connection, program, join, tell=tell)
+
+    def _members(self) -> dict[str, tuple[str, ...]]:
+        """Return who may need a certificate: every worker that was probed, and this machine for Ray's own tools."""
+        workers = [host for host in self._hosts if host is not self._head and host.name in self.outcome.facts]
+        return {CLIENT: (), **{host.name: addresses_of(self.outcome.facts[host.name]) for host in workers}}
+
+    def _of_host(self, host: HostSpec) -> Callable[[Step], None]:
+        def tell(step: Step) -> None:
+            self._told_at[host.name] = time.monotonic()
+            if step.name in {"ray", "controller"} and step.state in {"begins", "done"}:
+                self.outcome.fresh.add(host.name)
+            self._tell(Step(f"{host.name}: {step.name}", step.state, step.message, step.seconds))
+
+        return tell
+
+    def _waits(self, wait: PendingStep) -> None:
+        """Tell what takes long, unless the steps within it have just told more."""
+        if time.monotonic() - self._told_at.get(wait.host, 0.0) > _QUIET_S:
+            so_far = f"{wait.waited_s:.0f} s so far, at most {wait.limit_s:.0f} s"
+            self._tell(Step(f"{wait.host}: {wait.step}", "waits", so_far, wait.waited_s))
+
+    async def _timed(self, host: HostSpec, name: str, work: Awaitable[_Result]) -> _Result:
+        began = time.monotonic()
+        result = await work
+        self._tell(Step(f"{host.name}: {name}", "done", "looked at what it is and has", time.monotonic() - began))
+        return result

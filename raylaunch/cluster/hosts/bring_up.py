@@ -1,0 +1,193 @@
+"""What changes a cluster of hosts over SSH: bringing it up, saying what that would do, and taking it down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+from raylaunch.cluster.client_record import (
+    ClientRecord,
+    HeadProgram,
+    load_client,
+    load_tunnel,
+    refuse_joined,
+    save_client,
+)
+from raylaunch.cluster.doctor.examine import keep_problems
+from raylaunch.cluster.hosts.bootstrap import CLIENT, Bootstrap, BootstrapOutcome
+from raylaunch.cluster.hosts.host_program import HostState
+from raylaunch.cluster.hosts.teardown import Teardown
+from raylaunch.cluster.hosts.tunnel_client import START_S, end_tunnel, ensure_tunnel
+from raylaunch.cluster.hosts.verify import ClusterVerifier
+from raylaunch.cluster.progress import ProgressReporter, locked, telling_steps
+from raylaunch.cluster.record import cluster_lock
+from raylaunch.cluster.tls import keep
+from raylaunch.cluster.types import DownReport, Plan, Step
+from raylaunch.errors import ClusterError, ClusterStartError, RaylaunchError, RayVersionError
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.host_spec import HostSpec
+from raylaunch.paths import ClusterPaths, cluster_paths, make_private_dir
+from raylaunch.ssh.target import OnPrompt
+
+_LOCK_S = 1800.0
+
+
+async def up(spec: ClusterSpec, /, *, on_step: Callable[[Step], None], on_prompt: OnPrompt | None = None) -> None:
+    """Bring every host into the cluster; what runs and is well is left as it is.
+
+    Raises:
+        ClusterStartError: something is missing at the end: it says what, host by host. What came up stays up, and the
+            next `up` goes on from there.
+    """
+    paths = cluster_paths(spec.name)
+    refuse_joined(load_client(paths), "brought up")
+    for folder in (paths.home, paths.home / "clusters", paths.root):
+        make_private_dir(folder)
+    with telling_steps(on_step) as tell:
+        async with locked(paths, tell, limit_s=_LOCK_S):
+            had = load_client(paths)
+            begins = partial(_note_begun, paths, spec)
+            outcome = await Bootstrap(spec, tell, on_prompt=on_prompt, on_start=begins).run()
+            keep_problems(spec, outcome.problems)
+            await _prove(paths, spec, outcome, had, tell)
+    if outcome.errors:
+        raise _failure(spec, outcome)
+
+
+def _note_begun(paths: ClusterPaths, spec: ClusterSpec, host: HostSpec, program: HeadProgram) -> None:
+    """Keep where something may run from now on: `down` ends it, whatever happens to this `up`."""
+    had = load_client(paths) or ClientRecord(spec=spec, wanted="stopped", head=spec.host_specs()[0].name)
+    hosts, programs = {**had.hosts, host.name: host}, {**had.programs, host.name: program}
+    begun = tuple(dict.fromkeys([*had.begun, host.name]))
+    save_client(paths, had.with_(hosts=hosts, programs=programs, begun=begun))
+
+
+async def _prove(
+    paths: ClusterPaths, spec: ClusterSpec, outcome: BootstrapOutcome, had: ClientRecord | None, tell: ProgressReporter
+) -> None:
+    """Reach the cluster from here, and see that it works; what does not is added to the outcome's errors.
+
+    Raises:
+        RaylaunchError: its head did not come up, or cannot be reached.
+    """
+    for one in outcome.warnings:
+        tell(Step(one.host or spec.name, "note", one.message))
+    head = outcome.states.get(spec.host_specs()[0].name)
+    if head is None:
+        raise _failure(spec, outcome)
+    if said := adopted(had, head, fresh=spec.host_specs()[0].name in outcome.fresh):
+        tell(Step(spec.host_specs()[0].name, "note", said))
+    record = _remember(paths, spec, outcome)
+    tunnel = load_tunnel(paths)
+    moved = tunnel is not None and record.head_ports != head.ports
+    save_client(paths, record.with_(head_ports=head.ports))
+    with tell.during("tunnel", f"makes the way from here to the controller on {record.head}"):
+        tunnel = await ensure_tunnel(paths, fresh=moved, limit_s=START_S)
+    proof = ClusterVerifier(tunnel.ports["controller"], record.token, spec.environment, outcome.states, on_step=tell)
+    await proof.nodes()
+    unproved = outcome.states.keys() - set(record.proved)
+    await proof.jobs(unproved)
+    await proof.together(unproved)
+    if unproved:
+        await proof.let_go()
+    outcome.errors.update(proof.errors)
+    _remember_proof(paths, outcome.states.keys() - proof.errors.keys() - proof.unproved)
+
+
+def _remember_proof(paths: ClusterPaths, hosts: set[str]) -> None:
+    """Keep which hosts are proved: what failed, or was cut off, is tried again by the next `up`."""
+    record = load_client(paths)
+    if record is not None:
+        save_client(paths, record.with_(proved=tuple(sorted(hosts))))
+
+
+def adopted(had: ClientRecord | None, head: HostState, *, fresh: bool) -> str:
+    """Say that a cluster ran already that this machine did not know: the account's other machine started it. Pure."""
+    if fresh or (had is not None and had.cluster_id == head.cluster_id):
+        return ""
+    if had is not None and head.place.host in had.begun:  # by an `up` that did not come to its end
+        return ""
+    return (
+        f"cluster {head.name} runs there already, brought up by {head.owner} from elsewhere; it is used from here too"
+    )
+
+
+def _remember(paths: ClusterPaths, spec: ClusterSpec, outcome: BootstrapOutcome) -> ClientRecord:
+    """Write what is known now; hosts that were up before and are not in the spec any more stay known."""
+    head = outcome.states[spec.host_specs()[0].name]
+    had = load_client(paths)
+    up_now = {host.name: host for host in spec.host_specs() if host.name in outcome.states}
+    record = ClientRecord(
+        spec=spec,
+        cluster_id=head.cluster_id,
+        token=head.token,
+        programs={**(had.programs if had else {}), **outcome.programs},
+        head_ports=had.head_ports if had else head.ports,
+        head_address=head.place.ray_address,
+        hosts={**(had.hosts if had else {}), **up_now},
+        head=head.place.host,
+        proved=tuple(one for one in (had.proved if had else ()) if one not in outcome.fresh),
+        gcs=had.gcs if had else False,
+    )
+    if certificate := head.certificates.get(CLIENT):
+        keep(paths, certificate, client=True)
+    return save_client(paths, record)
+
+
+def _failure(spec: ClusterSpec, outcome: BootstrapOutcome) -> RaylaunchError:
+    first, *others = outcome.errors.values()
+    other_ray = next((one for one in outcome.errors.values() if isinstance(one, RayVersionError)), None)
+    if other_ray is not None:
+        return other_ray
+    if not others and not outcome.states:
+        return first
+    lines = [str(error).replace("\n", "\n    ") for error in outcome.errors.values()]
+    well = f"; {', '.join(outcome.states)} came up" if outcome.states else ""
+    msg = f"cluster {spec.name}: {len(lines)} of {len(spec.host_specs())} hosts failed{well}\n  " + "\n  ".join(lines)
+    return ClusterStartError(msg, hint="mend them, then run raylaunch up again: it goes on from here")
+
+
+async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:
+    """Say what `up` would do now, and why it would fail: every host is probed, and nothing is changed."""
+    outcome = await Bootstrap(spec, lambda _: None, on_prompt=on_prompt).look()
+    return Plan(
+        cluster=spec.name,
+        actions=tuple(f"{host}: {one}" for host, found in outcome.actions.items() for one in found),
+        keeps=tuple(f"{host}: {one}" for host, found in outcome.keeps.items() for one in found),
+        notes=tuple(f"{one.host}: {one.message}" for one in outcome.warnings),
+        problems=tuple(_named(host, error) for host, error in outcome.errors.items()),
+    )
+
+
+def _named(host: str, error: RaylaunchError) -> str:
+    return f"{host}: {str(error).removeprefix(f'{host}: ')}".replace("\n", "\n    ")
+
+
+async def down(name: str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:
+    """End exactly what `up` started, on every host, and return when nothing of it is left.
+
+    Raises:
+        ClusterError: a host could not be reached or something could not be ended; the others are down.
+    """
+    began = time.monotonic()
+    paths = cluster_paths(name)
+    record = load_client(paths)
+    refuse_joined(record, "taken down")
+    if record is None:
+        return DownReport(cluster=paths.name, ended=(), store="", unknown=True)
+    async with cluster_lock(paths, limit_s=_LOCK_S):
+        save_client(paths, record.with_(wanted="stopped"))
+        work = Teardown(record, on_prompt=on_prompt)
+        await work.run()
+        await end_tunnel(paths)
+        left = {name: host for name, host in record.hosts.items() if name in work.errors}
+        save_client(paths, record.with_(wanted="stopped", hosts=left, begun=(), gcs=False))
+    if work.errors:
+        lines = "\n  ".join(str(error).replace("\n", "\n  ") for error in work.errors.values())
+        msg = f"cluster {paths.name}: could not be ended on {', '.join(work.errors)}\n  {lines}"
+        raise ClusterError(msg, hint="run raylaunch down again when they can be reached")
+    took = time.monotonic() - began
+    return DownReport(
+        cluster=paths.name, ended=tuple(work.ended), store=work.store, notes=tuple(work.notes), seconds=took
+    )

@@ -1,0 +1,88 @@
+"""Small jobs with which `up` proves a cluster: submitted, looked at, read and deleted, through its controller."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from raylaunch.cluster.local.health import HttpAnswer, ask
+from raylaunch.errors import ClusterError, RaylaunchError, from_wire
+from raylaunch.models.fields import Environment
+from raylaunch.models.job import JobView, SubmitAnswer, SubmitRequest
+from raylaunch.models.job_spec import JobSpec, Resources, Tracking, Where
+
+_NAME = "raylaunch-probe"
+_ASK_S = 30.0
+_LINES = 20
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class ProbeJobs:
+    """The way to the controller.
+
+    Args:
+        port: of the controller, on loopback here.
+        token: the client's.
+        environment: of the jobs.
+    """
+
+    def __init__(self, port: int, token: str, environment: Environment) -> None:
+        self._port = port
+        self._token = token
+        self._environment = environment
+
+    async def submit(self, host: str, entrypoint: str, *, gpus: int, timeout_s: float) -> JobView:
+        """Submit a job for one host; its turn comes before all others'."""
+        job = JobSpec(
+            name=_NAME,
+            entrypoint=entrypoint,
+            working_dir="",
+            environment=self._environment,
+            resources=Resources(gpus=gpus, cpus=0),
+            where=Where(hosts=(host,)),
+            tracking=Tracking(mode="disabled"),
+            priority=100,
+            timeout_s=timeout_s,
+        )
+        request = SubmitRequest(spec=job, request_id=secrets.token_hex(8))
+        body = request.model_dump_json().encode()
+        return (await self._ask(SubmitAnswer, "/v1/jobs", method="POST", body=body)).job
+
+    async def look(self, job: str) -> JobView:
+        """Return the job as it is now."""
+        return await self._ask(JobView, f"/v1/jobs/{job}")
+
+    async def stop(self, job: str) -> None:
+        """Let the job end; one that has ended stays as it is."""
+        await ask(self._port, f"/v1/jobs/{job}/stop", token=self._token, method="POST", body=b"{}", limit_s=_ASK_S)
+
+    async def delete(self, job: str) -> None:
+        """Leave nothing of the job."""
+        await ask(self._port, f"/v1/jobs/{job}", token=self._token, method="DELETE", limit_s=_ASK_S)
+
+    async def last_lines(self, job: str) -> str:
+        """Return the end of what it printed; empty where that cannot be had."""
+        path = f"/v1/jobs/{job}/logs?tail={_LINES}"
+        answer = await ask(self._port, path, token=self._token, limit_s=_ASK_S)
+        return answer.body.decode(errors="replace") if answer.ok else ""
+
+    async def _ask(self, model: type[_Model], path: str, *, method: str = "GET", body: bytes | None = None) -> _Model:
+        answer = await ask(self._port, path, token=self._token, method=method, body=body, limit_s=_ASK_S)
+        if answer.ok:
+            try:
+                return model.model_validate_json(answer.body)
+            except ValidationError as error:
+                msg = f"the controller's answer to {path} is not understood: {error}"
+                raise ClusterError(msg) from None
+        raise _refused(answer, path)
+
+
+def _refused(answer: HttpAnswer, path: str) -> RaylaunchError:
+    said = answer.json()
+    error = said.get("error") if isinstance(said, dict) else None
+    if isinstance(error, dict):
+        return from_wire(str(error.get("code")), str(error.get("message")), str(error.get("hint", "")))
+    return ClusterError(f"the controller did not answer {path}: {answer.why or f'HTTP {answer.status}'}")

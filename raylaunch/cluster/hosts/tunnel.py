@@ -1,0 +1,202 @@
+"""The tunnel: a background process that keeps a cluster's controller and Ray reachable on loopback here.
+
+``python -m raylaunch.cluster.reach.tunnel NAME``. Whoever needs it starts it; there is one a cluster, by a lock that it
+holds while it lives. A lost connection is made again, with the same local ports, for as long as the cluster is wanted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit
+
+import anyio
+
+from raylaunch.cluster.client_record import (
+    ClientRecord,
+    TunnelRecord,
+    load_client,
+    load_tunnel,
+    save_tunnel,
+    tunnel_file,
+)
+from raylaunch.cluster.local.health import ask
+from raylaunch.cluster.ports import LOOPBACK, free_ports, is_free
+from raylaunch.cluster.probe.choices import target_of
+from raylaunch.cluster.processes import identify
+from raylaunch.errors import HostLostError, RaylaunchError
+from raylaunch.paths import ClusterPaths, cluster_paths
+from raylaunch.ssh.host import SSHHost, machine
+from raylaunch.ssh.resolve import command
+from raylaunch.version import __version__
+
+_log = logging.getLogger("raylaunch.cluster.reach.tunnel")
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0
+_KEEPALIVE_S, _KEEPALIVES_MISSED = 2, 3
+_BEAT_S = 1.0
+_SLEPT_S = 8.0
+"""Between two beats: this machine slept, or the process was stopped. The connection is not waited for then."""
+_PORTS = ("controller", "dashboard", "gcs")
+_LOOK_S = 20.0
+_LOST = "are you on its network or VPN? Run the same again in some seconds"
+
+Address = tuple[str, int]
+
+
+class Tunnel:
+    """The process itself: one head, three ports, for as long as it is wanted."""
+
+    def __init__(self, paths: ClusterPaths) -> None:
+        self._paths = paths
+        had = load_tunnel(paths)
+        own = identify(os.getpid(), sys.argv)
+        if own is None:  # a process always finds itself
+            raise AssertionError
+        ports = {key: had.ports[key] for key in _PORTS if had and key in had.ports and is_free(had.ports[key])}
+        missing = [key for key in _PORTS if key not in ports]
+        ports |= zip(missing, free_ports(len(missing), avoid=tuple(ports.values())), strict=True)
+        self._remote: dict[str, Address] = {}
+        self._woken = anyio.Event()
+        self._record = TunnelRecord(process=own, ports=ports, at=time.time(), version=__version__)
+
+    async def run(self) -> None:
+        """Keep the way open until the cluster is not wanted any more."""
+        self._save(up=False)
+        pause = _FIRST_PAUSE_S
+        while (client := load_client(self._paths)) is not None and client.wanted == "running":
+            try:
+                async with machine(target_of(client.spec.host_specs()[0])) as head:
+                    head.keep_alive(every_s=_KEEPALIVE_S, missed=_KEEPALIVES_MISSED)
+                    await self._open(head, client)
+                    self._save(up=True)
+                    _log.info("up: %s", self._record.ports)
+                    pause = _FIRST_PAUSE_S
+                    await self._until_over(head, client)
+                    why = f"the connection to {head.name} was lost; it is being made again"
+                    self._save(up=False, why=why, hint=_LOST, code=HostLostError.code)  # before it is closed in order
+            except RaylaunchError as error:
+                self._save(up=False, why=error.message, hint=error.hint, code=error.code)
+            _log.info("down: %s", self._record.why)
+            await self._rest(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    async def beat(self) -> None:
+        """Say every second that this process does something; when it could not, the connection is made anew."""
+        before = time.time()
+        while True:
+            await anyio.sleep(_BEAT_S)
+            now = time.time()
+            with contextlib.suppress(OSError):
+                os.utime(tunnel_file(self._paths))
+            if now - before > _SLEPT_S:
+                _log.info("was asleep for %.0f s", now - before)
+                self._woken.set()
+            before = now
+
+    async def _rest(self, pause: float) -> None:
+        with anyio.move_on_after(pause):
+            await self._woken.wait()
+
+    async def _open(self, head: SSHHost, client: ClientRecord) -> None:
+        """Open the way to the controller, and to what of Ray this person may use."""
+        self._woken = anyio.Event()
+        controller = (await head_ports(head, client))["controller"]
+        await head.forward(self._record.ports["controller"], LOOPBACK, controller)
+        self._remote = await self._addresses(head, client)
+        for key, place in self._remote.items():
+            if key != "controller":
+                await head.forward(self._record.ports[key], *place)
+        address, fingerprint = head.identity
+        reached = {"head_address": address, "head_fingerprint": fingerprint}
+        ports = {key: port for key, (_, port) in self._remote.items()}
+        words = tuple(command(target_of(client.spec.host_specs()[0])) or ())
+        self._record = self._record.model_copy(update={**reached, "head_ports": ports, "openssh": words})
+
+    async def _addresses(self, head: SSHHost, client: ClientRecord) -> dict[str, Address]:
+        """Return where on the head is what; a cluster that was joined says itself where Ray is, to whom may know."""
+        ports = await head_ports(head, client)
+        found = {"controller": (LOOPBACK, ports["controller"])}
+        if client.joined:
+            ray = await ray_addresses(self._record.ports["controller"], client.token)
+            return found | {key: place for key, place in ray.items() if key != "gcs" or client.gcs}
+        found["dashboard"] = (LOOPBACK, ports["dashboard"])
+        return found | ({"gcs": (client.head_address, ports["gcs"])} if client.gcs else {})
+
+    async def _until_over(self, head: SSHHost, client: ClientRecord) -> None:
+        """Return when the connection is lost, this machine slept, or the head's ports are other ones."""
+        async with anyio.create_task_group() as group:
+
+            async def first(wait: Callable[[], Awaitable[None]]) -> None:
+                await wait()
+                group.cancel_scope.cancel()
+
+            for wait in (head.wait_lost, self._woken.wait, lambda: self._until_moved(head, client)):
+                group.start_soon(first, wait)
+
+    async def _until_moved(self, head: SSHHost, client: ClientRecord) -> None:
+        """Return when the head's ports are other ones: its controller, or Ray, may have moved."""
+        while True:
+            await anyio.sleep(_LOOK_S)
+            with contextlib.suppress(RaylaunchError):  # a lost connection is noticed elsewhere
+                if (seen := await self._addresses(head, client)) and not seen.items() <= self._remote.items():
+                    return
+
+    def _save(self, *, up: bool, why: str = "", hint: str = "", code: str = "cluster_down") -> None:
+        self._record = self._record.model_copy(
+            update={"up": up, "why": why, "hint": hint, "code": code if why else "", "at": time.time()}
+        )
+        save_tunnel(self._paths, self._record)
+
+
+async def ray_addresses(port: int, token: str) -> dict[str, Address]:
+    """Ask the controller behind a port here where Ray is on its host; nothing where the token may not know."""
+    answer = await ask(port, "/v1/ray", token=token)
+    said = answer.json()
+    if not answer.ok or not isinstance(said, dict):
+        return {}
+    dashboard, gcs = urlsplit(str(said.get("dashboard_url"))), urlsplit(f"//{said.get('gcs_address')}")
+    found = {"dashboard": (dashboard.hostname, dashboard.port), "gcs": (gcs.hostname, gcs.port)}
+    return {key: (host, port) for key, (host, port) in found.items() if host and port}
+
+
+async def head_ports(head: SSHHost, client: ClientRecord) -> dict[str, int]:
+    """Return the head's ports, from its record there: they may have changed while nobody looked from here."""
+    program = client.programs.get(head.name)
+    if program is None:
+        return client.head_ports
+    path = f"{program.root}/clusters/{client.spec.name}/cluster.json"
+    ran = await head.run(["cat", path], limit_s=10)
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        ports = json.loads(ran.out)["ports"]
+        if isinstance(ports, dict) and all(isinstance(ports.get(key), int) for key in _PORTS):
+            return ports
+    return client.head_ports
+
+
+def main(argv: list[str]) -> int:
+    """Keep the tunnel of the cluster that is named; return at once when it has one already."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    os.umask(0o077)
+    paths = cluster_paths(argv[0])
+    with (paths.root / "tunnel.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return 0
+        anyio.run(_keep, paths)
+    return 0
+
+
+async def _keep(paths: ClusterPaths) -> None:
+    tunnel = Tunnel(paths)
+    async with anyio.create_task_group() as group:
+        group.start_soon(tunnel.beat)
+        await tunnel.run()
+        group.cancel_scope.cancel()

@@ -1,0 +1,1 @@
+"""A cluster on one machine: Ray and the controller here."""

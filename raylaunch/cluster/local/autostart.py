@@ -1,0 +1,197 @@
+"""How a host's part of a cluster comes back: after a crash by a keeper, after a reboot by what starts the keeper.
+
+In this order: a systemd user unit with lingering, a system unit with sudo that asks for nothing, cron's ``@reboot``;
+else a keeper alone, which no reboot survives, and that is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import anyio.to_thread
+
+from raylaunch.cluster.local.ray_head import clean_environment
+from raylaunch.cluster.local.watchdog import be_keeper, is_kept, keeper
+from raylaunch.cluster.processes import start_apart
+from raylaunch.paths import ClusterPaths
+from raylaunch.version import __version__
+
+_LIMIT_S = 20
+_BEGINS_S, _LOOK_S = 15.0, 0.1
+
+
+class _Way(NamedTuple):
+    """What starts the keeper at boot, in words; and the command that has it do so now, where it can."""
+
+    words: str
+    start: tuple[str, ...] = ()
+
+
+async def ensure_kept(paths: ClusterPaths) -> str:
+    """See to it that a keeper runs and comes back after a reboot; return how, in words.
+
+    It may be called again: what is there stays.
+    """
+    way = await anyio.to_thread.run_sync(lambda: _user_unit(paths) or _system_unit(paths) or _cron(paths))
+    handed_over = keeper(paths) != __version__
+    be_keeper(paths)
+    if (handed_over or not is_kept(paths)) and not await _started(paths, way):
+        env = clean_environment(os.environ, paths)
+        await start_apart(keep_argv(paths), env=env, cwd=Path("/"), log=paths.root / "keep.log")
+    return way.words if way else ""
+
+
+async def _started(paths: ClusterPaths, way: _Way | None) -> bool:
+    """Have systemd start the keeper, so that it also starts that again; say whether one runs then."""
+    if way is None or not way.start or await anyio.to_thread.run_sync(_run, way.start) is None:
+        return False
+    with anyio.move_on_after(_BEGINS_S):
+        while not is_kept(paths):  # noqa: ASYNC110 -- another process
+            await anyio.sleep(_LOOK_S)
+    return is_kept(paths)
+
+
+async def end_kept(paths: ClusterPaths) -> None:
+    """Take away what would start the keeper at boot. The keeper ends by itself when the cluster is not wanted."""
+
+    def remove() -> None:
+        unit = user_unit_file(paths)
+        if unit.exists():
+            _run(["systemctl", "--user", "disable", unit.name])
+            unit.unlink(missing_ok=True)
+        system = system_unit_file(paths)
+        if system.exists():
+            _run(["sudo", "-n", "systemctl", "disable", system.name])
+            _run(["sudo", "-n", "rm", "-f", str(system)])
+        table = _crontab()
+        left = [line for line in table if not line.endswith(_mark(paths))]
+        if left != table:
+            _run(["crontab", "-"], text="".join(f"{line}\n" for line in left))
+
+    await anyio.to_thread.run_sync(remove)
+
+
+def keep_argv(paths: ClusterPaths) -> list[str]:
+    """Return the keeper's command line."""
+    return [sys.executable, "-m", "raylaunch.cluster.keep", paths.name]
+
+
+def unit_text(paths: ClusterPaths, *, user: str = "") -> str:
+    """Return the systemd unit; with `user` a system one. Only the keeper is its own: Ray and jobs outlive it."""
+    env = clean_environment(os.environ, paths)
+    lines = [f"Environment={_quoted(f'{key}={env[key]}')}" for key in ("RAYLAUNCH_HOME", "PYTHONPATH") if key in env]
+    return "\n".join(
+        [
+            "[Unit]",
+            f"Description=raylaunch cluster {paths.name}",
+            *(["Wants=network-online.target", "After=network-online.target"] if user else []),
+            "",
+            "[Service]",
+            f"ExecStart={' '.join(_quoted(word.replace('$', '$$')) for word in keep_argv(paths))}",
+            "WorkingDirectory=/",
+            *lines,
+            *([f"User={user}"] if user else []),
+            "KillMode=process",
+            "Restart=on-failure",
+            "RestartSec=5",
+            "",
+            "[Install]",
+            f"WantedBy={'multi-user' if user else 'default'}.target",
+            "",
+        ]
+    )
+
+
+def _quoted(word: str) -> str:
+    """Return a word as systemd reads it: ``%`` means something to it within quotes too."""
+    escaped = word.replace("\\", r"\\").replace('"', r"\"").replace("%", "%%")
+    return f'"{escaped}"'
+
+
+def user_unit_file(paths: ClusterPaths) -> Path:
+    """Return where the user unit lies."""
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
+    return config / "systemd" / "user" / f"raylaunch-{paths.name}.service"
+
+
+def system_unit_file(paths: ClusterPaths) -> Path:
+    """Return where the system unit lies; its name bears the user's."""
+    return Path("/etc/systemd/system") / f"raylaunch-{getpass.getuser()}-{paths.name}.service"
+
+
+def _user_unit(paths: ClusterPaths) -> _Way | None:
+    if not shutil.which("systemctl") or _run(["systemctl", "--user", "show-environment"]) is None:
+        return None
+    lingers = Path("/var/lib/systemd/linger") / getpass.getuser()
+    if not lingers.exists():
+        _run(["loginctl", "enable-linger"])
+    if not lingers.exists():
+        return None
+    unit = user_unit_file(paths)
+    with contextlib.suppress(OSError):
+        unit.parent.mkdir(parents=True, exist_ok=True)
+        unit.write_text(unit_text(paths), encoding="utf-8")
+        if _run(["systemctl", "--user", "enable", unit.name]) is not None:
+            return _Way(f"systemd's user unit {unit.name}", ("systemctl", "--user", "restart", unit.name))
+        unit.unlink()
+    return None
+
+
+def _system_unit(paths: ClusterPaths) -> _Way | None:
+    if not Path("/run/systemd/system").is_dir() or _run(["sudo", "-n", "true"]) is None:
+        return None
+    unit = system_unit_file(paths)
+    text = unit_text(paths, user=getpass.getuser())
+    if _run(["sudo", "-n", "tee", str(unit)], text=text) is None:
+        return None
+    if _run(["sudo", "-n", "systemctl", "enable", unit.name]) is None:
+        return None
+    return _Way(f"systemd's unit {unit.name}", ("sudo", "-n", "systemctl", "restart", unit.name))
+
+
+def _cron(paths: ClusterPaths) -> _Way | None:
+    """``@reboot`` in the user's own table. A table without a daemon that reads it is no use."""
+    if not shutil.which("crontab") or not _cron_runs():
+        return None
+    table = _crontab()
+    env = clean_environment(os.environ, paths)
+    settings = [f"{key}={env[key]}" for key in ("RAYLAUNCH_HOME", "PYTHONPATH") if key in env]
+    command = shlex.join(["env", *settings, *keep_argv(paths)]).replace("%", r"\%")
+    log = shlex.quote(str(paths.root / "keep.log"))
+    line = f"@reboot cd / && {command} >>{log} 2>&1 {_mark(paths)}"
+    wanted = [*(one for one in table if not one.endswith(_mark(paths))), line]
+    if wanted == table or _run(["crontab", "-"], text="".join(f"{one}\n" for one in wanted)) is not None:
+        return _Way("cron's @reboot")
+    return None
+
+
+def _cron_runs() -> bool:
+    import psutil  # noqa: PLC0415 -- only here
+
+    return any(process.info["name"] in {"cron", "crond"} for process in psutil.process_iter(["name"]))
+
+
+def _mark(paths: ClusterPaths) -> str:
+    return f"# raylaunch {paths.name}"
+
+
+def _crontab() -> list[str]:
+    return (_run(["crontab", "-l"]) or "").splitlines() if shutil.which("crontab") else []
+
+
+def _run(argv: Sequence[str], *, text: str | None = None) -> str | None:
+    """Run a program that must not ask; return what it printed, or None when it failed."""
+    try:
+        done = subprocess.run(argv, input=text or "", capture_output=True, text=True, timeout=_LIMIT_S, check=False)  # noqa: S603 -- fixed programs
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return str(done.stdout) if done.returncode == 0 else None

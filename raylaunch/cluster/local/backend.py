@@ -1,0 +1,222 @@
+"""The embedded cluster: Ray and the controller on this machine, loopback only, in process groups of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+
+from raylaunch.cluster.local.gpus import check_gpus, choose_gpus, detect_gpus, neighbours
+from raylaunch.cluster.local.inspect import LocalInspection, check_versions, client_token, differences, look, status_of
+from raylaunch.cluster.local.node_up import BringUp
+from raylaunch.cluster.local.process_sweep import of_controller, of_ray, runners, sweep_ray
+from raylaunch.cluster.local.ray_head import installed_ray, whole_cpus
+from raylaunch.cluster.ports import LOOPBACK, controller_port, wait_free
+from raylaunch.cluster.processes import end, is_alive, wait_gone
+from raylaunch.cluster.progress import locked, telling_steps
+from raylaunch.cluster.record import (
+    ClusterRecord,
+    cluster_lock,
+    load_record,
+    new_record,
+    recalled_cluster_id,
+    save_record,
+)
+from raylaunch.cluster.types import DownReport, Ended, Plan, Reach, Step
+from raylaunch.errors import ClusterDownError, ClusterError
+from raylaunch.models.cluster import ClusterStatus
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.paths import ClusterPaths, cluster_paths, make_cluster_dirs
+from raylaunch.ssh.target import OnPrompt
+
+LOCK_S = 600.0
+_REVIVE_LOCK_S = 1.0
+_CONTROLLER_GRACE_S = 10.0
+_JOB_GRACE_S = 15.0
+_RAY_GRACE_S = 15.0
+
+
+def _paths(spec: ClusterSpec | str) -> ClusterPaths:
+    return cluster_paths(spec if isinstance(spec, str) else spec.name)
+
+
+async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:  # noqa: ARG001 -- nothing here asks
+    """Say what `up` would do now, and change nothing.
+
+    Raises:
+        SpecError: a GPU that the spec lists is not there, or its cpus are not whole.
+        ConflictError: another cluster uses those GPUs, or the port that the spec fixes is taken.
+        VersionError: the Ray that is installed, or the cluster that runs, does not fit.
+    """
+    paths = _paths(spec)
+    seen = await look(paths)
+    version = installed_ray()
+    upgrade = check_versions(seen, version)
+    runs = seen.record.spec if seen.record and (seen.ray_alive or seen.controller_alive) else spec
+    if not seen.controller_alive and runs.port is not None:
+        controller_port({}, fixed=runs.port, say=lambda _: None, avoid=())
+    with_gpus, offers = "", dict[str, float]()
+    if not seen.ray_alive:
+        choice = choose_gpus(runs, [] if isinstance(runs.gpus, int) else await detect_gpus(), os.environ)
+        check_gpus(runs, choice, neighbours(paths.controller_config))
+        cpus = "all CPU cores" if runs.cpus is None else f"{whole_cpus(runs.cpus)} CPU cores"
+        with_gpus = f"Ray {version} with {cpus} and {choice}, loopback only, log {paths.ray_log}"
+        offers = {"gpus": choice.count, **({} if runs.cpus is None else {"cpus": runs.cpus})}
+    found = plan_up(spec, seen, ray=with_gpus, log=str(paths.controller_log), upgrade=upgrade)
+    return dataclasses.replace(found, offers=offers)
+
+
+def plan_up(spec: ClusterSpec, seen: LocalInspection, *, ray: str, log: str, upgrade: bool) -> Plan:
+    """Compute the plan from what is seen. `ray` says with what Ray would be started; empty when it runs."""
+    actions, keeps = [], []
+    record = seen.record
+    if ray:
+        actions.append(ray)
+    elif record and record.ray:
+        keeps.append(f"Ray (pid {record.ray.pid})")
+    if seen.controller_alive and not upgrade and record and record.controller:
+        keeps.append(f"the controller (pid {record.controller.pid})")
+    else:
+        actions.append(f"the controller, {'port ' + str(spec.port) if spec.port else 'on a free port'}, log {log}")
+    notes = differences(spec, record) if record and keeps else ()
+    return Plan(cluster=spec.name, actions=tuple(actions), keeps=tuple(keeps), notes=notes)
+
+
+async def up(
+    spec: ClusterSpec,
+    /,
+    *,
+    on_step: Callable[[Step], None],
+    on_prompt: OnPrompt | None = None,  # noqa: ARG001 -- nothing here asks
+) -> ClusterStatus:
+    """Bring the cluster up, starting only what does not run, and return when it can take jobs.
+
+    That is: Ray's Jobs endpoint answered, the node is listed, the controller reaches Ray, the node's steward answers.
+    Of two at once, one waits for the other and finds it done.
+
+    Raises:
+        ClusterStartError: a step failed; what this call started is ended again.
+        ConflictError: a port that the spec fixes, a GPU or a folder is somebody else's.
+        SpecError: a GPU that the spec lists is not there, or its cpus are not whole.
+        StorageError: a disk is full, or a file cannot be written.
+        VersionError: the Ray that is installed, or the cluster that runs, does not fit.
+    """
+    if spec.cpus is not None:
+        whole_cpus(spec.cpus)
+    paths = _paths(spec)
+    make_cluster_dirs(paths)
+    with telling_steps(on_step) as tell:
+        async with locked(paths, tell, limit_s=LOCK_S):
+            seen = await BringUp(paths, spec, tell).run()
+    return status_of(seen, paths)
+
+
+async def revive_ray(name: str, /, *, on_step: Callable[[Step], None]) -> bool:
+    """Start Ray again if the cluster should run and its Ray is dead; return whether there was something to do.
+
+    Ports, token and storage stay as they were. The controller stays too, unless a port had to change.
+
+    Raises:
+        ConflictError: another raylaunch is at work on the cluster. An `up` is not waited for: it waits for the
+            controller, which may wait for this.
+    """
+    paths = cluster_paths(name)
+    async with cluster_lock(paths, limit_s=_REVIVE_LOCK_S):
+        seen = await look(paths)
+        if seen.record is None or seen.record.wanted != "running" or seen.ray_alive:
+            return False
+        await BringUp(paths, seen.record.spec, on_step).run(ray_only=True)
+    return True
+
+
+async def down(spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:  # noqa: ARG001 -- as above
+    """End exactly what `up` started, and return when nothing of it is left: no process, and every port free.
+
+    A cluster that does not run is a success too. The store stays.
+
+    Raises:
+        ClusterError: something could not be ended; the message says what.
+    """
+    paths, began = _paths(spec), time.monotonic()
+    if not paths.root.is_dir():
+        record = new_record(_as_spec(spec), paths)
+        return DownReport(cluster=paths.name, ended=(), store=record.store)
+    async with cluster_lock(paths, limit_s=LOCK_S):
+        seen = await look(paths)
+        record = seen.record or new_record(_as_spec(spec), paths, cluster_id=recalled_cluster_id(paths))
+        record = record.with_(wanted="stopped")
+        if seen.record is not None:
+            save_record(paths, record)
+        ended = (*await end_controller(record), *await _end_ray(record, paths))
+        _verify(record, paths)
+        taken = await wait_free(record.ports, limit_s=5)
+        if seen.record is not None:
+            save_record(paths, record.with_(ray=None, controller=None))
+    took = time.monotonic() - began
+    return DownReport(cluster=paths.name, ended=ended, store=record.store, notes=taken, seconds=took)
+
+
+def _as_spec(spec: ClusterSpec | str) -> ClusterSpec:
+    return ClusterSpec(name=spec) if isinstance(spec, str) else spec
+
+
+async def end_controller(record: ClusterRecord) -> tuple[Ended, ...]:
+    """End a cluster's controller and what it started; return how."""
+    first = [record.controller] if record.controller and is_alive(record.controller) else []
+    how = await end(first, grace_s=_CONTROLLER_GRACE_S)
+    ended = [Ended("controller", one.pid, how[one.pid]) for one in first]
+    left = of_controller(record.cluster_id)
+    how = await end(left, grace_s=3)
+    return (*ended, *(Ended("controller's helper", one.pid, how[one.pid]) for one in left))
+
+
+async def _end_ray(record: ClusterRecord, paths: ClusterPaths) -> tuple[Ended, ...]:
+    jobs = runners(record.cluster_id)
+    how = await end(jobs, grace_s=_JOB_GRACE_S)
+    ended = [Ended("job's runner", one.pid, how[one.pid]) for one in jobs]
+    family = of_ray(record.cluster_id, record.ray, paths.temp)
+    if record.ray is not None and is_alive(record.ray):
+        how = await end([record.ray], grace_s=_RAY_GRACE_S)  # it drains, and ends what it started
+        ended.append(Ended("Ray", record.ray.pid, how[record.ray.pid]))
+    left = await wait_gone(family, limit_s=2)  # those that are about to end
+    how = await end(left, grace_s=3)
+    ended += [Ended(_words(one.argv), one.pid, how[one.pid]) for one in left]
+    swept = await sweep_ray(record.cluster_id, record.ray, paths.temp)
+    ended += [Ended(_words(one.argv), one.pid, way) for one, way in swept.items()]
+    return tuple(ended)
+
+
+def _words(argv: tuple[str, ...]) -> str:
+    return "left behind: " + (" ".join(argv)[:60] or "a process")
+
+
+def _verify(record: ClusterRecord, paths: ClusterPaths) -> None:
+    left = [*of_controller(record.cluster_id), *of_ray(record.cluster_id, record.ray, paths.temp)]
+    if left:
+        pids = ", ".join(str(one.pid) for one in left)
+        msg = f"cluster {record.name}: these processes could not be ended: {pids}"
+        raise ClusterError(
+            msg, hint=f"look at what they wait for: ps -o pid,stat,wchan,args -p {pids.replace(' ', '')}"
+        )
+
+
+async def reach(spec: ClusterSpec | str, /) -> Reach:
+    """Return the controller's URL and token. It is looked at, not asked: that costs a few milliseconds.
+
+    Raises:
+        ClusterDownError: the cluster does not run.
+    """
+    paths = _paths(spec)
+    record = load_record(paths)
+    token = client_token(paths)
+    if record is None or record.wanted != "running" or not is_alive(record.controller) or not token:
+        msg = f"cluster {paths.name} does not run on this machine"
+        raise ClusterDownError(msg, hint="start it: raylaunch up")
+    return Reach(url=f"http://{LOOPBACK}:{record.ports['controller']}", token=token)
+
+
+async def status(spec: ClusterSpec | str, /) -> ClusterStatus:
+    """Look at the cluster, and change nothing. A cluster that was never started is ``stopped``."""
+    paths = _paths(spec)
+    return status_of(await look(paths), paths)

@@ -1,0 +1,218 @@
+"""The controller as a program beside Ray: what it is told, how it is started, and when it is ready."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import anyio
+from pydantic import ValidationError
+
+from raylaunch.cluster.local.health import ask, start_s_left
+from raylaunch.cluster.local.process_sweep import of_controller
+from raylaunch.cluster.local.ray_head import clean_environment
+from raylaunch.cluster.local.steps import DiedError, StepLog
+from raylaunch.cluster.ports import LOOPBACK, controller_port, is_free
+from raylaunch.cluster.processes import CONTROLLER, VAR_CONTROLLER_OF, end, is_alive
+from raylaunch.cluster.record import ClusterRecord, save_record
+from raylaunch.cluster.tls import ray_variables, variables_of
+from raylaunch.errors import StorageError
+from raylaunch.models.cluster import ControllerStatus
+from raylaunch.paths import ClusterPaths, storage_errors, write_private
+from raylaunch.version import __version__
+
+
+def controller_argv(paths: ClusterPaths) -> list[str]:
+    """Return the program and its arguments; nothing in them is secret."""
+    return [sys.executable, "-m", CONTROLLER, "--config", str(paths.controller_config)]
+
+
+def controller_environment(
+    paths: ClusterPaths, record: ClusterRecord, environ: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """Return the whole environment of the controller.
+
+    It keeps ``CUDA_VISIBLE_DEVICES``, so that a Ray which it has started again sees the GPUs that the first one saw.
+    """
+    limit = {key: environ[key] for key in ("CUDA_VISIBLE_DEVICES",) if key in environ}
+    return clean_environment(environ, paths) | limit | {VAR_CONTROLLER_OF: record.cluster_id}
+
+
+def _ray_tls(paths: ClusterPaths, record: ClusterRecord) -> dict[str, str]:
+    if files := record.spec.ray_tls:
+        return ray_variables(*(Path(one).expanduser().absolute() for one in (files.ca, files.certificate, files.key)))
+    return variables_of(paths) if record.tls else {}
+
+
+def write_config(paths: ClusterPaths, record: ClusterRecord) -> None:
+    """Write ``controller.json``: all that the controller is told. Secrets stay in files of their own."""
+    spec, foreign = record.spec, record.spec.kind == "existing"
+    config = {
+        "cluster": record.name,
+        "cluster_id": record.cluster_id,
+        "store": record.store,
+        "port": record.ports["controller"],
+        "gcs_address": spec.gcs_address if foreign else f"{record.place.ray_address}:{record.ports['gcs']}",
+        "dashboard_url": spec.address if foreign else f"http://{LOOPBACK}:{record.ports['dashboard']}",
+        "ray_token_path": str(paths.ray_token),
+        "ray_env": _ray_tls(paths, record),
+        "log_path": str(paths.controller_log),
+        "default_environment": record.spec.environment.model_dump(mode="json"),
+        "env": record.spec.env,
+        "secrets": record.spec.secrets,
+        "retention": record.spec.retention.model_dump(mode="json"),
+        "carries_stewards": foreign,
+        "revive": [] if foreign else [sys.executable, "-m", "raylaunch.cluster.revive", record.name],
+        "runner_python": sys.executable,
+    }
+    write_private(paths.controller_config, json.dumps(config, indent=2))
+
+
+def admit(store: Path, token: str) -> None:
+    """Make the holder of `token` an administrator, in the store's ``tokens.json``; other tokens stay.
+
+    Raises:
+        StorageError: the file is there and is not what it should be.
+    """
+    path = store / "tokens.json"
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    tokens: list[object] = []
+    if path.exists():
+        with storage_errors(path):
+            text = path.read_text(encoding="utf-8")
+        try:
+            tokens = list(json.loads(text)["tokens"])
+        except (ValueError, KeyError, TypeError):
+            msg = f"{path} is not a list of tokens"
+            raise StorageError(
+                msg, hint="repair it, or remove it: your own token is put back by raylaunch up"
+            ) from None
+    if any(isinstance(one, dict) and one.get("sha256") == digest for one in tokens):
+        return
+    tokens.append({"sha256": digest, "person": getpass.getuser(), "role": "admin"})
+    write_private(path, json.dumps({"tokens": tokens}, indent=2))
+
+
+async def controller_status(port: int, token: str) -> ControllerStatus | str:
+    """Ask the controller how it is; return in words why there is no answer."""
+    answer = await ask(port, "/v1/status", token=token)
+    if not answer.ok:
+        return answer.why or f"it answered HTTP {answer.status}"
+    try:
+        return ControllerStatus.model_validate_json(answer.body)
+    except ValidationError:
+        return f"what answers on port {port} is not raylaunch's controller"
+
+
+def not_ready(status: ControllerStatus | str) -> str:
+    """Return why a cluster with this controller cannot take jobs yet; empty when it can."""
+    if isinstance(status, str):
+        return f"the controller is not responding: {status}"
+    if status.ray != "up":
+        return "the controller does not reach Ray"
+    if not any(node.ready for node in status.nodes):
+        return "no node's steward answers"
+    return ""
+
+
+CONTROLLER_S = 60.0
+_HUNG_S = 5.0
+_POLL_S = 0.1
+
+
+class ControllerStart:
+    """One start of a cluster's controller. `record` is kept up to date, here and on the disk.
+
+    Args:
+        paths: of the cluster.
+        steps: told what is done.
+        record: the cluster's, with the ports of its Ray.
+        token: the client's.
+    """
+
+    def __init__(
+        self,
+        paths: ClusterPaths,
+        steps: StepLog,
+        record: ClusterRecord,
+        *,
+        token: str,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        self.record = record
+        self._paths = paths
+        self._steps = steps
+        self._token = token
+        self._environ = environ
+
+    async def run(self, *, wait: bool, upgrade: bool) -> ClusterRecord:
+        """Have a controller that answers; one that runs and answers stays, unless it is to be replaced.
+
+        Raises:
+            ClusterStartError: it ended, or does not answer in time.
+        """
+        if is_alive(self.record.controller) and not upgrade and await self._answers_soon():
+            return self.record
+        for last_try in (False, True):
+            await self._start()
+            if not wait:
+                break
+            try:
+                await self._steps.step("controller", "waits for the controller", self._answering, CONTROLLER_S)
+            except DiedError:
+                if last_try or self.record.spec.port or is_free(self.record.ports["controller"]):
+                    raise
+                self._steps.note("controller", "its port was taken in that moment; another one is used")
+            else:
+                self._save(self.record.with_(controller_answered=True))
+                break
+        return self.record
+
+    async def _answers_soon(self) -> bool:
+        with anyio.move_on_after(max(_HUNG_S, start_s_left(self.record))):
+            while is_alive(self.record.controller):
+                if not await self._why_silent():
+                    return True
+                await anyio.sleep(_POLL_S)
+        return False
+
+    async def _start(self) -> None:
+        """Start the controller; one that hangs, or that no record knows of, is ended first. Jobs go on meanwhile."""
+        left = of_controller(self.record.cluster_id)
+        if left:
+            self._steps.note("controller", f"ends the controller of before (pid {left[0].pid}); jobs go on")
+            await end(left, grace_s=5)
+        ports = self.record.ports
+        taken = tuple(port for key, port in ports.items() if key != "controller")
+        if "worker_min" in ports:
+            taken += tuple(range(ports["worker_min"], ports["worker_max"] + 1))
+        port = controller_port(
+            ports,
+            fixed=self.record.spec.port,
+            say=lambda words: self._steps.note("ports", words),
+            avoid=taken,
+        )
+        versions = self.record.versions.model_copy(update={"raylaunch": __version__})
+        ports = ports | {"controller": port}
+        self._save(self.record.with_(ports=ports, controller=None, controller_answered=False, versions=versions))
+        write_config(self._paths, self.record)
+        admit(Path(self.record.store), self._token)
+        env = controller_environment(self._paths, self.record, self._environ)
+        controller = await self._steps.start(controller_argv(self._paths), env, self._paths.controller_log)
+        self._save(self.record.with_(controller=controller))
+
+    def _save(self, record: ClusterRecord) -> None:
+        self.record = save_record(self._paths, record)
+
+    async def _answering(self) -> str:
+        self._steps.must_live("controller", "the controller", self.record.controller, self._paths.controller_log)
+        return await self._why_silent()
+
+    async def _why_silent(self) -> str:
+        status = await controller_status(self.record.ports["controller"], self._token)
+        return status if isinstance(status, str) else ""

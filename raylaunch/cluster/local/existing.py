@@ -1,0 +1,336 @@
+"""A Ray cluster that somebody else runs: the controller runs here and submits to it; Ray itself is left alone.
+
+Stewards are carried there by Ray. `down` ends the controller and the stewards, and nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import anyio.to_thread
+
+from raylaunch.cluster.local.backend import end_controller
+from raylaunch.cluster.local.backend import reach as embedded_reach
+from raylaunch.cluster.local.controller_process import ControllerStart, controller_status
+from raylaunch.cluster.local.health import HttpAnswer, ask
+from raylaunch.cluster.local.inspect import LocalInspection, check_ours, differences, look, status_of
+from raylaunch.cluster.local.ray_head import clean_environment, make_importable
+from raylaunch.cluster.local.steps import StepLog
+from raylaunch.cluster.ports import is_loopback, wait_free
+from raylaunch.cluster.record import (
+    ClusterRecord,
+    ClusterVersions,
+    cluster_lock,
+    load_record,
+    new_record,
+    recalled_cluster_id,
+    save_record,
+    store_of,
+)
+from raylaunch.cluster.trust import check_accepted
+from raylaunch.cluster.types import DownReport, Plan, Reach, Step
+from raylaunch.errors import ClusterStartError, SpecError, VersionError
+from raylaunch.models.cluster import ClusterStatus
+from raylaunch.models.cluster_spec import TUNNEL_HINT, ClusterSpec
+from raylaunch.paths import (
+    ClusterPaths,
+    cluster_paths,
+    make_cluster_dirs,
+    make_store,
+    raylaunch_home,
+    secret_file,
+    storage_errors,
+    write_private,
+)
+from raylaunch.ssh.target import OnPrompt
+from raylaunch.version import __version__
+
+LOCK_S = 600.0
+STEWARD_S = 120.0
+_RAY_S = 10.0
+_LET_GO_S = 60.0
+_HTTP_REFUSED = (401, 403)
+LET_GO = "raylaunch.controller.ray.calls"
+"""Ends the stewards; started as a program, for it connects to Ray."""
+
+
+def _paths(spec: ClusterSpec | str) -> ClusterPaths:
+    return cluster_paths(spec if isinstance(spec, str) else spec.name)
+
+
+async def ray_version(spec: ClusterSpec) -> str:
+    """Ask the Ray for its version: so it is known that it is there, and that it takes the token.
+
+    Raises:
+        ClusterStartError: nothing answers there, or something else than Ray does.
+        SpecError: the file of its token cannot be read, or the token would travel in clear.
+    """
+    where, token = urlsplit(spec.address), token_of(spec)
+    answer = await ask(
+        where.port or (443 if where.scheme == "https" else 8265),
+        "/api/version",
+        host=where.hostname or "",
+        token=token,
+        limit_s=_RAY_S,
+        secure=where.scheme == "https",
+    )
+    if answer.status in _HTTP_REFUSED:
+        had = f"the token in {spec.ray_token_file} is not its own" if spec.ray_token_file else "it asks for a token"
+        msg = f"Ray at {spec.address} lets nobody in: {had}"
+        raise ClusterStartError(msg, hint="name the file of its token: ray_token_file: ~/.ray/auth_token", step="ray")
+    version = _version_in(answer)
+    if not version:
+        why = answer.why or f"it answered HTTP {answer.status}"
+        msg = f"no Ray answers at {spec.address}: {why}"
+        hint = "address: is that of its dashboard, as http://HOST:8265; is it up, and reached from here?"
+        raise ClusterStartError(msg, hint=hint, step="ray")
+    return version
+
+
+def _version_in(answer: HttpAnswer) -> str:
+    said = answer.json()
+    return str(said.get("ray_version", "")) if answer.ok and isinstance(said, dict) else ""
+
+
+def token_of(spec: ClusterSpec) -> str:
+    """Return the Ray's token; empty where the spec names no file of one.
+
+    Raises:
+        SpecError: the file cannot be read or is elsewhere than such tokens are, or the token would travel in clear.
+    """
+    if not spec.ray_token_file:
+        return ""
+    path, where = Path(spec.ray_token_file).expanduser(), urlsplit(spec.address)
+    own = (raylaunch_home(), Path("~/.ray").expanduser())
+    if not any(path.resolve().is_relative_to(folder.resolve()) for folder in own):
+        msg = f"{spec.ray_token_file} is no place of a token: one comes from {own[0]} or {own[1]} alone"
+        raise SpecError(msg, field="ray_token_file", hint=f"if it is that Ray's token, copy the file into {own[1]}")
+    if where.scheme != "https" and not is_loopback(where.hostname or ""):
+        msg = f"the token of Ray would travel in clear to {spec.address}"
+        hint = "use https:// where that Ray is behind a proxy, or a tunnel: ssh -L 8265:localhost:8265 HOST"
+        raise SpecError(msg, field="address", hint=f"{hint}, and address: http://localhost:8265")
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"the token of Ray cannot be read from {path}: {getattr(error, 'strerror', '') or error}"
+        raise SpecError(msg, field="ray_token_file", hint="it holds the token alone, as Ray's own auth_token") from None
+
+
+def check_certificates(spec: ClusterSpec) -> None:
+    """Check that the files of ``ray_tls`` are there: without them Ray's own process would end without saying why.
+
+    Raises:
+        SpecError: one cannot be read.
+    """
+    files = spec.ray_tls.model_dump() if spec.ray_tls else {}
+    for name, text in files.items():
+        if not os.access(Path(text).expanduser(), os.R_OK):
+            msg = f"the certificate file {text} is not there, or cannot be read"
+            hint = "ray_tls names PEM files on this machine: those of RAY_TLS_CA_CERT, RAY_TLS_SERVER_CERT and _KEY"
+            raise SpecError(msg, field=f"ray_tls.{name}", hint=hint)
+
+
+def check_ray(spec: ClusterSpec, runs: str) -> None:
+    """Check that this Python may connect to that Ray. Pure but for what is installed here.
+
+    Raises:
+        VersionError: another Ray is installed here.
+    """
+    installed = importlib.metadata.version("ray")
+    if runs != installed:
+        msg = f"Ray {runs} runs at {spec.address}, and Ray {installed} is installed here"
+        install = f"{sys.executable} -m pip install 'ray[default]=={runs}'"
+        raise VersionError(msg, hint=f"only the same Ray may connect: {install}")
+
+
+async def check_use(spec: ClusterSpec, runs: str) -> None:
+    """Check that this machine can use that Ray in the way that is asked for.
+
+    Raises:
+        VersionError: as `check_ray`.
+        SpecError: as `check_certificates`.
+        ClusterStartError: its head does not listen where it should.
+    """
+    check_ray(spec, runs)
+    check_certificates(spec)
+    host, _, port = spec.gcs_address.rpartition(":")
+    try:
+        with anyio.fail_after(_RAY_S):
+            await (await anyio.connect_tcp(host.strip("[]"), int(port))).aclose()
+    except (OSError, TimeoutError) as error:
+        why = getattr(error, "strerror", "") or f"no answer within {_RAY_S:.0f} s"
+        msg = f"the head of the Ray at {spec.address} cannot be reached at {spec.gcs_address}: {why}"
+        hint = f"gcs: is its address, HOST:6379, which this machine must reach; where it does not, {TUNNEL_HINT}"
+        raise ClusterStartError(msg, hint=hint, step="ray") from None
+
+
+async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:
+    """Say what `up` would do now, and change nothing. Raises as `up`, as far as that can be seen before."""
+    await check_accepted(spec, on_prompt=on_prompt)
+    await check_use(spec, runs := await ray_version(spec))
+    paths = _paths(spec)
+    seen = await look(paths)
+    kept: tuple[str, ...] = (f"Ray {runs} at {spec.address}, which raylaunch did not start",)
+    if seen.record and seen.record.controller and seen.controller_alive:
+        kept += (f"the controller (pid {seen.record.controller.pid})",)
+        return Plan(cluster=spec.name, actions=(), keeps=kept, notes=differences(spec, seen.record))
+    actions = (
+        f"the controller here, {f'port {spec.port}' if spec.port else 'on a free port'}, log {paths.controller_log}",
+        "a steward on each node, carried there by Ray",
+    )
+    return Plan(cluster=spec.name, actions=actions, keeps=kept, notes=warnings(spec))
+
+
+def warnings(spec: ClusterSpec) -> tuple[str, ...]:
+    """Say what a person should know of that Ray. Pure."""
+    open_to_all = "it asks for no token: whoever reaches its ports runs programs there as its account"
+    return () if spec.ray_token_file else (f"Ray at {spec.address}: {open_to_all}",)
+
+
+async def up(
+    spec: ClusterSpec,
+    /,
+    *,
+    on_step: Callable[[Step], None],
+    on_prompt: OnPrompt | None = None,
+) -> ClusterStatus:
+    """Start the controller here, and have a steward on each node. Ray is left as it is.
+
+    Raises:
+        ClusterStartError: Ray does not answer, or a step failed; what this call started is ended again.
+        VersionError: another Ray is installed here than runs there, or the controller is of a newer raylaunch.
+        SpecError: the file of Ray's token cannot be read.
+        UntrustedError: nobody has accepted its address.
+    """
+    await check_accepted(spec, on_prompt=on_prompt)
+    runs = await ray_version(spec)
+    await check_use(spec, runs)
+    paths = _paths(spec)
+    make_cluster_dirs(paths)
+    async with cluster_lock(paths, limit_s=LOCK_S):
+        await _Up(paths, spec, on_step).run(runs)
+        seen = await look(paths)
+    return _status(seen, paths)
+
+
+class _Up:
+    """One `up`: what it knows, and its steps."""
+
+    def __init__(self, paths: ClusterPaths, spec: ClusterSpec, on_step: Callable[[Step], None]) -> None:
+        self._paths = paths
+        self._spec = spec
+        self._tell = on_step
+        self._steps = StepLog(paths, on_step)
+        self._token = ""
+
+    async def run(self, ray: str) -> None:
+        """Bring it up."""
+        seen = await look(self._paths)
+        upgrade = check_ours(seen)
+        self._tell(Step("ray", "kept", f"Ray {ray} at {self._spec.address}, which raylaunch did not start"))
+        for line in warnings(self._spec):
+            self._steps.note("ray", line)
+        if not seen.problems and not upgrade and seen.record and seen.record.controller:
+            self._tell(Step("controller", "kept", f"the controller runs (pid {seen.record.controller.pid})"))
+            for difference in differences(self._spec, seen.record):
+                self._steps.note("spec", difference)
+            return
+        record = self._record(seen, ray)
+        start = ControllerStart(self._paths, self._steps, record, token=self._token)
+        try:
+            record = await start.run(wait=True, upgrade=upgrade)
+            await self._steps.step(
+                "steward", "waits for a steward on each node", lambda: self._stewards(record), STEWARD_S
+            )
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._steps.undo(start.record)
+            raise
+
+    def _record(self, seen: LocalInspection, ray: str) -> ClusterRecord:
+        had = seen.record or new_record(self._spec, self._paths, cluster_id=recalled_cluster_id(self._paths))
+        record = had.with_(
+            spec=self._spec,
+            store=store_of(self._spec, self._paths),
+            wanted="running",
+            versions=ClusterVersions(raylaunch=__version__, ray=ray, python=platform.python_version()),
+        )
+        make_store(Path(record.store))
+        make_importable(self._paths)
+        self._token = secret_file(self._paths.token)
+        write_private(self._paths.ray_token, token_of(self._spec))
+        return save_record(self._paths, record)
+
+    async def _stewards(self, record: ClusterRecord) -> str:
+        self._steps.must_live("controller", "the controller", record.controller, self._paths.controller_log)
+        says = await controller_status(record.ports["controller"], self._token)
+        if isinstance(says, str):
+            return says
+        mute = [node.hostname for node in says.nodes if node.alive and not node.ready]
+        if says.ray != "up" or not says.nodes:
+            return "; ".join(says.problems) or "the controller does not reach Ray"
+        return f"no steward answers on {', '.join(mute)}" if mute else ""
+
+
+async def down(spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:  # noqa: ARG001 -- nothing here asks
+    """End the controller and the stewards, and nothing of Ray; the store stays.
+
+    Raises:
+        ClusterError: something here could not be ended.
+    """
+    paths, began = _paths(spec), time.monotonic()
+    record = load_record(paths)
+    if record is None:
+        return DownReport(cluster=paths.name, ended=(), store="")
+    async with cluster_lock(paths, limit_s=LOCK_S):
+        save_record(paths, record.with_(wanted="stopped"))
+        ended = await end_controller(record)
+        notes = await anyio.to_thread.run_sync(_let_go, paths)
+        taken = await wait_free({"controller": record.ports["controller"]} if record.ports else {}, limit_s=5)
+        save_record(paths, record.with_(wanted="stopped", controller=None))
+    note = f"Ray at {record.spec.address} was not started by raylaunch, and runs on"
+    took = time.monotonic() - began
+    return DownReport(cluster=paths.name, ended=ended, store=record.store, notes=(note, *notes, *taken), seconds=took)
+
+
+def _let_go(paths: ClusterPaths) -> tuple[str, ...]:
+    """End the stewards; where Ray does not answer any more, there are none."""
+    argv = [sys.executable, "-m", LET_GO, "--config", str(paths.controller_config)]
+    try:
+        done = subprocess.run(  # noqa: S603 -- our own program
+            argv,
+            env=clean_environment(os.environ, paths),
+            capture_output=True,
+            text=True,
+            timeout=_LET_GO_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return (f"Ray did not answer within {_LET_GO_S:.0f} s: stewards may still run there, and do nothing",)
+    with storage_errors(paths.controller_log), paths.controller_log.open("a", encoding="utf-8") as log:
+        log.write(done.stderr)
+    return () if done.returncode == 0 else (f"stewards may still run there: {done.stdout.strip() or done.returncode}",)
+
+
+async def reach(spec: ClusterSpec | str, /) -> Reach:
+    """Return the controller's URL and token. Raises as the embedded cluster's does."""
+    return await embedded_reach(spec)
+
+
+async def status(spec: ClusterSpec | str, /) -> ClusterStatus:
+    """Look at the controller, and change nothing."""
+    paths = _paths(spec)
+    return _status(await look(paths), paths)
+
+
+def _status(seen: LocalInspection, paths: ClusterPaths) -> ClusterStatus:
+    found = status_of(seen, paths)
+    return found.model_copy(update={"kind": "existing", "ray": None, "ray_ports": {}})

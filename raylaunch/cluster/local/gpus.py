@@ -1,0 +1,278 @@
+"""The GPUs of this machine as ``nvidia-smi`` shows them, and which of them a cluster uses."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio.to_thread
+import psutil
+
+from raylaunch.cluster.processes import CONTROLLER
+from raylaunch.cluster.record import ClusterRecord
+from raylaunch.errors import ClusterStartError, ConflictError, SpecError
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.paths import user_name
+
+_FIELDS = "index,uuid,name,memory.total,memory.used,utilization.gpu"
+_MIB = 1024 * 1024
+_LIMIT_S = 20
+_SHORTEST_UUID = len("GPU-") + 4
+
+
+@dataclass(frozen=True)
+class LocalGpuProcess:
+    """A process that computes on a GPU."""
+
+    pid: int
+    command: str
+    user: str
+
+    def __str__(self) -> str:
+        return f"{self.user}:{self.pid}:{self.command}"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU. Sizes are bytes; None where ``nvidia-smi`` says ``[N/A]`` (unified memory)."""
+
+    index: str
+    uuid: str
+    name: str
+    memory_total: int | None = None
+    memory_used: int | None = None
+    utilization: float | None = None
+    processes: tuple[LocalGpuProcess, ...] = ()
+
+    def __str__(self) -> str:
+        memory = "" if self.memory_total is None else f", {self.memory_total / 1024**3:.0f} GiB"
+        return f"{self.index} ({self.name}{memory}, {self.uuid})"
+
+
+@dataclass(frozen=True)
+class GpuChoice:
+    """What Ray is told about GPUs: how many, and which real ones (none when they are only logical)."""
+
+    count: int
+    gpus: tuple[Gpu, ...] = ()
+    logical: bool = False
+
+    @property
+    def visible(self) -> str:
+        """Value of ``CUDA_VISIBLE_DEVICES`` for Ray."""
+        return ",".join(gpu.index for gpu in self.gpus)
+
+    @property
+    def uuids(self) -> tuple[str, ...]:
+        """The real GPUs, by what stays the same over reboots."""
+        return tuple(gpu.uuid for gpu in self.gpus)
+
+    def __str__(self) -> str:
+        if self.logical:
+            return f"{self.count} logical GPU{'s' if self.count != 1 else ''}"
+        if not self.gpus:
+            return "no GPUs"
+        return f"{self.count} GPU{'s' if self.count != 1 else ''}: " + ", ".join(str(gpu) for gpu in self.gpus)
+
+
+async def detect_gpus() -> list[Gpu]:
+    """Return the GPUs of this machine with who uses them; empty where there is no ``nvidia-smi``.
+
+    Raises:
+        ClusterStartError: ``nvidia-smi`` is there but fails (a driver that does not fit, a GPU that fell off the bus).
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    rows = await _query(program, f"--query-gpu={_FIELDS}")
+    if not rows:
+        return []
+    users = await _query(program, "--query-compute-apps=gpu_uuid,pid,process_name")
+    return parse_gpus(rows, users)
+
+
+async def _query(program: str, query: str) -> str:
+    def ask() -> subprocess.CompletedProcess[str]:
+        argv = [program, query, "--format=csv,noheader,nounits"]
+        return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=_LIMIT_S)  # noqa: S603 -- found on PATH, fixed arguments
+
+    try:
+        done = await anyio.to_thread.run_sync(ask)
+    except subprocess.TimeoutExpired:
+        msg = f"nvidia-smi did not answer within {_LIMIT_S} s"
+        raise ClusterStartError(msg, hint="the GPU driver hangs; or start without GPUs: gpus: 0", step="gpus") from None
+    text = done.stdout.strip()
+    if "No devices were found" in text + done.stderr:
+        return ""
+    if done.returncode:
+        words = (text or done.stderr.strip()).splitlines()
+        msg = f"nvidia-smi failed with exit status {done.returncode}: {words[0] if words else 'it printed nothing'}"
+        raise ClusterStartError(msg, hint="repair the GPU driver; or start without GPUs: gpus: 0", step="gpus")
+    return text
+
+
+def parse_gpus(rows: str, users: str = "") -> list[Gpu]:
+    """Read the CSV of ``nvidia-smi --query-gpu`` (`rows`) and ``--query-compute-apps`` (`users`), without units."""
+    busy: dict[str, list[LocalGpuProcess]] = {}
+    for uuid, pid, command in _table(users, columns=3):
+        if pid.isdigit():
+            process = LocalGpuProcess(pid=int(pid), command=command.rsplit("/", 1)[-1], user=_user_of(int(pid)))
+            busy.setdefault(uuid, []).append(process)
+    return [
+        Gpu(
+            index=index,
+            uuid=uuid,
+            name=name,
+            memory_total=_mib(total),
+            memory_used=_mib(used),
+            utilization=_number(load),
+            processes=tuple(busy.get(uuid, ())),
+        )
+        for index, uuid, name, total, used, load in _table(rows, columns=6)
+    ]
+
+
+def _table(text: str, *, columns: int) -> list[list[str]]:
+    rows = csv.reader(text.splitlines(), skipinitialspace=True)
+    return [[cell.strip() for cell in row] for row in rows if len(row) == columns]
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # [N/A], [Not Supported], [Unknown Error]
+        return None
+
+
+def _mib(text: str) -> int | None:
+    number = _number(text)
+    return None if number is None else int(number * _MIB)
+
+
+def _user_of(pid: int) -> str:
+    try:
+        return user_name(os.stat(f"/proc/{pid}").st_uid)  # noqa: PTH116 -- not a file of ours
+    except OSError:  # it ended, or runs in another container
+        return "?"
+
+
+def choose_gpus(spec: ClusterSpec, gpus: Sequence[Gpu], environ: Mapping[str, str]) -> GpuChoice:
+    """Return which GPUs the cluster uses: all, those that the spec lists, or a number of logical ones.
+
+    ``auto`` keeps to ``CUDA_VISIBLE_DEVICES`` where that is set, as every CUDA program does.
+
+    Raises:
+        SpecError: the spec lists a GPU that is not there, or one twice.
+    """
+    match spec.gpus:
+        case int(count):
+            return GpuChoice(count=count, logical=count > 0)
+        case "auto":
+            limit = environ.get("CUDA_VISIBLE_DEVICES")
+            wanted = [word.strip() for word in limit.split(",")] if limit is not None else [gpu.index for gpu in gpus]
+            chosen = tuple(gpu for word in wanted if (gpu := _find(word, gpus)) is not None)
+            return GpuChoice(count=len(chosen), gpus=chosen)
+        case words:
+            return _listed(words, gpus)
+
+
+def _listed(words: Sequence[str], gpus: Sequence[Gpu]) -> GpuChoice:
+    chosen: list[Gpu] = []
+    for word in words:
+        gpu = _find(word, gpus)
+        if gpu is None:
+            has = "; it has " + ", ".join(str(one) for one in gpus) if gpus else "; it has none (no nvidia-smi found)"
+            msg = f"gpus: this machine has no GPU {word!r}{has}"
+            raise SpecError(
+                msg, hint="list ids or UUIDs from: nvidia-smi -L; or state a number of logical GPUs", field="gpus"
+            )
+        if gpu in chosen:
+            msg = f"gpus: GPU {gpu.index} is listed twice ({word!r})"
+            raise SpecError(msg, hint="list each GPU once", field="gpus")
+        chosen.append(gpu)
+    return GpuChoice(count=len(chosen), gpus=tuple(chosen))
+
+
+def _find(word: str, gpus: Sequence[Gpu]) -> Gpu | None:
+    """Find a GPU by its id, its UUID, or the beginning of its UUID that is no other's."""
+    exact = next((gpu for gpu in gpus if word in (gpu.index, gpu.uuid)), None)
+    if exact is not None or len(word) < _SHORTEST_UUID:
+        return exact
+    close = [gpu for gpu in gpus if gpu.uuid.startswith(word)]
+    return close[0] if len(close) == 1 else None
+
+
+@dataclass(frozen=True)
+class OtherCluster:
+    """Another cluster that runs here. `gpu_uuids` is None where its record is not ours to read."""
+
+    name: str
+    user: str
+    folder: str
+    pid: int
+    gpu_uuids: tuple[str, ...] | None
+
+    def __str__(self) -> str:
+        return f"cluster {self.name} of user {self.user} (controller pid {self.pid}, {self.folder})"
+
+
+def neighbours(own_config: Path) -> list[OtherCluster]:
+    """Return the clusters whose controllers run on this machine, except the one configured by `own_config`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            config = config_of(process.cmdline())
+            if config is None or config == own_config or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            found.append(_neighbour(config, user=user_name(process.uids().real), pid=process.pid))
+        except psutil.Error:  # it ended while we looked, or hides from us
+            continue
+    return found
+
+
+def config_of(argv: list[str]) -> Path | None:
+    """Return the configuration with which a controller was started; None if this is no controller."""
+    for at, word in enumerate(argv[:-3]):
+        if word == "-m" and argv[at + 1] == CONTROLLER and argv[at + 2] == "--config":
+            return Path(argv[at + 3])
+    return None
+
+
+def _neighbour(config: Path, *, user: str, pid: int) -> OtherCluster:
+    try:
+        record = ClusterRecord.model_validate_json((config.parent / "cluster.json").read_bytes())
+    except (OSError, ValueError):
+        return OtherCluster(name=config.parent.name, user=user, folder=str(config.parent), pid=pid, gpu_uuids=None)
+    return OtherCluster(name=record.name, user=user, folder=str(config.parent), pid=pid, gpu_uuids=record.gpu_uuids)
+
+
+def check_gpus(spec: ClusterSpec, choice: GpuChoice, others: Iterable[OtherCluster]) -> None:
+    """Refuse to use a GPU that another cluster uses. Logical GPUs never conflict.
+
+    A cluster whose record we may not read is taken to use all GPUs, unless the spec lists which ones are wanted.
+
+    Raises:
+        ConflictError: it says whose cluster that is, and which GPUs.
+    """
+    for other in others:
+        shared = [gpu for gpu in choice.gpus if other.gpu_uuids is None or gpu.uuid in other.gpu_uuids]
+        if not shared or (other.gpu_uuids is None and spec.gpus != "auto"):
+            continue
+        which = ", ".join(gpu.index for gpu in shared)
+        word = "uses" if other.gpu_uuids is not None else "may use"
+        msg = f"{other} {word} GPU{'s' if len(shared) > 1 else ''} {which} of this machine"
+        raise ConflictError(
+            msg, hint=f"{_way_in(other)}, or list other GPUs in cluster.yaml (gpus: [..]; gpus: 0 for none)"
+        )
+
+
+def _way_in(other: OtherCluster) -> str:
+    me = user_name(os.getuid())
+    if other.user == me:
+        return "use that cluster"
+    return f"use that cluster (ask {other.user} for: raylaunch token create --for {me})"

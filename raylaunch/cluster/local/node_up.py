@@ -1,0 +1,361 @@
+"""Bring an embedded cluster up, step by step: only what does not run is started. The caller holds the lock."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import anyio
+
+from raylaunch.cluster import tls
+from raylaunch.cluster.local.controller_process import ControllerStart, controller_status, not_ready
+from raylaunch.cluster.local.gpus import GpuChoice, check_gpus, choose_gpus, detect_gpus, neighbours
+from raylaunch.cluster.local.inspect import LocalInspection, check_versions, differences, look
+from raylaunch.cluster.local.process_sweep import of_controller, stewards, sweep_ray
+from raylaunch.cluster.local.ray_head import RayStart, installed_ray, jobs_answer, make_importable, nodes_alive
+from raylaunch.cluster.local.steps import DiedError, StepLog
+from raylaunch.cluster.ports import ANYWHERE, LOOPBACK, controller_port, own_addresses, ray_ports
+from raylaunch.cluster.processes import ProcessIdentity, end, is_alive, kill, last_lines
+from raylaunch.cluster.record import (
+    ClusterRecord,
+    ClusterVersions,
+    NodePlace,
+    keep_unreadable_aside,
+    load_record,
+    new_record,
+    recalled_cluster_id,
+    save_record,
+    store_of,
+)
+from raylaunch.cluster.tls import NodeCertificate
+from raylaunch.cluster.types import Step
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.paths import ClusterPaths, make_store, secret_file, storage_errors, write_private
+from raylaunch.version import __version__
+
+JOBS_S, NODE_S, STEWARD_S = 180.0, 120.0, 180.0
+
+
+class BringUp:
+    """One `up`: what it knows, and its steps."""
+
+    def __init__(
+        self,
+        paths: ClusterPaths,
+        spec: ClusterSpec,
+        on_step: Callable[[Step], None],
+        environ: Mapping[str, str] = os.environ,
+        *,
+        place: NodePlace | None = None,
+    ) -> None:
+        self.paths = paths
+        self.asked = spec
+        self.on_step = on_step
+        self.environ = environ
+        self.place = place
+        self.record = new_record(spec, paths)
+        self.steps = StepLog(paths, on_step)
+
+    async def run(self, *, ray_only: bool = False) -> LocalInspection:
+        """Bring it up and return what is seen then. With `ray_only` the controller is not waited for.
+
+        Raises:
+            ClusterStartError: a step failed; what was started here is ended again.
+            ConflictError: a fixed port or a GPU is somebody else's.
+            VersionError: Ray or the running cluster does not fit.
+        """
+        seen = await look(self.paths)
+        ray_version = installed_ray()
+        upgrade = check_versions(seen, ray_version)
+        if not seen.problems and not upgrade:
+            self._tell_kept(seen)
+            return seen
+        self._take_record(seen, ray_version, upgrade=upgrade)
+        self._check_fixed_port()
+        try:
+            await self._start_missing(ray_only=ray_only, upgrade=upgrade)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self.steps.undo(self.record)
+            raise
+        return await look(self.paths)
+
+    async def _start_missing(self, *, ray_only: bool, upgrade: bool) -> None:
+        """Start what does not run. What ends while it is waited for is started once more."""
+        try:
+            await self._start_all(ray_only=ray_only, upgrade=upgrade)
+        except DiedError as error:
+            self.steps.note(error.step, "it ended while it was waited for; it is started again")
+            await self._start_all(ray_only=ray_only, upgrade=False)
+
+    async def _start_all(self, *, ray_only: bool, upgrade: bool) -> None:
+        await self._ray()
+        await self._controller(wait=not ray_only, upgrade=upgrade)
+        await self.steps.step("node", "waits until Ray lists this machine", self._node, NODE_S)
+        if not ray_only:
+            await self.steps.step("steward", "waits for the node's steward", self._steward, STEWARD_S)
+
+    def _tell_kept(self, seen: LocalInspection) -> None:
+        if seen.record is None or seen.record.ray is None or seen.record.controller is None:
+            return
+        self.on_step(Step("ray", "kept", f"Ray runs (pid {seen.record.ray.pid})"))
+        self.on_step(Step("controller", "kept", f"the controller runs (pid {seen.record.controller.pid})"))
+        for difference in differences(self.asked, seen.record):
+            self.steps.note("spec", difference)
+
+    def _take_record(self, seen: LocalInspection, ray_version: str, *, upgrade: bool) -> None:
+        """Go on from the record. The spec that runs counts while anything of the cluster runs.
+
+        An older controller that is to be replaced stands in it until it has ended: an `up` may be killed before.
+        """
+        if aside := keep_unreadable_aside(self.paths):
+            self.steps.note("record", f"the cluster's record could not be understood; it is kept as {aside.name}")
+        had = seen.record or new_record(self.asked, self.paths, cluster_id=recalled_cluster_id(self.paths))
+        if seen.ray_alive or seen.controller_alive:
+            for difference in differences(self.asked, had):
+                self.steps.note("spec", difference)
+        else:
+            had = had.with_(spec=self.asked, store=store_of(self.asked, self.paths), place=self.place or had.place)
+        if had.wanted == "stopped":  # no Ray of the cluster runs on any host
+            had = had.with_(tls=self.asked.uses_tls)
+        self._set_gcs_aside(had.versions.ray, ray_version)
+        ours = had.versions.raylaunch if upgrade else __version__
+        versions = ClusterVersions(raylaunch=ours, ray=ray_version, python=platform.python_version())
+        make_store(Path(had.store))
+        make_importable(self.paths)
+        self.token = secret_file(self.paths.token)
+        self.ray_token = secret_file(self.paths.ray_token)
+        self._save(had.with_(wanted="running", versions=versions))
+
+    def _check_fixed_port(self) -> None:
+        """Say that the controller's port is taken before Ray is started for nothing."""
+        fixed = self.record.spec.port
+        if fixed is not None and not of_controller(self.record.cluster_id):
+            controller_port({}, fixed=fixed, say=lambda _: None, avoid=())
+
+    def _set_gcs_aside(self, had: str, has: str) -> None:
+        if had and had != has and any(self.paths.gcs.iterdir()):
+            aside = self.paths.gcs.with_name(f"gcs-of-ray-{had}-{time.time():.0f}")
+            with storage_errors(self.paths.gcs):
+                self.paths.gcs.rename(aside)
+                self.paths.gcs.mkdir(mode=0o700)
+            self.steps.note("ray", f"Ray {has} does not read what Ray {had} stored; that is kept as {aside.name}")
+
+    def _save(self, record: ClusterRecord) -> None:
+        self.record = save_record(self.paths, record)
+
+    # Ray
+
+    async def _ray(self) -> None:
+        if is_alive(self.record.ray):
+            try:
+                await self._wait_for_ray()
+            except DiedError:
+                self.steps.note("ray", "Ray ended while it was waited for; it is started again")
+            else:
+                return
+        await self._start_ray()
+        await self._wait_for_ray()
+
+    async def _start_ray(self) -> None:
+        if self.record.ray is not None:
+            self.steps.note("ray", f"Ray (pid {self.record.ray.pid}) is gone; it is started again")
+        left = await sweep_ray(self.record.cluster_id, self.record.ray, self.paths.temp)
+        if left:
+            self.steps.note("ray", f"ended {len(left)} processes that it had left behind")
+        gpus = await self._gpus()
+        ports = ray_ports(
+            self.record.ports,
+            say=lambda words: self.steps.note("ports", words),
+            avoid=self._promised(),
+            address=ANYWHERE if self.record.place.address else LOOPBACK,
+        )
+        moved = any(self.record.ports.get(key) not in (None, ports[key]) for key in ("gcs", "dashboard"))
+        self._save(self.record.with_(ports=self.record.ports | ports, gpu_uuids=gpus.uuids, ray=None))
+        head = RayStart(
+            self.paths, self.record.spec, self.record.cluster_id, ports, gpus, self.record.place, tls=self.record.tls
+        )
+        if self.record.tls:
+            certificate = tls.issue(self.paths, self.record.place.host or "head", own_addresses())
+            self._save(self.record.with_(tls_until=tls.keep(self.paths, certificate)))
+        argv = head.argv()
+        self.on_step(Step("ray", "begins", f"starts Ray {self.record.versions.ray} with {gpus}"))
+        ray = await self.steps.start(argv, head.environment(self.environ), self.paths.ray_log)
+        self._save(self.record.with_(ray=ray))
+        if moved and self.record.controller is not None:  # it knows Ray's old address
+            await end([self.record.controller], grace_s=10)
+
+    def _promised(self) -> tuple[int, ...]:
+        fixed = self.record.spec.port
+        return tuple(port for port in (fixed, self.record.ports.get("controller")) if port)
+
+    async def _gpus(self) -> GpuChoice:
+        spec = self.record.spec
+        choice = choose_gpus(spec, [] if isinstance(spec.gpus, int) else await detect_gpus(), self.environ)
+        if choice.gpus:
+            check_gpus(spec, choice, neighbours(self.paths.controller_config))
+        return choice
+
+    async def _wait_for_ray(self) -> None:
+        await self.steps.step("jobs", "waits for Ray's Jobs endpoint", self._jobs, JOBS_S)
+
+    async def _jobs(self) -> str:
+        self.steps.must_live("ray", "Ray", self.record.ray, self.paths.ray_log)
+        return await jobs_answer(self.record.ports, self.ray_token)
+
+    async def _node(self) -> str:
+        self.steps.must_live("ray", "Ray", self.record.ray, self.paths.ray_log)
+        return "" if await nodes_alive(self.record.ports, self.ray_token) else "Ray lists no living node"
+
+    # The controller
+
+    async def _controller(self, *, wait: bool, upgrade: bool) -> None:
+        start = ControllerStart(self.paths, self.steps, self.record, token=self.token, environ=self.environ)
+        try:
+            await start.run(wait=wait, upgrade=upgrade)
+        finally:
+            self.record = start.record
+
+    async def _steward(self) -> str:
+        self.steps.must_live("ray", "Ray", self.record.ray, self.paths.ray_log)
+        self.steps.must_live("controller", "the controller", self.record.controller, self.paths.controller_log)
+        return not_ready(await controller_status(self.record.ports["controller"], self.token))
+
+
+JOIN_S = 120.0
+_GRACE_S = 15.0
+_JOINED = "Ray runtime started."
+"""What ``ray start`` prints once its raylet is registered with the head."""
+
+
+class WorkerJoin:
+    """One joining of a head: what it knows, and its steps. The caller holds the cluster's lock.
+
+    Args:
+        paths: of the cluster on this machine.
+        spec: this machine's part of it.
+        place: which machine this is, and where the head is.
+        cluster_id: the head's.
+        ray_token: the head's, for its port is closed to those who do not have it.
+        certificate: this node's, where the cluster uses TLS. Without it, and without `ray_token`, those of before.
+    """
+
+    def __init__(  # noqa: PLR0913 -- each is one fact, and all are named
+        self,
+        paths: ClusterPaths,
+        spec: ClusterSpec,
+        on_step: Callable[[Step], None],
+        *,
+        place: NodePlace,
+        cluster_id: str,
+        ray_token: str = "",
+        certificate: NodeCertificate | None = None,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        self.paths = paths
+        self.spec = spec
+        self.on_step = on_step
+        self.place = place
+        self.cluster_id = cluster_id
+        self.ray_token = ray_token
+        self.certificate = certificate
+        self.environ = environ
+        self.steps = StepLog(paths, on_step)
+
+    async def run(self) -> ClusterRecord:
+        """Join, and return this machine's record.
+
+        Raises:
+            ClusterStartError: Ray did not join; what was started is ended again.
+            ConflictError: a GPU is another cluster's.
+            SpecError: a GPU that the spec lists is not there.
+            VersionError: Ray does not fit, or another one runs here.
+        """
+        version = installed_ray()
+        had = load_record(self.paths)
+        if had is not None and is_alive(had.ray):
+            check_versions(LocalInspection(had, ray_alive=True), version)
+            if had.place == self.place and had.cluster_id == self.cluster_id and self._has_certificate(had):
+                return await self._keep(had)
+            self.steps.note("ray", f"the head moved from {had.place.head or 'here'} to {self.place.head}; Ray joins it")
+        record = had or new_record(self.spec, self.paths, cluster_id=self.cluster_id)
+        make_importable(self.paths)
+        if record.ray is not None:
+            await end([record.ray], grace_s=_GRACE_S)
+        await sweep_ray(record.cluster_id, record.ray, self.paths.temp)
+        versions = ClusterVersions(raylaunch=__version__, ray=version, python=platform.python_version())
+        record = record.with_(
+            spec=self.spec,
+            cluster_id=self.cluster_id,
+            place=self.place,
+            wanted="running",
+            versions=versions,
+            ray=None,
+            controller=None,
+        )
+        if self.ray_token:
+            write_private(self.paths.ray_token, self.ray_token)
+            until = tls.keep(self.paths, self.certificate) if self.certificate else None
+            record = record.with_(tls=self.certificate is not None, tls_until=until)
+        try:
+            return await self._start(save_record(self.paths, record))
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self.steps.undo(load_record(self.paths) or record)
+            raise
+
+    def _has_certificate(self, record: ClusterRecord) -> bool:
+        """Whether this machine's Ray speaks with the others as the head's does now."""
+        if not self.ray_token:  # nothing new was sent
+            return True
+        if self.certificate is None:
+            return not record.tls
+        return record.tls and tls.has_authority(self.paths, self.certificate)
+
+    async def _keep(self, record: ClusterRecord) -> ClusterRecord:
+        """Leave Ray as it runs. The steward is ended where it is of another raylaunch: Ray starts it from this one.
+
+        A new controller has had it started anew already, but before this machine was given the new code.
+        """
+        pid = record.ray.pid if record.ray else 0
+        self.on_step(Step("ray", "kept", f"Ray runs (pid {pid})"))
+        for difference in differences(self.spec, record):
+            self.steps.note("spec", difference)
+        if make_importable(self.paths) or record.versions.raylaunch != __version__:
+            await kill(stewards(record.ray))  # at SIGTERM, Ray would hold that it wished to end
+            self.steps.note("steward", f"is started anew by Ray, as of raylaunch {__version__}; jobs go on")
+        versions = record.versions.model_copy(update={"raylaunch": __version__})
+        return record if versions == record.versions else save_record(self.paths, record.with_(versions=versions))
+
+    async def _start(self, record: ClusterRecord) -> ClusterRecord:
+        gpus = choose_gpus(self.spec, [] if isinstance(self.spec.gpus, int) else await detect_gpus(), self.environ)
+        if gpus.gpus:
+            check_gpus(self.spec, gpus, neighbours(self.paths.controller_config))
+        ports = ray_ports(record.ports, say=lambda words: self.steps.note("ports", words), avoid=(), address=ANYWHERE)
+        record = save_record(self.paths, record.with_(ports=ports, gpu_uuids=gpus.uuids))
+        ray = RayStart(self.paths, self.spec, self.cluster_id, ports, gpus, self.place, tls=record.tls)
+        self.steps.begins("ray", f"starts Ray {record.versions.ray} with {gpus}, joining {self.place.head}")
+        for tries_left in (2, 1, 0):
+            process = await self.steps.start(ray.argv(), ray.environment(self.environ), self.paths.ray_log)
+            record = save_record(self.paths, record.with_(ray=process))
+            try:
+                await self._joined(process)
+            except DiedError:
+                if not tries_left:
+                    raise
+                self.steps.note("ray", "it gave up, as it does on a busy machine after 30 s; it is started again")
+                await sweep_ray(self.cluster_id, process, self.paths.temp)
+            else:
+                break
+        return record
+
+    async def _joined(self, process: ProcessIdentity) -> None:
+        async def joined() -> str:
+            self.steps.must_live("ray", "Ray", process, self.paths.ray_log)
+            since = last_lines(self.paths.ray_log, count=200).rpartition("\n--- ")[2]
+            return "" if _JOINED in since else "it has not registered yet"
+
+        await self.steps.step("join", f"waits until Ray has joined {self.place.head}", joined, JOIN_S)

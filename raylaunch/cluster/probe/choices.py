@@ -1,0 +1,212 @@
+"""From what cluster.yaml says of a host, and what its probe found, to what is asked of it. Pure functions."""
+
+from __future__ import annotations
+
+import ipaddress
+import posixpath
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+
+from raylaunch.cluster.install.platforms import HostPython, WheelPlatform
+from raylaunch.cluster.probe.facts import FoundCluster, HostFacts, HostGpu, Interface, Python
+from raylaunch.cluster.record import NodePlace
+from raylaunch.errors import ClusterStartError
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.host_spec import HostSpec
+from raylaunch.ssh.target import Target
+
+
+def is_own(cluster: FoundCluster, spec: ClusterSpec, facts: HostFacts) -> bool:
+    """Return whether a cluster that was found is the one that is asked for: its name, and in our own folder."""
+    if facts.root and not cluster.folder.startswith(f"{facts.root}/"):
+        return False
+    return cluster.name == spec.name and cluster.user == facts.user
+
+
+def runs_here(cluster: FoundCluster) -> str:
+    """Say who runs a cluster on the host, and since when."""
+    since = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(cluster.since)) if cluster.since else ""
+    beside = ", ".join(
+        [*([f"since {since}"] if since else []), *([f"controller pid {cluster.pid}"] if cluster.pid else [])]
+    )
+    return f"{cluster.user} runs cluster {cluster.name} there ({beside or 'it is down now'}; {cluster.folder})"
+
+
+def way_in(cluster: FoundCluster, facts: HostFacts) -> str:
+    """Say how the one who asked comes into a cluster that somebody runs on the host."""
+    if cluster.user == facts.user:
+        return (
+            f"it is this account's: write name: {cluster.name} in cluster.yaml, and raylaunch up uses it from here too"
+        )
+    return f"ask {cluster.user} for: raylaunch token create --for {facts.user}; paste the line that it prints"
+
+
+_SHORTEST_UUID = len("GPU-") + 4
+
+
+def chosen_gpus(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> tuple[HostGpu, ...]:
+    """Return the real GPUs that the cluster would use on the host.
+
+    A number means so many of them: those that the cluster has already, then those that no other cluster has.
+    """
+    gpus = facts.gpus.gpus
+    match host.gpus:
+        case "auto":
+            return gpus
+        case int(count):
+            ours, others = _of_clusters(spec, facts)
+            best = sorted(range(len(gpus)), key=lambda at: (gpus[at].uuid not in ours, gpus[at].uuid in others, at))
+            return tuple(gpus[at] for at in sorted(best[:count]))
+        case words:
+            return tuple(gpu for word in words if (gpu := find_gpu(word, gpus)) is not None)
+
+
+def counted(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> HostSpec:
+    """Return the host with a number of GPUs made into which ones; without any real ones it stays a number."""
+    if not isinstance(host.gpus, int) or not facts.gpus.gpus or host.gpus == 0:
+        return host
+    return host.model_copy(update={"gpus": tuple(gpu.uuid for gpu in chosen_gpus(spec, host, facts))})
+
+
+def find_gpu(word: str, gpus: Sequence[HostGpu]) -> HostGpu | None:
+    """Return the GPU with that index or UUID, or whose UUID alone begins so."""
+    exact = next((gpu for gpu in gpus if word in (gpu.index, gpu.uuid)), None)
+    if exact is not None or len(word) < _SHORTEST_UUID:
+        return exact
+    close = [gpu for gpu in gpus if gpu.uuid.startswith(word)]
+    return close[0] if len(close) == 1 else None
+
+
+def _of_clusters(spec: ClusterSpec, facts: HostFacts) -> tuple[set[str], set[str]]:
+    """Return the UUIDs of the GPUs that this cluster has on the host, and those that others have."""
+    ours: set[str] = set()
+    others: set[str] = set()
+    for cluster in facts.clusters:
+        runs = cluster.pid is not None or cluster.wanted == "running"
+        if is_own(cluster, spec, facts):
+            ours |= set(cluster.gpu_uuids or ())
+        elif runs:
+            others |= set(cluster.gpu_uuids or ())
+    return ours, others
+
+
+OLDEST, NEWEST = (3, 10), (3, 14)
+
+
+def usable(facts: HostFacts) -> dict[tuple[int, int], Python]:
+    """Return the Pythons of a host from which an environment can be made, the first found of each minor version."""
+    found: dict[tuple[int, int], Python] = {}
+    for python in facts.pythons:
+        fits = OLDEST <= python.minor <= NEWEST and python.cpython and python.final and not python.free_threaded
+        if fits and not python.in_environment:
+            found.setdefault(python.minor, python)
+    return found
+
+
+def choose(
+    facts: Mapping[str, HostFacts],
+    *,
+    own: tuple[int, int] = sys.version_info[:2],
+    beside: Collection[tuple[int, int]] = (),
+) -> dict[str, HostPython]:
+    """Return by host the Python to take: of one minor version on all, this machine's own where all have that.
+
+    Args:
+        facts: of the hosts that are to have an environment of ours.
+        own: this machine's.
+        beside: the versions of environments that hosts of the same cluster bring themselves.
+
+    Raises:
+        ClusterStartError: there is no minor version that all of them have.
+    """
+    by_host = {host: usable(one) for host, one in facts.items()}
+    common = set.intersection(*(set(one) for one in by_host.values()), *({one} for one in beside)) if by_host else set()
+    if by_host and not common:
+        has = "; ".join(f"{host} has {_words(one)}" for host, one in by_host.items())
+        msg = f"the hosts have no Python in common, and Ray wants the same minor version on all: {has}"
+        hint = "install one on those that lack it (without root: uv python install 3.12, or a conda environment)"
+        raise ClusterStartError(msg, hint=hint, step="python")
+    minor = own if own in common else max(common, default=own)
+    return {host: _host_python(facts[host], one[minor]) for host, one in by_host.items()}
+
+
+def _words(pythons: Mapping[tuple[int, int], Python]) -> str:
+    return ", ".join(f"{major}.{minor}" for major, minor in sorted(pythons)) or "none from 3.10 to 3.14"
+
+
+def _host_python(facts: HostFacts, python: Python) -> HostPython:
+    glibc = ".".join(str(part) for part in facts.glibc or (0, 0))
+    return HostPython(path=python.path, platform=WheelPlatform(arch=facts.arch, glibc=glibc, python=python.version))
+
+
+def target_of(host: HostSpec) -> Target:
+    """Return how the host is reached over SSH."""
+    return Target(
+        name=host.name,
+        host=host.host,
+        port=host.port,
+        user=host.user,
+        key=host.key,
+        jump=host.jump,
+        fingerprint=host.fingerprint,
+    )
+
+
+def root_of(host: HostSpec, facts: HostFacts) -> str:
+    """Return raylaunch's folder on the host, absolute."""
+    root = host.root or "~/.raylaunch"
+    if root == "~" or root.startswith("~/"):
+        return posixpath.join(facts.home, root[2:])
+    return root if root.startswith("/") else posixpath.join(facts.home, root)
+
+
+def place_of(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> NodePlace:
+    """Return which part of the cluster the host is; the head's address on a worker is not known yet.
+
+    Raises:
+        ClusterStartError: its address on the cluster's network cannot be told.
+    """
+    if spec.loopback:
+        return NodePlace(host=host.name, env=host.env)
+    interface, address = network_of(spec.host_specs(), host, facts)
+    return NodePlace(host=host.name, address=address, interface=interface, env=host.env)
+
+
+def network_of(hosts: Sequence[HostSpec], host: HostSpec, facts: HostFacts) -> tuple[str, str]:
+    """Return the interface and the address of a host on the cluster's network.
+
+    What the spec says counts; else the address by which ssh reaches it, if it is the host's own; else the only one.
+
+    Raises:
+        ClusterStartError: the host has no such interface or address, or several that it could be.
+    """
+    candidates = [(one.name, text) for one in facts.interfaces or () for text in _usable(one)]
+    if host.address:
+        found = [pair for pair in candidates if pair[1] == host.address]
+    elif host.interface:
+        found = [pair for pair in candidates if pair[0] == host.interface]
+    else:
+        reached = {host.host, facts.reached_at}
+        found = [pair for pair in candidates if pair[1] in reached] or candidates
+    if len({address for _, address in found}) == 1 or (found and (host.address or host.interface)):
+        return found[0]
+    has = ", ".join(f"{address} ({name})" for name, address in candidates) or "none"
+    asked = host.address or host.interface
+    why = f"has no {asked}" if asked else "may be reached by the other hosts at more than one address"
+    msg = f"{host.name} {why}; its addresses are: {has}"
+    others = f", which {', '.join(one.name for one in hosts if one is not host)} must reach" if len(hosts) > 1 else ""
+    hint = f"say in cluster.yaml which is on the cluster's network{others}: {{host: {host.host}, address: …}}"
+    raise ClusterStartError(msg, hint=hint, step="network")
+
+
+def addresses_of(facts: HostFacts) -> tuple[str, ...]:
+    """Return all addresses of a host that lead to it."""
+    return tuple(text for one in facts.interfaces or () for text in _usable(one))
+
+
+def _usable(interface: Interface) -> list[str]:
+    """IPv4 before IPv6; loopback and link-local ones lead nowhere."""
+    addresses = [ipaddress.ip_interface(text).ip for text in interface.addresses]
+    usable = [one for one in addresses if not (one.is_loopback or one.is_link_local)]
+    return [str(one) for one in sorted(usable, key=lambda one: one.version)]

@@ -1,0 +1,107 @@
+"""Look at one host: a script of one round trip (`script.sh`), and what it found as `HostFacts`."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Protocol
+
+from raylaunch.cluster.probe.facts import Clock, HostFacts
+from raylaunch.cluster.probe.parse import read_facts
+from raylaunch.cluster.probe.parse_gpus import ProbeOutput, read_answer
+from raylaunch.errors import HostStepError
+from raylaunch.models.host_spec import HostSpec
+
+LIMIT_S = 35.0
+"""The script ends itself after 20 s, and what it is then in the middle of is given up."""
+
+_TAIL = 5
+
+
+class CommandResult(Protocol):
+    """What became of a command."""
+
+    @property
+    def status(self) -> int:
+        """Its exit status."""
+        ...
+
+    @property
+    def out(self) -> bytes:
+        """What it printed."""
+        ...
+
+    @property
+    def err(self) -> bytes:
+        """What it printed as errors."""
+        ...
+
+
+class CommandRunner(Protocol):
+    """A machine that runs commands: `raylaunch.ssh.host.SSHHost`, or this one."""
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        ...
+
+    async def run(self, argv: Sequence[str], /, *, input: bytes, limit_s: float) -> CommandResult:  # noqa: A002 -- the name that subprocess has for it
+        """Run a program with `input` on its stdin."""
+        ...
+
+
+async def probe(
+    machine: CommandRunner, host: HostSpec | None = None, *, now: Callable[[], float] = time.time
+) -> HostFacts:
+    """Ask the machine what it is and has; change nothing there.
+
+    Args:
+        machine: where.
+        host: what cluster.yaml says of it: its folders and its Python are looked at.
+        now: this machine's clock.
+
+    Raises:
+        HostError: the machine cannot be asked, or its shell does not run the script.
+    """
+    mark = secrets.token_hex(8)
+    about = (host.root, host.store, host.environment) if host else ("", "", "")
+    argv = ["sh", "-s", "--", mark, *about]
+    sent, began = now(), time.monotonic()
+    ran = await machine.run(argv, input=script(), limit_s=LIMIT_S)
+    took_s = time.monotonic() - began
+    answer = read_answer(ran.out, mark)
+    if not answer.complete:
+        raise _broken(machine.name, ran, answer)
+    return read_facts(answer, clock=_clock(answer, sent, sent + took_s), took_s=took_s)
+
+
+def script() -> bytes:
+    """Return the script's text."""
+    folder = resources.files("raylaunch.cluster.probe")
+    return b"".join(folder.joinpath(name).read_bytes() for name in ("gpus.sh", "python.sh", "script.sh"))
+
+
+def _clock(answer: ProbeOutput, sent: float, received: float) -> Clock:
+    """Compare clocks as NTP does: the host's first look came after we sent, its last before we received."""
+    synced = {"yes": True, "no": False}.get(answer["ntp"].one("synced"))
+    try:
+        first, last = (
+            float(answer[f"clock_{which}"].text.replace(".%N", "").rstrip("N.")) for which in ("first", "last")
+        )
+    except ValueError:
+        return Clock(synced=synced)
+    if not (math.isfinite(first) and math.isfinite(last)):
+        return Clock(synced=synced)
+    low, high = last - received, first - sent
+    return Clock(offset_s=(low + high) / 2, uncertain_s=abs(high - low) / 2, synced=synced)
+
+
+def _broken(name: str, ran: CommandResult, answer: ProbeOutput) -> HostStepError:
+    said = (ran.err or ran.out).decode("utf-8", errors="replace").strip().splitlines()[-_TAIL:]
+    began = f"it ended in the middle ({len(answer.sections)} sections came)" if answer.sections else "it did not begin"
+    msg = f"{name}: the probe's script could not be run: {began}, exit status {ran.status}"
+    hint = "log in with ssh and run: sh -c 'date'; the account needs a POSIX shell at /bin/sh"
+    return HostStepError(msg, hint=hint, host=name, step="probe", exit_status=ran.status, tail=tuple(said))

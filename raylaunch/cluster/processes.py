@@ -1,0 +1,213 @@
+"""Processes of our own that outlive us: started apart, recognised by pid and start time, and ended for certain."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from signal import SIGKILL, SIGTERM, Signals
+
+import anyio
+import psutil
+from pydantic import BaseModel, ConfigDict
+
+from raylaunch.errors import ClusterStartError
+from raylaunch.files import rotate
+from raylaunch.paths import storage_error
+
+VAR_CONTROLLER_OF = "RAYLAUNCH_CONTROLLER_OF"
+"""In the environment of the controller and its children; not in Ray's, which may be restarted alone."""
+
+CONTROLLER = "raylaunch.controller"
+
+VAR_CLUSTER_ID = "RAYLAUNCH_CLUSTER_ID"
+"""In the environment of Ray and of all that it starts: what `down` ends is found by it."""
+
+_POLL_S = 0.05
+
+# The launcher ends at once, so that what it starts belongs to init: no zombie stays behind in a long-lived notebook.
+_LAUNCHER = """
+import json, os, signal, subprocess, sys
+order = json.load(sys.stdin)
+os.umask(0o077)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(number, signal.SIG_DFL)
+try:
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.write(log, order["first_line"].encode())
+    child = subprocess.Popen(order["argv"], env=order["env"], cwd=order["cwd"], stdin=subprocess.DEVNULL,
+                             stdout=log, stderr=log, start_new_session=True)
+    answer = {"pid": child.pid}
+except OSError as error:
+    answer = {"errno": error.errno, "strerror": error.strerror, "filename": str(error.filename or order["log"])}
+sys.stdout.write(json.dumps(answer))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+class ProcessIdentity(BaseModel):
+    """One process for all time: a reused pid has another start, and another boot another id."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pid: int
+    started_at: float
+    """Seconds since the epoch, for people."""
+    ticks: int
+    """Start time as the kernel counts it; 0 where there is no /proc."""
+    boot_id: str
+    argv: tuple[str, ...] = ()
+
+
+@functools.cache
+def boot_id() -> str:
+    """Return what names this boot of this machine."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return f"boot-{psutil.boot_time():.0f}"
+
+
+def identify(pid: int, argv: Sequence[str] = ()) -> ProcessIdentity | None:
+    """Return the identity of the process that has `pid` now, or None if there is none (a zombie is none)."""
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        started_at = process.create_time()
+    except psutil.NoSuchProcess:
+        return None
+    return ProcessIdentity(
+        pid=pid, started_at=started_at, ticks=_ticks(pid), boot_id=boot_id(), argv=tuple(argv or _argv(process))
+    )
+
+
+def is_alive(identity: ProcessIdentity | None) -> bool:
+    """Say whether exactly this process still runs."""
+    if identity is None or identity.boot_id != boot_id():
+        return False
+    now = identify(identity.pid, identity.argv or ("?",))
+    if now is None or now.ticks != identity.ticks:
+        return False
+    return bool(now.ticks) or abs(now.started_at - identity.started_at) < 1
+
+
+def _argv(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _ticks(pid: int) -> int:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0
+    return int(text.rpartition(")")[2].split()[19])
+
+
+async def start_apart(
+    argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path, first_line: str = ""
+) -> ProcessIdentity:
+    """Start a program in a session of its own, with umask 077, its output appended to `log`.
+
+    Raises:
+        StorageError: the log cannot be written.
+        ClusterStartError: the program cannot be started.
+    """
+    order = {"argv": list(argv), "env": dict(env), "cwd": str(cwd), "log": str(log), "first_line": first_line}
+    rotate(log)
+    launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER]
+    with anyio.CancelScope(shield=True):  # what was started must not be forgotten
+        done = await anyio.run_process(launcher, input=json.dumps(order).encode(), check=True, stderr=subprocess.STDOUT)
+    answer = json.loads(done.stdout)
+    if "pid" not in answer:
+        error = OSError(answer["errno"], answer["strerror"])
+        if answer["filename"] == str(log):
+            raise storage_error(error, log)
+        msg = f"cannot start {argv[0]}: {answer['strerror']} ({answer['filename']})"
+        raise ClusterStartError(msg, hint="check that this Python environment is complete", step="start")
+    found = identify(answer["pid"], argv)
+    if found is None:
+        msg = (
+            f"{Path(argv[0]).name} ended as soon as it was started: {last_lines(log, count=1) or 'it printed nothing'}"
+        )
+        raise ClusterStartError(msg, hint=f"see {log}", step="start", log_path=str(log))
+    return found
+
+
+async def end(identities: Iterable[ProcessIdentity], *, grace_s: float) -> dict[int, str]:
+    """End processes: SIGTERM, up to `grace_s` seconds, SIGKILL. Return by pid how each ended.
+
+    The values are ``already gone``, ``SIGTERM``, ``SIGKILL``, or ``still there`` for what even SIGKILL did not end
+    within 10 s (a process that waits for a broken disk or driver).
+    """
+    ours = list(identities)
+    how = {one.pid: "SIGTERM" if _send(one, SIGTERM) else "already gone" for one in ours}
+    left = await wait_gone(ours, limit_s=grace_s)
+    for one in left:
+        if _send(one, SIGKILL):
+            how[one.pid] = "SIGKILL"
+    for one in await wait_gone(left, limit_s=10):
+        how[one.pid] = "still there"
+    return how
+
+
+async def kill(identities: Iterable[ProcessIdentity]) -> None:
+    """End processes by SIGKILL, and wait up to 10 s until they are gone."""
+    ours = list(identities)
+    for one in ours:
+        _send(one, SIGKILL)
+    await wait_gone(ours, limit_s=10)
+
+
+async def wait_gone(identities: Iterable[ProcessIdentity], *, limit_s: float) -> list[ProcessIdentity]:
+    """Wait until none of them runs; return those that still do after `limit_s` seconds."""
+    left = [one for one in identities if is_alive(one)]
+    with anyio.move_on_after(limit_s):
+        while left:
+            await anyio.sleep(_POLL_S)
+            left = [one for one in left if is_alive(one)]
+    return left
+
+
+def _send(identity: ProcessIdentity, signal: Signals) -> bool:
+    if not is_alive(identity):
+        return False
+    try:
+        os.kill(identity.pid, signal)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def matching(wanted: Callable[[psutil.Process], bool], *, uid: int | None) -> list[ProcessIdentity]:
+    """Return the processes of user `uid` (None: of anybody) for which `wanted` holds; never ourselves."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid == os.getpid() or (uid is not None and process.uids().real != uid):
+                continue
+            if process.status() != psutil.STATUS_ZOMBIE and wanted(process):
+                found.append(identify(process.pid))
+        except (psutil.Error, OSError):  # it ended while we looked, or hides from us
+            continue
+    return [one for one in found if one is not None]
+
+
+def last_lines(log: Path, *, start: int = 0, count: int = 12) -> str:
+    """Return the last `count` lines that were written to `log` after byte `start`; empty if there are none."""
+    try:
+        with log.open("rb") as file:
+            end_of_file = file.seek(0, os.SEEK_END)
+            file.seek(max(start, end_of_file - 64 * 1024))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join([line.rstrip() for line in text.splitlines() if line.strip()][-count:])

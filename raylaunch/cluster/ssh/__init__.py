@@ -1,1 +1,0 @@
-"""One machine over SSH: connecting, trusting, running scripts, moving files."""

@@ -1,0 +1,149 @@
+"""The HTTP API: `create_app` puts gate, routes and error answers together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from raylaunch.controller.api import cluster, files, jobs, logs, people
+from raylaunch.controller.api.dependencies import AppState
+from raylaunch.controller.api.middleware import AuthMiddleware
+from raylaunch.controller.api.responses import error_answer
+from raylaunch.controller.store.audit import AuditLog
+from raylaunch.errors import NotFoundError, RaylaunchError, SpecError
+from raylaunch.version import __version__
+
+_LOOK_S = 0.25
+
+
+class ApiServer(uvicorn.Server):
+    """Serves the API. Set `should_exit` to end it: long polls and event streams then answer at once.
+
+    Signals are the program's own matter: uvicorn's handlers are not installed.
+    """
+
+    def __init__(self, services: AppState) -> None:
+        self._services = services
+        super().__init__(
+            uvicorn.Config(
+                create_app(services),
+                http="h11",
+                loop="asyncio",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=5,
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to serve. Accepted connections inherit the option that is set here.
+
+        Without it an answer's head waits 40 ms for the acknowledgement of the one before: asyncio sets it only on
+        sockets that were made with the protocol number of TCP, which ready-made listeners are not.
+        """
+        for listener in sockets or []:
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await super().startup(sockets)
+
+    async def main_loop(self) -> None:
+        """Wait for the end. uvicorn's own loop wakes ten times a second, for a date in each answer and a limit."""
+        await self.on_tick(0)
+        while not self.should_exit:  # noqa: ASYNC110 -- uvicorn's own word for its end, and a plain attribute
+            await asyncio.sleep(_LOOK_S)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wake everybody who waits, then end as uvicorn does."""
+        self._services.closing.set()
+        await super().shutdown(sockets)
+
+
+_log = logging.getLogger(__name__)
+
+_NOT_FOUND = 404
+_SAID = 3
+
+
+def create_app(services: AppState) -> FastAPI:
+    """Return the API over `services`."""
+    app = FastAPI(
+        title="raylaunch controller",
+        version=__version__,
+        openapi_url="/v1/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.services = services
+    app.add_middleware(
+        AuthMiddleware, tokens=services.tokens, invitations=services.invitations, audit=AuditLog(services.store)
+    )
+    app.add_exception_handler(RaylaunchError, _said)
+    app.add_exception_handler(RequestValidationError, _not_understood)
+    app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(Exception, _bug)
+    for router in (
+        cluster.router,
+        cluster.hosts_router,
+        jobs.router,
+        jobs.events_router,
+        logs.router,
+        files.router,
+        files.packages_router,
+        people.router,
+    ):
+        app.include_router(router, prefix="/v1")
+    return app
+
+
+async def _said(_request: Request, error: Exception) -> Response:
+    """Answer with an error that a person should act on."""
+    if not isinstance(error, RaylaunchError):
+        raise error
+    return error_answer(error)
+
+
+async def _not_understood(_request: Request, error: Exception) -> Response:
+    """Answer what was wrong with a request: field and reason, never the value, which may be a secret."""
+    if not isinstance(error, RequestValidationError):
+        raise error
+    said = []
+    for problem in error.errors()[:_SAID]:
+        field = ".".join(str(part) for part in problem["loc"][1:])
+        said.append(f"{field}: {problem['msg']}" if field else str(problem["msg"]))
+    message = "the request is not understood: " + "; ".join(said)
+    return error_answer(SpecError(message, hint="GET /v1/openapi.json describes what is"))
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """Answer for a path or a method that does not exist."""
+    if not isinstance(error, HTTPException):
+        raise error
+    hint = "GET /v1/openapi.json lists what there is"
+    if error.status_code == _NOT_FOUND:
+        return error_answer(NotFoundError(f"there is no {request.url.path} here", hint=hint))
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return error_answer(RaylaunchError(message, hint=hint), status=error.status_code, headers=error.headers)
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    """Answer for a bug; uvicorn writes its traceback to the controller's log."""
+    message = f"the controller failed at {request.method} {request.url.path}: {type(error).__name__}"
+    return error_answer(RaylaunchError(message, hint="its log has the traceback; raylaunch status shows where it is"))

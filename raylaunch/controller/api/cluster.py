@@ -1,0 +1,188 @@
+"""Routes about the cluster: status, Ray's own access, secrets, and the room that jobs take."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+import anyio
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from raylaunch.controller.api.dependencies import AppState, GuardedRoute, Has, Who, needs
+from raylaunch.controller.api.responses import answer, json_answer
+from raylaunch.controller.settings import Settings
+from raylaunch.controller.store.access import Role
+from raylaunch.models.cluster import ClusterPython, ControllerStatus, EnvironmentWheels, HostJobs, Quiet, RayAccess
+from raylaunch.models.fields import Moment
+from raylaunch.models.job import UsagePage
+
+hosts_router = APIRouter(route_class=GuardedRoute)
+
+
+class DrainRequest(BaseModel):
+    """Until when (seconds since the epoch; null for no end), and whether what runs there is stopped."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    until: Moment | None = None
+    stop: bool = False
+
+
+class QuietRequest(BaseModel):
+    """For how long at most (seconds), and whether what runs is stopped and queued again."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit_s: float = Field(default=600.0, gt=0, le=7 * 86400, allow_inf_nan=False)
+    stop: bool = False
+
+
+@hosts_router.get("/hosts/{host}", response_model=HostJobs)
+async def jobs(host: str, services: Has) -> Response:
+    """Say what runs on a host."""
+    return answer(services.hosts.jobs(host))
+
+
+@hosts_router.post("/hosts/{host}/drain", response_model=HostJobs)
+@needs(Role.OPERATOR, "drain hosts")
+async def drain(host: str, request: Request, services: Has, caller: Who, asked: DrainRequest | None = None) -> Response:
+    """Let no attempt begin on a host."""
+    request.state.about = host
+    asked = asked or DrainRequest()
+    return answer(services.hosts.drain(host, until=asked.until, stop=asked.stop, person=caller.person))
+
+
+@hosts_router.delete("/hosts/{host}/drain", response_model=HostJobs)
+@needs(Role.OPERATOR, "let drained hosts take jobs")
+async def undrain(host: str, request: Request, services: Has) -> Response:
+    """Let a host take jobs again."""
+    request.state.about = host
+    return answer(services.hosts.undrain(host))
+
+
+@hosts_router.get("/quiet", response_model=Quiet)
+async def is_quiet(services: Has) -> Response:
+    """Say whether attempts begin, and what runs."""
+    return answer(services.hosts.is_quiet())
+
+
+@hosts_router.post("/quiet", response_model=Quiet)
+@needs(Role.OPERATOR, "let no job begin")
+async def quiet(services: Has, caller: Who, asked: QuietRequest | None = None) -> Response:
+    """Let no attempt begin for a while."""
+    asked = asked or QuietRequest()
+    return answer(services.hosts.quiet(limit_s=asked.limit_s, stop=asked.stop, person=caller.person))
+
+
+@hosts_router.delete("/quiet", response_model=Quiet)
+@needs(Role.OPERATOR, "let jobs begin again")
+async def loud(services: Has) -> Response:
+    """Let attempts begin again."""
+    return answer(services.hosts.loud())
+
+
+SECRET_BYTES = 1024 * 1024
+WHEELS_BYTES = 4 * 1024 * 1024
+
+router = APIRouter(route_class=GuardedRoute)
+
+
+class SecretValue(BaseModel):
+    """The value of a secret, and whose jobs may have it: none for everybody's, null to leave that as it is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    value: str = Field(repr=False)
+    people: tuple[str, ...] | None = Field(default=None, max_length=100)
+
+
+@router.get("/health")
+async def health() -> Response:
+    """Say that the controller responds."""
+    return json_answer({})
+
+
+@router.get("/status", response_model=ControllerStatus)
+async def status(services: Has, caller: Who) -> Response:
+    """Say how the controller, Ray and the nodes are."""
+    return answer(await services.jobs.status(caller.person, caller.role.value))
+
+
+@router.get("/ray", response_model=RayAccess)
+@needs(Role.OPERATOR, "use Ray's own tools")
+async def ray(request: Request, services: Has) -> Response:
+    """Return what Ray's own tools need. It has Ray's token in it, and so is in the audit log."""
+    request.state.audited = True
+    return answer(services.jobs.ray_access())
+
+
+@router.get("/python", response_model=ClusterPython)
+async def python(services: Has) -> Response:
+    """Return which Python jobs get that name none, and which runs Ray."""
+    return answer(python_of(services.settings))
+
+
+@router.put("/python/wheels")
+@needs(Role.OPERATOR, "send wheels of the cluster's environment", body_bytes=WHEELS_BYTES)
+async def keep_wheels(body: EnvironmentWheels, services: Has) -> Response:
+    """Keep the wheels of the environment that cluster.yaml lists, for nodes that reach no package index."""
+    await services.jobs.keep_wheels(body)
+    return json_answer({})
+
+
+@router.get("/secrets", response_model=list[str])
+@needs(Role.OPERATOR, "see the names of secrets")
+async def secret_names(services: Has) -> Response:
+    """Return the names of the cluster's secrets."""
+    return json_answer(list(services.secrets.names()))
+
+
+@router.put("/secrets/{name}")
+@needs(Role.OPERATOR, "set secrets", body_bytes=SECRET_BYTES)
+async def set_secret(name: str, body: SecretValue, request: Request, services: Has) -> Response:
+    """Set a secret."""
+    request.state.about = name
+    services.secrets.put(name, body.value, body.people)
+    return json_answer({})
+
+
+@router.delete("/secrets/{name}")
+@needs(Role.OPERATOR, "delete secrets")
+async def remove_secret(name: str, request: Request, services: Has) -> Response:
+    """Delete a secret."""
+    request.state.about = name
+    services.secrets.remove(name)
+    return json_answer({})
+
+
+@router.get("/usage", response_model=UsagePage)
+async def usage(services: Has) -> Response:
+    """Say what the store holds, largest first, and what nodes hold apart from it."""
+    page = await anyio.to_thread.run_sync(_usage, services)
+    return answer(page.model_copy(update={"nodes": await services.jobs.node_usage()}))
+
+
+def python_of(settings: Settings) -> ClusterPython:
+    """Return the Python of jobs that name none. The controller runs under Ray's, unless somebody else runs that."""
+    if settings.carries_stewards:
+        return ClusterPython(environment=settings.default_environment)
+    return ClusterPython(
+        environment=settings.default_environment,
+        version=platform.python_version(),
+        prefix=sys.prefix,
+        ray=importlib.metadata.version("ray"),
+    )
+
+
+def _usage(services: AppState) -> UsagePage:
+    jobs = services.records.names()
+    found = [services.artifacts.usage(job, name=name, state=state) for job, name, state in jobs]
+    packages = services.packages.bytes()
+    return UsagePage(
+        jobs=tuple(sorted(found, key=lambda usage: usage.bytes, reverse=True)),
+        packages=packages,
+        total=packages + sum(usage.bytes for usage in found),
+        free=services.artifacts.free_bytes(),
+    )

@@ -1,0 +1,372 @@
+"""What routes take from a request: the services, who asks, and the job that is meant."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Protocol, TypeVar
+from urllib.parse import quote
+
+import anyio
+from fastapi import Depends, Query, Request, Response
+from fastapi.routing import APIRoute
+from starlette.types import Message, Receive
+
+from raylaunch.controller.scheduler.external_logs import ExternalLogs
+from raylaunch.controller.scheduler.host_service import HostService
+from raylaunch.controller.settings import Settings
+from raylaunch.controller.store.access import Caller, Invitations, Role, TokenStore
+from raylaunch.controller.store.artifacts import Artifacts
+from raylaunch.controller.store.database import nearest
+from raylaunch.controller.store.jobs import Records
+from raylaunch.controller.store.packages import PackageStore
+from raylaunch.controller.store.record import JobRecord
+from raylaunch.controller.store.secrets import SecretStore
+from raylaunch.errors import AccessError, NotFoundError, NotYoursError, SpecError, whose
+from raylaunch.models.cluster import ControllerStatus, EnvironmentWheels, RayAccess
+from raylaunch.models.job import (
+    AttemptView,
+    DryRun,
+    JobView,
+    MetricsPage,
+    NodeUsage,
+    Progress,
+    SubmitAnswer,
+    SubmitRequest,
+)
+from raylaunch.version import OTHERS_JOB, OTHERS_OWNER
+
+_Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
+
+SMALL_BYTES = 64 * 1024
+"""Most bytes of a body where a route says nothing else."""
+_DRAIN_S = 5.0
+
+
+@dataclass(frozen=True)
+class RouteRequirements:
+    """What a route needs of a request."""
+
+    role: Role = Role.VIEWER
+    what: str = "read"
+    """What the route does, as it follows "may not"."""
+    body_bytes: int = SMALL_BYTES
+
+
+def needs(role: Role, what: str, *, body_bytes: int = SMALL_BYTES) -> Callable[[_Endpoint], _Endpoint]:
+    """Say what a route needs; put below the router's own decorator.
+
+    Args:
+        role: the least role that may use it.
+        what: what it does, as it follows "may not".
+        body_bytes: most bytes of its body.
+    """
+
+    def noted(endpoint: _Endpoint) -> _Endpoint:
+        endpoint.__dict__["needs"] = RouteRequirements(role, what, body_bytes)
+        return endpoint
+
+    return noted
+
+
+class GuardedRoute(APIRoute):
+    """A route that checks what its endpoint needs first."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return the handler, with the checks in front."""
+        needed: RouteRequirements = getattr(self.endpoint, "needs", RouteRequirements())
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            caller: Caller = request.state.caller
+            try:
+                caller.require(needed.role, needed.what)
+            except AccessError:
+                await _drain(request.receive, needed.body_bytes)
+                raise
+            body = await _body(request, needed.body_bytes)
+            return await handle(Request(request.scope, _replaying(body, request.receive)))
+
+        return guarded
+
+
+async def _body(request: Request, most: int) -> bytes:
+    said = request.headers.get("content-length", "")
+    if said.isdecimal() and (len(said) > len(str(most)) or int(said) > most):
+        raise _too_large(most)
+    body = bytearray()
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] != "http.request":
+            break
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > most:
+            raise _too_large(most)
+    return bytes(body)
+
+
+async def _drain(receive: Receive, most: int) -> None:
+    """Drop what arrives of a body, up to a limit: a client that still sends would otherwise not read the answer."""
+    left = most
+    with anyio.move_on_after(_DRAIN_S):
+        while left > 0:
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if message["type"] != "http.request" or not message.get("more_body", False):
+                return
+
+
+def _replaying(body: bytes, receive: Receive) -> Receive:
+    """Return what gives a body that was read once more, and then what comes after it."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _too_large(most: int) -> SpecError:
+    size = f"{most // 1024 // 1024} MiB" if most >= 1024 * 1024 else f"{most // 1024} KiB"
+    return SpecError(f"the request's body is larger than {size}", hint="send less at once")
+
+
+_SEARCHES = 4
+
+
+class MetricsReader(Protocol):
+    """Metrics of a job. Called from worker threads."""
+
+    def page(self, record: JobRecord, *, keys: Sequence[str], max_points: int) -> MetricsPage:
+        """Return keys, last values and, for `keys`, at most `max_points` points each."""
+
+    def last(self, job_id: str, attempts: Sequence[AttemptView]) -> tuple[dict[str, float], float | None]:
+        """Return the last value of each metric, and the step reached."""
+
+    def progress(self, job_id: str, attempts: Sequence[AttemptView]) -> Progress | None:
+        """Return how far the training said it is, or None when it never did."""
+
+    def csv(self, record: JobRecord, *, keys: Sequence[str]) -> Iterator[str]:
+        """Yield ``step,at,key,value`` lines, a header first."""
+
+
+class JobVerbs(Protocol):
+    """What changes jobs. Called on the event loop."""
+
+    async def submit(self, request: SubmitRequest, person: str) -> SubmitAnswer:
+        """Take a job in, or return the one that the same request id made."""
+
+    async def dry_run(self, request: SubmitRequest, person: str) -> DryRun:
+        """Say where the job could run, without taking it in."""
+
+    async def keep_wheels(self, given: EnvironmentWheels) -> None:
+        """Keep the wheels of the cluster's own environment."""
+
+    async def stop(self, record: JobRecord, *, grace_s: float | None, person: str) -> JobView:
+        """Ask the job to stop, with `grace_s` seconds before SIGKILL (None: the job's own)."""
+
+    async def remove(self, record: JobRecord) -> int:
+        """Delete an ended job with all its files and return the bytes it took."""
+
+    async def status(self, person: str, role: str) -> ControllerStatus:
+        """Say how the controller, Ray and the nodes are."""
+
+    def explained(self, view: JobView) -> JobView:
+        """Return a job that waits with what it waits for now, and any other as it is."""
+
+    async def wait_growth(self, attempt_id: str, timeout_s: float) -> None:
+        """Return when a file of the attempt has grown in the store, or the time is over."""
+
+    async def bring_left(self, record: JobRecord, name: str) -> None:
+        """Bring an output that was not kept, one of `Artifacts.left`, from its node."""
+
+    async def node_usage(self) -> tuple[NodeUsage, ...]:
+        """Return what raylaunch takes on the nodes' disks, apart from the store."""
+
+    def ray_access(self) -> RayAccess:
+        """Return what Ray's own tools need."""
+
+
+@dataclass(frozen=True)
+class AppState:
+    """All that `raylaunch.controller.api.app.create_app` needs."""
+
+    settings: Settings
+    store: Path
+    records: Records
+    packages: PackageStore
+    secrets: SecretStore
+    tokens: TokenStore
+    invitations: Invitations
+    artifacts: Artifacts
+    metrics: MetricsReader
+    jobs: JobVerbs
+    hosts: HostService
+    foreign_logs: ExternalLogs
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the server shuts down: everything that waits for news then answers at once."""
+    searches: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_SEARCHES))
+    """Searches have threads of their own: they may take long, and nothing else waits for them."""
+
+
+WAIT_S = 25.0
+"""Longest that an answer is held back for news."""
+
+
+async def _services(request: Request) -> AppState:
+    services: AppState = request.app.state.services
+    return services
+
+
+async def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+Has = Annotated[AppState, Depends(_services)]
+Who = Annotated[Caller, Depends(_caller)]
+
+
+async def find(ref: str, services: AppState, caller: Caller) -> str:
+    """Return the id of the job that a person means, as `Records.find` does.
+
+    Raises:
+        NotFoundError: there is none; the hint names those that resemble it.
+    """
+    try:
+        return services.records.find(ref, owner=caller.person)
+    except NotFoundError as error:
+        near = await anyio.to_thread.run_sync(nearest, ref, services.records.refs())
+        if not near:
+            raise
+        raise NotFoundError(error.message, hint=f"did you mean {' or '.join(near)}?") from None
+
+
+async def _job(ref: str, request: Request, services: Has, caller: Who) -> JobRecord:
+    return _named(request, ref, services.records.by_id(await find(ref, services, caller)), caller)
+
+
+async def _light_job(ref: str, request: Request, services: Has, caller: Who) -> JobRecord:
+    return _named(request, ref, services.records.light(await find(ref, services, caller)), caller)
+
+
+async def _own_job(ref: str, record: Annotated[JobRecord, Depends(_job)], caller: Who) -> JobRecord:
+    refuse_others(caller, record, ref)
+    return record
+
+
+def _named(request: Request, ref: str, record: JobRecord, caller: Caller) -> JobRecord:
+    """Note which job is meant; where a name means somebody else's, the answer says so."""
+    request.state.about = record.id
+    if ref != record.id and record.owner != caller.person:
+        request.state.headers = {OTHERS_JOB: quote(record.id), OTHERS_OWNER: quote(record.owner)}
+    return record
+
+
+Job = Annotated[JobRecord, Depends(_job)]
+"""By id or name; a name means the caller's own jobs first. For what reads."""
+OwnJob = Annotated[JobRecord, Depends(_own_job)]
+"""A name means the caller's own jobs alone. For what changes or ends a job."""
+LightJob = Annotated[JobRecord, Depends(_light_job)]
+"""Without its heavy fields: for what is asked again and again."""
+LARGEST = (1 << 63) - 1
+"""The largest whole number that files and the database take."""
+WaitS = Annotated[float, Query(ge=0, le=WAIT_S, allow_inf_nan=False, description="how long to wait for news, seconds")]
+
+
+def refuse_others(caller: Caller, record: JobRecord, ref: str) -> None:
+    """Refuse a name that means somebody else's job.
+
+    Raises:
+        NotYoursError: it does.
+    """
+    if ref != record.id and record.owner != caller.person:
+        raise NotYoursError.of(ref, job=record.id, owner=record.owner)
+
+
+def require_own(caller: Caller, record: JobRecord, what: str) -> None:
+    """Let through who may change this job: its owner as a trainer, anybody as an operator.
+
+    Raises:
+        AccessError: the caller may not.
+    """
+    caller.require(Role.TRAINER, f"{what} jobs")
+    if record.owner != caller.person and not caller.role.allows(Role.OPERATOR):
+        msg = f"{caller.person} may not {what} {record.id}, {whose(record.owner)}"
+        raise AccessError(msg, hint="its owner may, and whoever has the role operator")
+
+
+def pick_attempt(record: JobRecord, n: int | None) -> int:
+    """Return the number of the attempt that is meant: `n`, or the latest; 0 before the first.
+
+    Raises:
+        NotFoundError: there is no attempt `n`.
+    """
+    if n is not None and not 1 <= n <= len(record.attempts):
+        has = f"it has {len(record.attempts)}" if record.attempts else "it has not started yet"
+        msg_0 = f"{record.id} has no attempt {n}"
+        raise NotFoundError(msg_0, hint=has)
+    return n or len(record.attempts)
+
+
+def require_ours(record: JobRecord, what: str) -> None:
+    """Refuse what raylaunch does not have of a job of plain Ray.
+
+    Raises:
+        NotFoundError: the job is one.
+    """
+    if record.foreign:
+        msg = f"{record.id} was submitted with plain ray job submit: raylaunch keeps no {what} of it"
+        raise NotFoundError(
+            msg, hint=f"its log: raylaunch logs {record.id}; what is submitted with raylaunch keeps all"
+        )
+
+
+async def first_of(*waits: Coroutine[object, object, object], timeout_s: float) -> None:
+    """Return when one of `waits` is done, or the time is over; the others are cancelled and cleaned up.
+
+    Raises:
+        Exception: what the first of them raised.
+    """
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, timeout=max(0.0, timeout_s), return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def done(task: asyncio.Future[None]) -> None:
+    """Wait for the end of `task`, whose own end this is not."""
+    await asyncio.wait([task])
+
+
+@asynccontextmanager
+async def departure(request: Request) -> AsyncIterator[asyncio.Future[None]]:
+    """Yield what is done once the client has closed its connection. For requests whose body has been read, or has none.
+
+    Without it, a question that is held back for news would hold its place for a client that is long gone.
+    """
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task = asyncio.ensure_future(gone())
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,149 @@
+"""Routes about what a job produces: metrics and files."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import quote
+
+import anyio
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.convertors import PathConvertor, register_url_convertor
+
+from raylaunch.controller.api.dependencies import LARGEST, AppState, GuardedRoute, Has, Job, Who, needs, require_ours
+from raylaunch.controller.api.responses import answer, error_answer, file_answer, json_answer
+from raylaunch.controller.store.access import Caller, Role
+from raylaunch.controller.store.packages import PIECE_BYTES, PackageBytes, WrongOffsetError
+from raylaunch.controller.store.record import JobRecord
+from raylaunch.errors import AccessError, NotFoundError
+from raylaunch.models.job import Artifact, MetricsPage
+
+packages_router = APIRouter(route_class=GuardedRoute)
+
+
+@packages_router.head("/packages/{sha}", response_class=Response)
+@needs(Role.TRAINER, "send packages")
+async def package_have(sha: str, services: Has) -> Response:
+    """Say in headers how much of a package is here."""
+    return Response(None, 200, _headers(services.packages.have(sha)))
+
+
+@packages_router.put("/packages/{sha}")
+@needs(Role.TRAINER, "send packages", body_bytes=PIECE_BYTES)
+async def put_package(
+    sha: str,
+    request: Request,
+    services: Has,
+    *,
+    offset: Annotated[int, Query(ge=0, le=LARGEST)],
+    total: Annotated[int, Query(ge=1, le=LARGEST)],
+) -> Response:
+    """Take one piece of a package."""
+    request.state.about = sha
+    data = await request.body()
+    try:
+        have = await anyio.to_thread.run_sync(
+            partial(services.packages.put, sha, offset=offset, total=total, data=data)
+        )
+    except WrongOffsetError as error:
+        return error_answer(error, headers={"X-Have": str(error.have), "X-Complete": "0"})
+    request.state.audited = have.complete
+    return json_answer({"have": have.bytes, "complete": have.complete}, headers=_headers(have))
+
+
+def _headers(have: PackageBytes) -> dict[str, str]:
+    return {"X-Have": str(have.bytes), "X-Complete": "1" if have.complete else "0"}
+
+
+class _FileName(PathConvertor):
+    """A path as starlette's, which may hold line feeds as any file's name may."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("file", _FileName())
+
+router = APIRouter(route_class=GuardedRoute)
+
+_LINES = 1000
+
+Keys = Annotated[list[str] | None, Query(alias="key", description="names of metrics; may be repeated")]
+
+
+@router.get("/jobs/{ref}/metrics", response_model=MetricsPage)
+async def metrics(
+    record: Job, services: Has, keys: Keys = None, max_points: Annotated[int, Query(ge=2, le=100_000)] = 500
+) -> Response:
+    """Return which metrics there are and their last values; and points of those that are named."""
+    require_ours(record, "metrics")
+    page = await anyio.to_thread.run_sync(
+        partial(services.metrics.page, record, keys=keys or [], max_points=max_points)
+    )
+    return answer(page)
+
+
+@router.get("/jobs/{ref}/metrics.csv", response_class=StreamingResponse)
+async def metrics_csv(record: Job, services: Has, keys: Keys = None) -> Response:
+    """Return every point as CSV: step,at,key,value."""
+    require_ours(record, "metrics")
+    lines = iter(services.metrics.csv(record, keys=keys or []))
+    first = await anyio.to_thread.run_sync(next, lines, "")  # what cannot be read is an error, not half an answer
+    return StreamingResponse(_encoded(chain([first], lines)), 200, None, "text/csv")
+
+
+@router.get("/jobs/{ref}/files", response_model=list[Artifact])
+async def files(record: Job, services: Has) -> Response:
+    """Return the files that a job left behind."""
+    require_ours(record, "files")
+    found = await anyio.to_thread.run_sync(services.artifacts.files, record.id)
+    return answer(found)
+
+
+@router.head("/jobs/{ref}/files/{path:file}", response_class=Response, include_in_schema=False)
+@router.get("/jobs/{ref}/files/{path:file}", response_class=Response)
+async def file(record: Job, path: str, request: Request, services: Has, caller: Who) -> Response:
+    """Return one file, or a range of it. One that was not kept is brought from its node first."""
+    require_ours(record, "files")
+    try:
+        where, artifact = await anyio.to_thread.run_sync(services.artifacts.path, record.id, path)
+    except NotFoundError:
+        left = await anyio.to_thread.run_sync(services.artifacts.left, record.id)
+        name = left.name_of(path)
+        if not name:
+            raise
+        where, artifact = await _left(record, name, services, caller, withheld=name in left.withheld)
+    headers = {"X-File": quote(str(where))}  # an account of this host that may read it need not ask for its bytes
+    if artifact.sha256:
+        headers["X-Sha256"] = artifact.sha256
+    return file_answer(where, request, headers=headers)
+
+
+async def _left(
+    record: JobRecord, name: str, services: AppState, caller: Caller, *, withheld: bool
+) -> tuple[Path, Artifact]:
+    """Bring an output that was not kept; what looks like a secret for its owner alone, and not among the others."""
+    caller.require(Role.TRAINER, "fetch files that were not kept from")
+    if not withheld:
+        await services.jobs.bring_left(record, name)
+        return await anyio.to_thread.run_sync(services.artifacts.path, record.id, name)
+    if caller.person != record.owner:
+        msg = f"{name} looks like a secret, and only {record.owner}, whose job it is, can fetch it"
+        raise AccessError(msg)
+    try:
+        return await anyio.to_thread.run_sync(services.artifacts.withheld, record.id, name)
+    except NotFoundError:
+        await services.jobs.bring_left(record, name)
+    return await anyio.to_thread.run_sync(services.artifacts.withheld, record.id, name)
+
+
+async def _encoded(lines: Iterator[str]) -> AsyncIterator[bytes]:
+    while text := await anyio.to_thread.run_sync(_some, lines):
+        yield text.encode()
+
+
+def _some(lines: Iterator[str]) -> str:
+    return "".join(islice(lines, _LINES))

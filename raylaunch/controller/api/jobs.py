@@ -1,0 +1,232 @@
+"""Routes about jobs: submit, list, show, stop, remove."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import anyio
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, JsonValue
+from starlette.background import BackgroundTask
+
+from raylaunch.controller.api.dependencies import (
+    LARGEST,
+    AppState,
+    GuardedRoute,
+    Has,
+    Job,
+    LightJob,
+    OwnJob,
+    WaitS,
+    Who,
+    departure,
+    done,
+    find,
+    first_of,
+    needs,
+    refuse_others,
+    require_own,
+)
+from raylaunch.controller.api.responses import answer, json_answer
+from raylaunch.controller.store.access import Role
+from raylaunch.controller.store.logs import last_lines
+from raylaunch.controller.store.record import JobRecord
+from raylaunch.controller.store.recovery import empty_trash
+from raylaunch.errors import SpecError
+from raylaunch.models.fields import Moment, SomeSeconds
+from raylaunch.models.job import Event, EventPage, JobPage, JobView, SubmitAnswer, SubmitRequest
+from raylaunch.models.states import JobState
+
+events_router = APIRouter(route_class=GuardedRoute)
+
+_COMMENT_EVERY_S = 15.0
+
+Cursor = Annotated[int, Query(ge=0, le=LARGEST, description="sequence number of the last event that is known")]
+
+
+@events_router.get("/jobs/{ref}/events", response_model=EventPage)
+async def job_events(
+    record: LightJob, services: Has, request: Request, after: Cursor = 0, wait_s: WaitS = 0.0
+) -> Response:
+    """Return a job's events after a cursor; when there are none, wait for one."""
+    loop = asyncio.get_running_loop()
+    limit = loop.time() + wait_s
+    async with departure(request) as gone:
+        with services.records.subscribe(record.id) as changed:
+            while True:
+                changed.clear()
+                page = services.records.events(after=after, job=record.id)
+                left = limit - loop.time()
+                if page.events or left <= 0 or services.closing.is_set() or gone.done():
+                    return answer(page)
+                await first_of(changed.wait(), services.closing.wait(), done(gone), timeout_s=left)
+
+
+@events_router.get("/events", response_class=StreamingResponse)
+async def events(
+    services: Has,
+    caller: Who,
+    *,
+    after: Annotated[
+        int | None, Query(ge=0, le=LARGEST, description="cursor; without it, only what happens from now on")
+    ] = None,
+    job: str = "",
+    last_event_id: Annotated[int | None, Header(ge=0, le=LARGEST)] = None,
+) -> Response:
+    """Stream events (text/event-stream). A client that reconnects says its Last-Event-ID, and misses nothing."""
+    known = last_event_id if last_event_id is not None else after
+    cursor = services.records.cursor if known is None else known
+    job_id = await find(job, services, caller) if job else ""
+    headers = {"Cache-Control": "no-store"}
+    return StreamingResponse(_stream(services, cursor, job_id), 200, headers, "text/event-stream")
+
+
+async def _stream(services: AppState, cursor: int, job: str) -> AsyncIterator[bytes]:
+    loop = asyncio.get_running_loop()
+    said_at = loop.time()
+    yield b": events of raylaunch\n\n"
+    with services.records.subscribe(job) as changed:
+        while not services.closing.is_set():
+            changed.clear()
+            page = services.records.events(after=cursor, job=job)
+            if page.events:
+                cursor, said_at = page.cursor, loop.time()
+                yield b"".join(_message(event) for event in page.events)
+                continue
+            left = said_at + _COMMENT_EVERY_S - loop.time()
+            if left <= 0:
+                said_at = loop.time()
+                yield b": still here\n\n"
+                continue
+            await first_of(changed.wait(), services.closing.wait(), timeout_s=left)
+
+
+def _message(event: Event) -> bytes:
+    return f"id: {event.seq}\nevent: {event.kind}\ndata: {event.model_dump_json()}\n\n".encode()
+
+
+SUBMIT_BYTES = 16 * 1024 * 1024
+"""Most bytes of a submission: its spec, the changes that were not committed (1 MiB), what was packed."""
+
+_AT_ONCE = 50
+"""Jobs of a page that are read in one go: each takes about 0.2 ms."""
+
+_LINES_SO_FAR = 10
+"""Last lines of a job that still runs; the whole log has a route of its own."""
+
+router = APIRouter(route_class=GuardedRoute)
+
+
+class StopBody(BaseModel):
+    """How to stop: seconds between SIGTERM and SIGKILL, or null for the job's own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    grace_s: SomeSeconds | None = None
+
+
+@router.post("/jobs", response_model=SubmitAnswer)
+@needs(Role.TRAINER, "submit jobs", body_bytes=SUBMIT_BYTES)
+async def submit(
+    submitted: SubmitRequest,
+    request: Request,
+    services: Has,
+    caller: Who,
+    *,
+    dry_run: bool = False,
+) -> Response:
+    """Take a job in; with ``dry_run`` only say where it could run."""
+    if dry_run:
+        request.state.audited = False
+        return answer(await services.jobs.dry_run(submitted, caller.person))
+    result = await services.jobs.submit(submitted, caller.person)
+    request.state.about = result.job.id
+    return answer(result)
+
+
+@router.get("/jobs", response_model=JobPage)
+async def jobs(  # noqa: PLR0913 -- each is one filter
+    services: Has,
+    *,
+    state: str = "",
+    name: str = "",
+    owner: str = "",
+    tag: str = "",
+    since: Moment | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    cursor: str = "",
+) -> Response:
+    """Return one page of jobs, newest first, without their heavy fields."""
+    states = _states(state)
+    found: list[JsonValue] = []
+    unreadable: list[JsonValue] = []
+    while True:
+        few = min(limit - len(found), _AT_ONCE)
+        page = services.records.page(
+            states=states, name=name, owner=owner, tag=tag, since=since, limit=few, cursor=cursor
+        )
+        found += [services.jobs.explained(view).model_dump(mode="json") for view in page.jobs]
+        unreadable += page.unreadable
+        cursor = page.next_cursor
+        if not cursor or len(found) >= limit:
+            told: JsonValue = {"jobs": found, "next_cursor": cursor, "total": page.total, "unreadable": unreadable}
+            return json_answer(told)
+        await asyncio.sleep(0)  # a large page lets others have their turn
+
+
+@router.get("/jobs/{ref}", response_model=JobView)
+async def job(ref: str, record: Job, services: Has, caller: Who, *, own: bool = False) -> Response:
+    """Return one job with all its fields; of one that runs, with what it has measured and last written so far.
+
+    With ``own`` a name means the caller's own jobs alone, as where a job is changed.
+    """
+    if own:
+        refuse_others(caller, record, ref)
+    view = record.view()
+    if record.state.active and not record.foreign:
+        view = view.model_copy(update=await anyio.to_thread.run_sync(_so_far, services, record))
+    return answer(services.jobs.explained(view))
+
+
+@router.post("/jobs/{ref}/stop", response_model=JobView)
+@needs(Role.TRAINER, "stop jobs")
+async def stop(record: OwnJob, services: Has, caller: Who, asked: StopBody | None = None) -> Response:
+    """Ask a job to stop."""
+    require_own(caller, record, "stop")
+    grace_s = asked.grace_s if asked is not None else None
+    return answer(await services.jobs.stop(record, grace_s=grace_s, person=caller.person))
+
+
+@router.delete("/jobs/{ref}")
+@needs(Role.TRAINER, "remove jobs")
+async def remove(record: OwnJob, services: Has, caller: Who) -> Response:
+    """Delete an ended job with all its files."""
+    require_own(caller, record, "remove")
+    freed = await services.jobs.remove(record)
+    later = BackgroundTask(empty_trash, services.store)
+    return json_answer({"removed": record.id, "bytes": freed}, background=later)
+
+
+def _so_far(services: AppState, record: JobRecord) -> dict[str, object]:
+    last, _ = services.metrics.last(record.id, record.attempts)
+    found: dict[str, object] = {
+        "last_metrics": last,
+        "progress": services.metrics.progress(record.id, record.attempts),
+    }
+    if record.state in (JobState.RUNNING, JobState.STOPPING):
+        lines = last_lines(services.store / "jobs" / record.id, attempt=len(record.attempts))
+        found["log_tail"] = lines[-_LINES_SO_FAR:]
+    return found
+
+
+def _states(text: str) -> tuple[JobState, ...]:
+    known = [state.value for state in JobState]
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    for word in words:
+        if word not in known:
+            msg = f"there is no state {word!r}"
+            raise SpecError(msg, hint=f"states are {', '.join(known)}", field="state")
+    return tuple(JobState(word) for word in words)

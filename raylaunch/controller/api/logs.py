@@ -1,0 +1,268 @@
+"""Routes about logs: bytes from the end or an offset, waiting for more, and search."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from functools import partial
+from typing import Annotated, NamedTuple, Protocol, TypedDict
+
+import anyio
+from fastapi import APIRouter, Query, Request, Response
+
+from raylaunch.agent import attempt_files
+from raylaunch.agent.attempt_files import Slice
+from raylaunch.controller.api.dependencies import (
+    LARGEST,
+    AppState,
+    GuardedRoute,
+    Has,
+    LightJob,
+    WaitS,
+    departure,
+    done,
+    first_of,
+    pick_attempt,
+)
+from raylaunch.controller.api.responses import answer
+from raylaunch.controller.scheduler.external_logs import ExternalLogBlocks
+from raylaunch.controller.store import logs
+from raylaunch.controller.store.record import JobRecord
+from raylaunch.errors import ClusterError, NotFoundError, SpecError
+from raylaunch.models.job import AttemptView, LogMatches
+
+
+class LogSearch(TypedDict):
+    """What is looked for in a log, and where."""
+
+    pattern: str
+    regex: bool
+    ignore_case: bool
+    offset: int
+    line: int
+    limit: int
+
+
+class Log(Protocol):
+    """One log that may still grow."""
+
+    async def tail_offset(self, lines: int) -> int:
+        """Return where the last `lines` lines begin."""
+
+    async def read(self, offset: int, limit: int, *, ended: bool) -> Slice:
+        """Return at most `limit` bytes from `offset` on; `ended` says that no more will come."""
+
+    async def search(self, asked: LogSearch) -> LogMatches:
+        """Return lines that match."""
+
+    async def grown(self, size: int, timeout_s: float) -> None:
+        """Return when it may have more than `size` bytes, or the time is over."""
+
+
+def log_of(services: AppState, record: JobRecord, *, n: int, rank: int) -> Log:
+    """Return the log of one rank of the attempt `n`; of an attempt 0, one in which nothing stands yet.
+
+    Raises:
+        NotFoundError: the attempt has no such rank; a job of plain Ray has one log only.
+    """
+    if not n:
+        return _NotYet()
+    if not record.foreign:
+        if rank:
+            logs.check_known_rank(record.id, services.records.folder(record.id), record.attempts[n - 1], rank=rank)
+        return _Stored(services, record, n, rank)
+    if rank:
+        msg = f"{record.id} was submitted with plain ray job submit and has one log, that of rank 0"
+        raise NotFoundError(msg, hint="what its other processes wrote is in Ray's dashboard: raylaunch env")
+    return _Rays(services, record.attempts[n - 1])
+
+
+class _NotYet:
+    async def tail_offset(self, _lines: int) -> int:
+        return 0
+
+    async def read(self, _offset: int, _limit: int, *, ended: bool) -> Slice:  # noqa: ARG002 -- the protocol's name
+        return Slice(0, b"", 0)
+
+    async def search(self, asked: LogSearch) -> LogMatches:
+        return logs.search_in(io.BytesIO(), **asked)
+
+    async def grown(self, _size: int, timeout_s: float) -> None:
+        await asyncio.sleep(timeout_s)
+
+
+class _Stored:
+    def __init__(self, services: AppState, record: JobRecord, n: int, rank: int) -> None:
+        self._services = services
+        self._job = record.id
+        self._folder = services.records.folder(record.id)
+        self._attempt = record.attempts[n - 1]
+        self._n = n
+        self._rank = rank
+        self._path = logs.log_path(self._folder, attempt=n, rank=rank)
+
+    async def tail_offset(self, lines: int) -> int:
+        return await anyio.to_thread.run_sync(attempt_files.tail_offset, self._path, lines)
+
+    async def read(self, offset: int, limit: int, *, ended: bool) -> Slice:
+        if ended and self._rank:
+            logs.check_rank(self._job, self._folder, attempt=self._n, rank=self._rank)
+        return await anyio.to_thread.run_sync(partial(attempt_files.read, self._path, offset=offset, limit=limit))
+
+    async def search(self, asked: LogSearch) -> LogMatches:
+        search = partial(logs.search, self._path, **asked)
+        return await anyio.to_thread.run_sync(search, limiter=self._services.searches)
+
+    async def grown(self, _size: int, timeout_s: float) -> None:
+        await self._services.jobs.wait_growth(self._attempt.id, timeout_s)
+
+
+class _Rays:
+    def __init__(self, services: AppState, attempt: AttemptView) -> None:
+        self._logs = services.foreign_logs
+        self._searches = services.searches
+        self._attempt = attempt
+
+    async def tail_offset(self, lines: int) -> int:
+        return await self._logs.tail_offset(self._attempt, lines)
+
+    async def read(self, offset: int, limit: int, *, ended: bool) -> Slice:
+        return await self._logs.read(self._attempt, offset=offset, limit=limit, ended=ended)
+
+    async def search(self, asked: LogSearch) -> LogMatches:
+        blocks = ExternalLogBlocks(self._logs, self._attempt, asked["offset"])
+        return await anyio.to_thread.run_sync(partial(logs.search_in, blocks, **asked), limiter=self._searches)
+
+    async def grown(self, size: int, timeout_s: float) -> None:
+        await self._logs.grown(self._attempt, size, timeout_s)
+
+
+router = APIRouter(route_class=GuardedRoute)
+
+Attempt = Annotated[int | None, Query(le=LARGEST, description="number of the attempt; by default the latest")]
+Rank = Annotated[int, Query(ge=0, le=1_000_000)]
+
+
+class _Look(NamedTuple):
+    """One look at a log."""
+
+    slice: attempt_files.Slice
+    attempt: int
+    ended: bool
+
+
+@router.get("/jobs/{ref}/logs", response_class=Response)
+async def log(  # noqa: PLR0913 -- each is one option
+    record: LightJob,
+    services: Has,
+    request: Request,
+    *,
+    attempt: Attempt = None,
+    rank: Rank = 0,
+    tail: Annotated[int | None, Query(ge=0, le=LARGEST, description="begin at the last lines")] = None,
+    offset: Annotated[int | None, Query(ge=0, le=LARGEST, description="begin at this byte")] = None,
+    limit: Annotated[int, Query(ge=1, le=attempt_files.READ_BYTES)] = attempt_files.READ_BYTES,
+    wait_s: WaitS = 0.0,
+) -> Response:
+    """Return bytes of a log as they were written; headers say where they lie and where to go on."""
+    if tail is not None and offset is not None:
+        msg = "a log is read from its tail or from an offset, not both"
+        raise SpecError(msg, hint="give one of tail and offset")
+    n = pick_attempt(record, attempt)
+    begin = offset or 0
+    if tail is not None:
+        begin = await log_of(services, record, n=n, rank=rank).tail_offset(tail)
+    look = await _look(services, request, _Asked(record.id, n, rank, begin, limit, wait_s))
+    headers = {
+        "X-Log-Offset": str(look.slice.offset),
+        "X-Log-Next": str(look.slice.next),
+        "X-Log-Size": str(look.slice.size),
+        "X-Log-Attempt": str(look.attempt),
+        "X-Log-Ended": "1" if look.ended else "0",
+        "X-Log-Ranks": str(_ranks(services, record.id, look.attempt)),
+    }
+    return Response(look.slice.data, 200, headers, "application/octet-stream")
+
+
+@router.get("/jobs/{ref}/logs/search", response_model=LogMatches)
+async def search(  # noqa: PLR0913 -- each is one option
+    record: LightJob,
+    services: Has,
+    *,
+    pattern: str,
+    regex: bool = False,
+    ignore_case: bool = False,
+    offset: Annotated[int, Query(ge=0, le=LARGEST)] = 0,
+    line: Annotated[int, Query(ge=0, le=LARGEST, description="number of the line at the offset, where known")] = 0,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
+    attempt: Attempt = None,
+    rank: Rank = 0,
+) -> Response:
+    """Return lines of a log that match."""
+    n = pick_attempt(record, attempt)
+    asked = LogSearch(pattern=pattern, regex=regex, ignore_case=ignore_case, offset=offset, line=line, limit=limit)
+    return answer(await log_of(services, record, n=n, rank=rank).search(asked))
+
+
+class _Asked(NamedTuple):
+    """What somebody wants to read; attempt 0 is the first, once it begins."""
+
+    job: str
+    attempt: int
+    rank: int
+    begin: int
+    limit: int
+    wait_s: float
+
+
+async def _look(services: AppState, request: Request, asked: _Asked) -> _Look:
+    """Look at the log; at its end, look again whenever something changes, until the time is over."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + asked.wait_s
+    async with departure(request) as gone:
+        with services.records.subscribe(asked.job) as changed:
+            while True:
+                changed.clear()
+                record = services.records.light(asked.job)
+                n = asked.attempt or len(record.attempts)
+                ended = _over(record, n)  # before reading: what is read then holds all that there will be
+                left = until - loop.time()
+                log = log_of(services, record, n=n, rank=asked.rank)
+                growth = asyncio.ensure_future(log.grown(asked.begin, max(0.0, left)))  # before reading: none is missed
+                try:
+                    look = await _read(log, asked, n, ended=ended, patient=left > 0)
+                    if look.slice.data or ended or left <= 0 or services.closing.is_set() or gone.done():
+                        return look
+                    waits = (changed.wait(), services.closing.wait(), done(gone), done(growth))
+                    await first_of(*waits, timeout_s=left)
+                finally:
+                    growth.cancel()
+                    await asyncio.gather(growth, return_exceptions=True)
+
+
+async def _read(log: Log, asked: _Asked, n: int, *, ended: bool, patient: bool) -> _Look:
+    try:
+        return _Look(await log.read(asked.begin, asked.limit, ended=ended), n, ended)
+    except ClusterError:  # who follows outlasts a Ray that is away
+        if ended or not asked.wait_s:
+            raise
+    except NotFoundError:  # so is a node whose Ray has just come back
+        if ended or not patient:
+            raise
+    return _Look(attempt_files.Slice(asked.begin, b"", 0), n, ended)
+
+
+def _ranks(services: AppState, job: str, n: int) -> int:
+    """Return how many ranks an attempt has; where its launcher does not say, how many have a log so far."""
+    record = services.records.light(job)
+    known = record.attempts[n - 1].ranks if n else 1
+    return known or len(logs.ranks(services.records.folder(job), attempt=n))
+
+
+def _over(record: JobRecord, n: int) -> bool:
+    """Whether the attempt is over and all of its log that will ever come is there."""
+    if not n:
+        return record.state.ended
+    attempt = record.attempts[n - 1]
+    last = n == len(record.attempts)
+    return attempt.ended_at is not None and (attempt.replicated or record.state.ended or not last)

@@ -1,0 +1,132 @@
+"""What every request passes first: token, version, audit. Nothing behind it is reached without a token."""
+
+from __future__ import annotations
+
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from raylaunch.controller.api.people import TAKE
+from raylaunch.controller.api.responses import OURS, error_answer
+from raylaunch.controller.store.access import Caller, Invitations, TokenStore
+from raylaunch.controller.store.audit import AuditLog
+from raylaunch.errors import AccessError, RaylaunchError, VersionError
+from raylaunch.models.fields import whole
+from raylaunch.version import API, __version__
+
+_READS = frozenset({"GET", "HEAD"})
+_UNAUTHORIZED = 401
+_REJECTED = frozenset({401, 403})
+_NO_ANSWER = 500
+_STRANGERS_S = 10.0
+_LONGEST = 200
+
+
+class AuthMiddleware:
+    """ASGI middleware, outermost. Puts the `Caller` into ``request.state.caller``."""
+
+    def __init__(self, app: ASGIApp, *, tokens: TokenStore, invitations: Invitations, audit: AuditLog) -> None:
+        self._app = app
+        self._tokens = tokens
+        self._invitations = invitations
+        self._audit = audit
+        self._strangers = 0
+        self._stranger_at = -_STRANGERS_S
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer why not."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        caller = self._caller(headers, scope["path"])
+        if caller is None:
+            self._note_stranger(scope)
+            await _no_token(headers)(scope, receive, send)
+            return
+        problem = _problem(headers)
+        if problem is not None:
+            self._audit.write(person=caller.person, verb=_words(scope), job="", status=problem.status)
+            await error_answer(problem, headers={"Connection": "close"})(scope, receive, send)
+            return
+        scope.setdefault("state", {})["caller"] = caller
+        await self._pass_on(scope, receive, send, caller)
+
+    def _caller(self, headers: Headers, path: str) -> Caller | None:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+        if path == TAKE:
+            return self._invitations.bearer(token)
+        return self._tokens.who(token.strip())
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        answered, whole = False, False
+
+        async def receive_until_whole() -> Message:
+            nonlocal whole
+            message = await receive()
+            whole = whole or message["type"] != "http.request" or not message.get("more_body", False)
+            return message
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal answered
+            if message["type"] == "http.response.start":
+                answered = True
+                if not whole:  # else the rest of a body is waited for, however long it is
+                    MutableHeaders(scope=message)["Connection"] = "close"
+                self._write_down(scope, caller, message["status"])  # before anybody can act on the answer
+                MutableHeaders(scope=message).update({**OURS, **scope["state"].get("headers", {})})
+            await send(message)
+
+        try:
+            await self._app(scope, receive_until_whole, send_with_headers)
+        finally:
+            if not answered:
+                self._write_down(scope, caller, _NO_ANSWER)
+
+    def _write_down(self, scope: Scope, caller: Caller, status: int) -> None:
+        read = scope["method"] in _READS and status not in _REJECTED
+        if not scope["state"].get("audited", not read):
+            return
+        verb = getattr(scope.get("route"), "name", "") or _words(scope)
+        job = scope["state"].get("about") or scope.get("path_params", {}).get("ref", "")
+        self._audit.write(person=caller.person, verb=verb, job=job, status=status)
+
+    def _note_stranger(self, scope: Scope) -> None:
+        """Write down a request without a valid token. Of many, one line now and then says how many they were."""
+        self._strangers += 1
+        now = time.monotonic()
+        if now - self._stranger_at < _STRANGERS_S:
+            return
+        times = f" ({self._strangers} requests)" if self._strangers > 1 else ""
+        self._audit.write(person="", verb=f"{_words(scope)}{times}", job="", status=_UNAUTHORIZED)
+        self._strangers, self._stranger_at = 0, now
+
+
+def _words(scope: Scope) -> str:
+    return f"{scope['method']} {scope['path']}"[:_LONGEST]
+
+
+def _no_token(headers: Headers) -> ASGIApp:
+    sent = "authorization" in headers
+    message = "the token is not one of this cluster's" if sent else "the request carries no token"
+    hint = "send 'Authorization: Bearer TOKEN'; raylaunch's own commands take it from the cluster's folder"
+    error = AccessError(message, hint=hint)
+    return error_answer(error, status=_UNAUTHORIZED, headers={"WWW-Authenticate": "Bearer", "Connection": "close"})
+
+
+def _problem(headers: Headers) -> RaylaunchError | None:
+    theirs = headers.get("x-raylaunch-api", str(API))
+    if theirs != str(API):
+        version = headers.get("x-raylaunch-version", "of an unknown version")
+        msg = f"the client is raylaunch {version} and the controller {__version__}: they do not speak the same protocol"
+        newer = (whole(theirs) or 0) > API
+        older_hint = f"install the controller's version on the client's side: pip install raylaunch=={__version__}"
+        newer_hint = "raylaunch up starts a controller of the client's version; running jobs go on"
+        return VersionError(f"{msg} ({theirs} there, {API} here)", hint=newer_hint if newer else older_hint)
+    return None

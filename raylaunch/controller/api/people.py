@@ -1,0 +1,94 @@
+"""Routes about people: who may come in, inviting, revoking; and taking an invitation."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from raylaunch.controller.api.dependencies import GuardedRoute, Has, Who, needs
+from raylaunch.controller.api.responses import answer, json_answer
+from raylaunch.controller.store.access import Role
+from raylaunch.models.cluster import Admission, Invitation, TokenView
+from raylaunch.models.fields import Moment
+
+router = APIRouter(route_class=GuardedRoute)
+
+TAKE = "/v1/join"
+"""The one path that an invitation's code opens."""
+_DAY_S = 86400.0
+
+
+class InviteRequest(BaseModel):
+    """Whom to invite as what; for how many seconds the code is good, and when the token is over (null: never)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    person: str
+    role: Role
+    valid_s: float = Field(default=_DAY_S, gt=0, le=30 * _DAY_S, allow_inf_nan=False)
+    token_expires_at: Moment | None = None
+
+
+class TakeRequest(BaseModel):
+    """The SHA-256 of the token that its maker keeps to herself."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sha256: str
+
+
+@router.get("/tokens", response_model=list[TokenView])
+@needs(Role.ADMIN, "see whose tokens there are")
+async def tokens(services: Has, caller: Who) -> Response:
+    """Return who may come in."""
+    return answer(list(services.invitations.views(caller.token)))
+
+
+@router.post("/tokens", response_model=Invitation)
+@needs(Role.ADMIN, "invite people")
+async def invite(asked: InviteRequest, request: Request, services: Has, caller: Who) -> Response:
+    """Invite a person."""
+    request.state.about = asked.person
+    code, over = services.invitations.invite(
+        asked.person, asked.role, by=caller.person, valid_s=asked.valid_s, token_expires_at=asked.token_expires_at
+    )
+    settings = services.settings
+    made = Invitation(
+        code=code,
+        person=asked.person,
+        role=asked.role.value,
+        expires_at=over,
+        token_expires_at=asked.token_expires_at,
+        cluster=settings.cluster,
+        port=settings.port,
+    )
+    return answer(made)
+
+
+@router.delete("/tokens/{who}")
+@needs(Role.ADMIN, "revoke tokens")
+async def revoke(who: str, request: Request, services: Has, caller: Who) -> Response:
+    """Take tokens back."""
+    request.state.about = who
+    return json_answer({"revoked": services.invitations.revoke(who, mine=caller.token)})
+
+
+@router.post("/join", response_model=Admission)
+async def take(
+    asked: TakeRequest, request: Request, services: Has, caller: Who, authorization: Annotated[str, Header()]
+) -> Response:
+    """Take an invitation: the code is the request's bearer token."""
+    request.state.about = caller.person
+    token = services.invitations.take(authorization.partition(" ")[2], asked.sha256)
+    settings = services.settings
+    made = Admission(
+        person=token.person,
+        role=token.role.value,
+        made_by=token.made_by,
+        cluster=settings.cluster,
+        cluster_id=settings.cluster_id,
+        expires_at=token.expires_at,
+    )
+    return answer(made)

@@ -1,0 +1,350 @@
+"""The points of one file of metrics: over which axis they are drawn, and as many of them as memory allows."""
+
+from __future__ import annotations
+
+import logging
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeGuard
+
+from raylaunch import contract
+from raylaunch.controller.metrics.reports import ReportReader
+from raylaunch.errors import TrackingError
+from raylaunch.models.job import MetricPoint
+from raylaunch.tracking.run_file import LARGEST_STEP, History, Item, RunFile, RunInfo, StepMetric, Summary
+
+_LOG = logging.getLogger(__name__)
+
+
+class Curve:
+    """The files of one run (or the reports of one job), one behind the other."""
+
+    def __init__(self, prefix: str = "") -> None:
+        """Hold no file yet; `prefix` goes before the keys."""
+        self.prefix = prefix
+        self.attempts: set[int] = set()
+        """Numbers of the attempts that have files of it."""
+        self.sources: dict[Path, RunFile | ReportReader] = {}
+        self.segments: dict[Path, Segment] = {}
+        self._failed: dict[Path, str] = {}
+
+    def take(self, path: Path) -> None:
+        """Add a file that comes after all that are here."""
+        if path not in self.segments:
+            self._open(path, {})
+
+    def refresh(self) -> None:
+        """Read what is new in every file, and put the files in order behind each other."""
+        for path in tuple(self.segments):
+            self._read(path)
+        self._shift()
+        self._cut()
+
+    def info(self) -> RunInfo | None:
+        """Return who the run is, as its latest file says."""
+        return next((one.info for one in reversed(tuple(self.segments.values())) if one.info is not None), None)
+
+    def problems(self) -> Iterator[str]:
+        """Yield what could not be read."""
+        yield from self._failed.values()
+        for source in self.sources.values():
+            yield from source.problems
+
+    def again(self) -> Iterator[tuple[Segment, str]]:
+        """Yield segments that read the files from their beginnings, with what goes before their keys."""
+        for path, segment in self.segments.items():
+            fresh = Segment(_source(path), cuts=segment.cuts)
+            fresh.shift = segment.shift
+            yield fresh, self.prefix
+
+    def _open(self, path: Path, cuts: Mapping[str, float]) -> None:
+        self.sources[path] = _source(path)
+        self.segments[path] = Segment(self.sources[path], cuts=cuts)
+
+    def _read(self, path: Path) -> None:
+        try:
+            try:
+                self.segments[path].refresh()
+            except TrackingError:  # perhaps replaced by a shorter file: once more, from its beginning
+                self._open(path, self.segments[path].cuts)
+                self.segments[path].refresh()
+            self._failed.pop(path, None)
+        except TrackingError as error:
+            if path not in self._failed:
+                _LOG.warning("metrics: %s", error)
+            self._failed[path] = str(error)
+
+    def _shift(self) -> None:
+        end: float | None = None
+        for path, segment in self.segments.items():
+            reach = segment.reach.get("")
+            if reach is None:
+                continue
+            again = reach.first == 0 and path.name != contract.PROGRESS
+            segment.shift = end + 1 if again and end is not None else 0.0
+            end = reach.highest + segment.shift
+
+    def _cut(self) -> None:
+        begins: dict[str, float] = {}
+        for path, segment in reversed(tuple(self.segments.items())):
+            shift = {"": segment.shift}
+            cuts = {axis: step - shift.get(axis, 0.0) for axis, step in begins.items()}
+            if cuts != segment.cuts:
+                if any(reach.highest >= cuts.get(axis, reach.highest + 1) for axis, reach in segment.reach.items()):
+                    self._open(path, cuts)
+                    self.segments[path].shift = segment.shift
+                    self._read(path)
+                else:
+                    segment.cuts = cuts
+            for axis, reach in segment.reach.items():
+                first = reach.first + shift.get(axis, 0.0)
+                begins[axis] = min(first, begins.get(axis, first))
+
+
+def _source(path: Path) -> RunFile | ReportReader:
+    return ReportReader(path) if path.name == contract.PROGRESS else RunFile(path)
+
+
+WANDB_STEP = ""
+"""The axis of a metric for which the run names none: W&B's own step."""
+_GLOBAL_STEP = "global_step"
+KEYS_KEPT = 10_000
+"""Names of metrics of one file."""
+_POINTS_AT_FIRST = 4096
+_POINTS_AT_LEAST = 64
+
+
+class Source(Protocol):
+    """A file of rows that can be read again and again; each time it yields what is new."""
+
+    def stream(self) -> Iterator[Item]:
+        """Yield what is new."""
+
+
+class PlottedPoint(NamedTuple):
+    """One value of one metric, and where it is drawn."""
+
+    key: str
+    axis: str
+    step: float
+    at: float
+    value: float
+
+
+class Axes:
+    """Which step a metric is drawn over: its step metric, the row's own ``global_step``, or W&B's step.
+
+    A key keeps the axis of its first point. Where a row lacks the step metric its last value counts, as in W&B.
+    """
+
+    def __init__(self) -> None:
+        self._defined: dict[str, str] = {}
+        self._prefixes: dict[str, str] = {}
+        self._of: dict[str, str] = {}
+        self._seen: dict[str, float] = {}
+
+    def define(self, metric: StepMetric) -> None:
+        """Take note of a `define_metric`."""
+        if len(self._prefixes) + len(self._defined) >= KEYS_KEPT:
+            return
+        if metric.pattern.endswith("*"):
+            self._prefixes[metric.pattern[:-1]] = metric.step_metric
+        else:
+            self._defined[metric.pattern] = metric.step_metric
+
+    def place(self, row: History) -> Iterator[PlottedPoint]:
+        """Yield the row's values with their axes and steps."""
+        seen, of = self._seen, self._of
+        for name in seen:
+            if _is_step(row.values.get(name)):
+                seen[name] = row.values[name]
+        for key, value in row.values.items():
+            axis = of.get(key)
+            if axis is None:
+                axis = self._choose(key, row.values)
+                if len(of) >= KEYS_KEPT:
+                    continue
+                of[key] = axis
+            yield PlottedPoint(key, axis, row.step if axis == WANDB_STEP else seen[axis], row.at, value)
+
+    def main_step(self, row: History) -> tuple[str, float]:
+        """Return the axis on which the row itself stands, and where."""
+        for axis in (self._prefixes.get("", WANDB_STEP), _GLOBAL_STEP):
+            if axis in self._seen:
+                return axis, self._seen[axis]
+        return WANDB_STEP, row.step
+
+    def _choose(self, key: str, values: Mapping[str, float]) -> str:
+        wished = self._defined.get(key) or self._by_prefix(key)
+        for axis in (wished, _GLOBAL_STEP):
+            if axis in self._seen:
+                return axis
+            if _is_step(values.get(axis)):
+                self._seen[axis] = values[axis]
+                return axis
+        return WANDB_STEP
+
+    def _by_prefix(self, key: str) -> str:
+        matching = [prefix for prefix in self._prefixes if key.startswith(prefix)]
+        return self._prefixes[max(matching, key=len)] if matching else WANDB_STEP
+
+
+class Series:
+    """Points of one metric, thinned to every 2nd, 4th, … when they become many; the last one is always there."""
+
+    def __init__(self, axis: str, most: int) -> None:
+        self.axis = axis
+        self.total = 0
+        self.last: PlottedPoint | None = None
+        self._most = most
+        self._stride = 1
+        self._steps, self._values, self._times = array("d"), array("d"), array("d")
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def add(self, point: PlottedPoint) -> None:
+        """Add the next point."""
+        if self.total % self._stride == 0:
+            if len(self._steps) >= self._most:
+                self.thin(self._most)
+            if self.total % self._stride == 0:
+                self._steps.append(point.step)
+                self._values.append(point.value)
+                self._times.append(point.at)
+        self.total += 1
+        self.last = point
+
+    def thin(self, most: int) -> None:
+        """Keep every second point, until there are fewer than `most`."""
+        self._most = most
+        while len(self._steps) >= most:
+            self._steps, self._values, self._times = self._steps[::2], self._values[::2], self._times[::2]
+            self._stride *= 2
+
+    def points(self, shift: float) -> Iterator[MetricPoint]:
+        """Yield the kept points, oldest first, their steps shifted when the axis is W&B's step."""
+        by = shift if self.axis == WANDB_STEP else 0.0
+        for step, value, at in zip(self._steps, self._values, self._times, strict=True):
+            yield MetricPoint(step=step + by, value=value, at=at)
+        if self.last is not None and (self.total - 1) % self._stride:
+            yield MetricPoint(step=self.last.step + by, value=self.last.value, at=self.last.at)
+
+
+@dataclass
+class SegmentRange:
+    """Where a segment begins, and how far it goes, on one axis."""
+
+    first: float
+    highest: float
+
+
+class Segment:
+    """All series of one file. Points at or beyond `cuts` (axis → step) are left out: a later file drew them again."""
+
+    def __init__(self, source: Source, *, cuts: Mapping[str, float] | None = None) -> None:
+        self.series: dict[str, Series] = {}
+        self.summary: dict[str, float] = {}
+        self.reach: dict[str, SegmentRange] = {}
+        self.cuts = dict(cuts or {})
+        self.shift = 0.0
+        """Added to W&B's steps when this file began at 0 again though it continues another."""
+        self.last_main: tuple[str, float] | None = None
+        self.info: RunInfo | None = None
+        """Who the run is, once its file says so."""
+        self._source = source
+        self._axes = Axes()
+        self._most = _POINTS_AT_FIRST
+
+    @property
+    def last_step(self) -> float | None:
+        """The step of the last row, shifted where it must be."""
+        if self.last_main is None:
+            return None
+        axis, step = self.last_main
+        return step + self.shift if axis == WANDB_STEP else step
+
+    @property
+    def points(self) -> int:
+        """How many points are held."""
+        return sum(len(series) for series in self.series.values())
+
+    def placed(self) -> Iterator[PlottedPoint]:
+        """Read what is new and yield the values that are not cut, with unshifted steps.
+
+        Raises:
+            TrackingError: the file cannot be read.
+        """
+        for item in self._source.stream():
+            if isinstance(item, History):
+                self._stretch(WANDB_STEP, item.step)
+                for point in self._axes.place(item):
+                    if point.axis != WANDB_STEP:
+                        self._stretch(point.axis, point.step)
+                    cut = self.cuts.get(point.axis)
+                    if cut is None or point.step < cut:
+                        yield point
+                self.last_main = self._axes.main_step(item)
+            elif isinstance(item, StepMetric):
+                self._axes.define(item)
+            elif isinstance(item, Summary):
+                self.summary.update(item.values)
+                while len(self.summary) > KEYS_KEPT:
+                    self.summary.popitem()
+            elif isinstance(item, RunInfo):
+                self.info = item
+
+    def refresh(self) -> None:
+        """Read what is new.
+
+        Raises:
+            TrackingError: the file cannot be read.
+        """
+        for point in self.placed():
+            series = self.series.get(point.key)
+            if series is None:
+                series = self.series[point.key] = Series(point.axis, self._most)
+            series.add(point)
+
+    def thin(self) -> bool:
+        """Halve what is held of each metric; False when no more can be spared."""
+        if self._most <= _POINTS_AT_LEAST:
+            return False
+        self._most //= 2
+        for series in self.series.values():
+            series.thin(self._most)
+        return True
+
+    def _stretch(self, axis: str, step: float) -> None:
+        reach = self.reach.get(axis)
+        if reach is None:
+            self.reach[axis] = SegmentRange(step, step)
+        elif step > reach.highest:
+            reach.highest = step
+
+
+def _is_step(value: float | None) -> TypeGuard[float]:
+    return value is not None and abs(value) <= LARGEST_STEP
+
+
+def evenly(points: list[MetricPoint], most: int) -> tuple[MetricPoint, ...]:
+    """Return at most `most` of the points, evenly chosen: the first and the last are among them (of one, the last)."""
+    if len(points) <= most:
+        return tuple(points)
+    if most <= 1:
+        return tuple(points[-1:])
+    apart = (len(points) - 1) / (most - 1)
+    return tuple(points[round(index * apart)] for index in range(most))
+
+
+def plain(number: float) -> str:
+    """Return a number as CSV has it: whole ones without ``.0``."""
+    return str(int(number)) if math.isfinite(number) and number == int(number) else repr(number)
+
+
+def total_points(segments: Iterable[Segment]) -> int:
+    """Return how many points the segments hold."""
+    return sum(segment.points for segment in segments)

@@ -1,0 +1,1 @@
+"""The connection to Ray and to the node agents."""

@@ -1,0 +1,238 @@
+"""What the link asks of Ray itself: stewards, nodes, supervisors. Blocking, for threads of a connected process."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TypedDict
+
+import ray
+from pydantic import ValidationError
+from ray._private import state as ray_state
+from ray.util import list_named_actors
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import raylaunch
+from raylaunch.agent.agent import NodeAgent
+from raylaunch.agent.node_info import NodeFacts
+from raylaunch.contract import VAR_NODE_ROOT
+from raylaunch.controller.ray.protocol import child_environment
+from raylaunch.controller.settings import Settings
+from raylaunch.models.cluster import GpuView, NodeView
+from raylaunch.version import __version__
+
+_log = logging.getLogger(__name__)
+
+HOST_LABEL = "raylaunch-host"
+"""Ray's label of a node that bears the host's name in cluster.yaml; `raylaunch.cluster.local.ray_head` sets it."""
+
+_BUILT_IN = ("CPU", "GPU", "memory", "object_store_memory")
+_INTERNAL = ("node:", "accelerator_type:", "bundle_")
+_ACCELERATOR = "accelerator_type:"
+_ACCELERATOR_LABEL = "ray.io/accelerator-type"
+_DIGITS = re.compile(r"(\d+)")
+
+
+class RayNode(TypedDict):
+    """What Ray says of a node."""
+
+    id: str
+    alive: bool
+    hostname: str
+    address: str
+    total: dict[str, float]
+    free: dict[str, float]
+    labels: dict[str, str]
+    logs: str
+    """Folder on the node where Ray keeps its logs."""
+
+
+def node_view(row: RayNode, facts: NodeFacts | None, *, steward: bool) -> NodeView:
+    """Put together what Ray and the steward say of one node.
+
+    Args:
+        row: What Ray says.
+        facts: What its steward says; None when it never answered.
+        steward: Whether it answers now.
+    """
+    total, free = row["total"], row["free"]
+    gpus = tuple(GpuView.model_validate(gpu) for gpu in facts["gpus"]) if facts else ()
+    return NodeView(
+        id=row["id"],
+        hostname=row["labels"].get(HOST_LABEL) or row["hostname"],
+        address=row["address"],
+        alive=row["alive"],
+        arch=facts["arch"] if facts else "",
+        cpus=total.get("CPU", 0),
+        gpus=total.get("GPU", 0),
+        memory=int(total.get("memory", 0)),
+        custom={name: amount for name, amount in total.items() if _is_custom(name)},
+        labels=row["labels"],
+        cpus_free=max(0.0, free.get("CPU", 0)),  # below nothing where a worker that waited goes on
+        gpus_free=max(0.0, free.get("GPU", 0)),
+        memory_free=max(0, int(free.get("memory", 0))),
+        gpu_type=gpus[0].name if gpus else _gpu_type(total, row["labels"]),
+        gpu=gpus,
+        disk_free=facts["disk_free"] if facts else None,
+        steward=steward,
+    )
+
+
+def node_views(rows: Iterable[object]) -> tuple[NodeView, ...]:
+    """Return the nodes that can be read; the others are left out, and logged."""
+    found = []
+    for row in rows:
+        try:
+            found.append(NodeView.model_validate(row))
+        except ValidationError as error:  # noqa: PERF203 -- each is one node
+            _log.warning("a node is left out, since what is said of it cannot be read: %s", error)
+    return tuple(found)
+
+
+def by_name(nodes: Iterable[NodeView]) -> tuple[NodeView, ...]:
+    """Return nodes in the order of their names, ``dgx-2`` before ``dgx-10``: Ray lists them in any. Pure."""
+    return tuple(sorted(nodes, key=lambda node: _counted(node.hostname)))
+
+
+def _counted(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in _DIGITS.split(name)]
+
+
+def _is_custom(name: str) -> bool:
+    return name not in _BUILT_IN and not name.startswith(_INTERNAL) and "_group_" not in name
+
+
+def _gpu_type(total: Mapping[str, float], labels: Mapping[str, str]) -> str:
+    named = next((name[len(_ACCELERATOR) :] for name in total if name.startswith(_ACCELERATOR)), "")
+    return named or labels.get(_ACCELERATOR_LABEL, "")
+
+
+def connect(address: str, namespace: str, *, carries: bool = False) -> None:
+    """Connect this process to Ray.
+
+    Args:
+        address: ``host:port`` of its head.
+        namespace: of the stewards.
+        carries: whether Ray brings raylaunch's code to its nodes: it is not there, and each cluster that uses this
+            Ray has a folder of its own there.
+    """
+    folder = f"~/.raylaunch/nodes/{namespace.removeprefix('raylaunch-')}"
+    brought = {"py_modules": [str(Path(raylaunch.__file__).parent)], "env_vars": {VAR_NODE_ROOT: folder}}
+    ray.init(
+        address=address,
+        namespace=namespace,
+        runtime_env=brought if carries else None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def end_stewards(address: str, namespace: str) -> str:
+    """Connect, and end every actor of a namespace; return in words what could not be ended, mostly nothing."""
+    connect(address, namespace)
+    left = []
+    for actor in list_named_actors(all_namespaces=True):
+        if actor["namespace"] == namespace:
+            try:
+                ray.kill(ray.get_actor(actor["name"], namespace=namespace), no_restart=True)
+            except ValueError:  # it has ended meanwhile
+                continue
+            except ray.exceptions.RayError as error:
+                left.append(f"{actor['name']}: {error}")
+    return "; ".join(left)
+
+
+def steward_on(node_id: str, namespace: str) -> ray.actor.ActorHandle:
+    """Return the steward of a node, started when there is none; those of other versions are ended."""
+    prefix = f"raylaunch-steward-{node_id}-"
+    name = f"{prefix}{__version__}"
+    for actor in list_named_actors(all_namespaces=True):
+        if actor["namespace"] == namespace and actor["name"].startswith(prefix) and actor["name"] != name:
+            ray.kill(ray.get_actor(actor["name"], namespace=namespace))
+    return (
+        ray.remote(NodeAgent)
+        .options(
+            name=name,
+            namespace=namespace,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            max_concurrency=100,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        )
+        .remote()
+    )
+
+
+def kill_supervisor(submission: str) -> bool:
+    """Kill a job's supervisor by the name that Ray gives it (``ray.dashboard.modules.job.common`` of Ray 2.60)."""
+    try:
+        actor = ray.get_actor(f"_ray_internal_job_actor_{submission}", namespace="SUPERVISOR_ACTOR_RAY_NAMESPACE")
+    except ValueError:  # there is none
+        return False
+    ray.kill(actor, no_restart=True)
+    return True
+
+
+def end_actors(job_id: str) -> list[str]:
+    """Kill what named actors a job of Ray has left, so that Ray does not start them again; return their classes.
+
+    Killing their processes is not enough: Ray Train and Data keep helpers of the whole cluster as detached actors that
+    are restarted for ever, and with the job's own interpreter, which is gone.
+    """
+    left = {
+        str(actor["ActorID"]): str(actor["ActorClassName"])
+        for actor in ray_state.actors().values()
+        if actor["JobID"] == job_id and actor["State"] != "DEAD" and actor["Name"]
+    }
+    ended = []
+    for named in list_named_actors(all_namespaces=True) if left else []:
+        with contextlib.suppress(ValueError):  # it has ended meanwhile
+            actor = ray.get_actor(named["name"], namespace=named["namespace"])
+            if actor._actor_id.hex() in left:  # noqa: SLF001 -- a name alone may stand in several namespaces
+                ray.kill(actor, no_restart=True)
+                ended.append(left[actor._actor_id.hex()])  # noqa: SLF001 -- as above
+    return ended
+
+
+def nodes_of_ray() -> list[RayNode]:
+    """Return every node that Ray lists, dead ones too."""
+    free = ray_state.available_resources_per_node()
+    return [
+        RayNode(
+            id=node["NodeID"],
+            alive=node["Alive"],
+            hostname=node["NodeManagerHostname"],
+            address=node["NodeManagerAddress"],
+            total=dict(node["Resources"]),
+            free=dict(free.get(node["NodeID"], {})),
+            labels=dict(node.get("Labels") or {}),
+            logs=str(Path(node.get("ObjectStoreSocketName", "")).parent.parent / "logs"),
+        )
+        for node in ray.nodes()
+    ]
+
+
+def main() -> int:
+    """Connect, end every actor of the cluster's own namespace, and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="the cluster's controller.json")
+    settings = Settings.model_validate_json(parser.parse_args().config.read_bytes())
+    if not settings.carries_stewards:
+        return 0
+    os.environ.update(child_environment(os.environ, settings.ray_token_path, settings.ray_env))
+
+    sys.stdout.write(end_stewards(settings.gcs_address, settings.namespace))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

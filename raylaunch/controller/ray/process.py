@@ -1,0 +1,369 @@
+"""The child program that speaks to Ray and to the node agents; see `raylaunch.controller.ray.bridge`.
+
+It may die at any moment, and Ray sees to that when the head is gone. It ends itself when its stdin closes: the
+controller is gone then. It writes into the store and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import ray
+import ray.exceptions
+
+from raylaunch.agent.attempt_files import LogPiece
+from raylaunch.agent.node_info import NodeFacts
+from raylaunch.agent.packages import Platform, WheelSetData, chosen
+from raylaunch.controller.ray.bridge import Config
+from raylaunch.controller.ray.calls import (
+    RayNode,
+    connect,
+    end_actors,
+    kill_supervisor,
+    node_view,
+    nodes_of_ray,
+    steward_on,
+)
+from raylaunch.controller.ray.handover import bring
+from raylaunch.controller.ray.protocol import LinkEvent, LinkUp, NodesChanged, Stdin, Stdout, event_frame, serve_all
+from raylaunch.controller.ray.replica import ReplicaStore
+from raylaunch.controller.ray.replication import Replication
+from raylaunch.errors import ClusterError, NotFoundError, RaylaunchError
+from raylaunch.runner.archive import runner_zip
+
+_log = logging.getLogger(__name__)
+
+_CONNECT_S = 20.0
+_KNOCK_S = 0.2
+_LOOK_S = 1.0
+_RAY_S = 10.0
+_FACTS_S = 2.0
+_LONGEST_REST_S = 10.0
+_CALL_S = 45.0
+_PIECE = 8 * 1024 * 1024
+
+
+class ConnectedNode:
+    """A living node, its steward, and the files that come from it."""
+
+    def __init__(
+        self, node_id: str, *, logs: str, namespace: str, store: Path, emit: Callable[[LinkEvent], None]
+    ) -> None:
+        self._id = node_id
+        self.logs = logs
+        self._namespace = namespace
+        self._actor: ray.actor.ActorHandle | None = None
+        self._making = asyncio.Lock()
+        self._facts: NodeFacts | None = None
+        self._facts_at = float("-inf")
+        self._asking: asyncio.Task[None] | None = None
+        self.replication = Replication(node_id, call=self.call, mirror=ReplicaStore(store), emit=emit)
+        self._following = asyncio.create_task(self.replication.run())
+
+    def leave(self) -> None:
+        """Stop following: the node is gone."""
+        self._following.cancel()
+        if self._asking is not None:
+            self._asking.cancel()
+
+    async def call(self, method: str, *args: object, timeout_s: float, **named: object) -> object:
+        """Call the steward; it is started when there is none.
+
+        Raises:
+            ClusterError: It does not answer, or the node is gone.
+            RaylaunchError: What the steward raised.
+        """
+        try:
+            return await asyncio.wait_for(self._call(method, args, named), timeout_s)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, RaylaunchError):
+                raise error.cause from None
+            raise
+        except (ray.exceptions.RayError, asyncio.TimeoutError) as error:
+            if isinstance(error, ray.exceptions.ActorDiedError):
+                self._actor = None
+            why = str(error).partition("\n")[0] or f"no answer within {timeout_s:.0f} s"
+            msg = f"the steward of node {self._id[:8]} does not answer {method!r}: {why}"
+            raise ClusterError(msg, hint="it is started again by itself; see the link's log") from None
+
+    async def _call(self, method: str, args: tuple[object, ...], named: Mapping[str, object]) -> object:
+        async with self._making:
+            if self._actor is None:
+                self._actor = await asyncio.to_thread(steward_on, self._id, self._namespace)
+            actor = self._actor
+        return await getattr(actor, method).remote(*args, **named)
+
+    @property
+    def ready(self) -> bool:
+        """Whether its steward answers, and has said what the node is."""
+        return self.replication.answering and self._facts is not None
+
+    async def facts(self) -> NodeFacts | None:
+        """Return what the steward says of its node, some seconds old at most; what it said last where it is slow.
+
+        None where it never answered: the other nodes are not kept waiting for one whose steward is on its way.
+        """
+        if self._asking is None and asyncio.get_running_loop().time() - self._facts_at > _FACTS_S:
+            self._asking = asyncio.create_task(self._ask_for_facts())
+        if self._asking is not None:
+            await asyncio.wait({self._asking}, timeout=_FACTS_S)
+        return self._facts
+
+    async def _ask_for_facts(self) -> None:
+        """Ask once; until it answers where it never has."""
+        rest_s = _LOOK_S
+        try:
+            while True:
+                limit_s = 5 if self._facts else _CALL_S / 3
+                try:
+                    self._facts = cast("NodeFacts", await self.call("describe", timeout_s=limit_s))
+                except ClusterError as error:
+                    _log.warning("%s", error)
+                except Exception:  # noqa: BLE001 -- one node's trouble must not end the link to the others
+                    _log.exception("node %s is not described", self._id)
+                if self._facts is not None:
+                    return
+                await asyncio.sleep(rest_s)
+                rest_s = min(2 * rest_s, _LONGEST_REST_S)
+        finally:
+            self._facts_at = asyncio.get_running_loop().time()  # also of one that failed: the next is not at once
+            self._asking = None
+
+
+class Program:
+    """The program once it is connected."""
+
+    def __init__(self, config: Config, stdout: Stdout) -> None:
+        self._store = Path(config["store"])
+        self._namespace = config["namespace"]
+        self._stdout = stdout
+        self._nodes: dict[str, ConnectedNode] = {}
+        self._rows: list[RayNode] = []
+        self._shape: object = None
+        self._methods: dict[str, Callable[..., Awaitable[object]]] = {
+            "nodes": self.nodes,
+            "prepare": self.prepare,
+            "index_look": self.index_look,
+            "disk_use": self.disk_use,
+            "stop": self.stop,
+            "fence": self.fence,
+            "settle": self.settle,
+            "forget": self.forget,
+            "bring_left": self.bring_left,
+            "ray_log": self.ray_log,
+            "ray_log_grown": self.ray_log_grown,
+            "kill_waiting": self.kill_waiting,
+            "end_actors": self.end_actors,
+        }
+
+    async def run(self, stdin: Stdin) -> None:
+        """Look at the nodes and answer requests, for ever."""
+        await self._look()
+        self._emit(LinkUp(ray_version=ray.__version__))
+        ends = [asyncio.create_task(self._watch()), asyncio.create_task(serve_all(self._methods, stdin, self._stdout))]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            if end.done():
+                end.result()
+
+    async def nodes(self) -> list[dict[str, object]]:
+        """Return the nodes as `raylaunch.models.cluster.NodeView`."""
+        return [view for view in await asyncio.gather(*(self._view(row) for row in self._rows)) if view is not None]
+
+    async def prepare(
+        self, node_id: str, spec: dict[str, object], package: str, secrets: object, wheels: list[WheelSetData]
+    ) -> object:
+        """Send package, wheels and what the attempt before left when the node lacks them; make the attempt's folder."""
+        node = self._node(node_id)
+        fitting = chosen(wheels, await self._platform(node, spec)) if wheels else []
+        for sha256 in [*([package] if package else []), *(wheel["sha256"] for wheel in fitting)]:
+            await self._send_package(node, sha256)
+        moved_from = await bring(node.call, self._store, str(spec["attempt"]), str(spec["tag"]))
+        told = {**spec, "wheels": fitting, "moved_from": moved_from}
+        runner, have = await asyncio.to_thread(runner_zip), await node.replication.have(str(spec["attempt"]))
+        return await node.call("prepare", told, package, secrets, runner, have, timeout_s=600)
+
+    async def _platform(self, node: ConnectedNode, spec: dict[str, object]) -> Platform:
+        return cast("Platform", await node.call("platform", spec["environment"], spec["env"], timeout_s=_CALL_S))
+
+    async def index_look(self, node_id: str, env: object, kind: str, environment: object) -> object:
+        """Ask whether the node reaches a package index, and what wheels an environment there would take."""
+        return await self._node(node_id).call("index_look", env, kind, environment, timeout_s=_CALL_S)
+
+    async def disk_use(self, node_id: str) -> object:
+        """Ask how many bytes raylaunch's folders take there."""
+        return await self._node(node_id).call("disk_use", timeout_s=_CALL_S)
+
+    async def stop(self, node_id: str, attempt: str, wish: object) -> object:
+        """Write the wish to stop."""
+        return await self._node(node_id).call("stop", attempt, wish, timeout_s=_CALL_S)
+
+    async def fence(self, node_id: str, attempt: str, tag: str) -> object:
+        """End all processes of the attempt."""
+        return await self._node(node_id).call("fence", attempt, tag, timeout_s=2 * _CALL_S)
+
+    async def settle(self, node_id: str, attempt: str, timeout_s: float) -> bool:
+        """Wait until the attempt's files are in the store."""
+        node = self._node(node_id)
+        try:
+            return await asyncio.wait_for(node.replication.settle(attempt, timeout_s), timeout_s + 1)
+        except (asyncio.TimeoutError, ClusterError) as error:
+            _log.warning("%s is not settled: %s", attempt, error or "it took too long")
+            return False
+
+    async def forget(self, node_id: str, attempt: str, *, again: bool) -> object:
+        """Delete the attempt's folder on the node."""
+        node = self._node(node_id)
+        answer = await node.call("forget", attempt, again=again, timeout_s=2 * _CALL_S)
+        await node.replication.forget(attempt)
+        return answer
+
+    async def bring_left(self, node_id: str, attempt: str, path: str, below: str) -> None:
+        """Bring an output that was not kept."""
+        await self._node(node_id).replication.bring_left(attempt, path, below=below)
+
+    async def ray_log(self, node_id: str, submission: str, **place: object) -> object:
+        """Return bytes of the log of a job of plain Ray."""
+        node = self._node(node_id)
+        piece = cast("LogPiece", await node.call("ray_log", node.logs, submission, timeout_s=_CALL_S, **place))
+        return {**piece, "data": base64.b64encode(piece["data"]).decode()}
+
+    async def ray_log_grown(self, node_id: str, submission: str, size: int, wait_s: float) -> object:
+        """Return the size of such a log when it has grown, or after a while."""
+        node = self._node(node_id)
+        return await node.call("ray_log_grown", node.logs, submission, size, wait_s, timeout_s=wait_s + _CALL_S)
+
+    async def kill_waiting(self, submission: str) -> bool:
+        """Kill the actor in which a job of plain Ray waits for its start: nothing else ends it there."""
+        return await asyncio.to_thread(kill_supervisor, submission)
+
+    async def end_actors(self, job_id: str) -> list[str]:
+        """Kill the actors that a Ray job has left, for good."""
+        return await asyncio.to_thread(end_actors, job_id)
+
+    async def _send_package(self, node: ConnectedNode, sha256: str) -> None:
+        path = self._store / "packages" / f"{sha256}.tar.gz"
+        have = cast("int", await node.call("package_have", sha256, timeout_s=_CALL_S))
+        if have < 0:
+            return
+        try:
+            with path.open("rb") as file:
+                total = os.fstat(file.fileno()).st_size
+                while have >= 0:
+                    file.seek(have)
+                    data = await asyncio.to_thread(file.read, _PIECE)
+                    have = cast("int", await node.call("put_package", sha256, have, total, data, timeout_s=300))
+        except FileNotFoundError:
+            msg = f"the package {sha256[:12]} is not in the store"
+            raise NotFoundError(msg, hint="submit again") from None
+
+    def _node(self, node_id: str) -> ConnectedNode:
+        node = self._nodes.get(node_id)
+        if node is None:
+            msg = f"there is no living node {node_id[:8] or '(empty id)'} in the Ray cluster"
+            raise NotFoundError(msg)
+        return node
+
+    async def _view(self, row: RayNode) -> dict[str, object] | None:
+        node = self._nodes.get(row["id"])
+        facts = await node.facts() if node else None
+        try:
+            return node_view(row, facts, steward=node is not None and node.ready).model_dump(mode="json")
+        except (ValueError, TypeError, OverflowError) as error:
+            _log.warning("node %s is left out, since what is said of it cannot be read: %s", row["id"], error)
+            return None
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            await self._look()
+
+    async def _look(self) -> None:
+        """Ask Ray for the nodes; follow the new ones, and leave those that are gone."""
+        try:
+            self._rows = await asyncio.wait_for(asyncio.to_thread(nodes_of_ray), _RAY_S)
+        except (asyncio.TimeoutError, ray.exceptions.RayError) as error:
+            self._stdout.fail(f"Ray's head does not answer ({str(error) or f'not within {_RAY_S:.0f} s'})")
+        alive = {row["id"] for row in self._rows if row["alive"]}
+        for gone in self._nodes.keys() - alive:
+            self._nodes.pop(gone).leave()
+        for row in self._rows:
+            if row["alive"] and row["id"] not in self._nodes:
+                self._nodes[row["id"]] = ConnectedNode(
+                    row["id"], logs=row["logs"], namespace=self._namespace, store=self._store, emit=self._emit
+                )
+        shape = [(row, row["id"] in alive and self._nodes[row["id"]].ready) for row in self._rows]
+        if shape != self._shape:
+            self._shape = shape
+            self._emit(NodesChanged())
+
+    def _emit(self, event: LinkEvent) -> None:
+        self._stdout.send(event_frame(event))
+
+
+def _connect(config: Config, stdout: Stdout) -> None:
+    """Connect to Ray within the limit, in the main thread, where Ray wants it."""
+    address = config["gcs_address"]
+    late = threading.Timer(_CONNECT_S, partial(stdout.fail, f"Ray at {address} did not answer in {_CONNECT_S:.0f} s"))
+    late.daemon = True
+    late.start()
+    while (head := _knock(address)) is None:  # a connection that Ray begins before hangs, long after it has come back
+        time.sleep(_KNOCK_S)
+    root = Path(__file__).resolve().parents[3]
+    os.chdir("/" if root.name in {"site-packages", "dist-packages"} else root)  # Ray puts it on workers' sys.path
+    try:
+        connect(address, config["namespace"], carries=config["carries"])
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+        traceback.print_exc()
+        stdout.fail(f"no connection to Ray at {address}: {str(error).partition(chr(10))[0]}")
+    late.cancel()
+    if _hung_up(head):  # then Ray has waited for the next head, and calls of such a connection have no answer
+        stdout.fail(f"Ray at {address} ended while it was being connected to")
+
+
+def _knock(address: str) -> socket.socket | None:
+    host, _, port = address.rpartition(":")
+    try:
+        return socket.create_connection((host, int(port)), timeout=_KNOCK_S)
+    except OSError:
+        return None
+
+
+def _hung_up(head: socket.socket) -> bool:
+    """Whether the one that was knocked at is gone: what listens waits for our first word, and says none itself."""
+    with head:
+        head.settimeout(0)
+        try:
+            while data := head.recv(1024):
+                del data
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+    return True
+
+
+def main() -> None:
+    """Read the configuration from stdin, connect, and serve until stdin closes."""
+    os.umask(0o077)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    stdin, stdout = Stdin(), Stdout()
+    config = cast("Config", stdin.next())
+    _connect(config, stdout)
+    asyncio.run(Program(config, stdout).run(stdin))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""One node's files on their way into the store, followed by the bridge's process. Knows no Ray: it gets an `AgentCall`.
+
+The steward is asked in long polls; the next is on its way while an answer is written. Whatever goes wrong, a new
+session begins with what the store's disk says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeVar, cast
+
+from raylaunch.agent.change_feed import AttemptFacts, ChangeReply, Chunk, HaveFile
+from raylaunch.agent.job_dir import LeftPiece
+from raylaunch.agent.packages import storage_error
+from raylaunch.contract import OUTPUTS, Claim, Exit, Facts, Started
+from raylaunch.controller.ray.protocol import Grew, LinkEvent, ObservedAttempt, StoreProblem
+from raylaunch.controller.ray.replica import GapError, ReplicaStore
+from raylaunch.errors import ClusterError
+
+_log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+_POLL_S = 10.0
+_CALL_S = 60.0
+_HASH_S = 600.0
+_LEFT_PIECE = 8 * 1024 * 1024
+_SETTLE_LOOK_S = 0.05
+_SHORT_S, _LONGEST_BACKOFF_S = 0.1, 10.0
+_STEADY_S = 5.0
+"""A session that ends sooner follows something that fails."""
+
+
+class AgentCall(Protocol):
+    """Calls the node's steward; raises `ClusterError` when it does not answer in time."""
+
+    async def __call__(self, method: str, *args: object, timeout_s: float, **named: object) -> object:
+        """Call one of the methods of `raylaunch.agent.agent.NodeAgent`."""
+
+
+class Replication:
+    """Follows one steward, and writes what it sends."""
+
+    def __init__(
+        self, node_id: str, *, call: AgentCall, mirror: ReplicaStore, emit: Callable[[LinkEvent], None]
+    ) -> None:
+        self._node_id = node_id
+        self._call = call
+        self._mirror = mirror
+        self._emit = emit
+        self._writing = asyncio.Lock()
+        self._anew = asyncio.Event()
+        self.answering = False
+        """Whether the steward answered last time."""
+
+    async def run(self) -> None:
+        """Follow for ever; ends by being cancelled."""
+        backoff_s = 0.0
+        while True:
+            await asyncio.sleep(backoff_s)
+            began = time.monotonic()
+            try:
+                await self._session()
+                steady = time.monotonic() - began > _STEADY_S
+                backoff_s = _SHORT_S if steady else min(max(backoff_s * 2, _SHORT_S), _LONGEST_BACKOFF_S)
+            except ClusterError as error:
+                self.answering = False
+                _log.warning("%s", error)
+                backoff_s = min(max(backoff_s * 2, 0.2), _LONGEST_BACKOFF_S)
+            except Exception:  # noqa: BLE001 -- one node's trouble must not end the link to the others
+                _log.exception("the files of node %s cannot be followed", self._node_id)
+                backoff_s = min(max(backoff_s * 2, 0.5), _LONGEST_BACKOFF_S)
+
+    async def settle(self, attempt: str, timeout_s: float) -> bool:
+        """Wait until all that an ended attempt has on the node is in the store, equal and on its disk."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while not await self._settled(attempt):
+            if asyncio.get_running_loop().time() > deadline:
+                return False
+            await asyncio.sleep(_SETTLE_LOOK_S)
+        return True
+
+    async def have(self, attempt: str) -> Mapping[str, HaveFile]:
+        """Return what the store has of an attempt, or of the one before it."""
+        found = await self._write(lambda: self._mirror.have([attempt]))
+        return found.get(attempt, {})
+
+    async def bring_left(self, attempt: str, path: str, *, below: str = OUTPUTS) -> None:
+        """Bring an output that was not kept, and stayed on the node, into a folder of the attempt.
+
+        Raises:
+            NotFoundError: it is not there any more.
+            ClusterError: the node does not answer.
+        """
+        digest, offset, final = hashlib.sha256(), 0, False
+        await self._write(lambda: self._mirror.have([attempt]))
+        while not final:
+            asked = self._call("read_left", attempt, path, offset, _LEFT_PIECE, timeout_s=_CALL_S)
+            data, size, mtime_ns = cast("LeftPiece", await asked)
+            digest.update(data)
+            final = offset + len(data) >= size or not data
+            chunk = Chunk(
+                attempt=attempt,
+                path=f"{below}/{path}",
+                mode="replace",
+                offset=offset,
+                data=data,
+                final=final,
+                sha256=digest.hexdigest() if final else "",
+                size=size,
+                mtime_ns=mtime_ns,
+            )
+            for event in await self._stored([chunk]):
+                self._emit(event)
+            offset += len(data)
+
+    async def forget(self, attempt: str) -> None:
+        """Drop what is remembered of an attempt that is gone from the node."""
+        await self._write(lambda: self._mirror.forget(attempt))
+
+    async def _settled(self, attempt: str) -> bool:
+        if not self._mirror.wanted(attempt):
+            return True
+        there = await self._inventory(attempt, checksums=False)
+        if await asyncio.to_thread(self._mirror.missing, attempt, {path: size for path, (size, _) in there.items()}):
+            return False
+        there = await self._inventory(attempt, checksums=True)
+        sizes = {path: size for path, (size, _) in there.items()}
+        checksums = {path: sha256 for path, (_, sha256) in there.items()}
+        if await asyncio.to_thread(self._mirror.missing, attempt, sizes):
+            return False
+        differing = await asyncio.to_thread(self._mirror.differing, attempt, checksums)
+        if differing:
+            _log.warning("%s: %s differ and are sent again", attempt, ", ".join(differing))
+            await self._write(lambda: self._mirror.drop(attempt, differing))
+            self._anew.set()
+            return False
+        await asyncio.to_thread(self._mirror.sync, attempt, list(checksums))
+        for event in await self._write(lambda: self._mirror.seal(attempt, checksums)):
+            self._emit(event)
+        return True
+
+    async def _inventory(self, attempt: str, *, checksums: bool) -> dict[str, tuple[int, str]]:
+        limit_s = _HASH_S if checksums else _CALL_S
+        found = await self._call("inventory", attempt, timeout_s=limit_s, checksums=checksums)
+        return cast("dict[str, tuple[int, str]]", found)
+
+    async def _session(self) -> None:
+        self._anew.clear()
+        session = secrets.token_hex(8)
+        attempts = cast("list[str]", await self._call("attempts", timeout_s=_CALL_S))
+        self.answering = True
+        have = await self._write(lambda: self._mirror.have(attempts))
+        asked = self._ask(session, have)
+        anew = asyncio.create_task(self._anew.wait())
+        try:
+            while not self._anew.is_set():
+                await asyncio.wait({asked, anew}, return_when=asyncio.FIRST_COMPLETED)
+                if not asked.done():
+                    return
+                answer = asked.result()
+                self.answering = True
+                if answer["resync"]:
+                    return
+                asked = self._ask(session, None)
+                await self._take(answer)
+        except GapError as error:
+            _log.info("node %s: %s", self._node_id, error)
+        finally:
+            anew.cancel()
+            asked.cancel()
+            await asyncio.gather(anew, asked, return_exceptions=True)
+
+    def _ask(self, session: str, have: object) -> asyncio.Task[ChangeReply]:
+        async def ask() -> ChangeReply:
+            return cast("ChangeReply", await self._call("changes", session, have, _POLL_S, timeout_s=_POLL_S + _CALL_S))
+
+        return asyncio.create_task(ask())
+
+    async def _take(self, answer: ChangeReply) -> None:
+        for event in await self._stored(answer["chunks"]):
+            self._emit(event)
+        for facts in answer["attempts"]:
+            self._emit(_seen(self._node_id, facts))
+
+    async def _stored(self, chunks: list[Chunk]) -> list[LinkEvent]:
+        """Write pieces; while the store cannot be written, say so and try again."""
+        events: list[LinkEvent] = []
+        done, backoff_s, said = 0, 0.5, ""
+        while True:
+            written, failure = await self._write(lambda: _write_all(self._mirror, chunks[done:], events))  # noqa: B023 -- awaited at once
+            done += written
+            if failure is None:
+                break
+            attempt = chunks[done]["attempt"] if done < len(chunks) else ""
+            message = storage_error("the store cannot be written", failure).message
+            if message != said:
+                self._emit(StoreProblem(attempt=attempt, message=message))
+                said = message
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(backoff_s * 2, _LONGEST_BACKOFF_S)
+        if said:
+            self._emit(StoreProblem(attempt="", message=""))
+        return _thinned(events)
+
+    async def _write(self, work: Callable[[], _Result]) -> _Result:
+        async with self._writing:
+            return await asyncio.shield(asyncio.to_thread(work))
+
+
+def _write_all(mirror: ReplicaStore, chunks: list[Chunk], events: list[LinkEvent]) -> tuple[int, OSError | None]:
+    """Write pieces in order; return how many were written, and what stopped it."""
+    done = 0
+    try:
+        for chunk in chunks:
+            events.extend(mirror.write(chunk))
+            done += 1
+        mirror.save()
+    except OSError as error:
+        return done, error
+    return done, None
+
+
+def _thinned(events: list[LinkEvent]) -> list[LinkEvent]:
+    """Keep of each growing file only its last size."""
+    last: Mapping[tuple[str, str], int] = {
+        (event.attempt, event.path): index for index, event in enumerate(events) if isinstance(event, Grew)
+    }
+    return [
+        event
+        for index, event in enumerate(events)
+        if not isinstance(event, Grew) or last[event.attempt, event.path] == index
+    ]
+
+
+def _seen(node_id: str, facts: AttemptFacts) -> ObservedAttempt:
+    return ObservedAttempt(
+        node_id=node_id,
+        attempt=facts["attempt"],
+        claim=cast("Claim | None", facts["claim"]),
+        started=cast("Started | None", facts["started"]),
+        facts=cast("Facts | None", facts["facts"]),
+        exit=cast("Exit | None", facts["exit"]),
+        runner_alive=facts["runner_alive"],
+    )

@@ -1,0 +1,1 @@
+"""Which job starts next, and the life of each attempt."""

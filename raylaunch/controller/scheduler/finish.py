@@ -1,0 +1,240 @@
+"""The last part of an attempt: prove that nothing of it is left, collect what it left behind, say how it ended."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from raylaunch.controller.ray.bridge import Fenced
+from raylaunch.controller.scheduler.attempt_context import (
+    NODE_LEASE_S,
+    STEP_S,
+    AttemptContext,
+    AttemptResult,
+    attempt_tag,
+    latest,
+    replaced,
+)
+from raylaunch.controller.scheduler.diagnose import PUT_OFF, Evidence, Finding, after_drain, diagnose, retry_follows
+from raylaunch.controller.scheduler.follow import note
+from raylaunch.controller.store.backlog import asked
+from raylaunch.controller.store.record import JobRecord
+from raylaunch.errors import ClusterError, RaylaunchError
+from raylaunch.models.job import AttemptView, EnvironmentFacts
+from raylaunch.models.states import Change, Reason, Verdict
+
+_log = logging.getLogger(__name__)
+
+_SETTLE_S = 60.0
+_RAY_WORD_S = 15.0
+_ACTORS_S = 20.0
+_FENCED = "fenced"
+
+
+class Finisher:
+    """Finishes attempts. Until the fence has answered, an attempt keeps what it holds."""
+
+    def __init__(self, means: AttemptContext) -> None:
+        self._means = means
+
+    async def finish(self, job: str, refused: str) -> None:
+        """Prove that nothing of the attempt is left, collect what it left behind, and say how it ended."""
+        record = self._means.records.by_id(job)
+        attempt = latest(record)
+        if asked(record).launcher == "ray":
+            await self._end_actors(attempt)
+        fenced = await self._fence(record)
+        self._means.sight.released.add(attempt.id)
+        self._means.sight.ring()
+        replicated = fenced is not None and await self._settle(record)
+        record = self._means.records.by_id(job)
+        seen = self._means.sight.attempts.get(attempt.id)
+        if seen is not None:
+            record = note(self._means, record, seen)
+        leavings = await self._means.leavings(record)
+        finding = await self._find(record, fenced, leavings, refused)
+        ended_at = _ended_at(latest(record), fenced, now=time.time())
+        self._end(record, finding, leavings, replicated=replicated, ended_at=ended_at)
+        self._means.sight.released.discard(attempt.id)
+        self._means.sight.grew(attempt.id)
+        self._means.sight.ring()
+        if replicated:
+            await self._forget(job)
+
+    async def _end_actors(self, attempt: AttemptView) -> None:
+        """Let Ray start none of a driver's actors again; their processes are the fence's concern."""
+        try:
+            ray_job = await self._means.ray.get(attempt.id)
+            if ray_job is not None and ray_job.job_id:
+                ended = await self._means.link.ask("end_actors", {"job_id": ray_job.job_id}, timeout_s=_ACTORS_S)
+                if ended:
+                    _log.info("%s left actors behind, which were ended: %s", attempt.id, ended)
+        except RaylaunchError as error:
+            _log.warning("the actors of %s may be started again: %s", attempt.id, error.message)
+
+    async def _fence(self, record: JobRecord) -> Fenced | None:
+        """End what is left of the attempt on its node. None when the node is gone, and its lease with it."""
+        attempt = latest(record)
+        gone_since: float | None = None
+        while True:
+            node_id = self._means.sight.node_of(attempt)
+            if node_id:
+                gone_since = None
+                try:
+                    return await self._means.link.fence(
+                        node_id, attempt.id, attempt_tag(self._means.settings, attempt.id)
+                    )
+                except RaylaunchError as error:
+                    self._means.say(record, record.reason, f"cannot be ended on {attempt.node} yet: {error.message}")
+            elif self._means.sight.link_up:
+                gone_since = gone_since or time.monotonic()
+                if time.monotonic() - gone_since > NODE_LEASE_S:
+                    return None
+            await self._means.sight.changed(STEP_S)
+
+    async def _settle(self, record: JobRecord) -> bool:
+        """Wait until the attempt's files are in the store. False when the node went away meanwhile."""
+        attempt = latest(record)
+        gone_since: float | None = None
+        while True:
+            node_id = self._means.sight.node_of(attempt)
+            if node_id:
+                gone_since = None
+                if await self._settle_once(record, node_id):
+                    return True
+            elif self._means.sight.link_up:
+                gone_since = gone_since or time.monotonic()
+                if time.monotonic() - gone_since > NODE_LEASE_S:
+                    return False
+            await self._means.sight.changed(STEP_S)
+
+    async def _settle_once(self, record: JobRecord, node_id: str) -> bool:
+        attempt = latest(record)
+        try:
+            if await self._means.link.settle(node_id, attempt.id, _SETTLE_S):
+                return True
+            problem = self._means.sight.store_problems.get(attempt.id, "its files are on the way to the store")
+        except RaylaunchError as error:
+            problem = f"its files are still on {attempt.node}: {error.message}"
+        self._means.say(record, record.reason, problem)
+        return False
+
+    async def _forget(self, job: str) -> None:
+        """Free the room on the node; what fails here is made good when the steward shows the attempt again."""
+        record = self._means.records.by_id(job)
+        attempt = latest(record)
+        node_id = self._means.sight.node_of(attempt)
+        try:
+            if node_id:
+                await self._means.link.forget(node_id, attempt.id, again=not record.state.ended)
+                self._means.sight.attempts.pop(attempt.id, None)
+        except RaylaunchError as error:
+            _log.info("%s is not cleared from its node yet: %s", attempt.id, error.message)
+
+    async def _find(self, record: JobRecord, fenced: Fenced | None, leavings: AttemptResult, refused: str) -> Finding:
+        if refused and not (fenced is not None and fenced.exit is not None):
+            if self._means.gone(record):
+                return Finding(Change.LOSE, Reason.NODE_LOST, refused)
+            return Finding(Change.FAIL, Reason.RAY_REFUSED, refused)
+        attempt = latest(record)
+        exit_ = fenced.exit if fenced is not None else None
+        seen = self._means.sight.attempts.get(attempt.id)
+        restarted = self._means.sight.link_up and self._means.sight.node(attempt.node_id) is None
+        if exit_ is not None and exit_["by_ray"] and record.stop_wish is None and not restarted:
+            restarted = not await self._stopped_with_ray(attempt)
+        ray_job = self._means.sight.ray_jobs.get(attempt.id)
+        claim = fenced.claim if fenced is not None else (seen.claim if seen is not None else None)
+        return diagnose(
+            Evidence(
+                exit=exit_,
+                claimed=claim is not None and claim["epoch"] != _FENCED,
+                stop_wanted=record.stop_wish is not None,
+                node_alive=fenced is not None,
+                ray_message=(ray_job.message or "") if ray_job is not None else "",
+                ray_lost=restarted,
+                log_tail=leavings.log_tail,
+                left_out_by=record.pack.ignored_by if record.pack else (),
+            )
+        )
+
+    async def _stopped_with_ray(self, attempt: AttemptView) -> bool:
+        """A SIGTERM from outside is a person's stop only if Ray says so too; else Ray went down under the attempt."""
+        deadline = time.monotonic() + _RAY_WORD_S
+        while time.monotonic() < deadline:
+            try:
+                ray_job = await self._means.ray.get(attempt.id)
+            except ClusterError:
+                return False
+            if ray_job is None or ray_job.ended:
+                return ray_job is not None and ray_job.status == "STOPPED"
+            await self._means.sight.changed(STEP_S)
+        return True
+
+    def _end(
+        self, record: JobRecord, finding: Finding, leavings: AttemptResult, *, replicated: bool, ended_at: float
+    ) -> None:
+        finding = after_drain(finding, record.reason) if record.again else finding
+        attempts = replaced(
+            record,
+            ended_at=ended_at,
+            exit_code=finding.exit_code,
+            signal=finding.signal,
+            failed_rank=finding.failed_rank,
+            reason=finding.reason,
+            message=finding.message,
+            replicated=replicated,
+        )
+        free = finding.reason.verdict is Verdict.RETRY_FREE
+        again = finding.reason in PUT_OFF or (
+            record.stop_wish is None
+            and retry_follows(
+                finding.reason, attempts=len(attempts), free_retries=record.free_retries, retries=asked(record).retries
+            )
+        )
+        common: dict[str, Any] = {
+            "attempts": attempts,
+            "reason": finding.reason,
+            "log_tail": () if finding.change is Change.SUCCEED else leavings.log_tail,
+            "outputs": leavings.outputs,
+            "output_bytes": leavings.output_bytes,
+            "last_metrics": leavings.last_metrics,
+            "progress": leavings.progress,
+            "unreachable": False,
+            **warned(record, leavings.warnings),
+        }
+        if again:
+            self._means.records.update(
+                record.id,
+                kind="retry",
+                message=f"{finding.message}; another attempt follows",
+                change=Change.REQUEUE,
+                free_retries=record.free_retries + (1 if free else 0),
+                submitted_to_ray=False,
+                stop_wish=None,
+                again=False,
+                **common,
+            )
+            return
+        self._means.records.update(
+            record.id, kind="ended", message=finding.message, change=finding.change, ended_at=ended_at, **common
+        )
+        self._means.secrets.forget_job(record.id)
+
+
+def warned(record: JobRecord, warnings: tuple[str, ...]) -> dict[str, EnvironmentFacts]:
+    """Return the job's facts with these warnings too, each once."""
+    facts = record.environment or EnvironmentFacts()
+    new = tuple(warning for warning in warnings if warning not in facts.warnings)
+    return {"environment": facts.model_copy(update={"warnings": (*facts.warnings, *new)})} if new else {}
+
+
+def _ended_at(attempt: AttemptView, fenced: Fenced | None, *, now: float) -> float:
+    """Return when an attempt ended by its own facts: what its runner wrote last, else the runner's last sign of life.
+
+    The controller may have been away meanwhile. Both are by the node's clock, as is the attempt's start.
+    """
+    said = fenced.exit["at"] if fenced is not None and fenced.exit is not None else None
+    beat_at = fenced.beat_at if fenced is not None else None
+    known = said if said is not None else beat_at
+    return now if known is None else max(known, attempt.started_at or known)

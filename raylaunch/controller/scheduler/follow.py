@@ -1,0 +1,165 @@
+"""The middle part of an attempt: follow it until it is over on its node, as far as can be seen."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+
+from raylaunch.contract import Facts, StopWish
+from raylaunch.controller.ray.protocol import ObservedAttempt
+from raylaunch.controller.scheduler.attempt_context import NODE_LEASE_S, STEP_S, AttemptContext, latest, replaced
+from raylaunch.controller.store.backlog import asked
+from raylaunch.controller.store.record import JobRecord
+from raylaunch.errors import RaylaunchError
+from raylaunch.models.job import EnvironmentFacts, WandbLink
+from raylaunch.models.states import Change, JobState, Reason
+
+_RAY_GRACE_S = 5.0
+"""How long a runner may still write its exit facts after Ray says that the submission is over."""
+_STOP_MARGIN_S = 20.0
+_UNCLAIMED_S = 3.0
+_RUN_ADDRESS = re.compile(r"https?://[\w.:\[\]-]{1,255}(?:/[\w.%~-]{1,200}){3,8}")
+
+
+class Follower:
+    """Follows attempts, and passes on a wish to stop."""
+
+    def __init__(self, means: AttemptContext) -> None:
+        self._means = means
+
+    async def until_over(self, job: str) -> None:
+        """Follow the attempt until it is over on its node, as far as can be seen."""
+        follow = _Following()
+        while True:
+            record = self._means.records.light(job)
+            seen = self._means.sight.attempts.get(latest(record).id)
+            if seen is not None and seen is not follow.noted:
+                record = note(self._means, self._means.records.by_id(job), seen)
+                follow.noted = seen
+            if self._over(record, seen, follow):
+                return
+            await self._pass_on_stop(record, follow)
+            await self._means.sight.changed(STEP_S)
+
+    def _over(self, record: JobRecord, seen: ObservedAttempt | None, follow: _Following) -> bool:
+        now = time.monotonic()
+        if seen is not None and seen.exit is not None:
+            return True
+        claimed = seen is not None and seen.claim is not None
+        if seen is not None and claimed and not seen.runner_alive:
+            return True
+        if record.stop_wish is not None and follow.overdue(now, float(record.stop_wish["grace_s"]), claimed=claimed):
+            return True
+        attempt = latest(record)
+        ray_job = self._means.sight.ray_jobs.get(attempt.id)
+        if self._means.sight.ray_answers and ray_job is not None and ray_job.ended:
+            follow.ray_ended_at = follow.ray_ended_at or now
+            return not claimed or now - follow.ray_ended_at > _RAY_GRACE_S
+        return self._lease_is_over(record, follow, now)
+
+    def _lease_is_over(self, record: JobRecord, follow: _Following, now: float) -> bool:
+        gone = self._means.gone(record)
+        if gone != record.unreachable:
+            self._means.records.update(record.id, kind="", unreachable=gone)
+        follow.gone_since = (follow.gone_since or now) if gone else None
+        return follow.gone_since is not None and now - follow.gone_since > NODE_LEASE_S
+
+    async def _pass_on_stop(self, record: JobRecord, follow: _Following) -> None:
+        """Tell the runner to stop; where none comes up to hear it, the fence makes that there never will be one."""
+        if record.stop_wish is None or follow.told_at is not None:
+            return
+        follow.stop_since = follow.stop_since or time.monotonic()
+        attempt = latest(record)
+        node_id = self._means.sight.node_of(attempt)
+        if not node_id:
+            return
+        try:
+            await self._means.link.stop(node_id, attempt.id, _wish(record))
+        except RaylaunchError as error:
+            self._means.say(record, Reason.STOP_REQUESTED, f"the stop has not reached the node yet: {error.message}")
+        else:
+            follow.told_at = time.monotonic()
+
+
+def note(means: AttemptContext, record: JobRecord, seen: ObservedAttempt) -> JobRecord:
+    """Write down what is new about the attempt: that it runs, and what the runner found."""
+    attempt = latest(record)
+    if seen.facts is not None and "python" in seen.facts:
+        environment, link = _environment(seen.facts), _wandb(record.wandb, seen.facts)
+        if (environment, link) != (record.environment, record.wandb):
+            record = means.records.update(record.id, kind="", environment=environment, wandb=link)
+    if seen.started is not None and attempt.started_at is None:
+        started = seen.started
+        runs = record.state is JobState.STARTING
+        record = means.records.update(
+            record.id,
+            kind="running" if runs else "",
+            message=f"runs on {attempt.node}" if runs else None,
+            change=Change.START if runs else None,
+            reason=None if runs else record.reason,
+            attempts=replaced(
+                record,
+                started_at=started["at"],
+                pid=started["pid"],
+                gpus=tuple(started["gpus"]),
+                ranks=started.get("ranks", 1),  # an attempt that an older runner started does not say
+            ),
+            started_at=record.started_at or started["at"],
+        )
+    return record
+
+
+@dataclass
+class _Following:
+    """What one `_until_over` remembers between two looks."""
+
+    noted: ObservedAttempt | None = None
+    """What the steward said last, once it is written down."""
+    ray_ended_at: float | None = None
+    gone_since: float | None = None
+    stop_since: float | None = None
+    told_at: float | None = None
+
+    def overdue(self, now: float, grace_s: float, *, claimed: bool) -> bool:
+        """Whether a stop has waited long enough: shortly where no runner is seen, else past grace and a margin."""
+        if self.told_at is not None and not claimed and now - self.told_at > _UNCLAIMED_S:
+            return True
+        return self.stop_since is not None and now - self.stop_since > grace_s + _STOP_MARGIN_S
+
+
+def _wish(record: JobRecord) -> StopWish:
+    wish = record.stop_wish or {"grace_s": asked(record).grace_s}
+    return StopWish(why="stopped", grace_s=float(wish["grace_s"]))
+
+
+def _environment(facts: Facts) -> EnvironmentFacts:
+    return EnvironmentFacts(
+        python=facts.get("python", ""),
+        version=facts.get("version", ""),
+        wandb=facts.get("wandb", ""),
+        torch=facts.get("torch", ""),
+        packages=tuple(facts.get("packages", ())),
+        warnings=tuple(facts.get("warnings", ())),
+    )
+
+
+def _address(url: str) -> str:
+    """Return the address of a run if it is a plain one: a job can write its own facts."""
+    return url if _RUN_ADDRESS.fullmatch(url) else ""
+
+
+def _wandb(link: WandbLink | None, facts: Facts) -> WandbLink | None:
+    """Return the runs as this attempt tracks them; an address stays when a later attempt tracks off-line."""
+    if link is None or "wandb_mode" not in facts:
+        return link
+    runs = tuple(dict.fromkeys((*link.runs, *facts.get("wandb_runs", ()))))
+    found = {
+        "mode": facts["wandb_mode"],
+        "why": facts.get("wandb_why", link.why),
+        "url": _address(facts.get("wandb_url", "")) or link.url,
+        "run_id": link.run_id if link.run_id in runs else facts.get("wandb_run", "") or link.run_id,
+        "runs": runs,
+        "staged_bytes": facts.get("wandb_staged", 0) or link.staged_bytes,
+    }
+    return WandbLink.model_validate({**link.model_dump(), **found})

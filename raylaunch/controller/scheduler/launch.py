@@ -1,0 +1,115 @@
+"""The first part of an attempt: its code and runner to the node, and its submission to Ray."""
+
+from __future__ import annotations
+
+import asyncio
+
+from raylaunch.controller.ray.bridge import PreparedAttempt
+from raylaunch.controller.ray.jobs_api import Submission
+from raylaunch.controller.scheduler.attempt_context import STEP_S, AttemptContext, attempt_spec, latest
+from raylaunch.controller.scheduler.finish import Finisher
+from raylaunch.controller.scheduler.follow import Follower
+from raylaunch.controller.store.backlog import CPUS, GPUS, MEMORY, asked, needs
+from raylaunch.controller.store.record import JobRecord
+from raylaunch.errors import ClusterError, ConflictError, NotFoundError, RaylaunchError, StorageError
+from raylaunch.models.job import AttemptView
+from raylaunch.models.states import Reason
+from raylaunch.tracking.run_file import earlier_runs
+
+_FAILURES = 3
+WANDB_KEY = "WANDB_API_KEY"
+"""Sent to the node when it is set, whether or not a job names it: with it, a job tracks on-line."""
+
+
+class AttemptLauncher:
+    """Sends attempts. What has been done already is found done."""
+
+    def __init__(self, means: AttemptContext) -> None:
+        self._means = means
+
+    async def send(self, job: str) -> str:
+        """Bring code and runner to the node, and submit. Returns why it can never start, or nothing."""
+        failures = 0
+        while True:
+            record = self._means.records.by_id(job)
+            if record.stop_wish is not None:
+                return ""
+            if self._means.gone(record):
+                return "its node left the cluster before it started"
+            try:
+                await self._send_once(record)
+            except ConflictError as error:
+                return error.message
+            except (ClusterError, StorageError, NotFoundError) as error:
+                self._means.say(record, _waiting_reason(error), error.message)
+            except RaylaunchError as error:
+                failures += 1
+                if failures >= _FAILURES:
+                    return error.message
+                self._means.say(record, Reason.SENDING_CODE, error.message)
+            else:
+                return ""
+            await self._means.sight.changed(STEP_S)
+
+    async def _send_once(self, record: JobRecord) -> None:
+        attempt = latest(record)
+        wanted = asked(record)
+        names = {*self._means.settings.secrets, *wanted.secrets, WANDB_KEY}
+        secrets = self._means.secrets.for_job(record.id, names, record.owner)
+        missing = sorted(set(wanted.secrets) - set(secrets))
+        if missing:
+            msg = f"the secret {missing[0]} is not set any more, or not for {record.owner}"
+            raise ConflictError(msg)
+        settings = self._means.settings
+        spec = attempt_spec(
+            wanted,
+            job=record.id,
+            n=attempt.n,
+            epoch=record.epoch,
+            settings=settings,
+            links=record.pack.links if record.pack else (),
+            earlier=await asyncio.to_thread(earlier_runs, settings.store / "jobs" / record.id, attempt.n),
+        )
+        prepared = await self._means.link.prepare(
+            attempt.node_id, spec=spec, package=record.package, secrets=secrets, wheels=record.wheels
+        )
+        await self._means.ray.submit(_submission(record, attempt, prepared))
+        self._means.records.update(record.id, kind="", submitted_to_ray=True)
+
+
+def _waiting_reason(error: RaylaunchError) -> Reason:
+    return Reason.DISK_FULL if isinstance(error, StorageError) else Reason.WAITING_FOR_RAY
+
+
+def _submission(record: JobRecord, attempt: AttemptView, prepared: PreparedAttempt) -> Submission:
+    amounts = {} if asked(record).launcher == "ray" else needs(asked(record))  # its workers ask for theirs themselves
+    return Submission(
+        id=attempt.id,
+        entrypoint=prepared.command,
+        node_id=attempt.node_id,
+        gpus=amounts.pop(GPUS, 0),
+        cpus=amounts.pop(CPUS, 0),
+        memory=int(amounts.pop(MEMORY, 0)),
+        custom=amounts,
+        env_vars={"RAY_JOB_STOP_WAIT_TIME_S": str(int(asked(record).grace_s + 10))},
+        metadata={"raylaunch_job": record.id, "name": record.name, "owner": record.owner},
+    )
+
+
+class AttemptDriver:
+    """Drives attempts. One `drive` runs for each job whose state is active."""
+
+    def __init__(self, means: AttemptContext) -> None:
+        self._records = means.records
+        self._sender = AttemptLauncher(means)
+        self._follower = Follower(means)
+        self._finisher = Finisher(means)
+
+    async def drive(self, job: str) -> None:
+        """Drive the job's latest attempt until the job has ended or waits again."""
+        refused = ""
+        if not self._records.light(job).submitted_to_ray:
+            refused = await self._sender.send(job)
+        if not refused:
+            await self._follower.until_over(job)
+        await self._finisher.finish(job, refused)

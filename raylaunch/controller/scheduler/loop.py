@@ -1,0 +1,322 @@
+"""The controller's loop: see, admit, drive, reconcile. What a person asks for comes in through `verbs`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets as random_secrets
+import signal
+import time
+from collections.abc import Callable, Coroutine
+
+from raylaunch.controller.ray.jobs_api import RayJob
+from raylaunch.controller.ray.protocol import (
+    Grew,
+    LinkDown,
+    LinkEvent,
+    LinkUp,
+    NodesChanged,
+    ObservedAttempt,
+    Stored,
+    StoreProblem,
+)
+from raylaunch.controller.scheduler.attempt_context import AttemptContext, attempt_tag
+from raylaunch.controller.scheduler.external_jobs import ExternalJobs
+from raylaunch.controller.scheduler.launch import AttemptDriver
+from raylaunch.controller.scheduler.queue import Admit, Block, QueuePlan, holdings_of, plan_queue, rooms_of, with_drains
+from raylaunch.controller.store.artifacts import Artifacts
+from raylaunch.controller.store.audit import DrainStore
+from raylaunch.controller.store.backlog import GPUS, WaitDecision
+from raylaunch.errors import ClusterError, NotFoundError, RaylaunchError, StorageError
+from raylaunch.models.cluster import NodeView
+from raylaunch.models.job import AttemptView
+from raylaunch.models.states import Change, Reason
+
+_log = logging.getLogger(__name__)
+
+_TICK_S = 1.0
+_LONGEST_REST_S = 60.0
+"""How long at most work rests that fails again and again."""
+_POLL_REST = 50
+"""Between two looks at Ray's jobs it rests so many times as long as the look took: Ray's answer holds all that it
+remembers, and costs its dashboard half a millisecond a job."""
+_POLL_MOST_S = 5.0
+_FRESH_S = 5.0
+"""How old what is seen of the nodes may be when jobs that want GPUs are placed."""
+TOLD_AHEAD = 50
+"""Each change of a reason is recorded for so many jobs at the head of the queue. Behind them a job's reason may change
+with each start and end ahead of it: it is recorded once, when the job begins to wait, and otherwise seen when read."""
+_TOLD_AT_ONCE = 8
+_STARTED_AT_ONCE = 8
+_REVIVE_AFTER_S = 4.0
+_REVIVE_EVERY_S = 20.0
+
+
+class SchedulerLoop:
+    """Keeps what is recorded and what is true together."""
+
+    def __init__(self, means: AttemptContext, artifacts: Artifacts, foreign: ExternalJobs, drains: DrainStore) -> None:
+        self._settings = means.settings
+        self._records = means.records
+        self._artifacts = artifacts
+        self._link = means.link
+        self._ray = means.ray
+        self._sight = means.sight
+        self._drains = drains
+        self._driver = AttemptDriver(means)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._rests: dict[str, tuple[float, float]] = {}
+        """Work that failed last time: until when it rests (monotonic), and for how long (seconds)."""
+        self._foreign = foreign
+        self._ray_silent_since: float | None = None
+        self._revived_at = 0.0
+
+    async def run(self) -> None:
+        """Run until cancelled. Jobs go on when this ends; the next `run` finds them again."""
+        poll = asyncio.create_task(self._poll_ray(), name="poll ray")
+        try:
+            while True:
+                self._unless_unwritten(self._step)
+                if poll.done():
+                    poll.result()
+                await self._sight.changed(_TICK_S)
+        finally:
+            for task in [poll, *self._tasks.values()]:
+                task.cancel()
+            await asyncio.gather(poll, *self._tasks.values(), return_exceptions=True)
+
+    def see(self, event: LinkEvent) -> None:
+        """Take in what the link says. Called in the event loop; never blocks."""
+        sight = self._sight
+        match event:
+            case LinkUp():
+                sight.link_up, sight.link_why, sight.look_again = True, "", True
+            case LinkDown(why=why):
+                sight.link_up, sight.link_why = False, why
+            case NodesChanged():
+                sight.look_again = True
+            case ObservedAttempt():
+                sight.attempts[event.attempt] = event
+                sight.grew(event.attempt)
+                self._tidy(event)
+            case StoreProblem(attempt=attempt, message=message):
+                sight.store_problems.pop(attempt, None)
+                if message:
+                    sight.store_problems[attempt] = message
+            case Stored(attempt=attempt, path=path, size=size, sha256=sha256):
+                job, _, n = attempt.rpartition("-")
+                self._artifacts.note(job, f"attempt-{n}/{path}", size=size, sha256=sha256)
+                sight.grew(attempt)
+                return
+            case Grew(attempt=attempt):
+                sight.grew(attempt)
+                return
+        sight.ring()
+
+    # -- one step: nothing here waits ---------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        if self._sight.look_again and self._sight.link_up:
+            self._background("nodes", self._refresh_nodes())
+        for record in self._records.active():
+            self._background(record.id, self._drive(record.id))
+        for job in self._foreign.stopping():
+            self._background(f"stop {job}", self._foreign.end(job))
+        self._admit()
+
+    def _unless_unwritten(self, work: Callable[[], None]) -> None:
+        """Do `work`; a store that cannot be written ends nothing: the same is tried a second later."""
+        try:
+            work()
+        except StorageError as error:
+            self._sight.unwritten = error.message
+            _log.warning("%s; it is tried again", error.message)
+
+    def _admit(self) -> None:
+        backlog = self._records.backlog
+        if not backlog:
+            return
+        pause = self._pause()
+        if pause is not None:
+            self._sight.plan = QueuePlan(rest=pause)
+            self._tell_waits(self._sight.plan)
+            return
+        if self._sight.nodes_age > _FRESH_S and backlog.wants(GPUS):
+            self._background("nodes", self._refresh_nodes())  # whose are the GPUs now? Then comes the next step
+            return
+        holdings = holdings_of(self._records.active(), released=self._sight.released, seen=self._sight.attempts)
+        rooms = rooms_of(with_drains(self._sight.nodes, self._drains.now()))
+        plan = plan_queue(backlog, rooms, holdings, groups=backlog.groups, down=self._sight.down)
+        self._sight.plan = plan
+        for admit in plan.admits[:_STARTED_AT_ONCE]:
+            self._start(admit)
+        if len(plan.admits) > _STARTED_AT_ONCE:
+            asyncio.get_running_loop().call_soon(self._sight.ring)  # the loop has a turn, and then the next start
+        self._tell_waits(plan)
+
+    def _pause(self) -> Block | None:
+        """Return why no job starts at all."""
+        sight = self._sight
+        if not sight.link_up:
+            why = f"waits for Ray: {sight.link_why or 'its link is starting'}"
+            return Block(Reason.WAITING_FOR_RAY, lambda: why)
+        if time.time() < sight.quiet_until:
+            quiet = f"waits: {sight.quiet_why}, and no job begins until that is done"
+            return Block(Reason.WAITING_FOR_DRAIN, lambda: quiet)
+        return None
+
+    def _start(self, admit: Admit) -> None:
+        record = self._records.light(admit.job)
+        n = len(record.attempts) + 1
+        attempt = AttemptView(
+            id=f"{record.id}-{n}", n=n, node=admit.hostname, node_id=admit.node_id, admitted_at=time.time()
+        )
+        earlier = {"environment": None, "log_tail": ()} if record.attempts else {}  # of the attempt before
+        self._records.update(
+            record.id,
+            kind="admitted",
+            message=f"starts on {admit.hostname}",
+            change=Change.ADMIT,
+            reason=Reason.SENDING_CODE,
+            attempts=(*record.attempts, attempt),
+            epoch=random_secrets.token_hex(8),
+            submitted_to_ray=False,
+            **earlier,
+        )
+        self._background(record.id, self._drive(record.id))
+
+    def _tell_waits(self, plan: QueuePlan) -> None:
+        """Record what has become another reason, of a few jobs at once."""
+        backlog = self._records.backlog
+        fresh = [ask for ask in backlog.fresh(_TOLD_AT_ONCE) if plan.block(ask) is not None]
+        looked_at = {ask.job: plan.block(ask) for ask in (*fresh, *backlog.first(TOLD_AHEAD))}
+        changed = [
+            WaitDecision(job, block.reason, block.message)
+            for job, block in looked_at.items()
+            if block is not None and block.reason is not backlog.told(job)
+        ][:_TOLD_AT_ONCE]
+        if changed:
+            self._records.tell_waits(changed)
+        backlog.settle(fresh)
+
+    # -- tasks --------------------------------------------------------------------------------------------------------
+
+    def _background(self, name: str, work: Coroutine[None, None, None]) -> None:
+        """Run `work` unless work of this name is under way, or failed a moment ago."""
+        if name in self._tasks or self._rests.get(name, (0.0, 0.0))[0] > time.monotonic():
+            work.close()
+            return
+        task = asyncio.create_task(work, name=name)
+        self._tasks[name] = task
+        task.add_done_callback(lambda done: self._ended(name, done))
+
+    def _ended(self, name: str, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(name, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            rest_s = min(max(2 * self._rests.get(name, (0.0, 0.0))[1], _TICK_S), _LONGEST_REST_S)
+            self._rests[name] = (time.monotonic() + rest_s, rest_s)
+            _log.error("%s failed; it is tried again in %.0f s", name, rest_s, exc_info=error)
+        else:
+            self._rests.pop(name, None)
+        self._sight.ring()
+
+    async def _drive(self, job: str) -> None:
+        try:
+            await self._driver.drive(job)
+        except StorageError as error:
+            self._sight.unwritten = error.message
+            await asyncio.sleep(_TICK_S)
+
+    async def _refresh_nodes(self) -> None:
+        self._sight.look_again = False  # what changes while they are asked for is asked for again
+        try:
+            self._sight.saw(_current(await self._link.nodes()))
+        except ClusterError as error:
+            self._sight.look_again = True
+            self._sight.nodes_at = time.monotonic()  # nothing newer can be had, and no job waits for it
+            _log.warning("%s; the nodes are asked for again", error.message)
+            await asyncio.sleep(_TICK_S)
+
+    def _tidy(self, seen: ObservedAttempt) -> None:
+        """See to an attempt that no job of ours waits for: an older one, or one whose job has ended or is gone."""
+        job, _, n = seen.attempt.rpartition("-")
+        try:
+            record = self._records.light(job)
+        except NotFoundError:
+            record = None
+        latest = record.attempts[-1].id if record is not None and record.attempts else ""
+        if record is None or latest != seen.attempt or record.state.ended:
+            self._background(f"tidy {seen.attempt}", self._clear(seen, keep=record is not None and n.isdigit()))
+
+    async def _clear(self, seen: ObservedAttempt, *, keep: bool) -> None:
+        tag = attempt_tag(self._settings, seen.attempt)
+        try:
+            await self._link.fence(seen.node_id, seen.attempt, tag)
+            if not keep or await self._link.settle(seen.node_id, seen.attempt, 600):
+                await self._link.forget(seen.node_id, seen.attempt)
+                self._sight.attempts.pop(seen.attempt, None)
+        except RaylaunchError as error:
+            _log.warning("%s is not cleared from its node yet: %s", seen.attempt, error.message)
+
+    # -- Ray ----------------------------------------------------------------------------------------------------------
+
+    async def _poll_ray(self) -> None:
+        while True:
+            began = time.monotonic()
+            try:
+                if not self._sight.ray_version:
+                    self._sight.ray_version = await self._ray.version()
+                jobs = await self._ray.all()
+                self._unless_unwritten(lambda: self._take(jobs))  # noqa: B023 -- called at once
+            except ClusterError:
+                self._sight.ray_answers = False
+                self._consider_reviving()
+                began = time.monotonic()
+            await asyncio.sleep(min(max(_TICK_S, _POLL_REST * (time.monotonic() - began)), _POLL_MOST_S))
+
+    def _take(self, jobs: list[RayJob]) -> None:
+        self._sight.ray_answers = True
+        self._ray_silent_since = None
+        seen = {job.submission_id or "": job for job in jobs}
+        if seen != self._sight.ray_jobs:
+            self._sight.ray_jobs = seen
+            self._sight.ring()
+        self._foreign.take(seen)
+
+    def _consider_reviving(self) -> None:
+        """Where Ray has been silent for a while, have it started again."""
+        now = time.monotonic()
+        self._ray_silent_since = self._ray_silent_since or now
+        silent = now - self._ray_silent_since
+        if not self._settings.revive or silent < _REVIVE_AFTER_S or now - self._revived_at < _REVIVE_EVERY_S:
+            return
+        if "revive" in self._tasks:
+            return
+        _log.warning("Ray has been silent for %.0f s; starting it again", silent)
+        self._background("revive", self._revive())
+
+    async def _revive(self) -> None:
+        """Run the command that starts Ray again: who started it knows how."""
+        limit_s = self._settings.revive_limit_s
+        process = await asyncio.create_subprocess_exec(
+            *self._settings.revive, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            status = await asyncio.wait_for(process.wait(), limit_s)
+        except asyncio.TimeoutError:
+            _log.error("the command that starts Ray again has not ended after %.0f s; it is ended", limit_s)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            status = await process.wait()
+        self._revived_at = time.monotonic()
+        self._sight.ray_version = ""
+        if status:
+            _log.error("the command that starts Ray again ended with status %d: %s", status, self._settings.revive)
+
+
+def _current(nodes: tuple[NodeView, ...]) -> tuple[NodeView, ...]:
+    """Leave out what a machine was before its Ray was restarted: Ray lists its dead nodes for ever."""
+    alive = {node.hostname for node in nodes if node.alive}
+    return tuple(node for node in nodes if node.alive or node.hostname not in alive)

@@ -1,0 +1,92 @@
+"""Which nodes cannot make a job's environment themselves: they reach no package index, and wheels must go along."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import cast
+
+from raylaunch.controller.ray.bridge import RayBridge
+from raylaunch.controller.scheduler.observed import ObservedState
+from raylaunch.controller.scheduler.queue import rooms_of, why_never
+from raylaunch.controller.settings import Settings
+from raylaunch.controller.store.backlog import ask_for
+from raylaunch.controller.store.packages import ClusterWheels
+from raylaunch.errors import RaylaunchError, WheelsNeededError
+from raylaunch.models.fields import OF_THE_CLUSTER
+from raylaunch.models.job import BuildPlatform, SubmitRequest, WheelSet
+from raylaunch.models.job_spec import JobSpec
+
+_log = logging.getLogger(__name__)
+
+_ASK_S = 20.0
+_MADE_THERE = frozenset({"uv", "pip"})
+
+
+class WheelPreflight:
+    """Asks the nodes that could run a job. What is not answered in time counts as an index that is reached."""
+
+    def __init__(self, *, settings: Settings, sight: ObservedState, link: RayBridge, kept: ClusterWheels) -> None:
+        self._settings = settings
+        self._sight = sight
+        self._link = link
+        self.kept = kept
+
+    async def of(self, spec: JobSpec) -> tuple[BuildPlatform, ...]:
+        """Return the platforms for which wheels have to go along, each once: not those that the cluster has."""
+        own = self._settings.environment_of(spec)
+        kind = own.kind
+        if kind not in _MADE_THERE and not spec.packages:
+            return ()
+        ask = ask_for(spec)
+        able = [room.node_id for room in rooms_of(self._sight.nodes) if not why_never(ask, [room])]
+        question: dict[str, object] = {
+            "env": {**self._settings.env, **spec.env},
+            "kind": "uv" if kind == "uv" else "pip",
+            "environment": {"kind": kind, "value": own.value},
+        }
+        found = await asyncio.gather(*(self._of_node(node_id, question) for node_id in able))
+        have = () if spec.packages else self.there(spec)
+        return tuple(dict.fromkeys(platform for platform in found if platform and platform not in have))
+
+    def there(self, spec: JobSpec) -> tuple[BuildPlatform, ...]:
+        """Return the platforms for which the cluster has the wheels of its own environment, if the job uses that."""
+        return tuple(one.platform for one in self.kept.sets) if spec.environment.kind in OF_THE_CLUSTER else ()
+
+    def complete(self, request: SubmitRequest) -> SubmitRequest:
+        """Return a request with the cluster's wheels, where its job uses the cluster's environment.
+
+        What was sent for a platform counts, unless all of it is for packages that the job adds. Where it adds some and
+        nothing was sent for them, its nodes reach an index, and are to ask that.
+        """
+        if request.spec.environment.kind not in OF_THE_CLUSTER:
+            return request
+        sent = {one.platform: one.wheels for one in request.wheels}
+        for one in self.kept.sets:
+            with_it = sent.get(one.platform, ())
+            if all(wheel.added for wheel in with_it) and bool(with_it) == bool(request.spec.packages):
+                sent[one.platform] = (*one.wheels, *with_it)
+        sets = tuple(WheelSet(platform=platform, wheels=wheels) for platform, wheels in sent.items())
+        return request.model_copy(update={"wheels": sets})
+
+    async def check(self, request: SubmitRequest) -> None:
+        """See to it that wheels were looked for where they have to go along.
+
+        Raises:
+            WheelsNeededError: they were not.
+        """
+        spec = request.spec
+        if request.wheels_sought:
+            return
+        if platforms := await self.of(spec):
+            own, where = self._settings.environment_of(spec), ", ".join(map(str, platforms))
+            msg = f"the environment of {spec.display_name} ({own}) needs wheels: nodes with {where} reach no index"
+            raise WheelsNeededError(msg, hint="submit it with this version of raylaunch, which sends the wheels along")
+
+    async def _of_node(self, node_id: str, question: dict[str, object]) -> BuildPlatform | None:
+        try:
+            answer = await self._link.ask("index_look", {"node_id": node_id, **question}, timeout_s=_ASK_S)
+        except RaylaunchError:
+            return None
+        facts = cast("dict[str, object]", answer)
+        return None if facts.pop("index") else BuildPlatform.model_validate(facts)

@@ -1,0 +1,1 @@
+"""What is recorded: jobs, packages, logs, secrets, tokens."""

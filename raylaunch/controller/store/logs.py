@@ -1,0 +1,257 @@
+"""Logs of attempts: where they lie, and searching what may be huge, still growing, and not text.
+
+Everything is read in blocks, so that memory stays flat.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import re2
+
+from raylaunch.agent.attempt_files import READ_BYTES, read, size_of
+from raylaunch.contract import EXIT, LOGS, RANK_LOG
+from raylaunch.errors import NotFoundError, SpecError
+from raylaunch.models.job import AttemptView, LogMatch, LogMatches
+from raylaunch.runner.launchers.torchrun import before_report
+
+_LINES = 30
+_BYTES = 64 * 1024
+_LINE = 2000
+_MOST_RANKS = 1_000_000
+
+
+def last_lines(job_folder: Path, *, attempt: int) -> tuple[str, ...]:
+    """Return the last lines of an attempt's log; where a rank failed, of that rank's.
+
+    Args:
+        job_folder: the job's, in the store.
+        attempt: number of the attempt.
+    """
+    rank = _failed_rank(job_folder / f"attempt-{attempt}" / EXIT)
+    return _last_lines(job_folder, attempt, rank) or _last_lines(job_folder, attempt, 0)
+
+
+def _last_lines(job_folder: Path, attempt: int, rank: int) -> tuple[str, ...]:
+    log = log_path(job_folder, attempt=attempt, rank=rank)
+    begin = max(0, size_of(log) - _BYTES)
+    text = read(log, offset=begin).data.decode(errors="replace")
+    if begin:
+        text = text.partition("\n")[2] or text
+    lines = before_report(text).splitlines() or text.splitlines()
+    return tuple(line.rstrip("\r")[-_LINE:] for line in lines[-_LINES:])
+
+
+def _failed_rank(exit_file: Path) -> int:
+    try:
+        found = json.loads(exit_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return 0
+    rank = found.get("failed_rank") if isinstance(found, dict) else None
+    return rank if isinstance(rank, int) and 0 <= rank < _MOST_RANKS else 0
+
+
+SEARCH_BYTES = 64 * 1024 * 1024
+"""How much one search reads before it hands back what it has."""
+
+SEARCH_S = 10.0
+"""How long one search takes at most before it hands back what it has."""
+
+_PIECE = 64 * 1024
+_TEXT = 2000
+_PATTERN_CHARS = 1000
+_PATTERN_MEMORY = 1024 * 1024
+
+
+def log_path(job_folder: Path, *, attempt: int, rank: int) -> Path:
+    """Return the log of one rank of one attempt."""
+    return job_folder / f"attempt-{attempt}" / RANK_LOG.format(rank=rank)
+
+
+def ranks(job_folder: Path, *, attempt: int) -> tuple[int, ...]:
+    """Return the ranks of an attempt that have a log."""
+    names = (path.stem for path in (job_folder / f"attempt-{attempt}" / LOGS).glob("rank-*.log"))
+    return tuple(sorted(int(name[5:]) for name in names if name[5:].isdigit()))
+
+
+def search(  # noqa: PLR0913 -- each is one option of the search
+    path: Path,
+    pattern: str,
+    *,
+    regex: bool = False,
+    ignore_case: bool = False,
+    offset: int = 0,
+    line: int = 0,
+    limit: int = 100,
+    max_bytes: int = SEARCH_BYTES,
+) -> LogMatches:
+    """Return lines that hold `pattern`, from `offset` on.
+
+    A line is what stands between two line ends; of one that a progress bar has rewritten with carriage returns, only
+    the rewriting that matches is shown. Very long lines are looked at in pieces of 64 KiB.
+
+    Args:
+        path: the log.
+        pattern: text to find, or with `regex` a regular expression in RE2's syntax.
+        regex: whether the pattern is a regular expression.
+        ignore_case: whether case does not matter.
+        offset: where to begin, bytes.
+        line: the number of the line there, where it is known; at the beginning of the log it is 1.
+        limit: most matches to return.
+        max_bytes: how much to read at most; `more` then says that the search can go on from `next_offset`.
+
+    Raises:
+        SpecError: the pattern is empty, too long, or not a regular expression.
+    """
+    options = {"regex": regex, "ignore_case": ignore_case}
+    _matcher(pattern, **options)
+    size = size_of(path)
+    start = min(max(offset, 0), size)
+    if start == size:
+        return LogMatches(matches=(), next_offset=start, more=False, next_line=line)
+    with path.open("rb") as file:
+        file.seek(start)
+        found = search_in(file, pattern, **options, offset=start, line=line, limit=limit, max_bytes=max_bytes)
+    return found.model_copy(update={"more": found.more and found.next_offset < size_of(path)})
+
+
+class LogBlocks(Protocol):
+    """What a log is read from, on and on."""
+
+    def read(self, limit: int, /) -> bytes:
+        """Return the next bytes, at most `limit`; none at the end."""
+
+
+def search_in(  # noqa: PLR0913 -- as above
+    log: LogBlocks,
+    pattern: str,
+    *,
+    regex: bool,
+    ignore_case: bool,
+    offset: int,
+    line: int = 0,
+    limit: int,
+    max_bytes: int = SEARCH_BYTES,
+) -> LogMatches:
+    """Search a log that stands at `offset`; as `search`, but `more` may be said where nothing more is to come."""
+    until = time.monotonic() + SEARCH_S
+    matches = _matcher(pattern, regex=regex, ignore_case=ignore_case)
+    literal = b"" if regex or ignore_case else pattern.encode()
+    found: list[LogMatch] = []
+    position, number = offset, line if offset else 1
+    for at, end, piece, ends in _lines(log, offset, literal):
+        position = end
+        text = _matching_text(piece, matches) if piece else None
+        if text is not None:
+            found.append(LogMatch(offset=at, text=text, line=number))
+        number += ends if number else 0
+        if len(found) >= limit or position >= offset + max_bytes or time.monotonic() > until:
+            return LogMatches(matches=tuple(found), next_offset=position, more=True, next_line=number)
+    return LogMatches(matches=tuple(found), next_offset=position, more=False, next_line=number)
+
+
+def check_known_rank(job: str, job_folder: Path, attempt: AttemptView, *, rank: int) -> None:
+    """Refuse a rank that an attempt will never have; while it runs, only where its launcher has said how many.
+
+    Raises:
+        NotFoundError: there is no such rank; the hint says which there are.
+    """
+    known = attempt.ranks if attempt.started_at is not None else 0
+    if known and rank >= known and not log_path(job_folder, attempt=attempt.n, rank=rank).exists():
+        msg = f"attempt {attempt.n} of {job} has no rank {rank}"
+        raise NotFoundError(msg, hint=f"it has {known} ranks: 0 to {known - 1}" if known > 1 else "it has rank 0 only")
+
+
+def check_rank(job: str, job_folder: Path, *, attempt: int, rank: int) -> None:
+    """Refuse a rank that an attempt which is over never had.
+
+    Raises:
+        NotFoundError: that rank has no log; the hint names those that have.
+    """
+    if not log_path(job_folder, attempt=attempt, rank=rank).exists():
+        there = ", ".join(str(known) for known in ranks(job_folder, attempt=attempt))
+        hint = f"it has logs of these ranks: {there}" if there else f"see what it left: raylaunch files {job}"
+        msg = f"attempt {attempt} of {job} has no log of rank {rank}"
+        raise NotFoundError(msg, hint=hint)
+
+
+def _matcher(pattern: str, *, regex: bool, ignore_case: bool) -> Callable[[str], bool]:
+    """Return what says whether a text matches.
+
+    RE2's time grows with the text only, whatever the pattern; Python's `re` can be made to take hours, and holds the
+    interpreter's lock meanwhile.
+    """
+    if not pattern:
+        msg = "the pattern to search for is empty"
+        raise SpecError(msg, hint="give some text to find", field="pattern")
+    if len(pattern) > _PATTERN_CHARS:
+        msg = f"the pattern to search for has {len(pattern)} characters; at most {_PATTERN_CHARS} are supported"
+        raise SpecError(msg, hint="search for a part of it", field="pattern")
+    options = re2.Options()
+    options.literal = not regex
+    options.case_sensitive = not ignore_case
+    options.log_errors = False
+    options.max_mem = _PATTERN_MEMORY
+    try:
+        compiled = re2.compile(pattern, options=options)
+    except (re2.error, UnicodeEncodeError) as error:
+        msg = f"{pattern!r} is not a supported regular expression: {_words(error)}"
+        raise SpecError(msg, hint=_SYNTAX, field="pattern") from None
+    return lambda text: compiled.search(text) is not None
+
+
+_SYNTAX = (
+    "the syntax is RE2's: character classes, groups, alternatives and repetitions, but no lookaround ((?=…), (?<!…)) "
+    "and no backreference (\\1); or search for plain text without regex"
+)
+
+
+def _words(error: Exception) -> str:
+    """Return what RE2 says, which is bytes."""
+    said = error.args[0] if error.args else ""
+    if isinstance(error, UnicodeEncodeError):
+        return "it holds half of a character"
+    return said.decode(errors="replace") if isinstance(said, bytes) else str(said)
+
+
+def _lines(log: LogBlocks, offset: int, literal: bytes) -> Iterator[tuple[int, int, bytes, int]]:
+    """Yield (begin, end, line, line ends), long lines in pieces; a block without `literal` is a line without bytes."""
+    rest = b""
+    while block := log.read(READ_BYTES):
+        data = rest + block
+        end = data.rfind(b"\n") + 1
+        if not end and len(data) > _PIECE:
+            end = len(data)
+        whole, rest = data[:end], data[end:]
+        if literal not in whole:
+            yield offset, offset + len(whole), b"", whole.count(b"\n")
+            offset += len(whole)
+            continue
+        for line in _by_newline(whole):
+            for start in range(0, len(line), _PIECE):
+                piece = line[start : start + _PIECE]
+                yield offset + start, offset + start + len(piece), piece, piece.endswith(b"\n")
+            offset += len(line)
+    if rest:
+        yield offset, offset + len(rest), rest, 0
+
+
+def _by_newline(data: bytes) -> Iterator[bytes]:
+    start = 0
+    while (end := data.find(b"\n", start)) >= 0:
+        yield data[start : end + 1]
+        start = end + 1
+    if start < len(data):
+        yield data[start:]
+
+
+def _matching_text(line: bytes, matches: Callable[[str], bool]) -> str | None:
+    for part in line.rstrip(b"\r\n").split(b"\r"):
+        text = part.decode(errors="replace")
+        if matches(text):
+            return text if len(text) <= _TEXT else text[:_TEXT] + " …"
+    return None

@@ -1,0 +1,227 @@
+"""Packed working directories, each named by the sha256 of its bytes; uploads resume where they stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import re
+import threading
+from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+from pydantic import ValidationError
+
+from raylaunch.controller.settings import Settings
+from raylaunch.controller.store.journal import write_problem
+from raylaunch.controller.store.secrets import write_private
+from raylaunch.errors import ConflictError, NotFoundError, SpecError, TransferError
+from raylaunch.models.cluster import EnvironmentWheels
+from raylaunch.models.job import WheelSet
+
+_log = logging.getLogger(__name__)
+
+
+class ClusterWheels:
+    """The wheels of the cluster's own environment, as the last `up` gathered them: ``cluster_wheels.json``."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._path = settings.store / "cluster_wheels.json"
+        self._environment = settings.default_environment
+        self.sets = self._read()
+
+    def _read(self) -> tuple[WheelSet, ...]:
+        """Return what is kept for this environment; for another it is nothing."""
+        try:
+            found = EnvironmentWheels.model_validate_json(self._path.read_bytes())
+        except FileNotFoundError:
+            return ()
+        except (OSError, ValidationError) as error:
+            _log.warning("%s cannot be read, and the next up gathers its wheels again: %s", self._path, error)
+            return ()
+        return found.sets if found.environment == self._environment else ()
+
+    @property
+    def packages(self) -> frozenset[str]:
+        """The packages that they are, by sha256."""
+        return frozenset(wheel.sha256 for one in self.sets for wheel in one.wheels)
+
+    async def keep(self, given: EnvironmentWheels) -> None:
+        """Keep wheels for jobs that use the cluster's environment; those for other platforms stay.
+
+        Raises:
+            ConflictError: they are of another environment.
+            StorageError: they cannot be written down.
+        """
+        if given.environment != self._environment:
+            msg = f"these wheels are of {given.environment}, and the cluster's environment is {self._environment}"
+            raise ConflictError(msg, hint="repeat: raylaunch up")
+        new = {one.platform for one in given.sets}
+        sets = (*(one for one in self.sets if one.platform not in new), *given.sets)
+        text = EnvironmentWheels(environment=self._environment, sets=sets).model_dump_json(indent=1)
+        await asyncio.to_thread(write_private, self._path, text)
+        self.sets = sets
+
+
+PIECE_BYTES = 8 * 1024 * 1024
+"""Most bytes of one piece of an upload."""
+
+_SHA = re.compile(r"[0-9a-f]{64}")
+_BLOCK = 1024 * 1024
+
+
+class PackageBytes(NamedTuple):
+    """How much of a package is here."""
+
+    bytes: int
+    complete: bool
+
+
+class WrongOffsetError(ConflictError):
+    """A piece does not follow what is here; `have` says where the next one must begin."""
+
+    def __init__(self, message: str, *, have: int, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.have = have
+
+
+class PackageStore:
+    """The folder of packages. May be used from several threads; uploads of the same package take turns by piece."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._busy: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+
+    def have(self, sha: str) -> PackageBytes:
+        """Return how much of the package is here."""
+        complete, part = self._paths(sha)
+        try:
+            return PackageBytes(complete.stat().st_size, complete=True)
+        except FileNotFoundError:
+            return PackageBytes(part.stat().st_size if part.exists() else 0, complete=False)
+
+    def complete(self, sha: str) -> bool:
+        """Whether the package is here as a whole."""
+        return self.have(sha).complete
+
+    def path(self, sha: str) -> Path:
+        """Return the archive's file.
+
+        Raises:
+            NotFoundError: it is not here as a whole.
+        """
+        if not self.have(sha).complete:
+            msg = f"package {sha[:12]} is not here"
+            raise NotFoundError(msg, hint="submit again: the client sends what is missing")
+        return self._paths(sha)[0]
+
+    def put(self, sha: str, *, offset: int, total: int, data: bytes) -> PackageBytes:
+        """Take one piece of a package; the last one completes it, once its sha256 is right.
+
+        Args:
+            sha: sha256 of the whole archive, in hex.
+            offset: where the piece begins, bytes.
+            total: size of the whole archive, bytes.
+            data: the piece; nothing, at the end, where all bytes are here and nobody has verified them yet.
+
+        Raises:
+            SpecError: the numbers do not fit together.
+            WrongOffsetError: the piece does not begin where what is here ends.
+            TransferError: the whole is not what its name says; what was here of it is deleted.
+            StorageError: the disk is full; what was here before is still here.
+        """
+        if offset < 0 or not (data or offset == total) or offset + len(data) > total or len(data) > PIECE_BYTES:
+            msg = f"a piece of {len(data)} bytes at {offset} does not fit a package of {total} bytes"
+            raise SpecError(msg, hint=f"send pieces of 1 to {PIECE_BYTES} bytes that lie within the package")
+        with self._turn(self._checked(sha)):
+            have = self.have(sha)
+            if have.complete:
+                return have
+            if offset != have.bytes:
+                msg = f"package {sha[:12]} goes on at {have.bytes}, not at {offset}"
+                raise WrongOffsetError(msg, have=have.bytes, hint=f"send from {have.bytes} on")
+            complete, part = self._paths(sha)
+            _append(part, offset, data)
+            if offset + len(data) < total:
+                return PackageBytes(offset + len(data), complete=False)
+            _complete(part, complete, sha)
+            return PackageBytes(total, complete=True)
+
+    def remove(self, sha: str) -> None:
+        """Delete the package and what was uploaded of it."""
+        with self._turn(self._checked(sha)):
+            for path in self._paths(sha):
+                path.unlink(missing_ok=True)
+
+    def names(self) -> tuple[str, ...]:
+        """Return the packages that are here as a whole."""
+        return tuple(sorted(path.name.removesuffix(".tar.gz") for path in self._folder.glob("*.tar.gz")))
+
+    def bytes(self) -> int:
+        """Return the bytes that all packages and unfinished uploads take."""
+        return sum(entry.stat().st_size for entry in os.scandir(self._folder))
+
+    def _paths(self, sha: str) -> tuple[Path, Path]:
+        self._checked(sha)
+        return self._folder / f"{sha}.tar.gz", self._folder / f"{sha}.part"
+
+    @staticmethod
+    def _checked(sha: str) -> str:
+        if not _SHA.fullmatch(sha):
+            msg = f"{sha[:100]!r} is not a sha256"
+            raise SpecError(msg, hint="name a package by the sha256 of its bytes, 64 hex digits")
+        return sha
+
+    def _turn(self, sha: str) -> threading.Lock:
+        """Return the lock of a package; it goes when nobody holds or waits for it."""
+        with self._lock:
+            return self._busy.setdefault(sha, threading.Lock())
+
+
+def _append(part: Path, offset: int, data: bytes) -> None:
+    try:
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                view = memoryview(data)
+                position = offset
+                while view:
+                    written = os.pwrite(fd, view, position)
+                    view, position = view[written:], position + written
+            except OSError:
+                os.ftruncate(fd, offset)
+                raise
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise write_problem(part, error) from error
+
+
+def _complete(part: Path, complete: Path, sha: str) -> None:
+    try:
+        found = file_sha256(part)
+        if found != sha:
+            part.unlink()
+            msg = f"package {sha[:12]} arrived damaged: its bytes have the sha256 {found[:12]}"
+            raise TransferError(msg, hint="what had arrived was deleted; submit again to send it anew")
+        fd = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        part.rename(complete)
+    except OSError as error:
+        raise write_problem(part, error) from error
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes in hex, reading it in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

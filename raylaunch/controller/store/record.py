@@ -1,0 +1,115 @@
+"""`JobRecord`: a job as the controller keeps it; and which of its fields are too heavy for lists."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import JsonValue, ValidationError
+from typing_extensions import TypedDict
+
+from raylaunch.errors import ConflictError, StorageError
+from raylaunch.models.fields import Count
+from raylaunch.models.job import JobView, WheelSet
+from raylaunch.models.job_spec import JobSpec
+from raylaunch.models.states import Change, JobState, transition
+
+HEAVY = frozenset({"environment", "git", "pack", "log_tail", "wheels"})
+"""Fields that may be large (package lists, a dirty diff, the end of a log). Lists leave them out."""
+
+
+class StopWishModel(TypedDict):
+    """`raylaunch.contract.StopWish`, in the form that pydantic reads on Pythons before 3.12."""
+
+    why: Literal["stopped", "timed_out"]
+    grace_s: float
+
+
+class JobRecord(JobView):
+    """A job with what only the controller needs to know. Frozen; `Records.update` makes the next one."""
+
+    package: str = ""
+    request_id: str = ""
+    epoch: str = ""
+    """Of the latest attempt."""
+    stop_wish: StopWishModel | None = None
+    again: bool = False
+    """Whether another attempt follows its stop."""
+    free_retries: Count = 0
+    """Attempts that were made again without counting, because the machines failed and not the program."""
+    force_offline: bool = False
+    submitted_to_ray: bool = False
+    wheels: tuple[WheelSet, ...] = ()
+    """What its environment is made of where a node reaches no package index."""
+
+    @property
+    def asked(self) -> JobSpec:
+        """The spec of a job of ours. Foreign jobs have none."""
+        if self.spec is None:
+            msg = f"{self.id} is foreign: it has no spec"
+            raise ValueError(msg)
+        return self.spec
+
+    def view(self) -> JobView:
+        """Return what clients see of it."""
+        return JobView.model_construct(**{name: getattr(self, name) for name in JobView.model_fields})
+
+    def require_ended(self) -> None:
+        """Let nothing be removed of a job that has not ended.
+
+        Raises:
+            ConflictError: it has not ended.
+        """
+        if not self.state.ended:
+            msg = f"{self.id} is {self.state.value}; only a job that has ended can be removed"
+            raise ConflictError(msg, hint=f"stop it first: raylaunch stop {self.id}")
+
+    def changed(self, change: Change | None, fields: Mapping[str, object], *, now: float) -> JobRecord:
+        """Return what it becomes at `now` (seconds since the epoch), as `Records.update` says.
+
+        Raises:
+            IllegalTransition: `change` cannot happen in its state.
+        """
+        unknown = set(fields) - set(JobRecord.model_fields) | set(fields) & {"id", "state", "cursor", "updated_at"}
+        if unknown:
+            msg = f"not fields of a job that update can set: {', '.join(sorted(unknown))}"
+            raise TypeError(msg)
+        values: dict[str, object] = {name: getattr(self, name) for name in JobRecord.model_fields}
+        if change is not None:
+            values["state"] = state = transition(self.state, change)
+            if state is JobState.RUNNING and self.started_at is None:
+                values["started_at"] = now
+            if state.ended:
+                values["ended_at"] = now
+        return JobRecord.model_validate({**values, **fields, "updated_at": now})
+
+    def light(self) -> JobRecord:
+        """Return it without its heavy fields."""
+        return self.model_copy(update={"environment": None, "git": None, "pack": None, "log_tail": (), "wheels": ()})
+
+
+def light_json(record: JobRecord) -> dict[str, JsonValue]:
+    """Return the fields that lists show, as JSON data."""
+    return record.model_dump(mode="json", exclude=set(HEAVY))
+
+
+def heavy_json(record: JobRecord) -> dict[str, JsonValue]:
+    """Return the heavy fields, as JSON data."""
+    return record.model_dump(mode="json", include=set(HEAVY))
+
+
+def record_from(light: str, heavy: str = "") -> JobRecord:
+    """Build a record from the two JSON texts of a row.
+
+    Python's own JSON carries NaN and infinity, which losses become; JSON proper would turn them into null.
+
+    Raises:
+        StorageError: they are not a record that this version reads.
+    """
+    try:
+        return JobRecord.model_validate({**json.loads(light), **(json.loads(heavy) if heavy else {})})
+    except (ValueError, RecursionError, TypeError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        msg = f"the job's record cannot be read: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+        raise StorageError(msg, hint="its folder in the store is whole; raylaunch list shows the others") from error

@@ -1,0 +1,175 @@
+"""Secrets: the cluster's, by name, and those that came with one job. In 0600 files and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raylaunch.controller.store.journal import write_problem
+from raylaunch.errors import NotFoundError, SpecError, StorageError
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write `text` to `path`, 0600: beside it first, on the disk, then renamed.
+
+    Raises:
+        StorageError: it cannot be written; what was there stays.
+    """
+    beside = path.with_name(f"{path.name}.new")
+    try:
+        beside.unlink(missing_ok=True)
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise write_problem(path, error) from error
+
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+class SecretStore:
+    """``secrets.json`` and ``job_secrets/`` of one store. Values leave it only on the way to a node.
+
+    ``secret_people.json`` says whose jobs may have a secret; one that is not in it is everybody's.
+    """
+
+    def __init__(self, store: Path) -> None:
+        self._path = store / "secrets.json"
+        self._people_path = store / "secret_people.json"
+        self._jobs = store / "job_secrets"
+        self._jobs.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the cluster's secrets, sorted."""
+        return tuple(sorted(_read(self._path)))
+
+    def put(self, name: str, value: str, people: Sequence[str] | None = None) -> None:
+        """Set a secret of the cluster.
+
+        Args:
+            name: its name.
+            value: its value.
+            people: whose jobs may have it; none for everybody's. None leaves that as it is.
+
+        Raises:
+            SpecError: the name is not a variable's, or the value cannot be one.
+            StorageError: it cannot be written; the value before stays.
+        """
+        _check(name, value)
+        if people:
+            self._restrict(name, people)  # before the value is there
+        _write(self._path, {**_read(self._path), name: value})
+        if people is not None and not people:
+            self._restrict(name, ())
+
+    def _restrict(self, name: str, people: Sequence[str]) -> None:
+        known = {key: who for key, who in self._people().items() if key != name}
+        write_private(self._people_path, json.dumps({**known, name: list(people)} if people else known))
+
+    def _people(self) -> dict[str, list[str]]:
+        return _loaded(self._people_path)
+
+    def withheld(self, names: Iterable[str], person: str) -> tuple[str, ...]:
+        """Return those of `names` that are set, and not for a person's jobs."""
+        people, known = self._people(), _read(self._path)
+        return tuple(name for name in names if name in known and name in people and person not in people[name])
+
+    def remove(self, name: str) -> None:
+        """Delete a secret of the cluster.
+
+        Raises:
+            NotFoundError: there is none of this name.
+        """
+        known = _read(self._path)
+        if name not in known:
+            msg = f"there is no secret {name!r}"
+            raise NotFoundError(msg, hint="see their names: raylaunch secret list")
+        _write(self._path, {key: value for key, value in known.items() if key != name})
+        self._restrict(name, ())
+
+    def put_job(self, job_id: str, values: Mapping[str, str]) -> None:
+        """Keep the values that came with a job, until `forget_job`. Nothing is written when there are none.
+
+        Raises:
+            SpecError: a name is not a variable's, or a value cannot be one.
+            StorageError: they cannot be written.
+        """
+        self.check(values)
+        if values:
+            _write(self._jobs / f"{job_id}.json", dict(values))
+
+    def check(self, values: Mapping[str, str]) -> None:
+        """Refuse values that cannot come with a job.
+
+        Raises:
+            SpecError: a name is not a variable's, or a value cannot be one.
+        """
+        for name, value in values.items():
+            _check(name, value)
+
+    def missing(self, names: Iterable[str], *, given: Mapping[str, str]) -> tuple[str, ...]:
+        """Return those of `names` that are neither `given` with a job nor set on the cluster."""
+        known = _read(self._path)
+        return tuple(name for name in names if name not in given and name not in known)
+
+    def for_job(self, job_id: str, names: Iterable[str], person: str) -> dict[str, str]:
+        """Return the values of `names` for a person's job, and all that came with it; its own before the cluster's.
+
+        A name without a value is left out, and so is a secret of the cluster that is for other people.
+        """
+        names = tuple(names)
+        own = _read(self._jobs / f"{job_id}.json")
+        others = self.withheld(names, person)
+        known = {**{name: value for name, value in _read(self._path).items() if name not in others}, **own}
+        return {name: known[name] for name in [*names, *own] if name in known}
+
+    def forget_job(self, job_id: str) -> None:
+        """Delete the values that came with a job."""
+        (self._jobs / f"{job_id}.json").unlink(missing_ok=True)
+
+    def keep_only(self, jobs: Iterable[str]) -> None:
+        """Delete the values that came with any other job: a crash may have left them behind."""
+        kept = {f"{job}.json" for job in jobs}
+        for path in self._jobs.iterdir():
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+
+
+def _check(name: str, value: str) -> None:
+    if not _VARIABLE.fullmatch(name):
+        msg = f"{name!r} is not a secret's name"
+        raise SpecError(msg, hint="use letters, digits and '_', as in an environment variable's name")
+    if not value or "\0" in value:
+        what = "is empty" if not value else "has a NUL byte in it"
+        msg_0 = f"the value of {name} {what}"
+        raise SpecError(msg_0, hint="give a value that can be an environment variable")
+
+
+def _read(path: Path) -> dict[str, str]:
+    return {str(key): str(value) for key, value in _loaded(path).items()}
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        msg = f"the secrets in {path} cannot be read: {type(error).__name__}"
+        raise StorageError(
+            msg, hint=f"look at {path}, or delete it and set them again: raylaunch secret set NAME"
+        ) from None
+    return found
+
+
+def _write(path: Path, values: Mapping[str, str]) -> None:
+    write_private(path, json.dumps(values))

@@ -1,0 +1,179 @@
+"""A directory held open by its descriptor: nothing below it is reached through a link, whatever is renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from typing_extensions import Self
+
+MOST_BYTES = 16 * 1024 * 1024
+
+
+def rotate(path: Path, *, most_bytes: int = MOST_BYTES) -> bool:
+    """Move what a log holds into ``<name>.1`` if it has become large; return whether that was done.
+
+    Its writers keep their descriptors, which must append (O_APPEND): the file stays the same one and becomes empty. A
+    line that is written in that moment may be lost.
+    """
+    try:
+        if path.stat().st_size <= most_bytes:
+            return False
+        kept = path.with_name(f"{path.name}.1")
+        with contextlib.suppress(OSError):  # a full disk: then the room is worth more than the lines
+            shutil.copyfile(path, kept)
+            kept.chmod(0o600)
+        os.truncate(path, 0)
+    except OSError:  # there is no log, or it is not ours to change
+        return False
+    return True
+
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_THROUGH: int = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+"""For a folder that is only passed through: where the system can, it need not be readable."""
+
+
+class Directory:
+    """An open directory. A context manager; errors are `OSError`, with the full path as file name.
+
+    Args:
+        descriptor: of the directory; closed with this object.
+        path: its path, for messages and results.
+    """
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        self.descriptor = descriptor
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path, *, make: bool = False) -> Self:
+        """Open a directory by a path that a person gave.
+
+        Its parents may be links where the path is absolute; a relative path has no links in any part, for the folder
+        that it starts in may come from somebody else. `make` creates what is missing.
+
+        Raises:
+            OSError: ELOOP for a link; ENOTDIR for what is no directory.
+        """
+        plain = not path.is_absolute() and ".." not in path.parts
+        whole = Path.cwd() / path
+        start, names = (Path(), path.parts) if plain else (whole.parent, (whole.name,))
+        if whole.name in {"", ".."}:
+            start, names = whole, ()
+        real = start.resolve()
+        if make:
+            real.mkdir(parents=True, exist_ok=True)
+        with cls(os.open(real, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), start) as above:
+            return above.below(names, make=make)
+
+    @classmethod
+    def open_resolved(cls, path: Path) -> Self:
+        """Open a directory by a path without links, as `Path.resolve` returns it: name by name, from the root.
+
+        Raises:
+            OSError: ELOOP where a part of it is a link by now.
+        """
+        with cls(os.open(path.anchor, _THROUGH), Path(path.anchor)) as top:
+            return top.below(path.parts[1:])
+
+    def below(self, names: Sequence[str], *, make: bool = False) -> Self:
+        """Open a directory below this one, name by name; no name may be a link. `make` creates what is missing."""
+        current = type(self)(os.dup(self.descriptor), self.path)
+        for at, name in enumerate(names, 1):
+            with current:
+                current = current.child(name, make=make, through=at < len(names))
+        return current
+
+    def child(self, name: str, *, make: bool = False, through: bool = False) -> Self:
+        """Open a directory in this one, which may not be a link.
+
+        Args:
+            name: of the directory.
+            make: creates it where it is missing.
+            through: only to open what is in it.
+        """
+        path = self.path / name
+        try:
+            if make:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, 0o777, dir_fd=self.descriptor)
+            return type(self)(os.open(name, _THROUGH if through else _FOLDER, dir_fd=self.descriptor), path)
+        except NotADirectoryError:
+            raise self._not_a_folder(name) from None
+        except OSError as error:
+            raise _with_path(error, path) from None
+
+    def _not_a_folder(self, name: str) -> OSError:
+        found = self.stat(name)
+        link = found is not None and stat.S_ISLNK(found.st_mode)
+        code = errno.ELOOP if link else errno.ENOTDIR
+        return OSError(code, "it is a link" if link else "it is not a folder", str(self.path / name))
+
+    def open_file(self, name: str, flags: int, mode: int = 0o666) -> int:
+        """Open a file in this directory and return its descriptor; a link, or what is no file, is refused.
+
+        Raises:
+            OSError: ELOOP for a link; EINVAL for a pipe, a device or a folder.
+        """
+        path = self.path / name
+        try:
+            descriptor = os.open(
+                name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode, dir_fd=self.descriptor
+            )
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise OSError(errno.ELOOP, "it is a link", str(path)) from None
+            raise _with_path(error, path) from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is not a file", str(path))
+        os.set_blocking(descriptor, True)
+        return descriptor
+
+    def stat(self, name: str) -> os.stat_result | None:
+        """Return what is there under a name, of a link the link itself; None where nothing is."""
+        try:
+            return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def has(self, name: str) -> bool:
+        """Return whether anything is there under a name; of what cannot be looked at, that nothing is."""
+        try:
+            return self.stat(name) is not None
+        except OSError:
+            return False
+
+    def replace(self, name: str, target: str) -> None:
+        """Rename a file within this directory; a file or link that has the new name is replaced, not followed."""
+        try:
+            os.rename(name, target, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+        except OSError as error:
+            raise _with_path(error, self.path / target) from None
+
+    def unlink(self, name: str) -> None:
+        """Remove a file or link, if there is one."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.descriptor)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+
+def _with_path(error: OSError, path: Path) -> OSError:
+    return OSError(error.errno, error.strerror, str(path))

@@ -1,0 +1,325 @@
+"""What specs are made of: their base, names, durations and sizes, and the Python environment of a job."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)?")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_WHOLE = re.compile(r"[0-9]{1,18}")
+_MOST = 1e18
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def seconds(value: object) -> object:
+    """Read a duration: a number of seconds, or ``"90s"``, ``"15m"``, ``"2h"``, ``"1.5d"``, ``"1h30m"``.
+
+    Raises:
+        ValueError: the text is not a duration.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    parts = list(_DURATION.finditer(text))
+    if not parts or "".join(part.group(0) for part in parts).replace(" ", "") != text.replace(" ", ""):
+        msg = f"{value!r} is not a duration; write seconds, or 90s, 15m, 2h, 1h30m, 2d"
+        raise ValueError(msg)
+    return sum(float(part.group(1)) * _SECONDS[part.group(2) or "s"] for part in parts)
+
+
+def point_in_time(text: str, *, now: datetime) -> datetime:
+    """Read a time to come: ``18:00`` (today, or tomorrow if that is over), ``2026-11-28T18:00``, or ``2h`` from now.
+
+    Args:
+        text: what a person wrote.
+        now: the time now, in the zone that the person means.
+
+    Raises:
+        ValueError: it is none of these, or is over.
+    """
+    if clock := re.fullmatch(r"(\d{1,2}):(\d{2})", text.strip()):
+        at = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
+        return at if at > now else at + timedelta(days=1)
+    try:
+        return now + timedelta(seconds=float(str(seconds(text))))
+    except ValueError:
+        pass
+    try:
+        at = datetime.fromisoformat(text.strip())
+    except ValueError:
+        msg = f"{text!r} is not a time; write 18:00, 2026-11-28T18:00, or from now on: 90m, 2h, 3d"
+        raise ValueError(msg) from None
+    at = at if at.tzinfo else at.replace(tzinfo=now.tzinfo)
+    if at <= now:
+        msg = f"{text!r} is over already"
+        raise ValueError(msg)
+    return at
+
+
+def whole(text: str) -> int | None:
+    """Return a number that somebody else wrote in at most 18 digits; None for anything else.
+
+    `int` itself reads digits of other scripts than `str.isdigit` knows, and fails for more than 4,300.
+    """
+    return int(text) if _WHOLE.fullmatch(text) else None
+
+
+def size_bytes(value: object) -> object:
+    """Read a size: a number of bytes, or ``"8GiB"``, ``"500MB"``, ``"16G"`` (powers of 1024, but of 1000 for KB to TB).
+
+    Raises:
+        ValueError: the text is not a size.
+    """
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        msg = f"{value!r} is not a size; write bytes, or 512MiB, 8GiB, 16G"
+        raise ValueError(msg)
+    number, unit = float(match.group(1)), (match.group(2) or "").lower()
+    if number > _MOST:
+        msg = f"{value[:40]!r} is more than any disk holds"
+        raise ValueError(msg)
+    if not unit:
+        return int(number)
+    decimal = value.strip().lower().endswith("b") and not unit.endswith("i")
+    return int(number * (1000 if decimal else 1024) ** ("kmgt".index(unit[0]) + 1))
+
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_REQUIREMENT = re.compile(r"[A-Za-z0-9]")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+
+
+MOST_SECONDS = 10 * 366 * 86400.0
+_LAST_MOMENT = 253_402_300_799.0
+_MOST_BYTES = 1 << 60
+_MOST_AMOUNT = 1_000_000.0
+
+# Every number that comes from outside is finite and has bounds: one that is not would reach arithmetic, a database and
+# other people's lists, and JSON has no way to write it.
+Seconds = Annotated[float, BeforeValidator(seconds), Field(gt=0, le=MOST_SECONDS, allow_inf_nan=False)]
+"""A duration of more than nothing, at most ten years."""
+SomeSeconds = Annotated[float, Field(ge=0, le=MOST_SECONDS, allow_inf_nan=False)]
+"""A duration that may be nothing."""
+Moment = Annotated[float, Field(ge=0, le=_LAST_MOMENT, allow_inf_nan=False)]
+"""Seconds since the epoch, up to the year 9999."""
+Bytes = Annotated[int, BeforeValidator(size_bytes), Field(ge=0, le=_MOST_BYTES)]
+Amount = Annotated[float, Field(ge=0, le=_MOST_AMOUNT, allow_inf_nan=False)]
+"""How much of a resource a job asks for."""
+Capacity = Annotated[float, Field(ge=0, le=1e24, allow_inf_nan=False)]
+"""How much of a resource a node has."""
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+"""How many of something, or how many bytes."""
+Whole = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+"""A whole number that is judged where it is used."""
+ExitCode = Annotated[int, Field(ge=-(1 << 31), lt=1 << 32)]
+Port = Annotated[int, Field(ge=0, lt=1 << 16)]
+StepNumber = Annotated[float, Field(ge=-1e24, le=1e24, allow_inf_nan=False)]
+"""Where a training stands, in whatever it counts: nanoseconds since the epoch too."""
+
+
+KEYS = {"timeout_s": "timeout", "grace_s": "grace", "jobs_s": "jobs", "checkpoints_s": "checkpoints"}
+"""What people write for a field whose name has a unit; the field's own name is taken too."""
+
+
+class Spec(BaseModel):
+    """Base of everything that is asked for: frozen, and strict about unknown fields.
+
+    The text under a field, with its example, is what the reference prints of it (``make docs-reference``).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_as_fields(cls, data: object) -> object:
+        return by_field(data, {field: key for field, key in KEYS.items() if field in cls.model_fields})
+
+
+def by_field(data: object, keys: Mapping[str, str]) -> object:
+    """Return what was written with each of `keys` under its field's name.
+
+    Raises:
+        ValueError: both are there.
+    """
+    if not isinstance(data, dict) or (keys.keys().isdisjoint(data) and set(keys.values()).isdisjoint(data)):
+        return data
+    for field, key in keys.items():
+        if field in data and key in data:
+            msg = f"{key} and {field} are the same setting; leave {field} out"
+            raise ValueError(msg)
+    fields = {key: field for field, key in keys.items()}
+    return {fields.get(name, name): value for name, value in data.items()}
+
+
+EnvironmentKind = Literal["auto", "default", "ray", "python", "conda", "venv", "uv", "pip"]
+
+OF_THE_CLUSTER: frozenset[EnvironmentKind] = frozenset({"auto", "default"})
+"""Kinds that leave the environment to the cluster. The client replaces `auto` when it submits."""
+
+ENVIRONMENTS: tuple[tuple[str | dict[str, object], str], ...] = (
+    (
+        "auto",
+        (
+            "The default: `environment` in cluster.yaml, else `uv.lock` in the working directory, else the active venv "
+            "or conda environment (on a cluster on this machine), else the interpreter that runs Ray."
+        ),
+    ),
+    ("default", "The cluster's own: `environment` in cluster.yaml, else the interpreter that runs Ray there."),
+    ("ray", "The interpreter that runs Ray there, whatever cluster.yaml says."),
+    ("/opt/train/bin/python", "That interpreter; a path on the node."),
+    ("venv:/opt/train", "A virtual environment on the node, activated as a shell would."),
+    ("conda:train", "A conda environment on the node, activated as a shell would."),
+    ("uv", "The project's own `uv.lock`, synced once for each content."),
+    ({"pip": ["numpy", "torch==2.13.0"]}, "Packages, installed once for each content."),
+    ({"pip": "requirements.txt"}, "A requirements file in the working directory; `pip:requirements.txt` is the same."),
+)
+"""How a person writes each kind of environment, and what it is."""
+
+
+class Environment(Spec):
+    """The Python environment of a job: ENVIRONMENTS says how each kind is written."""
+
+    kind: EnvironmentKind = "default"
+    value: str = ""
+    requirements: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, data: object) -> object:
+        if isinstance(data, str):
+            return _environment_from_text(data)
+        if isinstance(data, dict) and set(data) == {"pip"}:
+            pip = data["pip"]
+            if isinstance(pip, str):
+                return {"kind": "pip", "value": pip}
+            return {"kind": "pip", "requirements": pip}
+        return data
+
+    def __str__(self) -> str:
+        match self.kind:
+            case "auto" | "default" | "ray" | "uv":
+                return self.kind
+            case "python":
+                return self.value
+            case "pip":
+                return f"pip:{self.value}" if self.value else f"pip: {', '.join(self.requirements)}"
+            case _:
+                return f"{self.kind}:{self.value}"
+
+
+def _environment_from_text(text: str) -> dict[str, object]:
+    if text in {"", "default"}:
+        return {"kind": "default"}
+    if text in {"auto", "ray", "uv"}:
+        return {"kind": text}
+    kind, colon, value = text.partition(":")
+    if kind == "pip" and value.strip().startswith("["):
+        return {"kind": "pip", "requirements": _listed(value.strip())}
+    if colon and kind in {"conda", "venv", "pip"}:
+        if not value:
+            msg = f"{text!r} names no {kind} environment"
+            raise ValueError(msg)
+        return {"kind": kind, "value": value}
+    if "/" in text or text.startswith("python"):
+        return {"kind": "python", "value": text}
+    package = text if re.fullmatch(r"[A-Za-z0-9._-]+", text) else "numpy"
+    msg = (
+        f"{text!r} is not an environment; write default, ray, /path/to/python, venv:PATH, conda:NAME, uv, "
+        f"pip:requirements.txt or pip: [{package}]; or add the package to the environment: --with {package}"
+    )
+    raise ValueError(msg)
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """Read ``[numpy, torch==2.13.0]`` as YAML would. A comma inside brackets or behind one of them is a version's."""
+    if not text.endswith("]"):
+        msg = f"pip: {text} has no end; write pip: [numpy, torch==2.13.0]"
+        raise ValueError(msg)
+    words = re.split(r",\s*(?![<>=!~\d])(?![^\[]*\])", text[1:-1])
+    return tuple(word.strip().strip("'\"") for word in words if word.strip())
+
+
+class Retention(Spec):
+    """How long the store keeps what jobs leave behind. Without a setting, for ever."""
+
+    jobs_s: Seconds | None = None
+    """How long a job that has ended stays, with its record and all of its files. Example: `180d`"""
+    checkpoints_s: Seconds | None = None
+    """How long the checkpoints of a job that has ended stay; outputs, logs and metrics outlive them. Example: `14d`"""
+
+
+def as_list(value: object) -> object:
+    """Read one text as a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(as_list)]
+
+
+def _requirements(value: tuple[str, ...]) -> tuple[str, ...]:
+    for text in value:
+        if not _REQUIREMENT.match(text):
+            msg = f"{text!r} is not a package; name it as pip does: numpy, or torch==2.13.0"
+            raise ValueError(msg)
+    return value
+
+
+Requirements = Annotated[Words, AfterValidator(_requirements)]
+
+
+def _as_text(value: object) -> object:
+    """YAML reads ``1`` and ``true`` as numbers and booleans; in an environment they are text."""
+    return {key: _scalar_text(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _scalar_text(value: object) -> object:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if isinstance(value, int | float) else value
+
+
+def _variables(value: dict[str, str]) -> dict[str, str]:
+    for name in value:
+        if not _VARIABLE.fullmatch(name):
+            msg = f"{name!r} is not an environment variable's name"
+            raise ValueError(msg)
+        if name in GPU_VARIABLES:
+            msg = f"{name} cannot be set: raylaunch gives each job its GPUs; ask for them with resources.gpus"
+            raise ValueError(msg)
+        if name.startswith("RAYLAUNCH_"):
+            msg = f"{name} cannot be set: names that begin with RAYLAUNCH_ are raylaunch's own"
+            raise ValueError(msg)
+    return value
+
+
+Variables = Annotated[dict[str, str], BeforeValidator(_as_text), AfterValidator(_variables)]
+"""Environment variables that a person may set for jobs."""
+
+
+def _secret_names(value: tuple[str, ...]) -> tuple[str, ...]:
+    for name in value:
+        if not _VARIABLE.fullmatch(name):
+            shown = repr(name) if "=" not in name else "text with = in it"  # most likely the value
+            msg = f"{shown} is not a secret's name; list names here, and set values with: raylaunch secret set NAME"
+            raise ValueError(msg)
+    return value
+
+
+SecretNames = Annotated[Words, AfterValidator(_secret_names)]
+
+
+class PlacedError(ValueError):
+    """What is wrong with a value, and at which place inside it: the line of that place is the one to show."""
+
+    def __init__(self, message: str, inside: tuple[str | int, ...]) -> None:
+        super().__init__(message)
+        self.inside = inside

@@ -1,1 +1,0 @@
-"""The steward: raylaunch's hands on each node."""

@@ -1,0 +1,1 @@
+"""What every interface does with a cluster."""

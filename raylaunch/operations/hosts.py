@@ -1,0 +1,227 @@
+"""A cluster gains and loses hosts: the verbs for every door. A cluster.yaml that a person keeps is kept true."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pydantic import ValidationError
+
+from raylaunch.client.client import Client
+from raylaunch.cluster.hosts import teardown
+from raylaunch.cluster.ports import LOOPBACK
+from raylaunch.cluster.types import DownReport, Step
+from raylaunch.config.load import ClusterFile, load_cluster_file
+from raylaunch.config.validation import spec_error
+from raylaunch.config.yaml_file import with_item, without_item
+from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError, SpecError
+from raylaunch.models.cluster import ClusterStatus, HostJobs
+from raylaunch.models.cluster_spec import ClusterSpec
+from raylaunch.models.host_spec import HostSpec
+from raylaunch.models.job import JobView
+from raylaunch.operations.connect import ClusterConnection, bring_up
+from raylaunch.operations.upgrade import until_ended, words
+from raylaunch.paths import storage_errors
+from raylaunch.ssh.target import OnPrompt
+
+_HOSTS = "hosts"
+
+
+@dataclass(frozen=True)
+class HostChange:
+    """What a file becomes, and the cluster that it then describes. `path` is None where no person keeps a file."""
+
+    spec: ClusterSpec
+    path: Path | None
+    text: str = ""
+
+    def write(self) -> None:
+        """Write the file, beside its place first.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        if self.path is None:
+            return
+        target = self.path.resolve()
+        beside = target.with_name(f".{target.name}.new")
+        with storage_errors(target):
+            beside.write_text(self.text, encoding="utf-8")
+            beside.chmod(target.stat().st_mode & 0o777)
+            beside.replace(target)
+
+
+def plan_add(file: ClusterFile, host: Mapping[str, object]) -> HostChange:
+    """Compute what a cluster and its file become with one more host. A host that is there already changes nothing.
+
+    Raises:
+        SpecError: the host is none, or its name is another's.
+        ConflictError: the cluster is no cluster of hosts, or its file is one of Ray's own.
+    """
+    _check_kind(file)
+    wanted = _host(dict(host))
+    if any((one.host, one.port) == (wanted.host, wanted.port) for one in file.spec.hosts):
+        return HostChange(file.spec, None)
+    plain: object = str(host["host"]) if set(host) == {"host"} else dict(host)
+    return _changed(file, with_item(_text(file), _HOSTS, plain), file.spec.hosts[0].name)
+
+
+def plan_remove(file: ClusterFile, name: str) -> HostChange:
+    """Compute what a cluster and its file become without a host. A host that is not in the file changes nothing.
+
+    Raises:
+        ConflictError: the cluster is no cluster of hosts, its file is one of Ray's own, or the host is its head.
+    """
+    _check_kind(file)
+    names = [one.name for one in file.spec.hosts]
+    if name not in names:
+        return HostChange(file.spec, None)
+    if name == names[0]:
+        msg = f"{name} is the head of cluster {file.spec.name}: records, queue and logs are there"
+        raise ConflictError(msg, hint="the cluster goes as a whole: raylaunch down")
+    text = without_item(_text(file), _HOSTS, names.index(name))
+    only_head = len(names) == 2  # noqa: PLR2004 -- the head and the one that leaves
+    if only_head and not file.spec.bind:
+        text = f"{text.rstrip()}\nbind: network\n"  # as it listens now; one host alone would mean loopback
+    return _changed(file, text, names[0])
+
+
+def _host(data: dict[str, object]) -> HostSpec:
+    try:
+        return HostSpec.model_validate(data)
+    except ValidationError as error:
+        raise spec_error(error, HostSpec, data, lambda _path: "") from None
+
+
+def _check_kind(file: ClusterFile) -> None:
+    if file.spec.kind != "ssh":
+        msg = f"cluster {file.spec.name} is on this machine, and has no hosts to add or remove"
+        raise ConflictError(msg, hint="a cluster of hosts begins with: raylaunch init NAME HOST...")
+    if file.path is not None and file.of_ray:
+        msg = f"{file.path} is a file of Ray's own, which raylaunch does not change"
+        raise ConflictError(msg, hint="change its worker_ips and run raylaunch up; or: raylaunch init --from it")
+
+
+def _text(file: ClusterFile) -> str:
+    path = file.path or Path()
+    with storage_errors(path):
+        return path.read_text(encoding="utf-8")
+
+
+def _changed(file: ClusterFile, text: str, head: str) -> HostChange:
+    """Read the text as the file would be read: it must still begin with the same head, under the same name."""
+    with TemporaryDirectory() as folder:
+        draft = Path(folder) / (file.path or Path("cluster.yaml")).name
+        draft.write_text(text, encoding="utf-8")
+        try:
+            spec = load_cluster_file(draft).spec
+        except SpecError as error:
+            message = error.message.replace(f"{folder}/", "")
+            raise SpecError(message, hint=error.hint, field=error.field) from None
+    if spec.hosts[0].name != head or spec.name != file.spec.name:
+        msg = f"{file.path} cannot be changed without changing what it says of {head}"
+        raise SpecError(msg, hint=f"change it by hand: its list {_HOSTS}; then raylaunch up")
+    return HostChange(spec, file.path, text)
+
+
+async def add(
+    change: HostChange, host: str, *, on_step: Callable[[Step], None], on_prompt: OnPrompt | None = None
+) -> ClusterStatus:
+    """Bring a cluster up with one more host; what runs stays as it is. The file is changed once the host is in.
+
+    Raises:
+        ConflictError: the cluster listens on loopback alone, where no other host can reach it.
+        ClusterStartError: the host, or another, did not come up; the file is as it was.
+    """
+    place = ClusterConnection(change.spec, on_notice=lambda _: None, on_step=on_step)
+    try:
+        runs = teardown.known(change.spec.name)
+    except ClusterDownError:
+        runs = None
+    if runs is not None and runs.wanted == "running" and runs.head_address == LOOPBACK:
+        msg = f"cluster {change.spec.name} listens on its host's loopback alone, where {host} cannot reach it"
+        raise ConflictError(msg, hint=f"raylaunch down, then raylaunch add {host}: it starts on the cluster's network")
+    status = await bring_up(place.backend, change.spec, on_step=on_step, on_prompt=on_prompt)
+    change.write()
+    return status
+
+
+async def remove(  # noqa: PLR0913 -- what is done with what runs there, and who is told
+    place: ClusterConnection,
+    change: HostChange,
+    host: str,
+    *,
+    stop: bool,
+    forget: bool,
+    on_step: Callable[[Step], None],
+    on_prompt: OnPrompt | None = None,
+) -> DownReport:
+    """Take a host out of a cluster: no attempt begins there, what was started there is ended, and it is forgotten.
+
+    Args:
+        place: the cluster.
+        change: its file without the host.
+        host: the host's name.
+        stop: jobs that run there are stopped and queued again; without it they are a reason to refuse.
+        forget: do not reach the host, which may be gone for ever.
+        on_step: told what is waited for.
+        on_prompt: asks a person; None where nobody is there.
+
+    Raises:
+        ConflictError: jobs run there; or it is the head.
+        NotFoundError: the cluster has no such host.
+        HostError: it cannot be reached, or something there cannot be ended.
+    """
+    teardown.check_leaves(teardown.known(place.spec.name), host)
+    async with place.client() as client:
+        if not forget:
+            await _empty(client, host, stop=stop, on_step=on_step)
+        report = await teardown.take_out(place.spec.name, host, forget=forget, on_prompt=on_prompt)
+        change.write()
+        with contextlib.suppress(NotFoundError):  # it was not drained
+            await client.admin.undrain(host)
+    return report
+
+
+async def _empty(client: Client, host: str, *, stop: bool, on_step: Callable[[Step], None]) -> None:
+    """Drain a host, and wait until nothing runs there."""
+    try:
+        before = await client.admin.host_jobs(host)
+    except NotFoundError:  # its Ray is gone already
+        return
+    if not stop:
+        _refuse_busy(before)
+    now = await client.admin.drain(host, stop=stop)
+    if not stop and (now.jobs or now.others):  # one has begun in this moment
+        if before.drain is None:
+            await client.admin.undrain(host)
+        _refuse_busy(now)
+    await wait_empty(client, host, on_step=on_step)
+
+
+def _refuse_busy(seen: HostJobs) -> None:
+    if seen.jobs:
+        msg = f"{words(seen.jobs)} on {seen.host}"
+        hint = f"wait for the end, or stop and queue again: raylaunch remove {seen.host} --stop"
+        raise ConflictError(msg, hint=hint)
+    if seen.others:
+        msg = f"{seen.host}: {seen.others}, by workers of a Ray program or by plain Ray jobs"
+        raise ConflictError(
+            msg, hint=f"look with: raylaunch list; end them with the host: raylaunch remove {seen.host} --stop"
+        )
+
+
+async def wait_empty(client: Client, host: str, *, on_step: Callable[[Step], None], told: bool = True) -> None:
+    """Wait until no job of ours runs on a drained host: as long as it takes, unless they were `told` to stop.
+
+    Raises:
+        ClusterError: they were told, and have not ended after the longest grace of theirs and a margin.
+    """
+
+    async def look() -> tuple[JobView, ...]:
+        return (await client.admin.host_jobs(host)).jobs
+
+    await until_ended(look, where=f" on {host}", on_step=on_step, told=told)

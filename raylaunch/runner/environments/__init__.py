@@ -1,0 +1,1 @@
+"""The environment of an attempt: found, built or layered."""

@@ -1,0 +1,194 @@
+"""Environments laid over others: packages that a job adds, and the projects in its own working directory.
+
+A layer is a virtual environment whose ``.pth`` file adds the packages below it, which stay as they are. Console scripts
+of an environment below are written again for the layer's interpreter, so that ``torchrun`` finds what the layer adds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from raylaunch.runner.control import Heartbeat, run_program
+from raylaunch.runner.environments.build import (
+    BuildFolders,
+    EnvironmentProblem,
+    PreparedEnvironment,
+    build,
+    building,
+    find_uv,
+    prefix_of,
+    wheels_in,
+    wheels_of,
+    with_bin,
+    without_other_pythons,
+)
+
+_LOOK_S = 60.0
+_LARGEST_SCRIPT = 64 * 1024
+_ADDED = "import site; site.addsitedir({site!r})\n"
+_SITES = """
+import json, sys
+print("\\n@raylaunch " + json.dumps([path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]))
+"""
+
+
+def with_packages(
+    below: PreparedEnvironment, packages: Sequence[str], place: BuildFolders, pulse: Heartbeat
+) -> PreparedEnvironment:
+    """Return an environment with more packages, made once for what is below and what is added.
+
+    Raises:
+        EnvironmentProblem: the environment has no Python, or the installation failed.
+    """
+    sites = _sites(below, place, pulse)
+    state = [(site, Path(site).stat().st_mtime_ns) for site in sites if Path(site).is_dir()]
+    wheels = [f"{one.name} {one.readlink()}" for one in (*wheels_of(place), *wheels_in(place.added_wheels))]
+    prefix = prefix_of("with", repr((below.python, state, sorted(packages), wheels)), place)
+    with building(prefix, pulse) as needed:
+        if needed:
+            _make(prefix, below, sites, place, pulse)
+            python = str(prefix / "bin" / "python")
+            command = [*_pip(python, below), *_from_here(place), *packages]
+            what = "the installation of the added packages"
+            try:
+                build(command, without_other_pythons(below.env), place, pulse, what=what)
+            except EnvironmentProblem as problem:
+                msg = f"{problem}{_of_another_python(prefix, place)}"
+                raise EnvironmentProblem(msg) from None
+    return _over(prefix, below, sites)
+
+
+def with_projects(
+    below: PreparedEnvironment, lines: Sequence[str], place: BuildFolders, pulse: Heartbeat
+) -> PreparedEnvironment:
+    """Return an attempt's own environment, with the projects of its working directory installed as these lines say.
+
+    Raises:
+        EnvironmentProblem: one of them cannot be built.
+    """
+    prefix = place.tmp / "environment"
+    sites = _sites(below, place, pulse)
+    _make(prefix, below, sites, place, pulse)
+    listed = place.tmp / "projects.txt"
+    listed.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    python = str(prefix / "bin" / "python")
+    env = without_other_pythons(below.env)
+    uv = find_uv(env)
+    install = [uv, "pip", "install", "--python", python] if uv else _pip(python, below)
+    command = [*install, *_from_here(place, builds=True), "--no-deps", "-r", str(listed)]
+    build(command, env, place, pulse, what="the installation of the projects in the working directory")
+    return _over(prefix, below, sites)
+
+
+def _of_another_python(prefix: Path, place: BuildFolders) -> str:
+    """Return what to do where wheels came along for another Python than that of the environment below."""
+    ours = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    theirs = next((one.name for one in prefix.glob("lib/python3*")), ours)
+    if not place.offline or theirs == ours:
+        return ""
+    return (
+        f"; this node reaches no package index, and the wheels are for {ours}, while the environment has {theirs}: "
+        "name it by its full path (venv:/PATH, conda:/PATH), and wheels for its Python come along"
+    )
+
+
+def _make(
+    prefix: Path, below: PreparedEnvironment, sites: Sequence[str], place: BuildFolders, pulse: Heartbeat
+) -> None:
+    env = without_other_pythons(below.env)
+    command = [below.python, "-I", "-m", "venv", "--without-pip", str(prefix)]
+    try:
+        build(command, env, place, pulse, what="python -m venv")
+    except EnvironmentProblem:
+        uv = find_uv(env)
+        if uv is None:
+            raise
+        build([uv, "venv", "--clear", "--python", below.python, str(prefix)], env, place, pulse, what="uv venv")
+    own = next(prefix.glob("lib/python3*/site-packages"))
+    (own / "_raylaunch_below.pth").write_text("".join(_ADDED.format(site=site) for site in sites), encoding="utf-8")
+    _write_scripts_again(Path(below.python).parent, prefix / "bin")
+
+
+def _write_scripts_again(below: Path, folder: Path) -> None:
+    """Copy console scripts of an environment; an interpreter that is installed for all is none."""
+    if not any((below.parent / name).exists() for name in ("pyvenv.cfg", "conda-meta")):
+        return
+    interpreter = re.compile(re.escape(str(below).encode()) + rb"/python[0-9.]*")
+    own = str(folder / "python").encode()
+    for script in below.iterdir():
+        if (folder / script.name).exists() or not script.is_file() or script.stat().st_size > _LARGEST_SCRIPT:
+            continue
+        content = script.read_bytes()
+        head, newline, rest = content.partition(b"\nimport ")
+        if content.startswith(b"#!") and newline and interpreter.search(head):
+            (folder / script.name).write_bytes(interpreter.sub(own, head) + newline + rest)
+            (folder / script.name).chmod(0o755)
+
+
+def _over(prefix: Path, below: PreparedEnvironment, sites: Sequence[str]) -> PreparedEnvironment:
+    env = with_bin(below.env, prefix / "bin")
+    env["VIRTUAL_ENV"] = str(prefix)
+    env.pop("PYTHONHOME", None)
+    return PreparedEnvironment(env, str(prefix / "bin" / "python"), tuple(sites))
+
+
+def _sites(below: PreparedEnvironment, place: BuildFolders, pulse: Heartbeat) -> list[str]:
+    """Ask an interpreter where its packages are."""
+    if not below.python:
+        msg = "packages cannot be added to an environment without Python"
+        raise EnvironmentProblem(msg)
+    with (place.tmp / "sites").open("w+b") as output:
+        ran = run_program(
+            [below.python, "-c", _SITES],
+            env=without_other_pythons(below.env),
+            cwd=place.tmp,
+            timeout_s=_LOOK_S,
+            pulse=pulse,
+            output=output,
+        )
+    found = re.search(r"^@raylaunch (\[.*\])$", ran.output, re.MULTILINE)
+    if ran.status != 0 or found is None:
+        msg = f"the interpreter {below.python} does not run on this node"
+        raise EnvironmentProblem(msg)
+    sites: list[str] = json.loads(found.group(1))
+    return sites
+
+
+def _pip(python: str, below: PreparedEnvironment) -> list[str]:
+    """Return a pip that runs under the layer's interpreter, and so sees what is installed below."""
+    options = ["install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+    sites = [*map(Path, below.sites), *_own_sites(below)]
+    if any((site / "pip" / "__main__.py").exists() for site in sites):
+        return [python, "-m", "pip", *options]
+    carrier = importlib.util.find_spec("virtualenv")
+    folder = Path(str(carrier.origin)).parent / "seed" / "wheels" / "embed" if carrier and carrier.origin else None
+    wheels = sorted(folder.glob("pip-*.whl"), key=_release) if folder else []
+    if wheels:
+        return [python, str(wheels[-1] / "pip"), *options]
+    uv = find_uv(below.env)
+    if uv:
+        return [uv, "pip", "install", "--python", python]
+    msg = "packages cannot be added on this node: it has neither pip nor uv"
+    raise EnvironmentProblem(msg)
+
+
+def _own_sites(below: PreparedEnvironment) -> list[Path]:
+    return sorted(Path(below.python).parent.parent.glob("lib*/python3*/*-packages"))
+
+
+def _release(wheel: Path) -> tuple[int, ...]:
+    return tuple(int(part) for part in wheel.name.split("-")[1].split(".") if part.isdigit())
+
+
+def _from_here(place: BuildFolders, *, builds: bool = False) -> list[str]:
+    """Return options with which nothing is asked of an index, where the node reaches none and wheels came along."""
+    folders = [place.build_wheels] if builds else [place.added_wheels, place.wheels]
+    if not place.offline:
+        return []
+    links = [word for folder in folders if folder.is_dir() for word in ("--find-links", str(folder))]
+    return ["--no-index", *links]

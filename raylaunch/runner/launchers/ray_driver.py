@@ -1,0 +1,311 @@
+"""``launcher: ray``: what makes a training this Ray job's driver, and how its workers start.
+
+Ray's workers inherit nothing of their driver. They get the variables of its runtime environment, which anybody with
+Ray's token can read, and start with the cluster's own interpreter. So the runner writes into the driver's job config:
+what the job's environment and raylaunch have set, never a secret; and ``py_executable``, a script in the attempt's
+folder that sets the secrets and becomes the interpreter of the job's environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shlex
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
+
+from raylaunch import contract
+from raylaunch.runner.control import Heartbeat, StopRequest
+from raylaunch.runner.supervisor import left_s
+
+if TYPE_CHECKING:
+    from raylaunch.contract import AttemptSpec
+
+_MODULE = "raylaunch.tracking.train_writer"
+_REPORT = b'"event": "report"'
+_POLL_S = 0.1
+_FINISH_S = 60.0
+"""For uploads; and off-line for a machine that is so busy that wandb takes long to begin."""
+
+
+class TrainReportFollower:
+    """The reports of one attempt. Without any, nothing is started."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / contract.TRAIN_REPORTS
+        self._size = 0
+        self._log = folder / contract.RANK_LOG.format(rank=0)
+        self._cwd = folder / contract.TMP / "ray"
+        self._env: Mapping[str, str] = {}
+        self._python = ""
+        self._control = -1
+        self._done = -1
+
+    def begin(self, env: Mapping[str, str], python: str) -> None:
+        """Look for reports from now on; those of a training that was started before are dropped.
+
+        Args:
+            env: the training's variables.
+            python: interpreter of the job's environment.
+        """
+        self._env, self._python, self._size = env, python, 0
+        for file in self._file.parent.glob(f"{self._file.name}*"):
+            file.unlink()
+
+    def look(self) -> None:
+        """Start the program if there are reports, and it does not run yet."""
+        if not self._python or self._control >= 0 or not self._has_reports():
+            return
+        control, self._control = os.pipe()
+        self._done, done = os.pipe()
+        with self._log.open("ab") as log:
+            child = subprocess.Popen(  # noqa: S603 -- a list of ours, no shell
+                [self._python, "-m", _MODULE, str(self._file)],
+                env=dict(self._env),
+                cwd=str(self._cwd),  # `-m` puts it on sys.path: nothing of the person's lies there
+                stdin=control,
+                stdout=log,
+                stderr=log,
+                pass_fds=[done],
+            )
+        os.close(control)
+        os.close(done)
+        child.wait()
+
+    def finish(self, exit_code: int, *, wish: StopRequest | None, pulse: Heartbeat) -> None:
+        """Say how the training ended, and wait until all is written; not longer than a wish to stop allows."""
+        self.look()
+        if self._control < 0:
+            return
+        limit_s = _FINISH_S if wish is None else left_s(wish) / 2
+        with contextlib.suppress(BrokenPipeError):  # it has ended by itself: what it said stands in the log
+            os.write(self._control, json.dumps({"exit_code": exit_code}).encode() + b"\n")
+        os.close(self._control)
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline and not select.select([self._done], [], [], _POLL_S)[0]:
+            pulse.poll()
+        os.close(self._done)
+        self._control = self._done = -1
+
+    def _has_reports(self) -> bool:
+        try:
+            size = self._file.stat().st_size
+        except FileNotFoundError:
+            return False
+        if size == self._size:
+            return False
+        self._size = size
+        return _REPORT in self._file.read_bytes()
+
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""The variable with which Ray Jobs tells `ray.init` of runtime environment and metadata."""
+_ADDRESS = "RAY_ADDRESS"
+_CALLBACKS = "RAY_TRAIN_CALLBACKS"
+_CALLBACK = "raylaunch.tracking.train_callback.TrainReports"
+_WANDB_KEY = "WANDB_API_KEY"
+_HIDES_GPUS = "RAY_EXPERIMENTAL_NOSET_"
+_GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+_DRIVER_ONLY = (JOB_CONFIG, _CALLBACKS, "RAY_OVERRIDE_JOB_RUNTIME_ENV", "RAY_AUTH_TOKEN", *_GPU_VARIABLES)
+"""What workers must not get: Ray gives each its GPUs, and a setting of ours would win over them."""
+
+_DEFAULTS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # Train takes one report in each: by default every two seconds
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it each line that a worker prints appears twice
+    "RAY_DEDUP_LOGS": "0",  # equal lines of several ranks are several lines
+    "RAY_COLOR_PREFIX": "0",  # a log is not a terminal
+    "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",  # driver and workers are one interpreter anyway
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # what the program gives to ray.init wins over ours, instead of a refusal
+}
+
+
+_ELSEWHERE = """
+import os, runpy, sys, tempfile
+
+for name, value in list(os.environ.items()):
+    if name.startswith(("WANDB_", "NETRC", "RAYLAUNCH_WANDB_")) and value.startswith(FOLDER):
+        del os.environ[name]
+note = ""
+key = "WANDB_API_KEY" in os.environ or os.path.exists(os.environ.get("NETRC") or os.path.expanduser("~/.netrc"))
+if os.environ.get("WANDB_MODE") == "online" and not key:
+    os.environ["WANDB_MODE"] = "offline"
+    note = "; they are off-line, for there is no W&B key here"
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "wandb.sdk.wandb_init":
+            sys.meta_path.remove(self)
+            place = os.environ.setdefault("WANDB_DIR", tempfile.mkdtemp(prefix="raylaunch-wandb-"))
+            sys.stderr.write(
+                "raylaunch: this worker is on %s, not on its driver's node: its W&B runs have ids of W&B's own, are "
+                "neither read nor kept by raylaunch, and are written to %s%s\\n" % (os.uname().nodename, place, note)
+            )
+
+
+sys.meta_path.insert(0, Finder())
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""What a worker on another node begins with: nothing of the attempt's folder is there, and W&B is told so."""
+
+
+class DriverPlan(NamedTuple):
+    """What a driver is made from.
+
+    Args:
+        spec: the attempt's.
+        env: the variables of the training so far.
+        secrets: those that must not be seen in Ray's runtime environment; `env` has them too.
+        python: interpreter of the job's environment.
+        imports: whether that environment has a raylaunch which knows Ray Train.
+        wandb_url: W&B's server, when the attempt tracks on-line.
+    """
+
+    spec: AttemptSpec
+    env: Mapping[str, str]
+    secrets: Mapping[str, str]
+    python: str
+    imports: bool
+    wandb_url: str
+
+
+def prepare(driver: DriverPlan, folder: Path, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the driver's variables, and write what its workers start with into the attempt's folder.
+
+    Args:
+        driver: what it is made from.
+        folder: the attempt's.
+        environ: the runner's own variables: Ray's for this job among them.
+    """
+    place = folder / contract.TMP / "ray"
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    env = _variables(driver, folder, environ)
+    env.update(_wandb_key(driver, place, env))
+    hidden = {name: value for name, value in driver.secrets.items() if name != _WANDB_KEY}
+    start = place / "worker"
+    write_private(start, _worker_start(driver, hidden, folder), mode=0o700)
+    return {**env, **_job_config(driver, env, environ, start)}
+
+
+def _variables(driver: DriverPlan, folder: Path, environ: Mapping[str, str]) -> dict[str, str]:
+    own = {**driver.spec["env"], **driver.secrets}
+    of_ray = {
+        name: value
+        for name, value in environ.items()
+        if name.startswith("RAY_") and not name.startswith(_HIDES_GPUS) and name not in own
+    }
+    env = {**_DEFAULTS, **of_ray, **driver.env, "CUDA_VISIBLE_DEVICES": ""}
+    for name, value in _DEFAULTS.items():
+        env[name] = own.get(name, value)
+    if _WANDB_KEY in driver.secrets:
+        del env[_WANDB_KEY]
+    env[contract.VAR_WANDB_RUN] = driver.spec["wandb"]["run_id"]
+    env[contract.VAR_TRAIN_REPORTS] = str(folder / contract.TRAIN_REPORTS)
+    env[_CALLBACKS] = ",".join(filter(None, [own.get(_CALLBACKS, ""), _CALLBACK]))
+    first, last = _python_path(driver, folder)
+    ours = {*first, *last}
+    theirs = [part for part in env.get("PYTHONPATH", "").split(os.pathsep) if part and part not in ours]
+    env["PYTHONPATH"] = os.pathsep.join([*first, *theirs, *last])
+    for of_tune, of_wandb in (("WANDB_PROJECT_NAME", "WANDB_PROJECT"), ("WANDB_GROUP_NAME", "WANDB_RUN_GROUP")):
+        if of_tune not in own and env.get(of_wandb):
+            env[of_tune] = env[of_wandb]
+    return env
+
+
+def _python_path(driver: DriverPlan, folder: Path) -> tuple[list[str], list[str]]:
+    """Return what goes to both ends of PYTHONPATH.
+
+    First the archive's start-up folder, with its one module; last the archive, where raylaunch is missing. An empty
+    part, which would be the current folder with the person's scripts, never comes into it.
+    """
+    archive = str(folder / contract.RUNNER)
+    return [f"{archive}/{contract.STARTUP}"], [] if driver.imports else [archive]
+
+
+def _wandb_key(driver: DriverPlan, place: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """Give W&B its key in a file: Tune's callback would copy the variable into a runtime environment."""
+    key = driver.secrets.get(_WANDB_KEY, "")
+    if not key or not driver.wandb_url:
+        return {}
+    theirs = Path(env.get("NETRC") or Path(env.get("HOME") or "~") / ".netrc").expanduser()
+    try:
+        content = theirs.read_text(encoding="utf-8").rstrip() + "\n"
+    except (OSError, UnicodeDecodeError):
+        content = ""
+    machine = f"machine {urlsplit(driver.wandb_url).netloc}\n  login user\n  password {key}\n"
+    write_private(place / "netrc", content + machine, mode=0o600)
+    return {"NETRC": str(place / "netrc")}
+
+
+def _worker_start(driver: DriverPlan, secrets: Mapping[str, str], folder: Path) -> str:
+    """Return the script that becomes a worker's interpreter. What Ray or the program set for the worker wins."""
+    first, last = _python_path(driver, folder)
+    lines = ["#!/bin/sh", "# raylaunch: a worker of this attempt starts here"]
+    lines += [f'[ -n "${{{name}+set}}" ] || export {name}={shlex.quote(value)}' for name, value in secrets.items()]
+    for part in [*first, *last]:
+        quoted = shlex.quote(part)
+        joined = (
+            f'{quoted}"${{PYTHONPATH:+:$PYTHONPATH}}"' if part in first else f'"${{PYTHONPATH:+$PYTHONPATH:}}"{quoted}'
+        )
+        lines.append(f'case ":${{PYTHONPATH-}}:" in *:{quoted}:*) ;; *) export PYTHONPATH={joined} ;; esac')
+    here, code = shlex.quote(str(Path.cwd())), shlex.quote(str(folder / contract.CODE))
+    lines.append(f'[ "$(pwd -P)" != {here} ] || cd {code} || exit 1')
+    lines.append(f'exec {shlex.quote(driver.python)} "$@"')
+    return "\n".join(lines) + "\n"
+
+
+def _job_config(driver: DriverPlan, env: Mapping[str, str], environ: Mapping[str, str], start: Path) -> dict[str, str]:
+    try:
+        config = json.loads(environ[JOB_CONFIG])
+    except (KeyError, ValueError):
+        return {}  # not in a Ray job
+    runtime_env = config.setdefault("runtime_env", {})
+    runtime_env["env_vars"] = {**(runtime_env.get("env_vars") or {}), **_worker_variables(driver, env, environ)}
+    runtime_env["py_executable"] = _command(start, driver.python, start.parent.parent.parent)
+    return {JOB_CONFIG: json.dumps(config)}
+
+
+def _command(start: Path, python: str, folder: Path) -> str:
+    """Return what Ray puts before a worker's arguments, in bash. Where the script is not, the interpreter may be.
+
+    That is on another node than the driver's. The first argument is Ray's own program, which `_ELSEWHERE` runs.
+    """
+    elsewhere = shlex.quote(_ELSEWHERE.replace("FOLDER", repr(str(folder))))
+    python = shlex.quote(python)
+    become = f'[ -x "$0" ] && exec "$0" "$@"; [[ $1 == -* ]] && exec {python} "$@"; exec {python} -c {elsewhere} "$@"'
+    return f"bash -c {shlex.quote(become)} {shlex.quote(str(start))}"
+
+
+def _worker_variables(driver: DriverPlan, env: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what the driver has beyond that with which Ray starts its workers, without secrets."""
+    hidden = {*driver.secrets, *_DRIVER_ONLY}
+    found = {
+        name: value
+        for name, value in env.items()
+        if name not in hidden and (environ.get(name) != value or name in driver.spec["env"])
+    }
+    found["PYTHONPATH"] = env["PYTHONPATH"]
+    if environ.get(_ADDRESS):
+        found[_ADDRESS] = environ[_ADDRESS]  # a worker that asks for Ray's state must not guess among several Rays
+    return found
+
+
+def write_private(path: Path, text: str, *, mode: int) -> None:
+    """Write a file that nobody else can read at any moment."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def forget(folder: Path) -> None:
+    """Delete what holds secrets; for the end of the attempt."""
+    for name in ("worker", "netrc"):
+        (folder / contract.TMP / "ray" / name).unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""One host over SSH: connecting, trusting, running scripts, moving files."""

@@ -1,0 +1,177 @@
+"""Where a target is, once the person's SSH configuration has completed it, and which hosts lead there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import asyncssh
+
+from raylaunch.errors import SpecError
+from raylaunch.ssh import host_keys
+from raylaunch.ssh.identities import agent_socket
+from raylaunch.ssh.target import Target
+
+_CIPHERS = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com"
+_CONNECT_S = 10
+_KEEPALIVE_S = 5
+_KEEPALIVES_MISSED = 3
+_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
+
+
+def command(target: Target) -> list[str] | None:
+    """Return the command that connects to the target.
+
+    None where there is none: no such program, or a pinned fingerprint, which it cannot compare.
+
+    Raises:
+        SpecError: the SSH configuration cannot be read.
+    """
+    program = shutil.which("ssh")
+    place = places_of(target, final=target)[-1]
+    if program is None or target.fingerprint:
+        return None
+    options = {
+        "BatchMode": "yes",
+        "StrictHostKeyChecking": "yes",
+        "UpdateHostKeys": "no",
+        "UserKnownHostsFile": " ".join(f'"{file}"' for file in place.known_files),
+        "ConnectTimeout": str(_CONNECT_S),
+        "ServerAliveInterval": str(_KEEPALIVE_S),
+        "ServerAliveCountMax": str(_KEEPALIVES_MISSED),
+        "ControlMaster": "no",  # a connection that is shared is one stream of ciphers
+        "ControlPath": "none",
+        "LogLevel": "ERROR",
+        **({} if place.ciphers else {"Ciphers": _CIPHERS}),
+        **({"ProxyJump": ",".join(target.jump)} if target.jump else {}),
+    }
+    words = [program, "-F", *(place.config or ("none",)), "-p", str(place.port)]
+    for name, value in options.items():
+        words += ["-o", f"{name}={value}"]
+    for key in _keys(place):
+        words += ["-i", key]
+    return [*words, "-l", place.user, "--", target.alias]
+
+
+def _keys(place: ResolvedTarget) -> list[str]:
+    """Those that it would not find itself: it looks for its own below the account's home, whatever HOME says."""
+    named = [str(Path(place.target.key).expanduser())] if place.target.key else []
+    usual = (Path("~/.ssh").expanduser() / name for name in _KEYS)
+    return named or ([] if place.identity_files else [str(path) for path in usual if path.exists()])
+
+
+_JUMPS_AT_MOST = 8
+_HOP = re.compile(r"(?:(?P<user>[^@]+)@)?(?:\[(?P<six>[^\]@]+)\]|(?P<host>[^:\[\]@]+))(?::(?P<port>\d+))?")
+
+
+@dataclass(frozen=True)
+class ResolvedTarget:
+    """A target as the configuration completes it."""
+
+    target: Target
+    host: str
+    port: int
+    user: str
+    key_name: str
+    jumps: tuple[Target, ...]
+    identity_files: tuple[str, ...]
+    identities_only: bool
+    agent: str
+    known_files: tuple[Path, ...]
+    config: tuple[str, ...]
+    ciphers: str | None
+
+    @property
+    def address(self) -> str:
+        """Host and port, for errors."""
+        return f"{self.host}:{self.port}"
+
+    @property
+    def entry(self) -> str:
+        """Its name in known_hosts."""
+        return host_keys.entry(self.key_name, self.port)
+
+
+def places_of(target: Target, *, final: Target, depth: int = 0) -> list[ResolvedTarget]:
+    """Return all hops to a target, itself the last. Reads files, connects to nothing.
+
+    Args:
+        target: where to.
+        final: the host that all this is for, which errors name; the same as `target` for whoever calls.
+        depth: how many hops are between the two already.
+
+    Raises:
+        SpecError: the configuration cannot be read, or a jump host is none.
+    """
+    place = _look(target)
+    if depth + len(place.jumps) > _JUMPS_AT_MOST:
+        msg = f"the way to {final.name} has more than {_JUMPS_AT_MOST} jump hosts"
+        raise SpecError(msg, hint="look for a ProxyJump in ~/.ssh/config that leads back to itself", field="jump")
+    if not place.jumps:
+        return [place]
+    first, *others = (
+        replace(hop, name=f"{hop.name}, the jump host of {final.name}", ssh_config=final.ssh_config)
+        for hop in place.jumps
+    )
+    # As with `ssh`, only the first hop's own ProxyJump counts; the others are reached from the one before.
+    return [*places_of(first, final=final, depth=depth + 1), *(_look(hop, jumps=False) for hop in others), place]
+
+
+def _look(target: Target, *, jumps: bool = True) -> ResolvedTarget:
+    """Complete a target from the person's configuration. Reads files, connects to nothing."""
+    path = target.ssh_config or Path("~/.ssh/config").expanduser()
+    config = (str(path),) if target.ssh_config or os.access(path, os.R_OK) else ()
+    try:
+        # Without keys: they are gathered apart, because here a missing or encrypted one would be an error.
+        options = asyncssh.SSHClientConnectionOptions(
+            host=target.alias,
+            port=target.port if target.port is not None else (),
+            username=target.user or (),
+            config=list(config),
+            client_keys=None,
+            encryption_algs=(),
+        )
+    except (ValueError, OSError, asyncssh.Error) as error:
+        msg = f"the SSH configuration for {target.name} cannot be used: {error}"
+        raise SpecError(msg, hint=f"try: ssh -G {target.alias}", where=str(path)) from None
+    chosen = options.config
+    ways = target.jump or tuple(str(chosen.get("ProxyJump") or "").split(",") if jumps else ())
+    configured = [*_strings(chosen.get("UserKnownHostsFile")), *_strings(chosen.get("GlobalKnownHostsFile"))]
+    return ResolvedTarget(
+        target=target,
+        host=options.host,
+        port=options.port,
+        user=options.username,
+        key_name=options.host_key_alias or options.host,
+        jumps=tuple(_parse_hop(way, target) for way in ways if way not in {"", "none"}) if jumps else (),
+        identity_files=tuple(_strings(chosen.get("IdentityFile"))),
+        identities_only=bool(chosen.get("IdentitiesOnly")),
+        agent=agent_socket(chosen.get("IdentityAgent")),
+        known_files=tuple(host_keys.files_for(target, configured)),
+        config=config,
+        ciphers=str(chosen.get("Ciphers")) if chosen.get("Ciphers") else None,
+    )
+
+
+def _strings(value: object) -> list[str]:
+    return [str(one) for one in value] if isinstance(value, list) else []
+
+
+def _parse_hop(text: str, behind: Target) -> Target:
+    match = _HOP.fullmatch(text.strip())
+    if match is None:
+        msg = f"{text!r} is not a jump host (for {behind.name})"
+        raise SpecError(msg, hint="write host, user@host or user@host:port", field="jump")
+    host = match["six"] or match["host"]
+    port = int(match["port"]) if match["port"] else None
+    return Target(
+        name=host,
+        host=host,
+        port=port,
+        user=match["user"] or "",
+        ssh_config=behind.ssh_config,
+        known_hosts=behind.known_hosts,
+    )

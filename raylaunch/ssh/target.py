@@ -1,0 +1,105 @@
+"""What is meant by a host: how it is reached over SSH, and what a person may be asked on the way there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import anyio
+
+from raylaunch.paths import raylaunch_home
+
+_TELL_S = 5.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """One host as a spec names it. What is left empty comes from ``~/.ssh/config``, as with `ssh`.
+
+    `name` is what the person calls it; errors say that. `host` is what is looked up in the configuration and resolved:
+    an alias, a name or an address; by default `name`. `jump` is a chain of ``[user@]host[:port]``, nearest first; with
+    ``("none",)`` a ProxyJump of the configuration does not count. `fingerprint` (``SHA256:…``) pins the host key: then
+    no other is accepted, nor this one where known_hosts has another key of the host or revokes it. `known_hosts`
+    replaces the person's files and raylaunch's own.
+    """
+
+    name: str
+    host: str = ""
+    port: int | None = None
+    user: str = ""
+    key: str = ""
+    jump: tuple[str, ...] = ()
+    fingerprint: str = ""
+    ssh_config: Path | None = None
+    known_hosts: Path | None = None
+
+    @property
+    def alias(self) -> str:
+        """What is looked up in the configuration."""
+        return self.host or self.name
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question to a person. `text` is complete as it stands.
+
+    The answer to ``host_key`` and ``trust`` is ``yes``, or anything else. `host` is the cluster's name for ``trust``,
+    `path` is the key file that a passphrase is for, `fingerprint` the host key's.
+    """
+
+    kind: Literal["passphrase", "host_key", "trust"]
+    host: str
+    text: str
+    path: str = ""
+    fingerprint: str = ""
+
+
+OnPrompt = Callable[[Prompt], Awaitable["str | None"]]
+"""Asks a person; None is no answer. Without such a function nobody is asked, and the error says what to type."""
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """Something on a host that has not ended yet. Its text is a line to show."""
+
+    host: str
+    step: str
+    waited_s: float
+    limit_s: float
+
+    def __str__(self) -> str:
+        return f"{self.host}: {self.step}: {self.waited_s:.0f} s so far, at most {self.limit_s:.0f} s"
+
+
+OnWait = Callable[[PendingStep], None]
+"""Called every few seconds while something has not ended yet."""
+
+
+@contextmanager
+def telling(on_wait: OnWait | None, host: str, step: str, limit_s: float) -> Iterator[None]:
+    """Tell `on_wait` every five seconds that this has not ended yet."""
+    if on_wait is None:
+        yield
+        return
+    task = asyncio.ensure_future(_tell(on_wait, host, step, limit_s))
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+async def _tell(on_wait: OnWait, host: str, step: str, limit_s: float) -> None:
+    started = time.monotonic()
+    while True:
+        await anyio.sleep(_TELL_S)
+        on_wait(PendingStep(host, step, time.monotonic() - started, limit_s))
+
+
+def own_known_hosts() -> Path:
+    """Return raylaunch's own known_hosts: keys that a person accepted here. The person's own file is only read."""
+    return raylaunch_home() / "known_hosts"
