@@ -197,7 +197,9 @@ def test_killing_the_steward_ten_times_loses_no_job_and_no_byte(cluster: Cluster
 def new_steward(cluster: Cluster, killed: set[int]) -> psutil.Process | None:
     """Return the steward's process, when it is not one that was killed."""
     found = (process for process in cluster.processes() if process.pid not in killed)
-    return next((process for process in found if " ".join(argv(process)).startswith("ray::Steward")), None)
+    return next(
+        (process for process in found if " ".join(argv(process)).startswith(("ray::NodeAgent", "ray::Steward"))), None
+    )
 
 
 @pytest.mark.long

@@ -70,7 +70,11 @@ def upgraded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upgraded]:
 
 def agent(cluster: Cluster) -> int:
     """Return the pid of the node agent of 0.1.0."""
-    (found,) = (process for process in cluster.processes() if "".join(argv(process)[:1]).startswith("ray::Steward"))
+    (found,) = (
+        process
+        for process in cluster.processes()
+        if "".join(argv(process)[:1]).startswith(("ray::NodeAgent", "ray::Steward"))
+    )
     return found.pid
 
 

@@ -102,7 +102,9 @@ def steward_of(head: RayHeadRunning) -> psutil.Process | None:
 
 def _is_steward(process: psutil.Process, head: RayHeadRunning) -> bool:
     try:
-        return process.name() == "ray::Steward" and process.environ().get(VAR_NODE_ROOT) == str(head.node_root)
+        return process.name() in {"ray::NodeAgent", "ray::Steward"} and process.environ().get(VAR_NODE_ROOT) == str(
+            head.node_root
+        )
     except psutil.Error:
         return False
 

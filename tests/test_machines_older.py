@@ -90,7 +90,7 @@ def programs(host: Host) -> dict[str, int]:
             words = process.cmdline()
         except psutil.Error:
             continue
-        if words[:1] and words[0].startswith("ray::Steward"):
+        if words[:1] and words[0].startswith(("ray::NodeAgent", "ray::Steward")):
             found["agent"] = process.pid
         elif f"/versions/{older.VERSION}-" in "".join(words[:1]) and words[1:2] == ["-m"] and words[2] in MODULES:
             found[MODULES[words[2]]] = process.pid

@@ -123,7 +123,7 @@ def memory_of(cluster: Cluster) -> Memory:
             words = " ".join(process.cmdline())
         except psutil.Error:  # it has just ended
             continue
-        if words.startswith("ray::Steward"):
+        if words.startswith(("ray::NodeAgent", "ray::Steward")):
             found.append(("steward", process))
         elif "raylaunch.controller.ray.process" in words:
             found.append(("link", process))

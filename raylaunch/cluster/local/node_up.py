@@ -14,7 +14,7 @@ from raylaunch.cluster import tls
 from raylaunch.cluster.local.controller_process import ControllerStart, controller_status, not_ready
 from raylaunch.cluster.local.gpus import GpuChoice, check_gpus, choose_gpus, detect_gpus, neighbours
 from raylaunch.cluster.local.inspect import LocalInspection, check_versions, differences, look
-from raylaunch.cluster.local.process_sweep import of_controller, stewards, sweep_ray
+from raylaunch.cluster.local.process_sweep import node_agents, of_controller, sweep_ray
 from raylaunch.cluster.local.ray_head import RayStart, installed_ray, jobs_answer, make_importable, nodes_alive
 from raylaunch.cluster.local.steps import DiedError, StepLog
 from raylaunch.cluster.ports import ANYWHERE, LOOPBACK, controller_port, own_addresses, ray_ports
@@ -325,7 +325,7 @@ class WorkerJoin:
         for difference in differences(self.spec, record):
             self.steps.note("spec", difference)
         if make_importable(self.paths) or record.versions.raylaunch != __version__:
-            await kill(stewards(record.ray))  # at SIGTERM, Ray would hold that it wished to end
+            await kill(node_agents(record.ray))  # at SIGTERM, Ray would hold that it wished to end
             self.steps.note("steward", f"is started anew by Ray, as of raylaunch {__version__}; jobs go on")
         versions = record.versions.model_copy(update={"raylaunch": __version__})
         return record if versions == record.versions else save_record(self.paths, record.with_(versions=versions))

@@ -10,7 +10,8 @@ import psutil
 from raylaunch.cluster.processes import VAR_CLUSTER_ID, VAR_CONTROLLER_OF, ProcessIdentity, end, is_alive, matching
 
 _VAR_ATTEMPT = "RAYLAUNCH_ATTEMPT_ID"  # runner.contract.VAR_ATTEMPT: ``<cluster id>/<job>-<n>``
-_STEWARD = "ray::Steward"
+_AGENT_TITLES = ("ray::NodeAgent", "ray::Steward")
+"""The titles of node agents of this version and of 0.1."""
 _OWN = ("raylet", "gcs_server", "ray::", "ray-")
 
 
@@ -41,10 +42,10 @@ def runners(cluster_id: str) -> list[ProcessIdentity]:
     return matching(ours, uid=os.getuid())
 
 
-def stewards(head: ProcessIdentity | None) -> list[ProcessIdentity]:
-    """Return the stewards that a Ray runs on this machine; it starts one anew that ends."""
+def node_agents(head: ProcessIdentity | None) -> list[ProcessIdentity]:
+    """Return the node agents of a Ray on this machine; Ray restarts one that exits."""
     tree = _descendants(head)
-    return matching(lambda one: one.pid in tree and one.cmdline()[0].startswith(_STEWARD), uid=os.getuid())
+    return matching(lambda one: one.pid in tree and one.cmdline()[0].startswith(_AGENT_TITLES), uid=os.getuid())
 
 
 def _descendants(head: ProcessIdentity | None) -> set[int]:
