@@ -194,7 +194,8 @@ def test_every_code_has_a_test() -> None:
     assert not untested
 
 
-@pytest.mark.parametrize("code", CODES)
-def test_the_page_of_troubles_says_what_every_code_means(code: str) -> None:
+def test_the_page_of_troubles_says_what_every_code_means() -> None:
     page = (Path(__file__).parent.parent / "docs/troubleshooting.md").read_text(encoding="utf-8")
-    assert f"| `{code}` | {CODES[code]} |" in page
+    table = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \|$", page, re.MULTILINE)
+    assert {code: meaning for code, meaning, fix in table if fix.strip()} == CODES
+    assert [code for code, _, _ in table] == list(CODES)
