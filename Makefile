@@ -64,7 +64,8 @@ docs: .venv/.docs ## build the documentation into site/; a broken link fails it
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env -c docs -d build/docs -b html . site
 	@echo "site/index.html"
 
-docs-reference: .venv/.docs ## write docs/reference and the tools in docs/mcp.md anew from the code
+docs-reference: .venv/.test ## write the blocking SDK, docs/reference and the tools in docs/mcp.md again, from the code
+	$(BIN)/python -m tools.blocking_sdk
 	$(BIN)/python -m tools.reference
 
 clean: ## remove what the targets above have made in this folder

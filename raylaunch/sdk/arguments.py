@@ -1,4 +1,4 @@
-"""From what a person wrote in Python to specs: the cluster that is meant, and the job with keywords laid over it."""
+"""Arguments of the SDK as specs (which cluster, and a job with its keywords), and clusters started and stopped."""
 
 from __future__ import annotations
 
@@ -22,17 +22,24 @@ from raylaunch.models.states import JobState
 from raylaunch.operations.connect import ClusterConnection
 from raylaunch.operations.upgrade import quiet_down, upgraded
 
+Asked = str | Sequence[str] | Path | JobSpec
+"""A shell command, a program with its arguments, a job file's path, or a whole spec."""
+
+Which = str | Path | ClusterSpec
+"""A cluster: its name, a cluster file's path, or a whole spec. "" is the one that applies here."""
+
+_LISTS = frozenset({"outputs", "packages", "secrets", "tags"})
 _NAMED = 3
-"""Jobs that a refusal names."""
+"""Jobs that an error names."""
 
 
 def cluster_to_reach(which: Which) -> ClusterSpec:
-    """Return the cluster that is meant, for what may connect to its hosts.
+    """Return the cluster that is meant, for verbs that may connect to its hosts.
 
-    A `ClusterSpec` is part of the program that a person runs, and so is accepted; a file is accepted by a person.
+    A `ClusterSpec` is part of a program that a person runs, and so is trusted; a file is trusted once accepted.
 
     Raises:
-        SpecError: the file cannot be read, or the name cannot be one.
+        SpecError: the file cannot be read, or the name is invalid.
     """
     spec = cluster_of(which)
     if spec is which:
@@ -40,78 +47,11 @@ def cluster_to_reach(which: Which) -> ClusterSpec:
     return spec
 
 
-async def steps_of_up(spec: ClusterSpec, *, on_notice: Callable[[str], None]) -> AsyncGenerator[Step, None]:
-    """Bring a cluster up and yield each step. When the generator is closed before its end, the bring-up is cancelled.
-
-    Raises:
-        ClusterStartError: something is missing at the end.
-    """
-    steps: asyncio.Queue[Step | None] = asyncio.Queue()
-    work = asyncio.ensure_future(ClusterConnection(spec, on_notice=on_notice, on_step=steps.put_nowait).up())
-    work.add_done_callback(lambda _: steps.put_nowait(None))
-    try:
-        while (step := await steps.get()) is not None:
-            yield step
-        await work
-    finally:
-        work.cancel()
-        await asyncio.gather(work, return_exceptions=True)
-
-
-async def brought_up(place: ClusterConnection, *, upgrade: bool, stop: bool, on_step: Callable[[Step], None]) -> None:
-    """Bring a cluster up; with `upgrade` also where another Ray runs, once no job does.
-
-    Raises:
-        SpecError: `stop` without `upgrade`.
-        ClusterStartError: something is missing at the end.
-    """
-    if upgrade:
-        await upgraded(place, stop=stop, on_step=on_step)
-    elif stop:
-        msg = "up(stop=True) is for upgrade=True: it says what becomes of jobs while Ray is another"
-        raise SpecError(msg, hint="to stop a job: job.stop()", field="stop")
-    else:
-        await place.up()
-
-
-async def taken_down(
-    place: ClusterConnection, *, stop: bool, force: bool, on_step: Callable[[Step], None]
-) -> DownReport:
-    """End a cluster; with `stop` its jobs first, each with its grace.
-
-    Raises:
-        ConflictError: jobs run, and neither `stop` nor `force` is True.
-    """
-    running = () if force else await place.running_jobs()
-    if running and not stop:
-        raise _jobs_run(running, place.spec.name)
-    if running:
-        async with place.client() as client:
-            await quiet_down(client, on_step=on_step)
-    return await place.backend.down(place.spec)
-
-
-def _jobs_run(jobs: Sequence[JobView], cluster: str) -> ConflictError:
-    names = ", ".join(job.id for job in jobs[:_NAMED]) + (" and others" if len(jobs) > _NAMED else "")
-    msg = f"{len(jobs)} job{' runs' if len(jobs) == 1 else 's run'} on cluster {cluster}: {names}"
-    hint = "stop them, each with its grace: down(…, stop=True); or at once: force=True. The next up tries them again"
-    return ConflictError(msg, hint=hint)
-
-
-_LISTS = frozenset({"outputs", "packages", "secrets", "tags"})
-
-Asked = str | Sequence[str] | Path | JobSpec
-"""A shell command, a program with its arguments, a job file's path, or a whole spec."""
-
-Which = str | Path | ClusterSpec
-"""A cluster: its name, a cluster file's path, or a whole spec. "" is the one that applies here."""
-
-
 def cluster_of(which: Which) -> ClusterSpec:
     """Return the cluster that is meant.
 
     Raises:
-        SpecError: the file cannot be read, or the name cannot be one.
+        SpecError: the file cannot be read, or the name is invalid.
     """
     if isinstance(which, ClusterSpec):
         return which
@@ -125,7 +65,7 @@ def cluster_spec_of(name: str, cluster_file: Path | None) -> ClusterSpec:
     embedded one.
 
     Raises:
-        SpecError: the file cannot be read, or the name cannot be one.
+        SpecError: the file cannot be read, or the name is invalid.
     """
     spec = load_cluster_spec(cluster_file)
     if not name or spec.name == name:
@@ -140,17 +80,17 @@ def cluster_spec_of(name: str, cluster_file: Path | None) -> ClusterSpec:
 
 
 def spec_of(job: Asked, given: Mapping[str, object], *, gpus: int | None = None, cwd: Path | None = None) -> JobSpec:
-    """Return the job that is asked for.
+    """Return the job to submit.
 
     Args:
         job: what to run.
-        given: `JobSpec`'s fields; those that are None say nothing. A field replaces what a file or spec says; `env`
-            and lists add to it.
+        given: `JobSpec`'s fields; None leaves a field alone. A field replaces that of a file or spec; `env` and
+            lists add to it.
         gpus: short for ``resources={"gpus": …}``.
         cwd: what relative paths are relative to; by default the current directory.
 
     Raises:
-        SpecError: a value that cannot be.
+        SpecError: a value is invalid.
     """
     flags = [Flag("", (name,), _plain(name, value)) for name, value in given.items() if value is not None]
     if gpus is not None:
@@ -161,14 +101,14 @@ def spec_of(job: Asked, given: Mapping[str, object], *, gpus: int | None = None,
         return job_spec_from_flags(flags, file=job, cwd=cwd)
     if isinstance(job, JobSpec):
         base = job.model_dump(exclude_unset=True)
-        laid = {name: list(value) if name in _LISTS else value for name, value in base.items()}
-        return job_spec_from_flags([*(Flag("", (name,), laid[name]) for name in laid), *flags], cwd=cwd)
+        values = {name: list(value) if name in _LISTS else value for name, value in base.items()}
+        return job_spec_from_flags([*(Flag("", (name,), values[name]) for name in values), *flags], cwd=cwd)
     entrypoint = tuple(job) if isinstance(job, list) else job
     return job_spec_from_flags([Flag("", ("entrypoint",), entrypoint), *flags], cwd=cwd)
 
 
 def _plain(name: str, value: object) -> object:
-    """Return a value as it would stand in a file; nothing of the caller's own is kept."""
+    """Return a value as a file would have it; mutable values are copied."""
     if isinstance(value, str):
         return (value,) if name in _LISTS else value
     if isinstance(value, Spec):
@@ -184,7 +124,7 @@ def states_of(words: Sequence[JobState | str]) -> tuple[JobState, ...]:
     """Return states by their names.
 
     Raises:
-        SpecError: a word that is no state.
+        SpecError: a word is not a state.
     """
     try:
         return tuple(JobState(word) for word in words)
@@ -193,3 +133,61 @@ def states_of(words: Sequence[JobState | str]) -> tuple[JobState, ...]:
         wrong = next(word for word in words if word not in known)
         msg = f"{str(wrong)!r} is not a state"
         raise SpecError(msg, field="states", hint=f"known: {', '.join(known)}") from None
+
+
+async def steps_of_up(spec: ClusterSpec, *, on_notice: Callable[[str], None]) -> AsyncGenerator[Step, None]:
+    """Start a cluster and yield each step. Closing the generator early cancels the start.
+
+    Raises:
+        ClusterStartError: something is still missing.
+    """
+    steps: asyncio.Queue[Step | None] = asyncio.Queue()
+    work = asyncio.ensure_future(ClusterConnection(spec, on_notice=on_notice, on_step=steps.put_nowait).up())
+    work.add_done_callback(lambda _: steps.put_nowait(None))
+    try:
+        while (step := await steps.get()) is not None:
+            yield step
+        await work
+    finally:
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+
+
+async def bring_up(place: ClusterConnection, *, upgrade: bool, stop: bool, on_step: Callable[[Step], None]) -> None:
+    """Start a cluster; with `upgrade` also where another version of Ray runs, once no job does.
+
+    Raises:
+        SpecError: `stop` without `upgrade`.
+        ClusterStartError: something is still missing.
+    """
+    if upgrade:
+        await upgraded(place, stop=stop, on_step=on_step)
+    elif stop:
+        msg = "up(stop=True) needs upgrade=True: it decides whether running jobs are stopped for the upgrade"
+        raise SpecError(msg, hint="to stop a job: job.stop()", field="stop")
+    else:
+        await place.up()
+
+
+async def take_down(
+    place: ClusterConnection, *, stop: bool, force: bool, on_step: Callable[[Step], None]
+) -> DownReport:
+    """Stop a cluster; with `stop` its jobs first, each with its grace period.
+
+    Raises:
+        ConflictError: jobs run, and neither `stop` nor `force` is True.
+    """
+    running = () if force else await place.running_jobs()
+    if running and not stop:
+        raise _jobs_running(running, place.spec.name)
+    if running:
+        async with place.client() as client:
+            await quiet_down(client, on_step=on_step)
+    return await place.backend.down(place.spec)
+
+
+def _jobs_running(jobs: Sequence[JobView], cluster: str) -> ConflictError:
+    names = ", ".join(job.id for job in jobs[:_NAMED]) + (" and others" if len(jobs) > _NAMED else "")
+    msg = f"{len(jobs)} job{' runs' if len(jobs) == 1 else 's run'} on cluster {cluster}: {names}"
+    hint = "stop them gracefully: down(…, stop=True); or at once: force=True. The next up retries them"
+    return ConflictError(msg, hint=hint)

@@ -1,4 +1,4 @@
-"""A cluster, asynchronously: the truth that `Cluster` repeats in blocking form."""
+"""A cluster, asynchronously. `Cluster`, the blocking form, is generated from this module."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from raylaunch.operations.connect import ClusterConnection
 from raylaunch.sdk.arguments import (
     Asked,
     Which,
-    brought_up,
+    bring_up,
     cluster_of,
     cluster_spec_of,
     cluster_to_reach,
     spec_of,
     states_of,
     steps_of_up,
-    taken_down,
+    take_down,
 )
 from raylaunch.sdk.async_job import AsyncJob
 from raylaunch.sdk.display import OnStep, cluster_html, cluster_line, show_steps
@@ -42,10 +42,10 @@ _PAGE = 500
 _log = logging.getLogger(__name__)
 
 Notice = Callable[[str], None]
-"""Told in a sentence what a person should know meanwhile."""
+"""Called with a sentence that a person should read."""
 
 
-def say(sentence: str) -> None:
+def log_notice(sentence: str) -> None:
     """Log a notice. Python shows warnings on stderr where nobody has configured logging, as in a notebook."""
     _log.warning("%s", sentence)
 
@@ -76,22 +76,23 @@ class AsyncCluster:
         start: bool = True,
         cluster_file: Path | str | None = None,
         reach: Reachable | None = None,
-        on_notice: Notice = say,
+        on_notice: Notice = log_notice,
     ) -> Self:
         """Return the cluster, which has answered.
 
         Args:
             name: a cluster's name; by default the one that cluster.yaml here describes, else the embedded ``local``.
-            start: whether a cluster that does not run is started. One that should run and does not is always healed.
+            start: whether a cluster that does not run is started. One that should run and does not is always restarted.
             cluster_file: another cluster.yaml.
-            reach: where a controller answers and with which token, where that is known already, as for a tunnel of
-                your own. Nothing is started or healed then.
-            on_notice: told in a sentence that something is started or was lost; by default it is logged as a warning.
+            reach: address and token of a controller, where they are known already, for example with a tunnel of your
+                own. Nothing is started or restarted then.
+            on_notice: called with a sentence when something is started or was lost; by default that is logged as a
+                warning.
 
         Raises:
-            ClusterDownError: there is no cluster, and `start` is False; or nothing answers at `reach`.
+            ClusterDownError: there is no cluster, and `start` is False; or nothing responds at `reach`.
             ClusterStartError: a step of starting it failed.
-            SpecError: the file cannot be read, or says something that cannot be.
+            SpecError: the file cannot be read, or has an invalid value.
         """
         async with contextlib.AsyncExitStack() as stack:
             if reach is not None:
@@ -113,11 +114,11 @@ class AsyncCluster:
                 here.
 
         Raises:
-            ClusterError: this machine, or what runs on it, does not fit. For hosts over SSH see the plan's problems.
-            SpecError: the file cannot be read, or says something that cannot be.
+            ClusterError: this machine, or what runs on it, is not suitable. For hosts over SSH see the plan's problems.
+            SpecError: the file cannot be read, or has an invalid value.
         """
         spec = cluster_to_reach(which)
-        return await ClusterConnection(spec, on_notice=say, on_step=show_steps(spec.name)).backend.plan(spec)
+        return await ClusterConnection(spec, on_notice=log_notice, on_step=show_steps(spec.name)).backend.plan(spec)
 
     @classmethod
     async def up(
@@ -127,48 +128,48 @@ class AsyncCluster:
         upgrade: bool = False,
         stop: bool = False,
         on_step: OnStep | None = None,
-        on_notice: Notice = say,
+        on_notice: Notice = log_notice,
     ) -> Self:
         """Start the cluster, or what is missing of it; return it when it can take jobs.
 
-        It may be repeated: what is well is left as it is. Nobody is asked: what needs a person (the key of a host that
-        is not known yet, a passphrase) is an error that says what to type in a terminal.
+        It may be repeated: what already runs is left alone. There are no prompts: what needs a person (an unknown host
+        key, a passphrase) is an error that says what to type in a terminal.
 
         Args:
             which: the cluster, as for `plan`.
-            upgrade: whether a Ray of another version is ended and this one started, once no job runs. Without it such
-                a cluster is refused.
-            stop: for `upgrade`, whether jobs are stopped, each with its own grace, and tried again; else they are
-                waited for, as long as they run.
-            on_step: told each step; by default a notebook shows them, and elsewhere they are logged.
-            on_notice: told in a sentence what a person should know.
+            upgrade: whether a Ray of another version is stopped and this one started, once no job runs. Without it
+                such a cluster is refused.
+            stop: for `upgrade`, whether jobs are stopped, each with its own grace period, and retried; else `up` waits
+                until they have ended.
+            on_step: called with each step; by default a notebook shows them, and elsewhere they are logged.
+            on_notice: called with a sentence that a person should read.
 
         Raises:
-            ClusterStartError: something is missing at the end, host by host. What came up stays up.
-            ClusterError: this machine, or what runs on it, does not fit.
-            SpecError: the file cannot be read, or says something that cannot be.
+            ClusterStartError: something is still missing, host by host. What has started keeps running.
+            ClusterError: this machine, or what runs on it, is not suitable.
+            SpecError: the file cannot be read, or has an invalid value.
         """
         spec = cluster_to_reach(which)
-        told = on_step or show_steps(spec.name)
-        place = ClusterConnection(spec, on_notice=on_notice, on_step=told, prefix=sys.prefix)
+        report = on_step or show_steps(spec.name)
+        place = ClusterConnection(spec, on_notice=on_notice, on_step=report, prefix=sys.prefix)
         async with contextlib.AsyncExitStack() as stack:
-            await brought_up(place, upgrade=upgrade, stop=stop, on_step=told)
+            await bring_up(place, upgrade=upgrade, stop=stop, on_step=report)
             client = await stack.enter_async_context(place.client())
             seen = await client.status()
             return cls(client, name=spec.name, holds=stack.pop_all(), seen=seen)
 
     @classmethod
-    async def up_steps(cls, which: Which = "", *, on_notice: Notice = say) -> AsyncGenerator[Step, None]:
+    async def up_steps(cls, which: Which = "", *, on_notice: Notice = log_notice) -> AsyncGenerator[Step, None]:
         """Yield each step of an `up` as it happens; the cluster can take jobs when there are no more.
 
-        Whoever stops listening ends the bring-up; the next one goes on from there.
+        Closing the generator cancels the bring-up; the next one continues from there.
 
         Args:
             which: the cluster, as for `plan`.
-            on_notice: told in a sentence what a person should know.
+            on_notice: called with a sentence that a person should read.
 
         Raises:
-            ClusterStartError: something is missing at the end, host by host. What came up stays up.
+            ClusterStartError: something is still missing, host by host. What has started keeps running.
         """
         async with contextlib.aclosing(steps_of_up(cluster_to_reach(which), on_notice=on_notice)) as steps:
             async for step in steps:
@@ -176,37 +177,37 @@ class AsyncCluster:
 
     @classmethod
     async def look(cls, which: Which = "") -> ClusterStatus:
-        """Return how a cluster is that may not run: ``running``, ``degraded`` or ``stopped``. Nothing is changed.
+        """Return the status of a cluster: ``running``, ``degraded`` or ``stopped``. Nothing is started or changed.
 
         Args:
             which: the cluster, as for `plan`.
 
         Raises:
-            SpecError: the file cannot be read, or says something that cannot be.
+            SpecError: the file cannot be read, or has an invalid value.
         """
         spec = cluster_of(which)
-        return await ClusterConnection(spec, on_notice=say, on_step=show_steps(spec.name)).backend.status(spec)
+        return await ClusterConnection(spec, on_notice=log_notice, on_step=show_steps(spec.name)).backend.status(spec)
 
     @classmethod
     async def down(
         cls, which: Which, *, stop: bool = False, force: bool = False, on_step: OnStep | None = None
     ) -> DownReport:
-        """End exactly what `up` started; return what that was, when nothing of it is left. The store stays.
+        """Stop exactly what `up` started; return what that was, once all of it has ended. The store stays.
 
         Args:
             which: the cluster, as for `plan`. It has to be named.
-            stop: whether jobs are stopped first, each with its own grace; the next `up` tries them again.
-            force: whether they are ended at once; the next `up` tries them again too.
-            on_step: told what is waited for; by default as for `up`.
+            stop: whether jobs are stopped first, each with its own grace period; the next `up` retries them.
+            force: whether they are killed at once; the next `up` retries them too.
+            on_step: called with what `down` waits for; by default as for `up`.
 
         Raises:
             ConflictError: jobs run, and neither `stop` nor `force` is True.
-            ClusterError: something could not be ended; the message says what.
+            ClusterError: something could not be stopped; the message says what.
         """
         spec = cluster_of(which)
-        told = on_step or show_steps(spec.name)
-        place = ClusterConnection(spec, on_notice=say, on_step=told, heals=False)
-        return await taken_down(place, stop=stop, force=force, on_step=told)
+        report = on_step or show_steps(spec.name)
+        place = ClusterConnection(spec, on_notice=log_notice, on_step=report, heals=False)
+        return await take_down(place, stop=stop, force=force, on_step=report)
 
     async def __aenter__(self) -> Self:
         return self
@@ -226,11 +227,11 @@ class AsyncCluster:
         return cluster_html(self._name, self._seen)
 
     async def close(self) -> None:
-        """Close the connection. Cluster and jobs go on."""
+        """Close the connection. Cluster and jobs keep running."""
         await self._holds.aclose()
 
     async def status(self) -> ControllerStatus:
-        """Return what the controller says of itself, Ray and the nodes."""
+        """Return the status of the controller, Ray and the nodes."""
         self._seen = await self._client.status()
         return self._seen
 
@@ -262,10 +263,10 @@ class AsyncCluster:
         allow: Sequence[str] | str = (),
         max_upload: str | int | None = None,
     ) -> AsyncJob:
-        """Pack the working directory, send what the cluster lacks of it, and submit.
+        """Pack the working directory, send what the cluster does not have yet, and submit.
 
-        The keywords are the fields of a job file. One that is None leaves what `job` says, else the default; `env` and
-        lists add to what `job` says.
+        The keywords are the fields of a job file. With None, the value in `job` or else the default applies; `env` and
+        lists add to those in `job`.
 
         Args:
             job: a shell command (text), a program with its arguments (a list), a job file (a `Path`), or a `JobSpec`.
@@ -281,26 +282,26 @@ class AsyncCluster:
             environment: the Python environment, for example ``conda:train``; by default the first that applies of
                 cluster.yaml's, ``uv.lock`` in the working directory, this Python's own, and the cluster's.
             packages: added to that environment, for example ``["numpy", "pandas==2.3.3"]``.
-            timeout_s: the longest run of one attempt: seconds, or text as ``2h``.
-            grace_s: between SIGTERM and SIGKILL at a stop: seconds, or text.
+            timeout_s: the longest run of one attempt: seconds, or text, for example ``2h``.
+            grace_s: time between SIGTERM and SIGKILL at a stop: seconds, or text.
             outputs: ``auto`` (what is new in the working directory), ``none``, or files and globs to keep.
-            outputs_size: how much ``auto`` keeps, as ``5GiB``.
+            outputs_size: how much ``auto`` keeps, for example ``5GiB``.
             outputs_files: how many files ``auto`` keeps.
             tags: words to find the job by.
-            tracking: Weights & Biases. What it does not state is taken from this Python's ``WANDB_MODE``,
-                ``WANDB_PROJECT`` and so on; the key of ``WANDB_API_KEY`` goes along, for this job alone.
+            tracking: Weights & Biases. Missing settings are taken from this Python's ``WANDB_MODE``,
+                ``WANDB_PROJECT`` and so on; the key in ``WANDB_API_KEY`` is sent for this job only.
             priority: from -100 to 100; higher goes first.
             retries: more attempts when the program fails.
-            request_id: the same id with the same job returns the job that is there, also from another Python.
+            request_id: the same id with the same job returns the existing job, also from another Python process.
             allow: files to send although they look like secrets: names (``.env``) or paths in the working directory.
-            max_upload: the largest upload, as ``5GB`` or in bytes; by default 1 GB.
+            max_upload: the largest upload, for example ``5GB``, or in bytes; by default 1 GB.
 
         Returns:
-            The job. It waits for its turn, and goes on without this Python.
+            The job. It waits for its turn, and does not need this process any more.
 
         Raises:
-            TransferError: the code did not arrive as it was sent.
-            SpecError: a value that cannot be, a folder that cannot be packed, or what no node could ever run.
+            TransferError: the code was damaged on its way.
+            SpecError: an invalid value, a folder that cannot be packed, or a job that no node could ever run.
             WithheldError: files look like secrets, or the upload is too large; nothing was sent.
             ConflictError: `request_id` was used for something else.
         """
@@ -366,12 +367,12 @@ class AsyncCluster:
         """Return a job.
 
         Args:
-            ref: its id, its name (then your latest job of that name), or ``last``. Where you have none of that name,
-                somebody else's is returned, which is said, and which can be read alone: its id is needed to stop or
-                remove it, or to download its files.
+            ref: its id, its name (then your latest job of that name), or ``last``. If you have none of that name,
+                somebody else's is returned with a notice, and it is read-only: its id is needed to stop or remove it,
+                or to download its files.
 
         Raises:
-            NotFoundError: there is none; the message names the nearest.
+            NotFoundError: there is no such job; the message names the nearest.
         """
         return AsyncJob(self._client, await self._client.job(ref), asked=ref)
 
@@ -388,7 +389,7 @@ class AsyncCluster:
         """Return jobs, newest first.
 
         Args:
-            states: only jobs in these states, as ``["running", "queued"]``.
+            states: only jobs in these states, for example ``["running", "queued"]``.
             name: only jobs of this name.
             owner: only jobs of this person.
             tag: only jobs with this tag.
@@ -396,7 +397,7 @@ class AsyncCluster:
             limit: jobs at most.
 
         Raises:
-            SpecError: a word that is no state.
+            SpecError: a word is not a state.
         """
         wanted, found, cursor = states_of(states), list[AsyncJob](), ""
         while len(found) < limit:
@@ -417,4 +418,4 @@ class AsyncCluster:
 
 
 def _log_packed(report: PackReport, archive_bytes: int) -> None:
-    _log.info("packed %d files, %d bytes to send; %d files left out", report.files, archive_bytes, report.ignored)
+    _log.info("packed %d files, %d bytes to send; %d files skipped", report.files, archive_bytes, report.ignored)

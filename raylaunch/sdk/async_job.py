@@ -1,4 +1,4 @@
-"""A job, asynchronously: the truth that `Job` repeats in blocking form."""
+"""A job, asynchronously. `Job`, the blocking form, is generated from this module."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def no_progress(_what: str, _done: int, _total: int, /) -> None:
 class AsyncJob:
     """One job. `AsyncCluster.submit` and `AsyncCluster.job` make it.
 
-    It holds nothing that could be lost: end this Python during any verb, and the job goes on as it was.
+    It holds nothing that could be lost: end this process during any verb, and the job keeps running.
 
     All verbs raise `ClusterDownError` when nothing answers, `AccessError` when the token may not do it, and
-    `NotFoundError` when the job was removed, or for what is not kept of a job of plain Ray (metrics, files).
+    `NotFoundError` when the job was removed, or for the metrics and files of a job submitted with plain Ray.
     """
 
     def __init__(self, client: Client, view: JobView, *, asked: str = "") -> None:
@@ -47,13 +47,13 @@ class AsyncJob:
         self._asked = asked if client.is_others(view.id) else ""
 
     def _refuse_others(self) -> None:
-        """Refuse what changes the job, or brings its files here, where a name led to somebody else's."""
+        """Refuse to change the job, or to download its files, if a name led to somebody else's."""
         if self._asked not in {"", self.id}:
             raise NotYoursError.of(self._asked, job=self.id, owner=self._view.owner)
 
     @property
     def id(self) -> str:
-        """The job's id, for life."""
+        """The job's id. It never changes."""
         return self._view.id
 
     @property
@@ -63,27 +63,27 @@ class AsyncJob:
 
     @property
     def view(self) -> JobView:
-        """The job as it was last seen; `status` looks again."""
+        """The last known state of the job; `status` updates it."""
         return self._view
 
     def __repr__(self) -> str:
         return job_line(self._view).replace("<Job", "<AsyncJob", 1)
 
     def _repr_html_(self) -> str:
-        return Card(self._view, note="as it was last seen; await job.card() looks again")._repr_html_()
+        return Card(self._view, note="last known state; await job.card() updates it")._repr_html_()
 
     async def status(self) -> JobView:
-        """Return the job as it is now, with everything about it."""
+        """Return the job's current state, with all details."""
         self._view = await self._client.job(self.id)
         return self._view
 
     async def wait(self, *, timeout_s: float | None = None) -> JobView:
         """Return the job when it has ended, however it ended.
 
-        Ctrl-C ends the waiting; the job goes on.
+        Ctrl-C ends the waiting; the job keeps running.
 
         Args:
-            timeout_s: seconds to wait at most; by default as long as it takes.
+            timeout_s: seconds to wait at most; by default without limit.
 
         Raises:
             TimeoutError: it has not ended within `timeout_s`.
@@ -91,7 +91,7 @@ class AsyncJob:
         try:
             self._view = await asyncio.wait_for(self._client.wait(self.id), timeout_s)
         except asyncio.TimeoutError:
-            msg = f"{self.id} has not ended within {timeout_s or 0:g} s; it is {self._view.state.value} and goes on"
+            msg = f"{self.id} has not ended within {timeout_s or 0:g} s; it is still {self._view.state.value}"
             raise TimeoutError(msg) from None
         return self._view
 
@@ -99,7 +99,7 @@ class AsyncJob:
         """Return the job's outputs when it has succeeded: names, bytes and checksums. `download` fetches them.
 
         Args:
-            timeout_s: seconds to wait at most; by default as long as it takes.
+            timeout_s: seconds to wait at most; by default without limit.
 
         Raises:
             JobFailedError: it ended otherwise; the message holds its last lines.
@@ -113,24 +113,24 @@ class AsyncJob:
         return tuple(file for file in await self.files() if file.kind == "output")
 
     async def stop(self, *, grace_s: float | None = None) -> JobView:
-        """Ask the job to stop. It is `stopped` only when all its processes are gone, so `wait` for that.
+        """Request that the job stops. It is `stopped` only when all its processes have exited, so `wait` for that.
 
         Args:
-            grace_s: seconds between SIGTERM and SIGKILL; by default what the job's spec says.
+            grace_s: seconds between SIGTERM and SIGKILL; by default the value in the job's spec.
 
         Returns:
-            The job as it is once that is noted: `stopping`, or `stopped` if it was still waiting.
+            The job once the request is recorded: `stopping`, or `stopped` if it was still waiting.
 
         Raises:
             ConflictError: it has ended.
-            NotYoursError: it was asked for by a name that means none of your jobs.
+            NotYoursError: it was found by a name that none of your jobs has.
         """
         self._refuse_others()
         self._view = await self._client.stop(self.id, grace_s=grace_s)
         return self._view
 
     async def remove(self) -> int:
-        """Delete the job, which must have ended, with all its files in the cluster; return how many bytes that were.
+        """Delete the job, which must have ended, with all its files in the cluster; return how many bytes they had.
 
         Raises:
             ConflictError: it has not ended.
@@ -152,7 +152,7 @@ class AsyncJob:
         return tuple(found)
 
     async def follow(self, *, after: int = 0) -> AsyncGenerator[Event, None]:
-        """Yield what has happened to the job and what happens, until it has ended.
+        """Yield what has happened to the job and what happens next, until it has ended.
 
         Args:
             after: the `seq` of an event; only later ones are yielded.
@@ -188,7 +188,7 @@ class AsyncJob:
         A line of more than 64 KiB comes in pieces.
 
         Args:
-            tail: begin with the last lines; by default with the first.
+            tail: start with this many last lines; by default with the first line.
             attempt: only this attempt; by default the latest and those that follow it.
             rank: which of the attempt's ranks; `view.attempt.ranks` says how many there are.
         """
@@ -206,16 +206,16 @@ class AsyncJob:
     async def search_logs(
         self, pattern: str, *, regex: bool = False, ignore_case: bool = False, limit: int = 100
     ) -> LogMatches:
-        """Return the lines of the latest attempt's log that hold a pattern, each with its place in bytes.
+        """Return the lines of the latest attempt's log that match a pattern, each with its offset in bytes.
 
         Args:
             pattern: text, or with `regex` a regular expression in RE2's syntax.
-            regex: whether `pattern` is one.
+            regex: whether `pattern` is a regular expression.
             ignore_case: whether upper and lower case are the same.
             limit: lines at most, 1 or more.
 
         Raises:
-            SpecError: `pattern` is no regular expression, or empty.
+            SpecError: `pattern` is not a valid regular expression, or empty.
         """
         return await self._client.search_logs(self.id, pattern, regex=regex, ignore_case=ignore_case, limit=limit)
 
@@ -223,7 +223,7 @@ class AsyncJob:
         """Return the job's metrics: last values, and curves. A notebook draws them.
 
         Args:
-            keys: the metrics whose curves are wanted; by default all, 20 at most.
+            keys: the metrics whose curves are returned; by default all, 20 at most.
             max_points: points of a curve at most, 2 or more; longer ones are thinned evenly.
         """
         page = await self._client.metrics(self.id, keys=keys, max_points=max_points)
@@ -232,20 +232,20 @@ class AsyncJob:
         return Metrics(page)
 
     async def metrics_frame(self, keys: Sequence[str] = ()) -> pd.DataFrame:
-        """Return every point as a pandas table: a row a step, a column a metric.
+        """Return every point as a pandas table: one row per step, one column per metric.
 
         Args:
-            keys: the metrics that are wanted; by default all.
+            keys: the metrics to return; by default all.
 
         Raises:
             RaylaunchError: pandas is not installed.
         """
-        from raylaunch.sdk.dataframe import frame_of_csv  # noqa: PLC0415 -- only who wants a table has pandas
+        from raylaunch.sdk.dataframe import frame_of_csv  # noqa: PLC0415 -- pandas is optional
 
         return frame_of_csv(b"".join([data async for data in self._client.metrics_csv(self.id, keys=keys)]))
 
     async def files(self) -> tuple[Artifact, ...]:
-        """Return the files that the job has left behind so far: outputs, checkpoints, logs, tracking, records."""
+        """Return the files that the job has produced so far: outputs, checkpoints, logs, tracking, records."""
         return await self._client.files(self.id)
 
     async def download(
@@ -259,24 +259,24 @@ class AsyncJob:
     ) -> tuple[Downloaded, ...]:
         """Fetch files, each verified against its checksum.
 
-        The same file is not fetched again when it is there already. A file that is there and differs is kept, unless it
-        is what an earlier download of this job left; the others still come.
+        A file that is there already is not fetched again. One that differs is kept, unless it came from an earlier
+        download of this job; the other files are still fetched.
 
         Args:
             paths: names, folders or globs; by default the job's outputs, each from the latest attempt that has it.
-            to: the folder that they go into; it is made.
+            to: the folder for them; it is created.
             everything: without `paths`, checkpoints, logs, tracking and records too.
             replace: whether files that differ are replaced, also in a folder that holds another job's files.
-            on_progress: called with what travels, bytes done and bytes in all.
+            on_progress: called with what is transferred, bytes done and bytes in total.
 
         Returns:
-            What is here now, one for each file.
+            What is here now, one entry per file.
 
         Raises:
             ConflictError: the folder holds another job's files.
             NotYoursError: as for `stop`.
             IncompleteDownloadError: some files are not here, such as those that were kept; its `done` has the others.
-            NotFoundError: a name fits no file.
+            NotFoundError: a name matches no file.
             StorageError: a file cannot be written here.
         """
         self._refuse_others()
@@ -286,7 +286,7 @@ class AsyncJob:
         )
 
     async def card(self) -> Card:
-        """Return the job as a notebook shows it: state, progress, last metrics, and the curve of its loss."""
+        """Return the job as a notebook shows it: state, progress, last metrics, and its loss curve."""
         job = await self.status()
         key = loss_key(tuple(job.last_metrics))
         if not key:
@@ -308,8 +308,8 @@ def _failure(job: JobView) -> JobFailedError:
     tail = tuple(clean(line, colour=False) for line in job.log_tail[-_EVIDENCE_LINES:])
     why = f"{job.id} {job.state.value.replace('_', ' ')}" + (f": {sentence(job)}" if sentence(job) else "")
     lines = [why, *([f"{_whose(job)} last lines:"] if tail else []), *(f"  | {line}" for line in tail)]
-    look = "print(job.logs()) shows more of its log, job.events() what happened to it"
-    hint = import_hint(job, active_python(os.environ, prefix=sys.prefix)) or look
+    more = "print(job.logs()) shows more of its log, job.events() what happened to it"
+    hint = import_hint(job, active_python(os.environ, prefix=sys.prefix)) or more
     return JobFailedError(
         "\n".join(lines),
         hint=hint,

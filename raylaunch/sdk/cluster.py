@@ -1,11 +1,11 @@
-"""A cluster, blocking: each verb is that of `AsyncCluster`, run to its end, also inside a notebook's running loop.
+"""A cluster, blocking: each verb is that of `AsyncCluster`, also inside a notebook's running loop.
 
-A test keeps both equal, verb by verb: signatures and docstrings are the same.
+Generated from async_cluster.py: change that, then run `make docs-reference`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Coroutine, Generator, Mapping, Sequence
 from pathlib import Path
 
 from typing_extensions import Self
@@ -18,7 +18,7 @@ from raylaunch.models.job import DryRun
 from raylaunch.models.job_spec import Launcher, Resources, Tracking, Where
 from raylaunch.models.states import JobState
 from raylaunch.sdk.arguments import Asked, Which
-from raylaunch.sdk.async_cluster import AsyncCluster, Notice, say
+from raylaunch.sdk.async_cluster import AsyncCluster, Notice, log_notice
 from raylaunch.sdk.display import OnStep
 from raylaunch.sdk.job import Job
 from raylaunch.sdk.loop import LoopThread, shared_loop
@@ -36,9 +36,28 @@ class Cluster:
             job.result()
     """
 
-    def __init__(self, truth: AsyncCluster, loop: LoopThread) -> None:
-        self._truth = truth
+    def __init__(self, asynchronous: AsyncCluster, loop: LoopThread) -> None:
+        self._async = asynchronous
         self._loop = loop
+
+    @classmethod
+    def _opened(cls, work: Coroutine[None, None, AsyncCluster]) -> Self:
+        loop = shared_loop()
+        asynchronous = loop.run(work)
+        loop.keep(asynchronous)
+        return cls(asynchronous, loop)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return repr(self._async).replace("<AsyncCluster", "<Cluster", 1)
+
+    def _repr_html_(self) -> str:
+        return self._async._repr_html_()
 
     @classmethod
     def connect(
@@ -48,28 +67,27 @@ class Cluster:
         start: bool = True,
         cluster_file: Path | str | None = None,
         reach: Reachable | None = None,
-        on_notice: Notice = say,
+        on_notice: Notice = log_notice,
     ) -> Self:
         """Return the cluster, which has answered.
 
         Args:
             name: a cluster's name; by default the one that cluster.yaml here describes, else the embedded ``local``.
-            start: whether a cluster that does not run is started. One that should run and does not is always healed.
+            start: whether a cluster that does not run is started. One that should run and does not is always restarted.
             cluster_file: another cluster.yaml.
-            reach: where a controller answers and with which token, where that is known already, as for a tunnel of
-                your own. Nothing is started or healed then.
-            on_notice: told in a sentence that something is started or was lost; by default it is logged as a warning.
+            reach: address and token of a controller, where they are known already, for example with a tunnel of your
+                own. Nothing is started or restarted then.
+            on_notice: called with a sentence when something is started or was lost; by default that is logged as a
+                warning.
 
         Raises:
-            ClusterDownError: there is no cluster, and `start` is False; or nothing answers at `reach`.
+            ClusterDownError: there is no cluster, and `start` is False; or nothing responds at `reach`.
             ClusterStartError: a step of starting it failed.
-            SpecError: the file cannot be read, or says something that cannot be.
+            SpecError: the file cannot be read, or has an invalid value.
         """
-        loop = shared_loop()
-        work = AsyncCluster.connect(name, start=start, cluster_file=cluster_file, reach=reach, on_notice=on_notice)
-        truth = loop.run(work)
-        loop.keep(truth)
-        return cls(truth, loop)
+        return cls._opened(
+            AsyncCluster.connect(name, start=start, cluster_file=cluster_file, reach=reach, on_notice=on_notice)
+        )
 
     @classmethod
     def plan(cls, which: Which = "") -> Plan:
@@ -80,8 +98,8 @@ class Cluster:
                 here.
 
         Raises:
-            ClusterError: this machine, or what runs on it, does not fit. For hosts over SSH see the plan's problems.
-            SpecError: the file cannot be read, or says something that cannot be.
+            ClusterError: this machine, or what runs on it, is not suitable. For hosts over SSH see the plan's problems.
+            SpecError: the file cannot be read, or has an invalid value.
         """
         return shared_loop().run(AsyncCluster.plan(which))
 
@@ -93,57 +111,53 @@ class Cluster:
         upgrade: bool = False,
         stop: bool = False,
         on_step: OnStep | None = None,
-        on_notice: Notice = say,
+        on_notice: Notice = log_notice,
     ) -> Self:
         """Start the cluster, or what is missing of it; return it when it can take jobs.
 
-        It may be repeated: what is well is left as it is. Nobody is asked: what needs a person (the key of a host that
-        is not known yet, a passphrase) is an error that says what to type in a terminal.
+        It may be repeated: what already runs is left alone. There are no prompts: what needs a person (an unknown host
+        key, a passphrase) is an error that says what to type in a terminal.
 
         Args:
             which: the cluster, as for `plan`.
-            upgrade: whether a Ray of another version is ended and this one started, once no job runs. Without it such
-                a cluster is refused.
-            stop: for `upgrade`, whether jobs are stopped, each with its own grace, and tried again; else they are
-                waited for, as long as they run.
-            on_step: told each step; by default a notebook shows them, and elsewhere they are logged.
-            on_notice: told in a sentence what a person should know.
+            upgrade: whether a Ray of another version is stopped and this one started, once no job runs. Without it
+                such a cluster is refused.
+            stop: for `upgrade`, whether jobs are stopped, each with its own grace period, and retried; else `up` waits
+                until they have ended.
+            on_step: called with each step; by default a notebook shows them, and elsewhere they are logged.
+            on_notice: called with a sentence that a person should read.
 
         Raises:
-            ClusterStartError: something is missing at the end, host by host. What came up stays up.
-            ClusterError: this machine, or what runs on it, does not fit.
-            SpecError: the file cannot be read, or says something that cannot be.
+            ClusterStartError: something is still missing, host by host. What has started keeps running.
+            ClusterError: this machine, or what runs on it, is not suitable.
+            SpecError: the file cannot be read, or has an invalid value.
         """
-        loop = shared_loop()
-        up = AsyncCluster.up(which, upgrade=upgrade, stop=stop, on_step=on_step, on_notice=on_notice)
-        truth = loop.run(up)
-        loop.keep(truth)
-        return cls(truth, loop)
+        return cls._opened(AsyncCluster.up(which, upgrade=upgrade, stop=stop, on_step=on_step, on_notice=on_notice))
 
     @classmethod
-    def up_steps(cls, which: Which = "", *, on_notice: Notice = say) -> Generator[Step, None, None]:
+    def up_steps(cls, which: Which = "", *, on_notice: Notice = log_notice) -> Generator[Step, None, None]:
         """Yield each step of an `up` as it happens; the cluster can take jobs when there are no more.
 
-        Whoever stops listening ends the bring-up; the next one goes on from there.
+        Closing the generator cancels the bring-up; the next one continues from there.
 
         Args:
             which: the cluster, as for `plan`.
-            on_notice: told in a sentence what a person should know.
+            on_notice: called with a sentence that a person should read.
 
         Raises:
-            ClusterStartError: something is missing at the end, host by host. What came up stays up.
+            ClusterStartError: something is still missing, host by host. What has started keeps running.
         """
-        yield from shared_loop().each(AsyncCluster.up_steps(which, on_notice=on_notice))
+        return shared_loop().each(AsyncCluster.up_steps(which, on_notice=on_notice))
 
     @classmethod
     def look(cls, which: Which = "") -> ClusterStatus:
-        """Return how a cluster is that may not run: ``running``, ``degraded`` or ``stopped``. Nothing is changed.
+        """Return the status of a cluster: ``running``, ``degraded`` or ``stopped``. Nothing is started or changed.
 
         Args:
             which: the cluster, as for `plan`.
 
         Raises:
-            SpecError: the file cannot be read, or says something that cannot be.
+            SpecError: the file cannot be read, or has an invalid value.
         """
         return shared_loop().run(AsyncCluster.look(which))
 
@@ -151,44 +165,32 @@ class Cluster:
     def down(
         cls, which: Which, *, stop: bool = False, force: bool = False, on_step: OnStep | None = None
     ) -> DownReport:
-        """End exactly what `up` started; return what that was, when nothing of it is left. The store stays.
+        """Stop exactly what `up` started; return what that was, once all of it has ended. The store stays.
 
         Args:
             which: the cluster, as for `plan`. It has to be named.
-            stop: whether jobs are stopped first, each with its own grace; the next `up` tries them again.
-            force: whether they are ended at once; the next `up` tries them again too.
-            on_step: told what is waited for; by default as for `up`.
+            stop: whether jobs are stopped first, each with its own grace period; the next `up` retries them.
+            force: whether they are killed at once; the next `up` retries them too.
+            on_step: called with what `down` waits for; by default as for `up`.
 
         Raises:
             ConflictError: jobs run, and neither `stop` nor `force` is True.
-            ClusterError: something could not be ended; the message says what.
+            ClusterError: something could not be stopped; the message says what.
         """
         return shared_loop().run(AsyncCluster.down(which, stop=stop, force=force, on_step=on_step))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return repr(self._truth).replace("<AsyncCluster", "<Cluster", 1)
-
-    def _repr_html_(self) -> str:
-        return self._truth._repr_html_()
 
     @property
     def name(self) -> str:
         """The cluster's name."""
-        return self._truth.name
+        return self._async.name
 
     def close(self) -> None:
-        """Close the connection. Cluster and jobs go on."""
-        self._loop.close(self._truth)
+        """Close the connection. Cluster and jobs keep running."""
+        self._loop.close(self._async)
 
     def status(self) -> ControllerStatus:
-        """Return what the controller says of itself, Ray and the nodes."""
-        return self._loop.run(self._truth.status())
+        """Return the status of the controller, Ray and the nodes."""
+        return self._loop.run(self._async.status())
 
     def submit(  # noqa: PLR0913 -- each is one field of a job
         self,
@@ -218,10 +220,10 @@ class Cluster:
         allow: Sequence[str] | str = (),
         max_upload: str | int | None = None,
     ) -> Job:
-        """Pack the working directory, send what the cluster lacks of it, and submit.
+        """Pack the working directory, send what the cluster does not have yet, and submit.
 
-        The keywords are the fields of a job file. One that is None leaves what `job` says, else the default; `env` and
-        lists add to what `job` says.
+        The keywords are the fields of a job file. With None, the value in `job` or else the default applies; `env` and
+        lists add to those in `job`.
 
         Args:
             job: a shell command (text), a program with its arguments (a list), a job file (a `Path`), or a `JobSpec`.
@@ -237,32 +239,32 @@ class Cluster:
             environment: the Python environment, for example ``conda:train``; by default the first that applies of
                 cluster.yaml's, ``uv.lock`` in the working directory, this Python's own, and the cluster's.
             packages: added to that environment, for example ``["numpy", "pandas==2.3.3"]``.
-            timeout_s: the longest run of one attempt: seconds, or text as ``2h``.
-            grace_s: between SIGTERM and SIGKILL at a stop: seconds, or text.
+            timeout_s: the longest run of one attempt: seconds, or text, for example ``2h``.
+            grace_s: time between SIGTERM and SIGKILL at a stop: seconds, or text.
             outputs: ``auto`` (what is new in the working directory), ``none``, or files and globs to keep.
-            outputs_size: how much ``auto`` keeps, as ``5GiB``.
+            outputs_size: how much ``auto`` keeps, for example ``5GiB``.
             outputs_files: how many files ``auto`` keeps.
             tags: words to find the job by.
-            tracking: Weights & Biases. What it does not state is taken from this Python's ``WANDB_MODE``,
-                ``WANDB_PROJECT`` and so on; the key of ``WANDB_API_KEY`` goes along, for this job alone.
+            tracking: Weights & Biases. Missing settings are taken from this Python's ``WANDB_MODE``,
+                ``WANDB_PROJECT`` and so on; the key in ``WANDB_API_KEY`` is sent for this job only.
             priority: from -100 to 100; higher goes first.
             retries: more attempts when the program fails.
-            request_id: the same id with the same job returns the job that is there, also from another Python.
+            request_id: the same id with the same job returns the existing job, also from another Python process.
             allow: files to send although they look like secrets: names (``.env``) or paths in the working directory.
-            max_upload: the largest upload, as ``5GB`` or in bytes; by default 1 GB.
+            max_upload: the largest upload, for example ``5GB``, or in bytes; by default 1 GB.
 
         Returns:
-            The job. It waits for its turn, and goes on without this Python.
+            The job. It waits for its turn, and does not need this process any more.
 
         Raises:
-            TransferError: the code did not arrive as it was sent.
-            SpecError: a value that cannot be, a folder that cannot be packed, or what no node could ever run.
+            TransferError: the code was damaged on its way.
+            SpecError: an invalid value, a folder that cannot be packed, or a job that no node could ever run.
             WithheldError: files look like secrets, or the upload is too large; nothing was sent.
             ConflictError: `request_id` was used for something else.
         """
         return Job(
             self._loop.run(
-                self._truth.submit(
+                self._async.submit(
                     job,
                     name=name,
                     gpus=gpus,
@@ -312,20 +314,20 @@ class Cluster:
             SpecError: as for `submit`.
             WithheldError: as for `submit`.
         """
-        return self._loop.run(self._truth.dry_run(job, gpus=gpus, allow=allow, max_upload=max_upload))
+        return self._loop.run(self._async.dry_run(job, gpus=gpus, allow=allow, max_upload=max_upload))
 
     def job(self, ref: str = "last") -> Job:
         """Return a job.
 
         Args:
-            ref: its id, its name (then your latest job of that name), or ``last``. Where you have none of that name,
-                somebody else's is returned, which is said, and which can be read alone: its id is needed to stop or
-                remove it, or to download its files.
+            ref: its id, its name (then your latest job of that name), or ``last``. If you have none of that name,
+                somebody else's is returned with a notice, and it is read-only: its id is needed to stop or remove it,
+                or to download its files.
 
         Raises:
-            NotFoundError: there is none; the message names the nearest.
+            NotFoundError: there is no such job; the message names the nearest.
         """
-        return Job(self._loop.run(self._truth.job(ref)), self._loop)
+        return Job(self._loop.run(self._async.job(ref)), self._loop)
 
     def jobs(  # noqa: PLR0913 -- each is one filter
         self,
@@ -340,7 +342,7 @@ class Cluster:
         """Return jobs, newest first.
 
         Args:
-            states: only jobs in these states, as ``["running", "queued"]``.
+            states: only jobs in these states, for example ``["running", "queued"]``.
             name: only jobs of this name.
             owner: only jobs of this person.
             tag: only jobs with this tag.
@@ -348,9 +350,11 @@ class Cluster:
             limit: jobs at most.
 
         Raises:
-            SpecError: a word that is no state.
+            SpecError: a word is not a state.
         """
-        found = self._loop.run(
-            self._truth.jobs(states=states, name=name, owner=owner, tag=tag, since=since, limit=limit)
+        return tuple(
+            Job(job, self._loop)
+            for job in self._loop.run(
+                self._async.jobs(states=states, name=name, owner=owner, tag=tag, since=since, limit=limit)
+            )
         )
-        return tuple(Job(job, self._loop) for job in found)

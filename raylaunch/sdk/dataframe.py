@@ -1,4 +1,4 @@
-"""Metrics as a pandas DataFrame. The only module that knows pandas, which need not be installed."""
+"""Metrics as a pandas DataFrame, and bytes of a log as lines. Only this module imports pandas, which is optional."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+_HINT = "pip install 'raylaunch[notebook]'; or read the points without it: job.metrics().series"
+
 LONGEST = 64 * 1024
-"""Characters of a line that are held back for its end."""
+"""Characters of a line that are buffered until its end arrives."""
 
 
 class LineReader:
-    """Takes bytes as they come and gives whole lines, without their ends; what is not UTF-8 is replaced."""
+    """Splits bytes that arrive in pieces into whole lines, without their ends; invalid UTF-8 is replaced."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
     def feed(self, data: bytes) -> list[str]:
-        """Return the lines that are whole now. Of a line without an end, no more than `LONGEST` is held."""
+        """Return the lines that are complete now. At most `LONGEST` characters of an unfinished line are buffered."""
         *lines, self._held = (self._held + self._decoder.decode(data)).split("\n")
         if len(self._held) > LONGEST:
             lines.append(self._held)
@@ -35,17 +37,14 @@ class LineReader:
         return [line.removesuffix("\r") for line in lines]
 
     def finish(self) -> list[str]:
-        """Return what is left where nothing more comes."""
+        """Return what is left once there is no more input."""
         left, self._held = self._held + self._decoder.decode(b"", final=True), ""
         self._decoder.reset()
         return [left] if left else []
 
 
-_HINT = "pip install 'raylaunch[notebook]'; or read the points without it: job.metrics().series"
-
-
 def frame_of_csv(csv: bytes) -> pd.DataFrame:
-    """Return ``step,at,key,value`` lines as a table: a row a step, a column a metric, floats.
+    """Return ``step,at,key,value`` lines as a table: one row per step, one column per metric, floats.
 
     Where a step was logged twice (an attempt was repeated), the later value counts.
 
@@ -53,7 +52,7 @@ def frame_of_csv(csv: bytes) -> pd.DataFrame:
         RaylaunchError: pandas is not installed.
     """
     types = {"step": float, "key": str, "value": float}
-    missing = {"value": ["nan"]}  # and no others: a metric may be called NA
+    missing = {"value": ["nan"]}  # and nothing else: a metric may be called NA
     pandas = _pandas()
     return _table(pandas.read_csv(io.BytesIO(csv), dtype=types, keep_default_na=False, na_values=missing))
 
@@ -78,7 +77,7 @@ def _table(points: pd.DataFrame) -> pd.DataFrame:
 
 def _pandas() -> ModuleType:
     try:
-        import pandas as pd  # noqa: PLC0415 -- half a second, and not everybody has it
+        import pandas as pd  # noqa: PLC0415 -- half a second, and optional
     except ImportError:
         msg = "a table of metrics needs pandas, which is not installed here"
         raise RaylaunchError(msg, hint=_HINT) from None

@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 _Result = TypeVar("_Result")
 
 _CLEAN_UP_S = 5.0
-"""How long a cancelled call may take to let go of what it holds."""
+"""How long a cancelled call may take to release what it holds."""
 
 
 class _Call(Generic[_Result]):
@@ -20,13 +20,13 @@ class _Call(Generic[_Result]):
 
     def __init__(self, loop: asyncio.AbstractEventLoop, work: Coroutine[None, None, _Result]) -> None:
         self._loop = loop
-        self._over = threading.Event()
+        self._done = threading.Event()
         self._task: asyncio.Task[_Result] | None = None
-        loop.call_soon_threadsafe(self._begin, work)
+        loop.call_soon_threadsafe(self._start, work)
 
-    def _begin(self, work: Coroutine[None, None, _Result]) -> None:
+    def _start(self, work: Coroutine[None, None, _Result]) -> None:
         self._task = self._loop.create_task(work)
-        self._task.add_done_callback(lambda _: self._over.set())
+        self._task.add_done_callback(lambda _: self._done.set())
 
     def _cancel(self) -> None:
         if self._task is not None:
@@ -34,19 +34,19 @@ class _Call(Generic[_Result]):
 
     def wait(self) -> _Result:
         try:
-            self._over.wait()
+            self._done.wait()
         except BaseException:  # Ctrl-C, or whatever else a signal's handler raises here
             self._loop.call_soon_threadsafe(self._cancel)
-            self._over.wait(_CLEAN_UP_S)
+            self._done.wait(_CLEAN_UP_S)
             raise
         if self._task is None:
-            msg = "the call was over before it began"
+            msg = "the call ended before it started"
             raise RuntimeError(msg)
         return self._task.result()
 
 
 class Closable(Protocol):
-    """What holds connections that belong to the loop."""
+    """An object with connections that belong to the loop."""
 
     async def close(self) -> None:
         """Close them."""
@@ -67,17 +67,17 @@ class LoopThread:
         """Run `work` on the loop and wait for its result. Ctrl-C cancels it, and it cleans up.
 
         Raises:
-            RuntimeError: called from the loop itself, as by a callback: it would wait for itself; or at Python's end.
+            RuntimeError: called from the loop itself, for example by a callback, or at Python's exit.
         """
         if self._ended or threading.current_thread() is self._thread:
             work.close()
-            own = "a callback of raylaunch cannot call raylaunch's blocking verbs; hand the news to your own thread"
-            msg = "this Python is ending, and raylaunch's connections with it" if self._ended else own
+            own = "a callback cannot call raylaunch's blocking verbs; pass the result to a thread of your own"
+            msg = "Python is exiting, and raylaunch's connections are closed" if self._ended else own
             raise RuntimeError(msg)
         return _Call(self._loop, work).wait()
 
     def each(self, source: AsyncGenerator[_Result, None]) -> Generator[_Result, None, None]:
-        """Yield what an asynchronous generator yields; it is closed when the caller stops listening."""
+        """Yield what an asynchronous generator yields; it is closed when the caller stops iterating."""
         try:
             while True:
                 try:
@@ -90,17 +90,17 @@ class LoopThread:
                 self.run(_closed(source))
 
     def keep(self, holder: Closable) -> None:
-        """Close this at Python's end, unless it was closed before."""
+        """Close this at Python's exit, unless it was closed before."""
         self._open.add(holder)
 
     def close(self, holder: Closable) -> None:
-        """Close this now; again, or at Python's end, that does nothing."""
+        """Close this now; a second call, or one at Python's exit, does nothing."""
         if holder in self._open and not self._ended:
             self._open.discard(holder)
             self.run(holder.close())
 
     def end(self) -> None:
-        """Cancel what still runs, let it clean up, and end the thread."""
+        """Cancel what still runs, let it clean up, and stop the thread."""
         if self._ended or os.getpid() != self.pid:
             return
         self._ended = True
@@ -134,7 +134,7 @@ _threads: list[LoopThread] = []
 
 
 def shared_loop() -> LoopThread:
-    """Return this process's loop; it is started when it is first needed, and again in a forked child."""
+    """Return this process's loop; it is started when first needed, and again in a forked child."""
     with _lock:
         if not _threads or _threads[-1].pid != os.getpid():
             thread = LoopThread()
