@@ -65,7 +65,7 @@ def test_a_port_that_is_taken_is_said_with_who_has_it_and_nothing_is_started(clu
     assert (result.status, result.out) == (1, "")
     assert result.err == (
         f"error: port {port} is taken by pid {me.pid} ({me.name()}, user {me.username()}), "
-        "and cluster.yaml fixes it for the controller\n"
+        "but cluster.yaml sets it for the controller\n"
         f"  → end that process, or change or remove port: {port} in cluster.yaml\n"
     )
     mark = f"RAYLAUNCH_HOME={home}"
@@ -83,6 +83,6 @@ def test_a_running_ray_of_another_version_is_said_with_what_to_do(cluster: Clust
         cluster.paths.record.write_text(kept)
     assert (result.status, result.out) == (1, "")
     assert result.err == (
-        f"error: cluster local runs Ray 2.59.1, and Ray {installed_ray()} is installed here\n"
-        "  → raylaunch up --upgrade: when no job runs any more, it starts the cluster anew with this Ray\n"
+        f"error: cluster local runs Ray 2.59.1, but Ray {installed_ray()} is installed here\n"
+        "  → raylaunch up --upgrade restarts the cluster with this Ray once no job runs\n"
     )

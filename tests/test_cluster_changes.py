@@ -105,7 +105,7 @@ def test_another_ray_is_started_only_once_no_job_runs_and_only_when_asked_to(own
     own.paths.record.write_text(text.replace(f'"ray": "{installed}"', '"ray": "2.59.1"'))
     refused = own.cli("up")
     assert refused.status == 1
-    assert f"runs Ray 2.59.1, and Ray {installed} is installed here" in refused.err
+    assert f"runs Ray 2.59.1, but Ray {installed} is installed here" in refused.err
     assert "raylaunch up --upgrade" in refused.err
     assert own.ray_pid() == before
     own.good("up", "--upgrade", "--stop", timeout_s=240)

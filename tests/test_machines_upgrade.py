@@ -116,7 +116,7 @@ def test_an_older_raylaunch_is_refused_and_told_what_to_do(older: Laptop, newer:
     refused = older.call("up", limit_s=UP_S, check=False)
     assert refused.returncode == 1
     assert f"cluster lab was started by raylaunch {NEWER}, and this is {__version__}" in refused.stderr
-    assert f"upgrade this one to {NEWER}" in refused.stderr
+    assert f"upgrade raylaunch here to {NEWER}" in refused.stderr
     assert [ours(host) for host in lab.hosts] == before
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.standing import STAYS, Start
 
-from raylaunch.cluster.local.gpus import OtherCluster, check_gpus, choose_gpus, neighbours, parse_gpus
+from raylaunch.cluster.local.gpus import OtherCluster, check_gpus, choose_gpus, other_clusters, parse_gpus
 from raylaunch.cluster.record import new_record
 from raylaunch.errors import ConflictError
 from raylaunch.models.cluster_spec import ClusterSpec
@@ -23,7 +23,7 @@ def test_a_cluster_that_uses_the_same_gpus_is_found_and_said_whose_it_is(
     theirs = new_record(ClusterSpec(name="lab"), paths).with_(gpu_uuids=("GPU-bbbb2222",))
     (tmp_path / "cluster.json").write_text(theirs.model_dump_json())
     pid = start(*STAYS, "-m", "raylaunch.controller", "--config", str(tmp_path / "controller.json")).pid
-    others = [one for one in neighbours(paths.controller_config) if one.folder == str(tmp_path)]
+    others = [one for one in other_clusters(paths.controller_config) if one.folder == str(tmp_path)]
     choice = choose_gpus(ClusterSpec(), parse_gpus(ROWS), {})
     with pytest.raises(ConflictError) as caught:
         check_gpus(ClusterSpec(), choice, others)
@@ -55,4 +55,4 @@ def test_a_cluster_whose_gpus_we_may_not_see_conflicts_unless_gpus_are_listed() 
 
 def test_our_own_controller_is_no_neighbour(paths: ClusterPaths, start: Start) -> None:
     start(*STAYS, "-m", "raylaunch.controller", "--config", str(paths.controller_config))
-    assert str(paths.root) not in [one.folder for one in neighbours(paths.controller_config)]
+    assert str(paths.root) not in [one.folder for one in other_clusters(paths.controller_config)]

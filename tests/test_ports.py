@@ -68,25 +68,25 @@ def test_the_holder_of_a_port_is_named_by_pid(taken: int) -> None:
 
 
 def test_ray_keeps_the_ports_that_it_had() -> None:
-    had = ray_ports({}, say=print, avoid=())
-    assert ray_ports(had, say=print, avoid=()) == had
+    had = ray_ports({}, on_taken=print, avoid=())
+    assert ray_ports(had, on_taken=print, avoid=()) == had
     assert set(had) == {*RAY_PORTS, "worker_min", "worker_max"}
 
 
 def test_a_recorded_port_that_was_taken_meanwhile_is_replaced_and_said(taken: int) -> None:
-    had = ray_ports({}, say=print, avoid=()) | {"dashboard": taken}
+    had = ray_ports({}, on_taken=print, avoid=()) | {"dashboard": taken}
     said: list[str] = []
-    now = ray_ports(had, say=said.append, avoid=())
+    now = ray_ports(had, on_taken=said.append, avoid=())
     assert now["dashboard"] != taken
     assert {**now, "dashboard": taken} == had
-    assert said == [f"port {taken} (dashboard) is taken by {holder(taken)}; another one is used"]
+    assert said == [f"port {taken} (dashboard) is taken by {holder(taken)}; using another one"]
 
 
 def test_a_fixed_port_that_is_taken_is_an_error_that_says_by_whom(taken: int) -> None:
     with pytest.raises(ConflictError) as caught:
-        controller_port({}, fixed=taken, say=print, avoid=())
+        controller_port({}, fixed=taken, on_taken=print, avoid=())
     message = (
-        rf"port {taken} is taken by pid {os.getpid()} \(.+, user .+\), and cluster.yaml fixes it for the controller"
+        rf"port {taken} is taken by pid {os.getpid()} \(.+, user .+\), but cluster.yaml sets it for the controller"
     )
     assert re.fullmatch(message, caught.value.message)
     assert caught.value.hint == f"end that process, or change or remove port: {taken} in cluster.yaml"

@@ -67,10 +67,9 @@ class Gcs:
         return {"node_id": node_id}
 
 
-def test_a_node_that_is_late_is_waited_for_as_long_as_its_raylet_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raylaunch.cluster.ray_start._LOOK_S", 0.01)
+def test_a_node_that_is_late_is_waited_for_as_long_as_its_raylet_lives() -> None:
     gcs = Gcs(listed_at=5)
-    assert patient(gcs.get_node, starting=lambda: True)("127.0.0.1:6379", "n1") == {"node_id": "n1"}
+    assert patient(gcs.get_node, starting=lambda: True, poll_s=0.01)("127.0.0.1:6379", "n1") == {"node_id": "n1"}
     assert gcs.asked == [("127.0.0.1:6379", "n1")] * 5
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.cluster.local.steps import DiedError, StepLog, ray_words
+from raylaunch.cluster.local.steps import DiedError, StepLog, ray_log_errors
 from raylaunch.paths import ClusterPaths
 
 _CALM = "[2026-11-27 17:16:05,821 I 29585 29636] (raylet) agent_manager.cc:83: Agent process with name {}\n"
@@ -24,7 +24,7 @@ def test_the_errors_of_each_log_are_shown_by_its_name_and_what_is_calm_is_not(tm
     (logs / "raylet.out").write_text(_CALM.format("a") + _SEVERE.format("address in use") + _CALM.format("b"))
     (logs / "gcs_server.out").write_text(_CALM.format("c"))
     (logs / "dashboard_agent.err").write_text("Traceback\nOSError: no space left\n")
-    words = ray_words(tmp_path)
+    words = ray_log_errors(tmp_path)
     assert words.splitlines() == [
         f"the end of {logs}/raylet.out:",
         "    " + _SEVERE.format("address in use").strip(),
@@ -36,7 +36,7 @@ def test_the_errors_of_each_log_are_shown_by_its_name_and_what_is_calm_is_not(tm
 
 def test_without_an_error_the_last_lines_of_the_raylet_tell_what_it_waits_for(tmp_path: Path) -> None:
     (_logs(tmp_path) / "raylet.out").write_text("".join(_CALM.format(n) for n in range(9)))
-    assert [line[-1] for line in ray_words(tmp_path).splitlines()[1:]] == ["6", "7", "8"]
+    assert [line[-1] for line in ray_log_errors(tmp_path).splitlines()[1:]] == ["6", "7", "8"]
 
 
 def test_of_a_session_that_goes_on_the_latest_start_is_told(tmp_path: Path) -> None:
@@ -45,14 +45,14 @@ def test_of_a_session_that_goes_on_the_latest_start_is_told(tmp_path: Path) -> N
     (logs / "raylet.2.out").write_text(_CALM.format("b"))
     (logs / "raylet.10.out").write_text(_SEVERE.format("address in use"))
     (logs / "raylet.old.out").write_text(_SEVERE.format("of nobody"))
-    assert ray_words(tmp_path).splitlines() == [
+    assert ray_log_errors(tmp_path).splitlines() == [
         f"the end of {logs}/raylet.10.out:",
         "    " + _SEVERE.format("address in use").strip(),
     ]
 
 
 def test_a_ray_that_never_wrote_a_log_adds_no_words(tmp_path: Path) -> None:
-    assert ray_words(tmp_path) == ""
+    assert ray_log_errors(tmp_path) == ""
 
 
 def test_a_ray_that_ended_while_it_was_waited_for_is_told_with_them(tmp_path: Path) -> None:

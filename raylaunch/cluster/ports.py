@@ -1,4 +1,4 @@
-"""Free ports on loopback: distinct, never within a range that Ray's workers take, and said by name when taken."""
+"""Free ports on loopback: distinct, outside the ranges of Ray's workers, and reported by name when taken."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether a name or address is this machine's own, on which nothing leaves it."""
+    """Return whether a name or address is the loopback of this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -38,7 +38,7 @@ RAY_PORTS = (
     "node_manager",
     "object_manager",
 )
-"""The ports that a Ray head listens on, beside those of its workers."""
+"""The ports that a Ray head listens on, in addition to those of its workers."""
 
 # Below the kernel's ephemeral range (from 32768), so that an outgoing connection cannot take a port while Ray is down.
 SINGLE_PORTS = range(20000, 26000)
@@ -46,7 +46,7 @@ WORKER_BLOCKS = range(26000, 32700)
 
 
 def worker_ports(cpus: int | None) -> int:
-    """Return how many ports the workers of one Ray may need on a machine with so many cores."""
+    """Return how many ports the workers of one Ray may need on a machine with `cpus` cores."""
     return max(400, 4 * (cpus or 1))
 
 
@@ -56,13 +56,13 @@ WORKER_PORTS = worker_ports(os.cpu_count())
 _RAYLET_RANGE = re.compile(r"--(min|max)_worker_port=(\d+)")
 
 
-ANYWHERE = "0.0.0.0"  # noqa: S104 -- asked for, never listened on: is the port free on every address?
+ANYWHERE = "0.0.0.0"  # noqa: S104 -- checked, never listened on: is the port free on every address?
 
 
 def is_free(port: int, address: str = LOOPBACK) -> bool:
-    """Say whether a program could listen on `port` of `address` (by default loopback) now."""
+    """Return whether a program could listen on `port` of `address` (by default loopback) now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not count
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore connections in TIME_WAIT
         try:
             probe.bind((address, port))
             probe.listen(1)
@@ -74,13 +74,13 @@ def is_free(port: int, address: str = LOOPBACK) -> bool:
 def free_ports(count: int, *, avoid: Collection[int] = (), address: str = LOOPBACK) -> tuple[int, ...]:
     """Return `count` distinct free ports, none of them in `avoid` or in the range where worker ports are chosen.
 
-    They follow each other as far as they are free: a firewall's rule for them is one line.
+    They are consecutive where possible, so that one firewall rule can cover them.
 
     Raises:
-        ClusterStartError: there are not so many.
+        ClusterStartError: there are fewer.
     """
     found: list[int] = []
-    start = random.randrange(len(SINGLE_PORTS))  # noqa: S311 -- so that two clusters seldom want the same; no secret
+    start = random.randrange(len(SINGLE_PORTS))  # noqa: S311 -- so that two clusters seldom choose the same; no secret
     for port in (*SINGLE_PORTS[start:], *SINGLE_PORTS[:start]):
         if len(found) == count:
             break
@@ -99,9 +99,9 @@ def worker_range(
     """Return a free block of `WORKER_PORTS` ports for the workers of one Ray.
 
     Args:
-        avoid: Ports that must not lie in it.
-        taken: Blocks of other Rays on this machine; by default those that are seen.
-        free: Whether a port can be had.
+        avoid: ports that must not lie in it.
+        taken: blocks of other Rays on this machine; by default those that are found.
+        free: returns whether a port is free.
 
     Raises:
         ClusterStartError: no block is free.
@@ -124,7 +124,7 @@ def _overlap(one: range, other: range) -> bool:
 
 
 def ray_worker_ranges() -> list[range]:
-    """Return the worker port ranges of all Rays that run on this machine, as their raylets state them."""
+    """Return the worker port ranges of all Rays that run on this machine, as their raylets' arguments state them."""
     found = []
     for process in psutil.process_iter(["name", "cmdline"]):
         if process.info["name"] != "raylet":
@@ -136,10 +136,10 @@ def ray_worker_ranges() -> list[range]:
 
 
 def holder(port: int) -> str:
-    """Return who listens on `port`, as ``pid 4711 (python3, user anna)``, or that it cannot be seen."""
+    """Return who listens on `port`, as ``pid 4711 (python3, user anna)``, or that this is unknown."""
     try:
         listening = psutil.net_connections(kind="inet")
-    except psutil.AccessDenied:  # macOS shows them to root alone
+    except psutil.AccessDenied:  # macOS shows them only to root
         listening = []
     for connection in listening:
         if connection.status != psutil.CONN_LISTEN or not connection.laddr or not connection.pid:
@@ -167,20 +167,20 @@ _POLL_S = 0.05
 
 
 def ray_ports(
-    had: Mapping[str, int], *, say: Callable[[str], None], avoid: tuple[int, ...], address: str = LOOPBACK
+    had: Mapping[str, int], *, on_taken: Callable[[str], None], avoid: tuple[int, ...], address: str = LOOPBACK
 ) -> dict[str, int]:
     """Return ports for a Ray node that is about to start.
 
     Args:
-        had: Its ports of the last time, or empty.
-        say: Is told which of them somebody else has taken meanwhile.
-        avoid: Ports that are promised to others (the controller's).
-        address: Where they must be free.
+        had: its previous ports, or empty.
+        on_taken: called with a message for each that another process has taken meanwhile.
+        avoid: ports that are reserved for others (the controller's).
+        address: where they must be free.
 
     Raises:
         ClusterStartError: not enough ports are free.
     """
-    ports = {name: had[name] for name in RAY_PORTS if _still_free(had, name, say, address)}
+    ports = {name: had[name] for name in RAY_PORTS if _still_free(had, name, on_taken, address)}
     missing = [name for name in RAY_PORTS if name not in ports]
     ports |= zip(missing, free_ports(len(missing), avoid=(*avoid, *had.values()), address=address), strict=True)
     first, last = had.get("worker_min", 0), had.get("worker_max", 0)
@@ -192,35 +192,35 @@ def ray_ports(
     return ports | {"worker_min": first, "worker_max": last}
 
 
-def _still_free(had: Mapping[str, int], name: str, say: Callable[[str], None], address: str = LOOPBACK) -> bool:
+def _still_free(had: Mapping[str, int], name: str, on_taken: Callable[[str], None], address: str = LOOPBACK) -> bool:
     if name not in had:
         return False
     if is_free(had[name], address):
         return True
-    say(f"port {had[name]} ({name}) is taken by {holder(had[name])}; another one is used")
+    on_taken(f"port {had[name]} ({name}) is taken by {holder(had[name])}; using another one")
     return False
 
 
 def controller_port(
-    had: Mapping[str, int], *, fixed: int | None, say: Callable[[str], None], avoid: tuple[int, ...]
+    had: Mapping[str, int], *, fixed: int | None, on_taken: Callable[[str], None], avoid: tuple[int, ...]
 ) -> int:
     """Return the port for a controller about to start: the one that the spec fixes, else its last, else a free one.
 
     Raises:
-        ConflictError: the spec fixes a port that somebody else has.
+        ConflictError: the spec fixes a port that another process uses.
     """
     if fixed is not None:
         if not is_free(fixed):
-            msg = f"port {fixed} is taken by {holder(fixed)}, and cluster.yaml fixes it for the controller"
+            msg = f"port {fixed} is taken by {holder(fixed)}, but cluster.yaml sets it for the controller"
             raise ConflictError(msg, hint=f"end that process, or change or remove port: {fixed} in cluster.yaml")
         return fixed
-    if _still_free(had, "controller", say):
+    if _still_free(had, "controller", on_taken):
         return had["controller"]
     return free_ports(1, avoid=(*avoid, *had.values()))[0]
 
 
 async def wait_free(ports: Mapping[str, int], *, limit_s: float) -> tuple[str, ...]:
-    """Wait until a cluster's ports are free; return in words which are not after `limit_s` seconds, and why."""
+    """Wait until a cluster's ports are free; return a message for each that is not after `limit_s` seconds."""
     left = {name: port for name, port in ports.items() if not (name.startswith("worker_") or is_free(port))}
     with anyio.move_on_after(limit_s):
         while left:

@@ -1,4 +1,4 @@
-"""Saying what is still going on: nobody who waits hears nothing for ten seconds."""
+"""Progress of long steps: something is reported at least every ten seconds."""
 
 from __future__ import annotations
 
@@ -19,70 +19,70 @@ _SHOWN = frozenset({"done", "note", "waits"})
 
 
 class ProgressReporter:
-    """Passes steps on, and remembers which have begun and not ended."""
+    """Forwards steps, and remembers which have started and not finished."""
 
     def __init__(self, on_step: Callable[[Step], None], *, quiet_s: float = QUIET_S) -> None:
-        self._tell = on_step
+        self._on_step = on_step
         self._quiet_s = quiet_s
         self._open: dict[str, tuple[Step, float]] = {}
-        self._said_at = time.monotonic()
+        self._reported_at = time.monotonic()
 
     def __call__(self, step: Step) -> None:
-        """Pass a step on."""
+        """Forward a step."""
         if step.state == "begins":
             self._open.pop(step.name, None)
             self._open[step.name] = (step, time.monotonic())
         elif step.state in {"done", "kept"}:
             self._open.pop(step.name, None)
-        elif step.state == "note":  # a host that failed does nothing any more
+        elif step.state == "note":  # nothing more comes from a host that failed
             for name in [one for one in self._open if one.startswith(f"{step.name}: ")]:
                 del self._open[name]
         if step.state in _SHOWN:
-            self._said_at = time.monotonic()
-        self._tell(step)
+            self._reported_at = time.monotonic()
+        self._on_step(step)
 
     @contextmanager
-    def during(self, name: str, words: str) -> Iterator[None]:
-        """Have something said of what is usually over at once, should it take long."""
-        self._open[name] = (Step(name, "begins", words), time.monotonic())
+    def during(self, name: str, message: str) -> Iterator[None]:
+        """Report a step that usually takes no time, but only if it takes long."""
+        self._open[name] = (Step(name, "begins", message), time.monotonic())
         try:
             yield
         finally:
             self._open.pop(name, None)
 
-    async def keep_telling(self) -> None:
-        """Tell what began last and still goes on, whenever nothing was said for some seconds; until cancelled."""
+    async def report_pending(self) -> None:
+        """Report the latest unfinished step whenever nothing was reported for some seconds; until cancelled."""
         while True:
-            left = self._said_at + self._quiet_s - time.monotonic()
+            left = self._reported_at + self._quiet_s - time.monotonic()
             if left > 0:
                 await anyio.sleep(left)
                 continue
-            self._said_at = time.monotonic()
+            self._reported_at = time.monotonic()
             if self._open:
-                step, began = next(reversed(self._open.values()))
-                took = time.monotonic() - began
-                self._tell(replace(step, state="waits", message=f"{step.message}: {took:.0f} s so far", seconds=took))
+                step, started = next(reversed(self._open.values()))
+                took = time.monotonic() - started
+                self._on_step(replace(step, state="waits", message=f"{step.message} ({took:.0f} s)", seconds=took))
 
 
 @contextmanager
-def telling_steps(on_step: Callable[[Step], None], *, quiet_s: float = QUIET_S) -> Iterator[ProgressReporter]:
-    """Yield what steps are to be told to; it says every few seconds what has not ended yet."""
-    still = ProgressReporter(on_step, quiet_s=quiet_s)
-    task = asyncio.ensure_future(still.keep_telling())
+def reporting_progress(on_step: Callable[[Step], None], *, quiet_s: float = QUIET_S) -> Iterator[ProgressReporter]:
+    """Yield a callback for steps that also reports every few seconds what has not finished."""
+    reporter = ProgressReporter(on_step, quiet_s=quiet_s)
+    task = asyncio.ensure_future(reporter.report_pending())
     try:
-        yield still
+        yield reporter
     finally:
         task.cancel()
 
 
 @asynccontextmanager
-async def locked(paths: ClusterPaths, tell: ProgressReporter, *, limit_s: float) -> AsyncIterator[None]:
-    """Hold the cluster's lock; while another raylaunch does, that is said.
+async def locked(paths: ClusterPaths, progress: ProgressReporter, *, limit_s: float) -> AsyncIterator[None]:
+    """Hold the cluster's lock; while another raylaunch command holds it, that is reported.
 
     Raises:
         ConflictError: another process held it for all of `limit_s` seconds.
     """
     async with AsyncExitStack() as stack:
-        with tell.during("lock", "another raylaunch changes this cluster, and is waited for"):
+        with progress.during("lock", "waiting for another raylaunch command to finish"):
             await stack.enter_async_context(cluster_lock(paths, limit_s=limit_s))
         yield

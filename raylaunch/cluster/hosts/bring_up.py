@@ -20,7 +20,7 @@ from raylaunch.cluster.hosts.host_program import HostState
 from raylaunch.cluster.hosts.teardown import Teardown
 from raylaunch.cluster.hosts.tunnel_client import START_S, end_tunnel, ensure_tunnel
 from raylaunch.cluster.hosts.verify import ClusterVerifier
-from raylaunch.cluster.progress import ProgressReporter, locked, telling_steps
+from raylaunch.cluster.progress import ProgressReporter, locked, reporting_progress
 from raylaunch.cluster.record import cluster_lock
 from raylaunch.cluster.tls import keep
 from raylaunch.cluster.types import DownReport, Plan, Step
@@ -44,7 +44,7 @@ async def up(spec: ClusterSpec, /, *, on_step: Callable[[Step], None], on_prompt
     refuse_joined(load_client(paths), "brought up")
     for folder in (paths.home, paths.home / "clusters", paths.root):
         make_private_dir(folder)
-    with telling_steps(on_step) as tell:
+    with reporting_progress(on_step) as tell:
         async with locked(paths, tell, limit_s=_LOCK_S):
             had = load_client(paths)
             begins = partial(_note_begun, paths, spec)

@@ -16,8 +16,8 @@ import anyio
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from raylaunch.cluster.local import backend
-from raylaunch.cluster.local.autostart import end_kept, ensure_kept
-from raylaunch.cluster.local.inspect import client_token, look, status_of
+from raylaunch.cluster.local.autostart import disable_watchdog, ensure_watchdog
+from raylaunch.cluster.local.inspect import client_token, inspect_cluster, status_of
 from raylaunch.cluster.local.node_up import BringUp, WorkerJoin
 from raylaunch.cluster.record import ClusterVersions, NodePlace, cluster_lock
 from raylaunch.cluster.tls import NodeCertificate, issue
@@ -125,15 +125,15 @@ async def _up(request: HeadUpRequest, tell: Callable[[Step], None]) -> HostState
     paths = cluster_paths(request.spec.name)
     make_cluster_dirs(paths)
     async with cluster_lock(paths, limit_s=_LOCK_S):
-        seen = await look(paths)
+        seen = await inspect_cluster(paths)
         if seen.record and seen.ray_alive and seen.record.place.address != request.place.address:
             msg = f"cluster {paths.name} runs on {seen.record.place.ray_address}, not on {request.place.ray_address}"
             raise ConflictError(
                 msg, hint="raylaunch down, then raylaunch up: Ray cannot change its address while it runs"
             )
         await BringUp(paths, request.spec, tell, place=request.place).run()
-    kept = await ensure_kept(paths)
-    state = await _look(InspectRequest(name=paths.name))
+    kept = await ensure_watchdog(paths)
+    state = await _inspect(InspectRequest(name=paths.name))
     issued = {name: issue(paths, name, addresses) for name, addresses in request.members.items() if state.tls}
     return state.model_copy(update={"kept": kept, "certificates": issued})
 
@@ -152,15 +152,15 @@ async def _join(request: JoinRequest, tell: Callable[[Step], None]) -> HostState
             certificate=request.certificate,
         )
         await joining.run()
-    kept = await ensure_kept(paths)
-    return (await _look(InspectRequest(name=request.spec.name, host=request.place.host))).model_copy(
+    kept = await ensure_watchdog(paths)
+    return (await _inspect(InspectRequest(name=request.spec.name, host=request.place.host))).model_copy(
         update={"kept": kept}
     )
 
 
-async def _look(request: InspectRequest) -> HostState:
+async def _inspect(request: InspectRequest) -> HostState:
     paths = cluster_paths(folder_name(request.name, request.host))
-    seen = await look(paths)
+    seen = await inspect_cluster(paths)
     record = seen.record
     if record is None:
         return HostState(name=request.name)
@@ -188,7 +188,7 @@ async def _look(request: InspectRequest) -> HostState:
 async def _down(request: DownRequest) -> HostDownResult:
     paths = cluster_paths(folder_name(request.name, request.host))
     report = await backend.down(paths.name)
-    await end_kept(paths)
+    await disable_watchdog(paths)
     return HostDownResult(ended=tuple(str(one) for one in report.ended), store=report.store, notes=report.notes)
 
 
@@ -201,7 +201,7 @@ async def _serve(
         case JoinRequest():
             return await _join(request, tell)
         case InspectRequest():
-            return await _look(request)
+            return await _inspect(request)
         case DownRequest():
             return await _down(request)
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from raylaunch.cluster.local.health import HttpAnswer, ask
+from raylaunch.cluster.local.health import HttpAnswer, http_request
 from raylaunch.errors import ClusterError, RaylaunchError, from_wire
 from raylaunch.models.fields import Environment
 from raylaunch.models.job import JobView, SubmitAnswer, SubmitRequest
@@ -57,20 +57,22 @@ class ProbeJobs:
 
     async def stop(self, job: str) -> None:
         """Let the job end; one that has ended stays as it is."""
-        await ask(self._port, f"/v1/jobs/{job}/stop", token=self._token, method="POST", body=b"{}", limit_s=_ASK_S)
+        await http_request(
+            self._port, f"/v1/jobs/{job}/stop", token=self._token, method="POST", body=b"{}", limit_s=_ASK_S
+        )
 
     async def delete(self, job: str) -> None:
         """Leave nothing of the job."""
-        await ask(self._port, f"/v1/jobs/{job}", token=self._token, method="DELETE", limit_s=_ASK_S)
+        await http_request(self._port, f"/v1/jobs/{job}", token=self._token, method="DELETE", limit_s=_ASK_S)
 
     async def last_lines(self, job: str) -> str:
         """Return the end of what it printed; empty where that cannot be had."""
         path = f"/v1/jobs/{job}/logs?tail={_LINES}"
-        answer = await ask(self._port, path, token=self._token, limit_s=_ASK_S)
+        answer = await http_request(self._port, path, token=self._token, limit_s=_ASK_S)
         return answer.body.decode(errors="replace") if answer.ok else ""
 
     async def _ask(self, model: type[_Model], path: str, *, method: str = "GET", body: bytes | None = None) -> _Model:
-        answer = await ask(self._port, path, token=self._token, method=method, body=body, limit_s=_ASK_S)
+        answer = await http_request(self._port, path, token=self._token, method=method, body=body, limit_s=_ASK_S)
         if answer.ok:
             try:
                 return model.model_validate_json(answer.body)

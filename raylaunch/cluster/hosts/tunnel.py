@@ -26,7 +26,7 @@ from raylaunch.cluster.client_record import (
     save_tunnel,
     tunnel_file,
 )
-from raylaunch.cluster.local.health import ask
+from raylaunch.cluster.local.health import http_request
 from raylaunch.cluster.ports import LOOPBACK, free_ports, is_free
 from raylaunch.cluster.probe.choices import target_of
 from raylaunch.cluster.processes import identify
@@ -157,7 +157,7 @@ class Tunnel:
 
 async def ray_addresses(port: int, token: str) -> dict[str, Address]:
     """Ask the controller behind a port here where Ray is on its host; nothing where the token may not know."""
-    answer = await ask(port, "/v1/ray", token=token)
+    answer = await http_request(port, "/v1/ray", token=token)
     said = answer.json()
     if not answer.ok or not isinstance(said, dict):
         return {}

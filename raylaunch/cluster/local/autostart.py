@@ -1,7 +1,7 @@
-"""How a host's part of a cluster comes back: after a crash by a keeper, after a reboot by what starts the keeper.
+"""How a host's part of a cluster is restarted: after a crash by its watchdog, which is started again after a reboot.
 
-In this order: a systemd user unit with lingering, a system unit with sudo that asks for nothing, cron's ``@reboot``;
-else a keeper alone, which no reboot survives, and that is said.
+The first that works of: a systemd user unit with lingering, a system unit with passwordless sudo, cron's ``@reboot``.
+Else the watchdog alone, which does not survive a reboot; `up` reports that.
 """
 
 from __future__ import annotations
@@ -20,48 +20,48 @@ from typing import NamedTuple
 import anyio.to_thread
 
 from raylaunch.cluster.local.ray_head import clean_environment
-from raylaunch.cluster.local.watchdog import be_keeper, is_kept, keeper
+from raylaunch.cluster.local.watchdog import is_watched, set_watchdog_version, watchdog_version
 from raylaunch.cluster.processes import start_apart
 from raylaunch.paths import ClusterPaths
 from raylaunch.version import __version__
 
 _LIMIT_S = 20
-_BEGINS_S, _LOOK_S = 15.0, 0.1
+_START_S, _POLL_S = 15.0, 0.1
 
 
-class _Way(NamedTuple):
-    """What starts the keeper at boot, in words; and the command that has it do so now, where it can."""
+class _BootMethod(NamedTuple):
+    """What starts the watchdog at boot, as text; and the command to start it now, if there is one."""
 
-    words: str
+    name: str
     start: tuple[str, ...] = ()
 
 
-async def ensure_kept(paths: ClusterPaths) -> str:
-    """See to it that a keeper runs and comes back after a reboot; return how, in words.
+async def ensure_watchdog(paths: ClusterPaths) -> str:
+    """Ensure that a watchdog runs and is started again after a reboot; return what starts it, as text.
 
-    It may be called again: what is there stays.
+    It may be called again: what exists stays.
     """
-    way = await anyio.to_thread.run_sync(lambda: _user_unit(paths) or _system_unit(paths) or _cron(paths))
-    handed_over = keeper(paths) != __version__
-    be_keeper(paths)
-    if (handed_over or not is_kept(paths)) and not await _started(paths, way):
+    method = await anyio.to_thread.run_sync(lambda: _user_unit(paths) or _system_unit(paths) or _cron(paths))
+    handed_over = watchdog_version(paths) != __version__
+    set_watchdog_version(paths)
+    if (handed_over or not is_watched(paths)) and not await _started(paths, method):
         env = clean_environment(os.environ, paths)
-        await start_apart(keep_argv(paths), env=env, cwd=Path("/"), log=paths.root / "keep.log")
-    return way.words if way else ""
+        await start_apart(watchdog_argv(paths), env=env, cwd=Path("/"), log=paths.root / "keep.log")
+    return method.name if method else ""
 
 
-async def _started(paths: ClusterPaths, way: _Way | None) -> bool:
-    """Have systemd start the keeper, so that it also starts that again; say whether one runs then."""
-    if way is None or not way.start or await anyio.to_thread.run_sync(_run, way.start) is None:
+async def _started(paths: ClusterPaths, method: _BootMethod | None) -> bool:
+    """Start the watchdog by systemd, which then also restarts it; return whether one runs."""
+    if method is None or not method.start or await anyio.to_thread.run_sync(_run, method.start) is None:
         return False
-    with anyio.move_on_after(_BEGINS_S):
-        while not is_kept(paths):  # noqa: ASYNC110 -- another process
-            await anyio.sleep(_LOOK_S)
-    return is_kept(paths)
+    with anyio.move_on_after(_START_S):
+        while not is_watched(paths):  # noqa: ASYNC110 -- another process
+            await anyio.sleep(_POLL_S)
+    return is_watched(paths)
 
 
-async def end_kept(paths: ClusterPaths) -> None:
-    """Take away what would start the keeper at boot. The keeper ends by itself when the cluster is not wanted."""
+async def disable_watchdog(paths: ClusterPaths) -> None:
+    """Remove what starts the watchdog at boot. The watchdog itself exits when the cluster should not run."""
 
     def remove() -> None:
         unit = user_unit_file(paths)
@@ -80,13 +80,13 @@ async def end_kept(paths: ClusterPaths) -> None:
     await anyio.to_thread.run_sync(remove)
 
 
-def keep_argv(paths: ClusterPaths) -> list[str]:
-    """Return the keeper's command line."""
+def watchdog_argv(paths: ClusterPaths) -> list[str]:
+    """Return the watchdog's command line."""
     return [sys.executable, "-m", "raylaunch.cluster.keep", paths.name]
 
 
 def unit_text(paths: ClusterPaths, *, user: str = "") -> str:
-    """Return the systemd unit; with `user` a system one. Only the keeper is its own: Ray and jobs outlive it."""
+    """Return the systemd unit; with `user` a system unit. It controls only the watchdog: Ray and jobs outlive it."""
     env = clean_environment(os.environ, paths)
     lines = [f"Environment={_quoted(f'{key}={env[key]}')}" for key in ("RAYLAUNCH_HOME", "PYTHONPATH") if key in env]
     return "\n".join(
@@ -96,7 +96,7 @@ def unit_text(paths: ClusterPaths, *, user: str = "") -> str:
             *(["Wants=network-online.target", "After=network-online.target"] if user else []),
             "",
             "[Service]",
-            f"ExecStart={' '.join(_quoted(word.replace('$', '$$')) for word in keep_argv(paths))}",
+            f"ExecStart={' '.join(_quoted(word.replace('$', '$$')) for word in watchdog_argv(paths))}",
             "WorkingDirectory=/",
             *lines,
             *([f"User={user}"] if user else []),
@@ -112,23 +112,23 @@ def unit_text(paths: ClusterPaths, *, user: str = "") -> str:
 
 
 def _quoted(word: str) -> str:
-    """Return a word as systemd reads it: ``%`` means something to it within quotes too."""
+    """Quote an argument for systemd, which also expands ``%`` within quotes."""
     escaped = word.replace("\\", r"\\").replace('"', r"\"").replace("%", "%%")
     return f'"{escaped}"'
 
 
 def user_unit_file(paths: ClusterPaths) -> Path:
-    """Return where the user unit lies."""
+    """Return the path of the user unit."""
     config = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
     return config / "systemd" / "user" / f"raylaunch-{paths.name}.service"
 
 
 def system_unit_file(paths: ClusterPaths) -> Path:
-    """Return where the system unit lies; its name bears the user's."""
+    """Return the path of the system unit, whose name contains the user's."""
     return Path("/etc/systemd/system") / f"raylaunch-{getpass.getuser()}-{paths.name}.service"
 
 
-def _user_unit(paths: ClusterPaths) -> _Way | None:
+def _user_unit(paths: ClusterPaths) -> _BootMethod | None:
     if not shutil.which("systemctl") or _run(["systemctl", "--user", "show-environment"]) is None:
         return None
     lingers = Path("/var/lib/systemd/linger") / getpass.getuser()
@@ -141,12 +141,12 @@ def _user_unit(paths: ClusterPaths) -> _Way | None:
         unit.parent.mkdir(parents=True, exist_ok=True)
         unit.write_text(unit_text(paths), encoding="utf-8")
         if _run(["systemctl", "--user", "enable", unit.name]) is not None:
-            return _Way(f"systemd's user unit {unit.name}", ("systemctl", "--user", "restart", unit.name))
+            return _BootMethod(f"systemd's user unit {unit.name}", ("systemctl", "--user", "restart", unit.name))
         unit.unlink()
     return None
 
 
-def _system_unit(paths: ClusterPaths) -> _Way | None:
+def _system_unit(paths: ClusterPaths) -> _BootMethod | None:
     if not Path("/run/systemd/system").is_dir() or _run(["sudo", "-n", "true"]) is None:
         return None
     unit = system_unit_file(paths)
@@ -155,22 +155,22 @@ def _system_unit(paths: ClusterPaths) -> _Way | None:
         return None
     if _run(["sudo", "-n", "systemctl", "enable", unit.name]) is None:
         return None
-    return _Way(f"systemd's unit {unit.name}", ("sudo", "-n", "systemctl", "restart", unit.name))
+    return _BootMethod(f"systemd's unit {unit.name}", ("sudo", "-n", "systemctl", "restart", unit.name))
 
 
-def _cron(paths: ClusterPaths) -> _Way | None:
-    """``@reboot`` in the user's own table. A table without a daemon that reads it is no use."""
+def _cron(paths: ClusterPaths) -> _BootMethod | None:
+    """Use ``@reboot`` in the user's crontab, if a cron daemon runs."""
     if not shutil.which("crontab") or not _cron_runs():
         return None
     table = _crontab()
     env = clean_environment(os.environ, paths)
     settings = [f"{key}={env[key]}" for key in ("RAYLAUNCH_HOME", "PYTHONPATH") if key in env]
-    command = shlex.join(["env", *settings, *keep_argv(paths)]).replace("%", r"\%")
+    command = shlex.join(["env", *settings, *watchdog_argv(paths)]).replace("%", r"\%")
     log = shlex.quote(str(paths.root / "keep.log"))
     line = f"@reboot cd / && {command} >>{log} 2>&1 {_mark(paths)}"
     wanted = [*(one for one in table if not one.endswith(_mark(paths))), line]
     if wanted == table or _run(["crontab", "-"], text="".join(f"{one}\n" for one in wanted)) is not None:
-        return _Way("cron's @reboot")
+        return _BootMethod("cron's @reboot")
     return None
 
 
@@ -189,7 +189,7 @@ def _crontab() -> list[str]:
 
 
 def _run(argv: Sequence[str], *, text: str | None = None) -> str | None:
-    """Run a program that must not ask; return what it printed, or None when it failed."""
+    """Run a program without input; return its output, or None if it failed."""
     try:
         done = subprocess.run(argv, input=text or "", capture_output=True, text=True, timeout=_LIMIT_S, check=False)  # noqa: S603 -- fixed programs
     except (OSError, subprocess.TimeoutExpired):

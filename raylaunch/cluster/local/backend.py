@@ -7,14 +7,21 @@ import os
 import time
 from collections.abc import Callable
 
-from raylaunch.cluster.local.gpus import check_gpus, choose_gpus, detect_gpus, neighbours
-from raylaunch.cluster.local.inspect import LocalInspection, check_versions, client_token, differences, look, status_of
+from raylaunch.cluster.local.gpus import check_gpus, choose_gpus, detect_gpus, other_clusters
+from raylaunch.cluster.local.inspect import (
+    LocalInspection,
+    check_versions,
+    client_token,
+    differences,
+    inspect_cluster,
+    status_of,
+)
 from raylaunch.cluster.local.node_up import BringUp
 from raylaunch.cluster.local.process_sweep import of_controller, of_ray, runners, sweep_ray
 from raylaunch.cluster.local.ray_head import installed_ray, whole_cpus
 from raylaunch.cluster.ports import LOOPBACK, controller_port, wait_free
 from raylaunch.cluster.processes import end, is_alive, wait_gone
-from raylaunch.cluster.progress import locked, telling_steps
+from raylaunch.cluster.progress import locked, reporting_progress
 from raylaunch.cluster.record import (
     ClusterRecord,
     cluster_lock,
@@ -42,24 +49,24 @@ def _paths(spec: ClusterSpec | str) -> ClusterPaths:
 
 
 async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:  # noqa: ARG001 -- nothing here asks
-    """Say what `up` would do now, and change nothing.
+    """Return what `up` would do, without changing anything.
 
     Raises:
-        SpecError: a GPU that the spec lists is not there, or its cpus are not whole.
+        SpecError: a GPU that the spec lists does not exist, or its cpus are not a whole number.
         ConflictError: another cluster uses those GPUs, or the port that the spec fixes is taken.
-        VersionError: the Ray that is installed, or the cluster that runs, does not fit.
+        VersionError: the installed Ray, or the running cluster, is incompatible.
     """
     paths = _paths(spec)
-    seen = await look(paths)
+    seen = await inspect_cluster(paths)
     version = installed_ray()
     upgrade = check_versions(seen, version)
     runs = seen.record.spec if seen.record and (seen.ray_alive or seen.controller_alive) else spec
     if not seen.controller_alive and runs.port is not None:
-        controller_port({}, fixed=runs.port, say=lambda _: None, avoid=())
+        controller_port({}, fixed=runs.port, on_taken=lambda _: None, avoid=())
     with_gpus, offers = "", dict[str, float]()
     if not seen.ray_alive:
         choice = choose_gpus(runs, [] if isinstance(runs.gpus, int) else await detect_gpus(), os.environ)
-        check_gpus(runs, choice, neighbours(paths.controller_config))
+        check_gpus(runs, choice, other_clusters(paths.controller_config))
         cpus = "all CPU cores" if runs.cpus is None else f"{whole_cpus(runs.cpus)} CPU cores"
         with_gpus = f"Ray {version} with {cpus} and {choice}, loopback only, log {paths.ray_log}"
         offers = {"gpus": choice.count, **({} if runs.cpus is None else {"cpus": runs.cpus})}
@@ -68,7 +75,7 @@ async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Pl
 
 
 def plan_up(spec: ClusterSpec, seen: LocalInspection, *, ray: str, log: str, upgrade: bool) -> Plan:
-    """Compute the plan from what is seen. `ray` says with what Ray would be started; empty when it runs."""
+    """Compute the plan from an inspection. `ray` describes how Ray would be started; empty if it runs."""
     actions, keeps = [], []
     record = seen.record
     if ray:
@@ -92,38 +99,38 @@ async def up(
 ) -> ClusterStatus:
     """Bring the cluster up, starting only what does not run, and return when it can take jobs.
 
-    That is: Ray's Jobs endpoint answered, the node is listed, the controller reaches Ray, the node's steward answers.
-    Of two at once, one waits for the other and finds it done.
+    That is: Ray's Jobs API answers, the node is listed, the controller reaches Ray, and the node agent answers. Of two
+    concurrent calls, one waits for the other and finds everything running.
 
     Raises:
-        ClusterStartError: a step failed; what this call started is ended again.
-        ConflictError: a port that the spec fixes, a GPU or a folder is somebody else's.
-        SpecError: a GPU that the spec lists is not there, or its cpus are not whole.
+        ClusterStartError: a step failed; everything that this call started has been ended.
+        ConflictError: a fixed port, a GPU or a folder is in use by somebody else.
+        SpecError: a GPU that the spec lists does not exist, or its cpus are not a whole number.
         StorageError: a disk is full, or a file cannot be written.
-        VersionError: the Ray that is installed, or the cluster that runs, does not fit.
+        VersionError: the installed Ray, or the running cluster, is incompatible.
     """
     if spec.cpus is not None:
         whole_cpus(spec.cpus)
     paths = _paths(spec)
     make_cluster_dirs(paths)
-    with telling_steps(on_step) as tell:
+    with reporting_progress(on_step) as tell:
         async with locked(paths, tell, limit_s=LOCK_S):
             seen = await BringUp(paths, spec, tell).run()
     return status_of(seen, paths)
 
 
 async def revive_ray(name: str, /, *, on_step: Callable[[Step], None]) -> bool:
-    """Start Ray again if the cluster should run and its Ray is dead; return whether there was something to do.
+    """Restart Ray if the cluster should run and its Ray has exited; return whether there was something to do.
 
-    Ports, token and storage stay as they were. The controller stays too, unless a port had to change.
+    Ports, token and storage are unchanged. The controller stays too, unless a port had to change.
 
     Raises:
-        ConflictError: another raylaunch is at work on the cluster. An `up` is not waited for: it waits for the
-            controller, which may wait for this.
+        ConflictError: another raylaunch command is changing the cluster. An `up` is not waited for: it waits for
+            the controller, which may wait for this.
     """
     paths = cluster_paths(name)
     async with cluster_lock(paths, limit_s=_REVIVE_LOCK_S):
-        seen = await look(paths)
+        seen = await inspect_cluster(paths)
         if seen.record is None or seen.record.wanted != "running" or seen.ray_alive:
             return False
         await BringUp(paths, seen.record.spec, on_step).run(ray_only=True)
@@ -131,19 +138,19 @@ async def revive_ray(name: str, /, *, on_step: Callable[[Step], None]) -> bool:
 
 
 async def down(spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:  # noqa: ARG001 -- as above
-    """End exactly what `up` started, and return when nothing of it is left: no process, and every port free.
+    """End exactly what `up` started, and return when no process is left and every port is free.
 
-    A cluster that does not run is a success too. The store stays.
+    Succeeds also if the cluster does not run. The store stays.
 
     Raises:
-        ClusterError: something could not be ended; the message says what.
+        ClusterError: something could not be ended; the message names it.
     """
     paths, began = _paths(spec), time.monotonic()
     if not paths.root.is_dir():
         record = new_record(_as_spec(spec), paths)
         return DownReport(cluster=paths.name, ended=(), store=record.store)
     async with cluster_lock(paths, limit_s=LOCK_S):
-        seen = await look(paths)
+        seen = await inspect_cluster(paths)
         record = seen.record or new_record(_as_spec(spec), paths, cluster_id=recalled_cluster_id(paths))
         record = record.with_(wanted="stopped")
         if seen.record is not None:
@@ -196,13 +203,11 @@ def _verify(record: ClusterRecord, paths: ClusterPaths) -> None:
     if left:
         pids = ", ".join(str(one.pid) for one in left)
         msg = f"cluster {record.name}: these processes could not be ended: {pids}"
-        raise ClusterError(
-            msg, hint=f"look at what they wait for: ps -o pid,stat,wchan,args -p {pids.replace(' ', '')}"
-        )
+        raise ClusterError(msg, hint=f"check what they wait for: ps -o pid,stat,wchan,args -p {pids.replace(' ', '')}")
 
 
 async def reach(spec: ClusterSpec | str, /) -> Reach:
-    """Return the controller's URL and token. It is looked at, not asked: that costs a few milliseconds.
+    """Return the controller's URL and token. Its process is checked, without a request: that takes milliseconds.
 
     Raises:
         ClusterDownError: the cluster does not run.
@@ -211,12 +216,12 @@ async def reach(spec: ClusterSpec | str, /) -> Reach:
     record = load_record(paths)
     token = client_token(paths)
     if record is None or record.wanted != "running" or not is_alive(record.controller) or not token:
-        msg = f"cluster {paths.name} does not run on this machine"
+        msg = f"cluster {paths.name} is not running on this machine"
         raise ClusterDownError(msg, hint="start it: raylaunch up")
     return Reach(url=f"http://{LOOPBACK}:{record.ports['controller']}", token=token)
 
 
 async def status(spec: ClusterSpec | str, /) -> ClusterStatus:
-    """Look at the cluster, and change nothing. A cluster that was never started is ``stopped``."""
+    """Return the state of the cluster. A cluster that was never started is ``stopped``."""
     paths = _paths(spec)
-    return status_of(await look(paths), paths)
+    return status_of(await inspect_cluster(paths), paths)

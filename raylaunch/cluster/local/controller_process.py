@@ -1,4 +1,4 @@
-"""The controller as a program beside Ray: what it is told, how it is started, and when it is ready."""
+"""The controller as a program next to Ray: its configuration, its start, and when it is ready."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import anyio
 from pydantic import ValidationError
 
-from raylaunch.cluster.local.health import ask, start_s_left
+from raylaunch.cluster.local.health import http_request, start_s_left
 from raylaunch.cluster.local.process_sweep import of_controller
 from raylaunch.cluster.local.ray_head import clean_environment
 from raylaunch.cluster.local.steps import DiedError, StepLog
@@ -28,7 +28,7 @@ from raylaunch.version import __version__
 
 
 def controller_argv(paths: ClusterPaths) -> list[str]:
-    """Return the program and its arguments; nothing in them is secret."""
+    """Return the program and its arguments; they contain no secret."""
     return [sys.executable, "-m", CONTROLLER, "--config", str(paths.controller_config)]
 
 
@@ -37,7 +37,7 @@ def controller_environment(
 ) -> dict[str, str]:
     """Return the whole environment of the controller.
 
-    It keeps ``CUDA_VISIBLE_DEVICES``, so that a Ray which it has started again sees the GPUs that the first one saw.
+    It keeps ``CUDA_VISIBLE_DEVICES``, so that a Ray that the controller restarts sees the same GPUs.
     """
     limit = {key: environ[key] for key in ("CUDA_VISIBLE_DEVICES",) if key in environ}
     return clean_environment(environ, paths) | limit | {VAR_CONTROLLER_OF: record.cluster_id}
@@ -50,15 +50,15 @@ def _ray_tls(paths: ClusterPaths, record: ClusterRecord) -> dict[str, str]:
 
 
 def write_config(paths: ClusterPaths, record: ClusterRecord) -> None:
-    """Write ``controller.json``: all that the controller is told. Secrets stay in files of their own."""
-    spec, foreign = record.spec, record.spec.kind == "existing"
+    """Write ``controller.json``, the controller's configuration. Secrets stay in their own files."""
+    spec, external = record.spec, record.spec.kind == "existing"
     config = {
         "cluster": record.name,
         "cluster_id": record.cluster_id,
         "store": record.store,
         "port": record.ports["controller"],
-        "gcs_address": spec.gcs_address if foreign else f"{record.place.ray_address}:{record.ports['gcs']}",
-        "dashboard_url": spec.address if foreign else f"http://{LOOPBACK}:{record.ports['dashboard']}",
+        "gcs_address": spec.gcs_address if external else f"{record.place.ray_address}:{record.ports['gcs']}",
+        "dashboard_url": spec.address if external else f"http://{LOOPBACK}:{record.ports['dashboard']}",
         "ray_token_path": str(paths.ray_token),
         "ray_env": _ray_tls(paths, record),
         "log_path": str(paths.controller_log),
@@ -66,8 +66,8 @@ def write_config(paths: ClusterPaths, record: ClusterRecord) -> None:
         "env": record.spec.env,
         "secrets": record.spec.secrets,
         "retention": record.spec.retention.model_dump(mode="json"),
-        "carries_stewards": foreign,
-        "revive": [] if foreign else [sys.executable, "-m", "raylaunch.cluster.revive", record.name],
+        "carries_stewards": external,
+        "revive": [] if external else [sys.executable, "-m", "raylaunch.cluster.revive", record.name],
         "runner_python": sys.executable,
     }
     write_private(paths.controller_config, json.dumps(config, indent=2))
@@ -77,7 +77,7 @@ def admit(store: Path, token: str) -> None:
     """Make the holder of `token` an administrator, in the store's ``tokens.json``; other tokens stay.
 
     Raises:
-        StorageError: the file is there and is not what it should be.
+        StorageError: the file exists and is not a list of tokens.
     """
     path = store / "tokens.json"
     digest = hashlib.sha256(token.encode()).hexdigest()
@@ -89,9 +89,7 @@ def admit(store: Path, token: str) -> None:
             tokens = list(json.loads(text)["tokens"])
         except (ValueError, KeyError, TypeError):
             msg = f"{path} is not a list of tokens"
-            raise StorageError(
-                msg, hint="repair it, or remove it: your own token is put back by raylaunch up"
-            ) from None
+            raise StorageError(msg, hint="repair or remove it; raylaunch up adds your own token again") from None
     if any(isinstance(one, dict) and one.get("sha256") == digest for one in tokens):
         return
     tokens.append({"sha256": digest, "person": getpass.getuser(), "role": "admin"})
@@ -99,14 +97,14 @@ def admit(store: Path, token: str) -> None:
 
 
 async def controller_status(port: int, token: str) -> ControllerStatus | str:
-    """Ask the controller how it is; return in words why there is no answer."""
-    answer = await ask(port, "/v1/status", token=token)
+    """Query the controller's status; return the reason as text if there is no valid response."""
+    answer = await http_request(port, "/v1/status", token=token)
     if not answer.ok:
         return answer.why or f"it answered HTTP {answer.status}"
     try:
         return ControllerStatus.model_validate_json(answer.body)
     except ValidationError:
-        return f"what answers on port {port} is not raylaunch's controller"
+        return f"the program on port {port} is not raylaunch's controller"
 
 
 def not_ready(status: ControllerStatus | str) -> str:
@@ -116,7 +114,7 @@ def not_ready(status: ControllerStatus | str) -> str:
     if status.ray != "up":
         return "the controller does not reach Ray"
     if not any(node.ready for node in status.nodes):
-        return "no node's steward answers"
+        return "no node agent answers"
     return ""
 
 
@@ -130,8 +128,8 @@ class ControllerStart:
 
     Args:
         paths: of the cluster.
-        steps: told what is done.
-        record: the cluster's, with the ports of its Ray.
+        steps: where progress is reported.
+        record: of the cluster, with the ports of its Ray.
         token: the client's.
     """
 
@@ -151,10 +149,10 @@ class ControllerStart:
         self._environ = environ
 
     async def run(self, *, wait: bool, upgrade: bool) -> ClusterRecord:
-        """Have a controller that answers; one that runs and answers stays, unless it is to be replaced.
+        """Start a controller and wait for it; one that already runs and answers stays, unless `upgrade`.
 
         Raises:
-            ClusterStartError: it ended, or does not answer in time.
+            ClusterStartError: it exited, or does not answer in time.
         """
         if is_alive(self.record.controller) and not upgrade and await self._answers_soon():
             return self.record
@@ -163,11 +161,13 @@ class ControllerStart:
             if not wait:
                 break
             try:
-                await self._steps.step("controller", "waits for the controller", self._answering, CONTROLLER_S)
+                await self._steps.step(
+                    "controller", "waiting for the controller", "controller ready", self._check, CONTROLLER_S
+                )
             except DiedError:
                 if last_try or self.record.spec.port or is_free(self.record.ports["controller"]):
                     raise
-                self._steps.note("controller", "its port was taken in that moment; another one is used")
+                self._steps.note("controller", "another process has just taken its port; using another port")
             else:
                 self._save(self.record.with_(controller_answered=True))
                 break
@@ -182,10 +182,10 @@ class ControllerStart:
         return False
 
     async def _start(self) -> None:
-        """Start the controller; one that hangs, or that no record knows of, is ended first. Jobs go on meanwhile."""
+        """Start the controller after ending one that hangs or that is in no record. Jobs continue meanwhile."""
         left = of_controller(self.record.cluster_id)
         if left:
-            self._steps.note("controller", f"ends the controller of before (pid {left[0].pid}); jobs go on")
+            self._steps.note("controller", f"ending the previous controller (pid {left[0].pid}); jobs continue")
             await end(left, grace_s=5)
         ports = self.record.ports
         taken = tuple(port for key, port in ports.items() if key != "controller")
@@ -194,7 +194,7 @@ class ControllerStart:
         port = controller_port(
             ports,
             fixed=self.record.spec.port,
-            say=lambda words: self._steps.note("ports", words),
+            on_taken=lambda message: self._steps.note("ports", message),
             avoid=taken,
         )
         versions = self.record.versions.model_copy(update={"raylaunch": __version__})
@@ -209,7 +209,7 @@ class ControllerStart:
     def _save(self, record: ClusterRecord) -> None:
         self.record = save_record(self._paths, record)
 
-    async def _answering(self) -> str:
+    async def _check(self) -> str:
         self._steps.must_live("controller", "the controller", self.record.controller, self._paths.controller_log)
         return await self._why_silent()
 

@@ -1,6 +1,6 @@
-"""A Ray cluster that somebody else runs: the controller runs here and submits to it; Ray itself is left alone.
+"""A Ray cluster that somebody else runs: the controller runs here and submits to it; Ray itself is not changed.
 
-Stewards are carried there by Ray. `down` ends the controller and the stewards, and nothing of Ray.
+Ray carries the node agents there. `down` ends the controller and the node agents, and nothing of Ray.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import anyio.to_thread
 from raylaunch.cluster.local.backend import end_controller
 from raylaunch.cluster.local.backend import reach as embedded_reach
 from raylaunch.cluster.local.controller_process import ControllerStart, controller_status
-from raylaunch.cluster.local.health import HttpAnswer, ask
-from raylaunch.cluster.local.inspect import LocalInspection, check_ours, differences, look, status_of
+from raylaunch.cluster.local.health import HttpAnswer, http_request
+from raylaunch.cluster.local.inspect import LocalInspection, check_ours, differences, inspect_cluster, status_of
 from raylaunch.cluster.local.ray_head import clean_environment, make_importable
 from raylaunch.cluster.local.steps import StepLog
 from raylaunch.cluster.ports import is_loopback, wait_free
@@ -54,12 +54,12 @@ from raylaunch.ssh.target import OnPrompt
 from raylaunch.version import __version__
 
 LOCK_S = 600.0
-STEWARD_S = 120.0
+AGENT_S = 120.0
 _RAY_S = 10.0
-_LET_GO_S = 60.0
+_RELEASE_S = 60.0
 _HTTP_REFUSED = (401, 403)
 LET_GO = "raylaunch.controller.ray.calls"
-"""Ends the stewards; started as a program, for it connects to Ray."""
+"""Ends the node agents; a program of its own because it connects to Ray."""
 
 
 def _paths(spec: ClusterSpec | str) -> ClusterPaths:
@@ -67,14 +67,14 @@ def _paths(spec: ClusterSpec | str) -> ClusterPaths:
 
 
 async def ray_version(spec: ClusterSpec) -> str:
-    """Ask the Ray for its version: so it is known that it is there, and that it takes the token.
+    """Query Ray's version, which also shows that it answers and accepts the token.
 
     Raises:
-        ClusterStartError: nothing answers there, or something else than Ray does.
-        SpecError: the file of its token cannot be read, or the token would travel in clear.
+        ClusterStartError: nothing answers there, or something other than Ray.
+        SpecError: the token file cannot be read, or the token would be sent unencrypted.
     """
     where, token = urlsplit(spec.address), token_of(spec)
-    answer = await ask(
+    answer = await http_request(
         where.port or (443 if where.scheme == "https" else 8265),
         "/api/version",
         host=where.hostname or "",
@@ -83,14 +83,14 @@ async def ray_version(spec: ClusterSpec) -> str:
         secure=where.scheme == "https",
     )
     if answer.status in _HTTP_REFUSED:
-        had = f"the token in {spec.ray_token_file} is not its own" if spec.ray_token_file else "it asks for a token"
-        msg = f"Ray at {spec.address} lets nobody in: {had}"
-        raise ClusterStartError(msg, hint="name the file of its token: ray_token_file: ~/.ray/auth_token", step="ray")
+        rejected = f"it rejects the token in {spec.ray_token_file}" if spec.ray_token_file else "it requires a token"
+        msg = f"cannot use Ray at {spec.address}: {rejected}"
+        raise ClusterStartError(msg, hint="name its token file: ray_token_file: ~/.ray/auth_token", step="ray")
     version = _version_in(answer)
     if not version:
         why = answer.why or f"it answered HTTP {answer.status}"
         msg = f"no Ray answers at {spec.address}: {why}"
-        hint = "address: is that of its dashboard, as http://HOST:8265; is it up, and reached from here?"
+        hint = "address: is its dashboard, for example http://HOST:8265; is Ray up, and reachable from here?"
         raise ClusterStartError(msg, hint=hint, step="ray")
     return version
 
@@ -101,31 +101,31 @@ def _version_in(answer: HttpAnswer) -> str:
 
 
 def token_of(spec: ClusterSpec) -> str:
-    """Return the Ray's token; empty where the spec names no file of one.
+    """Return Ray's token; empty if the spec names no token file.
 
     Raises:
-        SpecError: the file cannot be read or is elsewhere than such tokens are, or the token would travel in clear.
+        SpecError: the file cannot be read, is not in a folder for such tokens, or the token would be sent unencrypted.
     """
     if not spec.ray_token_file:
         return ""
     path, where = Path(spec.ray_token_file).expanduser(), urlsplit(spec.address)
     own = (raylaunch_home(), Path("~/.ray").expanduser())
     if not any(path.resolve().is_relative_to(folder.resolve()) for folder in own):
-        msg = f"{spec.ray_token_file} is no place of a token: one comes from {own[0]} or {own[1]} alone"
-        raise SpecError(msg, field="ray_token_file", hint=f"if it is that Ray's token, copy the file into {own[1]}")
+        msg = f"{spec.ray_token_file} cannot be a token file: tokens are read only from {own[0]} and {own[1]}"
+        raise SpecError(msg, field="ray_token_file", hint=f"if it holds that Ray's token, copy the file into {own[1]}")
     if where.scheme != "https" and not is_loopback(where.hostname or ""):
-        msg = f"the token of Ray would travel in clear to {spec.address}"
-        hint = "use https:// where that Ray is behind a proxy, or a tunnel: ssh -L 8265:localhost:8265 HOST"
+        msg = f"Ray's token would be sent unencrypted to {spec.address}"
+        hint = "use https:// if that Ray is behind a proxy, or a tunnel: ssh -L 8265:localhost:8265 HOST"
         raise SpecError(msg, field="address", hint=f"{hint}, and address: http://localhost:8265")
     try:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        msg = f"the token of Ray cannot be read from {path}: {getattr(error, 'strerror', '') or error}"
-        raise SpecError(msg, field="ray_token_file", hint="it holds the token alone, as Ray's own auth_token") from None
+        msg = f"Ray's token cannot be read from {path}: {getattr(error, 'strerror', '') or error}"
+        raise SpecError(msg, field="ray_token_file", hint="it contains only the token, as auth_token does") from None
 
 
 def check_certificates(spec: ClusterSpec) -> None:
-    """Check that the files of ``ray_tls`` are there: without them Ray's own process would end without saying why.
+    """Check that the files of ``ray_tls`` exist: without them Ray's own process would exit without a reason.
 
     Raises:
         SpecError: one cannot be read.
@@ -133,7 +133,7 @@ def check_certificates(spec: ClusterSpec) -> None:
     files = spec.ray_tls.model_dump() if spec.ray_tls else {}
     for name, text in files.items():
         if not os.access(Path(text).expanduser(), os.R_OK):
-            msg = f"the certificate file {text} is not there, or cannot be read"
+            msg = f"the certificate file {text} does not exist, or cannot be read"
             hint = "ray_tls names PEM files on this machine: those of RAY_TLS_CA_CERT, RAY_TLS_SERVER_CERT and _KEY"
             raise SpecError(msg, field=f"ray_tls.{name}", hint=hint)
 
@@ -152,11 +152,11 @@ def check_ray(spec: ClusterSpec, runs: str) -> None:
 
 
 async def check_use(spec: ClusterSpec, runs: str) -> None:
-    """Check that this machine can use that Ray in the way that is asked for.
+    """Check that this machine can use that Ray as the spec asks.
 
     Raises:
-        VersionError: as `check_ray`.
-        SpecError: as `check_certificates`.
+        VersionError: see `check_ray`.
+        SpecError: see `check_certificates`.
         ClusterStartError: its head does not listen where it should.
     """
     check_ray(spec, runs)
@@ -168,30 +168,30 @@ async def check_use(spec: ClusterSpec, runs: str) -> None:
     except (OSError, TimeoutError) as error:
         why = getattr(error, "strerror", "") or f"no answer within {_RAY_S:.0f} s"
         msg = f"the head of the Ray at {spec.address} cannot be reached at {spec.gcs_address}: {why}"
-        hint = f"gcs: is its address, HOST:6379, which this machine must reach; where it does not, {TUNNEL_HINT}"
+        hint = f"gcs: is its address, HOST:6379, which this machine must reach; otherwise {TUNNEL_HINT}"
         raise ClusterStartError(msg, hint=hint, step="ray") from None
 
 
 async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:
-    """Say what `up` would do now, and change nothing. Raises as `up`, as far as that can be seen before."""
+    """Return what `up` would do, without changing anything. Raises like `up`, as far as that is known before."""
     await check_accepted(spec, on_prompt=on_prompt)
     await check_use(spec, runs := await ray_version(spec))
     paths = _paths(spec)
-    seen = await look(paths)
+    seen = await inspect_cluster(paths)
     kept: tuple[str, ...] = (f"Ray {runs} at {spec.address}, which raylaunch did not start",)
     if seen.record and seen.record.controller and seen.controller_alive:
         kept += (f"the controller (pid {seen.record.controller.pid})",)
         return Plan(cluster=spec.name, actions=(), keeps=kept, notes=differences(spec, seen.record))
     actions = (
         f"the controller here, {f'port {spec.port}' if spec.port else 'on a free port'}, log {paths.controller_log}",
-        "a steward on each node, carried there by Ray",
+        "a node agent on each node, carried there by Ray",
     )
     return Plan(cluster=spec.name, actions=actions, keeps=kept, notes=warnings(spec))
 
 
 def warnings(spec: ClusterSpec) -> tuple[str, ...]:
-    """Say what a person should know of that Ray. Pure."""
-    open_to_all = "it asks for no token: whoever reaches its ports runs programs there as its account"
+    """Return what a person should know about that Ray. Pure."""
+    open_to_all = "it requires no token: anyone who reaches its ports can run programs as its account"
     return () if spec.ray_token_file else (f"Ray at {spec.address}: {open_to_all}",)
 
 
@@ -202,12 +202,12 @@ async def up(
     on_step: Callable[[Step], None],
     on_prompt: OnPrompt | None = None,
 ) -> ClusterStatus:
-    """Start the controller here, and have a steward on each node. Ray is left as it is.
+    """Start the controller here, and a node agent on each node. Ray is not changed.
 
     Raises:
-        ClusterStartError: Ray does not answer, or a step failed; what this call started is ended again.
+        ClusterStartError: Ray does not answer, or a step failed; everything that this call started has been ended.
         VersionError: another Ray is installed here than runs there, or the controller is of a newer raylaunch.
-        SpecError: the file of Ray's token cannot be read.
+        SpecError: Ray's token file cannot be read.
         UntrustedError: nobody has accepted its address.
     """
     await check_accepted(spec, on_prompt=on_prompt)
@@ -217,29 +217,29 @@ async def up(
     make_cluster_dirs(paths)
     async with cluster_lock(paths, limit_s=LOCK_S):
         await _Up(paths, spec, on_step).run(runs)
-        seen = await look(paths)
+        seen = await inspect_cluster(paths)
     return _status(seen, paths)
 
 
 class _Up:
-    """One `up`: what it knows, and its steps."""
+    """One `up`: its state and its steps."""
 
     def __init__(self, paths: ClusterPaths, spec: ClusterSpec, on_step: Callable[[Step], None]) -> None:
         self._paths = paths
         self._spec = spec
-        self._tell = on_step
+        self._on_step = on_step
         self._steps = StepLog(paths, on_step)
         self._token = ""
 
     async def run(self, ray: str) -> None:
         """Bring it up."""
-        seen = await look(self._paths)
+        seen = await inspect_cluster(self._paths)
         upgrade = check_ours(seen)
-        self._tell(Step("ray", "kept", f"Ray {ray} at {self._spec.address}, which raylaunch did not start"))
+        self._on_step(Step("ray", "kept", f"Ray {ray} at {self._spec.address}, which raylaunch did not start"))
         for line in warnings(self._spec):
             self._steps.note("ray", line)
         if not seen.problems and not upgrade and seen.record and seen.record.controller:
-            self._tell(Step("controller", "kept", f"the controller runs (pid {seen.record.controller.pid})"))
+            self._on_step(Step("controller", "kept", f"the controller is running (pid {seen.record.controller.pid})"))
             for difference in differences(self._spec, seen.record):
                 self._steps.note("spec", difference)
             return
@@ -248,7 +248,11 @@ class _Up:
         try:
             record = await start.run(wait=True, upgrade=upgrade)
             await self._steps.step(
-                "steward", "waits for a steward on each node", lambda: self._stewards(record), STEWARD_S
+                "agent",
+                "waiting for the node agents",
+                "node agents ready",
+                lambda: self._agents(record),
+                AGENT_S,
             )
         except BaseException:
             with anyio.CancelScope(shield=True):
@@ -269,7 +273,7 @@ class _Up:
         write_private(self._paths.ray_token, token_of(self._spec))
         return save_record(self._paths, record)
 
-    async def _stewards(self, record: ClusterRecord) -> str:
+    async def _agents(self, record: ClusterRecord) -> str:
         self._steps.must_live("controller", "the controller", record.controller, self._paths.controller_log)
         says = await controller_status(record.ports["controller"], self._token)
         if isinstance(says, str):
@@ -277,11 +281,11 @@ class _Up:
         mute = [node.hostname for node in says.nodes if node.alive and not node.ready]
         if says.ray != "up" or not says.nodes:
             return "; ".join(says.problems) or "the controller does not reach Ray"
-        return f"no steward answers on {', '.join(mute)}" if mute else ""
+        return f"no node agent answers on {', '.join(mute)}" if mute else ""
 
 
 async def down(spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:  # noqa: ARG001 -- nothing here asks
-    """End the controller and the stewards, and nothing of Ray; the store stays.
+    """End the controller and the node agents, and nothing of Ray; the store stays.
 
     Raises:
         ClusterError: something here could not be ended.
@@ -293,16 +297,16 @@ async def down(spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None)
     async with cluster_lock(paths, limit_s=LOCK_S):
         save_record(paths, record.with_(wanted="stopped"))
         ended = await end_controller(record)
-        notes = await anyio.to_thread.run_sync(_let_go, paths)
+        notes = await anyio.to_thread.run_sync(_release_agents, paths)
         taken = await wait_free({"controller": record.ports["controller"]} if record.ports else {}, limit_s=5)
         save_record(paths, record.with_(wanted="stopped", controller=None))
-    note = f"Ray at {record.spec.address} was not started by raylaunch, and runs on"
+    note = f"Ray at {record.spec.address} was not started by raylaunch and keeps running"
     took = time.monotonic() - began
     return DownReport(cluster=paths.name, ended=ended, store=record.store, notes=(note, *notes, *taken), seconds=took)
 
 
-def _let_go(paths: ClusterPaths) -> tuple[str, ...]:
-    """End the stewards; where Ray does not answer any more, there are none."""
+def _release_agents(paths: ClusterPaths) -> tuple[str, ...]:
+    """End the node agents; if Ray does not answer, there are none."""
     argv = [sys.executable, "-m", LET_GO, "--config", str(paths.controller_config)]
     try:
         done = subprocess.run(  # noqa: S603 -- our own program
@@ -310,25 +314,27 @@ def _let_go(paths: ClusterPaths) -> tuple[str, ...]:
             env=clean_environment(os.environ, paths),
             capture_output=True,
             text=True,
-            timeout=_LET_GO_S,
+            timeout=_RELEASE_S,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return (f"Ray did not answer within {_LET_GO_S:.0f} s: stewards may still run there, and do nothing",)
+        return (f"Ray did not answer within {_RELEASE_S:.0f} s: node agents may still run there, idle",)
     with storage_errors(paths.controller_log), paths.controller_log.open("a", encoding="utf-8") as log:
         log.write(done.stderr)
-    return () if done.returncode == 0 else (f"stewards may still run there: {done.stdout.strip() or done.returncode}",)
+    return (
+        () if done.returncode == 0 else (f"node agents may still run there: {done.stdout.strip() or done.returncode}",)
+    )
 
 
 async def reach(spec: ClusterSpec | str, /) -> Reach:
-    """Return the controller's URL and token. Raises as the embedded cluster's does."""
+    """Return the controller's URL and token. Raises like the embedded cluster's."""
     return await embedded_reach(spec)
 
 
 async def status(spec: ClusterSpec | str, /) -> ClusterStatus:
-    """Look at the controller, and change nothing."""
+    """Return the state of the controller."""
     paths = _paths(spec)
-    return _status(await look(paths), paths)
+    return _status(await inspect_cluster(paths), paths)
 
 
 def _status(seen: LocalInspection, paths: ClusterPaths) -> ClusterStatus:

@@ -1,4 +1,4 @@
-"""The GPUs of this machine as ``nvidia-smi`` shows them, and which of them a cluster uses."""
+"""The GPUs of this machine as ``nvidia-smi`` reports them, and which of them a cluster uses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LocalGpuProcess:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. Sizes are bytes; None where ``nvidia-smi`` says ``[N/A]`` (unified memory)."""
+    """One GPU. Sizes are bytes; None where ``nvidia-smi`` reports ``[N/A]`` (unified memory)."""
 
     index: str
     uuid: str
@@ -56,7 +56,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class GpuChoice:
-    """What Ray is told about GPUs: how many, and which real ones (none when they are only logical)."""
+    """The GPUs for Ray: how many, and which real ones (none when they are only logical)."""
 
     count: int
     gpus: tuple[Gpu, ...] = ()
@@ -69,7 +69,7 @@ class GpuChoice:
 
     @property
     def uuids(self) -> tuple[str, ...]:
-        """The real GPUs, by what stays the same over reboots."""
+        """The UUIDs of the real GPUs, which do not change over reboots."""
         return tuple(gpu.uuid for gpu in self.gpus)
 
     def __str__(self) -> str:
@@ -81,10 +81,10 @@ class GpuChoice:
 
 
 async def detect_gpus() -> list[Gpu]:
-    """Return the GPUs of this machine with who uses them; empty where there is no ``nvidia-smi``.
+    """Return the GPUs of this machine with the processes on them; empty without ``nvidia-smi``.
 
     Raises:
-        ClusterStartError: ``nvidia-smi`` is there but fails (a driver that does not fit, a GPU that fell off the bus).
+        ClusterStartError: ``nvidia-smi`` exists but fails (an incompatible driver, a GPU that fell off the bus).
     """
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -97,12 +97,12 @@ async def detect_gpus() -> list[Gpu]:
 
 
 async def _query(program: str, query: str) -> str:
-    def ask() -> subprocess.CompletedProcess[str]:
+    def run() -> subprocess.CompletedProcess[str]:
         argv = [program, query, "--format=csv,noheader,nounits"]
         return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=_LIMIT_S)  # noqa: S603 -- found on PATH, fixed arguments
 
     try:
-        done = await anyio.to_thread.run_sync(ask)
+        done = await anyio.to_thread.run_sync(run)
     except subprocess.TimeoutExpired:
         msg = f"nvidia-smi did not answer within {_LIMIT_S} s"
         raise ClusterStartError(msg, hint="the GPU driver hangs; or start without GPUs: gpus: 0", step="gpus") from None
@@ -156,18 +156,18 @@ def _mib(text: str) -> int | None:
 
 def _user_of(pid: int) -> str:
     try:
-        return user_name(os.stat(f"/proc/{pid}").st_uid)  # noqa: PTH116 -- not a file of ours
-    except OSError:  # it ended, or runs in another container
+        return user_name(os.stat(f"/proc/{pid}").st_uid)  # noqa: PTH116 -- a file of /proc
+    except OSError:  # it exited, or runs in another container
         return "?"
 
 
 def choose_gpus(spec: ClusterSpec, gpus: Sequence[Gpu], environ: Mapping[str, str]) -> GpuChoice:
     """Return which GPUs the cluster uses: all, those that the spec lists, or a number of logical ones.
 
-    ``auto`` keeps to ``CUDA_VISIBLE_DEVICES`` where that is set, as every CUDA program does.
+    ``auto`` respects ``CUDA_VISIBLE_DEVICES`` if that is set, as every CUDA program does.
 
     Raises:
-        SpecError: the spec lists a GPU that is not there, or one twice.
+        SpecError: the spec lists a GPU that does not exist, or one twice.
     """
     match spec.gpus:
         case int(count):
@@ -189,7 +189,7 @@ def _listed(words: Sequence[str], gpus: Sequence[Gpu]) -> GpuChoice:
             has = "; it has " + ", ".join(str(one) for one in gpus) if gpus else "; it has none (no nvidia-smi found)"
             msg = f"gpus: this machine has no GPU {word!r}{has}"
             raise SpecError(
-                msg, hint="list ids or UUIDs from: nvidia-smi -L; or state a number of logical GPUs", field="gpus"
+                msg, hint="list ids or UUIDs from: nvidia-smi -L; or give a number of logical GPUs", field="gpus"
             )
         if gpu in chosen:
             msg = f"gpus: GPU {gpu.index} is listed twice ({word!r})"
@@ -199,7 +199,7 @@ def _listed(words: Sequence[str], gpus: Sequence[Gpu]) -> GpuChoice:
 
 
 def _find(word: str, gpus: Sequence[Gpu]) -> Gpu | None:
-    """Find a GPU by its id, its UUID, or the beginning of its UUID that is no other's."""
+    """Find a GPU by its id, its UUID, or a unique prefix of its UUID."""
     exact = next((gpu for gpu in gpus if word in (gpu.index, gpu.uuid)), None)
     if exact is not None or len(word) < _SHORTEST_UUID:
         return exact
@@ -209,7 +209,7 @@ def _find(word: str, gpus: Sequence[Gpu]) -> Gpu | None:
 
 @dataclass(frozen=True)
 class OtherCluster:
-    """Another cluster that runs here. `gpu_uuids` is None where its record is not ours to read."""
+    """Another cluster that runs here. `gpu_uuids` is None if its record may not be read."""
 
     name: str
     user: str
@@ -221,7 +221,7 @@ class OtherCluster:
         return f"cluster {self.name} of user {self.user} (controller pid {self.pid}, {self.folder})"
 
 
-def neighbours(own_config: Path) -> list[OtherCluster]:
+def other_clusters(own_config: Path) -> list[OtherCluster]:
     """Return the clusters whose controllers run on this machine, except the one configured by `own_config`."""
     found = []
     for process in psutil.process_iter():
@@ -229,21 +229,21 @@ def neighbours(own_config: Path) -> list[OtherCluster]:
             config = config_of(process.cmdline())
             if config is None or config == own_config or process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            found.append(_neighbour(config, user=user_name(process.uids().real), pid=process.pid))
-        except psutil.Error:  # it ended while we looked, or hides from us
+            found.append(_other_cluster(config, user=user_name(process.uids().real), pid=process.pid))
+        except psutil.Error:  # it has exited meanwhile, or may not be inspected
             continue
     return found
 
 
 def config_of(argv: list[str]) -> Path | None:
-    """Return the configuration with which a controller was started; None if this is no controller."""
+    """Return the configuration file of a controller's command line; None for another program."""
     for at, word in enumerate(argv[:-3]):
         if word == "-m" and argv[at + 1] == CONTROLLER and argv[at + 2] == "--config":
             return Path(argv[at + 3])
     return None
 
 
-def _neighbour(config: Path, *, user: str, pid: int) -> OtherCluster:
+def _other_cluster(config: Path, *, user: str, pid: int) -> OtherCluster:
     try:
         record = ClusterRecord.model_validate_json((config.parent / "cluster.json").read_bytes())
     except (OSError, ValueError):
@@ -254,10 +254,10 @@ def _neighbour(config: Path, *, user: str, pid: int) -> OtherCluster:
 def check_gpus(spec: ClusterSpec, choice: GpuChoice, others: Iterable[OtherCluster]) -> None:
     """Refuse to use a GPU that another cluster uses. Logical GPUs never conflict.
 
-    A cluster whose record we may not read is taken to use all GPUs, unless the spec lists which ones are wanted.
+    A cluster whose record may not be read is assumed to use all GPUs, unless the spec lists which ones to use.
 
     Raises:
-        ConflictError: it says whose cluster that is, and which GPUs.
+        ConflictError: another cluster uses one of them; the message names its owner and the GPUs.
     """
     for other in others:
         shared = [gpu for gpu in choice.gpus if other.gpu_uuids is None or gpu.uuid in other.gpu_uuids]

@@ -1,6 +1,6 @@
-"""Whether a controller responds, and the end of one that runs and does not.
+"""Whether a controller responds, and ending one that hangs.
 
-One that was stopped, or is stuck, keeps its process and its port: only a question to it shows that. Its jobs continue
+A controller that is stopped or stuck keeps its process and its port: only a request shows that. Its jobs continue
 without it, and the next controller reads from their own records how they ended.
 """
 
@@ -23,7 +23,7 @@ from raylaunch.version import __version__
 
 @dataclass(frozen=True)
 class HttpAnswer:
-    """An HTTP answer. `status` is 0 when there was none, and `why` says what happened instead."""
+    """An HTTP response. `status` is 0 if there was none, and `why` is the reason."""
 
     status: int
     body: bytes = b""
@@ -35,14 +35,14 @@ class HttpAnswer:
         return self.status == http.client.OK
 
     def json(self) -> object:
-        """Return the body's JSON, or None if it is none."""
+        """Return the body's JSON, or None if it is not JSON."""
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
             return None
 
 
-async def ask(  # noqa: PLR0913 -- each is one fact of the question, and all are named
+async def http_request(  # noqa: PLR0913 -- keyword arguments
     port: int,
     path: str,
     *,
@@ -53,9 +53,9 @@ async def ask(  # noqa: PLR0913 -- each is one fact of the question, and all are
     body: bytes | None = None,
     secure: bool = False,
 ) -> HttpAnswer:
-    """Ask for `path` at `port`, with a bearer token unless empty; a broken connection is an `HttpAnswer` too.
+    """Request `path` at `port`, with a bearer token unless empty; a broken connection is an `HttpAnswer` too.
 
-    With `secure` over https, with a certificate that this machine can verify.
+    With `secure`, over https, with a certificate that this machine can verify.
     """
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
 
@@ -89,17 +89,17 @@ _FAILURES = 2
 
 
 async def responds(port: int, token: str, *, limit_s: float = _ANSWER_S) -> bool:
-    """Return whether the controller at this port answers at all; what it answers does not matter."""
-    return (await ask(port, PATH, token=token, limit_s=limit_s)).status != 0
+    """Return whether the controller at this port answers at all, with any status."""
+    return (await http_request(port, PATH, token=token, limit_s=limit_s)).status != 0
 
 
 async def end_hung(paths: ClusterPaths, token: str, *, lock_s: float) -> ProcessIdentity | None:
     """End the cluster's controller here if it runs and does not respond; return which process that was.
 
-    One that has just been started is left alone.
+    One that is still starting stays.
 
     Raises:
-        ConflictError: another raylaunch was changing the cluster for all of `lock_s` seconds.
+        ConflictError: another raylaunch command was changing the cluster for all of `lock_s` seconds.
     """
     async with cluster_lock(paths, limit_s=lock_s):
         record = load_record(paths)
@@ -114,7 +114,7 @@ async def end_hung(paths: ClusterPaths, token: str, *, lock_s: float) -> Process
 
 
 def start_s_left(record: ClusterRecord) -> float:
-    """Return for how long the controller may still be silent because it starts; 0 once it has answered."""
+    """Return for how long the controller may still be silent because it is starting; 0 once it has answered."""
     if record.controller is None or record.controller_answered:
         return 0.0
     return max(0.0, START_S - (time.time() - record.controller.started_at))
@@ -138,17 +138,17 @@ class HealthWatch:
         self._replaced = 0
 
     async def is_hung(self, record: ClusterRecord, token: str) -> bool:
-        """Ask the controller of `record` once, and return whether it counts as hung."""
+        """Query the controller of `record` once, and return whether it counts as hung."""
         answers = await responds(record.ports["controller"], token)
         return self.judge(record.controller, answers=answers, answered_before=record.controller_answered)
 
     def judge(self, controller: ProcessIdentity | None, *, answers: bool, answered_before: bool = False) -> bool:
-        """Take in one question's outcome, and return whether this controller counts as hung.
+        """Process the outcome of one query, and return whether this controller counts as hung.
 
         Args:
-            controller: which one was asked.
+            controller: the one that was queried.
             answers: whether it answered.
-            answered_before: whether somebody else has had an answer of it.
+            answered_before: whether it has answered another process.
         """
         now = self._clock()
         if controller != self._watched:

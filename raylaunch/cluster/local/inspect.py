@@ -1,4 +1,4 @@
-"""What is seen of an embedded cluster: its record, which of its processes live, and what its controller says."""
+"""An embedded cluster inspected: its record, its live processes, its controller's status, and its versions."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class LocalInspection:
     record: ClusterRecord | None
     ray_alive: bool = False
     controller_alive: bool = False
-    says: ControllerStatus | str = "it does not run"
-    """The controller's answer, or why there is none."""
+    says: ControllerStatus | str = "not running"
+    """The controller's status, or the reason why there is none."""
 
     @property
     def runs(self) -> bool:
-        """Whether anything of the cluster runs; a Ray that somebody else runs is none of it."""
+        """Whether any part of the cluster runs, not counting a Ray that somebody else runs."""
         ours = self.ray_alive and not (self.record and self.record.spec.kind == "existing")
         return ours or self.controller_alive
 
@@ -40,26 +40,26 @@ class LocalInspection:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What keeps it from taking jobs, in words; empty for a healthy cluster."""
+        """What keeps it from taking jobs; empty for a healthy cluster."""
         if self.record is None or not self.runs:
-            return ("it does not run",)
+            return ("it is not running",)
         found = []
         if not self.ray_alive:
-            found.append(_dead("Ray", self.record.ray))
+            found.append(_exited("Ray", self.record.ray))
         if not self.controller_alive:
-            found.append(_dead("the controller", self.record.controller))
+            found.append(_exited("the controller", self.record.controller))
         elif trouble := not_ready(self.says):
             restarts = "; a command that needs it restarts it, on a host its watchdog" if self.silent else ""
             found.append(f"{trouble}{restarts}")
         return tuple(found)
 
 
-def _dead(what: str, identity: ProcessIdentity | None) -> str:
-    return f"{what} (pid {identity.pid}) is dead" if identity else f"{what} does not run"
+def _exited(what: str, identity: ProcessIdentity | None) -> str:
+    return f"{what} (pid {identity.pid}) has exited" if identity else f"{what} is not running"
 
 
-async def look(paths: ClusterPaths) -> LocalInspection:
-    """Look at the cluster, and change nothing.
+async def inspect_cluster(paths: ClusterPaths) -> LocalInspection:
+    """Inspect the cluster, without changing anything.
 
     Raises:
         ConflictError: the record was written on another machine.
@@ -69,15 +69,15 @@ async def look(paths: ClusterPaths) -> LocalInspection:
     if record is None:
         return LocalInspection(None)
     controller_alive = is_alive(record.controller)
-    says: ControllerStatus | str = "it does not run"
+    says: ControllerStatus | str = "not running"
     if controller_alive:
         says = await controller_status(record.ports["controller"], client_token(paths))
-    ray_alive = is_alive(record.ray) or record.spec.kind == "existing"  # whether that lives, its controller says
+    ray_alive = is_alive(record.ray) or record.spec.kind == "existing"  # its controller checks that
     return LocalInspection(record, ray_alive=ray_alive, controller_alive=controller_alive, says=says)
 
 
 def client_token(paths: ClusterPaths) -> str:
-    """Return the client's token for the controller; empty when there is none yet."""
+    """Return the client's token for the controller; empty if there is none yet."""
     try:
         return paths.token.read_text(encoding="utf-8").strip()
     except OSError:
@@ -85,18 +85,18 @@ def client_token(paths: ClusterPaths) -> str:
 
 
 def differences(spec: ClusterSpec, record: ClusterRecord) -> tuple[str, ...]:
-    """Say where the cluster that runs was started with something else than what is asked for now."""
-    asked, runs = spec.model_dump(mode="json"), record.spec.model_dump(mode="json")
-    asked["tls"], runs["tls"] = spec.uses_tls, record.tls
+    """Return the settings that differ between the running cluster and `spec`, with how to change them."""
+    wanted, runs = spec.model_dump(mode="json"), record.spec.model_dump(mode="json")
+    wanted["tls"], runs["tls"] = spec.uses_tls, record.tls
     return tuple(
-        f"it runs with {key}: {runs[key]!r}, not {asked[key]!r}; raylaunch down, then raylaunch up changes that"
-        for key in asked
-        if asked[key] != runs[key]
+        f"it runs with {key}: {runs[key]!r}, not {wanted[key]!r}; to change that: raylaunch down, then raylaunch up"
+        for key in wanted
+        if wanted[key] != runs[key]
     )
 
 
 def status_of(seen: LocalInspection, paths: ClusterPaths) -> ClusterStatus:
-    """Return what is seen as the status that all fronts show."""
+    """Return an inspection as the status that all interfaces show."""
     record = seen.record
     if record is None:
         return ClusterStatus(name=paths.name, kind="local", state="stopped", problems=_unreadable(paths))
@@ -115,14 +115,14 @@ def status_of(seen: LocalInspection, paths: ClusterPaths) -> ClusterStatus:
         queued=facts.queued if facts else 0,
         running=facts.running if facts else 0,
         store=record.store,
-        store_free=shutil.disk_usage(record.store).free if os.path.isdir(record.store) else None,  # noqa: PTH112 -- a text, not a path of ours
+        store_free=shutil.disk_usage(record.store).free if os.path.isdir(record.store) else None,  # noqa: PTH112 -- a string
         gpus_logical=isinstance(record.spec.gpus, int) and record.spec.gpus > 0,
         owner=record.owner,
     )
 
 
 def _unreadable(paths: ClusterPaths) -> tuple[str, ...]:
-    return (f"its record {paths.record} cannot be understood; raylaunch up heals it",) if paths.record.exists() else ()
+    return (f"its record {paths.record} cannot be read; raylaunch up repairs it",) if paths.record.exists() else ()
 
 
 def _controller_view(seen: LocalInspection, paths: ClusterPaths) -> ProcessView | None:
@@ -141,7 +141,7 @@ def _ray_view(seen: LocalInspection, paths: ClusterPaths) -> ProcessView | None:
     return _view(seen.record.ray, seen.ray_alive, port, seen.record.versions.ray, str(paths.ray_log))
 
 
-def _view(identity: ProcessIdentity, alive: bool, port: int, version: str, log: str) -> ProcessView:  # noqa: FBT001 -- private, and named at its uses
+def _view(identity: ProcessIdentity, alive: bool, port: int, version: str, log: str) -> ProcessView:  # noqa: FBT001 -- private
     return ProcessView(
         pid=identity.pid,
         started_at=identity.started_at,
@@ -154,7 +154,7 @@ def _view(identity: ProcessIdentity, alive: bool, port: int, version: str, log: 
 
 
 def check_versions(seen: LocalInspection, installed: str) -> bool:
-    """Return whether the controller that runs is an older one, to be replaced.
+    """Return whether an older controller runs, which is to be replaced.
 
     Raises:
         VersionError: another Ray, or a controller newer than this raylaunch, runs.
@@ -163,14 +163,14 @@ def check_versions(seen: LocalInspection, installed: str) -> bool:
     if record is None or not (seen.ray_alive or seen.controller_alive):
         return False
     if record.versions.ray != installed:
-        msg = f"cluster {record.name} runs Ray {record.versions.ray}, and Ray {installed} is installed here"
-        hint = "raylaunch up --upgrade: when no job runs any more, it starts the cluster anew with this Ray"
+        msg = f"cluster {record.name} runs Ray {record.versions.ray}, but Ray {installed} is installed here"
+        hint = "raylaunch up --upgrade restarts the cluster with this Ray once no job runs"
         raise RayVersionError(msg, hint=hint)
     return check_ours(seen)
 
 
 def check_ours(seen: LocalInspection) -> bool:
-    """Return whether the controller that runs is an older one, to be replaced.
+    """Return whether an older controller runs, which is to be replaced.
 
     Raises:
         VersionError: it is newer than this raylaunch.
@@ -181,5 +181,5 @@ def check_ours(seen: LocalInspection) -> bool:
     runs = record.versions.raylaunch
     if is_older(__version__, runs):
         msg = f"cluster {record.name} was started by raylaunch {runs}, and this is {__version__}"
-        raise VersionError(msg, hint=f"upgrade this one to {runs}, or raylaunch down, then raylaunch up")
+        raise VersionError(msg, hint=f"upgrade raylaunch here to {runs}, or run raylaunch down, then raylaunch up")
     return seen.controller_alive and runs != __version__

@@ -1,4 +1,7 @@
-"""Bring an embedded cluster up, step by step: only what does not run is started. The caller holds the lock."""
+"""This machine's part of a cluster, started step by step: the head (`BringUp`), or Ray joining one (`WorkerJoin`).
+
+Only what does not run is started. The caller holds the cluster's lock.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import anyio
 
 from raylaunch.cluster import tls
 from raylaunch.cluster.local.controller_process import ControllerStart, controller_status, not_ready
-from raylaunch.cluster.local.gpus import GpuChoice, check_gpus, choose_gpus, detect_gpus, neighbours
-from raylaunch.cluster.local.inspect import LocalInspection, check_versions, differences, look
+from raylaunch.cluster.local.gpus import GpuChoice, check_gpus, choose_gpus, detect_gpus, other_clusters
+from raylaunch.cluster.local.inspect import LocalInspection, check_versions, differences, inspect_cluster
 from raylaunch.cluster.local.process_sweep import node_agents, of_controller, sweep_ray
 from raylaunch.cluster.local.ray_head import RayStart, installed_ray, jobs_answer, make_importable, nodes_alive
 from raylaunch.cluster.local.steps import DiedError, StepLog
@@ -36,11 +40,15 @@ from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.paths import ClusterPaths, make_store, secret_file, storage_errors, write_private
 from raylaunch.version import __version__
 
-JOBS_S, NODE_S, STEWARD_S = 180.0, 120.0, 180.0
+JOBS_S, NODE_S, AGENT_S = 180.0, 120.0, 180.0
+JOIN_S = 120.0
+_GRACE_S = 15.0
+_JOINED = "Ray runtime started."
+"""What ``ray start`` prints once its raylet is registered with the head."""
 
 
 class BringUp:
-    """One `up`: what it knows, and its steps."""
+    """One `up`: its state and its steps."""
 
     def __init__(
         self,
@@ -52,7 +60,7 @@ class BringUp:
         place: NodePlace | None = None,
     ) -> None:
         self.paths = paths
-        self.asked = spec
+        self.requested = spec
         self.on_step = on_step
         self.environ = environ
         self.place = place
@@ -60,20 +68,20 @@ class BringUp:
         self.steps = StepLog(paths, on_step)
 
     async def run(self, *, ray_only: bool = False) -> LocalInspection:
-        """Bring it up and return what is seen then. With `ray_only` the controller is not waited for.
+        """Bring it up and return an inspection of it. With `ray_only` the controller is not waited for.
 
         Raises:
-            ClusterStartError: a step failed; what was started here is ended again.
-            ConflictError: a fixed port or a GPU is somebody else's.
-            VersionError: Ray or the running cluster does not fit.
+            ClusterStartError: a step failed; everything that was started here has been ended.
+            ConflictError: a fixed port or a GPU is in use by somebody else.
+            VersionError: Ray or the running cluster is incompatible.
         """
-        seen = await look(self.paths)
+        seen = await inspect_cluster(self.paths)
         ray_version = installed_ray()
         upgrade = check_versions(seen, ray_version)
         if not seen.problems and not upgrade:
-            self._tell_kept(seen)
+            self._report_kept(seen)
             return seen
-        self._take_record(seen, ray_version, upgrade=upgrade)
+        self._prepare_record(seen, ray_version, upgrade=upgrade)
         self._check_fixed_port()
         try:
             await self._start_missing(ray_only=ray_only, upgrade=upgrade)
@@ -81,46 +89,48 @@ class BringUp:
             with anyio.CancelScope(shield=True):
                 await self.steps.undo(self.record)
             raise
-        return await look(self.paths)
+        return await inspect_cluster(self.paths)
 
     async def _start_missing(self, *, ray_only: bool, upgrade: bool) -> None:
-        """Start what does not run. What ends while it is waited for is started once more."""
+        """Start what does not run. A process that exits meanwhile is restarted once."""
         try:
             await self._start_all(ray_only=ray_only, upgrade=upgrade)
         except DiedError as error:
-            self.steps.note(error.step, "it ended while it was waited for; it is started again")
+            self.steps.note(error.step, "it exited during start; restarting it")
             await self._start_all(ray_only=ray_only, upgrade=False)
 
     async def _start_all(self, *, ray_only: bool, upgrade: bool) -> None:
         await self._ray()
         await self._controller(wait=not ray_only, upgrade=upgrade)
-        await self.steps.step("node", "waits until Ray lists this machine", self._node, NODE_S)
+        await self.steps.step("node", "waiting for Ray to list this node", "Ray lists this node", self._node, NODE_S)
         if not ray_only:
-            await self.steps.step("steward", "waits for the node's steward", self._steward, STEWARD_S)
+            await self.steps.step("agent", "waiting for the node agent", "node agent ready", self._agent, AGENT_S)
 
-    def _tell_kept(self, seen: LocalInspection) -> None:
+    def _report_kept(self, seen: LocalInspection) -> None:
         if seen.record is None or seen.record.ray is None or seen.record.controller is None:
             return
-        self.on_step(Step("ray", "kept", f"Ray runs (pid {seen.record.ray.pid})"))
-        self.on_step(Step("controller", "kept", f"the controller runs (pid {seen.record.controller.pid})"))
-        for difference in differences(self.asked, seen.record):
+        self.on_step(Step("ray", "kept", f"Ray is running (pid {seen.record.ray.pid})"))
+        self.on_step(Step("controller", "kept", f"the controller is running (pid {seen.record.controller.pid})"))
+        for difference in differences(self.requested, seen.record):
             self.steps.note("spec", difference)
 
-    def _take_record(self, seen: LocalInspection, ray_version: str, *, upgrade: bool) -> None:
-        """Go on from the record. The spec that runs counts while anything of the cluster runs.
+    def _prepare_record(self, seen: LocalInspection, ray_version: str, *, upgrade: bool) -> None:
+        """Continue from the record. While any part of the cluster runs, the spec that it was started with applies.
 
-        An older controller that is to be replaced stands in it until it has ended: an `up` may be killed before.
+        An older controller stays in the record until it has exited: an `up` may be killed before that.
         """
         if aside := keep_unreadable_aside(self.paths):
-            self.steps.note("record", f"the cluster's record could not be understood; it is kept as {aside.name}")
-        had = seen.record or new_record(self.asked, self.paths, cluster_id=recalled_cluster_id(self.paths))
+            self.steps.note("record", f"cannot read the cluster's record; it was renamed to {aside.name}")
+        had = seen.record or new_record(self.requested, self.paths, cluster_id=recalled_cluster_id(self.paths))
         if seen.ray_alive or seen.controller_alive:
-            for difference in differences(self.asked, had):
+            for difference in differences(self.requested, had):
                 self.steps.note("spec", difference)
         else:
-            had = had.with_(spec=self.asked, store=store_of(self.asked, self.paths), place=self.place or had.place)
+            had = had.with_(
+                spec=self.requested, store=store_of(self.requested, self.paths), place=self.place or had.place
+            )
         if had.wanted == "stopped":  # no Ray of the cluster runs on any host
-            had = had.with_(tls=self.asked.uses_tls)
+            had = had.with_(tls=self.requested.uses_tls)
         self._set_gcs_aside(had.versions.ray, ray_version)
         ours = had.versions.raylaunch if upgrade else __version__
         versions = ClusterVersions(raylaunch=ours, ray=ray_version, python=platform.python_version())
@@ -131,10 +141,10 @@ class BringUp:
         self._save(had.with_(wanted="running", versions=versions))
 
     def _check_fixed_port(self) -> None:
-        """Say that the controller's port is taken before Ray is started for nothing."""
+        """Fail early, before Ray is started, if the controller's port is taken."""
         fixed = self.record.spec.port
         if fixed is not None and not of_controller(self.record.cluster_id):
-            controller_port({}, fixed=fixed, say=lambda _: None, avoid=())
+            controller_port({}, fixed=fixed, on_taken=lambda _: None, avoid=())
 
     def _set_gcs_aside(self, had: str, has: str) -> None:
         if had and had != has and any(self.paths.gcs.iterdir()):
@@ -142,7 +152,7 @@ class BringUp:
             with storage_errors(self.paths.gcs):
                 self.paths.gcs.rename(aside)
                 self.paths.gcs.mkdir(mode=0o700)
-            self.steps.note("ray", f"Ray {has} does not read what Ray {had} stored; that is kept as {aside.name}")
+            self.steps.note("ray", f"Ray {has} cannot read the state of Ray {had}, which was renamed to {aside.name}")
 
     def _save(self, record: ClusterRecord) -> None:
         self.record = save_record(self.paths, record)
@@ -154,7 +164,7 @@ class BringUp:
             try:
                 await self._wait_for_ray()
             except DiedError:
-                self.steps.note("ray", "Ray ended while it was waited for; it is started again")
+                self.steps.note("ray", "Ray exited during start; restarting it")
             else:
                 return
         await self._start_ray()
@@ -162,15 +172,15 @@ class BringUp:
 
     async def _start_ray(self) -> None:
         if self.record.ray is not None:
-            self.steps.note("ray", f"Ray (pid {self.record.ray.pid}) is gone; it is started again")
+            self.steps.note("ray", f"Ray (pid {self.record.ray.pid}) exited; restarting it")
         left = await sweep_ray(self.record.cluster_id, self.record.ray, self.paths.temp)
         if left:
-            self.steps.note("ray", f"ended {len(left)} processes that it had left behind")
+            self.steps.note("ray", f"ended {len(left)} leftover processes")
         gpus = await self._gpus()
         ports = ray_ports(
             self.record.ports,
-            say=lambda words: self.steps.note("ports", words),
-            avoid=self._promised(),
+            on_taken=partial(self.steps.note, "ports"),
+            avoid=self._reserved(),
             address=ANYWHERE if self.record.place.address else LOOPBACK,
         )
         moved = any(self.record.ports.get(key) not in (None, ports[key]) for key in ("gcs", "dashboard"))
@@ -182,13 +192,13 @@ class BringUp:
             certificate = tls.issue(self.paths, self.record.place.host or "head", own_addresses())
             self._save(self.record.with_(tls_until=tls.keep(self.paths, certificate)))
         argv = head.argv()
-        self.on_step(Step("ray", "begins", f"starts Ray {self.record.versions.ray} with {gpus}"))
+        self.on_step(Step("ray", "begins", f"starting Ray {self.record.versions.ray} with {gpus}"))
         ray = await self.steps.start(argv, head.environment(self.environ), self.paths.ray_log)
         self._save(self.record.with_(ray=ray))
-        if moved and self.record.controller is not None:  # it knows Ray's old address
+        if moved and self.record.controller is not None:  # it uses Ray's old address
             await end([self.record.controller], grace_s=10)
 
-    def _promised(self) -> tuple[int, ...]:
+    def _reserved(self) -> tuple[int, ...]:
         fixed = self.record.spec.port
         return tuple(port for port in (fixed, self.record.ports.get("controller")) if port)
 
@@ -196,11 +206,11 @@ class BringUp:
         spec = self.record.spec
         choice = choose_gpus(spec, [] if isinstance(spec.gpus, int) else await detect_gpus(), self.environ)
         if choice.gpus:
-            check_gpus(spec, choice, neighbours(self.paths.controller_config))
+            check_gpus(spec, choice, other_clusters(self.paths.controller_config))
         return choice
 
     async def _wait_for_ray(self) -> None:
-        await self.steps.step("jobs", "waits for Ray's Jobs endpoint", self._jobs, JOBS_S)
+        await self.steps.step("jobs", "waiting for Ray's Jobs API", "Ray's Jobs API is ready", self._jobs, JOBS_S)
 
     async def _jobs(self) -> str:
         self.steps.must_live("ray", "Ray", self.record.ray, self.paths.ray_log)
@@ -208,7 +218,7 @@ class BringUp:
 
     async def _node(self) -> str:
         self.steps.must_live("ray", "Ray", self.record.ray, self.paths.ray_log)
-        return "" if await nodes_alive(self.record.ports, self.ray_token) else "Ray lists no living node"
+        return "" if await nodes_alive(self.record.ports, self.ray_token) else "Ray lists no live node"
 
     # The controller
 
@@ -219,28 +229,22 @@ class BringUp:
         finally:
             self.record = start.record
 
-    async def _steward(self) -> str:
+    async def _agent(self) -> str:
         self.steps.must_live("ray", "Ray", self.record.ray, self.paths.ray_log)
         self.steps.must_live("controller", "the controller", self.record.controller, self.paths.controller_log)
         return not_ready(await controller_status(self.record.ports["controller"], self.token))
 
 
-JOIN_S = 120.0
-_GRACE_S = 15.0
-_JOINED = "Ray runtime started."
-"""What ``ray start`` prints once its raylet is registered with the head."""
-
-
 class WorkerJoin:
-    """One joining of a head: what it knows, and its steps. The caller holds the cluster's lock.
+    """One worker that joins a head. The caller holds the cluster's lock.
 
     Args:
         paths: of the cluster on this machine.
         spec: this machine's part of it.
         place: which machine this is, and where the head is.
         cluster_id: the head's.
-        ray_token: the head's, for its port is closed to those who do not have it.
-        certificate: this node's, where the cluster uses TLS. Without it, and without `ray_token`, those of before.
+        ray_token: the head's, which its port requires.
+        certificate: this node's, if the cluster uses TLS. Without it and `ray_token`, the previous ones are used.
     """
 
     def __init__(  # noqa: PLR0913 -- each is one fact, and all are named
@@ -269,10 +273,10 @@ class WorkerJoin:
         """Join, and return this machine's record.
 
         Raises:
-            ClusterStartError: Ray did not join; what was started is ended again.
-            ConflictError: a GPU is another cluster's.
-            SpecError: a GPU that the spec lists is not there.
-            VersionError: Ray does not fit, or another one runs here.
+            ClusterStartError: Ray did not join; everything that was started has been ended.
+            ConflictError: a GPU belongs to another cluster.
+            SpecError: a GPU that the spec lists does not exist.
+            VersionError: Ray is incompatible, or another one runs here.
         """
         version = installed_ray()
         had = load_record(self.paths)
@@ -308,7 +312,7 @@ class WorkerJoin:
             raise
 
     def _has_certificate(self, record: ClusterRecord) -> bool:
-        """Whether this machine's Ray speaks with the others as the head's does now."""
+        """Return whether this machine's Ray uses TLS in the way that the head's does now."""
         if not self.ray_token:  # nothing new was sent
             return True
         if self.certificate is None:
@@ -316,28 +320,28 @@ class WorkerJoin:
         return record.tls and tls.has_authority(self.paths, self.certificate)
 
     async def _keep(self, record: ClusterRecord) -> ClusterRecord:
-        """Leave Ray as it runs. The steward is ended where it is of another raylaunch: Ray starts it from this one.
+        """Leave Ray running. A node agent of another raylaunch is ended: Ray restarts it from this one.
 
-        A new controller has had it started anew already, but before this machine was given the new code.
+        A new controller has restarted it already, but before this machine had the new code.
         """
         pid = record.ray.pid if record.ray else 0
-        self.on_step(Step("ray", "kept", f"Ray runs (pid {pid})"))
+        self.on_step(Step("ray", "kept", f"Ray is running (pid {pid})"))
         for difference in differences(self.spec, record):
             self.steps.note("spec", difference)
         if make_importable(self.paths) or record.versions.raylaunch != __version__:
-            await kill(node_agents(record.ray))  # at SIGTERM, Ray would hold that it wished to end
-            self.steps.note("steward", f"is started anew by Ray, as of raylaunch {__version__}; jobs go on")
+            await kill(node_agents(record.ray))  # after SIGTERM, Ray would not restart it
+            self.steps.note("agent", f"restarted with raylaunch {__version__}; jobs continue")
         versions = record.versions.model_copy(update={"raylaunch": __version__})
         return record if versions == record.versions else save_record(self.paths, record.with_(versions=versions))
 
     async def _start(self, record: ClusterRecord) -> ClusterRecord:
         gpus = choose_gpus(self.spec, [] if isinstance(self.spec.gpus, int) else await detect_gpus(), self.environ)
         if gpus.gpus:
-            check_gpus(self.spec, gpus, neighbours(self.paths.controller_config))
-        ports = ray_ports(record.ports, say=lambda words: self.steps.note("ports", words), avoid=(), address=ANYWHERE)
+            check_gpus(self.spec, gpus, other_clusters(self.paths.controller_config))
+        ports = ray_ports(record.ports, on_taken=partial(self.steps.note, "ports"), avoid=(), address=ANYWHERE)
         record = save_record(self.paths, record.with_(ports=ports, gpu_uuids=gpus.uuids))
         ray = RayStart(self.paths, self.spec, self.cluster_id, ports, gpus, self.place, tls=record.tls)
-        self.steps.begins("ray", f"starts Ray {record.versions.ray} with {gpus}, joining {self.place.head}")
+        self.steps.started("ray", f"starting Ray {record.versions.ray} with {gpus}, joining {self.place.head}")
         for tries_left in (2, 1, 0):
             process = await self.steps.start(ray.argv(), ray.environment(self.environ), self.paths.ray_log)
             record = save_record(self.paths, record.with_(ray=process))
@@ -346,7 +350,7 @@ class WorkerJoin:
             except DiedError:
                 if not tries_left:
                     raise
-                self.steps.note("ray", "it gave up, as it does on a busy machine after 30 s; it is started again")
+                self.steps.note("ray", "it gave up after 30 s, as it does on a busy machine; restarting it")
                 await sweep_ray(self.cluster_id, process, self.paths.temp)
             else:
                 break
@@ -358,4 +362,4 @@ class WorkerJoin:
             since = last_lines(self.paths.ray_log, count=200).rpartition("\n--- ")[2]
             return "" if _JOINED in since else "it has not registered yet"
 
-        await self.steps.step("join", f"waits until Ray has joined {self.place.head}", joined, JOIN_S)
+        await self.steps.step("join", f"joining {self.place.head}", f"joined {self.place.head}", joined, JOIN_S)

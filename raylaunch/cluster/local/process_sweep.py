@@ -1,4 +1,4 @@
-"""Which processes belong to a cluster, however they were started; and the end of them all."""
+"""Which processes belong to a cluster, however they were started; and ending them all."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _OWN = ("raylet", "gcs_server", "ray::", "ray-")
 
 
 def of_ray(cluster_id: str, head: ProcessIdentity | None, temp: Path) -> list[ProcessIdentity]:
-    """Return Ray's processes of a cluster: the head's descendants, its session, and all whose environment says so."""
+    """Return a cluster's Ray processes: the head's descendants, its session, and all with its id in the environment."""
     tree = _descendants(head)
 
     def ours(process: psutil.Process) -> bool:
-        if process.pid in tree or _says(process, cluster_id):
+        if process.pid in tree or _has_id(process, cluster_id):
             return True
         return head is not None and os.getsid(process.pid) == head.pid and _looks_like_ray(process, temp)
 
@@ -28,12 +28,12 @@ def of_ray(cluster_id: str, head: ProcessIdentity | None, temp: Path) -> list[Pr
 
 
 def of_controller(cluster_id: str) -> list[ProcessIdentity]:
-    """Return the controller's processes of a cluster: itself, its link to Ray, and what revives Ray."""
+    """Return the controller's processes of a cluster: itself, its bridge to Ray, and the restart of Ray."""
     return matching(lambda process: process.environ().get(VAR_CONTROLLER_OF) == cluster_id, uid=os.getuid())
 
 
 def runners(cluster_id: str) -> list[ProcessIdentity]:
-    """Return the runners of a cluster's jobs: at SIGTERM they stop their training with its grace, and W&B in order."""
+    """Return the runners of a cluster's jobs: at SIGTERM they stop their training with its grace, and finish W&B."""
 
     def ours(process: psutil.Process) -> bool:
         tagged = process.environ().get(_VAR_ATTEMPT, "").startswith(f"{cluster_id}/")
@@ -57,13 +57,13 @@ def _descendants(head: ProcessIdentity | None) -> set[int]:
         return set()
 
 
-def _says(process: psutil.Process, cluster_id: str) -> bool:
+def _has_id(process: psutil.Process, cluster_id: str) -> bool:
     environ = process.environ()
     return environ.get(VAR_CLUSTER_ID) == cluster_id or environ.get(_VAR_ATTEMPT, "").startswith(f"{cluster_id}/")
 
 
 def _looks_like_ray(process: psutil.Process, temp: Path) -> bool:
-    """Ray's workers overwrite their environment with their title, so the session and the title tell."""
+    """Check session and title: Ray's workers overwrite their environment with their title."""
     line = " ".join(process.cmdline())
     return str(temp) in line or line.startswith(_OWN) or "/ray/" in line
 
@@ -71,7 +71,7 @@ def _looks_like_ray(process: psutil.Process, temp: Path) -> bool:
 async def sweep_ray(cluster_id: str, head: ProcessIdentity | None, temp: Path) -> dict[ProcessIdentity, str]:
     """End all of Ray's processes that are left of a cluster; return how each ended.
 
-    It repeats until none is found, because what is ended may just have started another.
+    It repeats until none is found, because an ended process may just have started another.
     """
     ended: dict[ProcessIdentity, str] = {}
     for _ in range(5):

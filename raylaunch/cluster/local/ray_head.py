@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 import raylaunch
 from raylaunch.cluster import tls
 from raylaunch.cluster.local.gpus import GpuChoice
-from raylaunch.cluster.local.health import ask
+from raylaunch.cluster.local.health import http_request
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.processes import VAR_CLUSTER_ID
 from raylaunch.cluster.record import NodePlace
@@ -32,13 +32,13 @@ NEEDED = "2.60"
 """The Ray that this raylaunch was made for and tested with."""
 
 HOST_LABEL = "raylaunch-host"
-"""Ray's label of a node that bears the host's name in cluster.yaml."""
+"""The label of a Ray node that holds the host's name in cluster.yaml."""
 
 _A_YEAR_S = 365 * 24 * 3600
 _NO_PORT = "65536"
-"""A port that there is not: Ray then says in a log that it has no such server, and goes on without."""
+"""An invalid port: Ray then logs that it has no such server, and continues without it."""
 _HEADLESS_S = 600
-"""How long jobs of a node go on without the head: it may be booting."""
+"""How long jobs of a node continue without the head: it may be booting."""
 
 _KEPT_FREE = 16 * 1024**3
 
@@ -65,10 +65,10 @@ _HEAD_FLAGS = ("port", "dashboard-port", "ray-client-server-port")
 
 
 def installed_ray() -> str:
-    """Return the version of the Ray that is installed beside this raylaunch.
+    """Return the version of Ray in this environment.
 
     Raises:
-        VersionError: there is none, or not one that this raylaunch knows.
+        VersionError: Ray is not installed, or is not of a version that this raylaunch supports.
     """
     command = f'{sys.executable} -m pip install "ray[default]=={NEEDED}.*"'
     try:
@@ -77,16 +77,16 @@ def installed_ray() -> str:
         msg = f"Ray is not installed in {sys.prefix}"
         raise VersionError(msg, hint=f"install it: {command}") from None
     if not version.startswith(f"{NEEDED}."):
-        msg = f"raylaunch {__version__} needs Ray {NEEDED}, and Ray {version} is installed in {sys.prefix}"
-        raise VersionError(msg, hint=f"install the one that fits: {command}")
+        msg = f"raylaunch {__version__} needs Ray {NEEDED}, but Ray {version} is installed in {sys.prefix}"
+        raise VersionError(msg, hint=f"install that version: {command}")
     return version
 
 
 def clean_environment(environ: Mapping[str, str], paths: ClusterPaths) -> dict[str, str]:
-    """Return the environment that Ray and the controller begin with.
+    """Return the environment in which Ray and the controller start.
 
-    What belongs to another Ray, to one person's W&B or to Python's start is left out, and so is all that looks like a
-    secret: jobs inherit Ray's environment, and get secrets by name instead.
+    Variables of another Ray, of one person's W&B and of Python's start-up are left out, and so is everything that looks
+    like a secret: jobs inherit Ray's environment, and get secrets by name instead.
     """
     kept = {key: value for key, value in environ.items() if not (_FOREIGN.match(key) or _SECRET.search(key))}
     kept = {key: value for key, value in kept.items() if key not in GPU_VARIABLES}
@@ -103,12 +103,12 @@ def _package_dir() -> Path:
 
 
 def make_importable(paths: ClusterPaths) -> bool:
-    """Let what runs under Ray import this raylaunch, through a folder that holds nothing else.
+    """Let programs under Ray import this raylaunch, through a folder that contains nothing else.
 
-    Return whether another one was found there until now.
+    Return whether another raylaunch was there before.
 
-    So stewards are of the controller's version, also where Ray was started by an older one and goes on. And a checkout
-    itself on ``PYTHONPATH`` would let its other folders shadow modules of the training.
+    Node agents thus have the controller's version even if an older raylaunch started Ray. A checkout itself on
+    ``PYTHONPATH`` would let its other folders shadow modules of the training.
     """
     link = paths.imports / "raylaunch"
     with storage_errors(link):
@@ -123,7 +123,7 @@ def make_importable(paths: ClusterPaths) -> bool:
 
 @dataclass(frozen=True)
 class RayStart:
-    """All that decides how Ray is started on this machine: as the head, or as a node that joins one."""
+    """Everything that decides how Ray is started on this machine: as the head, or as a node that joins one."""
 
     paths: ClusterPaths
     spec: ClusterSpec
@@ -132,10 +132,10 @@ class RayStart:
     gpus: GpuChoice
     place: NodePlace = field(default_factory=NodePlace)
     tls: bool = False
-    """Whether it speaks TLS with the other nodes; its certificate is in `paths`."""
+    """Whether it uses TLS with the other nodes; its certificate is in `paths`."""
 
     def argv(self) -> list[str]:
-        """Return the program and its arguments; nothing in them is secret."""
+        """Return the program and its arguments; they contain no secret."""
         argv = [sys.executable, "-m", "raylaunch.cluster.ray_start", "start", "--block", "--disable-usage-stats"]
         if self.place.is_worker:
             argv.append(f"--address={self.place.head}")
@@ -153,7 +153,7 @@ class RayStart:
         return argv
 
     def environment(self, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-        """Return Ray's whole environment here, which everything that it starts inherits."""
+        """Return Ray's whole environment, which everything that it starts inherits."""
         env = clean_environment(environ, self.paths) | self.place.env
         env.setdefault("RAY_memory_usage_threshold", memory_threshold(psutil.virtual_memory().total))
         path = env.get("PATH") or os.defpath
@@ -167,10 +167,10 @@ class RayStart:
             "RAY_JOB_START_TIMEOUT_SECONDS": str(_A_YEAR_S),  # the queue is ours; Ray must not fail what waits
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DEDUP_LOGS": "0",
-            "RAY_agent_register_timeout_ms": "600000",  # agents of a busy machine are late: see ray_start
-            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # a node with a steward is never idle: it would wait in vain
+            "RAY_agent_register_timeout_ms": "600000",  # Ray's agents start late on a busy machine: see ray_start
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # with a node agent a node is never idle
             "SPT_NOENV": "1",  # a process that sets its title must not wipe out the environment by which it is found
-            "RAY_free_objects_period_milliseconds": "50",  # what stewards sent is freed at once, not a second on
+            "RAY_free_objects_period_milliseconds": "50",  # data that node agents sent is freed at once
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a job without GPUs sees none
         }
         if self.tls:
@@ -179,8 +179,8 @@ class RayStart:
             env |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self.paths.gcs)}
         if self.place.address:
             env["RAY_gcs_rpc_server_reconnect_timeout_s"] = str(_HEADLESS_S)
-            env["RAY_enable_metrics_collection"] = "0"  # its port answers anybody, without the token
-            env |= dict.fromkeys(("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT"), _NO_PORT)  # as these do
+            env["RAY_enable_metrics_collection"] = "0"  # its port answers without the token
+            env |= dict.fromkeys(("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT"), _NO_PORT)  # these do too
         else:
             env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # with it, every socket is bound to loopback
         if self.place.interface:
@@ -191,34 +191,34 @@ class RayStart:
 
 
 def memory_threshold(total: int) -> str:
-    """Return the share of a node's memory from which Ray's monitor ends a task, so that the node itself lives on.
+    """Return the share of a node's memory at which Ray's monitor kills a task, to protect the node.
 
-    Ray keeps 5 % free whatever there is, which on a machine with 2 TiB would be 100 GiB; 16 GiB are enough anywhere.
+    Ray always keeps 5 % free, which on a machine with 2 TiB is 100 GiB; 16 GiB are enough anywhere.
     """
     return f"{1 - min(0.05, _KEPT_FREE / max(total, 1)):.4f}"
 
 
 def whole_cpus(cpus: float) -> int:
-    """Return the number of CPU cores that Ray is told.
+    """Return the number of CPU cores for Ray.
 
     Raises:
-        SpecError: it is not a whole number; Ray counts a node's cores in whole ones.
+        SpecError: it is not a whole number, which Ray requires of a node's cores.
     """
     if not math.isclose(cpus, round(cpus)):
         msg = f"cpus: {cpus:g} is not a whole number of cores"
-        raise SpecError(msg, hint=f"write {max(1, round(cpus))}; jobs may ask for fractions", field="cpus")
+        raise SpecError(msg, hint=f"write {max(1, round(cpus))}; jobs may request fractions", field="cpus")
     return round(cpus)
 
 
 async def jobs_answer(ports: Mapping[str, int], token: str) -> str:
-    """Ask Ray's Jobs endpoint; return an empty string when it answered, else why not."""
-    answer = await ask(ports["dashboard"], "/api/jobs/", token=token)
+    """Query Ray's Jobs API; return an empty string if it answered, else the reason."""
+    answer = await http_request(ports["dashboard"], "/api/jobs/", token=token)
     return "" if answer.ok else answer.why or f"it answered HTTP {answer.status}"
 
 
 async def nodes_alive(ports: Mapping[str, int], token: str) -> int:
     """Return how many nodes Ray lists as alive."""
-    answer = await ask(ports["dashboard"], "/api/v0/nodes", token=token)
+    answer = await http_request(ports["dashboard"], "/api/v0/nodes", token=token)
     try:
         listed = _Answer.model_validate_json(answer.body)
     except ValidationError:
@@ -239,6 +239,6 @@ class _Data(BaseModel):
 
 
 class _Answer(BaseModel):
-    """The answer of Ray's state API. Unlike ``/nodes?view=summary`` it does not lag seconds behind."""
+    """The response of Ray's state API. Unlike ``/nodes?view=summary`` it is not seconds old."""
 
     data: _Data

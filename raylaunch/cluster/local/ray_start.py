@@ -1,12 +1,12 @@
-"""``python -m raylaunch.cluster.ray_start start …``: Ray's own ``ray start``, patient with a machine that is busy.
+"""``python -m raylaunch.cluster.ray_start start …``: Ray's own ``ray start``, with longer timeouts for busy machines.
 
-A raylet starts two Python programs, its agents, and waits 15 s until each has written its port into a file; then it
-ends itself, and with it all that ``ray start`` has started, for no node is listed within 30 s. The agents are loaded
-beside a dozen other programs. Where training has taken the cores, or on two slow ones, that takes longer, and a Ray
-that died there would be ended again and again. The ports are fixed here, so they are in the files before the raylet
-looks; and the question for the node waits as long as the raylet lives. Whoever started this has a limit of his own.
+A raylet starts two Python programs, its agents, and waits 15 s until each has written its port into a file. Then it
+exits, and with it everything that ``ray start`` has started, because no node is listed within 30 s. The agents load
+together with a dozen other programs. On cores that are busy with training, or on two slow cores, that takes longer, and
+each restart of Ray would fail in the same way. The ports are fixed here, so they are in the files before the raylet
+reads them; and the query for the node waits as long as the raylet lives. The caller has its own limit.
 
-Seen in Ray 2.60: ``WaitForPersistedPort`` of its raylet, ``ray._private.node`` and ``ray._private.services``.
+Source, Ray 2.60: ``WaitForPersistedPort`` of its raylet, ``ray._private.node`` and ``ray._private.services``.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ AGENT_PORTS = {
 }
 """Arguments of ``ray._private.services.start_raylet``, and what ``ray._raylet`` calls the files."""
 METRICS = "RAY_enable_metrics_collection"
-"""Ray's variable that is ``0`` where no metrics are collected."""
+"""Ray's variable that is ``0`` if no metrics are collected."""
 _NOT_IN_USE = -1
 _PATIENCE_S = 600.0
-_LOOK_S = 0.5
+_POLL_S = 0.5
 _Result = TypeVar("_Result")
 
 
@@ -42,13 +42,13 @@ def ports_first(
     *,
     metrics: bool,
 ) -> Callable[..., _Result]:
-    """Return `start_raylet` that writes the ports of its agents down before it starts it.
+    """Return a `start_raylet` that first writes the ports of the raylet's agents to their files.
 
     Args:
         start_raylet: Ray's.
         persist_port: Ray's; takes the session's folder, the node's id, a name of `names`, and the port.
         names: by argument of `start_raylet`, the name of the file.
-        metrics: whether metrics are exported; where not, that is written down.
+        metrics: whether metrics are exported; if not, the file says so.
     """
     signature = inspect.signature(start_raylet)
 
@@ -64,14 +64,18 @@ def ports_first(
 
 
 def patient(
-    get_node: Callable[[str, str], _Result], *, starting: Callable[[], bool], patience_s: float = _PATIENCE_S
+    get_node: Callable[[str, str], _Result],
+    *,
+    starting: Callable[[], bool],
+    patience_s: float = _PATIENCE_S,
+    poll_s: float = _POLL_S,
 ) -> Callable[[str, str], _Result]:
     """Return `get_node` (``ray._private.services``) that waits for a node while it is `starting`.
 
-    It raises a RuntimeError as that does: once the node is not starting any more, or `patience_s` seconds are over.
+    It raises the same RuntimeError once the node is no longer starting, or `patience_s` seconds have passed.
     """
 
-    def ask(gcs_address: str, node_id: str) -> _Result:
+    def poll(gcs_address: str, node_id: str) -> _Result:
         deadline = time.monotonic() + patience_s
         while True:
             try:
@@ -79,13 +83,13 @@ def patient(
             except RuntimeError:
                 if time.monotonic() > deadline or not starting():
                     raise
-            time.sleep(_LOOK_S)
+            time.sleep(poll_s)
 
-    return ask
+    return poll
 
 
 def raylet_lives() -> bool:
-    """Say whether a raylet that this process has started runs."""
+    """Return whether a raylet that this process started is running."""
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
             if child.name() == "raylet" and child.status() != psutil.STATUS_ZOMBIE:

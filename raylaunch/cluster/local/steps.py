@@ -1,4 +1,4 @@
-"""How the steps of bringing something up begin, wait and fail; and what is ended again when one does."""
+"""Steps of starting a cluster here: reported, polled with a limit, and undone when one fails."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _SEVERE = re.compile(r"^\[[-0-9: ,.]+ [EFC] ")
 _LINES, _WIDTH = 3, 300
 
 
-def ray_words(temp: Path) -> str:
+def ray_log_errors(temp: Path) -> str:
     """Return the last errors in the logs of the newest session under `temp`, each log by its path; empty if none.
 
-    Where no program names an error, the last lines of the raylet are returned: what it waits for is seen there. A
-    session goes on when Ray is started again, and each start has logs of its own in it: `raylet.out`, `raylet.1.out`.
+    If no program logged an error, the last lines of the raylet are returned: they show what it waits for. A session
+    continues when Ray is restarted, and each start has its own logs in it: `raylet.out`, `raylet.1.out`.
     """
     logs = temp / "session_latest" / "logs"
     found = {log: _errors(log) for log in (_newest(logs, name) for name in _LOGS)}
@@ -42,7 +42,7 @@ def ray_words(temp: Path) -> str:
 
 
 def _newest(logs: Path, name: str) -> Path:
-    """Return the log of the latest start; `name` is that of the first start's."""
+    """Return the log of the latest start; `name` is the name in the first start."""
     stem, _, kind = name.partition(".")
     later = [path for path in logs.glob(f"{stem}.*.{kind}") if path.name.split(".")[1].isdecimal()]
     return max(later, key=lambda path: int(path.name.split(".")[1]), default=logs / name)
@@ -61,71 +61,71 @@ class DiedError(ClusterStartError):
 
 
 class StepLog:
-    """The steps of one `up` on this machine, told as they go, and the processes that it started.
+    """The steps of one `up` on this machine, reported as they go, and the processes that it started.
 
     Args:
         paths: of the cluster.
-        on_step: told each step when it begins, when it is done, and what is noted meanwhile.
+        on_step: called when a step starts, when it is done, and with notes.
     """
 
     def __init__(self, paths: ClusterPaths, on_step: Callable[[Step], None]) -> None:
         self.paths = paths
-        self._tell = on_step
+        self._on_step = on_step
         self._started: list[ProcessIdentity] = []
 
     def note(self, name: str, message: str) -> None:
-        """Tell something that a person should know."""
-        self._tell(Step(name=name, state="note", message=message))
+        """Report something that a person should know."""
+        self._on_step(Step(name=name, state="note", message=message))
 
-    def begins(self, name: str, message: str) -> None:
-        """Tell that a step begins."""
-        self._tell(Step(name, "begins", message))
+    def started(self, name: str, message: str) -> None:
+        """Report that a step has started."""
+        self._on_step(Step(name, "begins", message))
 
     async def start(self, argv: list[str], env: dict[str, str], log: Path) -> ProcessIdentity:
-        """Start a program apart, its output appended to `log`, and remember it for `undo`.
+        """Start a program in its own session, its output appended to `log`, and remember it for `undo`.
 
         Raises:
             ClusterStartError: it cannot be started.
             StorageError: the log cannot be written.
         """
-        _turn_over(log)
+        _rotate(log)
         first_line = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} raylaunch {__version__} starts: {' '.join(argv)}\n"
         process = await start_apart(argv, env=env, cwd=Path("/"), log=log, first_line=first_line)
         self._started.append(process)
         return process
 
-    async def step(self, name: str, words: str, check: Callable[[], Awaitable[str]], limit_s: float) -> None:
-        """Poll `check` until it returns an empty string; what it returns else is why it is not so yet.
+    async def step(self, name: str, doing: str, done: str, check: Callable[[], Awaitable[str]], limit_s: float) -> None:
+        """Poll `check` until it returns an empty string; any other string is the reason to wait. Then report `done`.
 
         Raises:
-            ClusterStartError: it is not so after `limit_s`; the end of the log is in the message.
+            ClusterStartError: `limit_s` has passed; the end of the log is in the message.
         """
-        self.begins(name, words)
-        began, why = time.monotonic(), "it was not asked"
-        while time.monotonic() - began < limit_s:
+        self.started(name, doing)
+        started, why = time.monotonic(), "not checked"
+        while time.monotonic() - started < limit_s:
             why = await check()
             if not why:
-                self._tell(Step(name, "done", words.replace("waits", "waited", 1), time.monotonic() - began))
+                self._on_step(Step(name, "done", done, time.monotonic() - started))
                 return
             await anyio.sleep(_POLL_S)
-        log = self.paths.controller_log if name in {"controller", "steward"} else self.paths.ray_log
+        log = self.paths.controller_log if name in {"controller", "agent"} else self.paths.ray_log
         msg = f"{name}: not ready after {limit_s:.0f} s: {why}{_quoted(log)}"
         raise ClusterStartError(msg, hint=f"see {log}; then raylaunch down, raylaunch up", step=name, log_path=str(log))
 
     def must_live(self, step: str, what: str, identity: ProcessIdentity | None, log: Path) -> None:
-        """Check that a process which is waited for still runs.
+        """Check that a process that is being waited for still runs.
 
         Raises:
-            DiedError: it does not; the end of its log is in the message, and for Ray what its own programs said.
+            DiedError: it has exited; the end of its log is in the message, and for Ray the errors of its own programs.
         """
         if not is_alive(identity):
-            msg = f"{what} ended while it was being started{_quoted(log)}"
-            if step == "ray" and (words := ray_words(self.paths.temp)):
-                msg += f"\n{words}"
+            msg = f"{what} exited during start{_quoted(log)}"
+            if step == "ray" and (errors := ray_log_errors(self.paths.temp)):
+                msg += f"\n{errors}"
             raise DiedError(msg, hint=f"see {log}", step=step, log_path=str(log))
 
     async def undo(self, record: ClusterRecord) -> None:
-        """End what was started here and could not be brought to work; what ran before stays."""
+        """End the processes that were started here; those that ran before stay."""
         if not self._started:
             return
         ray = record.ray if record.ray in self._started else None
@@ -140,7 +140,7 @@ def _quoted(log: Path) -> str:
     return f"; the last lines of {log}:\n    " + lines.replace("\n", "\n    ") if lines else f"; {log} is empty"
 
 
-def _turn_over(log: Path, *, limit: int = 16 * 1024 * 1024) -> None:
+def _rotate(log: Path, *, limit: int = 16 * 1024 * 1024) -> None:
     with storage_errors(log):
         if log.exists() and log.stat().st_size > limit:
             log.replace(log.with_name(f"{log.name}.1"))
