@@ -96,7 +96,7 @@ class _Elsewhere(RayBridge):
 
 
 async def _one_end(folder: Path, rounds: int) -> float:
-    records, sight = Records(folder), ObservedState()
+    records, observed = Records(folder), ObservedState()
     settings = Settings(
         cluster="bench",
         cluster_id="bench",
@@ -107,17 +107,17 @@ async def _one_end(folder: Path, rounds: int) -> float:
         ray_token_path=folder / "none",
     )
     link, ray = _Elsewhere(folder), RayJobs(settings.dashboard_url, "none")
-    means = AttemptContext(settings, records, SecretStore(folder), link, ray, sight, _nothing_left)
-    foreign = ExternalJobs(records=records, ray=ray, link=link, sight=sight)
-    lifecycle = SchedulerLoop(means, Artifacts(folder), foreign, DrainStore(folder))
+    context = AttemptContext(settings, records, SecretStore(folder), link, ray, observed, _nothing_left)
+    foreign = ExternalJobs(records=records, ray=ray, bridge=link, observed=observed)
+    lifecycle = SchedulerLoop(context, Artifacts(folder), foreign, DrainStore(folder))
     running = asyncio.create_task(lifecycle.run())
     try:
-        lifecycle.see(LinkUp(ray_version=""))
+        lifecycle.on_event(LinkUp(ray_version=""))
         await _until_one_runs(records, but="")
-        while next(records.backlog.fresh(1), None):  # until what each waits for is recorded
-            sight.ring()
+        while next(records.backlog.unrecorded(1), None):  # until what each waits for is recorded
+            observed.notify()
             await asyncio.sleep(0)
-        return statistics.median([await _pause_at_end(records, sight) for _ in range(rounds)])
+        return statistics.median([await _pause_at_end(records, observed) for _ in range(rounds)])
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -138,7 +138,7 @@ async def _until_one_runs(records: Records, *, but: str) -> None:
     raise Skipped(msg)
 
 
-async def _pause_at_end(records: Records, sight: ObservedState) -> float:
+async def _pause_at_end(records: Records, observed: ObservedState) -> float:
     """Return the longest that other work on the loop waits while a job ends and the next one starts, milliseconds."""
     (ended,) = records.active()
     longest = 0.0
@@ -154,7 +154,7 @@ async def _pause_at_end(records: Records, sight: ObservedState) -> float:
     watching = asyncio.create_task(watch())
     await asyncio.sleep(0)
     records.update(ended.id, kind="ended", message="it failed", change=Change.FAIL)
-    sight.ring()
+    observed.notify()
     await _until_one_runs(records, but=ended.id)
     await asyncio.sleep(0.2)
     watching.cancel()

@@ -76,7 +76,7 @@ def test_a_link_to_a_file_is_listed_as_the_file_and_one_to_a_folder_as_a_link(
         ("attempt-1/checkpoints/step-3/model.pt", 7, "abc", ""),
     ]
     assert artifacts.path(JOB, "attempt-1/checkpoints/latest/model.pt")[0].read_bytes() == b"weights"
-    assert "attempt-1/checkpoints/latest" not in artifacts.seal(JOB).files
+    assert "attempt-1/checkpoints/latest" not in artifacts.finalize(JOB).files
 
 
 def test_what_two_attempts_have_in_common_counts_once(tmp_path: Path, artifacts: Artifacts) -> None:
@@ -109,7 +109,7 @@ def test_what_looks_like_a_secret_is_listed_as_withheld_and_once_fetched_not_sho
     found = [(file.path, file.withheld) for file in artifacts.files(JOB) if file.left]
     assert found == [("attempt-1/outputs/.env", True), ("attempt-1/outputs/big.bin", False)]
     assert [file.path for file in artifacts.files(JOB) if not file.left] == ["attempt-1/facts.json"]
-    assert "attempt-1/withheld/.env" not in artifacts.seal(JOB).files
+    assert "attempt-1/withheld/.env" not in artifacts.finalize(JOB).files
     for path in ("attempt-1/withheld/.env", "withheld/.env", ".env"):
         with pytest.raises(NotFoundError):
             artifacts.path(JOB, path)
@@ -138,7 +138,7 @@ def test_the_manifest_holds_size_and_checksum_of_every_file(tmp_path: Path, arti
     put(tmp_path, "journal.jsonl")
     put(tmp_path, "attempt-1/outputs/größe.pt", b"model")
     put(tmp_path, "attempt-1/logs/rank-0.log", b"log")
-    artifacts.seal(JOB)
+    artifacts.finalize(JOB)
     written = json.loads((tmp_path / "jobs" / JOB / "manifest.json").read_text())["files"]
     assert {path: (entry["bytes"], entry["sha256"]) for path, entry in written.items()} == {
         "attempt-1/outputs/größe.pt": (5, sha256(b"model")),
@@ -153,7 +153,7 @@ def test_a_manifest_that_is_damaged_is_made_again(tmp_path: Path, artifacts: Art
     put(tmp_path, "attempt-1/outputs/m", b"model")
     put(tmp_path, "manifest.json", b"{")
     assert {file.path: file.sha256 for file in artifacts.files(JOB)}["attempt-1/outputs/m"] == ""
-    artifacts.seal(JOB)
+    artifacts.finalize(JOB)
     assert {file.path: file.sha256 for file in artifacts.files(JOB)}["attempt-1/outputs/m"] == sha256(b"model")
 
 

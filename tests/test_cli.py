@@ -471,7 +471,7 @@ def test_get_downloads_and_prints_where_and_finds_again_what_is_here(home: Path,
     output = api.store / "jobs" / job / "attempt-1" / "outputs" / "model.pt"
     output.parent.mkdir(parents=True)
     output.write_bytes(b"weights")
-    api.services.artifacts.seal(job)
+    api.services.artifacts.finalize(job)
     first, again = (cli(home, "get", "digits", "--to", "here") for _ in range(2))
     assert (first.stdout, first.stderr) == ("here/model.pt\n", "1 file fetched, 7 B; checksums agree\n")
     assert again.stderr == "0 files fetched, 0 B, 1 file already here; checksums agree\n"

@@ -64,7 +64,7 @@ def test_a_job_that_asks_for_more_than_there_is_is_refused_with_what_there_is(cl
     result = cluster.cli("submit", "--working-dir", "", "--gpus", "16", "--", "python", "-m", "x")
     assert result.status == 2
     host = cluster.ask(lambda client: client.status()).nodes[0].hostname
-    said = f"x can never run on cluster local: asks 16 GPUs on one node; the largest has 4 ({host})"
+    said = f"x can never run on cluster local: needs 16 GPUs on one node; the largest has 4 ({host})"
     assert said in result.err
     assert "ask for less, or see what there is with: raylaunch status" in result.err
 

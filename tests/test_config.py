@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from raylaunch.config.load import Flag, find_cluster_file, job_spec_from_flags, load_cluster_spec, load_job_spec
-from raylaunch.controller.store.backlog import needs
+from raylaunch.controller.store.backlog import required_amounts
 from raylaunch.errors import SpecError
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.job_spec import JobSpec
@@ -285,7 +285,7 @@ def test_a_custom_resource_replaces_none_that_a_job_has_anyway(name: str) -> Non
     with pytest.raises(ValidationError, match="resource"):
         JobSpec.model_validate({"entrypoint": "x", "resources": {"gpus": 1, "custom": {name: 0}}})
     one = JobSpec.model_validate({"entrypoint": "x", "resources": {"gpus": 1, "custom": {"scratch": 1}}})
-    assert needs(one) == {"GPU": 1, "scratch": 1}
+    assert required_amounts(one) == {"GPU": 1, "scratch": 1}
 
 
 def test_a_chosen_file_that_cannot_be_looked_at_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_files_are_listed_and_sent_with_their_checksum(api: Api, tom: httpx2.Cli
     job = submit(tom)
     content = bytes(range(256)) * 10_000
     write(api, job, "attempt-1/outputs/a folder/größe.bin", content)
-    api.do(lambda: api.services.artifacts.seal(job.id))
+    api.do(lambda: api.services.artifacts.finalize(job.id))
     listed = [Artifact.model_validate(item) for item in tom.get(f"/v1/jobs/{job.id}/files").json()]
     (output,) = [artifact for artifact in listed if artifact.kind == "output"]
     answer = tom.get(f"/v1/jobs/{job.id}/files/{output.path}")

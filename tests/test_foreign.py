@@ -11,7 +11,7 @@ from support.links import LinkToNothing
 
 from raylaunch.agent import attempt_files
 from raylaunch.controller.ray.jobs_api import RayJob, RayJobs
-from raylaunch.controller.scheduler.external_jobs import ExternalJobs, SubmissionPlace, foreign_view
+from raylaunch.controller.scheduler.external_jobs import ExternalJobs, SubmissionPlace, external_view
 from raylaunch.controller.scheduler.external_logs import ExternalLogs
 from raylaunch.controller.scheduler.observed import ObservedState
 from raylaunch.controller.store.jobs import Records
@@ -34,7 +34,7 @@ def job(status: str, **fields: object) -> RayJob:
 
 
 def view(seen: RayJob, where: SubmissionPlace = HERE, before: JobRecord | None = None) -> JobView:
-    return foreign_view(seen, where=where, now=9.0, before=before)
+    return external_view(seen, where=where, now=9.0, before=before)
 
 
 @pytest.mark.parametrize(
@@ -116,14 +116,14 @@ def records(tmp_path: Path) -> Iterator[Records]:
 
 
 @pytest.fixture
-def sight() -> ObservedState:
-    return ObservedState(nodes=(NodeView(id=NODE, hostname="dgx", address="10.0.0.1", alive=True),), link_up=True)
+def observed() -> ObservedState:
+    return ObservedState(nodes=(NodeView(id=NODE, hostname="dgx", address="10.0.0.1", alive=True),), bridge_up=True)
 
 
 @pytest.fixture
-def foreign(records: Records, sight: ObservedState, tmp_path: Path) -> ExternalJobs:
+def foreign(records: Records, observed: ObservedState, tmp_path: Path) -> ExternalJobs:
     ray = RayJobs("http://127.0.0.1:9", "none")
-    return ExternalJobs(records=records, ray=ray, link=LinkToNothing(tmp_path), sight=sight)
+    return ExternalJobs(records=records, ray=ray, bridge=LinkToNothing(tmp_path), observed=observed)
 
 
 def recorded(records: Records) -> JobRecord:
@@ -195,13 +195,13 @@ def test_a_wish_to_stop_is_kept_until_ray_says_how_it_ended(foreign: ExternalJob
 
 
 def test_a_wish_to_stop_outlives_the_controller(
-    foreign: ExternalJobs, records: Records, sight: ObservedState, tmp_path: Path
+    foreign: ExternalJobs, records: Records, observed: ObservedState, tmp_path: Path
 ) -> None:
     running = {"raysubmit_1": job("RUNNING", driver_node_id=NODE)}
     foreign.take(running)
     foreign.stop(recorded(records), grace_s=60, person="olga")
     ray = RayJobs("http://127.0.0.1:9", "none")
-    again = ExternalJobs(records=records, ray=ray, link=LinkToNothing(tmp_path), sight=sight)
+    again = ExternalJobs(records=records, ray=ray, bridge=LinkToNothing(tmp_path), observed=observed)
     again.take(running)
     assert (recorded(records).state, again.stopping()) == (JobState.STOPPING, ["raysubmit_1"])
     assert recorded(records).message == "olga asked to stop it, with Ray's own grace"
@@ -229,11 +229,11 @@ def test_what_has_ended_is_not_stopped(foreign: ExternalJobs, records: Records) 
 
 
 def test_the_hostname_is_kept_when_the_node_has_gone(
-    foreign: ExternalJobs, records: Records, sight: ObservedState
+    foreign: ExternalJobs, records: Records, observed: ObservedState
 ) -> None:
     running = job("RUNNING", driver_node_id=NODE)
     foreign.take({"raysubmit_1": running})
-    sight.nodes = (sight.nodes[0].model_copy(update={"id": "bb" * 28, "hostname": "other"}),)
+    observed.nodes = (observed.nodes[0].model_copy(update={"id": "bb" * 28, "hostname": "other"}),)
     foreign.take({"raysubmit_1": job("FAILED", driver_node_id=NODE, error_type="JOB_SUPERVISOR_ACTOR_DIED")})
     assert recorded(records).message == "its node dgx was lost"
     assert recorded(records).attempts[0].node == "dgx"
@@ -242,21 +242,21 @@ def test_the_hostname_is_kept_when_the_node_has_gone(
 # -- logs ------------------------------------------------------------------------------------------------------------
 
 
-def read(sight: ObservedState, folder: Path, attempt: AttemptView) -> None:
-    logs = ExternalLogs(link=LinkToNothing(folder), ray=RayJobs("http://127.0.0.1:9", "none"), sight=sight)
+def read(observed: ObservedState, folder: Path, attempt: AttemptView) -> None:
+    logs = ExternalLogs(bridge=LinkToNothing(folder), ray=RayJobs("http://127.0.0.1:9", "none"), observed=observed)
     asyncio.run(logs.read(attempt, offset=0, limit=100, ended=False))
 
 
-def test_a_log_on_a_node_that_is_gone_is_said_to_lie_there(sight: ObservedState, tmp_path: Path) -> None:
+def test_a_log_on_a_node_that_is_gone_is_said_to_lie_there(observed: ObservedState, tmp_path: Path) -> None:
     attempt = AttemptView(id="raysubmit_1", n=1, node="gone", node_id="cc" * 28, admitted_at=1.0)
     with pytest.raises(NotFoundError, match="the log of raysubmit_1 lies on gone, which is not part of the cluster"):
-        read(sight, tmp_path, attempt)
+        read(observed, tmp_path, attempt)
 
 
-def test_a_log_that_neither_a_steward_nor_ray_can_give_is_an_error(sight: ObservedState, tmp_path: Path) -> None:
+def test_a_log_that_neither_a_steward_nor_ray_can_give_is_an_error(observed: ObservedState, tmp_path: Path) -> None:
     attempt = AttemptView(id="raysubmit_1", n=1, node="dgx", node_id=NODE, admitted_at=1.0)
     with pytest.raises(ClusterDownError, match=r"Ray does not answer at .* when asked for the log of raysubmit_1"):
-        read(sight, tmp_path, attempt)
+        read(observed, tmp_path, attempt)
 
 
 def session(temp: Path, name: str) -> Path:

@@ -73,7 +73,9 @@ class Node:
             answer = changes.take("s", None)
         mirror.save(at_once=True)
         if over:
-            mirror.seal(attempt, {path: sha for path, (_, sha) in inventory(folder, checksums=True, known={}).items()})
+            mirror.finalize(
+                attempt, {path: sha for path, (_, sha) in inventory(folder, checksums=True, known={}).items()}
+            )
 
 
 @pytest.fixture
@@ -243,7 +245,7 @@ def test_an_output_that_was_not_kept_is_brought_until_a_week_has_passed(tmp_path
     (left / "out").symlink_to("/etc")
     forget(here.root, f"{JOB}-1")
     seen: list[LinkEvent] = []
-    replication = Replication("n", call=here, mirror=ReplicaStore(store), emit=seen.append)
+    replication = Replication("n", call=here, replica=ReplicaStore(store), emit=seen.append)
     asyncio.run(replication.bring_left(f"{JOB}-1", "big.bin"))
     assert (store / f"jobs/{JOB}/attempt-1/outputs/big.bin").read_text() == "large"
     assert [event.path for event in seen if isinstance(event, Stored)] == ["outputs/big.bin"]

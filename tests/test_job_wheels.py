@@ -393,7 +393,7 @@ def test_the_record_keeps_the_wheels_for_later_attempts_and_lists_leave_them_out
     record, _ = api.do(lambda: api.records.create(request, owner="tom", wandb=None))
     assert api.do(lambda: api.records.get(record.id)).wheels == found.sets
     assert "wheels" not in json.loads(record.view().model_dump_json())
-    (kept,) = api.do(api.records.kept)
+    (kept,) = api.do(api.records.retention_rows)
     sent_files = {wheel.sha256 for one in found.sets for wheel in one.wheels}
     later = plan_sweep([kept], Retention(), dict.fromkeys([*sent_files, "unused"], 0.0), now=1e9)
     assert later.packages == ("unused",)
@@ -541,7 +541,7 @@ class Looks(LinkToNothing):
         self._indexes = indexes
         self.kinds: list[object] = []
 
-    async def ask(self, method: str, params: Mapping[str, object], *, timeout_s: float) -> object:
+    async def call(self, method: str, params: Mapping[str, object], *, timeout_s: float) -> object:
         assert (method, timeout_s) == ("index_look", 20)
         self.kinds.append(params["kind"])
         return {"index": self._indexes[int(str(params["node_id"]))], **HERE.model_dump()}
@@ -556,7 +556,7 @@ def needs(folder: Path, *indexes: str, kind: str | Environment) -> tuple[WheelPr
     )
     link = Looks(folder, indexes)
     kept = ClusterWheels(settings)
-    return WheelPreflight(settings=settings, sight=ObservedState(nodes=nodes), link=link, kept=kept), link
+    return WheelPreflight(settings=settings, observed=ObservedState(nodes=nodes), bridge=link, kept=kept), link
 
 
 def test_wheels_of_the_clusters_environment_reach_the_jobs_that_use_it_and_stay_while_it_is_the_same(

@@ -19,7 +19,7 @@ from raylaunch.controller.ray.jobs_api import RayJobs
 from raylaunch.controller.ray.protocol import LinkDown, LinkUp, NodesChanged
 from raylaunch.controller.scheduler.attempt_context import AttemptContext, AttemptResult
 from raylaunch.controller.scheduler.external_jobs import ExternalJobs
-from raylaunch.controller.scheduler.loop import TOLD_AHEAD, SchedulerLoop
+from raylaunch.controller.scheduler.loop import RECORDED_AHEAD, SchedulerLoop
 from raylaunch.controller.scheduler.observed import ObservedState
 from raylaunch.controller.scheduler.queue import Block
 from raylaunch.controller.store.artifacts import Artifacts
@@ -82,30 +82,30 @@ async def running(
     folder: Path, records: Records | None = None
 ) -> AsyncIterator[tuple[SchedulerLoop, SlowLink, ObservedState]]:
     link = SlowLink(folder)
-    async with running_with(link, folder, records) as (lifecycle, sight):
-        yield lifecycle, link, sight
+    async with running_with(link, folder, records) as (lifecycle, observed):
+        yield lifecycle, link, observed
 
 
 @asynccontextmanager
 async def running_with(
     link: RayBridge, folder: Path, records: Records | None, **settings: object
 ) -> AsyncIterator[tuple[SchedulerLoop, ObservedState]]:
-    records, sight = records or Records(folder), ObservedState()
+    records, observed = records or Records(folder), ObservedState()
     ray = RayJobs("http://127.0.0.1:9", "none")
-    means = AttemptContext(
+    context = AttemptContext(
         settings_of(folder, 9).model_copy(update=settings),
         records,
         SecretStore(folder),
         link,
         ray,
-        sight,
+        observed,
         _nothing_left,
     )
-    foreign = ExternalJobs(records=records, ray=ray, link=link, sight=sight)
-    lifecycle = SchedulerLoop(means, Artifacts(folder), foreign, DrainStore(folder))
+    foreign = ExternalJobs(records=records, ray=ray, bridge=link, observed=observed)
+    lifecycle = SchedulerLoop(context, Artifacts(folder), foreign, DrainStore(folder))
     task = asyncio.create_task(lifecycle.run())
     try:
-        yield lifecycle, sight
+        yield lifecycle, observed
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -114,27 +114,27 @@ async def running_with(
 
 @pytest.mark.anyio
 async def test_what_changes_while_the_nodes_are_asked_for_is_asked_for_again(tmp_path: Path) -> None:
-    async with running(tmp_path) as (lifecycle, link, sight):
+    async with running(tmp_path) as (lifecycle, link, observed):
         link.there = (node("h1", steward=False),)
-        lifecycle.see(LinkUp(ray_version="2"))
+        lifecycle.on_event(LinkUp(ray_version="2"))
         await until(lambda: link.asked == 1, 60, "the nodes are asked for")
         link.there = (node("h1", steward=True),)
-        lifecycle.see(NodesChanged())
+        lifecycle.on_event(NodesChanged())
         link.let.release()
         link.let.release()
-        await until(lambda: bool(sight.ready_nodes()), 60, "the steward is seen")
+        await until(lambda: bool(observed.ready_nodes()), 60, "the steward is seen")
         await asyncio.sleep(0.1)
         assert link.asked == 2
 
 
 @pytest.mark.anyio
 async def test_a_question_without_an_answer_is_asked_again(tmp_path: Path) -> None:
-    async with running(tmp_path) as (lifecycle, link, sight):
+    async with running(tmp_path) as (lifecycle, link, observed):
         link.there, link.silent = (node("h1", steward=True),), 1
-        lifecycle.see(LinkUp(ray_version="2"))
+        lifecycle.on_event(LinkUp(ray_version="2"))
         link.let.release()
         link.let.release()
-        await until(lambda: bool(sight.ready_nodes()), 60, "the node is seen")
+        await until(lambda: bool(observed.ready_nodes()), 60, "the node is seen")
 
 
 @pytest.mark.anyio
@@ -142,11 +142,11 @@ async def test_a_bug_of_the_links_child_is_not_met_again_and_again(tmp_path: Pat
     records, link = Records(tmp_path), BrokenLink(tmp_path)
     spec = JobSpec(entrypoint="python train.py", resources=Resources(gpus=1))
     records.create(SubmitRequest(spec=spec), owner="ana", wandb=None)
-    async with running_with(link, tmp_path, records) as (lifecycle, sight):
-        lifecycle.see(LinkUp(ray_version="2"))
+    async with running_with(link, tmp_path, records) as (lifecycle, observed):
+        lifecycle.on_event(LinkUp(ray_version="2"))
         await until(lambda: link.asked == 1, 60, "the nodes are asked for")
         for _ in range(200):  # each lets the loop take a step
-            sight.ring()
+            observed.notify()
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         assert link.asked < 10
@@ -154,32 +154,32 @@ async def test_a_bug_of_the_links_child_is_not_met_again_and_again(tmp_path: Pat
 
 @pytest.mark.anyio
 async def test_nobody_is_asked_while_the_link_is_down(tmp_path: Path) -> None:
-    async with running(tmp_path) as (lifecycle, link, sight):
-        lifecycle.see(NodesChanged())
-        lifecycle.see(LinkDown(why="Ray is gone"))
+    async with running(tmp_path) as (lifecycle, link, observed):
+        lifecycle.on_event(NodesChanged())
+        lifecycle.on_event(LinkDown(why="Ray is gone"))
         await asyncio.sleep(0.1)
-        assert (link.asked, sight.link_why) == (0, "Ray is gone")
+        assert (link.asked, observed.bridge_error) == (0, "Ray is gone")
         link.there = (node("h1", steward=True),)
         link.let.release()
-        lifecycle.see(LinkUp(ray_version="2"))
-        await until(lambda: bool(sight.ready_nodes()), 60, "the node is seen")
+        lifecycle.on_event(LinkUp(ray_version="2"))
+        await until(lambda: bool(observed.ready_nodes()), 60, "the node is seen")
 
 
 @pytest.mark.anyio
 async def test_a_job_that_wants_gpus_is_placed_by_what_they_are_used_for_now(tmp_path: Path) -> None:
     records = Records(tmp_path)
-    async with running(tmp_path, records) as (lifecycle, link, sight):
+    async with running(tmp_path, records) as (lifecycle, link, observed):
         free = node("h1", steward=True).model_copy(update={"gpus": 1, "gpus_free": 1, "gpu": (GpuView(index="0"),)})
         link.there = (free,)
-        lifecycle.see(LinkUp(ray_version="2"))
+        lifecycle.on_event(LinkUp(ray_version="2"))
         link.let.release()
-        await until(lambda: sight.nodes == (free,), 60, "the free GPU was seen")
-        sight.nodes_at = float("-inf")  # long ago
+        await until(lambda: observed.nodes == (free,), 60, "the free GPU was seen")
+        observed.nodes_at = float("-inf")  # long ago
         taken = GpuView(index="0", processes=("eve:7:python",))
         link.there = (free.model_copy(update={"gpu": (taken,)}),)  # nothing of this is told
         spec = JobSpec(entrypoint="python train.py", resources=Resources(gpus=1))
         record, _ = records.create(SubmitRequest(spec=spec), owner="ana", wandb=None)
-        sight.ring()
+        observed.notify()
         await until(lambda: link.asked == 2, 60, "the nodes are asked for")
         assert records.get(record.id).state is JobState.QUEUED
         for _ in range(9):  # as often as it is asked again on a machine that is busy
@@ -192,27 +192,27 @@ async def test_a_job_that_wants_gpus_is_placed_by_what_they_are_used_for_now(tmp
 
 @pytest.mark.anyio
 async def test_who_asks_for_the_nodes_has_them_looked_at_unless_that_was_a_moment_ago(tmp_path: Path) -> None:
-    async with running(tmp_path) as (lifecycle, link, sight):
-        lifecycle.see(LinkUp(ray_version="2"))
+    async with running(tmp_path) as (lifecycle, link, observed):
+        lifecycle.on_event(LinkUp(ray_version="2"))
         link.let.release()
-        await until(lambda: sight.nodes_age < 60, 60, "the nodes were looked at")
-        await sight.fresh_nodes(age_s=600, timeout_s=60)
+        await until(lambda: observed.nodes_age < 60, 60, "the nodes were looked at")
+        await observed.fresh_nodes(age_s=600, timeout_s=60)
         assert link.asked == 1
         link.there = (node("h1", steward=True),)  # nothing of this is told
         link.let.release()
-        await sight.fresh_nodes(age_s=0, timeout_s=60)
-        assert (link.asked, sight.nodes) == (2, link.there)
+        await observed.fresh_nodes(age_s=0, timeout_s=60)
+        assert (link.asked, observed.nodes) == (2, link.there)
 
 
 @pytest.mark.anyio
 async def test_where_the_nodes_cannot_be_looked_at_who_asks_gets_what_was_seen_last(tmp_path: Path) -> None:
-    async with running(tmp_path) as (lifecycle, link, sight):
-        lifecycle.see(LinkUp(ray_version="2"))
+    async with running(tmp_path) as (lifecycle, link, observed):
+        lifecycle.on_event(LinkUp(ray_version="2"))
         await until(lambda: link.asked == 1, 60, "the nodes are asked for")
-        await sight.fresh_nodes(age_s=0, timeout_s=0.2)
-        lifecycle.see(LinkDown(why="Ray is gone"))
-        await sight.fresh_nodes(age_s=0, timeout_s=60)
-        assert sight.nodes == ()
+        await observed.fresh_nodes(age_s=0, timeout_s=0.2)
+        lifecycle.on_event(LinkDown(why="Ray is gone"))
+        await observed.fresh_nodes(age_s=0, timeout_s=60)
+        assert observed.nodes == ()
 
 
 # -- a queue ---------------------------------------------------------------------------------------------------------
@@ -230,32 +230,32 @@ async def soon(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-def why(records: Records, sight: ObservedState, job: str) -> Block:
-    ask = records.backlog.ask(job)
-    block = sight.plan.block(ask) if sight.plan and ask else None
+def why(records: Records, observed: ObservedState, job: str) -> Block:
+    ask = records.backlog.get(job)
+    block = observed.plan.block(ask) if observed.plan and ask else None
     return block or Block(Reason.SENDING_CODE, str)
 
 
 @pytest.mark.anyio
 async def test_what_all_jobs_wait_for_is_read_and_recorded_for_those_ahead_alone(tmp_path: Path) -> None:
     records = Records(tmp_path)
-    jobs = [submitted(records, f"job-{n}", cpus=4) for n in range(TOLD_AHEAD + 10)]
-    async with running(tmp_path, records) as (lifecycle, link, sight):
+    jobs = [submitted(records, f"job-{n}", cpus=4) for n in range(RECORDED_AHEAD + 10)]
+    async with running(tmp_path, records) as (lifecycle, link, observed):
         link.there = (node("h1", steward=True).model_copy(update={"cpus": 2}),)
-        lifecycle.see(LinkUp(ray_version="2"))
+        lifecycle.on_event(LinkUp(ray_version="2"))
         link.let.release()
         with anyio.fail_after(60):
             while any(records.light(job).reason is not Reason.WAITING_FOR_NODE for job in jobs):
-                sight.ring()
+                observed.notify()
                 await asyncio.sleep(0.01)
-        lifecycle.see(LinkDown(why="Ray is gone"))
+        lifecycle.on_event(LinkDown(why="Ray is gone"))
         with anyio.fail_after(60):
-            while records.light(jobs[TOLD_AHEAD - 1]).reason is not Reason.WAITING_FOR_RAY:
-                sight.ring()
+            while records.light(jobs[RECORDED_AHEAD - 1]).reason is not Reason.WAITING_FOR_RAY:
+                observed.notify()
                 await asyncio.sleep(0.01)
         told = [records.light(job).reason for job in jobs]
-        assert told == [Reason.WAITING_FOR_RAY] * TOLD_AHEAD + [Reason.WAITING_FOR_NODE] * 10
-        shown = why(records, sight, jobs[-1])
+        assert told == [Reason.WAITING_FOR_RAY] * RECORDED_AHEAD + [Reason.WAITING_FOR_NODE] * 10
+        shown = why(records, observed, jobs[-1])
         assert (shown.reason, shown.message) == (Reason.WAITING_FOR_RAY, "waits for Ray: Ray is gone")
 
 
@@ -263,17 +263,17 @@ async def test_what_all_jobs_wait_for_is_read_and_recorded_for_those_ahead_alone
 async def test_a_new_sentence_with_the_same_reason_is_not_recorded(tmp_path: Path) -> None:
     records = Records(tmp_path)
     job = submitted(records, "waits", gpus=2)
-    async with running(tmp_path, records) as (lifecycle, link, sight):
+    async with running(tmp_path, records) as (lifecycle, link, observed):
         link.there = (node("h1", steward=True).model_copy(update={"gpus": 2, "gpus_free": 1}),)
-        lifecycle.see(LinkUp(ray_version="2"))
+        lifecycle.on_event(LinkUp(ray_version="2"))
         link.let.release()
         await soon(lambda: records.light(job).reason is Reason.WAITING_FOR_GPUS)
         journal = records.folder(job) / "journal.jsonl"
         before = journal.stat().st_size
         link.there = (link.there[0].model_copy(update={"gpus_free": 0}),)
-        lifecycle.see(NodesChanged())
+        lifecycle.on_event(NodesChanged())
         link.let.release()
-        await soon(lambda: "has 0 free" in why(records, sight, job).message)
+        await soon(lambda: "has 0 free" in why(records, observed, job).message)
         assert journal.stat().st_size == before
 
 
@@ -286,7 +286,7 @@ async def test_the_last_lines_of_an_attempt_are_no_longer_shown_when_the_next_on
     records.update(job, change=Change.REQUEUE, log_tail=("Traceback of attempt 1",))
     async with running(tmp_path, records) as (lifecycle, link, _):
         link.there = (node("h1", steward=True).model_copy(update={"gpus": 1, "gpus_free": 1}),)
-        lifecycle.see(LinkUp(ray_version="2"))
+        lifecycle.on_event(LinkUp(ray_version="2"))
         link.let.release()
         await soon(lambda: len(records.light(job).attempts) == 2)
         assert records.get(job).log_tail == ()

@@ -145,7 +145,7 @@ def test_an_attempt_is_prepared_settled_and_continued_from_the_store(head: RayHe
             fenced = await link.fence(node, "code-a-1", "cluster/code-a-1")
             assert fenced.claim is not None
             assert fenced.claim["epoch"] == "fenced"
-            assert await link.settle(node, "code-a-1", 30)
+            assert await link.drain(node, "code-a-1", 30)
             assert store.file("code-a-1", "outputs/model.bin").stat().st_size == 20 << 20
             stored = {event.path: event.sha256 for event in store.events if isinstance(event, Stored)}
             assert stored["logs/rank-0.log"] == hashlib.sha256(b"hello\n").hexdigest()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from raylaunch.controller.ray.process import _hung_up, _knock
+from raylaunch.controller.ray.process import _closed_by_peer, _open_socket
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def head() -> Iterator[socket.socket]:
 
 
 def knocked(head: socket.socket) -> tuple[socket.socket, socket.socket]:
-    ours = _knock(f"127.0.0.1:{head.getsockname()[1]}")
+    ours = _open_socket(f"127.0.0.1:{head.getsockname()[1]}")
     assert ours is not None
     return ours, head.accept()[0]
 
@@ -26,18 +26,18 @@ def knocked(head: socket.socket) -> tuple[socket.socket, socket.socket]:
 def test_nothing_listens_where_no_head_is(head: socket.socket) -> None:
     port = head.getsockname()[1]
     head.close()
-    assert _knock(f"127.0.0.1:{port}") is None
+    assert _open_socket(f"127.0.0.1:{port}") is None
 
 
 def test_a_head_that_is_still_there_has_not_hung_up_whatever_it_says(head: socket.socket) -> None:
     ours, theirs = knocked(head)
     with theirs:
         theirs.sendall(b"settings of HTTP/2" * 100)
-        assert not _hung_up(ours)
+        assert not _closed_by_peer(ours)
 
 
 def test_a_head_that_was_another_one_meanwhile_has(head: socket.socket) -> None:
     ours, theirs = knocked(head)
     theirs.sendall(b"settings")
     theirs.close()
-    assert _hung_up(ours)
+    assert _closed_by_peer(ours)

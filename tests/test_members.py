@@ -168,7 +168,7 @@ def test_a_book_that_cannot_be_read_drains_nothing_and_says_so(tmp_path: Path) -
 def api(tmp_path: Path) -> Iterator[Api]:
     with serving(tmp_path) as running:
         node = NodeView(id="1", hostname="dgx-1", address="10.0.0.1", alive=True, steward=True, gpus=8, gpus_free=6)
-        running.do(lambda: setattr(running.sight, "nodes", (node,)))
+        running.do(lambda: setattr(running.observed, "nodes", (node,)))
         yield running
 
 

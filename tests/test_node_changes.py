@@ -383,7 +383,7 @@ def test_sealing_says_the_checksum_of_what_grew(world: World) -> None:
     world.end()
     world.carry()
     found = inventory(world.node, checksums=True, known={})
-    events = world.mirror.seal(ATTEMPT, {path: sha256 for path, (_, sha256) in found.items()})
+    events = world.mirror.finalize(ATTEMPT, {path: sha256 for path, (_, sha256) in found.items()})
     sha256 = hashlib.sha256(b"good").hexdigest()
     assert events == [Stored(attempt=ATTEMPT, path="logs/rank-0.log", size=4, sha256=sha256)]
 

@@ -26,7 +26,7 @@ from raylaunch.cluster.probe import parse_gpus as probe
 from raylaunch.cluster.probe.facts import Clock
 from raylaunch.cluster.probe.parse import read_facts
 from raylaunch.cluster.probe.parse_gpus import read_gpus
-from raylaunch.controller.__main__ import leavings_of
+from raylaunch.controller.__main__ import read_attempt_result
 from raylaunch.controller.metrics.curves import KEYS_KEPT
 from raylaunch.controller.metrics.reader import NAMES_KEPT, MetricsStore
 from raylaunch.controller.metrics.reports import ReportReader
@@ -34,7 +34,7 @@ from raylaunch.controller.ray import jobs_api, protocol
 from raylaunch.controller.ray.calls import node_views
 from raylaunch.controller.ray.protocol import LinkUp, exit_from, facts_from, started_from
 from raylaunch.controller.scheduler.attempt_context import AttemptResult
-from raylaunch.controller.scheduler.finish import warned
+from raylaunch.controller.scheduler.finish import with_warnings
 from raylaunch.controller.store import journal, record
 from raylaunch.controller.store.artifacts import Artifacts, Left
 from raylaunch.controller.store.jobs import Records
@@ -249,10 +249,10 @@ def test_a_record_that_cannot_be_read_hides_no_other_and_is_named(tmp_path: Path
         assert ([job.id for job in page.jobs], page.unreadable, page.total) == ([good], (bad,), 2)
         assert [ask.job for ask in records.backlog] == [good]
         assert set(records.unfinished()) == {good, bad}
-        assert any(bad in sentence for sentence in records.healed)
+        assert any(bad in sentence for sentence in records.repairs)
         with pytest.raises(StorageError, match=r"timeout_s"):
             records.get(bad)
-        assert {kept.id for kept in records.kept()} == {good, bad}
+        assert {kept.id for kept in records.retention_rows()} == {good, bad}
     finally:
         records.close()
 
@@ -269,7 +269,7 @@ def test_a_loss_that_is_no_number_does_not_stop_retention(tmp_path: Path) -> Non
     try:
         job, _ = records.create(SubmitRequest(spec=JobSpec(entrypoint="true")), owner="ana", wandb=None)
         records.update(job.id, kind="ended", message="", change=Change.END_STOPPED, last_metrics={"loss": math.nan})
-        (kept,) = records.kept()
+        (kept,) = records.retention_rows()
         assert kept.ended_at is not None
     finally:
         records.close()
@@ -288,7 +288,7 @@ def test_a_list_has_some_of_thousands_of_metrics_and_the_job_has_more(tmp_path: 
 
 async def leavings_now(records: Records, record: JobRecord) -> AttemptResult:
     store = records.store
-    return await leavings_of(record, records=records, artifacts=Artifacts(store), metrics=MetricsStore(store))
+    return await read_attempt_result(record, records=records, artifacts=Artifacts(store), metrics=MetricsStore(store))
 
 
 def test_a_record_keeps_some_of_very_many_metrics_and_says_so_once(tmp_path: Path) -> None:
@@ -303,8 +303,8 @@ def test_a_record_keeps_some_of_very_many_metrics_and_says_so_once(tmp_path: Pat
         assert len(left.last_metrics) == NAMES_KEPT
         (warning,) = left.warnings
         assert "500 metrics" in warning
-        records.update(job.id, environment=warned(records.by_id(job.id), left.warnings)["environment"])
-        assert warned(records.by_id(job.id), left.warnings) == {}
+        records.update(job.id, environment=with_warnings(records.by_id(job.id), left.warnings)["environment"])
+        assert with_warnings(records.by_id(job.id), left.warnings) == {}
     finally:
         records.close()
 

@@ -145,13 +145,13 @@ def test_invitations_and_tokens_are_over_at_their_time(tmp_path: Path) -> None:
     made = Invitations(tmp_path, book, clock=lambda: now[0])
     late, _ = made.invite("late", Role.VIEWER, by="ada", valid_s=60, token_expires_at=None)
     code, _ = made.invite("alice", Role.VIEWER, by="ada", valid_s=60, token_expires_at=2000)
-    made.take(code, SHA)
+    made.accept(code, SHA)
     now[0] = 1061.0
     with pytest.raises(Exception, match="the time of the invitation of late is over"):
-        made.take(late, OTHER)
-    assert book.who("made by alice") is not None
+        made.accept(late, OTHER)
+    assert book.caller_of("made by alice") is not None
     now[0] = 2000.0
-    assert book.who("made by alice") is None
+    assert book.caller_of("made by alice") is None
 
 
 def test_a_damaged_file_of_invitations_lets_nobody_in_and_is_named(api: Api) -> None:
@@ -355,5 +355,5 @@ def test_tokens_of_earlier_versions_stay_good(tmp_path: Path) -> None:
     book = TokenStore(tmp_path)
     made = Invitations(tmp_path, book)
     code, _ = made.invite("alice", Role.VIEWER, by="ada", valid_s=60, token_expires_at=None)
-    made.take(code, SHA)
-    assert [book.who(token) is not None for token in (token_of("ada"), "made by alice")] == [True, True]
+    made.accept(code, SHA)
+    assert [book.caller_of(token) is not None for token in (token_of("ada"), "made by alice")] == [True, True]

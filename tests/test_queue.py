@@ -10,12 +10,12 @@ from raylaunch.controller.scheduler.queue import (
     Admit,
     Allocation,
     NodeCapacity,
-    free_in,
-    most_groups,
+    free_amounts,
+    max_groups,
     plan_queue,
-    why_never,
+    unsatisfiable_reason,
 )
-from raylaunch.controller.store.backlog import Backlog, ResourceRequest, WaitDecision, needs
+from raylaunch.controller.store.backlog import Backlog, ResourceRequest, WaitDecision, required_amounts
 from raylaunch.models.job_spec import JobSpec, Resources, Where
 from raylaunch.models.states import Reason
 
@@ -113,21 +113,21 @@ def test_two_jobs_do_not_get_the_same_gpus_in_one_plan() -> None:
 
 
 def test_an_attempt_that_ray_does_not_count_yet_still_holds_its_gpus() -> None:
-    assert free_in(room(), [holding("x", 6, placed=False)])["GPU"] == 2
+    assert free_amounts(room(), [holding("x", 6, placed=False)])["GPU"] == 2
 
 
 def test_more_than_the_largest_node_has_is_said_with_what_there_is() -> None:
-    said = why_never(ask("a", gpus=16), [room(), room("small", gpus=2)])
-    assert said == "asks 16 GPUs on one node; the largest has 8 (dgx)"
+    said = unsatisfiable_reason(ask("a", gpus=16), [room(), room("small", gpus=2)])
+    assert said == "needs 16 GPUs on one node; the largest has 8 (dgx)"
 
 
 def test_a_resource_that_no_node_has_is_said() -> None:
     asked = ResourceRequest("a", "a", 0, {"scratch": 1})
-    assert why_never(asked, [room()]) == "asks 1 scratch on one node; no node has any"
+    assert unsatisfiable_reason(asked, [room()]) == "needs 1 scratch on one node, but no node has any"
 
 
 def test_a_host_that_does_not_exist_is_said() -> None:
-    said = why_never(ask("a", hosts=("spark",)), [room()])
+    said = unsatisfiable_reason(ask("a", hosts=("spark",)), [room()])
     assert said == "dgx: is not one of the requested hosts (spark)"
 
 
@@ -137,8 +137,8 @@ def test_a_gpu_type_is_matched_by_a_part_of_its_name() -> None:
 
 
 def test_a_job_with_gpus_holds_no_cpu_unless_it_asks_for_some() -> None:
-    assert needs(JobSpec(entrypoint="x", resources=Resources(gpus=2))) == {"GPU": 2}
-    assert needs(JobSpec(entrypoint="x")) == {"CPU": 1}
+    assert required_amounts(JobSpec(entrypoint="x", resources=Resources(gpus=2))) == {"GPU": 2}
+    assert required_amounts(JobSpec(entrypoint="x")) == {"CPU": 1}
 
 
 @given(
@@ -177,7 +177,7 @@ def test_behind_a_group_that_waits_the_next_of_another_group_starts() -> None:
 
 def test_what_many_different_jobs_wait_for_takes_no_more_than_so_many_looks() -> None:
     waiting = [
-        ResourceRequest(f"j{index:05}", "j", index, {"CPU": 100.0 + index}) for index in range(most_groups(1) + 5)
+        ResourceRequest(f"j{index:05}", "j", index, {"CPU": 100.0 + index}) for index in range(max_groups(1) + 5)
     ]
     decisions = decide(waiting, [room()], [])
     reasons = [decision.reason for decision in decisions if isinstance(decision, WaitDecision)]
@@ -198,8 +198,8 @@ def test_a_requested_host_that_is_down_is_named_and_not_the_others() -> None:
 
 
 def test_a_requested_host_that_is_up_is_the_one_that_is_spoken_of() -> None:
-    said = why_never(ask("a", gpus=16, hosts=("dgx", "gpu-2")), [room()], {"gpu-2": 0.0})
-    assert said == "asks 16 GPUs on one node; the largest has 8 (dgx)"
+    said = unsatisfiable_reason(ask("a", gpus=16, hosts=("dgx", "gpu-2")), [room()], {"gpu-2": 0.0})
+    assert said == "needs 16 GPUs on one node; the largest has 8 (dgx)"
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 1), st.booleans()), max_size=30))

@@ -14,7 +14,7 @@ from support.cli import run_cli
 from support.run_writer import history, run, write_run
 
 from raylaunch.controller.metrics.reader import MetricsStore
-from raylaunch.controller.store.logs import last_lines
+from raylaunch.controller.store.logs import log_tail
 from raylaunch.models.job import AttemptView, JobView
 from raylaunch.models.states import Change
 from raylaunch.runner.launchers.torchrun import RankFailure, before_report, rank_failure
@@ -155,7 +155,7 @@ def test_the_last_lines_are_those_of_the_rank_that_failed(
     (logs / "rank-1.log").write_text("rank 1 line\nValueError: mine\n")
     if exit_facts is not None:
         (logs.parent / "exit.json").write_text(json.dumps(exit_facts))
-    assert last_lines(tmp_path, attempt=1) == expected
+    assert log_tail(tmp_path, attempt=1) == expected
 
 
 def test_the_jobs_metrics_are_those_of_its_own_run_though_another_rank_began_earlier(tmp_path: Path) -> None:

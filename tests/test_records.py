@@ -83,7 +83,7 @@ def test_what_grows_with_the_number_of_jobs_is_asked_in_another_thread(records: 
     ended, waiting = submit(records), submit(records)
     end(records, ended)
     with ThreadPoolExecutor(1) as other:
-        assert {one.id: one.ended_at is None for one in other.submit(records.kept).result(30)} == {
+        assert {one.id: one.ended_at is None for one in other.submit(records.retention_rows).result(30)} == {
             ended.id: False,
             waiting.id: True,
         }
@@ -320,12 +320,14 @@ def test_what_jobs_wait_for_is_told_in_one_go_each_with_an_event(tmp_path: Path)
     with opened(tmp_path) as records:
         jobs = [submit(records, name) for name in ("a", "b")]
         before = records.cursor
-        records.tell_waits([WaitDecision(job.id, Reason.WAITING_FOR_GPUS, f"{job.name} needs 2 GPUs") for job in jobs])
+        records.record_wait_reasons(
+            [WaitDecision(job.id, Reason.WAITING_FOR_GPUS, f"{job.name} needs 2 GPUs") for job in jobs]
+        )
         events = records.events(after=before).events
         assert [(event.job, event.kind) for event in events] == [(job.id, "waiting") for job in jobs]
         assert records.get(jobs[0].id).cursor == events[0].seq
     with opened(tmp_path) as records:
-        assert records.healed == ()
+        assert records.repairs == ()
         assert records.get("b").reason is Reason.WAITING_FOR_GPUS
         assert records.get("b").message == "b needs 2 GPUs"
 

@@ -57,7 +57,7 @@ def test_a_damaged_database_is_kept_aside_and_rebuilt_from_the_journals(tmp_path
     why = damage(tmp_path / "raylaunch.db")
     with opened(tmp_path) as records:
         (aside,) = [path.name for path in tmp_path.glob("raylaunch.db.corrupt-*")]
-        assert records.healed == (
+        assert records.repairs == (
             f"The database was damaged ({why}; it was kept as {aside}) and was rebuilt from the journals of 2 jobs.",
         )
         assert records.get(waiting.id) == waiting
@@ -66,7 +66,7 @@ def test_a_damaged_database_is_kept_aside_and_rebuilt_from_the_journals(tmp_path
         assert [ask.job for ask in records.backlog] == [waiting.id]
         assert submit(records).cursor == events.cursor + 1
     with opened(tmp_path) as records:
-        assert records.healed == ()
+        assert records.repairs == ()
 
 
 def test_a_database_that_vanished_is_rebuilt_from_the_journals(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_database_that_vanished_is_rebuilt_from_the_journals(tmp_path: Path) -
         job = submit(records)
     (tmp_path / "raylaunch.db").unlink()
     with opened(tmp_path) as records:
-        assert records.healed == (f"Found in the journals and taken up again: 1 job ({job.id}).",)
+        assert records.repairs == (f"Found in the journals and taken up again: 1 job ({job.id}).",)
         assert records.get(job.id) == job
 
 
@@ -86,7 +86,7 @@ def test_a_journal_that_is_ahead_of_the_database_is_applied(tmp_path: Path) -> N
         ended = end(records, job)
     shutil.move(tmp_path / "before.db", tmp_path / "raylaunch.db")
     with opened(tmp_path) as records:
-        assert records.healed == (f"Brought up to date from the journals: 1 job ({job.id}).",)
+        assert records.repairs == (f"Brought up to date from the journals: 1 job ({job.id}).",)
         assert records.get(job.id) == ended
         assert kinds(records) == ["submitted", "ended"]
         assert not records.active()
@@ -108,7 +108,7 @@ def test_a_damaged_line_in_a_journal_is_said_and_the_rest_is_used(tmp_path: Path
         with (records.folder(job.id) / "journal.jsonl").open("ab") as journal:
             journal.write(b"\xff\xfe\n")
     with opened(tmp_path) as records:
-        assert records.healed == (f"Journals with damaged lines, which were left out: {job.id}.",)
+        assert records.repairs == (f"Journals with damaged lines, which were left out: {job.id}.",)
         assert records.get(job.id) == job
 
 
@@ -180,5 +180,5 @@ def test_a_database_that_somebody_else_holds_is_said_and_the_journal_is_taken_ba
         ended = end(records, job)
         assert ended.cursor == job.cursor + 1
     with opened(tmp_path) as records:
-        assert records.healed == ()
+        assert records.repairs == ()
         assert kinds(records) == ["submitted", "ended"]

@@ -35,7 +35,7 @@ class Desk:
         self.store = store
         self.records = Records(store)
         self.secrets = SecretStore(store)
-        settings, sight, link = settings_of(store, 9), ObservedState(), LinkToNothing(store)
+        settings, observed, link = settings_of(store, 9), ObservedState(), LinkToNothing(store)
         ray = RayJobs("http://127.0.0.1:9", "none")
         self.verbs = JobService(
             settings=settings,
@@ -43,12 +43,12 @@ class Desk:
             packages=PackageStore(store / "packages"),
             secrets=self.secrets,
             removal=JobRemoval(records=self.records, artifacts=Artifacts(store), secrets=self.secrets),
-            sight=sight,
-            link=link,
+            observed=observed,
+            bridge=link,
             drains=DrainStore(store),
-            foreign=ExternalJobs(records=self.records, ray=ray, link=link, sight=sight),
-            wheel_needs=WheelPreflight(settings=settings, sight=sight, link=link, kept=ClusterWheels(settings)),
-            left=LeftOutputs(link=link, sight=sight, artifacts=Artifacts(store)),
+            foreign=ExternalJobs(records=self.records, ray=ray, bridge=link, observed=observed),
+            wheel_needs=WheelPreflight(settings=settings, observed=observed, bridge=link, kept=ClusterWheels(settings)),
+            left=LeftOutputs(bridge=link, observed=observed, artifacts=Artifacts(store)),
         )
 
     def submit(self, **secrets: str) -> str:

@@ -37,7 +37,7 @@ from raylaunch.controller.store.access import Invitations, TokenStore
 from raylaunch.controller.store.artifacts import Artifacts
 from raylaunch.controller.store.audit import DrainStore
 from raylaunch.controller.store.jobs import Records
-from raylaunch.controller.store.logs import last_lines
+from raylaunch.controller.store.logs import log_tail
 from raylaunch.controller.store.packages import ClusterWheels, PackageStore
 from raylaunch.controller.store.record import JobRecord
 from raylaunch.controller.store.retention import JobRemoval, RetentionLoop
@@ -76,7 +76,7 @@ def main() -> int:
         return _give_up(_STORE, error.message)
     gc.collect()
     gc.freeze()  # what is here by now stays: no later collection goes through it again
-    for sentence in records.healed:
+    for sentence in records.repairs:
         _log.warning("%s", sentence)
     try:
         failed = asyncio.run(serve(settings, records, listener))
@@ -87,7 +87,7 @@ def main() -> int:
 
 async def serve(settings: Settings, records: Records, listener: socket.socket) -> bool:
     """Serve HTTP on `listener` and run the lifecycle, until a signal ends both; return whether the lifecycle failed."""
-    sight = ObservedState()
+    observed = ObservedState()
     secrets = SecretStore(settings.store)
     secrets.keep_only(records.unfinished())
     drains = DrainStore(settings.store)
@@ -95,27 +95,27 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
     packages = PackageStore(settings.store / "packages")
     metrics = MetricsStore(settings.store)
     ray = RayJobs(settings.dashboard_url, settings.ray_token)
-    link = RayBridge(
+    bridge = RayBridge(
         gcs_address=settings.gcs_address,
         ray_token_path=settings.ray_token_path,
         ray_env=settings.ray_env,
         store=settings.store,
-        on_event=lambda event: lifecycle.see(event),  # noqa: PLW0108 -- made below; the link needs it first
+        on_event=lambda event: lifecycle.on_event(event),  # noqa: PLW0108 -- made below; the link needs it first
         log_path=settings.store / "link.log",
         namespace=settings.namespace,
         carries=settings.carries_stewards,
     )
-    means = AttemptContext(
+    context = AttemptContext(
         settings=settings,
         records=records,
         secrets=secrets,
-        link=link,
+        bridge=bridge,
         ray=ray,
-        sight=sight,
-        leavings=lambda record: leavings_of(record, records=records, artifacts=artifacts, metrics=metrics),
+        observed=observed,
+        read_result=lambda record: read_attempt_result(record, records=records, artifacts=artifacts, metrics=metrics),
     )
-    foreign = ExternalJobs(records=records, ray=ray, link=link, sight=sight)
-    lifecycle = SchedulerLoop(means, artifacts, foreign, drains)
+    external = ExternalJobs(records=records, ray=ray, bridge=bridge, observed=observed)
+    lifecycle = SchedulerLoop(context, artifacts, external, drains)
     removal = JobRemoval(records=records, artifacts=artifacts, secrets=secrets)
     cluster_wheels = ClusterWheels(settings)
     verbs = JobService(
@@ -124,12 +124,12 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         packages=packages,
         secrets=secrets,
         removal=removal,
-        sight=sight,
+        observed=observed,
         drains=drains,
-        foreign=foreign,
-        wheel_needs=WheelPreflight(settings=settings, sight=sight, link=link, kept=cluster_wheels),
-        link=link,
-        left=LeftOutputs(link=link, sight=sight, artifacts=artifacts),
+        foreign=external,
+        wheel_needs=WheelPreflight(settings=settings, observed=observed, bridge=bridge, kept=cluster_wheels),
+        bridge=bridge,
+        left=LeftOutputs(bridge=bridge, observed=observed, artifacts=artifacts),
     )
     tokens = TokenStore(settings.store)
     services = AppState(
@@ -143,8 +143,8 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         artifacts=artifacts,
         metrics=metrics,
         jobs=verbs,
-        hosts=HostService(records=records, drains=drains, sight=sight),
-        foreign_logs=ExternalLogs(link=link, ray=ray, sight=sight),
+        hosts=HostService(records=records, drains=drains, observed=observed),
+        external_logs=ExternalLogs(bridge=bridge, ray=ray, observed=observed),
     )
     server = ApiServer(services)
 
@@ -153,7 +153,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop)
-    await link.start()
+    await bridge.start()
     sweeper = RetentionLoop(
         settings.store,
         settings.retention,
@@ -177,7 +177,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         failure = (await asyncio.gather(loop_task, return_exceptions=True))[0]
         if isinstance(failure, Exception):
             _log.error("the lifecycle failed", exc_info=failure)
-        await link.close()
+        await bridge.close()
         await ray.close()
     return isinstance(failure, Exception)
 
@@ -190,22 +190,24 @@ async def _rotate_logs(*logs: Path) -> None:
         await asyncio.sleep(_ROTATE_S)
 
 
-async def leavings_of(
+async def read_attempt_result(
     record: JobRecord, *, records: Records, artifacts: Artifacts, metrics: MetricsStore
 ) -> AttemptResult:
     """Read what a job has left in the store so far, and write its manifest; in a thread, for it may be much."""
-    return await asyncio.to_thread(_leavings_of, record, records, artifacts, metrics)
+    return await asyncio.to_thread(_read_attempt_result, record, records, artifacts, metrics)
 
 
-def _leavings_of(record: JobRecord, records: Records, artifacts: Artifacts, metrics: MetricsStore) -> AttemptResult:
+def _read_attempt_result(
+    record: JobRecord, records: Records, artifacts: Artifacts, metrics: MetricsStore
+) -> AttemptResult:
     folder = records.folder(record.id)
-    artifacts.seal(record.id)
+    artifacts.finalize(record.id)
     count, size = artifacts.outputs(record.id)
     ran_s = time.time() - record.started_at if record.started_at is not None else 0.0
     measured = metrics.at_end(record.id, record.attempts, ran_s=ran_s)
     more = f"{measured.left_out} metrics beyond {NAMES_KEPT} are not in the record: raylaunch metrics has more"
     return AttemptResult(
-        log_tail=last_lines(folder, attempt=len(record.attempts)),
+        log_tail=log_tail(folder, attempt=len(record.attempts)),
         outputs=count,
         output_bytes=size,
         last_metrics=measured.last,

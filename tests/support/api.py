@@ -194,7 +194,7 @@ class Api:
         self.loop = asyncio.get_running_loop()
         self.records = Records(self.store)
         artifacts = Artifacts(self.store)
-        self.sight = ObservedState()
+        self.observed = ObservedState()
         secrets = SecretStore(self.store)
         self.desk = Desk(self.records, JobRemoval(records=self.records, artifacts=artifacts, secrets=secrets))
         tokens = TokenStore(self.store)
@@ -209,8 +209,8 @@ class Api:
             artifacts=artifacts,
             metrics=MetricsStore(self.store),
             jobs=self.desk,
-            hosts=HostService(records=self.records, drains=DrainStore(self.store), sight=self.sight),
-            foreign_logs=_without_ray(self.store),
+            hosts=HostService(records=self.records, drains=DrainStore(self.store), observed=self.observed),
+            external_logs=_without_ray(self.store),
         )
         self.server = ApiServer(self.services)
         self._ready.set()
@@ -229,7 +229,7 @@ def _without_ray(store: Path) -> ExternalLogs:
         on_event=lambda _event: None,
         log_path=store / "link.log",
     )
-    return ExternalLogs(link=link, ray=RayJobs("http://127.0.0.1:9", "none"), sight=ObservedState())
+    return ExternalLogs(bridge=link, ray=RayJobs("http://127.0.0.1:9", "none"), observed=ObservedState())
 
 
 @pytest.fixture

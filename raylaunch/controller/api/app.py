@@ -16,12 +16,12 @@ from starlette.exceptions import HTTPException
 from raylaunch.controller.api import cluster, files, jobs, logs, people
 from raylaunch.controller.api.dependencies import AppState
 from raylaunch.controller.api.middleware import AuthMiddleware
-from raylaunch.controller.api.responses import error_answer
+from raylaunch.controller.api.responses import error_response
 from raylaunch.controller.store.audit import AuditLog
 from raylaunch.errors import NotFoundError, RaylaunchError, SpecError
 from raylaunch.version import __version__
 
-_LOOK_S = 0.25
+_POLL_S = 0.25
 
 
 class ApiServer(uvicorn.Server):
@@ -67,7 +67,7 @@ class ApiServer(uvicorn.Server):
         """Wait for the end. uvicorn's own loop wakes ten times a second, for a date in each answer and a limit."""
         await self.on_tick(0)
         while not self.should_exit:  # noqa: ASYNC110 -- uvicorn's own word for its end, and a plain attribute
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_S)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wake everybody who waits, then end as uvicorn does."""
@@ -78,7 +78,7 @@ class ApiServer(uvicorn.Server):
 _log = logging.getLogger(__name__)
 
 _NOT_FOUND = 404
-_SAID = 3
+_MAX_PROBLEMS = 3
 
 
 def create_app(services: AppState) -> FastAPI:
@@ -95,8 +95,8 @@ def create_app(services: AppState) -> FastAPI:
     app.add_middleware(
         AuthMiddleware, tokens=services.tokens, invitations=services.invitations, audit=AuditLog(services.store)
     )
-    app.add_exception_handler(RaylaunchError, _said)
-    app.add_exception_handler(RequestValidationError, _not_understood)
+    app.add_exception_handler(RaylaunchError, _known_error)
+    app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _bug)
     for router in (
@@ -113,23 +113,23 @@ def create_app(services: AppState) -> FastAPI:
     return app
 
 
-async def _said(_request: Request, error: Exception) -> Response:
+async def _known_error(_request: Request, error: Exception) -> Response:
     """Answer with an error that a person should act on."""
     if not isinstance(error, RaylaunchError):
         raise error
-    return error_answer(error)
+    return error_response(error)
 
 
-async def _not_understood(_request: Request, error: Exception) -> Response:
+async def _invalid_request(_request: Request, error: Exception) -> Response:
     """Answer what was wrong with a request: field and reason, never the value, which may be a secret."""
     if not isinstance(error, RequestValidationError):
         raise error
     said = []
-    for problem in error.errors()[:_SAID]:
+    for problem in error.errors()[:_MAX_PROBLEMS]:
         field = ".".join(str(part) for part in problem["loc"][1:])
         said.append(f"{field}: {problem['msg']}" if field else str(problem["msg"]))
     message = "the request is not understood: " + "; ".join(said)
-    return error_answer(SpecError(message, hint="GET /v1/openapi.json describes what is"))
+    return error_response(SpecError(message, hint="GET /v1/openapi.json describes what is"))
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
@@ -138,12 +138,12 @@ async def _no_route(request: Request, error: Exception) -> Response:
         raise error
     hint = "GET /v1/openapi.json lists what there is"
     if error.status_code == _NOT_FOUND:
-        return error_answer(NotFoundError(f"there is no {request.url.path} here", hint=hint))
+        return error_response(NotFoundError(f"there is no {request.url.path} here", hint=hint))
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return error_answer(RaylaunchError(message, hint=hint), status=error.status_code, headers=error.headers)
+    return error_response(RaylaunchError(message, hint=hint), status=error.status_code, headers=error.headers)
 
 
 async def _bug(request: Request, error: Exception) -> Response:
     """Answer for a bug; uvicorn writes its traceback to the controller's log."""
     message = f"the controller failed at {request.method} {request.url.path}: {type(error).__name__}"
-    return error_answer(RaylaunchError(message, hint="its log has the traceback; raylaunch status shows where it is"))
+    return error_response(RaylaunchError(message, hint="its log has the traceback; raylaunch status shows where it is"))

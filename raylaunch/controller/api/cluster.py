@@ -10,8 +10,8 @@ import anyio
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from raylaunch.controller.api.dependencies import AppState, GuardedRoute, Has, Who, needs
-from raylaunch.controller.api.responses import answer, json_answer
+from raylaunch.controller.api.dependencies import AppState, CurrentCaller, GuardedRoute, Services, requires
+from raylaunch.controller.api.responses import json_response, model_response
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.store.access import Role
 from raylaunch.models.cluster import ClusterPython, ControllerStatus, EnvironmentWheels, HostJobs, Quiet, RayAccess
@@ -40,47 +40,49 @@ class QuietRequest(BaseModel):
 
 
 @hosts_router.get("/hosts/{host}", response_model=HostJobs)
-async def jobs(host: str, services: Has) -> Response:
+async def jobs(host: str, services: Services) -> Response:
     """Say what runs on a host."""
-    return answer(services.hosts.jobs(host))
+    return model_response(services.hosts.jobs(host))
 
 
 @hosts_router.post("/hosts/{host}/drain", response_model=HostJobs)
-@needs(Role.OPERATOR, "drain hosts")
-async def drain(host: str, request: Request, services: Has, caller: Who, asked: DrainRequest | None = None) -> Response:
+@requires(Role.OPERATOR, "drain hosts")
+async def drain(
+    host: str, request: Request, services: Services, caller: CurrentCaller, asked: DrainRequest | None = None
+) -> Response:
     """Let no attempt begin on a host."""
     request.state.about = host
     asked = asked or DrainRequest()
-    return answer(services.hosts.drain(host, until=asked.until, stop=asked.stop, person=caller.person))
+    return model_response(services.hosts.drain(host, until=asked.until, stop=asked.stop, person=caller.person))
 
 
 @hosts_router.delete("/hosts/{host}/drain", response_model=HostJobs)
-@needs(Role.OPERATOR, "let drained hosts take jobs")
-async def undrain(host: str, request: Request, services: Has) -> Response:
+@requires(Role.OPERATOR, "let drained hosts take jobs")
+async def undrain(host: str, request: Request, services: Services) -> Response:
     """Let a host take jobs again."""
     request.state.about = host
-    return answer(services.hosts.undrain(host))
+    return model_response(services.hosts.undrain(host))
 
 
 @hosts_router.get("/quiet", response_model=Quiet)
-async def is_quiet(services: Has) -> Response:
+async def is_quiet(services: Services) -> Response:
     """Say whether attempts begin, and what runs."""
-    return answer(services.hosts.is_quiet())
+    return model_response(services.hosts.pause_state())
 
 
 @hosts_router.post("/quiet", response_model=Quiet)
-@needs(Role.OPERATOR, "let no job begin")
-async def quiet(services: Has, caller: Who, asked: QuietRequest | None = None) -> Response:
+@requires(Role.OPERATOR, "let no job begin")
+async def quiet(services: Services, caller: CurrentCaller, asked: QuietRequest | None = None) -> Response:
     """Let no attempt begin for a while."""
     asked = asked or QuietRequest()
-    return answer(services.hosts.quiet(limit_s=asked.limit_s, stop=asked.stop, person=caller.person))
+    return model_response(services.hosts.pause(limit_s=asked.limit_s, stop=asked.stop, person=caller.person))
 
 
 @hosts_router.delete("/quiet", response_model=Quiet)
-@needs(Role.OPERATOR, "let jobs begin again")
-async def loud(services: Has) -> Response:
+@requires(Role.OPERATOR, "let jobs begin again")
+async def loud(services: Services) -> Response:
     """Let attempts begin again."""
-    return answer(services.hosts.loud())
+    return model_response(services.hosts.resume())
 
 
 SECRET_BYTES = 1024 * 1024
@@ -101,67 +103,67 @@ class SecretValue(BaseModel):
 @router.get("/health")
 async def health() -> Response:
     """Say that the controller responds."""
-    return json_answer({})
+    return json_response({})
 
 
 @router.get("/status", response_model=ControllerStatus)
-async def status(services: Has, caller: Who) -> Response:
+async def status(services: Services, caller: CurrentCaller) -> Response:
     """Say how the controller, Ray and the nodes are."""
-    return answer(await services.jobs.status(caller.person, caller.role.value))
+    return model_response(await services.jobs.status(caller.person, caller.role.value))
 
 
 @router.get("/ray", response_model=RayAccess)
-@needs(Role.OPERATOR, "use Ray's own tools")
-async def ray(request: Request, services: Has) -> Response:
+@requires(Role.OPERATOR, "use Ray's own tools")
+async def ray(request: Request, services: Services) -> Response:
     """Return what Ray's own tools need. It has Ray's token in it, and so is in the audit log."""
     request.state.audited = True
-    return answer(services.jobs.ray_access())
+    return model_response(services.jobs.ray_access())
 
 
 @router.get("/python", response_model=ClusterPython)
-async def python(services: Has) -> Response:
+async def python(services: Services) -> Response:
     """Return which Python jobs get that name none, and which runs Ray."""
-    return answer(python_of(services.settings))
+    return model_response(python_of(services.settings))
 
 
 @router.put("/python/wheels")
-@needs(Role.OPERATOR, "send wheels of the cluster's environment", body_bytes=WHEELS_BYTES)
-async def keep_wheels(body: EnvironmentWheels, services: Has) -> Response:
+@requires(Role.OPERATOR, "send wheels of the cluster's environment", body_bytes=WHEELS_BYTES)
+async def keep_wheels(body: EnvironmentWheels, services: Services) -> Response:
     """Keep the wheels of the environment that cluster.yaml lists, for nodes that reach no package index."""
     await services.jobs.keep_wheels(body)
-    return json_answer({})
+    return json_response({})
 
 
 @router.get("/secrets", response_model=list[str])
-@needs(Role.OPERATOR, "see the names of secrets")
-async def secret_names(services: Has) -> Response:
+@requires(Role.OPERATOR, "see the names of secrets")
+async def secret_names(services: Services) -> Response:
     """Return the names of the cluster's secrets."""
-    return json_answer(list(services.secrets.names()))
+    return json_response(list(services.secrets.names()))
 
 
 @router.put("/secrets/{name}")
-@needs(Role.OPERATOR, "set secrets", body_bytes=SECRET_BYTES)
-async def set_secret(name: str, body: SecretValue, request: Request, services: Has) -> Response:
+@requires(Role.OPERATOR, "set secrets", body_bytes=SECRET_BYTES)
+async def set_secret(name: str, body: SecretValue, request: Request, services: Services) -> Response:
     """Set a secret."""
     request.state.about = name
     services.secrets.put(name, body.value, body.people)
-    return json_answer({})
+    return json_response({})
 
 
 @router.delete("/secrets/{name}")
-@needs(Role.OPERATOR, "delete secrets")
-async def remove_secret(name: str, request: Request, services: Has) -> Response:
+@requires(Role.OPERATOR, "delete secrets")
+async def remove_secret(name: str, request: Request, services: Services) -> Response:
     """Delete a secret."""
     request.state.about = name
     services.secrets.remove(name)
-    return json_answer({})
+    return json_response({})
 
 
 @router.get("/usage", response_model=UsagePage)
-async def usage(services: Has) -> Response:
+async def usage(services: Services) -> Response:
     """Say what the store holds, largest first, and what nodes hold apart from it."""
     page = await anyio.to_thread.run_sync(_usage, services)
-    return answer(page.model_copy(update={"nodes": await services.jobs.node_usage()}))
+    return model_response(page.model_copy(update={"nodes": await services.jobs.node_usage()}))
 
 
 def python_of(settings: Settings) -> ClusterPython:

@@ -56,7 +56,7 @@ class RouteRequirements:
     body_bytes: int = SMALL_BYTES
 
 
-def needs(role: Role, what: str, *, body_bytes: int = SMALL_BYTES) -> Callable[[_Endpoint], _Endpoint]:
+def requires(role: Role, what: str, *, body_bytes: int = SMALL_BYTES) -> Callable[[_Endpoint], _Endpoint]:
     """Say what a route needs; put below the router's own decorator.
 
     Args:
@@ -66,7 +66,7 @@ def needs(role: Role, what: str, *, body_bytes: int = SMALL_BYTES) -> Callable[[
     """
 
     def noted(endpoint: _Endpoint) -> _Endpoint:
-        endpoint.__dict__["needs"] = RouteRequirements(role, what, body_bytes)
+        endpoint.__dict__["requires"] = RouteRequirements(role, what, body_bytes)
         return endpoint
 
     return noted
@@ -77,7 +77,7 @@ class GuardedRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return the handler, with the checks in front."""
-        needed: RouteRequirements = getattr(self.endpoint, "needs", RouteRequirements())
+        needed: RouteRequirements = getattr(self.endpoint, "requires", RouteRequirements())
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
@@ -211,7 +211,7 @@ class AppState:
     metrics: MetricsReader
     jobs: JobVerbs
     hosts: HostService
-    foreign_logs: ExternalLogs
+    external_logs: ExternalLogs
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the server shuts down: everything that waits for news then answers at once."""
     searches: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_SEARCHES))
@@ -232,11 +232,11 @@ async def _caller(request: Request) -> Caller:
     return caller
 
 
-Has = Annotated[AppState, Depends(_services)]
-Who = Annotated[Caller, Depends(_caller)]
+Services = Annotated[AppState, Depends(_services)]
+CurrentCaller = Annotated[Caller, Depends(_caller)]
 
 
-async def find(ref: str, services: AppState, caller: Caller) -> str:
+async def find_job(ref: str, services: AppState, caller: Caller) -> str:
     """Return the id of the job that a person means, as `Records.find` does.
 
     Raises:
@@ -251,15 +251,15 @@ async def find(ref: str, services: AppState, caller: Caller) -> str:
         raise NotFoundError(error.message, hint=f"did you mean {' or '.join(near)}?") from None
 
 
-async def _job(ref: str, request: Request, services: Has, caller: Who) -> JobRecord:
-    return _named(request, ref, services.records.by_id(await find(ref, services, caller)), caller)
+async def _job(ref: str, request: Request, services: Services, caller: CurrentCaller) -> JobRecord:
+    return _named(request, ref, services.records.by_id(await find_job(ref, services, caller)), caller)
 
 
-async def _light_job(ref: str, request: Request, services: Has, caller: Who) -> JobRecord:
-    return _named(request, ref, services.records.light(await find(ref, services, caller)), caller)
+async def _light_job(ref: str, request: Request, services: Services, caller: CurrentCaller) -> JobRecord:
+    return _named(request, ref, services.records.light(await find_job(ref, services, caller)), caller)
 
 
-async def _own_job(ref: str, record: Annotated[JobRecord, Depends(_job)], caller: Who) -> JobRecord:
+async def _own_job(ref: str, record: Annotated[JobRecord, Depends(_job)], caller: CurrentCaller) -> JobRecord:
     refuse_others(caller, record, ref)
     return record
 
@@ -278,7 +278,7 @@ OwnJob = Annotated[JobRecord, Depends(_own_job)]
 """A name means the caller's own jobs alone. For what changes or ends a job."""
 LightJob = Annotated[JobRecord, Depends(_light_job)]
 """Without its heavy fields: for what is asked again and again."""
-LARGEST = (1 << 63) - 1
+MAX_INT = (1 << 63) - 1
 """The largest whole number that files and the database take."""
 WaitS = Annotated[float, Query(ge=0, le=WAIT_S, allow_inf_nan=False, description="how long to wait for news, seconds")]
 
@@ -331,7 +331,7 @@ def require_ours(record: JobRecord, what: str) -> None:
         )
 
 
-async def first_of(*waits: Coroutine[object, object, object], timeout_s: float) -> None:
+async def wait_first(*waits: Coroutine[object, object, object], timeout_s: float) -> None:
     """Return when one of `waits` is done, or the time is over; the others are cancelled and cleaned up.
 
     Raises:
@@ -348,13 +348,13 @@ async def first_of(*waits: Coroutine[object, object, object], timeout_s: float) 
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def done(task: asyncio.Future[None]) -> None:
+async def finished(task: asyncio.Future[None]) -> None:
     """Wait for the end of `task`, whose own end this is not."""
     await asyncio.wait([task])
 
 
 @asynccontextmanager
-async def departure(request: Request) -> AsyncIterator[asyncio.Future[None]]:
+async def client_disconnect(request: Request) -> AsyncIterator[asyncio.Future[None]]:
     """Yield what is done once the client has closed its connection. For requests whose body has been read, or has none.
 
     Without it, a question that is held back for news would hold its place for a client that is long gone.

@@ -14,8 +14,17 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.convertors import PathConvertor, register_url_convertor
 
-from raylaunch.controller.api.dependencies import LARGEST, AppState, GuardedRoute, Has, Job, Who, needs, require_ours
-from raylaunch.controller.api.responses import answer, error_answer, file_answer, json_answer
+from raylaunch.controller.api.dependencies import (
+    MAX_INT,
+    AppState,
+    CurrentCaller,
+    GuardedRoute,
+    Job,
+    Services,
+    require_ours,
+    requires,
+)
+from raylaunch.controller.api.responses import error_response, file_response, json_response, model_response
 from raylaunch.controller.store.access import Caller, Role
 from raylaunch.controller.store.packages import PIECE_BYTES, PackageBytes, WrongOffsetError
 from raylaunch.controller.store.record import JobRecord
@@ -26,21 +35,21 @@ packages_router = APIRouter(route_class=GuardedRoute)
 
 
 @packages_router.head("/packages/{sha}", response_class=Response)
-@needs(Role.TRAINER, "send packages")
-async def package_have(sha: str, services: Has) -> Response:
+@requires(Role.TRAINER, "send packages")
+async def package_have(sha: str, services: Services) -> Response:
     """Say in headers how much of a package is here."""
     return Response(None, 200, _headers(services.packages.have(sha)))
 
 
 @packages_router.put("/packages/{sha}")
-@needs(Role.TRAINER, "send packages", body_bytes=PIECE_BYTES)
+@requires(Role.TRAINER, "send packages", body_bytes=PIECE_BYTES)
 async def put_package(
     sha: str,
     request: Request,
-    services: Has,
+    services: Services,
     *,
-    offset: Annotated[int, Query(ge=0, le=LARGEST)],
-    total: Annotated[int, Query(ge=1, le=LARGEST)],
+    offset: Annotated[int, Query(ge=0, le=MAX_INT)],
+    total: Annotated[int, Query(ge=1, le=MAX_INT)],
 ) -> Response:
     """Take one piece of a package."""
     request.state.about = sha
@@ -50,9 +59,9 @@ async def put_package(
             partial(services.packages.put, sha, offset=offset, total=total, data=data)
         )
     except WrongOffsetError as error:
-        return error_answer(error, headers={"X-Have": str(error.have), "X-Complete": "0"})
+        return error_response(error, headers={"X-Have": str(error.have), "X-Complete": "0"})
     request.state.audited = have.complete
-    return json_answer({"have": have.bytes, "complete": have.complete}, headers=_headers(have))
+    return json_response({"have": have.bytes, "complete": have.complete}, headers=_headers(have))
 
 
 def _headers(have: PackageBytes) -> dict[str, str]:
@@ -76,18 +85,18 @@ Keys = Annotated[list[str] | None, Query(alias="key", description="names of metr
 
 @router.get("/jobs/{ref}/metrics", response_model=MetricsPage)
 async def metrics(
-    record: Job, services: Has, keys: Keys = None, max_points: Annotated[int, Query(ge=2, le=100_000)] = 500
+    record: Job, services: Services, keys: Keys = None, max_points: Annotated[int, Query(ge=2, le=100_000)] = 500
 ) -> Response:
     """Return which metrics there are and their last values; and points of those that are named."""
     require_ours(record, "metrics")
     page = await anyio.to_thread.run_sync(
         partial(services.metrics.page, record, keys=keys or [], max_points=max_points)
     )
-    return answer(page)
+    return model_response(page)
 
 
 @router.get("/jobs/{ref}/metrics.csv", response_class=StreamingResponse)
-async def metrics_csv(record: Job, services: Has, keys: Keys = None) -> Response:
+async def metrics_csv(record: Job, services: Services, keys: Keys = None) -> Response:
     """Return every point as CSV: step,at,key,value."""
     require_ours(record, "metrics")
     lines = iter(services.metrics.csv(record, keys=keys or []))
@@ -96,16 +105,16 @@ async def metrics_csv(record: Job, services: Has, keys: Keys = None) -> Response
 
 
 @router.get("/jobs/{ref}/files", response_model=list[Artifact])
-async def files(record: Job, services: Has) -> Response:
+async def files(record: Job, services: Services) -> Response:
     """Return the files that a job left behind."""
     require_ours(record, "files")
     found = await anyio.to_thread.run_sync(services.artifacts.files, record.id)
-    return answer(found)
+    return model_response(found)
 
 
 @router.head("/jobs/{ref}/files/{path:file}", response_class=Response, include_in_schema=False)
 @router.get("/jobs/{ref}/files/{path:file}", response_class=Response)
-async def file(record: Job, path: str, request: Request, services: Has, caller: Who) -> Response:
+async def file(record: Job, path: str, request: Request, services: Services, caller: CurrentCaller) -> Response:
     """Return one file, or a range of it. One that was not kept is brought from its node first."""
     require_ours(record, "files")
     try:
@@ -119,7 +128,7 @@ async def file(record: Job, path: str, request: Request, services: Has, caller: 
     headers = {"X-File": quote(str(where))}  # an account of this host that may read it need not ask for its bytes
     if artifact.sha256:
         headers["X-Sha256"] = artifact.sha256
-    return file_answer(where, request, headers=headers)
+    return file_response(where, request, headers=headers)
 
 
 async def _left(

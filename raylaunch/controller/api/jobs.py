@@ -13,26 +13,26 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from starlette.background import BackgroundTask
 
 from raylaunch.controller.api.dependencies import (
-    LARGEST,
+    MAX_INT,
     AppState,
+    CurrentCaller,
     GuardedRoute,
-    Has,
     Job,
     LightJob,
     OwnJob,
+    Services,
     WaitS,
-    Who,
-    departure,
-    done,
-    find,
-    first_of,
-    needs,
+    client_disconnect,
+    find_job,
+    finished,
     refuse_others,
     require_own,
+    requires,
+    wait_first,
 )
-from raylaunch.controller.api.responses import answer, json_answer
+from raylaunch.controller.api.responses import json_response, model_response
 from raylaunch.controller.store.access import Role
-from raylaunch.controller.store.logs import last_lines
+from raylaunch.controller.store.logs import log_tail
 from raylaunch.controller.store.record import JobRecord
 from raylaunch.controller.store.recovery import empty_trash
 from raylaunch.errors import SpecError
@@ -44,42 +44,42 @@ events_router = APIRouter(route_class=GuardedRoute)
 
 _COMMENT_EVERY_S = 15.0
 
-Cursor = Annotated[int, Query(ge=0, le=LARGEST, description="sequence number of the last event that is known")]
+Cursor = Annotated[int, Query(ge=0, le=MAX_INT, description="sequence number of the last event that is known")]
 
 
 @events_router.get("/jobs/{ref}/events", response_model=EventPage)
 async def job_events(
-    record: LightJob, services: Has, request: Request, after: Cursor = 0, wait_s: WaitS = 0.0
+    record: LightJob, services: Services, request: Request, after: Cursor = 0, wait_s: WaitS = 0.0
 ) -> Response:
     """Return a job's events after a cursor; when there are none, wait for one."""
     loop = asyncio.get_running_loop()
     limit = loop.time() + wait_s
-    async with departure(request) as gone:
+    async with client_disconnect(request) as gone:
         with services.records.subscribe(record.id) as changed:
             while True:
                 changed.clear()
                 page = services.records.events(after=after, job=record.id)
                 left = limit - loop.time()
                 if page.events or left <= 0 or services.closing.is_set() or gone.done():
-                    return answer(page)
-                await first_of(changed.wait(), services.closing.wait(), done(gone), timeout_s=left)
+                    return model_response(page)
+                await wait_first(changed.wait(), services.closing.wait(), finished(gone), timeout_s=left)
 
 
 @events_router.get("/events", response_class=StreamingResponse)
 async def events(
-    services: Has,
-    caller: Who,
+    services: Services,
+    caller: CurrentCaller,
     *,
     after: Annotated[
-        int | None, Query(ge=0, le=LARGEST, description="cursor; without it, only what happens from now on")
+        int | None, Query(ge=0, le=MAX_INT, description="cursor; without it, only what happens from now on")
     ] = None,
     job: str = "",
-    last_event_id: Annotated[int | None, Header(ge=0, le=LARGEST)] = None,
+    last_event_id: Annotated[int | None, Header(ge=0, le=MAX_INT)] = None,
 ) -> Response:
     """Stream events (text/event-stream). A client that reconnects says its Last-Event-ID, and misses nothing."""
     known = last_event_id if last_event_id is not None else after
     cursor = services.records.cursor if known is None else known
-    job_id = await find(job, services, caller) if job else ""
+    job_id = await find_job(job, services, caller) if job else ""
     headers = {"Cache-Control": "no-store"}
     return StreamingResponse(_stream(services, cursor, job_id), 200, headers, "text/event-stream")
 
@@ -101,7 +101,7 @@ async def _stream(services: AppState, cursor: int, job: str) -> AsyncIterator[by
                 said_at = loop.time()
                 yield b": still here\n\n"
                 continue
-            await first_of(changed.wait(), services.closing.wait(), timeout_s=left)
+            await wait_first(changed.wait(), services.closing.wait(), timeout_s=left)
 
 
 def _message(event: Event) -> bytes:
@@ -129,27 +129,27 @@ class StopBody(BaseModel):
 
 
 @router.post("/jobs", response_model=SubmitAnswer)
-@needs(Role.TRAINER, "submit jobs", body_bytes=SUBMIT_BYTES)
+@requires(Role.TRAINER, "submit jobs", body_bytes=SUBMIT_BYTES)
 async def submit(
     submitted: SubmitRequest,
     request: Request,
-    services: Has,
-    caller: Who,
+    services: Services,
+    caller: CurrentCaller,
     *,
     dry_run: bool = False,
 ) -> Response:
     """Take a job in; with ``dry_run`` only say where it could run."""
     if dry_run:
         request.state.audited = False
-        return answer(await services.jobs.dry_run(submitted, caller.person))
+        return model_response(await services.jobs.dry_run(submitted, caller.person))
     result = await services.jobs.submit(submitted, caller.person)
     request.state.about = result.job.id
-    return answer(result)
+    return model_response(result)
 
 
 @router.get("/jobs", response_model=JobPage)
 async def jobs(  # noqa: PLR0913 -- each is one filter
-    services: Has,
+    services: Services,
     *,
     state: str = "",
     name: str = "",
@@ -173,12 +173,12 @@ async def jobs(  # noqa: PLR0913 -- each is one filter
         cursor = page.next_cursor
         if not cursor or len(found) >= limit:
             told: JsonValue = {"jobs": found, "next_cursor": cursor, "total": page.total, "unreadable": unreadable}
-            return json_answer(told)
+            return json_response(told)
         await asyncio.sleep(0)  # a large page lets others have their turn
 
 
 @router.get("/jobs/{ref}", response_model=JobView)
-async def job(ref: str, record: Job, services: Has, caller: Who, *, own: bool = False) -> Response:
+async def job(ref: str, record: Job, services: Services, caller: CurrentCaller, *, own: bool = False) -> Response:
     """Return one job with all its fields; of one that runs, with what it has measured and last written so far.
 
     With ``own`` a name means the caller's own jobs alone, as where a job is changed.
@@ -188,26 +188,26 @@ async def job(ref: str, record: Job, services: Has, caller: Who, *, own: bool = 
     view = record.view()
     if record.state.active and not record.foreign:
         view = view.model_copy(update=await anyio.to_thread.run_sync(_so_far, services, record))
-    return answer(services.jobs.explained(view))
+    return model_response(services.jobs.explained(view))
 
 
 @router.post("/jobs/{ref}/stop", response_model=JobView)
-@needs(Role.TRAINER, "stop jobs")
-async def stop(record: OwnJob, services: Has, caller: Who, asked: StopBody | None = None) -> Response:
+@requires(Role.TRAINER, "stop jobs")
+async def stop(record: OwnJob, services: Services, caller: CurrentCaller, asked: StopBody | None = None) -> Response:
     """Ask a job to stop."""
     require_own(caller, record, "stop")
     grace_s = asked.grace_s if asked is not None else None
-    return answer(await services.jobs.stop(record, grace_s=grace_s, person=caller.person))
+    return model_response(await services.jobs.stop(record, grace_s=grace_s, person=caller.person))
 
 
 @router.delete("/jobs/{ref}")
-@needs(Role.TRAINER, "remove jobs")
-async def remove(record: OwnJob, services: Has, caller: Who) -> Response:
+@requires(Role.TRAINER, "remove jobs")
+async def remove(record: OwnJob, services: Services, caller: CurrentCaller) -> Response:
     """Delete an ended job with all its files."""
     require_own(caller, record, "remove")
     freed = await services.jobs.remove(record)
     later = BackgroundTask(empty_trash, services.store)
-    return json_answer({"removed": record.id, "bytes": freed}, background=later)
+    return json_response({"removed": record.id, "bytes": freed}, background=later)
 
 
 def _so_far(services: AppState, record: JobRecord) -> dict[str, object]:
@@ -217,7 +217,7 @@ def _so_far(services: AppState, record: JobRecord) -> dict[str, object]:
         "progress": services.metrics.progress(record.id, record.attempts),
     }
     if record.state in (JobState.RUNNING, JobState.STOPPING):
-        lines = last_lines(services.store / "jobs" / record.id, attempt=len(record.attempts))
+        lines = log_tail(services.store / "jobs" / record.id, attempt=len(record.attempts))
         found["log_tail"] = lines[-_LINES_SO_FAR:]
     return found
 

@@ -13,18 +13,18 @@ from fastapi import APIRouter, Query, Request, Response
 from raylaunch.agent import attempt_files
 from raylaunch.agent.attempt_files import Slice
 from raylaunch.controller.api.dependencies import (
-    LARGEST,
+    MAX_INT,
     AppState,
     GuardedRoute,
-    Has,
     LightJob,
+    Services,
     WaitS,
-    departure,
-    done,
-    first_of,
+    client_disconnect,
+    finished,
     pick_attempt,
+    wait_first,
 )
-from raylaunch.controller.api.responses import answer
+from raylaunch.controller.api.responses import model_response
 from raylaunch.controller.scheduler.external_logs import ExternalLogBlocks
 from raylaunch.controller.store import logs
 from raylaunch.controller.store.record import JobRecord
@@ -66,18 +66,18 @@ def log_of(services: AppState, record: JobRecord, *, n: int, rank: int) -> Log:
         NotFoundError: the attempt has no such rank; a job of plain Ray has one log only.
     """
     if not n:
-        return _NotYet()
+        return _EmptyLog()
     if not record.foreign:
         if rank:
             logs.check_known_rank(record.id, services.records.folder(record.id), record.attempts[n - 1], rank=rank)
-        return _Stored(services, record, n, rank)
+        return _StoredLog(services, record, n, rank)
     if rank:
         msg = f"{record.id} was submitted with plain ray job submit and has one log, that of rank 0"
         raise NotFoundError(msg, hint="what its other processes wrote is in Ray's dashboard: raylaunch env")
-    return _Rays(services, record.attempts[n - 1])
+    return _ExternalLog(services, record.attempts[n - 1])
 
 
-class _NotYet:
+class _EmptyLog:
     async def tail_offset(self, _lines: int) -> int:
         return 0
 
@@ -91,7 +91,7 @@ class _NotYet:
         await asyncio.sleep(timeout_s)
 
 
-class _Stored:
+class _StoredLog:
     def __init__(self, services: AppState, record: JobRecord, n: int, rank: int) -> None:
         self._services = services
         self._job = record.id
@@ -117,9 +117,9 @@ class _Stored:
         await self._services.jobs.wait_growth(self._attempt.id, timeout_s)
 
 
-class _Rays:
+class _ExternalLog:
     def __init__(self, services: AppState, attempt: AttemptView) -> None:
-        self._logs = services.foreign_logs
+        self._logs = services.external_logs
         self._searches = services.searches
         self._attempt = attempt
 
@@ -139,11 +139,11 @@ class _Rays:
 
 router = APIRouter(route_class=GuardedRoute)
 
-Attempt = Annotated[int | None, Query(le=LARGEST, description="number of the attempt; by default the latest")]
+Attempt = Annotated[int | None, Query(le=MAX_INT, description="number of the attempt; by default the latest")]
 Rank = Annotated[int, Query(ge=0, le=1_000_000)]
 
 
-class _Look(NamedTuple):
+class _LogPart(NamedTuple):
     """One look at a log."""
 
     slice: attempt_files.Slice
@@ -154,13 +154,13 @@ class _Look(NamedTuple):
 @router.get("/jobs/{ref}/logs", response_class=Response)
 async def log(  # noqa: PLR0913 -- each is one option
     record: LightJob,
-    services: Has,
+    services: Services,
     request: Request,
     *,
     attempt: Attempt = None,
     rank: Rank = 0,
-    tail: Annotated[int | None, Query(ge=0, le=LARGEST, description="begin at the last lines")] = None,
-    offset: Annotated[int | None, Query(ge=0, le=LARGEST, description="begin at this byte")] = None,
+    tail: Annotated[int | None, Query(ge=0, le=MAX_INT, description="begin at the last lines")] = None,
+    offset: Annotated[int | None, Query(ge=0, le=MAX_INT, description="begin at this byte")] = None,
     limit: Annotated[int, Query(ge=1, le=attempt_files.READ_BYTES)] = attempt_files.READ_BYTES,
     wait_s: WaitS = 0.0,
 ) -> Response:
@@ -172,7 +172,7 @@ async def log(  # noqa: PLR0913 -- each is one option
     begin = offset or 0
     if tail is not None:
         begin = await log_of(services, record, n=n, rank=rank).tail_offset(tail)
-    look = await _look(services, request, _Asked(record.id, n, rank, begin, limit, wait_s))
+    look = await _read_when_grown(services, request, _LogRequest(record.id, n, rank, begin, limit, wait_s))
     headers = {
         "X-Log-Offset": str(look.slice.offset),
         "X-Log-Next": str(look.slice.next),
@@ -187,13 +187,13 @@ async def log(  # noqa: PLR0913 -- each is one option
 @router.get("/jobs/{ref}/logs/search", response_model=LogMatches)
 async def search(  # noqa: PLR0913 -- each is one option
     record: LightJob,
-    services: Has,
+    services: Services,
     *,
     pattern: str,
     regex: bool = False,
     ignore_case: bool = False,
-    offset: Annotated[int, Query(ge=0, le=LARGEST)] = 0,
-    line: Annotated[int, Query(ge=0, le=LARGEST, description="number of the line at the offset, where known")] = 0,
+    offset: Annotated[int, Query(ge=0, le=MAX_INT)] = 0,
+    line: Annotated[int, Query(ge=0, le=MAX_INT, description="number of the line at the offset, where known")] = 0,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
     attempt: Attempt = None,
     rank: Rank = 0,
@@ -201,10 +201,10 @@ async def search(  # noqa: PLR0913 -- each is one option
     """Return lines of a log that match."""
     n = pick_attempt(record, attempt)
     asked = LogSearch(pattern=pattern, regex=regex, ignore_case=ignore_case, offset=offset, line=line, limit=limit)
-    return answer(await log_of(services, record, n=n, rank=rank).search(asked))
+    return model_response(await log_of(services, record, n=n, rank=rank).search(asked))
 
 
-class _Asked(NamedTuple):
+class _LogRequest(NamedTuple):
     """What somebody wants to read; attempt 0 is the first, once it begins."""
 
     job: str
@@ -215,11 +215,11 @@ class _Asked(NamedTuple):
     wait_s: float
 
 
-async def _look(services: AppState, request: Request, asked: _Asked) -> _Look:
+async def _read_when_grown(services: AppState, request: Request, asked: _LogRequest) -> _LogPart:
     """Look at the log; at its end, look again whenever something changes, until the time is over."""
     loop = asyncio.get_running_loop()
     until = loop.time() + asked.wait_s
-    async with departure(request) as gone:
+    async with client_disconnect(request) as gone:
         with services.records.subscribe(asked.job) as changed:
             while True:
                 changed.clear()
@@ -233,23 +233,23 @@ async def _look(services: AppState, request: Request, asked: _Asked) -> _Look:
                     look = await _read(log, asked, n, ended=ended, patient=left > 0)
                     if look.slice.data or ended or left <= 0 or services.closing.is_set() or gone.done():
                         return look
-                    waits = (changed.wait(), services.closing.wait(), done(gone), done(growth))
-                    await first_of(*waits, timeout_s=left)
+                    waits = (changed.wait(), services.closing.wait(), finished(gone), finished(growth))
+                    await wait_first(*waits, timeout_s=left)
                 finally:
                     growth.cancel()
                     await asyncio.gather(growth, return_exceptions=True)
 
 
-async def _read(log: Log, asked: _Asked, n: int, *, ended: bool, patient: bool) -> _Look:
+async def _read(log: Log, asked: _LogRequest, n: int, *, ended: bool, patient: bool) -> _LogPart:
     try:
-        return _Look(await log.read(asked.begin, asked.limit, ended=ended), n, ended)
+        return _LogPart(await log.read(asked.begin, asked.limit, ended=ended), n, ended)
     except ClusterError:  # who follows outlasts a Ray that is away
         if ended or not asked.wait_s:
             raise
     except NotFoundError:  # so is a node whose Ray has just come back
         if ended or not patient:
             raise
-    return _Look(attempt_files.Slice(asked.begin, b"", 0), n, ended)
+    return _LogPart(attempt_files.Slice(asked.begin, b"", 0), n, ended)
 
 
 def _ranks(services: AppState, job: str, n: int) -> int:

@@ -7,8 +7,8 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raylaunch.controller.api.people import TAKE
-from raylaunch.controller.api.responses import OURS, error_answer
+from raylaunch.controller.api.people import JOIN_PATH
+from raylaunch.controller.api.responses import VERSION_HEADERS, error_response
 from raylaunch.controller.store.access import Caller, Invitations, TokenStore
 from raylaunch.controller.store.audit import AuditLog
 from raylaunch.errors import AccessError, RaylaunchError, VersionError
@@ -45,13 +45,13 @@ class AuthMiddleware:
         headers = Headers(scope=scope)
         caller = self._caller(headers, scope["path"])
         if caller is None:
-            self._note_stranger(scope)
-            await _no_token(headers)(scope, receive, send)
+            self._audit_stranger(scope)
+            await _unauthorized(headers)(scope, receive, send)
             return
         problem = _problem(headers)
         if problem is not None:
             self._audit.write(person=caller.person, verb=_words(scope), job="", status=problem.status)
-            await error_answer(problem, headers={"Connection": "close"})(scope, receive, send)
+            await error_response(problem, headers={"Connection": "close"})(scope, receive, send)
             return
         scope.setdefault("state", {})["caller"] = caller
         await self._pass_on(scope, receive, send, caller)
@@ -60,9 +60,9 @@ class AuthMiddleware:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             return None
-        if path == TAKE:
-            return self._invitations.bearer(token)
-        return self._tokens.who(token.strip())
+        if path == JOIN_PATH:
+            return self._invitations.invited(token)
+        return self._tokens.caller_of(token.strip())
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
         answered, whole = False, False
@@ -79,17 +79,17 @@ class AuthMiddleware:
                 answered = True
                 if not whole:  # else the rest of a body is waited for, however long it is
                     MutableHeaders(scope=message)["Connection"] = "close"
-                self._write_down(scope, caller, message["status"])  # before anybody can act on the answer
-                MutableHeaders(scope=message).update({**OURS, **scope["state"].get("headers", {})})
+                self._audit_request(scope, caller, message["status"])  # before anybody can act on the answer
+                MutableHeaders(scope=message).update({**VERSION_HEADERS, **scope["state"].get("headers", {})})
             await send(message)
 
         try:
             await self._app(scope, receive_until_whole, send_with_headers)
         finally:
             if not answered:
-                self._write_down(scope, caller, _NO_ANSWER)
+                self._audit_request(scope, caller, _NO_ANSWER)
 
-    def _write_down(self, scope: Scope, caller: Caller, status: int) -> None:
+    def _audit_request(self, scope: Scope, caller: Caller, status: int) -> None:
         read = scope["method"] in _READS and status not in _REJECTED
         if not scope["state"].get("audited", not read):
             return
@@ -97,7 +97,7 @@ class AuthMiddleware:
         job = scope["state"].get("about") or scope.get("path_params", {}).get("ref", "")
         self._audit.write(person=caller.person, verb=verb, job=job, status=status)
 
-    def _note_stranger(self, scope: Scope) -> None:
+    def _audit_stranger(self, scope: Scope) -> None:
         """Write down a request without a valid token. Of many, one line now and then says how many they were."""
         self._strangers += 1
         now = time.monotonic()
@@ -112,12 +112,12 @@ def _words(scope: Scope) -> str:
     return f"{scope['method']} {scope['path']}"[:_LONGEST]
 
 
-def _no_token(headers: Headers) -> ASGIApp:
+def _unauthorized(headers: Headers) -> ASGIApp:
     sent = "authorization" in headers
     message = "the token is not one of this cluster's" if sent else "the request carries no token"
     hint = "send 'Authorization: Bearer TOKEN'; raylaunch's own commands take it from the cluster's folder"
     error = AccessError(message, hint=hint)
-    return error_answer(error, status=_UNAUTHORIZED, headers={"WWW-Authenticate": "Bearer", "Connection": "close"})
+    return error_response(error, status=_UNAUTHORIZED, headers={"WWW-Authenticate": "Bearer", "Connection": "close"})
 
 
 def _problem(headers: Headers) -> RaylaunchError | None:

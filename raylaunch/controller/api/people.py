@@ -7,15 +7,15 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from raylaunch.controller.api.dependencies import GuardedRoute, Has, Who, needs
-from raylaunch.controller.api.responses import answer, json_answer
+from raylaunch.controller.api.dependencies import CurrentCaller, GuardedRoute, Services, requires
+from raylaunch.controller.api.responses import json_response, model_response
 from raylaunch.controller.store.access import Role
 from raylaunch.models.cluster import Admission, Invitation, TokenView
 from raylaunch.models.fields import Moment
 
 router = APIRouter(route_class=GuardedRoute)
 
-TAKE = "/v1/join"
+JOIN_PATH = "/v1/join"
 """The one path that an invitation's code opens."""
 _DAY_S = 86400.0
 
@@ -40,15 +40,15 @@ class TakeRequest(BaseModel):
 
 
 @router.get("/tokens", response_model=list[TokenView])
-@needs(Role.ADMIN, "see whose tokens there are")
-async def tokens(services: Has, caller: Who) -> Response:
+@requires(Role.ADMIN, "see whose tokens there are")
+async def tokens(services: Services, caller: CurrentCaller) -> Response:
     """Return who may come in."""
-    return answer(list(services.invitations.views(caller.token)))
+    return model_response(list(services.invitations.views(caller.token)))
 
 
 @router.post("/tokens", response_model=Invitation)
-@needs(Role.ADMIN, "invite people")
-async def invite(asked: InviteRequest, request: Request, services: Has, caller: Who) -> Response:
+@requires(Role.ADMIN, "invite people")
+async def invite(asked: InviteRequest, request: Request, services: Services, caller: CurrentCaller) -> Response:
     """Invite a person."""
     request.state.about = asked.person
     code, over = services.invitations.invite(
@@ -64,24 +64,28 @@ async def invite(asked: InviteRequest, request: Request, services: Has, caller: 
         cluster=settings.cluster,
         port=settings.port,
     )
-    return answer(made)
+    return model_response(made)
 
 
 @router.delete("/tokens/{who}")
-@needs(Role.ADMIN, "revoke tokens")
-async def revoke(who: str, request: Request, services: Has, caller: Who) -> Response:
+@requires(Role.ADMIN, "revoke tokens")
+async def revoke(who: str, request: Request, services: Services, caller: CurrentCaller) -> Response:
     """Take tokens back."""
     request.state.about = who
-    return json_answer({"revoked": services.invitations.revoke(who, mine=caller.token)})
+    return json_response({"revoked": services.invitations.revoke(who, mine=caller.token)})
 
 
 @router.post("/join", response_model=Admission)
 async def take(
-    asked: TakeRequest, request: Request, services: Has, caller: Who, authorization: Annotated[str, Header()]
+    asked: TakeRequest,
+    request: Request,
+    services: Services,
+    caller: CurrentCaller,
+    authorization: Annotated[str, Header()],
 ) -> Response:
     """Take an invitation: the code is the request's bearer token."""
     request.state.about = caller.person
-    token = services.invitations.take(authorization.partition(" ")[2], asked.sha256)
+    token = services.invitations.accept(authorization.partition(" ")[2], asked.sha256)
     settings = services.settings
     made = Admission(
         person=token.person,
@@ -91,4 +95,4 @@ async def take(
         cluster_id=settings.cluster_id,
         expires_at=token.expires_at,
     )
-    return answer(made)
+    return model_response(made)

@@ -18,21 +18,21 @@ from starlette.background import BackgroundTask
 from raylaunch.errors import RaylaunchError
 from raylaunch.version import API, __version__
 
-OURS = {"X-Raylaunch-Version": __version__, "X-Raylaunch-Api": str(API)}
+VERSION_HEADERS = {"X-Raylaunch-Version": __version__, "X-Raylaunch-Api": str(API)}
 """Headers of every answer."""
 
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _BLOCK = 1024 * 1024
 
 
-def answer(value: BaseModel | Sequence[BaseModel], *, background: BackgroundTask | None = None) -> Response:
+def model_response(value: BaseModel | Sequence[BaseModel], *, background: BackgroundTask | None = None) -> Response:
     """Return a model, or several, as JSON."""
     if isinstance(value, BaseModel):
-        return json_answer(value.model_dump(mode="json"), background=background)
-    return json_answer([item.model_dump(mode="json") for item in value], background=background)
+        return json_response(value.model_dump(mode="json"), background=background)
+    return json_response([item.model_dump(mode="json") for item in value], background=background)
 
 
-def json_answer(
+def json_response(
     data: JsonValue,
     *,
     status: int = 200,
@@ -43,18 +43,18 @@ def json_answer(
     try:
         text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     except ValueError:
-        text = json.dumps(_speakable(data), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        text = json.dumps(_json_safe(data), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     body = text.encode(errors="backslashreplace")
     return Response(body, status, dict(headers or {}), "application/json", background=background)
 
 
-def error_answer(error: RaylaunchError, *, status: int = 0, headers: Mapping[str, str] | None = None) -> Response:
+def error_response(error: RaylaunchError, *, status: int = 0, headers: Mapping[str, str] | None = None) -> Response:
     """Return ``{"error": {"code", "message", "hint"}}`` with the error's own status, or another."""
     body: JsonValue = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
-    return json_answer(body, status=status or error.status, headers={**OURS, **(headers or {})})
+    return json_response(body, status=status or error.status, headers={**VERSION_HEADERS, **(headers or {})})
 
 
-def file_answer(path: Path, request: Request, *, headers: Mapping[str, str]) -> Response:
+def file_response(path: Path, request: Request, *, headers: Mapping[str, str]) -> Response:
     """Return a file's bytes as they are now, or the range that was asked for (206; 416 when it lies beyond the end).
 
     A file that grows meanwhile is sent up to the size it had.
@@ -68,7 +68,7 @@ def file_answer(path: Path, request: Request, *, headers: Mapping[str, str]) -> 
         begin, end, status = 0, size, 200
     elif span[0] >= size:
         error = RaylaunchError(f"the file has {size} bytes", hint="ask for a range within it")
-        return error_answer(error, status=416, headers={"Content-Range": f"bytes */{size}"})
+        return error_response(error, status=416, headers={"Content-Range": f"bytes */{size}"})
     else:
         begin, end, status = span[0], min(span[1], size), 206
         common["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
@@ -78,16 +78,16 @@ def file_answer(path: Path, request: Request, *, headers: Mapping[str, str]) -> 
     return StreamingResponse(_bytes(path, facts, begin, end), status, common, "application/octet-stream")
 
 
-def _speakable(data: JsonValue) -> JsonValue:
+def _json_safe(data: JsonValue) -> JsonValue:
     match data:
         case float() if math.isnan(data):
             return "NaN"
         case float() if math.isinf(data):
             return "Infinity" if data > 0 else "-Infinity"
         case dict():
-            return {key: _speakable(value) for key, value in data.items()}
+            return {key: _json_safe(value) for key, value in data.items()}
         case list():
-            return [_speakable(value) for value in data]
+            return [_json_safe(value) for value in data]
         case _:
             return data
 

@@ -156,7 +156,7 @@ class RayBridge:
         Raises:
             ClusterDownError: The link is down.
         """
-        answer = await self.ask("nodes", {}, timeout_s=30)
+        answer = await self.call("nodes", {}, timeout_s=30)
         return node_views(cast("list[object]", answer))
 
     async def prepare(
@@ -186,7 +186,7 @@ class RayBridge:
         """
         sets = [one.model_dump(mode="json") for one in wheels]
         params = {"node_id": node_id, "spec": spec, "package": package, "secrets": dict(secrets), "wheels": sets}
-        answer = cast("dict[str, str]", await self.ask("prepare", params, timeout_s=900))
+        answer = cast("dict[str, str]", await self.call("prepare", params, timeout_s=900))
         return PreparedAttempt(folder=answer["folder"], command=answer["command"])
 
     async def stop(self, node_id: str, attempt: str, wish: StopWish) -> None:
@@ -197,7 +197,7 @@ class RayBridge:
             NotFoundError: There is no such node.
             ClusterError: The node's steward does not answer.
         """
-        await self.ask("stop", {"node_id": node_id, "attempt": attempt, "wish": wish}, timeout_s=60)
+        await self.call("stop", {"node_id": node_id, "attempt": attempt, "wish": wish}, timeout_s=60)
 
     async def fence(self, node_id: str, attempt: str, tag: str) -> Fenced:
         """End every process of the attempt on the node, and make sure that none can start there again.
@@ -213,7 +213,7 @@ class RayBridge:
             ClusterError: The node's steward does not answer, or processes survived SIGKILL for 30 s.
         """
         params = {"node_id": node_id, "attempt": attempt, "tag": tag}
-        answer = cast("dict[str, object]", await self.ask("fence", params, timeout_s=90))
+        answer = cast("dict[str, object]", await self.call("fence", params, timeout_s=90))
         return Fenced(
             killed=cast("int", answer["killed"]),
             claim=cast("Claim | None", answer["claim"]),
@@ -221,7 +221,7 @@ class RayBridge:
             beat_at=cast("float | None", answer.get("beat_at")),
         )
 
-    async def settle(self, node_id: str, attempt: str, timeout_s: float) -> bool:
+    async def drain(self, node_id: str, attempt: str, timeout_s: float) -> bool:
         """Wait until all that the attempt left on the node is in the store, with matching sizes and checksums.
 
         Returns:
@@ -232,7 +232,7 @@ class RayBridge:
             NotFoundError: There is no such node.
         """
         params = {"node_id": node_id, "attempt": attempt, "timeout_s": timeout_s}
-        return bool(await self.ask("settle", params, timeout_s=timeout_s + 30))
+        return bool(await self.call("settle", params, timeout_s=timeout_s + 30))
 
     async def forget(self, node_id: str, attempt: str, *, again: bool = False) -> None:
         """Delete the attempt's folder on the node. May be repeated.
@@ -247,7 +247,7 @@ class RayBridge:
             NotFoundError: There is no such node.
             ClusterError: The node's steward does not answer.
         """
-        await self.ask("forget", {"node_id": node_id, "attempt": attempt, "again": again}, timeout_s=120)
+        await self.call("forget", {"node_id": node_id, "attempt": attempt, "again": again}, timeout_s=120)
 
     async def bring_left(self, node_id: str, attempt: str, path: str, *, below: str) -> None:
         """Bring an output that was not kept, and stayed on the node, into the store.
@@ -264,9 +264,9 @@ class RayBridge:
             ClusterError: The node's agent does not answer.
         """
         asked = {"node_id": node_id, "attempt": attempt, "path": path, "below": below}
-        await self.ask("bring_left", asked, timeout_s=_LEFT_S)
+        await self.call("bring_left", asked, timeout_s=_LEFT_S)
 
-    async def ask(self, method: str, params: Mapping[str, object], *, timeout_s: float) -> object:
+    async def call(self, method: str, params: Mapping[str, object], *, timeout_s: float) -> object:
         """Ask the child for one of the methods of `raylaunch.controller.ray.process.Program`.
 
         Raises:

@@ -133,7 +133,7 @@ def connect(address: str, namespace: str, *, carries: bool = False) -> None:
     )
 
 
-def end_stewards(address: str, namespace: str) -> str:
+def release_agents(address: str, namespace: str) -> str:
     """Connect, and end every actor of a namespace; return in words what could not be ended, mostly nothing."""
     connect(address, namespace)
     left = []
@@ -148,7 +148,7 @@ def end_stewards(address: str, namespace: str) -> str:
     return "; ".join(left)
 
 
-def steward_on(node_id: str, namespace: str) -> ray.actor.ActorHandle:
+def agent_on(node_id: str, namespace: str) -> ray.actor.ActorHandle:
     """Return the steward of a node, started when there is none; those of other versions are ended."""
     prefix = f"raylaunch-steward-{node_id}-"
     name = f"{prefix}{__version__}"
@@ -230,7 +230,7 @@ def main() -> int:
         return 0
     os.environ.update(child_environment(os.environ, settings.ray_token_path, settings.ray_env))
 
-    sys.stdout.write(end_stewards(settings.gcs_address, settings.namespace))
+    sys.stdout.write(release_agents(settings.gcs_address, settings.namespace))
     return 0
 
 

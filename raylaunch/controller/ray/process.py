@@ -29,12 +29,12 @@ from raylaunch.agent.packages import Platform, WheelSetData, chosen
 from raylaunch.controller.ray.bridge import Config
 from raylaunch.controller.ray.calls import (
     RayNode,
+    agent_on,
     connect,
     end_actors,
     kill_supervisor,
     node_view,
     nodes_of_ray,
-    steward_on,
 )
 from raylaunch.controller.ray.handover import bring
 from raylaunch.controller.ray.protocol import LinkEvent, LinkUp, NodesChanged, Stdin, Stdout, event_frame, serve_all
@@ -46,8 +46,8 @@ from raylaunch.runner.archive import runner_zip
 _log = logging.getLogger(__name__)
 
 _CONNECT_S = 20.0
-_KNOCK_S = 0.2
-_LOOK_S = 1.0
+_RETRY_S = 0.2
+_REFRESH_S = 1.0
 _RAY_S = 10.0
 _FACTS_S = 2.0
 _LONGEST_REST_S = 10.0
@@ -69,7 +69,7 @@ class ConnectedNode:
         self._facts: NodeFacts | None = None
         self._facts_at = float("-inf")
         self._asking: asyncio.Task[None] | None = None
-        self.replication = Replication(node_id, call=self.call, mirror=ReplicaStore(store), emit=emit)
+        self.replication = Replication(node_id, call=self.call, replica=ReplicaStore(store), emit=emit)
         self._following = asyncio.create_task(self.replication.run())
 
     def leave(self) -> None:
@@ -101,7 +101,7 @@ class ConnectedNode:
     async def _call(self, method: str, args: tuple[object, ...], named: Mapping[str, object]) -> object:
         async with self._making:
             if self._actor is None:
-                self._actor = await asyncio.to_thread(steward_on, self._id, self._namespace)
+                self._actor = await asyncio.to_thread(agent_on, self._id, self._namespace)
             actor = self._actor
         return await getattr(actor, method).remote(*args, **named)
 
@@ -123,7 +123,7 @@ class ConnectedNode:
 
     async def _ask_for_facts(self) -> None:
         """Ask once; until it answers where it never has."""
-        rest_s = _LOOK_S
+        rest_s = _REFRESH_S
         try:
             while True:
                 limit_s = 5 if self._facts else _CALL_S / 3
@@ -159,7 +159,7 @@ class Program:
             "disk_use": self.disk_use,
             "stop": self.stop,
             "fence": self.fence,
-            "settle": self.settle,
+            "settle": self.drain,
             "forget": self.forget,
             "bring_left": self.bring_left,
             "ray_log": self.ray_log,
@@ -170,7 +170,7 @@ class Program:
 
     async def run(self, stdin: Stdin) -> None:
         """Look at the nodes and answer requests, for ever."""
-        await self._look()
+        await self._refresh()
         self._emit(LinkUp(ray_version=ray.__version__))
         ends = [asyncio.create_task(self._watch()), asyncio.create_task(serve_all(self._methods, stdin, self._stdout))]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -214,11 +214,11 @@ class Program:
         """End all processes of the attempt."""
         return await self._node(node_id).call("fence", attempt, tag, timeout_s=2 * _CALL_S)
 
-    async def settle(self, node_id: str, attempt: str, timeout_s: float) -> bool:
+    async def drain(self, node_id: str, attempt: str, timeout_s: float) -> bool:
         """Wait until the attempt's files are in the store."""
         node = self._node(node_id)
         try:
-            return await asyncio.wait_for(node.replication.settle(attempt, timeout_s), timeout_s + 1)
+            return await asyncio.wait_for(node.replication.drain(attempt, timeout_s), timeout_s + 1)
         except (asyncio.TimeoutError, ClusterError) as error:
             _log.warning("%s is not settled: %s", attempt, error or "it took too long")
             return False
@@ -287,10 +287,10 @@ class Program:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(_LOOK_S)
-            await self._look()
+            await asyncio.sleep(_REFRESH_S)
+            await self._refresh()
 
-    async def _look(self) -> None:
+    async def _refresh(self) -> None:
         """Ask Ray for the nodes; follow the new ones, and leave those that are gone."""
         try:
             self._rows = await asyncio.wait_for(asyncio.to_thread(nodes_of_ray), _RAY_S)
@@ -319,8 +319,10 @@ def _connect(config: Config, stdout: Stdout) -> None:
     late = threading.Timer(_CONNECT_S, partial(stdout.fail, f"Ray at {address} did not answer in {_CONNECT_S:.0f} s"))
     late.daemon = True
     late.start()
-    while (head := _knock(address)) is None:  # a connection that Ray begins before hangs, long after it has come back
-        time.sleep(_KNOCK_S)
+    while (
+        head := _open_socket(address)
+    ) is None:  # a connection that Ray begins before hangs, long after it has come back
+        time.sleep(_RETRY_S)
     root = Path(__file__).resolve().parents[3]
     os.chdir("/" if root.name in {"site-packages", "dist-packages"} else root)  # Ray puts it on workers' sys.path
     try:
@@ -329,19 +331,19 @@ def _connect(config: Config, stdout: Stdout) -> None:
         traceback.print_exc()
         stdout.fail(f"no connection to Ray at {address}: {str(error).partition(chr(10))[0]}")
     late.cancel()
-    if _hung_up(head):  # then Ray has waited for the next head, and calls of such a connection have no answer
+    if _closed_by_peer(head):  # then Ray has waited for the next head, and calls of such a connection have no answer
         stdout.fail(f"Ray at {address} ended while it was being connected to")
 
 
-def _knock(address: str) -> socket.socket | None:
+def _open_socket(address: str) -> socket.socket | None:
     host, _, port = address.rpartition(":")
     try:
-        return socket.create_connection((host, int(port)), timeout=_KNOCK_S)
+        return socket.create_connection((host, int(port)), timeout=_RETRY_S)
     except OSError:
         return None
 
 
-def _hung_up(head: socket.socket) -> bool:
+def _closed_by_peer(head: socket.socket) -> bool:
     """Whether the one that was knocked at is gone: what listens waits for our first word, and says none itself."""
     with head:
         head.settimeout(0)

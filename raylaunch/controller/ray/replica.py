@@ -127,7 +127,7 @@ class ReplicaStore:
         for each in {(folder / path).parent for path in paths}:
             _sync(each)
 
-    def seal(self, attempt: str, checksums: Mapping[str, str]) -> list[LinkEvent]:
+    def finalize(self, attempt: str, checksums: Mapping[str, str]) -> list[LinkEvent]:
         """Write down what is here, and return what is now known of the files that grew.
 
         Raises:

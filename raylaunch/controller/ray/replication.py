@@ -30,7 +30,7 @@ _POLL_S = 10.0
 _CALL_S = 60.0
 _HASH_S = 600.0
 _LEFT_PIECE = 8 * 1024 * 1024
-_SETTLE_LOOK_S = 0.05
+_DRAIN_POLL_S = 0.05
 _SHORT_S, _LONGEST_BACKOFF_S = 0.1, 10.0
 _STEADY_S = 5.0
 """A session that ends sooner follows something that fails."""
@@ -47,14 +47,14 @@ class Replication:
     """Follows one steward, and writes what it sends."""
 
     def __init__(
-        self, node_id: str, *, call: AgentCall, mirror: ReplicaStore, emit: Callable[[LinkEvent], None]
+        self, node_id: str, *, call: AgentCall, replica: ReplicaStore, emit: Callable[[LinkEvent], None]
     ) -> None:
         self._node_id = node_id
         self._call = call
-        self._mirror = mirror
+        self._replica = replica
         self._emit = emit
         self._writing = asyncio.Lock()
-        self._anew = asyncio.Event()
+        self._resync = asyncio.Event()
         self.answering = False
         """Whether the steward answered last time."""
 
@@ -76,18 +76,18 @@ class Replication:
                 _log.exception("the files of node %s cannot be followed", self._node_id)
                 backoff_s = min(max(backoff_s * 2, 0.5), _LONGEST_BACKOFF_S)
 
-    async def settle(self, attempt: str, timeout_s: float) -> bool:
+    async def drain(self, attempt: str, timeout_s: float) -> bool:
         """Wait until all that an ended attempt has on the node is in the store, equal and on its disk."""
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while not await self._settled(attempt):
+        while not await self._drained(attempt):
             if asyncio.get_running_loop().time() > deadline:
                 return False
-            await asyncio.sleep(_SETTLE_LOOK_S)
+            await asyncio.sleep(_DRAIN_POLL_S)
         return True
 
     async def have(self, attempt: str) -> Mapping[str, HaveFile]:
         """Return what the store has of an attempt, or of the one before it."""
-        found = await self._write(lambda: self._mirror.have([attempt]))
+        found = await self._write(lambda: self._replica.have([attempt]))
         return found.get(attempt, {})
 
     async def bring_left(self, attempt: str, path: str, *, below: str = OUTPUTS) -> None:
@@ -98,7 +98,7 @@ class Replication:
             ClusterError: the node does not answer.
         """
         digest, offset, final = hashlib.sha256(), 0, False
-        await self._write(lambda: self._mirror.have([attempt]))
+        await self._write(lambda: self._replica.have([attempt]))
         while not final:
             asked = self._call("read_left", attempt, path, offset, _LEFT_PIECE, timeout_s=_CALL_S)
             data, size, mtime_ns = cast("LeftPiece", await asked)
@@ -121,27 +121,27 @@ class Replication:
 
     async def forget(self, attempt: str) -> None:
         """Drop what is remembered of an attempt that is gone from the node."""
-        await self._write(lambda: self._mirror.forget(attempt))
+        await self._write(lambda: self._replica.forget(attempt))
 
-    async def _settled(self, attempt: str) -> bool:
-        if not self._mirror.wanted(attempt):
+    async def _drained(self, attempt: str) -> bool:
+        if not self._replica.wanted(attempt):
             return True
         there = await self._inventory(attempt, checksums=False)
-        if await asyncio.to_thread(self._mirror.missing, attempt, {path: size for path, (size, _) in there.items()}):
+        if await asyncio.to_thread(self._replica.missing, attempt, {path: size for path, (size, _) in there.items()}):
             return False
         there = await self._inventory(attempt, checksums=True)
         sizes = {path: size for path, (size, _) in there.items()}
         checksums = {path: sha256 for path, (_, sha256) in there.items()}
-        if await asyncio.to_thread(self._mirror.missing, attempt, sizes):
+        if await asyncio.to_thread(self._replica.missing, attempt, sizes):
             return False
-        differing = await asyncio.to_thread(self._mirror.differing, attempt, checksums)
+        differing = await asyncio.to_thread(self._replica.differing, attempt, checksums)
         if differing:
             _log.warning("%s: %s differ and are sent again", attempt, ", ".join(differing))
-            await self._write(lambda: self._mirror.drop(attempt, differing))
-            self._anew.set()
+            await self._write(lambda: self._replica.drop(attempt, differing))
+            self._resync.set()
             return False
-        await asyncio.to_thread(self._mirror.sync, attempt, list(checksums))
-        for event in await self._write(lambda: self._mirror.seal(attempt, checksums)):
+        await asyncio.to_thread(self._replica.sync, attempt, list(checksums))
+        for event in await self._write(lambda: self._replica.finalize(attempt, checksums)):
             self._emit(event)
         return True
 
@@ -151,16 +151,16 @@ class Replication:
         return cast("dict[str, tuple[int, str]]", found)
 
     async def _session(self) -> None:
-        self._anew.clear()
+        self._resync.clear()
         session = secrets.token_hex(8)
         attempts = cast("list[str]", await self._call("attempts", timeout_s=_CALL_S))
         self.answering = True
-        have = await self._write(lambda: self._mirror.have(attempts))
+        have = await self._write(lambda: self._replica.have(attempts))
         asked = self._ask(session, have)
-        anew = asyncio.create_task(self._anew.wait())
+        resync = asyncio.create_task(self._resync.wait())
         try:
-            while not self._anew.is_set():
-                await asyncio.wait({asked, anew}, return_when=asyncio.FIRST_COMPLETED)
+            while not self._resync.is_set():
+                await asyncio.wait({asked, resync}, return_when=asyncio.FIRST_COMPLETED)
                 if not asked.done():
                     return
                 answer = asked.result()
@@ -172,9 +172,9 @@ class Replication:
         except GapError as error:
             _log.info("node %s: %s", self._node_id, error)
         finally:
-            anew.cancel()
+            resync.cancel()
             asked.cancel()
-            await asyncio.gather(anew, asked, return_exceptions=True)
+            await asyncio.gather(resync, asked, return_exceptions=True)
 
     def _ask(self, session: str, have: object) -> asyncio.Task[ChangeReply]:
         async def ask() -> ChangeReply:
@@ -193,7 +193,7 @@ class Replication:
         events: list[LinkEvent] = []
         done, backoff_s, said = 0, 0.5, ""
         while True:
-            written, failure = await self._write(lambda: _write_all(self._mirror, chunks[done:], events))  # noqa: B023 -- awaited at once
+            written, failure = await self._write(lambda: _write_all(self._replica, chunks[done:], events))  # noqa: B023 -- awaited at once
             done += written
             if failure is None:
                 break
@@ -213,14 +213,14 @@ class Replication:
             return await asyncio.shield(asyncio.to_thread(work))
 
 
-def _write_all(mirror: ReplicaStore, chunks: list[Chunk], events: list[LinkEvent]) -> tuple[int, OSError | None]:
+def _write_all(replica: ReplicaStore, chunks: list[Chunk], events: list[LinkEvent]) -> tuple[int, OSError | None]:
     """Write pieces in order; return how many were written, and what stopped it."""
     done = 0
     try:
         for chunk in chunks:
-            events.extend(mirror.write(chunk))
+            events.extend(replica.write(chunk))
             done += 1
-        mirror.save()
+        replica.save()
     except OSError as error:
         return done, error
     return done, None

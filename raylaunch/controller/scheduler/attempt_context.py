@@ -45,20 +45,20 @@ class AttemptContext:
     settings: Settings
     records: Records
     secrets: SecretStore
-    link: RayBridge
+    bridge: RayBridge
     ray: RayJobs
-    sight: ObservedState
-    leavings: Callable[[JobRecord], Awaitable[AttemptResult]]
+    observed: ObservedState
+    read_result: Callable[[JobRecord], Awaitable[AttemptResult]]
 
-    def say(self, record: JobRecord, reason: Reason | None, message: str) -> None:
+    def set_message(self, record: JobRecord, reason: Reason | None, message: str) -> None:
         """Set the sentence beside the state, once for each new sentence."""
         now = self.records.light(record.id)
         if now.message != message or now.reason != reason:
             self.records.update(record.id, kind="", message=message, reason=reason)
 
-    def gone(self, record: JobRecord) -> bool:
+    def node_lost(self, record: JobRecord) -> bool:
         """Whether Ray answers, and the attempt's node is not among its nodes."""
-        return self.sight.link_up and bool(self.sight.nodes) and not self.sight.node_of(latest(record))
+        return self.observed.bridge_up and bool(self.observed.nodes) and not self.observed.node_of(latest(record))
 
 
 def latest(record: JobRecord) -> AttemptView:

@@ -145,12 +145,12 @@ def _without_exit(evidence: Evidence) -> Finding:
     if evidence.ray_lost:
         return _RAY_LOST
     if not evidence.claimed:
-        return Finding(Change.FAIL, Reason.RAY_REFUSED, _ray_words(evidence.ray_message))
+        return Finding(Change.FAIL, Reason.RAY_REFUSED, _refusal_message(evidence.ray_message))
     message = "raylaunch's runner was killed (SIGKILL?); its training was ended with it"
     return Finding(Change.FAIL, Reason.RUNNER_DIED, message)
 
 
-def _ray_words(message: str) -> str:
+def _refusal_message(message: str) -> str:
     detail = f": {message.strip()}" if message.strip() else ""
     return f"Ray ended the submission before it began{detail}"
 

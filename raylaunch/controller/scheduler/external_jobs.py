@@ -50,7 +50,7 @@ class SubmissionPlace:
     """Whether it has been so for longer than a restart of Ray takes; Ray itself may never notice."""
 
 
-def foreign_view(job: RayJob, *, where: SubmissionPlace, now: float, before: JobRecord | None = None) -> JobView:
+def external_view(job: RayJob, *, where: SubmissionPlace, now: float, before: JobRecord | None = None) -> JobView:
     """Return Ray's view of a submission as ours: one attempt once it has begun, and that it is not ours.
 
     Args:
@@ -61,9 +61,9 @@ def foreign_view(job: RayJob, *, where: SubmissionPlace, now: float, before: Job
     """
     identity = job.submission_id or ""
     began = job.start_time / 1000 if job.start_time else now
-    state, reason = _stands(job, where, asked_to_stop=before is not None and before.stop_wish is not None)
+    state, reason = _state_of(job, where, asked_to_stop=before is not None and before.stop_wish is not None)
     ended = job.end_time / 1000 if job.end_time else now if state.ended else None
-    message, tail = _words(job.message or "")
+    message, tail = _split_message(job.message or "")
     entrypoint = job.entrypoint[:_ENTRYPOINT_CHARS]
     if before is not None and before.stop_wish is not None and state in {JobState.STOPPING, JobState.STOPPED}:
         message = before.message
@@ -86,7 +86,7 @@ def foreign_view(job: RayJob, *, where: SubmissionPlace, now: float, before: Job
     )
 
 
-def _stands(job: RayJob, where: SubmissionPlace, *, asked_to_stop: bool) -> tuple[JobState, Reason | None]:
+def _state_of(job: RayJob, where: SubmissionPlace, *, asked_to_stop: bool) -> tuple[JobState, Reason | None]:
     """Return state and reason. A job that was killed while it waited has failed for Ray, and was stopped for us."""
     state = _STATES.get(job.status, JobState.RUNNING)
     killed = state is JobState.FAILED and (job.error_type or "").startswith(SUPERVISOR_LOST)
@@ -108,7 +108,7 @@ def _stands(job: RayJob, where: SubmissionPlace, *, asked_to_stop: bool) -> tupl
     return state, ended.get(state)
 
 
-def _words(message: str) -> tuple[str, tuple[str, ...]]:
+def _split_message(message: str) -> tuple[str, tuple[str, ...]]:
     """Return the first line of Ray's message, and the last of those that follow: of the log, or of a traceback."""
     first, _, rest = message.strip().partition("\n")
     said = first.partition(_BEFORE_TAIL)[0]
@@ -144,11 +144,11 @@ class ExternalJobs:
     There is no process of raylaunch around such a job: Ray ends it, gives it Ray's own grace, and is believed.
     """
 
-    def __init__(self, *, records: Records, ray: RayJobs, link: RayBridge, sight: ObservedState) -> None:
+    def __init__(self, *, records: Records, ray: RayJobs, bridge: RayBridge, observed: ObservedState) -> None:
         self._records = records
         self._ray = ray
-        self._link = link
-        self._sight = sight
+        self._bridge = bridge
+        self._observed = observed
         self._written: dict[str, tuple[RayJob, SubmissionPlace]] = {}
         self._lost_since: dict[str, float] = {}
         self._unheard: set[str] = set()
@@ -205,7 +205,7 @@ class ExternalJobs:
             }
         )
         stopping = self._records.put_foreign(view, stop_wish=wish)
-        self._sight.ring()
+        self._observed.notify()
         return stopping.view()
 
     async def end(self, job: str) -> None:
@@ -217,7 +217,7 @@ class ExternalJobs:
         try:
             seen = await self._ray.get(job)
             if seen is not None and seen.status == "PENDING":
-                if not await self._link.ask("kill_waiting", {"submission": job}, timeout_s=30):
+                if not await self._bridge.call("kill_waiting", {"submission": job}, timeout_s=30):
                     self._nobody_waits(job)
             elif seen is not None and not seen.ended:
                 await self._ray.stop(job)
@@ -249,9 +249,9 @@ class ExternalJobs:
 
     def _where(self, job: RayJob) -> SubmissionPlace:
         node_id = job.driver_node_id
-        if not node_id or not self._sight.nodes:
+        if not node_id or not self._observed.nodes:
             return SubmissionPlace()
-        here = self._sight.node(node_id)
+        here = self._observed.node(node_id)
         name = job.submission_id or ""
         if here is not None:
             self._lost_since.pop(name, None)
@@ -263,7 +263,7 @@ class ExternalJobs:
         before = self._records.foreign(name)
         if before is not None and before.attempt is not None and not where.hostname:
             where = replace(where, hostname=before.attempt.node)
-        view = foreign_view(job, where=where, now=time.time(), before=before)
+        view = external_view(job, where=where, now=time.time(), before=before)
         known_end = before is not None and before.state.ended and before.reason is not Reason.RAY_LOST
         if before is None or not known_end or before.created_at != view.created_at:
             self._records.put_foreign(view)

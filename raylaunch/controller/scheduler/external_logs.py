@@ -50,10 +50,10 @@ class _Watch:
 class ExternalLogs:
     """Reads such logs. Use it from one event loop."""
 
-    def __init__(self, *, link: RayBridge, ray: RayJobs, sight: ObservedState) -> None:
-        self._link = link
+    def __init__(self, *, bridge: RayBridge, ray: RayJobs, observed: ObservedState) -> None:
+        self._bridge = bridge
         self._ray = ray
-        self._sight = sight
+        self._observed = observed
         self._watches: dict[str, _Watch] = {}
         self._shunned: dict[str, float] = {}
         self._ray_took_s = 0.0
@@ -116,28 +116,28 @@ class ExternalLogs:
 
     async def _size_beyond(self, attempt: AttemptView, size: int) -> int | None:
         """Return the log's size when it is more than `size`, or after a while; None where nobody can say."""
-        node_id = self._sight.node_of(attempt)
+        node_id = self._observed.node_of(attempt)
         if self._has_steward(node_id):
             params = {"node_id": node_id, "submission": attempt.id, "size": size, "wait_s": _WATCH_S}
             try:
-                return cast("int", await self._link.ask("ray_log_grown", params, timeout_s=_STEWARD_S))
+                return cast("int", await self._bridge.call("ray_log_grown", params, timeout_s=_STEWARD_S))
             except (ClusterError, NotFoundError):
                 self._shunned[node_id] = time.monotonic() + _SHUN_S
         await asyncio.sleep(max(_RAY_LOOK_S, _RAY_SHARE * self._ray_took_s))
         return None
 
     def _node_of(self, attempt: AttemptView) -> str:
-        node_id = self._sight.node_of(attempt)
-        if not node_id and self._sight.link_up:
+        node_id = self._observed.node_of(attempt)
+        if not node_id and self._observed.bridge_up:
             where = attempt.node or f"node {attempt.node_id[:8]}"
             msg = f"the log of {attempt.id} lies on {where}, which is not part of the cluster now"
             raise NotFoundError(msg, hint="its last lines, where Ray kept them: raylaunch show " + attempt.id)
         return node_id or attempt.node_id
 
     def _has_steward(self, node_id: str) -> bool:
-        node = self._sight.node(node_id)
+        node = self._observed.node(node_id)
         shunned = self._shunned.get(node_id, 0) > time.monotonic()
-        return self._sight.link_up and node is not None and node.steward and not shunned
+        return self._observed.bridge_up and node is not None and node.steward and not shunned
 
     async def _of_steward(
         self, node_id: str, submission: str, *, offset: int, tail: int | None, limit: int
@@ -147,7 +147,7 @@ class ExternalLogs:
             return None
         params = {"node_id": node_id, "submission": submission, "offset": offset, "tail": tail, "limit": limit}
         try:
-            piece = cast("_Piece", await self._link.ask("ray_log", params, timeout_s=_STEWARD_S))
+            piece = cast("_Piece", await self._bridge.call("ray_log", params, timeout_s=_STEWARD_S))
         except (ClusterError, NotFoundError):
             self._shunned[node_id] = time.monotonic() + _SHUN_S
             return None

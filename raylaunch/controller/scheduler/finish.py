@@ -17,8 +17,7 @@ from raylaunch.controller.scheduler.attempt_context import (
     replaced,
 )
 from raylaunch.controller.scheduler.diagnose import PUT_OFF, Evidence, Finding, after_drain, diagnose, retry_follows
-from raylaunch.controller.scheduler.follow import note
-from raylaunch.controller.store.backlog import asked
+from raylaunch.controller.scheduler.follow import record_facts
 from raylaunch.controller.store.record import JobRecord
 from raylaunch.errors import ClusterError, RaylaunchError
 from raylaunch.models.job import AttemptView, EnvironmentFacts
@@ -26,8 +25,8 @@ from raylaunch.models.states import Change, Reason, Verdict
 
 _log = logging.getLogger(__name__)
 
-_SETTLE_S = 60.0
-_RAY_WORD_S = 15.0
+_DRAIN_S = 60.0
+_RAY_STATUS_S = 15.0
 _ACTORS_S = 20.0
 _FENCED = "fenced"
 
@@ -35,39 +34,39 @@ _FENCED = "fenced"
 class Finisher:
     """Finishes attempts. Until the fence has answered, an attempt keeps what it holds."""
 
-    def __init__(self, means: AttemptContext) -> None:
-        self._means = means
+    def __init__(self, context: AttemptContext) -> None:
+        self._context = context
 
     async def finish(self, job: str, refused: str) -> None:
         """Prove that nothing of the attempt is left, collect what it left behind, and say how it ended."""
-        record = self._means.records.by_id(job)
+        record = self._context.records.by_id(job)
         attempt = latest(record)
-        if asked(record).launcher == "ray":
+        if record.own_spec.launcher == "ray":
             await self._end_actors(attempt)
         fenced = await self._fence(record)
-        self._means.sight.released.add(attempt.id)
-        self._means.sight.ring()
-        replicated = fenced is not None and await self._settle(record)
-        record = self._means.records.by_id(job)
-        seen = self._means.sight.attempts.get(attempt.id)
+        self._context.observed.released.add(attempt.id)
+        self._context.observed.notify()
+        replicated = fenced is not None and await self._drain(record)
+        record = self._context.records.by_id(job)
+        seen = self._context.observed.attempts.get(attempt.id)
         if seen is not None:
-            record = note(self._means, record, seen)
-        leavings = await self._means.leavings(record)
-        finding = await self._find(record, fenced, leavings, refused)
+            record = record_facts(self._context, record, seen)
+        result = await self._context.read_result(record)
+        finding = await self._find(record, fenced, result, refused)
         ended_at = _ended_at(latest(record), fenced, now=time.time())
-        self._end(record, finding, leavings, replicated=replicated, ended_at=ended_at)
-        self._means.sight.released.discard(attempt.id)
-        self._means.sight.grew(attempt.id)
-        self._means.sight.ring()
+        self._end(record, finding, result, replicated=replicated, ended_at=ended_at)
+        self._context.observed.released.discard(attempt.id)
+        self._context.observed.notify_growth(attempt.id)
+        self._context.observed.notify()
         if replicated:
             await self._forget(job)
 
     async def _end_actors(self, attempt: AttemptView) -> None:
         """Let Ray start none of a driver's actors again; their processes are the fence's concern."""
         try:
-            ray_job = await self._means.ray.get(attempt.id)
+            ray_job = await self._context.ray.get(attempt.id)
             if ray_job is not None and ray_job.job_id:
-                ended = await self._means.link.ask("end_actors", {"job_id": ray_job.job_id}, timeout_s=_ACTORS_S)
+                ended = await self._context.bridge.call("end_actors", {"job_id": ray_job.job_id}, timeout_s=_ACTORS_S)
                 if ended:
                     _log.info("%s left actors behind, which were ended: %s", attempt.id, ended)
         except RaylaunchError as error:
@@ -78,72 +77,74 @@ class Finisher:
         attempt = latest(record)
         gone_since: float | None = None
         while True:
-            node_id = self._means.sight.node_of(attempt)
+            node_id = self._context.observed.node_of(attempt)
             if node_id:
                 gone_since = None
                 try:
-                    return await self._means.link.fence(
-                        node_id, attempt.id, attempt_tag(self._means.settings, attempt.id)
+                    return await self._context.bridge.fence(
+                        node_id, attempt.id, attempt_tag(self._context.settings, attempt.id)
                     )
                 except RaylaunchError as error:
-                    self._means.say(record, record.reason, f"cannot be ended on {attempt.node} yet: {error.message}")
-            elif self._means.sight.link_up:
+                    self._context.set_message(
+                        record, record.reason, f"cannot be ended on {attempt.node} yet: {error.message}"
+                    )
+            elif self._context.observed.bridge_up:
                 gone_since = gone_since or time.monotonic()
                 if time.monotonic() - gone_since > NODE_LEASE_S:
                     return None
-            await self._means.sight.changed(STEP_S)
+            await self._context.observed.wait(STEP_S)
 
-    async def _settle(self, record: JobRecord) -> bool:
+    async def _drain(self, record: JobRecord) -> bool:
         """Wait until the attempt's files are in the store. False when the node went away meanwhile."""
         attempt = latest(record)
         gone_since: float | None = None
         while True:
-            node_id = self._means.sight.node_of(attempt)
+            node_id = self._context.observed.node_of(attempt)
             if node_id:
                 gone_since = None
-                if await self._settle_once(record, node_id):
+                if await self._drain_once(record, node_id):
                     return True
-            elif self._means.sight.link_up:
+            elif self._context.observed.bridge_up:
                 gone_since = gone_since or time.monotonic()
                 if time.monotonic() - gone_since > NODE_LEASE_S:
                     return False
-            await self._means.sight.changed(STEP_S)
+            await self._context.observed.wait(STEP_S)
 
-    async def _settle_once(self, record: JobRecord, node_id: str) -> bool:
+    async def _drain_once(self, record: JobRecord, node_id: str) -> bool:
         attempt = latest(record)
         try:
-            if await self._means.link.settle(node_id, attempt.id, _SETTLE_S):
+            if await self._context.bridge.drain(node_id, attempt.id, _DRAIN_S):
                 return True
-            problem = self._means.sight.store_problems.get(attempt.id, "its files are on the way to the store")
+            problem = self._context.observed.store_problems.get(attempt.id, "its files are on the way to the store")
         except RaylaunchError as error:
             problem = f"its files are still on {attempt.node}: {error.message}"
-        self._means.say(record, record.reason, problem)
+        self._context.set_message(record, record.reason, problem)
         return False
 
     async def _forget(self, job: str) -> None:
         """Free the room on the node; what fails here is made good when the steward shows the attempt again."""
-        record = self._means.records.by_id(job)
+        record = self._context.records.by_id(job)
         attempt = latest(record)
-        node_id = self._means.sight.node_of(attempt)
+        node_id = self._context.observed.node_of(attempt)
         try:
             if node_id:
-                await self._means.link.forget(node_id, attempt.id, again=not record.state.ended)
-                self._means.sight.attempts.pop(attempt.id, None)
+                await self._context.bridge.forget(node_id, attempt.id, again=not record.state.ended)
+                self._context.observed.attempts.pop(attempt.id, None)
         except RaylaunchError as error:
             _log.info("%s is not cleared from its node yet: %s", attempt.id, error.message)
 
-    async def _find(self, record: JobRecord, fenced: Fenced | None, leavings: AttemptResult, refused: str) -> Finding:
+    async def _find(self, record: JobRecord, fenced: Fenced | None, result: AttemptResult, refused: str) -> Finding:
         if refused and not (fenced is not None and fenced.exit is not None):
-            if self._means.gone(record):
+            if self._context.node_lost(record):
                 return Finding(Change.LOSE, Reason.NODE_LOST, refused)
             return Finding(Change.FAIL, Reason.RAY_REFUSED, refused)
         attempt = latest(record)
         exit_ = fenced.exit if fenced is not None else None
-        seen = self._means.sight.attempts.get(attempt.id)
-        restarted = self._means.sight.link_up and self._means.sight.node(attempt.node_id) is None
+        seen = self._context.observed.attempts.get(attempt.id)
+        restarted = self._context.observed.bridge_up and self._context.observed.node(attempt.node_id) is None
         if exit_ is not None and exit_["by_ray"] and record.stop_wish is None and not restarted:
             restarted = not await self._stopped_with_ray(attempt)
-        ray_job = self._means.sight.ray_jobs.get(attempt.id)
+        ray_job = self._context.observed.ray_jobs.get(attempt.id)
         claim = fenced.claim if fenced is not None else (seen.claim if seen is not None else None)
         return diagnose(
             Evidence(
@@ -153,26 +154,26 @@ class Finisher:
                 node_alive=fenced is not None,
                 ray_message=(ray_job.message or "") if ray_job is not None else "",
                 ray_lost=restarted,
-                log_tail=leavings.log_tail,
+                log_tail=result.log_tail,
                 left_out_by=record.pack.ignored_by if record.pack else (),
             )
         )
 
     async def _stopped_with_ray(self, attempt: AttemptView) -> bool:
         """A SIGTERM from outside is a person's stop only if Ray says so too; else Ray went down under the attempt."""
-        deadline = time.monotonic() + _RAY_WORD_S
+        deadline = time.monotonic() + _RAY_STATUS_S
         while time.monotonic() < deadline:
             try:
-                ray_job = await self._means.ray.get(attempt.id)
+                ray_job = await self._context.ray.get(attempt.id)
             except ClusterError:
                 return False
             if ray_job is None or ray_job.ended:
                 return ray_job is not None and ray_job.status == "STOPPED"
-            await self._means.sight.changed(STEP_S)
+            await self._context.observed.wait(STEP_S)
         return True
 
     def _end(
-        self, record: JobRecord, finding: Finding, leavings: AttemptResult, *, replicated: bool, ended_at: float
+        self, record: JobRecord, finding: Finding, result: AttemptResult, *, replicated: bool, ended_at: float
     ) -> None:
         finding = after_drain(finding, record.reason) if record.again else finding
         attempts = replaced(
@@ -189,22 +190,25 @@ class Finisher:
         again = finding.reason in PUT_OFF or (
             record.stop_wish is None
             and retry_follows(
-                finding.reason, attempts=len(attempts), free_retries=record.free_retries, retries=asked(record).retries
+                finding.reason,
+                attempts=len(attempts),
+                free_retries=record.free_retries,
+                retries=record.own_spec.retries,
             )
         )
         common: dict[str, Any] = {
             "attempts": attempts,
             "reason": finding.reason,
-            "log_tail": () if finding.change is Change.SUCCEED else leavings.log_tail,
-            "outputs": leavings.outputs,
-            "output_bytes": leavings.output_bytes,
-            "last_metrics": leavings.last_metrics,
-            "progress": leavings.progress,
+            "log_tail": () if finding.change is Change.SUCCEED else result.log_tail,
+            "outputs": result.outputs,
+            "output_bytes": result.output_bytes,
+            "last_metrics": result.last_metrics,
+            "progress": result.progress,
             "unreachable": False,
-            **warned(record, leavings.warnings),
+            **with_warnings(record, result.warnings),
         }
         if again:
-            self._means.records.update(
+            self._context.records.update(
                 record.id,
                 kind="retry",
                 message=f"{finding.message}; another attempt follows",
@@ -216,13 +220,13 @@ class Finisher:
                 **common,
             )
             return
-        self._means.records.update(
+        self._context.records.update(
             record.id, kind="ended", message=finding.message, change=finding.change, ended_at=ended_at, **common
         )
-        self._means.secrets.forget_job(record.id)
+        self._context.secrets.forget_job(record.id)
 
 
-def warned(record: JobRecord, warnings: tuple[str, ...]) -> dict[str, EnvironmentFacts]:
+def with_warnings(record: JobRecord, warnings: tuple[str, ...]) -> dict[str, EnvironmentFacts]:
     """Return the job's facts with these warnings too, each once."""
     facts = record.environment or EnvironmentFacts()
     new = tuple(warning for warning in warnings if warning not in facts.warnings)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from raylaunch.contract import Facts, StopWish
 from raylaunch.controller.ray.protocol import ObservedAttempt
 from raylaunch.controller.scheduler.attempt_context import NODE_LEASE_S, STEP_S, AttemptContext, latest, replaced
-from raylaunch.controller.store.backlog import asked
 from raylaunch.controller.store.record import JobRecord
 from raylaunch.errors import RaylaunchError
 from raylaunch.models.job import EnvironmentFacts, WandbLink
@@ -25,24 +24,24 @@ _RUN_ADDRESS = re.compile(r"https?://[\w.:\[\]-]{1,255}(?:/[\w.%~-]{1,200}){3,8}
 class Follower:
     """Follows attempts, and passes on a wish to stop."""
 
-    def __init__(self, means: AttemptContext) -> None:
-        self._means = means
+    def __init__(self, context: AttemptContext) -> None:
+        self._context = context
 
-    async def until_over(self, job: str) -> None:
+    async def follow(self, job: str) -> None:
         """Follow the attempt until it is over on its node, as far as can be seen."""
-        follow = _Following()
+        follow = _FollowState()
         while True:
-            record = self._means.records.light(job)
-            seen = self._means.sight.attempts.get(latest(record).id)
+            record = self._context.records.light(job)
+            seen = self._context.observed.attempts.get(latest(record).id)
             if seen is not None and seen is not follow.noted:
-                record = note(self._means, self._means.records.by_id(job), seen)
+                record = record_facts(self._context, self._context.records.by_id(job), seen)
                 follow.noted = seen
-            if self._over(record, seen, follow):
+            if self._has_ended(record, seen, follow):
                 return
-            await self._pass_on_stop(record, follow)
-            await self._means.sight.changed(STEP_S)
+            await self._forward_stop(record, follow)
+            await self._context.observed.wait(STEP_S)
 
-    def _over(self, record: JobRecord, seen: ObservedAttempt | None, follow: _Following) -> bool:
+    def _has_ended(self, record: JobRecord, seen: ObservedAttempt | None, follow: _FollowState) -> bool:
         now = time.monotonic()
         if seen is not None and seen.exit is not None:
             return True
@@ -52,47 +51,49 @@ class Follower:
         if record.stop_wish is not None and follow.overdue(now, float(record.stop_wish["grace_s"]), claimed=claimed):
             return True
         attempt = latest(record)
-        ray_job = self._means.sight.ray_jobs.get(attempt.id)
-        if self._means.sight.ray_answers and ray_job is not None and ray_job.ended:
+        ray_job = self._context.observed.ray_jobs.get(attempt.id)
+        if self._context.observed.ray_answers and ray_job is not None and ray_job.ended:
             follow.ray_ended_at = follow.ray_ended_at or now
             return not claimed or now - follow.ray_ended_at > _RAY_GRACE_S
-        return self._lease_is_over(record, follow, now)
+        return self._lease_expired(record, follow, now)
 
-    def _lease_is_over(self, record: JobRecord, follow: _Following, now: float) -> bool:
-        gone = self._means.gone(record)
+    def _lease_expired(self, record: JobRecord, follow: _FollowState, now: float) -> bool:
+        gone = self._context.node_lost(record)
         if gone != record.unreachable:
-            self._means.records.update(record.id, kind="", unreachable=gone)
+            self._context.records.update(record.id, kind="", unreachable=gone)
         follow.gone_since = (follow.gone_since or now) if gone else None
         return follow.gone_since is not None and now - follow.gone_since > NODE_LEASE_S
 
-    async def _pass_on_stop(self, record: JobRecord, follow: _Following) -> None:
+    async def _forward_stop(self, record: JobRecord, follow: _FollowState) -> None:
         """Tell the runner to stop; where none comes up to hear it, the fence makes that there never will be one."""
-        if record.stop_wish is None or follow.told_at is not None:
+        if record.stop_wish is None or follow.sent_at is not None:
             return
         follow.stop_since = follow.stop_since or time.monotonic()
         attempt = latest(record)
-        node_id = self._means.sight.node_of(attempt)
+        node_id = self._context.observed.node_of(attempt)
         if not node_id:
             return
         try:
-            await self._means.link.stop(node_id, attempt.id, _wish(record))
+            await self._context.bridge.stop(node_id, attempt.id, _wish(record))
         except RaylaunchError as error:
-            self._means.say(record, Reason.STOP_REQUESTED, f"the stop has not reached the node yet: {error.message}")
+            self._context.set_message(
+                record, Reason.STOP_REQUESTED, f"the stop has not reached the node yet: {error.message}"
+            )
         else:
-            follow.told_at = time.monotonic()
+            follow.sent_at = time.monotonic()
 
 
-def note(means: AttemptContext, record: JobRecord, seen: ObservedAttempt) -> JobRecord:
+def record_facts(context: AttemptContext, record: JobRecord, seen: ObservedAttempt) -> JobRecord:
     """Write down what is new about the attempt: that it runs, and what the runner found."""
     attempt = latest(record)
     if seen.facts is not None and "python" in seen.facts:
         environment, link = _environment(seen.facts), _wandb(record.wandb, seen.facts)
         if (environment, link) != (record.environment, record.wandb):
-            record = means.records.update(record.id, kind="", environment=environment, wandb=link)
+            record = context.records.update(record.id, kind="", environment=environment, wandb=link)
     if seen.started is not None and attempt.started_at is None:
         started = seen.started
         runs = record.state is JobState.STARTING
-        record = means.records.update(
+        record = context.records.update(
             record.id,
             kind="running" if runs else "",
             message=f"runs on {attempt.node}" if runs else None,
@@ -111,7 +112,7 @@ def note(means: AttemptContext, record: JobRecord, seen: ObservedAttempt) -> Job
 
 
 @dataclass
-class _Following:
+class _FollowState:
     """What one `_until_over` remembers between two looks."""
 
     noted: ObservedAttempt | None = None
@@ -119,17 +120,17 @@ class _Following:
     ray_ended_at: float | None = None
     gone_since: float | None = None
     stop_since: float | None = None
-    told_at: float | None = None
+    sent_at: float | None = None
 
     def overdue(self, now: float, grace_s: float, *, claimed: bool) -> bool:
         """Whether a stop has waited long enough: shortly where no runner is seen, else past grace and a margin."""
-        if self.told_at is not None and not claimed and now - self.told_at > _UNCLAIMED_S:
+        if self.sent_at is not None and not claimed and now - self.sent_at > _UNCLAIMED_S:
             return True
         return self.stop_since is not None and now - self.stop_since > grace_s + _STOP_MARGIN_S
 
 
 def _wish(record: JobRecord) -> StopWish:
-    wish = record.stop_wish or {"grace_s": asked(record).grace_s}
+    wish = record.stop_wish or {"grace_s": record.own_spec.grace_s}
     return StopWish(why="stopped", grace_s=float(wish["grace_s"]))
 
 

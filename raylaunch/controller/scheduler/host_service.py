@@ -8,7 +8,6 @@ from raylaunch.contract import StopWish
 from raylaunch.controller.scheduler.attempt_context import latest
 from raylaunch.controller.scheduler.observed import ObservedState
 from raylaunch.controller.store.audit import DrainStore
-from raylaunch.controller.store.backlog import asked
 from raylaunch.controller.store.jobs import Records
 from raylaunch.controller.store.record import JobRecord
 from raylaunch.errors import ConflictError, NotFoundError
@@ -19,10 +18,10 @@ from raylaunch.models.states import Reason
 class HostService:
     """Verbs about hosts. Each answers at once; the lifecycle carries on from the records."""
 
-    def __init__(self, *, records: Records, drains: DrainStore, sight: ObservedState) -> None:
+    def __init__(self, *, records: Records, drains: DrainStore, observed: ObservedState) -> None:
         self._records = records
         self._drains = drains
-        self._sight = sight
+        self._observed = observed
 
     def jobs(self, host: str) -> HostJobs:
         """Say what runs on a host, and whether it is drained.
@@ -56,7 +55,7 @@ class HostService:
         if stop:
             for record in self._running(host):
                 self._stop(record, Reason.HOST_DRAINED, f"{host} is drained by {person}")
-        self._sight.ring()
+        self._observed.notify()
         return self._seen(host)
 
     def undrain(self, host: str) -> HostJobs:
@@ -67,28 +66,28 @@ class HostService:
             StorageError: it cannot be written down.
         """
         self._drains.remove(host)
-        self._sight.ring()
+        self._observed.notify()
         return self._seen(host)
 
-    def quiet(self, *, limit_s: float, stop: bool, person: str) -> Quiet:
+    def pause(self, *, limit_s: float, stop: bool, person: str) -> Quiet:
         """Let no attempt begin anywhere for a while; with `stop`, what runs is stopped and queued again."""
-        self._sight.quiet_until = time.time() + limit_s
-        self._sight.quiet_why = f"{person} takes the cluster down or upgrades it"
+        self._observed.paused_until = time.time() + limit_s
+        self._observed.pause_reason = f"{person} takes the cluster down or upgrades it"
         if stop:
             for record in self._records.active():
-                self._stop(record, Reason.CLUSTER_DOWN, self._sight.quiet_why)
-        self._sight.ring()
-        return self.is_quiet()
+                self._stop(record, Reason.CLUSTER_DOWN, self._observed.pause_reason)
+        self._observed.notify()
+        return self.pause_state()
 
-    def loud(self) -> Quiet:
+    def resume(self) -> Quiet:
         """Let attempts begin again."""
-        self._sight.quiet_until = 0.0
-        self._sight.ring()
-        return self.is_quiet()
+        self._observed.paused_until = 0.0
+        self._observed.notify()
+        return self.pause_state()
 
-    def is_quiet(self) -> Quiet:
+    def pause_state(self) -> Quiet:
         """Say until when no attempt begins, and what still runs."""
-        until = self._sight.quiet_until
+        until = self._observed.paused_until
         jobs = tuple(record.view() for record in self._records.active())
         return Quiet(until=until if until > time.time() else None, jobs=jobs)
 
@@ -101,12 +100,12 @@ class HostService:
             kind="stopping",
             message=f"{why}; it is stopped, and another attempt follows",
             reason=reason,
-            stop_wish=StopWish(why="stopped", grace_s=asked(record).grace_s),
+            stop_wish=StopWish(why="stopped", grace_s=record.own_spec.grace_s),
             again=True,
         )
 
     def _check_known(self, host: str) -> None:
-        known = {node.hostname for node in self._sight.nodes} | set(self._drains.now())
+        known = {node.hostname for node in self._observed.nodes} | set(self._drains.now())
         if host not in known:
             msg = f"the cluster has no host {host!r}; it has {', '.join(sorted(known)) or 'none that is up'}"
             raise NotFoundError(msg, hint="see: raylaunch status")
@@ -116,7 +115,7 @@ class HostService:
 
     def _seen(self, host: str) -> HostJobs:
         running = self._running(host)
-        node = next((node for node in self._sight.nodes if node.hostname == host and node.alive), None)
+        node = next((node for node in self._observed.nodes if node.hostname == host and node.alive), None)
         return HostJobs(
             host=host,
             drain=self._drains.now().get(host),

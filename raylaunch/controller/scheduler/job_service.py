@@ -16,11 +16,18 @@ from raylaunch.controller.scheduler.attempt_context import wandb_link
 from raylaunch.controller.scheduler.external_jobs import ExternalJobs
 from raylaunch.controller.scheduler.observed import ObservedState
 from raylaunch.controller.scheduler.preflight import WheelPreflight
-from raylaunch.controller.scheduler.queue import Admit, holdings_of, plan_queue, rooms_of, why_never, with_drains
+from raylaunch.controller.scheduler.queue import (
+    Admit,
+    active_allocations,
+    node_capacities,
+    plan_queue,
+    unsatisfiable_reason,
+    with_drains,
+)
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.store.artifacts import Artifacts
 from raylaunch.controller.store.audit import DrainStore
-from raylaunch.controller.store.backlog import ask_for
+from raylaunch.controller.store.backlog import request_for
 from raylaunch.controller.store.jobs import Records
 from raylaunch.controller.store.packages import PackageStore
 from raylaunch.controller.store.record import JobRecord
@@ -37,9 +44,9 @@ from raylaunch.version import API, __version__
 class LeftOutputs:
     """Brings them into the store, each once however many ask."""
 
-    def __init__(self, *, link: RayBridge, sight: ObservedState, artifacts: Artifacts) -> None:
-        self._link = link
-        self._sight = sight
+    def __init__(self, *, bridge: RayBridge, observed: ObservedState, artifacts: Artifacts) -> None:
+        self._bridge = bridge
+        self._observed = observed
         self._artifacts = artifacts
         self._coming: dict[tuple[str, str], asyncio.Task[None]] = {}
 
@@ -64,12 +71,12 @@ class LeftOutputs:
 
     async def _bring(self, record: JobRecord, n: int, name: str, below: str) -> None:
         attempt = next((attempt for attempt in record.attempts if attempt.n == n), None)
-        node_id = self._sight.node_of(attempt) if attempt is not None else ""
+        node_id = self._observed.node_of(attempt) if attempt is not None else ""
         if attempt is None or not node_id:
             msg = f"{name} was not kept, and {attempt.node if attempt else 'its node'} is not in the cluster"
             raise NotFoundError(msg, hint="it can be fetched within 7 days, once the node is back")
-        await self._link.bring_left(node_id, attempt.id, name, below=below)
-        await asyncio.to_thread(self._artifacts.seal, record.id)
+        await self._bridge.bring_left(node_id, attempt.id, name, below=below)
+        await asyncio.to_thread(self._artifacts.finalize, record.id)
 
     def _came(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
         self._coming.pop(key, None)
@@ -96,8 +103,8 @@ class JobService:
         packages: PackageStore,
         secrets: SecretStore,
         removal: JobRemoval,
-        sight: ObservedState,
-        link: RayBridge,
+        observed: ObservedState,
+        bridge: RayBridge,
         drains: DrainStore,
         foreign: ExternalJobs,
         wheel_needs: WheelPreflight,
@@ -108,8 +115,8 @@ class JobService:
         self._packages = packages
         self._secrets = secrets
         self._removal = removal
-        self._sight = sight
-        self._link = link
+        self._observed = observed
+        self._bridge = bridge
         self._drains = drains
         self._foreign = foreign
         self._wheel_needs = wheel_needs
@@ -135,7 +142,7 @@ class JobService:
             wandb=lambda job: wandb_link(request.spec, job=job, cluster_id=self._settings.cluster_id),
             prepare=lambda job: self._secrets.put_job(job, request.secrets),
         )
-        self._sight.ring()
+        self._observed.notify()
         return SubmitAnswer(job=record.view(), created=created)
 
     async def dry_run(self, request: SubmitRequest, person: str) -> DryRun:
@@ -147,13 +154,15 @@ class JobService:
         """
         self._check(request, person, package=False)
         wheels_for = await self._wheel_needs.of(request.spec)
-        await self._sight.fresh_nodes(age_s=_FRESH_S, timeout_s=_LOOK_S)
-        rooms = rooms_of(with_drains(self._sight.nodes, self._drains.now()))
-        ask = ask_for(request.spec, job="(this job)", since=time.time())
-        holdings = holdings_of(self._records.active(), released=self._sight.released, seen=self._sight.attempts)
+        await self._observed.fresh_nodes(age_s=_FRESH_S, timeout_s=_LOOK_S)
+        rooms = node_capacities(with_drains(self._observed.nodes, self._drains.now()))
+        ask = request_for(request.spec, job="(this job)", since=time.time())
+        holdings = active_allocations(
+            self._records.active(), released=self._observed.released, seen=self._observed.attempts
+        )
         backlog = self._records.backlog
         with backlog.joined_by(ask):
-            decision = plan_queue(backlog, rooms, holdings, groups=backlog.groups, down=self._sight.down).of(ask)
+            decision = plan_queue(backlog, rooms, holdings, groups=backlog.groups, down=self._observed.down).of(ask)
         message = f"would start on {decision.hostname} at once" if isinstance(decision, Admit) else decision.message
         if wheels_for:
             platforms = ", ".join(map(str, wheels_for))
@@ -207,7 +216,7 @@ class JobService:
             stop_wish=wish,
             again=False,
         )
-        self._sight.ring()
+        self._observed.notify()
         return self._records.by_id(record.id).view()
 
     async def remove(self, record: JobRecord) -> int:
@@ -224,8 +233,8 @@ class JobService:
 
     async def status(self, person: str, role: str) -> ControllerStatus:
         """Say how the controller, Ray and the nodes are."""
-        sight = self._sight
-        await sight.fresh_nodes(age_s=_FRESH_S, timeout_s=_LOOK_S)
+        observed = self._observed
+        await observed.fresh_nodes(age_s=_FRESH_S, timeout_s=_LOOK_S)
         return ControllerStatus(
             cluster=self._settings.cluster,
             version=__version__,
@@ -234,9 +243,9 @@ class JobService:
             person=person,
             role=role,
             started_at=self._began_at,
-            ray="up" if sight.link_up and sight.ray_answers else "down",
-            ray_version=sight.ray_version,
-            nodes=by_name(with_drains(sight.nodes, self._drains.now())),
+            ray="up" if observed.bridge_up and observed.ray_answers else "down",
+            ray_version=observed.ray_version,
+            nodes=by_name(with_drains(observed.nodes, self._drains.now())),
             queued=len(self._records.backlog),
             running=len(self._records.active()),
             store=str(self._settings.store),
@@ -246,13 +255,13 @@ class JobService:
 
     def explained(self, view: JobView) -> JobView:
         """Return a job that waits with what it waits for now, and any other as it is."""
-        ask, plan = self._records.backlog.ask(view.id), self._sight.plan
+        ask, plan = self._records.backlog.get(view.id), self._observed.plan
         block = plan.block(ask) if ask is not None and plan is not None else None
         return view if block is None else view.model_copy(update={"reason": block.reason, "message": block.message})
 
     async def wait_growth(self, attempt_id: str, timeout_s: float) -> None:
         """Return when anything of the attempt changed, or the time is over."""
-        await self._sight.growth(attempt_id, timeout_s)
+        await self._observed.wait_growth(attempt_id, timeout_s)
 
     async def bring_left(self, record: JobRecord, name: str) -> None:
         """Bring an output that was not kept from its node."""
@@ -260,8 +269,8 @@ class JobService:
 
     async def node_usage(self) -> tuple[NodeUsage, ...]:
         """Ask each node what raylaunch takes on its disk; one that does not answer is left out."""
-        nodes = [node for node in self._sight.nodes if node.alive and node.ready]
-        asked = (self._link.ask("disk_use", {"node_id": node.id}, timeout_s=_DISK_S) for node in nodes)
+        nodes = [node for node in self._observed.nodes if node.alive and node.ready]
+        asked = (self._bridge.call("disk_use", {"node_id": node.id}, timeout_s=_DISK_S) for node in nodes)
         found = await asyncio.gather(*asked, return_exceptions=True)
         return tuple(
             NodeUsage.model_validate({"host": node.hostname, **use})
@@ -280,14 +289,14 @@ class JobService:
         )
 
     def _problems(self) -> tuple[str, ...]:
-        sight = self._sight
-        found = list(self._records.healed)
-        if not sight.link_up:
-            found.append(f"Ray cannot be reached: {sight.link_why or 'its link is starting'}")
-        mute = [node for node in sight.nodes if node.alive and not node.ready]
+        observed = self._observed
+        found = list(self._records.repairs)
+        if not observed.bridge_up:
+            found.append(f"Ray cannot be reached: {observed.bridge_error or 'its link is starting'}")
+        mute = [node for node in observed.nodes if node.alive and not node.ready]
         found += [f"the steward of {node.hostname} does not answer" for node in mute]
-        found += [f"{attempt}: {message}" for attempt, message in sight.store_problems.items()]
-        found += [one for one in (sight.unwritten, self._drains.problem) if one]
+        found += [f"{attempt}: {message}" for attempt, message in observed.store_problems.items()]
+        found += [one for one in (observed.storage_error, self._drains.problem) if one]
         return tuple(found)
 
     def _check(self, request: SubmitRequest, person: str, *, package: bool = True) -> None:
@@ -313,8 +322,8 @@ class JobService:
                 raise ConflictError(msg, hint="submit it again; what has arrived is not sent again")
 
     def _check_fits(self, spec: JobSpec) -> None:
-        rooms = rooms_of(self._sight.nodes)
-        never = why_never(ask_for(spec), rooms) if rooms else ""
+        rooms = node_capacities(self._observed.nodes)
+        never = unsatisfiable_reason(request_for(spec), rooms) if rooms else ""
         if never:
             msg = f"{spec.display_name} can never run on cluster {self._settings.cluster}: {never}"
             raise UnsatisfiableError(msg, hint="ask for less, or see what there is with: raylaunch status")

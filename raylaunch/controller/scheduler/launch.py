@@ -9,7 +9,7 @@ from raylaunch.controller.ray.jobs_api import Submission
 from raylaunch.controller.scheduler.attempt_context import STEP_S, AttemptContext, attempt_spec, latest
 from raylaunch.controller.scheduler.finish import Finisher
 from raylaunch.controller.scheduler.follow import Follower
-from raylaunch.controller.store.backlog import CPUS, GPUS, MEMORY, asked, needs
+from raylaunch.controller.store.backlog import CPUS, GPUS, MEMORY, required_amounts
 from raylaunch.controller.store.record import JobRecord
 from raylaunch.errors import ClusterError, ConflictError, NotFoundError, RaylaunchError, StorageError
 from raylaunch.models.job import AttemptView
@@ -24,43 +24,43 @@ WANDB_KEY = "WANDB_API_KEY"
 class AttemptLauncher:
     """Sends attempts. What has been done already is found done."""
 
-    def __init__(self, means: AttemptContext) -> None:
-        self._means = means
+    def __init__(self, context: AttemptContext) -> None:
+        self._context = context
 
     async def send(self, job: str) -> str:
         """Bring code and runner to the node, and submit. Returns why it can never start, or nothing."""
         failures = 0
         while True:
-            record = self._means.records.by_id(job)
+            record = self._context.records.by_id(job)
             if record.stop_wish is not None:
                 return ""
-            if self._means.gone(record):
+            if self._context.node_lost(record):
                 return "its node left the cluster before it started"
             try:
                 await self._send_once(record)
             except ConflictError as error:
                 return error.message
             except (ClusterError, StorageError, NotFoundError) as error:
-                self._means.say(record, _waiting_reason(error), error.message)
+                self._context.set_message(record, _waiting_reason(error), error.message)
             except RaylaunchError as error:
                 failures += 1
                 if failures >= _FAILURES:
                     return error.message
-                self._means.say(record, Reason.SENDING_CODE, error.message)
+                self._context.set_message(record, Reason.SENDING_CODE, error.message)
             else:
                 return ""
-            await self._means.sight.changed(STEP_S)
+            await self._context.observed.wait(STEP_S)
 
     async def _send_once(self, record: JobRecord) -> None:
         attempt = latest(record)
-        wanted = asked(record)
-        names = {*self._means.settings.secrets, *wanted.secrets, WANDB_KEY}
-        secrets = self._means.secrets.for_job(record.id, names, record.owner)
+        wanted = record.own_spec
+        names = {*self._context.settings.secrets, *wanted.secrets, WANDB_KEY}
+        secrets = self._context.secrets.for_job(record.id, names, record.owner)
         missing = sorted(set(wanted.secrets) - set(secrets))
         if missing:
             msg = f"the secret {missing[0]} is not set any more, or not for {record.owner}"
             raise ConflictError(msg)
-        settings = self._means.settings
+        settings = self._context.settings
         spec = attempt_spec(
             wanted,
             job=record.id,
@@ -70,11 +70,11 @@ class AttemptLauncher:
             links=record.pack.links if record.pack else (),
             earlier=await asyncio.to_thread(earlier_runs, settings.store / "jobs" / record.id, attempt.n),
         )
-        prepared = await self._means.link.prepare(
+        prepared = await self._context.bridge.prepare(
             attempt.node_id, spec=spec, package=record.package, secrets=secrets, wheels=record.wheels
         )
-        await self._means.ray.submit(_submission(record, attempt, prepared))
-        self._means.records.update(record.id, kind="", submitted_to_ray=True)
+        await self._context.ray.submit(_submission(record, attempt, prepared))
+        self._context.records.update(record.id, kind="", submitted_to_ray=True)
 
 
 def _waiting_reason(error: RaylaunchError) -> Reason:
@@ -82,7 +82,9 @@ def _waiting_reason(error: RaylaunchError) -> Reason:
 
 
 def _submission(record: JobRecord, attempt: AttemptView, prepared: PreparedAttempt) -> Submission:
-    amounts = {} if asked(record).launcher == "ray" else needs(asked(record))  # its workers ask for theirs themselves
+    amounts = (
+        {} if record.own_spec.launcher == "ray" else required_amounts(record.own_spec)
+    )  # its workers ask for theirs themselves
     return Submission(
         id=attempt.id,
         entrypoint=prepared.command,
@@ -91,7 +93,7 @@ def _submission(record: JobRecord, attempt: AttemptView, prepared: PreparedAttem
         cpus=amounts.pop(CPUS, 0),
         memory=int(amounts.pop(MEMORY, 0)),
         custom=amounts,
-        env_vars={"RAY_JOB_STOP_WAIT_TIME_S": str(int(asked(record).grace_s + 10))},
+        env_vars={"RAY_JOB_STOP_WAIT_TIME_S": str(int(record.own_spec.grace_s + 10))},
         metadata={"raylaunch_job": record.id, "name": record.name, "owner": record.owner},
     )
 
@@ -99,11 +101,11 @@ def _submission(record: JobRecord, attempt: AttemptView, prepared: PreparedAttem
 class AttemptDriver:
     """Drives attempts. One `drive` runs for each job whose state is active."""
 
-    def __init__(self, means: AttemptContext) -> None:
-        self._records = means.records
-        self._sender = AttemptLauncher(means)
-        self._follower = Follower(means)
-        self._finisher = Finisher(means)
+    def __init__(self, context: AttemptContext) -> None:
+        self._records = context.records
+        self._sender = AttemptLauncher(context)
+        self._follower = Follower(context)
+        self._finisher = Finisher(context)
 
     async def drive(self, job: str) -> None:
         """Drive the job's latest attempt until the job has ended or waits again."""
@@ -111,5 +113,5 @@ class AttemptDriver:
         if not self._records.light(job).submitted_to_ray:
             refused = await self._sender.send(job)
         if not refused:
-            await self._follower.until_over(job)
+            await self._follower.follow(job)
         await self._finisher.finish(job, refused)

@@ -25,7 +25,15 @@ from raylaunch.controller.ray.protocol import (
 from raylaunch.controller.scheduler.attempt_context import AttemptContext, attempt_tag
 from raylaunch.controller.scheduler.external_jobs import ExternalJobs
 from raylaunch.controller.scheduler.launch import AttemptDriver
-from raylaunch.controller.scheduler.queue import Admit, Block, QueuePlan, holdings_of, plan_queue, rooms_of, with_drains
+from raylaunch.controller.scheduler.queue import (
+    Admit,
+    Block,
+    QueuePlan,
+    active_allocations,
+    node_capacities,
+    plan_queue,
+    with_drains,
+)
 from raylaunch.controller.store.artifacts import Artifacts
 from raylaunch.controller.store.audit import DrainStore
 from raylaunch.controller.store.backlog import GPUS, WaitDecision
@@ -45,10 +53,10 @@ remembers, and costs its dashboard half a millisecond a job."""
 _POLL_MOST_S = 5.0
 _FRESH_S = 5.0
 """How old what is seen of the nodes may be when jobs that want GPUs are placed."""
-TOLD_AHEAD = 50
+RECORDED_AHEAD = 50
 """Each change of a reason is recorded for so many jobs at the head of the queue. Behind them a job's reason may change
 with each start and end ahead of it: it is recorded once, when the job begins to wait, and otherwise seen when read."""
-_TOLD_AT_ONCE = 8
+_RECORDED_AT_ONCE = 8
 _STARTED_AT_ONCE = 8
 _REVIVE_AFTER_S = 4.0
 _REVIVE_EVERY_S = 20.0
@@ -57,15 +65,17 @@ _REVIVE_EVERY_S = 20.0
 class SchedulerLoop:
     """Keeps what is recorded and what is true together."""
 
-    def __init__(self, means: AttemptContext, artifacts: Artifacts, foreign: ExternalJobs, drains: DrainStore) -> None:
-        self._settings = means.settings
-        self._records = means.records
+    def __init__(
+        self, context: AttemptContext, artifacts: Artifacts, foreign: ExternalJobs, drains: DrainStore
+    ) -> None:
+        self._settings = context.settings
+        self._records = context.records
         self._artifacts = artifacts
-        self._link = means.link
-        self._ray = means.ray
-        self._sight = means.sight
+        self._bridge = context.bridge
+        self._ray = context.ray
+        self._observed = context.observed
         self._drains = drains
-        self._driver = AttemptDriver(means)
+        self._driver = AttemptDriver(context)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._rests: dict[str, tuple[float, float]] = {}
         """Work that failed last time: until when it rests (monotonic), and for how long (seconds)."""
@@ -78,47 +88,47 @@ class SchedulerLoop:
         poll = asyncio.create_task(self._poll_ray(), name="poll ray")
         try:
             while True:
-                self._unless_unwritten(self._step)
+                self._tolerate_storage_error(self._step)
                 if poll.done():
                     poll.result()
-                await self._sight.changed(_TICK_S)
+                await self._observed.wait(_TICK_S)
         finally:
             for task in [poll, *self._tasks.values()]:
                 task.cancel()
             await asyncio.gather(poll, *self._tasks.values(), return_exceptions=True)
 
-    def see(self, event: LinkEvent) -> None:
+    def on_event(self, event: LinkEvent) -> None:
         """Take in what the link says. Called in the event loop; never blocks."""
-        sight = self._sight
+        observed = self._observed
         match event:
             case LinkUp():
-                sight.link_up, sight.link_why, sight.look_again = True, "", True
+                observed.bridge_up, observed.bridge_error, observed.refresh_needed = True, "", True
             case LinkDown(why=why):
-                sight.link_up, sight.link_why = False, why
+                observed.bridge_up, observed.bridge_error = False, why
             case NodesChanged():
-                sight.look_again = True
+                observed.refresh_needed = True
             case ObservedAttempt():
-                sight.attempts[event.attempt] = event
-                sight.grew(event.attempt)
-                self._tidy(event)
+                observed.attempts[event.attempt] = event
+                observed.notify_growth(event.attempt)
+                self._clean_up_orphan(event)
             case StoreProblem(attempt=attempt, message=message):
-                sight.store_problems.pop(attempt, None)
+                observed.store_problems.pop(attempt, None)
                 if message:
-                    sight.store_problems[attempt] = message
+                    observed.store_problems[attempt] = message
             case Stored(attempt=attempt, path=path, size=size, sha256=sha256):
                 job, _, n = attempt.rpartition("-")
                 self._artifacts.note(job, f"attempt-{n}/{path}", size=size, sha256=sha256)
-                sight.grew(attempt)
+                observed.notify_growth(attempt)
                 return
             case Grew(attempt=attempt):
-                sight.grew(attempt)
+                observed.notify_growth(attempt)
                 return
-        sight.ring()
+        observed.notify()
 
     # -- one step: nothing here waits ---------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        if self._sight.look_again and self._sight.link_up:
+        if self._observed.refresh_needed and self._observed.bridge_up:
             self._background("nodes", self._refresh_nodes())
         for record in self._records.active():
             self._background(record.id, self._drive(record.id))
@@ -126,12 +136,12 @@ class SchedulerLoop:
             self._background(f"stop {job}", self._foreign.end(job))
         self._admit()
 
-    def _unless_unwritten(self, work: Callable[[], None]) -> None:
+    def _tolerate_storage_error(self, work: Callable[[], None]) -> None:
         """Do `work`; a store that cannot be written ends nothing: the same is tried a second later."""
         try:
             work()
         except StorageError as error:
-            self._sight.unwritten = error.message
+            self._observed.storage_error = error.message
             _log.warning("%s; it is tried again", error.message)
 
     def _admit(self) -> None:
@@ -140,30 +150,32 @@ class SchedulerLoop:
             return
         pause = self._pause()
         if pause is not None:
-            self._sight.plan = QueuePlan(rest=pause)
-            self._tell_waits(self._sight.plan)
+            self._observed.plan = QueuePlan(rest=pause)
+            self._record_wait_reasons(self._observed.plan)
             return
-        if self._sight.nodes_age > _FRESH_S and backlog.wants(GPUS):
+        if self._observed.nodes_age > _FRESH_S and backlog.wants(GPUS):
             self._background("nodes", self._refresh_nodes())  # whose are the GPUs now? Then comes the next step
             return
-        holdings = holdings_of(self._records.active(), released=self._sight.released, seen=self._sight.attempts)
-        rooms = rooms_of(with_drains(self._sight.nodes, self._drains.now()))
-        plan = plan_queue(backlog, rooms, holdings, groups=backlog.groups, down=self._sight.down)
-        self._sight.plan = plan
+        holdings = active_allocations(
+            self._records.active(), released=self._observed.released, seen=self._observed.attempts
+        )
+        rooms = node_capacities(with_drains(self._observed.nodes, self._drains.now()))
+        plan = plan_queue(backlog, rooms, holdings, groups=backlog.groups, down=self._observed.down)
+        self._observed.plan = plan
         for admit in plan.admits[:_STARTED_AT_ONCE]:
             self._start(admit)
         if len(plan.admits) > _STARTED_AT_ONCE:
-            asyncio.get_running_loop().call_soon(self._sight.ring)  # the loop has a turn, and then the next start
-        self._tell_waits(plan)
+            asyncio.get_running_loop().call_soon(self._observed.notify)  # the loop has a turn, and then the next start
+        self._record_wait_reasons(plan)
 
     def _pause(self) -> Block | None:
         """Return why no job starts at all."""
-        sight = self._sight
-        if not sight.link_up:
-            why = f"waits for Ray: {sight.link_why or 'its link is starting'}"
+        observed = self._observed
+        if not observed.bridge_up:
+            why = f"waits for Ray: {observed.bridge_error or 'its link is starting'}"
             return Block(Reason.WAITING_FOR_RAY, lambda: why)
-        if time.time() < sight.quiet_until:
-            quiet = f"waits: {sight.quiet_why}, and no job begins until that is done"
+        if time.time() < observed.paused_until:
+            quiet = f"waits: {observed.pause_reason}, and no job begins until that is done"
             return Block(Reason.WAITING_FOR_DRAIN, lambda: quiet)
         return None
 
@@ -187,19 +199,19 @@ class SchedulerLoop:
         )
         self._background(record.id, self._drive(record.id))
 
-    def _tell_waits(self, plan: QueuePlan) -> None:
+    def _record_wait_reasons(self, plan: QueuePlan) -> None:
         """Record what has become another reason, of a few jobs at once."""
         backlog = self._records.backlog
-        fresh = [ask for ask in backlog.fresh(_TOLD_AT_ONCE) if plan.block(ask) is not None]
-        looked_at = {ask.job: plan.block(ask) for ask in (*fresh, *backlog.first(TOLD_AHEAD))}
+        fresh = [ask for ask in backlog.unrecorded(_RECORDED_AT_ONCE) if plan.block(ask) is not None]
+        looked_at = {ask.job: plan.block(ask) for ask in (*fresh, *backlog.first(RECORDED_AHEAD))}
         changed = [
             WaitDecision(job, block.reason, block.message)
             for job, block in looked_at.items()
-            if block is not None and block.reason is not backlog.told(job)
-        ][:_TOLD_AT_ONCE]
+            if block is not None and block.reason is not backlog.recorded_reason(job)
+        ][:_RECORDED_AT_ONCE]
         if changed:
-            self._records.tell_waits(changed)
-        backlog.settle(fresh)
+            self._records.record_wait_reasons(changed)
+        backlog.mark_recorded(fresh)
 
     # -- tasks --------------------------------------------------------------------------------------------------------
 
@@ -220,26 +232,26 @@ class SchedulerLoop:
             _log.error("%s failed; it is tried again in %.0f s", name, rest_s, exc_info=error)
         else:
             self._rests.pop(name, None)
-        self._sight.ring()
+        self._observed.notify()
 
     async def _drive(self, job: str) -> None:
         try:
             await self._driver.drive(job)
         except StorageError as error:
-            self._sight.unwritten = error.message
+            self._observed.storage_error = error.message
             await asyncio.sleep(_TICK_S)
 
     async def _refresh_nodes(self) -> None:
-        self._sight.look_again = False  # what changes while they are asked for is asked for again
+        self._observed.refresh_needed = False  # what changes while they are asked for is asked for again
         try:
-            self._sight.saw(_current(await self._link.nodes()))
+            self._observed.set_nodes(_current(await self._bridge.nodes()))
         except ClusterError as error:
-            self._sight.look_again = True
-            self._sight.nodes_at = time.monotonic()  # nothing newer can be had, and no job waits for it
+            self._observed.refresh_needed = True
+            self._observed.nodes_at = time.monotonic()  # nothing newer can be had, and no job waits for it
             _log.warning("%s; the nodes are asked for again", error.message)
             await asyncio.sleep(_TICK_S)
 
-    def _tidy(self, seen: ObservedAttempt) -> None:
+    def _clean_up_orphan(self, seen: ObservedAttempt) -> None:
         """See to an attempt that no job of ours waits for: an older one, or one whose job has ended or is gone."""
         job, _, n = seen.attempt.rpartition("-")
         try:
@@ -248,15 +260,15 @@ class SchedulerLoop:
             record = None
         latest = record.attempts[-1].id if record is not None and record.attempts else ""
         if record is None or latest != seen.attempt or record.state.ended:
-            self._background(f"tidy {seen.attempt}", self._clear(seen, keep=record is not None and n.isdigit()))
+            self._background(f"tidy {seen.attempt}", self._clean_up(seen, keep=record is not None and n.isdigit()))
 
-    async def _clear(self, seen: ObservedAttempt, *, keep: bool) -> None:
+    async def _clean_up(self, seen: ObservedAttempt, *, keep: bool) -> None:
         tag = attempt_tag(self._settings, seen.attempt)
         try:
-            await self._link.fence(seen.node_id, seen.attempt, tag)
-            if not keep or await self._link.settle(seen.node_id, seen.attempt, 600):
-                await self._link.forget(seen.node_id, seen.attempt)
-                self._sight.attempts.pop(seen.attempt, None)
+            await self._bridge.fence(seen.node_id, seen.attempt, tag)
+            if not keep or await self._bridge.drain(seen.node_id, seen.attempt, 600):
+                await self._bridge.forget(seen.node_id, seen.attempt)
+                self._observed.attempts.pop(seen.attempt, None)
         except RaylaunchError as error:
             _log.warning("%s is not cleared from its node yet: %s", seen.attempt, error.message)
 
@@ -266,23 +278,23 @@ class SchedulerLoop:
         while True:
             began = time.monotonic()
             try:
-                if not self._sight.ray_version:
-                    self._sight.ray_version = await self._ray.version()
+                if not self._observed.ray_version:
+                    self._observed.ray_version = await self._ray.version()
                 jobs = await self._ray.all()
-                self._unless_unwritten(lambda: self._take(jobs))  # noqa: B023 -- called at once
+                self._tolerate_storage_error(lambda: self._take(jobs))  # noqa: B023 -- called at once
             except ClusterError:
-                self._sight.ray_answers = False
+                self._observed.ray_answers = False
                 self._consider_reviving()
                 began = time.monotonic()
             await asyncio.sleep(min(max(_TICK_S, _POLL_REST * (time.monotonic() - began)), _POLL_MOST_S))
 
     def _take(self, jobs: list[RayJob]) -> None:
-        self._sight.ray_answers = True
+        self._observed.ray_answers = True
         self._ray_silent_since = None
         seen = {job.submission_id or "": job for job in jobs}
-        if seen != self._sight.ray_jobs:
-            self._sight.ray_jobs = seen
-            self._sight.ring()
+        if seen != self._observed.ray_jobs:
+            self._observed.ray_jobs = seen
+            self._observed.notify()
         self._foreign.take(seen)
 
     def _consider_reviving(self) -> None:
@@ -311,7 +323,7 @@ class SchedulerLoop:
                 os.killpg(process.pid, signal.SIGKILL)
             status = await process.wait()
         self._revived_at = time.monotonic()
-        self._sight.ray_version = ""
+        self._observed.ray_version = ""
         if status:
             _log.error("the command that starts Ray again ended with status %d: %s", status, self._settings.revive)
 

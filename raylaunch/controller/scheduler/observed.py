@@ -17,7 +17,7 @@ from raylaunch.controller.scheduler.queue import QueuePlan
 from raylaunch.models.cluster import NodeView
 from raylaunch.models.job import AttemptView
 
-_UNWRITTEN_S = 5.0
+_STORAGE_ERROR_S = 5.0
 
 
 @dataclass
@@ -29,57 +29,57 @@ class ObservedState:
     """When they were looked at (monotonic): what others do on their GPUs and disks changes without a word."""
     down: dict[str, float] = field(default_factory=dict)
     """Hosts that were seen and on which no attempt can start now, and since when, seconds since the epoch."""
-    look_again: bool = False
+    refresh_needed: bool = False
     """Set when they are to be looked at."""
     attempts: dict[str, ObservedAttempt] = field(default_factory=dict)
     ray_jobs: dict[str, RayJob] = field(default_factory=dict)
     ray_version: str = ""
     ray_answers: bool = False
-    link_up: bool = False
-    link_why: str = ""
+    bridge_up: bool = False
+    bridge_error: str = ""
     store_problems: dict[str, str] = field(default_factory=dict)
     released: set[str] = field(default_factory=set)
     """Attempts that are proven gone from their node, while their files still travel: they hold nothing any more."""
     plan: QueuePlan | None = None
     """What the queue decided last: why each job waits is read from it."""
-    quiet_until: float = 0.0
+    paused_until: float = 0.0
     """Until then no attempt begins, on no host; seconds since the epoch. Not remembered over a restart."""
-    quiet_why: str = ""
-    _unwritten: tuple[str, float] = ("", 0.0)
+    pause_reason: str = ""
+    _storage_error: tuple[str, float] = ("", 0.0)
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
     _growth: dict[str, asyncio.Event] = field(default_factory=dict)
 
     @property
-    def unwritten(self) -> str:
+    def storage_error(self) -> str:
         """Why records could not be written a moment ago; empty when they could. What failed is tried each second."""
-        message, at = self._unwritten
-        return message if time.monotonic() - at < _UNWRITTEN_S else ""
+        message, at = self._storage_error
+        return message if time.monotonic() - at < _STORAGE_ERROR_S else ""
 
-    @unwritten.setter
-    def unwritten(self, message: str) -> None:
-        self._unwritten = (message, time.monotonic())
+    @storage_error.setter
+    def storage_error(self, message: str) -> None:
+        self._storage_error = (message, time.monotonic())
 
-    def grew(self, attempt: str) -> None:
+    def notify_growth(self, attempt: str) -> None:
         """Wake everybody who waits for a file of this attempt to grow."""
         growth = self._growth.pop(attempt, None)
         if growth is not None:
             growth.set()
 
-    async def growth(self, attempt: str, timeout_s: float) -> None:
+    async def wait_growth(self, attempt: str, timeout_s: float) -> None:
         """Wait until a file of the attempt grows, or the time is over."""
         growth = self._growth.setdefault(attempt, asyncio.Event())
         await _wait(growth, timeout_s)
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         """Wake everybody who waits in `changed`."""
         self._bell.set()
         self._bell = asyncio.Event()
 
-    async def changed(self, timeout_s: float) -> None:
+    async def wait(self, timeout_s: float) -> None:
         """Wait until something changes, or the time is over."""
         await _wait(self._bell, timeout_s)
 
-    def saw(self, nodes: tuple[NodeView, ...]) -> None:
+    def set_nodes(self, nodes: tuple[NodeView, ...]) -> None:
         """Take in the nodes as they are now."""
         up = {node.hostname for node in nodes if node.ready}
         known = {node.hostname for node in (*self.nodes, *nodes)} | self.down.keys()
@@ -96,11 +96,11 @@ class ObservedState:
         deadline = time.monotonic() + timeout_s
         if self.nodes_age < age_s:
             return
-        self.look_again = True
-        self.ring()
+        self.refresh_needed = True
+        self.notify()
         before = self.nodes_at
-        while self.link_up and self.nodes_at == before and (left := deadline - time.monotonic()) > 0:
-            await self.changed(left)
+        while self.bridge_up and self.nodes_at == before and (left := deadline - time.monotonic()) > 0:
+            await self.wait(left)
 
     def node(self, node_id: str) -> NodeView | None:
         """Return a node that is alive, or None."""

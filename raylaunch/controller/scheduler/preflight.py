@@ -8,9 +8,9 @@ from typing import cast
 
 from raylaunch.controller.ray.bridge import RayBridge
 from raylaunch.controller.scheduler.observed import ObservedState
-from raylaunch.controller.scheduler.queue import rooms_of, why_never
+from raylaunch.controller.scheduler.queue import node_capacities, unsatisfiable_reason
 from raylaunch.controller.settings import Settings
-from raylaunch.controller.store.backlog import ask_for
+from raylaunch.controller.store.backlog import request_for
 from raylaunch.controller.store.packages import ClusterWheels
 from raylaunch.errors import RaylaunchError, WheelsNeededError
 from raylaunch.models.fields import OF_THE_CLUSTER
@@ -26,10 +26,10 @@ _MADE_THERE = frozenset({"uv", "pip"})
 class WheelPreflight:
     """Asks the nodes that could run a job. What is not answered in time counts as an index that is reached."""
 
-    def __init__(self, *, settings: Settings, sight: ObservedState, link: RayBridge, kept: ClusterWheels) -> None:
+    def __init__(self, *, settings: Settings, observed: ObservedState, bridge: RayBridge, kept: ClusterWheels) -> None:
         self._settings = settings
-        self._sight = sight
-        self._link = link
+        self._observed = observed
+        self._bridge = bridge
         self.kept = kept
 
     async def of(self, spec: JobSpec) -> tuple[BuildPlatform, ...]:
@@ -38,8 +38,8 @@ class WheelPreflight:
         kind = own.kind
         if kind not in _MADE_THERE and not spec.packages:
             return ()
-        ask = ask_for(spec)
-        able = [room.node_id for room in rooms_of(self._sight.nodes) if not why_never(ask, [room])]
+        ask = request_for(spec)
+        able = [room.node_id for room in node_capacities(self._observed.nodes) if not unsatisfiable_reason(ask, [room])]
         question: dict[str, object] = {
             "env": {**self._settings.env, **spec.env},
             "kind": "uv" if kind == "uv" else "pip",
@@ -85,7 +85,7 @@ class WheelPreflight:
 
     async def _of_node(self, node_id: str, question: dict[str, object]) -> BuildPlatform | None:
         try:
-            answer = await self._link.ask("index_look", {"node_id": node_id, **question}, timeout_s=_ASK_S)
+            answer = await self._bridge.call("index_look", {"node_id": node_id, **question}, timeout_s=_ASK_S)
         except RaylaunchError:
             return None
         facts = cast("dict[str, object]", answer)

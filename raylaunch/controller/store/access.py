@@ -115,7 +115,7 @@ class TokenStore:
         self._stamp: tuple[int, int, int] | None = None
         self._known: dict[str, Token] = {}
 
-    def who(self, token: str) -> Caller | None:
+    def caller_of(self, token: str) -> Caller | None:
         """Return whose token it is; None when nobody's, or when its time is over."""
         self._refresh()
         # Looked up by hash: what the time of a look-up tells about a hash does not lead back to a token.
@@ -185,14 +185,14 @@ class Invitations:
 
     Args:
         store: the store's folder.
-        book: reads the tokens.
+        tokens: reads the tokens.
         clock: the time now, seconds since the epoch.
     """
 
-    def __init__(self, store: Path, book: TokenStore, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Path, tokens: TokenStore, *, clock: Callable[[], float] = time.time) -> None:
         self._tokens_path = store / "tokens.json"
         self._path = store / "invitations.json"
-        self._book = book
+        self._token_store = tokens
         self._clock = clock
 
     def invite(
@@ -224,7 +224,7 @@ class Invitations:
         self._write([*self._read(), new])
         return code, new.expires_at
 
-    def bearer(self, code: str) -> Caller | None:
+    def invited(self, code: str) -> Caller | None:
         """Return who holds an invitation's code; None when it is none. All that she may do is take it."""
         try:
             found = self._of(code)
@@ -233,7 +233,7 @@ class Invitations:
             return None
         return Caller(found.person, Role.VIEWER, found.sha256) if found else None
 
-    def take(self, code: str, token: str) -> Token:
+    def accept(self, code: str, token: str) -> Token:
         """Let the holder of a code in, with a token of which `token` is the SHA-256; return what is known of it.
 
         Raises:
@@ -263,11 +263,11 @@ class Invitations:
             expires_at=found.token_expires_at,
             made_by=found.made_by,
         )
-        if all(one.sha256 != token for one in self._book.all()):
+        if all(one.sha256 != token for one in self._token_store.all()):
             if found.token:
                 msg = f"the token of {found.person} was revoked"
                 raise AccessError(msg, hint=f"ask {found.made_by}")
-            self._write_tokens([*self._book.all(), made])
+            self._write_tokens([*self._token_store.all(), made])
         self._write([one.model_copy(update={"token": token}) if one == found else one for one in self._read()])
         return made
 
@@ -283,7 +283,7 @@ class Invitations:
                 made_by=one.made_by,
                 mine=one.sha256 == mine,
             )
-            for one in self._book.all()
+            for one in self._token_store.all()
         ]
         now = self._clock()
         return (*tokens, *(_view(one) for one in self._read() if not one.token and one.expires_at > now))
@@ -296,7 +296,7 @@ class Invitations:
             ConflictError: it is the one that asks.
             StorageError: it cannot be written.
         """
-        known, invitations = self._book.all(), self._read()
+        known, invitations = self._token_store.all(), self._read()
         gone = [one for one in known if who in (one.person, one.id)]
         if any(one.sha256 == mine for one in gone):
             msg = "that is the token with which you ask, and nobody locks herself out"

@@ -157,7 +157,7 @@ class Artifacts:
             with self._lock:
                 self._noted.setdefault(job_id, {})[path] = entry
 
-    def seal(self, job_id: str) -> Manifest:
+    def finalize(self, job_id: str) -> Manifest:
         """Write ``manifest.json`` over all files that the job has now; checksums that are not known are computed.
 
         Reads the files whose checksum is missing: call it from a worker thread.

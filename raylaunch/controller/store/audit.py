@@ -123,7 +123,7 @@ class AuditLog:
                 path.replace(after)
 
 
-def take_lock(store: Path) -> int:
+def lock_store(store: Path) -> int:
     """Lock the store and write this process's pid beside. The lock ends with the returned descriptor, or the process.
 
     Raises:

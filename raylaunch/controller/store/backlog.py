@@ -1,4 +1,4 @@
-"""The jobs that wait for their turn, in the queue's order. Kept up with each write of a record."""
+"""The queued jobs and their resource requests, in the queue's order. Updated with each write of a record."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Amounts = dict[str, float]
 """Resource name → amount: `GPUS`, `CPUS`, `MEMORY` (bytes), and custom resources by their own names."""
 
 
-def needs(spec: JobSpec) -> Amounts:
-    """Return what one attempt of `spec` holds on its node; nothing that is zero."""
+def required_amounts(spec: JobSpec) -> Amounts:
+    """Return what one attempt of `spec` needs on its node, without zero amounts."""
     resources = spec.resources
     amounts: Amounts = {GPUS: resources.gpus, CPUS: resources.effective_cpus, MEMORY: resources.memory}
     return {name: amount for name, amount in {**resources.custom, **amounts}.items() if amount > 0}
@@ -32,7 +32,7 @@ def needs(spec: JobSpec) -> Amounts:
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """A job that waits."""
+    """What a queued job needs, and where."""
 
     job: str
     name: str
@@ -43,141 +43,133 @@ class ResourceRequest:
 
     @property
     def order(self) -> tuple[int, float, str]:
-        """Its place in the queue: what is smaller goes first."""
+        """Sort key of the queue."""
         return (-self.priority, self.since, self.job)
 
     @cached_property
     def group(self) -> str:
-        """The same for all jobs that ask for the same on the same nodes."""
+        """Equal for all jobs with the same needs and placement."""
         return f"{self.needs} {self.where.model_dump_json(exclude_defaults=True)}"
 
 
 @dataclass(frozen=True)
 class WaitDecision:
-    """This job waits, and why."""
+    """A job that waits, and why."""
 
     job: str
     reason: Reason
     message: str
 
 
-def ask_of(record: JobRecord) -> ResourceRequest:
-    """Return what a waiting job asks for."""
-    return ask_for(asked(record), job=record.id, since=record.created_at)
+def request_of(record: JobRecord) -> ResourceRequest:
+    """Return the resource request of a queued job."""
+    return request_for(record.own_spec, job=record.id, since=record.created_at)
 
 
-def ask_for(spec: JobSpec, *, job: str = "", since: float = 0.0) -> ResourceRequest:
-    """Return what a spec asks for."""
+def request_for(spec: JobSpec, *, job: str = "", since: float = 0.0) -> ResourceRequest:
+    """Return the resource request of a spec."""
     return ResourceRequest(
         job=job,
         name=spec.display_name,
         since=since,
-        needs=needs(spec),
+        needs=required_amounts(spec),
         where=spec.where,
         priority=spec.priority,
     )
-
-
-def asked(record: JobRecord) -> JobSpec:
-    """Return the spec of a job of ours; only foreign jobs have none, and they are never queued or driven."""
-    if record.spec is None:
-        msg = f"{record.id} has no spec"
-        raise ValueError(msg)
-    return record.spec
 
 
 _ORDER = attrgetter("order")
 
 
 class Backlog:
-    """Waiting jobs, each once. What it yields is good until the next change.
+    """Queued jobs, each once. Iterators are valid until the next change.
 
-    It holds no records: thousands of those would make each of Python's full garbage collections take 100 ms.
+    It holds no records: with thousands of them each full garbage collection of Python would take 100 ms.
 
     Args:
-        asks: those that wait already.
+        requests: the jobs that are already queued.
     """
 
-    def __init__(self, asks: Iterable[ResourceRequest] = ()) -> None:
-        self._asks: dict[str, ResourceRequest] = {}
+    def __init__(self, requests: Iterable[ResourceRequest] = ()) -> None:
+        self._requests: dict[str, ResourceRequest] = {}
         self._queue: list[ResourceRequest] = []
         self._groups: Counter[str] = Counter()
-        self._fresh: dict[str, ResourceRequest] = {}
-        self._told: dict[str, Reason | None] = {}
-        for ask in sorted(asks, key=_ORDER):
-            self.put(ask)
+        self._unrecorded: dict[str, ResourceRequest] = {}
+        self._recorded: dict[str, Reason | None] = {}
+        for request in sorted(requests, key=_ORDER):
+            self.put(request)
 
     def __len__(self) -> int:
-        """Return how many jobs wait."""
-        return len(self._asks)
+        """Return the number of queued jobs."""
+        return len(self._requests)
 
     def __iter__(self) -> Iterator[ResourceRequest]:
-        """Yield the waiting jobs in the queue's order."""
+        """Yield the queued jobs in the queue's order."""
         return iter(self._queue)
 
     @property
     def groups(self) -> int:
-        """How many groups there are."""
+        """Number of groups of equal requests."""
         return len(self._groups)
 
     def wants(self, resource: str) -> bool:
-        """Return whether a job waits that asks for some of the resource."""
-        return any(ask.needs.get(resource) for ask in self._queue)
+        """Whether a queued job needs some of the resource."""
+        return any(request.needs.get(resource) for request in self._queue)
 
-    def put(self, ask: ResourceRequest, *, told: Reason | None = None) -> None:
-        """Let a job wait; one that waits already takes the place that it asks for now.
+    def put(self, request: ResourceRequest, *, recorded: Reason | None = None) -> None:
+        """Add a job, or update the request of a queued one.
 
         Args:
-            ask: the job.
-            told: the reason that its record gives.
+            request: the job's request.
+            recorded: the wait reason in its record.
         """
-        self._told[ask.job] = told
-        if self._asks.get(ask.job) == ask:
+        self._recorded[request.job] = recorded
+        if self._requests.get(request.job) == request:
             return
-        self.drop(ask.job)
-        self._told[ask.job] = told
-        self._asks[ask.job] = self._fresh[ask.job] = ask
-        self._groups[ask.group] += 1
-        bisect.insort(self._queue, ask, key=_ORDER)
+        self.drop(request.job)
+        self._recorded[request.job] = recorded
+        self._requests[request.job] = self._unrecorded[request.job] = request
+        self._groups[request.group] += 1
+        bisect.insort(self._queue, request, key=_ORDER)
 
     def drop(self, job: str) -> None:
-        """Let a job wait no longer; one that does not wait is no matter."""
-        self._told.pop(job, None)
-        ask = self._asks.pop(job, None)
-        if ask is None:
+        """Remove a job, if it is queued."""
+        self._recorded.pop(job, None)
+        request = self._requests.pop(job, None)
+        if request is None:
             return
-        self._fresh.pop(job, None)
-        del self._queue[bisect.bisect_left(self._queue, ask.order, key=_ORDER)]
-        self._groups[ask.group] -= 1
-        if not self._groups[ask.group]:
-            del self._groups[ask.group]
+        self._unrecorded.pop(job, None)
+        del self._queue[bisect.bisect_left(self._queue, request.order, key=_ORDER)]
+        self._groups[request.group] -= 1
+        if not self._groups[request.group]:
+            del self._groups[request.group]
 
     @contextmanager
-    def joined_by(self, ask: ResourceRequest) -> Iterator[None]:
-        """Let one more job wait inside the block."""
-        self.put(ask)
+    def joined_by(self, request: ResourceRequest) -> Iterator[None]:
+        """Add one more job inside the block."""
+        self.put(request)
         try:
             yield
         finally:
-            self.drop(ask.job)
+            self.drop(request.job)
 
-    def ask(self, job: str) -> ResourceRequest | None:
-        """Return what a job asks for; None when it does not wait."""
-        return self._asks.get(job)
+    def get(self, job: str) -> ResourceRequest | None:
+        """Return a job's request; None if it is not queued."""
+        return self._requests.get(job)
 
-    def told(self, job: str) -> Reason | None:
-        """Return the reason that is recorded of a job."""
-        return self._told[job]
+    def recorded_reason(self, job: str) -> Reason | None:
+        """Return the recorded wait reason of a job."""
+        return self._recorded[job]
 
     def first(self, most: int) -> Sequence[ResourceRequest]:
-        """Return the first jobs of the queue."""
+        """Return the first jobs in the queue."""
         return self._queue[:most]
 
-    def fresh(self, most: int) -> Iterator[ResourceRequest]:
-        """Yield jobs that have begun to wait and are not settled yet."""
-        return islice(self._fresh.values(), most)
+    def unrecorded(self, most: int) -> Iterator[ResourceRequest]:
+        """Yield newly queued jobs whose wait reason has not been recorded yet."""
+        return islice(self._unrecorded.values(), most)
 
-    def settle(self, asks: Iterable[ResourceRequest]) -> None:
-        """Take it that what these jobs wait for is recorded."""
-        for ask in asks:
-            self._fresh.pop(ask.job, None)
+    def mark_recorded(self, requests: Iterable[ResourceRequest]) -> None:
+        """Note that the wait reasons of these jobs have been recorded."""
+        for request in requests:
+            self._unrecorded.pop(request.job, None)

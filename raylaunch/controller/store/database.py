@@ -92,7 +92,7 @@ def open_database(path: Path) -> tuple[sqlite3.Connection, str]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[sqlite3.Connection]:
+def open_read_only(path: Path) -> Iterator[sqlite3.Connection]:
     """Open the database once more, for a question whose answer grows with the number of jobs; in any thread.
 
     Raises:
@@ -327,7 +327,7 @@ def _listed(record: JobRecord) -> JobView:
 
 def unfinished(connection: sqlite3.Connection, *, foreign: bool) -> tuple[list[JobRecord], list[str]]:
     """Return the jobs that have not ended, without heavy fields; and a sentence for each that cannot be read."""
-    where, values = _going(foreign=foreign)
+    where, values = _unfinished_condition(foreign=foreign)
     rows = connection.execute(f"SELECT id, light FROM jobs WHERE {where}", values)  # noqa: S608 -- only marks
     found, odd = [], []
     for job, light in rows:
@@ -340,11 +340,11 @@ def unfinished(connection: sqlite3.Connection, *, foreign: bool) -> tuple[list[J
 
 def unfinished_ids(connection: sqlite3.Connection) -> list[str]:
     """Return the ids of the jobs of ours that have not ended."""
-    where, values = _going(foreign=False)
+    where, values = _unfinished_condition(foreign=False)
     return [job for (job,) in connection.execute(f"SELECT id FROM jobs WHERE {where}", values)]  # noqa: S608 -- only marks
 
 
-def _going(*, foreign: bool) -> tuple[str, list[str | bool]]:
+def _unfinished_condition(*, foreign: bool) -> tuple[str, list[str | bool]]:
     going = [state.value for state in JobState if not state.ended]
     return f"state IN ({', '.join('?' * len(going))}) AND is_foreign = ?", [*going, foreign]
 
@@ -377,7 +377,7 @@ class RetentionRow(NamedTuple):
         return (self.package, *self.wheels)
 
 
-def kept(db: sqlite3.Connection) -> list[RetentionRow]:
+def retention_rows(db: sqlite3.Connection) -> list[RetentionRow]:
     """Return that of every job of ours."""
     found = db.execute(
         "SELECT id, state, json_extract(light, '$.ended_at'), json_extract(light, '$.package'), "

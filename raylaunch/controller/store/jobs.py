@@ -15,9 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from raylaunch.controller.store import database, journal
-from raylaunch.controller.store.audit import take_lock
-from raylaunch.controller.store.backlog import Backlog, WaitDecision, ask_of
-from raylaunch.controller.store.database import Filters, RetentionRow, kept, page_of, unfinished, unfinished_ids
+from raylaunch.controller.store.audit import lock_store
+from raylaunch.controller.store.backlog import Backlog, WaitDecision, request_of
+from raylaunch.controller.store.database import (
+    Filters,
+    RetentionRow,
+    page_of,
+    retention_rows,
+    unfinished,
+    unfinished_ids,
+)
 from raylaunch.controller.store.journal import JOURNAL, JournalLine, journal_line
 from raylaunch.controller.store.record import HEAVY, JobRecord, StopWishModel, record_from
 from raylaunch.controller.store.recovery import move_to_trash, reconcile
@@ -33,7 +40,7 @@ _NEAR_AMONG = 500
 class Records:
     """All jobs and events of one store. One controller at a time holds it."""
 
-    healed: tuple[str, ...]
+    repairs: tuple[str, ...]
     """Sentences about what opening the store repaired."""
     backlog: Backlog
     """The jobs that wait for their turn."""
@@ -50,12 +57,12 @@ class Records:
         self._changed: dict[str, set[asyncio.Event]] = {}
         try:
             (store / "jobs").mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = take_lock(store)
+            self._lock = lock_store(store)
         except OSError as error:
             raise journal.write_problem(store, error) from error
         try:
             self._db, damage = database.open_database(store / _DB)
-            self.healed = reconcile(self._db, store, damage=damage)
+            self.repairs = reconcile(self._db, store, damage=damage)
             self._seq = int(self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
             foreign, odd = unfinished(self._db, foreign=True)
             ours, unreadable = unfinished(self._db, foreign=False)
@@ -63,9 +70,9 @@ class Records:
             self._active: dict[str, JobRecord] = {}
             self.backlog = Backlog()
             for record in ours:
-                self._keep(record)
+                self._track(record)
             if odd or unreadable:
-                self.healed = (*self.healed, *odd, *unreadable)
+                self.repairs = (*self.repairs, *odd, *unreadable)
         except BaseException:
             os.close(self._lock)
             raise
@@ -233,14 +240,14 @@ class Records:
 
     def names(self) -> list[tuple[str, str, JobState]]:
         """Return id, name and state of every job of ours. Takes long: in any other thread than the event loop's."""
-        with database.reading(self.store / _DB) as connection:
+        with database.open_read_only(self.store / _DB) as connection:
             rows = connection.execute("SELECT id, name, state FROM jobs WHERE NOT is_foreign")
             return [(job, name, JobState(state)) for job, name, state in rows]
 
-    def kept(self) -> list[RetentionRow]:
+    def retention_rows(self) -> list[RetentionRow]:
         """Return what retention asks of every job of ours. Takes long: in any other thread than the event loop's."""
-        with database.reading(self.store / _DB) as connection:
-            return kept(connection)
+        with database.open_read_only(self.store / _DB) as connection:
+            return retention_rows(connection)
 
     def unfinished(self) -> list[str]:
         """Return the ids of the jobs of ours that have not ended, those among them whose records cannot be read."""
@@ -281,7 +288,7 @@ class Records:
         new = old.changed(change, fields if message is None else {"message": message, **fields}, now=time.time())
         return self._write(old, new, kind=kind, note=message or "")
 
-    def tell_waits(self, waits: Sequence[WaitDecision]) -> None:
+    def record_wait_reasons(self, waits: Sequence[WaitDecision]) -> None:
         """Record what queued jobs wait for now, each with an event.
 
         One transaction for all, and nothing waits for the disk: what a crash takes of this is found again.
@@ -311,8 +318,8 @@ class Records:
             raise
         self._seq += len(told)
         for record, _, _ in told:
-            self._keep(record)
-            self._tell(record.id)
+            self._track(record)
+            self._notify(record.id)
 
     def foreign(self, submission: str) -> JobRecord | None:
         """Return what is recorded of a job that somebody submitted with Ray's own tools.
@@ -359,7 +366,7 @@ class Records:
             self._foreign.pop(new.id, None)
         else:
             self._foreign[new.id] = new.light()
-        self._tell(new.id)
+        self._notify(new.id)
         return new
 
     def events(self, *, after: int, job: str = "", limit: int = 500) -> EventPage:
@@ -397,7 +404,7 @@ class Records:
         self._commit(event, self.store / JOURNAL, journal.line_of(event), record=None, own_journal=False)
         if not record.foreign:  # which has no folder, and an id that raylaunch did not make
             move_to_trash(self.store, job_id)
-        self._tell(job_id)
+        self._notify(job_id)
 
     def close(self) -> None:
         """Close the database and let go of the store."""
@@ -428,18 +435,18 @@ class Records:
         self._commit(event, self.folder(new.id) / JOURNAL, line, record=new, own_journal=True, heavy=heavy)
         if heavy and new.environment is not None and new.environment.packages:
             journal.write_packages(self.folder(new.id), new.environment.packages)
-        self._keep(new)
-        self._tell(new.id)
+        self._track(new)
+        self._notify(new.id)
         return new
 
-    def _keep(self, record: JobRecord) -> None:
+    def _track(self, record: JobRecord) -> None:
         """Hold what is asked of jobs that have not ended again and again."""
         if record.state.active:
             self._active[record.id] = record.light()
         else:
             self._active.pop(record.id, None)
         if record.state is JobState.QUEUED:
-            self.backlog.put(ask_of(record), told=record.reason)
+            self.backlog.put(request_of(record), recorded=record.reason)
         else:
             self.backlog.drop(record.id)
 
@@ -480,7 +487,7 @@ class Records:
         except sqlite3.Error as error:
             raise database.storage_problem(self.store / _DB, error) from error
 
-    def _tell(self, job: str) -> None:
+    def _notify(self, job: str) -> None:
         for name in {"", job}:
             for changed in self._changed.get(name, ()):
                 changed.set()

@@ -25,7 +25,7 @@ _LINE = 2000
 _MOST_RANKS = 1_000_000
 
 
-def last_lines(job_folder: Path, *, attempt: int) -> tuple[str, ...]:
+def log_tail(job_folder: Path, *, attempt: int) -> tuple[str, ...]:
     """Return the last lines of an attempt's log; where a rank failed, of that rank's.
 
     Args:
@@ -33,10 +33,10 @@ def last_lines(job_folder: Path, *, attempt: int) -> tuple[str, ...]:
         attempt: number of the attempt.
     """
     rank = _failed_rank(job_folder / f"attempt-{attempt}" / EXIT)
-    return _last_lines(job_folder, attempt, rank) or _last_lines(job_folder, attempt, 0)
+    return _rank_log_tail(job_folder, attempt, rank) or _rank_log_tail(job_folder, attempt, 0)
 
 
-def _last_lines(job_folder: Path, attempt: int, rank: int) -> tuple[str, ...]:
+def _rank_log_tail(job_folder: Path, attempt: int, rank: int) -> tuple[str, ...]:
     log = log_path(job_folder, attempt=attempt, rank=rank)
     begin = max(0, size_of(log) - _BYTES)
     text = read(log, offset=begin).data.decode(errors="replace")

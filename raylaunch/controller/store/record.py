@@ -44,7 +44,7 @@ class JobRecord(JobView):
     """What its environment is made of where a node reaches no package index."""
 
     @property
-    def asked(self) -> JobSpec:
+    def own_spec(self) -> JobSpec:
         """The spec of a job of ours. Foreign jobs have none."""
         if self.spec is None:
             msg = f"{self.id} is foreign: it has no spec"

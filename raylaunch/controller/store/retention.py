@@ -154,12 +154,12 @@ class RetentionLoop:
     def _plan(self) -> Expired:
         packages = {name: self._packages.path(name).stat().st_mtime for name in self._packages.names()}
         also = self._cluster_wheels.packages
-        return plan_sweep(self._records.kept(), self._retention, packages, now=time.time(), also=also)
+        return plan_sweep(self._records.retention_rows(), self._retention, packages, now=time.time(), also=also)
 
     def _drop_checkpoints(self, job: str) -> bool:
         folders = list((self._store / "jobs" / job).glob("attempt-*/checkpoints"))
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         if folders:
-            self._artifacts.seal(job)
+            self._artifacts.finalize(job)
         return bool(folders)
