@@ -1,33 +1,34 @@
-"""Everything that raylaunch raises on purpose.
+"""All errors that raylaunch raises on purpose.
 
 ::
 
     RaylaunchError
-    ├── SpecError                what was asked for is wrong: file, line and field say where
-    │   ├── UnsatisfiableError   it is well-formed, but no node of this cluster could ever run it
-    │   └── WithheldError        the working directory holds what is sent only if a person allows it
-    ├── AccessError              no token, an unknown one, or a role that may not do this
-    │   └── UntrustedError       a cluster file names hosts or addresses that no person has accepted here
-    ├── NotFoundError            no such job, file, secret, cluster
-    ├── ConflictError            the thing is there, but in a state that forbids this
-    │   └── NotYoursError        a name means somebody else's job: only its id does for what changes it
-    ├── ClusterError             the cluster as a whole
-    │   ├── ClusterDownError     it is not running, or not answering
-    │   ├── ClusterStartError    a step of ``up`` failed; ``step`` and ``log_path`` say which and where
-    │   ├── VersionError         client and cluster, or cluster and Ray, do not fit together
-    │   │   └── RayVersionError       the cluster runs another Ray: only a restart of Ray mends it
-    │   └── HostError            one machine over SSH; ``host`` and ``step`` say which and where
-    │       ├── HostUnreachableError  its name does not resolve, nobody listens, or nothing answers
+    ├── SpecError                     a spec or an argument is invalid; `where` and `field` say where
+    │   ├── UnsatisfiableError        it is valid, but no node of this cluster could ever run it
+    │   ├── WheelsNeededError         nodes without a package index need the environment's wheels sent along
+    │   └── WithheldError             files of the working directory are sent only if a person allows it
+    ├── AccessError                   no token, an unknown token, or a role without this permission
+    │   └── UntrustedError            a cluster file names hosts or addresses that no person has accepted here
+    ├── NotFoundError                 no such job, file, secret or cluster
+    ├── ConflictError                 the state of the thing forbids this
+    │   └── NotYoursError             a name means somebody else's job; changing it requires its id
+    ├── ClusterError                  the cluster as a whole
+    │   ├── ClusterDownError          it is not running, or not responding
+    │   ├── ClusterStartError         a step of ``up`` failed; `step` and `log_path` say which and where
+    │   ├── VersionError              client and controller, or two versions of Ray, are incompatible
+    │   │   └── RayVersionError       the cluster runs another version of Ray; restart Ray to fix it
+    │   └── HostError                 one machine over SSH; `host` and `step` say which and where
+    │       ├── HostUnreachableError  its name does not resolve, the port is closed, or nothing responds
     │       ├── HostKeyError          it shows an unknown host key, or another one than before
-    │       ├── HostAuthError         it takes none of the keys that were offered
-    │       ├── HostLostError         the connection went away before the end: nothing is known of the outcome
-    │       ├── HostTimeoutError      a step did not end within its limit
-    │       ├── HostStorageError      its disk is full, or refuses to be written
-    │       └── HostStepError         a step ran to its end and failed
-    ├── StorageError             a disk is full, a file or a database cannot be read or written
-    ├── TransferError            bytes did not arrive as they were sent
-    ├── TrackingError            Weights & Biases data cannot be read
-    └── JobFailedError           a job's result was asked for, and it did not succeed; its last lines are here
+    │       ├── HostAuthError         it accepts none of the keys that were offered
+    │       ├── HostLostError         the connection was lost; the outcome is unknown
+    │       ├── HostTimeoutError      a step exceeded its time limit
+    │       ├── HostStorageError      a disk is full or cannot be written
+    │       └── HostStepError         a step exited with an error
+    ├── StorageError                  a disk is full, or a file or database cannot be read or written
+    ├── TransferError                 data did not arrive as it was sent
+    ├── TrackingError                 Weights & Biases data cannot be read
+    └── JobFailedError                a job's result was requested, and the job did not succeed
 
 A `RaylaunchError` is exactly an error whose text a person (or a model) should act on. Anything else is a bug and shows
 its traceback.
@@ -39,15 +40,15 @@ from typing import ClassVar
 
 
 class RaylaunchError(Exception):
-    """What failed, on which thing, why; and in `hint` what to do next.
+    """What failed, on which thing and why; `hint` says what to do next.
 
-    The same object crosses the wire: `code` names the class there and `status` is its HTTP status.
+    The controller sends errors to clients as JSON: `code` names the class there and `status` is the HTTP status.
     """
 
     code: ClassVar[str] = "error"
     status: ClassVar[int] = 500
     from_head: bool = False
-    """Whether its text came from the controller of a cluster, which may be anybody's."""
+    """Whether the text was written by a cluster's controller, which is not trusted."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -59,7 +60,7 @@ class RaylaunchError(Exception):
 
 
 class SpecError(RaylaunchError):
-    """What was asked for is wrong. `where` is ``file:line`` when it came from a file, `field` the dotted field."""
+    """A spec or an argument is invalid. `where` is ``file:line`` if it came from a file, `field` the dotted field."""
 
     code = "spec"
     status = 422
@@ -71,24 +72,24 @@ class SpecError(RaylaunchError):
 
 
 class UnsatisfiableError(SpecError):
-    """No node of this cluster could ever run this job, however long it waits."""
+    """No node of this cluster could ever run this job."""
 
     code = "unsatisfiable"
 
 
 class WheelsNeededError(SpecError):
-    """Nodes without a package index could run it, and nobody has looked for the wheels of its environment.
+    """Nodes without a package index could run the job if the wheels of its environment were sent along.
 
-    `Client.submit` gathers them then, and submits again.
+    `Client.submit` gathers them and submits again.
     """
 
     code = "wheels_needed"
 
 
 class WithheldError(SpecError):
-    """The working directory holds what is sent only if a person allows it; nothing was sent.
+    """The working directory has files that are sent only if a person allows it. Nothing was sent.
 
-    `paths` are the files that look like secrets; none of them where the upload would be too large.
+    `paths` are the files that look like secrets; it is empty if the upload would be too large.
     """
 
     code = "withheld"
@@ -99,7 +100,7 @@ class WithheldError(SpecError):
 
 
 class AccessError(RaylaunchError):
-    """The request carried no token, an unknown one, or one whose role may not do this."""
+    """The request had no token, an unknown token, or one whose role lacks this permission."""
 
     code = "access"
     status = 403
@@ -108,7 +109,7 @@ class AccessError(RaylaunchError):
 class UntrustedError(AccessError):
     """A cluster file names hosts or addresses that no person has accepted on this machine. Nothing was contacted.
 
-    `fingerprint` stands for them all, as the variable RAYLAUNCH_TRUST takes it.
+    `fingerprint` identifies all of them; set the variable RAYLAUNCH_TRUST to it to accept them.
     """
 
     code = "untrusted"
@@ -126,14 +127,14 @@ class NotFoundError(RaylaunchError):
 
 
 class ConflictError(RaylaunchError):
-    """The thing is there, in a state that forbids what was asked."""
+    """The thing exists, and its state forbids the request."""
 
     code = "conflict"
     status = 409
 
 
 class NotYoursError(ConflictError):
-    """A name that means no job of the person who asks, but one of somebody else's, which only its id names."""
+    """A name matches none of the person's own jobs, only somebody else's, which must be named by its id."""
 
     code = "not_yours"
 
@@ -142,11 +143,11 @@ class NotYoursError(ConflictError):
         """Return the error for a name (or ``last``) that was looked up."""
         none = "you have no jobs" if ref == "last" else f"you have no job named {ref!r}"
         msg = f"{none}; the latest is {job}, {whose(owner)}"
-        return cls(msg, hint=f"if that one is meant, name it by its id: {job}")
+        return cls(msg, hint=f"to use that job, give its id: {job}")
 
 
 def whose(owner: str) -> str:
-    """Return in words whose job one is, as it follows its id."""
+    """Return the clause that says whose job it is; it follows the job's id."""
     return f"which is {owner}'s" if owner else "which was submitted with Ray's own tools"
 
 
@@ -158,13 +159,13 @@ class ClusterError(RaylaunchError):
 
 
 class ClusterDownError(ClusterError):
-    """The cluster is not running, or does not answer."""
+    """The cluster is not running or not responding."""
 
     code = "cluster_down"
 
 
 class ClusterStartError(ClusterError):
-    """A step of starting the cluster failed. `step` is its name, `log_path` holds what it printed."""
+    """A step of starting the cluster failed. `step` is its name, `log_path` the log with its output."""
 
     code = "cluster_start"
 
@@ -175,20 +176,20 @@ class ClusterStartError(ClusterError):
 
 
 class VersionError(ClusterError):
-    """Two parts that must fit together do not: client and controller, or Ray here and Ray there."""
+    """Two versions are incompatible: client and controller, or Ray here and Ray on the cluster."""
 
     code = "version"
     status = 409
 
 
 class RayVersionError(VersionError):
-    """The cluster runs another Ray than the one that is installed here; only a restart of Ray mends that."""
+    """The cluster runs another version of Ray than the one that is installed here; restart Ray to fix it."""
 
     code = "ray_version"
 
 
 class HostError(ClusterError):
-    """One machine over SSH. `host` is its name as the person wrote it, `step` what was being done there."""
+    """One machine over SSH. `host` is its name as the person wrote it, `step` what raylaunch was doing there."""
 
     code = "host"
     status = 502
@@ -200,7 +201,7 @@ class HostError(ClusterError):
 
 
 class HostUnreachableError(HostError):
-    """No connection could be made: the name does not resolve, nobody listens on the port, or nothing answers."""
+    """No connection could be made: the name does not resolve, the port is closed, or nothing responds."""
 
     code = "host_unreachable"
 
@@ -208,12 +209,12 @@ class HostUnreachableError(HostError):
 class HostKeyError(HostError):
     """The host showed a key that nobody has accepted. Nothing was sent to it.
 
-    `fingerprint` is what it showed, `known` what was expected: empty for a host that was never seen before.
+    `fingerprint` is that of the key; `known` are those that were expected, empty for a host that is new.
     """
 
     code = "host_key"
 
-    def __init__(  # noqa: PLR0913 -- each is a fact that a program may ask for
+    def __init__(  # noqa: PLR0913 -- each is a fact that a program may need
         self,
         message: str,
         *,
@@ -229,7 +230,7 @@ class HostKeyError(HostError):
 
 
 class HostAuthError(HostError):
-    """The host takes none of the keys that were offered to it; `tried` names them."""
+    """The host accepted none of the keys that were offered to it; `tried` names them."""
 
     code = "host_auth"
 
@@ -241,31 +242,31 @@ class HostAuthError(HostError):
 
 
 class HostLostError(HostError):
-    """The connection went away before the command had ended. What it did is not known: look, or do it again."""
+    """The connection was lost before the command exited. Its outcome is unknown: check, or run it again."""
 
     code = "host_lost"
 
 
 class HostTimeoutError(HostError):
-    """A step did not end within its limit, and was ended."""
+    """A step exceeded its time limit and was stopped."""
 
     code = "host_timeout"
     status = 504
 
 
 class HostStorageError(HostError):
-    """A disk of the host is full, or a path there cannot be written or read."""
+    """A disk of the host is full, or a path there cannot be read or written."""
 
     code = "host_storage"
     status = 507
 
 
 class HostStepError(HostError):
-    """A step ran to its end on the host and failed. `exit_status` is its own, `tail` the last lines that it printed."""
+    """A step on the host exited with an error. `exit_status` is its exit status, `tail` its last lines of output."""
 
     code = "host_step"
 
-    def __init__(  # noqa: PLR0913 -- each is a fact that a program may ask for
+    def __init__(  # noqa: PLR0913 -- each is a fact that a program may need
         self,
         message: str,
         *,
@@ -288,7 +289,7 @@ class StorageError(RaylaunchError):
 
 
 class TransferError(RaylaunchError):
-    """Bytes did not arrive as they were sent."""
+    """Data did not arrive as it was sent."""
 
     code = "transfer"
     status = 502
@@ -302,16 +303,16 @@ class TrackingError(RaylaunchError):
 
 
 class JobFailedError(RaylaunchError):
-    """A job's result was asked for, and the job ended otherwise than succeeded.
+    """A job's result was requested, and the job did not succeed.
 
     `job` is its id, `state` how it ended (``failed``, ``stopped``, ``timed_out``, ``lost``), `exit_code` the program's
-    own where it had one, `log_tail` the last lines that it wrote.
+    exit code if there is one, `log_tail` the last lines of its log.
     """
 
     code = "job_failed"
     status = 409
 
-    def __init__(  # noqa: PLR0913 -- each is a fact that a program may ask for
+    def __init__(  # noqa: PLR0913 -- each is a fact that a program may need
         self,
         message: str,
         *,
@@ -333,7 +334,7 @@ def _tree(root: type[RaylaunchError]) -> list[type[RaylaunchError]]:
 
 
 def from_wire(code: str, message: str, hint: str) -> RaylaunchError:
-    """Build the error that the other side raised. An unknown code becomes a plain `RaylaunchError`."""
+    """Return the error that the controller raised. An unknown code becomes a plain `RaylaunchError`."""
     kind = next((kind for kind in _tree(RaylaunchError) if kind.code == code), RaylaunchError)
     error = kind(message, hint=hint)
     error.from_head = True

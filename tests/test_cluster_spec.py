@@ -162,133 +162,63 @@ def test_one_host_listens_on_loopback_unless_it_may_grow_and_several_on_the_netw
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "where", "words"),
     [
-        (
-            "hosts: [a, b]\nbind: loopback\n",
-            (
-                "cluster.yaml:2: bind: loopback cannot be with 2 hosts: they reach each other over a network; "
-                "write bind: network, or leave it out"
-            ),
-        ),
-        ("kind: ssh\n", "cluster.yaml:1: kind: ssh needs hosts; write hosts: [NAME, …], the first is the head"),
-        (
-            "kind: local\nhosts: [a]\n",
-            "cluster.yaml:2: hosts are for kind: ssh; leave kind out, or write kind: ssh",
-        ),
-        (
-            "name: local\nhosts: [a]\n",
-            (
-                "cluster.yaml:1: the name 'local' is that of the embedded cluster, which the head may have too; "
-                "give it another"
-            ),
-        ),
-        (
-            "bind: network\n",
-            "cluster.yaml:1: bind: network is for kind: ssh; the embedded cluster listens on loopback alone",
-        ),
-        (
-            "name: far\naddress: http://ray:8265\ngcs: none\n",
-            (
-                "cluster.yaml:3: gcs: a Ray of which only the dashboard is reached cannot be used; run raylaunch on a "
-                "machine that reaches Ray's own ports, for example the Ray head, or in a VPN with it"
-            ),
-        ),
-        ("hosts:\n  - a\n  - b\n  - A\n", "cluster.yaml:4: host A is given twice; list each host once"),
+        ("hosts: [a, b]\nbind: loopback\n", "cluster.yaml:2: bind", "2 hosts"),
+        ("kind: ssh\n", "cluster.yaml:1", "needs hosts"),
+        ("kind: local\nhosts: [a]\n", "cluster.yaml:2", "leave kind out"),
+        ("name: local\nhosts: [a]\n", "cluster.yaml:1", "'local' is reserved"),
+        ("bind: network\n", "cluster.yaml:1: bind", "kind: ssh"),
+        ("name: far\naddress: http://ray:8265\ngcs: none\n", "cluster.yaml:3: gcs", "Ray's own ports"),
+        ("hosts:\n  - a\n  - b\n  - A\n", "cluster.yaml:4", "host A is given twice"),
         (
             "hosts:\n  - {host: a, name: x}\n  - host: b\n    name: x\n",
-            "cluster.yaml:4: name x is given twice (a and b); list each host once",
+            "cluster.yaml:4",
+            "name x is given twice (a and b)",
         ),
         (
             "hosts:\n  - {host: a, address: 10.0.0.1}\n  - {host: b, address: 10.0.0.1}\n",
-            "cluster.yaml:3: address 10.0.0.1 is given twice (a and b); list each host once",
+            "cluster.yaml:3",
+            "address 10.0.0.1 is given twice (a and b)",
         ),
-        (
-            "hosts:\n  - a\n  - host: b\n    store: /raid\n",
-            "cluster.yaml:4: b is not the head, and the store is on the head; leave store out here",
-        ),
-        (
-            "hosts:\n  - host: a\n    adress: 10.0.0.1\n",
-            "cluster.yaml:3: unknown key 'adress' in hosts.0 (nearest: address)",
-        ),
-        (
-            "user: ml\nhosts: [a]\n",
-            "cluster.yaml:1: unknown key 'user' (nearest: defaults.user)",
-        ),
+        ("hosts:\n  - a\n  - host: b\n    store: /raid\n", "cluster.yaml:4", "b is not the head"),
+        ("hosts:\n  - host: a\n    adress: 10.0.0.1\n", "cluster.yaml:3", "'adress' in hosts.0 (nearest: address)"),
+        ("user: ml\nhosts: [a]\n", "cluster.yaml:1", "'user' (nearest: defaults.user)"),
         (
             "defaults:\n  fingerprint: x\nhosts: [a]\n",
-            (
-                "cluster.yaml:2: unknown key 'fingerprint' in defaults (known: user, port, key, jump, interface, gpus, "
-                "cpus, labels, root, environment, env)"
-            ),
+            "cluster.yaml:2",
+            "'fingerprint' in defaults (known: user, port, ",
         ),
-        (
-            "hosts:\n  - a b\n",
-            (
-                "cluster.yaml:2: hosts.0: 'a b' is not a host; write a name from ~/.ssh/config, a DNS name or an "
-                "address, as user@host:port"
-            ),
-        ),
-        (
-            "hosts:\n  - host: ml@a\n    user: root\n",
-            "cluster.yaml:3: hosts.0: user is given twice, in host (ml) and as user (root)",
-        ),
-        (
-            "hosts:\n  - a\n  - off\n",
-            (
-                "cluster.yaml:3: hosts.1: this is not a host: write a name, or a mapping; a name that is a "
-                "number or yes needs quotes"
-            ),
-        ),
-        ("hosts:\n  - {name: a}\n", "cluster.yaml:2: the key 'hosts.0.host' is missing"),
+        ("hosts:\n  - a b\n", "cluster.yaml:2: hosts.0", "'a b' is not a host"),
+        ("hosts:\n  - host: ml@a\n    user: root\n", "cluster.yaml:3: hosts.0", "in host (ml) and as user (root)"),
+        ("hosts:\n  - a\n  - off\n", "cluster.yaml:3: hosts.1", "needs quotes"),
+        ("hosts:\n  - {name: a}\n", "cluster.yaml:2", "'hosts.0.host' is missing"),
         (
             "hosts:\n  - host: a\n    address: a.example.org\n",
-            (
-                "cluster.yaml:3: hosts.0.address: 'a.example.org' is not an IP address; names are for host, and what "
-                "Ray binds to is an address"
-            ),
+            "cluster.yaml:3: hosts.0.address",
+            "'a.example.org' is not an IP address",
         ),
-        (
-            "hosts:\n  - host: a\n    environment: uv\n",
-            (
-                "cluster.yaml:3: hosts.0.environment: 'uv' is made for a job; a host needs one that is there: "
-                "venv:PATH, conda:NAME, /path/to/python"
-            ),
-        ),
+        ("hosts:\n  - host: a\n    environment: uv\n", "cluster.yaml:3: hosts.0.environment", "'uv' is for jobs"),
         (
             "hosts:\n  - host: a\n    fingerprint: aa:bb\n",
-            (
-                "cluster.yaml:3: hosts.0.fingerprint: 'aa:bb' is not a fingerprint; it looks as SHA256:… in the output "
-                "of: ssh-keygen -lf KEY"
-            ),
+            "cluster.yaml:3: hosts.0.fingerprint",
+            "'aa:bb' is not a fingerprint",
         ),
         (
             "hosts:\n  - host: a\n    labels: {site: north and south}\n",
-            (
-                "cluster.yaml:3: hosts.0.labels: site has the value 'north and south'; a label's value is letters, "
-                "digits, '.', '_' and '-', at most 63"
-            ),
+            "cluster.yaml:3: hosts.0.labels",
+            "site has the value 'north and south'",
         ),
-        (
-            "env: {CUDA_VISIBLE_DEVICES: 0}\n",
-            (
-                "cluster.yaml:1: env: CUDA_VISIBLE_DEVICES cannot be set: raylaunch gives each job its GPUs; ask for "
-                "them with resources.gpus"
-            ),
-        ),
-        (
-            "secrets: [sk-123]\n",
-            (
-                "cluster.yaml:1: secrets: 'sk-123' is not a secret's name; list names here, and set values with: "
-                "raylaunch secret set NAME"
-            ),
-        ),
+        ("env: {CUDA_VISIBLE_DEVICES: 0}\n", "cluster.yaml:1: env", "resources.gpus"),
+        ("secrets: [sk-123]\n", "cluster.yaml:1: secrets", "raylaunch secret set NAME"),
     ],
 )
-def test_what_cannot_be_is_refused_with_its_line_and_what_would_be_right(
-    written: Written, text: str, words: str
+def test_an_invalid_cluster_is_refused_with_the_line_and_a_fix(
+    written: Written, text: str, where: str, words: str
 ) -> None:
-    assert refusal(written, text) == words
+    refused = refusal(written, text)
+    assert refused.startswith(f"{where}: ")
+    assert words in refused
 
 
 def test_a_host_in_words_that_are_wrong_and_defaults_that_are_wrong_are_both_said(written: Written) -> None:

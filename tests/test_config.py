@@ -250,12 +250,12 @@ def test_a_kind_that_there_is_not_is_refused_with_those_there_are(here: Here) ->
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("kind: existing\nname: a\n", "kind: existing needs address: the dashboard of that Ray, as http://HOST:8265"),
-        ("name: a\naddress: ray:8265\n", "'ray:8265' is not the address of a Ray's dashboard"),
-        ("name: a\naddress: http://ray:8265\ngcs: ray\n", "'ray' is not the address of a Ray's head"),
-        ("name: a\naddress: http://ray:8265\ngpus: 4\n", "gpus is what that Ray was started with"),
+        ("kind: existing\nname: a\n", "kind: existing needs address"),
+        ("name: a\naddress: ray:8265\n", "'ray:8265' is not the address of a Ray dashboard"),
+        ("name: a\naddress: http://ray:8265\ngcs: ray\n", "'ray' is not the address of a Ray head"),
+        ("name: a\naddress: http://ray:8265\ngpus: 4\n", "gpus was set when that Ray was started"),
         ("name: a\naddress: http://ray:8265\nhosts: [b]\n", "address is for a Ray that somebody else runs"),
-        ("address: http://ray:8265\n", "the name 'local' is that of the embedded cluster"),
+        ("address: http://ray:8265\n", "the name 'local' is reserved"),
         ("kind: local\ngcs: ray:1\n", "gcs is for a Ray that somebody else runs"),
     ],
 )
@@ -296,7 +296,7 @@ def test_a_chosen_file_that_cannot_be_looked_at_is_an_error_that_names_it(tmp_pa
 
 @pytest.mark.parametrize("gpus", [0.5, "0.5"])
 def test_a_part_of_a_gpu_is_refused_with_what_there_is_instead(gpus: object) -> None:
-    with pytest.raises(SpecError, match="a job gets whole ones; to share one, run the programs in one job"):
+    with pytest.raises(SpecError, match="a job gets whole GPUs; to share one, run the programs in one job"):
         job_spec_from_flags([Flag("--gpus", ("resources", "gpus"), gpus), Flag("--", ("entrypoint",), ("python",))])
 
 

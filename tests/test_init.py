@@ -93,8 +93,8 @@ def test_another_file_is_named_as_everywhere(tmp_path: Path) -> None:
         (
             ("lab", "a b"),
             (
-                "error: hosts.0: 'a b' is not a host; write a name from ~/.ssh/config, a DNS name or an address, as "
-                "user@host:port\n"
+                "error: hosts.0: 'a b' is not a host; write [user@]HOST[:port] with a name from ~/.ssh/config or DNS, "
+                "or an address\n"
             ),
         ),
         (

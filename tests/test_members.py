@@ -224,9 +224,7 @@ def test_times_are_read_as_people_write_them(text: str, at: datetime) -> None:
     assert point_in_time(text, now=NOON) == at
 
 
-@pytest.mark.parametrize(
-    ("text", "said"), [("noonish", "is not a time; write 18:00"), ("2026-11-27T11:00", "is over already")]
-)
+@pytest.mark.parametrize(("text", "said"), [("noonish", "is not a time; write 18:00"), ("2026-11-27T11:00", "past")])
 def test_what_is_no_time_to_come_is_refused(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         point_in_time(text, now=NOON)

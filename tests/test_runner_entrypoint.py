@@ -178,7 +178,7 @@ def test_options_are_put_behind_a_launchers_name(entrypoint: str | list[str], ex
     ("entrypoint", "processes", "said"),
     [
         ("cat x | python train.py", None, "launcher: torchrun starts a Python program, and this is a shell command"),
-        ("torchrun --nproc-per-node=4 t.py", 2, "processes: the entrypoint says itself how many ranks there are (4)"),
+        ("torchrun --nproc-per-node=4 t.py", 2, "processes: the entrypoint sets the number of ranks itself (4)"),
     ],
 )
 def test_a_spec_that_torchrun_cannot_start_is_refused(entrypoint: str, processes: int | None, said: str) -> None:

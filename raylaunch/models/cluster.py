@@ -1,4 +1,4 @@
-"""What is observed of a cluster: its nodes and GPUs, its controller, who may use it, and what is drained.
+"""What is observed of a cluster: its nodes and GPUs, its controller, its people, and drained hosts.
 
 As in `raylaunch.models.job`, every model is the wire format. Times are seconds since the epoch (UTC), sizes bytes.
 """
@@ -15,7 +15,7 @@ from raylaunch.models.job import JobView, View, WheelSet
 
 
 class GpuView(View):
-    """One GPU of a node. Memory is None where ``nvidia-smi`` says ``[N/A]`` (unified memory)."""
+    """One GPU of a node. Memory is None if ``nvidia-smi`` prints ``[N/A]`` (unified memory)."""
 
     index: str
     uuid: str = ""
@@ -25,17 +25,17 @@ class GpuView(View):
     utilization: Capacity | None = None
     """Percent."""
     processes: tuple[str, ...] = ()
-    """Who uses it outside raylaunch: ``user:pid:command``."""
+    """Processes that use it outside raylaunch: ``user:pid:command``."""
 
 
 class Drain(View):
-    """A host that gets no new attempts, since when, by whom, and until when."""
+    """A host that gets no new attempts: since when, by whom, and until when."""
 
     host: str
     person: str
     since: Moment
     until: Moment | None = None
-    """When it takes jobs again by itself; None for not before somebody says so."""
+    """End of the drain; None until it is lifted by hand."""
 
     def __str__(self) -> str:
         until = f" until {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(self.until))}" if self.until else ""
@@ -43,7 +43,7 @@ class Drain(View):
 
 
 class NodeView(View):
-    """One machine of the Ray cluster: what it has, and what of that nothing holds."""
+    """One machine of the Ray cluster: its resources, and how much of them is free."""
 
     id: str
     hostname: str
@@ -61,20 +61,20 @@ class NodeView(View):
     gpu_type: str = ""
     gpu: tuple[GpuView, ...] = ()
     disk_free: Count | None = None
-    """What the disk of raylaunch's folder there has left."""
+    """Free bytes on the disk of raylaunch's folder there."""
     steward: bool = False
-    """Whether its steward answers."""
+    """Whether its node agent responds."""
     drain: Drain | None = None
     """Set while it gets no new attempts."""
 
     @property
     def ready(self) -> bool:
-        """Whether an attempt can start there, as far as Ray and raylaunch are concerned."""
+        """Whether Ray and raylaunch can start an attempt there."""
         return self.alive and self.steward
 
 
 class ProcessView(View):
-    """One process of the cluster, identified by pid and start time so that a reused pid is not mistaken for it."""
+    """One process of the cluster, identified by pid and start time because pids are reused."""
 
     pid: Count
     started_at: Moment
@@ -105,10 +105,10 @@ class ClusterStatus(View):
 
 
 class ControllerStatus(View):
-    """What the controller says of itself, Ray and the nodes (``GET /v1/status``).
+    """The state of the controller, Ray and the nodes (``GET /v1/status``).
 
-    `person` and `role` are those of the token that asks; `queued` and `running` count jobs; `store` is a folder on the
-    head, `store_free` what its disk has left.
+    `person` and `role` are those of the request's token; `queued` and `running` count jobs; `store` is a folder on the
+    head, `store_free` the free bytes of its disk.
     """
 
     cluster: str
@@ -129,22 +129,22 @@ class ControllerStatus(View):
 
 
 class ClusterPython(View):
-    """What jobs that name no environment get (``GET /v1/python``), and the interpreter that runs Ray."""
+    """The environment of jobs that name none (``GET /v1/python``), and the interpreter that runs Ray."""
 
     environment: Environment = Environment()
     """`environment` of cluster.yaml."""
     version: str = ""
-    """Of the Python that runs Ray; empty where somebody else runs it."""
+    """Version of the Python that runs Ray; empty if somebody else runs Ray."""
     prefix: str = ""
-    """Its folder, on the head."""
+    """Folder of that Python, on the head."""
     ray: str = ""
     """Version of Ray."""
 
 
 class EnvironmentWheels(View):
-    """Wheels of the environment that cluster.yaml lists, gathered at `up` for nodes without an index.
+    """Wheels for the environment in cluster.yaml, gathered by `up` for nodes without an index.
 
-    They are what ``PUT /v1/python/wheels`` takes; their bytes are packages of the cluster.
+    The body of ``PUT /v1/python/wheels``; the wheels themselves are packages of the cluster.
     """
 
     environment: Environment
@@ -152,20 +152,20 @@ class EnvironmentWheels(View):
 
 
 class HostJobs(View):
-    """What runs on one host (``/v1/hosts/HOST``): jobs of ours, without their heavy fields."""
+    """The jobs that are running on one host (``/v1/hosts/HOST``), without their heavy fields."""
 
     host: str
     drain: Drain | None = None
     jobs: tuple[JobView, ...] = ()
     others: str = ""
-    """Where no job of ours runs: what Ray counts as used there all the same, in words; empty when nothing is."""
+    """If no job of raylaunch is running: what Ray counts as used there nevertheless, in words; empty for nothing."""
 
 
 class Quiet(View):
-    """A cluster that begins no attempt for a while (``/v1/quiet``): until when, and what still runs."""
+    """Whether the cluster pauses new attempts (``/v1/quiet``): until when, and which jobs are still running."""
 
     until: Moment | None = None
-    """None when it is not quiet."""
+    """None if it is not paused."""
     jobs: tuple[JobView, ...] = ()
 
 
@@ -176,27 +176,27 @@ class RayAccess(View):
     dashboard_url: str
     token: str = Field(repr=False)
     tls: dict[str, str] = Field(default_factory=dict)
-    """Ray's variables for TLS, with paths on the controller's machine; empty where Ray does not use it."""
+    """Ray's variables for TLS, with paths on the controller's machine; empty if Ray does not use it."""
 
 
 class TokenView(View):
-    """Who may come in, without the token itself: `id` is the beginning of its hash."""
+    """A token or an invitation, without the secret itself: `id` is the start of its hash."""
 
     id: str
     person: str
     role: str
     created_at: Moment | None = None
-    """None for those that were made before this was kept."""
+    """None for tokens that are older than this field."""
     expires_at: Moment | None = None
     made_by: str = ""
     invited: bool = False
-    """Whether it is an invitation that nobody has taken yet; it is over at `expires_at`."""
+    """Whether it is an invitation that was not accepted yet; it expires at `expires_at`."""
     mine: bool = False
-    """Whether it is the one that asks."""
+    """Whether it is the token of this request."""
 
 
 class Invitation(View):
-    """What a person needs to come in: a code that works once, and is worth nothing afterwards."""
+    """What a person needs to join: a code that works once."""
 
     code: str = Field(repr=False)
     person: str
@@ -209,7 +209,7 @@ class Invitation(View):
 
 
 class Admission(View):
-    """What a person became who took an invitation."""
+    """What a person is on the cluster after accepting an invitation."""
 
     person: str
     role: str

@@ -1,4 +1,4 @@
-"""What specs are made of: their base, names, durations and sizes, and the Python environment of a job."""
+"""The types of fields: durations, sizes, bounded numbers, names and variables; the base of specs, and `Environment`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,22 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+KEYS = {"timeout_s": "timeout", "grace_s": "grace", "jobs_s": "jobs", "checkpoints_s": "checkpoints"}
+"""The keys that people write for fields whose names have a unit; the field's own name is accepted too."""
+GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+MOST_SECONDS = 10 * 366 * 86400.0
+
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _WHOLE = re.compile(r"[0-9]{1,18}")
-_MOST = 1e18
+_REQUIREMENT = re.compile(r"[A-Za-z0-9]")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_LAST_MOMENT = 253_402_300_799.0
+_MOST_SIZE = 1e18
+_MOST_BYTES = 1 << 60
+_MOST_AMOUNT = 1_000_000.0
 
 
 def seconds(value: object) -> object:
@@ -33,14 +44,14 @@ def seconds(value: object) -> object:
 
 
 def point_in_time(text: str, *, now: datetime) -> datetime:
-    """Read a time to come: ``18:00`` (today, or tomorrow if that is over), ``2026-11-28T18:00``, or ``2h`` from now.
+    """Read a future time: ``18:00`` (today, or tomorrow if that is past), ``2026-11-28T18:00``, or ``2h`` from now.
 
     Args:
         text: what a person wrote.
-        now: the time now, in the zone that the person means.
+        now: the current time, in the person's time zone.
 
     Raises:
-        ValueError: it is none of these, or is over.
+        ValueError: it is none of these, or is in the past.
     """
     if clock := re.fullmatch(r"(\d{1,2}):(\d{2})", text.strip()):
         at = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
@@ -52,19 +63,19 @@ def point_in_time(text: str, *, now: datetime) -> datetime:
     try:
         at = datetime.fromisoformat(text.strip())
     except ValueError:
-        msg = f"{text!r} is not a time; write 18:00, 2026-11-28T18:00, or from now on: 90m, 2h, 3d"
+        msg = f"{text!r} is not a time; write 18:00, 2026-11-28T18:00, or a duration from now: 90m, 2h, 3d"
         raise ValueError(msg) from None
     at = at if at.tzinfo else at.replace(tzinfo=now.tzinfo)
     if at <= now:
-        msg = f"{text!r} is over already"
+        msg = f"{text!r} is in the past"
         raise ValueError(msg)
     return at
 
 
 def whole(text: str) -> int | None:
-    """Return a number that somebody else wrote in at most 18 digits; None for anything else.
+    """Return a whole number of at most 18 ASCII digits from untrusted text; None for anything else.
 
-    `int` itself reads digits of other scripts than `str.isdigit` knows, and fails for more than 4,300.
+    `int` alone accepts digits of other scripts, and fails for more than 4,300.
     """
     return int(text) if _WHOLE.fullmatch(text) else None
 
@@ -82,7 +93,7 @@ def size_bytes(value: object) -> object:
         msg = f"{value!r} is not a size; write bytes, or 512MiB, 8GiB, 16G"
         raise ValueError(msg)
     number, unit = float(match.group(1)), (match.group(2) or "").lower()
-    if number > _MOST:
+    if number > _MOST_SIZE:
         msg = f"{value[:40]!r} is more than any disk holds"
         raise ValueError(msg)
     if not unit:
@@ -91,49 +102,33 @@ def size_bytes(value: object) -> object:
     return int(number * (1000 if decimal else 1024) ** ("kmgt".index(unit[0]) + 1))
 
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
-_REQUIREMENT = re.compile(r"[A-Za-z0-9]")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
-GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-
-
-MOST_SECONDS = 10 * 366 * 86400.0
-_LAST_MOMENT = 253_402_300_799.0
-_MOST_BYTES = 1 << 60
-_MOST_AMOUNT = 1_000_000.0
-
-# Every number that comes from outside is finite and has bounds: one that is not would reach arithmetic, a database and
-# other people's lists, and JSON has no way to write it.
+# Every number from outside is finite and bounded: JSON cannot represent others, and they would reach arithmetic, a
+# database and other people's lists.
 Seconds = Annotated[float, BeforeValidator(seconds), Field(gt=0, le=MOST_SECONDS, allow_inf_nan=False)]
-"""A duration of more than nothing, at most ten years."""
+"""A duration of more than 0, at most ten years."""
 SomeSeconds = Annotated[float, Field(ge=0, le=MOST_SECONDS, allow_inf_nan=False)]
-"""A duration that may be nothing."""
+"""A duration that may be 0."""
 Moment = Annotated[float, Field(ge=0, le=_LAST_MOMENT, allow_inf_nan=False)]
 """Seconds since the epoch, up to the year 9999."""
 Bytes = Annotated[int, BeforeValidator(size_bytes), Field(ge=0, le=_MOST_BYTES)]
 Amount = Annotated[float, Field(ge=0, le=_MOST_AMOUNT, allow_inf_nan=False)]
-"""How much of a resource a job asks for."""
+"""How much of a resource a job requests."""
 Capacity = Annotated[float, Field(ge=0, le=1e24, allow_inf_nan=False)]
 """How much of a resource a node has."""
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
-"""How many of something, or how many bytes."""
+"""A number of things, or of bytes."""
 Whole = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
-"""A whole number that is judged where it is used."""
+"""A whole number that is checked where it is used."""
 ExitCode = Annotated[int, Field(ge=-(1 << 31), lt=1 << 32)]
 Port = Annotated[int, Field(ge=0, lt=1 << 16)]
 StepNumber = Annotated[float, Field(ge=-1e24, le=1e24, allow_inf_nan=False)]
-"""Where a training stands, in whatever it counts: nanoseconds since the epoch too."""
-
-
-KEYS = {"timeout_s": "timeout", "grace_s": "grace", "jobs_s": "jobs", "checkpoints_s": "checkpoints"}
-"""What people write for a field whose name has a unit; the field's own name is taken too."""
+"""A step of a program, in its own unit, which may be nanoseconds since the epoch."""
 
 
 class Spec(BaseModel):
-    """Base of everything that is asked for: frozen, and strict about unknown fields.
+    """Base of specs: frozen, and strict about unknown fields.
 
-    The text under a field, with its example, is what the reference prints of it (``make docs-reference``).
+    The string below a field, with its example, is the field's description in the reference (``make docs-reference``).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -145,10 +140,10 @@ class Spec(BaseModel):
 
 
 def by_field(data: object, keys: Mapping[str, str]) -> object:
-    """Return what was written with each of `keys` under its field's name.
+    """Return `data` with each of `keys`, which maps fields to keys, renamed to its field.
 
     Raises:
-        ValueError: both are there.
+        ValueError: a key and its field are both there.
     """
     if not isinstance(data, dict) or (keys.keys().isdisjoint(data) and set(keys.values()).isdisjoint(data)):
         return data
@@ -163,7 +158,7 @@ def by_field(data: object, keys: Mapping[str, str]) -> object:
 EnvironmentKind = Literal["auto", "default", "ray", "python", "conda", "venv", "uv", "pip"]
 
 OF_THE_CLUSTER: frozenset[EnvironmentKind] = frozenset({"auto", "default"})
-"""Kinds that leave the environment to the cluster. The client replaces `auto` when it submits."""
+"""Kinds with which the cluster chooses the environment. The client replaces `auto` when it submits."""
 
 ENVIRONMENTS: tuple[tuple[str | dict[str, object], str], ...] = (
     (
@@ -182,11 +177,11 @@ ENVIRONMENTS: tuple[tuple[str | dict[str, object], str], ...] = (
     ({"pip": ["numpy", "torch==2.13.0"]}, "Packages, installed once for each content."),
     ({"pip": "requirements.txt"}, "A requirements file in the working directory; `pip:requirements.txt` is the same."),
 )
-"""How a person writes each kind of environment, and what it is."""
+"""How each kind of environment is written, and what it is."""
 
 
 class Environment(Spec):
-    """The Python environment of a job: ENVIRONMENTS says how each kind is written."""
+    """The Python environment of a job; `ENVIRONMENTS` shows how each kind is written."""
 
     kind: EnvironmentKind = "default"
     value: str = ""
@@ -240,21 +235,21 @@ def _environment_from_text(text: str) -> dict[str, object]:
 
 
 def _listed(text: str) -> tuple[str, ...]:
-    """Read ``[numpy, torch==2.13.0]`` as YAML would. A comma inside brackets or behind one of them is a version's."""
+    """Read ``[numpy, torch==2.13.0]`` as YAML would. A comma inside brackets or before an operator is a version's."""
     if not text.endswith("]"):
-        msg = f"pip: {text} has no end; write pip: [numpy, torch==2.13.0]"
+        msg = f"pip: {text} has no closing bracket; write pip: [numpy, torch==2.13.0]"
         raise ValueError(msg)
     words = re.split(r",\s*(?![<>=!~\d])(?![^\[]*\])", text[1:-1])
     return tuple(word.strip().strip("'\"") for word in words if word.strip())
 
 
 class Retention(Spec):
-    """How long the store keeps what jobs leave behind. Without a setting, for ever."""
+    """How long the store keeps the files of ended jobs. Without a setting, permanently."""
 
     jobs_s: Seconds | None = None
-    """How long a job that has ended stays, with its record and all of its files. Example: `180d`"""
+    """How long an ended job is kept, with its record and all of its files. Example: `180d`"""
     checkpoints_s: Seconds | None = None
-    """How long the checkpoints of a job that has ended stay; outputs, logs and metrics outlive them. Example: `14d`"""
+    """How long the checkpoints of an ended job are kept; outputs, logs and metrics stay. Example: `14d`"""
 
 
 def as_list(value: object) -> object:
@@ -277,7 +272,7 @@ Requirements = Annotated[Words, AfterValidator(_requirements)]
 
 
 def _as_text(value: object) -> object:
-    """YAML reads ``1`` and ``true`` as numbers and booleans; in an environment they are text."""
+    """Return numbers and booleans as text, which is what variables are; YAML reads ``1`` and ``true`` as such."""
     return {key: _scalar_text(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
@@ -296,7 +291,7 @@ def _variables(value: dict[str, str]) -> dict[str, str]:
             msg = f"{name} cannot be set: raylaunch gives each job its GPUs; ask for them with resources.gpus"
             raise ValueError(msg)
         if name.startswith("RAYLAUNCH_"):
-            msg = f"{name} cannot be set: names that begin with RAYLAUNCH_ are raylaunch's own"
+            msg = f"{name} cannot be set: names that start with RAYLAUNCH_ are reserved"
             raise ValueError(msg)
     return value
 
@@ -318,7 +313,7 @@ SecretNames = Annotated[Words, AfterValidator(_secret_names)]
 
 
 class PlacedError(ValueError):
-    """What is wrong with a value, and at which place inside it: the line of that place is the one to show."""
+    """What is wrong with a value; `inside` is the path to the part whose line number the message shows."""
 
     def __init__(self, message: str, inside: tuple[str | int, ...]) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""What is asked for of one host in cluster.yaml, and of all. Frozen, validated, no I/O."""
+"""`HostSpec` and `HostDefaults`: one host of cluster.yaml, and the settings of all. Frozen, validated, no I/O."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Cpus = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)] | None
 
 
 def _unless(fits: Callable[[str], object], words: str) -> AfterValidator:
-    """Return what refuses a text that is there and does not fit; `words` follow the text itself."""
+    """Return a validator that refuses non-empty text that does not fit; `words` follow the text in the message."""
 
     def check(value: str) -> str:
         if value and not fits(value):
@@ -72,53 +72,51 @@ _Name = Annotated[
     str,
     _unless(_LABEL.fullmatch, "is not a host's name; use letters, digits, '.', '_' and '-', at most 63"),
 ]
-_Address = Annotated[
-    str, _unless(_is_address, "is not an IP address; names are for host, and what Ray binds to is an address")
-]
+_Address = Annotated[str, _unless(_is_address, "is not an IP address, which Ray needs to bind to; names go into host")]
 _Fingerprint = Annotated[
     str,
-    _unless(_FINGERPRINT.fullmatch, "is not a fingerprint; it looks as SHA256:… in the output of: ssh-keygen -lf KEY"),
+    _unless(_FINGERPRINT.fullmatch, "is not a fingerprint; copy SHA256:… from the output of: ssh-keygen -lf KEY"),
 ]
 _User = Annotated[str, _unless(_USER.fullmatch, "is not an account's name; use letters, digits, '.', '_', '-' and '@'")]
 _Interface = Annotated[str, _unless(_INTERFACE.fullmatch, "is not the name of a network interface, for example eth0")]
-_Path = Annotated[str, _unless(_is_path, "is not a path: it begins with - or contains control characters")]
+_Path = Annotated[str, _unless(_is_path, "is not a path: it starts with - or contains control characters")]
 _Jump = Annotated[str, _unless(_is_jump, "is not a jump host; write host, user@host or user@host:port, or none")]
 
 
 class HostDefaults(Spec):
-    """What holds for every host of the cluster, unless the host says otherwise."""
+    """Settings for every host of the cluster; a host may override them."""
 
     user: _User = ""
-    """The account to log in as; without it what `~/.ssh/config` says, else yours. It need not be root. Example: `ml`"""
+    """The account to log in as; default from `~/.ssh/config`, else yours. It need not be root. Example: `ml`"""
     port: Annotated[int, Field(ge=1, le=LARGEST_PORT)] | None = None
-    """The port of its sshd; without it what `~/.ssh/config` says, else 22. Example: `2222`"""
+    """The port of sshd; default from `~/.ssh/config`, else 22. Example: `2222`"""
     key: _Path = ""
-    """The private key to log in with; without it ssh-agent, `~/.ssh/config` and the usual files. It is never copied.
+    """The private key to log in with; default ssh-agent, `~/.ssh/config` and the usual files. It is never copied.
     Example: `~/.ssh/id_dgx`"""
     jump: Annotated[tuple[_Jump, ...], BeforeValidator(as_list)] = ()
-    """The machines to go through, in order, as `ProxyJump` has them. Example: `[gate.example.org]`"""
+    """The jump hosts, in order, as in `ProxyJump`. Example: `[gate.example.org]`"""
     interface: _Interface = ""
-    """The network interface on the cluster's network, for Ray, NCCL and Gloo; without it the one that bears the
-    address. Example: `ens1f0np0`"""
+    """The network interface for Ray, NCCL and Gloo; default the one that has the host's address on the cluster's
+    network. Example: `ens1f0np0`"""
     gpus: ClusterGpus = "auto"
     """As for the cluster: `auto`, a list of indices or UUIDs, or a number. Example: `[0, 1, 2, 3]`"""
     cpus: Cpus = None
-    """CPU cores that jobs may use there; without it all. Example: `64`"""
+    """CPU cores that jobs may use there; default all. Example: `64`"""
     labels: dict[str, str] = Field(default_factory=dict)
     """Labels of the node, for `where` in jobs; added to those of all hosts. Example: `{disk: nvme}`"""
     root: _Path = ""
-    """raylaunch's folder on the host; without it `~/.raylaunch`. Example: `/raid/ml/raylaunch`"""
+    """raylaunch's folder on the host; default `~/.raylaunch`. Example: `/raid/ml/raylaunch`"""
     environment: str = ""
-    """The Python environment that runs Ray there, which raylaunch then does not make itself: `venv:PATH`, `conda:NAME`,
-    or an interpreter's path. Example: `conda:ray`"""
+    """An existing Python environment to run Ray in, instead of one that raylaunch makes: `venv:PATH`, `conda:NAME`, or
+    the path of an interpreter. Example: `conda:ray`"""
     env: Variables = Field(default_factory=dict)
-    """Environment variables of all that runs there; added to those of all hosts. Example: `{HF_HOME: /raid/hf}`"""
+    """Environment variables of all programs there; added to those of all hosts. Example: `{HF_HOME: /raid/hf}`"""
 
     @field_validator("environment")
     @classmethod
     def _environment_is_one_that_is_there(cls, value: str) -> str:
         if value and Environment.model_validate(value).kind not in {"python", "venv", "conda"}:
-            msg = f"{value!r} is made for a job; a host needs one that is there: venv:PATH, conda:NAME, /path/to/python"
+            msg = f"{value!r} is for jobs; a host needs an existing environment: venv:PATH, conda:NAME, /path/to/python"
             raise ValueError(msg)
         return value
 
@@ -133,20 +131,20 @@ class HostDefaults(Spec):
 
 
 class HostSpec(HostDefaults):
-    """One host: a name, or an object with `host` and what differs from the others."""
+    """One host: a name, or an object with `host` and settings of its own."""
 
     host: str
-    """Its name for ssh, from `~/.ssh/config` or DNS, or its address; `user@host:port` is understood.
+    """Its name for ssh, from `~/.ssh/config` or DNS, or its address; `user@host:port` works too.
     Example: `dgx-1.example.org`"""
     name: _Name = ""
-    """What it is called here and in `where`; without it the first part of `host`. Example: `dgx-1`"""
+    """Its name here and in `where`; default the first part of `host`. Example: `dgx-1`"""
     address: _Address = ""
-    """Its address on the cluster's network, where that is not the one that ssh reaches. Example: `10.0.0.1`"""
+    """Its address on the cluster's network, if that is not the one that ssh connects to. Example: `10.0.0.1`"""
     fingerprint: _Fingerprint = ""
-    """The host key that it must show; without it known_hosts decides.
+    """The expected host key; default as in known_hosts.
     Example: `SHA256:uNiVztksCsDhcc0u9e8BgrJXVGbmkfEyjFn8WEgbPGI`"""
     store: _Path = ""
-    """The folder of records, logs and outputs; the first host alone has one. Example: `/raid/ml/store`"""
+    """The folder for records, logs and outputs; only for the first host. Example: `/raid/ml/store`"""
 
     @model_validator(mode="before")
     @classmethod
@@ -167,7 +165,7 @@ class HostSpec(HostDefaults):
 
 
 def _host_from_text(text: str) -> dict[str, object]:
-    """Read ``[ssh://][user@]host[:port]``; an IPv6 address with a port stands in brackets."""
+    """Read ``[ssh://][user@]host[:port]``; an IPv6 address with a port needs brackets."""
     user, _, rest = text.strip().removeprefix("ssh://").rstrip("/").rpartition("@")
     host, port = rest, ""
     if rest.startswith("["):
@@ -176,7 +174,7 @@ def _host_from_text(text: str) -> dict[str, object]:
     elif rest.count(":") == 1:
         host, _, port = rest.partition(":")
     if not (_HOST.fullmatch(host) or _is_address(host)) or (port and not port.isdigit()):
-        msg = f"{text!r} is not a host; write a name from ~/.ssh/config, a DNS name or an address, as user@host:port"
+        msg = f"{text!r} is not a host; write [user@]HOST[:port] with a name from ~/.ssh/config or DNS, or an address"
         raise ValueError(msg)
     return {"host": host} | ({"user": user} if user else {}) | ({"port": int(port)} if port else {})
 
@@ -186,7 +184,7 @@ def _short_name(host: str) -> str:
 
 
 def name_as_written(host: object) -> str:
-    """Return what a host would be called, from what the file says of it; empty where that cannot be said yet."""
+    """Return the name that a host will get, from its entry in the file; empty if the entry is invalid."""
     if isinstance(host, HostSpec):
         return host.name or _short_name(host.host)
     if isinstance(host, Mapping):
@@ -198,7 +196,7 @@ def name_as_written(host: object) -> str:
 
 
 def named(hosts: Sequence[HostSpec]) -> tuple[HostSpec, ...]:
-    """Give a name to each host that has none: the first part of its own, or all of it where that is another's."""
+    """Give a name to each host that has none: the first part of `host`, or all of it if the part is not unique."""
     short = Counter(host.name or _short_name(host.host) for host in hosts)
 
     def name(host: HostSpec) -> str:
@@ -209,10 +207,10 @@ def named(hosts: Sequence[HostSpec]) -> tuple[HostSpec, ...]:
 
 
 def refuse_doubles(hosts: Sequence[HostSpec]) -> None:
-    """Refuse hosts of which two are the same, or are called so.
+    """Refuse two hosts with the same host, name or address.
 
     Raises:
-        PlacedError: there are such.
+        PlacedError: there are two.
     """
     seen: dict[tuple[str, str], int] = {}
     for index, host in enumerate(hosts):
@@ -230,11 +228,10 @@ def refuse_doubles(hosts: Sequence[HostSpec]) -> None:
 def merged(
     host: HostSpec, defaults: HostDefaults, cluster: Mapping[str, object], common_env: Mapping[str, str]
 ) -> HostSpec:
-    """Return a host with what holds for all where it says nothing itself: its defaults', then the cluster's."""
+    """Return a host with the settings that it leaves out: from the defaults, else from the cluster."""
     changes: dict[str, object] = {}
-    said = host.model_fields_set
     for field in HostDefaults.model_fields:
-        if field in said or field in {"labels", "env"}:
+        if field in host.model_fields_set or field in {"labels", "env"}:
             continue
         if field in defaults.model_fields_set:
             changes[field] = getattr(defaults, field)

@@ -1,8 +1,7 @@
-"""What is observed: jobs, attempts, events, metrics, artifacts, the cluster.
+"""What is observed of jobs: attempts, events, logs, metrics, files, usage; and what is sent to submit one.
 
 Every model here is the wire format: the same object is the HTTP answer, the CLI's ``--json``, MCP's structured content
-and the notebook's repr. Times are seconds since the epoch (UTC), sizes bytes, durations seconds. Where a job stands
-(`raylaunch.models.states`) is had from here as well.
+and the notebook's repr. Times are seconds since the epoch (UTC), sizes bytes, durations seconds.
 """
 
 from __future__ import annotations
@@ -13,41 +12,36 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from raylaunch.models.fields import Count, Environment, ExitCode, Moment, StepNumber, Whole
 from raylaunch.models.job_spec import JobSpec
-from raylaunch.models.states import ENDED as ENDED  # noqa: PLC0414 -- exported again
-from raylaunch.models.states import Change as Change  # noqa: PLC0414 -- exported again
-from raylaunch.models.states import IllegalTransition as IllegalTransition  # noqa: PLC0414 -- exported again
-from raylaunch.models.states import JobState as JobState  # noqa: PLC0414 -- exported again
-from raylaunch.models.states import Reason
-from raylaunch.models.states import transition as transition  # noqa: PLC0414 -- exported again
+from raylaunch.models.states import JobState, Reason
 
 
 class View(BaseModel):
-    """Base of everything that is observed: immutable, and tolerant of fields that a newer controller adds."""
+    """Base of observed values: immutable, and tolerant of fields that a newer controller adds."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
 
 class WandbLink(View):
-    """The W&B side of a job, on-line or off: its run, and those that its program opened in addition."""
+    """The W&B side of a job, online or offline: its run, and others that its program opened."""
 
     mode: Literal["online", "offline", "disabled"]
     run_id: str
-    """The job's run: the first that its program opened. Known in advance, unless the program gives an id itself."""
+    """The job's run: the first that its program opened. Known in advance, unless the program sets an id itself."""
     project: str
     entity: str = ""
     url: str = ""
     why: str = ""
     """Why this mode, in words (``no W&B credentials``, ``W&B did not answer within 10 s``)."""
     runs: tuple[str, ...] = ()
-    """Ids of all runs that were opened, over all attempts, in the order of their start; 100 of an attempt at most."""
+    """Ids of the runs of all attempts, in the order of their start; at most 100 per attempt."""
     staged_bytes: Count = 0
-    """Size of the files of artifacts and tables of off-line runs: kept with the job, and not at W&B yet."""
+    """Size of the files of artifacts and tables of offline runs: kept with the job, and not at W&B yet."""
 
 
 class AttemptView(View):
     """One run of a job: one Ray submission with the id ``<job>-<n>``, where `n` counts from 1.
 
-    It was `admitted_at` when its turn came; its program ran from `started_at`. `pid` is its program's, on the node.
+    It left the queue at `admitted_at`; its program ran from `started_at`, with the process id `pid` on the node.
     """
 
     id: str
@@ -65,17 +59,17 @@ class AttemptView(View):
     """Ids that the attempt saw in ``CUDA_VISIBLE_DEVICES``."""
     pid: Count | None = None
     ranks: Count = 1
-    """How many ranks its launcher starts, each with a log of its own; 0 where that cannot be known before."""
+    """How many ranks its launcher starts, each with its own log; 0 if that is not known in advance."""
     failed_rank: Count | None = None
-    """The rank that failed first: exit code, signal and last lines are its own."""
+    """The rank that failed first; exit code, signal and last lines are those of this rank."""
     reason: Reason | None = None
     message: str = ""
     replicated: bool = False
-    """Whether all that it left behind is in the store."""
+    """Whether all of its files are in the store."""
 
 
 class Progress(View):
-    """How far the training says it is: `step` of `total`, in whatever it counts; said `at`."""
+    """The progress that a program reported: `step` of `total` in its own unit, reported `at`."""
 
     step: StepNumber
     total: StepNumber | None = None
@@ -90,26 +84,26 @@ class FileFact(View):
 
 
 class LinkFact(View):
-    """A symbolic link that leads out of the working directory: its path there, and what it leads to."""
+    """A symbolic link that leads out of the working directory: its path there, and its target."""
 
     path: str
     target: str
 
 
 class PackReport(View):
-    """What the client packed: said to the person, and kept with the job. `ignored` counts files and whole folders."""
+    """What the client packed, shown to the person and kept with the job. `ignored` counts files and whole folders."""
 
     files: Count = 0
     bytes: Count = 0
     ignored: Count = 0
     ignored_bytes: Count = 0
     ignored_by: tuple[str, ...] = ()
-    """The rules that left something out, as written (``.gitignore: *.pt``, ``built in: .venv/``)."""
+    """The rules that matched something, as written (``.gitignore: *.pt``, ``built in: .venv/``)."""
     largest: tuple[FileFact, ...] = ()
     links: tuple[LinkFact, ...] = ()
     """Links that lead out of the working directory; the first 100."""
     links_out: Count = 0
-    """How many there are."""
+    """How many such links there are in all."""
 
 
 class GitFacts(View):
@@ -123,7 +117,7 @@ class GitFacts(View):
 
 
 class EnvironmentFacts(View):
-    """What the node found in the job's environment before training started."""
+    """What the node found in the job's environment before the program started."""
 
     python: str = ""
     """Path of the interpreter."""
@@ -136,22 +130,22 @@ class EnvironmentFacts(View):
 
 
 class EnvironmentChoice(View):
-    """Which Python environment a job got when it was submitted, and why. The client makes it."""
+    """Which Python environment a job got when it was submitted, and why. The client chooses it."""
 
     environment: Environment
     source: Literal["job", "cluster", "lock", "active", "own"]
     """Named by the job; by cluster.yaml; by `uv.lock` in the working directory; active where it was submitted; or the
     interpreter that runs Ray."""
     python: str = ""
-    """Version of its interpreter, as far as it is known before the job runs."""
+    """Version of its interpreter, if it is known before the job runs."""
     where: str = ""
-    """Its folder or name, where `environment` does not have it."""
+    """Its folder or name, if `environment` does not have it."""
     packages: tuple[str, ...] = ()
-    """What the job adds to it."""
+    """Packages that the job adds to it."""
     note: str = ""
-    """What was passed over, and how to use that instead."""
+    """What was not used, and how to use it instead."""
     here: bool = False
-    """Whether the cluster is on the machine that submitted, so that paths mean the same there."""
+    """Whether the cluster is on the machine that submitted the job, so that paths mean the same there."""
 
     def __str__(self) -> str:
         python = f"Python {'.'.join(self.python.split('.')[:2])}" if self.python else "Python"
@@ -172,10 +166,10 @@ class EnvironmentChoice(View):
 
 
 class JobView(View):
-    """One job as anybody with the role to see it sees it.
+    """One job, as people with the role to see it see it.
 
-    It is `unreachable` while its node does not answer, and `state` is then as it was last seen. `outputs` counts files,
-    `entrypoint` is its command as one line, `owner` the person who submitted it.
+    It is `unreachable` while its node does not respond; `state` is then the last known one. `outputs` counts files,
+    `entrypoint` is the command as one line, `owner` the person who submitted the job.
     """
 
     id: str
@@ -186,7 +180,7 @@ class JobView(View):
     message: str = ""
     """The reason as a sentence for people, with the numbers of this job."""
     spec: JobSpec | None = None
-    """None for a foreign job: one that was submitted with plain ``ray job submit``."""
+    """None for a foreign job, which was submitted with plain ``ray job submit``."""
     foreign: bool = False
     entrypoint: str = ""
     created_at: Moment
@@ -205,7 +199,7 @@ class JobView(View):
     chosen: EnvironmentChoice | None = None
     environment: EnvironmentFacts | None = None
     log_tail: tuple[str, ...] = ()
-    """The last lines of the latest attempt: of one that runs, and of one that did not succeed."""
+    """The last lines of the latest attempt, if it is running or did not succeed."""
     cursor: Count = 0
     """Sequence number of the job's last event: pass it to ``events`` to see only what comes after."""
 
@@ -215,7 +209,7 @@ class JobView(View):
         return self.attempts[-1] if self.attempts else None
 
     def ran_s(self, now: float) -> float | None:
-        """Return how long its program has run in all attempts, without the time between them; None before the first.
+        """Return for how long its program ran, summed over all attempts; None before the first.
 
         Args:
             now: seconds since the epoch, for an attempt that has not ended.
@@ -235,13 +229,13 @@ class JobPage(View):
     """Pass it to get the next page; empty on the last."""
     total: Count
     unreadable: tuple[str, ...] = ()
-    """Ids of jobs that belong here and whose records cannot be read; they are left out."""
+    """Ids of jobs on this page whose records cannot be read; they are left out."""
 
 
 class Event(View):
     """Something that happened; `seq` grows by one and never repeats within a cluster.
 
-    `kind` is a word for programs, `message` a sentence, `state` the job's when it had happened.
+    `kind` is a word for programs, `message` a sentence, `state` the job's state afterwards.
     """
 
     seq: Count
@@ -259,6 +253,43 @@ class EventPage(View):
     cursor: Count
 
 
+class BuildPlatform(View):
+    """The facts of a node that determine which wheels fit it."""
+
+    arch: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,20}$")]
+    """As ``uname -m`` prints it."""
+    glibc: Annotated[str, Field(pattern=r"^([0-9]{1,3}\.[0-9]{1,3})?$")]
+    """Its version, for example ``2.35``; empty for another C library."""
+    python: Annotated[str, Field(pattern=r"^[0-9]\.[0-9]{1,3}(\.[0-9]{1,3})?[a-z0-9+]{0,8}$")]
+    """The full version of the Python that environments are created with there."""
+
+    @property
+    def minor(self) -> str:
+        """Python's version without the patch number."""
+        return ".".join(self.python.split(".")[:2])
+
+    def __str__(self) -> str:
+        return f"Python {self.minor} on {self.arch}"
+
+
+class WheelFile(View):
+    """One wheel; its content is stored as a package of the cluster under its sha256."""
+
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+!-]+\.whl$", max_length=255)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    build: bool = False
+    """Whether it only builds a project of the working directory, and is not installed."""
+    added: bool = False
+    """Whether it is for packages that a job adds to the cluster's own environment, whose wheels the cluster has."""
+
+
+class WheelSet(View):
+    """All wheels of an environment, for one platform."""
+
+    platform: BuildPlatform
+    wheels: tuple[WheelFile, ...]
+
+
 class SubmitRequest(View):
     """What a client sends to submit a job. `secrets` are values for this job alone, and are never stored in records."""
 
@@ -266,35 +297,35 @@ class SubmitRequest(View):
 
     spec: JobSpec
     package: str = ""
-    """sha256 of the packed working directory, already uploaded; empty when there is none."""
+    """sha256 of the packed working directory, already uploaded; empty if there is none."""
     request_id: str = ""
     pack: PackReport | None = None
     git: GitFacts | None = None
     chosen: EnvironmentChoice | None = None
-    """Which environment it is, and why, for the record: `spec` has the environment itself."""
+    """Why it has this environment, for the record; `spec` has the environment itself."""
     secrets: dict[str, str] = Field(default_factory=dict, repr=False)
     wheels: tuple[WheelSet, ...] = ()
-    """What its environment is made of on nodes that reach no package index; uploaded as packages."""
+    """Wheels for its environment on nodes that reach no package index; uploaded as packages."""
     wheels_sought: bool = False
-    """Whether they were looked for, and all that could be had goes along."""
+    """Whether the client gathered wheels; `wheels` are then all that could be found."""
 
 
 class SubmitAnswer(View):
-    """The job; `created` is False when the idempotency key had already made it."""
+    """The job; `created` is False if the request id was used for it before."""
 
     job: JobView
     created: bool
 
 
 class DryRun(View):
-    """What a submission would do: the hostnames that it could run on, and a sentence."""
+    """What a submission would do: the hostnames that the job could run on, and a sentence."""
 
     fits: tuple[str, ...]
     message: str
     wheels_for: tuple[BuildPlatform, ...] = ()
-    """Platforms of nodes that could run it and reach no package index: wheels of its environment go along."""
+    """Platforms of nodes that could run it and reach no package index: they need the wheels of its environment."""
     wheels_there: tuple[BuildPlatform, ...] = ()
-    """Platforms for which the cluster has the wheels of its own environment, where the job uses that."""
+    """Platforms for which the cluster has the wheels of its own environment, if the job uses that."""
     environment: Environment = Environment()
     """Its environment: its own, or the cluster's."""
     chosen: EnvironmentChoice | None = None
@@ -306,7 +337,7 @@ class DryRun(View):
 
 
 class MetricPoint(View):
-    """One value of one metric: at which of the run's steps, and when it was logged."""
+    """One value of one metric, with the run's step and the time when it was logged."""
 
     step: StepNumber
     value: float
@@ -314,7 +345,7 @@ class MetricPoint(View):
 
 
 class MetricSeries(View):
-    """The points of one metric, oldest first; thinned evenly to the number asked for, the last always kept."""
+    """The points of one metric, oldest first; thinned evenly to the requested number, the last always kept."""
 
     key: str
     points: tuple[MetricPoint, ...]
@@ -332,7 +363,7 @@ class MetricsRun(View):
 
 
 class MetricsPage(View):
-    """Metrics of a job, over all its attempts: all `keys`, the `last` value of each, and the curves asked for.
+    """Metrics of a job, over all its attempts: all `keys`, the `last` value of each, and the requested curves.
 
     The keys of the job's own run are as the program logged them; those of further `runs` have the run's prefix.
     """
@@ -346,26 +377,26 @@ class MetricsPage(View):
 
 
 class LogMatch(View):
-    """One line that matched a search; `offset` is where it begins, in bytes."""
+    """One line that matched a search; `offset` is where it starts, in bytes."""
 
     offset: Count
     text: str
     line: Count = 0
-    """Its number in the log, from 1; 0 where the search began in the middle and that is not known."""
+    """Its number in the log, from 1; 0 if it is not known because the search started in the middle."""
 
 
 class LogMatches(View):
-    """Matches of a search in one log; search again from `next_offset` (bytes) when there is `more`."""
+    """Matches of a search in one log; search again from `next_offset` (bytes) if there is `more`."""
 
     matches: tuple[LogMatch, ...]
     next_offset: Count
     more: bool
     next_line: Count = 0
-    """The number of the line at `next_offset`; 0 where it is not known."""
+    """The number of the line at `next_offset`; 0 if it is not known."""
 
 
 class Artifact(View):
-    """One file that a job left behind. `attempt` is the one that wrote it; 0 for what belongs to the job."""
+    """One file of a job. `attempt` is the one that wrote it; 0 for files of the job as a whole."""
 
     path: str
     bytes: Whole
@@ -374,15 +405,15 @@ class Artifact(View):
     kind: Literal["output", "checkpoint", "log", "wandb", "record"]
     attempt: Count = 0
     link: str = ""
-    """Of a link to a folder: where it leads, relative; it has no bytes. A link to a file counts as the file."""
+    """The relative target of a link to a folder, which has no bytes. A link to a file counts as the file."""
     left: bool = False
-    """Whether it is an output that was not kept and is still on its node; `get` brings it when it is named."""
+    """Whether it is an output that was not kept and is still on its node; `get` fetches it by name."""
     withheld: bool = False
-    """Whether it looks like a secret, and was not kept: `get` brings it for the job's owner, by its whole name."""
+    """Whether it looks like a secret and was not kept; `get` fetches it for the job's owner, by its whole name."""
 
 
 class Usage(View):
-    """Bytes that one job takes in the store."""
+    """Bytes that one job uses in the store."""
 
     job: str
     name: str
@@ -395,64 +426,23 @@ class Usage(View):
 
 
 class NodeUsage(View):
-    """Bytes that raylaunch takes on the disk of a node, apart from the store."""
+    """Bytes that raylaunch uses on the disk of a node, apart from the store."""
 
     host: str
     environments: Count
-    """Environments that jobs have shared: made once for each content, and used again."""
+    """Environments shared by jobs; each is created once per content."""
     packages: Count
     """Code and wheels that were sent there."""
     attempts: Count
-    """Working folders of attempts that run, checkpoints, and outputs that were left there."""
+    """Folders of running attempts, checkpoints, and outputs that were left there."""
 
 
 class UsagePage(View):
-    """What the store holds, largest first, and what nodes hold apart from it."""
+    """What the store holds, largest first, and what nodes hold in addition."""
 
     jobs: tuple[Usage, ...]
     nodes: tuple[NodeUsage, ...] = ()
-    """Those that answered."""
+    """The nodes that responded."""
     packages: Count
     total: Count
     free: Count
-
-
-class _View(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class BuildPlatform(_View):
-    """What decides which wheels fit a node."""
-
-    arch: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,20}$")]
-    """As ``uname -m`` says."""
-    glibc: Annotated[str, Field(pattern=r"^([0-9]{1,3}\.[0-9]{1,3})?$")]
-    """Its version, as ``2.35``; empty for another C library."""
-    python: Annotated[str, Field(pattern=r"^[0-9]\.[0-9]{1,3}(\.[0-9]{1,3})?[a-z0-9+]{0,8}$")]
-    """The full version of the Python that environments are made from there."""
-
-    @property
-    def minor(self) -> str:
-        """Python's version without the last number."""
-        return ".".join(self.python.split(".")[:2])
-
-    def __str__(self) -> str:
-        return f"Python {self.minor} on {self.arch}"
-
-
-class WheelFile(_View):
-    """One wheel; its bytes are a package of the cluster, by their sha256."""
-
-    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+!-]+\.whl$", max_length=255)]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    build: bool = False
-    """Whether a project of the working directory is built with it, and nothing of it is installed."""
-    added: bool = False
-    """Whether it is for packages that a job adds to the cluster's own environment, whose wheels the cluster has."""
-
-
-class WheelSet(_View):
-    """All wheels of an environment, for one platform."""
-
-    platform: BuildPlatform
-    wheels: tuple[WheelFile, ...]

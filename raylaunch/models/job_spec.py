@@ -1,4 +1,4 @@
-"""What is asked for: `ClusterSpec` (cluster.yaml) and `JobSpec` (job.yaml, flags, a notebook, an MCP call).
+"""`JobSpec`: what a person asks for in job.yaml, with options, in Python or through an MCP tool.
 
 Frozen, validated, no I/O. An unknown field is refused; `raylaunch.config.load` adds file, line and nearest name.
 """
@@ -33,14 +33,14 @@ _OF_RAY = ("node:", "accelerator_type:", "bundle_")
 
 
 class Resources(Spec):
-    """What a job holds on its node while it runs. What no node could ever give is refused at submit."""
+    """What a job holds on its node while it runs. A request that no node could ever satisfy is refused at submit."""
 
     gpus: Annotated[int, Field(ge=0, le=100_000)] = 0
     """GPUs. Example: `1`"""
     cpus: Amount | None = None
-    """CPU cores; without it 1, or none when GPUs are asked for. Example: `4`"""
+    """CPU cores; default 1, or 0 for a job with GPUs. Example: `4`"""
     memory: Bytes = 0
-    """Counted when placing, not enforced. Example: `16GiB`"""
+    """Memory; used for placement, not enforced. Example: `16GiB`"""
     custom: dict[str, Amount] = Field(default_factory=dict)
     """Custom Ray resources. Example: `{scratch: 1}`"""
 
@@ -52,7 +52,7 @@ class Resources(Spec):
         except ValueError:
             return value
         if part and not isinstance(value, bool):
-            msg = f"{value} is a part of a GPU, and a job gets whole ones; to share one, run the programs in one job"
+            msg = f"{value} is a part of a GPU, and a job gets whole GPUs; to share one, run the programs in one job"
             raise ValueError(msg)
         return value
 
@@ -70,21 +70,21 @@ class Resources(Spec):
 
     @property
     def effective_cpus(self) -> float:
-        """CPUs that the job holds: what it asks for, else 1 without GPUs and 0 with them."""
+        """CPUs that the job holds: as requested, else 1 without GPUs and 0 with GPUs."""
         if self.cpus is not None:
             return self.cpus
         return 0.0 if self.gpus else 1.0
 
 
 class Where(Spec):
-    """Which nodes a job may run on. Empty means any."""
+    """Which nodes a job may run on; by default any."""
 
     hosts: tuple[str, ...] = ()
-    """Hostnames, any of them. Example: `[dgx-1]`"""
+    """Hostnames; one of them. Example: `[dgx-1]`"""
     labels: dict[str, str] = Field(default_factory=dict)
     """Labels that the node must have. Example: `{disk: nvme}`"""
     gpu_type: str = ""
-    """A part of the GPU's name. Example: `H100`"""
+    """Part of the GPU's name. Example: `H100`"""
     arch: Literal["", "x86_64", "aarch64"] = ""
     """The node's architecture. Example: `aarch64`"""
 
@@ -93,73 +93,73 @@ class Tracking(Spec):
     """Weights & Biases."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """`auto` is on-line where credentials are found, and off-line where not. Example: `offline`"""
+    """`auto` is online if credentials are found, else offline. Example: `offline`"""
     project: str = ""
-    """The W&B project; without it what the script names, else `raylaunch`. Example: `mnist`"""
+    """The W&B project; default the one that the script names, else `raylaunch`. Example: `mnist`"""
     entity: str = ""
-    """The W&B team or user; without it yours. Example: `my-team`"""
+    """The W&B team or user; default your own. Example: `my-team`"""
     group: str = ""
     """Groups runs in W&B. Example: `ablation`"""
     job_type: str = "train"
-    """W&B's job type. Example: `finetune`"""
+    """The W&B job type. Example: `finetune`"""
 
 
 Launcher = Literal["script", "torchrun", "ray"]
 
 
 class JobSpec(Spec):
-    """One piece of training."""
+    """One job."""
 
     name: str = ""
-    """Letters, digits, `.`, `_`, `-`, at most 63; without it made from the entrypoint. A name may be used again, and
-    then means your latest job of that name; `last` is taken. Example: `digits`"""
+    """Letters, digits, `.`, `_` and `-`, at most 63; by default made from the entrypoint. A name may be used again; it
+    then means your latest job of that name. `last` is reserved. Example: `digits`"""
     entrypoint: str | tuple[str, ...]
-    """What to run. Text is a shell command, run by `bash -eo pipefail`: it fails as soon as a part of it does. A list
-    is a program with its arguments: no shell, no quoting.
+    """What to run. Text is a shell command for `bash -eo pipefail`: it fails as soon as one part fails. A list is a
+    program with its arguments: no shell, no quoting.
     Example: `python train.py --epochs 30`"""
     launcher: Launcher = "script"
-    """How the entrypoint is started: `script` runs it as it is, `torchrun` starts one rank of it a GPU, `ray` is for a
-    Ray Train or Tune program. Example: `torchrun`"""
+    """How the entrypoint is started: `script` runs it unchanged, `torchrun` starts one rank per GPU, `ray` is for a Ray
+    Train or Tune program. Example: `torchrun`"""
     processes: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Ranks on the node, with `launcher: torchrun`; without it one a GPU, else 1. Example: `2`"""
+    """Number of ranks with `launcher: torchrun`; default one per GPU, else 1. Example: `2`"""
     working_dir: str = "."
-    """The folder that is packed and sent, relative to the file; empty for none. The job runs in a copy of it.
+    """The folder to pack and send, relative to the file; empty for none. The job runs in a copy of it.
     Example: `src`"""
     resources: Resources = Resources()
     """What the job holds while it runs. Example: `{gpus: 1, memory: 16GiB}`"""
     where: Where = Where()
     """Which nodes it may run on. Example: `{gpu_type: H100}`"""
     env: Variables = Field(default_factory=dict)
-    """Environment variables. Names that begin with `RAYLAUNCH_`, and those that choose GPUs, are refused: raylaunch
+    """Environment variables. Names that start with `RAYLAUNCH_` and those that select GPUs are refused: raylaunch
     gives each job its GPUs. Example: `{DATA: /raid/digits}`"""
     secrets: SecretNames = ()
-    """Names of secrets that become environment variables; `raylaunch secret set NAME` sets one.
+    """Names of secrets to set as environment variables; `raylaunch secret set NAME` stores one.
     Example: `[HF_TOKEN]`"""
     environment: Environment = Environment(kind="auto")
-    """The Python environment. `auto` takes the first that applies: `environment` in cluster.yaml, `uv.lock` in the
+    """The Python environment. `auto` uses the first that applies: `environment` in cluster.yaml, `uv.lock` in the
     working directory, the active environment (on a cluster on this machine), the cluster's own.
     Example: `conda:train`"""
     packages: Requirements = ()
-    """Packages added to that environment, which stays as it is. Example: `[numpy, pandas==2.3.3]`"""
+    """Packages to add for this job; the environment itself is not changed. Example: `[numpy, pandas==2.3.3]`"""
     timeout_s: Seconds | None = None
-    """The longest run of one attempt; waiting does not count. Example: `6h`"""
+    """Time limit per attempt; waiting does not count. Example: `6h`"""
     grace_s: Seconds = 30.0
-    """From SIGTERM to SIGKILL when the job is stopped or timed out. Example: `60s`"""
+    """Time from SIGTERM to SIGKILL when the job is stopped or times out. Example: `60s`"""
     outputs: Words = (AUTO,)
-    """What to keep of the working directory, in addition to all in `$RAYLAUNCH_OUTPUT_DIR`: `auto` keeps what is new or
-    changed, `none` nothing, and globs what they match. Example: `["results/*.csv"]`"""
+    """What to keep of the working directory, in addition to all of `$RAYLAUNCH_OUTPUT_DIR`: `auto` for new and changed
+    files, `none`, or globs. Example: `["results/*.csv"]`"""
     outputs_size: Bytes = 1 << 30
     """How much `auto` keeps, small files first; the rest stays on the node for 7 days. Example: `5GiB`"""
     outputs_files: Count = 10_000
     """How many files `auto` keeps. Example: `500`"""
     tags: Words = ()
-    """Words to find it by; W&B sees them too. Example: `[baseline]`"""
+    """Words to find the job by; they are W&B tags too. Example: `[baseline]`"""
     tracking: Tracking = Tracking()
     """Weights & Biases. Example: `{project: digits}`"""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
-    """Higher goes first, equal ones by age. Example: `10`"""
+    """Higher runs first; equal priorities run by age. Example: `10`"""
     retries: Annotated[int, Field(ge=0, le=100)] = 0
-    """More attempts when the program fails. One that failed because a machine did is repeated without counting.
+    """Additional attempts if the program fails. Attempts that failed because of a machine are repeated and not counted.
     Example: `2`"""
 
     @field_validator("entrypoint", mode="before")
@@ -167,7 +167,7 @@ class JobSpec(Spec):
     def _entrypoint_given(cls, value: object) -> object:
         program = value[0] if isinstance(value, list | tuple) and value else value
         if (isinstance(program, str) and not program.strip()) or program in ((), []):
-            msg = "the entrypoint is empty; give a command, as: python train.py"
+            msg = "the entrypoint is empty; give a command, for example: python train.py"
             raise ValueError(msg)
         return value
 
@@ -188,7 +188,7 @@ class JobSpec(Spec):
             raise ValueError(msg)
         found = pasted(info.data.get("entrypoint") or "")
         if value is not None and found is not None and found.ranks:
-            msg = f"the entrypoint says itself how many ranks there are ({found.ranks}); leave one of the two out"
+            msg = f"the entrypoint sets the number of ranks itself ({found.ranks}); leave one of the two out"
             raise ValueError(msg)
         return value
 
@@ -196,7 +196,7 @@ class JobSpec(Spec):
     @classmethod
     def _none_stands_alone(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if NONE in value and len(value) > 1:
-            msg = "outputs: none keeps nothing of the working directory; leave none out, or the other words"
+            msg = "outputs: none keeps nothing of the working directory; leave out either none or the others"
             raise ValueError(msg)
         return value
 
@@ -218,7 +218,7 @@ class JobSpec(Spec):
 
     @property
     def display_name(self) -> str:
-        """The name, or one made from the entrypoint: its script without folder and ending, else its program."""
+        """The name, or one made from the entrypoint: its script without folder and extension, else its program."""
         return self.name or _name_from(self.command)
 
 

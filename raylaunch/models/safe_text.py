@@ -1,4 +1,4 @@
-"""Text and log bytes for people's eyes and agents: it moves no cursor, hides nothing, floods no line."""
+"""Untrusted text and log bytes, made safe for terminals and agents: nothing moves the cursor, hides or floods."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import logging
 import re
 
 LINE_LIMIT = 4000
-"""Characters of a line that are shown."""
+"""How many characters of a line are shown."""
 
 _COLOUR = re.compile(r"\x1b\[([0-9;:]*)m")
 _VISIBLE = frozenset(
     {"", "0", "1", "2", "3", "4", "22", "23", "24", "39", *map(str, range(31, 38)), *map(str, range(90, 98))}
 )
-"""Colours and styles that a log may use. What can hide text is dropped: concealing, black, inverting, backgrounds."""
+"""Colours and styles that a log may use. Those that can hide text are dropped: conceal, black, inverse, backgrounds."""
 _OTHER_CSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-ln-~]")
 _INVISIBLE = (
     r"\xad\u061c\u070f\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
-"""Characters that are not seen or change the direction of reading, tag characters and further variation selectors among
-them; joiners, which scripts and emoji need, are not."""
+"""Invisible characters and those that change the direction of text, including tag characters and further variation
+selectors; without joiners, which scripts and emoji need."""
 _CONTROL = re.compile(rf"[\x00-\x08\x0b-\x1f\x7f-\x9f{_INVISIBLE}]")
 _SELECTORS = re.compile(r"[\U000e0100-\U000e01ef]")  # these alone count as printable
 _UNFINISHED = re.compile(r"\x1b(\[[0-?]*[ -/]*)?\Z")
@@ -57,17 +57,17 @@ def clean(text: str, *, colour: bool) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return text as a single line: clean, with line ends as spaces."""
+    """Return text as one clean line: line ends become spaces."""
     return clean(text.replace("\n", " "), colour=False)
 
 
 def clean_lines(text: str, *, indent: str = "  ") -> str:
-    """Return text of several lines, clean; those after the first are indented: none can pass for a line of ours."""
+    """Return several lines, clean; those after the first are indented, so that none looks like output of raylaunch."""
     return f"\n{indent}".join(clean(line, colour=False) for line in text.split("\n"))
 
 
 class CleanFormatter(logging.Formatter):
-    """Formats what is logged, tracebacks too, for people's eyes."""
+    """Formats log records and tracebacks, clean."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as text without control characters."""
@@ -75,7 +75,7 @@ class CleanFormatter(logging.Formatter):
 
 
 def clean_json(text: str) -> str:
-    """Return JSON text in which characters that are not to reach a terminal are written as JSON writes them."""
+    """Return JSON text in which characters that are unsafe on a terminal are escaped."""
     return text if text.isascii() and "\x7f" not in text else _CONTROL.sub(_as_json, text)
 
 
@@ -91,10 +91,10 @@ def _written(match: re.Match[str]) -> str:
 
 
 class LogView:
-    """Turns the bytes of a log, piece by piece, into what is shown. Memory stays flat, however long a line is.
+    """Turns the bytes of a log, piece by piece, into text to print. Memory is bounded, however long a line is.
 
-    On a terminal a progress bar's carriage returns work as they should, and a line shows while it is being written.
-    Elsewhere only the last state of such a line is given, when it ends.
+    On a terminal, carriage returns of progress bars work, and a line shows while it is being written. Elsewhere only
+    the last state of such a line is returned, when it ends.
     """
 
     def __init__(self, *, terminal: bool, colour: bool) -> None:
@@ -109,14 +109,14 @@ class LogView:
         self._coloured = False
 
     def feed(self, data: bytes) -> str:
-        """Return what is to be printed now."""
+        """Return the text to print now."""
         text = self._held + self._decoder.decode(data)
         unfinished = _UNFINISHED.search(text, max(0, len(text) - _LONGEST_SEQUENCE))
         self._held = unfinished.group() if unfinished else ""
         return self._shown(text[: len(text) - len(self._held)])
 
     def finish(self) -> str:
-        """Return what is left when nothing more comes."""
+        """Return the rest, at the end of the log."""
         rest = self._shown(self._held + self._decoder.decode(b"", final=True))
         self._held = ""
         return rest + (self._end_of_line() if self._chars else "")
@@ -132,7 +132,7 @@ class LogView:
             return ""
         before = "\r" if self._returned and self._terminal else ""
         if self._returned:
-            self._begin_line()
+            self._start_line()
         room = max(0, LINE_LIMIT - self._chars)
         self._chars += len(part)
         self._bytes += len(part.encode("utf-8", "replace"))
@@ -144,15 +144,14 @@ class LogView:
         return ""
 
     def _end_of_line(self) -> str:
-        reset = _RESET if self._coloured else ""  # a colour ends with its line: it reaches nothing that is ours
+        reset = _RESET if self._coloured else ""  # a colour ends with its line
         cut = f"… ({self._bytes:,} bytes)" if self._chars > LINE_LIMIT else ""
-        cut = reset + cut
-        line = "".join(self._line) + cut + "\n"
+        line = f"{''.join(self._line)}{reset}{cut}\n"
         self._coloured = False
-        self._begin_line()
+        self._start_line()
         return line
 
-    def _begin_line(self) -> None:
+    def _start_line(self) -> None:
         self._line.clear()
         self._chars = self._bytes = 0
         self._returned = False

@@ -1,4 +1,4 @@
-"""Why a job stands where it stands: the one enumeration of reasons, each with a verdict and a sentence."""
+"""The states of a job and the transitions between them; the reasons why it waits or ended, with verdict and advice."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 
 class Verdict(str, Enum):
-    """What follows from a reason when an attempt ended for it."""
+    """What follows after an attempt that ended for a reason."""
 
     FINAL = "final"
-    """The same attempt again would end the same way, or a person asked for this end."""
+    """Another attempt would end the same way, or a person requested this end."""
     RETRY = "retry"
-    """The program failed; another attempt is made if the spec has retries left."""
+    """The program failed; another attempt starts if the job has retries left."""
     RETRY_FREE = "retry_free"
-    """The machines failed, not the program: another attempt is made without counting it, a few times."""
+    """A machine failed, not the program: another attempt starts and is not counted, a few times at most."""
     WAIT = "wait"
-    """The job has not ended: this says what it waits for."""
+    """The job has not ended; the reason says what it is waiting for."""
 
 
 class _Facts(NamedTuple):
@@ -26,7 +26,7 @@ class _Facts(NamedTuple):
 
 
 class Reason(str, Enum):
-    """Why a job waits, or why its attempt ended. The value is stable and machine-readable."""
+    """Why a job is waiting, or why its attempt ended. The value is stable and machine-readable."""
 
     WAITING_FOR_GPUS = "waiting_for_gpus"
     WAITING_FOR_CPUS = "waiting_for_cpus"
@@ -59,12 +59,12 @@ class Reason(str, Enum):
 
     @property
     def verdict(self) -> Verdict:
-        """What follows when an attempt ended for this reason."""
+        """What follows after an attempt that ended for this reason."""
         return _TABLE[self].verdict
 
     @property
     def sentence(self) -> str:
-        """The reason in words, for where no better sentence with the job's own numbers is at hand."""
+        """The reason in words, used where there is no sentence with the job's own numbers."""
         return _TABLE[self].sentence
 
     @property
@@ -75,68 +75,72 @@ class Reason(str, Enum):
 
 _TABLE: dict[Reason, _Facts] = {
     Reason.WAITING_FOR_GPUS: _Facts(
-        Verdict.WAIT, "waits for GPUs", "wait, or stop a job that holds them; `raylaunch show` names those"
+        Verdict.WAIT, "waiting for GPUs", "wait, or stop a job that holds them; `raylaunch show` names those"
     ),
     Reason.WAITING_FOR_CPUS: _Facts(
-        Verdict.WAIT, "waits for CPUs", "wait, ask for fewer `resources.cpus`, or stop a job that holds them"
+        Verdict.WAIT, "waiting for CPUs", "wait, request fewer `resources.cpus`, or stop a job that holds them"
     ),
     Reason.WAITING_FOR_MEMORY: _Facts(
-        Verdict.WAIT, "waits for memory", "wait, ask for less `resources.memory`, or stop a job that holds it"
+        Verdict.WAIT, "waiting for memory", "wait, request less `resources.memory`, or stop a job that holds it"
     ),
     Reason.WAITING_FOR_RESOURCE: _Facts(
-        Verdict.WAIT, "waits for a custom resource", "wait, or stop a job that holds it"
+        Verdict.WAIT, "waiting for a custom resource", "wait, or stop a job that holds it"
     ),
     Reason.WAITING_FOR_NODE: _Facts(
-        Verdict.WAIT, "waits for a node that can run it", "see `raylaunch status`: a node that could run it is away"
+        Verdict.WAIT,
+        "waiting for a node that can run it",
+        "see `raylaunch status`: a node that could run it is down",
     ),
     Reason.WAITING_FOR_TURN: _Facts(
-        Verdict.WAIT, "waits for a job ahead of it", "wait, or submit it with a higher `priority`"
+        Verdict.WAIT, "waiting for a job ahead of it", "wait, or submit it with a higher `priority`"
     ),
     Reason.WAITING_FOR_DRAIN: _Facts(
         Verdict.WAIT,
-        "waits for a host that is drained",
-        "wait, or let the host take jobs again: `raylaunch drain HOST --off`",
+        "waiting for a drained host",
+        "wait, or end the drain: `raylaunch drain HOST --off`",
     ),
     Reason.WAITING_FOR_RAY: _Facts(
-        Verdict.WAIT, "waits for Ray to answer", "wait: Ray is started again by itself; if it stays so, `raylaunch up`"
+        Verdict.WAIT, "waiting for Ray", "wait: Ray restarts automatically; if it does not, run `raylaunch up`"
     ),
     Reason.GPU_BUSY_OUTSIDE: _Facts(
         Verdict.WAIT,
-        "waits for GPUs that processes outside raylaunch use",
-        "end those processes, or wait; `raylaunch status` lists them",
+        "waiting for GPUs that processes outside raylaunch are using",
+        "stop those processes, or wait; `raylaunch status` lists them",
     ),
-    Reason.SENDING_CODE: _Facts(Verdict.WAIT, "its code is on the way to the node", "wait"),
-    Reason.COMPLETED: _Facts(Verdict.FINAL, "completed", "fetch what it made: `raylaunch get`"),
+    Reason.SENDING_CODE: _Facts(Verdict.WAIT, "its code is being sent to the node", "wait"),
+    Reason.COMPLETED: _Facts(Verdict.FINAL, "completed", "fetch its outputs: `raylaunch get`"),
     Reason.EXIT_CODE: _Facts(
         Verdict.RETRY, "the program exited with an error", "read its last lines: `raylaunch logs`"
     ),
     Reason.SIGNAL: _Facts(
         Verdict.RETRY,
-        "the program was ended by a signal",
-        "read its last lines: `raylaunch logs`; who sent the signal is not known",
+        "the program was killed by a signal",
+        "read its last lines: `raylaunch logs`; the sender of the signal is not known",
     ),
     Reason.OUT_OF_MEMORY: _Facts(
         Verdict.RETRY,
         "the machine ran out of memory",
-        "use less, or ask for more with `resources.memory`, so that less runs beside it",
+        "use less, or request more with `resources.memory`, so that fewer jobs share the node",
     ),
     Reason.GPU_OUT_OF_MEMORY: _Facts(
         Verdict.FINAL, "the GPU ran out of memory", "use a smaller batch or model, or larger GPUs"
     ),
     Reason.DISK_FULL: _Facts(
-        Verdict.FINAL, "the disk is full", "make room on the node; `raylaunch du` and `raylaunch rm` free the store"
+        Verdict.FINAL,
+        "the disk is full",
+        "free space on the node; for the store, use `raylaunch du` and `raylaunch rm`",
     ),
     Reason.STOP_REQUESTED: _Facts(Verdict.FINAL, "stopped on request", "nothing; submit it again to run it again"),
     Reason.STOPPED_BY_RAY: _Facts(
         Verdict.FINAL, "stopped with Ray's own tools", "nothing; somebody used `ray job stop`"
     ),
     Reason.TIMEOUT: _Facts(
-        Verdict.FINAL, "ran longer than its timeout", "give a longer `timeout`, or continue from a checkpoint"
+        Verdict.FINAL, "ran longer than its timeout", "set a longer `timeout`, or continue from a checkpoint"
     ),
     Reason.ENVIRONMENT: _Facts(
         Verdict.FINAL,
         "its Python environment cannot be used",
-        "name another `environment`; `raylaunch show` says what was wrong with this one",
+        "choose another `environment`; `raylaunch show` says what is wrong with this one",
     ),
     Reason.ENTRYPOINT_NOT_FOUND: _Facts(
         Verdict.FINAL, "the program to run was not found", "check `entrypoint`, `working_dir` and `environment`"
@@ -144,11 +148,11 @@ _TABLE: dict[Reason, _Facts] = {
     Reason.SECRET_MISSING: _Facts(Verdict.FINAL, "a secret it names is not set", "set it: `raylaunch secret set NAME`"),
     Reason.RUNNER_DIED: _Facts(
         Verdict.RETRY,
-        "raylaunch's runner was killed, and the training with it",
-        "find who killed it: the kernel for want of memory, or a person",
+        "raylaunch's runner was killed, and the program with it",
+        "find out what killed it: the kernel because of low memory, or a person",
     ),
     Reason.NODE_LOST: _Facts(
-        Verdict.RETRY_FREE, "its node was lost", "nothing, if it is tried again; else see `raylaunch status`"
+        Verdict.RETRY_FREE, "its node was lost", "nothing if it is retried; else see `raylaunch status`"
     ),
     Reason.HOST_DRAINED: _Facts(
         Verdict.RETRY_FREE, "its host was drained", "nothing; it is queued again, and continues from its checkpoint"
@@ -158,34 +162,34 @@ _TABLE: dict[Reason, _Facts] = {
         "the cluster was taken down or upgraded",
         "nothing; it is queued again, and continues from its checkpoint once the cluster is up",
     ),
-    Reason.RAY_REFUSED: _Facts(Verdict.FINAL, "Ray refused the submission", "read what Ray says: `raylaunch show`"),
-    Reason.RAY_LOST: _Facts(Verdict.RETRY_FREE, "Ray was restarted under it", "nothing, if it is tried again"),
+    Reason.RAY_REFUSED: _Facts(Verdict.FINAL, "Ray refused the submission", "read Ray's message: `raylaunch show`"),
+    Reason.RAY_LOST: _Facts(Verdict.RETRY_FREE, "Ray restarted while it ran", "nothing if it is retried"),
 }
 
 
 class JobState(str, Enum):
-    """Where a job stands. The last five are ends and never change."""
+    """The state of a job. The last five are final and never change."""
 
     HELD = "held"
-    """It waits for a person. No command of this version holds a job."""
+    """It is waiting for a person. No command of this version holds a job."""
     QUEUED = "queued"
-    """It waits for its turn; the reason says for what."""
+    """It is waiting for its turn; the reason says for what."""
     STARTING = "starting"
-    """It has its place: code is sent, its environment prepared."""
+    """It was placed on a node: its code is being sent, its environment prepared."""
     RUNNING = "running"
-    """Its program runs."""
+    """Its program is running."""
     STOPPING = "stopping"
-    """It was asked to stop, and not all of its processes are gone yet."""
+    """It was asked to stop, and some of its processes have not exited yet."""
     SUCCEEDED = "succeeded"
-    """An end: the program exited with 0, and what it left behind is in the store."""
+    """Final: the program exited with 0, and its files are in the store."""
     FAILED = "failed"
-    """An end: the last attempt failed."""
+    """Final: the last attempt failed."""
     STOPPED = "stopped"
-    """An end: it was stopped, and all of its processes are gone."""
+    """Final: it was stopped, and all of its processes have exited."""
     TIMED_OUT = "timed_out"
-    """An end: it ran longer than its `timeout`."""
+    """Final: it ran longer than its `timeout`."""
     LOST = "lost"
-    """An end: its node or Ray went away under it, and no further attempt is made."""
+    """Final: its node or Ray was lost while it ran, and no further attempt is made."""
 
     @property
     def ended(self) -> bool:
@@ -248,7 +252,7 @@ _NEXT: dict[JobState, dict[Change, JobState]] = {
 }
 
 
-class IllegalTransition(ValueError):  # noqa: N818 -- a bug of ours, not an error that a person acts on
+class IllegalTransition(ValueError):  # noqa: N818 -- a bug in raylaunch, not an error that a person acts on
     """A change that cannot happen in this state."""
 
 

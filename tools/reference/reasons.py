@@ -35,7 +35,7 @@ def page() -> str:
         lines += _table([reason for reason in Reason if reason.verdict in verdicts])
         if Verdict.RETRY in verdicts:
             lines.append(_TRIED)
-    return markdown.page("States and reasons", "raylaunch/models/states.py and raylaunch/models/states.py", lines)
+    return markdown.page("States and reasons", "raylaunch/models/states.py", lines)
 
 
 def _table(reasons: list[Reason]) -> list[str]:
