@@ -1,18 +1,94 @@
-"""A directory held open by its descriptor: nothing below it is reached through a link, whatever is renamed."""
+"""Files written as a whole, checksums, logs that are rotated, and directories held open by their descriptor.
+
+Standard library and the syntax of Python 3.8 only: the runner uses it too.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from typing_extensions import Self
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from typing_extensions import Self
 
 MOST_BYTES = 16 * 1024 * 1024
+"""Size from which a log is rotated."""
+
+_BLOCK = 1 << 20
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_THROUGH: int = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+"""For a folder that is only passed through: where the system can, it need not be readable."""
+
+
+def write_atomic(
+    path: Path, data: bytes | str, *, mode: int = 0o600, durable: bool = True, only_writer: bool = False
+) -> None:
+    """Write a whole file to a temporary name and rename it, so that a reader sees the old content or the new.
+
+    Args:
+        path: the file, which is replaced if it exists; a link is replaced, not followed.
+        data: its content; text is UTF-8.
+        mode: permissions, less the umask.
+        durable: whether the content is on the disk before the file is renamed.
+        only_writer: whether nobody else writes this file. The temporary name is then always the same, and what a
+            crash left there is removed by the next call.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    unique = "" if only_writer else f"{os.getpid()}.{os.urandom(4).hex()}."
+    temporary = path.with_name(f".{path.name}.{unique}new")
+    try:
+        if only_writer:
+            temporary.unlink(missing_ok=True)
+        descriptor = os.open(str(temporary), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def replace_link(link: Path, target: Path) -> None:
+    """Make `link` a symbolic link to `target`; one that exists is replaced in one step."""
+    temporary = link.with_name(f".{link.name}.{os.urandom(4).hex()}")
+    temporary.symlink_to(target)
+    temporary.replace(link)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(str(path), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(source: Path | int) -> str:
+    """Return the SHA-256 of a file in hex; memory stays flat.
+
+    Args:
+        source: its path, or an open descriptor, which is closed.
+    """
+    digest = hashlib.sha256()
+    with open(source, "rb") as file:  # noqa: PTH123 -- a descriptor too
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def rotate(path: Path, *, most_bytes: int = MOST_BYTES) -> bool:
@@ -32,11 +108,6 @@ def rotate(path: Path, *, most_bytes: int = MOST_BYTES) -> bool:
     except OSError:  # there is no log, or it is not ours to change
         return False
     return True
-
-
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_THROUGH: int = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-"""For a folder that is only passed through: where the system can, it need not be readable."""
 
 
 class Directory:

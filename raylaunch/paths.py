@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raylaunch.errors import ConflictError, StorageError
+from raylaunch.files import write_atomic
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _PRIVATE_DIR = 0o700
@@ -183,23 +184,13 @@ def make_store(folder: Path) -> None:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write `text` to `path`, 0600: beside it first, on the disk, then renamed.
+    """Write `text` to `path`, 0600: as a whole, and on the disk.
 
     Raises:
         StorageError: the disk is full, or the file cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     with storage_errors(path):
-        try:
-            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _PRIVATE_FILE)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
+        write_atomic(path, text)
 
 
 def secret_file(path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 
 import click
@@ -15,6 +14,7 @@ from raylaunch.cluster.trust import accept, check_accepted
 from raylaunch.cluster.types import DownReport
 from raylaunch.config.load import chosen_file, kept_clusters, kept_file, load_cluster_spec
 from raylaunch.errors import NotFoundError
+from raylaunch.files import replace_link
 from raylaunch.models.cluster import HostJobs
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.host_spec import HostSpec
@@ -43,9 +43,7 @@ def switch(name: str | None, *, as_json: bool) -> None:
     if name == LOCAL:
         link.unlink(missing_ok=True)
     else:
-        beside = link.with_name(f".{link.name}.{secrets.token_hex(4)}")
-        beside.symlink_to(named_file(name))
-        beside.replace(link)
+        replace_link(link, named_file(name))
     if as_json:
         say_json({"chosen": name})
     note(f"{name} is meant now, where no cluster.yaml lies")

@@ -19,6 +19,7 @@ from raylaunch.models.fields import OF_THE_CLUSTER, Environment
 from raylaunch.models.job import EnvironmentChoice, JobView
 from raylaunch.models.job_spec import JobSpec
 from raylaunch.models.states import JobState
+from raylaunch.paths import raylaunch_home
 
 _VERSION = re.compile(r"\d+\.\d+(\.\d+)?")
 _RAY_IN_LOCK = re.compile(r'^\[\[package\]\]\nname = "ray"\nversion = "([^"]+)"', re.MULTILINE)
@@ -64,7 +65,7 @@ def active_python(environ: Mapping[str, str], *, prefix: str = "") -> ActivePyth
 
 
 def _environment_at(prefix: Path, environ: Mapping[str, str]) -> ActivePython | None:
-    home = Path(environ.get("RAYLAUNCH_HOME") or "~/.raylaunch").expanduser()
+    home = raylaunch_home(environ)
     if home in prefix.parents or any((prefix / name).exists() for name in _TOOL_MARKS):
         return None
     if (prefix / "pyvenv.cfg").is_file():

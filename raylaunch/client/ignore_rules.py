@@ -16,6 +16,7 @@ from pathspec import GitIgnoreSpec
 from raylaunch.client.sensitive import FETCHED, Stamp, fetched_in
 from raylaunch.errors import StorageError
 from raylaunch.files import Directory
+from raylaunch.paths import raylaunch_home
 
 NEVER = (".git", ".raylaunch")
 _OWN_HOME = "built in: RAYLAUNCH_HOME, with the keys to clusters"
@@ -87,7 +88,7 @@ def walk(
         StorageError: a folder cannot be read, or is a link by now.
     """
     stack = [_Folder("", IgnoreRules.above(root.path), None, {})]
-    home = Path(os.environ.get("RAYLAUNCH_HOME") or "~/.raylaunch").expanduser().resolve()
+    home = raylaunch_home().resolve()
     while stack:
         folder = stack.pop()
         rules = folder.rules.entering(root.path, folder.path)

@@ -18,6 +18,7 @@ from raylaunch.errors import SpecError
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.fields import KEYS, Spec
 from raylaunch.models.job_spec import JobSpec
+from raylaunch.paths import raylaunch_home
 
 CLUSTER_FILE = "cluster.yaml"
 CLUSTER_FILE_VARIABLE = "RAYLAUNCH_CLUSTER_FILE"
@@ -55,21 +56,17 @@ def find_cluster_file(*, environ: Mapping[str, str] | None = None, cwd: Path | N
 
 def chosen_file(environ: Mapping[str, str]) -> Path:
     """Return the link that ``raylaunch switch`` sets; it may not be there."""
-    return _home(environ) / "chosen.yaml"
+    return raylaunch_home(environ) / "chosen.yaml"
 
 
 def kept_file(name: str, environ: Mapping[str, str]) -> Path:
     """Return where the last `up` has kept the file of cluster `name`; it may not be there."""
-    return _home(environ) / "clusters" / name / CLUSTER_FILE
+    return raylaunch_home(environ) / "clusters" / name / CLUSTER_FILE
 
 
 def kept_clusters(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Return the names of the clusters over SSH that were brought up, or joined, from here."""
-    return tuple(sorted(file.parent.name for file in (_home(environ) / "clusters").glob(f"*/{CLUSTER_FILE}")))
-
-
-def _home(environ: Mapping[str, str]) -> Path:
-    return Path(environ.get("RAYLAUNCH_HOME") or "~/.raylaunch").expanduser()
+    return tuple(sorted(file.parent.name for file in (raylaunch_home(environ) / "clusters").glob(f"*/{CLUSTER_FILE}")))
 
 
 def load_cluster_spec(

@@ -8,7 +8,6 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -22,6 +21,7 @@ from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.job import JobView
 from raylaunch.models.safe_text import clean
 from raylaunch.models.states import JobState
+from raylaunch.paths import raylaunch_home
 from raylaunch.ssh.target import OnPrompt
 
 
@@ -60,9 +60,8 @@ _TOLD_LATE, _PAUSE_S = 5, 0.1
 
 def is_joined(name: str) -> bool:
     """Whether somebody else runs the cluster of this name, and this machine has joined it. Reads one small file."""
-    home = Path(os.environ.get("RAYLAUNCH_HOME") or "~/.raylaunch").expanduser()
     try:
-        found = json.loads((home / "clusters" / name / "client.json").read_bytes())
+        found = json.loads((raylaunch_home() / "clusters" / name / "client.json").read_bytes())
     except (OSError, ValueError):
         return False
     return bool(isinstance(found, dict) and found.get("owner"))

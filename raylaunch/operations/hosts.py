@@ -18,6 +18,7 @@ from raylaunch.config.load import ClusterFile, load_cluster_file
 from raylaunch.config.validation import spec_error
 from raylaunch.config.yaml_file import with_item, without_item
 from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError, SpecError
+from raylaunch.files import write_atomic
 from raylaunch.models.cluster import ClusterStatus, HostJobs
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.host_spec import HostSpec
@@ -47,11 +48,10 @@ class HostChange:
         if self.path is None:
             return
         target = self.path.resolve()
-        beside = target.with_name(f".{target.name}.new")
         with storage_errors(target):
-            beside.write_text(self.text, encoding="utf-8")
-            beside.chmod(target.stat().st_mode & 0o777)
-            beside.replace(target)
+            mode = target.stat().st_mode & 0o777
+            write_atomic(target, self.text, mode=mode)
+            target.chmod(mode)
 
 
 def plan_add(file: ClusterFile, host: Mapping[str, object]) -> HostChange:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 
 import anyio
@@ -12,6 +11,7 @@ from raylaunch.client.client import Client
 from raylaunch.cluster.hosts import joined
 from raylaunch.config.load import chosen_file, kept_file
 from raylaunch.errors import AccessError, ConflictError
+from raylaunch.files import replace_link
 from raylaunch.models.cluster import Admission, RayAccess
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.operations.connect import ClusterConnection
@@ -93,7 +93,5 @@ def choose(name: str, *, cwd: Path) -> bool:
     link = chosen_file(os.environ)
     if link.is_file() or (cwd / "cluster.yaml").is_file():
         return False
-    beside = link.with_name(f".{link.name}.{secrets.token_hex(4)}")
-    beside.symlink_to(kept_file(name, os.environ).absolute())
-    beside.replace(link)
+    replace_link(link, kept_file(name, os.environ))
     return True

@@ -31,6 +31,7 @@ _JOB_MODULES = (
     "version.py",
     "errors.py",
     "contract.py",
+    "files.py",
     "entrypoint.py",
     "tracking/__init__.py",
     "tracking/frames.py",
