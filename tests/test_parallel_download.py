@@ -27,9 +27,8 @@ from raylaunch.cluster.client_record import (
 )
 from raylaunch.cluster.probe.choices import target_of
 from raylaunch.cluster.processes import identify
-from raylaunch.controller.store.packages import file_sha256
 from raylaunch.errors import TransferError
-from raylaunch.files import Directory
+from raylaunch.files import Directory, sha256_of
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.job import Artifact
 from raylaunch.paths import cluster_paths, make_private_dir
@@ -150,7 +149,7 @@ def test_a_large_file_comes_whole_over_connections_of_its_own_written_by_ssh_its
 ) -> None:
     notes = through(tmp_path / "bin" / "ssh", "")
     fetched(api, model, tmp_path / "got" / "model.bin", beside(host, lambda: None, 0))
-    assert file_sha256(tmp_path / "got" / "model.bin") == model[1].sha256
+    assert sha256_of(tmp_path / "got" / "model.bin") == model[1].sha256
     assert [one.name for one in (tmp_path / "got").iterdir()] == ["model.bin"]
     assert ["dd if" in line for line in notes.read_text().splitlines()] == [True, True]
 
@@ -160,7 +159,7 @@ def test_what_a_login_shell_prints_is_no_part_of_the_file(
 ) -> None:
     through(tmp_path / "bin" / "ssh", "echo Welcome to this host; echo Mind the gap >&2")
     fetched(api, model, tmp_path / "got" / "model.bin", beside(host, lambda: None, 0))
-    assert file_sha256(tmp_path / "got" / "model.bin") == model[1].sha256
+    assert sha256_of(tmp_path / "got" / "model.bin") == model[1].sha256
     assert host.log().count("Accepted publickey") == 2
 
 
@@ -171,7 +170,7 @@ def test_through_the_controller_where_our_account_may_not_read_the_file(
     denied = """case "$*" in *"dd if"*) echo "dd: failed to open: Permission denied" >&2; exit 1 ;; esac"""
     notes = through(tmp_path / "bin" / "ssh", denied)
     fetched(api, model, tmp_path / "got" / "model.bin")
-    assert file_sha256(tmp_path / "got" / "model.bin") == model[1].sha256
+    assert sha256_of(tmp_path / "got" / "model.bin") == model[1].sha256
     assert "dd if" in notes.read_text()
 
 
@@ -180,7 +179,7 @@ def test_through_the_controller_where_no_ssh_is_installed(
 ) -> None:
     tunnel_file(cluster_paths("test")).unlink()
     fetched(api, model, tmp_path / "got" / "model.bin")
-    assert file_sha256(tmp_path / "got" / "model.bin") == model[1].sha256
+    assert sha256_of(tmp_path / "got" / "model.bin") == model[1].sha256
     assert "Accepted publickey" not in host.log()
 
 
@@ -188,7 +187,7 @@ def test_connections_that_break_cost_speed_alone(
     api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path
 ) -> None:
     fetched(api, model, tmp_path / "got" / "model.bin", beside(host, host.drop, 120 * _MB))
-    assert file_sha256(tmp_path / "got" / "model.bin") == model[1].sha256
+    assert sha256_of(tmp_path / "got" / "model.bin") == model[1].sha256
 
 
 def test_a_file_comes_where_no_connection_can_be_had(
@@ -196,7 +195,7 @@ def test_a_file_comes_where_no_connection_can_be_had(
 ) -> None:
     host.stop()
     fetched(api, model, tmp_path / "got" / "model.bin")
-    assert file_sha256(tmp_path / "got" / "model.bin") == model[1].sha256
+    assert sha256_of(tmp_path / "got" / "model.bin") == model[1].sha256
 
 
 class _Interrupted(Exception):  # noqa: N818 -- what a person does
@@ -219,7 +218,7 @@ def test_an_interrupted_one_goes_on_with_what_has_come(
     told: list[int] = []
     fetched(api, model, target, lambda _what, done, _total: told.append(done))
     assert told[0] > 0
-    assert file_sha256(target) == model[1].sha256
+    assert sha256_of(target) == model[1].sha256
     assert [one.name for one in (tmp_path / "got").iterdir()] == ["model.bin"]
 
 

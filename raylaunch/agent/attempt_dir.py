@@ -13,6 +13,7 @@ from typing import cast
 
 from raylaunch.contract import CLAIM, HEARTBEAT, SECRETS, STOP, Claim, StopWish
 from raylaunch.errors import NotFoundError
+from raylaunch.files import write_atomic
 from raylaunch.runner.processes import boot_id
 
 FENCED = "fenced"
@@ -125,16 +126,8 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file beside and rename it, 0600."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.unlink(missing_ok=True)
-    try:
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(data)
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+    """Write a file as a whole, 0600."""
+    write_atomic(path, data, durable=False, only_writer=True)
 
 
 def _whole_claim(folder: Path) -> Claim | None:

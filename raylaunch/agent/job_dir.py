@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shlex
@@ -53,6 +52,7 @@ from raylaunch.contract import (
     StopWish,
 )
 from raylaunch.errors import ClusterError, ConflictError, NotFoundError, TransferError
+from raylaunch.files import sha256_of
 from raylaunch.runner.processes import is_of_here
 
 _PART = ".raylaunch-part"
@@ -167,11 +167,7 @@ def bring(root: Path, attempt: str, path: str, offset: int, data: bytes, wanted:
         file.write(data)
     if wanted is None:
         return
-    with part.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if part.stat().st_size != wanted.size or (wanted.sha256 and digest.hexdigest() != wanted.sha256):
+    if part.stat().st_size != wanted.size or (wanted.sha256 and sha256_of(part) != wanted.sha256):
         part.unlink()
         msg = f"{path} did not arrive as the store has it"
         raise TransferError(msg)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gzip
-import hashlib
 import os
 import platform
 import re
@@ -19,6 +18,7 @@ from typing import TypedDict
 
 from raylaunch.contract import ADDED_WHEELS, BUILD_WHEELS, WheelSpec
 from raylaunch.errors import NotFoundError, StorageError, TransferError
+from raylaunch.files import sha256_of
 from raylaunch.runner.unpack import unpack
 
 _ASK_S = 10.0
@@ -125,7 +125,6 @@ COMPLETE = -1
 """Answer of `Packages.have` for a package that is whole."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_BLOCK = 1 << 20
 _ZIP = b"PK\x03\x04"
 
 
@@ -243,11 +242,7 @@ def _checked(sha256: str) -> str:
 
 def file_sha256(path: Path) -> str:
     """Return the checksum of a file's bytes, in hex; a link is not followed."""
-    digest = hashlib.sha256()
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(os.open(path, os.O_RDONLY | os.O_NOFOLLOW))
 
 
 def storage_error(what: str, error: OSError) -> StorageError:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 
-from raylaunch.controller.store.packages import file_sha256
+from raylaunch.files import sha256_of
 from raylaunch.models.job import AttemptView, JobView, SubmitAnswer
 from raylaunch.models.states import Change, JobState
 from support.api import Api
@@ -75,7 +75,7 @@ def large(api: Api, job: JobView, path: str, size: int) -> str:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("wb") as opened:
         opened.truncate(size)
-    sha256 = file_sha256(file)
+    sha256 = sha256_of(file)
     api.do(lambda: api.services.artifacts.note(job.id, path, size=size, sha256=sha256))
     return sha256
 

@@ -22,6 +22,7 @@ from raylaunch.agent.attempt_files import KEPT_BY_JOB, LINK, is_append
 from raylaunch.agent.change_feed import Chunk, Have, HaveFile
 from raylaunch.agent.packages import file_sha256
 from raylaunch.controller.ray.protocol import Grew, LinkEvent, Stored
+from raylaunch.files import sync, write_atomic
 
 REPLICATED = ".replicated.json"
 PRESENT = f".present{REPLICATED}"
@@ -159,10 +160,7 @@ class ReplicaStore:
         folder = self.folder(attempt)
         if not folder.is_dir():
             return
-        beside = folder / f"{name}{_PART}"
-        with os.fdopen(_open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
-            json.dump(value, file)
-        beside.replace(folder / name)
+        write_atomic(folder / name, json.dumps(value), durable=False, only_writer=True)
 
     def _have_of(self, attempt: str) -> Iterator[tuple[str, HaveFile]]:
         folder = self.folder(attempt)
@@ -342,8 +340,4 @@ def _read_replicated(path: Path) -> dict[str, HaveFile]:
 
 def _sync(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)

@@ -17,13 +17,13 @@ from pydantic import BaseModel, Field, ValidationError
 from raylaunch.agent.attempt_dir import read_json
 from raylaunch.contract import CHECKPOINTS, FACTS, LEFT_S, LOGS, OUTPUTS, WANDB, WITHHELD
 from raylaunch.controller.store.journal import JOURNAL, write_problem
-from raylaunch.controller.store.packages import file_sha256
 from raylaunch.errors import NotFoundError
+from raylaunch.files import sha256_of, write_atomic
 from raylaunch.models.job import Artifact, Usage
 from raylaunch.models.states import JobState
 
 MANIFEST = "manifest.json"
-_UNDER_WAY = (f"{MANIFEST}.new", ".replicated.json", ".raylaunch-part")
+_UNDER_WAY = (f".{MANIFEST}.", f"{MANIFEST}.new", ".replicated.json", ".raylaunch-part")
 """Files whose names hold one of these are the store's own bookkeeping, and are not shown."""
 
 Kind: TypeAlias = Literal["output", "checkpoint", "log", "wandb", "record"]
@@ -116,7 +116,7 @@ class Artifacts:
             msg = f"{job_id} has no file {path!r}"
             raise NotFoundError(msg)
         facts = found.stat()
-        entry = ManifestEntry(bytes=facts.st_size, sha256=file_sha256(found), mtime_ns=facts.st_mtime_ns)
+        entry = ManifestEntry(bytes=facts.st_size, sha256=sha256_of(found), mtime_ns=facts.st_mtime_ns)
         return found, _artifact(f"attempt-{n}/{OUTPUTS}/{path}", facts, entry)
 
     def path(self, job_id: str, path: str) -> tuple[Path, Artifact]:
@@ -173,11 +173,14 @@ class Artifacts:
                 continue
             entry = known.get(path)
             if entry is None or not _current(entry, facts):
-                sha256 = file_sha256(folder / path)
+                sha256 = sha256_of(folder / path)
                 entry = ManifestEntry(bytes=facts.st_size, sha256=sha256, mtime_ns=facts.st_mtime_ns)
             files[path] = entry
         manifest = Manifest(files=files)
-        _write_manifest(folder / MANIFEST, manifest)
+        try:
+            write_atomic(folder / MANIFEST, json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False))
+        except OSError as error:
+            raise write_problem(folder / MANIFEST, error) from error
         with self._lock:
             self._noted.pop(job_id, None)
         return manifest
@@ -317,16 +320,3 @@ def _inside(folder: Path, path: str) -> Path | None:
     except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
         return None
     return real if real.is_relative_to(folder.resolve()) and real.is_file() else None
-
-
-def _write_manifest(path: Path, manifest: Manifest) -> None:
-    beside = path.with_name(f"{path.name}.new")
-    try:
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            json.dump(manifest.model_dump(), file, indent=1, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
-    except OSError as error:
-        raise write_problem(path, error) from error

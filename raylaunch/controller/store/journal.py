@@ -22,6 +22,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 
 from raylaunch.controller.store.record import JobRecord, heavy_json, light_json
 from raylaunch.errors import StorageError
+from raylaunch.files import sync
 from raylaunch.models.fields import Count, Moment
 from raylaunch.models.job import Event
 from raylaunch.models.states import JobState
@@ -42,7 +43,7 @@ def make(folder: Path, record: JobRecord) -> None:
         OSError: it cannot be written.
     """
     folder.mkdir(mode=0o700)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     if record.spec is not None:
         spec = record.spec.model_dump(mode="json", exclude_defaults=True)
         write_text(folder / "spec.yaml", yaml.safe_dump(spec, sort_keys=False, allow_unicode=True))
@@ -131,7 +132,7 @@ def append(path: Path, line: JournalLine, *, durable: bool = True) -> tuple[int,
         finally:
             os.close(fd)
         if new:
-            sync_folder(path.parent)
+            sync(path.parent)
     except OSError as error:
         raise write_problem(path, error) from error
     return before, before + len(data)
@@ -165,15 +166,6 @@ def write_text(path: Path, text: str) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make sure that the names in `folder` are on the disk."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _parse(data: bytes) -> JournalLine | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ from raylaunch.controller.settings import Settings
 from raylaunch.controller.store.journal import write_problem
 from raylaunch.controller.store.secrets import write_private
 from raylaunch.errors import ConflictError, NotFoundError, SpecError, TransferError
+from raylaunch.files import sha256_of, sync
 from raylaunch.models.cluster import EnvironmentWheels
 from raylaunch.models.job import WheelSet
 
@@ -69,7 +69,6 @@ PIECE_BYTES = 8 * 1024 * 1024
 """Most bytes of one piece of an upload."""
 
 _SHA = re.compile(r"[0-9a-f]{64}")
-_BLOCK = 1024 * 1024
 
 
 class PackageBytes(NamedTuple):
@@ -203,25 +202,12 @@ def _append(part: Path, offset: int, data: bytes) -> None:
 
 def _complete(part: Path, complete: Path, sha: str) -> None:
     try:
-        found = file_sha256(part)
+        found = sha256_of(part)
         if found != sha:
             part.unlink()
             msg = f"package {sha[:12]} arrived damaged: its bytes have the sha256 {found[:12]}"
             raise TransferError(msg, hint="what had arrived was deleted; submit again to send it anew")
-        fd = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync(part)
         part.rename(complete)
     except OSError as error:
         raise write_problem(part, error) from error
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's bytes in hex, reading it in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

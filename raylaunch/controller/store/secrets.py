@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,25 +10,18 @@ from typing import Any
 
 from raylaunch.controller.store.journal import write_problem
 from raylaunch.errors import NotFoundError, SpecError, StorageError
+from raylaunch.files import write_atomic
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write `text` to `path`, 0600: beside it first, on the disk, then renamed.
+    """Write `text` to `path`, 0600: as a whole, and on the disk.
 
     Raises:
         StorageError: it cannot be written; what was there stays.
     """
-    beside = path.with_name(f"{path.name}.new")
     try:
-        beside.unlink(missing_ok=True)
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
+        write_atomic(path, text, only_writer=True)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise write_problem(path, error) from error
 
 
