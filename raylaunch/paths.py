@@ -146,6 +146,25 @@ def make_cluster_dirs(paths: ClusterPaths) -> None:
         make_private_dir(folder)
 
 
+def share_job_folders(paths: ClusterPaths, cluster: str) -> None:
+    """Let a worker keep jobs' folders where every host of the cluster does: programs record their absolute paths.
+
+    Raises:
+        ConflictError: a folder is a link or belongs to another user.
+        StorageError: a folder cannot be made.
+    """
+    link, shared = paths.node / "jobs", paths.root.parent / cluster / "node" / "jobs"
+    if paths.name == cluster:
+        return
+    with storage_errors(shared):
+        for folder in (shared.parent.parent, shared.parent, shared):
+            make_private_dir(folder)
+        with contextlib.suppress(OSError):
+            link.rmdir()  # of an earlier version, and empty
+        if not os.path.lexists(link):
+            link.symlink_to(os.path.relpath(shared, link.parent))
+
+
 def make_private_dir(folder: Path) -> None:
     """Make `folder` 0700, or take away what others may do there if it is ours already.
 

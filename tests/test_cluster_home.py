@@ -19,7 +19,15 @@ from raylaunch.cluster.processes import identify
 from raylaunch.cluster.record import cluster_lock, keep_unreadable_aside, load_record, new_record, save_record
 from raylaunch.errors import ConflictError, StorageError
 from raylaunch.models.cluster_spec import ClusterSpec
-from raylaunch.paths import ClusterPaths, cluster_paths, make_cluster_dirs, make_store, secret_file, write_private
+from raylaunch.paths import (
+    ClusterPaths,
+    cluster_paths,
+    make_cluster_dirs,
+    make_store,
+    secret_file,
+    share_job_folders,
+    write_private,
+)
 
 SPEC = ClusterSpec(gpus=2)
 NOBODY = 65534
@@ -219,3 +227,12 @@ def test_the_lock_of_a_killed_process_is_free(paths: ClusterPaths) -> None:
             pass
 
     anyio.run(take)
+
+
+def test_workers_keep_jobs_folders_at_the_path_that_the_head_has(tmp_path: Path) -> None:
+    head, worker = (cluster_paths(name, {"RAYLAUNCH_HOME": str(tmp_path)}) for name in ("lab", "lab.h2"))
+    for paths in (head, worker, worker):
+        make_cluster_dirs(paths)
+        share_job_folders(paths, "lab")
+    assert (worker.node / "jobs").resolve() == (head.node / "jobs").resolve()
+    assert not (head.node / "jobs").is_symlink()

@@ -209,7 +209,19 @@ def test_an_attempt_on_another_machine_with_the_same_root_has_ended_before_the_n
     root = elsewhere.folder.parent.parent
     folder = job_dir.take(root, "job-aaaaaa-2", "another tag, as on another machine/job-aaaaaa-2")
     assert (elsewhere.exit(0)["ended"], elsewhere.processes()) == ("stopped", [])
-    assert json.loads((folder / "writer.json").read_text()) == {"n": 2}
+    assert json.loads((folder / "writer.json").read_text()) == {"n": 2, "root": str(root)}
+
+
+@pytest.mark.slow
+def test_an_attempt_of_another_node_on_the_same_disk_has_ended_before_the_next_begins(elsewhere: Attempt) -> None:
+    root = elsewhere.folder.parent.parent
+    (elsewhere.folder.parent / "job-aaaaaa-2").rmdir()
+    folder = job_dir.take(root, "job-aaaaaa-1", "tag/job-aaaaaa-1")
+    other = root.with_name("other")
+    (other / "attempts/job-aaaaaa-2").mkdir(parents=True)
+    (other / "jobs").symlink_to(root / "jobs")
+    assert job_dir.take(other, "job-aaaaaa-2", "another tag/job-aaaaaa-2") == folder
+    assert (elsewhere.exit(0)["ended"], elsewhere.processes()) == ("stopped", [])
 
 
 @pytest.mark.slow

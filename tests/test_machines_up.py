@@ -32,6 +32,13 @@ hosts:
   - {host: h3, gpus: 8}
 """
 UP_S = 600
+MOVES = """
+cd "$RAYLAUNCH_CHECKPOINT_DIR"
+mkdir "step-$RAYLAUNCH_ATTEMPT" && touch "step-$RAYLAUNCH_ATTEMPT/weights" && ln -sfn "step-$RAYLAUNCH_ATTEMPT" last
+echo "$(hostname) $(pwd -P)" >> trail
+cd "$OLDPWD" && echo "$RAYLAUNCH_ATTEMPT" > model.txt && echo ready
+[ "$RAYLAUNCH_ATTEMPT" = 3 ] || exec sleep 600
+"""
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +109,32 @@ def test_jobs_hold_the_gpus_of_both_workers_at_once_and_their_logs_arrive_here(c
     for job, host in zip(ids, ("h2", "h3"), strict=True):
         assert cluster.call("wait", job).returncode == 0
         assert cluster.call("logs", job).stdout.strip() == f"on {host} with 0,1,2,3,4,5,6,7 over eth0 and eth0"
+
+
+def is_ready(cluster: Laptop, job: str, attempt: int) -> None:
+    """Wait until an attempt has printed that it is."""
+    log = ("logs", job, "--attempt", str(attempt))
+    wait_until(lambda: "ready" in cluster.call(*log, check=False).stdout, 120, f"attempt {attempt} is ready")
+
+
+@pytest.mark.long
+def test_a_job_that_is_moved_to_another_host_and_back_takes_along_what_it_wrote(cluster: Laptop) -> None:
+    cluster.call("drain", "h3")
+    job = cluster.call("submit", "--gpus", "1", "--shell", MOVES, "--working-dir", "").stdout.strip()
+    for attempt, (host, next_host) in enumerate((("h2", "h3"), ("h3", "h2")), 1):
+        is_ready(cluster, job, attempt)
+        cluster.call("drain", next_host, "--off")
+        cluster.call("drain", host, "--stop", "--wait", limit_s=180)
+    cluster.call("drain", "h3", "--off")
+    assert cluster.call("wait", job).returncode == 0
+    cluster.call("get", job, "model.txt", "attempt-3/checkpoints", "--to", "moved")
+    moved = cluster.folder / "moved"
+    assert (moved / "model.txt").read_text() == "3\n", "and not that of an earlier attempt"
+    checkpoints = moved / "attempt-3/checkpoints"
+    trail = [line.split() for line in (checkpoints / "trail").read_text().splitlines()]
+    assert [host for host, _ in trail] == ["h2", "h3", "h2"]
+    assert len({place for _, place in trail}) == 1, trail
+    assert sorted(path.parent.name for path in checkpoints.glob("step-*/weights")) == ["step-1", "step-2", "step-3"]
 
 
 @pytest.fixture

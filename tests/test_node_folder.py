@@ -107,6 +107,20 @@ def test_a_job_that_went_on_elsewhere_leaves_nothing_after_a_week(tmp_path: Path
     assert not writer.parent.exists()
 
 
+def test_a_job_that_runs_on_another_node_of_the_same_disk_keeps_its_folder(tmp_path: Path) -> None:
+    here, there = tmp_path / "lab.h2/node", tmp_path / "lab.h3/node"
+    for root in (here, there):
+        root.mkdir(parents=True)
+        (tmp_path / "jobs").mkdir(exist_ok=True)
+        (root / "jobs").symlink_to(tmp_path / "jobs")
+    prepared(there, attempt="other-abc-1")
+    writer = tmp_path / "jobs/other-abc/writer.json"
+    os.utime(writer, (time.time() - 8 * 86400,) * 2)
+    prepared(here)
+    assert writer.exists()
+    assert job_dir.job_folder(here, "other-abc-2") == job_dir.job_folder(there, "other-abc-2")
+
+
 def test_a_job_that_changes_its_code_changes_only_its_own_copy(tmp_path: Path) -> None:
     package = tmp_path / "package"
     package.mkdir()

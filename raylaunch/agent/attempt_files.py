@@ -226,7 +226,7 @@ def job_folder_of(folder: Path) -> Path | None:
         return None
     if not (folder / CHECKPOINTS).is_symlink():
         return here
-    job = here.parent.parent / "jobs" / here.name.rpartition("-")[0]
+    job = Path(os.path.realpath(here.parent.parent / "jobs")) / here.name.rpartition("-")[0]
     return job if os.path.realpath(folder / CHECKPOINTS) == str(job / CHECKPOINTS) else None
 
 

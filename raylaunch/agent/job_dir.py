@@ -1,8 +1,9 @@
 """What a job keeps on a node between its attempts: its checkpoints and outputs, at one path, with one writer at a time.
 
 ``<node root>/jobs/<job>/checkpoints`` and ``outputs`` are the same for each attempt of the job; the attempt's folder
-has links to them. ``writer.json`` says which attempt has written there last, so that no older one writes there again,
-and that a copy which is older than the store's is replaced. Several machines may have one root, by NFS: an older
+has links to them. On a worker ``jobs`` is a link to the cluster's folder, so that the path is the same on every host.
+``writer.json`` says which attempt has written there last and from which node root, so that no older one writes there
+again, and that a copy which is older than the store's is replaced. Several machines may have one disk, by NFS: an older
 attempt whose runner is on another machine is ended by that runner, which is asked to, before a newer one starts.
 """
 
@@ -80,7 +81,7 @@ class StoredFile(NamedTuple):
 
 def job_folder(root: Path, attempt: str) -> Path:
     """Return the folder of an attempt's job below a node root: without links, as programs record it."""
-    return Path(os.path.realpath(root)) / "jobs" / attempt_folder(root, attempt).name.rpartition("-")[0]
+    return Path(os.path.realpath(root / "jobs")) / attempt_folder(root, attempt).name.rpartition("-")[0]
 
 
 def last_writer(root: Path, attempt: str) -> int:
@@ -114,7 +115,7 @@ def take(root: Path, attempt: str, tag: str, *, elsewhere_s: float = _ELSEWHERE_
             shutil.rmtree(link)  # what it put there is in the store, and was brought
         if not os.path.lexists(link):
             link.symlink_to(Path("../..") / "jobs" / folder.name / name)
-    write_json(folder / WRITER, {"n": number})
+    write_json(folder / WRITER, {"n": number, "root": os.path.realpath(root)})
     return folder
 
 
@@ -232,21 +233,35 @@ def _close_older(root: Path, attempt: str, tag: str, *, elsewhere_s: float = _EL
         ConflictError: there is a newer one.
     """
     job, _, number = attempt.rpartition("-")
-    others = {int(name.rpartition("-")[2]) for name in attempts_in(root) if name.rpartition("-")[0] == job}
-    newest = max([last_writer(root, attempt), *others])
+    roots = {
+        base: _numbers(base, job) for base in dict.fromkeys((root, _writers_root(job_folder(root, attempt), root)))
+    }
+    newest = max([last_writer(root, attempt), *(number for numbers in roots.values() for number in numbers)])
     if newest > int(number):
         msg = f"attempt {newest} of {job} has followed {attempt} on this node"
         raise ConflictError(msg)
-    for other in sorted(others - {int(number)}):
-        name = f"{job}-{other}"
-        claim = close(root, name)
-        end_processes(tag.removesuffix(attempt) + name, claim)
-        if claim["epoch"] != FENCED and not is_of_here(claim["boot_id"]):
-            _end_elsewhere(root, name, elsewhere_s)
-        for kept in KEPT_BY_JOB:
-            link = attempt_folder(root, name) / kept
-            if link.is_symlink():
-                link.unlink()
+    for base, numbers in roots.items():
+        for name in (f"{job}-{other}" for other in sorted(numbers - {int(number)})):
+            claim = close(base, name)
+            end_processes(tag.removesuffix(attempt) + name, claim)
+            if claim["epoch"] != FENCED and not is_of_here(claim["boot_id"]):
+                _end_elsewhere(base, name, elsewhere_s)
+            for kept in KEPT_BY_JOB:
+                link = attempt_folder(base, name) / kept
+                if link.is_symlink():
+                    link.unlink()
+
+
+def _numbers(root: Path, job: str) -> set[int]:
+    """Return the numbers of a job's attempts below a node root."""
+    return {int(name.rpartition("-")[2]) for name in attempts_in(root) if name.rpartition("-")[0] == job}
+
+
+def _writers_root(folder: Path, own: Path) -> Path:
+    """Return the node root of a job's last writer: `own`, or that of another node which has the same disk."""
+    root = (read_json(folder / WRITER) or {}).get("root")
+    other = Path(root) if isinstance(root, str) and root else own
+    return own if os.path.realpath(own) == str(other) or not (other / "attempts").is_dir() else other
 
 
 def _end_elsewhere(root: Path, attempt: str, limit_s: float) -> None:
@@ -322,7 +337,8 @@ def _expire(root: Path, own: Path) -> None:
     for folder in _folders(own.parent):
         writer = folder / WRITER
         used_at = (writer if writer.exists() else folder).stat().st_mtime
-        if folder != own and folder.name not in alive and time.time() - used_at > LEFT_S:
+        unused = folder.name not in alive and not _numbers(_writers_root(folder, root), folder.name)
+        if folder != own and unused and time.time() - used_at > LEFT_S:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -25,7 +25,7 @@ from raylaunch.cluster.types import Step
 from raylaunch.errors import ConflictError, RaylaunchError
 from raylaunch.models.cluster import ClusterStatus
 from raylaunch.models.cluster_spec import ClusterSpec
-from raylaunch.paths import cluster_paths, make_cluster_dirs, secret_file
+from raylaunch.paths import cluster_paths, make_cluster_dirs, secret_file, share_job_folders
 from raylaunch.version import __version__
 
 _LOCK_S = 600.0
@@ -141,6 +141,7 @@ async def _up(request: HeadUpRequest, tell: Callable[[Step], None]) -> HostState
 async def _join(request: JoinRequest, tell: Callable[[Step], None]) -> HostState:
     paths = cluster_paths(folder_name(request.spec.name, request.place.host))
     make_cluster_dirs(paths)
+    share_job_folders(paths, request.spec.name)
     async with cluster_lock(paths, limit_s=_LOCK_S):
         joining = WorkerJoin(
             paths,
