@@ -75,7 +75,7 @@ class Cluster:
         return self.environ | {name: value for name, _, value in pairs if name != "PWD"}
 
     def processes(self) -> dict[str, psutil.Process]:
-        """Return raylaunch's own processes: the controller, its link to Ray, and a steward that is an actor."""
+        """Return raylaunch's own processes: the controller, its bridge to Ray, and an agent that is an actor."""
         record = json.loads((self.home / "clusters" / "local" / "cluster.json").read_text(encoding="utf-8"))
         controller = psutil.Process(record["controller"]["pid"])
         (link,) = controller.children()

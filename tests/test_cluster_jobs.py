@@ -66,7 +66,7 @@ def test_a_job_that_asks_for_more_than_there_is_is_refused_with_what_there_is(cl
     host = cluster.ask(lambda client: client.status()).nodes[0].hostname
     said = f"x can never run on cluster local: needs 16 GPUs on one node; the largest has 4 ({host})"
     assert said in result.err
-    assert "ask for less, or see what there is with: raylaunch status" in result.err
+    assert "raylaunch status" in result.err
 
 
 def test_a_job_waits_for_its_turn_and_says_why(cluster: Cluster) -> None:

@@ -73,7 +73,7 @@ def test_a_runner_that_died_without_a_word_is_said() -> None:
 
 def test_what_ray_refused_is_said_in_rays_words() -> None:
     finding = diagnose(evidence(None, claimed=False, ray_message="no such label"))
-    assert finding.message == "Ray ended the submission before it began: no such label"
+    assert finding.message == "Ray ended the submission before it started: no such label"
 
 
 def test_a_kill_while_ray_went_down_is_rays_fault() -> None:

@@ -135,7 +135,7 @@ def test_what_ray_has_forgotten_is_lost(foreign: ExternalJobs, records: Records)
     foreign.take({})
     found = recorded(records)
     assert (found.state, found.reason) == (JobState.LOST, Reason.RAY_LOST)
-    assert found.message == "Ray was restarted and does not know it any more"
+    assert found.message == "Ray was restarted and no longer knows the job"
     assert found.attempts[0].ended_at is not None
 
 
@@ -180,7 +180,7 @@ def test_a_wish_to_stop_is_kept_until_ray_says_how_it_ended(foreign: ExternalJob
     running = job("RUNNING", driver_node_id=NODE, message="Job is currently running.")
     foreign.take({"raysubmit_1": running})
     stopping = foreign.stop(recorded(records), grace_s=None, person="olga")
-    assert (stopping.state, stopping.message) == (JobState.STOPPING, "olga asked to stop it")
+    assert (stopping.state, stopping.message) == (JobState.STOPPING, "stop requested by olga")
     foreign.take({"raysubmit_1": running.model_copy(update={"message": "other words"})})
     assert recorded(records).state is JobState.STOPPING
     assert foreign.stopping() == ["raysubmit_1"]
@@ -189,7 +189,7 @@ def test_a_wish_to_stop_is_kept_until_ray_says_how_it_ended(foreign: ExternalJob
     assert (ended.state, ended.reason, ended.message) == (
         JobState.STOPPED,
         Reason.STOP_REQUESTED,
-        "olga asked to stop it",
+        "stop requested by olga",
     )
     assert foreign.stopping() == []
 
@@ -204,7 +204,7 @@ def test_a_wish_to_stop_outlives_the_controller(
     again = ExternalJobs(records=records, ray=ray, bridge=LinkToNothing(tmp_path), observed=observed)
     again.take(running)
     assert (recorded(records).state, again.stopping()) == (JobState.STOPPING, ["raysubmit_1"])
-    assert recorded(records).message == "olga asked to stop it, with Ray's own grace"
+    assert recorded(records).message == "stop requested by olga, with Ray's own grace period"
 
 
 def test_a_waiting_job_that_was_killed_on_request_was_stopped(foreign: ExternalJobs, records: Records) -> None:
@@ -212,7 +212,7 @@ def test_a_waiting_job_that_was_killed_on_request_was_stopped(foreign: ExternalJ
     foreign.stop(recorded(records), grace_s=None, person="olga")
     foreign.take({"raysubmit_1": job("FAILED", error_type="JOB_SUPERVISOR_ACTOR_DIED", message="Job supervisor died")})
     ended = recorded(records)
-    assert (ended.state, ended.message) == (JobState.STOPPED, "olga asked to stop it before it began")
+    assert (ended.state, ended.message) == (JobState.STOPPED, "stop requested by olga before it started")
 
 
 def test_a_job_that_succeeded_before_the_stop_has_succeeded(foreign: ExternalJobs, records: Records) -> None:
@@ -249,13 +249,13 @@ def read(observed: ObservedState, folder: Path, attempt: AttemptView) -> None:
 
 def test_a_log_on_a_node_that_is_gone_is_said_to_lie_there(observed: ObservedState, tmp_path: Path) -> None:
     attempt = AttemptView(id="raysubmit_1", n=1, node="gone", node_id="cc" * 28, admitted_at=1.0)
-    with pytest.raises(NotFoundError, match="the log of raysubmit_1 lies on gone, which is not part of the cluster"):
+    with pytest.raises(NotFoundError, match="the log of raysubmit_1 is on gone, which is not in the cluster"):
         read(observed, tmp_path, attempt)
 
 
 def test_a_log_that_neither_a_steward_nor_ray_can_give_is_an_error(observed: ObservedState, tmp_path: Path) -> None:
     attempt = AttemptView(id="raysubmit_1", n=1, node="dgx", node_id=NODE, admitted_at=1.0)
-    with pytest.raises(ClusterDownError, match=r"Ray does not answer at .* when asked for the log of raysubmit_1"):
+    with pytest.raises(ClusterDownError, match=r"Ray does not respond at .*log of raysubmit_1"):
         read(observed, tmp_path, attempt)
 
 

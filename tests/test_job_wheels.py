@@ -593,7 +593,7 @@ def test_wheels_of_the_clusters_environment_reach_the_jobs_that_use_it_and_stay_
 def test_a_job_is_refused_until_the_wheels_of_its_environment_were_sought(tmp_path: Path, own: Environment) -> None:
     wheels, link = needs(tmp_path, INDEX, "", kind="uv")
     job, kind = PLAIN.model_copy(update={"environment": own}), "uv" if own.kind == "default" else "pip"
-    with pytest.raises(WheelsNeededError, match=r"needs wheels: nodes with Python .* reach no index"):
+    with pytest.raises(WheelsNeededError, match=r"needs wheels: nodes with Python .* cannot reach"):
         asyncio.run(wheels.check(SubmitRequest(spec=job)))
     assert link.kinds == [kind, kind]
     asyncio.run(wheels.check(SubmitRequest(spec=job, wheels_sought=True)))

@@ -256,7 +256,7 @@ async def test_what_all_jobs_wait_for_is_read_and_recorded_for_those_ahead_alone
         told = [records.light(job).reason for job in jobs]
         assert told == [Reason.WAITING_FOR_RAY] * RECORDED_AHEAD + [Reason.WAITING_FOR_NODE] * 10
         shown = why(records, observed, jobs[-1])
-        assert (shown.reason, shown.message) == (Reason.WAITING_FOR_RAY, "waits for Ray: Ray is gone")
+        assert (shown.reason, shown.message) == (Reason.WAITING_FOR_RAY, "waiting for Ray: Ray is gone")
 
 
 @pytest.mark.anyio

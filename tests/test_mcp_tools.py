@@ -182,7 +182,7 @@ def test_of_a_job_whose_log_cannot_be_read_the_rest_is_said(agent: Agent, paper:
     job = foreign(paper, "raysubmit_quiet")
     facts = agent.call("monitor_job", job=job.id).facts
     assert facts["job"]["state"] == "running"
-    assert facts["log"]["unread"].startswith("Ray does not answer at ")
+    assert facts["log"]["unread"].startswith("Ray does not respond at ")
 
 
 def test_an_ended_job_is_not_waited_for(agent: Agent, paper: Api) -> None:

@@ -194,7 +194,7 @@ def test_a_host_that_there_is_not_is_refused_with_those_there_are(api: Api) -> N
 def test_a_time_that_is_over_is_refused(api: Api) -> None:
     with api.client("olga") as olga:
         said = error(olga.post("/v1/hosts/dgx-1/drain", json={"until": 1.0}))
-        assert said[:3] == (409, "conflict", "dgx-1 cannot be drained until a time that is over")
+        assert said[:3] == (409, "conflict", "cannot drain dgx-1: the drain's end is in the past")
 
 
 def test_a_quiet_cluster_says_until_when_and_is_loud_again(api: Api) -> None:

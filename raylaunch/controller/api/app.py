@@ -1,4 +1,4 @@
-"""The HTTP API: `create_app` puts gate, routes and error answers together."""
+"""The HTTP API: middleware, routes and error responses as a FastAPI app, and the server that runs it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _POLL_S = 0.25
 
 
 class ApiServer(uvicorn.Server):
-    """Serves the API. Set `should_exit` to end it: long polls and event streams then answer at once.
+    """Serves the API. Set `should_exit` to stop it: long polls and event streams then return immediately.
 
-    Signals are the program's own matter: uvicorn's handlers are not installed.
+    The program handles signals itself: uvicorn's handlers are not installed.
     """
 
     def __init__(self, services: AppState) -> None:
@@ -50,27 +50,27 @@ class ApiServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone."""
+        """Install no signal handlers."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to serve. Accepted connections inherit the option that is set here.
+        """Start serving. Accepted connections inherit the option that is set here.
 
-        Without it an answer's head waits 40 ms for the acknowledgement of the one before: asyncio sets it only on
-        sockets that were made with the protocol number of TCP, which ready-made listeners are not.
+        Without it response headers are delayed by 40 ms, until the previous packet is acknowledged: asyncio sets it
+        only on sockets that were created with TCP's protocol number, which listeners passed in are not.
         """
         for listener in sockets or []:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await super().startup(sockets)
 
     async def main_loop(self) -> None:
-        """Wait for the end. uvicorn's own loop wakes ten times a second, for a date in each answer and a limit."""
+        """Wait for the end. uvicorn's own loop wakes ten times a second, for a date header and a request limit."""
         await self.on_tick(0)
-        while not self.should_exit:  # noqa: ASYNC110 -- uvicorn's own word for its end, and a plain attribute
+        while not self.should_exit:  # noqa: ASYNC110 -- uvicorn's attribute, not an event
             await asyncio.sleep(_POLL_S)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wake everybody who waits, then end as uvicorn does."""
+        """Wake all that wait, then shut down."""
         self._services.closing.set()
         await super().shutdown(sockets)
 
@@ -82,7 +82,7 @@ _MAX_PROBLEMS = 3
 
 
 def create_app(services: AppState) -> FastAPI:
-    """Return the API over `services`."""
+    """Return the app over `services`."""
     app = FastAPI(
         title="raylaunch controller",
         version=__version__,
@@ -114,26 +114,26 @@ def create_app(services: AppState) -> FastAPI:
 
 
 async def _known_error(_request: Request, error: Exception) -> Response:
-    """Answer with an error that a person should act on."""
+    """Respond with an error that a person should act on."""
     if not isinstance(error, RaylaunchError):
         raise error
     return error_response(error)
 
 
 async def _invalid_request(_request: Request, error: Exception) -> Response:
-    """Answer what was wrong with a request: field and reason, never the value, which may be a secret."""
+    """Report what is invalid in a request: field and reason, never the value, which may be a secret."""
     if not isinstance(error, RequestValidationError):
         raise error
-    said = []
+    problems = []
     for problem in error.errors()[:_MAX_PROBLEMS]:
         field = ".".join(str(part) for part in problem["loc"][1:])
-        said.append(f"{field}: {problem['msg']}" if field else str(problem["msg"]))
-    message = "the request is not understood: " + "; ".join(said)
-    return error_response(SpecError(message, hint="GET /v1/openapi.json describes what is"))
+        problems.append(f"{field}: {problem['msg']}" if field else str(problem["msg"]))
+    message = "invalid request: " + "; ".join(problems)
+    return error_response(SpecError(message, hint="see GET /v1/openapi.json"))
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
-    """Answer for a path or a method that does not exist."""
+    """Respond for a path or a method that does not exist."""
     if not isinstance(error, HTTPException):
         raise error
     hint = "GET /v1/openapi.json lists what there is"
@@ -144,6 +144,6 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    """Answer for a bug; uvicorn writes its traceback to the controller's log."""
+    """Respond for a bug; uvicorn writes its traceback to the controller's log."""
     message = f"the controller failed at {request.method} {request.url.path}: {type(error).__name__}"
-    return error_response(RaylaunchError(message, hint="its log has the traceback; raylaunch status shows where it is"))
+    return error_response(RaylaunchError(message, hint="its log has the traceback; raylaunch status shows its path"))

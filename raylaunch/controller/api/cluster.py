@@ -1,4 +1,4 @@
-"""Routes about the cluster: status, Ray's own access, secrets, and the room that jobs take."""
+"""Routes about the cluster and its hosts: status, drains, pauses, Ray's own access, secrets, disk usage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ hosts_router = APIRouter(route_class=GuardedRoute)
 
 
 class DrainRequest(BaseModel):
-    """Until when (seconds since the epoch; null for no end), and whether what runs there is stopped."""
+    """End of the drain (seconds since the epoch; null for none), and whether running jobs are stopped."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -31,7 +31,7 @@ class DrainRequest(BaseModel):
 
 
 class QuietRequest(BaseModel):
-    """For how long at most (seconds), and whether what runs is stopped and queued again."""
+    """Longest duration (seconds), and whether running jobs are stopped and queued again."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -41,7 +41,7 @@ class QuietRequest(BaseModel):
 
 @hosts_router.get("/hosts/{host}", response_model=HostJobs)
 async def jobs(host: str, services: Services) -> Response:
-    """Say what runs on a host."""
+    """Return what is running on a host."""
     return model_response(services.hosts.jobs(host))
 
 
@@ -50,7 +50,7 @@ async def jobs(host: str, services: Services) -> Response:
 async def drain(
     host: str, request: Request, services: Services, caller: CurrentCaller, asked: DrainRequest | None = None
 ) -> Response:
-    """Let no attempt begin on a host."""
+    """Start no new attempts on a host."""
     request.state.about = host
     asked = asked or DrainRequest()
     return model_response(services.hosts.drain(host, until=asked.until, stop=asked.stop, person=caller.person))
@@ -66,22 +66,22 @@ async def undrain(host: str, request: Request, services: Services) -> Response:
 
 @hosts_router.get("/quiet", response_model=Quiet)
 async def is_quiet(services: Services) -> Response:
-    """Say whether attempts begin, and what runs."""
+    """Return whether new attempts are paused, and what is running."""
     return model_response(services.hosts.pause_state())
 
 
 @hosts_router.post("/quiet", response_model=Quiet)
-@requires(Role.OPERATOR, "let no job begin")
+@requires(Role.OPERATOR, "pause the start of jobs")
 async def quiet(services: Services, caller: CurrentCaller, asked: QuietRequest | None = None) -> Response:
-    """Let no attempt begin for a while."""
+    """Pause the start of attempts for a while."""
     asked = asked or QuietRequest()
     return model_response(services.hosts.pause(limit_s=asked.limit_s, stop=asked.stop, person=caller.person))
 
 
 @hosts_router.delete("/quiet", response_model=Quiet)
-@requires(Role.OPERATOR, "let jobs begin again")
+@requires(Role.OPERATOR, "resume the start of jobs")
 async def loud(services: Services) -> Response:
-    """Let attempts begin again."""
+    """Resume the start of attempts."""
     return model_response(services.hosts.resume())
 
 
@@ -92,7 +92,7 @@ router = APIRouter(route_class=GuardedRoute)
 
 
 class SecretValue(BaseModel):
-    """The value of a secret, and whose jobs may have it: none for everybody's, null to leave that as it is."""
+    """The value of a secret, and the people whose jobs get it: empty for all, null to leave that unchanged."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -102,34 +102,34 @@ class SecretValue(BaseModel):
 
 @router.get("/health")
 async def health() -> Response:
-    """Say that the controller responds."""
+    """Confirm that the controller responds."""
     return json_response({})
 
 
 @router.get("/status", response_model=ControllerStatus)
 async def status(services: Services, caller: CurrentCaller) -> Response:
-    """Say how the controller, Ray and the nodes are."""
+    """Return the state of the controller, Ray and the nodes."""
     return model_response(await services.jobs.status(caller.person, caller.role.value))
 
 
 @router.get("/ray", response_model=RayAccess)
 @requires(Role.OPERATOR, "use Ray's own tools")
 async def ray(request: Request, services: Services) -> Response:
-    """Return what Ray's own tools need. It has Ray's token in it, and so is in the audit log."""
+    """Return what Ray's own tools need. The response contains Ray's token, so it is in the audit log."""
     request.state.audited = True
     return model_response(services.jobs.ray_access())
 
 
 @router.get("/python", response_model=ClusterPython)
 async def python(services: Services) -> Response:
-    """Return which Python jobs get that name none, and which runs Ray."""
+    """Return the default Python of jobs, and the one that runs Ray."""
     return model_response(python_of(services.settings))
 
 
 @router.put("/python/wheels")
 @requires(Role.OPERATOR, "send wheels of the cluster's environment", body_bytes=WHEELS_BYTES)
 async def keep_wheels(body: EnvironmentWheels, services: Services) -> Response:
-    """Keep the wheels of the environment that cluster.yaml lists, for nodes that reach no package index."""
+    """Store which wheels make the environment in cluster.yaml, for nodes that cannot reach a package index."""
     await services.jobs.keep_wheels(body)
     return json_response({})
 
@@ -161,13 +161,13 @@ async def remove_secret(name: str, request: Request, services: Services) -> Resp
 
 @router.get("/usage", response_model=UsagePage)
 async def usage(services: Services) -> Response:
-    """Say what the store holds, largest first, and what nodes hold apart from it."""
+    """Return the disk usage of the store, largest job first, and of the nodes."""
     page = await anyio.to_thread.run_sync(_usage, services)
     return model_response(page.model_copy(update={"nodes": await services.jobs.node_usage()}))
 
 
 def python_of(settings: Settings) -> ClusterPython:
-    """Return the Python of jobs that name none. The controller runs under Ray's, unless somebody else runs that."""
+    """Return the default Python of jobs. The controller runs under Ray's, unless somebody else runs Ray."""
     if settings.carries_stewards:
         return ClusterPython(environment=settings.default_environment)
     return ClusterPython(

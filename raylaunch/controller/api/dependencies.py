@@ -1,4 +1,4 @@
-"""What routes take from a request: the services, who asks, and the job that is meant."""
+"""What routes get with a request: the application's state, the caller, the job; and helpers for long polls."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ from raylaunch.version import OTHERS_JOB, OTHERS_OWNER
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 
 SMALL_BYTES = 64 * 1024
-"""Most bytes of a body where a route says nothing else."""
+"""Default limit of a request body, in bytes."""
 _DRAIN_S = 5.0
 
 
 @dataclass(frozen=True)
 class RouteRequirements:
-    """What a route needs of a request."""
+    """What a route requires of a request."""
 
     role: Role = Role.VIEWER
     what: str = "read"
@@ -57,12 +57,12 @@ class RouteRequirements:
 
 
 def requires(role: Role, what: str, *, body_bytes: int = SMALL_BYTES) -> Callable[[_Endpoint], _Endpoint]:
-    """Say what a route needs; put below the router's own decorator.
+    """Declare what a route requires; place it below the router's decorator.
 
     Args:
-        role: the least role that may use it.
+        role: the lowest role that may use it.
         what: what it does, as it follows "may not".
-        body_bytes: most bytes of its body.
+        body_bytes: limit of its body.
     """
 
     def noted(endpoint: _Endpoint) -> _Endpoint:
@@ -73,29 +73,29 @@ def requires(role: Role, what: str, *, body_bytes: int = SMALL_BYTES) -> Callabl
 
 
 class GuardedRoute(APIRoute):
-    """A route that checks what its endpoint needs first."""
+    """A route that first checks what its endpoint requires."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the handler, with the checks in front."""
-        needed: RouteRequirements = getattr(self.endpoint, "requires", RouteRequirements())
+        """Return the handler with the checks."""
+        required: RouteRequirements = getattr(self.endpoint, "requires", RouteRequirements())
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
             caller: Caller = request.state.caller
             try:
-                caller.require(needed.role, needed.what)
+                caller.require(required.role, required.what)
             except AccessError:
-                await _drain(request.receive, needed.body_bytes)
+                await _drain(request.receive, required.body_bytes)
                 raise
-            body = await _body(request, needed.body_bytes)
+            body = await _body(request, required.body_bytes)
             return await handle(Request(request.scope, _replaying(body, request.receive)))
 
         return guarded
 
 
 async def _body(request: Request, most: int) -> bytes:
-    said = request.headers.get("content-length", "")
-    if said.isdecimal() and (len(said) > len(str(most)) or int(said) > most):
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and (len(declared) > len(str(most)) or int(declared) > most):
         raise _too_large(most)
     body = bytearray()
     more = True
@@ -111,7 +111,7 @@ async def _body(request: Request, most: int) -> bytes:
 
 
 async def _drain(receive: Receive, most: int) -> None:
-    """Drop what arrives of a body, up to a limit: a client that still sends would otherwise not read the answer."""
+    """Discard a body up to a limit: a client that is still sending would otherwise not read the response."""
     left = most
     with anyio.move_on_after(_DRAIN_S):
         while left > 0:
@@ -122,7 +122,7 @@ async def _drain(receive: Receive, most: int) -> None:
 
 
 def _replaying(body: bytes, receive: Receive) -> Receive:
-    """Return what gives a body that was read once more, and then what comes after it."""
+    """Return a receive function that replays a body, and then continues with the original one."""
     given = False
 
     async def replay() -> Message:
@@ -160,37 +160,37 @@ class MetricsReader(Protocol):
 
 
 class JobVerbs(Protocol):
-    """What changes jobs. Called on the event loop."""
+    """Operations on jobs. Called on the event loop."""
 
     async def submit(self, request: SubmitRequest, person: str) -> SubmitAnswer:
-        """Take a job in, or return the one that the same request id made."""
+        """Accept a job, or return the one with the same request id."""
 
     async def dry_run(self, request: SubmitRequest, person: str) -> DryRun:
-        """Say where the job could run, without taking it in."""
+        """Return where the job could run, without accepting it."""
 
     async def keep_wheels(self, given: EnvironmentWheels) -> None:
-        """Keep the wheels of the cluster's own environment."""
+        """Store which wheels make the cluster's own environment."""
 
     async def stop(self, record: JobRecord, *, grace_s: float | None, person: str) -> JobView:
-        """Ask the job to stop, with `grace_s` seconds before SIGKILL (None: the job's own)."""
+        """Request the stop of a job, with `grace_s` seconds before SIGKILL (None: the job's own)."""
 
     async def remove(self, record: JobRecord) -> int:
-        """Delete an ended job with all its files and return the bytes it took."""
+        """Delete an ended job with all its files and return the bytes they took."""
 
     async def status(self, person: str, role: str) -> ControllerStatus:
-        """Say how the controller, Ray and the nodes are."""
+        """Return the state of the controller, Ray and the nodes."""
 
     def explained(self, view: JobView) -> JobView:
-        """Return a job that waits with what it waits for now, and any other as it is."""
+        """Return a queued job with its current wait reason, and any other job unchanged."""
 
     async def wait_growth(self, attempt_id: str, timeout_s: float) -> None:
-        """Return when a file of the attempt has grown in the store, or the time is over."""
+        """Return when a file of the attempt has grown in the store, or at the timeout."""
 
     async def bring_left(self, record: JobRecord, name: str) -> None:
-        """Bring an output that was not kept, one of `Artifacts.left`, from its node."""
+        """Copy an output that was not kept, one of `Artifacts.left`, from its node."""
 
     async def node_usage(self) -> tuple[NodeUsage, ...]:
-        """Return what raylaunch takes on the nodes' disks, apart from the store."""
+        """Return raylaunch's disk usage on the nodes, apart from the store."""
 
     def ray_access(self) -> RayAccess:
         """Return what Ray's own tools need."""
@@ -198,7 +198,7 @@ class JobVerbs(Protocol):
 
 @dataclass(frozen=True)
 class AppState:
-    """All that `raylaunch.controller.api.app.create_app` needs."""
+    """The application's state: all parts that routes use."""
 
     settings: Settings
     store: Path
@@ -213,13 +213,13 @@ class AppState:
     hosts: HostService
     external_logs: ExternalLogs
     closing: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the server shuts down: everything that waits for news then answers at once."""
+    """Set when the server shuts down: long polls then return immediately."""
     searches: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_SEARCHES))
-    """Searches have threads of their own: they may take long, and nothing else waits for them."""
+    """Searches run in their own threads: they may take long, and must not delay anything else."""
 
 
 WAIT_S = 25.0
-"""Longest that an answer is held back for news."""
+"""Longest wait of a long poll."""
 
 
 async def _services(request: Request) -> AppState:
@@ -237,10 +237,10 @@ CurrentCaller = Annotated[Caller, Depends(_caller)]
 
 
 async def find_job(ref: str, services: AppState, caller: Caller) -> str:
-    """Return the id of the job that a person means, as `Records.find` does.
+    """Return the id of the job that `ref` refers to, as `Records.find` does.
 
     Raises:
-        NotFoundError: there is none; the hint names those that resemble it.
+        NotFoundError: there is none; the hint lists similar ones.
     """
     try:
         return services.records.find(ref, owner=caller.person)
@@ -265,7 +265,7 @@ async def _own_job(ref: str, record: Annotated[JobRecord, Depends(_job)], caller
 
 
 def _named(request: Request, ref: str, record: JobRecord, caller: Caller) -> JobRecord:
-    """Note which job is meant; where a name means somebody else's, the answer says so."""
+    """Note the job for the audit log; if a name refers to somebody else's job, response headers report that."""
     request.state.about = record.id
     if ref != record.id and record.owner != caller.person:
         request.state.headers = {OTHERS_JOB: quote(record.id), OTHERS_OWNER: quote(record.owner)}
@@ -273,18 +273,18 @@ def _named(request: Request, ref: str, record: JobRecord, caller: Caller) -> Job
 
 
 Job = Annotated[JobRecord, Depends(_job)]
-"""By id or name; a name means the caller's own jobs first. For what reads."""
+"""By id or name; the caller's own jobs take precedence. For reading."""
 OwnJob = Annotated[JobRecord, Depends(_own_job)]
-"""A name means the caller's own jobs alone. For what changes or ends a job."""
+"""By id or name; a name refers to the caller's own jobs only. For changing or stopping a job."""
 LightJob = Annotated[JobRecord, Depends(_light_job)]
-"""Without its heavy fields: for what is asked again and again."""
+"""Without its heavy fields: for frequent requests."""
 MAX_INT = (1 << 63) - 1
-"""The largest whole number that files and the database take."""
+"""The largest integer that files and the database support."""
 WaitS = Annotated[float, Query(ge=0, le=WAIT_S, allow_inf_nan=False, description="how long to wait for news, seconds")]
 
 
 def refuse_others(caller: Caller, record: JobRecord, ref: str) -> None:
-    """Refuse a name that means somebody else's job.
+    """Refuse a name that refers to somebody else's job.
 
     Raises:
         NotYoursError: it does.
@@ -294,7 +294,7 @@ def refuse_others(caller: Caller, record: JobRecord, ref: str) -> None:
 
 
 def require_own(caller: Caller, record: JobRecord, what: str) -> None:
-    """Let through who may change this job: its owner as a trainer, anybody as an operator.
+    """Require that the caller may change this job: as its owner with the role trainer, or as an operator.
 
     Raises:
         AccessError: the caller may not.
@@ -302,11 +302,11 @@ def require_own(caller: Caller, record: JobRecord, what: str) -> None:
     caller.require(Role.TRAINER, f"{what} jobs")
     if record.owner != caller.person and not caller.role.allows(Role.OPERATOR):
         msg = f"{caller.person} may not {what} {record.id}, {whose(record.owner)}"
-        raise AccessError(msg, hint="its owner may, and whoever has the role operator")
+        raise AccessError(msg, hint="its owner and operators may")
 
 
 def pick_attempt(record: JobRecord, n: int | None) -> int:
-    """Return the number of the attempt that is meant: `n`, or the latest; 0 before the first.
+    """Return the number of the requested attempt: `n`, or the latest; 0 before the first.
 
     Raises:
         NotFoundError: there is no attempt `n`.
@@ -319,10 +319,10 @@ def pick_attempt(record: JobRecord, n: int | None) -> int:
 
 
 def require_ours(record: JobRecord, what: str) -> None:
-    """Refuse what raylaunch does not have of a job of plain Ray.
+    """Refuse what raylaunch does not store of an external job.
 
     Raises:
-        NotFoundError: the job is one.
+        NotFoundError: the job is external.
     """
     if record.foreign:
         msg = f"{record.id} was submitted with plain ray job submit: raylaunch keeps no {what} of it"
@@ -332,10 +332,10 @@ def require_ours(record: JobRecord, what: str) -> None:
 
 
 async def wait_first(*waits: Coroutine[object, object, object], timeout_s: float) -> None:
-    """Return when one of `waits` is done, or the time is over; the others are cancelled and cleaned up.
+    """Return when one of `waits` is done, or at the timeout; the others are cancelled.
 
     Raises:
-        Exception: what the first of them raised.
+        Exception: the first of them raised it.
     """
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
@@ -349,22 +349,22 @@ async def wait_first(*waits: Coroutine[object, object, object], timeout_s: float
 
 
 async def finished(task: asyncio.Future[None]) -> None:
-    """Wait for the end of `task`, whose own end this is not."""
+    """Wait until `task` is done, without cancelling it when this is cancelled."""
     await asyncio.wait([task])
 
 
 @asynccontextmanager
 async def client_disconnect(request: Request) -> AsyncIterator[asyncio.Future[None]]:
-    """Yield what is done once the client has closed its connection. For requests whose body has been read, or has none.
+    """Yield a future that is done once the client has disconnected. Use it after the body was read.
 
-    Without it, a question that is held back for news would hold its place for a client that is long gone.
+    Without it, a long poll would continue for a client that has disconnected.
     """
 
-    async def gone() -> None:
+    async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    task = asyncio.ensure_future(gone())
+    task = asyncio.ensure_future(wait_for_disconnect())
     try:
         yield task
     finally:

@@ -1,4 +1,4 @@
-"""Routes about what a job produces: metrics and files."""
+"""Routes about uploaded packages, and about what jobs produce: metrics and files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ packages_router = APIRouter(route_class=GuardedRoute)
 @packages_router.head("/packages/{sha}", response_class=Response)
 @requires(Role.TRAINER, "send packages")
 async def package_have(sha: str, services: Services) -> Response:
-    """Say in headers how much of a package is here."""
+    """Return in headers how much of a package has been uploaded."""
     return Response(None, 200, _headers(services.packages.have(sha)))
 
 
@@ -51,7 +51,7 @@ async def put_package(
     offset: Annotated[int, Query(ge=0, le=MAX_INT)],
     total: Annotated[int, Query(ge=1, le=MAX_INT)],
 ) -> Response:
-    """Take one piece of a package."""
+    """Store one piece of a package."""
     request.state.about = sha
     data = await request.body()
     try:
@@ -69,7 +69,7 @@ def _headers(have: PackageBytes) -> dict[str, str]:
 
 
 class _FileName(PathConvertor):
-    """A path as starlette's, which may hold line feeds as any file's name may."""
+    """Like starlette's path, but may contain line feeds, as file names may."""
 
     regex = "(?s:.*)"
 
@@ -87,7 +87,7 @@ Keys = Annotated[list[str] | None, Query(alias="key", description="names of metr
 async def metrics(
     record: Job, services: Services, keys: Keys = None, max_points: Annotated[int, Query(ge=2, le=100_000)] = 500
 ) -> Response:
-    """Return which metrics there are and their last values; and points of those that are named."""
+    """Return the metrics' names and last values, and points of the requested ones."""
     require_ours(record, "metrics")
     page = await anyio.to_thread.run_sync(
         partial(services.metrics.page, record, keys=keys or [], max_points=max_points)
@@ -100,13 +100,13 @@ async def metrics_csv(record: Job, services: Services, keys: Keys = None) -> Res
     """Return every point as CSV: step,at,key,value."""
     require_ours(record, "metrics")
     lines = iter(services.metrics.csv(record, keys=keys or []))
-    first = await anyio.to_thread.run_sync(next, lines, "")  # what cannot be read is an error, not half an answer
+    first = await anyio.to_thread.run_sync(next, lines, "")  # an unreadable file is an error, not half a response
     return StreamingResponse(_encoded(chain([first], lines)), 200, None, "text/csv")
 
 
 @router.get("/jobs/{ref}/files", response_model=list[Artifact])
 async def files(record: Job, services: Services) -> Response:
-    """Return the files that a job left behind."""
+    """Return the files of a job."""
     require_ours(record, "files")
     found = await anyio.to_thread.run_sync(services.artifacts.files, record.id)
     return model_response(found)
@@ -115,7 +115,7 @@ async def files(record: Job, services: Services) -> Response:
 @router.head("/jobs/{ref}/files/{path:file}", response_class=Response, include_in_schema=False)
 @router.get("/jobs/{ref}/files/{path:file}", response_class=Response)
 async def file(record: Job, path: str, request: Request, services: Services, caller: CurrentCaller) -> Response:
-    """Return one file, or a range of it. One that was not kept is brought from its node first."""
+    """Return one file, or a range of it. An output that was not kept is copied from its node first."""
     require_ours(record, "files")
     try:
         where, artifact = await anyio.to_thread.run_sync(services.artifacts.path, record.id, path)
@@ -125,7 +125,7 @@ async def file(record: Job, path: str, request: Request, services: Services, cal
         if not name:
             raise
         where, artifact = await _left(record, name, services, caller, withheld=name in left.withheld)
-    headers = {"X-File": quote(str(where))}  # an account of this host that may read it need not ask for its bytes
+    headers = {"X-File": quote(str(where))}  # a user of this host who may read it needs no download
     if artifact.sha256:
         headers["X-Sha256"] = artifact.sha256
     return file_response(where, request, headers=headers)
@@ -134,13 +134,13 @@ async def file(record: Job, path: str, request: Request, services: Services, cal
 async def _left(
     record: JobRecord, name: str, services: AppState, caller: Caller, *, withheld: bool
 ) -> tuple[Path, Artifact]:
-    """Bring an output that was not kept; what looks like a secret for its owner alone, and not among the others."""
+    """Copy an output that was not kept; one that looks like a secret only for its owner, and into a separate folder."""
     caller.require(Role.TRAINER, "fetch files that were not kept from")
     if not withheld:
         await services.jobs.bring_left(record, name)
         return await anyio.to_thread.run_sync(services.artifacts.path, record.id, name)
     if caller.person != record.owner:
-        msg = f"{name} looks like a secret, and only {record.owner}, whose job it is, can fetch it"
+        msg = f"{name} looks like a secret; only the job's owner, {record.owner}, can fetch it"
         raise AccessError(msg)
     try:
         return await anyio.to_thread.run_sync(services.artifacts.withheld, record.id, name)

@@ -1,4 +1,4 @@
-"""Routes about jobs: submit, list, show, stop, remove."""
+"""Routes about jobs: submit, list, show, stop, remove; and their events."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ events_router = APIRouter(route_class=GuardedRoute)
 
 _COMMENT_EVERY_S = 15.0
 
-Cursor = Annotated[int, Query(ge=0, le=MAX_INT, description="sequence number of the last event that is known")]
+Cursor = Annotated[int, Query(ge=0, le=MAX_INT, description="sequence number of the last known event")]
 
 
 @events_router.get("/jobs/{ref}/events", response_model=EventPage)
 async def job_events(
     record: LightJob, services: Services, request: Request, after: Cursor = 0, wait_s: WaitS = 0.0
 ) -> Response:
-    """Return a job's events after a cursor; when there are none, wait for one."""
+    """Return a job's events after a cursor; if there are none, wait for one."""
     loop = asyncio.get_running_loop()
     limit = loop.time() + wait_s
     async with client_disconnect(request) as gone:
@@ -71,12 +71,12 @@ async def events(
     caller: CurrentCaller,
     *,
     after: Annotated[
-        int | None, Query(ge=0, le=MAX_INT, description="cursor; without it, only what happens from now on")
+        int | None, Query(ge=0, le=MAX_INT, description="cursor; without it, only events from now on")
     ] = None,
     job: str = "",
     last_event_id: Annotated[int | None, Header(ge=0, le=MAX_INT)] = None,
 ) -> Response:
-    """Stream events (text/event-stream). A client that reconnects says its Last-Event-ID, and misses nothing."""
+    """Stream events (text/event-stream). A client that reconnects with its Last-Event-ID misses nothing."""
     known = last_event_id if last_event_id is not None else after
     cursor = services.records.cursor if known is None else known
     job_id = await find_job(job, services, caller) if job else ""
@@ -86,19 +86,19 @@ async def events(
 
 async def _stream(services: AppState, cursor: int, job: str) -> AsyncIterator[bytes]:
     loop = asyncio.get_running_loop()
-    said_at = loop.time()
+    sent_at = loop.time()
     yield b": events of raylaunch\n\n"
     with services.records.subscribe(job) as changed:
         while not services.closing.is_set():
             changed.clear()
             page = services.records.events(after=cursor, job=job)
             if page.events:
-                cursor, said_at = page.cursor, loop.time()
+                cursor, sent_at = page.cursor, loop.time()
                 yield b"".join(_message(event) for event in page.events)
                 continue
-            left = said_at + _COMMENT_EVERY_S - loop.time()
+            left = sent_at + _COMMENT_EVERY_S - loop.time()
             if left <= 0:
-                said_at = loop.time()
+                sent_at = loop.time()
                 yield b": still here\n\n"
                 continue
             await wait_first(changed.wait(), services.closing.wait(), timeout_s=left)
@@ -109,19 +109,19 @@ def _message(event: Event) -> bytes:
 
 
 SUBMIT_BYTES = 16 * 1024 * 1024
-"""Most bytes of a submission: its spec, the changes that were not committed (1 MiB), what was packed."""
+"""Limit of a submission: spec, uncommitted changes (1 MiB), report of the packing."""
 
 _AT_ONCE = 50
-"""Jobs of a page that are read in one go: each takes about 0.2 ms."""
+"""Jobs of a page that are read at a time: each takes about 0.2 ms."""
 
 _LINES_SO_FAR = 10
-"""Last lines of a job that still runs; the whole log has a route of its own."""
+"""Last lines of a running job's log; the log has its own route."""
 
 router = APIRouter(route_class=GuardedRoute)
 
 
 class StopBody(BaseModel):
-    """How to stop: seconds between SIGTERM and SIGKILL, or null for the job's own."""
+    """Seconds between SIGTERM and SIGKILL, or null for the job's own."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -138,7 +138,7 @@ async def submit(
     *,
     dry_run: bool = False,
 ) -> Response:
-    """Take a job in; with ``dry_run`` only say where it could run."""
+    """Accept a job; with ``dry_run`` only return where it could run."""
     if dry_run:
         request.state.audited = False
         return model_response(await services.jobs.dry_run(submitted, caller.person))
@@ -172,16 +172,16 @@ async def jobs(  # noqa: PLR0913 -- each is one filter
         unreadable += page.unreadable
         cursor = page.next_cursor
         if not cursor or len(found) >= limit:
-            told: JsonValue = {"jobs": found, "next_cursor": cursor, "total": page.total, "unreadable": unreadable}
-            return json_response(told)
-        await asyncio.sleep(0)  # a large page lets others have their turn
+            listed: JsonValue = {"jobs": found, "next_cursor": cursor, "total": page.total, "unreadable": unreadable}
+            return json_response(listed)
+        await asyncio.sleep(0)  # let other requests run between parts of a large page
 
 
 @router.get("/jobs/{ref}", response_model=JobView)
 async def job(ref: str, record: Job, services: Services, caller: CurrentCaller, *, own: bool = False) -> Response:
-    """Return one job with all its fields; of one that runs, with what it has measured and last written so far.
+    """Return one job with all its fields; a running one with its latest metrics and log lines.
 
-    With ``own`` a name means the caller's own jobs alone, as where a job is changed.
+    With ``own`` a name refers to the caller's own jobs only, as for changing a job.
     """
     if own:
         refuse_others(caller, record, ref)
@@ -194,7 +194,7 @@ async def job(ref: str, record: Job, services: Services, caller: CurrentCaller, 
 @router.post("/jobs/{ref}/stop", response_model=JobView)
 @requires(Role.TRAINER, "stop jobs")
 async def stop(record: OwnJob, services: Services, caller: CurrentCaller, asked: StopBody | None = None) -> Response:
-    """Ask a job to stop."""
+    """Request the stop of a job."""
     require_own(caller, record, "stop")
     grace_s = asked.grace_s if asked is not None else None
     return model_response(await services.jobs.stop(record, grace_s=grace_s, person=caller.person))
@@ -227,6 +227,6 @@ def _states(text: str) -> tuple[JobState, ...]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     for word in words:
         if word not in known:
-            msg = f"there is no state {word!r}"
+            msg = f"no such state: {word!r}"
             raise SpecError(msg, hint=f"states are {', '.join(known)}", field="state")
     return tuple(JobState(word) for word in words)

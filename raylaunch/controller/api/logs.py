@@ -33,7 +33,7 @@ from raylaunch.models.job import AttemptView, LogMatches
 
 
 class LogSearch(TypedDict):
-    """What is looked for in a log, and where."""
+    """A search in a log."""
 
     pattern: str
     regex: bool
@@ -47,23 +47,23 @@ class Log(Protocol):
     """One log that may still grow."""
 
     async def tail_offset(self, lines: int) -> int:
-        """Return where the last `lines` lines begin."""
+        """Return the offset of the last `lines` lines."""
 
     async def read(self, offset: int, limit: int, *, ended: bool) -> Slice:
-        """Return at most `limit` bytes from `offset` on; `ended` says that no more will come."""
+        """Return at most `limit` bytes from `offset` on; `ended` means that no more will be written."""
 
     async def search(self, asked: LogSearch) -> LogMatches:
         """Return lines that match."""
 
     async def grown(self, size: int, timeout_s: float) -> None:
-        """Return when it may have more than `size` bytes, or the time is over."""
+        """Return when it may have more than `size` bytes, or at the timeout."""
 
 
 def log_of(services: AppState, record: JobRecord, *, n: int, rank: int) -> Log:
-    """Return the log of one rank of the attempt `n`; of an attempt 0, one in which nothing stands yet.
+    """Return the log of one rank of attempt `n`; for attempt 0 an empty one.
 
     Raises:
-        NotFoundError: the attempt has no such rank; a job of plain Ray has one log only.
+        NotFoundError: the attempt has no such rank; an external job has only one log.
     """
     if not n:
         return _EmptyLog()
@@ -73,7 +73,7 @@ def log_of(services: AppState, record: JobRecord, *, n: int, rank: int) -> Log:
         return _StoredLog(services, record, n, rank)
     if rank:
         msg = f"{record.id} was submitted with plain ray job submit and has one log, that of rank 0"
-        raise NotFoundError(msg, hint="what its other processes wrote is in Ray's dashboard: raylaunch env")
+        raise NotFoundError(msg, hint="logs of its other processes are in Ray's dashboard: raylaunch env")
     return _ExternalLog(services, record.attempts[n - 1])
 
 
@@ -144,7 +144,7 @@ Rank = Annotated[int, Query(ge=0, le=1_000_000)]
 
 
 class _LogPart(NamedTuple):
-    """One look at a log."""
+    """What one read of a log returned."""
 
     slice: attempt_files.Slice
     attempt: int
@@ -159,12 +159,12 @@ async def log(  # noqa: PLR0913 -- each is one option
     *,
     attempt: Attempt = None,
     rank: Rank = 0,
-    tail: Annotated[int | None, Query(ge=0, le=MAX_INT, description="begin at the last lines")] = None,
-    offset: Annotated[int | None, Query(ge=0, le=MAX_INT, description="begin at this byte")] = None,
+    tail: Annotated[int | None, Query(ge=0, le=MAX_INT, description="start at the last lines")] = None,
+    offset: Annotated[int | None, Query(ge=0, le=MAX_INT, description="start at this byte")] = None,
     limit: Annotated[int, Query(ge=1, le=attempt_files.READ_BYTES)] = attempt_files.READ_BYTES,
     wait_s: WaitS = 0.0,
 ) -> Response:
-    """Return bytes of a log as they were written; headers say where they lie and where to go on."""
+    """Return bytes of a log as they were written; headers have their position and where to continue."""
     if tail is not None and offset is not None:
         msg = "a log is read from its tail or from an offset, not both"
         raise SpecError(msg, hint="give one of tail and offset")
@@ -172,16 +172,16 @@ async def log(  # noqa: PLR0913 -- each is one option
     begin = offset or 0
     if tail is not None:
         begin = await log_of(services, record, n=n, rank=rank).tail_offset(tail)
-    look = await _read_when_grown(services, request, _LogRequest(record.id, n, rank, begin, limit, wait_s))
+    part = await _read_when_grown(services, request, _LogRequest(record.id, n, rank, begin, limit, wait_s))
     headers = {
-        "X-Log-Offset": str(look.slice.offset),
-        "X-Log-Next": str(look.slice.next),
-        "X-Log-Size": str(look.slice.size),
-        "X-Log-Attempt": str(look.attempt),
-        "X-Log-Ended": "1" if look.ended else "0",
-        "X-Log-Ranks": str(_ranks(services, record.id, look.attempt)),
+        "X-Log-Offset": str(part.slice.offset),
+        "X-Log-Next": str(part.slice.next),
+        "X-Log-Size": str(part.slice.size),
+        "X-Log-Attempt": str(part.attempt),
+        "X-Log-Ended": "1" if part.ended else "0",
+        "X-Log-Ranks": str(_ranks(services, record.id, part.attempt)),
     }
-    return Response(look.slice.data, 200, headers, "application/octet-stream")
+    return Response(part.slice.data, 200, headers, "application/octet-stream")
 
 
 @router.get("/jobs/{ref}/logs/search", response_model=LogMatches)
@@ -205,7 +205,7 @@ async def search(  # noqa: PLR0913 -- each is one option
 
 
 class _LogRequest(NamedTuple):
-    """What somebody wants to read; attempt 0 is the first, once it begins."""
+    """A request for a part of a log; attempt 0 is the first, once it starts."""
 
     job: str
     attempt: int
@@ -216,7 +216,7 @@ class _LogRequest(NamedTuple):
 
 
 async def _read_when_grown(services: AppState, request: Request, asked: _LogRequest) -> _LogPart:
-    """Look at the log; at its end, look again whenever something changes, until the time is over."""
+    """Read the log; at its end, read again whenever something changes, until the timeout."""
     loop = asyncio.get_running_loop()
     until = loop.time() + asked.wait_s
     async with client_disconnect(request) as gone:
@@ -225,14 +225,16 @@ async def _read_when_grown(services: AppState, request: Request, asked: _LogRequ
                 changed.clear()
                 record = services.records.light(asked.job)
                 n = asked.attempt or len(record.attempts)
-                ended = _over(record, n)  # before reading: what is read then holds all that there will be
+                ended = _over(record, n)  # before reading: then nothing can be missing from what is read
                 left = until - loop.time()
                 log = log_of(services, record, n=n, rank=asked.rank)
-                growth = asyncio.ensure_future(log.grown(asked.begin, max(0.0, left)))  # before reading: none is missed
+                growth = asyncio.ensure_future(
+                    log.grown(asked.begin, max(0.0, left))
+                )  # before reading, to miss no growth
                 try:
-                    look = await _read(log, asked, n, ended=ended, patient=left > 0)
-                    if look.slice.data or ended or left <= 0 or services.closing.is_set() or gone.done():
-                        return look
+                    part = await _read(log, asked, n, ended=ended, patient=left > 0)
+                    if part.slice.data or ended or left <= 0 or services.closing.is_set() or gone.done():
+                        return part
                     waits = (changed.wait(), services.closing.wait(), finished(gone), finished(growth))
                     await wait_first(*waits, timeout_s=left)
                 finally:
@@ -243,24 +245,24 @@ async def _read_when_grown(services: AppState, request: Request, asked: _LogRequ
 async def _read(log: Log, asked: _LogRequest, n: int, *, ended: bool, patient: bool) -> _LogPart:
     try:
         return _LogPart(await log.read(asked.begin, asked.limit, ended=ended), n, ended)
-    except ClusterError:  # who follows outlasts a Ray that is away
+    except ClusterError:  # a follower survives an outage of Ray
         if ended or not asked.wait_s:
             raise
-    except NotFoundError:  # so is a node whose Ray has just come back
+    except NotFoundError:  # and of a node whose Ray was just restarted
         if ended or not patient:
             raise
     return _LogPart(attempt_files.Slice(asked.begin, b"", 0), n, ended)
 
 
 def _ranks(services: AppState, job: str, n: int) -> int:
-    """Return how many ranks an attempt has; where its launcher does not say, how many have a log so far."""
+    """Return the number of ranks of an attempt; if its launcher does not tell, of those that have a log so far."""
     record = services.records.light(job)
     known = record.attempts[n - 1].ranks if n else 1
     return known or len(logs.ranks(services.records.folder(job), attempt=n))
 
 
 def _over(record: JobRecord, n: int) -> bool:
-    """Whether the attempt is over and all of its log that will ever come is there."""
+    """Whether the attempt has ended and its log is complete."""
     if not n:
         return record.state.ended
     attempt = record.attempts[n - 1]

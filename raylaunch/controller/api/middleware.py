@@ -1,4 +1,4 @@
-"""What every request passes first: token, version, audit. Nothing behind it is reached without a token."""
+"""The outermost middleware: authentication, protocol version, audit log. Nothing is served without a token."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _READS = frozenset({"GET", "HEAD"})
 _UNAUTHORIZED = 401
 _REJECTED = frozenset({401, 403})
 _NO_ANSWER = 500
-_STRANGERS_S = 10.0
-_LONGEST = 200
+_UNAUTHORIZED_LOG_S = 10.0
+_MAX_VERB_CHARS = 200
 
 
 class AuthMiddleware:
@@ -31,11 +31,11 @@ class AuthMiddleware:
         self._tokens = tokens
         self._invitations = invitations
         self._audit = audit
-        self._strangers = 0
-        self._stranger_at = -_STRANGERS_S
+        self._unauthorized_count = 0
+        self._unauthorized_at = -_UNAUTHORIZED_LOG_S
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or answer why not."""
+        """Pass a request on, or respond why it is refused."""
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
@@ -45,12 +45,12 @@ class AuthMiddleware:
         headers = Headers(scope=scope)
         caller = self._caller(headers, scope["path"])
         if caller is None:
-            self._audit_stranger(scope)
+            self._audit_unauthorized(scope)
             await _unauthorized(headers)(scope, receive, send)
             return
         problem = _problem(headers)
         if problem is not None:
-            self._audit.write(person=caller.person, verb=_words(scope), job="", status=problem.status)
+            self._audit.write(person=caller.person, verb=_request_line(scope), job="", status=problem.status)
             await error_response(problem, headers={"Connection": "close"})(scope, receive, send)
             return
         scope.setdefault("state", {})["caller"] = caller
@@ -77,9 +77,9 @@ class AuthMiddleware:
             nonlocal answered
             if message["type"] == "http.response.start":
                 answered = True
-                if not whole:  # else the rest of a body is waited for, however long it is
+                if not whole:  # otherwise the server would wait for the rest of the body
                     MutableHeaders(scope=message)["Connection"] = "close"
-                self._audit_request(scope, caller, message["status"])  # before anybody can act on the answer
+                self._audit_request(scope, caller, message["status"])  # before anybody can act on the response
                 MutableHeaders(scope=message).update({**VERSION_HEADERS, **scope["state"].get("headers", {})})
             await send(message)
 
@@ -93,28 +93,28 @@ class AuthMiddleware:
         read = scope["method"] in _READS and status not in _REJECTED
         if not scope["state"].get("audited", not read):
             return
-        verb = getattr(scope.get("route"), "name", "") or _words(scope)
+        verb = getattr(scope.get("route"), "name", "") or _request_line(scope)
         job = scope["state"].get("about") or scope.get("path_params", {}).get("ref", "")
         self._audit.write(person=caller.person, verb=verb, job=job, status=status)
 
-    def _audit_stranger(self, scope: Scope) -> None:
-        """Write down a request without a valid token. Of many, one line now and then says how many they were."""
-        self._strangers += 1
+    def _audit_unauthorized(self, scope: Scope) -> None:
+        """Log a request without a valid token; of many, one line from time to time with their number."""
+        self._unauthorized_count += 1
         now = time.monotonic()
-        if now - self._stranger_at < _STRANGERS_S:
+        if now - self._unauthorized_at < _UNAUTHORIZED_LOG_S:
             return
-        times = f" ({self._strangers} requests)" if self._strangers > 1 else ""
-        self._audit.write(person="", verb=f"{_words(scope)}{times}", job="", status=_UNAUTHORIZED)
-        self._strangers, self._stranger_at = 0, now
+        times = f" ({self._unauthorized_count} requests)" if self._unauthorized_count > 1 else ""
+        self._audit.write(person="", verb=f"{_request_line(scope)}{times}", job="", status=_UNAUTHORIZED)
+        self._unauthorized_count, self._unauthorized_at = 0, now
 
 
-def _words(scope: Scope) -> str:
-    return f"{scope['method']} {scope['path']}"[:_LONGEST]
+def _request_line(scope: Scope) -> str:
+    return f"{scope['method']} {scope['path']}"[:_MAX_VERB_CHARS]
 
 
 def _unauthorized(headers: Headers) -> ASGIApp:
     sent = "authorization" in headers
-    message = "the token is not one of this cluster's" if sent else "the request carries no token"
+    message = "the token is not valid for this cluster" if sent else "the request has no token"
     hint = "send 'Authorization: Bearer TOKEN'; raylaunch's own commands take it from the cluster's folder"
     error = AccessError(message, hint=hint)
     return error_response(error, status=_UNAUTHORIZED, headers={"WWW-Authenticate": "Bearer", "Connection": "close"})
@@ -123,10 +123,10 @@ def _unauthorized(headers: Headers) -> ASGIApp:
 def _problem(headers: Headers) -> RaylaunchError | None:
     theirs = headers.get("x-raylaunch-api", str(API))
     if theirs != str(API):
-        version = headers.get("x-raylaunch-version", "of an unknown version")
+        version = headers.get("x-raylaunch-version", "of unknown version")
         msg = f"the client is raylaunch {version} and the controller {__version__}: they do not speak the same protocol"
         newer = (whole(theirs) or 0) > API
-        older_hint = f"install the controller's version on the client's side: pip install raylaunch=={__version__}"
-        newer_hint = "raylaunch up starts a controller of the client's version; running jobs go on"
+        older_hint = f"install the controller's version on the client: pip install raylaunch=={__version__}"
+        newer_hint = "raylaunch up starts a controller of the client's version; running jobs continue"
         return VersionError(f"{msg} ({theirs} there, {API} here)", hint=newer_hint if newer else older_hint)
     return None

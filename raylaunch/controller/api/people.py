@@ -1,4 +1,4 @@
-"""Routes about people: who may come in, inviting, revoking; and taking an invitation."""
+"""Routes about access: tokens, invitations, revoking; and accepting an invitation."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from raylaunch.models.fields import Moment
 router = APIRouter(route_class=GuardedRoute)
 
 JOIN_PATH = "/v1/join"
-"""The one path that an invitation's code opens."""
+"""The only path that accepts an invitation's code."""
 _DAY_S = 86400.0
 
 
 class InviteRequest(BaseModel):
-    """Whom to invite as what; for how many seconds the code is good, and when the token is over (null: never)."""
+    """Person and role; validity of the code in seconds, and when the token expires (null: never)."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -32,7 +32,7 @@ class InviteRequest(BaseModel):
 
 
 class TakeRequest(BaseModel):
-    """The SHA-256 of the token that its maker keeps to herself."""
+    """The SHA-256 of a token that never leaves its owner's machine."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,9 +40,9 @@ class TakeRequest(BaseModel):
 
 
 @router.get("/tokens", response_model=list[TokenView])
-@requires(Role.ADMIN, "see whose tokens there are")
+@requires(Role.ADMIN, "list tokens")
 async def tokens(services: Services, caller: CurrentCaller) -> Response:
-    """Return who may come in."""
+    """Return all tokens and open invitations."""
     return model_response(list(services.invitations.views(caller.token)))
 
 
@@ -51,26 +51,26 @@ async def tokens(services: Services, caller: CurrentCaller) -> Response:
 async def invite(asked: InviteRequest, request: Request, services: Services, caller: CurrentCaller) -> Response:
     """Invite a person."""
     request.state.about = asked.person
-    code, over = services.invitations.invite(
+    code, expires_at = services.invitations.invite(
         asked.person, asked.role, by=caller.person, valid_s=asked.valid_s, token_expires_at=asked.token_expires_at
     )
     settings = services.settings
-    made = Invitation(
+    invitation = Invitation(
         code=code,
         person=asked.person,
         role=asked.role.value,
-        expires_at=over,
+        expires_at=expires_at,
         token_expires_at=asked.token_expires_at,
         cluster=settings.cluster,
         port=settings.port,
     )
-    return model_response(made)
+    return model_response(invitation)
 
 
 @router.delete("/tokens/{who}")
 @requires(Role.ADMIN, "revoke tokens")
 async def revoke(who: str, request: Request, services: Services, caller: CurrentCaller) -> Response:
-    """Take tokens back."""
+    """Revoke tokens and invitations."""
     request.state.about = who
     return json_response({"revoked": services.invitations.revoke(who, mine=caller.token)})
 
@@ -83,11 +83,11 @@ async def take(
     caller: CurrentCaller,
     authorization: Annotated[str, Header()],
 ) -> Response:
-    """Take an invitation: the code is the request's bearer token."""
+    """Accept an invitation: its code is the request's bearer token."""
     request.state.about = caller.person
     token = services.invitations.accept(authorization.partition(" ")[2], asked.sha256)
     settings = services.settings
-    made = Admission(
+    admission = Admission(
         person=token.person,
         role=token.role.value,
         made_by=token.made_by,
@@ -95,4 +95,4 @@ async def take(
         cluster_id=settings.cluster_id,
         expires_at=token.expires_at,
     )
-    return model_response(made)
+    return model_response(admission)

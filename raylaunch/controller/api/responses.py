@@ -1,4 +1,4 @@
-"""How answers are written: models as JSON, errors in one form, files with ranges."""
+"""Responses: models as JSON, errors in one format, files with ranges."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from raylaunch.errors import RaylaunchError
 from raylaunch.version import API, __version__
 
 VERSION_HEADERS = {"X-Raylaunch-Version": __version__, "X-Raylaunch-Api": str(API)}
-"""Headers of every answer."""
+"""Headers of every response."""
 
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _BLOCK = 1024 * 1024
@@ -39,7 +39,7 @@ def json_response(
     headers: Mapping[str, str] | None = None,
     background: BackgroundTask | None = None,
 ) -> Response:
-    """Return JSON. Losses become NaN: such numbers travel as text, which our models read and other programs survive."""
+    """Return JSON. NaN and infinity (losses, say) become strings, which our models read and other programs accept."""
     try:
         text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     except ValueError:
@@ -55,9 +55,9 @@ def error_response(error: RaylaunchError, *, status: int = 0, headers: Mapping[s
 
 
 def file_response(path: Path, request: Request, *, headers: Mapping[str, str]) -> Response:
-    """Return a file's bytes as they are now, or the range that was asked for (206; 416 when it lies beyond the end).
+    """Return a file's bytes as they are now, or the requested range (206; 416 if it is beyond the end).
 
-    A file that grows meanwhile is sent up to the size it had.
+    A file that grows meanwhile is sent up to its size at the start.
     """
     facts = path.stat()
     size = facts.st_size
@@ -67,7 +67,7 @@ def file_response(path: Path, request: Request, *, headers: Mapping[str, str]) -
     if span is None:
         begin, end, status = 0, size, 200
     elif span[0] >= size:
-        error = RaylaunchError(f"the file has {size} bytes", hint="ask for a range within it")
+        error = RaylaunchError(f"the file has {size} bytes", hint="request a range within it")
         return error_response(error, status=416, headers={"Content-Range": f"bytes */{size}"})
     else:
         begin, end, status = span[0], min(span[1], size), 206
@@ -93,7 +93,7 @@ def _json_safe(data: JsonValue) -> JsonValue:
 
 
 def _span(request: Request, size: int, etag: str) -> tuple[int, int] | None:
-    """Return the one range that was asked for, or None for the whole (RFC 9110, sections 14.2 and 13.1.5)."""
+    """Return the requested range, or None for the whole file (RFC 9110, sections 14.2 and 13.1.5)."""
     match = _RANGE.fullmatch(request.headers.get("range", "").strip())
     if match is None or match.group(0) == "bytes=-" or request.headers.get("if-range", etag) != etag:
         return None
@@ -108,13 +108,13 @@ def _span(request: Request, size: int, etag: str) -> tuple[int, int] | None:
 async def _bytes(path: Path, facts: os.stat_result, begin: int, end: int) -> AsyncIterator[bytes]:
     async with await anyio.open_file(path, "rb") as file:
         if os.fstat(file.wrapped.fileno()).st_ino != facts.st_ino:
-            msg = f"{path} was replaced while it was about to be sent"  # the connection ends; the client asks again
+            msg = f"{path} was replaced before it was sent"  # the connection is closed; the client retries
             raise RuntimeError(msg)
         await file.seek(begin)
         while begin < end:
             data = await file.read(min(_BLOCK, end - begin))
             if not data:
-                msg = f"{path} became shorter while it was sent"
+                msg = f"{path} became shorter while it was being sent"
                 raise RuntimeError(msg)
             begin += len(data)
             yield data

@@ -1,8 +1,8 @@
-"""The controller's side of its link to Ray: it keeps the child program `raylaunch.controller.ray.process` running.
+"""The controller's side of the bridge to Ray: it keeps the child program `raylaunch.controller.ray.process` running.
 
-Ray ends any process that is connected to it a minute after its head is gone, so the connection lives in a child that
-may die and be started again. Both speak JSON lines over the child's stdin and stdout; what attempts write on nodes is
-put into the store by the child itself, and never passes through here.
+Ray ends every process that is connected to it a minute after its head has exited, so the connection is held by a child
+that may exit and is restarted. They exchange JSON lines over the child's stdin and stdout. The child itself writes
+files of attempts into the store; they never pass through here.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _STEADY_S = 30.0
 
 @dataclass(frozen=True)
 class PreparedAttempt:
-    """An attempt is ready on its node: submit `command` to Ray as the entrypoint."""
+    """An attempt is ready on its node; `command` is its entrypoint for Ray."""
 
     folder: str
     command: str
@@ -53,16 +53,16 @@ class PreparedAttempt:
 
 @dataclass(frozen=True)
 class Fenced:
-    """No process of the attempt lives on the node, and none can start any more."""
+    """No process of the attempt is running on the node, and none can start any more."""
 
     killed: int
-    """Processes that had to be ended."""
+    """Processes that had to be killed."""
     claim: Claim | None
-    """Who had claimed it; its epoch is ``fenced`` when nobody had and the fence took it."""
+    """Who had claimed it; the epoch is ``fenced`` if nobody had and the fence claimed it."""
     exit: Exit | None
-    """How it ended, when its runner lived to say so."""
+    """How it ended, if its runner reported that."""
     beat_at: float | None = None
-    """When its runner was last alive; None when none ever was."""
+    """Latest heartbeat of its runner; None if there was none."""
 
 
 class Config(TypedDict):
@@ -78,7 +78,7 @@ _LEFT_S = 3600.0
 
 
 class RayBridge:
-    """The link to Ray and its stewards. Use it from one event loop."""
+    """The connection to Ray and the node agents. Use it from one event loop."""
 
     def __init__(  # noqa: PLR0913 -- each is a fact about one Ray, and all are named
         self,
@@ -92,17 +92,17 @@ class RayBridge:
         namespace: str = "raylaunch",
         carries: bool = False,
     ) -> None:
-        """Describe the link; nothing happens before `start`.
+        """Configure the bridge; nothing happens before `start`.
 
         Args:
             gcs_address: ``host:port`` of Ray's GCS.
-            ray_token_path: The file with Ray's token; its content enters no argument list.
-            ray_env: Variables with which the child connects to Ray, for example which certificate it has.
+            ray_token_path: The file with Ray's token; the token never appears in an argument list.
+            ray_env: Variables with which the child connects to Ray, for example the path of its certificate.
             store: The folder that the child writes into.
             on_event: Called in the event loop, in order, for each event. It must not block.
-            log_path: Gets what the child and Ray's core say on stderr.
-            namespace: Ray namespace of the stewards.
-            carries: Whether Ray is to bring raylaunch's code to its nodes, for it is not there.
+            log_path: Log file for stderr of the child and of Ray's core.
+            namespace: Ray namespace of the agents.
+            carries: Whether Ray must copy raylaunch's code to its nodes, because it is not installed there.
         """
         self._config = Config(
             gcs_address=gcs_address,
@@ -117,9 +117,9 @@ class RayBridge:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[object]] = {}
         self._child: asyncio.subprocess.Process | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._supervision: asyncio.Task[None] | None = None
         self._up = False
-        self._why = "the link to Ray has not been started"
+        self._why = "the connection to Ray has not been started"
 
     @property
     def up(self) -> bool:
@@ -128,33 +128,33 @@ class RayBridge:
 
     @property
     def why_down(self) -> str:
-        """Why the link is down, in words; empty when it is up."""
+        """Why the connection is down; empty if it is up."""
         return "" if self._up else self._why
 
     @property
     def pid(self) -> int | None:
-        """Process id of the child, or None when there is none now."""
+        """Process id of the child, or None if it is not running."""
         return self._child.pid if self._child else None
 
     async def start(self) -> None:
-        """Start the child and keep it running. Returns at once: `LinkUp` says when it is connected."""
-        if self._keeper is None:
-            self._why = "the link to Ray is starting"
-            self._keeper = asyncio.create_task(self._keep_running(), name="link")
+        """Start the child and keep it running. Returns immediately; `LinkUp` reports the connection."""
+        if self._supervision is None:
+            self._why = "connecting"
+            self._supervision = asyncio.create_task(self._keep_running(), name="bridge")
 
     async def close(self) -> None:
-        """End the child and wait for its end."""
-        if self._keeper is None:
+        """Stop the child and wait for its exit."""
+        if self._supervision is None:
             return
-        self._keeper.cancel()
-        await asyncio.gather(self._keeper, return_exceptions=True)
-        self._keeper = None
+        self._supervision.cancel()
+        await asyncio.gather(self._supervision, return_exceptions=True)
+        self._supervision = None
 
     async def nodes(self) -> tuple[NodeView, ...]:
-        """Return the cluster's nodes, dead ones too, as Ray and the stewards see them (at most a second old).
+        """Return the cluster's nodes, dead ones too, as Ray and the agents report them (at most a second old).
 
         Raises:
-            ClusterDownError: The link is down.
+            ClusterDownError: The connection is down.
         """
         answer = await self.call("nodes", {}, timeout_s=30)
         return node_views(cast("list[object]", answer))
@@ -168,19 +168,19 @@ class RayBridge:
         secrets: Mapping[str, str],
         wheels: Sequence[WheelSet] = (),
     ) -> PreparedAttempt:
-        """Make the attempt's folder on a node: code, runner, secrets. May be repeated.
+        """Create the attempt's folder on a node: code, runner, secrets. May be repeated.
 
         Args:
             node_id: Ray's id of the node.
-            spec: What the runner needs to know. An empty ``envs_dir`` is filled in by the steward.
-            package: sha256 of the packed code in the store; empty for none. It is sent when the node lacks it.
-            secrets: Values by name; they travel by pipe and by Ray's own channel, and lie on the node in a 0600 file.
-            wheels: What its environment is made of, by platform; those of the node's are sent when it lacks them.
+            spec: The runner's specification. The agent fills in an empty ``envs_dir``.
+            package: sha256 of the packed code in the store; empty for none. It is sent if the node lacks it.
+            secrets: Values by name; sent through pipes and Ray's own channel, and stored on the node in a 0600 file.
+            wheels: Wheels of its environment, by platform; those for the node's are sent if it lacks them.
 
         Raises:
-            ClusterDownError: The link is down.
+            ClusterDownError: The connection is down.
             NotFoundError: There is no such node, or no such package in the store.
-            ClusterError: The node's steward does not answer.
+            ClusterError: The node's agent does not respond.
             StorageError: The node's disk is full.
             TransferError: The package arrived damaged.
         """
@@ -190,17 +190,17 @@ class RayBridge:
         return PreparedAttempt(folder=answer["folder"], command=answer["command"])
 
     async def stop(self, node_id: str, attempt: str, wish: StopWish) -> None:
-        """Tell the attempt's runner to stop its training. May be repeated; a later wish replaces the earlier.
+        """Ask the attempt's runner to stop. May be repeated; a later request replaces the earlier one.
 
         Raises:
-            ClusterDownError: The link is down.
+            ClusterDownError: The connection is down.
             NotFoundError: There is no such node.
-            ClusterError: The node's steward does not answer.
+            ClusterError: The node's agent does not respond.
         """
         await self.call("stop", {"node_id": node_id, "attempt": attempt, "wish": wish}, timeout_s=60)
 
     async def fence(self, node_id: str, attempt: str, tag: str) -> Fenced:
-        """End every process of the attempt on the node, and make sure that none can start there again.
+        """End every process of the attempt on the node, and prevent that any starts there again.
 
         Args:
             node_id: Ray's id of the node.
@@ -208,9 +208,9 @@ class RayBridge:
             tag: Value of ``RAYLAUNCH_ATTEMPT_ID`` in its processes' environment.
 
         Raises:
-            ClusterDownError: The link is down.
+            ClusterDownError: The connection is down.
             NotFoundError: There is no such node.
-            ClusterError: The node's steward does not answer, or processes survived SIGKILL for 30 s.
+            ClusterError: The node's agent does not respond, or processes survived SIGKILL for 30 s.
         """
         params = {"node_id": node_id, "attempt": attempt, "tag": tag}
         answer = cast("dict[str, object]", await self.call("fence", params, timeout_s=90))
@@ -222,13 +222,13 @@ class RayBridge:
         )
 
     async def drain(self, node_id: str, attempt: str, timeout_s: float) -> bool:
-        """Wait until all that the attempt left on the node is in the store, with matching sizes and checksums.
+        """Wait until all files of the attempt on the node are in the store, with matching sizes and checksums.
 
         Returns:
-            False when that was not so within `timeout_s`.
+            False if that took longer than `timeout_s`.
 
         Raises:
-            ClusterDownError: The link is down.
+            ClusterDownError: The connection is down.
             NotFoundError: There is no such node.
         """
         params = {"node_id": node_id, "attempt": attempt, "timeout_s": timeout_s}
@@ -240,38 +240,38 @@ class RayBridge:
         Args:
             node_id: Ray's id of the node.
             attempt: The attempt's id.
-            again: Another attempt follows; its checkpoints wait there for it.
+            again: Whether another attempt follows, for which its checkpoints are kept there.
 
         Raises:
-            ClusterDownError: The link is down.
+            ClusterDownError: The connection is down.
             NotFoundError: There is no such node.
-            ClusterError: The node's steward does not answer.
+            ClusterError: The node's agent does not respond.
         """
         await self.call("forget", {"node_id": node_id, "attempt": attempt, "again": again}, timeout_s=120)
 
     async def bring_left(self, node_id: str, attempt: str, path: str, *, below: str) -> None:
-        """Bring an output that was not kept, and stayed on the node, into the store.
+        """Copy an output that was not kept, and is still on the node, into the store.
 
         Args:
             node_id: Ray's id of the node.
             attempt: The attempt's id.
-            path: Of the file, relative to the working directory.
-            below: The folder of the attempt in the store that it goes into.
+            path: The file's path, relative to the working directory.
+            below: The attempt's folder in the store that receives it.
 
         Raises:
-            ClusterDownError: The link is down.
-            NotFoundError: There is no such node, or the file is not there any more.
-            ClusterError: The node's agent does not answer.
+            ClusterDownError: The connection is down.
+            NotFoundError: There is no such node, or the file no longer exists.
+            ClusterError: The node's agent does not respond.
         """
-        asked = {"node_id": node_id, "attempt": attempt, "path": path, "below": below}
-        await self.call("bring_left", asked, timeout_s=_LEFT_S)
+        params = {"node_id": node_id, "attempt": attempt, "path": path, "below": below}
+        await self.call("bring_left", params, timeout_s=_LEFT_S)
 
     async def call(self, method: str, params: Mapping[str, object], *, timeout_s: float) -> object:
-        """Ask the child for one of the methods of `raylaunch.controller.ray.process.Program`.
+        """Call one of the methods of `raylaunch.controller.ray.process.Program`.
 
         Raises:
-            ClusterDownError: The link is down, or did not answer within `timeout_s`.
-            RaylaunchError: What the method raised.
+            ClusterDownError: The connection is down, or there was no response within `timeout_s`.
+            RaylaunchError: The method raised it.
         """
         child = self._child
         if not self._up or child is None or child.stdin is None:
@@ -286,37 +286,37 @@ class RayBridge:
         except (ConnectionError, asyncio.IncompleteReadError):
             raise self._down() from None
         except asyncio.TimeoutError:
-            msg = f"Ray's link did not answer {method!r} within {timeout_s:.0f} s"
-            raise ClusterDownError(msg, hint=f"its log: {self._log_path}") from None
+            msg = f"the bridge to Ray did not respond to {method!r} within {timeout_s:.0f} s"
+            raise ClusterDownError(msg, hint=f"see its log: {self._log_path}") from None
         finally:
             self._waiting.pop(number, None)
             if future.done() and not future.cancelled():
-                future.exception()  # taken, also when the write failed first
+                future.exception()  # retrieved, also if the write failed first
 
     def _down(self) -> ClusterDownError:
-        return ClusterDownError(f"Ray cannot be reached: {self._why}", hint=f"the link's log: {self._log_path}")
+        return ClusterDownError(f"Ray cannot be reached: {self._why}", hint=f"see the log: {self._log_path}")
 
     async def _keep_running(self) -> None:
         backoff_s = 0.5
         loop = asyncio.get_running_loop()
         while True:
-            began = loop.time()
+            started = loop.time()
             try:
                 why = await self._run_child()
             except OSError as error:
-                why = f"the link could not be started: {error}"
-            except Exception as error:  # noqa: BLE001 -- the top of a task: what the child says must not end it
-                _log.exception("the link failed; it is started again")
-                why = f"the link failed: {error}"
+                why = f"the bridge process could not be started: {error}"
+            except Exception as error:  # noqa: BLE001 -- the top of a task: the child's output must not end it
+                _log.exception("the bridge failed; restarting it")
+                why = f"the bridge failed: {error}"
             finally:
-                self._fall("the link to Ray was closed")
-            self._fall(why)
-            self._tell(LinkDown(why=why))
-            backoff_s = 0.5 if loop.time() - began > _STEADY_S else min(backoff_s * 2, _LONGEST_BACKOFF_S)
+                self._set_down("the connection to Ray was closed")
+            self._set_down(why)
+            self._notify(LinkDown(why=why))
+            backoff_s = 0.5 if loop.time() - started > _STEADY_S else min(backoff_s * 2, _LONGEST_BACKOFF_S)
             await asyncio.sleep(backoff_s)
 
     async def _run_child(self) -> str:
-        """Run one child to its end, and return why it ended."""
+        """Run one child until it exits, and return why it did."""
         with open_log(self._log_path) as log:
             child = await asyncio.create_subprocess_exec(
                 *child_command(_PROGRAM),
@@ -331,36 +331,36 @@ class RayBridge:
         try:
             if child.stdin is not None:
                 child.stdin.write(_line(self._config))
-            last_words = await self._listen(child)
-            return last_words or f"the link ended with exit status {await child.wait()}"
+            why = await self._listen(child)
+            return why or f"the bridge process exited with status {await child.wait()}"
         finally:
             await asyncio.shield(end(child))
             self._child = None
 
     async def _listen(self, child: asyncio.subprocess.Process) -> str:
-        """Take the child's frames until its stdout ends; return what it said last about why it ends."""
+        """Handle the child's frames until its stdout ends; return the reason that it gave for its end, if any."""
         why = ""
         if child.stdout is None:
             return why
         while line := await child.stdout.readline():
-            why = self._take(line) or why
+            why = self._handle_line(line) or why
         return why
 
-    def _take(self, line: bytes) -> str:
-        """Take one frame; return what it says about why the child ends, mostly nothing."""
+    def _handle_line(self, line: bytes) -> str:
+        """Handle one frame; return why the child ends if it says so, else an empty string."""
         try:
             frame = cast("dict[str, object]", json.loads(line))
             if "id" in frame:
-                self._answer(frame)
+                self._handle_response(frame)
             elif frame["event"] == "down":
                 return str(frame["why"])
             else:
-                self._event(frame)
+                self._handle_event(frame)
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            _log.warning("the link wrote a line that is not a frame: %.200r", line)
+            _log.warning("the bridge process wrote an invalid line: %.200r", line)
         return ""
 
-    def _answer(self, frame: Mapping[str, object]) -> None:
+    def _handle_response(self, frame: Mapping[str, object]) -> None:
         future = self._waiting.get(cast("int", frame["id"]))
         if future is None or future.done():
             return
@@ -370,19 +370,19 @@ class RayBridge:
         else:
             future.set_result(frame["result"])
 
-    def _event(self, frame: dict[str, object]) -> None:
+    def _handle_event(self, frame: dict[str, object]) -> None:
         event = event_from(frame)
         if isinstance(event, LinkUp):
             self._up = True
-        self._tell(event)
+        self._notify(event)
 
-    def _tell(self, event: LinkEvent) -> None:
+    def _notify(self, event: LinkEvent) -> None:
         try:
             self._on_event(event)
-        except Exception:  # noqa: BLE001 -- a bug of a listener must not cut the link
-            _log.exception("the link's event %s was not taken", type(event).__name__)
+        except Exception:  # noqa: BLE001 -- a bug in a listener must not break the connection
+            _log.exception("handling the event %s failed", type(event).__name__)
 
-    def _fall(self, why: str) -> None:
+    def _set_down(self, why: str) -> None:
         self._up = False
         self._why = why
         for future in self._waiting.values():

@@ -1,4 +1,7 @@
-"""What the link asks of Ray itself: stewards, nodes, supervisors. Blocking, for threads of a connected process."""
+"""Calls to Ray itself: node agents, nodes, job supervisors. Blocking, for threads of a connected process.
+
+As a program it ends the agents of a cluster that uses somebody else's Ray.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from raylaunch.version import __version__
 _log = logging.getLogger(__name__)
 
 HOST_LABEL = "raylaunch-host"
-"""Ray's label of a node that bears the host's name in cluster.yaml; `raylaunch.cluster.local.ray_head` sets it."""
+"""The Ray label with a node's host name in cluster.yaml; `raylaunch.cluster.local.ray_head` sets it."""
 
 _BUILT_IN = ("CPU", "GPU", "memory", "object_store_memory")
 _INTERNAL = ("node:", "accelerator_type:", "bundle_")
@@ -40,7 +43,7 @@ _DIGITS = re.compile(r"(\d+)")
 
 
 class RayNode(TypedDict):
-    """What Ray says of a node."""
+    """A node as Ray reports it."""
 
     id: str
     alive: bool
@@ -50,16 +53,16 @@ class RayNode(TypedDict):
     free: dict[str, float]
     labels: dict[str, str]
     logs: str
-    """Folder on the node where Ray keeps its logs."""
+    """Ray's log folder on the node."""
 
 
-def node_view(row: RayNode, facts: NodeFacts | None, *, steward: bool) -> NodeView:
-    """Put together what Ray and the steward say of one node.
+def node_view(row: RayNode, facts: NodeFacts | None, *, agent_responds: bool) -> NodeView:
+    """Combine what Ray and the agent report about one node.
 
     Args:
-        row: What Ray says.
-        facts: What its steward says; None when it never answered.
-        steward: Whether it answers now.
+        row: Ray's report.
+        facts: The agent's report; None if it has never responded.
+        agent_responds: Whether it responds now.
     """
     total, free = row["total"], row["free"]
     gpus = tuple(GpuView.model_validate(gpu) for gpu in facts["gpus"]) if facts else ()
@@ -74,33 +77,33 @@ def node_view(row: RayNode, facts: NodeFacts | None, *, steward: bool) -> NodeVi
         memory=int(total.get("memory", 0)),
         custom={name: amount for name, amount in total.items() if _is_custom(name)},
         labels=row["labels"],
-        cpus_free=max(0.0, free.get("CPU", 0)),  # below nothing where a worker that waited goes on
+        cpus_free=max(0.0, free.get("CPU", 0)),  # negative while a blocked worker resumes
         gpus_free=max(0.0, free.get("GPU", 0)),
         memory_free=max(0, int(free.get("memory", 0))),
         gpu_type=gpus[0].name if gpus else _gpu_type(total, row["labels"]),
         gpu=gpus,
         disk_free=facts["disk_free"] if facts else None,
-        steward=steward,
+        steward=agent_responds,
     )
 
 
 def node_views(rows: Iterable[object]) -> tuple[NodeView, ...]:
-    """Return the nodes that can be read; the others are left out, and logged."""
+    """Return the nodes that can be read; the others are skipped and logged."""
     found = []
     for row in rows:
         try:
             found.append(NodeView.model_validate(row))
         except ValidationError as error:  # noqa: PERF203 -- each is one node
-            _log.warning("a node is left out, since what is said of it cannot be read: %s", error)
+            _log.warning("skipping a node whose data cannot be read: %s", error)
     return tuple(found)
 
 
 def by_name(nodes: Iterable[NodeView]) -> tuple[NodeView, ...]:
-    """Return nodes in the order of their names, ``dgx-2`` before ``dgx-10``: Ray lists them in any. Pure."""
-    return tuple(sorted(nodes, key=lambda node: _counted(node.hostname)))
+    """Return nodes sorted by name, ``dgx-2`` before ``dgx-10``. Pure."""
+    return tuple(sorted(nodes, key=lambda node: _natural_key(node.hostname)))
 
 
-def _counted(name: str) -> list[tuple[int, str]]:
+def _natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (0, part) for part in _DIGITS.split(name)]
 
 
@@ -118,30 +121,30 @@ def connect(address: str, namespace: str, *, carries: bool = False) -> None:
 
     Args:
         address: ``host:port`` of its head.
-        namespace: of the stewards.
-        carries: whether Ray brings raylaunch's code to its nodes: it is not there, and each cluster that uses this
-            Ray has a folder of its own there.
+        namespace: Ray namespace of the agents.
+        carries: whether Ray copies raylaunch's code to its nodes: it is not installed there, and each cluster that uses
+            this Ray has its own folder there.
     """
     folder = f"~/.raylaunch/nodes/{namespace.removeprefix('raylaunch-')}"
-    brought = {"py_modules": [str(Path(raylaunch.__file__).parent)], "env_vars": {VAR_NODE_ROOT: folder}}
+    runtime_env = {"py_modules": [str(Path(raylaunch.__file__).parent)], "env_vars": {VAR_NODE_ROOT: folder}}
     ray.init(
         address=address,
         namespace=namespace,
-        runtime_env=brought if carries else None,
+        runtime_env=runtime_env if carries else None,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
 
 
 def release_agents(address: str, namespace: str) -> str:
-    """Connect, and end every actor of a namespace; return in words what could not be ended, mostly nothing."""
+    """Connect and kill every actor of a namespace; return the failures in words, usually none."""
     connect(address, namespace)
     left = []
     for actor in list_named_actors(all_namespaces=True):
         if actor["namespace"] == namespace:
             try:
                 ray.kill(ray.get_actor(actor["name"], namespace=namespace), no_restart=True)
-            except ValueError:  # it has ended meanwhile
+            except ValueError:  # it has exited meanwhile
                 continue
             except ray.exceptions.RayError as error:
                 left.append(f"{actor['name']}: {error}")
@@ -149,7 +152,7 @@ def release_agents(address: str, namespace: str) -> str:
 
 
 def agent_on(node_id: str, namespace: str) -> ray.actor.ActorHandle:
-    """Return the steward of a node, started when there is none; those of other versions are ended."""
+    """Return the agent of a node, starting it if there is none; agents of other versions are killed."""
     prefix = f"raylaunch-steward-{node_id}-"
     name = f"{prefix}{__version__}"
     for actor in list_named_actors(all_namespaces=True):
@@ -173,7 +176,7 @@ def agent_on(node_id: str, namespace: str) -> ray.actor.ActorHandle:
 
 
 def kill_supervisor(submission: str) -> bool:
-    """Kill a job's supervisor by the name that Ray gives it (``ray.dashboard.modules.job.common`` of Ray 2.60)."""
+    """Kill a job's supervisor by the name from Ray (``ray.dashboard.modules.job.common`` in Ray 2.60)."""
     try:
         actor = ray.get_actor(f"_ray_internal_job_actor_{submission}", namespace="SUPERVISOR_ACTOR_RAY_NAMESPACE")
     except ValueError:  # there is none
@@ -183,10 +186,10 @@ def kill_supervisor(submission: str) -> bool:
 
 
 def end_actors(job_id: str) -> list[str]:
-    """Kill what named actors a job of Ray has left, so that Ray does not start them again; return their classes.
+    """Kill the named actors that a Ray job has left behind, so that Ray does not restart them; return their classes.
 
-    Killing their processes is not enough: Ray Train and Data keep helpers of the whole cluster as detached actors that
-    are restarted for ever, and with the job's own interpreter, which is gone.
+    Killing their processes is not enough: Ray Train and Data keep cluster-wide helpers as detached actors that are
+    restarted without limit, with the job's own interpreter, which no longer exists.
     """
     left = {
         str(actor["ActorID"]): str(actor["ActorClassName"])
@@ -197,9 +200,9 @@ def end_actors(job_id: str) -> list[str]:
     for named in list_named_actors(all_namespaces=True) if left else []:
         with contextlib.suppress(ValueError):  # it has ended meanwhile
             actor = ray.get_actor(named["name"], namespace=named["namespace"])
-            if actor._actor_id.hex() in left:  # noqa: SLF001 -- a name alone may stand in several namespaces
+            if actor._actor_id.hex() in left:  # noqa: SLF001 -- a name may exist in several namespaces
                 ray.kill(actor, no_restart=True)
-                ended.append(left[actor._actor_id.hex()])  # noqa: SLF001 -- as above
+                ended.append(left[actor._actor_id.hex()])  # noqa: SLF001 -- same reason
     return ended
 
 
@@ -222,7 +225,7 @@ def nodes_of_ray() -> list[RayNode]:
 
 
 def main() -> int:
-    """Connect, end every actor of the cluster's own namespace, and return the exit status."""
+    """Connect, kill every actor in the cluster's own namespace, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the cluster's controller.json")
     settings = Settings.model_validate_json(parser.parse_args().config.read_bytes())

@@ -1,6 +1,6 @@
-"""The checkpoints and outputs of a job's attempt before, brought from the store to the node of the next.
+"""Checkpoints and outputs of a job's previous attempt, copied from the store to the node of the next attempt.
 
-Where the attempt before ran on the same node nothing is brought: what is there is as new as the store, or newer.
+If the previous attempt ran on the same node nothing is copied: its files there are as new as the store's, or newer.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class EarlierAttempt(NamedTuple):
     folder: Path
     files: dict[str, StoredFile]
     job_dir: str
-    """Where the job's folder was on its node; empty where that is not known."""
+    """Path of the job's folder on its node; empty if unknown."""
     collected: list[str]
-    """Those of its outputs that were found in the working directory, as far as its attempts have said."""
+    """Its outputs that were found in the working directory, as far as its attempts have reported them."""
 
 
 def before(store: Path, attempt: str) -> EarlierAttempt | None:
-    """Return what the attempt before has left in the store; None where none ran. Reads the disk."""
+    """Return what the previous attempt has left in the store; None if there is none. Reads the disk."""
     job, _, number = attempt.rpartition("-")
     for n in range(int(number) - 1, 0, -1):
         folder = Path(os.path.realpath(store / "jobs" / job / f"attempt-{n}"))
@@ -48,7 +48,7 @@ def before(store: Path, attempt: str) -> EarlierAttempt | None:
 
 
 async def bring(call: AgentCall, store: Path, attempt: str, tag: str) -> str:
-    """Bring what the node of an attempt lacks of the attempt before. Return where that one's job folder was.
+    """Copy what an attempt's node lacks of the previous attempt. Return where that one's job folder was.
 
     Args:
         call: calls the node's agent.
@@ -57,8 +57,8 @@ async def bring(call: AgentCall, store: Path, attempt: str, tag: str) -> str:
         tag: its value of `raylaunch.contract.VAR_ATTEMPT`.
 
     Raises:
-        ClusterError: the node does not answer.
-        ConflictError: a newer attempt of the job is there.
+        ClusterError: the node does not respond.
+        ConflictError: the node has a newer attempt of the job.
         TransferError: a file of the store cannot be read, or arrived damaged.
     """
     found = await asyncio.to_thread(before, store, attempt)
@@ -88,7 +88,7 @@ async def _bring(call: AgentCall, attempt: str, path: str, found: EarlierAttempt
 
 
 def _files(folder: Path) -> Iterator[tuple[str, StoredFile]]:
-    """Yield what the store has of checkpoints and outputs, without what their program had deleted at its end."""
+    """Yield the checkpoints and outputs in the store, without those that the program had deleted when it ended."""
     known, listed = _json(folder / REPLICATED), _json(folder / PRESENT)
     present = set(listed) if isinstance(listed, list) else None
     for path, stat in kept_files(folder):
@@ -104,7 +104,7 @@ def _files(folder: Path) -> Iterator[tuple[str, StoredFile]]:
 
 
 def _collected(job: Path, n: int) -> list[str]:
-    """Return the list of the latest attempt that has one: each goes on with that of the attempt before."""
+    """Return the list of the latest attempt that has one: each continues its predecessor's."""
     lists = (_json(job / f"attempt-{number}" / COLLECTED) for number in range(n, 0, -1))
     found = next((each for each in lists if isinstance(each, list)), [])
     return [path for path in found if isinstance(path, str)]

@@ -1,7 +1,7 @@
-"""The child program that speaks to Ray and to the node agents; see `raylaunch.controller.ray.bridge`.
+"""The bridge's child program, which is connected to Ray and to the node agents; see `raylaunch.controller.ray.bridge`.
 
-It may die at any moment, and Ray sees to that when the head is gone. It ends itself when its stdin closes: the
-controller is gone then. It writes into the store and nowhere else.
+It may exit at any moment; Ray kills it when the head has exited. It exits when its stdin closes, since the controller
+has exited then. It writes into the store and nowhere else.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ _RETRY_S = 0.2
 _REFRESH_S = 1.0
 _RAY_S = 10.0
 _FACTS_S = 2.0
-_LONGEST_REST_S = 10.0
+_MAX_BACKOFF_S = 10.0
 _CALL_S = 45.0
 _PIECE = 8 * 1024 * 1024
 
 
 class ConnectedNode:
-    """A living node, its steward, and the files that come from it."""
+    """A living node, its agent, and the replication of its files."""
 
     def __init__(
         self, node_id: str, *, logs: str, namespace: str, store: Path, emit: Callable[[LinkEvent], None]
@@ -73,17 +73,17 @@ class ConnectedNode:
         self._following = asyncio.create_task(self.replication.run())
 
     def leave(self) -> None:
-        """Stop following: the node is gone."""
+        """Stop following a node that was lost."""
         self._following.cancel()
         if self._asking is not None:
             self._asking.cancel()
 
     async def call(self, method: str, *args: object, timeout_s: float, **named: object) -> object:
-        """Call the steward; it is started when there is none.
+        """Call the agent, starting it if there is none.
 
         Raises:
-            ClusterError: It does not answer, or the node is gone.
-            RaylaunchError: What the steward raised.
+            ClusterError: It does not respond, or the node was lost.
+            RaylaunchError: The agent raised it.
         """
         try:
             return await asyncio.wait_for(self._call(method, args, named), timeout_s)
@@ -94,9 +94,9 @@ class ConnectedNode:
         except (ray.exceptions.RayError, asyncio.TimeoutError) as error:
             if isinstance(error, ray.exceptions.ActorDiedError):
                 self._actor = None
-            why = str(error).partition("\n")[0] or f"no answer within {timeout_s:.0f} s"
-            msg = f"the steward of node {self._id[:8]} does not answer {method!r}: {why}"
-            raise ClusterError(msg, hint="it is started again by itself; see the link's log") from None
+            why = str(error).partition("\n")[0] or f"no response within {timeout_s:.0f} s"
+            msg = f"the agent of node {self._id[:8]} does not respond to {method!r}: {why}"
+            raise ClusterError(msg, hint="it is restarted automatically; see link.log in the store") from None
 
     async def _call(self, method: str, args: tuple[object, ...], named: Mapping[str, object]) -> object:
         async with self._making:
@@ -107,23 +107,23 @@ class ConnectedNode:
 
     @property
     def ready(self) -> bool:
-        """Whether its steward answers, and has said what the node is."""
+        """Whether its agent responds and has described the node."""
         return self.replication.answering and self._facts is not None
 
     async def facts(self) -> NodeFacts | None:
-        """Return what the steward says of its node, some seconds old at most; what it said last where it is slow.
+        """Return the agent's description of its node, a few seconds old; an older one if the agent is slow.
 
-        None where it never answered: the other nodes are not kept waiting for one whose steward is on its way.
+        None if it has never responded: one agent that is still starting must not delay the other nodes.
         """
         if self._asking is None and asyncio.get_running_loop().time() - self._facts_at > _FACTS_S:
-            self._asking = asyncio.create_task(self._ask_for_facts())
+            self._asking = asyncio.create_task(self._request_facts())
         if self._asking is not None:
             await asyncio.wait({self._asking}, timeout=_FACTS_S)
         return self._facts
 
-    async def _ask_for_facts(self) -> None:
-        """Ask once; until it answers where it never has."""
-        rest_s = _REFRESH_S
+    async def _request_facts(self) -> None:
+        """Query once; if the node has never responded, retry until it does."""
+        backoff_s = _REFRESH_S
         try:
             while True:
                 limit_s = 5 if self._facts else _CALL_S / 3
@@ -131,19 +131,19 @@ class ConnectedNode:
                     self._facts = cast("NodeFacts", await self.call("describe", timeout_s=limit_s))
                 except ClusterError as error:
                     _log.warning("%s", error)
-                except Exception:  # noqa: BLE001 -- one node's trouble must not end the link to the others
-                    _log.exception("node %s is not described", self._id)
+                except Exception:  # noqa: BLE001 -- a failure of one node must not affect the others
+                    _log.exception("node %s could not be described", self._id)
                 if self._facts is not None:
                     return
-                await asyncio.sleep(rest_s)
-                rest_s = min(2 * rest_s, _LONGEST_REST_S)
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
         finally:
-            self._facts_at = asyncio.get_running_loop().time()  # also of one that failed: the next is not at once
+            self._facts_at = asyncio.get_running_loop().time()  # also after a failure, to delay the next
             self._asking = None
 
 
 class Program:
-    """The program once it is connected."""
+    """The connected program: methods that the controller calls, and the watch over Ray's nodes."""
 
     def __init__(self, config: Config, stdout: Stdout) -> None:
         self._store = Path(config["store"])
@@ -151,7 +151,7 @@ class Program:
         self._stdout = stdout
         self._nodes: dict[str, ConnectedNode] = {}
         self._rows: list[RayNode] = []
-        self._shape: object = None
+        self._last_state: object = None
         self._methods: dict[str, Callable[..., Awaitable[object]]] = {
             "nodes": self.nodes,
             "prepare": self.prepare,
@@ -169,7 +169,7 @@ class Program:
         }
 
     async def run(self, stdin: Stdin) -> None:
-        """Look at the nodes and answer requests, for ever."""
+        """Watch the nodes and serve requests until stdin closes."""
         await self._refresh()
         self._emit(LinkUp(ray_version=ray.__version__))
         ends = [asyncio.create_task(self._watch()), asyncio.create_task(serve_all(self._methods, stdin, self._stdout))]
@@ -185,29 +185,29 @@ class Program:
     async def prepare(
         self, node_id: str, spec: dict[str, object], package: str, secrets: object, wheels: list[WheelSetData]
     ) -> object:
-        """Send package, wheels and what the attempt before left when the node lacks them; make the attempt's folder."""
+        """Send what the node lacks of package, wheels and earlier results; create the attempt's folder."""
         node = self._node(node_id)
         fitting = chosen(wheels, await self._platform(node, spec)) if wheels else []
         for sha256 in [*([package] if package else []), *(wheel["sha256"] for wheel in fitting)]:
             await self._send_package(node, sha256)
         moved_from = await bring(node.call, self._store, str(spec["attempt"]), str(spec["tag"]))
-        told = {**spec, "wheels": fitting, "moved_from": moved_from}
+        complete = {**spec, "wheels": fitting, "moved_from": moved_from}
         runner, have = await asyncio.to_thread(runner_zip), await node.replication.have(str(spec["attempt"]))
-        return await node.call("prepare", told, package, secrets, runner, have, timeout_s=600)
+        return await node.call("prepare", complete, package, secrets, runner, have, timeout_s=600)
 
     async def _platform(self, node: ConnectedNode, spec: dict[str, object]) -> Platform:
         return cast("Platform", await node.call("platform", spec["environment"], spec["env"], timeout_s=_CALL_S))
 
     async def index_look(self, node_id: str, env: object, kind: str, environment: object) -> object:
-        """Ask whether the node reaches a package index, and what wheels an environment there would take."""
+        """Check whether the node reaches a package index, and which platform its wheels are for."""
         return await self._node(node_id).call("index_look", env, kind, environment, timeout_s=_CALL_S)
 
     async def disk_use(self, node_id: str) -> object:
-        """Ask how many bytes raylaunch's folders take there."""
+        """Return the bytes that raylaunch's folders take there."""
         return await self._node(node_id).call("disk_use", timeout_s=_CALL_S)
 
     async def stop(self, node_id: str, attempt: str, wish: object) -> object:
-        """Write the wish to stop."""
+        """Write the stop request."""
         return await self._node(node_id).call("stop", attempt, wish, timeout_s=_CALL_S)
 
     async def fence(self, node_id: str, attempt: str, tag: str) -> object:
@@ -220,7 +220,7 @@ class Program:
         try:
             return await asyncio.wait_for(node.replication.drain(attempt, timeout_s), timeout_s + 1)
         except (asyncio.TimeoutError, ClusterError) as error:
-            _log.warning("%s is not settled: %s", attempt, error or "it took too long")
+            _log.warning("the files of %s are not in the store yet: %s", attempt, error or "timeout")
             return False
 
     async def forget(self, node_id: str, attempt: str, *, again: bool) -> object:
@@ -231,26 +231,26 @@ class Program:
         return answer
 
     async def bring_left(self, node_id: str, attempt: str, path: str, below: str) -> None:
-        """Bring an output that was not kept."""
+        """Copy an output that was not kept into the store."""
         await self._node(node_id).replication.bring_left(attempt, path, below=below)
 
     async def ray_log(self, node_id: str, submission: str, **place: object) -> object:
-        """Return bytes of the log of a job of plain Ray."""
+        """Return bytes of the log of an external job."""
         node = self._node(node_id)
         piece = cast("LogPiece", await node.call("ray_log", node.logs, submission, timeout_s=_CALL_S, **place))
         return {**piece, "data": base64.b64encode(piece["data"]).decode()}
 
     async def ray_log_grown(self, node_id: str, submission: str, size: int, wait_s: float) -> object:
-        """Return the size of such a log when it has grown, or after a while."""
+        """Return the size of an external job's log once it has grown, or after a while."""
         node = self._node(node_id)
         return await node.call("ray_log_grown", node.logs, submission, size, wait_s, timeout_s=wait_s + _CALL_S)
 
     async def kill_waiting(self, submission: str) -> bool:
-        """Kill the actor in which a job of plain Ray waits for its start: nothing else ends it there."""
+        """Kill the actor of a pending external job: nothing else ends it."""
         return await asyncio.to_thread(kill_supervisor, submission)
 
     async def end_actors(self, job_id: str) -> list[str]:
-        """Kill the actors that a Ray job has left, for good."""
+        """Kill the actors that a Ray job has left behind."""
         return await asyncio.to_thread(end_actors, job_id)
 
     async def _send_package(self, node: ConnectedNode, sha256: str) -> None:
@@ -280,9 +280,9 @@ class Program:
         node = self._nodes.get(row["id"])
         facts = await node.facts() if node else None
         try:
-            return node_view(row, facts, steward=node is not None and node.ready).model_dump(mode="json")
+            return node_view(row, facts, agent_responds=node is not None and node.ready).model_dump(mode="json")
         except (ValueError, TypeError, OverflowError) as error:
-            _log.warning("node %s is left out, since what is said of it cannot be read: %s", row["id"], error)
+            _log.warning("skipping node %s, whose data cannot be read: %s", row["id"], error)
             return None
 
     async def _watch(self) -> None:
@@ -291,11 +291,11 @@ class Program:
             await self._refresh()
 
     async def _refresh(self) -> None:
-        """Ask Ray for the nodes; follow the new ones, and leave those that are gone."""
+        """Get the nodes from Ray; follow new ones, and leave lost ones."""
         try:
             self._rows = await asyncio.wait_for(asyncio.to_thread(nodes_of_ray), _RAY_S)
         except (asyncio.TimeoutError, ray.exceptions.RayError) as error:
-            self._stdout.fail(f"Ray's head does not answer ({str(error) or f'not within {_RAY_S:.0f} s'})")
+            self._stdout.fail(f"Ray's head does not respond ({str(error) or f'not within {_RAY_S:.0f} s'})")
         alive = {row["id"] for row in self._rows if row["alive"]}
         for gone in self._nodes.keys() - alive:
             self._nodes.pop(gone).leave()
@@ -304,9 +304,9 @@ class Program:
                 self._nodes[row["id"]] = ConnectedNode(
                     row["id"], logs=row["logs"], namespace=self._namespace, store=self._store, emit=self._emit
                 )
-        shape = [(row, row["id"] in alive and self._nodes[row["id"]].ready) for row in self._rows]
-        if shape != self._shape:
-            self._shape = shape
+        state = [(row, row["id"] in alive and self._nodes[row["id"]].ready) for row in self._rows]
+        if state != self._last_state:
+            self._last_state = state
             self._emit(NodesChanged())
 
     def _emit(self, event: LinkEvent) -> None:
@@ -314,9 +314,11 @@ class Program:
 
 
 def _connect(config: Config, stdout: Stdout) -> None:
-    """Connect to Ray within the limit, in the main thread, where Ray wants it."""
+    """Connect to Ray within the time limit, in the main thread, as Ray requires."""
     address = config["gcs_address"]
-    late = threading.Timer(_CONNECT_S, partial(stdout.fail, f"Ray at {address} did not answer in {_CONNECT_S:.0f} s"))
+    late = threading.Timer(
+        _CONNECT_S, partial(stdout.fail, f"Ray at {address} did not respond within {_CONNECT_S:.0f} s")
+    )
     late.daemon = True
     late.start()
     while (
@@ -329,10 +331,10 @@ def _connect(config: Config, stdout: Stdout) -> None:
         connect(address, config["namespace"], carries=config["carries"])
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         traceback.print_exc()
-        stdout.fail(f"no connection to Ray at {address}: {str(error).partition(chr(10))[0]}")
+        stdout.fail(f"cannot connect to Ray at {address}: {str(error).partition(chr(10))[0]}")
     late.cancel()
-    if _closed_by_peer(head):  # then Ray has waited for the next head, and calls of such a connection have no answer
-        stdout.fail(f"Ray at {address} ended while it was being connected to")
+    if _closed_by_peer(head):  # then Ray waits for the next head, and calls on this connection never return
+        stdout.fail(f"Ray at {address} exited during the connection")
 
 
 def _open_socket(address: str) -> socket.socket | None:
@@ -344,7 +346,7 @@ def _open_socket(address: str) -> socket.socket | None:
 
 
 def _closed_by_peer(head: socket.socket) -> bool:
-    """Whether the one that was knocked at is gone: what listens waits for our first word, and says none itself."""
+    """Whether the listener has exited: while it is alive it sends nothing, since it waits for the first request."""
     with head:
         head.settimeout(0)
         try:

@@ -1,4 +1,7 @@
-"""What the link to Ray tells the controller, and the same as the frames in which its child says it."""
+"""The protocol between controller and bridge process: events, frames, the child's pipes, and how the child is started.
+
+Frames are lines of JSON. What attempts wrote themselves is validated here before the controller uses it.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,6 @@ from raylaunch.files import rotate
 from raylaunch.models.fields import Count, ExitCode, Moment
 
 
-def error_frame(error: RaylaunchError) -> dict[str, str]:
-    """Return an error as the child sends it."""
-    return {"code": error.code, "message": error.message, "hint": error.hint}
-
-
 @dataclass(frozen=True)
 class LinkUp:
     """The child is connected to Ray."""
@@ -38,19 +36,19 @@ class LinkUp:
 
 @dataclass(frozen=True)
 class LinkDown:
-    """The child is gone, or could not connect. It is started again by itself; `why` is for people."""
+    """The child has exited, or could not connect. It is restarted automatically; `why` is for people."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class NodesChanged:
-    """A node joined or was lost, a steward came or went, or free resources changed: ask `Link.nodes`."""
+    """A node joined or was lost, an agent started or stopped, or free resources changed: see `RayBridge.nodes`."""
 
 
 @dataclass(frozen=True)
 class ObservedAttempt:
-    """What a steward sees of one attempt on its node: sent once after each connection, and whenever it changes."""
+    """An attempt as the agent observes it: sent after each connection, and whenever it changes."""
 
     node_id: str
     attempt: str
@@ -59,12 +57,12 @@ class ObservedAttempt:
     facts: Facts | None
     exit: Exit | None
     runner_alive: bool
-    """Whether the process named by the claim lives. False also before there is a claim."""
+    """Whether the process of the claim is alive. False also before there is a claim."""
 
 
 @dataclass(frozen=True)
 class Grew:
-    """A file of an attempt has more bytes in the store. Logs, W&B files and progress grow; `size` is the size there."""
+    """A growing file of an attempt (log, W&B file, progress) has more bytes in the store; `size` is its size there."""
 
     attempt: str
     path: str
@@ -73,7 +71,7 @@ class Grew:
 
 @dataclass(frozen=True)
 class Stored:
-    """A file of an attempt is whole in the store, with this checksum. It is said again when the file changes."""
+    """A file of an attempt is complete in the store, with this checksum. Sent again when the file changes."""
 
     attempt: str
     path: str
@@ -83,9 +81,9 @@ class Stored:
 
 @dataclass(frozen=True)
 class StoreProblem:
-    """The store cannot be written (disk full, as a rule). It is tried again; nothing is lost on the node.
+    """The store cannot be written, usually because its disk is full. Writing is retried; nothing is lost on the node.
 
-    An empty `message` says that writing works again.
+    An empty `message` reports that writing works again.
     """
 
     attempt: str
@@ -105,7 +103,7 @@ _EVENTS: dict[str, Callable[..., LinkEvent]] = {
 
 
 class _Exit(BaseModel):
-    """`raylaunch.contract.Exit` as it must be, whoever wrote it: an attempt may write into its own folder."""
+    """Validates `raylaunch.contract.Exit`: an attempt may write into its own folder."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -121,7 +119,7 @@ class _Exit(BaseModel):
 
 
 class _Started(BaseModel):
-    """`raylaunch.contract.Started`, as above."""
+    """Validates `raylaunch.contract.Started`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -132,7 +130,7 @@ class _Started(BaseModel):
 
 
 class _Facts(BaseModel):
-    """`raylaunch.contract.Facts`, as above; what is wrong in them is left out with the rest."""
+    """Validates `raylaunch.contract.Facts`; if one field is invalid, all are dropped."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -151,18 +149,18 @@ class _Facts(BaseModel):
 
 
 def exit_from(value: object, *, now: float) -> Exit | None:
-    """Return how an attempt ended, from what its folder says; that it cannot be read is an end too."""
+    """Return the exit facts from an attempt's folder; unreadable ones count as an end too."""
     if value is None:
         return None
     try:
         return cast("Exit", _Exit.model_validate(value).model_dump())
     except ValidationError:
-        message = "what it wrote about its end cannot be read"
+        message = "its exit facts cannot be read"
         return cast("Exit", _Exit(ended="runner_error", message=message, at=now).model_dump())
 
 
 def started_from(value: object) -> Started | None:
-    """Return that an attempt's training has started, from what its folder says."""
+    """Return the start facts from an attempt's folder."""
     try:
         return None if value is None else cast("Started", _Started.model_validate(value).model_dump())
     except ValidationError:
@@ -170,7 +168,7 @@ def started_from(value: object) -> Started | None:
 
 
 def facts_from(value: object) -> Facts | None:
-    """Return what an attempt's runner found, from what its folder says."""
+    """Return the runner's environment facts from an attempt's folder."""
     try:
         return None if value is None else cast("Facts", _Facts.model_validate(value).model_dump(exclude_unset=True))
     except ValidationError:
@@ -178,13 +176,13 @@ def facts_from(value: object) -> Facts | None:
 
 
 def event_frame(event: LinkEvent) -> dict[str, object]:
-    """Return an event as the child sends it."""
+    """Return the frame of an event."""
     name = next(name for name, kind in _EVENTS.items() if kind is type(event))
     return {"event": name, **asdict(event)}
 
 
 def event_from(frame: dict[str, object]) -> LinkEvent:
-    """Return the event that a frame carries."""
+    """Return the event in a frame."""
     fields = dict(frame)
     if fields["event"] == "attempt":
         fields["exit"] = exit_from(fields["exit"], now=time.time())
@@ -193,15 +191,15 @@ def event_from(frame: dict[str, object]) -> LinkEvent:
     return _EVENTS[cast("str", fields.pop("event"))](**fields)
 
 
-_MOST_WAITING = 64 * 1024 * 1024
+_MAX_PENDING = 64 * 1024 * 1024
 """Bytes of frames that may wait for the controller to read them."""
-_LAST_WORDS_S, _LOOK_S = 2.0, 0.01
+_FLUSH_S, _POLL_S = 2.0, 0.01
 
 
 class Stdout:
-    """The frames' way to the controller. Ray's core may print to descriptor 1, so the pipe moves to another.
+    """Writes frames to the controller. Ray's core may print to descriptor 1, so the pipe is moved to another.
 
-    A thread writes to it: a controller that does not read for a while must not hold up what happens here.
+    A thread writes: a controller that does not read for a while must not block this process.
     """
 
     def __init__(self) -> None:
@@ -213,21 +211,21 @@ class Stdout:
         threading.Thread(target=self._write, name="stdout", daemon=True).start()
 
     def send(self, frame: Mapping[str, object]) -> None:
-        """Pass one frame on; it is written soon."""
+        """Queue one frame for writing."""
         line = json.dumps(frame, separators=(",", ":")).encode() + b"\n"
         with self._lock:
             self._waiting_bytes += len(line)
-            too_many = self._waiting_bytes > _MOST_WAITING
-        if too_many:  # the controller hangs; the next one starts another link and is told everything again
+            too_many = self._waiting_bytes > _MAX_PENDING
+        if too_many:  # the controller hangs; the next one starts another child and gets everything again
             os._exit(1)
         self._lines.put(line)
 
     def fail(self, why: str) -> NoReturn:
-        """Say why the link is down, and end within a moment: Ray's own threads may hang."""
+        """Report why the connection is down, and exit soon even if Ray's own threads hang."""
         self.send({"event": "down", "why": why})
-        until = time.monotonic() + _LAST_WORDS_S
+        until = time.monotonic() + _FLUSH_S
         while self._waiting_bytes and time.monotonic() < until:
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         os._exit(1)
 
     def _write(self) -> None:
@@ -243,7 +241,7 @@ class Stdout:
 
 
 class Stdin:
-    """The controller's frames. When they end the controller is gone: this process ends, whatever it does then."""
+    """Reads the controller's frames. EOF means that the controller has exited; this process exits immediately."""
 
     def __init__(self) -> None:
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -260,7 +258,7 @@ class Stdin:
 
 
 async def serve_all(methods: Mapping[str, Callable[..., Awaitable[object]]], stdin: Stdin, stdout: Stdout) -> None:
-    """Answer requests for ever, each in a task of its own."""
+    """Serve requests, each in its own task, until cancelled."""
     tasks: set[asyncio.Task[None]] = set()
     while True:
         task = asyncio.create_task(_serve(methods, await asyncio.to_thread(stdin.next), stdout))
@@ -277,12 +275,16 @@ async def _serve(
         params = cast("dict[str, object]", request["params"])
         answer = {"result": await method(**params)}
     except RaylaunchError as error:
-        answer = {"error": error_frame(error)}
+        answer = {"error": _error_frame(error)}
     except Exception as error:  # noqa: BLE001 -- the top of one request
         traceback.print_exc()
-        message = f"the link failed at {request['method']}: {str(error).partition(chr(10))[0]}"
-        answer = {"error": error_frame(RaylaunchError(message, hint="see the link's log"))}
+        message = f"the bridge failed at {request['method']}: {str(error).partition(chr(10))[0]}"
+        answer = {"error": _error_frame(RaylaunchError(message, hint="see link.log in the store"))}
     stdout.send({"id": request["id"], **answer})
+
+
+def _error_frame(error: RaylaunchError) -> dict[str, str]:
+    return {"code": error.code, "message": error.message, "hint": error.hint}
 
 
 _CLOSE_S = 5.0
@@ -290,7 +292,7 @@ _CLOSE_S = 5.0
 
 @contextlib.contextmanager
 def open_log(path: Path) -> Iterator[int]:
-    """Open the log that the child's stderr goes to."""
+    """Open the log file for the child's stderr."""
     rotate(path)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
@@ -300,7 +302,7 @@ def open_log(path: Path) -> Iterator[int]:
 
 
 async def end(child: asyncio.subprocess.Process) -> None:
-    """End the child: closing its stdin asks it, SIGKILL after a while makes it."""
+    """Stop the child: close its stdin, and send SIGKILL if it does not exit in time."""
     if child.stdin is not None:
         child.stdin.close()
     try:
@@ -312,16 +314,16 @@ async def end(child: asyncio.subprocess.Process) -> None:
 
 
 def child_command(module: str) -> list[str]:
-    """Return the command line of a program of this package, by which no user's folder gets onto its ``sys.path``."""
+    """Return the command line of a program of this package, with no user's folder on its ``sys.path``."""
     root = str(Path(__file__).resolve().parents[3])
     start = f"import sys, runpy; sys.path.append({root!r}); runpy.run_module({module!r}, run_name='__main__')"
     return [sys.executable, "-I", "-c", start]
 
 
 def child_environment(base: Mapping[str, str], ray_token_path: Path, ray_env: Mapping[str, str]) -> dict[str, str]:
-    """Return the child's environment: `base` with this Ray's token file and certificate, and no other Ray's.
+    """Return the child's environment: `base` with the token file and certificate of this Ray instead of another's.
 
-    A file with nothing in it belongs to a Ray that asks for no token.
+    An empty token file means that this Ray requires no token.
     """
     kept = {name: value for name, value in base.items() if name not in {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}}
     asks = not ray_token_path.is_file() or ray_token_path.stat().st_size > 0

@@ -1,9 +1,9 @@
-"""The store's copies of what attempts write on their nodes. The only place where replicated bytes are written.
+"""The store's replica of the files that attempts write on their nodes. Only this module writes replicated bytes.
 
-A file that grows is continued at its size on disk; one that is sent whole is written beside, verified, and renamed.
-`.replicated.json` in an attempt's folder says which whole files are here, so that nothing is sent twice. What an
-attempt has unchanged from the one before is a hard link to that one's file; links among checkpoints and outputs are
-links here.
+A growing file is appended at its size on disk; a complete file is written to a temporary one, verified, and renamed.
+`.replicated.json` in an attempt's folder lists the complete files, so that nothing is sent twice. A file that is
+unchanged since the previous attempt is a hard link to that attempt's file; links among checkpoints and outputs are
+kept as links.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from raylaunch.files import sync, write_atomic
 
 REPLICATED = ".replicated.json"
 PRESENT = f".present{REPLICATED}"
-"""Says which files an attempt had when it was over; others had been deleted by its program."""
+"""Lists the files that an attempt had when it ended; its program had deleted all others."""
 _PART = ".raylaunch-part"
 _SAVE_S = 1.0
 
 
 class GapError(Exception):
-    """A piece does not continue what is on disk: begin anew with what is."""
+    """A chunk does not continue the file on disk: start again from its actual size."""
 
 
 class ReplicaStore:
-    """What one store has of attempts. One thread at a time changes it; files may be compared in others."""
+    """The attempts' files in one store. One thread at a time changes it; others may compare files."""
 
     def __init__(self, store: Path) -> None:
         self._jobs = store / "jobs"
@@ -45,29 +45,29 @@ class ReplicaStore:
         self._grown: dict[Path, tuple[int, int, str]] = {}
         self._unsaved: dict[str, float] = {}
         self._changed: dict[str, set[str]] = {}
-        """Files that only look as in the attempt before."""
+        """Files that only appeared to be unchanged since the previous attempt."""
         self._before: dict[str, tuple[Path, dict[str, HaveFile]]] = {}
-        """Folder, checkpoints and outputs of the attempt before."""
+        """Folder, checkpoints and outputs of the previous attempt."""
 
     def folder(self, attempt: str) -> Path:
-        """Return where an attempt's files lie: ``jobs/<job>/attempt-<n>``."""
+        """Return the folder of an attempt: ``jobs/<job>/attempt-<n>``."""
         job, _, number = attempt.rpartition("-")
         return self._jobs / job / f"attempt-{number}"
 
     def wanted(self, attempt: str) -> bool:
-        """Whether the store knows the attempt's job; what a removed job left on a node is not brought back."""
+        """Whether the store has the attempt's job; files of a removed job are not copied."""
         return self.folder(attempt).parent.is_dir()
 
     def have(self, attempts: list[str]) -> Have:
-        """Return what is here of some attempts, from the disk."""
+        """Return which files of some attempts are on disk."""
         return {attempt: dict(self._have_of(attempt)) for attempt in attempts if self.wanted(attempt)}
 
     def write(self, chunk: Chunk) -> list[LinkEvent]:
-        """Write one piece. May be repeated when it failed.
+        """Write one chunk. May be repeated after a failure.
 
         Raises:
-            GapError: The piece does not continue what is here, or the whole has another checksum.
-            OSError: The store cannot be written; what was there is as before.
+            GapError: The chunk does not continue the file, or the file's checksum differs.
+            OSError: The store cannot be written; the files are unchanged.
         """
         if not self.wanted(chunk["attempt"]):
             return []
@@ -85,7 +85,7 @@ class ReplicaStore:
         return self._write_whole(path, chunk)
 
     def save(self, *, at_once: bool = False) -> None:
-        """Write down which whole files are here; by default not more often than once a second.
+        """Save the list of complete files; by default at most once a second.
 
         Raises:
             OSError: The store cannot be written.
@@ -100,16 +100,16 @@ class ReplicaStore:
             del self._unsaved[attempt]
 
     def missing(self, attempt: str, sizes: Mapping[str, int]) -> list[str]:
-        """Return the files whose size here differs from `sizes`."""
+        """Return the files whose size in the store differs from `sizes`."""
         folder = self.folder(attempt)
         return [path for path, size in sizes.items() if _size(folder / path) != size]
 
     def differing(self, attempt: str, checksums: Mapping[str, str]) -> list[str]:
-        """Return the files whose content here differs from `checksums`; reads those that grew."""
+        """Return the files whose content in the store differs from `checksums`; reads those that grew."""
         return [path for path, sha256 in checksums.items() if self._sha256(attempt, path) != sha256]
 
     def drop(self, attempt: str, paths: list[str]) -> None:
-        """Forget files that turned out different, so that they are sent again from their beginning."""
+        """Delete files that differ, so that they are sent again from the start."""
         for path in paths:
             self._path(attempt, path).unlink(missing_ok=True)
             self._whole.get(attempt, {}).pop(path, None)
@@ -117,7 +117,7 @@ class ReplicaStore:
             self._unsaved.setdefault(attempt, 0.0)
 
     def sync(self, attempt: str, paths: list[str]) -> None:
-        """Bring an attempt's files onto the disk itself.
+        """Flush an attempt's files to disk (fsync).
 
         Raises:
             OSError: The disk failed.
@@ -129,7 +129,7 @@ class ReplicaStore:
             _sync(each)
 
     def finalize(self, attempt: str, checksums: Mapping[str, str]) -> list[LinkEvent]:
-        """Write down what is here, and return what is now known of the files that grew.
+        """Save the lists of files, and return events with the checksums of the files that grew.
 
         Raises:
             OSError: The store cannot be written.
@@ -146,7 +146,7 @@ class ReplicaStore:
         ]
 
     def forget(self, attempt: str) -> None:
-        """Drop what is remembered of an attempt; its files stay."""
+        """Drop the cached state of an attempt; its files stay."""
         self._whole.pop(attempt, None)
         self._unsaved.pop(attempt, None)
         self._changed.pop(attempt, None)
@@ -181,7 +181,7 @@ class ReplicaStore:
                     yield path, HaveFile(size)
 
     def _of_before(self, attempt: str) -> tuple[Path, dict[str, HaveFile]]:
-        """Return folder, checkpoints and outputs of the attempt before: the latest that has files here."""
+        """Return folder, checkpoints and outputs of the latest earlier attempt that has files here."""
         job, _, number = attempt.rpartition("-")
         for n in range(int(number) - 1, 0, -1):
             folder = self.folder(f"{job}-{n}")
@@ -195,11 +195,11 @@ class ReplicaStore:
         return self.folder(attempt), {}
 
     def _write_same(self, path: Path, chunk: Chunk) -> list[LinkEvent]:
-        """Link to the file of the attempt before."""
+        """Link to the previous attempt's file."""
         folder, known = self._before.get(chunk["attempt"], (path, {}))
         have = known.get(chunk["path"])
         if have is None or have.sha256 != chunk["sha256"] or _size(folder / chunk["path"]) != have.size:
-            msg = f"{path} is not here from the attempt before"
+            msg = f"the previous attempt has no such {path}"
             raise GapError(msg)
         part = path.with_name(f".{path.name[:180]}{_PART}")
         part.unlink(missing_ok=True)
@@ -208,7 +208,7 @@ class ReplicaStore:
         except OSError:  # a file system without hard links, or too many of one file
             shutil.copy2(folder / chunk["path"], part, follow_symlinks=False)
         part.replace(path)
-        return self._noted(chunk)
+        return self._record(chunk)
 
     def _write_link(self, path: Path, chunk: Chunk) -> list[LinkEvent]:
         target = chunk["sha256"][len(LINK) :]
@@ -222,10 +222,10 @@ class ReplicaStore:
         part.unlink(missing_ok=True)
         part.symlink_to(target)
         part.replace(path)
-        self._noted(chunk)
+        self._record(chunk)
         return []
 
-    def _noted(self, chunk: Chunk) -> list[LinkEvent]:
+    def _record(self, chunk: Chunk) -> list[LinkEvent]:
         have = HaveFile(chunk["size"], chunk["mtime_ns"], chunk["sha256"])
         self._whole.setdefault(chunk["attempt"], {})[chunk["path"]] = have
         self._unsaved.setdefault(chunk["attempt"], time.monotonic())
@@ -238,7 +238,7 @@ class ReplicaStore:
             self._digests[part] = hashlib.sha256()
         digest = self._digests.get(part)
         if digest is None:
-            msg = f"{part} was not begun here"
+            msg = f"{part} has no first chunk"
             raise GapError(msg)
         _write_at(part, chunk["offset"], chunk["data"])
         digest.update(chunk["data"])
@@ -247,10 +247,10 @@ class ReplicaStore:
         del self._digests[part]
         if digest.hexdigest() != chunk["sha256"]:
             part.unlink(missing_ok=True)
-            msg = f"{part} has another checksum than was sent"
+            msg = f"the checksum of {part} differs from the expected one"
             raise GapError(msg)
         part.replace(path)
-        return self._noted(chunk)
+        return self._record(chunk)
 
     def _sha256(self, attempt: str, path: str) -> str:
         where = self.folder(attempt) / path
@@ -267,9 +267,9 @@ class ReplicaStore:
         return known[2]
 
     def _path(self, attempt: str, path: str) -> Path:
-        """Return where a file from a node goes; a path that leads out of the attempt's folder is a bug or an attack.
+        """Return where a file from a node is stored; a path out of the attempt's folder is a bug or an attack.
 
-        Below a link nothing is written; one that stands in the way of checkpoints or outputs is replaced.
+        Nothing is written below a link; one in the place of checkpoints or outputs is replaced.
         """
         parts = PurePosixPath(path).parts
         if not parts or path.startswith("/") or ".." in parts or "\0" in path:
@@ -290,7 +290,7 @@ def _kept(path: str) -> bool:
 
 
 def _make_way(folder: Path, path: str) -> None:
-    """Delete what is a file or a link here and a folder on the node by now, or the other way round."""
+    """Delete a file or link that is a folder on the node by now, or the reverse."""
     where = folder
     for part in PurePosixPath(path).parts[:-1]:
         where /= part
@@ -306,11 +306,11 @@ def _open(path: Path, flags: int) -> int:
 
 
 def _write_at(path: Path, offset: int, data: bytes) -> None:
-    """Continue a file at `offset`, which must be its size; on a failure it has that size again."""
+    """Append to a file at `offset`, which must be its size; after a failure it has that size again."""
     descriptor = _open(path, os.O_WRONLY | os.O_CREAT)
     try:
         if os.fstat(descriptor).st_size != offset:
-            msg = f"{path} has {os.fstat(descriptor).st_size} bytes, and the piece begins at {offset}"
+            msg = f"{path} has {os.fstat(descriptor).st_size} bytes, but the chunk starts at {offset}"
             raise GapError(msg)
         view = memoryview(data)
         try:

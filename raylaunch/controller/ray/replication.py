@@ -1,7 +1,7 @@
-"""One node's files on their way into the store, followed by the bridge's process. Knows no Ray: it gets an `AgentCall`.
+"""Replication of one node's files into the store, run by the bridge's process. Knows no Ray: it gets an `AgentCall`.
 
-The steward is asked in long polls; the next is on its way while an answer is written. Whatever goes wrong, a new
-session begins with what the store's disk says.
+The agent is queried with long polls; the next one is under way while a reply is being written. After any failure a new
+session starts from what is on the store's disk.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _LEFT_PIECE = 8 * 1024 * 1024
 _DRAIN_POLL_S = 0.05
 _SHORT_S, _LONGEST_BACKOFF_S = 0.1, 10.0
 _STEADY_S = 5.0
-"""A session that ends sooner follows something that fails."""
+"""A session that ends sooner counts as a failure."""
 
 
 class AgentCall(Protocol):
-    """Calls the node's steward; raises `ClusterError` when it does not answer in time."""
+    """Calls the node's agent; raises `ClusterError` if it does not respond in time."""
 
     async def __call__(self, method: str, *args: object, timeout_s: float, **named: object) -> object:
         """Call one of the methods of `raylaunch.agent.agent.NodeAgent`."""
 
 
 class Replication:
-    """Follows one steward, and writes what it sends."""
+    """Follows one agent, and writes the files that it sends."""
 
     def __init__(
         self, node_id: str, *, call: AgentCall, replica: ReplicaStore, emit: Callable[[LinkEvent], None]
@@ -56,28 +56,28 @@ class Replication:
         self._writing = asyncio.Lock()
         self._resync = asyncio.Event()
         self.answering = False
-        """Whether the steward answered last time."""
+        """Whether the agent responded last time."""
 
     async def run(self) -> None:
-        """Follow for ever; ends by being cancelled."""
+        """Follow until cancelled."""
         backoff_s = 0.0
         while True:
             await asyncio.sleep(backoff_s)
-            began = time.monotonic()
+            started = time.monotonic()
             try:
                 await self._session()
-                steady = time.monotonic() - began > _STEADY_S
+                steady = time.monotonic() - started > _STEADY_S
                 backoff_s = _SHORT_S if steady else min(max(backoff_s * 2, _SHORT_S), _LONGEST_BACKOFF_S)
             except ClusterError as error:
                 self.answering = False
                 _log.warning("%s", error)
                 backoff_s = min(max(backoff_s * 2, 0.2), _LONGEST_BACKOFF_S)
-            except Exception:  # noqa: BLE001 -- one node's trouble must not end the link to the others
-                _log.exception("the files of node %s cannot be followed", self._node_id)
+            except Exception:  # noqa: BLE001 -- a failure of one node must not affect the others
+                _log.exception("replication of node %s failed", self._node_id)
                 backoff_s = min(max(backoff_s * 2, 0.5), _LONGEST_BACKOFF_S)
 
     async def drain(self, attempt: str, timeout_s: float) -> bool:
-        """Wait until all that an ended attempt has on the node is in the store, equal and on its disk."""
+        """Wait until all files of an ended attempt are in the store, verified and flushed to disk."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         while not await self._drained(attempt):
             if asyncio.get_running_loop().time() > deadline:
@@ -86,16 +86,16 @@ class Replication:
         return True
 
     async def have(self, attempt: str) -> Mapping[str, HaveFile]:
-        """Return what the store has of an attempt, or of the one before it."""
+        """Return which files of an attempt, or of the previous one, the store has."""
         found = await self._write(lambda: self._replica.have([attempt]))
         return found.get(attempt, {})
 
     async def bring_left(self, attempt: str, path: str, *, below: str = OUTPUTS) -> None:
-        """Bring an output that was not kept, and stayed on the node, into a folder of the attempt.
+        """Copy an output that was not kept, and is still on the node, into a folder of the attempt.
 
         Raises:
-            NotFoundError: it is not there any more.
-            ClusterError: the node does not answer.
+            NotFoundError: it no longer exists.
+            ClusterError: the node does not respond.
         """
         digest, offset, final = hashlib.sha256(), 0, False
         await self._write(lambda: self._replica.have([attempt]))
@@ -115,28 +115,30 @@ class Replication:
                 size=size,
                 mtime_ns=mtime_ns,
             )
-            for event in await self._stored([chunk]):
+            for event in await self._write_chunks([chunk]):
                 self._emit(event)
             offset += len(data)
 
     async def forget(self, attempt: str) -> None:
-        """Drop what is remembered of an attempt that is gone from the node."""
+        """Drop the cached state of an attempt that was deleted on the node."""
         await self._write(lambda: self._replica.forget(attempt))
 
     async def _drained(self, attempt: str) -> bool:
         if not self._replica.wanted(attempt):
             return True
-        there = await self._inventory(attempt, checksums=False)
-        if await asyncio.to_thread(self._replica.missing, attempt, {path: size for path, (size, _) in there.items()}):
+        inventory = await self._inventory(attempt, checksums=False)
+        if await asyncio.to_thread(
+            self._replica.missing, attempt, {path: size for path, (size, _) in inventory.items()}
+        ):
             return False
-        there = await self._inventory(attempt, checksums=True)
-        sizes = {path: size for path, (size, _) in there.items()}
-        checksums = {path: sha256 for path, (_, sha256) in there.items()}
+        inventory = await self._inventory(attempt, checksums=True)
+        sizes = {path: size for path, (size, _) in inventory.items()}
+        checksums = {path: sha256 for path, (_, sha256) in inventory.items()}
         if await asyncio.to_thread(self._replica.missing, attempt, sizes):
             return False
         differing = await asyncio.to_thread(self._replica.differing, attempt, checksums)
         if differing:
-            _log.warning("%s: %s differ and are sent again", attempt, ", ".join(differing))
+            _log.warning("%s: %s differ and will be sent again", attempt, ", ".join(differing))
             await self._write(lambda: self._replica.drop(attempt, differing))
             self._resync.set()
             return False
@@ -168,7 +170,7 @@ class Replication:
                 if answer["resync"]:
                     return
                 asked = self._ask(session, None)
-                await self._take(answer)
+                await self._apply(answer)
         except GapError as error:
             _log.info("node %s: %s", self._node_id, error)
         finally:
@@ -182,16 +184,16 @@ class Replication:
 
         return asyncio.create_task(ask())
 
-    async def _take(self, answer: ChangeReply) -> None:
-        for event in await self._stored(answer["chunks"]):
+    async def _apply(self, answer: ChangeReply) -> None:
+        for event in await self._write_chunks(answer["chunks"]):
             self._emit(event)
         for facts in answer["attempts"]:
-            self._emit(_seen(self._node_id, facts))
+            self._emit(_observed(self._node_id, facts))
 
-    async def _stored(self, chunks: list[Chunk]) -> list[LinkEvent]:
-        """Write pieces; while the store cannot be written, say so and try again."""
+    async def _write_chunks(self, chunks: list[Chunk]) -> list[LinkEvent]:
+        """Write chunks; while the store cannot be written, report that and retry."""
         events: list[LinkEvent] = []
-        done, backoff_s, said = 0, 0.5, ""
+        done, backoff_s, reported = 0, 0.5, ""
         while True:
             written, failure = await self._write(lambda: _write_all(self._replica, chunks[done:], events))  # noqa: B023 -- awaited at once
             done += written
@@ -199,14 +201,14 @@ class Replication:
                 break
             attempt = chunks[done]["attempt"] if done < len(chunks) else ""
             message = storage_error("the store cannot be written", failure).message
-            if message != said:
+            if message != reported:
                 self._emit(StoreProblem(attempt=attempt, message=message))
-                said = message
+                reported = message
             await asyncio.sleep(backoff_s)
             backoff_s = min(backoff_s * 2, _LONGEST_BACKOFF_S)
-        if said:
+        if reported:
             self._emit(StoreProblem(attempt="", message=""))
-        return _thinned(events)
+        return _latest_sizes(events)
 
     async def _write(self, work: Callable[[], _Result]) -> _Result:
         async with self._writing:
@@ -214,7 +216,7 @@ class Replication:
 
 
 def _write_all(replica: ReplicaStore, chunks: list[Chunk], events: list[LinkEvent]) -> tuple[int, OSError | None]:
-    """Write pieces in order; return how many were written, and what stopped it."""
+    """Write chunks in order; return how many were written, and the error that stopped it."""
     done = 0
     try:
         for chunk in chunks:
@@ -226,8 +228,8 @@ def _write_all(replica: ReplicaStore, chunks: list[Chunk], events: list[LinkEven
     return done, None
 
 
-def _thinned(events: list[LinkEvent]) -> list[LinkEvent]:
-    """Keep of each growing file only its last size."""
+def _latest_sizes(events: list[LinkEvent]) -> list[LinkEvent]:
+    """Keep only the last size of each growing file."""
     last: Mapping[tuple[str, str], int] = {
         (event.attempt, event.path): index for index, event in enumerate(events) if isinstance(event, Grew)
     }
@@ -238,7 +240,7 @@ def _thinned(events: list[LinkEvent]) -> list[LinkEvent]:
     ]
 
 
-def _seen(node_id: str, facts: AttemptFacts) -> ObservedAttempt:
+def _observed(node_id: str, facts: AttemptFacts) -> ObservedAttempt:
     return ObservedAttempt(
         node_id=node_id,
         attempt=facts["attempt"],

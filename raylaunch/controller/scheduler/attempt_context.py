@@ -1,4 +1,4 @@
-"""From a job's record to what a runner is told: a pure function, and the names that go with it."""
+"""What launching, following and finishing an attempt share; and, as a pure function, the spec that its runner gets."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from raylaunch.models.job_spec import JobSpec
 from raylaunch.models.states import Reason
 
 STEP_S = 1.0
-"""How long at most between two looks."""
+"""Longest time between two checks."""
 NODE_LEASE_S = 60.0
-"""How long an attempt whose node is gone may still turn up on another (a restarted Ray gives its node a new id)."""
+"""How long an attempt whose node was lost may reappear on another (a restarted Ray gives its node a new id)."""
 
 
 @dataclass(frozen=True)
 class AttemptResult:
-    """What an attempt left in the store, as the record keeps it."""
+    """What an attempt left in the store, as its job's record keeps it."""
 
     log_tail: tuple[str, ...]
     outputs: int
@@ -35,12 +35,12 @@ class AttemptResult:
     last_metrics: dict[str, float]
     progress: Progress | None = None
     warnings: tuple[str, ...] = ()
-    """What the record leaves out."""
+    """About what the record leaves out."""
 
 
 @dataclass(frozen=True)
 class AttemptContext:
-    """The parts that sending, following and finishing share."""
+    """The parts of the controller that launching, following and finishing use."""
 
     settings: Settings
     records: Records
@@ -51,23 +51,23 @@ class AttemptContext:
     read_result: Callable[[JobRecord], Awaitable[AttemptResult]]
 
     def set_message(self, record: JobRecord, reason: Reason | None, message: str) -> None:
-        """Set the sentence beside the state, once for each new sentence."""
+        """Set the job's reason and message, unless they are the same already."""
         now = self.records.light(record.id)
         if now.message != message or now.reason != reason:
             self.records.update(record.id, kind="", message=message, reason=reason)
 
     def node_lost(self, record: JobRecord) -> bool:
-        """Whether Ray answers, and the attempt's node is not among its nodes."""
+        """Whether Ray is connected and does not list the attempt's node."""
         return self.observed.bridge_up and bool(self.observed.nodes) and not self.observed.node_of(latest(record))
 
 
 def latest(record: JobRecord) -> AttemptView:
-    """Return the attempt that is driven."""
+    """Return the job's latest attempt."""
     return record.attempts[-1]
 
 
 def replaced(record: JobRecord, **fields: object) -> tuple[AttemptView, ...]:
-    """Return the attempts with `fields` changed in the latest."""
+    """Return the attempts, with `fields` changed in the latest."""
     return (*record.attempts[:-1], record.attempts[-1].model_copy(update=fields))
 
 
@@ -75,20 +75,19 @@ DEFAULT_PROJECT = "raylaunch"
 
 
 def attempt_tag(settings: Settings, attempt: str) -> str:
-    """Return the mark that every process of the attempt bears in its environment."""
+    """Return the tag that every process of the attempt has in its environment."""
     return f"{settings.cluster_id}/{attempt}"
 
 
 def wandb_link(spec: JobSpec, *, job: str, cluster_id: str) -> WandbLink:
-    """Return the W&B run that a job's program opens first. Whether it is on-line is found on the node.
+    """Return the W&B run that a job's program opens first. The node decides whether it is online.
 
-    The run id is the person's WANDB_RUN_ID, or made from cluster and job, so that every attempt, and a controller that
-    forgot, finds the same.
+    The run id is the user's WANDB_RUN_ID, or a hash of cluster and job, so that every attempt gets the same.
     """
     run_id = spec.env.get("WANDB_RUN_ID") or "rl" + hashlib.sha256(f"{cluster_id}/{job}".encode()).hexdigest()[:10]
     tracking = spec.tracking
     mode = "offline" if tracking.mode == "auto" else tracking.mode
-    why = "" if tracking.mode == "auto" else "asked for in the job's spec"
+    why = "" if tracking.mode == "auto" else "set in the job's spec"
     return WandbLink(
         mode=mode, run_id=run_id, project=tracking.project or DEFAULT_PROJECT, entity=tracking.entity, why=why
     )
@@ -104,9 +103,9 @@ def attempt_spec(  # noqa: PLR0913 -- each is one fact, and all are named
     links: Sequence[LinkFact] = (),
     earlier: Sequence[EarlierRun] = (),
 ) -> AttemptSpec:
-    """Return what the runner of attempt `n` of `job` is told.
+    """Return the spec for the runner of attempt `n` of `job`.
 
-    `links` are those that lead out of its code, `earlier` the W&B runs of the attempts before.
+    `links` are the links that lead out of its code, `earlier` the W&B runs of earlier attempts.
     """
     attempt = f"{job}-{n}"
     environment = settings.environment_of(spec)

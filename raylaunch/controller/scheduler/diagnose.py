@@ -1,4 +1,4 @@
-"""Evidence → reason, sentence, verdict. Pure: what an attempt left behind goes in, what it means comes out."""
+"""Diagnosis of an ended attempt: evidence → change of state, reason and message; and whether a retry follows. Pure."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from raylaunch.models.states import Change, Reason, Verdict
 _MODULE = re.compile(r"No module named '?([\w.]+)'?")
 _FILE = re.compile(r"(?:No such file or directory: |can't open file |did not find |the program )'([^'\n]{1,4096})'")
 _IN_CODE = re.compile(r"^/.*/attempts/[^/]+/code/")
-_TRIED = 20
-"""How many names of a log's end are looked at; the last are tried first."""
+_MAX_NAMES = 20
+"""How many names in the end of a log are checked; the last ones first."""
 
 
 def rule_against(text: str, rules: Sequence[str]) -> str:
-    """Return a sentence that names the rule by which what `text` did not find was left out; empty when there is none.
+    """Return which rule excluded a file from the package that `text` reports as missing; empty if none did.
 
     Args:
-        text: what a program said at its end.
-        rules: those that left something out of its package, as in `raylaunch.models.job.PackReport.ignored_by`.
+        text: the last output of a program.
+        rules: the rules that excluded files from its package, as in `raylaunch.models.job.PackReport.ignored_by`.
     """
     for path in _missing(text):
         for rule in rules:
@@ -36,7 +36,7 @@ def rule_against(text: str, rules: Sequence[str]) -> str:
 def _missing(text: str) -> Iterator[str]:
     found = [(match.start(), tuple(_of_module(match[1]))) for match in _MODULE.finditer(text)]
     found += [(match.start(), (_relative(match[1]),)) for match in _FILE.finditer(text)]
-    for _, paths in sorted(found, reverse=True)[:_TRIED]:
+    for _, paths in sorted(found, reverse=True)[:_MAX_NAMES]:
         yield from (path for path in paths if not path.startswith(("/", "../")))
 
 
@@ -45,7 +45,7 @@ def _relative(name: str) -> str:
 
 
 def _of_module(name: str) -> Iterator[str]:
-    """Yield the files that a module may be: of ``utils.logging`` first ``utils/logging.py``, last ``utils/``."""
+    """Yield the files that may define a module: for ``utils.logging`` first ``utils/logging.py``, last ``utils/``."""
     parts = name.split(".")
     for depth in range(len(parts), 0, -1):
         path = "/".join(parts[:depth])
@@ -53,7 +53,7 @@ def _of_module(name: str) -> Iterator[str]:
 
 
 def _matches(path: str, rule: str) -> bool:
-    """Whether a rule, which is written as ``FILE: PATTERN``, leaves out `path`."""
+    """Whether a rule, written as ``FILE: PATTERN``, excludes `path`."""
     file, _, pattern = rule.partition(": ")
     if file == "built in":
         pattern = pattern.partition(" (")[0]
@@ -65,7 +65,7 @@ def _matches(path: str, rule: str) -> bool:
 
 
 MAX_FREE_RETRIES = 3
-"""Attempts that are made anew without counting when the machines failed, not the program."""
+"""How many retries do not count, because the machines failed and not the program."""
 
 _GPU_MEMORY = re.compile(r"CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|OutOfMemoryError: CUDA")
 _RAY_INIT = (
@@ -78,24 +78,24 @@ _RAY_INIT = (
         f": {PRIVATE_RAY}",
     ),
 )
-"""What training says whose ``ray.init()`` does not fit how it was started, and what to do."""
+"""Output of programs whose ``ray.init()`` does not fit their launcher, and what to do."""
 _DISK_FULL = re.compile(r"No space left on device|ENOSPC")
 _MEMORY = re.compile(r"\bMemoryError\b|Cannot allocate memory")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of an attempt that is over.
+    """What is known about an ended attempt.
 
     Attributes:
-        exit: the runner's exit facts, or None when it left none.
+        exit: the runner's exit facts, or None if it left none.
         claimed: whether a runner ever claimed the attempt.
-        stop_wanted: a person or the controller had asked to stop it.
+        stop_wanted: whether a person or the controller had requested a stop.
         node_alive: whether its node is still in the cluster.
-        ray_message: what Ray says of the submission.
-        ray_lost: whether Ray itself was restarted meanwhile.
-        log_tail: last lines of the training's output; of the rank that failed, where that is known.
-        left_out_by: the rules that left something out of its package.
+        ray_message: Ray's message about the submission.
+        ray_lost: whether Ray was restarted meanwhile.
+        log_tail: last lines of the output; those of the failed rank if it is known.
+        left_out_by: the rules that excluded files from its package.
     """
 
     exit: Exit | None
@@ -109,7 +109,7 @@ class Evidence:
 
 
 class Finding(NamedTuple):
-    """How an attempt ended: the change to the job, why, a sentence, and the exit as numbers."""
+    """How an attempt ended: the change of the job's state, reason, message, and exit code or signal."""
 
     change: Change
     reason: Reason
@@ -119,16 +119,16 @@ class Finding(NamedTuple):
     failed_rank: int | None = None
 
 
-_RAY_LOST = Finding(Change.LOSE, Reason.RAY_LOST, "Ray was restarted under it, which ended its processes")
-_RAY_GOING_DOWN = ("SIGTERM", "SIGKILL")
+_RAY_LOST = Finding(Change.LOSE, Reason.RAY_LOST, "Ray was restarted, which ended the job's processes")
+_SHUTDOWN_SIGNALS = ("SIGTERM", "SIGKILL")
 
 
 def diagnose(evidence: Evidence) -> Finding:
-    """Classify an attempt that is over. Exit facts outrank everything else."""
+    """Classify an ended attempt. The runner's exit facts outrank everything else."""
     exit_ = evidence.exit
     if exit_ is None:
         return _without_exit(evidence)
-    if evidence.ray_lost and not evidence.stop_wanted and (exit_["by_ray"] or exit_["signal"] in _RAY_GOING_DOWN):
+    if evidence.ray_lost and not evidence.stop_wanted and (exit_["by_ray"] or exit_["signal"] in _SHUTDOWN_SIGNALS):
         return _RAY_LOST
     found = _from_exit(exit_, evidence.log_tail)
     if found.change is Change.FAIL:
@@ -141,18 +141,18 @@ def _without_exit(evidence: Evidence) -> Finding:
     if evidence.stop_wanted:
         return Finding(Change.END_STOPPED, Reason.STOP_REQUESTED, "stopped on request")
     if not evidence.node_alive:
-        return Finding(Change.LOSE, Reason.NODE_LOST, "its node is gone, and with it the attempt")
+        return Finding(Change.LOSE, Reason.NODE_LOST, "its node was lost while it was running")
     if evidence.ray_lost:
         return _RAY_LOST
     if not evidence.claimed:
         return Finding(Change.FAIL, Reason.RAY_REFUSED, _refusal_message(evidence.ray_message))
-    message = "raylaunch's runner was killed (SIGKILL?); its training was ended with it"
+    message = "raylaunch's runner was killed (SIGKILL?), and the program with it"
     return Finding(Change.FAIL, Reason.RUNNER_DIED, message)
 
 
 def _refusal_message(message: str) -> str:
     detail = f": {message.strip()}" if message.strip() else ""
-    return f"Ray ended the submission before it began{detail}"
+    return f"Ray ended the submission before it started{detail}"
 
 
 def _from_exit(exit_: Exit, log_tail: tuple[str, ...]) -> Finding:
@@ -179,7 +179,7 @@ def _stopped(exit_: Exit) -> Finding:
     code, signal = exit_["exit_code"], exit_["signal"]
     if exit_["by_ray"]:
         return Finding(Change.END_STOPPED, Reason.STOPPED_BY_RAY, "stopped with Ray's own tools", code, signal)
-    killed = f"; {exit_['killed']} processes were left over and ended" if exit_["killed"] else ""
+    killed = f"; {exit_['killed']} remaining processes were killed" if exit_["killed"] else ""
     return Finding(Change.END_STOPPED, Reason.STOP_REQUESTED, f"stopped on request{killed}", code, signal)
 
 
@@ -203,15 +203,15 @@ def _program_failed(exit_: Exit, log_tail: tuple[str, ...]) -> Finding:
 
 
 PUT_OFF = frozenset({Reason.HOST_DRAINED, Reason.CLUSTER_DOWN})
-"""Why an attempt is stopped and its job queued again, however often."""
+"""Reasons for which an attempt is stopped and its job queued again, without limit."""
 
 
 def after_drain(finding: Finding, why: Reason | None) -> Finding:
-    """Return what the end of an attempt means that was stopped so that another follows.
+    """Return the finding for an attempt that was stopped in order to be retried.
 
     Args:
         finding: how it ended.
-        why: the job's reason while it was stopped.
+        why: the job's reason while it was stopping.
     """
     if finding.change is not Change.END_STOPPED or finding.reason is not Reason.STOP_REQUESTED:
         return finding
@@ -220,7 +220,7 @@ def after_drain(finding: Finding, why: Reason | None) -> Finding:
 
 
 def retry_follows(reason: Reason, *, attempts: int, free_retries: int, retries: int) -> bool:
-    """Whether another attempt is made. `attempts` of the job have ended; `free_retries` of those did not count."""
+    """Whether the job is retried. `attempts` of it have ended; `free_retries` of those did not count."""
     match reason.verdict:
         case Verdict.RETRY_FREE:
             return free_retries < MAX_FREE_RETRIES

@@ -1,4 +1,4 @@
-"""Jobs that somebody submitted with plain ``ray job submit``: seen in Ray's list, recorded, and ended on request."""
+"""External jobs, which were submitted with ``ray job submit``: observed in Ray's list, recorded, stopped on request."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ _BEFORE_TAIL = ", last available logs"
 
 @dataclass(frozen=True)
 class SubmissionPlace:
-    """Where a submission runs or ran."""
+    """Where a submission is running or ran."""
 
     hostname: str = ""
-    """Empty when it never began, or that is not known."""
+    """Empty if it never started, or if that is unknown."""
     lost: bool = False
-    """Whether that node is not part of the cluster now."""
+    """Whether that node is not in the cluster now."""
     lost_for_good: bool = False
-    """Whether it has been so for longer than a restart of Ray takes; Ray itself may never notice."""
+    """Whether it has been missing for longer than a restart of Ray takes; Ray itself may never notice."""
 
 
 def external_view(job: RayJob, *, where: SubmissionPlace, now: float, before: JobRecord | None = None) -> JobView:
-    """Return Ray's view of a submission as ours: one attempt once it has begun, and that it is not ours.
+    """Return Ray's view of a submission as a `JobView`, with one attempt once it has started.
 
     Args:
-        job: what Ray says.
-        where: where it runs.
+        job: Ray's record.
+        where: where it is running or ran.
         now: seconds since the epoch.
-        before: what is recorded of it; a wish to stop it is there.
+        before: its current record, which has the stop request if there is one.
     """
     identity = job.submission_id or ""
     began = job.start_time / 1000 if job.start_time else now
@@ -87,7 +87,7 @@ def external_view(job: RayJob, *, where: SubmissionPlace, now: float, before: Jo
 
 
 def _state_of(job: RayJob, where: SubmissionPlace, *, asked_to_stop: bool) -> tuple[JobState, Reason | None]:
-    """Return state and reason. A job that was killed while it waited has failed for Ray, and was stopped for us."""
+    """Return state and reason. A pending job that was killed counts as failed in Ray, and as stopped here."""
     state = _STATES.get(job.status, JobState.RUNNING)
     killed = state is JobState.FAILED and (job.error_type or "").startswith(SUPERVISOR_LOST)
     gone = where.lost_for_good and not state.ended
@@ -108,11 +108,11 @@ def _state_of(job: RayJob, where: SubmissionPlace, *, asked_to_stop: bool) -> tu
     return state, ended.get(state)
 
 
-def _split_message(message: str) -> tuple[str, tuple[str, ...]]:
-    """Return the first line of Ray's message, and the last of those that follow: of the log, or of a traceback."""
-    first, _, rest = message.strip().partition("\n")
-    said = first.partition(_BEFORE_TAIL)[0]
-    return said[:_MESSAGE_CHARS], tuple(line[:2000] for line in rest.splitlines()[-_TAIL_LINES:])
+def _split_message(text: str) -> tuple[str, tuple[str, ...]]:
+    """Return the first line of Ray's message, and the last lines of the log or traceback that follows it."""
+    first, _, rest = text.strip().partition("\n")
+    message = first.partition(_BEFORE_TAIL)[0]
+    return message[:_MESSAGE_CHARS], tuple(line[:2000] for line in rest.splitlines()[-_TAIL_LINES:])
 
 
 def _attempt(job: RayJob, hostname: str, began: float, ended: float | None) -> AttemptView:
@@ -139,9 +139,9 @@ def _signal_name(number: int) -> str:
 
 
 class ExternalJobs:
-    """Keeps the records of such jobs true to what Ray says, and carries out wishes about them.
+    """Keeps the records of external jobs in line with Ray, and stops or removes them on request.
 
-    There is no process of raylaunch around such a job: Ray ends it, gives it Ray's own grace, and is believed.
+    No runner of raylaunch supervises such a job: Ray stops it, with Ray's own grace period, and its report counts.
     """
 
     def __init__(self, *, records: Records, ray: RayJobs, bridge: RayBridge, observed: ObservedState) -> None:
@@ -151,10 +151,10 @@ class ExternalJobs:
         self._observed = observed
         self._written: dict[str, tuple[RayJob, SubmissionPlace]] = {}
         self._lost_since: dict[str, float] = {}
-        self._unheard: set[str] = set()
+        self._without_actor: set[str] = set()
 
     def take(self, jobs: Mapping[str, RayJob]) -> None:
-        """Record what is new in Ray's list; what Ray has forgotten has ended.
+        """Record the changes in Ray's list of jobs; a job that Ray has forgotten has ended.
 
         Raises:
             StorageError: it cannot be written.
@@ -165,27 +165,27 @@ class ExternalJobs:
                 try:
                     self._write(name, job, seen[1])
                 except (ConflictError, ValidationError) as error:
-                    _log.warning("the job %r of plain Ray cannot be shown: %s", name, error)
+                    _log.warning("the external job %r cannot be shown: %s", name, error)
                 self._written[name] = seen
         for gone in self._written.keys() - jobs.keys():
             del self._written[gone]
             self._lost_since.pop(gone, None)
         for record in self._records.foreign_unfinished():
             if record.id not in jobs:
-                forgotten = "Ray was restarted and does not know it any more"
+                forgotten = "Ray was restarted and no longer knows the job"
                 self._write_ended(record, JobState.LOST, Reason.RAY_LOST, forgotten)
 
     def stopping(self) -> list[str]:
-        """Return the jobs that somebody wants ended and that have not ended yet."""
+        """Return the jobs with a stop request that have not ended yet."""
         return [record.id for record in self._records.foreign_unfinished() if record.stop_wish is not None]
 
     def stop(self, record: JobRecord, *, grace_s: float | None, person: str) -> JobView:
-        """Note that a job is to end; `end` sees to it, however long Ray is away.
+        """Record a stop request; `end` carries it out, however long Ray is down.
 
         Args:
             record: the job.
-            grace_s: what was asked for between SIGTERM and SIGKILL; Ray knows only its own, 3 s as a rule.
-            person: who asks.
+            grace_s: the requested time between SIGTERM and SIGKILL; Ray only has its own, usually 3 s.
+            person: who requests it.
 
         Raises:
             ConflictError: it has ended.
@@ -195,12 +195,13 @@ class ExternalJobs:
             msg = f"{record.id} has ended already: {record.state.value}"
             raise ConflictError(msg, hint=f"raylaunch show {record.id}")
         wish = StopWishModel(why="stopped", grace_s=0)
-        how = " before it began" if not record.attempts else "" if grace_s is None else ", with Ray's own grace"
+        how = "" if grace_s is None else ", with Ray's own grace period"
+        how = how if record.attempts else " before it started"
         view = record.view().model_copy(
             update={
                 "state": JobState.STOPPING,
                 "reason": Reason.STOP_REQUESTED,
-                "message": f"{person} asked to stop it{how}",
+                "message": f"stop requested by {person}{how}",
                 "updated_at": time.time(),
             }
         )
@@ -209,16 +210,16 @@ class ExternalJobs:
         return stopping.view()
 
     async def end(self, job: str) -> None:
-        """Do what ends a job, once; it is called again while the job goes on.
+        """Try to end a job, once; called again until it has ended.
 
-        Ray stops what runs. What still waits it only marks, so that it starts and stops once there is room, perhaps in
-        days: there the actor that waits is killed.
+        Ray stops a running job. A pending one it only marks, so that it starts and stops once resources are free,
+        perhaps in days: there the waiting actor is killed.
         """
         try:
             seen = await self._ray.get(job)
             if seen is not None and seen.status == "PENDING":
                 if not await self._bridge.call("kill_waiting", {"submission": job}, timeout_s=30):
-                    self._nobody_waits(job)
+                    self._no_waiting_actor(job)
             elif seen is not None and not seen.ended:
                 await self._ray.stop(job)
         except RaylaunchError as error:
@@ -226,23 +227,23 @@ class ExternalJobs:
         await asyncio.sleep(_AGAIN_S)
 
     async def remove(self, record: JobRecord) -> None:
-        """Let Ray and the records forget an ended job. Its log stays in the folder of Ray's session.
+        """Remove an ended job from Ray and from the records. Its log stays in the folder of Ray's session.
 
         Raises:
             ConflictError: it has not ended.
-            ClusterDownError: Ray does not answer.
+            ClusterDownError: Ray does not respond.
             StorageError: it cannot be written.
         """
         record.require_ended()
         await self._ray.delete(record.id)
         self._records.delete(record.id)
 
-    def _nobody_waits(self, job: str) -> None:
-        """Take a waiting job without a waiting actor as ended, when it is so twice: a restart of Ray made it one."""
-        if job not in self._unheard:
-            self._unheard.add(job)
+    def _no_waiting_actor(self, job: str) -> None:
+        """Record a pending job as ended if it had no actor twice in a row: Ray was restarted meanwhile."""
+        if job not in self._without_actor:
+            self._without_actor.add(job)
             return
-        self._unheard.discard(job)
+        self._without_actor.discard(job)
         record = self._records.foreign(job)
         if record is not None and not record.state.ended:
             self._write_ended(record, JobState.STOPPED, Reason.STOP_REQUESTED, record.message)

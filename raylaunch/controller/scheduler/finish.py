@@ -1,4 +1,4 @@
-"""The last part of an attempt: prove that nothing of it is left, collect what it left behind, say how it ended."""
+"""Finishing an attempt: ensure that it has exited, collect its files, and record how it ended."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _FENCED = "fenced"
 
 
 class Finisher:
-    """Finishes attempts. Until the fence has answered, an attempt keeps what it holds."""
+    """Finishes attempts. An attempt keeps its resources until the fence has confirmed its exit."""
 
     def __init__(self, context: AttemptContext) -> None:
         self._context = context
 
     async def finish(self, job: str, refused: str) -> None:
-        """Prove that nothing of the attempt is left, collect what it left behind, and say how it ended."""
+        """Ensure that the attempt has exited, collect its files, and record how it ended."""
         record = self._context.records.by_id(job)
         attempt = latest(record)
         if record.own_spec.launcher == "ray":
@@ -62,18 +62,18 @@ class Finisher:
             await self._forget(job)
 
     async def _end_actors(self, attempt: AttemptView) -> None:
-        """Let Ray start none of a driver's actors again; their processes are the fence's concern."""
+        """Keep Ray from restarting a driver's actors; the fence ends their processes."""
         try:
             ray_job = await self._context.ray.get(attempt.id)
             if ray_job is not None and ray_job.job_id:
                 ended = await self._context.bridge.call("end_actors", {"job_id": ray_job.job_id}, timeout_s=_ACTORS_S)
                 if ended:
-                    _log.info("%s left actors behind, which were ended: %s", attempt.id, ended)
+                    _log.info("%s left actors behind, which were killed: %s", attempt.id, ended)
         except RaylaunchError as error:
-            _log.warning("the actors of %s may be started again: %s", attempt.id, error.message)
+            _log.warning("the actors of %s may be restarted: %s", attempt.id, error.message)
 
     async def _fence(self, record: JobRecord) -> Fenced | None:
-        """End what is left of the attempt on its node. None when the node is gone, and its lease with it."""
+        """End what is left of the attempt on its node. None if the node was lost and its lease has expired."""
         attempt = latest(record)
         gone_since: float | None = None
         while True:
@@ -86,7 +86,7 @@ class Finisher:
                     )
                 except RaylaunchError as error:
                     self._context.set_message(
-                        record, record.reason, f"cannot be ended on {attempt.node} yet: {error.message}"
+                        record, record.reason, f"its processes on {attempt.node} cannot be ended yet: {error.message}"
                     )
             elif self._context.observed.bridge_up:
                 gone_since = gone_since or time.monotonic()
@@ -95,7 +95,7 @@ class Finisher:
             await self._context.observed.wait(STEP_S)
 
     async def _drain(self, record: JobRecord) -> bool:
-        """Wait until the attempt's files are in the store. False when the node went away meanwhile."""
+        """Wait until the attempt's files are in the store. False if the node was lost meanwhile."""
         attempt = latest(record)
         gone_since: float | None = None
         while True:
@@ -115,14 +115,14 @@ class Finisher:
         try:
             if await self._context.bridge.drain(node_id, attempt.id, _DRAIN_S):
                 return True
-            problem = self._context.observed.store_problems.get(attempt.id, "its files are on the way to the store")
+            problem = self._context.observed.store_problems.get(attempt.id, "copying its files to the store")
         except RaylaunchError as error:
-            problem = f"its files are still on {attempt.node}: {error.message}"
+            problem = f"its files on {attempt.node} cannot be copied yet: {error.message}"
         self._context.set_message(record, record.reason, problem)
         return False
 
     async def _forget(self, job: str) -> None:
-        """Free the room on the node; what fails here is made good when the steward shows the attempt again."""
+        """Delete the attempt on its node; a failure is made up for when the agent reports the attempt again."""
         record = self._context.records.by_id(job)
         attempt = latest(record)
         node_id = self._context.observed.node_of(attempt)
@@ -131,7 +131,7 @@ class Finisher:
                 await self._context.bridge.forget(node_id, attempt.id, again=not record.state.ended)
                 self._context.observed.attempts.pop(attempt.id, None)
         except RaylaunchError as error:
-            _log.info("%s is not cleared from its node yet: %s", attempt.id, error.message)
+            _log.info("%s has not been removed from its node yet: %s", attempt.id, error.message)
 
     async def _find(self, record: JobRecord, fenced: Fenced | None, result: AttemptResult, refused: str) -> Finding:
         if refused and not (fenced is not None and fenced.exit is not None):
@@ -160,7 +160,7 @@ class Finisher:
         )
 
     async def _stopped_with_ray(self, attempt: AttemptView) -> bool:
-        """A SIGTERM from outside is a person's stop only if Ray says so too; else Ray went down under the attempt."""
+        """Whether a SIGTERM from outside was a stop through Ray, as Ray confirms; otherwise Ray itself went down."""
         deadline = time.monotonic() + _RAY_STATUS_S
         while time.monotonic() < deadline:
             try:
@@ -211,7 +211,7 @@ class Finisher:
             self._context.records.update(
                 record.id,
                 kind="retry",
-                message=f"{finding.message}; another attempt follows",
+                message=f"{finding.message}; retrying",
                 change=Change.REQUEUE,
                 free_retries=record.free_retries + (1 if free else 0),
                 submitted_to_ray=False,
@@ -227,18 +227,18 @@ class Finisher:
 
 
 def with_warnings(record: JobRecord, warnings: tuple[str, ...]) -> dict[str, EnvironmentFacts]:
-    """Return the job's facts with these warnings too, each once."""
+    """Return the job's environment facts with these warnings added, each once."""
     facts = record.environment or EnvironmentFacts()
     new = tuple(warning for warning in warnings if warning not in facts.warnings)
     return {"environment": facts.model_copy(update={"warnings": (*facts.warnings, *new)})} if new else {}
 
 
 def _ended_at(attempt: AttemptView, fenced: Fenced | None, *, now: float) -> float:
-    """Return when an attempt ended by its own facts: what its runner wrote last, else the runner's last sign of life.
+    """Return when an attempt ended according to its runner: its exit facts, or else its last heartbeat.
 
-    The controller may have been away meanwhile. Both are by the node's clock, as is the attempt's start.
+    The controller may have been down meanwhile. Both use the node's clock, as the attempt's start does.
     """
-    said = fenced.exit["at"] if fenced is not None and fenced.exit is not None else None
+    exited_at = fenced.exit["at"] if fenced is not None and fenced.exit is not None else None
     beat_at = fenced.beat_at if fenced is not None else None
-    known = said if said is not None else beat_at
+    known = exited_at if exited_at is not None else beat_at
     return now if known is None else max(known, attempt.started_at or known)

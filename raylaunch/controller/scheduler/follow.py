@@ -1,4 +1,4 @@
-"""The middle part of an attempt: follow it until it is over on its node, as far as can be seen."""
+"""Following an attempt until it has ended on its node, as far as can be observed."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from raylaunch.models.job import EnvironmentFacts, WandbLink
 from raylaunch.models.states import Change, JobState, Reason
 
 _RAY_GRACE_S = 5.0
-"""How long a runner may still write its exit facts after Ray says that the submission is over."""
+"""How long a runner may take to write its exit facts after Ray reports the end of the submission."""
 _STOP_MARGIN_S = 20.0
 _UNCLAIMED_S = 3.0
 _RUN_ADDRESS = re.compile(r"https?://[\w.:\[\]-]{1,255}(?:/[\w.%~-]{1,200}){3,8}")
 
 
 class Follower:
-    """Follows attempts, and passes on a wish to stop."""
+    """Follows attempts and forwards stop requests."""
 
     def __init__(self, context: AttemptContext) -> None:
         self._context = context
 
     async def follow(self, job: str) -> None:
-        """Follow the attempt until it is over on its node, as far as can be seen."""
+        """Follow the attempt until it has ended on its node, as far as can be observed."""
         follow = _FollowState()
         while True:
             record = self._context.records.light(job)
             seen = self._context.observed.attempts.get(latest(record).id)
-            if seen is not None and seen is not follow.noted:
+            if seen is not None and seen is not follow.recorded:
                 record = record_facts(self._context, self._context.records.by_id(job), seen)
-                follow.noted = seen
+                follow.recorded = seen
             if self._has_ended(record, seen, follow):
                 return
             await self._forward_stop(record, follow)
@@ -65,7 +65,7 @@ class Follower:
         return follow.gone_since is not None and now - follow.gone_since > NODE_LEASE_S
 
     async def _forward_stop(self, record: JobRecord, follow: _FollowState) -> None:
-        """Tell the runner to stop; where none comes up to hear it, the fence makes that there never will be one."""
+        """Ask the runner to stop; if it has not started, the fence prevents that it ever does."""
         if record.stop_wish is None or follow.sent_at is not None:
             return
         follow.stop_since = follow.stop_since or time.monotonic()
@@ -77,14 +77,14 @@ class Follower:
             await self._context.bridge.stop(node_id, attempt.id, _wish(record))
         except RaylaunchError as error:
             self._context.set_message(
-                record, Reason.STOP_REQUESTED, f"the stop has not reached the node yet: {error.message}"
+                record, Reason.STOP_REQUESTED, f"the stop request has not reached the node yet: {error.message}"
             )
         else:
             follow.sent_at = time.monotonic()
 
 
 def record_facts(context: AttemptContext, record: JobRecord, seen: ObservedAttempt) -> JobRecord:
-    """Write down what is new about the attempt: that it runs, and what the runner found."""
+    """Record what is new about the attempt: that it is running, and facts of its environment."""
     attempt = latest(record)
     if seen.facts is not None and "python" in seen.facts:
         environment, link = _environment(seen.facts), _wandb(record.wandb, seen.facts)
@@ -96,7 +96,7 @@ def record_facts(context: AttemptContext, record: JobRecord, seen: ObservedAttem
         record = context.records.update(
             record.id,
             kind="running" if runs else "",
-            message=f"runs on {attempt.node}" if runs else None,
+            message=f"running on {attempt.node}" if runs else None,
             change=Change.START if runs else None,
             reason=None if runs else record.reason,
             attempts=replaced(
@@ -113,17 +113,17 @@ def record_facts(context: AttemptContext, record: JobRecord, seen: ObservedAttem
 
 @dataclass
 class _FollowState:
-    """What one `_until_over` remembers between two looks."""
+    """What `Follower.follow` remembers between two checks."""
 
-    noted: ObservedAttempt | None = None
-    """What the steward said last, once it is written down."""
+    recorded: ObservedAttempt | None = None
+    """The latest observation that has been recorded."""
     ray_ended_at: float | None = None
     gone_since: float | None = None
     stop_since: float | None = None
     sent_at: float | None = None
 
     def overdue(self, now: float, grace_s: float, *, claimed: bool) -> bool:
-        """Whether a stop has waited long enough: shortly where no runner is seen, else past grace and a margin."""
+        """Whether a stop has waited long enough: briefly if there is no runner, else grace period plus a margin."""
         if self.sent_at is not None and not claimed and now - self.sent_at > _UNCLAIMED_S:
             return True
         return self.stop_since is not None and now - self.stop_since > grace_s + _STOP_MARGIN_S
@@ -146,12 +146,12 @@ def _environment(facts: Facts) -> EnvironmentFacts:
 
 
 def _address(url: str) -> str:
-    """Return the address of a run if it is a plain one: a job can write its own facts."""
+    """Return a run's URL if it is well-formed: a job can write its own facts."""
     return url if _RUN_ADDRESS.fullmatch(url) else ""
 
 
 def _wandb(link: WandbLink | None, facts: Facts) -> WandbLink | None:
-    """Return the runs as this attempt tracks them; an address stays when a later attempt tracks off-line."""
+    """Return the job's runs, updated by this attempt; a URL remains if a later attempt is offline."""
     if link is None or "wandb_mode" not in facts:
         return link
     runs = tuple(dict.fromkeys((*link.runs, *facts.get("wandb_runs", ()))))

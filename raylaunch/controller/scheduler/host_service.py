@@ -1,4 +1,4 @@
-"""What a person's request about hosts becomes: drain one, or all for a while; or let them take jobs again."""
+"""Requests about hosts: drain one, pause all of them for a while, resume."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raylaunch.models.states import Reason
 
 
 class HostService:
-    """Verbs about hosts. Each answers at once; the lifecycle carries on from the records."""
+    """Operations on hosts. Each returns immediately; the scheduler's loop continues from the records."""
 
     def __init__(self, *, records: Records, drains: DrainStore, observed: ObservedState) -> None:
         self._records = records
@@ -24,7 +24,7 @@ class HostService:
         self._observed = observed
 
     def jobs(self, host: str) -> HostJobs:
-        """Say what runs on a host, and whether it is drained.
+        """Return what is running on a host, and whether it is drained.
 
         Raises:
             NotFoundError: the cluster has no such host.
@@ -33,28 +33,28 @@ class HostService:
         return self._seen(host)
 
     def drain(self, host: str, *, until: float | None, stop: bool, person: str) -> HostJobs:
-        """Let no attempt begin on a host; with `stop`, those that run there are stopped and queued again.
+        """Start no new attempts on a host; with `stop`, running ones are stopped and queued again.
 
         Args:
             host: its name.
-            until: when it takes jobs again by itself, seconds since the epoch; None for never.
-            stop: whether what runs there is stopped, each job with its own grace.
-            person: who asks.
+            until: end of the drain, seconds since the epoch; None until it is lifted by hand.
+            stop: whether running jobs are stopped, each with its own grace period.
+            person: who requests it.
 
         Raises:
             NotFoundError: the cluster has no such host.
-            ConflictError: `until` is over already.
-            StorageError: it cannot be written down; nothing is drained then.
+            ConflictError: `until` is in the past.
+            StorageError: it cannot be stored; nothing is drained then.
         """
         self._check_known(host)
         now = time.time()
         if until is not None and until <= now:
-            msg = f"{host} cannot be drained until a time that is over"
-            raise ConflictError(msg, hint="give a later time, as --until 2h")
+            msg = f"cannot drain {host}: the drain's end is in the past"
+            raise ConflictError(msg, hint="give a later time, for example --until 2h")
         self._drains.put(Drain(host=host, person=person, since=now, until=until))
         if stop:
             for record in self._running(host):
-                self._stop(record, Reason.HOST_DRAINED, f"{host} is drained by {person}")
+                self._stop(record, Reason.HOST_DRAINED, f"{host} is being drained by {person}")
         self._observed.notify()
         return self._seen(host)
 
@@ -63,16 +63,16 @@ class HostService:
 
         Raises:
             NotFoundError: it is not drained.
-            StorageError: it cannot be written down.
+            StorageError: it cannot be stored.
         """
         self._drains.remove(host)
         self._observed.notify()
         return self._seen(host)
 
     def pause(self, *, limit_s: float, stop: bool, person: str) -> Quiet:
-        """Let no attempt begin anywhere for a while; with `stop`, what runs is stopped and queued again."""
+        """Start no attempts anywhere for a while; with `stop`, running ones are stopped and queued again."""
         self._observed.paused_until = time.time() + limit_s
-        self._observed.pause_reason = f"{person} takes the cluster down or upgrades it"
+        self._observed.pause_reason = f"{person} is shutting down or upgrading the cluster"
         if stop:
             for record in self._records.active():
                 self._stop(record, Reason.CLUSTER_DOWN, self._observed.pause_reason)
@@ -80,25 +80,25 @@ class HostService:
         return self.pause_state()
 
     def resume(self) -> Quiet:
-        """Let attempts begin again."""
+        """Start attempts again."""
         self._observed.paused_until = 0.0
         self._observed.notify()
         return self.pause_state()
 
     def pause_state(self) -> Quiet:
-        """Say until when no attempt begins, and what still runs."""
+        """Return until when no attempt starts, and what is still running."""
         until = self._observed.paused_until
         jobs = tuple(record.view() for record in self._records.active())
         return Quiet(until=until if until > time.time() else None, jobs=jobs)
 
     def _stop(self, record: JobRecord, reason: Reason, why: str) -> None:
-        """End the attempt, not the job: its state stays as it is until it is queued again."""
+        """Stop the attempt, not the job: its state remains until it is queued again."""
         if record.stop_wish is not None:
             return
         self._records.update(
             record.id,
             kind="stopping",
-            message=f"{why}; it is stopped, and another attempt follows",
+            message=f"{why}; stopping this attempt, which will be retried",
             reason=reason,
             stop_wish=StopWish(why="stopped", grace_s=record.own_spec.grace_s),
             again=True,
@@ -107,7 +107,7 @@ class HostService:
     def _check_known(self, host: str) -> None:
         known = {node.hostname for node in self._observed.nodes} | set(self._drains.now())
         if host not in known:
-            msg = f"the cluster has no host {host!r}; it has {', '.join(sorted(known)) or 'none that is up'}"
+            msg = f"the cluster has no host {host!r}; it has {', '.join(sorted(known)) or 'no host that is up'}"
             raise NotFoundError(msg, hint="see: raylaunch status")
 
     def _running(self, host: str) -> list[JobRecord]:
@@ -125,7 +125,7 @@ class HostService:
 
 
 def in_use(node: NodeView) -> str:
-    """Say in words what Ray counts as used on a node; empty when nothing is. Pure."""
+    """Return in words what Ray counts as used on a node; empty if nothing is. Pure."""
     gpus, cpus = node.gpus - node.gpus_free, node.cpus - node.cpus_free
     used = [
         f"{amount:g} {name}{'' if amount == 1 else 's'}"

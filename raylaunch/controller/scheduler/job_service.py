@@ -1,4 +1,4 @@
-"""The verbs that a person's request becomes: submit, stop, remove; and what the controller says of itself."""
+"""Requests about jobs: submit, dry run, stop, remove, fetch outputs that were not kept; and the controller's status."""
 
 from __future__ import annotations
 
@@ -42,32 +42,32 @@ from raylaunch.version import API, __version__
 
 
 class LeftOutputs:
-    """Brings them into the store, each once however many ask."""
+    """Copies outputs that were not kept from their node into the store, each once even for concurrent requests."""
 
     def __init__(self, *, bridge: RayBridge, observed: ObservedState, artifacts: Artifacts) -> None:
         self._bridge = bridge
         self._observed = observed
         self._artifacts = artifacts
-        self._coming: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._transfers: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def bring(self, record: JobRecord, name: str) -> None:
-        """Bring a file, if it is not here.
+        """Copy a file into the store, if it is not there.
 
         Args:
             record: the job.
             name: one of `raylaunch.controller.store.artifacts.Left.sizes`.
 
         Raises:
-            NotFoundError: its node has left the cluster, or does not have it any more.
-            ClusterError: its node does not answer.
+            NotFoundError: its node has left the cluster, or no longer has the file.
+            ClusterError: its node does not respond.
         """
         left = await asyncio.to_thread(self._artifacts.left, record.id)
         below = WITHHELD if name in left.withheld else OUTPUTS
         key = (f"{record.id}-{left.n}", name)
-        if key not in self._coming:
-            self._coming[key] = asyncio.create_task(self._bring(record, left.n, name, below))
-            self._coming[key].add_done_callback(functools.partial(self._came, key))
-        await asyncio.shield(self._coming[key])
+        if key not in self._transfers:
+            self._transfers[key] = asyncio.create_task(self._bring(record, left.n, name, below))
+            self._transfers[key].add_done_callback(functools.partial(self._transfer_done, key))
+        await asyncio.shield(self._transfers[key])
 
     async def _bring(self, record: JobRecord, n: int, name: str, below: str) -> None:
         attempt = next((attempt for attempt in record.attempts if attempt.n == n), None)
@@ -78,24 +78,24 @@ class LeftOutputs:
         await self._bridge.bring_left(node_id, attempt.id, name, below=below)
         await asyncio.to_thread(self._artifacts.finalize, record.id)
 
-    def _came(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
-        self._coming.pop(key, None)
+    def _transfer_done(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
+        self._transfers.pop(key, None)
         if not task.cancelled():
-            task.exception()  # each that waits has raised it
+            task.exception()  # every waiter has raised it
 
 
 _FRESH_S = 2.0
-"""How old what is seen of the nodes may be when somebody asks: their GPUs and disks have other users too."""
-_LOOK_S = 3.0
+"""Maximum age of the node data in a response: their GPUs and disks have other users too."""
+_REFRESH_S = 3.0
+"""How long a response waits for newer node data; then it has the latest there is."""
 _DISK_S = 60.0
-"""How long a node may take to add up what its folders hold."""
-"""How long an answer waits for a look at them; then it tells what was seen last."""
+"""How long a node may take to measure its folders."""
 
 
 class JobService:
-    """What clients may ask for. Each answers at once; the lifecycle carries on from the record."""
+    """Operations on jobs. Each returns quickly; the scheduler's loop continues from the record."""
 
-    def __init__(  # noqa: PLR0913 -- the parts that verbs touch, all named
+    def __init__(  # noqa: PLR0913 -- the parts that it uses, all named
         self,
         *,
         settings: Settings,
@@ -121,16 +121,16 @@ class JobService:
         self._foreign = foreign
         self._wheel_needs = wheel_needs
         self._left = left
-        self._began_at = time.time()
+        self._started_at = time.time()
 
     async def submit(self, request: SubmitRequest, person: str) -> SubmitAnswer:
-        """Take a job in. From the answer on, nothing is lost.
+        """Accept a job. Once this returns, nothing is lost.
 
         Raises:
-            SpecError: a secret that it names is not set, or one that it brings cannot be one.
-            UnsatisfiableError: no node could ever run it.
+            SpecError: a secret that it names is not set, or one that came with it is invalid.
+            UnsatisfiableError: no node can ever run it.
             WheelsNeededError: as `raylaunch.controller.scheduler.preflight.WheelPreflight.check`.
-            ConflictError: its code has not arrived, or the request id made another job.
+            ConflictError: its code has not arrived, or the request id belongs to another job.
             StorageError: the store's disk is full.
         """
         self._check(request, person)
@@ -146,7 +146,7 @@ class JobService:
         return SubmitAnswer(job=record.view(), created=created)
 
     async def dry_run(self, request: SubmitRequest, person: str) -> DryRun:
-        """Say where the job could run now, or what it would wait for.
+        """Return where the job could run now, or what it would wait for.
 
         Raises:
             SpecError: as `submit`.
@@ -154,7 +154,7 @@ class JobService:
         """
         self._check(request, person, package=False)
         wheels_for = await self._wheel_needs.of(request.spec)
-        await self._observed.fresh_nodes(age_s=_FRESH_S, timeout_s=_LOOK_S)
+        await self._observed.fresh_nodes(age_s=_FRESH_S, timeout_s=_REFRESH_S)
         rooms = node_capacities(with_drains(self._observed.nodes, self._drains.now()))
         ask = request_for(request.spec, job="(this job)", since=time.time())
         holdings = active_allocations(
@@ -163,26 +163,26 @@ class JobService:
         backlog = self._records.backlog
         with backlog.joined_by(ask):
             decision = plan_queue(backlog, rooms, holdings, groups=backlog.groups, down=self._observed.down).of(ask)
-        message = f"would start on {decision.hostname} at once" if isinstance(decision, Admit) else decision.message
+        message = f"would start on {decision.hostname} immediately" if isinstance(decision, Admit) else decision.message
         if wheels_for:
             platforms = ", ".join(map(str, wheels_for))
-            message += f"; nodes with {platforms} reach no package index, and wheels would go along"
+            message += f"; nodes with {platforms} cannot reach a package index, so wheels would be sent along"
         fits = (decision.hostname,) if isinstance(decision, Admit) else ()
         environment = self._settings.environment_of(request.spec)
         there = self._wheel_needs.there(request.spec)
         return DryRun(fits=fits, message=message, wheels_for=wheels_for, wheels_there=there, environment=environment)
 
     async def keep_wheels(self, given: EnvironmentWheels) -> None:
-        """Keep the wheels of the cluster's own environment, which have arrived.
+        """Store the list of wheels of the cluster's own environment, which have been uploaded.
 
         Raises:
-            ConflictError: one has not arrived, or they are of another environment.
+            ConflictError: one has not been uploaded, or they are for another environment.
         """
         self._check_wheels(given.sets)
         await self._wheel_needs.kept.keep(given)
 
     async def stop(self, record: JobRecord, *, grace_s: float | None, person: str) -> JobView:
-        """Ask for the end of a job; it is ``stopped`` once none of its processes is left.
+        """Request the stop of a job; it is ``stopped`` once all its processes have exited.
 
         Raises:
             ConflictError: it has ended already.
@@ -192,12 +192,12 @@ class JobService:
         if record.state.ended:
             msg = f"{record.id} has ended already: {record.state.value}"
             raise ConflictError(msg, hint=f"raylaunch show {record.id}")
-        message = f"{person} asked to stop it"
+        message = f"stop requested by {person}"
         if not record.state.active:
             self._records.update(
                 record.id,
                 kind="ended",
-                message=f"{message} before it started",
+                message=f"cancelled by {person} before it started",
                 change=Change.END_STOPPED,
                 reason=Reason.STOP_REQUESTED,
                 ended_at=time.time(),
@@ -220,11 +220,11 @@ class JobService:
         return self._records.by_id(record.id).view()
 
     async def remove(self, record: JobRecord) -> int:
-        """Delete an ended job, its record and all its files; return the bytes that it took.
+        """Delete an ended job, its record and all its files; return the bytes that they took.
 
         Raises:
             ConflictError: it has not ended.
-            ClusterDownError: it is one of plain Ray's, which has to forget it too, and Ray does not answer.
+            ClusterDownError: it is an external job, which Ray must delete too, and Ray does not respond.
         """
         if record.foreign:
             await self._foreign.remove(record)
@@ -232,9 +232,9 @@ class JobService:
         return await self._removal.remove(record.id)
 
     async def status(self, person: str, role: str) -> ControllerStatus:
-        """Say how the controller, Ray and the nodes are."""
+        """Return the state of the controller, Ray and the nodes."""
         observed = self._observed
-        await observed.fresh_nodes(age_s=_FRESH_S, timeout_s=_LOOK_S)
+        await observed.fresh_nodes(age_s=_FRESH_S, timeout_s=_REFRESH_S)
         return ControllerStatus(
             cluster=self._settings.cluster,
             version=__version__,
@@ -242,7 +242,7 @@ class JobService:
             pid=os.getpid(),
             person=person,
             role=role,
-            started_at=self._began_at,
+            started_at=self._started_at,
             ray="up" if observed.bridge_up and observed.ray_answers else "down",
             ray_version=observed.ray_version,
             nodes=by_name(with_drains(observed.nodes, self._drains.now())),
@@ -254,21 +254,21 @@ class JobService:
         )
 
     def explained(self, view: JobView) -> JobView:
-        """Return a job that waits with what it waits for now, and any other as it is."""
+        """Return a queued job with its current wait reason, and any other job unchanged."""
         ask, plan = self._records.backlog.get(view.id), self._observed.plan
         block = plan.block(ask) if ask is not None and plan is not None else None
         return view if block is None else view.model_copy(update={"reason": block.reason, "message": block.message})
 
     async def wait_growth(self, attempt_id: str, timeout_s: float) -> None:
-        """Return when anything of the attempt changed, or the time is over."""
+        """Return when a file of the attempt has grown, or at the timeout."""
         await self._observed.wait_growth(attempt_id, timeout_s)
 
     async def bring_left(self, record: JobRecord, name: str) -> None:
-        """Bring an output that was not kept from its node."""
+        """Copy an output that was not kept from its node."""
         await self._left.bring(record, name)
 
     async def node_usage(self) -> tuple[NodeUsage, ...]:
-        """Ask each node what raylaunch takes on its disk; one that does not answer is left out."""
+        """Return raylaunch's disk usage on each node; one that does not respond is left out."""
         nodes = [node for node in self._observed.nodes if node.alive and node.ready]
         asked = (self._bridge.call("disk_use", {"node_id": node.id}, timeout_s=_DISK_S) for node in nodes)
         found = await asyncio.gather(*asked, return_exceptions=True)
@@ -292,9 +292,9 @@ class JobService:
         observed = self._observed
         found = list(self._records.repairs)
         if not observed.bridge_up:
-            found.append(f"Ray cannot be reached: {observed.bridge_error or 'its link is starting'}")
-        mute = [node for node in observed.nodes if node.alive and not node.ready]
-        found += [f"the steward of {node.hostname} does not answer" for node in mute]
+            found.append(f"Ray cannot be reached: {observed.bridge_error or 'connecting'}")
+        silent = [node for node in observed.nodes if node.alive and not node.ready]
+        found += [f"the node agent on {node.hostname} does not respond" for node in silent]
         found += [f"{attempt}: {message}" for attempt, message in observed.store_problems.items()]
         found += [one for one in (observed.storage_error, self._drains.problem) if one]
         return tuple(found)
@@ -306,8 +306,8 @@ class JobService:
             msg = f"the secret {missing[0]} is not set on cluster {self._settings.cluster}"
             raise SpecError(msg, hint=f"raylaunch secret set {missing[0]}", field="secrets")
         if withheld := self._secrets.withheld(set(request.spec.secrets) - request.secrets.keys(), person):
-            msg = f"the secret {withheld[0]} is not for jobs of {person}"
-            hint = f"ask an operator: raylaunch secret set {withheld[0]} --for {person}; or send a value of your own"
+            msg = f"the secret {withheld[0]} is not available to {person}"
+            hint = f"ask an operator: raylaunch secret set {withheld[0]} --for {person}; or send your own value"
             raise SpecError(msg, hint=hint, field="secrets")
         self._check_fits(request.spec)
         if package and request.package and not self._packages.have(request.package).complete:
@@ -326,4 +326,4 @@ class JobService:
         never = unsatisfiable_reason(request_for(spec), rooms) if rooms else ""
         if never:
             msg = f"{spec.display_name} can never run on cluster {self._settings.cluster}: {never}"
-            raise UnsatisfiableError(msg, hint="ask for less, or see what there is with: raylaunch status")
+            raise UnsatisfiableError(msg, hint="request less, or see the nodes: raylaunch status")

@@ -1,4 +1,4 @@
-"""The first part of an attempt: its code and runner to the node, and its submission to Ray."""
+"""Launching an attempt: its code and runner are sent to the node, and it is submitted to Ray; and what drives it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from raylaunch.models.job import AttemptView
 from raylaunch.models.states import Reason
 from raylaunch.tracking.run_file import earlier_runs
 
-_FAILURES = 3
+_MAX_FAILURES = 3
 WANDB_KEY = "WANDB_API_KEY"
-"""Sent to the node when it is set, whether or not a job names it: with it, a job tracks on-line."""
+"""Sent to the node if it is set, even if the job does not name it: with it, a job tracks online."""
 
 
 class AttemptLauncher:
-    """Sends attempts. What has been done already is found done."""
+    """Launches attempts. Every step may run again."""
 
     def __init__(self, context: AttemptContext) -> None:
         self._context = context
 
-    async def send(self, job: str) -> str:
-        """Bring code and runner to the node, and submit. Returns why it can never start, or nothing."""
+    async def launch(self, job: str) -> str:
+        """Prepare the attempt on its node and submit it. Return why it can never start, or an empty string."""
         failures = 0
         while True:
             record = self._context.records.by_id(job)
@@ -37,28 +37,28 @@ class AttemptLauncher:
             if self._context.node_lost(record):
                 return "its node left the cluster before it started"
             try:
-                await self._send_once(record)
+                await self._launch_once(record)
             except ConflictError as error:
                 return error.message
             except (ClusterError, StorageError, NotFoundError) as error:
                 self._context.set_message(record, _waiting_reason(error), error.message)
             except RaylaunchError as error:
                 failures += 1
-                if failures >= _FAILURES:
+                if failures >= _MAX_FAILURES:
                     return error.message
                 self._context.set_message(record, Reason.SENDING_CODE, error.message)
             else:
                 return ""
             await self._context.observed.wait(STEP_S)
 
-    async def _send_once(self, record: JobRecord) -> None:
+    async def _launch_once(self, record: JobRecord) -> None:
         attempt = latest(record)
         wanted = record.own_spec
         names = {*self._context.settings.secrets, *wanted.secrets, WANDB_KEY}
         secrets = self._context.secrets.for_job(record.id, names, record.owner)
         missing = sorted(set(wanted.secrets) - set(secrets))
         if missing:
-            msg = f"the secret {missing[0]} is not set any more, or not for {record.owner}"
+            msg = f"the secret {missing[0]} is no longer set, or not available to {record.owner}"
             raise ConflictError(msg)
         settings = self._context.settings
         spec = attempt_spec(
@@ -84,7 +84,7 @@ def _waiting_reason(error: RaylaunchError) -> Reason:
 def _submission(record: JobRecord, attempt: AttemptView, prepared: PreparedAttempt) -> Submission:
     amounts = (
         {} if record.own_spec.launcher == "ray" else required_amounts(record.own_spec)
-    )  # its workers ask for theirs themselves
+    )  # its workers request theirs themselves
     return Submission(
         id=attempt.id,
         entrypoint=prepared.command,
@@ -99,19 +99,19 @@ def _submission(record: JobRecord, attempt: AttemptView, prepared: PreparedAttem
 
 
 class AttemptDriver:
-    """Drives attempts. One `drive` runs for each job whose state is active."""
+    """Runs attempts from launch to finish. One `drive` runs for each active job."""
 
     def __init__(self, context: AttemptContext) -> None:
         self._records = context.records
-        self._sender = AttemptLauncher(context)
+        self._launcher = AttemptLauncher(context)
         self._follower = Follower(context)
         self._finisher = Finisher(context)
 
     async def drive(self, job: str) -> None:
-        """Drive the job's latest attempt until the job has ended or waits again."""
+        """Drive the job's latest attempt until the job has ended or is queued again."""
         refused = ""
         if not self._records.light(job).submitted_to_ray:
-            refused = await self._sender.send(job)
+            refused = await self._launcher.launch(job)
         if not refused:
             await self._follower.follow(job)
         await self._finisher.finish(job, refused)

@@ -1,4 +1,4 @@
-"""The controller's loop: see, admit, drive, reconcile. What a person asks for comes in through `verbs`."""
+"""The scheduler's loop: observe, admit, drive, reconcile. Requests of people come in through `JobService`."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ from raylaunch.models.states import Change, Reason
 _log = logging.getLogger(__name__)
 
 _TICK_S = 1.0
-_LONGEST_REST_S = 60.0
-"""How long at most work rests that fails again and again."""
-_POLL_REST = 50
-"""Between two looks at Ray's jobs it rests so many times as long as the look took: Ray's answer holds all that it
-remembers, and costs its dashboard half a millisecond a job."""
-_POLL_MOST_S = 5.0
+_MAX_BACKOFF_S = 60.0
+"""Longest delay before failing work is retried."""
+_POLL_PAUSE_FACTOR = 50
+"""The pause between two polls of Ray's jobs, as a multiple of the poll's duration: Ray's response lists all jobs that
+it remembers, and costs its dashboard half a millisecond per job."""
+_MAX_POLL_PAUSE_S = 5.0
 _FRESH_S = 5.0
-"""How old what is seen of the nodes may be when jobs that want GPUs are placed."""
+"""Maximum age of the node data when jobs that need GPUs are placed."""
 RECORDED_AHEAD = 50
-"""Each change of a reason is recorded for so many jobs at the head of the queue. Behind them a job's reason may change
-with each start and end ahead of it: it is recorded once, when the job begins to wait, and otherwise seen when read."""
+"""Every change of the wait reason is recorded for this many jobs at the head of the queue. Further back it may change
+with each job that starts or ends: there it is recorded once, when the job is queued, and computed when it is read."""
 _RECORDED_AT_ONCE = 8
 _STARTED_AT_ONCE = 8
-_REVIVE_AFTER_S = 4.0
-_REVIVE_EVERY_S = 20.0
+_RESTART_AFTER_S = 4.0
+_RESTART_EVERY_S = 20.0
 
 
 class SchedulerLoop:
-    """Keeps what is recorded and what is true together."""
+    """Admits queued jobs and keeps the records in line with what is observed."""
 
     def __init__(
         self, context: AttemptContext, artifacts: Artifacts, foreign: ExternalJobs, drains: DrainStore
@@ -77,14 +77,14 @@ class SchedulerLoop:
         self._drains = drains
         self._driver = AttemptDriver(context)
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._rests: dict[str, tuple[float, float]] = {}
-        """Work that failed last time: until when it rests (monotonic), and for how long (seconds)."""
+        self._backoffs: dict[str, tuple[float, float]] = {}
+        """Work that failed last time: when it is retried (monotonic), and the delay (seconds)."""
         self._foreign = foreign
         self._ray_silent_since: float | None = None
-        self._revived_at = 0.0
+        self._restarted_at = 0.0
 
     async def run(self) -> None:
-        """Run until cancelled. Jobs go on when this ends; the next `run` finds them again."""
+        """Run until cancelled. Jobs continue when it ends; the next `run` finds them again."""
         poll = asyncio.create_task(self._poll_ray(), name="poll ray")
         try:
             while True:
@@ -98,7 +98,7 @@ class SchedulerLoop:
             await asyncio.gather(poll, *self._tasks.values(), return_exceptions=True)
 
     def on_event(self, event: LinkEvent) -> None:
-        """Take in what the link says. Called in the event loop; never blocks."""
+        """Apply an event of the bridge. Called in the event loop; never blocks."""
         observed = self._observed
         match event:
             case LinkUp():
@@ -125,7 +125,7 @@ class SchedulerLoop:
                 return
         observed.notify()
 
-    # -- one step: nothing here waits ---------------------------------------------------------------------------------
+    # -- one step: nothing here blocks ---------------------------------------------------------------------------------
 
     def _step(self) -> None:
         if self._observed.refresh_needed and self._observed.bridge_up:
@@ -137,12 +137,12 @@ class SchedulerLoop:
         self._admit()
 
     def _tolerate_storage_error(self, work: Callable[[], None]) -> None:
-        """Do `work`; a store that cannot be written ends nothing: the same is tried a second later."""
+        """Do `work`; if the store cannot be written, it is retried a second later."""
         try:
             work()
         except StorageError as error:
             self._observed.storage_error = error.message
-            _log.warning("%s; it is tried again", error.message)
+            _log.warning("%s; retrying", error.message)
 
     def _admit(self) -> None:
         backlog = self._records.backlog
@@ -154,7 +154,7 @@ class SchedulerLoop:
             self._record_wait_reasons(self._observed.plan)
             return
         if self._observed.nodes_age > _FRESH_S and backlog.wants(GPUS):
-            self._background("nodes", self._refresh_nodes())  # whose are the GPUs now? Then comes the next step
+            self._background("nodes", self._refresh_nodes())  # who uses the GPUs now? The next step follows
             return
         holdings = active_allocations(
             self._records.active(), released=self._observed.released, seen=self._observed.attempts
@@ -165,18 +165,18 @@ class SchedulerLoop:
         for admit in plan.admits[:_STARTED_AT_ONCE]:
             self._start(admit)
         if len(plan.admits) > _STARTED_AT_ONCE:
-            asyncio.get_running_loop().call_soon(self._observed.notify)  # the loop has a turn, and then the next start
+            asyncio.get_running_loop().call_soon(self._observed.notify)  # let other tasks run before the next start
         self._record_wait_reasons(plan)
 
     def _pause(self) -> Block | None:
-        """Return why no job starts at all."""
+        """Return why no job can start now, if so."""
         observed = self._observed
         if not observed.bridge_up:
-            why = f"waits for Ray: {observed.bridge_error or 'its link is starting'}"
+            why = f"waiting for Ray: {observed.bridge_error or 'connecting'}"
             return Block(Reason.WAITING_FOR_RAY, lambda: why)
         if time.time() < observed.paused_until:
-            quiet = f"waits: {observed.pause_reason}, and no job begins until that is done"
-            return Block(Reason.WAITING_FOR_DRAIN, lambda: quiet)
+            paused = f"waiting: {observed.pause_reason}"
+            return Block(Reason.WAITING_FOR_DRAIN, lambda: paused)
         return None
 
     def _start(self, admit: Admit) -> None:
@@ -185,11 +185,11 @@ class SchedulerLoop:
         attempt = AttemptView(
             id=f"{record.id}-{n}", n=n, node=admit.hostname, node_id=admit.node_id, admitted_at=time.time()
         )
-        earlier = {"environment": None, "log_tail": ()} if record.attempts else {}  # of the attempt before
+        earlier = {"environment": None, "log_tail": ()} if record.attempts else {}  # from the previous attempt
         self._records.update(
             record.id,
             kind="admitted",
-            message=f"starts on {admit.hostname}",
+            message=f"starting on {admit.hostname}",
             change=Change.ADMIT,
             reason=Reason.SENDING_CODE,
             attempts=(*record.attempts, attempt),
@@ -200,13 +200,13 @@ class SchedulerLoop:
         self._background(record.id, self._drive(record.id))
 
     def _record_wait_reasons(self, plan: QueuePlan) -> None:
-        """Record what has become another reason, of a few jobs at once."""
+        """Record changed wait reasons, of a few jobs at a time."""
         backlog = self._records.backlog
         fresh = [ask for ask in backlog.unrecorded(_RECORDED_AT_ONCE) if plan.block(ask) is not None]
-        looked_at = {ask.job: plan.block(ask) for ask in (*fresh, *backlog.first(RECORDED_AHEAD))}
+        blocks = {ask.job: plan.block(ask) for ask in (*fresh, *backlog.first(RECORDED_AHEAD))}
         changed = [
             WaitDecision(job, block.reason, block.message)
-            for job, block in looked_at.items()
+            for job, block in blocks.items()
             if block is not None and block.reason is not backlog.recorded_reason(job)
         ][:_RECORDED_AT_ONCE]
         if changed:
@@ -216,8 +216,8 @@ class SchedulerLoop:
     # -- tasks --------------------------------------------------------------------------------------------------------
 
     def _background(self, name: str, work: Coroutine[None, None, None]) -> None:
-        """Run `work` unless work of this name is under way, or failed a moment ago."""
-        if name in self._tasks or self._rests.get(name, (0.0, 0.0))[0] > time.monotonic():
+        """Run `work` unless work of this name is running, or its retry is not due yet."""
+        if name in self._tasks or self._backoffs.get(name, (0.0, 0.0))[0] > time.monotonic():
             work.close()
             return
         task = asyncio.create_task(work, name=name)
@@ -227,11 +227,11 @@ class SchedulerLoop:
     def _ended(self, name: str, task: asyncio.Task[None]) -> None:
         self._tasks.pop(name, None)
         if not task.cancelled() and (error := task.exception()) is not None:
-            rest_s = min(max(2 * self._rests.get(name, (0.0, 0.0))[1], _TICK_S), _LONGEST_REST_S)
-            self._rests[name] = (time.monotonic() + rest_s, rest_s)
-            _log.error("%s failed; it is tried again in %.0f s", name, rest_s, exc_info=error)
+            backoff_s = min(max(2 * self._backoffs.get(name, (0.0, 0.0))[1], _TICK_S), _MAX_BACKOFF_S)
+            self._backoffs[name] = (time.monotonic() + backoff_s, backoff_s)
+            _log.error("%s failed; retrying in %.0f s", name, backoff_s, exc_info=error)
         else:
-            self._rests.pop(name, None)
+            self._backoffs.pop(name, None)
         self._observed.notify()
 
     async def _drive(self, job: str) -> None:
@@ -242,17 +242,17 @@ class SchedulerLoop:
             await asyncio.sleep(_TICK_S)
 
     async def _refresh_nodes(self) -> None:
-        self._observed.refresh_needed = False  # what changes while they are asked for is asked for again
+        self._observed.refresh_needed = False  # a change during the request triggers another one
         try:
             self._observed.set_nodes(_current(await self._bridge.nodes()))
         except ClusterError as error:
             self._observed.refresh_needed = True
-            self._observed.nodes_at = time.monotonic()  # nothing newer can be had, and no job waits for it
-            _log.warning("%s; the nodes are asked for again", error.message)
+            self._observed.nodes_at = time.monotonic()  # nothing newer is available, and no job waits for it
+            _log.warning("%s; requesting the nodes again", error.message)
             await asyncio.sleep(_TICK_S)
 
     def _clean_up_orphan(self, seen: ObservedAttempt) -> None:
-        """See to an attempt that no job of ours waits for: an older one, or one whose job has ended or is gone."""
+        """Clean up an attempt that no job waits for: an older one, or one whose job has ended or was removed."""
         job, _, n = seen.attempt.rpartition("-")
         try:
             record = self._records.light(job)
@@ -260,7 +260,7 @@ class SchedulerLoop:
             record = None
         latest = record.attempts[-1].id if record is not None and record.attempts else ""
         if record is None or latest != seen.attempt or record.state.ended:
-            self._background(f"tidy {seen.attempt}", self._clean_up(seen, keep=record is not None and n.isdigit()))
+            self._background(f"clean up {seen.attempt}", self._clean_up(seen, keep=record is not None and n.isdigit()))
 
     async def _clean_up(self, seen: ObservedAttempt, *, keep: bool) -> None:
         tag = attempt_tag(self._settings, seen.attempt)
@@ -270,7 +270,7 @@ class SchedulerLoop:
                 await self._bridge.forget(seen.node_id, seen.attempt)
                 self._observed.attempts.pop(seen.attempt, None)
         except RaylaunchError as error:
-            _log.warning("%s is not cleared from its node yet: %s", seen.attempt, error.message)
+            _log.warning("%s has not been removed from its node yet: %s", seen.attempt, error.message)
 
     # -- Ray ----------------------------------------------------------------------------------------------------------
 
@@ -281,14 +281,14 @@ class SchedulerLoop:
                 if not self._observed.ray_version:
                     self._observed.ray_version = await self._ray.version()
                 jobs = await self._ray.all()
-                self._tolerate_storage_error(lambda: self._take(jobs))  # noqa: B023 -- called at once
+                self._tolerate_storage_error(lambda: self._apply_ray_jobs(jobs))  # noqa: B023 -- called at once
             except ClusterError:
                 self._observed.ray_answers = False
-                self._consider_reviving()
+                self._restart_ray_if_silent()
                 began = time.monotonic()
-            await asyncio.sleep(min(max(_TICK_S, _POLL_REST * (time.monotonic() - began)), _POLL_MOST_S))
+            await asyncio.sleep(min(max(_TICK_S, _POLL_PAUSE_FACTOR * (time.monotonic() - began)), _MAX_POLL_PAUSE_S))
 
-    def _take(self, jobs: list[RayJob]) -> None:
+    def _apply_ray_jobs(self, jobs: list[RayJob]) -> None:
         self._observed.ray_answers = True
         self._ray_silent_since = None
         seen = {job.submission_id or "": job for job in jobs}
@@ -297,20 +297,20 @@ class SchedulerLoop:
             self._observed.notify()
         self._foreign.take(seen)
 
-    def _consider_reviving(self) -> None:
-        """Where Ray has been silent for a while, have it started again."""
+    def _restart_ray_if_silent(self) -> None:
+        """Restart Ray if it has not responded for a while."""
         now = time.monotonic()
         self._ray_silent_since = self._ray_silent_since or now
         silent = now - self._ray_silent_since
-        if not self._settings.revive or silent < _REVIVE_AFTER_S or now - self._revived_at < _REVIVE_EVERY_S:
+        if not self._settings.revive or silent < _RESTART_AFTER_S or now - self._restarted_at < _RESTART_EVERY_S:
             return
         if "revive" in self._tasks:
             return
-        _log.warning("Ray has been silent for %.0f s; starting it again", silent)
-        self._background("revive", self._revive())
+        _log.warning("Ray has not responded for %.0f s; restarting it", silent)
+        self._background("revive", self._restart_ray())
 
-    async def _revive(self) -> None:
-        """Run the command that starts Ray again: who started it knows how."""
+    async def _restart_ray(self) -> None:
+        """Run the command that restarts Ray, which the settings contain."""
         limit_s = self._settings.revive_limit_s
         process = await asyncio.create_subprocess_exec(
             *self._settings.revive, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
@@ -318,17 +318,17 @@ class SchedulerLoop:
         try:
             status = await asyncio.wait_for(process.wait(), limit_s)
         except asyncio.TimeoutError:
-            _log.error("the command that starts Ray again has not ended after %.0f s; it is ended", limit_s)
+            _log.error("the command that restarts Ray did not finish within %.0f s; killing it", limit_s)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             status = await process.wait()
-        self._revived_at = time.monotonic()
+        self._restarted_at = time.monotonic()
         self._observed.ray_version = ""
         if status:
-            _log.error("the command that starts Ray again ended with status %d: %s", status, self._settings.revive)
+            _log.error("the command that restarts Ray exited with status %d: %s", status, self._settings.revive)
 
 
 def _current(nodes: tuple[NodeView, ...]) -> tuple[NodeView, ...]:
-    """Leave out what a machine was before its Ray was restarted: Ray lists its dead nodes for ever."""
+    """Leave out dead nodes of machines that are alive: Ray lists nodes from before its restart permanently."""
     alive = {node.hostname for node in nodes if node.alive}
     return tuple(node for node in nodes if node.alive or node.hostname not in alive)

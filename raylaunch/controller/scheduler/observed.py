@@ -1,6 +1,6 @@
-"""What the controller sees of Ray, the nodes and the attempts: filled by the link's events and by polls, read by all.
+"""The observed state of Ray, nodes and attempts: written from events of the bridge and from polls, read by all.
 
-Nothing here is remembered over a restart; it is seen again.
+It is kept in memory only; after a restart it is observed again.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _STORAGE_ERROR_S = 5.0
 
 @dataclass
 class ObservedState:
-    """One place for what is seen, and a bell that rings when it changes."""
+    """The observed state, with a wake-up for those who wait for a change."""
 
     nodes: tuple[NodeView, ...] = ()
     nodes_at: float = float("-inf")
-    """When they were looked at (monotonic): what others do on their GPUs and disks changes without a word."""
+    """When they were inspected (monotonic): other users of their GPUs and disks cause no event."""
     down: dict[str, float] = field(default_factory=dict)
-    """Hosts that were seen and on which no attempt can start now, and since when, seconds since the epoch."""
+    """Known hosts on which no attempt can start now, and since when, seconds since the epoch."""
     refresh_needed: bool = False
-    """Set when they are to be looked at."""
+    """Set to have the nodes inspected."""
     attempts: dict[str, ObservedAttempt] = field(default_factory=dict)
     ray_jobs: dict[str, RayJob] = field(default_factory=dict)
     ray_version: str = ""
@@ -39,19 +39,19 @@ class ObservedState:
     bridge_error: str = ""
     store_problems: dict[str, str] = field(default_factory=dict)
     released: set[str] = field(default_factory=set)
-    """Attempts that are proven gone from their node, while their files still travel: they hold nothing any more."""
+    """Attempts that have provably exited while their files are still being copied: they hold no resources."""
     plan: QueuePlan | None = None
-    """What the queue decided last: why each job waits is read from it."""
+    """The latest plan of the queue, from which wait reasons are read."""
     paused_until: float = 0.0
-    """Until then no attempt begins, on no host; seconds since the epoch. Not remembered over a restart."""
+    """No attempt starts anywhere until then; seconds since the epoch. A restart ends the pause."""
     pause_reason: str = ""
     _storage_error: tuple[str, float] = ("", 0.0)
-    _bell: asyncio.Event = field(default_factory=asyncio.Event)
+    _wakeup: asyncio.Event = field(default_factory=asyncio.Event)
     _growth: dict[str, asyncio.Event] = field(default_factory=dict)
 
     @property
     def storage_error(self) -> str:
-        """Why records could not be written a moment ago; empty when they could. What failed is tried each second."""
+        """Why records could not be written recently; empty if they could. Failed writes are retried every second."""
         message, at = self._storage_error
         return message if time.monotonic() - at < _STORAGE_ERROR_S else ""
 
@@ -60,27 +60,27 @@ class ObservedState:
         self._storage_error = (message, time.monotonic())
 
     def notify_growth(self, attempt: str) -> None:
-        """Wake everybody who waits for a file of this attempt to grow."""
+        """Wake all that wait for a file of this attempt to grow."""
         growth = self._growth.pop(attempt, None)
         if growth is not None:
             growth.set()
 
     async def wait_growth(self, attempt: str, timeout_s: float) -> None:
-        """Wait until a file of the attempt grows, or the time is over."""
+        """Wait until a file of the attempt grows, or until the timeout."""
         growth = self._growth.setdefault(attempt, asyncio.Event())
         await _wait(growth, timeout_s)
 
     def notify(self) -> None:
-        """Wake everybody who waits in `changed`."""
-        self._bell.set()
-        self._bell = asyncio.Event()
+        """Wake all that wait in `wait`."""
+        self._wakeup.set()
+        self._wakeup = asyncio.Event()
 
     async def wait(self, timeout_s: float) -> None:
-        """Wait until something changes, or the time is over."""
-        await _wait(self._bell, timeout_s)
+        """Wait until something changes, or until the timeout."""
+        await _wait(self._wakeup, timeout_s)
 
     def set_nodes(self, nodes: tuple[NodeView, ...]) -> None:
-        """Take in the nodes as they are now."""
+        """Store the nodes as they are now."""
         up = {node.hostname for node in nodes if node.ready}
         known = {node.hostname for node in (*self.nodes, *nodes)} | self.down.keys()
         self.down = {host: self.down.get(host, time.time()) for host in known - up}
@@ -88,11 +88,11 @@ class ObservedState:
 
     @property
     def nodes_age(self) -> float:
-        """How many seconds ago the nodes were looked at."""
+        """Seconds since the nodes were inspected."""
         return time.monotonic() - self.nodes_at
 
     async def fresh_nodes(self, *, age_s: float, timeout_s: float) -> None:
-        """Have the nodes looked at, and wait for that at most `timeout_s`, unless it was less than `age_s` ago."""
+        """Refresh the nodes if they are older than `age_s`, and wait for that at most `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         if self.nodes_age < age_s:
             return
@@ -103,13 +103,13 @@ class ObservedState:
             await self.wait(left)
 
     def node(self, node_id: str) -> NodeView | None:
-        """Return a node that is alive, or None."""
+        """Return a node if it is alive, or None."""
         return next((node for node in self.nodes if node.id == node_id and node.alive), None)
 
     def node_of(self, attempt: AttemptView) -> str:
-        """Return the id of the node alive where the attempt is, or nothing.
+        """Return the id of the living node that has the attempt, or an empty string.
 
-        That is where it was seen last, else where it was sent; and when Ray was restarted there, the new node on the
+        That is where it was observed last, else where it was sent; if Ray was restarted there, the new node on the
         same machine.
         """
         seen = self.attempts.get(attempt.id)
@@ -119,7 +119,7 @@ class ObservedState:
         return next((node.id for node in self.ready_nodes() if node.hostname == attempt.node), "")
 
     def ready_nodes(self) -> list[NodeView]:
-        """Return the nodes that are alive and whose steward answers: those on which an attempt can start."""
+        """Return the nodes on which an attempt can start: they are alive and their agent responds."""
         return [node for node in self.nodes if node.ready]
 
 

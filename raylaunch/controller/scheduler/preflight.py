@@ -1,4 +1,4 @@
-"""Which nodes cannot make a job's environment themselves: they reach no package index, and wheels must go along."""
+"""Pre-flight check: which nodes cannot reach a package index, so that a job needs wheels for its environment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MADE_THERE = frozenset({"uv", "pip"})
 
 
 class WheelPreflight:
-    """Asks the nodes that could run a job. What is not answered in time counts as an index that is reached."""
+    """Queries the nodes that could run a job. A node that does not respond in time counts as one with an index."""
 
     def __init__(self, *, settings: Settings, observed: ObservedState, bridge: RayBridge, kept: ClusterWheels) -> None:
         self._settings = settings
@@ -33,7 +33,7 @@ class WheelPreflight:
         self.kept = kept
 
     async def of(self, spec: JobSpec) -> tuple[BuildPlatform, ...]:
-        """Return the platforms for which wheels have to go along, each once: not those that the cluster has."""
+        """Return the platforms for which wheels must be sent, without those that the cluster has."""
         own = self._settings.environment_of(spec)
         kind = own.kind
         if kind not in _MADE_THERE and not spec.packages:
@@ -54,10 +54,10 @@ class WheelPreflight:
         return tuple(one.platform for one in self.kept.sets) if spec.environment.kind in OF_THE_CLUSTER else ()
 
     def complete(self, request: SubmitRequest) -> SubmitRequest:
-        """Return a request with the cluster's wheels, where its job uses the cluster's environment.
+        """Return a request with the cluster's wheels added, if its job uses the cluster's environment.
 
-        What was sent for a platform counts, unless all of it is for packages that the job adds. Where it adds some and
-        nothing was sent for them, its nodes reach an index, and are to ask that.
+        Wheels that were sent for a platform take precedence, unless all are for packages that the job adds. If it adds
+        packages and no wheels were sent for them, its nodes can reach an index and use that.
         """
         if request.spec.environment.kind not in OF_THE_CLUSTER:
             return request
@@ -70,18 +70,20 @@ class WheelPreflight:
         return request.model_copy(update={"wheels": sets})
 
     async def check(self, request: SubmitRequest) -> None:
-        """See to it that wheels were looked for where they have to go along.
+        """Refuse a request without wheels if its nodes need them.
 
         Raises:
-            WheelsNeededError: they were not.
+            WheelsNeededError: wheels are needed, and the client did not look for any.
         """
         spec = request.spec
         if request.wheels_sought:
             return
         if platforms := await self.of(spec):
             own, where = self._settings.environment_of(spec), ", ".join(map(str, platforms))
-            msg = f"the environment of {spec.display_name} ({own}) needs wheels: nodes with {where} reach no index"
-            raise WheelsNeededError(msg, hint="submit it with this version of raylaunch, which sends the wheels along")
+            msg = (
+                f"the environment of {spec.display_name} ({own}) needs wheels: nodes with {where} cannot reach an index"
+            )
+            raise WheelsNeededError(msg, hint="submit it with this version of raylaunch, which sends the wheels")
 
     async def _of_node(self, node_id: str, question: dict[str, object]) -> BuildPlatform | None:
         try:
