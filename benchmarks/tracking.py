@@ -48,7 +48,8 @@ def run(shop: Workshop) -> Iterator[Result]:
     how = (
         f"CPU seconds of a training (a small network in NumPy) that logs each of its {points:,} steps off-line, as fast"
         " as it can, W&B's core with it; and of all of raylaunch's processes from its submission until its files are in"
-        f" the store: runner, keeper, controller, link ({statistics.median(shares):.2f} s). Ray's own are not counted."
+        " the store: runner, supervisor, controller, link"
+        f" ({statistics.median(shares):.2f} s). Ray's own are not counted."
     )
     yield compared("wandb_overhead", pairs, unit="s", peer="the same training without raylaunch", how=how)
 
@@ -90,25 +91,25 @@ def _used(processes: Mapping[str, psutil.Process]) -> float:
 
 
 def _on_node(cluster: Cluster, attempt: str) -> float:
-    """Return the CPU seconds of an attempt's runner and keeper, once both have ended.
+    """Return the CPU seconds of an attempt's runner and supervisor, once both have ended.
 
-    A process that has ended cannot be looked at. So the runner's are read where its parent has them: Ray's supervisor
-    of the job, which waits for it, and ends itself some time later. The keeper's are looked at while it lives.
+    A process that has ended cannot be inspected. So the runner's are read from its parent, Ray's supervisor of the job,
+    which waits for it and exits some time later. Those of our supervisor are read while it lives.
     """
     folder = cluster.home / "clusters" / "local" / "node" / "attempts" / attempt
     runner = psutil.Process(_pid_in(folder / "claim.json"))
-    supervisor = next(parent for parent in runner.parents() if "JobSupervisor" in " ".join(parent.cmdline()))
-    keeper = psutil.Process(_pid_in(folder / "started.json")).parent()
-    before = runner_s = _of_children(supervisor)
-    keeper_s = 0.0
+    of_ray = next(parent for parent in runner.parents() if "JobSupervisor" in " ".join(parent.cmdline()))
+    supervisor = psutil.Process(_pid_in(folder / "started.json")).parent()
+    before = runner_s = _of_children(of_ray)
+    supervisor_s = 0.0
     while True:
         try:
-            runner_s = _of_children(supervisor)
+            runner_s = _of_children(of_ray)
         except psutil.NoSuchProcess:
-            return runner_s - before + keeper_s
-        if keeper is not None:
+            return runner_s - before + supervisor_s
+        if supervisor is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
-                keeper_s = sum(keeper.cpu_times()[:2])
+                supervisor_s = sum(supervisor.cpu_times()[:2])
         time.sleep(_LOOK_S)
 
 

@@ -1,8 +1,8 @@
-"""Names of files, variables and exit facts on which runner, steward and controller rely. Standard library only.
+"""Names of files, variables and exit facts on which runner, node agent and controller rely. Standard library only.
 
 One attempt has one folder on its node, ``<node root>/attempts/<attempt id>/``::
 
-    attempt.json      what to run; written by the steward, read by the runner (`ATTEMPT`)
+    attempt.json      what to run; written by the node agent, read by the runner (`ATTEMPT`)
     secrets.json      0600; read and deleted by the runner before training starts (`SECRETS`)
     runner.pyz        the runner itself (`RUNNER`)
     code/             the working directory, this attempt's own copy (`CODE`)
@@ -10,8 +10,8 @@ One attempt has one folder on its node, ``<node root>/attempts/<attempt id>/``::
     facts.json        what the runner found: environment, GPUs, W&B mode; replaced as a whole (`FACTS`)
     started.json      training has started: pid, time (`STARTED`)
     heartbeat         touched every second while the runner lives (`HEARTBEAT`)
-    stop.json         a wish to stop, written by the steward (`STOP`)
-    exit.json         how it ended; written last, beside and renamed (`EXIT`)
+    stop.json         a stop request, written by the node agent (`STOP`)
+    exit.json         how it ended; written last, and renamed into place (`EXIT`)
     logs/rank-0.log   stdout and stderr of the training, byte for byte (`LOGS`); of rank 0 and its launcher
     logs/rank-N.log   the same of rank N, where a launcher starts several
     wandb/            WANDB_DIR; a run's file is wandb/wandb/*run-*/run-*.wandb (`WANDB`), wherever W&B writes it
@@ -24,9 +24,9 @@ One attempt has one folder on its node, ``<node root>/attempts/<attempt id>/``::
     tmp/              W&B cache and staging, and scratch; not kept (`TMP`)
 
 A job has one folder on a node, ``<node root>/jobs/<job id>/``, at the same path for each of its attempts, with
-``checkpoints/``, ``outputs/``, ``writer.json`` (`WRITER`), which says which attempt may write there, ``collected.json``
-(`COLLECTED`) with the outputs that were found in the working directory, which each attempt has a copy of, and ``left/``
-(`LEFT`) with those that are not kept, for some days.
+``checkpoints/``, ``outputs/``, ``writer.json`` (`WRITER`), which names the attempt that may write,
+``collected.json`` (`COLLECTED`) with the outputs that were found in the working directory, which each attempt has a
+copy of, and ``left/`` (`LEFT`) with those that are not kept, for some days.
 
 Only logs, the .wandb file, outputs, checkpoints and the JSON files above travel to the store, under the same names
 below ``jobs/<job>/attempt-<n>/``.
@@ -88,7 +88,7 @@ VAR_WANDB_RUNS = "RAYLAUNCH_WANDB_RUNS"
 VAR_TRAIN_REPORTS = "RAYLAUNCH_TRAIN_REPORTS"
 """File to which `raylaunch.tracking.train_callback` appends what Ray Train's workers report (`TRAIN_REPORTS`)."""
 VAR_NODE_ROOT = "RAYLAUNCH_NODE_ROOT"
-"""In the environment of Ray on a node: the folder where its steward keeps packages and attempts."""
+"""In the environment of Ray on a node: the folder where its node agent keeps packages and attempts."""
 VAR_PATH = "RAYLAUNCH_PATH"
 """As `VAR_NODE_ROOT`: PATH without the folder of Ray's Python, with which Ray's own begins, for ``ray job submit``."""
 
@@ -104,7 +104,7 @@ STARTUP = "startup"
 """Folder in the runner's archive with a ``sitecustomize``, for PYTHONPATH."""
 
 INTERRUPTED = 130
-"""Exit status of what somebody interrupted, as shells say it."""
+"""Exit status of what somebody interrupted, as in shells."""
 
 RAY_SECRETS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
 
@@ -180,14 +180,14 @@ class AttemptSpec(TypedDict):
     processes: int | None
     """Ranks on the node, under torchrun; None is one a GPU, else 1."""
     cpus: float | None
-    """CPU cores that the job asks for, if it says so."""
+    """CPU cores that the job requests, if any."""
     env: dict[str, str]
     secrets: list[str]
     environment: EnvironmentSpec
     envs_dir: str
     """Folder on the node for environments built once per content."""
     wheels: list[WheelSpec]
-    """What lies in `WHEELS`; without any the environment is made from the package index."""
+    """What is in `WHEELS`; without any the environment is made from the package index."""
     links: list[str]
     """Symbolic links in `CODE` that lead out of it, which may be broken on this node."""
     gpus: int
@@ -211,9 +211,9 @@ class Claim(TypedDict):
     epoch: str
     pid: int
     started_ticks: int
-    """Field 22 of /proc/PID/stat: with the pid it names one process for ever (until a reboot)."""
+    """Field 22 of /proc/PID/stat: with the pid it identifies one process until a reboot."""
     boot_id: str
-    """Which machine it is, as `raylaunch.runner.processes.boot_id` says."""
+    """Which machine it is, as `raylaunch.runner.processes.boot_id` returns it."""
     at: float
 
 
@@ -239,7 +239,7 @@ class Facts(TypedDict, total=False):
     wandb_mode: str
     wandb_why: str
     wandb_url: str
-    """Where the job's run can be seen, once W&B has said so."""
+    """Where the job's run can be seen, once W&B has shown it."""
     wandb_run: str
     """Id of the job's run: `WandbSpec.run_id`, or that of the first run where the program gave ids of its own."""
     wandb_runs: list[str]
@@ -268,10 +268,10 @@ class Exit(TypedDict):
     message: str
     """For people; empty when exit code or signal say all."""
     failed_rank: int | None
-    """The rank that failed first, whose exit code and signal these are; None where nobody says which."""
+    """The rank that failed first, whose exit code and signal these are; None where that is not known."""
     at: float
     by_ray: bool
-    """Stopped by a SIGTERM from outside (``ray job stop``), not by a wish of ours."""
+    """Stopped by a SIGTERM from outside (``ray job stop``), not by a request of ours."""
     killed: int
     """Processes of the attempt that were left over and ended at the end."""
     oom: bool

@@ -94,12 +94,12 @@ COUNTS = {
     ACCELERATE: ("num-processes",),
     DEEPSPEED: ("num-gpus", "num-accelerators", "include", "exclude"),
 }
-"""Options that say how many ranks there are."""
+"""Options with the number of ranks."""
 PLACES = (
     *("rdzv-backend", "rdzv-endpoint", "rdzv-id", "rdzv-conf", "node-rank", "master-addr"),
     *("num-machines", "machine-rank", "main-process-ip", "num-nodes", "hostfile", "no-ssh", "launcher"),
 )
-"""Options that say where ranks meet, or that there are several nodes: then nothing is decided here."""
+"""Options that name where ranks meet, or several nodes: then nothing is decided here."""
 
 _PROGRAMS = {
     "torchrun": TORCHRUN,
@@ -133,8 +133,8 @@ _ELSEWHERE = ("-C", "--chdir", "--directory", "--project", "--cwd")
 _EXPANDED = "$`*?[{"
 _IN_ORDER = ("&&", ";", "\n")
 _ADVICE = (
-    "write the program alone, as python train.py, or with launcher: script a command that starts the ranks itself, "
-    "as torchrun --nproc-per-node=2 train.py"
+    "write the program alone (python train.py), or with launcher: script a command that starts the ranks itself "
+    "(torchrun --nproc-per-node=2 train.py)"
 )
 
 
@@ -154,7 +154,7 @@ class Pasted(NamedTuple):
 
     @property
     def names_places(self) -> bool:
-        """Whether it says itself where its ranks meet, or asks for several nodes."""
+        """Whether it names itself where its ranks meet, or several nodes."""
         nodes = self.options.get("nnodes", "1")
         named = {name: self.options[name] for name in PLACES if name in self.options}
         if named.get("master-addr") in _LOCAL:
@@ -194,7 +194,7 @@ def problem_of(entrypoint: str | Sequence[str]) -> str:
 
 
 def python_word(entrypoint: str | Sequence[str]) -> str:
-    """Return the interpreter that the Python program asks for; empty when it is the one of the job's environment."""
+    """Return the interpreter that the Python program names; empty when it is the one of the job's environment."""
     found = next(found for found in map(_python, read(entrypoint).commands) if found is not None)
     return found[2]
 
@@ -274,15 +274,15 @@ def _program(command: Sequence[Word]) -> int:
     return at
 
 
-def _scan(command: Sequence[Word], begin: int) -> int:
-    """Return the index of the first word that looks like a program of interest, else where it was begun."""
-    for at in range(begin, len(command)):
+def _scan(command: Sequence[Word], start: int) -> int:
+    """Return the index of the first word that looks like a program of interest, else `start`."""
+    for at in range(start, len(command)):
         before, text = command[at - 1].text, command[at].text
         name = text.rpartition("/")[2]
         known = name in _PROGRAMS or name == ACCELERATE or name in SHELLS or _PYTHON.fullmatch(name)
         if before not in _NAMES_ONE and not text.startswith("-") and (known or name.endswith(".py")):
             return at
-    return begin
+    return start
 
 
 def _launcher(command: Sequence[Word], at: int) -> Pasted | None:

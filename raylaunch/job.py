@@ -40,7 +40,7 @@ class Context:
     rank: int
     """Which of the training's processes this is, from 0."""
     world_size: int
-    """How many processes the training has; 1 unless a launcher says otherwise."""
+    """How many processes the training has; 1 unless a launcher starts more."""
 
 
 def context() -> Context:
@@ -71,9 +71,9 @@ def report(
     total: Number | None = None,
     **more: Number,
 ) -> None:
-    """Say how far the training is, and what it measured: ``report({"loss": 0.3}, step=7, total=100)``.
+    """Report how far the training is, and what it measured: ``report({"loss": 0.3}, step=7, total=100)``.
 
-    It never raises, so that telling cannot break what is told of. Outside a job, and in ranks other than 0, it does
+    It never raises, so that reporting cannot break the training. Outside a job, and in ranks other than 0, it does
     nothing.
 
     Args:

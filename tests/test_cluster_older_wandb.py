@@ -49,4 +49,4 @@ def test_an_on_line_run_is_whole_at_the_server_with_wandb(version: str, cluster:
         assert [row["pt"] for row in run.history] == list(range(5))
         assert run.complete
     assert steps(cluster, job) == list(range(5))
-    assert "metrics show late, and a kill may lose the last seconds" in cluster.good("show", job)
+    assert "metrics appear late, and a kill may lose the last seconds" in cluster.good("show", job)

@@ -1,4 +1,4 @@
-"""Tracking on a real cluster: scripts with plain ``wandb.init()`` and ``wandb.log()``, off-line and on-line."""
+"""Tracking on a real cluster: scripts with plain ``wandb.init()`` and ``wandb.log()``, offline and online."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_an_init_that_breaks_on_line_makes_the_training_start_again_off_line(
     job = cluster.python(LOGS_FIVE, env=server.environment())
     done = cluster.ended(job, 150)
     assert (done.state, len(done.attempts)) == (JobState.SUCCEEDED, 1)
-    assert link_of(done) == ("offline", "wandb.init failed on-line, so the training was started again off-line")
+    assert link_of(done) == ("offline", "wandb.init failed online, so the training was restarted offline")
     assert len(points(cluster, job, "loss")) == 5
 
 

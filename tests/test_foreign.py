@@ -270,7 +270,7 @@ def test_a_log_is_found_in_this_session_of_rays_or_in_the_latest_earlier_one(tmp
     (tmp_path / "session_latest").symlink_to(current.parent)
     (oldest / "job-driver-one.log").write_text("oldest")
     (older / "job-driver-one.log").write_text("older")
-    assert attempt_files.path_of(current, "one") == older / "job-driver-one.log"
+    assert attempt_files.ray_log_path(current, "one") == older / "job-driver-one.log"
     (current / "job-driver-one.log").write_text("now")
     assert attempt_files.read_ray_log(current, "one", offset=0, tail=None, limit=100)["data"] == b"now"
 
@@ -280,7 +280,7 @@ def test_what_is_no_log_of_rays_is_not_read(tmp_path: Path, submission: str) -> 
     logs = session(tmp_path, "session_1")
     (logs / "job-driver-x").mkdir()
     (tmp_path / "secret.log").write_text("a secret")
-    assert attempt_files.path_of(logs, submission) is None
+    assert attempt_files.ray_log_path(logs, submission) is None
     assert attempt_files.read_ray_log(logs, submission, offset=0, tail=5, limit=100) == {
         "offset": 0,
         "data": b"",
@@ -292,4 +292,4 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     logs = session(tmp_path, "session_1")
     (tmp_path / "secret").write_text("a secret")
     (logs / "job-driver-one.log").symlink_to(tmp_path / "secret")
-    assert attempt_files.path_of(logs, "one") is None
+    assert attempt_files.ray_log_path(logs, "one") is None

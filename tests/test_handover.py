@@ -16,7 +16,7 @@ from support.running import Attempt
 
 from raylaunch.agent import job_dir
 from raylaunch.agent.attempt_files import inventory
-from raylaunch.agent.change_feed import Changes
+from raylaunch.agent.change_feed import ChangeFeed
 from raylaunch.agent.job_dir import forget, prepare
 from raylaunch.controller.ray.handover import bring
 from raylaunch.controller.ray.protocol import LinkEvent, Stored
@@ -64,12 +64,12 @@ class Node:
         folder = self.root / "attempts" / attempt
         if over:
             (folder / "exit.json").write_text("{}")
-        changes, mirror = Changes(self.root), ReplicaStore(self.store)
+        changes, mirror = ChangeFeed(self.root), ReplicaStore(self.store)
         answer = changes.take("s", mirror.have([attempt]))
         for _ in range(4):
             for chunk in answer["chunks"]:
                 mirror.write(chunk)
-            changes.look_again(attempt)
+            changes.check_again(attempt)
             answer = changes.take("s", None)
         mirror.save(at_once=True)
         if over:
@@ -178,7 +178,7 @@ def test_bringing_that_was_interrupted_is_finished_before_the_next_attempt(tmp_p
     here.carry(1)
     (store / f"jobs/{JOB}/attempt-1/checkpoints/two.pt").rename(tmp_path / "aside")
     (store / f"jobs/{JOB}/attempt-1/checkpoints/two.pt").write_text("TWO.pt")
-    with pytest.raises(TransferError, match="did not arrive"):
+    with pytest.raises(TransferError, match="damaged"):
         there.start(2)
     (tmp_path / "aside").replace(store / f"jobs/{JOB}/attempt-1/checkpoints/two.pt")
     assert tree(there.start(2)) == {"one.pt": "one.pt", "two.pt": "two.pt"}
@@ -231,10 +231,10 @@ def test_an_attempt_that_does_not_end_on_another_machine_keeps_the_next_from_sta
     elsewhere.runner.send_signal(signal.SIGSTOP)
     os.utime(elsewhere.folder / "heartbeat")
     with pytest.raises(ClusterError, match="another machine"):
-        job_dir.take(root, "job-aaaaaa-2", "another/job-aaaaaa-2", elsewhere_s=0.5)
+        job_dir.take(root, "job-aaaaaa-2", "another/job-aaaaaa-2", other_machine_s=0.5)
     assert job_dir.last_writer(root, "job-aaaaaa-2") == 0
     os.utime(elsewhere.folder / "heartbeat", (time.time() - 60,) * 2)
-    job_dir.take(root, "job-aaaaaa-2", "another/job-aaaaaa-2", elsewhere_s=0.5)
+    job_dir.take(root, "job-aaaaaa-2", "another/job-aaaaaa-2", other_machine_s=0.5)
     elsewhere.runner.send_signal(signal.SIGCONT)
     assert elsewhere.exit()["ended"] == "stopped", "it is ended as soon as it can be"
 

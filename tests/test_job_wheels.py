@@ -22,7 +22,7 @@ from support.sshd import free_port
 from support.tiny_project import tiny_project
 
 from raylaunch.agent import index_check
-from raylaunch.agent.packages import COMPLETE, WHOLE, Packages, chosen, lay_out, platform_of, this_platform
+from raylaunch.agent.packages import COMPLETE, WHOLE, Packages, choose_wheels, link_wheels, platform_of, this_platform
 from raylaunch.client.client import Client
 from raylaunch.client.job_wheels import needed_by, requirements_of, send_wheels
 from raylaunch.client.transfer import no_progress
@@ -118,7 +118,7 @@ def attempt_with(api: Api, sets: Sequence[WheelSet], root: Path, environment: En
         IMPORTS,
         environment={**environment.model_dump(), "requirements": list(environment.requirements), "packages": []},
     )
-    lay_out(root / "packages", wheels, attempt.folder / WHEELS)
+    link_wheels(root / "packages", wheels, attempt.folder / WHEELS)
     for name, text in files.items():
         attempt.file(name.replace("__", "."), text)
     return attempt
@@ -303,7 +303,7 @@ def test_an_environment_that_cannot_be_fetched_says_that_the_node_reaches_no_ind
     )
     ended = run_without_index(attempt)
     assert ended["ended"] == "environment"
-    assert "this node reaches no package index. Submit the job again with raylaunch" in ended["message"]
+    assert "cannot reach a package index" in ended["message"]
 
 
 def test_a_project_that_needs_another_python_than_the_nodes_is_refused(api: Api, served: Index, tmp_path: Path) -> None:
@@ -336,8 +336,8 @@ def test_other_files_of_a_requirements_file_are_found_and_their_change_is_notice
 def test_a_node_takes_the_wheels_of_its_own_platform() -> None:
     wheels: list[WheelSpec] = [{"file": "a-1-py3-none-any.whl", "sha256": "0" * 64, "build": False, "added": False}]
     here, other = this_platform(), OTHER.model_dump()
-    assert chosen([{"platform": here, "wheels": wheels}], here) == wheels
-    assert chosen([{"platform": other, "wheels": wheels}], here) == []  # type: ignore[typeddict-item]  # plain data
+    assert choose_wheels([{"platform": here, "wheels": wheels}], here) == wheels
+    assert choose_wheels([{"platform": other, "wheels": wheels}], here) == []  # type: ignore[typeddict-item]  # plain data
 
 
 def test_a_wheel_is_kept_whole_on_a_node_and_a_damaged_one_is_not(tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_a_wheels_name_cannot_lead_anywhere(tmp_path: Path) -> None:
                     "wheels": [{"platform": OTHER.model_dump(), "wheels": [{"file": name, "sha256": "0" * 64}]}],
                 }
             )
-    lay_out(
+    link_wheels(
         tmp_path / "packages",
         [{"file": "../../x.whl", "sha256": "0" * 64, "build": False, "added": False}],
         tmp_path / WHEELS,
@@ -371,7 +371,7 @@ def test_whether_an_index_is_reached_is_what_pip_would_find(served: Index, tmp_p
     closed = f"http://127.0.0.1:{free_port()}/simple"
 
     def reached(kind: str = "pip", **env: str) -> bool:
-        return index_check.reached({"HOME": str(tmp_path / "nobody"), **env}, kind=kind)
+        return index_check.reaches_index({"HOME": str(tmp_path / "nobody"), **env}, kind=kind)
 
     assert reached(PIP_INDEX_URL=served.url)
     assert not reached(PIP_INDEX_URL=closed)

@@ -17,7 +17,7 @@ WORDS = {
     "stranger": ("stranger refuses root: offered ", "ssh-copy-id -i "),
     "changed": ("changed ({address}:22) shows another host key than before: ED25519 SHA256:", "ssh-keygen -R"),
     "closed": ("closed ({address}:22) refuses connections: nothing listens on that port", "systemctl status ssh"),
-    "gone": ("gone ({address}:22) cannot be reached: there is no way to it from here", "is it on"),
+    "gone": ("gone ({address}:22) cannot be reached: there is no route to it from here", "is it on"),
     "bare": ("bare: it has no Python from 3.10 to 3.14", "sudo apt install python3"),
     "late": ("late: its clock is 1 h 0 m ahead of this machine's", "sudo timedatectl set-ntp true"),
     "full": ("full: only 100 MiB are free on /root for raylaunch's folder, and 2.0 GiB are needed", "free some"),

@@ -12,7 +12,7 @@ import pytest
 from support.attempts import attempt_spec
 
 from raylaunch.agent.attempt_files import inventory
-from raylaunch.agent.change_feed import BUDGET, ChangeReply, Changes, Chunk
+from raylaunch.agent.change_feed import BUDGET, ChangeFeed, ChangeReply, Chunk
 from raylaunch.agent.job_dir import ReadyAttempt, forget, prepare
 from raylaunch.controller.ray.protocol import Stored
 from raylaunch.controller.ray.replica import GapError, ReplicaStore
@@ -35,7 +35,7 @@ class World:
 
     def restart(self, attempt: str = ATTEMPT) -> None:
         """Begin anew on both sides, as after a crash of the link and the steward."""
-        self.changes, self.mirror = Changes(self.root), ReplicaStore(self.store)
+        self.changes, self.mirror = ChangeFeed(self.root), ReplicaStore(self.store)
         self.answer = self.changes.take("session", self.mirror.have([attempt]))
 
     def carry(self) -> int:
@@ -69,7 +69,7 @@ class World:
         self.carry()
         (self.node / "exit.json").write_text(json.dumps({"ended": "completed"}))
         self.answer = self.changes.take("session", None)
-        self.changes.look_again(ATTEMPT)
+        self.changes.check_again(ATTEMPT)
 
     def output(self, path: str, data: bytes, *, age_s: float = 10) -> Path:
         """Write an output that has been at rest for a while."""
@@ -156,7 +156,7 @@ def test_an_answer_that_was_lost_is_noticed_and_sent_again(world: World) -> None
 
 
 def test_a_steward_that_was_restarted_asks_to_begin_anew(world: World) -> None:
-    assert Changes(world.root).take("session", None)["resync"]
+    assert ChangeFeed(world.root).take("session", None)["resync"]
 
 
 def test_an_output_travels_when_it_is_at_rest_or_the_attempt_is_over(world: World) -> None:

@@ -92,7 +92,7 @@ def test_an_older_attempt_is_ended_before_a_newer_one_has_the_folder(tmp_path: P
 
 def test_an_older_attempt_never_gets_the_folder_of_a_newer_one(tmp_path: Path) -> None:
     newer = Path(prepared(tmp_path, attempt="digits-abc-2")["folder"])
-    with pytest.raises(ConflictError, match="attempt 2 of digits-abc has followed"):
+    with pytest.raises(ConflictError, match="attempt 2 of digits-abc"):
         prepared(tmp_path)
     job_dir.forget(tmp_path, "digits-abc-1")
     assert (newer / "checkpoints").is_dir()
@@ -149,7 +149,7 @@ def test_a_fence_takes_the_claim_before_any_runner(tmp_path: Path) -> None:
     assert claim["epoch"] == attempt_dir.FENCED
     with pytest.raises(FileExistsError):
         os.open(tmp_path / "attempts/digits-abc-1/claim.json", os.O_CREAT | os.O_EXCL)
-    with pytest.raises(ConflictError, match="was ended on this node before it began"):
+    with pytest.raises(ConflictError, match="stopped on this node"):
         prepared(tmp_path)
 
 

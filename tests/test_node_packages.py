@@ -127,7 +127,7 @@ def unpacked(tmp_path: Path, data: bytes, **limits: int) -> str:
 def test_a_small_package_that_unpacks_to_very_much_is_refused_before_it_is_written(tmp_path: Path) -> None:
     data = archive(zeros=bytes(50_000_000))
     assert len(data) < 300_000
-    assert unpacked(tmp_path, data, most=1_000_000) == "it unpacks to more than 1000000 bytes"
+    assert unpacked(tmp_path, data, max_bytes=1_000_000) == "it unpacks to more than 1000000 bytes"
     assert sum(path.stat().st_size for path in (tmp_path / "folder").iterdir()) <= 1_000_000
 
 
@@ -138,7 +138,7 @@ def test_a_package_of_300_kb_does_not_unpack_to_300_mb() -> None:
 
 def test_a_package_of_very_many_files_is_refused(tmp_path: Path) -> None:
     data = archive(**{f"f{n}": b"" for n in range(11)})
-    assert unpacked(tmp_path, data, most_files=10) == "it has more than 10 files"
+    assert unpacked(tmp_path, data, max_files=10) == "it has more than 10 files"
 
 
 def test_a_header_that_is_too_large_for_memory_is_refused(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_file_of_holes_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_package_within_the_limits_is_unpacked(tmp_path: Path) -> None:
-    assert unpacked(tmp_path, archive(f=b"x" * 100_000), most=200_000, most_files=1) == ""
+    assert unpacked(tmp_path, archive(f=b"x" * 100_000), max_bytes=200_000, max_files=1) == ""
     assert (tmp_path / "folder" / "f").stat().st_size == 100_000
 
 

@@ -34,7 +34,7 @@ def wakes(root: Path, act: Callable[[], object], *, limit_s: float) -> bool:
         watcher, woken = Watcher(root), asyncio.Event()
         assert watcher.works
         watcher.follow([ATTEMPT])
-        waiting = asyncio.create_task(watcher.news(woken, limit_s))
+        waiting = asyncio.create_task(watcher.wait_for_events(woken, limit_s))
         await asyncio.sleep(0)
         act()
         await waiting
@@ -77,7 +77,7 @@ def test_news_that_was_looked_at_is_old(tmp_path: Path, attempt: Path) -> None:
         for n in range(3000):
             append(attempt / f"logs/rank-{n % 50}.log", "line\n")
         watcher.drain()
-        await watcher.news(woken, 0.3)
+        await watcher.wait_for_events(woken, 0.3)
         return woken.is_set()
 
     assert not asyncio.run(scenario())
@@ -96,7 +96,7 @@ def test_whoever_is_told_by_other_means_need_not_wait(tmp_path: Path, attempt: P
     async def scenario() -> None:
         woken = asyncio.Event()
         woken.set()
-        await Watcher(tmp_path).news(woken, 30)
+        await Watcher(tmp_path).wait_for_events(woken, 30)
 
     assert attempt.is_dir()
     asyncio.run(asyncio.wait_for(scenario(), 10))

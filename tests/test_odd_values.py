@@ -20,7 +20,7 @@ from support.api_use import submit, write
 from support.links import LinkToNothing
 from support.run_writer import history, run, summary, write_run
 
-from raylaunch.agent.attempt_dir import plain, read_json
+from raylaunch.agent.attempt_dir import read_json, sanitize
 from raylaunch.client.transport import Response, page_from
 from raylaunch.cluster.probe import parse_gpus as probe
 from raylaunch.cluster.probe.facts import Clock
@@ -356,7 +356,7 @@ def test_what_an_attempt_wrote_into_its_records_is_made_plain_or_left_out(tmp_pa
 
 
 def test_whole_numbers_of_hundreds_of_digits_are_made_plain_too() -> None:
-    assert plain({"exit_code": 10**400, "list": [-(10**400), 7]}) == {"exit_code": 0, "list": [0, 7]}
+    assert sanitize({"exit_code": 10**400, "list": [-(10**400), 7]}) == {"exit_code": 0, "list": [0, 7]}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])

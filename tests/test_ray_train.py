@@ -181,7 +181,7 @@ def test_an_init_that_fails_on_line_loses_no_report(tmp_path: Path, server: Wand
     writer.report(0, loss=1.0)
     writer.finish(0)
     assert writer.rows() == [(0, {"loss": 1.0})]
-    assert "what the training reports is tracked off-line" in (tmp_path / "out").read_text()
+    assert "the training's reports are tracked offline" in (tmp_path / "out").read_text()
 
 
 def test_any_value_that_is_reported_can_travel() -> None:

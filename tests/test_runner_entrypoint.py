@@ -84,8 +84,8 @@ def test_what_torchrun_cannot_start_is_refused_with_what_to_write(entrypoint: st
     said = problem_of(entrypoint)
     assert what in said
     assert said.endswith(
-        "write the program alone, as python train.py, or with launcher: script a command that starts the ranks itself, "
-        "as torchrun --nproc-per-node=2 train.py"
+        "write the program alone (python train.py), or with launcher: script a command that starts the ranks itself "
+        "(torchrun --nproc-per-node=2 train.py)"
     )
 
 

@@ -101,7 +101,7 @@ def test_a_job_for_another_architecture_is_refused(make: Make) -> None:
     other = "aarch64" if __import__("platform").machine() == "x86_64" else "x86_64"
     end = make("true", arch=other).run()
     assert end["ended"] == "environment"
-    assert end["message"].startswith(f"the job asks for {other}, and this node is ")
+    assert end["message"].startswith(f"the job needs {other}")
 
 
 def test_conda_is_activated_as_a_shell_would(make: Make, tmp_path: Path, venv: Path) -> None:
@@ -175,7 +175,7 @@ def test_uv_without_a_lock_says_how_to_make_it(make: Make) -> None:
     attempt = make("true", environment=kind("uv"))
     attempt.file("pyproject.toml", "")
     assert (
-        attempt.run()["message"] == "the environment uv needs uv.lock in the working directory; make it with: uv lock"
+        attempt.run()["message"] == "the environment uv needs uv.lock in the working directory; create it with: uv lock"
     )
 
 

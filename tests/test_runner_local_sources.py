@@ -13,7 +13,7 @@ from support.running import Attempt
 from support.sshd import free_port
 from support.tiny_project import tiny_project
 
-from raylaunch.runner.environments.local_sources import exported_here, locked_here, read_requirements
+from raylaunch.runner.environments.local_sources import local_exports, local_packages, read_requirements
 
 Make = Callable[..., Attempt]
 UV = str(Path(sys.executable).parent / "uv")
@@ -165,12 +165,12 @@ def test_what_a_lock_takes_from_the_folder_is_known_by_its_source() -> None:
         '[[package]]\nname = "numpy"\nversion = "2"\nsource = { registry = "https://index.example.org/simple" }\n\n'
         '[[package]]\nname = "dyn"\nsource = { directory = "dyn" }\n'
     )
-    assert locked_here(lock) == (["app", "dyn"], True)
-    assert locked_here(lock.replace("editable", "virtual").partition('[[package]]\nname = "dyn"')[0]) == (
+    assert local_packages(lock) == (["app", "dyn"], True)
+    assert local_packages(lock.replace("editable", "virtual").partition('[[package]]\nname = "dyn"')[0]) == (
         ["app"],
         False,
     )
-    assert exported_here("-e .\n./dyn ; os_name == 'posix'\nnumpy==2\n", Path("/code")) == (
+    assert local_exports("-e .\n./dyn ; os_name == 'posix'\nnumpy==2\n", Path("/code")) == (
         "-e .",
         "./dyn ; os_name == 'posix'",
     )

@@ -72,7 +72,7 @@ def test_what_looks_like_a_secret_is_named_and_stays_without_being_kept(place: P
     place.write("key.txt", "-----BEGIN PRIVATE KEY-----\nplanted\n")
     place.write("big.bin", "x" * 50)
     found = place.collect(limits=OutputLimits(0, 0))
-    assert "not kept, for they look like secrets: key.txt (36 B), .env (13 B)" in found.warnings[1]
+    assert "not kept, because they look like secrets: key.txt (36 B), .env (13 B)" in found.warnings[1]
     assert found.left == {"big.bin": 50, ".env": 13, "key.txt": 36}
     assert found.withheld == [".env", "key.txt"]
     assert (place.outputs(), place.outputs("left")) == ([], [".env", "big.bin", "key.txt"])
@@ -93,7 +93,7 @@ def test_what_is_over_the_limit_stays_and_is_said_with_its_size(place: Place) ->
     place.write("a/larger.bin", "x" * 5000)
     found = place.collect(limits=OutputLimits(3500, 10))
     assert found.left == {"a/larger.bin": 5000}
-    assert "1 new file of the working directory (4.9 KiB) not kept, for more than 3.4 KiB" in found.warnings[0]
+    assert "1 new file of the working directory (4.9 KiB) not kept, over the limit of 3.4 KiB" in found.warnings[0]
     assert "a/larger.bin (4.9 KiB)" in found.warnings[0]
     assert place.outputs() == ["large.bin", "small.csv"]
     assert place.outputs("left") == ["a/larger.bin"]
@@ -134,7 +134,7 @@ def test_none_keeps_nothing_and_globs_keep_what_they_match(place: Place) -> None
     assert place.outputs() == ["a/b/model.pt"]
     assert found.warnings == [
         "outputs: nothing matches '*.onnx' in the working directory",
-        "outputs: '../x' leads out of the working directory and was not kept",
+        "outputs: '../x' is outside the working directory and was not kept",
     ]
 
 
@@ -184,5 +184,5 @@ def test_a_spec_says_auto_none_or_globs(given: dict[str, object], read: tuple[st
 
 
 def test_none_next_to_a_glob_is_refused() -> None:
-    with pytest.raises(ValueError, match="leave none out"):
+    with pytest.raises(ValueError, match="none"):
         JobSpec.model_validate({"entrypoint": "true", "outputs": ["none", "*.pt"]})

@@ -102,13 +102,13 @@ def test_a_secret_reaches_workers_and_stands_in_no_runtime_environment(tmp_path:
     assert "HF_TOKEN" not in json.dumps(runtime_env(env))
     start = tmp_path / contract.TMP / "ray/worker"
     assert start.stat().st_mode & 0o077 == 0
-    ray_driver.forget(tmp_path)
+    ray_driver.delete_secrets(tmp_path)
     assert not start.exists()
 
 
 def test_on_another_node_a_worker_says_that_its_wandb_runs_are_not_kept(tmp_path: Path) -> None:
     env = prepared(tmp_path / "attempt", env={"WANDB_MODE": "online", "WANDB_PROJECT": "p"})
-    ray_driver.forget(tmp_path / "attempt")  # nothing of the attempt's folder is there
+    ray_driver.delete_secrets(tmp_path / "attempt")  # nothing of the attempt's folder is there
     (tmp_path / "lib/wandb/sdk").mkdir(parents=True)
     for package in ("wandb", "wandb/sdk"):
         (tmp_path / "lib" / package / "__init__.py").touch()
@@ -139,7 +139,7 @@ def test_on_another_node_a_worker_says_that_its_wandb_runs_are_not_kept(tmp_path
     assert (seen["WANDB_MODE"], seen["WANDB_PROJECT"]) == ("offline", "p")
     assert Path(seen["WANDB_DIR"]).parent == tmp_path, "a folder of its own"
     assert done.stderr.count("raylaunch: this worker is on ") == 1
-    assert f"{seen['WANDB_DIR']}; they are off-line" in done.stderr
+    assert f"{seen['WANDB_DIR']}; they are offline" in done.stderr
 
 
 def test_wandbs_key_is_in_a_file_and_in_no_process(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_worker_begins_in_the_working_directory_unless_ray_gave_it_another(tmp
 
 def test_on_a_node_that_lacks_the_attempts_folder_a_worker_starts_without_its_secrets(tmp_path: Path) -> None:
     env = prepared(tmp_path, secrets={"HF_TOKEN": "t"})
-    ray_driver.forget(tmp_path)
+    ray_driver.delete_secrets(tmp_path)
     seen = worker(env)
     assert (seen["env"]["EPOCHS"], "HF_TOKEN" in seen["env"]) == ("3", False)
 
@@ -227,9 +227,9 @@ def environment(kind: str, value: str = "", *requirements: str) -> EnvironmentSp
 
 
 def said(found: RayVersions, of: EnvironmentSpec, python: str) -> str:
-    """Return what is wrong, and its mend, in one line; empty when it fits."""
+    """Return what is wrong, and its fix, in one line; empty when it fits."""
     problem = mismatch(found, CLUSTER, of, python)
-    return f"{problem.what}: {problem.mend}" if problem else ""
+    return f"{problem.what}: {problem.fix}" if problem else ""
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def said(found: RayVersions, of: EnvironmentSpec, python: str) -> str:
             environment("venv", "/env"),
             "/env/bin/python",
             (
-                "launcher: ray needs Ray 2.60.0, as the cluster has, and /env/bin/python has no Ray: "
+                "launcher: ray needs Ray 2.60.0, like the cluster, but /env/bin/python has no Ray: "
                 "uv pip install --python /env/bin/python 'ray[default]==2.60.0'"
             ),
         ),
@@ -250,7 +250,7 @@ def said(found: RayVersions, of: EnvironmentSpec, python: str) -> str:
             environment("conda", "train"),
             "/conda/bin/python",
             (
-                "launcher: ray needs Ray 2.60.0, as the cluster has, and /conda/bin/python has Ray 2.55.0: "
+                "launcher: ray needs Ray 2.60.0, like the cluster, but /conda/bin/python has Ray 2.55.0: "
                 "uv pip install --python /conda/bin/python 'ray[default]==2.60.0'"
             ),
         ),
@@ -259,7 +259,7 @@ def said(found: RayVersions, of: EnvironmentSpec, python: str) -> str:
             environment("venv", "/env"),
             "/env/bin/python",
             (
-                "launcher: ray needs Python 3.11, as the cluster has, and /env/bin/python is Python 3.12.1: "
+                "launcher: ray needs Python 3.11, like the cluster, but /env/bin/python is Python 3.12.1: "
                 "uv venv --python 3.11 /env-py3.11 && uv pip install --python /env-py3.11 'ray[default]==2.60.0'"
             ),
         ),
@@ -268,7 +268,7 @@ def said(found: RayVersions, of: EnvironmentSpec, python: str) -> str:
             environment("conda", "train"),
             "/conda/bin/python",
             (
-                "launcher: ray needs Python 3.11, as the cluster has, and /conda/bin/python is Python 3.10.4: "
+                "launcher: ray needs Python 3.11, like the cluster, but /conda/bin/python is Python 3.10.4: "
                 "conda create -n train-py3.11 python=3.11, and in it: pip install 'ray[default]==2.60.0'"
             ),
         ),
@@ -277,8 +277,8 @@ def said(found: RayVersions, of: EnvironmentSpec, python: str) -> str:
             environment("uv"),
             "/env/bin/python",
             (
-                "launcher: ray needs Python 3.11, as the cluster has, and /env/bin/python is Python 3.12: "
-                "uv python pin 3.11 && uv lock, and submit it again"
+                "launcher: ray needs Python 3.11, like the cluster, but /env/bin/python is Python 3.12: "
+                "uv python pin 3.11 && uv lock, then submit again"
             ),
         ),
         (RayVersions("", ""), environment("python", "/nowhere"), "", ""),

@@ -1,4 +1,4 @@
-"""The runner and Weights & Biases: on-line or off, and that no point is lost. The wandb package is the real one."""
+"""The runner and Weights & Biases: online or offline, and that no point is lost. The wandb package is the real one."""
 
 from __future__ import annotations
 
@@ -148,10 +148,7 @@ def test_an_init_that_breaks_on_line_is_started_again_off_line(make: Make, refus
         "import wandb\nwandb.init().log({'pt': 1})\nprint('trained')\n", env={"WANDB_BASE_URL": refusing_server}
     )
     assert attempt.run(timeout_s=120, WANDB_API_KEY=KEY)["ended"] == "completed"
-    assert (
-        "\nraylaunch: wandb.init failed on-line, so the training was started again off-line\n"
-        in attempt.log.read_text()
-    )
+    assert "\nraylaunch: wandb.init failed online, so the training was restarted offline\n" in attempt.log.read_text()
     assert attempt.log.read_text().rstrip().rpartition("trained")[1] == "trained"
     assert attempt.facts()["wandb_mode"] == "offline"
     assert points_on_disk(attempt) == {1}

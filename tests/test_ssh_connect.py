@@ -84,7 +84,7 @@ async def test_a_person_opens_an_encrypted_key_at_the_second_try(host: Sshd, tmp
     assert await hello(replace(host.target, key=str(locked)), on_prompt=person) == "hello"
     assert [prompt.kind for prompt in person.asked] == ["passphrase", "passphrase"]
     assert person.asked[0].path == str(locked)
-    assert "That was not it" in person.asked[1].text
+    assert "Wrong" in person.asked[1].text
 
 
 async def test_a_passphrase_is_asked_for_once_for_all_hosts(host: Sshd, tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ from support.sshd import Sshd, sshd
 from support.waiting import wait_until
 
 from raylaunch.errors import HostLostError, HostStorageError, RaylaunchError, SpecError, StorageError, TransferError
-from raylaunch.ssh.fetch import RANGE_BYTES, sha_of
+from raylaunch.files import sha256_of
+from raylaunch.ssh.fetch import RANGE_BYTES, fetch
 from raylaunch.ssh.host import SSHHost, machine
-from raylaunch.ssh.push import PushFile
+from raylaunch.ssh.push import PushFile, push
 
 pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 
@@ -74,7 +75,7 @@ class Meter:
 
 async def refusal(there: SSHHost, *files: PushFile) -> RaylaunchError:
     with pytest.raises(RaylaunchError) as caught:
-        await there.push(files)
+        await push(there, files)
     return caught.value
 
 
@@ -90,7 +91,7 @@ async def test_files_arrive_as_they_are_with_their_modes_in_folders_of_their_own
         PushFile(b"#!/bin/sh\n", f"{far}/program", 0o755),
         PushFile(b"", f"{far}/empty", durable=durable),
     ]
-    await there.push(files, on_bytes=meter)
+    await push(there, files, on_bytes=meter)
     assert (far / "big.whl").read_bytes() == big.read_bytes()
     assert (far / "token").read_bytes() == b"secret"
     assert {path.name: path.stat().st_mode & 0o777 for path in far.iterdir()} == {
@@ -107,7 +108,7 @@ async def test_a_tilde_is_the_home_there(there: SSHHost) -> None:
     home = Path((await there.run(["sh", "-c", "echo $HOME"], limit_s=20)).text)
     name = f".raylaunch-test-{os.getpid()}"
     try:
-        await there.push([PushFile(b"x", f"~/{name}")])
+        await push(there, [PushFile(b"x", f"~/{name}")])
         assert (home / name).read_bytes() == b"x"
     finally:
         (home / name).unlink(missing_ok=True)
@@ -115,15 +116,15 @@ async def test_a_tilde_is_the_home_there(there: SSHHost) -> None:
 
 async def test_many_files_share_a_few_sessions(there: SSHHost, tmp_path: Path) -> None:
     files = [PushFile(f"file {number}".encode(), f"{tmp_path}/many/{number}") for number in range(60)]
-    await there.push(files)
+    await push(there, files)
     assert all((tmp_path / f"many/{number}").read_text() == f"file {number}" for number in range(60))
 
 
 async def test_what_is_there_already_is_not_sent_again(there: SSHHost, tmp_path: Path, big: Path) -> None:
     far = tmp_path / "big.whl"
-    await there.push([PushFile(big, str(far))])
+    await push(there, [PushFile(big, str(far))])
     inode = far.stat().st_ino
-    await there.push([PushFile(big, str(far), 0o640)])
+    await push(there, [PushFile(big, str(far), 0o640)])
     assert far.stat().st_ino == inode
     assert far.stat().st_mode & 0o777 == 0o640
 
@@ -131,7 +132,7 @@ async def test_what_is_there_already_is_not_sent_again(there: SSHHost, tmp_path:
 async def test_a_file_of_the_same_size_and_other_content_is_replaced(there: SSHHost, tmp_path: Path, big: Path) -> None:
     far = tmp_path / "big.whl"
     far.write_bytes(b"\0" * big.stat().st_size)
-    await there.push([PushFile(big, str(far))])
+    await push(there, [PushFile(big, str(far))])
     assert far.read_bytes() == big.read_bytes()
 
 
@@ -139,11 +140,11 @@ async def interrupted(there: SSHHost, big: Path, far: Path) -> None:
     """Push a file and stop in the middle, when a range and more has arrived."""
     meter = Meter()
 
-    async def push() -> None:
-        await there.push([PushFile(big, str(far))], on_bytes=meter, limit_bytes_per_s=200 * MB)
+    async def pushing() -> None:
+        await push(there, [PushFile(big, str(far))], on_bytes=meter, limit_bytes_per_s=200 * MB)
 
     async with anyio.create_task_group() as group:
-        group.start_soon(push)
+        group.start_soon(pushing)
         notes = partial(far.parent.glob, "*.ranges")
         await anyio.to_thread.run_sync(wait_until, lambda: list(notes()), 60, "a range has arrived")
         assert not far.exists()
@@ -155,7 +156,7 @@ async def test_an_interrupted_push_is_taken_up_where_it_was(there: SSHHost, tmp_
     await interrupted(there, big, far)
     assert not far.exists()
     meter = Meter()
-    await there.push([PushFile(big, str(far))], on_bytes=meter)
+    await push(there, [PushFile(big, str(far))], on_bytes=meter)
     assert meter.told[0] >= RANGE_BYTES or meter.told[0] == big.stat().st_size % RANGE_BYTES
     assert meter.total == big.stat().st_size
     assert far.read_bytes() == big.read_bytes()
@@ -167,7 +168,7 @@ async def test_two_contents_of_one_name_are_never_mixed(there: SSHHost, tmp_path
     await interrupted(there, big, far)
     other = tmp_path / "other"
     other.write_bytes(noise(big.stat().st_size, seed=2))
-    await there.push([PushFile(other, str(far))])
+    await push(there, [PushFile(other, str(far))])
     assert far.read_bytes() == other.read_bytes()
     assert [path.name for path in far.parent.iterdir()] == ["big.whl"]
 
@@ -185,7 +186,7 @@ async def test_a_piece_that_went_bad_while_nobody_looked_is_found_and_sent_anew(
     error = await refusal(there, PushFile(big, str(far)))
     assert isinstance(error, TransferError)
     assert not far.exists()
-    await there.push([PushFile(big, str(far))])
+    await push(there, [PushFile(big, str(far))])
     assert far.read_bytes() == big.read_bytes()
 
 
@@ -199,12 +200,12 @@ async def test_a_connection_lost_in_the_middle_keeps_what_has_arrived(tmp_path: 
 
         async with machine(own.target) as there:
             with pytest.raises(HostLostError) as caught:
-                await there.push([PushFile(big, str(far))], on_bytes=lose, step="push wheels")
+                await push(there, [PushFile(big, str(far))], on_bytes=lose, step="push wheels")
             assert caught.value.step == "push wheels"
         assert not far.exists()
         meter = Meter()
         async with machine(own.target) as there:
-            await there.push([PushFile(big, str(far))], on_bytes=meter)
+            await push(there, [PushFile(big, str(far))], on_bytes=meter)
     assert meter.told[0] > 0
     assert far.read_bytes() == big.read_bytes()
 
@@ -214,8 +215,8 @@ async def test_two_that_push_the_same_at_once_do_not_disturb_each_other(
 ) -> None:
     far = tmp_path / "far/big.whl"
     async with machine(host.target) as other, anyio.create_task_group() as group:
-        group.start_soon(there.push, [PushFile(big, str(far))])
-        group.start_soon(other.push, [PushFile(big, str(far))])
+        group.start_soon(push, there, [PushFile(big, str(far))])
+        group.start_soon(push, other, [PushFile(big, str(far))])
     assert far.read_bytes() == big.read_bytes()
 
 
@@ -224,10 +225,10 @@ async def test_what_another_is_just_beginning_to_write_is_left_to_both(
 ) -> None:
     far = tmp_path / "far/big.whl"
     far.parent.mkdir()
-    with (far.parent / f"big.whl.part-{sha_of(big)[:16]}").open("wb") as part:  # no range of it has arrived yet
+    with (far.parent / f"big.whl.part-{sha256_of(big)[:16]}").open("wb") as part:  # no range of it has arrived yet
         part.write(b"its first bytes")
         part.flush()
-        await there.push([PushFile(big, str(far))])
+        await push(there, [PushFile(big, str(far))])
         assert far.stat().st_ino == os.fstat(part.fileno()).st_ino
     assert far.read_bytes() == big.read_bytes()
 
@@ -235,7 +236,7 @@ async def test_what_another_is_just_beginning_to_write_is_left_to_both(
 async def test_a_speed_limit_holds_for_all_files_together(there: SSHHost, tmp_path: Path) -> None:
     started = time.monotonic()
     files = [PushFile(bytes(MB // 4), f"{tmp_path}/far/{number}") for number in range(5)]
-    await there.push(files, limit_bytes_per_s=MB)
+    await push(there, files, limit_bytes_per_s=MB)
     assert time.monotonic() - started >= 0.9  # of 1.25 s, less the last piece, which nobody waits for
 
 
@@ -248,7 +249,7 @@ async def test_a_full_disk_is_said_to_be_full_and_what_was_there_stays(
     with small_disk(tmp_path / "small", kib=40 * 1024) as disk:
         (disk / "big.whl").write_text("the old one")
         with pytest.raises(HostStorageError) as caught:
-            await there.push([PushFile(big, f"{disk}/big.whl")], step="push wheels")
+            await push(there, [PushFile(big, f"{disk}/big.whl")], step="push wheels")
         assert "here: the disk is full (push wheels)" in caught.value.message
         assert "0 KiB free" in caught.value.message
         assert "root" in caught.value.hint
@@ -285,7 +286,7 @@ async def test_a_file_that_does_not_have_the_checksum_that_was_said_is_not_put_i
 
 async def test_a_file_is_fetched_as_it_lies_there(there: SSHHost, tmp_path: Path, big: Path) -> None:
     meter = Meter()
-    await there.fetch(str(big), tmp_path / "back", on_bytes=meter)
+    await fetch(there, str(big), tmp_path / "back", on_bytes=meter)
     assert (tmp_path / "back").read_bytes() == big.read_bytes()
     assert (tmp_path / "back").stat().st_mode & 0o777 == 0o600
     assert meter.total == big.stat().st_size
@@ -294,19 +295,19 @@ async def test_a_file_is_fetched_as_it_lies_there(there: SSHHost, tmp_path: Path
 
 async def test_an_empty_file_can_be_fetched(there: SSHHost, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
-    await there.fetch(str(tmp_path / "empty"), tmp_path / "back")
+    await fetch(there, str(tmp_path / "empty"), tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == b""
 
 
 async def test_an_interrupted_fetch_is_taken_up_where_it_was(there: SSHHost, tmp_path: Path, big: Path) -> None:
     local = tmp_path / "back"
     async with anyio.create_task_group() as group:
-        group.start_soon(there.fetch, str(big), local)
+        group.start_soon(fetch, there, str(big), local)
         await anyio.to_thread.run_sync(wait_until, lambda: list(tmp_path.glob("*.ranges")), 60, "a range has arrived")
         group.cancel_scope.cancel()
     assert not local.exists()
     meter = Meter()
-    await there.fetch(str(big), local, on_bytes=meter)
+    await fetch(there, str(big), local, on_bytes=meter)
     assert meter.told[0] > 0
     assert local.read_bytes() == big.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["back"]
@@ -315,12 +316,12 @@ async def test_an_interrupted_fetch_is_taken_up_where_it_was(there: SSHHost, tmp
 @pytest.mark.parametrize("remote", ["/nonexistent/file", "/etc"])
 async def test_what_is_no_file_cannot_be_fetched(there: SSHHost, tmp_path: Path, remote: str) -> None:
     with pytest.raises(HostStorageError, match=remote):
-        await there.fetch(remote, tmp_path / "back")
+        await fetch(there, remote, tmp_path / "back")
     assert list(tmp_path.iterdir()) == []
 
 
 async def test_a_full_disk_here_is_said_to_be_here(there: SSHHost, tmp_path: Path, big: Path) -> None:
     with small_disk(tmp_path / "small", kib=20 * 1024) as disk:
         with pytest.raises(StorageError, match="no space left to write"):
-            await there.fetch(str(big), disk / "back")
+            await fetch(there, str(big), disk / "back")
         assert not (disk / "back").exists()

@@ -15,9 +15,10 @@ from support.hosts import World, world
 from support.waiting import wait_until
 
 from raylaunch.errors import HostLostError, HostStorageError, HostUnreachableError
+from raylaunch.ssh.fetch import fetch
 from raylaunch.ssh.host import SSHHost, machine
 from raylaunch.ssh.process import RemoteLines
-from raylaunch.ssh.push import PushFile
+from raylaunch.ssh.push import PushFile, push
 from raylaunch.ssh.scripts import Script
 from raylaunch.ssh.target import Target
 
@@ -106,9 +107,9 @@ async def test_a_push_over_a_link_that_was_cut_is_completed_over_the_next_connec
         host = own.hosts[0]
         far = host.path("/root/wheels")
 
-        async def push() -> None:
+        async def pushing() -> None:
             async with machine(host.target()) as there:
-                await there.push([PushFile(wheel, "~/wheels/big.whl")], limit_bytes_per_s=40 * MB)
+                await push(there, [PushFile(wheel, "~/wheels/big.whl")], limit_bytes_per_s=40 * MB)
 
         async def cut() -> None:
             await anyio.to_thread.run_sync(wait_until, lambda: list(far.glob("*.ranges")), 60, "a range has arrived")
@@ -117,12 +118,12 @@ async def test_a_push_over_a_link_that_was_cut_is_completed_over_the_next_connec
         async with anyio.create_task_group() as group:
             group.start_soon(cut)
             with pytest.raises(HostLostError):
-                await push()
+                await pushing()
         assert not (far / "big.whl").exists()
         host.restore()
         told: list[int] = []
         async with machine(host.target()) as there:
-            await there.push([PushFile(wheel, "~/wheels/big.whl")], on_bytes=told.append)
+            await push(there, [PushFile(wheel, "~/wheels/big.whl")], on_bytes=told.append)
         assert told[0] > 0
         assert (far / "big.whl").read_bytes() == wheel.read_bytes()
 
@@ -174,7 +175,7 @@ async def test_a_full_disk_is_said_to_be_full_with_what_is_free(lab: World) -> N
     fittings.fill_disk(host, but_mib=8)
     async with machine(host.target()) as there:
         with pytest.raises(HostStorageError) as caught:
-            await there.push([PushFile(bytes(20 * MB), "~/wheels/big.whl")], step="push wheels")
+            await push(there, [PushFile(bytes(20 * MB), "~/wheels/big.whl")], step="push wheels")
     assert "small: the disk is full (push wheels)" in caught.value.message
     assert "No space left on device" in caught.value.message
     assert not host.path("/root/wheels/big.whl").exists()
@@ -193,8 +194,8 @@ def alice(lab: World) -> Iterator[Host]:
 async def test_an_ordinary_user_is_told_where_she_may_not_write(alice: Host) -> None:
     async with machine(alice.target("alice")) as there:
         with pytest.raises(HostStorageError, match="Permission denied"):
-            await there.push([PushFile(b"x", "/root/x")])
-        await there.push([PushFile(b"x", "~/x")])
+            await push(there, [PushFile(b"x", "/root/x")])
+        await push(there, [PushFile(b"x", "~/x")])
     assert alice.out("stat -c '%U %a' /home/alice/x") == "alice 600"
 
 
@@ -203,8 +204,8 @@ async def test_start_up_files_that_print_disturb_nothing(alice: Host) -> None:
     fittings.noisy_shell(alice, "alice")
     async with machine(alice.target("alice")) as there:
         ran = await there.run(Script("cat"), input=b"exactly this", limit_s=20)
-        await there.push([PushFile(b"exactly this", "~/this")])
-        await there.fetch("~/this", alice.folder / "this")
+        await push(there, [PushFile(b"exactly this", "~/this")])
+        await fetch(there, "~/this", alice.folder / "this")
     assert (ran.out, ran.err) == (b"exactly this", b"")
     assert (alice.folder / "this").read_bytes() == b"exactly this"
 
@@ -236,7 +237,7 @@ async def test_a_long_link_costs_time_and_nothing_else(lab: World) -> None:
     host.slow(rtt_ms=50)
     try:
         async with machine(host.target()) as there:
-            await there.push([PushFile(bytes(4 * MB), "~/zeros")])
+            await push(there, [PushFile(bytes(4 * MB), "~/zeros")])
             assert (await there.run(["stat", "-c", "%s", "/root/zeros"], limit_s=20)).text == str(4 * MB)
     finally:
         host.fast()

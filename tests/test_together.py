@@ -117,7 +117,7 @@ def test_of_a_pair_that_cannot_connect_both_say_so_and_the_third_names_no_addres
 def test_a_member_that_takes_connections_and_says_nothing_is_not_taken_for_one_that_has_come(archive: Path) -> None:
     with running(archive, 2) as run, socket.create_server(("127.0.0.12", run.members[1][2])):
         run.start(0, meet_s=1)
-        assert run.ended(0)["unreached"] == {"h1": "it takes the connection and says nothing"}
+        assert run.ended(0)["unreached"] == {"h1": "it accepts the connection but sends nothing"}
 
 
 def test_a_member_that_falls_silent_is_named_with_the_pair(archive: Path) -> None:

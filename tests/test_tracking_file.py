@@ -96,7 +96,7 @@ def test_a_damaged_block_is_passed_over_and_said_and_the_rest_is_read(tmp_path: 
     assert (steps[0], steps[-1]) == (0, 1999)
     assert 1000 < len(steps) < 2000
     (problem,) = reader.problems
-    assert "are damaged and were passed over" in problem
+    assert "are damaged" in problem
 
 
 def test_damage_at_the_end_waits_for_the_rest_of_its_block(tmp_path: Path) -> None:

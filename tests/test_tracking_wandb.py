@@ -1,4 +1,4 @@
-"""Real runs of wandb, on-line against a stand-in server and off-line, read from their files."""
+"""Real runs of wandb, online against a stand-in server and offline, read from their files."""
 
 from __future__ import annotations
 

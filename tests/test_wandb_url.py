@@ -14,7 +14,7 @@ def found(folder: Path, line: str, server: str = "https://api.wandb.ai") -> str:
     (folder / "log").write_text(f"{line}\n")
     address = RunAddress(folder / "log")
     address.hosts = hosts_of(server, {})
-    address.look("rl1")
+    address.poll("rl1")
     return address.url
 
 

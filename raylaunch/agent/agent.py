@@ -1,4 +1,4 @@
-"""The steward: raylaunch's hands on one node. A Ray actor, but nothing here knows Ray.
+"""The node agent, a Ray actor on each node; nothing here imports Ray.
 
 It keeps no state beyond the files below its node root, so that it may be killed at any moment and started again. Every
 call may be repeated. Blocking work happens in threads.
@@ -19,7 +19,7 @@ from typing import TypedDict, TypeVar
 
 from raylaunch.agent import attempt_dir, attempt_files, index_check, job_dir, node_info
 from raylaunch.agent.attempt_files import FileStat, disk_use, inventory
-from raylaunch.agent.change_feed import ChangeReply, Changes, Have, HaveFile
+from raylaunch.agent.change_feed import ChangeFeed, ChangeReply, Have, HaveFile
 from raylaunch.agent.inotify import Watcher
 from raylaunch.agent.packages import Packages, Platform, platform_of, storage_error
 from raylaunch.agent.processes import end_processes, runner_alive, wait_for_runner
@@ -31,14 +31,14 @@ _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 _WATCH_S = 1.0
-_LIVE_LOOK_S = 0.02
-_QUIET_LOOK_S = 0.05
+_LIVE_POLL_S = 0.02
+_QUIET_POLL_S = 0.05
 _QUIET_AFTER_S = 2.0
-_IDLE_LOOK_S = 2.0
+_IDLE_POLL_S = 2.0
 _GATHER_S = 0.03
 _GATHER_MOST_S = 0.2
 _METRICS_S = 0.6
-_MUCH = 1024 * 1024
+_LARGE_REPLY = 1024 * 1024
 _RUNNER_ENDS_S = 3.0
 """How long a runner may still live after its last word: Ray takes the status that it exits with for the job's."""
 _THREADS = 16
@@ -55,12 +55,12 @@ class FenceResult(TypedDict):
 
 
 def node_root() -> Path:
-    """Return the folder that Ray on this node was told to use, else ``~/.raylaunch/node``."""
+    """Return the folder that Ray on this node was given, else ``~/.raylaunch/node``."""
     return Path(os.environ.get(VAR_NODE_ROOT) or "~/.raylaunch/node").expanduser()
 
 
 def sweep(root: Path, swept: set[str]) -> list[str]:
-    """End what is left of attempts whose runner died without a word. One round of the watch.
+    """End what is left of attempts whose runner died without an exit file. One round of the watch.
 
     Args:
         root: The node root.
@@ -88,19 +88,19 @@ def sweep(root: Path, swept: set[str]) -> list[str]:
 
 
 def watch(root: Path) -> None:
-    """Sweep for ever. In a thread of its own, so that it goes on while nobody calls the steward."""
+    """Sweep permanently, in a thread of its own, so that it continues while nobody calls the agent."""
     swept: set[str] = set()
     pause = threading.Event()
     while not pause.wait(_WATCH_S):
-        _sweep_and_say(root, swept)
+        _sweep_and_log(root, swept)
 
 
-def _sweep_and_say(root: Path, swept: set[str]) -> None:
+def _sweep_and_log(root: Path, swept: set[str]) -> None:
     try:
         for attempt in sweep(root, swept):
             _log.warning("the runner of %s died; its processes were ended", attempt)
     except (RaylaunchError, OSError) as error:
-        _log.warning("the watch over attempts: %s", error)
+        _log.warning("cannot check attempts: %s", error)
 
 
 class NodeAgent:
@@ -111,15 +111,15 @@ class NodeAgent:
         self._root = node_root()
         (self._root / "attempts").mkdir(mode=0o700, parents=True, exist_ok=True)
         self._packages = Packages(self._root)
-        self._changes = Changes(self._root)
+        self._changes = ChangeFeed(self._root)
         self._checksums: dict[str, dict[str, tuple[FileStat, str]]] = {}
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="steward")
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="agent")
         self._watcher = Watcher(self._root)
-        self._woken: asyncio.Event | None = None
-        self._answered_at = float("-inf")
+        self._wake: asyncio.Event | None = None
+        self._replied_at = float("-inf")
         self._gather_s = _GATHER_S
         self._metrics_at = float("-inf")
-        self._full = False
+        self._last_was_large = False
         threading.Thread(target=watch, args=(self._root,), name="watch", daemon=True).start()
 
     async def ready(self) -> int:
@@ -159,8 +159,8 @@ class NodeAgent:
                 raise storage_error(what, error) from error
 
         ready = await self._in_thread(make)
-        if self._woken is not None:
-            self._woken.set()
+        if self._wake is not None:
+            self._wake.set()
         return ready
 
     async def job_has(self, attempt: str) -> int:
@@ -205,12 +205,12 @@ class NodeAgent:
 
     async def index_look(self, env: dict[str, str], kind: str, environment: dict[str, str]) -> dict[str, object]:
         """Return the same, and under ``index`` whether a package index is reached by a build with these variables."""
-        reached = await self._in_thread(lambda: index_check.reached({**os.environ, **env}, kind=kind))
-        return {**await self.platform(environment, env), "index": reached}
+        reaches_index = await self._in_thread(lambda: index_check.reaches_index({**os.environ, **env}, kind=kind))
+        return {**await self.platform(environment, env), "index": reaches_index}
 
     async def stop(self, attempt: str, wish: StopWish) -> None:
-        """Write the wish to stop an attempt."""
-        await self._in_thread(lambda: attempt_dir.wish_stop(self._root, attempt, wish))
+        """Write a stop request for an attempt."""
+        await self._in_thread(lambda: attempt_dir.request_stop(self._root, attempt, wish))
 
     async def fence(self, attempt: str, tag: str) -> FenceResult:
         """End all of an attempt's processes, and let none start any more."""
@@ -229,25 +229,25 @@ class NodeAgent:
         return await self._in_thread(end)
 
     async def changes(self, session: str, have: Have | None, wait_s: float) -> ChangeReply:
-        """Return what changed in the attempts' files; wait up to `wait_s` for something. See `Changes.take`."""
-        woken = self._woken = self._woken or asyncio.Event()
+        """Return what changed in the attempts' files; wait up to `wait_s` for something. See `ChangeFeed.take`."""
+        wake = self._wake = self._wake or asyncio.Event()
         deadline = time.monotonic() + wait_s
-        if not self._full:
-            await _at(self._answered_at + self._gather_s)
-        looked = 0
+        if not self._last_was_large:
+            await _sleep_until(self._replied_at + self._gather_s)
+        rounds = 0
         while True:
-            woken.clear()
-            looked += 1
-            answer = await self._look(session, have)
+            wake.clear()
+            rounds += 1
+            reply = await self._poll(session, have)
             have = None
             left_s = deadline - time.monotonic()
-            if answer["resync"] or answer["chunks"] or answer["attempts"] or left_s <= 0:
-                self._pace(answer, at_once=looked == 1, in_time=left_s > 0)
-                return answer
-            await self._watcher.news(woken, min(self._look_s(live=answer["live"]), left_s))
+            if reply["resync"] or reply["chunks"] or reply["attempts"] or left_s <= 0:
+                self._adapt_gathering(reply, at_once=rounds == 1, in_time=left_s > 0)
+                return reply
+            await self._watcher.wait_for_events(wake, min(self._poll_s(live=reply["live"]), left_s))
 
-    async def _look(self, session: str, have: Have | None) -> ChangeReply:
-        """Look at the files once; at those that grow with each step of a training, not more often than is read."""
+    async def _poll(self, session: str, have: Have | None) -> ChangeReply:
+        """Check the files once; those that grow with each step of a training only as often as they are read."""
         now = time.monotonic()
         metrics = now - self._metrics_at >= _METRICS_S
         if metrics:
@@ -260,30 +260,30 @@ class NodeAgent:
 
         return await self._in_thread(take)
 
-    def _pace(self, answer: ChangeReply, *, at_once: bool, in_time: bool) -> None:
-        """Let what comes without a pause gather for longer, so that a chatty log costs no more than a quiet one."""
-        self._full = sum(len(chunk["data"]) for chunk in answer["chunks"]) > _MUCH
+    def _adapt_gathering(self, reply: ChangeReply, *, at_once: bool, in_time: bool) -> None:
+        """Wait longer while changes keep coming, so that a verbose log costs no more than a quiet one."""
+        self._last_was_large = sum(len(chunk["data"]) for chunk in reply["chunks"]) > _LARGE_REPLY
         self._gather_s = min(self._gather_s * 2, _GATHER_MOST_S) if at_once else _GATHER_S
         if in_time:
-            self._answered_at = time.monotonic()
+            self._replied_at = time.monotonic()
 
-    def _look_s(self, *, live: bool) -> float:
-        """Return how long to wait between two looks at the files when there is no news."""
+    def _poll_s(self, *, live: bool) -> float:
+        """Return how long to wait between two checks of the files when nothing changed."""
         if not live:
-            return _IDLE_LOOK_S
+            return _IDLE_POLL_S
         if self._watcher.works:
             return _METRICS_S
-        quiet_s = time.monotonic() - self._answered_at
-        return _LIVE_LOOK_S if quiet_s < _QUIET_AFTER_S else _QUIET_LOOK_S
+        quiet_s = time.monotonic() - self._replied_at
+        return _LIVE_POLL_S if quiet_s < _QUIET_AFTER_S else _QUIET_POLL_S
 
     async def inventory(self, attempt: str, *, checksums: bool) -> dict[str, tuple[int, str]]:
         """Return size and checksum of all that an ended attempt has for the store."""
         path = attempt_dir.attempt_folder(self._root, attempt)
         known = self._checksums.setdefault(attempt, {})
         found = await self._in_thread(lambda: inventory(path, checksums=checksums, known=known))
-        self._changes.look_again(attempt)
-        if self._woken is not None:
-            self._woken.set()
+        self._changes.check_again(attempt)
+        if self._wake is not None:
+            self._wake.set()
         return found
 
     async def ray_log(
@@ -296,13 +296,13 @@ class NodeAgent:
 
     async def ray_log_grown(self, logs: str, submission: str, size: int, wait_s: float) -> int:
         """Return the size of such a log as soon as it is more than `size`, or after `wait_s`."""
-        began = time.monotonic()
+        started = time.monotonic()
         while True:
             now = await self._in_thread(lambda: attempt_files.ray_log_size(Path(logs), submission))
-            waited_s = time.monotonic() - began
+            waited_s = time.monotonic() - started
             if now > size or waited_s >= wait_s:
                 return now
-            await asyncio.sleep(_LIVE_LOOK_S if waited_s < _QUIET_AFTER_S else _QUIET_LOOK_S)
+            await asyncio.sleep(_LIVE_POLL_S if waited_s < _QUIET_AFTER_S else _QUIET_POLL_S)
 
     async def forget(self, attempt: str, *, again: bool = False) -> None:
         """Delete an attempt's folder; its job's checkpoints and outputs wait for the next one, if another follows."""
@@ -313,7 +313,7 @@ class NodeAgent:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 
-async def _at(when: float) -> None:
+async def _sleep_until(when: float) -> None:
     left_s = when - time.monotonic()
     if left_s > 0:
         await asyncio.sleep(left_s)

@@ -40,14 +40,14 @@ def attempt_folder(root: Path, attempt: str) -> Path:
 def attempts_in(root: Path) -> list[str]:
     """Return the ids of the attempts that have a folder below a node root."""
     try:
-        names = os.listdir(root / "attempts")  # noqa: PTH208 -- looked at many times a second
+        names = os.listdir(root / "attempts")  # noqa: PTH208 -- called many times a second
     except FileNotFoundError:
         return []
     return sorted(name for name in names if _ATTEMPT_ID.fullmatch(name))
 
 
-def wish_stop(root: Path, attempt: str, wish: StopWish) -> None:
-    """Write the wish to stop an attempt; a later one replaces it. Nothing happens when it has no folder."""
+def request_stop(root: Path, attempt: str, wish: StopWish) -> None:
+    """Write a stop request for an attempt; a later one replaces it. Nothing happens when it has no folder."""
     folder = attempt_folder(root, attempt)
     if folder.is_dir():
         write_json(folder / STOP, wish)
@@ -63,16 +63,16 @@ def close(root: Path, attempt: str) -> Claim:
     """
     folder = attempt_folder(root, attempt)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    mine = Claim(epoch=FENCED, pid=0, started_ticks=0, boot_id=boot_id(), at=time.time())
-    beside = folder / f".{CLAIM}.{os.getpid()}.{secrets.token_hex(8)}"
-    write_file(beside, json.dumps(mine).encode())
+    fenced = Claim(epoch=FENCED, pid=0, started_ticks=0, boot_id=boot_id(), at=time.time())
+    temporary = folder / f".{CLAIM}.{os.getpid()}.{secrets.token_hex(8)}"
+    write_file(temporary, json.dumps(fenced).encode())
     try:
-        os.link(beside, folder / CLAIM)
-        claim = mine
+        os.link(temporary, folder / CLAIM)
+        claim = fenced
     except FileExistsError:
-        claim = _whole_claim(folder) or mine
+        claim = _wait_for_claim(folder) or fenced
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     (folder / SECRETS).unlink(missing_ok=True)
     return claim
 
@@ -92,10 +92,10 @@ def read_json(path: Path) -> dict[str, object] | None:
             value = json.loads(file.read(_LARGEST_JSON))
     except (OSError, ValueError, RecursionError):  # a job can write there too
         return None
-    return cast("dict[str, object]", plain(value)) if isinstance(value, dict) else None
+    return cast("dict[str, object]", sanitize(value)) if isinstance(value, dict) else None
 
 
-def plain(value: object) -> object:
+def sanitize(value: object) -> object:
     """Return JSON data that every reader takes: no half characters, and numbers that are finite and not huge."""
     match value:
         case str():
@@ -105,9 +105,9 @@ def plain(value: object) -> object:
         case int() | float():
             return value if abs(value) <= _LARGEST_NUMBER else 0  # which NaN is not either
         case dict():
-            return {plain(key): plain(item) for key, item in value.items()}
+            return {sanitize(key): sanitize(item) for key, item in value.items()}
         case list():
-            return [plain(item) for item in value]
+            return [sanitize(item) for item in value]
         case _:
             return value
 
@@ -126,11 +126,11 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file as a whole, 0600."""
+    """Write a file under a temporary name and rename it, 0600."""
     write_atomic(path, data, durable=False, only_writer=True)
 
 
-def _whole_claim(folder: Path) -> Claim | None:
+def _wait_for_claim(folder: Path) -> Claim | None:
     """Read a claim that a runner may be writing just now."""
     deadline = time.monotonic() + _HALF_WRITTEN_S
     while (claim := read_claim(folder)) is None and time.monotonic() < deadline:

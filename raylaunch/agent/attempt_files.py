@@ -1,4 +1,7 @@
-"""Which files of an attempt travel to the store, and how they are looked at: no link leads out of its folder."""
+"""Reading files on a node: logs by ranges, and the files of an attempt that are sent to the store.
+
+No link leads out of an attempt's folder.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,15 @@ from raylaunch.contract import (
 READ_BYTES = 1024 * 1024
 """Most bytes of one read."""
 TAIL_BYTES = 8 * 1024 * 1024
-"""How far back a tail looks for its first line."""
-
+"""How far back a tail searches for its first line."""
+KEPT_BY_JOB = (CHECKPOINTS, OUTPUTS)
+"""Folders that are a job's, not an attempt's; in the attempt's folder they are links (`raylaunch.agent.job_dir`)."""
+LINK = "link:"
+"""Before a link's target, where a file has its checksum."""
 _BLOCK = 64 * 1024
+_RECORDS = (ATTEMPT, CLAIM, FACTS, STARTED, STOP, PROGRESS, COLLECTED, EXIT)
+_WANDB_FILES = "files"
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Slice:
 
     @property
     def next(self) -> int:
-        """Where the next read begins."""
+        """Where the next read starts."""
         return self.offset + len(self.data)
 
 
@@ -71,7 +80,7 @@ def read(path: Path, *, offset: int, limit: int = READ_BYTES) -> Slice:
 
 
 def tail_offset(path: Path, lines: int, *, max_back: int = TAIL_BYTES) -> int:
-    """Return where the last `lines` lines begin, found backwards in blocks, at most `max_back` bytes before the end."""
+    """Return where the last `lines` lines start, found backwards in blocks, at most `max_back` bytes before the end."""
     size = size_of(path)
     if lines <= 0 or size == 0:
         return size
@@ -83,7 +92,7 @@ def tail_offset(path: Path, lines: int, *, max_back: int = TAIL_BYTES) -> int:
             file.seek(start)
             block = file.read(end - start)
             if end == size and block.endswith(b"\n"):
-                block = block[:-1]  # the end of the last line is not the begin of another
+                block = block[:-1]  # the end of the last line is not the start of another
             position = len(block)
             while (position := block.rfind(b"\n", 0, position)) >= 0:
                 found += 1
@@ -91,15 +100,6 @@ def tail_offset(path: Path, lines: int, *, max_back: int = TAIL_BYTES) -> int:
                     return start + position + 1
             end = start
         return _at_character(file, floor)
-
-
-def _at_character(file: BinaryIO, offset: int) -> int:
-    """Move on to where a UTF-8 character begins, if the text is UTF-8."""
-    file.seek(offset)
-    for skipped, byte in enumerate(file.read(4)):
-        if byte & 0xC0 != 0x80:  # noqa: PLR2004 -- 10xxxxxx: a byte that continues a character (RFC 3629)
-            return offset + skipped
-    return offset
 
 
 class LogPiece(TypedDict):
@@ -111,12 +111,12 @@ class LogPiece(TypedDict):
     """0 also when Ray has no such file."""
 
 
-def path_of(logs: Path, submission: str) -> Path | None:
+def ray_log_path(logs: Path, submission: str) -> Path | None:
     """Return a submission's log; None when there is none.
 
     Args:
-        logs: the folder ``logs`` of the session that Ray is in now. Each start of Ray is a session beside the earlier
-            ones, in which the logs of jobs from before a restart still lie.
+        logs: the folder ``logs`` of the session that Ray is in now. Each start of Ray makes a session next to the
+            earlier ones, which keep the logs of jobs from before a restart.
         submission: the submission's id.
     """
     name = f"job-driver-{submission}.log"
@@ -128,32 +128,22 @@ def path_of(logs: Path, submission: str) -> Path | None:
 
 def read_ray_log(logs: Path, submission: str, *, offset: int, tail: int | None, limit: int) -> LogPiece:
     """Return at most `limit` bytes of a submission's log: from `offset` on, or the last `tail` lines."""
-    path = path_of(logs, submission)
+    path = ray_log_path(logs, submission)
     if path is None:
         return LogPiece(offset=0, data=b"", size=0)
-    begin = offset if tail is None else tail_offset(path, tail)
-    found = read(path, offset=begin, limit=limit)
+    start = offset if tail is None else tail_offset(path, tail)
+    found = read(path, offset=start, limit=limit)
     return LogPiece(offset=found.offset, data=found.data, size=found.size)
 
 
 def ray_log_size(logs: Path, submission: str) -> int:
     """Return the size of a submission's log in bytes; 0 when there is none."""
-    path = path_of(logs, submission)
+    path = ray_log_path(logs, submission)
     return size_of(path) if path is not None else 0
 
 
-KEPT_BY_JOB = (CHECKPOINTS, OUTPUTS)
-"""Folders that are a job's, not an attempt's; in the attempt's folder they are links (`raylaunch.agent.job_dir`)."""
-LINK = "link:"
-"""Before a link's target, where a file has its checksum."""
-
-_RECORDS = (ATTEMPT, CLAIM, FACTS, STARTED, STOP, PROGRESS, COLLECTED, EXIT)
-_WANDB_FILES = "files"
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-
-
 class FileStat(NamedTuple):
-    """What tells whether a file changed. `link` is the target of a link, relative, as long as the path."""
+    """What shows whether a file changed. `link` is the target of a link, relative, as long as the path."""
 
     size: int
     mtime_ns: int
@@ -188,7 +178,7 @@ def is_append(path: str) -> bool:
 
 
 def quick_files(folder: Path, *, metrics: bool = True) -> Iterator[tuple[str, FileStat]]:
-    """Yield the files that are worth a look many times a second: logs, W&B's file, the contract's records.
+    """Yield the files that are checked many times a second: logs, W&B's file, the contract's records.
 
     Args:
         folder: The attempt's.
@@ -206,7 +196,7 @@ def quick_files(folder: Path, *, metrics: bool = True) -> Iterator[tuple[str, Fi
 
 
 def slow_files(folder: Path, *, at_end: bool) -> Iterator[tuple[str, FileStat]]:
-    """Yield outputs and checkpoints; and at the end what W&B keeps next to its files. A look at a whole tree."""
+    """Yield outputs and checkpoints; and at the end what W&B keeps next to its files. Walks a whole tree."""
     base = job_folder_of(folder)
     if base is not None:
         yield from kept_files(base)
@@ -248,6 +238,56 @@ def kept_files(base: Path) -> Iterator[tuple[str, FileStat]]:
                     yield os.path.relpath(f"{parent}/{name}", base), stat
 
 
+def inventory(folder: Path, *, checksums: bool, known: dict[str, tuple[FileStat, str]]) -> dict[str, tuple[int, str]]:
+    """Return size and checksum of every file of an ended attempt that belongs into the store.
+
+    Args:
+        folder: The attempt's folder; there may be none.
+        checksums: Whether to read the files; else the checksums are empty.
+        known: Checksums found before; kept up to date.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    for path, stat in {**dict(slow_files(folder, at_end=True)), **dict(quick_files(folder))}.items():
+        if stat.link:
+            found[path] = (stat.size, LINK + stat.link)
+            continue
+        if checksums and known.get(path, (None, ""))[0] != stat:
+            with contextlib.suppress(OSError):
+                known[path] = (stat, file_sha256(_resolve(folder, path)))
+        found[path] = (stat.size, known[path][1] if checksums and path in known else "")
+    return found
+
+
+@contextlib.contextmanager
+def open_regular(folder: Path, path: str) -> Iterator[int | None]:
+    """Open a file of an attempt for reading; None when it vanished, or is a link out of the folder."""
+    try:
+        descriptor = os.open(_resolve(folder, path), _READ)
+    except OSError:
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def disk_use(root: Path) -> dict[str, int]:
+    """Return the bytes of raylaunch's folders on a node, by what they hold; a file with several names counts once."""
+    parts = {"environments": ("envs",), "packages": ("packages",), "attempts": ("attempts", "jobs")}
+    seen: set[tuple[int, int]] = set()
+    return {name: sum(_tree_bytes(root / folder, seen) for folder in folders) for name, folders in parts.items()}
+
+
+def _at_character(file: BinaryIO, offset: int) -> int:
+    """Move on to where a UTF-8 character starts, if the text is UTF-8."""
+    file.seek(offset)
+    for skipped, byte in enumerate(file.read(4)):
+        if byte & 0xC0 != 0x80:  # noqa: PLR2004 -- 10xxxxxx: a byte that continues a character (RFC 3629)
+            return offset + skipped
+    return offset
+
+
 def _stat_kept(base: Path, path: str) -> FileStat | None:
     if not os.path.islink(path):  # noqa: PTH114 -- as above
         return FileStat.of(path)
@@ -269,41 +309,7 @@ def _kept_at(base: Path, path: str) -> bool:
     return any(path == str(base / name) or path.startswith(f"{base / name}/") for name in KEPT_BY_JOB)
 
 
-def inventory(folder: Path, *, checksums: bool, known: dict[str, tuple[FileStat, str]]) -> dict[str, tuple[int, str]]:
-    """Return size and checksum of every file of an ended attempt that belongs into the store.
-
-    Args:
-        folder: The attempt's folder; there may be none.
-        checksums: Whether to read the files; else the checksums are empty.
-        known: Checksums found before; kept up to date.
-    """
-    found: dict[str, tuple[int, str]] = {}
-    for path, stat in {**dict(slow_files(folder, at_end=True)), **dict(quick_files(folder))}.items():
-        if stat.link:
-            found[path] = (stat.size, LINK + stat.link)
-            continue
-        if checksums and known.get(path, (None, ""))[0] != stat:
-            with contextlib.suppress(OSError):
-                known[path] = (stat, file_sha256(_inside(folder, path)))
-        found[path] = (stat.size, known[path][1] if checksums and path in known else "")
-    return found
-
-
-@contextlib.contextmanager
-def open_regular(folder: Path, path: str) -> Iterator[int | None]:
-    """Open a file of an attempt for reading; None when it vanished, or is a link out of the folder."""
-    try:
-        descriptor = os.open(_inside(folder, path), _READ)
-    except OSError:
-        yield None
-        return
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _inside(folder: Path, path: str) -> Path:
+def _resolve(folder: Path, path: str) -> Path:
     """Follow links as long as they stay in the folder."""
     if path.split("/", 1)[0] in KEPT_BY_JOB:
         base = job_folder_of(folder)
@@ -323,7 +329,7 @@ def _names(folder: Path) -> list[str]:
     if folder.is_symlink():
         return []
     try:
-        return sorted(os.listdir(folder))  # noqa: PTH208 -- looked at many times a second
+        return sorted(os.listdir(folder))  # noqa: PTH208 -- called many times a second
     except OSError:
         return []
 
@@ -349,16 +355,9 @@ def _tree(folder: Path, below: str, *, skip: str = "") -> Iterator[tuple[str, Fi
 
 def _stat_inside(folder: Path, path: str) -> FileStat | None:
     try:
-        return FileStat.of(_inside(folder, path))
+        return FileStat.of(_resolve(folder, path))
     except OSError:
         return None
-
-
-def disk_use(root: Path) -> dict[str, int]:
-    """Return the bytes of raylaunch's folders on a node, by what they hold; a file with several names counts once."""
-    parts = {"environments": ("envs",), "packages": ("packages",), "attempts": ("attempts", "jobs")}
-    seen: set[tuple[int, int]] = set()
-    return {name: sum(_tree_bytes(root / folder, seen) for folder in folders) for name, folders in parts.items()}
 
 
 def _tree_bytes(folder: Path, seen: set[tuple[int, int]]) -> int:

@@ -1,10 +1,10 @@
-"""What an attempt's files have become since they were last sent: the steward's side of replication.
+"""Changes of the attempts' files since they were last sent: the node agent's side of replication.
 
 Ways to send a file. ``append``: logs, W&B's file and reported progress grow, and only what is new is sent.
 ``replace``: everything else is sent whole, with its checksum, once it is at rest. ``same``: the receiver has it from
-the attempt before, and nothing is sent. ``link``: a link's target. The receiver says once what it has (`Have`); from
-then on this side remembers what it has sent. Whenever either side is in doubt the receiver begins anew, with what its
-disk says.
+the attempt before, and nothing is sent. ``link``: a link's target. The receiver sends once what it has (`Have`); from
+then on this side remembers what it has sent. Whenever either side is in doubt, the receiver starts again with what is
+on its disk.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ BUDGET = 8 * 1024 * 1024
 PIECE = 4 * 1024 * 1024
 
 _REST_S = 2.0
-_SLOW_LOOK_S = 1.0
-_IDLE_LOOK_S = 5.0
+_SLOW_CHECK_S = 1.0
+_IDLE_CHECK_S = 5.0
 
 
 class HaveFile(NamedTuple):
@@ -102,11 +102,11 @@ class _Attempt:
     json_seen: tuple[object, ...] = ()
     slow: dict[str, FileStat] = field(default_factory=dict)
     next_slow: float = 0.0
-    next_look: float = 0.0
-    over: bool = False
+    next_check: float = 0.0
+    ended: bool = False
 
 
-class Changes:
+class ChangeFeed:
     """Finds what is to be sent. One receiver at a time: the latest that began a session. Threads may share it."""
 
     def __init__(self, root: Path) -> None:
@@ -137,17 +137,17 @@ class Changes:
                 return ChangeReply(resync=True, chunks=[], attempts=[], live=True)
             return self._take(metrics=metrics)
 
-    def look_again(self, attempt: str) -> None:
+    def check_again(self, attempt: str) -> None:
         """Look at an attempt that is over in the next call, and not seconds later."""
         with self._lock:
             if attempt in self._attempts:
-                self._attempts[attempt].next_look = 0.0
+                self._attempts[attempt].next_check = 0.0
 
     def _take(self, *, metrics: bool) -> ChangeReply:
         names = attempts_in(self._root)
         for gone in self._attempts.keys() - set(names):
             del self._attempts[gone]
-        answer = ChangeReply(resync=False, chunks=[], attempts=[], live=False)
+        reply = ChangeReply(resync=False, chunks=[], attempts=[], live=False)
         left = BUDGET
         now = time.monotonic()
         for name in names:
@@ -156,23 +156,23 @@ class Changes:
             self._expected.pop(name, None)
             known = self._attempts[name]
             folder = self._root / "attempts" / name
-            answer["live"] = answer["live"] or not known.over
-            if known.over and now < known.next_look:
+            reply["live"] = reply["live"] or not known.ended
+            if known.ended and now < known.next_check:
                 continue
-            known.next_look = now + _IDLE_LOOK_S
-            before = len(answer["chunks"])
-            for chunk in self._chunks_of(name, folder, known, left, metrics=metrics or known.over):
+            known.next_check = now + _IDLE_CHECK_S
+            before = len(reply["chunks"])
+            for chunk in self._chunks_of(name, folder, known, left, metrics=metrics or known.ended):
                 left -= len(chunk["data"])
-                answer["chunks"].append(chunk)
+                reply["chunks"].append(chunk)
             facts = _facts_of(name, folder, known)
             if facts != known.facts:
-                answer["attempts"].append(facts)
+                reply["attempts"].append(facts)
                 known.facts = facts
             claimed = facts["claim"] is not None
-            known.over = facts["exit"] is not None or (claimed and not facts["runner_alive"])
-            if len(answer["chunks"]) > before or known.sending or left <= 0:
-                known.next_look = now
-        return answer
+            known.ended = facts["exit"] is not None or (claimed and not facts["runner_alive"])
+            if len(reply["chunks"]) > before or known.sending or left <= 0:
+                known.next_check = now
+        return reply
 
     def _chunks_of(self, name: str, folder: Path, known: _Attempt, budget: int, *, metrics: bool) -> Iterator[Chunk]:
         left = min(budget, QUICK_BUDGET)
@@ -182,14 +182,14 @@ class Changes:
                 budget -= len(chunk["data"])
                 yield chunk
         now = time.monotonic()
-        if now >= known.next_slow or known.over:
-            known.slow = dict(slow_files(folder, at_end=known.over))
+        if now >= known.next_slow or known.ended:
+            known.slow = dict(slow_files(folder, at_end=known.ended))
             spent = time.monotonic() - now
-            known.next_slow = now + max(_SLOW_LOOK_S, 20 * spent)
+            known.next_slow = now + max(_SLOW_CHECK_S, 20 * spent)
         for path, stat in known.slow.items():
             if budget <= 0:
                 return
-            if not known.over and time.time_ns() - stat.mtime_ns < _REST_S * 1e9:
+            if not known.ended and time.time_ns() - stat.mtime_ns < _REST_S * 1e9:
                 continue
             for chunk in _send(name, folder, path, stat, known, budget):
                 budget -= len(chunk["data"])
@@ -213,7 +213,7 @@ def _send(name: str, folder: Path, path: str, stat: FileStat, known: _Attempt, b
             known.have[path] = HaveFile(stat.size, 0, LINK + stat.link)
             yield _without_data(name, path, "link", known.have[path])
         return
-    if is_append(path) and path not in known.sending and not _begun_anew(path, stat, have, known):
+    if is_append(path) and path not in known.sending and not _restarted(path, stat, have, known):
         yield from _send_growth(name, folder, path, stat, known, budget)
         return
     if path not in known.sending and have is not None and _same(path, have, stat):
@@ -240,7 +240,7 @@ def _same(path: str, have: HaveFile, stat: FileStat) -> bool:
     return not is_append(path) and (have.size, have.mtime_ns) == (stat.size, stat.mtime_ns)
 
 
-def _begun_anew(path: str, stat: FileStat, have: HaveFile | None, known: _Attempt) -> bool:
+def _restarted(path: str, stat: FileStat, have: HaveFile | None, known: _Attempt) -> bool:
     """Whether a file that should only grow was truncated or replaced by its program."""
     inode = known.inodes.setdefault(path, stat.inode)
     return have is not None and (stat.size < have.size or inode != stat.inode)

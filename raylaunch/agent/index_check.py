@@ -15,9 +15,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 LIMIT_S = 6.0
 _NEEDLESS = ("PIP_NO_INDEX", "UV_NO_INDEX")
+_PROXIES = ("http_proxy", "https_proxy")
 
 
-def reached(env: Mapping[str, str], *, kind: str) -> bool:
+def reaches_index(env: Mapping[str, str], *, kind: str) -> bool:
     """Return whether installing may work here. Blocks, for `LIMIT_S` a look at most.
 
     An answer of any kind counts, a refusal too: what is wrong then is pip's to say. So does a setting by which no index
@@ -34,7 +35,7 @@ def reached(env: Mapping[str, str], *, kind: str) -> bool:
     of_pip = env.get("PIP_INDEX_URL") or settings.get("index-url")
     url = (of_uv or of_pip) if kind == "uv" else (of_pip or of_uv)
     url = url or _default_of_pip()
-    return _answers(url, env) if url else _uv_finds_one(env)
+    return _answers(url, env) if url else _uv_reaches_index(env)
 
 
 def _default_of_pip() -> str:
@@ -46,7 +47,7 @@ def _default_of_pip() -> str:
     return str(PyPI.simple_url)
 
 
-def _uv_finds_one(env: Mapping[str, str]) -> bool:
+def _uv_reaches_index(env: Mapping[str, str]) -> bool:
     """Ask uv, which is there where pip is not, to find a package. Without either nobody knows: the build will tell."""
     uv = Path(sys.executable).with_name("uv")
     if not uv.is_file():
@@ -78,9 +79,6 @@ def _answers(url: str, env: Mapping[str, str]) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-_PROXIES = ("http_proxy", "https_proxy")
 
 
 def _no_route(error: urllib.error.URLError) -> bool:

@@ -1,8 +1,8 @@
-"""Being told by the kernel when an attempt writes a line or a record, so that nobody has to look fifty times a second.
+"""Notifications from the kernel when an attempt writes a line or a record, in place of polling fifty times a second.
 
 Linux's inotify, over ctypes, for there is no binding in the standard library. Where it cannot be had (macOS, or the
-limit of watches is reached) the steward looks by the clock instead. A file on a network disk is watched as well: the
-writer and the steward are on one node.
+limit of watches is reached) the node agent polls instead. A file on a network disk is watched as well: the
+writer and the agent are on one node.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from raylaunch.contract import LOGS
 
 _MODIFY, _MOVED_TO, _CREATE, _ONLY_FOLDERS = 0x2, 0x80, 0x100, 0x01000000
 _RECORDS = _MOVED_TO | _CREATE | _ONLY_FOLDERS
-"""Records are renamed or linked into place. What is modified there, heartbeat and reports, is worth no look at once."""
+"""Records are renamed or linked into place. What is modified there, heartbeat and reports, needs no check at once."""
 _LINES = _MODIFY | _MOVED_TO | _CREATE | _ONLY_FOLDERS
 _SOME_EVENTS = 64 * 1024
+_GONE = frozenset({2, 20})
+"""ENOENT, ENOTDIR."""
 
 
 class Watcher:
@@ -34,7 +36,7 @@ class Watcher:
         flags = os.O_NONBLOCK | os.O_CLOEXEC
         self._descriptor = self._libc.inotify_init1(flags) if self._libc is not None else -1
         self.works = self._watch(self._attempts, _RECORDS)
-        """Whether the kernel tells; else files have to be looked at by the clock."""
+        """Whether the kernel notifies; else files have to be polled."""
 
     def follow(self, attempts: Collection[str]) -> None:
         """Watch these attempts; those that are gone from the disk have left by themselves."""
@@ -50,13 +52,13 @@ class Watcher:
             while self.works and len(os.read(self._descriptor, _SOME_EVENTS)) > _SOME_EVENTS // 2:
                 continue
 
-    async def news(self, woken: asyncio.Event, timeout_s: float) -> None:
-        """Return when there is news, `woken` is set, or the time is over."""
+    async def wait_for_events(self, wake: asyncio.Event, timeout_s: float) -> None:
+        """Return when there is news, `wake` is set, or the time is over."""
         loop = asyncio.get_running_loop()
         if self.works:
-            loop.add_reader(self._descriptor, woken.set)
+            loop.add_reader(self._descriptor, wake.set)
         try:
-            await asyncio.wait_for(woken.wait(), timeout_s)
+            await asyncio.wait_for(wake.wait(), timeout_s)
         except asyncio.TimeoutError:
             return
         finally:
@@ -70,7 +72,3 @@ class Watcher:
         if self._libc.inotify_add_watch(self._descriptor, os.fsencode(folder), mask) >= 0:
             return True
         return ctypes.get_errno() in _GONE
-
-
-_GONE = frozenset({2, 20})
-"""ENOENT, ENOTDIR."""

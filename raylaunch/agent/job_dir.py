@@ -1,10 +1,10 @@
-"""What a job keeps on a node between its attempts: its checkpoints and outputs, at one path, with one writer at a time.
+"""Folders of jobs and attempts on a node: preparing an attempt, and the checkpoints and outputs of its job.
 
 ``<node root>/jobs/<job>/checkpoints`` and ``outputs`` are the same for each attempt of the job; the attempt's folder
 has links to them. On a worker ``jobs`` is a link to the cluster's folder, so that the path is the same on every host.
-``writer.json`` says which attempt has written there last and from which node root, so that no older one writes there
+``writer.json`` names the attempt that wrote there last, and its node root, so that no older one writes there
 again, and that a copy which is older than the store's is replaced. Several machines may have one disk, by NFS: an older
-attempt whose runner is on another machine is ended by that runner, which is asked to, before a newer one starts.
+attempt whose runner is on another machine is stopped by that runner, on request, before a newer one starts.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from raylaunch.agent.attempt_dir import (
     close,
     read_claim,
     read_json,
-    wish_stop,
+    request_stop,
     write_file,
     write_json,
 )
 from raylaunch.agent.attempt_files import KEPT_BY_JOB, LINK, FileStat, kept_files
-from raylaunch.agent.packages import lay_out
+from raylaunch.agent.packages import link_wheels
 from raylaunch.agent.processes import end_processes
 from raylaunch.contract import (
     ATTEMPT,
@@ -54,13 +54,78 @@ from raylaunch.contract import (
 )
 from raylaunch.errors import ClusterError, ConflictError, NotFoundError, TransferError
 from raylaunch.files import sha256_of
-from raylaunch.runner.processes import is_of_here
+from raylaunch.runner.processes import is_this_boot
 
 _PART = ".raylaunch-part"
-_ELSEWHERE_S = 60.0
+_OTHER_MACHINE_S = 60.0
 _SILENT_S = 20.0
 """Without a heartbeat for so long a runner on another machine is dead: it beats once a second."""
 _POLL_S = 0.2
+_FICLONE = 0x40049409
+
+
+def prepare(  # noqa: PLR0913 -- what an attempt consists of
+    root: Path, *, spec: AttemptSpec, package: Path | None, secrets: Mapping[str, str], runner: bytes, python: str
+) -> ReadyAttempt:
+    """Make an attempt's folder. May be repeated; once a runner has claimed the attempt nothing is changed any more.
+
+    Args:
+        root: The node root.
+        spec: Becomes ``attempt.json``, written last.
+        package: The unpacked package, of which the attempt gets its own copy; None for no code.
+        secrets: Values by name; become ``secrets.json``, which the runner deletes.
+        runner: Bytes of the runner's zip.
+        python: The interpreter that runs it.
+
+    Raises:
+        ConflictError: The attempt was fenced, or a newer one of its job is here.
+        ClusterError: A process of an older attempt of its job cannot be ended.
+        OSError: The disk is full.
+    """
+    folder = attempt_folder(root, spec["attempt"])
+    ready = ReadyAttempt(folder=str(folder), command=shlex.join([python, "-I", str(folder / RUNNER), str(folder)]))
+    claim = read_claim(folder)
+    if claim is not None and claim["epoch"] == FENCED:
+        msg = f"the attempt {spec['attempt']} was stopped on this node before it started"
+        raise ConflictError(msg)
+    if claim is not None:
+        return ready
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    job_dir = str(take(root, spec["attempt"], spec["tag"]))
+    for name in (LOGS, WANDB, TMP):
+        (folder / name).mkdir(mode=0o700, exist_ok=True)
+    _copy_code(package, folder / CODE)
+    link_wheels(root / "packages", spec["wheels"], folder / WHEELS)
+    write_file(folder / RUNNER, runner)
+    write_json(folder / SECRETS, secrets)
+    envs = spec["envs_dir"] or str(root / "envs")
+    moved_from = spec["moved_from"] if spec["moved_from"] != job_dir else ""
+    write_json(folder / ATTEMPT, {**spec, "envs_dir": envs, "job_dir": job_dir, "moved_from": moved_from})
+    return ready
+
+
+def forget(root: Path, attempt: str, *, again: bool = False) -> None:
+    """Delete an attempt's folder. May be repeated.
+
+    Args:
+        root: The node root.
+        attempt: Its id.
+        again: Another attempt follows, which starts with the checkpoints and outputs of this one.
+    """
+    if not again:
+        drop(root, attempt)
+    folder = attempt_folder(root, attempt)
+    removed = folder.with_name(f".forgotten-{attempt}")
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+class ReadyAttempt(TypedDict):
+    """An attempt that can be submitted."""
+
+    folder: str
+    command: str
 
 
 class LeftPiece(NamedTuple):
@@ -90,7 +155,7 @@ def last_writer(root: Path, attempt: str) -> int:
     return n if isinstance(n, int) else 0
 
 
-def take(root: Path, attempt: str, tag: str, *, elsewhere_s: float = _ELSEWHERE_S) -> Path:
+def take(root: Path, attempt: str, tag: str, *, other_machine_s: float = _OTHER_MACHINE_S) -> Path:
     """Give the job's folder to an attempt, and return it. May be repeated.
 
     Older attempts of the job are closed first, and their processes ended: nothing else writes there from now on.
@@ -99,7 +164,7 @@ def take(root: Path, attempt: str, tag: str, *, elsewhere_s: float = _ELSEWHERE_
         root: the node root.
         attempt: the one that is about to start here.
         tag: its value of `raylaunch.contract.VAR_ATTEMPT`.
-        elsewhere_s: how long the runner of an older attempt on another machine with the same root may take to end it.
+        other_machine_s: how long an older attempt on another machine with the same root may take to end.
 
     Raises:
         ConflictError: a newer attempt has it.
@@ -107,7 +172,7 @@ def take(root: Path, attempt: str, tag: str, *, elsewhere_s: float = _ELSEWHERE_
     """
     folder, number = job_folder(root, attempt), int(attempt.rpartition("-")[2])
     _expire(root, folder)
-    _close_older(root, attempt, tag, elsewhere_s=elsewhere_s)
+    _close_older(root, attempt, tag, other_machine_s=other_machine_s)
     for name in KEPT_BY_JOB:
         _make_folder(folder / name)
         link = attempt_folder(root, attempt) / name
@@ -145,8 +210,8 @@ def begin_bringing(root: Path, attempt: str, tag: str, files: Mapping[str, Store
     _prune(folder)
     for path, wanted in files.items():
         if wanted.sha256.startswith(LINK) and not (path in here and _equal(here[path], wanted)):
-            where = _place(folder, path)
-            where.symlink_to(wanted.sha256[len(LINK) :])
+            target = _place(folder, path)
+            target.symlink_to(wanted.sha256[len(LINK) :])
     return [
         path
         for path, wanted in files.items()
@@ -160,8 +225,8 @@ def bring(root: Path, attempt: str, path: str, offset: int, data: bytes, wanted:
     Raises:
         TransferError: the file has another checksum, or pieces are missing.
     """
-    where = _place(job_folder(root, attempt), path)
-    part = where.with_name(f".{where.name[:180]}{_PART}")
+    target = _place(job_folder(root, attempt), path)
+    part = target.with_name(f".{target.name[:180]}{_PART}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (os.O_TRUNC if offset == 0 else 0)
     with os.fdopen(os.open(part, flags, 0o600), "r+b" if offset else "wb") as file:
         file.seek(offset)
@@ -170,11 +235,11 @@ def bring(root: Path, attempt: str, path: str, offset: int, data: bytes, wanted:
         return
     if part.stat().st_size != wanted.size or (wanted.sha256 and sha256_of(part) != wanted.sha256):
         part.unlink()
-        msg = f"{path} did not arrive as the store has it"
+        msg = f"{path} arrived damaged: it differs from the store's file"
         raise TransferError(msg)
     if wanted.mtime_ns:
         os.utime(part, ns=(wanted.mtime_ns, wanted.mtime_ns))
-    part.replace(where)
+    part.replace(target)
 
 
 def end_bringing(root: Path, attempt: str, before: int, collected: Sequence[str] = ()) -> None:
@@ -198,11 +263,11 @@ def read_left(root: Path, attempt: str, path: str, offset: int, limit: int) -> L
         NotFoundError: it is not here, or no longer.
     """
     left = job_folder(root, attempt) / LEFT
-    where = left / path
+    target = left / path
     try:
-        if ".." in path.split("/") or Path(os.path.realpath(where)) != where:
+        if ".." in path.split("/") or Path(os.path.realpath(target)) != target:
             raise FileNotFoundError
-        with os.fdopen(os.open(where, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        with os.fdopen(os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             found = os.fstat(file.fileno())
             file.seek(offset)
             return LeftPiece(file.read(limit), found.st_size, found.st_mtime_ns)
@@ -226,7 +291,7 @@ def drop(root: Path, attempt: str) -> None:
     write_json(folder / WRITER, {"n": 0})
 
 
-def _close_older(root: Path, attempt: str, tag: str, *, elsewhere_s: float = _ELSEWHERE_S) -> None:
+def _close_older(root: Path, attempt: str, tag: str, *, other_machine_s: float = _OTHER_MACHINE_S) -> None:
     """Make sure that no older attempt of the job writes on this node any more.
 
     Raises:
@@ -238,14 +303,14 @@ def _close_older(root: Path, attempt: str, tag: str, *, elsewhere_s: float = _EL
     }
     newest = max([last_writer(root, attempt), *(number for numbers in roots.values() for number in numbers)])
     if newest > int(number):
-        msg = f"attempt {newest} of {job} has followed {attempt} on this node"
+        msg = f"attempt {newest} of {job} has replaced {attempt} on this node"
         raise ConflictError(msg)
     for base, numbers in roots.items():
         for name in (f"{job}-{other}" for other in sorted(numbers - {int(number)})):
             claim = close(base, name)
             end_processes(tag.removesuffix(attempt) + name, claim)
-            if claim["epoch"] != FENCED and not is_of_here(claim["boot_id"]):
-                _end_elsewhere(base, name, elsewhere_s)
+            if claim["epoch"] != FENCED and not is_this_boot(claim["boot_id"]):
+                _wait_for_other_machine(base, name, other_machine_s)
             for kept in KEPT_BY_JOB:
                 link = attempt_folder(base, name) / kept
                 if link.is_symlink():
@@ -264,7 +329,7 @@ def _writers_root(folder: Path, own: Path) -> Path:
     return own if os.path.realpath(own) == str(other) or not (other / "attempts").is_dir() else other
 
 
-def _end_elsewhere(root: Path, attempt: str, limit_s: float) -> None:
+def _wait_for_other_machine(root: Path, attempt: str, limit_s: float) -> None:
     """Wait until an attempt's runner, which is on another machine or was on this one before a reboot, has ended it.
 
     Raises:
@@ -272,15 +337,15 @@ def _end_elsewhere(root: Path, attempt: str, limit_s: float) -> None:
     """
     folder, deadline = attempt_folder(root, attempt), time.monotonic() + limit_s
     if read_json(folder / EXIT) is None:  # it is ended also where it is heard of again only later
-        wish_stop(root, attempt, StopWish(why="stopped", grace_s=0.0))
-    while read_json(folder / EXIT) is None and _beats(folder):
+        request_stop(root, attempt, StopWish(why="stopped", grace_s=0.0))
+    while read_json(folder / EXIT) is None and _is_beating(folder):
         if time.monotonic() > deadline:
-            msg = f"{attempt} still runs on another machine that has the folder {root} too"
-            raise ClusterError(msg, hint="end it there, or give each host a root of its own that others do not have")
+            msg = f"{attempt} is still running on another machine that shares the folder {root}"
+            raise ClusterError(msg, hint="stop it there, or give each host a root of its own")
         time.sleep(_POLL_S)
 
 
-def _beats(folder: Path) -> bool:
+def _is_beating(folder: Path) -> bool:
     """Return whether a runner gives signs of life, by the clock of the disk that it writes to."""
     at = beat_at(folder)
     if at is None:
@@ -304,12 +369,12 @@ def _place(folder: Path, path: str) -> Path:
     if parts[0] not in KEPT_BY_JOB or ".." in parts or "" in parts:
         msg = f"{path!r} is not a path in a job's folder"
         raise ValueError(msg)
-    where = folder.joinpath(*parts)
-    if not Path(os.path.realpath(where.parent)).is_relative_to(folder):
-        msg = f"{path!r} leads out of the job's folder"
+    target = folder.joinpath(*parts)
+    if not Path(os.path.realpath(target.parent)).is_relative_to(folder):
+        msg = f"{path!r} is outside the job's folder"
         raise ValueError(msg)
-    _make_folder(where.parent)
-    return where
+    _make_folder(target.parent)
+    return target
 
 
 def _make_folder(path: Path) -> None:
@@ -347,84 +412,17 @@ def _folders(parent: Path) -> Iterator[Path]:
         yield from [path for path in parent.iterdir() if path.is_dir() and not path.is_symlink()]
 
 
-_FICLONE = 0x40049409
-
-
-class ReadyAttempt(TypedDict):
-    """An attempt that can be submitted."""
-
-    folder: str
-    command: str
-
-
-def prepare(  # noqa: PLR0913 -- what an attempt consists of
-    root: Path, *, spec: AttemptSpec, package: Path | None, secrets: Mapping[str, str], runner: bytes, python: str
-) -> ReadyAttempt:
-    """Make an attempt's folder. May be repeated; once a runner has claimed the attempt nothing is changed any more.
-
-    Args:
-        root: The node root.
-        spec: Becomes ``attempt.json``, written last.
-        package: The unpacked package, of which the attempt gets its own copy; None for no code.
-        secrets: Values by name; become ``secrets.json``, which the runner deletes.
-        runner: Bytes of the runner's zip.
-        python: The interpreter that runs it.
-
-    Raises:
-        ConflictError: The attempt was fenced, or a newer one of its job is here.
-        ClusterError: A process of an older attempt of its job cannot be ended.
-        OSError: The disk is full.
-    """
-    folder = attempt_folder(root, spec["attempt"])
-    ready = ReadyAttempt(folder=str(folder), command=shlex.join([python, "-I", str(folder / RUNNER), str(folder)]))
-    claim = read_claim(folder)
-    if claim is not None and claim["epoch"] == FENCED:
-        msg = f"the attempt {spec['attempt']} was ended on this node before it began"
-        raise ConflictError(msg)
-    if claim is not None:
-        return ready
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    job_dir = str(take(root, spec["attempt"], spec["tag"]))
-    for name in (LOGS, WANDB, TMP):
-        (folder / name).mkdir(mode=0o700, exist_ok=True)
-    _copy_code(package, folder / CODE)
-    lay_out(root / "packages", spec["wheels"], folder / WHEELS)
-    write_file(folder / RUNNER, runner)
-    write_json(folder / SECRETS, secrets)
-    envs = spec["envs_dir"] or str(root / "envs")
-    moved_from = spec["moved_from"] if spec["moved_from"] != job_dir else ""
-    write_json(folder / ATTEMPT, {**spec, "envs_dir": envs, "job_dir": job_dir, "moved_from": moved_from})
-    return ready
-
-
-def forget(root: Path, attempt: str, *, again: bool = False) -> None:
-    """Delete an attempt's folder. May be repeated.
-
-    Args:
-        root: The node root.
-        attempt: Its id.
-        again: Another attempt follows, which begins with the checkpoints and outputs of this one.
-    """
-    if not again:
-        drop(root, attempt)
-    folder = attempt_folder(root, attempt)
-    aside = folder.with_name(f".forgotten-{attempt}")
-    with contextlib.suppress(FileNotFoundError):
-        folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
 def _copy_code(package: Path | None, code: Path) -> None:
     if code.is_dir():
         return
-    beside = code.with_name(f".{code.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
+    temporary = code.with_name(f".{code.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
     if package is None:
-        beside.mkdir(mode=0o700)
+        temporary.mkdir(mode=0o700)
     else:
-        shutil.copytree(package, beside, symlinks=True, copy_function=_copy_file)
-    beside.chmod(0o700)
-    beside.rename(code)
+        shutil.copytree(package, temporary, symlinks=True, copy_function=_copy_file)
+    temporary.chmod(0o700)
+    temporary.rename(code)
 
 
 def _copy_file(source: str, target: str) -> str:

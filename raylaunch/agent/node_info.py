@@ -39,13 +39,13 @@ class GpuFacts(TypedDict):
 
 
 class NodeFacts(TypedDict):
-    """What a steward says of its node."""
+    """What a node agent reports of its node."""
 
     hostname: str
     arch: str
     gpus: list[GpuFacts]
     gpu_problem: str
-    """Why GPUs could not be looked at, in words; empty when they could, or there is no ``nvidia-smi``."""
+    """Why GPUs could not be inspected; empty when they could, or without ``nvidia-smi``."""
     memory: int
     disk_free: int
     root: str
@@ -56,11 +56,11 @@ class NodeFacts(TypedDict):
 
 
 def describe(root: Path) -> NodeFacts:
-    """Look at this node. Takes as long as ``nvidia-smi`` does, at most 30 s."""
+    """Inspect this node. Takes as long as ``nvidia-smi`` does, at most 30 s."""
     problem = ""
     gpus: list[GpuFacts] = []
     try:
-        gpus = gpus_seen(is_ours=_membership(root))
+        gpus = list_gpus(is_ours=_membership(root))
     except (OSError, subprocess.SubprocessError) as error:
         problem = f"nvidia-smi failed: {error}"
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -79,8 +79,8 @@ def describe(root: Path) -> NodeFacts:
     )
 
 
-def gpus_seen(*, is_ours: Callable[[int], bool]) -> list[GpuFacts]:
-    """Ask ``nvidia-smi`` for the GPUs; none when there is no such program.
+def list_gpus(*, is_ours: Callable[[int], bool]) -> list[GpuFacts]:
+    """List the GPUs that ``nvidia-smi`` reports; none without that program.
 
     Args:
         is_ours: Whether a process belongs to this cluster, and so is no use from outside.
@@ -120,7 +120,7 @@ def _rows(program: str, query: str, fields: tuple[str, ...]) -> Iterable[list[st
 
 
 def _number(text: str) -> float | None:
-    """Read a number; ``[N/A]`` and its like are None (GPUs that share the machine's memory say so)."""
+    """Read a number; ``[N/A]`` and its like are None (GPUs that share the machine's memory report that)."""
     try:
         number = float(text)
     except ValueError:

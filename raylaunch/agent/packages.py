@@ -1,4 +1,4 @@
-"""Packages on a node, received in pieces and verified: working directories, unpacked once for each content; wheels."""
+"""Packages on a node (working directories and wheels), received in pieces and verified; and which wheels fit here."""
 
 from __future__ import annotations
 
@@ -21,109 +21,12 @@ from raylaunch.errors import NotFoundError, StorageError, TransferError
 from raylaunch.files import sha256_of
 from raylaunch.runner.unpack import unpack
 
-_ASK_S = 10.0
-_VERSION = re.compile(r"\d+\.\d+\.\d+[a-z0-9+]{0,8}")
 WHOLE = "wheel"
-"""Name of a wheel inside its package's folder: what a file is called is each job's to say."""
-
-
-class Platform(TypedDict):
-    """`raylaunch.models.job.BuildPlatform`, as plain data."""
-
-    arch: str
-    glibc: str
-    python: str
-
-
-class WheelSetData(TypedDict):
-    """`raylaunch.models.job.WheelSet`, as plain data."""
-
-    platform: Platform
-    wheels: list[WheelSpec]
-
-
-def this_platform() -> Platform:
-    """Return what decides which wheels fit here."""
-    library, version = platform.libc_ver()
-    return Platform(
-        arch=platform.machine(), glibc=version if library == "glibc" else "", python=platform.python_version()
-    )
-
-
-def platform_of(environment: Mapping[str, str], env: Mapping[str, str]) -> Platform:
-    """Return what decides which wheels fit an environment that is on this node: its own Python counts.
-
-    Of one in the working directory, which is not here yet, and of one that does not run, nothing is known: then it is
-    the Python of this process, as for those that are made. Blocks for `_ASK_S` at most.
-
-    Args:
-        environment: its kind and value.
-        env: variables of the job.
-    """
-    here = this_platform()
-    python = _python_of(environment["kind"], environment["value"], env)
-    if python is None:
-        return here
-    try:
-        asked = subprocess.run(  # noqa: S603 -- the interpreter that the job would run
-            [python, "-I", "-c", "import platform; print(platform.python_version())"],
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            timeout=_ASK_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return here
-    version = asked.stdout.strip()
-    return Platform(arch=here["arch"], glibc=here["glibc"], python=version) if _VERSION.fullmatch(version) else here
-
-
-def _python_of(kind: str, value: str, env: Mapping[str, str]) -> str | None:
-    """Return the interpreter of a named environment; None where it is not known, or there is none."""
-    path = Path(value).expanduser() if value.startswith(("/", "~/")) else None
-    if kind == "python":
-        return shutil.which(value if path is None else str(path), path=env.get("PATH") or os.defpath)
-    if kind == "conda" and path is None:
-        conda = env.get("CONDA_EXE") or shutil.which("conda", path=env.get("PATH") or os.defpath)
-        roots = [Path(conda).resolve().parent.parent] if conda else []
-        places = [*(root / "envs" / value for root in roots), Path("~/.conda/envs").expanduser() / value]
-        path = next((place for place in places if place.is_dir()), None)
-    found = path / "bin" / "python" if path is not None and kind in {"venv", "conda"} else None
-    return str(found) if found is not None and found.exists() else None
-
-
-def chosen(sets: Iterable[WheelSetData], here: Platform) -> list[WheelSpec]:
-    """Return the wheels for this platform; none where nobody gathered any for it: it reaches an index, or did."""
-    return next((one["wheels"] for one in sets if one["platform"] == here), [])
-
-
-def lay_out(packages: Path, wheels: Iterable[WheelSpec], folder: Path) -> None:
-    """Make a folder in which each wheel has its name, and one each for those to build with and those that are added.
-
-    May be repeated; without wheels there is none.
-    """
-    listed = list(wheels)
-    own = [one for one in listed if not one["build"] and not one["added"]]
-    _lay_out(packages, own, folder)
-    _lay_out(packages, [one for one in listed if one["build"]], folder.with_name(BUILD_WHEELS))
-    _lay_out(packages, [one for one in listed if one["added"]], folder.with_name(ADDED_WHEELS))
-
-
-def _lay_out(packages: Path, wheels: Iterable[WheelSpec], folder: Path) -> None:
-    beside = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    for wheel in wheels:
-        beside.mkdir(mode=0o700, exist_ok=True)
-        (beside / os.path.basename(wheel["file"])).symlink_to(packages / wheel["sha256"] / WHOLE)  # noqa: PTH119 -- a name from elsewhere
-    if beside.is_dir():
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-
-
+"""Name of a wheel inside its package's folder: each job has its own name for it."""
 COMPLETE = -1
 """Answer of `Packages.have` for a package that is whole."""
-
+_PYTHON_S = 10.0
+_VERSION = re.compile(r"\d+\.\d+\.\d+[a-z0-9+]{0,8}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ZIP = b"PK\x03\x04"
 
@@ -204,28 +107,135 @@ class Packages:
             part.unlink()
             msg = f"the package {sha256[:12]} arrived damaged: its checksum differs"
             raise TransferError(msg, hint="submit again")
-        beside = self._folder / f"{sha256}.unpacking"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(mode=0o700)
+        temporary = self._folder / f"{sha256}.unpacking"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(mode=0o700)
         if _is_zip(part):  # a wheel, which is installed as it is
-            part.rename(beside / WHOLE)
-            beside.rename(self._folder / sha256)
+            part.rename(temporary / WHOLE)
+            temporary.rename(self._folder / sha256)
             return
         try:
-            unpack(part, beside)
+            unpack(part, temporary)
         except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             part.unlink()
             msg = f"the package {sha256[:12]} cannot be unpacked: {error}"
             raise TransferError(msg) from error
         except OSError:  # a full disk: what was unpacked would only keep it full
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
-        beside.rename(self._folder / sha256)
+        temporary.rename(self._folder / sha256)
         part.unlink()
 
     def _part(self, sha256: str) -> Path:
         return self._folder / f"{_checked(sha256)}.part"
+
+
+class Platform(TypedDict):
+    """`raylaunch.models.job.BuildPlatform`, as plain data."""
+
+    arch: str
+    glibc: str
+    python: str
+
+
+class WheelSetData(TypedDict):
+    """`raylaunch.models.job.WheelSet`, as plain data."""
+
+    platform: Platform
+    wheels: list[WheelSpec]
+
+
+def this_platform() -> Platform:
+    """Return what decides which wheels fit here."""
+    library, version = platform.libc_ver()
+    return Platform(
+        arch=platform.machine(), glibc=version if library == "glibc" else "", python=platform.python_version()
+    )
+
+
+def platform_of(environment: Mapping[str, str], env: Mapping[str, str]) -> Platform:
+    """Return what decides which wheels fit an environment that is on this node: its own Python counts.
+
+    Of one in the working directory, which is not here yet, and of one that does not run, nothing is known: then it is
+    the Python of this process, as for those that are made. Blocks for `_PYTHON_S` at most.
+
+    Args:
+        environment: its kind and value.
+        env: variables of the job.
+    """
+    here = this_platform()
+    python = _python_of(environment["kind"], environment["value"], env)
+    if python is None:
+        return here
+    try:
+        done = subprocess.run(  # noqa: S603 -- the interpreter that the job would run
+            [python, "-I", "-c", "import platform; print(platform.python_version())"],
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=_PYTHON_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return here
+    version = done.stdout.strip()
+    return Platform(arch=here["arch"], glibc=here["glibc"], python=version) if _VERSION.fullmatch(version) else here
+
+
+def choose_wheels(sets: Iterable[WheelSetData], here: Platform) -> list[WheelSpec]:
+    """Return the wheels for this platform; none where nobody gathered any for it: it reaches an index, or did."""
+    return next((one["wheels"] for one in sets if one["platform"] == here), [])
+
+
+def link_wheels(packages: Path, wheels: Iterable[WheelSpec], folder: Path) -> None:
+    """Make a folder in which each wheel has its name, and one each for those to build with and those that are added.
+
+    May be repeated; without wheels there is none.
+    """
+    listed = list(wheels)
+    own = [one for one in listed if not one["build"] and not one["added"]]
+    _link_folder(packages, own, folder)
+    _link_folder(packages, [one for one in listed if one["build"]], folder.with_name(BUILD_WHEELS))
+    _link_folder(packages, [one for one in listed if one["added"]], folder.with_name(ADDED_WHEELS))
+
+
+def file_sha256(path: Path) -> str:
+    """Return the checksum of a file's bytes, in hex; a link is not followed."""
+    return sha256_of(os.open(path, os.O_RDONLY | os.O_NOFOLLOW))
+
+
+def storage_error(what: str, error: OSError) -> StorageError:
+    """Return an error with the reason why bytes could not be written here."""
+    full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+    why = f"the disk of {os.uname().nodename} is full" if full else (error.strerror or str(error))
+    where = f" ({error.filename})" if error.filename else ""
+    return StorageError(f"{what}: {why}{where}", hint="free some space there; see: raylaunch du" if full else "")
+
+
+def _python_of(kind: str, value: str, env: Mapping[str, str]) -> str | None:
+    """Return the interpreter of a named environment; None where it is not known, or there is none."""
+    path = Path(value).expanduser() if value.startswith(("/", "~/")) else None
+    if kind == "python":
+        return shutil.which(value if path is None else str(path), path=env.get("PATH") or os.defpath)
+    if kind == "conda" and path is None:
+        conda = env.get("CONDA_EXE") or shutil.which("conda", path=env.get("PATH") or os.defpath)
+        roots = [Path(conda).resolve().parent.parent] if conda else []
+        places = [*(root / "envs" / value for root in roots), Path("~/.conda/envs").expanduser() / value]
+        path = next((place for place in places if place.is_dir()), None)
+    found = path / "bin" / "python" if path is not None and kind in {"venv", "conda"} else None
+    return str(found) if found is not None and found.exists() else None
+
+
+def _link_folder(packages: Path, wheels: Iterable[WheelSpec], folder: Path) -> None:
+    temporary = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for wheel in wheels:
+        temporary.mkdir(mode=0o700, exist_ok=True)
+        (temporary / os.path.basename(wheel["file"])).symlink_to(packages / wheel["sha256"] / WHOLE)  # noqa: PTH119 -- a name from elsewhere
+    if temporary.is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
 
 
 def _is_zip(part: Path) -> bool:
@@ -238,16 +248,3 @@ def _checked(sha256: str) -> str:
         msg = f"{sha256!r} does not name a package"
         raise NotFoundError(msg)
     return sha256
-
-
-def file_sha256(path: Path) -> str:
-    """Return the checksum of a file's bytes, in hex; a link is not followed."""
-    return sha256_of(os.open(path, os.O_RDONLY | os.O_NOFOLLOW))
-
-
-def storage_error(what: str, error: OSError) -> StorageError:
-    """Return the error that says in words why bytes could not be written here."""
-    full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-    why = f"the disk of {os.uname().nodename} is full" if full else (error.strerror or str(error))
-    where = f" ({error.filename})" if error.filename else ""
-    return StorageError(f"{what}: {why}{where}", hint="free some space there; see: raylaunch du" if full else "")

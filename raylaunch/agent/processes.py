@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from raylaunch.contract import VAR_ATTEMPT, Claim
 from raylaunch.errors import ClusterError
-from raylaunch.runner.processes import is_of_here
+from raylaunch.runner.processes import is_this_boot
 
 _PROC = Path("/proc")
 _START_TIME_FIELD = 22
@@ -23,14 +23,14 @@ _ROUND_S = 0.02
 
 
 class ProcessId(NamedTuple):
-    """One process for ever (until a reboot): a pid alone is used again."""
+    """One process until a reboot: a pid alone is reused."""
 
     pid: int
     started_ticks: int
 
 
 def started_ticks(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot; None when it is gone, a zombie too."""
+    """Return when a process started, in clock ticks since boot; None when it has exited, a zombie too."""
     try:
         stat = (_PROC / str(pid) / "stat").read_bytes()
     except OSError:
@@ -43,7 +43,7 @@ def started_ticks(pid: int) -> int | None:
 
 def runner_alive(claim: Claim | None) -> bool:
     """Return whether the runner that made a claim lives."""
-    if claim is None or not is_of_here(claim["boot_id"]) or claim["pid"] <= 0:
+    if claim is None or not is_this_boot(claim["boot_id"]) or claim["pid"] <= 0:
         return False
     return started_ticks(claim["pid"]) == claim["started_ticks"]
 
@@ -103,8 +103,8 @@ def end_processes(tag: str, claim: Claim | None, *, limit_s: float = 30.0) -> in
         empty_rounds = 0 if left else empty_rounds + 1
         if left and time.monotonic() > deadline:
             pids = ", ".join(str(process.pid) for process in sorted(left))
-            msg = f"processes {pids} are still there {limit_s:.0f} s after SIGKILL"
-            raise ClusterError(msg, hint="a process that waits for a disk or a driver ends when that answers")
+            msg = f"processes {pids} are still running {limit_s:.0f} s after SIGKILL"
+            raise ClusterError(msg, hint="a process that waits for a disk or a driver exits when that responds")
         if left:
             time.sleep(_ROUND_S)
     return len(killed)

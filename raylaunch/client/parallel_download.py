@@ -220,7 +220,7 @@ class _Download:
         self._url = url
         self._file = file
         self._on_bytes = on_bytes
-        self._done = file.ranges.there
+        self._done = file.ranges.arrived_bytes
         self._there = ""
         self._ready = 0
         self._trouble: BaseException | None = None
@@ -293,7 +293,7 @@ class _Download:
         self._ready -= ready
         if mine[1]:
             self.missing.append(mine)
-            self._done = self._file.ranges.there  # what came of it comes again
+            self._done = self._file.ranges.arrived_bytes  # what came of it comes again
         self._changed.set()
 
     def connection_ended(self, connection: asyncio.Task[None]) -> None:

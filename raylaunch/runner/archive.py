@@ -43,15 +43,15 @@ _JOB_MODULES = (
 """What a job's own code may import (`raylaunch.context`, `raylaunch.report`), what tracks Ray Train, and what
 reads W&B's files, where no raylaunch is installed."""
 _UNCHECKED_HASH = 1
-"""The flag of PEP 552 for bytecode that is taken without a look at its source: both are in the same archive."""
+"""The flag of PEP 552 for bytecode that is used without checking its source: both are in the same archive."""
 
 
 @lru_cache(maxsize=1)
 def runner_zip() -> bytes:
     """Return the archive that ``python -I runner.pyz FOLDER`` runs for the attempt in FOLDER.
 
-    Beside each module stands its bytecode for this Python, which is mostly the nodes' too: that makes the start 40 ms
-    shorter. Another Python passes over it and compiles the source.
+    Each module comes with its bytecode for this Python, which is mostly the nodes' too: that makes the start 40 ms
+    shorter. Another Python ignores it and compiles the source.
 
     The archive is also a place to import `raylaunch.job` from: it is put at the end of PYTHONPATH when the job's
     environment has no raylaunch.

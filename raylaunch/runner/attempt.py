@@ -19,7 +19,7 @@ from raylaunch.runner.launchers import ray_compat, ray_driver, torchrun
 from raylaunch.runner.launchers.ray_driver import TrainReportFollower
 from raylaunch.runner.launchers.torchrun import RankFailure, before_report, rank_failure
 from raylaunch.runner.log_relay import LogRelay
-from raylaunch.runner.processes import ancestors, named, oom_kills, signal_name
+from raylaunch.runner.processes import ancestors, oom_kills, pids_named, signal_name
 from raylaunch.runner.supervisor import ProcessReaper, stop_training
 from raylaunch.runner.unpack import broken_links
 from raylaunch.runner.wandb_env import RunAddress, hosts_of
@@ -31,23 +31,37 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.1
 _TAIL = 64 * 1024
-_RAY_LOOK_S = 2.0
+_RAY_CHECK_S = 2.0
 _HEAD_OF_RAY = "gcs_server"
 _SHELL_SIGNAL = 128
 _FAILED = 1
 """torchrun's exit status when a rank failed, whatever the rank's was."""
+_FATAL = frozenset(
+    int(number)
+    for number in (
+        signal.SIGKILL,
+        signal.SIGTERM,
+        signal.SIGSEGV,
+        signal.SIGABRT,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGINT,
+        signal.SIGHUP,
+    )
+)
 
 
 class Attempt:
     """Runs one attempt. `end_everything` may be called at any time, and again."""
 
-    def __init__(self, folder: Path, spec: AttemptSpec, pulse: Heartbeat) -> None:
+    def __init__(self, folder: Path, spec: AttemptSpec, heartbeat: Heartbeat) -> None:
         self._folder = folder
         self._spec = spec
-        self._pulse = pulse
+        self._heartbeat = heartbeat
         self._code = folder / contract.CODE
         self._log = folder / contract.RANK_LOG.format(rank=0)
-        self._place = BuildFolders(
+        self._folders = BuildFolders(
             self._code,
             folder / contract.TMP,
             Path(spec["envs_dir"]),
@@ -55,18 +69,18 @@ class Attempt:
             folder / contract.WHEELS,
         )
         self._spare = ancestors(os.getpid())
-        self._relay = LogRelay(self._log, sys.stdout.fileno(), job=spec["job"])
+        self._log_relay = LogRelay(self._log, sys.stdout.fileno(), job=spec["job"])
         self._facts: Facts = {"warnings": []}
-        self._kept: supervisor.ManagedProcess | None = None
-        self._in_time = True
+        self._process: supervisor.ManagedProcess | None = None
+        self._exited_in_time = True
         self._before: outputs.Snapshot = {}
-        self._launch = torchrun.as_it_is(spec)
+        self._launch = torchrun.unchanged(spec)
         self._driver: ray_driver.DriverPlan | None = None
         self._reports = TrainReportFollower(folder)
-        self._sweep = ProcessReaper(spec["tag"], self._spare, pulse)
-        self._runs = RunFollower(folder, spec["tag"])
+        self._reaper = ProcessReaper(spec["tag"], self._spare, heartbeat)
+        self._run_follower = RunFollower(folder, spec["tag"])
         self._address = RunAddress(self._log)
-        self._next_ray_look = float("inf") if spec["launcher"] == "ray" else 0.0
+        self._next_ray_check = float("inf") if spec["launcher"] == "ray" else 0.0
 
     def run(self) -> Exit:
         """Prepare, start, watch and end the training.
@@ -74,68 +88,70 @@ class Attempt:
         Raises:
             EnvironmentProblem: the environment cannot be used.
             EntrypointProblem: the program to run is not there.
-            StopAsked: somebody wanted the end before the training had started.
+            StopRequested: the attempt is to stop before the training has started.
         """
         secrets = claim.take_secrets(self._folder)
         prepared, mode = self._prepare(secrets)
         prepared = self._plan(prepared)
         argv = command.command(self._launch.entrypoint, prepared.env, self._code)
-        self._pulse.check()
+        self._heartbeat.check()
         self._before = outputs.snapshot(self._code)
         oom_before = oom_kills()
         self._start(argv, prepared)
         deadline = time.monotonic() + (self._spec["timeout_s"] or float("inf"))
-        wish = self._watch(deadline)
-        if wish is None and mode.mode == "online" and self._wandb_broke():
+        request = self._watch(deadline)
+        if request is None and mode.mode == "online" and self._wandb_broke():
             self._restart_offline(argv, prepared)
             mode = mode._replace(mode="offline")
-            wish = self._watch(deadline)
-        self._finish_reports(wish)
-        self._end_leftovers(wish, online=mode.mode == "online")
-        self._keep_runs()
-        self._relay.finish(5.0)
+            request = self._watch(deadline)
+        self._finish_reports(request)
+        self._end_leftovers(request, online=mode.mode == "online")
+        self._finish_runs()
+        self._log_relay.finish(5.0)
         self._keep_outputs()
-        end = self._facts_of_end(wish)
+        end = self._exit_facts(request)
         end["oom"] = oom_kills() > oom_before and end["ended"] not in ("completed", "stopped", "timed_out")
         return end
 
     def end_everything(self) -> None:
-        """End what may still live of the attempt, and let its keeper go."""
-        ray_driver.forget(self._folder)
-        if self._kept is not None:
-            self._kept.kill()
-            self._sweep.end_all()
-            self._kept.release()
-            self._kept = None
+        """End what is still running of the attempt, and its supervisor."""
+        ray_driver.delete_secrets(self._folder)
+        if self._process is not None:
+            self._process.kill()
+            self._reaper.end_all()
+            self._process.release()
+            self._process = None
 
     def _prepare(self, secrets: dict[str, str]) -> tuple[PreparedEnvironment, wandb_env.Mode]:
         spec, folder = self._spec, self._folder
-        place = self._place
+        folders = self._folders
         base = command.base_variables(os.environ, spec, secrets)
         base.update(command.job_variables(spec, folder, os.environ))
-        prepared = prepare(spec["environment"], base, place=place, pulse=self._pulse)
+        prepared = prepare(spec["environment"], base, folders=folders, heartbeat=self._heartbeat)
         gpus = 0 if spec["launcher"] == "ray" else spec["gpus"]
-        seen = probe.look(prepared, arch=spec["arch"], gpus=gpus, place=place, pulse=self._pulse)
-        version = seen.packages.get("wandb", "")
+        probed = probe.inspect(prepared, arch=spec["arch"], gpus=gpus, folders=folders, heartbeat=self._heartbeat)
+        version = probed.packages.get("wandb", "")
         self._facts = {
-            "python": seen.python,
-            "version": seen.version,
-            "torch": seen.packages.get("torch", ""),
+            "python": probed.python,
+            "version": probed.version,
+            "torch": probed.packages.get("torch", ""),
             "wandb": version,
-            "packages": sorted(f"{name}=={number}" for name, number in seen.packages.items()),
+            "packages": sorted(f"{name}=={number}" for name, number in probed.packages.items()),
             "warnings": [
-                *seen.warnings,
+                *probed.warnings,
                 *wandb_env.version_warnings(version),
                 *self._broken_links(),
                 *command.moved(spec),
             ],
         }
-        mode = wandb_env.find_mode(spec["wandb"], prepared.env, version=version, place=place, pulse=self._pulse)
-        self._say_mode(mode)
+        mode = wandb_env.find_mode(
+            spec["wandb"], prepared.env, version=version, folders=folders, heartbeat=self._heartbeat
+        )
+        self._report_mode(mode)
         if spec["launcher"] == "ray":
-            self._check_ray(seen)
+            self._check_ray(probed)
             self._driver = ray_driver.DriverPlan(
-                spec, prepared.env, secrets, seen.python, imports=seen.ray_train, wandb_url=mode.base_url
+                spec, prepared.env, secrets, probed.python, imports=probed.ray_train, wandb_url=mode.base_url
             )
         own = {**spec["env"], **secrets}
         home = wandb_env.home_of(base)
@@ -146,23 +162,23 @@ class Attempt:
         self._address.hosts = hosts_of(mode.base_url, env)
         env.pop("WANDB_RUN_ID", None)  # the first run's alone, and so `WandbSpec.run_id`
         archive = str(folder / contract.RUNNER)
-        path = [f"{archive}/{contract.STARTUP}", env.get("PYTHONPATH", ""), "" if seen.raylaunch else archive]
+        path = [f"{archive}/{contract.STARTUP}", env.get("PYTHONPATH", ""), "" if probed.raylaunch else archive]
         env["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
         return prepared._replace(env=env), mode
 
     def _broken_links(self) -> list[str]:
-        """Report links that lead nowhere here: also in the log, where who looks for a missing file will look."""
+        """Report broken links, in the log too, where a missing file is noticed."""
         found = broken_links(self._code, self._spec["links"])
         if found:
             with self._log.open("a", encoding="utf-8", errors="surrogateescape") as log:
                 log.writelines(f"raylaunch: warning: {one}\n" for one in found)
         return found
 
-    def _check_ray(self, seen: probe.EnvironmentProbe) -> None:
-        found = ray_compat.RayVersions(seen.version, seen.packages.get("ray", ray_compat.NO_RAY))
-        problem = ray_compat.mismatch(found, ray_compat.of_cluster(), self._spec["environment"], seen.python)
+    def _check_ray(self, probed: probe.EnvironmentProbe) -> None:
+        found = ray_compat.RayVersions(probed.version, probed.packages.get("ray", ray_compat.NO_RAY))
+        problem = ray_compat.mismatch(found, ray_compat.of_cluster(), self._spec["environment"], probed.python)
         if problem:
-            msg = f"{problem.what}: {problem.mend}"
+            msg = f"{problem.what}: {problem.fix}"
             raise EnvironmentProblem(msg)
 
     def _plan(self, prepared: PreparedEnvironment) -> PreparedEnvironment:
@@ -174,26 +190,26 @@ class Attempt:
             env=prepared.env,
             python=prepared.python,
             torch=self._facts["torch"],
-            shim=torchrun.shim_in(self._folder),
-            node=torchrun.look_at_node(),
+            shim=torchrun.make_shim(self._folder),
+            node=torchrun.node_resources(),
         )
         return prepared._replace(env={**prepared.env, **self._launch.env})
 
-    def _say_mode(self, mode: wandb_env.Mode) -> None:
+    def _report_mode(self, mode: wandb_env.Mode) -> None:
         self._facts["wandb_mode"] = mode.mode
         self._facts["wandb_why"] = mode.why
-        claim.write_whole(self._folder / contract.FACTS, self._facts)
+        claim.write_json(self._folder / contract.FACTS, self._facts)
 
     def _start(self, argv: list[str], prepared: PreparedEnvironment) -> None:
         env = prepared.env
-        wandb_env.hand_out_runs(self._spec, self._folder)
+        wandb_env.prepare_run_ids(self._spec, self._folder)
         if self._driver is not None:
             self._driver = self._driver._replace(env=env)
             env = ray_driver.prepare(self._driver, self._folder, os.environ)
             if self._facts["wandb"] and self._facts["wandb_mode"] != "disabled":
-                self._reports.begin(env, self._driver.python)
+                self._reports.start(env, self._driver.python)
         try:
-            self._kept = supervisor.start(
+            self._process = supervisor.start(
                 argv,
                 env=env,
                 cwd=self._code,
@@ -205,108 +221,108 @@ class Attempt:
             msg = f"{argv[0]} could not be started: {error}"
             raise command.EntrypointProblem(msg) from None
         started: Started = {
-            "pid": self._kept.pid,
+            "pid": self._process.pid,
             "at": time.time(),
             "gpus": command.gpu_ids(self._spec, prepared.env),
             "ranks": self._launch.ranks,
         }
-        claim.write_whole(self._folder / contract.STARTED, started)
-        self._relay.start()
+        claim.write_json(self._folder / contract.STARTED, started)
+        self._log_relay.start()
 
     def _watch(self, deadline: float) -> StopRequest | None:
-        """Wait for the training's end; returns the wish that it was ended for, or None when it ended by itself."""
-        kept = self._kept
-        if kept is None:
+        """Wait for the training to end; returns the stop request that ended it, or None when it ended by itself."""
+        process = self._process
+        if process is None:
             return None
-        while not kept.poll(_POLL_S):
-            self._runs.look()
+        while not process.poll(_POLL_S):
+            self._run_follower.poll()
             self._report_runs()
-            self._reports.look()
-            self._look_for_ray()
-            wish = self._pulse.poll()
-            if wish is None and time.monotonic() >= deadline:
-                wish = self._pulse.time_out()
-            if wish is not None:
-                self._in_time = stop_training(kept, wish, self._pulse)
-                return wish
+            self._reports.poll()
+            self._check_for_private_ray()
+            request = self._heartbeat.poll()
+            if request is None and time.monotonic() >= deadline:
+                request = self._heartbeat.time_out()
+            if request is not None:
+                self._exited_in_time = stop_training(process, request, self._heartbeat)
+                return request
         return None
 
-    def _keep_runs(self) -> None:
-        self._runs.finish()
+    def _finish_runs(self) -> None:
+        self._run_follower.finish()
         self._report_runs()
         staged = wandb_env.staged_bytes(self._folder)
         if staged:
             self._facts["wandb_staged"] = staged
-            claim.write_whole(self._folder / contract.FACTS, self._facts)
+            claim.write_json(self._folder / contract.FACTS, self._facts)
 
     def _report_runs(self) -> None:
-        ids, run_id = self._runs.ids, self._spec["wandb"]["run_id"]
+        ids, run_id = self._run_follower.ids, self._spec["wandb"]["run_id"]
         first = run_id if run_id in ids or not ids else ids[0]
-        found = self._facts.get("wandb_mode") == "online" and self._address.look(first)
+        found = self._facts.get("wandb_mode") == "online" and self._address.poll(first)
         if found or ids[: contract.MANY_RUNS] != self._facts.get("wandb_runs", []):
             self._facts["wandb_run"], self._facts["wandb_url"] = first, self._address.url
             self._facts["wandb_runs"] = ids[: contract.MANY_RUNS]
-            claim.write_whole(self._folder / contract.FACTS, self._facts)
+            claim.write_json(self._folder / contract.FACTS, self._facts)
 
-    def _look_for_ray(self) -> None:
+    def _check_for_private_ray(self) -> None:
         """Report a Ray that a program without `launcher: ray` starts for itself: it has this node's CPUs only."""
         now = time.monotonic()
-        if now < self._next_ray_look:
+        if now < self._next_ray_check:
             return
-        self._next_ray_look = now + _RAY_LOOK_S
-        if named(_HEAD_OF_RAY, self._spec["tag"]):
-            self._next_ray_look = float("inf")
+        self._next_ray_check = now + _RAY_CHECK_S
+        if pids_named(_HEAD_OF_RAY, self._spec["tag"]):
+            self._next_ray_check = float("inf")
             self._facts["warnings"] = [*self._facts["warnings"], contract.PRIVATE_RAY]
-            claim.write_whole(self._folder / contract.FACTS, self._facts)
+            claim.write_json(self._folder / contract.FACTS, self._facts)
 
     def _wandb_broke(self) -> bool:
-        kept = self._kept
-        failed = kept is not None and kept.status is not None and kept.status > 0
+        process = self._process
+        failed = process is not None and process.status is not None and process.status > 0
         return failed and wandb_env.init_broke(self._folder, b"\n".join(self._tail_of(log) for log in self._logs()))
 
     def _restart_offline(self, argv: list[str], prepared: PreparedEnvironment) -> None:
-        why = "wandb.init failed on-line, so the training was started again off-line"
+        why = "wandb.init failed online, so the training was restarted offline"
         self._finish_reports(None)
         self._end_leftovers(None, online=False)
-        self._runs.finish()
-        self._relay.finish(5.0)
-        if self._kept is not None:
-            self._kept.release()
-            self._kept = None
+        self._run_follower.finish()
+        self._log_relay.finish(5.0)
+        if self._process is not None:
+            self._process.release()
+            self._process = None
         with self._log.open("ab") as log:
             log.write(f"\nraylaunch: {why}\n\n".encode())
         self._facts["warnings"] = [*self._facts["warnings"], why]
-        self._say_mode(wandb_env.Mode("offline", why))
+        self._report_mode(wandb_env.Mode("offline", why))
         self._start(argv, prepared._replace(env={**prepared.env, "WANDB_MODE": "offline"}))
 
-    def _finish_reports(self, wish: StopRequest | None) -> None:
-        """Say to the program that logs what Ray Train reports how the training ended."""
-        status = self._kept.status if self._kept is not None else None
-        code = self._read_status(status)[0] if wish is None else _SHELL_SIGNAL + signal.SIGTERM
-        self._reports.finish(1 if code is None else code, wish=wish, pulse=self._pulse)
+    def _finish_reports(self, request: StopRequest | None) -> None:
+        """Tell the program that logs Ray Train's reports how the training ended."""
+        status = self._process.status if self._process is not None else None
+        code = self._read_status(status)[0] if request is None else _SHELL_SIGNAL + signal.SIGTERM
+        self._reports.finish(1 if code is None else code, request=request, heartbeat=self._heartbeat)
 
-    def _end_leftovers(self, wish: StopRequest | None, *, online: bool) -> None:
-        if wish is None:
-            self._sweep.after_end(online=online)
+    def _end_leftovers(self, request: StopRequest | None, *, online: bool) -> None:
+        if request is None:
+            self._reaper.after_end(online=online)
         else:
-            self._sweep.after_stop(wish, in_time=self._in_time)
+            self._reaper.after_stop(request, in_time=self._exited_in_time)
 
     def _keep_outputs(self) -> None:
         spec = self._spec
         limits = outputs.OutputLimits(spec["outputs_size"], spec["outputs_files"])
         folder = Path(spec["job_dir"] or self._folder)
-        kept = outputs.collect(self._code, folder, spec["outputs"], limits, self._before)
+        collected = outputs.collect(self._code, folder, spec["outputs"], limits, self._before)
         if (folder / contract.COLLECTED).is_file() and folder != self._folder:
             shutil.copyfile(str(folder / contract.COLLECTED), str(self._folder / contract.COLLECTED))
-        if kept.warnings:
-            self._facts["warnings"] = [*self._facts["warnings"], *kept.warnings]
-            self._facts["left"], self._facts["withheld"] = kept.left, kept.withheld
-            claim.write_whole(self._folder / contract.FACTS, self._facts)
+        if collected.warnings:
+            self._facts["warnings"] = [*self._facts["warnings"], *collected.warnings]
+            self._facts["left"], self._facts["withheld"] = collected.left, collected.withheld
+            claim.write_json(self._folder / contract.FACTS, self._facts)
 
-    def _facts_of_end(self, wish: StopRequest | None) -> Exit:
-        kept = self._kept
-        status = kept.status if kept is not None else None
-        failure = self._failure_of_rank(status) if wish is None else None
+    def _exit_facts(self, request: StopRequest | None) -> Exit:
+        process = self._process
+        status = process.status if process is not None else None
+        failure = self._failure_of_rank(status) if request is None else None
         code, by_signal = self._read_status(status) if failure is None else _read_rank(failure)
         who = "the training" if failure is None else f"rank {failure.rank}"
         end: Exit = {
@@ -316,24 +332,24 @@ class Attempt:
             "message": "",
             "failed_rank": failure.rank if failure else None,
             "at": time.time(),
-            "by_ray": wish is not None and wish.by_ray,
-            "killed": self._sweep.killed,
+            "by_ray": request is not None and request.by_ray,
+            "killed": self._reaper.killed,
             "oom": False,
         }
-        if wish is not None:
-            end["ended"] = "timed_out" if wish.why == "timed_out" else "stopped"
-            if wish.why == "timed_out":
+        if request is not None:
+            end["ended"] = "timed_out" if request.why == "timed_out" else "stopped"
+            if request.why == "timed_out":
                 end["message"] = f"it ran longer than its timeout of {self._spec['timeout_s'] or 0:g} s"
         elif status is None:
             end["ended"] = "runner_error"
-            end["message"] = "the process that looks after the training was killed, and the training with it"
+            end["message"] = "the supervisor of the training was killed, and the training with it"
         elif by_signal:
             end["ended"] = "signal"
             end["message"] = f"{who} was ended by {by_signal}"
         elif code:
             end["ended"] = "exit_code"
             end["message"] = f"{who} exited with status {code}" if failure else ""
-            tail = self._last_words(failure)
+            tail = self._last_output(failure)
             missing = command.explain_missing(self._spec["entrypoint"], code, tail, self._code)
             if missing:
                 end["ended"], end["message"] = "entrypoint_not_found", missing
@@ -342,7 +358,7 @@ class Attempt:
         return end
 
     def _read_status(self, status: int | None) -> tuple[int | None, str]:
-        """Return exit code and signal. A shell says 128+N when the program that it ran was ended by signal N."""
+        """Return exit code and signal. A shell exits with 128+N when its program was ended by signal N."""
         if status is None:
             return None, ""
         if status < 0:
@@ -357,7 +373,7 @@ class Attempt:
             return None
         return rank_failure(self._tail_of(self._log).decode("utf-8", "replace"))
 
-    def _last_words(self, failure: RankFailure | None) -> str:
+    def _last_output(self, failure: RankFailure | None) -> str:
         log = self._folder / contract.RANK_LOG.format(rank=failure.rank if failure else 0)
         text = self._tail_of(log).decode("utf-8", "replace")
         return before_report(text) if self._launch.elastic else text
@@ -380,19 +396,3 @@ def _read_rank(failure: RankFailure) -> tuple[int, str]:
     if failure.status < 0:
         return _SHELL_SIGNAL - failure.status, signal_name(-failure.status)
     return failure.status, ""
-
-
-_FATAL = frozenset(
-    int(number)
-    for number in (
-        signal.SIGKILL,
-        signal.SIGTERM,
-        signal.SIGSEGV,
-        signal.SIGABRT,
-        signal.SIGBUS,
-        signal.SIGFPE,
-        signal.SIGILL,
-        signal.SIGINT,
-        signal.SIGHUP,
-    )
-)

@@ -1,4 +1,4 @@
-"""What an attempt's folder says, and the claim that only one runner can make."""
+"""Reading an attempt's folder, and the claim that only one runner can make."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from raylaunch.contract import AttemptSpec, Claim
 
 FENCED = "fenced"
-"""The epoch in a claim that a steward makes so that no runner can start any more."""
+"""The epoch of a claim that the node agent makes so that no runner can start any more."""
 
 
 def read_attempt(folder: Path) -> AttemptSpec:
@@ -25,10 +25,10 @@ def read_attempt(folder: Path) -> AttemptSpec:
 
 
 def take_claim(folder: Path, spec: AttemptSpec) -> str:
-    """Claim the attempt for this process. Returns an empty text, or the sentence that says why it may not run."""
+    """Claim the attempt for this process. Returns an empty text, or a sentence with the reason why it may not run."""
     epoch, newest = spec["epoch"], _last_writer(spec)
     if newest > spec["n"]:
-        return f"raylaunch: attempt {newest} of this job has followed this one; nothing is run"
+        return f"raylaunch: attempt {newest} of this job has replaced this one; exiting"
     claim: Claim = {
         "epoch": epoch,
         "pid": os.getpid(),
@@ -36,15 +36,15 @@ def take_claim(folder: Path, spec: AttemptSpec) -> str:
         "boot_id": boot_id(),
         "at": time.time(),
     }
-    if _make_new(folder / contract.CLAIM, json.dumps(claim).encode()):
+    if _create_exclusive(folder / contract.CLAIM, json.dumps(claim).encode()):
         return ""
     try:
         other = json.loads((folder / contract.CLAIM).read_text(encoding="utf-8"))
     except ValueError:
         other = {}
     if other.get("epoch") == FENCED:
-        return "raylaunch: this attempt was fenced off before it started; nothing is run"
-    return f"raylaunch: this attempt is already claimed by process {other.get('pid', '?')}; nothing is run"
+        return "raylaunch: this attempt was fenced off before it started; exiting"
+    return f"raylaunch: this attempt is already claimed by process {other.get('pid', '?')}; exiting"
 
 
 def _last_writer(spec: AttemptSpec) -> int:
@@ -58,23 +58,23 @@ def _last_writer(spec: AttemptSpec) -> int:
     return int(n)
 
 
-def _make_new(path: Path, data: bytes) -> bool:
+def _create_exclusive(path: Path, data: bytes) -> bool:
     """Make a file with its whole content, or return False when it is there. Nobody sees it half written.
 
     Other machines may have the folder too, and processes with the same id.
     """
-    beside = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(8).hex()}")
-    fd = os.open(str(beside), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(8).hex()}")
+    fd = os.open(str(temporary), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(fd, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     try:
-        os.link(str(beside), str(path))  # as O_EXCL: fails when the name exists
+        os.link(str(temporary), str(path))  # as O_EXCL: fails when the name exists
     except FileExistsError:
         return False
     finally:
-        beside.unlink()
+        temporary.unlink()
     return True
 
 
@@ -89,12 +89,12 @@ def take_secrets(folder: Path) -> dict[str, str]:
     return {str(name): str(value) for name, value in secrets.items()}
 
 
-def write_whole(path: Path, content: Mapping[str, object]) -> None:
-    """Write a JSON file beside its place and rename it, so that a reader sees all of it or nothing."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    fd = os.open(str(beside), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON file under a temporary name and rename it, so that a reader sees all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    fd = os.open(str(temporary), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(fd, "w", encoding="utf-8") as file:
         json.dump(content, file)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    temporary.replace(path)

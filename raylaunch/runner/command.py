@@ -69,7 +69,7 @@ def without_ray(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def job_variables(spec: AttemptSpec, folder: Path, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that say which job this is, where its folders are, and which GPUs are its own."""
+    """Return the variables with the job's ids, folders and GPUs."""
     kept = Path(spec["job_dir"] or folder)
     found = {
         contract.VAR_ATTEMPT: spec["tag"],
@@ -124,7 +124,7 @@ def command(entrypoint: str | list[str], env: Mapping[str, str], code: Path) -> 
         if windows := line_ends_of(place, code):
             raise EntrypointProblem(windows)
         if not os.access(str(place), os.X_OK):
-            msg = f"the program {program!r} is not executable; start it with its interpreter, as: python {program}"
+            msg = f"the program {program!r} is not executable; run it with its interpreter: python {program}"
             raise EntrypointProblem(msg)
         return [str(place), *entrypoint[1:]]
     found = shutil.which(program, path=path)
@@ -135,7 +135,7 @@ def command(entrypoint: str | list[str], env: Mapping[str, str], code: Path) -> 
 
 def _not_on_path(program: str, path: str, code: Path) -> str:
     if (code / program).is_file():
-        hint = f"; the working directory has a file of that name: start it as python {program}, or ./{program}"
+        hint = f"; the working directory has a file of that name: run it as python {program} or ./{program}"
         return f"the program {program!r} is not on the PATH of the job's environment{hint}"
     folders = [Path(folder) for folder in path.split(os.pathsep) if Path(folder).is_dir()]
     names = {file.name for folder in folders for file in folder.iterdir()}
@@ -150,7 +150,7 @@ def nearest_file(name: str, code: Path) -> str:
     """Return words that name the file of the working directory that is nearest to `name`, or what is there."""
     import difflib  # noqa: PLC0415 -- as above
 
-    files = list(_files(code))
+    files = list(_list_files(code))
     wanted = os.path.relpath(name, str(code)) if Path(name).is_absolute() else os.path.normpath(name)
     same = [file for file in files if Path(file).name == Path(wanted).name]
     near = same or difflib.get_close_matches(wanted, files, n=1, cutoff=0.6)
@@ -161,7 +161,7 @@ def nearest_file(name: str, code: Path) -> str:
     return f"; the working directory has: {', '.join(sorted(files, key=lambda file: (file.count('/'), file))[:5])}"
 
 
-def _files(code: Path) -> Iterator[str]:
+def _list_files(code: Path) -> Iterator[str]:
     count = 0
     for folder, _, names in os.walk(str(code)):
         for name in names:
@@ -186,16 +186,16 @@ def shell_line_ends(entrypoint: str | Sequence[str], code: Path) -> str:
         script = code / word.strip("'\"")
         before = words[at - 1] if at else ""
         shell = before.rpartition("/")[2] in SHELLS or word.endswith(".sh") or _SHEBANG.match(_first_line(script))
-        if shell and b"\r\n" in _beginning(script, _SCRIPT):
+        if shell and b"\r\n" in _head(script, _SCRIPT):
             return _windows_line_ends(script, code, "which its shell takes for a part of each line")
     return ""
 
 
 def _first_line(script: Path) -> bytes:
-    return _beginning(script, _FIRST_LINE).partition(b"\n")[0]
+    return _head(script, _FIRST_LINE).partition(b"\n")[0]
 
 
-def _beginning(script: Path, size: int) -> bytes:
+def _head(script: Path, size: int) -> bytes:
     try:
         if not script.is_file():  # a pipe would keep its reader waiting
             return b""
@@ -210,7 +210,7 @@ def _windows_line_ends(script: Path, code: Path, effect: str) -> str:
     return f"{name!r} has Windows line ends (CRLF), {effect}; fix it: sed -i 's/\\r$//' {name}"
 
 
-def _line_ends_behind(entrypoint: str | Sequence[str], status: int, code: Path) -> str:
+def _explain_line_ends(entrypoint: str | Sequence[str], status: int, code: Path) -> str:
     if status not in {_NOT_FOUND, _NOT_RUN, _USAGE}:
         return ""
     words = entrypoint.split() if isinstance(entrypoint, str) else entrypoint
@@ -220,7 +220,7 @@ def _line_ends_behind(entrypoint: str | Sequence[str], status: int, code: Path) 
 
 def explain_missing(entrypoint: str | list[str], status: int, log_tail: str, code: Path) -> str:
     """Return a sentence when the program ended because a file to run was not found, else an empty text."""
-    if windows := _line_ends_behind(entrypoint, status, code):
+    if windows := _explain_line_ends(entrypoint, status, code):
         return windows
     if status == _NOT_FOUND and isinstance(entrypoint, str):
         for match in _SHELL_MISSING.finditer(log_tail):
@@ -238,5 +238,5 @@ def explain_missing(entrypoint: str | list[str], status: int, log_tail: str, cod
     if status == 1:
         found = _MODULE_MISSING.search(log_tail)
         if found and log_tail.count("\n") < _FEW_LINES:
-            return f"python did not find the module {found.group(1)!r} that it was to run"
+            return f"python did not find the module {found.group(1)!r}"
     return ""

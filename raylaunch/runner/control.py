@@ -1,4 +1,4 @@
-"""What reaches the runner while it works: wishes to stop, signals; and the heartbeat that it gives."""
+"""Stop requests and signals to the runner, its heartbeat, and helper programs that stop with it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from raylaunch import contract
 
 BEAT_S = 1.0
 _RAY_STOP_WAIT_S = 3.0
-"""Between Ray's SIGTERM and its SIGKILL, unless the job's own variable says otherwise."""
-
-
+"""Between Ray's SIGTERM and its SIGKILL, unless the job's own variable sets another value."""
 _ENDING_S = 20.0
 
 
 class StopRequest(NamedTuple):
-    """A wish that the attempt ends: `until` is when the whole ending should be over, on the monotonic clock."""
+    """A request to stop the attempt; `until` is when everything should have stopped, on the monotonic clock."""
 
     why: str
     grace_s: float
@@ -33,13 +31,13 @@ class StopRequest(NamedTuple):
 class StopRequested(Exception):  # noqa: N818 -- not an error
     """The attempt is to end while its training has not started yet."""
 
-    def __init__(self, wish: StopRequest) -> None:
-        super().__init__(wish.why)
-        self.wish = wish
+    def __init__(self, request: StopRequest) -> None:
+        super().__init__(request.why)
+        self.request = request
 
 
 class Heartbeat:
-    """Beats once a second, and knows whether somebody wants the attempt to end. Every loop of the runner polls it."""
+    """Touches the heartbeat file once a second, and knows of stop requests. Every loop of the runner polls it."""
 
     def __init__(self, folder: Path, *, grace_s: float, environ: Mapping[str, str]) -> None:
         self._stop = folder / contract.STOP
@@ -48,7 +46,7 @@ class Heartbeat:
         self._ray_wait_s = _number(environ.get("RAY_JOB_STOP_WAIT_TIME_S"), _RAY_STOP_WAIT_S)
         self._signalled = False
         self._beaten_at = 0.0
-        self._wish: StopRequest | None = None
+        self._request: StopRequest | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
@@ -56,14 +54,14 @@ class Heartbeat:
         self._signalled = True
 
     def poll(self) -> StopRequest | None:
-        """Beat if it is time, and return the wish to end, once there is one."""
+        """Touch the heartbeat if it is due, and return the stop request, once there is one."""
         now = time.monotonic()
         if now - self._beaten_at >= BEAT_S:
             self._beaten_at = now
             self.beat()
-        if self._wish is None:
-            self._wish = self._stop_file() or self._ray_stop()
-        return self._wish
+        if self._request is None:
+            self._request = self._stop_file() or self._ray_stop()
+        return self._request
 
     def beat(self) -> None:
         """Touch the heartbeat."""
@@ -75,16 +73,16 @@ class Heartbeat:
         """Poll, and raise when the attempt is to end.
 
         Raises:
-            StopAsked: it is.
+            StopRequested: it is.
         """
-        wish = self.poll()
-        if wish is not None:
-            raise StopRequested(wish)
+        request = self.poll()
+        if request is not None:
+            raise StopRequested(request)
 
     def time_out(self) -> StopRequest:
-        """Wish the end because the attempt has run as long as it may."""
-        self._wish = _wish("timed_out", self._grace_s)
-        return self._wish
+        """Request a stop because the attempt has reached its time limit."""
+        self._request = _request("timed_out", self._grace_s)
+        return self._request
 
     def _stop_file(self) -> StopRequest | None:
         try:
@@ -94,7 +92,7 @@ class Heartbeat:
         if not isinstance(content, dict):
             return None
         grace = _number(content.get("grace_s"), self._grace_s)
-        return _wish(str(content.get("why") or "stopped"), grace)
+        return _request(str(content.get("why") or "stopped"), grace)
 
     def _ray_stop(self) -> StopRequest | None:
         """Ray kills what is left some seconds after its SIGTERM: be done, and the exit file written, before that."""
@@ -104,7 +102,7 @@ class Heartbeat:
         return StopRequest("stopped", min(self._grace_s, in_s * 0.6), by_ray=True, until=time.monotonic() + in_s)
 
 
-def _wish(why: str, grace_s: float) -> StopRequest:
+def _request(why: str, grace_s: float) -> StopRequest:
     return StopRequest(why, grace_s, by_ray=False, until=time.monotonic() + grace_s + _ENDING_S)
 
 
@@ -128,16 +126,16 @@ def run_program(  # noqa: PLR0913 -- what a process needs
     env: Mapping[str, str],
     cwd: Path,
     timeout_s: float,
-    pulse: Heartbeat,
+    heartbeat: Heartbeat,
     output: IO[bytes],
 ) -> HelperResult:
-    """Run a helper program to its end, with the runner's pulse going on. Its output is appended to `output`.
+    """Run a helper program to its end, while the heartbeat continues. Its output is appended to `output`.
 
     Raises:
         OSError: it cannot be executed.
-        StopAsked: somebody wants the attempt to end; the program has been killed.
+        StopRequested: the attempt is to stop; the program has been killed.
     """
-    begun_at = output.seek(0, os.SEEK_END)
+    started_at = output.seek(0, os.SEEK_END)
     child = subprocess.Popen(  # noqa: S603 -- a list of ours, no shell
         list(argv),
         env=dict(env),
@@ -151,7 +149,7 @@ def run_program(  # noqa: PLR0913 -- what a process needs
     status = None
     try:
         while status is None and time.monotonic() < deadline:
-            pulse.check()
+            heartbeat.check()
             try:
                 status = child.wait(0.1)
             except subprocess.TimeoutExpired:
@@ -161,5 +159,5 @@ def run_program(  # noqa: PLR0913 -- what a process needs
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
     size = output.seek(0, os.SEEK_END)
-    output.seek(max(begun_at, size - 64 * 1024))
+    output.seek(max(started_at, size - 64 * 1024))
     return HelperResult(status, output.read().decode("utf-8", "replace"))

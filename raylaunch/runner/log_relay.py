@@ -1,4 +1,4 @@
-"""The copy of the training's output that goes to Ray's own driver log, in a form that Ray's log tools bear.
+"""The copy of the training's output that goes to Ray's own driver log, in a form that Ray's log tools can handle.
 
 They end a follow on a byte that is not UTF-8 or a very long line, and read a whole log to show its end. The attempt's
 own log keeps every byte; this copy has valid UTF-8, lines of at most 16 KiB, one line where a progress bar drew many
@@ -78,13 +78,13 @@ class LogRelay:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin, or go on after `finish`."""
+        """Start, or continue after `finish`."""
         self._ending.clear()
         self._thread = threading.Thread(target=self._follow, name="relay", daemon=True)
         self._thread.start()
 
     def finish(self, timeout_s: float) -> None:
-        """Copy what is there and end the thread; whoever does not read our output cannot hold us longer than this."""
+        """Copy what is there and end the thread; a reader that blocks cannot delay this longer than `timeout_s`."""
         self._ending.set()
         if self._thread is not None:
             self._thread.join(timeout_s)

@@ -1,4 +1,4 @@
-"""The runner: claims an attempt, prepares its environment, starts its training, watches it, and says how it ended."""
+"""The runner: claims an attempt, prepares its environment, starts its training, watches it, records how it ended."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _STATUS = {"environment": 78, "entrypoint_not_found": 127, "runner_error": 70, "
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the attempt whose folder is the one argument; returns the status that Ray shall see."""
+    """Run the attempt whose folder is the one argument; returns the status for Ray."""
     folder = Path(arguments[0]).resolve()
     spec = claim.read_attempt(folder)
     refusal = claim.take_claim(folder, spec)
     if refusal:
-        say(refusal)
+        print_line(refusal)
         return 0
-    pulse = Heartbeat(folder, grace_s=spec["grace_s"], environ=os.environ)
-    pulse.beat()
-    end = _run(folder, Attempt(folder, spec, pulse))
-    claim.write_whole(folder / contract.EXIT, end)
+    heartbeat = Heartbeat(folder, grace_s=spec["grace_s"], environ=os.environ)
+    heartbeat.beat()
+    end = _run(folder, Attempt(folder, spec, heartbeat))
+    claim.write_json(folder / contract.EXIT, end)
     if end["message"]:
-        say(f"raylaunch: {end['message']}")
+        print_line(f"raylaunch: {end['message']}")
     return exit_status(end)
 
 
@@ -46,22 +46,22 @@ def _run(folder: Path, attempt: Attempt) -> Exit:
         wandb_env.make_folders(folder)
         return attempt.run()
     except EnvironmentProblem as problem:
-        return ending("environment", str(problem))
+        return not_started("environment", str(problem))
     except EntrypointProblem as problem:
-        return ending("entrypoint_not_found", str(problem), exit_code=127)
-    except StopRequested as asked:
-        ended: contract.Ended = "timed_out" if asked.wish.why == "timed_out" else "stopped"
-        return ending(ended, "it ended before its training had started", by_ray=asked.wish.by_ray)
+        return not_started("entrypoint_not_found", str(problem), exit_code=127)
+    except StopRequested as stop:
+        ended: contract.Ended = "timed_out" if stop.request.why == "timed_out" else "stopped"
+        return not_started(ended, "it was stopped before the training started", by_ray=stop.request.by_ray)
     except Exception as error:  # noqa: BLE001 -- the process's top: whatever happened must reach the exit file
         import traceback  # noqa: PLC0415 -- for a bug alone; each start would pay for it
 
         traceback.print_exc()
-        return ending("runner_error", f"raylaunch's runner failed: {type(error).__name__}: {error}")
+        return not_started("runner_error", f"raylaunch's runner failed: {type(error).__name__}: {error}")
     finally:
         attempt.end_everything()
 
 
-def ending(ended: contract.Ended, message: str, *, exit_code: int | None = None, by_ray: bool = False) -> Exit:
+def not_started(ended: contract.Ended, message: str, *, exit_code: int | None = None, by_ray: bool = False) -> Exit:
     """Return the facts of an attempt whose training was never started."""
     return {
         "ended": ended,
@@ -86,8 +86,8 @@ def exit_status(end: Exit) -> int:
     return _STATUS.get(end["ended"], 1)
 
 
-def say(text: str) -> None:
-    """Print a remark into Ray's log of the job."""
+def print_line(text: str) -> None:
+    """Print a line into Ray's log of the job."""
     try:
         print(text, flush=True)  # noqa: T201 -- the runner's output is Ray's log of the job
     except OSError:

@@ -1,9 +1,9 @@
-"""What a program leaves in its working directory: which of it is kept as outputs, and what of it stays on the node.
+"""Collecting the outputs of a program from its working directory, without caches and secrets.
 
-Kept by default (`AUTO`) is what is new or changed since the training started, small files first, up to a limit. Left
-out are caches, W&B's own files, and what has a place of its own (`$RAYLAUNCH_CHECKPOINT_DIR`). What is over the limit,
-looks like a secret or cannot be kept is named, and stays on the node for some days, in the job's folder, where
-``raylaunch get`` finds it; what looks like a secret only for the job's owner, by its name.
+By default (`AUTO`), new and changed files are kept, small ones first, up to a limit. Caches, W&B's own files, and what
+is in `$RAYLAUNCH_CHECKPOINT_DIR` are skipped. Files over the limit, and files that look like secrets, are listed in a
+warning and stay on the node for some days, in the job's folder, where ``raylaunch get`` finds them by name; those that
+look like secrets only for the job's owner.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 HEAD = 64 * 1024
 """Bytes of a file's beginning that are searched for a private key."""
-
-
 _NAMES = frozenset(
     {
         *(".env", ".envrc", ".netrc", "_netrc", ".pypirc", ".git-credentials", ".pgpass", ".htpasswd"),
@@ -47,24 +45,7 @@ _PRIVATE_KEY = re.compile(
     re.MULTILINE,
 )
 _KEY_MARKS = (b"PRIVATE KEY", b"PuTTY-User-Key-File-", b"AGE-SECRET-KEY-1")
-"""One of them is in each match; to look for them costs a tenth of the expression, which took a third of packing."""
-
-
-def looks_secret(path: str) -> bool:
-    """Return whether a file's name, or the folder that it is in, says that it holds secrets."""
-    *folders, name = path.split("/")
-    if name in _NAMES or name.endswith(_SUFFIXES) or not _FOLDERS.isdisjoint(folders):
-        return True
-    if name.startswith(".env."):
-        return not name.endswith(_EXAMPLES)
-    return any(path == one or path.endswith(f"/{one}") for one in _PATHS)
-
-
-def holds_private_key(head: bytes) -> bool:
-    """Return whether the beginning of a file is, or has in it, a private key."""
-    return any(mark in head for mark in _KEY_MARKS) and _PRIVATE_KEY.search(head) is not None
-
-
+"""Each match contains one of them; searching for these costs a tenth of the expression."""
 _CACHES = frozenset(
     {
         *("__pycache__", ".cache", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints", ".triton"),
@@ -75,33 +56,9 @@ _CACHES = frozenset(
 _MARKS = ("CACHEDIR.TAG", "pyvenv.cfg")
 """A folder with one of these is a cache (https://bford.info/cachedir), or a virtual environment."""
 _NEVER = re.compile(r".*\.py[co]|\.DS_Store|core\.\d+")
-_OF_WANDB = re.compile(r"(?:offline-)?run-\d|latest-run$|debug(?:-internal)?\.log$")
+_WANDB_ENTRY = re.compile(r"(?:offline-)?run-\d|latest-run$|debug(?:-internal)?\.log$")
 _NAMED = 5
 _DAYS = LEFT_S // 86400
-
-
-class OutputLimits(NamedTuple):
-    """How much is kept without being named: bytes, and files."""
-
-    size: int
-    files: int
-
-
-class KeptOutputs(NamedTuple):
-    """How it went, in words; and the files that stay on the node."""
-
-    warnings: list[str]
-    left: dict[str, int]
-    """Their sizes, by path."""
-    withheld: list[str]
-    """Those of them that look like secrets."""
-
-
-class _File(NamedTuple):
-    path: str
-    size: int
-    changed_ns: int
-    link: bool
 
 
 def snapshot(code: Path) -> Snapshot:
@@ -119,17 +76,58 @@ def collect(code: Path, kept: Path, patterns: Sequence[str], limits: OutputLimit
         limits: of what is kept by `AUTO`.
         before: the working directory as it was.
     """
-    place = _Place(code, kept)
+    collector = _Collector(code, kept)
     for pattern in patterns:
         if pattern not in (AUTO, NONE):
-            place.keep_all(pattern)
+            collector.keep_matching(pattern)
     if AUTO in patterns:
-        place.keep_new([file for file in _walk(code) if before.get(file.path) != (file.size, file.changed_ns)], limits)
-    return place.finish()
+        collector.keep_new(
+            [file for file in _walk(code) if before.get(file.path) != (file.size, file.changed_ns)], limits
+        )
+    return collector.finish()
 
 
-class _Place:
-    """Where outputs are kept. What an attempt before has collected is replaced, what its program wrote there never."""
+class OutputLimits(NamedTuple):
+    """How much `AUTO` keeps: bytes, and files."""
+
+    size: int
+    files: int
+
+
+class KeptOutputs(NamedTuple):
+    """Warnings, and the files that stay on the node."""
+
+    warnings: list[str]
+    left: dict[str, int]
+    """Their sizes, by path."""
+    withheld: list[str]
+    """Those of them that look like secrets."""
+
+
+def looks_secret(path: str) -> bool:
+    """Return whether a file's name, or the folder that it is in, suggests that it holds secrets."""
+    *folders, name = path.split("/")
+    if name in _NAMES or name.endswith(_SUFFIXES) or not _FOLDERS.isdisjoint(folders):
+        return True
+    if name.startswith(".env."):
+        return not name.endswith(_EXAMPLES)
+    return any(path == one or path.endswith(f"/{one}") for one in _PATHS)
+
+
+def holds_private_key(head: bytes) -> bool:
+    """Return whether the beginning of a file is, or has in it, a private key."""
+    return any(mark in head for mark in _KEY_MARKS) and _PRIVATE_KEY.search(head) is not None
+
+
+class _File(NamedTuple):
+    path: str
+    size: int
+    changed_ns: int
+    link: bool
+
+
+class _Collector:
+    """Collects outputs. Replaces what an earlier attempt collected, but never what a program wrote there itself."""
 
     def __init__(self, code: Path, kept: Path) -> None:
         self._code = code
@@ -143,16 +141,16 @@ class _Place:
         self._warnings: list[str] = []
         self._left: dict[str, int] = {}
         self._withheld: list[str] = []
-        self._has = {
+        self._known_inodes = {
             (found.st_dev, found.st_ino)
             for name in (CHECKPOINTS, OUTPUTS)
             for found in map(os.stat, _files_below(kept / name))
         }
 
-    def keep_all(self, pattern: str) -> None:
+    def keep_matching(self, pattern: str) -> None:
         """Keep what matches a glob."""
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-            self._warnings.append(f"outputs: {pattern!r} leads out of the working directory and was not kept")
+            self._warnings.append(f"outputs: {pattern!r} is outside the working directory and was not kept")
             return
         files = list(_matching(self._code, pattern))
         if not files:
@@ -164,14 +162,14 @@ class _Place:
         """Keep new files up to the limits."""
         over: dict[str, int] = {}
         secret: dict[str, int] = {}
-        room, count = limits.size, limits.files
+        free_bytes, count = limits.size, limits.files
         for file in sorted((file for file in new if not file.link), key=lambda file: (file.size, file.path)):
-            if self._is_kept_anyway(file):
+            if self._is_already_kept(file):
                 continue
             if self._looks_secret(file):
                 secret[file.path] = file.size
-            elif count and file.size <= room:
-                room, count = room - file.size, count - 1
+            elif count and file.size <= free_bytes:
+                free_bytes, count = free_bytes - file.size, count - 1
                 self._keep(file.path)
             else:
                 over[file.path] = file.size
@@ -179,27 +177,27 @@ class _Place:
             if file.link:
                 self._keep_link(file.path)
         if over:
-            self._warnings.append(_words_of_left(over, limits))
+            self._warnings.append(_left_warning(over, limits))
         if secret:
             self._warnings.append(
-                f"outputs: not kept, for they look like secrets: {_named(secret)}; for {_DAYS} days raylaunch get "
-                "fetches each for the job's owner, by its whole name"
+                f"outputs: not kept, because they look like secrets: {_list_files(secret)}; for {_DAYS} days the job's "
+                "owner can fetch each with raylaunch get and its full name"
             )
         self._left.update({**over, **secret})
         self._withheld += secret
 
     def finish(self) -> KeptOutputs:
-        """Let the other files stay, and write down what was collected, for an attempt that may follow."""
-        gone = self._leave()
-        if gone:
-            self._warnings.append(f"outputs: these could not stay on the node either, and are deleted: {_named(gone)}")
+        """Leave the other files on the node, and record what was collected, for a later attempt."""
+        lost = self._leave_rest()
+        if lost:
+            self._warnings.append(f"outputs: deleted, because the node could not keep them: {_list_files(lost)}")
         if self._now or self._before:
             self._collected.write_text(json.dumps(sorted(self._now | self._before)), encoding="utf-8")
         return KeptOutputs(self._warnings, self._left, [path for path in self._withheld if path in self._left])
 
-    def _is_kept_anyway(self, file: _File) -> bool:
+    def _is_already_kept(self, file: _File) -> bool:
         found = os.lstat(self._code / file.path)
-        return file.path in self._now or (found.st_dev, found.st_ino) in self._has
+        return file.path in self._now or (found.st_dev, found.st_ino) in self._known_inodes
 
     def _looks_secret(self, file: _File) -> bool:
         if looks_secret(file.path):
@@ -226,9 +224,9 @@ class _Place:
         self._now.add(path)
 
     def _keep_apart(self, path: str) -> None:
-        """Keep a file whose name another one has, which the program has put among the outputs itself."""
+        """Keep a file whose name is taken by one that the program wrote to the outputs itself."""
         apart = f"{APART}/{path}"
-        if path.startswith(f"{APART}/") or _equal(self._code / path, self._kept / OUTPUTS / path):
+        if path.startswith(f"{APART}/") or _same_content(self._code / path, self._kept / OUTPUTS / path):
             return
         _link(self._code / path, self._kept / OUTPUTS / apart, replace=True)
         self._now.add(apart)
@@ -244,12 +242,12 @@ class _Place:
             if (target.parent / leads).exists() and not os.path.lexists(target):
                 target.symlink_to(leads)
 
-    def _leave(self) -> dict[str, int]:
-        """Let files stay on the node when the working directory goes; return those that cannot."""
+    def _leave_rest(self) -> dict[str, int]:
+        """Keep files on the node when the working directory is deleted; return those that cannot be kept."""
         shutil.rmtree(str(self._kept / LEFT), ignore_errors=True)
-        return {path: self._left.pop(path) for path in list(self._left) if not self._stays(path)}
+        return {path: self._left.pop(path) for path in list(self._left) if not self._leave_file(path)}
 
-    def _stays(self, path: str) -> bool:
+    def _leave_file(self, path: str) -> bool:
         try:
             _link(self._code / path, self._kept / LEFT / path)
         except OSError:
@@ -257,16 +255,16 @@ class _Place:
         return True
 
 
-def _words_of_left(left: Mapping[str, int], limits: OutputLimits) -> str:
+def _left_warning(left: Mapping[str, int], limits: OutputLimits) -> str:
     count = "1 new file" if len(left) == 1 else f"{len(left)} new files"
     limit = f"{_size(limits.size)} or {limits.files} files (outputs_size, outputs_files)"
     return (
-        f"outputs: {count} of the working directory ({_size(sum(left.values()))}) not kept, for more than {limit}: "
-        f"{_named(left)}; for {_DAYS} days raylaunch get fetches them by name from the node"
+        f"outputs: {count} of the working directory ({_size(sum(left.values()))}) not kept, over the limit of {limit}: "
+        f"{_list_files(left)}; for {_DAYS} days raylaunch get fetches them from the node by name"
     )
 
 
-def _named(files: Mapping[str, int]) -> str:
+def _list_files(files: Mapping[str, int]) -> str:
     largest = sorted(files.items(), key=lambda file: -file[1])
     more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
     return ", ".join(f"{path} ({_size(size)})" for path, size in largest[:_NAMED]) + more
@@ -283,7 +281,7 @@ def _size(size: float) -> str:
 def _walk(code: Path) -> Iterator[_File]:
     for parent, folders, names in os.walk(str(code)):
         links = [name for name in folders if os.path.islink(f"{parent}/{name}")]  # noqa: PTH114 -- many files
-        folders[:] = sorted(name for name in folders if name not in links and not _passed_over(parent, name))
+        folders[:] = sorted(name for name in folders if name not in links and not _is_ignored(parent, name))
         for name in sorted([*names, *links]):
             if _NEVER.fullmatch(name):
                 continue
@@ -297,11 +295,11 @@ def _walk(code: Path) -> Iterator[_File]:
                 yield _File(path, found.st_size, found.st_mtime_ns, link)
 
 
-def _passed_over(parent: str, name: str) -> bool:
+def _is_ignored(parent: str, name: str) -> bool:
     folder = f"{parent}/{name}"
     if name in _CACHES or name.endswith(".egg-info") or any(os.path.lexists(f"{folder}/{mark}") for mark in _MARKS):
         return True
-    return name == "wandb" and any(_OF_WANDB.match(entry) for entry in _entries(folder))
+    return name == "wandb" and any(_WANDB_ENTRY.match(entry) for entry in _entries(folder))
 
 
 def _entries(folder: str) -> Sequence[str]:
@@ -326,7 +324,7 @@ def _matching(code: Path, pattern: str) -> Iterator[Path]:
                 yield file
 
 
-def _equal(one: Path, other: Path) -> bool:
+def _same_content(one: Path, other: Path) -> bool:
     try:
         return filecmp.cmp(str(one), str(other), shallow=False)
     except OSError:  # one is a folder

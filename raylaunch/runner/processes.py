@@ -22,7 +22,7 @@ class AttemptProcess(NamedTuple):
     """One process of the attempt. `wandb` marks W&B's own helpers, which write what the training has logged.
 
     `ray` marks Ray's workers, which end with their driver, or, detached, only when they are ended. One that has just
-    begun has not given itself its name yet; it is known by the program that it runs.
+    started has not set its name yet, and is recognised by its program.
     """
 
     pid: int
@@ -44,7 +44,7 @@ def boot_id() -> str:
         return ""
 
 
-def is_of_here(boot: str) -> bool:
+def is_this_boot(boot: str) -> bool:
     """Return whether a claim's `boot_id` is this machine's; 0.1.0 wrote it without the namespace."""
     here = boot_id()
     return boot in {here, here.partition(":")[0]}
@@ -52,12 +52,12 @@ def is_of_here(boot: str) -> bool:
 
 def started_ticks(pid: int) -> int:
     """Return field 22 of /proc/PID/stat, or 0. With the pid it names one process until a reboot."""
-    fields = stat_of(pid)
+    fields = read_stat(pid)
     return int(fields[19]) if fields else 0
 
 
-def stat_of(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat after the name; the first is the state. Empty when it is gone."""
+def read_stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat after the name; the first is the state. Empty when it has exited."""
     try:
         text = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -67,11 +67,11 @@ def stat_of(pid: int) -> list[str]:
 
 def is_alive(pid: int, ticks: int) -> bool:
     """Whether exactly this process lives; a zombie has exited."""
-    fields = stat_of(pid)
+    fields = read_stat(pid)
     return bool(fields) and fields[0] not in "ZX" and int(fields[19]) == ticks
 
 
-def of_wandb(name: str, argv: Sequence[str]) -> bool:
+def is_wandb_helper(name: str, argv: Sequence[str]) -> bool:
     """Whether a process is one of W&B's own helpers."""
     return name.startswith("wandb-") or (bool(argv) and "/wandb/bin/" in argv[0])
 
@@ -81,12 +81,12 @@ def ancestors(pid: int) -> frozenset[int]:
     found = set()
     while pid > 0 and pid not in found:
         found.add(pid)
-        fields = stat_of(pid)
+        fields = read_stat(pid)
         pid = int(fields[1]) if fields else 0
     return frozenset(found)
 
 
-def of_attempt(tag: str, spare: frozenset[int]) -> list[AttemptProcess]:
+def attempt_processes(tag: str, spare: frozenset[int]) -> list[AttemptProcess]:
     """Return the living processes whose environment carries the attempt's tag, without those in `spare`."""
     mark = f"{VAR_ATTEMPT}={tag}".encode()
     found = []
@@ -102,27 +102,27 @@ def of_attempt(tag: str, spare: frozenset[int]) -> list[AttemptProcess]:
             words = [os.fsdecode(word) for word in (_PROC / entry / "cmdline").read_bytes().split(b"\0")]
         except OSError:
             continue  # it ended meanwhile, or belongs to another user
-        fields = stat_of(int(entry))
+        fields = read_stat(int(entry))
         if fields and fields[0] not in "ZX":
             ray = name.startswith("ray::") or any("/ray/_private/workers/" in word for word in words)
-            found.append(AttemptProcess(int(entry), int(fields[19]), name, wandb=of_wandb(name, words), ray=ray))
+            found.append(AttemptProcess(int(entry), int(fields[19]), name, wandb=is_wandb_helper(name, words), ray=ray))
     return found
 
 
-def open_files_of_cores(tag: str) -> list[str]:
+def open_wandb_files(tag: str) -> list[str]:
     """Return the files that the attempt's ``wandb-core`` processes, which write its W&B runs, hold open."""
     found = []
-    for pid in named("wandb-core", tag):
+    for pid in pids_named("wandb-core", tag):
         with contextlib.suppress(OSError):  # it ended meanwhile
             found += [os.readlink(str(path)) for path in (_PROC / pid / "fd").iterdir()]  # noqa: PTH115 -- 3.8
     return sorted(set(found))
 
 
-def named(name: str, tag: str) -> list[str]:
+def pids_named(name: str, tag: str) -> list[str]:
     """Return the ids of the attempt's processes that have this name."""
     mark = f"{VAR_ATTEMPT}={tag}".encode()
     found = []
-    entries = os.listdir(str(_PROC)) if _PROC.is_dir() else []  # noqa: PTH208 -- looked at again and again
+    entries = os.listdir(str(_PROC)) if _PROC.is_dir() else []  # noqa: PTH208 -- called repeatedly
     for entry in entries:
         if not entry.isdigit():
             continue
@@ -136,12 +136,12 @@ def named(name: str, tag: str) -> list[str]:
     return found
 
 
-def send(found: AttemptProcess, number: int) -> bool:
-    """Send a signal to exactly this process; False when it is gone, or its pid means another process by now."""
-    if started_ticks(found.pid) != found.ticks:
+def send_signal(process: AttemptProcess, number: int) -> bool:
+    """Send a signal to exactly this process; False when it has exited, or its pid was reused."""
+    if started_ticks(process.pid) != process.ticks:
         return False
     try:
-        os.kill(found.pid, number)
+        os.kill(process.pid, number)
     except (ProcessLookupError, PermissionError):
         return False
     return True

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from raylaunch import entrypoint
-from raylaunch.runner.processes import is_alive, of_wandb, stat_of
+from raylaunch.runner.processes import is_alive, is_wandb_helper, read_stat
 
 _PROC = Path("/proc")
 _FILTERS = ("tee", "cat", "grep", "sed", "awk", "gawk", "mawk", "ts", "tr", "cut", "head", "tail")
@@ -59,7 +59,7 @@ class Process(NamedTuple):
     argv: tuple[str, ...]
     handles: int
     rank: bool
-    """Whether its environment says which rank it is."""
+    """Whether its environment has a rank."""
 
     @property
     def program(self) -> str:
@@ -81,7 +81,7 @@ class Process(NamedTuple):
 
     @property
     def handler(self) -> bool:
-        """Whether it handles SIGTERM by itself. The handler of a DataLoader's worker only looks for its parent.
+        """Whether it handles SIGTERM by itself. The handler of a DataLoader's worker only checks its parent.
 
         https://github.com/pytorch/pytorch/blob/main/torch/csrc/DataLoader.cpp
         """
@@ -109,13 +109,13 @@ def choose(processes: Iterable[Process], root: int) -> SignalPlan:
         for process in known.values()
         if process.rank and process.parent in known and not known[process.parent].rank
     ]
-    above_ranks = {above.pid for rank in ranks for above in _above(rank, known)}
+    above_ranks = {above.pid for rank in ranks for above in _ancestors(rank, known)}
 
     def passed_over(process: Process) -> bool:
         return process.pid in above_ranks or process.shell or process.wrapper or process.program in _FILTERS
 
     def topmost(process: Process, *, handlers: bool) -> Iterator[Process]:
-        if of_wandb(process.name, process.argv):
+        if is_wandb_helper(process.name, process.argv):
             return
         if not passed_over(process) and (process.handler or not handlers):
             yield process
@@ -128,12 +128,14 @@ def choose(processes: Iterable[Process], root: int) -> SignalPlan:
         found = list(topmost(unit, handlers=True)) or list(topmost(unit, handlers=False)) or [unit]
         targets += [process for process in found if process not in targets]
     pids = {process.pid for process in targets}
-    depths = {above.pid: depth for process in targets for depth, above in enumerate(reversed(_above(process, known)))}
+    depths = {
+        above.pid: depth for process in targets for depth, above in enumerate(reversed(_ancestors(process, known)))
+    }
     held = [known[pid] for pid in sorted(depths, key=lambda pid: -depths[pid]) if pid not in pids]
     return SignalPlan(targets, held)
 
 
-def _above(process: Process, known: Mapping[int, Process]) -> list[Process]:
+def _ancestors(process: Process, known: Mapping[int, Process]) -> list[Process]:
     """Return the ancestors of a process among those that are known, the nearest first."""
     found = []
     while process.parent in known:
@@ -147,7 +149,7 @@ def descendants(root: int) -> list[Process]:
     parents: dict[int, list[int]] = {}
     stats: dict[int, list[str]] = {}
     for name in os.listdir(_PROC) if _PROC.is_dir() else []:  # noqa: PTH208 -- a Path for each of thousands is slow
-        fields = stat_of(int(name)) if name.isdigit() else []
+        fields = read_stat(int(name)) if name.isdigit() else []
         if fields and fields[0] not in "ZX":
             stats[int(name)] = fields
             parents.setdefault(int(fields[1]), []).append(int(name))
@@ -182,7 +184,7 @@ def _read(pid: int, stat: list[str]) -> Iterator[Process]:
 
 
 class Shutdown:
-    """A training that was asked to stop, from SIGTERM until all of it has exited. `step` is called again and again."""
+    """A training that was asked to stop, from SIGTERM until all of it has exited. `step` is called repeatedly."""
 
     def __init__(self, root: int) -> None:
         self._root = root
@@ -200,7 +202,7 @@ class Shutdown:
             return
         now = time.monotonic()
         self._free_at = self._free_at or now + _EACH_S
-        if now < self._free_at and self._awaited():
+        if now < self._free_at and self._still_running():
             return
         if not self._plan.held:
             return
@@ -209,18 +211,18 @@ class Shutdown:
         self._released = process
         if not process.wrapper:
             _send(process, signal.SIGTERM)
-        self._let_go(process)
+        self._resume(process)
 
     def end(self) -> None:
         """SIGKILL to all of it but W&B's core, which still writes."""
         for process in descendants(self._root):
-            if not of_wandb(process.name, process.argv):
+            if not is_wandb_helper(process.name, process.argv):
                 _send(process, signal.SIGKILL)
         for process in self._stopped.values():
-            with contextlib.suppress(OSError):  # its tracer is told first that it has died, then its parent
+            with contextlib.suppress(OSError):  # the tracer learns first that it has died, then its parent
                 os.waitpid(process.pid, os.WNOHANG | _WALL)
 
-    def _awaited(self) -> bool:
+    def _still_running(self) -> bool:
         """Whether something still runs that ends by itself: what was released last, or what reads the output."""
         if self._released is not None:
             return is_alive(self._released.pid, self._released.ticks)
@@ -228,7 +230,7 @@ class Shutdown:
         return any(process.pid not in held for process in descendants(self._root))
 
     def _hold(self) -> SignalPlan:
-        """Hold what has started the program; look again until nothing was started meanwhile."""
+        """Hold what has started the program; repeat until nothing new was started."""
         plan = choose(descendants(self._root), self._root)
         for _ in range(_ROUNDS):
             new = [process for process in plan.held if process.pid not in self._stopped]
@@ -250,7 +252,7 @@ class Shutdown:
             self._by_signal.add(process.pid)
             _send(process, signal.SIGSTOP)
 
-    def _let_go(self, process: Process) -> None:
+    def _resume(self, process: Process) -> None:
         self._stopped.pop(process.pid, None)
         if process.pid in self._by_signal:
             _send(process, signal.SIGCONT)

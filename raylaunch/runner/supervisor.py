@@ -1,13 +1,13 @@
-"""The training's parent: a small process that no signal meant for the runner reaches.
+"""Starting, stopping and cleaning up the training: its supervisor process, and the reaper of what it leaves running.
 
-It stands apart (two forks, a session of its own), so the training is not a descendant of the Ray job's driver. That has
-two uses. Ray's stop signals every descendant of the driver, W&B's core too, which then drops what it has buffered; kept
-apart, only the runner hears of the stop and ends the training in order. And when the runner is killed, its end of a
-pipe closes: the keeper then ends every process of the attempt at once.
+The supervisor is the training's parent. It is detached (two forks, its own session), so the training is not a
+descendant of the Ray job's driver. Ray's stop signals every descendant of the driver, W&B's core too, which then drops
+its buffer; detached, only the runner receives the signal and stops the training in order. When the runner is killed,
+its end of a pipe closes, and the supervisor kills every process of the attempt at once.
 
-The runner speaks to it with single bytes: ``T`` asks the training to stop (see `raylaunch.runner.shutdown`), ``K``
-kills all of it, ``.`` says that everything has ended. It answers ``pid N`` or ``error TEXT``, and later
-``exit STATUS`` (as `subprocess.Popen.returncode`).
+The runner sends single bytes: ``T`` requests the training to stop (see `raylaunch.runner.shutdown`), ``K`` kills all of
+it, ``.`` means that everything has ended. The supervisor replies ``pid N`` or ``error TEXT``, and later ``exit STATUS``
+(as `subprocess.Popen.returncode`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from raylaunch.runner.control import Heartbeat, StopRequest
-from raylaunch.runner.processes import AttemptProcess, of_attempt, send
+from raylaunch.runner.processes import AttemptProcess, attempt_processes, send_signal
 from raylaunch.runner.shutdown import Shutdown
 
+LEFTOVERS_S = 5.0
+"""How long the training's children may run on after it."""
+WANDB_S = 5.0
+WANDB_ONLINE_S = 60.0
+"""How long W&B's core may write: after a stop or offline, and while it uploads."""
+_KILL_S = 30.0
+_POLL_S = 0.1
 _PR_SET_PDEATHSIG = 1
 _WANDB_LAST_S = 1.0
 _STEP_S = 0.02
-_SWEEP_S = 20.0
+_KILL_ALL_S = 20.0
 
 
 class StartError(Exception):
@@ -38,7 +45,7 @@ class StartError(Exception):
 
 
 class ManagedProcess:
-    """A training that a keeper looks after."""
+    """The training under its supervisor."""
 
     def __init__(self, pid: int, control: int, report: int) -> None:
         self.pid = pid
@@ -47,11 +54,11 @@ class ManagedProcess:
         self._text = b""
         self.status: int | None = None
         """As `subprocess.Popen.returncode`, once it has ended."""
-        self.keeper_died = False
+        self.supervisor_died = False
 
     def poll(self, timeout_s: float) -> bool:
-        """Wait at most `timeout_s` for the training's end; True when it has ended."""
-        if self.status is not None or self.keeper_died:
+        """Wait at most `timeout_s` for the training to end; True when it has ended."""
+        if self.status is not None or self.supervisor_died:
             return True
         if not select.select([self._report], [], [], timeout_s)[0]:
             return False
@@ -60,34 +67,34 @@ class ManagedProcess:
         if b"\n" in self._text:
             self.status = int(self._text.split()[1])
         elif not data:
-            self.keeper_died = True
-        return self.status is not None or self.keeper_died
+            self.supervisor_died = True
+        return self.status is not None or self.supervisor_died
 
     def terminate(self) -> None:
-        """Send SIGTERM to the training's program; what started it is held meanwhile."""
-        self._say(b"T")
+        """Send SIGTERM to the training's program; its launchers are held meanwhile."""
+        self._write(b"T")
 
     def kill(self) -> None:
-        """Send SIGKILL to the training, and to all that it has started."""
-        self._say(b"K")
+        """Send SIGKILL to the training and all that it started."""
+        self._write(b"K")
 
     def release(self) -> None:
-        """Let the keeper go; everything of the attempt has been ended."""
-        self._say(b".")
+        """Let the supervisor exit: every process of the attempt has ended."""
+        self._write(b".")
         os.close(self._control)
         os.close(self._report)
 
-    def _say(self, word: bytes) -> None:
+    def _write(self, command: bytes) -> None:
         try:
-            os.write(self._control, word)
+            os.write(self._control, command)
         except BrokenPipeError:
-            self.keeper_died = True
+            self.supervisor_died = True
 
 
 def start(  # noqa: PLR0913 -- what a process needs
     argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path, tag: str, spare: frozenset[int]
 ) -> ManagedProcess:
-    """Start the training under a keeper; its output goes straight into `log`.
+    """Start the training under a supervisor; its output goes straight into `log`.
 
     The caller must have a single thread, for this forks.
 
@@ -97,24 +104,24 @@ def start(  # noqa: PLR0913 -- what a process needs
     control_read, control_write = os.pipe()
     report_read, report_write = os.pipe()
     sys.stdout.flush()
-    between = os.fork()
-    if between == 0:
+    middle = os.fork()
+    if middle == 0:
         try:
             os.setsid()
             if os.fork() == 0:
                 os.close(control_write)
                 os.close(report_read)
-                _Keeper(control_read, report_write, tag, spare).keep(argv, env, cwd, log)
+                _Supervisor(control_read, report_write, tag, spare).run(argv, env, cwd, log)
         finally:
             os._exit(0)
     os.close(control_read)
     os.close(report_write)
-    os.waitpid(between, 0)
+    os.waitpid(middle, 0)
     word, _, rest = _first_line(report_read).partition(" ")
     if word != "pid":
         os.close(control_write)
         os.close(report_read)
-        raise StartError(rest or "its keeper ended before it had started")
+        raise StartError(rest or "its supervisor exited before it started")
     return ManagedProcess(int(rest), control_write, report_read)
 
 
@@ -128,97 +135,203 @@ def _first_line(fd: int) -> str:
     return text.decode("utf-8", "replace").strip()
 
 
-class _Keeper:
+def stop_training(process: ManagedProcess, request: StopRequest, heartbeat: Heartbeat) -> bool:
+    """Send SIGTERM to the training's program and, after the grace period, SIGKILL to all of it but W&B's core.
+
+    Returns:
+        Whether the training exited within its grace period.
+    """
+    process.terminate()
+    deadline = time.monotonic() + request.grace_s
+    while not process.poll(_POLL_S) and time.monotonic() < deadline:
+        heartbeat.poll()
+    in_time = process.status is not None or process.supervisor_died
+    process.kill()
+    deadline = time.monotonic() + _KILL_S
+    while not process.poll(_POLL_S) and time.monotonic() < deadline:
+        heartbeat.poll()
+    return in_time
+
+
+class ProcessReaper:
+    """Ends what is left of an attempt after its training; `killed` counts the processes that had to be killed."""
+
+    def __init__(self, tag: str, spare: frozenset[int], heartbeat: Heartbeat) -> None:
+        self._tag = tag
+        self._spare = spare
+        self._heartbeat = heartbeat
+        self._signalled: set[tuple[int, int]] = set()
+        self._counted: set[tuple[int, int]] = set()
+
+    @property
+    def killed(self) -> int:
+        """How many processes of the program (not W&B's, nor Ray's workers) did not exit by themselves."""
+        return len(self._counted)
+
+    def after_end(self, *, online: bool) -> None:
+        """Clean up after a training that ended by itself: its children get seconds, W&B's core the time to upload."""
+        wandb_s = WANDB_ONLINE_S if online else WANDB_S
+        self._wait(own_s=LEFTOVERS_S, wandb_s=wandb_s)
+        self._end_own(grace_s=1.0)
+        self.end_all()
+
+    def after_stop(self, request: StopRequest, *, in_time: bool) -> None:
+        """Clean up after a stop: leftovers get the rest of the grace period, W&B's core a few seconds.
+
+        Args:
+            request: the stop request.
+            in_time: whether it exited within its grace period; else its leftovers are killed at once.
+        """
+        if in_time:
+            self._end_own(grace_s=min(request.grace_s, LEFTOVERS_S, remaining_s(request) / 2))
+        else:
+            self._end_own(grace_s=0.0, number=signal.SIGKILL)
+        self._wait(own_s=0.0, wandb_s=min(WANDB_S, remaining_s(request) / 2))
+        self.end_all()
+
+    def _wait(self, *, own_s: float, wandb_s: float) -> None:
+        started = time.monotonic()
+        while True:
+            left = attempt_processes(self._tag, self._spare)
+            waited = time.monotonic() - started
+            own = waited < own_s and any(not process.wandb and not process.ray for process in left)
+            core = waited < wandb_s and any(process.name == "wandb-core" for process in left)
+            if not own and not core:
+                return
+            request = self._heartbeat.poll()
+            if request is not None and time.monotonic() >= min(request.until, started + WANDB_S):
+                return
+            time.sleep(_POLL_S)
+
+    def _end_own(self, *, grace_s: float, number: int = signal.SIGTERM) -> None:
+        deadline = time.monotonic() + grace_s
+        while True:
+            left = [process for process in attempt_processes(self._tag, self._spare) if not process.wandb]
+            for process in left:
+                identity = (process.pid, process.ticks)
+                if identity not in self._signalled and send_signal(process, number):
+                    self._count(process)
+            if not left or time.monotonic() >= deadline:
+                return
+            self._heartbeat.poll()
+            time.sleep(_POLL_S / 2)
+
+    def end_all(self) -> None:
+        """Send SIGKILL to everything of the attempt, until nothing is left."""
+        deadline = time.monotonic() + _KILL_S
+        while time.monotonic() < deadline:
+            left = attempt_processes(self._tag, self._spare)
+            if not left:
+                return
+            for process in left:
+                if send_signal(process, signal.SIGKILL):
+                    self._count(process)
+            self._heartbeat.poll()
+            time.sleep(_POLL_S / 5)
+
+    def _count(self, process: AttemptProcess) -> None:
+        identity = (process.pid, process.ticks)
+        self._signalled.add(identity)
+        if not process.wandb and not process.ray:
+            self._counted.add(identity)
+
+
+def remaining_s(request: StopRequest) -> float:
+    """Return how much time is left for stopping everything, at least a moment."""
+    return max(0.4, request.until - time.monotonic())
+
+
+class _Supervisor:
     def __init__(self, control: int, report: int, tag: str, spare: frozenset[int]) -> None:
         self._control = control
         self._report = report
         self._tag = tag
         self._spare = spare | {os.getpid()}
-        self._stopping: Shutdown | None = None
+        self._shutdown: Shutdown | None = None
 
-    def keep(self, argv: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> None:
+    def run(self, argv: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        self._leave_the_terminal()
+        self._detach_from_terminal()
         try:
             child = _spawn(argv, env, cwd, log)
         except (OSError, subprocess.SubprocessError) as error:
-            self._answer(f"error {error}")
+            self._reply(f"error {error}")
             return
-        self._answer(f"pid {child.pid}")
-        told = False
+        self._reply(f"pid {child.pid}")
+        reported = False
         wake = _wake_on_child_end()
         while True:
-            if self._stopping is not None:
-                self._stopping.step()
-            status = _status_of(child) if not told else None
+            if self._shutdown is not None:
+                self._shutdown.step()
+            status = _exit_status(child) if not reported else None
             if status is not None:
-                self._answer(f"exit {status}")
-                told = True
-            patience_s = 1.0 if self._stopping is None or told else _STEP_S
-            ready = select.select([self._control, wake], [], [], patience_s)[0]
+                self._reply(f"exit {status}")
+                reported = True
+            timeout_s = 1.0 if self._shutdown is None or reported else _STEP_S
+            ready = select.select([self._control, wake], [], [], timeout_s)[0]
             if wake in ready:
                 os.read(wake, 512)
-            if self._control in ready and not self._obey(child):
+            if self._control in ready and not self._handle_commands(child):
                 return
 
     @staticmethod
-    def _leave_the_terminal() -> None:
-        nothing = os.open(os.devnull, os.O_RDWR)
+    def _detach_from_terminal() -> None:
+        null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
-            os.dup2(nothing, fd)
-        os.close(nothing)
+            os.dup2(null, fd)
+        os.close(null)
 
-    def _answer(self, text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # the runner is gone; its end of the other pipe says so
+    def _reply(self, text: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the runner has exited; the other pipe reports that
             os.write(self._report, " ".join(text.split()).encode() + b"\n")
 
-    def _obey(self, child: subprocess.Popen[bytes]) -> bool:
-        words = os.read(self._control, 64)
-        if not words:
+    def _handle_commands(self, child: subprocess.Popen[bytes]) -> bool:
+        commands = os.read(self._control, 64)
+        if not commands:
             self._end_all(child)
             return False
-        for word in words:
-            if word == ord("."):
+        for command in commands:
+            if command == ord("."):
                 return False
-            if word == ord("K"):
+            if command == ord("K"):
                 self._kill(child)
-            elif self._stopping is None:
+            elif self._shutdown is None:
                 self._stop(child)
         return True
 
     def _stop(self, child: subprocess.Popen[bytes]) -> None:
         if Path("/proc/self").exists():
-            self._stopping = Shutdown(child.pid)
+            self._shutdown = Shutdown(child.pid)
         else:
             _signal_group(child, signal.SIGTERM)
 
     def _kill(self, child: subprocess.Popen[bytes]) -> None:
-        """End the training and all that descends from it, W&B's core as well unless it has left."""
+        """Kill the training and its descendants, including W&B's core unless that detached."""
         _signal_group(child, signal.SIGKILL)
-        if self._stopping is not None:
-            self._stopping.end()
+        if self._shutdown is not None:
+            self._shutdown.end()
 
     def _end_all(self, child: subprocess.Popen[bytes]) -> None:
-        """End every process of the attempt: the runner has died."""
+        """Kill every process of the attempt: the runner has died."""
         _signal_group(child, signal.SIGKILL)
-        begun = time.monotonic()
-        while time.monotonic() < begun + _SWEEP_S:
-            left = of_attempt(self._tag, self._spare)
-            patient = time.monotonic() < begun + _WANDB_LAST_S
+        started = time.monotonic()
+        while time.monotonic() < started + _KILL_ALL_S:
+            left = attempt_processes(self._tag, self._spare)
+            wandb_may_write = time.monotonic() < started + _WANDB_LAST_S
             for process in left:
-                if not (process.wandb and patient):
-                    send(process, signal.SIGKILL)
+                if not (process.wandb and wandb_may_write):
+                    send_signal(process, signal.SIGKILL)
             if not left:
                 return
-            _status_of(child)
+            _exit_status(child)
             select.select([], [], [], 0.05)
 
 
-def _status_of(child: subprocess.Popen[bytes]) -> int | None:
-    """Return the exit status of the keeper's child, as `subprocess.Popen.returncode`; None while it lives.
+def _exit_status(child: subprocess.Popen[bytes]) -> int | None:
+    """Return the exit status of the supervised child, as `subprocess.Popen.returncode`; None while it lives.
 
-    Not `Popen.poll`, to which a child that is held with ptrace looks as if it had ended.
+    Not `Popen.poll`, to which a child that is held with ptrace appears to have ended.
     """
     if child.returncode is None:
         pid, status = os.waitpid(child.pid, os.WNOHANG)
@@ -230,7 +343,7 @@ def _status_of(child: subprocess.Popen[bytes]) -> int | None:
 
 
 def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # all of the group are gone
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # the whole group has exited
         os.killpg(child.pid, number)
 
 
@@ -245,14 +358,14 @@ def _spawn(argv: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) ->
             stdout=out,
             stderr=out,
             start_new_session=True,
-            preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 -- the keeper has a single thread
+            preexec_fn=_killed_with(os.getpid()),  # noqa: PLW1509 -- the supervisor has a single thread
         )
     finally:
         os.close(out)
 
 
-def _die_with(parent: int) -> Callable[[], None]:
-    """Return what makes the kernel kill a child when its parent dies (Linux; elsewhere it does nothing)."""
+def _killed_with(parent: int) -> Callable[[], None]:
+    """Return a hook with which the kernel kills a child when its parent dies (Linux; elsewhere it does nothing)."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform.startswith("linux") else None
 
     def before_exec() -> None:
@@ -273,116 +386,3 @@ def _wake_on_child_end() -> int:
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
     return read
-
-
-LEFTOVERS_S = 5.0
-WANDB_S = 5.0
-WANDB_ONLINE_S = 60.0
-_SURE_S = 30.0
-_POLL_S = 0.1
-
-
-def stop_training(kept: ManagedProcess, wish: StopRequest, pulse: Heartbeat) -> bool:
-    """SIGTERM to the training's program, the grace, SIGKILL to all of the training; W&B's core is spared.
-
-    Returns:
-        Whether the training exited within its grace.
-    """
-    kept.terminate()
-    deadline = time.monotonic() + wish.grace_s
-    while not kept.poll(_POLL_S) and time.monotonic() < deadline:
-        pulse.poll()
-    in_time = kept.status is not None or kept.keeper_died
-    kept.kill()
-    sure = time.monotonic() + _SURE_S
-    while not kept.poll(_POLL_S) and time.monotonic() < sure:
-        pulse.poll()
-    return in_time
-
-
-class ProcessReaper:
-    """Ends what is left of an attempt after its training; `killed` counts the processes that had to be ended."""
-
-    def __init__(self, tag: str, spare: frozenset[int], pulse: Heartbeat) -> None:
-        self._tag = tag
-        self._spare = spare
-        self._pulse = pulse
-        self._signalled: set[tuple[int, int]] = set()
-        self._counted: set[tuple[int, int]] = set()
-
-    @property
-    def killed(self) -> int:
-        """How many processes of the program (not W&B's own, nor Ray's workers) did not end by themselves."""
-        return len(self._counted)
-
-    def after_end(self, *, online: bool) -> None:
-        """The training ended by itself: its children get some seconds, W&B's core the time that its uploads take."""
-        wandb_s = WANDB_ONLINE_S if online else WANDB_S
-        self._wait(own_s=LEFTOVERS_S, wandb_s=wandb_s)
-        self._end_own(grace_s=1.0)
-        self.end_all()
-
-    def after_stop(self, wish: StopRequest, *, in_time: bool) -> None:
-        """The training was stopped: its leftovers get what is left of the grace, W&B's core a few seconds.
-
-        Args:
-            wish: the wish that it was stopped for.
-            in_time: whether it exited within its grace; else its leftovers are killed at once.
-        """
-        if in_time:
-            self._end_own(grace_s=min(wish.grace_s, LEFTOVERS_S, left_s(wish) / 2))
-        else:
-            self._end_own(grace_s=0.0, number=signal.SIGKILL)
-        self._wait(own_s=0.0, wandb_s=min(WANDB_S, left_s(wish) / 2))
-        self.end_all()
-
-    def _wait(self, *, own_s: float, wandb_s: float) -> None:
-        begun = time.monotonic()
-        while True:
-            left = of_attempt(self._tag, self._spare)
-            waited = time.monotonic() - begun
-            own = waited < own_s and any(not process.wandb and not process.ray for process in left)
-            core = waited < wandb_s and any(process.name == "wandb-core" for process in left)
-            if not own and not core:
-                return
-            wish = self._pulse.poll()
-            if wish is not None and time.monotonic() >= min(wish.until, begun + WANDB_S):
-                return
-            time.sleep(_POLL_S)
-
-    def _end_own(self, *, grace_s: float, number: int = signal.SIGTERM) -> None:
-        deadline = time.monotonic() + grace_s
-        while True:
-            left = [process for process in of_attempt(self._tag, self._spare) if not process.wandb]
-            for process in left:
-                identity = (process.pid, process.ticks)
-                if identity not in self._signalled and send(process, number):
-                    self._note(process)
-            if not left or time.monotonic() >= deadline:
-                return
-            self._pulse.poll()
-            time.sleep(_POLL_S / 2)
-
-    def end_all(self) -> None:
-        """SIGKILL to everything of the attempt, until nothing is left."""
-        sure = time.monotonic() + _SURE_S
-        while time.monotonic() < sure:
-            left = of_attempt(self._tag, self._spare)
-            if not left:
-                return
-            for process in left:
-                if send(process, signal.SIGKILL):
-                    self._note(process)
-            self._pulse.poll()
-            time.sleep(_POLL_S / 5)
-
-    def _note(self, process: AttemptProcess) -> None:
-        identity = (process.pid, process.ticks)
-        self._signalled.add(identity)
-        if not process.wandb and not process.ray:
-            self._counted.add(identity)
-
-
-def left_s(wish: StopRequest) -> float:
-    """Return how much of the time for the whole ending is left, at least a moment."""
-    return max(0.4, wish.until - time.monotonic())

@@ -19,16 +19,16 @@ from raylaunch import contract
 _BLOCK = 1 << 20
 _LARGEST_READ = 16 << 20
 """A header is read as a whole; no header of ours comes near this."""
-MOST_FILES = 500_000
+MAX_FILES = 500_000
 _PROGRAM = 0o100
 
 
 class _Bounded:
     """What an archive unpacks to, as a file that ends with an error where it is longer than it may be."""
 
-    def __init__(self, file: gzip.GzipFile, most: int) -> None:
+    def __init__(self, file: gzip.GzipFile, max_bytes: int) -> None:
         self._file = file
-        self._most = most
+        self._max_bytes = max_bytes
 
     def read(self, size: int = -1) -> bytes:
         if size < 0 or size > _LARGEST_READ:
@@ -46,51 +46,51 @@ class _Bounded:
         return self._file.tell()
 
     def _check(self, at: int) -> None:
-        if at > self._most:
-            msg = f"it unpacks to more than {self._most} bytes"
+        if at > self._max_bytes:
+            msg = f"it unpacks to more than {self._max_bytes} bytes"
             raise tarfile.ReadError(msg)
 
 
-def unpack(package: Path, folder: Path, *, most: int | None = None, most_files: int = MOST_FILES) -> None:
+def unpack(package: Path, folder: Path, *, max_bytes: int | None = None, max_files: int = MAX_FILES) -> None:
     """Unpack a package into an empty folder, and write nowhere else.
 
     Args:
         package: what `raylaunch.client.packing` made, a tar.gz of files, folders and symbolic links.
         folder: where to.
-        most: bytes that it may unpack to; by default what `contract.most_unpacked` allows.
-        most_files: files, folders and links that it may have.
+        max_bytes: bytes that it may unpack to; by default what `contract.most_unpacked` allows.
+        max_files: files, folders and links that it may have.
 
     Raises:
         tarfile.TarError: it is too large; or a member lies outside, is there twice, or is something else.
         OSError: the disk is full.
     """
-    limit = contract.most_unpacked(package.stat().st_size) if most is None else most
+    limit = contract.most_unpacked(package.stat().st_size) if max_bytes is None else max_bytes
     with gzip.open(str(package)) as unzipped, tarfile.open(fileobj=_Bounded(unzipped, limit), mode="r:") as archive:  # type: ignore[call-overload]  # tarfile reads and seeks, no more
-        _unpack(archive, folder, most_files)
+        _unpack(archive, folder, max_files)
 
 
-def _unpack(archive: tarfile.TarFile, folder: Path, most_files: int) -> None:
+def _unpack(archive: tarfile.TarFile, folder: Path, max_files: int) -> None:
     links = []
     for n, member in enumerate(archive):
-        if n >= most_files:
-            msg = f"it has more than {most_files} files"
+        if n >= max_files:
+            msg = f"it has more than {max_files} files"
             raise tarfile.ReadError(msg)
         if member.issparse():  # a few bytes that stand for any number of zeros
             msg = f"{member.name} is neither file, folder nor symbolic link"
             raise tarfile.ReadError(msg)
-        place = folder.joinpath(*_parts(member.name))
+        target = folder.joinpath(*_parts(member.name))
         with _named_once(member):
-            (place if member.isdir() else place.parent).mkdir(mode=0o755, parents=True, exist_ok=True)
+            (target if member.isdir() else target.parent).mkdir(mode=0o755, parents=True, exist_ok=True)
             if member.isfile():
-                _write(archive, member, place)
+                _write(archive, member, target)
         if member.issym():
-            links.append((place, member))
+            links.append((target, member))
         elif not (member.isfile() or member.isdir()):
             msg = f"{member.name} is neither file, folder nor symbolic link"
             raise tarfile.ReadError(msg)
-    for place, member in links:
+    for target, member in links:
         with _named_once(member):
-            place.symlink_to(member.linkname)
+            target.symlink_to(member.linkname)
 
 
 def broken_links(code: Path, links: Sequence[str]) -> list[str]:
@@ -112,15 +112,15 @@ def _named_once(member: tarfile.TarInfo) -> Iterator[None]:
 def _parts(name: str) -> tuple[str, ...]:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
-        msg = f"{name} leads out of the package"
+        msg = f"{name} is outside the package"
         raise tarfile.ReadError(msg)
     return path.parts
 
 
-def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, place: Path) -> None:
+def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
     content = archive.extractfile(member)
     mode = 0o755 if member.mode & _PROGRAM else 0o644
-    with os.fdopen(os.open(str(place), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode), "wb") as file:
+    with os.fdopen(os.open(str(target), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode), "wb") as file:
         if content is not None:
             shutil.copyfileobj(content, file, _BLOCK)
-    os.utime(str(place), (member.mtime, member.mtime))
+    os.utime(str(target), (member.mtime, member.mtime))

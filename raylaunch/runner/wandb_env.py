@@ -1,4 +1,4 @@
-"""The variables with which a script's own ``wandb.init()`` opens this attempt's runs; and whether it runs on-line.
+"""W&B in an attempt: the variables for ``wandb.init()``, online or offline, and the address of the run in the log.
 
 What was measured on wandb 0.31: ``WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL`` takes fractions of a second (0.1, 0.25, 0.5
 gave writes 0.10, 0.25, 0.50 s apart). 0.28 to 0.30 ignore it and write when a block is full or the run ends;
@@ -26,10 +26,39 @@ if TYPE_CHECKING:
     from raylaunch.contract import AttemptSpec, WandbSpec
     from raylaunch.runner.environments.build import BuildFolders
 
-_LOOK_INTO = 32 * 1024 * 1024
+FLUSH_S = "0.25"
+"""Seconds between writes of the run's file: points are readable, and safe from SIGKILL, that fast."""
+TRANSMIT_S = "1"
+PROBE_S = 10.0
+OLDEST = (0, 28)
+FLUSHES_SINCE = (0, 31)
+_SEARCHED_BYTES = 32 * 1024 * 1024
 _BLOCK = 1024 * 1024
 _OVERLAP = 4096
 _PUBLIC_HOST = frozenset({"wandb.ai", "forge.coreweave.com"})
+_HISTORY = 2
+"""Number of the field `history` in wandb.proto's Record."""
+_BROKEN_INIT = re.compile(
+    rb"wandb\.errors\.\S*(?:CommError|UsageError|AuthenticationError|WandbInitError)"
+    rb"|^(?:\w+\.)*(?:CommError|AuthenticationError|UsageError): ",
+    re.MULTILINE,
+)
+_PUBLIC = "https://api.wandb.ai"
+_PUBLIC_SINCE_31 = "https://api.forge.coreweave.com"
+_PROBE = """
+import ssl, sys, urllib.error, urllib.request
+loose = ssl.create_default_context()
+loose.check_hostname = False
+loose.verify_mode = ssl.CERT_NONE
+try:
+    urllib.request.urlopen(urllib.request.Request(sys.argv[1], method="HEAD"), timeout=9, context=loose)
+except urllib.error.HTTPError:
+    pass
+except Exception as error:
+    print(getattr(error, "reason", error))
+    sys.exit(1)
+"""
+"""Any HTTP answer counts; nothing secret is sent, so the certificate does not matter."""
 
 
 def hosts_of(server: str, environ: Mapping[str, str] = os.environ) -> frozenset[str]:
@@ -41,7 +70,7 @@ def hosts_of(server: str, environ: Mapping[str, str] = os.environ) -> frozenset[
 
 
 class RunAddress:
-    """Looks for a run's address in a growing log, as far as it has not been found.
+    """Searches a growing log for a run's address until it is found.
 
     A program may print any address: only one at W&B's own server counts.
     """
@@ -54,11 +83,11 @@ class RunAddress:
         self._at = 0
         self.url = ""
 
-    def look(self, run_id: str) -> bool:
-        """Read on in the log, from its beginning for another run; True when the address has been found just now."""
+    def poll(self, run_id: str) -> bool:
+        """Read on in the log, from its beginning for another run; True when the address was found just now."""
         if run_id != self._run_id:
             self._run_id, self._at, self.url = run_id, 0, ""
-        if self.url or self._at >= _LOOK_INTO:
+        if self.url or self._at >= _SEARCHED_BYTES:
             return False
         try:
             with self._log.open("rb") as log:
@@ -76,15 +105,6 @@ class RunAddress:
         if found is not None:
             self.url = found.group().decode("utf-8", "replace")
         return found is not None
-
-
-_HISTORY = 2
-"""Number of the field `history` in wandb.proto's Record."""
-_BROKEN_INIT = re.compile(
-    rb"wandb\.errors\.\S*(?:CommError|UsageError|AuthenticationError|WandbInitError)"
-    rb"|^(?:\w+\.)*(?:CommError|AuthenticationError|UsageError): ",
-    re.MULTILINE,
-)
 
 
 def init_broke(folder: Path, log_tail: bytes) -> bool:
@@ -108,51 +128,28 @@ def has_history(path: Path) -> bool:
         return False
 
 
-FLUSH_S = "0.25"
-"""Seconds between writes of the run's file: points are readable, and safe from SIGKILL, that fast."""
-TRANSMIT_S = "1"
-PROBE_S = 10.0
-OLDEST = (0, 28)
-FLUSHES_SINCE = (0, 31)
-_PUBLIC = "https://api.wandb.ai"
-_PUBLIC_SINCE_31 = "https://api.forge.coreweave.com"
-
-_KNOCK = """
-import ssl, sys, urllib.error, urllib.request
-loose = ssl.create_default_context()
-loose.check_hostname = False
-loose.verify_mode = ssl.CERT_NONE
-try:
-    urllib.request.urlopen(urllib.request.Request(sys.argv[1], method="HEAD"), timeout=9, context=loose)
-except urllib.error.HTTPError:
-    pass
-except Exception as error:
-    print(getattr(error, "reason", error))
-    sys.exit(1)
-"""
-"""Any HTTP answer counts; nothing secret is sent, so the certificate is not this question's concern."""
-
-
 class Mode(NamedTuple):
-    """How an attempt tracks, and why so in words; `base_url` is the server when it is on-line."""
+    """How an attempt tracks, and why so in words; `base_url` is the server when it is online."""
 
     mode: str
     why: str
     base_url: str = ""
 
 
-def find_mode(spec: WandbSpec, env: Mapping[str, str], *, version: str, place: BuildFolders, pulse: Heartbeat) -> Mode:
-    """Decide between on-line and off-line: on-line takes credentials, and a server that answers within 10 s.
+def find_mode(
+    spec: WandbSpec, env: Mapping[str, str], *, version: str, folders: BuildFolders, heartbeat: Heartbeat
+) -> Mode:
+    """Decide between online and offline: online needs credentials, and a server that responds within 10 s.
 
     Args:
-        spec: what the job asks for.
+        spec: what the job requests.
         env: the variables of the training.
         version: of the environment's wandb, or empty when it has none.
-        place: folders; a `wandb/settings` file in the working directory counts, as wandb itself reads it.
-        pulse: goes on meanwhile.
+        folders: of the attempt; a `wandb/settings` file in the working directory counts, as in wandb itself.
+        heartbeat: continues meanwhile.
 
     Raises:
-        StopAsked: meanwhile somebody wants the attempt to end.
+        StopRequested: the attempt is to stop.
     """
     asked = env.get("WANDB_MODE") or spec["mode"]
     if asked in ("offline", "dryrun"):
@@ -161,80 +158,19 @@ def find_mode(spec: WandbSpec, env: Mapping[str, str], *, version: str, place: B
         return Mode("disabled", "asked for")
     if not version:
         return Mode("offline", "the job's environment has no wandb")
-    base_url, found = _credentials(env, version, place.code)
+    base_url, found = _credentials(env, version, folders.code)
     if not found:
         where = urlsplit(base_url).netloc
         return Mode("offline", f"no W&B credentials: neither WANDB_API_KEY nor a netrc entry for {where}")
-    silence = _knock(base_url, env, place.tmp, pulse)
+    silence = _probe_server(base_url, env, folders.tmp, heartbeat)
     if silence:
         return Mode("offline", f"W&B at {base_url} did not answer within {PROBE_S:g} s: {silence}")
     return Mode("online", "W&B credentials were found, and the server answers", base_url)
 
 
-def _credentials(env: Mapping[str, str], version: str, code: Path) -> tuple[str, bool]:
-    """Return the server's address and whether there are credentials for it."""
-    settings = {**_settings(_settings_home(env)), **_settings(code / "wandb")}
-    explicit = env.get("WANDB_BASE_URL") or settings.get("base_url")
-    default = _PUBLIC_SINCE_31 if _numbers(version) >= FLUSHES_SINCE else _PUBLIC
-    if env.get("WANDB_API_KEY") or settings.get("api_key"):
-        return (explicit or default).rstrip("/"), True
-    for url in [explicit] if explicit else [default, _PUBLIC]:
-        if urlsplit(url).netloc in _netrc_hosts(env):
-            return url.rstrip("/"), True
-    return (explicit or default).rstrip("/"), False
-
-
-def _settings_home(env: Mapping[str, str]) -> Path:
-    given = env.get("WANDB_CONFIG_DIR")
-    return Path(given) if given else home_of(env) / ".config" / "wandb"
-
-
 def home_of(env: Mapping[str, str]) -> Path:
     """Return the person's home on this node."""
     return Path(env.get("HOME") or "~").expanduser()
-
-
-def _settings(folder: Path) -> dict[str, str]:
-    file = folder / "settings"
-    if not file.is_file():
-        return {}
-    import configparser  # noqa: PLC0415 -- few have such a file; each start would pay for it
-
-    parser = configparser.ConfigParser(interpolation=None)
-    try:
-        parser.read(str(file), encoding="utf-8")
-    except (configparser.Error, UnicodeDecodeError):
-        return {}
-    return dict(parser["default"]) if parser.has_section("default") else {}
-
-
-def _netrc_hosts(env: Mapping[str, str]) -> frozenset[str]:
-    home = home_of(env)
-    places = [Path(env["NETRC"]).expanduser()] if env.get("NETRC") else [home / ".netrc", home / "_netrc"]
-    for place in places:
-        if place.is_file():
-            return _hosts(place)
-    return frozenset()
-
-
-def _hosts(place: Path) -> frozenset[str]:
-    import netrc  # noqa: PLC0415 -- as above
-
-    try:
-        return frozenset(netrc.netrc(str(place)).hosts)
-    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
-        return frozenset()
-
-
-def _knock(base_url: str, env: Mapping[str, str], tmp: Path, pulse: Heartbeat) -> str:
-    """Return an empty text when the server answers, else why it does not."""
-    tmp.mkdir(parents=True, exist_ok=True)
-    argv = [sys.executable, "-I", "-c", _KNOCK, base_url]
-    with (tmp / "knock.out").open("w+b") as output:
-        ran = run_program(argv, env=env, cwd=tmp, timeout_s=PROBE_S, pulse=pulse, output=output)
-    if ran.status is None:
-        return "no answer"
-    return "" if ran.status == 0 else (ran.output.strip().splitlines() or ["no answer"])[-1][:200]
 
 
 def variables(spec: WandbSpec, mode: Mode, own: Mapping[str, str], *, folder: Path, home: Path) -> dict[str, str]:
@@ -283,7 +219,7 @@ def make_folders(folder: Path) -> None:
 
 
 def staged_bytes(folder: Path) -> int:
-    """Return how much W&B has staged and not sent: files of artifacts and tables of off-line runs."""
+    """Return how much W&B has staged and not sent: files of artifacts and tables of offline runs."""
     sizes = 0
     for parent, _, names in os.walk(str(folder / contract.WANDB_DATA)):
         for name in names:
@@ -292,30 +228,91 @@ def staged_bytes(folder: Path) -> int:
     return sizes
 
 
-def hand_out_runs(spec: AttemptSpec, folder: Path) -> None:
+def prepare_run_ids(spec: AttemptSpec, folder: Path) -> None:
     """Make the folder through which the attempt's programs get the ids of their runs; none has been given yet."""
     runs = folder / contract.WANDB_RUNS
     shutil.rmtree(str(runs), ignore_errors=True)
     runs.mkdir(mode=0o700, parents=True)
     wandb = spec["wandb"]
     own_name = spec["env"].get("WANDB_NAME", "")
-    told = {
+    facts = {
         "n": spec["n"],
         "id": wandb["run_id"],
         "name": "" if own_name else wandb["name"],
         "earlier": wandb["earlier"],
     }
-    (runs / wandb_runs.ATTEMPT).write_text(json.dumps(told), encoding="utf-8")
+    (runs / wandb_runs.ATTEMPT).write_text(json.dumps(facts), encoding="utf-8")
 
 
 def version_warnings(version: str) -> list[str]:
     """Return what this version of wandb does less well here."""
     if not version or _numbers(version) >= FLUSHES_SINCE:
         return []
-    late = "metrics show late, and a kill may lose the last seconds; 0.31 or newer writes at once"
+    late = "metrics appear late, and a kill may lose the last seconds; 0.31 and newer write at once"
     if _numbers(version) < OLDEST:
         return [f"wandb {version} is older than {'.'.join(str(part) for part in OLDEST)} and was not tested: {late}"]
     return [f"wandb {version} writes its file in blocks: {late}"]
+
+
+def _credentials(env: Mapping[str, str], version: str, code: Path) -> tuple[str, bool]:
+    """Return the server's address and whether there are credentials for it."""
+    settings = {**_settings(_settings_home(env)), **_settings(code / "wandb")}
+    explicit = env.get("WANDB_BASE_URL") or settings.get("base_url")
+    default = _PUBLIC_SINCE_31 if _numbers(version) >= FLUSHES_SINCE else _PUBLIC
+    if env.get("WANDB_API_KEY") or settings.get("api_key"):
+        return (explicit or default).rstrip("/"), True
+    for url in [explicit] if explicit else [default, _PUBLIC]:
+        if urlsplit(url).netloc in _netrc_hosts(env):
+            return url.rstrip("/"), True
+    return (explicit or default).rstrip("/"), False
+
+
+def _settings_home(env: Mapping[str, str]) -> Path:
+    given = env.get("WANDB_CONFIG_DIR")
+    return Path(given) if given else home_of(env) / ".config" / "wandb"
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    file = folder / "settings"
+    if not file.is_file():
+        return {}
+    import configparser  # noqa: PLC0415 -- few have such a file; each start would pay for it
+
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read(str(file), encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError):
+        return {}
+    return dict(parser["default"]) if parser.has_section("default") else {}
+
+
+def _netrc_hosts(env: Mapping[str, str]) -> frozenset[str]:
+    home = home_of(env)
+    places = [Path(env["NETRC"]).expanduser()] if env.get("NETRC") else [home / ".netrc", home / "_netrc"]
+    for place in places:
+        if place.is_file():
+            return _hosts(place)
+    return frozenset()
+
+
+def _hosts(place: Path) -> frozenset[str]:
+    import netrc  # noqa: PLC0415 -- as above
+
+    try:
+        return frozenset(netrc.netrc(str(place)).hosts)
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
+        return frozenset()
+
+
+def _probe_server(base_url: str, env: Mapping[str, str], tmp: Path, heartbeat: Heartbeat) -> str:
+    """Return an empty text when the server answers, else why it does not."""
+    tmp.mkdir(parents=True, exist_ok=True)
+    argv = [sys.executable, "-I", "-c", _PROBE, base_url]
+    with (tmp / "knock.out").open("w+b") as output:
+        ran = run_program(argv, env=env, cwd=tmp, timeout_s=PROBE_S, heartbeat=heartbeat, output=output)
+    if ran.status is None:
+        return "no answer"
+    return "" if ran.status == 0 else (ran.output.strip().splitlines() or ["no answer"])[-1][:200]
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from raylaunch import contract
-from raylaunch.runner.processes import open_files_of_cores
+from raylaunch.runner.processes import open_wandb_files
 from raylaunch.tracking import wandb_runs
 
-_LOOK_S = 0.25
+_GROW_S = 0.25
 _SCAN_S = 1.0
 _PROC_S = 2.0
 _FILES = "files"
@@ -32,7 +32,7 @@ _MANY_FOLDERS = 100_000
 class RunFollower:
     """The W&B runs of one attempt.
 
-    `look` is called again and again, `finish` when no process of the attempt is left.
+    `poll` is called again and again, `finish` when no process of the attempt is left.
     """
 
     def __init__(self, folder: Path, tag: str) -> None:
@@ -43,18 +43,18 @@ class RunFollower:
         self._notes = folder / contract.WANDB_RUNS / wandb_runs.PLACES
         self._tag = tag
         self._since = time.time()
-        self._next = {self._grow: 0.0, self._scan: 0.0, self._look_at_cores: 0.0}
-        self._brought: dict[Path, Path] = {}
+        self._next = {self._copy_growth: 0.0, self._scan: 0.0, self._check_cores: 0.0}
+        self._linked: dict[Path, Path] = {}
         """The file in this attempt's folder, by the file that W&B writes."""
         self._copied: set[Path] = set()
-        """Those of `_brought` that are no links."""
+        """Those of `_linked` that are no links."""
         self.ids: list[str] = []
         """Of all runs that were found, in the order of their start."""
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Bring what is new, as often as it is worth it."""
         now = time.monotonic()
-        pauses = {self._grow: _LOOK_S, self._scan: _SCAN_S, self._look_at_cores: _PROC_S}
+        pauses = {self._copy_growth: _GROW_S, self._scan: _SCAN_S, self._check_cores: _PROC_S}
         for step, at in self._next.items():
             if now >= at:
                 step()
@@ -64,28 +64,28 @@ class RunFollower:
 
     def finish(self) -> None:
         """Bring all that was written, with what W&B keeps next to the runs' files."""
-        self._look_at_cores()
-        for place in self._folders_in_code():
-            self._take_from(place, None)
+        self._check_cores()
+        for place in self._run_folders_in_code():
+            self._scan_folder(place, None)
         self._scan()
-        self._grow()
-        for source, target in self._brought.items():
-            self._bring_files(source.parent / _FILES, target.parent / _FILES)
+        self._copy_growth()
+        for source, target in self._linked.items():
+            self._copy_files(source.parent / _FILES, target.parent / _FILES)
 
-    def _look_at_cores(self) -> None:
-        for name in open_files_of_cores(self._tag):
+    def _check_cores(self) -> None:
+        for name in open_wandb_files(self._tag):
             path = Path(name)
             if _RUN_FILE.fullmatch(path.name):
-                self._bring(path)
+                self._link_run(path)
 
     def _scan(self) -> None:
-        self._take_from(self._code / "wandb", None)
-        for place, ids in self._noted().items():
-            self._take_from(Path(place), ids)
+        self._scan_folder(self._code / "wandb", None)
+        for place, ids in self._read_notes().items():
+            self._scan_folder(Path(place), ids)
         files = sorted(self._home.glob("*run-*/run-*.wandb"), key=_started)
         self.ids = list(dict.fromkeys(path.stem[len("run-") :] for path in files))
 
-    def _noted(self) -> dict[str, set[str]]:
+    def _read_notes(self) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
         with contextlib.suppress(OSError):
             for line in self._notes.read_text(encoding="utf-8").splitlines():
@@ -94,14 +94,14 @@ class RunFollower:
                     found.setdefault(note["place"], set()).add(note["id"])
         return found
 
-    def _folders_in_code(self) -> Iterator[Path]:
+    def _run_folders_in_code(self) -> Iterator[Path]:
         for count, (folder, names, _) in enumerate(os.walk(str(self._code))):
             if count >= _MANY_FOLDERS:
                 return
             if any("run-" in name for name in names):
                 yield Path(folder)
 
-    def _take_from(self, place: Path, ids: set[str] | None) -> None:
+    def _scan_folder(self, place: Path, ids: set[str] | None) -> None:
         """Bring the runs of these ids (None: of all) from a folder that wandb made; older ones are another job's."""
         if place.is_symlink() and ids is None:
             return
@@ -113,13 +113,13 @@ class RunFollower:
                     matched = _RUN_FILE.fullmatch(path.name)
                     wanted = matched is not None and (ids is None or matched.group("id") in ids)
                     if wanted and path.stat().st_mtime >= self._since:
-                        self._bring(path)
+                        self._link_run(path)
 
-    def _bring(self, source: Path) -> None:
+    def _link_run(self, source: Path) -> None:
         source = Path(os.path.realpath(str(source)))
-        if source in self._brought or source.parent.parent == Path(os.path.realpath(str(self._home))):
+        if source in self._linked or source.parent.parent == Path(os.path.realpath(str(self._home))):
             return
-        target = self._free(source.parent.name) / source.name
+        target = self._free_folder(source.parent.name) / source.name
         try:
             target.parent.mkdir(mode=0o700, parents=True)
             try:
@@ -127,25 +127,25 @@ class RunFollower:
             except OSError:
                 self._copied.add(source)
         except OSError:
-            return  # the disk is full, say: it is tried again
-        self._brought[source] = target
+            return  # for example, a full disk: the next round retries
+        self._linked[source] = target
 
-    def _free(self, name: str) -> Path:
+    def _free_folder(self, name: str) -> Path:
         number, folder = 0, self._home / name
         while folder.exists():
             number += 1
             folder = self._home / f"{name}-{number}"
         return folder
 
-    def _grow(self) -> None:
+    def _copy_growth(self) -> None:
         for source in self._copied:
-            with contextlib.suppress(OSError), source.open("rb") as reader, self._brought[source].open("ab") as writer:
+            with contextlib.suppress(OSError), source.open("rb") as reader, self._linked[source].open("ab") as writer:
                 if reader.seek(0, os.SEEK_END) < writer.tell():  # it was replaced
                     writer.truncate(0)
                 reader.seek(writer.seek(0, os.SEEK_END))
                 shutil.copyfileobj(reader, writer, 1 << 20)
 
-    def _bring_files(self, source: Path, target: Path) -> None:
+    def _copy_files(self, source: Path, target: Path) -> None:
         for folder, _, names in os.walk(str(source)):
             for name in names:
                 path = Path(os.path.realpath(os.path.join(folder, name)))  # noqa: PTH118 -- `run.save` makes links

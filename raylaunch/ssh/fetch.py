@@ -1,10 +1,9 @@
-"""What pushing and fetching files have in common: ranges of a file, a limit on speed, and what disks say."""
+"""Fetching a file from a host; and what pushing shares with it: ranges of a file, a speed limit, errors of disks."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import time
 from collections import deque
@@ -23,7 +22,7 @@ from raylaunch.errors import (
     HostTimeoutError,
     TransferError,
 )
-from raylaunch.files import Directory
+from raylaunch.files import Directory, sha256_of
 from raylaunch.paths import storage_errors
 from raylaunch.ssh.process import step_error
 from raylaunch.ssh.scripts import Script
@@ -35,19 +34,6 @@ RANGE_BYTES = 32 * 1024 * 1024
 STREAMS = 4
 STALL_S = 300.0
 """After so many seconds in which nothing at all arrived, a transfer is given up. A slow disk's sync takes its time."""
-
-_SLOWEST_BYTES_PER_S = 100_000
-_LEAST_S = 600.0
-_LOOK_S = 5.0
-_REFUSED = (
-    "Permission denied",
-    "Read-only file system",
-    "No such file",
-    "Not a directory",
-    "Is a directory",
-    "not a file",
-)
-
 # Paths come as the last field of a line, so that they may hold spaces. ``~/`` is the home there. openssl is three
 # times as fast as sha256sum. Of many small files most of the time is the start of programs: none is started in vain.
 COMMON = r"""export LC_ALL=C
@@ -61,13 +47,81 @@ sum() {
   echo "${line:0:64}"
 }
 """
-
 OnBytes = Callable[[int], None]
 """Told how many bytes more are in place; at the end the sum is the size of all files."""
+_SLOWEST_BYTES_PER_S = 100_000
+_LEAST_S = 600.0
+_CHECK_S = 5.0
+_REFUSED = (
+    "Permission denied",
+    "Read-only file system",
+    "No such file",
+    "Not a directory",
+    "Is a directory",
+    "not a file",
+)
+_MEASURE_S = 600.0
+_READ = (
+    COMMON
+    + r"""place "$1" 0
+dd if="$path" bs=256k iflag=skip_bytes,count_bytes skip="$2" count="$3" status=none
+"""
+)
+_MEASURE = (
+    COMMON
+    + r"""place "$1" 0
+[ -f "$path" ] || { ls -d -- "$path"; echo "$path is not a file" >&2; exit 2; }
+stat -L -c %s "$path"
+sum "$path"
+"""
+)
+
+
+async def fetch(
+    host: SSHHost, remote: str, local: Path, *, on_bytes: OnBytes | None = None, step: str = "fetch a file"
+) -> None:
+    """Get one file from a host. An interrupted one is continued by the next try.
+
+    Args:
+        host: the host.
+        remote: which file; absolute, or it begins with ``~/``.
+        local: where to. It is there, 0600, when all of it is.
+        on_bytes: called as bytes arrive; first, at once, of those that are here already.
+        step: what this is, for errors.
+
+    Raises:
+        HostStorageError: there is no such file there, or it cannot be read.
+        TransferError: what arrived differs from the file there.
+        HostLostError: the connection went away.
+        HostTimeoutError: for five minutes nothing has arrived.
+        StorageError: it cannot be written here.
+    """
+    progress = TransferProgress(on_bytes)
+    with translate_storage_errors(host.name, step):
+        found = await host.run(Script(_MEASURE, (remote,)), limit_s=_MEASURE_S, step=step)
+    size, sha = found.text.split()
+    part = local.with_name(f"{local.name}.part-{sha[:16]}")
+    with (
+        storage_errors(part),
+        Directory.open(local.parent) as folder,
+        PartFile(folder, part.name, int(size)) as arriving,
+    ):
+        progress.add(arriving.ranges.arrived_bytes)
+        work = _Fetch(host, remote, arriving, progress, step)
+        with translate_storage_errors(host.name, step):
+            streams = [work.stream() for _ in range(min(STREAMS, len(work.queue)))]
+            await run_all(streams, progress, host=host.name, step=step)
+    if await anyio.to_thread.run_sync(sha256_of, part) != sha:
+        _remove(part)
+        msg = f"{remote} of {host.name} arrived damaged, or changed during the transfer"
+        raise TransferError(msg, hint="run the same command again")
+    with storage_errors(local):
+        part.replace(local)
+        _remove(part)
 
 
 class Pace:
-    """A limit on bytes a second, shared by all that ask it."""
+    """A limit on bytes a second, shared by all that use it."""
 
     def __init__(self, bytes_per_s: float | None) -> None:
         self._rate = bytes_per_s
@@ -104,19 +158,19 @@ class TransferProgress:
 
 @dataclass
 class Ranges:
-    """Which ranges of a file of `size` bytes have arrived (`have`: where they begin)."""
+    """Which ranges of a file of `size` bytes have arrived (`have`: their offsets)."""
 
     size: int
     have: set[int] = field(default_factory=set)
 
     def missing(self) -> Iterator[tuple[int, int]]:
-        """Yield where each missing range begins, and its length."""
+        """Yield the offset and the length of each missing range."""
         for offset in range(0, self.size, RANGE_BYTES):
             if offset not in self.have:
                 yield offset, min(RANGE_BYTES, self.size - offset)
 
     @property
-    def there(self) -> int:
+    def arrived_bytes(self) -> int:
         """How many bytes have arrived."""
         return self.size - sum(length for _, length in self.missing())
 
@@ -126,20 +180,7 @@ def limit_s(size: int, bytes_per_s: float | None = None) -> float:
     return max(_LEAST_S, 2 * size / min(bytes_per_s or _SLOWEST_BYTES_PER_S, _SLOWEST_BYTES_PER_S))
 
 
-def sha_of(path: Path) -> str:
-    """Return the SHA-256 of a file here, in hex."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(1024 * 1024):
-            sha.update(data)
-    return sha.hexdigest()
-
-
-def _nothing(_count: int) -> None:
-    pass
-
-
-async def together(
+async def run_all(
     streams: Sequence[Coroutine[Any, Any, None]], progress: TransferProgress, *, host: str, step: str
 ) -> None:
     """Run all; the first that fails ends the others, and its error is raised.
@@ -151,12 +192,12 @@ async def together(
     left = set(tasks)
     try:
         while left:
-            done, left = await asyncio.wait(left, return_when=asyncio.FIRST_EXCEPTION, timeout=_LOOK_S)
+            done, left = await asyncio.wait(left, return_when=asyncio.FIRST_EXCEPTION, timeout=_CHECK_S)
             for task in done:
                 task.result()
             if progress.silent_s > STALL_S:
                 msg = f"{host}: {step}: nothing has arrived for {STALL_S:.0f} s"
-                raise HostTimeoutError(msg, hint="look at the disks of the host", host=host, step=step)
+                raise HostTimeoutError(msg, hint="check the disks of the host", host=host, step=step)
     finally:
         await cancel(*tasks)
 
@@ -164,7 +205,7 @@ async def together(
 async def cancel(*tasks: asyncio.Future[Any]) -> None:
     """Cancel tasks, and wait until they have ended: also when this one is cancelled meanwhile, without hurrying them.
 
-    A task that is awaited in the plain way is cancelled again with whoever awaits it, in the middle of its cleaning up.
+    A plainly awaited task is cancelled again with its awaiter, in the middle of its clean-up.
     """
     for task in tasks:
         task.cancel()
@@ -173,26 +214,26 @@ async def cancel(*tasks: asyncio.Future[Any]) -> None:
             await asyncio.wait(tasks)
     for task in tasks:
         if not task.cancelled():
-            task.exception()  # looked at, so that nobody complains
+            task.exception()  # retrieved, so that asyncio does not warn
 
 
 @contextlib.contextmanager
-def storage_words(host: str, step: str) -> Iterator[None]:
-    """Turn what `dd` and its like say about a disk into an error of its own."""
+def translate_storage_errors(host: str, step: str) -> Iterator[None]:
+    """Translate messages of `dd` and other programs about a disk into `HostStorageError`."""
     try:
         yield
     except HostStepError as error:
         text = "\n".join(error.tail)
         space = next((line.removeprefix("space ") for line in error.tail if line.startswith("space ")), "")
-        said = next((line for line in error.tail if not line.startswith("space ")), error.message)
+        last_line = next((line for line in error.tail if not line.startswith("space ")), error.message)
         if "No space left" in text or "quota exceeded" in text.lower():
-            msg = f"{host}: the disk is full ({step}): {said}; {space or '0 KiB free'}"
+            msg = f"{host}: the disk is full ({step}): {last_line}; {space or '0 KiB free'}"
             hint = (
                 "free some space there, or give raylaunch a folder on another disk: `root` of that host in cluster.yaml"
             )
             raise HostStorageError(msg, hint=hint, host=host, step=step) from None
         if any(word in text for word in _REFUSED):
-            msg = f"{host}: {step}: {said}"
+            msg = f"{host}: {step}: {last_line}"
             raise HostStorageError(
                 msg, hint="check the path, its owner and its modes on the host", host=host, step=step
             ) from None
@@ -275,68 +316,6 @@ class PartFile:
         self._folder.unlink(self._notes)
 
 
-_MEASURE_S = 600.0
-
-_GIVE = (
-    COMMON
-    + r"""place "$1" 0
-dd if="$path" bs=256k iflag=skip_bytes,count_bytes skip="$2" count="$3" status=none
-"""
-)
-
-_MEASURE = (
-    COMMON
-    + r"""place "$1" 0
-[ -f "$path" ] || { ls -d -- "$path"; echo "$path is not a file" >&2; exit 2; }
-stat -L -c %s "$path"
-sum "$path"
-"""
-)
-
-
-async def fetch(
-    machine: SSHHost, remote: str, local: Path, *, on_bytes: OnBytes | None = None, step: str = "fetch a file"
-) -> None:
-    """Get one file from a host. An interrupted one is continued by the next try.
-
-    Args:
-        machine: the host.
-        remote: which file; absolute, or it begins with ``~/``.
-        local: where to. It is there, 0600, when all of it is.
-        on_bytes: told as bytes arrive; first, at once, of those that are here already.
-        step: what this is, for errors.
-
-    Raises:
-        HostStorageError: there is no such file there, or it cannot be read.
-        TransferError: what arrived is not what lies there.
-        HostLostError: the connection went away.
-        HostTimeoutError: for five minutes nothing has arrived.
-        StorageError: it cannot be written here.
-    """
-    progress = TransferProgress(on_bytes)
-    with storage_words(machine.name, step):
-        found = await machine.run(Script(_MEASURE, (remote,)), limit_s=_MEASURE_S, step=step)
-    size, sha = found.text.split()
-    part = local.with_name(f"{local.name}.part-{sha[:16]}")
-    with (
-        storage_errors(part),
-        Directory.open(local.parent) as folder,
-        PartFile(folder, part.name, int(size)) as arriving,
-    ):
-        progress.add(arriving.ranges.there)
-        work = _Fetch(machine, remote, arriving, progress, step)
-        with storage_words(machine.name, step):
-            streams = [work.stream() for _ in range(min(STREAMS, len(work.queue)))]
-            await together(streams, progress, host=machine.name, step=step)
-    if await anyio.to_thread.run_sync(sha_of, part) != sha:
-        _remove(part)
-        msg = f"{remote} of {machine.name} did not arrive as it lies there; it may have changed meanwhile"
-        raise TransferError(msg, hint="run the same command again")
-    with storage_errors(local):
-        part.replace(local)
-        _remove(part)
-
-
 def _remove(part: Path) -> None:
     part.unlink(missing_ok=True)
     part.with_name(notes_of(part.name)).unlink(missing_ok=True)
@@ -345,9 +324,9 @@ def _remove(part: Path) -> None:
 class _Fetch:
     """The ranges that are still to come, taken by whichever session is free."""
 
-    def __init__(self, machine: SSHHost, remote: str, part: PartFile, progress: TransferProgress, step: str) -> None:
+    def __init__(self, host: SSHHost, remote: str, part: PartFile, progress: TransferProgress, step: str) -> None:
         self.queue = deque(part.ranges.missing())
-        self._machine = machine
+        self._machine = host
         self._remote = remote
         self._part = part
         self._progress = progress
@@ -362,14 +341,14 @@ class _Fetch:
             self._part.note(offset)
 
     async def _take(self, offset: int, length: int) -> None:
-        script = Script(_GIVE, (self._remote, str(offset), str(length)))
+        script = Script(_READ, (self._remote, str(offset), str(length)))
         at = offset
-        async with self._machine.talk(script, limit_s=self._limit_s, step=self._step, told=False) as talk:
-            talk.close_input()
-            async for data in talk.chunks():
+        async with self._machine.process(script, limit_s=self._limit_s, step=self._step, report=False) as process:
+            process.close_input()
+            async for data in process.chunks():
                 self._part.write(data, at)
                 at += len(data)
                 self._progress.add(len(data))
-            status, err = await talk.end()
+            status, err = await process.end()
         if status or at != offset + length:
             raise step_error(self._machine.name, self._step, status or 1, b"", err or b"it became shorter meanwhile")

@@ -2,7 +2,7 @@
 
 With `machine` a connection is opened and, whatever happens, closed again. A command is judged by its exit status alone;
 a connection that goes away before that status has come is an error, never a success. Every wait has a limit, and what
-takes longer than some seconds is told to `on_wait`.
+takes longer than some seconds is reported to `on_wait`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 
 import anyio
 import asyncssh
 
 from raylaunch.errors import HostError, HostLostError, HostStepError
 from raylaunch.ssh.connection import Route, connect
-from raylaunch.ssh.fetch import STALL_S, OnBytes, fetch
 from raylaunch.ssh.process import RemoteLines, RemoteProcess, RemoteResult, step_error
-from raylaunch.ssh.push import PushFile, push
 from raylaunch.ssh.scripts import COMMAND, Script, as_script, courier, new_nonce
-from raylaunch.ssh.target import OnPrompt, OnWait, Target, telling
+from raylaunch.ssh.target import OnPrompt, OnWait, Target, reporting_wait
 
 _SESSIONS = 8  # sshd allows ten on one connection (MaxSessions); two are left for ending commands
 _START_S = 20.0
@@ -79,19 +76,19 @@ class SSHHost:
             HostLostError: the connection went away before its end.
         """
         out = bytearray()
-        async with self.talk(command, limit_s=limit_s, env=env, step=step) as talk:
-            writing = asyncio.ensure_future(_feed(talk, input))
+        async with self.process(command, limit_s=limit_s, env=env, step=step) as process:
+            writing = asyncio.ensure_future(_feed(process, input))
             try:
-                async for data in talk.chunks():
+                async for data in process.chunks():
                     out += data
                     if len(out) > _OUTPUT_BYTES:
-                        msg = f"{self.name}: {talk.step} printed more than {_OUTPUT_BYTES} bytes"
-                        raise HostStepError(msg, hint="report this", host=self.name, step=talk.step)
+                        msg = f"{self.name}: {process.step} printed more than {_OUTPUT_BYTES} bytes"
+                        raise HostStepError(msg, hint="report this", host=self.name, step=process.step)
             finally:
                 writing.cancel()
-            status, err = await talk.end()
+            status, err = await process.end()
         if check and status:
-            raise step_error(self.name, talk.step, status, bytes(out), err)
+            raise step_error(self.name, process.step, status, bytes(out), err)
         return RemoteResult(status, bytes(out), err)
 
     @asynccontextmanager
@@ -108,59 +105,40 @@ class SSHHost:
 
         The arguments are those of `run`. The status is judged by the caller: ``lines.status`` after the last line.
         """
-        async with self.talk(command, limit_s=limit_s, env=env, step=step) as talk:
-            writing = asyncio.ensure_future(_feed(talk, input))
+        async with self.process(command, limit_s=limit_s, env=env, step=step) as process:
+            writing = asyncio.ensure_future(_feed(process, input))
             try:
-                yield RemoteLines(talk)
+                yield RemoteLines(process)
             finally:
                 writing.cancel()
 
     @asynccontextmanager
-    async def talk(
+    async def process(
         self,
         command: Sequence[str] | Script,
         *,
         limit_s: float,
         env: Mapping[str, str] | None = None,
         step: str = "",
-        told: bool = True,
+        report: bool = True,
     ) -> AsyncIterator[RemoteProcess]:
         """Start a command and yield it; leaving the context before its end ends it on the host.
 
-        The arguments are those of `run`; with `told` false, `on_wait` hears nothing of it.
+        The arguments are those of `run`; with `report` false, `on_wait` is not called for it.
         """
         script = as_script(command)
         what = step or script.name or "a script"
         nonce = new_nonce()
-        with telling(self._on_wait if told else None, self.name, what, limit_s):
-            async with self._session(what) as process:
-                talk = RemoteProcess(process, host=self.name, step=what, nonce=nonce, limit_s=limit_s)
+        with reporting_wait(self._on_wait if report else None, self.name, what, limit_s):
+            async with self._session(what) as session:
+                process = RemoteProcess(session, host=self.name, step=what, nonce=nonce, limit_s=limit_s)
                 try:
-                    await talk.send(courier(script, nonce=nonce, limit_s=limit_s, env=env or {}))
-                    yield talk
+                    await process.send(courier(script, nonce=nonce, limit_s=limit_s, env=env or {}))
+                    yield process
                 finally:
-                    ending = asyncio.ensure_future(self._end(talk))
+                    ending = asyncio.ensure_future(self._end(process))
                     with anyio.CancelScope(shield=True):
                         await asyncio.wait({ending})  # not awaited plainly: a second cancel would go into it
-
-    async def push(
-        self,
-        files: Sequence[PushFile],
-        *,
-        on_bytes: OnBytes | None = None,
-        limit_bytes_per_s: float | None = None,
-        step: str = "push files",
-    ) -> None:
-        """Put files on the host: see `raylaunch.ssh.push.push`."""
-        with telling(self._on_wait, self.name, step, STALL_S):
-            await push(self, files, on_bytes=on_bytes, limit_bytes_per_s=limit_bytes_per_s, step=step)
-
-    async def fetch(
-        self, remote: str, local: Path, *, on_bytes: OnBytes | None = None, step: str = "fetch a file"
-    ) -> None:
-        """Get one file from the host: see `raylaunch.ssh.fetch.fetch`."""
-        with telling(self._on_wait, self.name, step, STALL_S):
-            await fetch(self, remote, local, on_bytes=on_bytes, step=step)
 
     async def forward(self, listen_port: int, host: str, port: int) -> int:
         """Make ``127.0.0.1:listen_port`` here lead to `host`:`port` as the machine sees it; return the port here.
@@ -169,7 +147,7 @@ class SSHHost:
 
         Raises:
             HostError: the port here is taken.
-            HostLostError: the connection is gone.
+            HostLostError: the connection is closed.
         """
         if self.connection.is_closed():
             msg = f"the connection to {self.name} was lost"
@@ -186,7 +164,7 @@ class SSHHost:
         self.connection.set_keepalive(every_s, missed)
 
     async def wait_lost(self) -> None:
-        """Return when the connection is gone, for whatever reason."""
+        """Return when the connection has closed, for whatever reason."""
         await self.connection.wait_closed()
 
     async def close(self) -> None:
@@ -221,18 +199,18 @@ class SSHHost:
             if not alone:
                 return None
             msg = f"{self.name} opens no session: {error.reason}"
-            hint = "look at MaxSessions in its sshd_config (the usual value is 10), and at sshd's log there"
+            hint = "check MaxSessions in its sshd_config (usually 10), and sshd's log there"
             raise HostStepError(msg, hint=hint, host=self.name, step=what) from None
 
-    async def _end(self, talk: RemoteProcess) -> None:
+    async def _end(self, process: RemoteProcess) -> None:
         """End what a script has started, unless it has ended, and let go of its session.
 
         That needs a session of its own: sshd passes no signals on to the command of a root login.
         """
-        if talk.pid and not talk.ended and not self.connection.is_closed():
+        if process.pid and not process.ended and not self.connection.is_closed():
             with anyio.move_on_after(_END_S), suppress(OSError, asyncssh.Error):
-                await self.connection.run(f"kill -TERM {talk.pid}", check=False)
-        await talk.close()
+                await self.connection.run(f"kill -TERM {process.pid}", check=False)
+        await process.close()
 
 
 @asynccontextmanager
@@ -244,8 +222,8 @@ async def machine(
     Args:
         target: which host, and how it is reached.
         limit_s: seconds for the connection to each hop, besides the time that a person takes to answer.
-        on_prompt: asks a person: passphrases, and whether an unknown host's key is right. None: nobody is there.
-        on_wait: is told every few seconds what has not ended yet.
+        on_prompt: asks a person: passphrases, and whether an unknown host's key is right. None: nobody is asked.
+        on_wait: called every few seconds with what has not ended yet.
 
     Raises:
         HostUnreachableError: no connection can be made.
@@ -261,9 +239,9 @@ async def machine(
         await opened.close()
 
 
-async def _feed(talk: RemoteProcess, data: bytes) -> None:
+async def _feed(process: RemoteProcess, data: bytes) -> None:
     view = memoryview(data)
     for start in range(0, len(view), _CHUNK):
-        if not await talk.send(bytes(view[start : start + _CHUNK])):
+        if not await process.send(bytes(view[start : start + _CHUNK])):
             return
-    talk.close_input()
+    process.close_input()

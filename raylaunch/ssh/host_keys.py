@@ -22,7 +22,7 @@ _DEFAULT_PORT = 22
 _REVOKED = "@revoked"
 _SYSTEM = (Path("/etc/ssh/ssh_known_hosts"), Path("/etc/ssh/ssh_known_hosts2"))
 
-# By family, the preferred first. A pinned fingerprint may be of any key that the host has, so each is asked for.
+# By family, the preferred first. A pinned fingerprint may be of any key that the host has, so each is requested.
 FAMILIES = (
     "ssh-ed25519",
     "ecdsa-sha2-nistp256,ecdsa-sha2-nistp384,ecdsa-sha2-nistp521",
@@ -32,7 +32,7 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class KnownKeys:
-    """What the files say about one host and port. `where` maps each key's fingerprint to the file it stands in."""
+    """What the files have on one host and port. `where` maps each key's fingerprint to its file."""
 
     keys: tuple[asyncssh.SSHKey, ...] = ()
     authorities: tuple[asyncssh.SSHKey, ...] = ()
@@ -40,7 +40,7 @@ class KnownKeys:
     where: dict[str, Path] = field(default_factory=dict)
 
     @property
-    def nothing(self) -> bool:
+    def empty(self) -> bool:
         """Nothing is known: neither a key nor an authority that could vouch for one."""
         return not (self.keys or self.authorities)
 
@@ -63,7 +63,7 @@ def files_for(target: Target, configured: object) -> list[Path]:
 
 
 def known(files: Iterable[Path], host: str, port: int) -> KnownKeys:
-    """Return what `files` say about a host, as `ssh` reads them: also hashed names, patterns and authorities.
+    """Return what `files` have on a host, as `ssh` reads them: also hashed names, patterns and authorities.
 
     Raises:
         SpecError: a line that marks a key as revoked cannot be read.
@@ -116,7 +116,7 @@ def _parse(file: Path, _changed: int, _size: int) -> _Read:
             if line.lstrip().startswith(_REVOKED):  # left out, it would let in what it is to keep out
                 msg = f"a revoked key cannot be read: {error}"
                 raise SpecError(msg, hint="repair that line", where=f"{file}:{number}") from None
-            _log.warning("%s:%d is left out: %s", file, number, error)
+            _log.warning("%s:%d is ignored: %s", file, number, error)
     return _Read(found, revoked)
 
 
@@ -130,7 +130,7 @@ class HostKeyWatch(asyncssh.SSHClient):
 
     @property
     def spoke(self) -> bool:
-        """Whether the host has said who it is."""
+        """Whether the host has sent its version."""
         return self._connection is not None and bool(self._connection.get_extra_info("server_version"))
 
     def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
@@ -138,13 +138,13 @@ class HostKeyWatch(asyncssh.SSHClient):
         self._connection = conn
 
     def validate_host_public_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
-        """Say whether a key that is in no file is trusted all the same."""
+        """Return whether a key that is in no file is trusted."""
         del host, addr, port
         self.shown = key
         return bool(self._pinned) and key.get_fingerprint() == self._pinned
 
     def validate_host_ca_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
-        """Say whether an authority that is in no file is trusted all the same: never."""
+        """Return whether an authority that is in no file is trusted: never."""
         del host, addr, port
         self.shown = key
         return False
@@ -177,7 +177,7 @@ def describe(key: asyncssh.SSHKey) -> str:
 
 
 def unknown_error(target: Target, key: asyncssh.SSHKey, address: str) -> HostKeyError:
-    """Say that a host is not known yet, with its fingerprint and the ways to accept it."""
+    """Return an error: the host is not known yet, with its fingerprint and the ways to accept it."""
     fingerprint = key.get_fingerprint()
     msg = f"{target.name} ({address}) is not known here: it shows the host key {describe(key)}"
     hint = (
@@ -188,7 +188,7 @@ def unknown_error(target: Target, key: asyncssh.SSHKey, address: str) -> HostKey
 
 
 def changed_error(target: Target, key: asyncssh.SSHKey, address: str, name: str, expected: KnownKeys) -> HostKeyError:
-    """Say that a host shows another key than the one that is known, with both and the command that forgets the old."""
+    """Return an error: the host shows another key than the known one; with the command that removes it."""
     old = ", ".join(describe(one) for one in expected.keys) or "one signed by a known authority"
     file = next(iter(expected.where.values()), None)
     msg = f"{target.name} ({address}) shows another host key than before: {describe(key)}; known is {old}" + (
@@ -209,7 +209,7 @@ def changed_error(target: Target, key: asyncssh.SSHKey, address: str, name: str,
 
 
 def contradicted_error(target: Target, address: str, name: str, expected: KnownKeys) -> HostKeyError:
-    """Say that known_hosts knows another key of a host than the one that cluster.yaml pins."""
+    """Return an error: known_hosts has another key of the host than the one that cluster.yaml pins."""
     known = ", ".join(describe(one) for one in expected.keys)
     file = next(iter(expected.where.values()), None)
     msg = f"{target.name} ({address}): cluster.yaml pins {target.fingerprint}, and {file or 'known_hosts'} has {known}"
@@ -224,7 +224,7 @@ def contradicted_error(target: Target, address: str, name: str, expected: KnownK
 
 
 def pinned_error(target: Target, key: asyncssh.SSHKey, address: str) -> HostKeyError:
-    """Say that a host shows another key than the pinned one."""
+    """Return an error: the host shows another key than the pinned one."""
     msg = f"{target.name} ({address}) shows the host key {describe(key)}, and {target.fingerprint} is pinned for it"
     hint = (
         "somebody may be between you and the host. If it was reinstalled, compare the new fingerprint with the host's "

@@ -21,7 +21,7 @@ _PASSPHRASE_TRIES = 3
 class Identities:
     """Keys to offer from files, by `names`; those that are `locked` need a passphrase first.
 
-    `only` are the agent's keys that may be used, None for all. `first` says that the files come before the agent.
+    `only` are the agent's keys that may be used, None for all. `first`: the files come before the agent.
     """
 
     keys: tuple[asyncssh.SSHKeyPair, ...] = ()
@@ -47,7 +47,7 @@ def identities(target: Target, *, configured: Sequence[str], only_these: bool, e
     files = [Path(one).expanduser() for one in named if one]
     if target.key and not _exists(files[0]):
         msg = f"the key {files[0]} for {target.name} does not exist"
-        raise HostAuthError(msg, hint="name the private key's file, as key: ~/.ssh/id_ed25519", host=target.name)
+        raise HostAuthError(msg, hint="name the private key's file, like key: ~/.ssh/id_ed25519", host=target.name)
     keys: list[asyncssh.SSHKeyPair] = []
     names: list[str] = []
     locked: list[Path] = []
@@ -79,7 +79,7 @@ def identities(target: Target, *, configured: Sequence[str], only_these: bool, e
     )
 
 
-# Keys that a person has opened, by file and its state: she is asked once for all hosts. As long as the process lasts.
+# Keys opened in this process, by file and its state: a passphrase is asked for once for all hosts.
 _OPENED: dict[tuple[Path, int, int], list[asyncssh.SSHKeyPair]] = {}
 
 
@@ -99,7 +99,7 @@ async def unlock(files: Iterable[Path], target: Target, on_prompt: OnPrompt) -> 
             try:
                 _OPENED[_state(file)] = list(asyncssh.load_keypairs([str(file)], passphrase=answer))
             except (asyncssh.KeyImportError, asyncssh.KeyEncryptionError):
-                again = "That was not it. "
+                again = "Wrong passphrase. "
         else:
             keys += _opened(file)
     return keys
@@ -141,7 +141,7 @@ def agent_socket(configured: object) -> str:
 
 
 def refused_error(target: Target, user: str, tried: Sequence[str], locked: Sequence[Path], why: str) -> HostAuthError:
-    """Say that a host took none of the keys, which ones were tried, and what to do."""
+    """Return an error: the host accepted none of the keys; with those tried, and what to do."""
     usable = [name for name in tried if Path(name) not in locked]
     offered = ", ".join(usable) if usable else "no key (none is in ~/.ssh or in an agent)"
     if locked and not usable:
@@ -171,7 +171,7 @@ def _exists(file: Path) -> bool:
 
 
 def _public(file: Path) -> list[bytes]:
-    """Return the public half of a key file, from itself or from the file beside it; none where that is not known."""
+    """Return the public half of a key file, from itself or from the ``.pub`` file; none where that is not known."""
     for path in (Path(f"{file}.pub"), file):
         with suppress(OSError, asyncssh.KeyImportError):
             return [asyncssh.read_public_key(path).public_data]

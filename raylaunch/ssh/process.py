@@ -123,7 +123,7 @@ class RemoteProcess:
         raise self._no_status(err)
 
     async def close(self) -> None:
-        """Let go of the channel."""
+        """Close the channel."""
         self._errors.cancel()
         try:
             await asyncio.gather(self._errors, return_exceptions=True)  # its own cancellation, and never ours
@@ -150,17 +150,17 @@ class RemoteProcess:
         raise self._timeout(bytes(self._tail))
 
     def _timeout(self, err: bytes) -> HostTimeoutError:
-        msg = f"{self.host}: {self.step} did not end within {self._limit_s:g} s{said(err)}"
-        hint = "look at what the host is busy with, then run the same command again"
+        msg = f"{self.host}: {self.step} did not end within {self._limit_s:g} s{last_line(err)}"
+        hint = "check what the host is busy with, then run the same command again"
         return HostTimeoutError(msg, hint=hint, host=self.host, step=self.step)
 
     def _no_status(self, err: bytes) -> HostError:
         status = self._process.exit_status
-        if self._out.begun or status is None:
+        if self._out.started or status is None:
             lost = f"the connection to {self.host} was lost during: {self.step}"
             if status is not None:
                 lost = f"{self.host}: {self.step} was killed there before its end"
-            hint = "whether it was done is not known; the same command may be run again, it finds out"
+            hint = "it may or may not have finished; run the same command again to find out"
             return HostLostError(lost, hint=hint, host=self.host, step=self.step)
         noise = (self._out.noise + self._out.close() + self._err.noise + err).decode(errors="replace").strip()
         msg = f"{self.host}: the login shell did not run what it was sent ({self.step}); it printed: {noise[-500:]!r}"
@@ -171,8 +171,8 @@ class RemoteProcess:
 class RemoteLines:
     """The lines that a running script prints, as they come. `status` is its exit status, known after the last line."""
 
-    def __init__(self, talk: RemoteProcess) -> None:
-        self._talk = talk
+    def __init__(self, process: RemoteProcess) -> None:
+        self._process = process
         self.status: int | None = None
         self.err = b""
 
@@ -185,26 +185,26 @@ class RemoteLines:
             HostStepError: a line is longer than 8 MiB.
         """
         held = b""
-        async for data in self._talk.chunks():
+        async for data in self._process.chunks():
             *lines, held = (held + data).split(b"\n")
             for line in lines:
                 yield line
             if len(held) > _LINE_BYTES:
-                msg = f"{self._talk.host}: {self._talk.step} printed a line of more than {_LINE_BYTES} bytes"
-                raise HostStepError(msg, hint="report this", host=self._talk.host, step=self._talk.step)
+                msg = f"{self._process.host}: {self._process.step} printed a line of more than {_LINE_BYTES} bytes"
+                raise HostStepError(msg, hint="report this", host=self._process.host, step=self._process.step)
         if held:
             yield held
-        self.status, self.err = await self._talk.end()
+        self.status, self.err = await self._process.end()
 
 
 def step_error(host: str, step: str, status: int, out: bytes, err: bytes) -> HostStepError:
-    """Say that a script failed, with the last lines that it printed."""
+    """Return an error: the script failed; with the last lines that it printed."""
     printed = (err.strip() or out.strip()).decode(errors="replace").splitlines()
     tail = tuple(line.rstrip() for line in printed[-_TAIL_LINES:])
     how = f"was ended by signal {status - 128}" if status > 128 else f"failed with exit status {status}"  # noqa: PLR2004 -- the shell's way to say so
     return HostStepError(
-        f"{host}: {step} {how}{said(err.strip() or out)}",
-        hint="mend what it says, then run the same command again",
+        f"{host}: {step} {how}{last_line(err.strip() or out)}",
+        hint="fix what it reports, then run the same command again",
         host=host,
         step=step,
         exit_status=status,
@@ -212,7 +212,7 @@ def step_error(host: str, step: str, status: int, out: bytes, err: bytes) -> Hos
     )
 
 
-def said(text: bytes) -> str:
+def last_line(text: bytes) -> str:
     """Return the last line of what was printed, to be put behind a sentence; empty if there is none."""
     lines = text.decode(errors="replace").strip().splitlines()
     return f": {lines[-1].strip()[:400]}" if lines else ""

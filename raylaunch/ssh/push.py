@@ -1,7 +1,7 @@
 """Files onto a host: in parallel, resumable, checksummed, and in their place only when they are complete.
 
-A file travels as ranges of 32 MiB over several sessions of one connection, into a file beside its place whose name
-carries its checksum. What has arrived is noted beside that, so that a later try goes on from there, and never mixes two
+A file travels as ranges of 32 MiB over several sessions of one connection, into a file next to its place whose name
+has its checksum. What has arrived is noted next to that, so that a later try goes on from there, and never mixes two
 contents. At the end the checksum is compared, the file synced where it is to be durable, and renamed.
 """
 
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import anyio.to_thread
 
 from raylaunch.errors import SpecError, StorageError, TransferError
+from raylaunch.files import sha256_of
 from raylaunch.paths import storage_errors
 from raylaunch.ssh.fetch import (
     COMMON,
@@ -29,9 +30,8 @@ from raylaunch.ssh.fetch import (
     TransferProgress,
     cancel,
     limit_s,
-    sha_of,
-    storage_words,
-    together,
+    run_all,
+    translate_storage_errors,
 )
 from raylaunch.ssh.process import RemoteProcess, step_error
 from raylaunch.ssh.scripts import Script
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 _CHUNK = 256 * 1024
 _READ = 2 * 1024 * 1024  # read here at once: each time costs a thread's turn
-_ASK_FIRST_BYTES = 1024 * 1024
+_FIND_FIRST_BYTES = 1024 * 1024
 _WRONG_SUM = 66
 
-_LOOK = (
+_FIND = (
     COMMON
     + r"""while IFS=' ' read -r size mode sha given; do
   place "$given" "$sha"
@@ -103,10 +103,10 @@ done
 
 @dataclass(frozen=True)
 class PushFile:
-    """A file to push: its bytes, or where they lie here. `remote` is absolute or begins with ``~/``.
+    """A file to push: its bytes, or where they are here. `remote` is absolute or begins with ``~/``.
 
     `mode` is the file's mode there. `sha256` (hex) spares the reading of a file whose checksum is known. `durable`: at
-    the end it is on the disk, whatever happens to the power then; without, whoever uses it has to compare its checksum.
+    the end it is on the disk, whatever happens to the power then; without, its user has to compare its checksum.
     """
 
     source: Path | bytes
@@ -131,7 +131,7 @@ class _Job:
 
 
 async def push(
-    machine: SSHHost,
+    host: SSHHost,
     files: Sequence[PushFile],
     *,
     on_bytes: OnBytes | None = None,
@@ -141,9 +141,9 @@ async def push(
     """Put files on a host. Run again after an interruption, it sends what is missing; what is there already is left.
 
     Args:
-        machine: the host.
+        host: the host.
         files: what to put where. Folders are made, 0700.
-        on_bytes: told as bytes are sent; first, at once, of those that are there already.
+        on_bytes: called as bytes are sent; first, at once, of those that are there already.
         limit_bytes_per_s: an upper bound for all of them together.
         step: what this is, for errors.
 
@@ -159,22 +159,20 @@ async def push(
     total = sum(job.ranges.size for job in jobs)
     longest_s = limit_s(total, limit_bytes_per_s)
     progress = TransferProgress(on_bytes)
-    with storage_words(machine.name, step):
-        if total > _ASK_FIRST_BYTES:
-            await _look(machine, jobs, longest_s, step)
-        progress.add(sum(job.ranges.size if job.whole else job.ranges.there for job in jobs))
-        work = _Push(machine, [job for job in jobs if not job.whole], progress, Pace(limit_bytes_per_s), step)
+    with translate_storage_errors(host.name, step):
+        if total > _FIND_FIRST_BYTES:
+            await _find_existing(host, jobs, longest_s, step)
+        progress.add(sum(job.ranges.size if job.whole else job.ranges.arrived_bytes for job in jobs))
+        work = _Push(host, [job for job in jobs if not job.whole], progress, Pace(limit_bytes_per_s), step)
         streams = [work.stream(longest_s) for _ in range(min(STREAMS, work.units))]
-        await together(streams, progress, host=machine.name, step=step)
+        await run_all(streams, progress, host=host.name, step=step)
 
 
 class _Push:
     """The ranges that are still to be sent, taken by whichever session is free."""
 
-    def __init__(
-        self, machine: SSHHost, jobs: Sequence[_Job], progress: TransferProgress, pace: Pace, step: str
-    ) -> None:
-        self._machine = machine
+    def __init__(self, host: SSHHost, jobs: Sequence[_Job], progress: TransferProgress, pace: Pace, step: str) -> None:
+        self._machine = host
         self._progress = progress
         self._pace = pace
         self._step = step
@@ -197,56 +195,56 @@ class _Push:
     async def stream(self, longest_s: float) -> None:
         """Send ranges over one session until all files are in place."""
         name, step = self._machine.name, self._step
-        async with self._machine.talk(Script(_TAKE), limit_s=longest_s, step=step, told=False) as talk:
+        async with self._machine.process(Script(_TAKE), limit_s=longest_s, step=step, report=False) as process:
             sent: deque[tuple[_Job, bool]] = deque()
-            reading = asyncio.ensure_future(self._read(talk, sent))
-            sending = asyncio.ensure_future(self._send(talk, sent))
+            reading = asyncio.ensure_future(self._read(process, sent))
+            sending = asyncio.ensure_future(self._send(process, sent))
             try:
                 await asyncio.wait({reading, sending}, return_when=asyncio.FIRST_COMPLETED)
                 if not reading.done():
                     sending.result()
-                    talk.close_input()
+                    process.close_input()
                 await reading
             finally:
                 await cancel(reading, sending)
-            status, err = await talk.end()
+            status, err = await process.end()
         if status == _WRONG_SUM:
             msg = f"{name}: what arrived is not what was sent ({step}); it was removed there"
-            raise TransferError(msg, hint="run the same command again; if it happens twice, look at the disks")
+            raise TransferError(msg, hint="run the same command again; if it happens twice, check the disks")
         if status:
             raise step_error(name, step, status, b"", err)
 
-    async def _send(self, talk: RemoteProcess, sent: deque[tuple[_Job, bool]]) -> None:
+    async def _send(self, process: RemoteProcess, sent: deque[tuple[_Job, bool]]) -> None:
         while self._open:
             if self._finish:
                 job = self._finish.popleft()
                 sent.append((job, True))
-                await talk.send(job.line("sync" if job.file.durable else "finish", 0, job.ranges.size))
+                await process.send(job.line("sync" if job.file.durable else "finish", 0, job.ranges.size))
             elif self._queue:
                 job, offset, length = self._queue.popleft()
                 sent.append((job, False))
-                await self._send_range(talk, job, offset, length)
+                await self._send_range(process, job, offset, length)
             else:
                 self._changed.clear()
                 await self._changed.wait()
 
-    async def _send_range(self, talk: RemoteProcess, job: _Job, offset: int, length: int) -> None:
-        if not await talk.send(job.line("range", offset, length)):
+    async def _send_range(self, process: RemoteProcess, job: _Job, offset: int, length: int) -> None:
+        if not await process.send(job.line("range", offset, length)):
             return
         for start in range(offset, offset + length, _READ):
             block = memoryview(await _read_here(job.file, start, min(_READ, offset + length - start)))
             for at in range(0, len(block), _CHUNK):
                 piece = block[at : at + _CHUNK]
                 await self._pace.take(len(piece))
-                if not await talk.send(piece):
+                if not await process.send(piece):
                     return
                 self._progress.add(len(piece))
-        await talk.send(b"end\n")
+        await process.send(b"end\n")
 
-    async def _read(self, talk: RemoteProcess, sent: deque[tuple[_Job, bool]]) -> None:
+    async def _read(self, process: RemoteProcess, sent: deque[tuple[_Job, bool]]) -> None:
         """Read what has arrived. A file of which all ranges have is finished, by whichever session is free."""
         held = b""
-        async for data in talk.chunks():
+        async for data in process.chunks():
             *lines, held = (held + data).split(b"\n")
             for _ in lines:
                 job, finished = sent.popleft()
@@ -262,20 +260,20 @@ class _Push:
 
 async def _job(file: PushFile) -> _Job:
     if "\n" in file.remote or not file.remote.startswith(("/", "~/")):
-        msg = f"{file.remote!r} is no path on a host"
+        msg = f"{file.remote!r} is not a path on a host"
         raise SpecError(msg, hint="write an absolute path, or one that begins with ~/")
     if isinstance(file.source, bytes):
         return _Job(file, file.sha256 or hashlib.sha256(file.source).hexdigest(), Ranges(len(file.source)))
     with storage_errors(file.source):
         size = file.source.stat().st_size
-        sha = file.sha256 or await anyio.to_thread.run_sync(sha_of, file.source)
+        sha = file.sha256 or await anyio.to_thread.run_sync(sha256_of, file.source)
     return _Job(file, sha, Ranges(size))
 
 
-async def _look(machine: SSHHost, jobs: Sequence[_Job], longest_s: float, step: str) -> None:
+async def _find_existing(host: SSHHost, jobs: Sequence[_Job], longest_s: float, step: str) -> None:
     """Find out what is there already."""
     lines = [f"{job.ranges.size} {job.file.mode:o} {job.sha} {job.file.remote}\n" for job in jobs]
-    found = await machine.run(Script(_LOOK), limit_s=longest_s, input="".join(lines).encode(), step=step)
+    found = await host.run(Script(_FIND), limit_s=longest_s, input="".join(lines).encode(), step=step)
     for job, line in zip(jobs, found.text.splitlines(), strict=True):
         word, *numbers = line.split()
         job.whole = word == "have"
@@ -289,7 +287,7 @@ async def _read_here(file: PushFile, offset: int, length: int) -> bytes:
         data = await anyio.to_thread.run_sync(_pread, file.source, offset, length)
     if len(data) != length:
         msg = f"{file.source} became shorter while it was sent"
-        raise StorageError(msg, hint="leave it alone until it has been sent, and run the same command again")
+        raise StorageError(msg, hint="do not change it during the transfer; run the same command again")
     return data
 
 

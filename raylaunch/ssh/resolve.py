@@ -1,4 +1,4 @@
-"""Where a target is, once the person's SSH configuration has completed it, and which hosts lead there."""
+"""Resolving a target with the person's SSH configuration: its hops, and the command of `ssh` for it."""
 
 from __future__ import annotations
 
@@ -20,51 +20,37 @@ _CONNECT_S = 10
 _KEEPALIVE_S = 5
 _KEEPALIVES_MISSED = 3
 _KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
-
-
-def command(target: Target) -> list[str] | None:
-    """Return the command that connects to the target.
-
-    None where there is none: no such program, or a pinned fingerprint, which it cannot compare.
-
-    Raises:
-        SpecError: the SSH configuration cannot be read.
-    """
-    program = shutil.which("ssh")
-    place = places_of(target, final=target)[-1]
-    if program is None or target.fingerprint:
-        return None
-    options = {
-        "BatchMode": "yes",
-        "StrictHostKeyChecking": "yes",
-        "UpdateHostKeys": "no",
-        "UserKnownHostsFile": " ".join(f'"{file}"' for file in place.known_files),
-        "ConnectTimeout": str(_CONNECT_S),
-        "ServerAliveInterval": str(_KEEPALIVE_S),
-        "ServerAliveCountMax": str(_KEEPALIVES_MISSED),
-        "ControlMaster": "no",  # a connection that is shared is one stream of ciphers
-        "ControlPath": "none",
-        "LogLevel": "ERROR",
-        **({} if place.ciphers else {"Ciphers": _CIPHERS}),
-        **({"ProxyJump": ",".join(target.jump)} if target.jump else {}),
-    }
-    words = [program, "-F", *(place.config or ("none",)), "-p", str(place.port)]
-    for name, value in options.items():
-        words += ["-o", f"{name}={value}"]
-    for key in _keys(place):
-        words += ["-i", key]
-    return [*words, "-l", place.user, "--", target.alias]
-
-
-def _keys(place: ResolvedTarget) -> list[str]:
-    """Those that it would not find itself: it looks for its own below the account's home, whatever HOME says."""
-    named = [str(Path(place.target.key).expanduser())] if place.target.key else []
-    usual = (Path("~/.ssh").expanduser() / name for name in _KEYS)
-    return named or ([] if place.identity_files else [str(path) for path in usual if path.exists()])
-
-
 _JUMPS_AT_MOST = 8
 _HOP = re.compile(r"(?:(?P<user>[^@]+)@)?(?:\[(?P<six>[^\]@]+)\]|(?P<host>[^:\[\]@]+))(?::(?P<port>\d+))?")
+
+
+def resolve_hops(target: Target, *, final: Target, depth: int = 0) -> list[ResolvedTarget]:
+    """Return all hops to a target, itself the last. Reads files, connects to nothing.
+
+    Args:
+        target: where to.
+        final: the host that all this is for, which errors name; the same as `target` for callers.
+        depth: how many hops are between the two already.
+
+    Raises:
+        SpecError: the configuration cannot be read, or a jump host is none.
+    """
+    resolved = _resolve(target)
+    if depth + len(resolved.jumps) > _JUMPS_AT_MOST:
+        msg = f"{final.name} is behind more than {_JUMPS_AT_MOST} jump hosts"
+        raise SpecError(msg, hint="check ~/.ssh/config for a ProxyJump that leads back to itself", field="jump")
+    if not resolved.jumps:
+        return [resolved]
+    first, *others = (
+        replace(hop, name=f"{hop.name}, the jump host of {final.name}", ssh_config=final.ssh_config)
+        for hop in resolved.jumps
+    )
+    # As with `ssh`, only the first hop's own ProxyJump counts; the others are reached from the one before.
+    return [
+        *resolve_hops(first, final=final, depth=depth + 1),
+        *(_resolve(hop, jumps=False) for hop in others),
+        resolved,
+    ]
 
 
 @dataclass(frozen=True)
@@ -95,32 +81,48 @@ class ResolvedTarget:
         return host_keys.entry(self.key_name, self.port)
 
 
-def places_of(target: Target, *, final: Target, depth: int = 0) -> list[ResolvedTarget]:
-    """Return all hops to a target, itself the last. Reads files, connects to nothing.
+def command(target: Target) -> list[str] | None:
+    """Return the command that connects to the target.
 
-    Args:
-        target: where to.
-        final: the host that all this is for, which errors name; the same as `target` for whoever calls.
-        depth: how many hops are between the two already.
+    None where there is none: no such program, or a pinned fingerprint, which it cannot compare.
 
     Raises:
-        SpecError: the configuration cannot be read, or a jump host is none.
+        SpecError: the SSH configuration cannot be read.
     """
-    place = _look(target)
-    if depth + len(place.jumps) > _JUMPS_AT_MOST:
-        msg = f"the way to {final.name} has more than {_JUMPS_AT_MOST} jump hosts"
-        raise SpecError(msg, hint="look for a ProxyJump in ~/.ssh/config that leads back to itself", field="jump")
-    if not place.jumps:
-        return [place]
-    first, *others = (
-        replace(hop, name=f"{hop.name}, the jump host of {final.name}", ssh_config=final.ssh_config)
-        for hop in place.jumps
-    )
-    # As with `ssh`, only the first hop's own ProxyJump counts; the others are reached from the one before.
-    return [*places_of(first, final=final, depth=depth + 1), *(_look(hop, jumps=False) for hop in others), place]
+    program = shutil.which("ssh")
+    resolved = resolve_hops(target, final=target)[-1]
+    if program is None or target.fingerprint:
+        return None
+    options = {
+        "BatchMode": "yes",
+        "StrictHostKeyChecking": "yes",
+        "UpdateHostKeys": "no",
+        "UserKnownHostsFile": " ".join(f'"{file}"' for file in resolved.known_files),
+        "ConnectTimeout": str(_CONNECT_S),
+        "ServerAliveInterval": str(_KEEPALIVE_S),
+        "ServerAliveCountMax": str(_KEEPALIVES_MISSED),
+        "ControlMaster": "no",  # a connection that is shared is one stream of ciphers
+        "ControlPath": "none",
+        "LogLevel": "ERROR",
+        **({} if resolved.ciphers else {"Ciphers": _CIPHERS}),
+        **({"ProxyJump": ",".join(target.jump)} if target.jump else {}),
+    }
+    words = [program, "-F", *(resolved.config or ("none",)), "-p", str(resolved.port)]
+    for name, value in options.items():
+        words += ["-o", f"{name}={value}"]
+    for key in _keys(resolved):
+        words += ["-i", key]
+    return [*words, "-l", resolved.user, "--", target.alias]
 
 
-def _look(target: Target, *, jumps: bool = True) -> ResolvedTarget:
+def _keys(resolved: ResolvedTarget) -> list[str]:
+    """Return the keys that `ssh` would not find: it searches the account's home, whatever HOME is."""
+    named = [str(Path(resolved.target.key).expanduser())] if resolved.target.key else []
+    usual = (Path("~/.ssh").expanduser() / name for name in _KEYS)
+    return named or ([] if resolved.identity_files else [str(path) for path in usual if path.exists()])
+
+
+def _resolve(target: Target, *, jumps: bool = True) -> ResolvedTarget:
     """Complete a target from the person's configuration. Reads files, connects to nothing."""
     path = target.ssh_config or Path("~/.ssh/config").expanduser()
     config = (str(path),) if target.ssh_config or os.access(path, os.R_OK) else ()

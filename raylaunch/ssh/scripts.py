@@ -1,4 +1,4 @@
-"""How a script travels to a host, and how what it printed is told from what the login shell printed around it.
+"""How a script travels to a host, and how its output is told apart from the login shell's.
 
 The only module that quotes. A command is sent over SSH as the constant `COMMAND`, which every login shell understands;
 everything else, the script too, follows on its stdin: no secret in it is ever in a list of processes. There a first,
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 COMMAND = "exec bash --noprofile --norc -s"
-"""What the login shell is asked to run. No word of it depends on the shell: bash, zsh, fish and tcsh take it alike."""
+"""The command for the login shell. Nothing in it depends on the shell: bash, zsh, fish and tcsh take it alike."""
 
 KILL_AFTER_S = 5.0
 """How long a script that has reached its limit may take to clean up before SIGKILL."""
@@ -24,7 +24,7 @@ _NOISE_KEPT = 4096
 
 # Read as one compound command, so that bash, which reads its script from the same stdin, has read nothing beyond it
 # when the script starts: the rest is the script's input. A job in the background would get /dev/null as stdin and
-# therefore has it by number. What this bash itself says (that a job was killed, with its text) is nobody's business.
+# therefore has it by number. Messages of this bash itself (that a job was killed, with its text) are dropped.
 _COURIER = """{{
 unset BASH_ENV ENV
 umask 077
@@ -57,7 +57,7 @@ exit "$status"
 
 @dataclass(frozen=True)
 class Script:
-    """A bash script with its arguments (``$1``, …), run under ``-euo pipefail``. `name` says in errors what it does."""
+    """A bash script with its arguments (``$1``, …), run under ``-euo pipefail``. `name` describes it in errors."""
 
     text: str
     args: tuple[str, ...] = ()
@@ -103,13 +103,13 @@ def new_nonce() -> str:
 class OutputFrame:
     """Cuts what a script printed out of all that came over one stream, as it comes.
 
-    `noise` is the beginning of what the login shell printed before; `pid` the courier's, known once `begun`.
+    `noise` is the beginning of what the login shell printed before; `pid` the courier's, known once `started`.
     """
 
     nonce: str
     noise: bytes = b""
     pid: int = 0
-    begun: bool = False
+    started: bool = False
     ended: bool = False
     status: int | None = None
     seconds: int = 0
@@ -120,7 +120,7 @@ class OutputFrame:
         if self.ended:
             return b""
         self._held += data
-        if not self.begun and not self._find_begin():
+        if not self.started and not self._find_start():
             return b""
         mark = f"{self.nonce} end".encode()
         start = self._held.find(mark)
@@ -136,16 +136,16 @@ class OutputFrame:
     def close(self) -> bytes:
         """Return what was held back when the stream ends without its mark; before any mark, all of it was noise."""
         held, self._held = self._held, b""
-        if self.begun:
+        if self.started:
             return held
         self.noise = (self.noise + held)[:_NOISE_KEPT]
         return b""
 
     def timed_out(self, limit_s: float) -> bool:
-        """Say whether ``timeout`` ended the script, rather than the script itself with the same status."""
+        """Return whether ``timeout`` ended the script, rather than the script itself with the same status."""
         return self.status in _TIMED_OUT and self.seconds >= int(limit_s)
 
-    def _find_begin(self) -> bool:
+    def _find_start(self) -> bool:
         start = self._held.find(f"\n{self.nonce} begin".encode())
         end = self._held.find(b"\n", start + 1) if start >= 0 else -1
         if end < 0:
@@ -157,7 +157,7 @@ class OutputFrame:
         self.noise = (self.noise + self._held[:start])[:_NOISE_KEPT]
         words = self._held[start:end].split()
         self.pid = int(words[2]) if len(words) > 2 else 0  # noqa: PLR2004 -- nonce, "begin", pid
-        self.begun = True
+        self.started = True
         self._held = self._held[end + 1 :]
         return True
 

@@ -1,4 +1,4 @@
-"""What is meant by a host: how it is reached over SSH, and what a person may be asked on the way there."""
+"""A host: how it is reached over SSH, and what a person may be asked meanwhile."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import anyio
 
 from raylaunch.paths import raylaunch_home
 
-_TELL_S = 5.0
+_REPORT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Prompt:
 
 
 OnPrompt = Callable[[Prompt], Awaitable["str | None"]]
-"""Asks a person; None is no answer. Without such a function nobody is asked, and the error says what to type."""
+"""Asks a person; None is no answer. Without such a function nobody is asked, and the error has the command to type."""
 
 
 @dataclass(frozen=True)
@@ -81,22 +81,22 @@ OnWait = Callable[[PendingStep], None]
 
 
 @contextmanager
-def telling(on_wait: OnWait | None, host: str, step: str, limit_s: float) -> Iterator[None]:
-    """Tell `on_wait` every five seconds that this has not ended yet."""
+def reporting_wait(on_wait: OnWait | None, host: str, step: str, limit_s: float) -> Iterator[None]:
+    """Call `on_wait` every five seconds until this has ended."""
     if on_wait is None:
         yield
         return
-    task = asyncio.ensure_future(_tell(on_wait, host, step, limit_s))
+    task = asyncio.ensure_future(_report_wait(on_wait, host, step, limit_s))
     try:
         yield
     finally:
         task.cancel()
 
 
-async def _tell(on_wait: OnWait, host: str, step: str, limit_s: float) -> None:
+async def _report_wait(on_wait: OnWait, host: str, step: str, limit_s: float) -> None:
     started = time.monotonic()
     while True:
-        await anyio.sleep(_TELL_S)
+        await anyio.sleep(_REPORT_S)
         on_wait(PendingStep(host, step, time.monotonic() - started, limit_s))
 
 

@@ -34,7 +34,7 @@ class Frames:
 
     Args:
         path: the file.
-        start: a multiple of `BLOCK`; of a record that begins before, nothing is read.
+        start: a multiple of `BLOCK`; a record that starts before it is skipped.
     """
 
     def __init__(self, path: Path, *, start: int = 0) -> None:
@@ -99,7 +99,7 @@ class Frames:
 
     def _preamble(self, data: bytes) -> int:
         if not data.startswith(MAGIC[: len(data)]):
-            msg = f"{self._path} is not a W&B file: it begins with {data[:_PREAMBLE]!r}"
+            msg = f"{self._path} is not a W&B file: it starts with {data[:_PREAMBLE]!r}"
             raise TrackingError(msg)
         if len(data) < _PREAMBLE:
             return 0
@@ -124,17 +124,17 @@ class Frames:
 
     def _damaged(self, view: memoryview, room: int) -> bytes | None:
         """Pass over the rest of a damaged block; of one that is still being written, only when its end is there."""
-        sentence = f"{self._path.name}: {room:,} bytes at {self._at:,} are damaged and were passed over"
+        sentence = f"{self._path.name}: {room:,} bytes at {self._at:,} are damaged; skipped"
         if len(view) < room:
             self._torn = sentence
             return None
         self._torn = ""
-        self._say(sentence)
+        self._add_problem(sentence)
         self._at += room
         self._parts = None
         return b""
 
-    def _say(self, sentence: str) -> None:
+    def _add_problem(self, sentence: str) -> None:
         if len(self._problems) < _PROBLEMS_KEPT:
             self._problems.append(sentence)
 
@@ -149,7 +149,9 @@ class Frames:
             return b""
         self._parts.append(payload)
         if len(self._parts) * BLOCK > _LARGEST:
-            self._say(f"{self._path.name}: a record larger than {_LARGEST:,} bytes before {self._at:,} was passed over")
+            self._add_problem(
+                f"{self._path.name}: skipped a record of more than {_LARGEST:,} bytes before {self._at:,}"
+            )
             self._parts = None
             return b""
         if kind != _LAST:

@@ -1,6 +1,6 @@
-"""One W&B run as its ``.wandb`` file tells it, on-line or off-line, while it grows.
+"""Reading W&B runs from their ``.wandb`` files, online or offline, while they grow; and the runs of an attempt.
 
-W&B writes the file of a run beside its uploads, and off-line it is the only record there is; so this is where metrics
+W&B writes the file of a run next to its uploads, and offline it is the only record there is; so this is where metrics
 come from. Nothing of the wandb package is imported (see `raylaunch.tracking.protobuf` for what that would cost).
 
 How soon a row can be read is W&B's to decide. Measured from `run.log` to the row read here, a row each 20 ms, by
@@ -31,13 +31,63 @@ from raylaunch.errors import TrackingError
 from raylaunch.tracking.frames import BLOCK, Frames
 from raylaunch.tracking.protobuf import Rows, WireError, fields
 
+LARGEST_STEP = float(1 << 63)
+"""What is beyond it, infinite or NaN is no step."""
+_HISTORY, _SUMMARY, _METRIC, _RUN, _EXIT = 2, 3, 12, 17, 18
+"""Field numbers of W&B's ``Record`` (wandb/proto/wandb_internal.proto)."""
+_LAST_MOMENT = 1e11
+_HEAD_ITEMS = 1000
+"""Who the run is stands among the first records of its file."""
+_TAIL = 2 * BLOCK
+_LONGEST = 1000
+"""Characters of a run's name and project; with more it is not matched."""
 
-def last_values(path: Path, *, most: int) -> dict[str, float]:
+
+def run_files(attempt: Path) -> list[Path]:
+    """Return the files of an attempt's runs, in the order of their start; `attempt` is its folder."""
+    return sorted((attempt / WANDB / "wandb").glob("*run-*/run-*.wandb"), key=_started)
+
+
+def run_info(path: Path) -> RunInfo | None:
+    """Return who a run is, as the beginning of its file has it; None when it does not, or cannot be read."""
+    try:
+        for _, item in zip(range(_HEAD_ITEMS), RunFile(path).stream(), strict=False):
+            if isinstance(item, RunInfo):
+                return item
+    except TrackingError:
+        pass
+    return None
+
+
+def exit_code(path: Path) -> int | None:
+    """Return the status with which a run was finished, as the end of its file has it; None when it was not."""
+    found = None
+    try:
+        start = max(0, path.stat().st_size - _TAIL) // BLOCK * BLOCK
+        for item in RunFile(path, start=start).stream():
+            if isinstance(item, RunExit):
+                found = item.code
+    except (OSError, TrackingError):
+        pass
+    return found
+
+
+def earlier_runs(job: Path, before: int) -> list[EarlierRun]:
+    """Return the runs of a job's attempts with numbers below `before`, oldest attempt first.
+
+    Args:
+        job: the job's folder in the store.
+        before: number of the attempt that gets them.
+    """
+    return list(_earlier(job, before))
+
+
+def last_values(path: Path, *, max_bytes: int) -> dict[str, float]:
     """Return the last value of each metric that the end of the file has, numbers of the summary among them.
 
     Args:
         path: the run's ``.wandb`` file.
-        most: how many bytes to read, to a block more.
+        max_bytes: how many bytes to read, to a block more.
 
     Raises:
         TrackingError: the file is not W&B's, or cannot be read.
@@ -47,21 +97,14 @@ def last_values(path: Path, *, most: int) -> dict[str, float]:
     except OSError as error:
         msg = f"{path} cannot be read: {error.strerror}"
         raise TrackingError(msg) from error
-    drawn: dict[str, float] = {}
-    told: dict[str, float] = {}
-    for item in RunFile(path, start=max(0, size - most) // BLOCK * BLOCK).stream():
+    history: dict[str, float] = {}
+    summary: dict[str, float] = {}
+    for item in RunFile(path, start=max(0, size - max_bytes) // BLOCK * BLOCK).stream():
         if isinstance(item, History):
-            drawn.update(item.values)
+            history.update(item.values)
         elif isinstance(item, Summary):
-            told.update(item.values)
-    return {**told, **drawn}
-
-
-_HISTORY, _SUMMARY, _METRIC, _RUN, _EXIT = 2, 3, 12, 17, 18
-"""Field numbers of W&B's ``Record`` (wandb/proto/wandb_internal.proto)."""
-LARGEST_STEP = float(1 << 63)
-"""What is beyond it, infinite or NaN is no step."""
-_LAST_MOMENT = 1e11
+            summary.update(item.values)
+    return {**summary, **history}
 
 
 @dataclass(frozen=True)
@@ -93,7 +136,7 @@ class StepMetric:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Who the run is. wandb 0.31 writes a `starting_step` of 0 even for a resumed run, whose rows begin higher."""
+    """Who the run is. wandb 0.31 writes a `starting_step` of 0 even for a resumed run, whose rows start higher."""
 
     run_id: str
     project: str
@@ -117,7 +160,7 @@ class RunFile:
 
     Args:
         path: the file.
-        start: where to begin, a multiple of `raylaunch.tracking.frames.BLOCK`.
+        start: where to start, a multiple of `raylaunch.tracking.frames.BLOCK`.
     """
 
     def __init__(self, path: Path, *, start: int = 0) -> None:
@@ -133,7 +176,7 @@ class RunFile:
         return (*self._frames.problems, *([unknown] if self._unknown else []))
 
     def read_new(self) -> list[Item]:
-        """Return what the file tells beyond the last read; `stream` in one list.
+        """Return the items since the last read, as a list.
 
         Raises:
             TrackingError: as `stream` does.
@@ -141,28 +184,28 @@ class RunFile:
         return list(self.stream())
 
     def stream(self) -> Iterator[Item]:
-        """Yield what the file tells beyond the last read, in memory that does not grow with the file.
+        """Yield the items since the last read, in memory that does not grow with the file.
 
-        Damaged parts are passed over and named in `problems`. A file that does not exist yet tells nothing.
+        Damaged parts are passed over and named in `problems`. A file that does not exist yet has none.
 
         Raises:
             TrackingError: the file is not W&B's, was replaced by a shorter one, or cannot be read.
         """
-        echo: bytes | None = None
+        pending: bytes | None = None
         for record in self._frames.read():
             for number, payload in self._fields(record):
                 if number == _HISTORY:
                     # W&B writes the row to the summary first: reading both would double the work for nothing.
-                    echo = None
-                elif echo is not None:
-                    yield from self._summary(echo)
-                    echo = None
+                    pending = None
+                elif pending is not None:
+                    yield from self._summary(pending)
+                    pending = None
                 if number == _SUMMARY:
-                    echo = payload
+                    pending = payload
                 else:
                     yield from self._item(number, payload)
-        if echo is not None:
-            yield from self._summary(echo)
+        if pending is not None:
+            yield from self._summary(pending)
 
     def _fields(self, record: bytes) -> list[tuple[int, bytes]]:
         try:
@@ -181,9 +224,9 @@ class RunFile:
         except WireError:
             self._unknown += 1
             return
-        told = {key: value for key, value in values.items() if not key.startswith("_")}
-        if told:
-            yield Summary(told)
+        summary = {key: value for key, value in values.items() if not key.startswith("_")}
+        if summary:
+            yield Summary(summary)
 
     def _item(self, number: int, payload: bytes) -> Iterator[Item]:
         try:
@@ -206,8 +249,8 @@ class RunFile:
         if not abs(step) <= LARGEST_STEP:
             msg = f"{step} is no step"
             raise WireError(msg)
-        moment = at if 0 <= at <= _LAST_MOMENT else 0.0
-        return History(int(step), moment, {key: value for key, value in values.items() if not key.startswith("_")})
+        logged_at = at if 0 <= at <= _LAST_MOMENT else 0.0
+        return History(int(step), logged_at, {key: value for key, value in values.items() if not key.startswith("_")})
 
 
 def _step_metric(payload: bytes) -> StepMetric:
@@ -246,28 +289,6 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-_HEAD_ITEMS = 1000
-"""Who the run is stands among the first records of its file."""
-_TAIL = 2 * BLOCK
-_LONGEST = 1000
-"""Characters of a run's name and project; with more it is not matched."""
-
-
-def run_files(attempt: Path) -> list[Path]:
-    """Return the files of an attempt's runs, in the order of their start; `attempt` is its folder."""
-    return sorted((attempt / WANDB / "wandb").glob("*run-*/run-*.wandb"), key=_started)
-
-
-def earlier_runs(job: Path, before: int) -> list[EarlierRun]:
-    """Return the runs of a job's attempts with numbers below `before`, oldest attempt first.
-
-    Args:
-        job: the job's folder in the store.
-        before: number of the attempt that is told them.
-    """
-    return list(_earlier(job, before))
-
-
 def _earlier(job: Path, before: int) -> Iterator[EarlierRun]:
     for n in range(1, before):
         for path in run_files(job / f"attempt-{n}"):
@@ -276,30 +297,6 @@ def _earlier(job: Path, before: int) -> Iterator[EarlierRun]:
                 yield EarlierRun(
                     attempt=n, id=info.run_id, project=info.project, name=info.name, finished=exit_code(path) == 0
                 )
-
-
-def run_info(path: Path) -> RunInfo | None:
-    """Return who a run is, as the beginning of its file has it; None when it does not, or cannot be read."""
-    try:
-        for _, item in zip(range(_HEAD_ITEMS), RunFile(path).stream(), strict=False):
-            if isinstance(item, RunInfo):
-                return item
-    except TrackingError:
-        pass
-    return None
-
-
-def exit_code(path: Path) -> int | None:
-    """Return the status with which a run was finished, as the end of its file has it; None when it was not."""
-    found = None
-    try:
-        start = max(0, path.stat().st_size - _TAIL) // BLOCK * BLOCK
-        for item in RunFile(path, start=start).stream():
-            if isinstance(item, RunExit):
-                found = item.code
-    except (OSError, TrackingError):
-        pass
-    return found
 
 
 def _started(path: Path) -> tuple[str, str]:

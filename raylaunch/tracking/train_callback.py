@@ -4,12 +4,12 @@
 the run's controller, a process of its own on the driver's node. Its base classes are internal to Ray
 (ray/train/v2/_internal/execution/callback.py, read in Ray 2.60).
 
-Here nothing waits for W&B, for a controller that waits holds up its training, and one that is killed says nothing any
+Here nothing waits for W&B, for a controller that waits holds up its training, and one that is killed reports nothing
 more. Reports are appended to a file of the attempt, and `raylaunch.tracking.train_writer`, which outlives controller
 and driver, logs what stands there. Each also becomes a line of ``progress.jsonl``, as `raylaunch.report` would write
 it, and so is kept and shown where W&B is switched off.
 
-A report is what rank 0 says, and its step is its number. After a restart of the workers the number goes back to their
+A report is that of rank 0, and its step is its number. After a restart of the workers the number goes back to their
 latest checkpoint, where they resume; steps that they repeat are written down once.
 """
 
@@ -49,15 +49,15 @@ _FINISH_S = 20.0
 """How long the workers' own W&B runs may take to finish."""
 
 
-def _spares_the_training(hook: Callable[_Params, _Done]) -> Callable[_Params, _Done | None]:
+def _never_fails(hook: Callable[_Params, _Done]) -> Callable[_Params, _Done | None]:
     """Let a hook fail without a consequence: Ray Train would end the training for it."""
 
     @functools.wraps(hook)
     def guarded(*args: _Params.args, **named: _Params.kwargs) -> _Done | None:
         try:
             return hook(*args, **named)
-        except Exception:  # noqa: BLE001 -- telling must not end what is told of
-            _log.exception("raylaunch could not write down what the training reports (%s)", hook.__name__)
+        except Exception:  # noqa: BLE001 -- reporting must not end the training
+            _log.exception("raylaunch could not record the training's report (%s)", hook.__name__)
             return None
 
     return guarded
@@ -88,7 +88,7 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
 
     # -- hooks of Ray Train ----------------------------------------------------------------------------------------
 
-    @_spares_the_training
+    @_never_fails
     def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ANN401 -- Ray's own, without a public type
         """Name the W&B run; find where a run that goes on in the same storage has stopped."""
         if not self._file:
@@ -105,7 +105,7 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
             "workers": train_run_context.scaling_config.num_workers,
         }
 
-    @_spares_the_training
+    @_never_fails
     def after_worker_group_start(self, worker_group: Any) -> None:  # noqa: ANN401 -- as above
         """Give each rank a W&B run of its own, should it open one; rank 0's is the job's."""
         super().after_worker_group_start(worker_group)
@@ -113,10 +113,10 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
             return
         self._workers = worker_group
         self._next = self._resumes_at
-        worker_group.execute(_naming(self._base, self._label, self._starts))
+        worker_group.execute(_run_namer(self._base, self._label, self._starts))
         self._starts += 1
 
-    @_spares_the_training
+    @_never_fails
     def after_report(self, training_report: Any, metrics: Sequence[Mapping[str, Any]]) -> None:  # noqa: ANN401 -- as above
         """Write down what rank 0 reports."""
         if not self._file or not metrics:
@@ -129,44 +129,44 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
             return
         self._written = self._next
         if self._own is None:
-            self._own = bool(self._workers.execute_single(0, _looking_for_own_run()))
+            self._own = bool(self._workers.execute_single(0, _own_run_check()))
             if not self._own:
                 self._open_run()
         row = plain_row(metrics[0])
         if not self._own:
-            self._tell(event="report", step=step, row=row)
-        self._tell_progress(step, row)
+            self._write_event(event="report", step=step, row=row)
+        self._write_progress(step, row)
 
-    @_spares_the_training
+    @_never_fails
     def before_worker_group_shutdown(self, worker_group: Any) -> None:  # noqa: ANN401 -- as above
         """Finish the W&B runs that workers have opened: what ends them does not let them do it themselves."""
         super().before_worker_group_shutdown(worker_group)
         if not self._file:
             return
         status = worker_group.get_latest_poll_status()
-        finishing = worker_group.execute_async(_finishing(1 if status is not None and status.errors else 0))
+        finishing = worker_group.execute_async(_run_finisher(1 if status is not None and status.errors else 0))
         ray.wait(finishing, num_returns=len(finishing), timeout=_FINISH_S)
 
-    @_spares_the_training
+    @_never_fails
     def after_controller_finish(self, result: Any) -> None:  # noqa: ANN401 -- as above
-        """Say that the run is over, and whether it failed."""
+        """Record that the run has ended, and whether it failed."""
         if self._file:
-            self._tell(event="end", exit_code=1 if result.error else 0)
+            self._write_event(event="end", exit_code=1 if result.error else 0)
 
-    @_spares_the_training
+    @_never_fails
     def before_controller_abort(self) -> None:
-        """Say that the run is over: somebody interrupted it."""
+        """Record that the run was interrupted."""
         if self._file:
-            self._tell(event="end", exit_code=contract.INTERRUPTED)
+            self._write_event(event="end", exit_code=contract.INTERRUPTED)
 
     # -- what is written -------------------------------------------------------------------------------------------
 
     def _open_run(self) -> None:
         """Have a run opened for the reports: the next of the attempt, which is the job's if the program opened none."""
         with contextlib.suppress(OSError, ValueError, KeyError):  # where ids are not handed out it is the job's run
-            ask = wandb_runs.RunRequest(self._base, os.environ.get("WANDB_PROJECT", ""), self._label)
-            self._run, self._label, _ = wandb_runs.claim(os.environ.get(contract.VAR_WANDB_RUNS, ""), ask)
-        self._tell(event="start", name=self._label, **self._facts)
+            request = wandb_runs.RunRequest(self._base, os.environ.get("WANDB_PROJECT", ""), self._label)
+            self._run, self._label, _ = wandb_runs.claim(os.environ.get(contract.VAR_WANDB_RUNS, ""), request)
+        self._write_event(event="start", name=self._label, **self._facts)
 
     def _claim_number(self) -> int:
         """Return which training run of the attempt this is, from 1. No two get the same."""
@@ -176,10 +176,10 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
                 return n
         return _MANY_RUNS
 
-    def _tell(self, **facts: object) -> None:
+    def _write_event(self, **facts: object) -> None:
         _append(self._file, {"at": time.time(), "run": self._run, **facts})
 
-    def _tell_progress(self, step: int, row: Mapping[str, object]) -> None:
+    def _write_progress(self, step: int, row: Mapping[str, object]) -> None:
         numbers = {
             name: float(value)
             for name, value in row.items()
@@ -212,7 +212,7 @@ def _reports_before(storage: Any) -> int:  # noqa: ANN401 -- Ray's own, without 
 # -- what is run in workers. Functions in functions travel by value: a worker needs no raylaunch. ---------------------
 
 
-def _naming(run: str, label: str, starts: int) -> Callable[[], None]:
+def _run_namer(run: str, label: str, starts: int) -> Callable[[], None]:
     base, round_ = contract.VAR_WANDB_RUN, wandb_runs.ROUND[0]
 
     def name_the_run() -> None:
@@ -227,7 +227,7 @@ def _naming(run: str, label: str, starts: int) -> Callable[[], None]:
     return name_the_run
 
 
-def _finishing(exit_code: int) -> Callable[[], None]:
+def _run_finisher(exit_code: int) -> Callable[[], None]:
     def finish_own_run() -> None:
         run = getattr(sys.modules.get("wandb"), "run", None)
         if run is not None:
@@ -236,7 +236,7 @@ def _finishing(exit_code: int) -> Callable[[], None]:
     return finish_own_run
 
 
-def _looking_for_own_run() -> Callable[[], bool]:
+def _own_run_check() -> Callable[[], bool]:
     def has_own_run() -> bool:
         """Whether this process has opened a W&B run."""
         return getattr(sys.modules.get("wandb"), "run", None) is not None

@@ -1,8 +1,8 @@
 """``python -m raylaunch.tracking.train_writer FILE``: logs to W&B what `raylaunch.tracking.train_callback` writes down.
 
-It is started by the runner in the job's environment, detaches itself, and lives until the runner has said on stdin how
-the training ended (``{"exit_code": 0}``); the end of stdin without a word means that the runner was killed. So a run is
-finished, with the right status, whatever has become of the training's driver and of Ray's processes.
+It is started by the runner in the job's environment, detaches itself, and lives until the runner has sent on stdin how
+the training ended (``{"exit_code": 0}``); the end of stdin without a message means that the runner was killed. So a run
+is finished, with the right status, whatever has become of the training's driver and of Ray's processes.
 
 Its process is named as W&B's own helpers are: what ends an attempt's processes gives those a moment to write.
 """
@@ -51,7 +51,7 @@ class TrainRuns:
     """The W&B runs of one attempt. A run is opened with its first report."""
 
     def __init__(self) -> None:
-        self._begun: dict[str, Mapping[str, Any]] = {}
+        self._started: dict[str, Mapping[str, Any]] = {}
         self._open: dict[str, wandb.Run] = {}
         self._shift: dict[str, int] = {}
 
@@ -60,10 +60,10 @@ class TrainRuns:
         run_id = str(event["run"])
         match event["event"]:
             case "start":
-                self._begun[run_id] = event
+                self._started[run_id] = event
             case "report":
                 if run_id not in self._shift:
-                    self._begin(run_id, event["step"])
+                    self._open_run(run_id, event["step"])
                 run, step = self._open.get(run_id), event["step"] + self._shift[run_id]
                 if run is not None and step >= run.starting_step:  # else an earlier attempt has logged it
                     run.log(dict(event["row"]), step=step, commit=True)
@@ -78,31 +78,31 @@ class TrainRuns:
             run.finish(exit_code=exit_code)
         self._open.clear()
 
-    def _begin(self, run_id: str, step: int) -> None:
-        """Open a run. One that goes on from an earlier attempt, with a training that began anew, goes on behind it."""
+    def _open_run(self, run_id: str, step: int) -> None:
+        """Open a run. Where a training started again, its steps continue after those of the earlier attempt."""
         self._shift[run_id] = 0
-        run = self._init_somehow(run_id, self._begun.get(run_id, {}))
+        run = self._init_with_fallback(run_id, self._started.get(run_id, {}))
         if run is None:
             return
         if not run.offline and run.url:
-            _say(f"View run at {run.url}")
+            _report(f"View run at {run.url}")
         self._open[run_id] = run
         self._shift[run_id] = 0 if step else run.starting_step
 
-    def _init_somehow(self, run_id: str, begun: Mapping[str, Any]) -> wandb.Run | None:
-        """Open a run, off-line if it must be. None when that fails too: the metrics are in ``progress.jsonl`` then."""
+    def _init_with_fallback(self, run_id: str, started: Mapping[str, Any]) -> wandb.Run | None:
+        """Open a run, offline if necessary. None when that fails too: the metrics are in ``progress.jsonl`` then."""
         import wandb  # noqa: PLC0415 -- it starts threads, and this process forks first
 
         try:
-            return _init(run_id, begun, mode=None)
+            return _init(run_id, started, mode=None)
         except Exception as error:  # noqa: BLE001 -- wandb raises many kinds; the reports are to be kept all the same
-            _say(f"wandb.init failed ({_line(error)}); what the training reports is tracked off-line")
+            _report(f"wandb.init failed ({_line(error)}); the training's reports are tracked offline")
         try:
             if not self._open:
                 wandb.teardown()  # else its core holds that the run is in use
-            return _init(run_id, begun, mode="offline")
+            return _init(run_id, started, mode="offline")
         except Exception as error:  # noqa: BLE001 -- as above
-            _say(f"wandb.init failed off-line too ({_line(error)}); what the training reports is not in W&B")
+            _report(f"wandb.init failed offline too ({_line(error)}); the training's reports are not in W&B")
             return None
 
 
@@ -110,13 +110,13 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _init(run_id: str, begun: Mapping[str, Any], *, mode: Any) -> wandb.Run:  # noqa: ANN401 -- wandb's own literals
+def _init(run_id: str, started: Mapping[str, Any], *, mode: Any) -> wandb.Run:  # noqa: ANN401 -- wandb's own literals
     import wandb  # noqa: PLC0415 -- as above
 
     return wandb.init(
         id=run_id,
-        name=begun.get("name") or None,
-        config=dict(begun.get("config") or {}),
+        name=started.get("name") or None,
+        config=dict(started.get("config") or {}),
         mode=mode,
         resume="allow",
         reinit="create_new",
@@ -124,26 +124,26 @@ def _init(run_id: str, begun: Mapping[str, Any], *, mode: Any) -> wandb.Run:  # 
     )
 
 
-def _say(text: str) -> None:
+def _report(text: str) -> None:
     sys.stderr.write(f"raylaunch: {text}\n")
     sys.stderr.flush()
 
 
 def follow(path: Path, control: int) -> None:
-    """Log what is written to `path`, until `control` says how the training ended."""
+    """Log what is written to `path`, until `control` reports how the training ended."""
     file, runs = EventFile(path), TrainRuns()
-    word = b""
-    while not word.endswith(b"\n"):
+    status = b""
+    while not status.endswith(b"\n"):
         for event in file.new():
             runs.take(event)
         if select.select([control], [], [], _POLL_S)[0]:
             data = os.read(control, 4096)
             if not data:
                 break
-            word += data
+            status += data
     for event in file.new():
         runs.take(event)
-    runs.finish(int(json.loads(word)["exit_code"]) if word.endswith(b"\n") else _RUNNER_KILLED)
+    runs.finish(int(json.loads(status)["exit_code"]) if status.endswith(b"\n") else _RUNNER_KILLED)
 
 
 def _detach() -> None:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 FOLDER = "RAYLAUNCH_WANDB_RUNS"
 BASE = "RAYLAUNCH_WANDB_RUN_ID"
 ROUND = ("RAYLAUNCH_WANDB_ROUND", "TORCHELASTIC_RESTART_COUNT")
-"""Variables that say how often the training was started in this attempt: Ray Train's, torchrun's."""
+"""Variables with the number of starts of the training in this attempt: Ray Train's, torchrun's."""
 ATTEMPT = "attempt.json"
 PLACES = "places"
 _OPENS_ANOTHER = (True, "finish_previous", "create_new")
@@ -61,12 +61,12 @@ class RunRequest(NamedTuple):
     may_resume: bool = True
 
 
-def claim(folder: str, ask: RunRequest) -> Run:
+def claim(folder: str, request: RunRequest) -> Run:
     """Claim the next run of an attempt.
 
     Args:
         folder: of the attempt's claims; its `ATTEMPT` has the job's run, its name, and the runs of earlier attempts.
-        ask: what is known of the run.
+        request: what is known of the run.
 
     Raises:
         OSError: the folder cannot be read or written.
@@ -80,72 +80,74 @@ def claim(folder: str, ask: RunRequest) -> Run:
             with open(path, encoding="utf-8") as file:  # noqa: PTH123 -- as above
                 claims.append(json.load(file))
             continue
-        run = _choose(attempt, claims, ask)
-        if _write(path, {"id": run.id, **ask._asdict()}):
+        run = _choose(attempt, claims, request)
+        if _write(path, {"id": run.id, **request._asdict()}):
             return run
 
 
-def _choose(attempt: dict[str, Any], claims: list[dict[str, Any]], ask: RunRequest) -> Run:
-    rounds: dict[str, list[str]] = {ask.round: []}
+def _choose(attempt: dict[str, Any], claims: list[dict[str, Any]], request: RunRequest) -> Run:
+    rounds: dict[str, list[str]] = {request.round: []}
     for one in claims:
-        if (ask.base, ask.project, ask.name) == (one["base"], one["project"], one["name"]):
+        if (request.base, request.project, request.name) == (one["base"], one["project"], one["name"]):
             rounds.setdefault(one["round"], []).append(one["id"])
-    before = len(rounds.pop(ask.round))
-    name = _name_of(attempt, ask, before)
+    before = len(rounds.pop(request.round))
+    name = _name_of(attempt, request, before)
     for ids in reversed(list(rounds.values())):
-        if len(ids) > before and ask.may_resume:
+        if len(ids) > before and request.may_resume:
             return Run(ids[before], name, resume=True)
     taken = {one["id"] for one in claims}
-    found = _of_earlier(attempt["earlier"], ask, name, before=before if name == ask.name else 0)
-    if found is not None and not found["finished"] and found["id"] not in taken and ask.may_resume:
+    found = _earlier_run(attempt["earlier"], request, name, before=before if name == request.name else 0)
+    if found is not None and not found["finished"] and found["id"] not in taken and request.may_resume:
         return Run(found["id"], name, resume=True)
-    unknown = ask.base not in taken | {run["id"] for run in attempt["earlier"]}
-    if unknown and (ask.may_resume or attempt["n"] == 1):
-        return Run(ask.base, name, resume=ask.may_resume)
-    return Run(f"{ask.base}-{attempt['n']}-{len(claims) + 1}", name, resume=False)
+    unknown = request.base not in taken | {run["id"] for run in attempt["earlier"]}
+    if unknown and (request.may_resume or attempt["n"] == 1):
+        return Run(request.base, name, resume=request.may_resume)
+    return Run(f"{request.base}-{attempt['n']}-{len(claims) + 1}", name, resume=False)
 
 
-def _name_of(attempt: dict[str, Any], ask: RunRequest, before: int) -> str:
+def _name_of(attempt: dict[str, Any], request: RunRequest, before: int) -> str:
     """Return the run's name: the program's, or the job's name with the rank, and from the second one on a number."""
     job, of_job = attempt["id"], attempt["name"]
-    rank = ask.base[len(job) :] if ask.base.startswith(job) else ""
-    if not of_job or ask.name not in {of_job, of_job + rank}:
-        return ask.name
+    rank = request.base[len(job) :] if request.base.startswith(job) else ""
+    if not of_job or request.name not in {of_job, of_job + rank}:
+        return request.name
     return f"{of_job}{rank}-{before + 1}" if before else f"{of_job}{rank}"
 
 
-def _of_earlier(earlier: list[dict[str, Any]], ask: RunRequest, name: str, *, before: int) -> dict[str, Any] | None:
+def _earlier_run(
+    earlier: list[dict[str, Any]], request: RunRequest, name: str, *, before: int
+) -> dict[str, Any] | None:
     """Return the run of the latest earlier attempt that stands where this one does among those of its name."""
-    own = re.compile(re.escape(ask.base) + r"(-\d+-\d+)?")
+    own = re.compile(re.escape(request.base) + r"(-\d+-\d+)?")
     alike: dict[int, list[dict[str, Any]]] = {}
     for run in earlier:
-        if (run["project"], run["name"]) == (ask.project, name) and own.fullmatch(run["id"]):
+        if (run["project"], run["name"]) == (request.project, name) and own.fullmatch(run["id"]):
             alike.setdefault(run["attempt"], []).append(run)
     return next((alike[n][before] for n in sorted(alike, reverse=True) if len(alike[n]) > before), None)
 
 
 def _write(path: str, facts: dict[str, Any]) -> bool:
     """Write a claim as a whole; False when another process was faster."""
-    beside = f"{path}.{os.getpid()}.{threading.get_ident()}"
-    with open(beside, "w", encoding="utf-8") as file:  # noqa: PTH123 -- as above
+    temporary = f"{path}.{os.getpid()}.{threading.get_ident()}"
+    with open(temporary, "w", encoding="utf-8") as file:  # noqa: PTH123 -- as above
         json.dump(facts, file)
     try:
-        os.link(beside, path)
+        os.link(temporary, path)
     except FileExistsError:
         return False
     finally:
-        os.unlink(beside)  # noqa: PTH108 -- as above
+        os.unlink(temporary)  # noqa: PTH108 -- as above
     return True
 
 
 def install(module: Any) -> None:  # noqa: ANN401 -- ``wandb.sdk.wandb_init``, of any version
-    """Have wandb ask here for the id of each run."""
+    """Have wandb get the id of each run from here."""
     own = module._WandbInit.set_run_id  # noqa: SLF001 -- wandb has no public place for it
 
     @functools.wraps(own)
     def set_run_id(self: Any, settings: Any) -> None:  # noqa: ANN401 -- as wandb has it
         try:
-            _name(self, settings)
+            _assign_id(self, settings)
         except Exception as error:  # noqa: BLE001 -- the program must go on, whatever this wandb is like
             _report(error)
         own(self, settings)
@@ -158,7 +160,7 @@ def install(module: Any) -> None:  # noqa: ANN401 -- ``wandb.sdk.wandb_init``, o
     _advise_no_sync(module)
 
 
-def _name(init: Any, settings: Any) -> None:  # noqa: ANN401 -- wandb's own, of any version
+def _assign_id(init: Any, settings: Any) -> None:  # noqa: ANN401 -- wandb's own, of any version
     """Set the run's id, name and resume policy as far as the program leaves them open."""
     if settings._noop or settings.sweep_id or settings.launch or settings.fork_from or settings.resume_from:  # noqa: SLF001
         return
@@ -172,7 +174,7 @@ def _name(init: Any, settings: Any) -> None:  # noqa: ANN401 -- wandb's own, of 
         return
     if settings.resume == "auto" and os.path.exists(settings.resume_fname):  # noqa: PTH110 -- as above
         return
-    run = _again(init) or _claim(folder, base, settings)
+    run = _retried(init) or _claim(folder, base, settings)
     if run is None:
         return
     _last[threading.get_ident()] = (init, run)
@@ -194,15 +196,15 @@ def _claim(folder: str, base: str, settings: Any) -> Run | None:  # noqa: ANN401
             return None
         _used.add(base)
         return Run(base, "", resume=True)
-    ask = RunRequest(base, settings.project or "", settings.run_name or "", _round(), settings.resume != "never")
-    return claim(folder, ask)
+    request = RunRequest(base, settings.project or "", settings.run_name or "", _round(), settings.resume != "never")
+    return claim(folder, request)
 
 
 def _round() -> str:
     return next((os.environ[name] for name in ROUND if name in os.environ), "0")
 
 
-def _again(init: Any) -> Run | None:  # noqa: ANN401 -- as above
+def _retried(init: Any) -> Run | None:  # noqa: ANN401 -- as above
     """Return the run of this thread's `wandb.init` before this one if that failed: the program tries once more."""
     before, run = _last.get(threading.get_ident(), (None, None))
     return run if before is not None and before is not init and getattr(before, "run", init) is None else None
@@ -249,10 +251,10 @@ def _advise_no_sync(module: Any) -> None:  # noqa: ANN401 -- as above
 
     @functools.wraps(to_proto)
     def for_core(self: Any) -> Any:  # noqa: ANN401 -- as wandb has it
-        told = to_proto(self)
+        proto = to_proto(self)
         if getattr(self, "_offline", False):
-            told.silent.value = True
-        return told
+            proto.silent.value = True
+        return proto
 
     module.Run._footer_sync_info = staticmethod(footer_on_line)  # noqa: SLF001 -- as above
     module.Settings.to_proto = for_core

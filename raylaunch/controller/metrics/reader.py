@@ -312,7 +312,7 @@ def _end_of(
     if len(attempts) != 1 or len(runs) != 1 or runs[0].stat().st_size <= most:
         return None
     try:
-        values = last_values(runs[0], most=most)
+        values = last_values(runs[0], max_bytes=most)
         reports = ReportReader(attempt / contract.PROGRESS)
         told = {key: value for row in reports.stream() if isinstance(row, History) for key, value in row.values.items()}
     except TrackingError:

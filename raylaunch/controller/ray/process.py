@@ -25,7 +25,7 @@ import ray.exceptions
 
 from raylaunch.agent.attempt_files import LogPiece
 from raylaunch.agent.node_info import NodeFacts
-from raylaunch.agent.packages import Platform, WheelSetData, chosen
+from raylaunch.agent.packages import Platform, WheelSetData, choose_wheels
 from raylaunch.controller.ray.bridge import Config
 from raylaunch.controller.ray.calls import (
     RayNode,
@@ -187,7 +187,7 @@ class Program:
     ) -> object:
         """Send what the node lacks of package, wheels and earlier results; create the attempt's folder."""
         node = self._node(node_id)
-        fitting = chosen(wheels, await self._platform(node, spec)) if wheels else []
+        fitting = choose_wheels(wheels, await self._platform(node, spec)) if wheels else []
         for sha256 in [*([package] if package else []), *(wheel["sha256"] for wheel in fitting)]:
             await self._send_package(node, sha256)
         moved_from = await bring(node.call, self._store, str(spec["attempt"]), str(spec["tag"]))

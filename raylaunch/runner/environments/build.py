@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from raylaunch import contract
 from raylaunch.runner.control import Heartbeat, HelperResult, run_program
-from raylaunch.runner.environments.local_sources import Requirements, exported_here, locked_here, read_requirements
+from raylaunch.runner.environments.local_sources import Requirements, local_exports, local_packages, read_requirements
 
 if TYPE_CHECKING:
     from raylaunch.contract import EnvironmentSpec
@@ -29,9 +29,9 @@ _NO_INDEX = re.compile(
     r"Connect(?:ion)?(?: to \S+)? timed out|ConnectTimeout|dns error|error sending request|client error \(Connect\)",
     re.IGNORECASE,
 )
-_NO_INDEX_WORDS = (
-    "this node reaches no package index. Submit the job again with raylaunch, from a machine that reaches one: the "
-    "wheels go along then. Or name an environment that is there already (environment: venv:PATH). It said: "
+_NO_INDEX_ADVICE = (
+    "this node cannot reach a package index. Submit the job again with raylaunch from a machine that can: it sends the "
+    "wheels too. Or name an existing environment (environment: venv:PATH). Output: "
 )
 
 
@@ -76,10 +76,10 @@ class PreparedEnvironment(NamedTuple):
 
 
 class EnvironmentProblem(Exception):  # noqa: N818 -- the word that the exit facts use
-    """The environment cannot be used; the text says what is missing and what to do."""
+    """The environment cannot be used; the text has what is missing and what to do."""
 
 
-def uv_environment(env: dict[str, str], place: BuildFolders, pulse: Heartbeat) -> Path:
+def uv_environment(env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat) -> Path:
     """Return the folder of what the project's own lock pins, synced if it is not there yet.
 
     The project itself, and others in its working directory, are not in it: attempts with other code share it.
@@ -88,31 +88,33 @@ def uv_environment(env: dict[str, str], place: BuildFolders, pulse: Heartbeat) -
         EnvironmentProblem: no lock file, no uv, or the sync failed.
     """
     for name in ("pyproject.toml", "uv.lock"):
-        if not (place.code / name).is_file():
-            hint = "; make it with: uv lock" if name == "uv.lock" else ""
+        if not (folders.code / name).is_file():
+            hint = "; create it with: uv lock" if name == "uv.lock" else ""
             msg = f"the environment uv needs {name} in the working directory{hint}"
             raise EnvironmentProblem(msg)
-    if place.offline:
-        return _from_wheels(env, place, pulse)
+    if folders.offline:
+        return _wheel_environment(env, folders, heartbeat)
     uv = find_uv(env)
     if uv is None:
         msg = "the environment uv needs the program uv, which is not on this node's PATH; install it, or use pip"
         raise EnvironmentProblem(msg)
     names = ("pyproject.toml", "uv.lock", ".python-version")
-    lock = (place.code / "uv.lock").read_text(encoding="utf-8", errors="replace")
-    content = b"\0".join((place.code / name).read_bytes() if (place.code / name).is_file() else b"" for name in names)
-    prefix = place.envs / f"uv-{hashlib.sha256(content).hexdigest()[:16]}"
+    lock = (folders.code / "uv.lock").read_text(encoding="utf-8", errors="replace")
+    content = b"\0".join(
+        (folders.code / name).read_bytes() if (folders.code / name).is_file() else b"" for name in names
+    )
+    prefix = folders.envs / f"uv-{hashlib.sha256(content).hexdigest()[:16]}"
     build_env = {**env, "UV_PROJECT_ENVIRONMENT": str(prefix)}
     build_env.pop("VIRTUAL_ENV", None)
-    with building(prefix, pulse) as needed:
+    with building(prefix, heartbeat) as needed:
         if needed:
             command = [uv, "sync", "--frozen", "--no-install-project", "--no-progress"]
-            command += [f"--no-install-package={name}" for name in locked_here(lock)[0]]
-            build(command, build_env, place, pulse, what="uv sync --frozen")
+            command += [f"--no-install-package={name}" for name in local_packages(lock)[0]]
+            build(command, build_env, folders, heartbeat, what="uv sync --frozen")
     return prefix
 
 
-def projects_of_lock(env: dict[str, str], place: BuildFolders, pulse: Heartbeat) -> tuple[str, ...]:
+def projects_of_lock(env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat) -> tuple[str, ...]:
     """Return what of a lock is in the working directory and wanted by the project, as lines of a requirements file.
 
     Raises:
@@ -120,31 +122,31 @@ def projects_of_lock(env: dict[str, str], place: BuildFolders, pulse: Heartbeat)
     """
     uv = find_uv(env)
     if uv is None:
-        msg = "the project has a build system, and to install it the program uv is needed, which is not on this node"
+        msg = "the project has a build system, so installing it needs uv, which is not on this node"
         raise EnvironmentProblem(msg)
-    listed = place.tmp / "locked.txt"
+    listed = folders.tmp / "locked.txt"
     command = [uv, "export", "--frozen", "--no-hashes", "--no-header", "--no-annotate", "--quiet", "-o", str(listed)]
-    build(command, without_other_pythons(env), place, pulse, what="uv export")
-    return exported_here(listed.read_text(encoding="utf-8"), place.code)
+    build(command, without_other_pythons(env), folders, heartbeat, what="uv export")
+    return local_exports(listed.read_text(encoding="utf-8"), folders.code)
 
 
-def requirements_of(spec: EnvironmentSpec, place: BuildFolders) -> Requirements:
+def requirements_of(spec: EnvironmentSpec, folders: BuildFolders) -> Requirements:
     """Return what an environment of the kind ``pip`` is made of.
 
     Raises:
         EnvironmentProblem: there is no such file.
     """
     if not spec["value"]:
-        return read_requirements("\n".join(spec["requirements"]), parent=place.code, code=place.code)
-    file = place.code / spec["value"]
+        return read_requirements("\n".join(spec["requirements"]), parent=folders.code, code=folders.code)
+    file = folders.code / spec["value"]
     if not file.is_file():
         msg = f"the requirements file {spec['value']} is not in the working directory"
         raise EnvironmentProblem(msg)
     text = file.read_text(encoding="utf-8", errors="replace")
-    return read_requirements(text, parent=file.parent, code=place.code)
+    return read_requirements(text, parent=file.parent, code=folders.code)
 
 
-def pip_environment(required: Requirements, env: dict[str, str], place: BuildFolders, pulse: Heartbeat) -> Path:
+def pip_environment(required: Requirements, env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat) -> Path:
     """Return the folder of a virtual environment with these requirements, made if it is not there yet.
 
     Projects of the working directory are not in it, only what they need: attempts with other code share it.
@@ -152,22 +154,22 @@ def pip_environment(required: Requirements, env: dict[str, str], place: BuildFol
     Raises:
         EnvironmentProblem: the installation failed.
     """
-    if place.offline:
-        return _from_wheels(env, place, pulse)
-    prefix = prefix_of("pip", required.key, place)
+    if folders.offline:
+        return _wheel_environment(env, folders, heartbeat)
+    prefix = prefix_of("pip", required.key, folders)
     build_env = without_other_pythons(env)
-    with building(prefix, pulse) as needed:
+    with building(prefix, heartbeat) as needed:
         if needed:
-            _make_venv(prefix, build_env, place, pulse)
-            listed = place.tmp / "requirements.txt"
+            _make_venv(prefix, build_env, folders, heartbeat)
+            listed = folders.tmp / "requirements.txt"
             listed.write_text("".join(f"{line}\n" for line in required.lines), encoding="utf-8")
             install = [*_installer(str(prefix / "bin" / "python"), build_env), "-r", str(listed)]
-            build(install, build_env, place, pulse, what="the installation of the requirements")
-            _remove_projects(prefix, build_env, place, pulse)
+            build(install, build_env, folders, heartbeat, what="the installation of the requirements")
+            _remove_projects(prefix, build_env, folders, heartbeat)
     return prefix
 
 
-def _remove_projects(prefix: Path, env: dict[str, str], place: BuildFolders, pulse: Heartbeat) -> None:
+def _remove_projects(prefix: Path, env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat) -> None:
     """Remove what was installed from a folder: it was there for what it needs, and is not the next attempt's code."""
     origins = prefix.glob("lib/python3*/site-packages/*.dist-info/direct_url.json")
     names = [one.parent.name.split("-")[0] for one in origins if "dir_info" in json.loads(one.read_text("utf-8"))]
@@ -179,33 +181,33 @@ def _remove_projects(prefix: Path, env: dict[str, str], place: BuildFolders, pul
             if pip
             else [str(find_uv(env)), "pip", "uninstall", "--python", python]
         )
-        build([*program, *names], env, place, pulse, what="the removal of projects from a shared environment")
+        build([*program, *names], env, folders, heartbeat, what="the removal of projects from a shared environment")
 
 
-def _from_wheels(env: dict[str, str], place: BuildFolders, pulse: Heartbeat) -> Path:
-    """Return the folder of an environment of exactly the wheels that came with the job; nothing is asked anywhere.
+def _wheel_environment(env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat) -> Path:
+    """Return the folder of an environment of exactly the wheels that came with the job; no index is used.
 
     Raises:
         EnvironmentProblem: the installation failed.
     """
-    wheels = wheels_of(place)
-    prefix = prefix_of("wheels", "\n".join(f"{wheel.name} {wheel.readlink()}" for wheel in wheels), place)
+    wheels = wheels_of(folders)
+    prefix = prefix_of("wheels", "\n".join(f"{wheel.name} {wheel.readlink()}" for wheel in wheels), folders)
     build_env = without_other_pythons(env)
-    with building(prefix, pulse) as needed:
+    with building(prefix, heartbeat) as needed:
         if needed:
-            _make_venv(prefix, build_env, place, pulse)
+            _make_venv(prefix, build_env, folders, heartbeat)
             if not wheels:
                 return prefix
             install = [*_installer(str(prefix / "bin" / "python"), build_env), "--no-index", "--no-deps"]
             command = [*install, *(str(wheel) for wheel in wheels)]
-            build(command, build_env, place, pulse, what="the installation of the wheels that came with the job")
+            build(command, build_env, folders, heartbeat, what="the installation of the wheels that came with the job")
     return prefix
 
 
-def prefix_of(kind: str, content: str, place: BuildFolders) -> Path:
+def prefix_of(kind: str, content: str, folders: BuildFolders) -> Path:
     """Return the folder of the environment with this content."""
     key = f"{sys.version}\0{sys.executable}\0{content}"
-    return place.envs / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    return folders.envs / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
 def without_other_pythons(env: dict[str, str]) -> dict[str, str]:
@@ -220,16 +222,16 @@ def find_uv(env: dict[str, str]) -> str | None:
     return shutil.which("uv", path=os.pathsep.join(places))
 
 
-def _make_venv(prefix: Path, env: dict[str, str], place: BuildFolders, pulse: Heartbeat) -> None:
+def _make_venv(prefix: Path, env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat) -> None:
     """Make an empty environment; where ensurepip is missing (Debian without python3-venv), uv can."""
     uv = find_uv(env)
     try:
-        build([sys.executable, "-I", "-m", "venv", str(prefix)], env, place, pulse, what="python -m venv")
+        build([sys.executable, "-I", "-m", "venv", str(prefix)], env, folders, heartbeat, what="python -m venv")
     except EnvironmentProblem:
         shutil.rmtree(str(prefix), ignore_errors=True)
         if uv is None:
             raise
-        build([uv, "venv", "--python", sys.executable, str(prefix)], env, place, pulse, what="uv venv")
+        build([uv, "venv", "--python", sys.executable, str(prefix)], env, folders, heartbeat, what="uv venv")
 
 
 def _installer(python: str, env: dict[str, str]) -> list[str]:
@@ -244,9 +246,9 @@ def with_bin(env: dict[str, str], folder: Path) -> dict[str, str]:
     return {**env, "PATH": os.pathsep.join([str(folder), env.get("PATH") or os.defpath])}
 
 
-def wheels_of(place: BuildFolders) -> list[Path]:
+def wheels_of(folders: BuildFolders) -> list[Path]:
     """Return the wheels that came with the job and are its environment."""
-    return wheels_in(place.wheels)
+    return wheels_in(folders.wheels)
 
 
 def wheels_in(folder: Path) -> list[Path]:
@@ -254,35 +256,39 @@ def wheels_in(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def build(command: Sequence[str], env: dict[str, str], place: BuildFolders, pulse: Heartbeat, *, what: str) -> None:
+def build(
+    command: Sequence[str], env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat, *, what: str
+) -> None:
     """Run a program that makes an environment; what it prints goes to the attempt's log of its setup.
 
     Raises:
-        EnvironmentProblem: it failed; the text has its most telling line.
+        EnvironmentProblem: it failed; the text has its most useful line.
     """
     try:
-        with place.setup_log.open("a+b") as output:
-            ran = run_program(command, env=env, cwd=place.code, timeout_s=_BUILD_S, pulse=pulse, output=output)
+        with folders.setup_log.open("a+b") as output:
+            ran = run_program(
+                command, env=env, cwd=folders.code, timeout_s=_BUILD_S, heartbeat=heartbeat, output=output
+            )
     except OSError as error:
         msg = f"{what} could not be started: {error}"
         raise EnvironmentProblem(msg) from None
     if ran.status != 0:
-        why = _NO_INDEX_WORDS if _NO_INDEX.search(ran.output) else ""
-        msg = f"{what} failed: {why}{last_words(ran)} (all of it is in logs/setup.log)"
+        why = _NO_INDEX_ADVICE if _NO_INDEX.search(ran.output) else ""
+        msg = f"{what} failed: {why}{failure_line(ran)} (full output: logs/setup.log)"
         raise EnvironmentProblem(msg)
 
 
-def last_words(ran: HelperResult) -> str:
-    """Return the line of a failed program's output that says most."""
+def failure_line(ran: HelperResult) -> str:
+    """Return the line of a failed program's output that explains most."""
     if ran.status is None:
-        return "it did not end in time"
+        return "it did not finish in time"
     lines = [line.strip() for line in ran.output.splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"error|not find|no such|\u00d7", line, re.IGNORECASE)]
     return (telling or lines or [f"exit status {ran.status}"])[-1][:400]
 
 
 @contextlib.contextmanager
-def building(prefix: Path, pulse: Heartbeat) -> Iterator[bool]:
+def building(prefix: Path, heartbeat: Heartbeat) -> Iterator[bool]:
     """Hold the lock of one environment; yields whether it has to be made. It counts when the block ends well."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     if (prefix / _COMPLETE).exists():
@@ -290,12 +296,12 @@ def building(prefix: Path, pulse: Heartbeat) -> Iterator[bool]:
         return
     with prefix.with_name(f"{prefix.name}.lock").open("ab") as lock:
         while not _locked(lock.fileno()):
-            pulse.check()
+            heartbeat.check()
             time.sleep(0.2)
         if (prefix / _COMPLETE).exists():
             yield False
             return
-        shutil.rmtree(str(prefix), ignore_errors=True)  # begun by a runner that was killed
+        shutil.rmtree(str(prefix), ignore_errors=True)  # left by a runner that was killed
         yield True
         (prefix / _COMPLETE).touch()
 

@@ -28,9 +28,9 @@ from raylaunch.runner.environments.build import (
     without_other_pythons,
 )
 
-_LOOK_S = 60.0
+_SITES_S = 60.0
 _LARGEST_SCRIPT = 64 * 1024
-_ADDED = "import site; site.addsitedir({site!r})\n"
+_ADD_SITE = "import site; site.addsitedir({site!r})\n"
 _SITES = """
 import json, sys
 print("\\n@raylaunch " + json.dumps([path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]))
@@ -38,83 +38,83 @@ print("\\n@raylaunch " + json.dumps([path for path in sys.path if path.endswith(
 
 
 def with_packages(
-    below: PreparedEnvironment, packages: Sequence[str], place: BuildFolders, pulse: Heartbeat
+    below: PreparedEnvironment, packages: Sequence[str], folders: BuildFolders, heartbeat: Heartbeat
 ) -> PreparedEnvironment:
     """Return an environment with more packages, made once for what is below and what is added.
 
     Raises:
         EnvironmentProblem: the environment has no Python, or the installation failed.
     """
-    sites = _sites(below, place, pulse)
+    sites = _sites(below, folders, heartbeat)
     state = [(site, Path(site).stat().st_mtime_ns) for site in sites if Path(site).is_dir()]
-    wheels = [f"{one.name} {one.readlink()}" for one in (*wheels_of(place), *wheels_in(place.added_wheels))]
-    prefix = prefix_of("with", repr((below.python, state, sorted(packages), wheels)), place)
-    with building(prefix, pulse) as needed:
+    wheels = [f"{one.name} {one.readlink()}" for one in (*wheels_of(folders), *wheels_in(folders.added_wheels))]
+    prefix = prefix_of("with", repr((below.python, state, sorted(packages), wheels)), folders)
+    with building(prefix, heartbeat) as needed:
         if needed:
-            _make(prefix, below, sites, place, pulse)
+            _make_layer(prefix, below, sites, folders, heartbeat)
             python = str(prefix / "bin" / "python")
-            command = [*_pip(python, below), *_from_here(place), *packages]
+            command = [*_pip(python, below), *_offline_options(folders), *packages]
             what = "the installation of the added packages"
             try:
-                build(command, without_other_pythons(below.env), place, pulse, what=what)
+                build(command, without_other_pythons(below.env), folders, heartbeat, what=what)
             except EnvironmentProblem as problem:
-                msg = f"{problem}{_of_another_python(prefix, place)}"
+                msg = f"{problem}{_python_mismatch_hint(prefix, folders)}"
                 raise EnvironmentProblem(msg) from None
-    return _over(prefix, below, sites)
+    return _layered(prefix, below, sites)
 
 
 def with_projects(
-    below: PreparedEnvironment, lines: Sequence[str], place: BuildFolders, pulse: Heartbeat
+    below: PreparedEnvironment, lines: Sequence[str], folders: BuildFolders, heartbeat: Heartbeat
 ) -> PreparedEnvironment:
-    """Return an attempt's own environment, with the projects of its working directory installed as these lines say.
+    """Return an attempt's own environment, with the projects of its working directory installed from these lines.
 
     Raises:
         EnvironmentProblem: one of them cannot be built.
     """
-    prefix = place.tmp / "environment"
-    sites = _sites(below, place, pulse)
-    _make(prefix, below, sites, place, pulse)
-    listed = place.tmp / "projects.txt"
+    prefix = folders.tmp / "environment"
+    sites = _sites(below, folders, heartbeat)
+    _make_layer(prefix, below, sites, folders, heartbeat)
+    listed = folders.tmp / "projects.txt"
     listed.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     python = str(prefix / "bin" / "python")
     env = without_other_pythons(below.env)
     uv = find_uv(env)
     install = [uv, "pip", "install", "--python", python] if uv else _pip(python, below)
-    command = [*install, *_from_here(place, builds=True), "--no-deps", "-r", str(listed)]
-    build(command, env, place, pulse, what="the installation of the projects in the working directory")
-    return _over(prefix, below, sites)
+    command = [*install, *_offline_options(folders, builds=True), "--no-deps", "-r", str(listed)]
+    build(command, env, folders, heartbeat, what="the installation of the projects in the working directory")
+    return _layered(prefix, below, sites)
 
 
-def _of_another_python(prefix: Path, place: BuildFolders) -> str:
+def _python_mismatch_hint(prefix: Path, folders: BuildFolders) -> str:
     """Return what to do where wheels came along for another Python than that of the environment below."""
     ours = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     theirs = next((one.name for one in prefix.glob("lib/python3*")), ours)
-    if not place.offline or theirs == ours:
+    if not folders.offline or theirs == ours:
         return ""
     return (
-        f"; this node reaches no package index, and the wheels are for {ours}, while the environment has {theirs}: "
-        "name it by its full path (venv:/PATH, conda:/PATH), and wheels for its Python come along"
+        f"; this node cannot reach a package index, and the wheels are for {ours}, but the environment has {theirs}: "
+        "give its full path (venv:/PATH, conda:/PATH), then wheels for its Python are sent"
     )
 
 
-def _make(
-    prefix: Path, below: PreparedEnvironment, sites: Sequence[str], place: BuildFolders, pulse: Heartbeat
+def _make_layer(
+    prefix: Path, below: PreparedEnvironment, sites: Sequence[str], folders: BuildFolders, heartbeat: Heartbeat
 ) -> None:
     env = without_other_pythons(below.env)
     command = [below.python, "-I", "-m", "venv", "--without-pip", str(prefix)]
     try:
-        build(command, env, place, pulse, what="python -m venv")
+        build(command, env, folders, heartbeat, what="python -m venv")
     except EnvironmentProblem:
         uv = find_uv(env)
         if uv is None:
             raise
-        build([uv, "venv", "--clear", "--python", below.python, str(prefix)], env, place, pulse, what="uv venv")
+        build([uv, "venv", "--clear", "--python", below.python, str(prefix)], env, folders, heartbeat, what="uv venv")
     own = next(prefix.glob("lib/python3*/site-packages"))
-    (own / "_raylaunch_below.pth").write_text("".join(_ADDED.format(site=site) for site in sites), encoding="utf-8")
-    _write_scripts_again(Path(below.python).parent, prefix / "bin")
+    (own / "_raylaunch_below.pth").write_text("".join(_ADD_SITE.format(site=site) for site in sites), encoding="utf-8")
+    _rewrite_scripts(Path(below.python).parent, prefix / "bin")
 
 
-def _write_scripts_again(below: Path, folder: Path) -> None:
+def _rewrite_scripts(below: Path, folder: Path) -> None:
     """Copy console scripts of an environment; an interpreter that is installed for all is none."""
     if not any((below.parent / name).exists() for name in ("pyvenv.cfg", "conda-meta")):
         return
@@ -130,25 +130,25 @@ def _write_scripts_again(below: Path, folder: Path) -> None:
             (folder / script.name).chmod(0o755)
 
 
-def _over(prefix: Path, below: PreparedEnvironment, sites: Sequence[str]) -> PreparedEnvironment:
+def _layered(prefix: Path, below: PreparedEnvironment, sites: Sequence[str]) -> PreparedEnvironment:
     env = with_bin(below.env, prefix / "bin")
     env["VIRTUAL_ENV"] = str(prefix)
     env.pop("PYTHONHOME", None)
     return PreparedEnvironment(env, str(prefix / "bin" / "python"), tuple(sites))
 
 
-def _sites(below: PreparedEnvironment, place: BuildFolders, pulse: Heartbeat) -> list[str]:
-    """Ask an interpreter where its packages are."""
+def _sites(below: PreparedEnvironment, folders: BuildFolders, heartbeat: Heartbeat) -> list[str]:
+    """Return where an interpreter's packages are."""
     if not below.python:
         msg = "packages cannot be added to an environment without Python"
         raise EnvironmentProblem(msg)
-    with (place.tmp / "sites").open("w+b") as output:
+    with (folders.tmp / "sites").open("w+b") as output:
         ran = run_program(
             [below.python, "-c", _SITES],
             env=without_other_pythons(below.env),
-            cwd=place.tmp,
-            timeout_s=_LOOK_S,
-            pulse=pulse,
+            cwd=folders.tmp,
+            timeout_s=_SITES_S,
+            heartbeat=heartbeat,
             output=output,
         )
     found = re.search(r"^@raylaunch (\[.*\])$", ran.output, re.MULTILINE)
@@ -185,10 +185,10 @@ def _release(wheel: Path) -> tuple[int, ...]:
     return tuple(int(part) for part in wheel.name.split("-")[1].split(".") if part.isdigit())
 
 
-def _from_here(place: BuildFolders, *, builds: bool = False) -> list[str]:
-    """Return options with which nothing is asked of an index, where the node reaches none and wheels came along."""
-    folders = [place.build_wheels] if builds else [place.added_wheels, place.wheels]
-    if not place.offline:
+def _offline_options(folders: BuildFolders, *, builds: bool = False) -> list[str]:
+    """Return options that keep pip and uv off the index, where the node cannot reach one and wheels were sent."""
+    sources = [folders.build_wheels] if builds else [folders.added_wheels, folders.wheels]
+    if not folders.offline:
         return []
-    links = [word for folder in folders if folder.is_dir() for word in ("--find-links", str(folder))]
+    links = [word for folder in sources if folder.is_dir() for word in ("--find-links", str(folder))]
     return ["--no-index", *links]

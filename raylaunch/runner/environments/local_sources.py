@@ -1,7 +1,7 @@
-"""What of an environment is the job's own code: projects and archives in the working directory.
+"""Parts of an environment that are the job's own code: projects and archives in the working directory.
 
-No lock file and no requirement says what is in them, so an environment that is shared by its text never holds them:
-what an attempt installs of them is what was packed with it.
+Neither lock files nor requirements describe their content, so shared environments never contain them: each attempt
+installs them from its own package.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def read_requirements(text: str, *, parent: Path, code: Path) -> Requirements:
     lines, keys, local = [], [], []
     for line in _flattened(text, parent):
         editable = _EDITABLE.fullmatch(line)
-        place = _place(editable[1] if editable else line, code, is_path=editable is not None)
+        local_path = _local_path(editable[1] if editable else line, code, is_path=editable is not None)
         keys.append(line)
-        if place is None:
-            keys.append(_digest_named(line, code))
+        if local_path is None:
+            keys.append(_digest_of_option(line, code))
             lines.append(line)
             continue
-        path, rest = place
+        path, rest = local_path
         keys.append(_digest(path))
         lines.append(f"{path}{rest}")
         if path.is_dir():
@@ -82,7 +82,7 @@ def _flattened(text: str, parent: Path, depth: int = 0) -> Iterator[str]:
             yield line
 
 
-def _place(text: str, code: Path, *, is_path: bool) -> tuple[Path, str] | None:
+def _local_path(text: str, code: Path, *, is_path: bool) -> tuple[Path, str] | None:
     """Return the folder or file below the working directory that a line names, and what follows it in the line."""
     named = _NAMED.fullmatch(text.partition(";")[0].strip())
     found = _PLACE.fullmatch(named[1] if named else text)
@@ -96,7 +96,7 @@ def _place(text: str, code: Path, *, is_path: bool) -> tuple[Path, str] | None:
     return path, (found[2] or "") + (f" {found[3]}" if found[3] else "")
 
 
-def _digest_named(line: str, code: Path) -> str:
+def _digest_of_option(line: str, code: Path) -> str:
     """Return what is in the files that an option names."""
     for pattern, group in ((_CONSTRAINT, 2), (_FOUND_IN, 1)):
         found = pattern.fullmatch(line)
@@ -133,7 +133,7 @@ def _files(path: Path) -> Iterable[Path]:
     return sorted(file for file in found if file.is_file())
 
 
-def locked_here(lock: str) -> tuple[list[str], bool]:
+def local_packages(lock: str) -> tuple[list[str], bool]:
     """Return the names of packages that a ``uv.lock`` takes from the working directory, and whether any is installed.
 
     A virtual one has no build system: its code is run from where it is.
@@ -142,7 +142,7 @@ def locked_here(lock: str) -> tuple[list[str], bool]:
     return [name for name, _ in found], any(kind != "virtual" for _, kind in found)
 
 
-def exported_here(text: str, code: Path) -> tuple[str, ...]:
+def local_exports(text: str, code: Path) -> tuple[str, ...]:
     """Return the lines of ``uv export`` that name something in the working directory."""
     lines = [line.strip() for line in text.splitlines()]
     return tuple(line for line in lines if line.startswith(("-e ", ".", str(code))))

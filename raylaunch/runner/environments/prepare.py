@@ -1,4 +1,4 @@
-"""The Python environment of a job, in its seven kinds: its variables and interpreter, or what is missing, in words."""
+"""The Python environment of a job, in its seven kinds: its variables and interpreter, or what is missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from raylaunch.runner.control import Heartbeat, run_program
 from raylaunch.runner.environments import build, layers
 from raylaunch.runner.environments.build import BuildFolders, PreparedEnvironment, with_bin
-from raylaunch.runner.environments.local_sources import locked_here
+from raylaunch.runner.environments.local_sources import local_packages
 
 if TYPE_CHECKING:
     from raylaunch.contract import EnvironmentSpec
@@ -23,62 +23,66 @@ _CONDA_S = 120.0
 
 
 def prepare(
-    spec: EnvironmentSpec, env: dict[str, str], *, place: BuildFolders, pulse: Heartbeat
+    spec: EnvironmentSpec, env: dict[str, str], *, folders: BuildFolders, heartbeat: Heartbeat
 ) -> PreparedEnvironment:
     """Return the variables and the interpreter of this environment, made first if it is one that is made.
 
     Args:
         spec: kind and value.
         env: the variables that it starts from; not changed.
-        place: folders.
-        pulse: goes on while something is built.
+        folders: folders.
+        heartbeat: continues while something is built.
 
     Raises:
         EnvironmentProblem: it is not there or cannot be made.
-        StopAsked: meanwhile somebody wants the attempt to end.
+        StopRequested: the attempt is to stop.
     """
     packages = spec.get("packages", [])
     if spec["kind"] == "uv":
-        return _of_lock(packages, env, place, pulse)
+        return _from_lock(packages, env, folders, heartbeat)
     if spec["kind"] == "pip":
-        return _of_requirements(spec, packages, env, place, pulse)
-    prepared = _there(spec, env, place, pulse)
-    return layers.with_packages(prepared, packages, place, pulse) if packages else prepared
+        return _from_requirements(spec, packages, env, folders, heartbeat)
+    prepared = _existing(spec, env, folders, heartbeat)
+    return layers.with_packages(prepared, packages, folders, heartbeat) if packages else prepared
 
 
-def _there(spec: EnvironmentSpec, env: dict[str, str], place: BuildFolders, pulse: Heartbeat) -> PreparedEnvironment:
+def _existing(
+    spec: EnvironmentSpec, env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat
+) -> PreparedEnvironment:
     kind, value = spec["kind"], spec["value"]
     if kind in {"default", "ray"}:
         return PreparedEnvironment(with_bin(env, Path(sys.executable).parent), sys.executable)
     if kind == "python":
-        return _interpreter(value, env, place)
+        return _interpreter(value, env, folders)
     if kind == "venv":
-        return activate(_folder(value, place.code), env, what=f"venv:{value}")
+        return activate(_folder(value, folders.code), env, what=f"venv:{value}")
     if kind == "conda":
-        return _conda(value, env, place, pulse)
-    msg = f"this runner knows no environment of the kind {kind!r}; cluster and client do not fit: raylaunch up"
+        return _conda(value, env, folders, heartbeat)
+    msg = f"this runner does not know environments of kind {kind!r}; upgrade the cluster: raylaunch up"
     raise build.EnvironmentProblem(msg)
 
 
-def _of_lock(packages: list[str], env: dict[str, str], place: BuildFolders, pulse: Heartbeat) -> PreparedEnvironment:
-    """Return what ``uv run`` would make: what the lock pins, with the project and its neighbours installed."""
-    prepared = activate(build.uv_environment(env, place, pulse), env, what="uv")
-    if packages:
-        prepared = layers.with_packages(prepared, packages, place, pulse)
-    _, installed = locked_here((place.code / "uv.lock").read_text(encoding="utf-8", errors="replace"))
-    if not installed:
-        return _with_project(prepared, place.code)
-    return layers.with_projects(prepared, build.projects_of_lock(env, place, pulse), place, pulse)
-
-
-def _of_requirements(
-    spec: EnvironmentSpec, packages: list[str], env: dict[str, str], place: BuildFolders, pulse: Heartbeat
+def _from_lock(
+    packages: list[str], env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat
 ) -> PreparedEnvironment:
-    required = build.requirements_of(spec, place)
-    prepared = activate(build.pip_environment(required, env, place, pulse), env, what="pip")
+    """Return what ``uv run`` would make: what the lock pins, with the project and its neighbours installed."""
+    prepared = activate(build.uv_environment(env, folders, heartbeat), env, what="uv")
     if packages:
-        prepared = layers.with_packages(prepared, packages, place, pulse)
-    return layers.with_projects(prepared, required.local, place, pulse) if required.local else prepared
+        prepared = layers.with_packages(prepared, packages, folders, heartbeat)
+    _, installed = local_packages((folders.code / "uv.lock").read_text(encoding="utf-8", errors="replace"))
+    if not installed:
+        return _with_project(prepared, folders.code)
+    return layers.with_projects(prepared, build.projects_of_lock(env, folders, heartbeat), folders, heartbeat)
+
+
+def _from_requirements(
+    spec: EnvironmentSpec, packages: list[str], env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat
+) -> PreparedEnvironment:
+    required = build.requirements_of(spec, folders)
+    prepared = activate(build.pip_environment(required, env, folders, heartbeat), env, what="pip")
+    if packages:
+        prepared = layers.with_packages(prepared, packages, folders, heartbeat)
+    return layers.with_projects(prepared, required.local, folders, heartbeat) if required.local else prepared
 
 
 def activate(prefix: Path, env: dict[str, str], *, what: str) -> PreparedEnvironment:
@@ -88,9 +92,9 @@ def activate(prefix: Path, env: dict[str, str], *, what: str) -> PreparedEnviron
         msg = f"the environment {what} does not exist on this node: no folder {prefix}"
         raise build.EnvironmentProblem(msg)
     if not python.exists():
-        broken = " (a link to an interpreter that is gone)" if python.is_symlink() else ""
+        broken = " (a link to an interpreter that no longer exists)" if python.is_symlink() else ""
         why = f"it has no bin/python{broken}"
-        msg = f"{prefix} is not a Python environment: {why}; make it with: python3 -m venv {prefix}"
+        msg = f"{prefix} is not a Python environment: {why}; create it with: python3 -m venv {prefix}"
         raise build.EnvironmentProblem(msg)
     changed = with_bin(env, prefix / "bin")
     changed["VIRTUAL_ENV"] = str(prefix)
@@ -102,11 +106,11 @@ def _folder(value: str, code: Path) -> Path:
     return Path(os.path.normpath(code / Path(value).expanduser()))
 
 
-def _interpreter(value: str, env: dict[str, str], place: BuildFolders) -> PreparedEnvironment:
+def _interpreter(value: str, env: dict[str, str], folders: BuildFolders) -> PreparedEnvironment:
     if "/" in value or value.startswith("~"):
-        python = _folder(value, place.code)
+        python = _folder(value, folders.code)
         if not python.is_file():
-            msg = f"the interpreter {value} does not exist on this node{_near(python)}"
+            msg = f"the interpreter {value} does not exist on this node{_other_interpreters(python)}"
             raise build.EnvironmentProblem(msg)
         if not os.access(str(python), os.X_OK):
             msg = f"the interpreter {value} is not executable"
@@ -122,7 +126,7 @@ def _interpreter(value: str, env: dict[str, str], place: BuildFolders) -> Prepar
     if (python.parent.parent / "pyvenv.cfg").exists():
         changed["VIRTUAL_ENV"] = str(python.parent.parent)
     if python.name != "python":
-        changed = with_bin(changed, _named_python(python, place.tmp))
+        changed = with_bin(changed, _named_python(python, folders.tmp))
     return PreparedEnvironment(changed, str(python))
 
 
@@ -137,48 +141,50 @@ def _named_python(python: Path, tmp: Path) -> Path:
     return folder
 
 
-def _near(python: Path) -> str:
-    """Name the interpreters that stand beside one that does not exist."""
+def _other_interpreters(python: Path) -> str:
+    """Name the interpreters next to one that does not exist."""
     others = sorted(str(path) for path in python.parent.glob("python3*") if "-" not in path.name)
     return f"; there are: {', '.join(others[:4])}" if others else ""
 
 
-def _conda(name: str, env: dict[str, str], place: BuildFolders, pulse: Heartbeat) -> PreparedEnvironment:
+def _conda(name: str, env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat) -> PreparedEnvironment:
     """Capture what ``conda activate`` makes of the variables."""
     conda = find_conda(env)
     if conda is None and (Path(name) / "conda-meta").is_dir():  # made by micromamba, or conda is not on Ray's PATH
-        return _conda_by_folder(Path(name), env, place, pulse)
+        return _conda_by_folder(Path(name), env, folders, heartbeat)
     if conda is None:
         msg = f"conda:{name} needs conda, which this node has neither on PATH nor in the usual places; set CONDA_EXE"
         raise build.EnvironmentProblem(msg)
     hook = f'eval "$({shlex.quote(conda)} shell.bash hook)" && conda activate {shlex.quote(name)}'
-    return _captured(name, hook, env, place, pulse)
+    return _capture(name, hook, env, folders, heartbeat)
 
 
-def _conda_by_folder(prefix: Path, env: dict[str, str], place: BuildFolders, pulse: Heartbeat) -> PreparedEnvironment:
+def _conda_by_folder(
+    prefix: Path, env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat
+) -> PreparedEnvironment:
     """Capture what ``conda activate`` would make, without conda: variables, PATH and the scripts of its packages."""
     scripts = sorted((prefix / "etc/conda/activate.d").glob("*.sh"))
     hook = " && ".join([":", *(f". {shlex.quote(str(script))}" for script in scripts)])
     before = {"CONDA_PREFIX": str(prefix), "CONDA_DEFAULT_ENV": prefix.name}
-    return _captured(str(prefix), hook, {**with_bin(env, prefix / "bin"), **before}, place, pulse)
+    return _capture(str(prefix), hook, {**with_bin(env, prefix / "bin"), **before}, folders, heartbeat)
 
 
-def _captured(
-    name: str, activate: str, env: dict[str, str], place: BuildFolders, pulse: Heartbeat
+def _capture(
+    name: str, activate: str, env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat
 ) -> PreparedEnvironment:
     """Return the variables that a shell has after `activate`."""
-    captured = place.tmp / "conda-env"
+    captured = folders.tmp / "conda-env"
     script = f"{activate} && command env -0 > {shlex.quote(str(captured))}"
     try:
-        with place.setup_log.open("a+b") as log:
+        with folders.setup_log.open("a+b") as log:
             ran = run_program(
-                ["bash", "-c", script], env=env, cwd=place.code, timeout_s=_CONDA_S, pulse=pulse, output=log
+                ["bash", "-c", script], env=env, cwd=folders.code, timeout_s=_CONDA_S, heartbeat=heartbeat, output=log
             )
     except OSError as error:
         msg = f"conda:{name} needs bash: {error}"
         raise build.EnvironmentProblem(msg) from None
     if ran.status != 0:
-        msg = f"conda activate {name} failed on this node: {build.last_words(ran)}; conda env list shows what there is"
+        msg = f"conda activate {name} failed on this node: {build.failure_line(ran)}; list them: conda env list"
         raise build.EnvironmentProblem(msg)
     words = captured.read_bytes().decode("utf-8", "surrogateescape").split("\0")
     captured.unlink()

@@ -1,6 +1,6 @@
-"""Looking at an environment before training starts: does its interpreter run, what is in it, does torch see the GPUs.
+"""Inspecting an environment before training: does its interpreter run, what is installed, does torch see the GPUs.
 
-One child of that interpreter answers, and its answer is kept in the node's folder of environments until something is
+One child of that interpreter reports, and its result is cached in the node's folder of environments until something is
 installed or removed: the next start costs nothing.
 """
 
@@ -15,13 +15,13 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from raylaunch.runner.control import Heartbeat, HelperResult, run_program
-from raylaunch.runner.environments.build import BuildFolders, EnvironmentProblem, PreparedEnvironment, last_words
+from raylaunch.runner.environments.build import BuildFolders, EnvironmentProblem, PreparedEnvironment, failure_line
 
 _PROBE_S = 60.0
 _ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
 _ALIASES = {"arm64": "aarch64", "amd64": "x86_64"}
 
-_LOOK = """
+_INSPECT = """
 import json, platform, sys
 packages, editable = {}, {}
 try:
@@ -46,7 +46,7 @@ print("\\n@raylaunch " + json.dumps({"python": sys.executable, "version": platfo
     "raylaunch": raylaunch, "ray_train": ray_train}))
 """
 
-_LOOK_AT_GPUS = """
+_INSPECT_GPUS = """
 import json, torch
 print("\\n@raylaunch " + json.dumps({"built_for": torch.version.cuda or getattr(torch.version, "hip", None) or "",
     "seen": torch.cuda.device_count() if torch.cuda.is_available() else 0}))
@@ -54,7 +54,7 @@ print("\\n@raylaunch " + json.dumps({"built_for": torch.version.cuda or getattr(
 
 
 class EnvironmentProbe(NamedTuple):
-    """What was seen of an environment."""
+    """What was found in an environment."""
 
     python: str
     version: str
@@ -66,42 +66,40 @@ class EnvironmentProbe(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def look(
-    prepared: PreparedEnvironment, *, arch: str, gpus: int, place: BuildFolders, pulse: Heartbeat
+def inspect(
+    prepared: PreparedEnvironment, *, arch: str, gpus: int, folders: BuildFolders, heartbeat: Heartbeat
 ) -> EnvironmentProbe:
-    """Look at an environment.
+    """Inspect an environment.
 
     Args:
         prepared: the environment.
-        arch: the architecture that the spec asks for, or empty.
+        arch: the architecture that the spec requires, or empty.
         gpus: how many GPUs the attempt has.
-        place: folders.
-        pulse: goes on meanwhile.
+        folders: folders.
+        heartbeat: continues meanwhile.
 
     Raises:
         EnvironmentProblem: its interpreter does not run here, or is for another architecture.
-        StopAsked: meanwhile somebody wants the attempt to end.
+        StopRequested: the attempt is to stop.
     """
     host = _architecture(os.uname().machine)
     if arch and arch != host:
-        msg = f"the job asks for {arch}, and this node is {host}"
+        msg = f"the job needs {arch}, but this node is {host}"
         raise EnvironmentProblem(msg)
     if not prepared.python:
         return EnvironmentProbe(
             "", "", {}, raylaunch=False, ray_train=False, warnings=("the environment has no python",)
         )
-    seen = _cached(prepared, _LOOK, "", place, pulse)
+    seen = _cached(prepared, _INSPECT, "", folders, heartbeat)
     machine = _architecture(str(seen["machine"]))
     if machine != host:
-        msg = (
-            f"{prepared.python} is built for {machine}, and this node is {host}: make the environment on such a machine"
-        )
+        msg = f"{prepared.python} is built for {machine}, but this node is {host}: create the environment on {host}"
         raise EnvironmentProblem(msg)
     raw = seen["packages"]
     packages = {str(name): str(version) for name, version in raw.items()} if isinstance(raw, dict) else {}
-    warnings = _editable_warnings(seen.get("editable"), place)
+    warnings = _editable_warnings(seen.get("editable"), folders)
     if gpus and "torch" in packages and _has_gpus():
-        warnings += _torch_warnings(prepared, packages["torch"], gpus, place, pulse)
+        warnings += _torch_warnings(prepared, packages["torch"], gpus, folders, heartbeat)
     return EnvironmentProbe(
         str(seen["python"]),
         str(seen["version"]),
@@ -112,19 +110,19 @@ def look(
     )
 
 
-def _editable_warnings(editable: object, place: BuildFolders) -> list[str]:
+def _editable_warnings(editable: object, folders: BuildFolders) -> list[str]:
     """Name what runs from a folder that may be edited, unless that is the attempt's own code."""
     found = editable if isinstance(editable, dict) else {}
     paths = {str(name): unquote(urlsplit(str(url)).path) for name, url in found.items() if name != "raylaunch"}
     return [
         f"{name} is installed editable: later edits in {path} reach this job"
         for name, path in sorted(paths.items())
-        if Path(path) != place.code and place.code not in Path(path).parents
+        if Path(path) != folders.code and folders.code not in Path(path).parents
     ]
 
 
 def _torch_warnings(
-    prepared: PreparedEnvironment, version: str, gpus: int, place: BuildFolders, pulse: Heartbeat
+    prepared: PreparedEnvironment, version: str, gpus: int, folders: BuildFolders, heartbeat: Heartbeat
 ) -> list[str]:
     try:
         driver = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
@@ -132,16 +130,14 @@ def _torch_warnings(
         driver = ""
     visible = prepared.env.get("CUDA_VISIBLE_DEVICES", "")
     try:
-        seen = _cached(prepared, _LOOK_AT_GPUS, f"{driver}\0{visible}", place, pulse)
+        seen = _cached(prepared, _INSPECT_GPUS, f"{driver}\0{visible}", folders, heartbeat)
     except EnvironmentProblem as problem:
         return [f"torch {version} does not import here: {problem}"]
     if not seen["built_for"]:
         return [f"torch {version} in this environment is built without CUDA: it cannot use the {gpus} GPU(s)"]
     if int(str(seen["seen"])) < gpus:
         built_for = f"it is built for CUDA {seen['built_for']}"
-        return [
-            f"torch {version} sees {seen['seen']} of {gpus} GPU(s); {built_for}: does the driver fit? see nvidia-smi"
-        ]
+        return [f"torch {version} sees {seen['seen']} of {gpus} GPU(s); {built_for}; check the driver with nvidia-smi"]
     return []
 
 
@@ -150,29 +146,29 @@ def _has_gpus() -> bool:
 
 
 def _cached(
-    prepared: PreparedEnvironment, program: str, more: str, place: BuildFolders, pulse: Heartbeat
+    prepared: PreparedEnvironment, program: str, extra: str, folders: BuildFolders, heartbeat: Heartbeat
 ) -> dict[str, object]:
-    file = place.envs / f"probe-{_key(prepared, program, more)}.json"
+    file = folders.envs / f"probe-{_key(prepared, program, extra)}.json"
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = None
     if isinstance(known, dict):
         return known
-    answer = _ask(prepared, program, place, pulse)
-    if place.tmp in Path(prepared.python).parents:
-        return answer  # the attempt's own
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    result = _run_probe(prepared, program, folders, heartbeat)
+    if folders.tmp in Path(prepared.python).parents:
+        return result  # the attempt's own
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
     try:
-        place.envs.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(answer), encoding="utf-8")
-        beside.replace(file)
+        folders.envs.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(result), encoding="utf-8")
+        temporary.replace(file)
     except OSError:
-        return answer  # a cache that cannot be written costs the next start a second
-    return answer
+        return result  # a cache that cannot be written costs the next start a second
+    return result
 
 
-def _key(prepared: PreparedEnvironment, program: str, more: str) -> str:
+def _key(prepared: PreparedEnvironment, program: str, extra: str) -> str:
     """Name the content of an environment: its interpreter, and when something was last installed or removed."""
     python = Path(prepared.python)
     real = python.resolve()
@@ -188,53 +184,55 @@ def _key(prepared: PreparedEnvironment, program: str, more: str) -> str:
             places += sorted(root.glob(f"lib*/python3*/{kind}"))
     places += map(Path, prepared.sites)
     places += [Path(path) for path in prepared.env.get("PYTHONPATH", "").split(os.pathsep) if path]
-    content = (program, more, [(str(path), _changed(path)) for path in places])
+    content = (program, extra, [(str(path), _mtime_ns(path)) for path in places])
     return hashlib.sha256(repr(content).encode()).hexdigest()[:24]
 
 
-def _changed(path: Path) -> int:
+def _mtime_ns(path: Path) -> int:
     try:
         return path.stat().st_mtime_ns
     except OSError:
         return 0
 
 
-def _ask(prepared: PreparedEnvironment, program: str, place: BuildFolders, pulse: Heartbeat) -> dict[str, object]:
-    nowhere = place.tmp / "nowhere"
+def _run_probe(
+    prepared: PreparedEnvironment, program: str, folders: BuildFolders, heartbeat: Heartbeat
+) -> dict[str, object]:
+    nowhere = folders.tmp / "nowhere"
     nowhere.mkdir(parents=True, exist_ok=True)
-    answer = place.tmp / "probe.out"
+    result = folders.tmp / "probe.out"
     try:
-        with answer.open("w+b") as output:
+        with result.open("w+b") as output:
             ran = run_program(
                 [prepared.python, "-c", program],
                 env=prepared.env,
                 cwd=nowhere,
                 timeout_s=_PROBE_S,
-                pulse=pulse,
+                heartbeat=heartbeat,
                 output=output,
             )
     except OSError as error:
-        raise EnvironmentProblem(_why_not_executed(prepared.python, error)) from None
+        raise EnvironmentProblem(_explain_exec_error(prepared.python, error)) from None
     finally:
-        if answer.exists():
-            answer.unlink()
-    return _read_answer(prepared.python, ran)
+        if result.exists():
+            result.unlink()
+    return _parse_result(prepared.python, ran)
 
 
-def _read_answer(python: str, ran: HelperResult) -> dict[str, object]:
+def _parse_result(python: str, ran: HelperResult) -> dict[str, object]:
     match = re.search(r"^@raylaunch (\{.*\})$", ran.output, re.MULTILINE)
     if ran.status != 0 or match is None:
-        msg = f"the interpreter {python} does not run on this node: {last_words(ran)}"
+        msg = f"the interpreter {python} does not run on this node: {failure_line(ran)}"
         raise EnvironmentProblem(msg)
-    answer: dict[str, object] = json.loads(match.group(1))
-    return answer
+    result: dict[str, object] = json.loads(match.group(1))
+    return result
 
 
-def _why_not_executed(python: str, error: OSError) -> str:
+def _explain_exec_error(python: str, error: OSError) -> str:
     built = _elf_machine(python)
     host = _architecture(os.uname().machine)
     if built and built != host:
-        return f"{python} is built for {built}, and this node is {host}: make the environment on such a machine"
+        return f"{python} is built for {built}, but this node is {host}: create the environment on {host}"
     return f"the interpreter {python} cannot be executed on this node: {error.strerror or error}"
 
 

@@ -47,7 +47,7 @@ def _write_to(log: Path) -> None:
     try:
         out = os.open(str(log), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     except OSError as error:
-        sys.stderr.write(f"raylaunch: {log.name} cannot be written ({error.strerror}); this rank's lines stand here\n")
+        sys.stderr.write(f"raylaunch: {log.name} cannot be written ({error.strerror}); this rank's output is here\n")
         return
     os.dup2(out, 1)
     os.dup2(out, 2)

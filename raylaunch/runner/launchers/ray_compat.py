@@ -1,4 +1,4 @@
-"""Does the Ray of a job's environment fit the cluster's?
+"""Whether the Ray of a job's environment is compatible with the cluster's.
 
 Driver and workers speak Ray's inner protocol: only the same Ray, under the same minor version of Python, may join.
 Checked in the prepared environment, before the training starts.
@@ -26,10 +26,10 @@ class RayVersions(NamedTuple):
 
 
 class Mismatch(NamedTuple):
-    """What does not fit, and the command that mends it."""
+    """What does not match, and the command that fixes it."""
 
     what: str
-    mend: str
+    fix: str
 
 
 NO_RAY = "none"
@@ -44,7 +44,7 @@ def of_cluster() -> RayVersions:
 
 
 def mismatch(found: RayVersions, needed: RayVersions, environment: EnvironmentSpec, python: str) -> Mismatch | None:
-    """Return what does not fit, or None.
+    """Return what does not match, or None.
 
     Args:
         found: what the job's environment has.
@@ -55,28 +55,28 @@ def mismatch(found: RayVersions, needed: RayVersions, environment: EnvironmentSp
     minor, theirs = _minor(needed.python), _minor(found.python)
     wanted = f"ray[default]=={needed.ray}"
     if found.python and needed.python and minor != theirs:
-        what = f"launcher: ray needs Python {minor}, as the cluster has, and {python} is Python {found.python}"
-        return Mismatch(what, _other_python(environment, minor, wanted, python))
+        what = f"launcher: ray needs Python {minor}, like the cluster, but {python} is Python {found.python}"
+        return Mismatch(what, _python_fix(environment, minor, wanted, python))
     if found.ray and needed.ray and found.ray != needed.ray:
         has = "has no Ray" if found.ray == NO_RAY else f"has Ray {found.ray}"
-        what = f"launcher: ray needs Ray {needed.ray}, as the cluster has, and {python} {has}"
-        return Mismatch(what, _other_ray(environment, wanted, python))
+        what = f"launcher: ray needs Ray {needed.ray}, like the cluster, but {python} {has}"
+        return Mismatch(what, _ray_fix(environment, wanted, python))
     return None
 
 
-def _other_ray(environment: EnvironmentSpec, wanted: str, python: str) -> str:
+def _ray_fix(environment: EnvironmentSpec, wanted: str, python: str) -> str:
     kind = environment["kind"]
     if kind == "uv":
-        return f"uv add '{wanted}', and submit it again"
+        return f"uv add '{wanted}', then submit again"
     if kind == "pip":
-        return f"write {wanted} among its requirements"
+        return f"add {wanted} to its requirements"
     return f"uv pip install --python {python} '{wanted}'"
 
 
-def _other_python(environment: EnvironmentSpec, minor: str, wanted: str, python: str) -> str:
+def _python_fix(environment: EnvironmentSpec, minor: str, wanted: str, python: str) -> str:
     kind, value = environment["kind"], environment["value"]
     if kind == "uv":
-        return f"uv python pin {minor} && uv lock, and submit it again"
+        return f"uv python pin {minor} && uv lock, then submit again"
     if kind == "conda":
         return f"conda create -n {value}-py{minor} python={minor}, and in it: pip install '{wanted}'"
     place = value if kind == "venv" else str(Path(python).parent.parent)

@@ -1,4 +1,4 @@
-"""``launcher: ray``: what makes a training this Ray job's driver, and how its workers start.
+"""``launcher: ray``: the driver's variables, how its workers start, and the process that logs Ray Train's reports.
 
 Ray's workers inherit nothing of their driver. They get the variables of its runtime environment, which anybody with
 Ray's token can read, and start with the cluster's own interpreter. So the runner writes into the driver's job config:
@@ -22,90 +22,18 @@ from urllib.parse import urlsplit
 
 from raylaunch import contract
 from raylaunch.runner.control import Heartbeat, StopRequest
-from raylaunch.runner.supervisor import left_s
+from raylaunch.runner.supervisor import remaining_s
 
 if TYPE_CHECKING:
     from raylaunch.contract import AttemptSpec
 
-_MODULE = "raylaunch.tracking.train_writer"
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""The variable with which Ray Jobs passes runtime environment and metadata to `ray.init`."""
+_WRITER = "raylaunch.tracking.train_writer"
 _REPORT = b'"event": "report"'
 _POLL_S = 0.1
 _FINISH_S = 60.0
-"""For uploads; and off-line for a machine that is so busy that wandb takes long to begin."""
-
-
-class TrainReportFollower:
-    """The reports of one attempt. Without any, nothing is started."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / contract.TRAIN_REPORTS
-        self._size = 0
-        self._log = folder / contract.RANK_LOG.format(rank=0)
-        self._cwd = folder / contract.TMP / "ray"
-        self._env: Mapping[str, str] = {}
-        self._python = ""
-        self._control = -1
-        self._done = -1
-
-    def begin(self, env: Mapping[str, str], python: str) -> None:
-        """Look for reports from now on; those of a training that was started before are dropped.
-
-        Args:
-            env: the training's variables.
-            python: interpreter of the job's environment.
-        """
-        self._env, self._python, self._size = env, python, 0
-        for file in self._file.parent.glob(f"{self._file.name}*"):
-            file.unlink()
-
-    def look(self) -> None:
-        """Start the program if there are reports, and it does not run yet."""
-        if not self._python or self._control >= 0 or not self._has_reports():
-            return
-        control, self._control = os.pipe()
-        self._done, done = os.pipe()
-        with self._log.open("ab") as log:
-            child = subprocess.Popen(  # noqa: S603 -- a list of ours, no shell
-                [self._python, "-m", _MODULE, str(self._file)],
-                env=dict(self._env),
-                cwd=str(self._cwd),  # `-m` puts it on sys.path: nothing of the person's lies there
-                stdin=control,
-                stdout=log,
-                stderr=log,
-                pass_fds=[done],
-            )
-        os.close(control)
-        os.close(done)
-        child.wait()
-
-    def finish(self, exit_code: int, *, wish: StopRequest | None, pulse: Heartbeat) -> None:
-        """Say how the training ended, and wait until all is written; not longer than a wish to stop allows."""
-        self.look()
-        if self._control < 0:
-            return
-        limit_s = _FINISH_S if wish is None else left_s(wish) / 2
-        with contextlib.suppress(BrokenPipeError):  # it has ended by itself: what it said stands in the log
-            os.write(self._control, json.dumps({"exit_code": exit_code}).encode() + b"\n")
-        os.close(self._control)
-        deadline = time.monotonic() + limit_s
-        while time.monotonic() < deadline and not select.select([self._done], [], [], _POLL_S)[0]:
-            pulse.poll()
-        os.close(self._done)
-        self._control = self._done = -1
-
-    def _has_reports(self) -> bool:
-        try:
-            size = self._file.stat().st_size
-        except FileNotFoundError:
-            return False
-        if size == self._size:
-            return False
-        self._size = size
-        return _REPORT in self._file.read_bytes()
-
-
-JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""The variable with which Ray Jobs tells `ray.init` of runtime environment and metadata."""
+"""For uploads; and off-line for a machine that is so busy that wandb starts slowly."""
 _ADDRESS = "RAY_ADDRESS"
 _CALLBACKS = "RAY_TRAIN_CALLBACKS"
 _CALLBACK = "raylaunch.tracking.train_callback.TrainReports"
@@ -114,7 +42,6 @@ _HIDES_GPUS = "RAY_EXPERIMENTAL_NOSET_"
 _GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _DRIVER_ONLY = (JOB_CONFIG, _CALLBACKS, "RAY_OVERRIDE_JOB_RUNTIME_ENV", "RAY_AUTH_TOKEN", *_GPU_VARIABLES)
 """What workers must not get: Ray gives each its GPUs, and a setting of ours would win over them."""
-
 _DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # Train takes one report in each: by default every two seconds
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it each line that a worker prints appears twice
@@ -123,9 +50,7 @@ _DEFAULTS = {
     "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",  # driver and workers are one interpreter anyway
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # what the program gives to ray.init wins over ours, instead of a refusal
 }
-
-
-_ELSEWHERE = """
+_ON_OTHER_NODE = """
 import os, runpy, sys, tempfile
 
 for name, value in list(os.environ.items()):
@@ -135,7 +60,7 @@ note = ""
 key = "WANDB_API_KEY" in os.environ or os.path.exists(os.environ.get("NETRC") or os.path.expanduser("~/.netrc"))
 if os.environ.get("WANDB_MODE") == "online" and not key:
     os.environ["WANDB_MODE"] = "offline"
-    note = "; they are off-line, for there is no W&B key here"
+    note = "; they are offline, because there is no W&B key here"
 
 
 class Finder:
@@ -144,8 +69,8 @@ class Finder:
             sys.meta_path.remove(self)
             place = os.environ.setdefault("WANDB_DIR", tempfile.mkdtemp(prefix="raylaunch-wandb-"))
             sys.stderr.write(
-                "raylaunch: this worker is on %s, not on its driver's node: its W&B runs have ids of W&B's own, are "
-                "neither read nor kept by raylaunch, and are written to %s%s\\n" % (os.uname().nodename, place, note)
+                "raylaunch: this worker is on %s, not on its driver's node: raylaunch neither reads nor keeps its W&B "
+                "runs; W&B chooses their ids, and writes them to %s%s\\n" % (os.uname().nodename, place, note)
             )
 
 
@@ -154,7 +79,7 @@ del sys.argv[0]
 sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""What a worker on another node begins with: nothing of the attempt's folder is there, and W&B is told so."""
+"""Start-up code of a worker on another node, where the attempt's folder does not exist; it changes W&B's settings."""
 
 
 class DriverPlan(NamedTuple):
@@ -185,14 +110,97 @@ def prepare(driver: DriverPlan, folder: Path, environ: Mapping[str, str]) -> dic
         folder: the attempt's.
         environ: the runner's own variables: Ray's for this job among them.
     """
-    place = folder / contract.TMP / "ray"
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    scratch = folder / contract.TMP / "ray"
+    scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
     env = _variables(driver, folder, environ)
-    env.update(_wandb_key(driver, place, env))
+    env.update(_wandb_key(driver, scratch, env))
     hidden = {name: value for name, value in driver.secrets.items() if name != _WANDB_KEY}
-    start = place / "worker"
+    start = scratch / "worker"
     write_private(start, _worker_start(driver, hidden, folder), mode=0o700)
     return {**env, **_job_config(driver, env, environ, start)}
+
+
+def delete_secrets(folder: Path) -> None:
+    """Delete the files with secrets at the end of the attempt."""
+    for name in ("worker", "netrc"):
+        (folder / contract.TMP / "ray" / name).unlink(missing_ok=True)
+
+
+def write_private(path: Path, text: str, *, mode: int) -> None:
+    """Write a file that nobody else can read at any moment."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+class TrainReportFollower:
+    """Starts the program that logs an attempt's reports to W&B, once there are any."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / contract.TRAIN_REPORTS
+        self._size = 0
+        self._log = folder / contract.RANK_LOG.format(rank=0)
+        self._cwd = folder / contract.TMP / "ray"
+        self._env: Mapping[str, str] = {}
+        self._python = ""
+        self._control = -1
+        self._done = -1
+
+    def start(self, env: Mapping[str, str], python: str) -> None:
+        """Check for reports from now on; those of an earlier training are dropped.
+
+        Args:
+            env: the training's variables.
+            python: interpreter of the job's environment.
+        """
+        self._env, self._python, self._size = env, python, 0
+        for file in self._file.parent.glob(f"{self._file.name}*"):
+            file.unlink()
+
+    def poll(self) -> None:
+        """Start the program if there are reports and it is not running yet."""
+        if not self._python or self._control >= 0 or not self._has_reports():
+            return
+        control, self._control = os.pipe()
+        self._done, done = os.pipe()
+        with self._log.open("ab") as log:
+            child = subprocess.Popen(  # noqa: S603 -- a list of ours, no shell
+                [self._python, "-m", _WRITER, str(self._file)],
+                env=dict(self._env),
+                cwd=str(self._cwd),  # `-m` puts it on sys.path: no user file is there
+                stdin=control,
+                stdout=log,
+                stderr=log,
+                pass_fds=[done],
+            )
+        os.close(control)
+        os.close(done)
+        child.wait()
+
+    def finish(self, exit_code: int, *, request: StopRequest | None, heartbeat: Heartbeat) -> None:
+        """Send how the training ended, and wait until all is written, at most as long as a stop request allows."""
+        self.poll()
+        if self._control < 0:
+            return
+        limit_s = _FINISH_S if request is None else remaining_s(request) / 2
+        with contextlib.suppress(BrokenPipeError):  # it exited by itself: its output is in the log
+            os.write(self._control, json.dumps({"exit_code": exit_code}).encode() + b"\n")
+        os.close(self._control)
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline and not select.select([self._done], [], [], _POLL_S)[0]:
+            heartbeat.poll()
+        os.close(self._done)
+        self._control = self._done = -1
+
+    def _has_reports(self) -> bool:
+        try:
+            size = self._file.stat().st_size
+        except FileNotFoundError:
+            return False
+        if size == self._size:
+            return False
+        self._size = size
+        return _REPORT in self._file.read_bytes()
 
 
 def _variables(driver: DriverPlan, folder: Path, environ: Mapping[str, str]) -> dict[str, str]:
@@ -214,9 +222,9 @@ def _variables(driver: DriverPlan, folder: Path, environ: Mapping[str, str]) -> 
     ours = {*first, *last}
     theirs = [part for part in env.get("PYTHONPATH", "").split(os.pathsep) if part and part not in ours]
     env["PYTHONPATH"] = os.pathsep.join([*first, *theirs, *last])
-    for of_tune, of_wandb in (("WANDB_PROJECT_NAME", "WANDB_PROJECT"), ("WANDB_GROUP_NAME", "WANDB_RUN_GROUP")):
-        if of_tune not in own and env.get(of_wandb):
-            env[of_tune] = env[of_wandb]
+    for of_tune, is_wandb_helper in (("WANDB_PROJECT_NAME", "WANDB_PROJECT"), ("WANDB_GROUP_NAME", "WANDB_RUN_GROUP")):
+        if of_tune not in own and env.get(is_wandb_helper):
+            env[of_tune] = env[is_wandb_helper]
     return env
 
 
@@ -230,7 +238,7 @@ def _python_path(driver: DriverPlan, folder: Path) -> tuple[list[str], list[str]
     return [f"{archive}/{contract.STARTUP}"], [] if driver.imports else [archive]
 
 
-def _wandb_key(driver: DriverPlan, place: Path, env: Mapping[str, str]) -> dict[str, str]:
+def _wandb_key(driver: DriverPlan, scratch: Path, env: Mapping[str, str]) -> dict[str, str]:
     """Give W&B its key in a file: Tune's callback would copy the variable into a runtime environment."""
     key = driver.secrets.get(_WANDB_KEY, "")
     if not key or not driver.wandb_url:
@@ -241,8 +249,8 @@ def _wandb_key(driver: DriverPlan, place: Path, env: Mapping[str, str]) -> dict[
     except (OSError, UnicodeDecodeError):
         content = ""
     machine = f"machine {urlsplit(driver.wandb_url).netloc}\n  login user\n  password {key}\n"
-    write_private(place / "netrc", content + machine, mode=0o600)
-    return {"NETRC": str(place / "netrc")}
+    write_private(scratch / "netrc", content + machine, mode=0o600)
+    return {"NETRC": str(scratch / "netrc")}
 
 
 def _worker_start(driver: DriverPlan, secrets: Mapping[str, str], folder: Path) -> str:
@@ -276,9 +284,9 @@ def _job_config(driver: DriverPlan, env: Mapping[str, str], environ: Mapping[str
 def _command(start: Path, python: str, folder: Path) -> str:
     """Return what Ray puts before a worker's arguments, in bash. Where the script is not, the interpreter may be.
 
-    That is on another node than the driver's. The first argument is Ray's own program, which `_ELSEWHERE` runs.
+    That is on another node than the driver's. The first argument is Ray's own program, which `_ON_OTHER_NODE` runs.
     """
-    elsewhere = shlex.quote(_ELSEWHERE.replace("FOLDER", repr(str(folder))))
+    elsewhere = shlex.quote(_ON_OTHER_NODE.replace("FOLDER", repr(str(folder))))
     python = shlex.quote(python)
     become = f'[ -x "$0" ] && exec "$0" "$@"; [[ $1 == -* ]] && exec {python} "$@"; exec {python} -c {elsewhere} "$@"'
     return f"bash -c {shlex.quote(become)} {shlex.quote(str(start))}"
@@ -294,18 +302,5 @@ def _worker_variables(driver: DriverPlan, env: Mapping[str, str], environ: Mappi
     }
     found["PYTHONPATH"] = env["PYTHONPATH"]
     if environ.get(_ADDRESS):
-        found[_ADDRESS] = environ[_ADDRESS]  # a worker that asks for Ray's state must not guess among several Rays
+        found[_ADDRESS] = environ[_ADDRESS]  # a worker that queries Ray's state must not guess among several Rays
     return found
-
-
-def write_private(path: Path, text: str, *, mode: int) -> None:
-    """Write a file that nobody else can read at any moment."""
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
-        file.write(text)
-
-
-def forget(folder: Path) -> None:
-    """Delete what holds secrets; for the end of the attempt."""
-    for name in ("worker", "netrc"):
-        (folder / contract.TMP / "ray" / name).unlink(missing_ok=True)

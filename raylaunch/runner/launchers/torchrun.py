@@ -1,4 +1,4 @@
-"""How the training's processes are started: as they are, as ranks by torchrun, or by a launcher that was pasted.
+"""How the training is started: unchanged, as ranks of torchrun, or by a pasted launcher; and which rank failed first.
 
 Several jobs share a node, so no two may meet on one port. torchrun takes any option from a variable ``PET_<OPTION>``
 (torch/distributed/argparse_util.py) unless the command names it; so its rendezvous is moved to a free port of
@@ -6,8 +6,8 @@ Several jobs share a node, so no two may meet on one port. torchrun takes any op
 torchrun's own ``standalone`` is set; ``deepspeed`` reads no variable, and gets ``--master_port`` with a port that was
 free a moment ago.
 
-torchrun asks ``PYTHON_EXEC`` for the interpreter of its ranks (torch/distributed/run.py). With it each rank of a pasted
-command passes through `raylaunch.runner.launchers.rank` too, and has its own log.
+torchrun reads ``PYTHON_EXEC`` for the interpreter of its ranks (torch/distributed/run.py). With it each rank of a
+pasted command passes through `raylaunch.runner.launchers.rank` too, and has its own log.
 """
 
 from __future__ import annotations
@@ -37,92 +37,9 @@ _ROOT_CAUSE = re.compile(
 )
 _OF_LAUNCHER = re.compile(r"\btorch[./]distributed[./](?:elastic|run)\b")
 _FAILED = re.compile(r"^.*\btorch[./]distributed[./]elastic\b.*\bfailed \(exitcode.*$", re.MULTILINE)
-
-
-class RankFailure(NamedTuple):
-    """A rank, and its status as `subprocess.Popen.returncode`."""
-
-    rank: int
-    status: int
-
-
-def rank_failure(log_tail: str) -> RankFailure | None:
-    """Return what the last report in a launcher's log says, or None when it has none."""
-    reports = list(_ROOT_CAUSE.finditer(log_tail))
-    return RankFailure(int(reports[-1]["rank"]), int(reports[-1]["status"])) if reports else None
-
-
-def before_report(log_tail: str) -> str:
-    """Return what stands before the launcher's report: it is long, and hides the last words of the rank that failed."""
-    failed = list(_FAILED.finditer(log_tail))
-    begin = failed[-1].start() if failed else len(log_tail)
-    while failed and begin:
-        line = log_tail.rfind("\n", 0, begin - 1) + 1
-        if not _OF_LAUNCHER.search(log_tail, line, begin):
-            break
-        begin = line
-    return log_tail[:begin]
-
-
 _SHUTDOWN_S = 30
-"""How long torchrun waits between the signal that it passes on to its ranks and SIGKILL, unless it is told."""
+"""How long torchrun waits between the signal that it passes on to its ranks and SIGKILL, by default."""
 _PER_GPU = ("gpu", "auto")
-
-
-class NodeResources(NamedTuple):
-    """What a launch depends on of the node: cores of the CPU, GPUs (the job's and others), and a free port."""
-
-    cores: int
-    gpus: int
-    port: int
-
-
-class LaunchPlan(NamedTuple):
-    """What to start: the entrypoint with its launcher, variables to add, and how many ranks there are (0: unknown).
-
-    `elastic` says that it is torchrun that starts the ranks, or what is built on it.
-    """
-
-    entrypoint: str | list[str]
-    env: dict[str, str]
-    ranks: int
-    elastic: bool
-
-
-class Shim(NamedTuple):
-    """What ranks are started through: words to put before a program, and a program that stands for an interpreter."""
-
-    words: tuple[str, ...]
-    python: str
-
-
-def look_at_node() -> NodeResources:
-    """Return what the node has."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return NodeResources(cores, len(list(Path("/dev").glob("nvidia[0-9]*"))), port)
-
-
-def shim_in(folder: Path) -> Shim:
-    """Return what the ranks of an attempt are started through; its program is written into the attempt's folder."""
-    words = (sys.executable, "-I", str(folder / contract.RUNNER), OPTION)
-    script = folder / contract.TMP / "rank-python"
-    script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_text(f'#!/bin/sh\nexec {shlex.join([*words, OF_PARENT])} "$@"\n', encoding="utf-8")
-    script.chmod(0o755)
-    return Shim(words, str(script))
-
-
-def as_it_is(spec: AttemptSpec) -> LaunchPlan:
-    """Return the entrypoint without a launcher."""
-    return LaunchPlan(spec["entrypoint"], {}, 1, elastic=False)
-
-
-def starts_ranks(spec: AttemptSpec) -> bool:
-    """Whether the training is started by torchrun, or by a launcher that the entrypoint names."""
-    return spec["launcher"] == "torchrun" or entrypoint.pasted(spec["entrypoint"]) is not None
 
 
 def plan(  # noqa: PLR0913 -- each is one fact, and all are named
@@ -139,15 +56,96 @@ def plan(  # noqa: PLR0913 -- each is one fact, and all are named
         node: what the node has.
 
     Raises:
-        EnvironmentProblem: torchrun is asked for, and PyTorch is not there.
+        EnvironmentProblem: torchrun is requested, but PyTorch is missing.
     """
     found = entrypoint.pasted(spec["entrypoint"])
     if found is None:
         launch = _wrapped(spec, python=python, torch=torch, shim=shim)
     else:
-        launch = _beside(spec, found, shim=shim, port=node.port)
+        launch = _plan_pasted(spec, found, shim=shim, port=node.port)
     more = {**launch.env, **_threads(spec, launch.ranks, node)}
     return launch._replace(env={name: value for name, value in more.items() if name not in env})
+
+
+def starts_ranks(spec: AttemptSpec) -> bool:
+    """Whether the training is started by torchrun, or by a launcher that the entrypoint names."""
+    return spec["launcher"] == "torchrun" or entrypoint.pasted(spec["entrypoint"]) is not None
+
+
+def unchanged(spec: AttemptSpec) -> LaunchPlan:
+    """Return the entrypoint without a launcher."""
+    return LaunchPlan(spec["entrypoint"], {}, 1, elastic=False)
+
+
+def node_resources() -> NodeResources:
+    """Return what the node has."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return NodeResources(cores, len(list(Path("/dev").glob("nvidia[0-9]*"))), port)
+
+
+def make_shim(folder: Path) -> Shim:
+    """Return what the ranks of an attempt are started through; its program is written into the attempt's folder."""
+    words = (sys.executable, "-I", str(folder / contract.RUNNER), OPTION)
+    script = folder / contract.TMP / "rank-python"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(f'#!/bin/sh\nexec {shlex.join([*words, OF_PARENT])} "$@"\n', encoding="utf-8")
+    script.chmod(0o755)
+    return Shim(words, str(script))
+
+
+class RankFailure(NamedTuple):
+    """A rank, and its status as `subprocess.Popen.returncode`."""
+
+    rank: int
+    status: int
+
+
+def rank_failure(log_tail: str) -> RankFailure | None:
+    """Return the failed rank from the last report in a launcher's log, or None without a report."""
+    reports = list(_ROOT_CAUSE.finditer(log_tail))
+    return RankFailure(int(reports[-1]["rank"]), int(reports[-1]["status"])) if reports else None
+
+
+def before_report(log_tail: str) -> str:
+    """Return the log before the launcher's report, which is long and hides the last output of the failed rank."""
+    failed = list(_FAILED.finditer(log_tail))
+    start = failed[-1].start() if failed else len(log_tail)
+    while failed and start:
+        line = log_tail.rfind("\n", 0, start - 1) + 1
+        if not _OF_LAUNCHER.search(log_tail, line, start):
+            break
+        start = line
+    return log_tail[:start]
+
+
+class NodeResources(NamedTuple):
+    """What a launch depends on of the node: cores of the CPU, GPUs (the job's and others), and a free port."""
+
+    cores: int
+    gpus: int
+    port: int
+
+
+class LaunchPlan(NamedTuple):
+    """What to start: the entrypoint with its launcher, variables to add, and how many ranks there are (0: unknown).
+
+    `elastic`: whether torchrun, or something built on it, starts the ranks.
+    """
+
+    entrypoint: str | list[str]
+    env: dict[str, str]
+    ranks: int
+    elastic: bool
+
+
+class Shim(NamedTuple):
+    """What ranks are started through: words to put before a program, and a program that stands for an interpreter."""
+
+    words: tuple[str, ...]
+    python: str
 
 
 def _wrapped(spec: AttemptSpec, *, python: str, torch: str, shim: Shim) -> LaunchPlan:
@@ -159,26 +157,26 @@ def _wrapped(spec: AttemptSpec, *, python: str, torch: str, shim: Shim) -> Launc
     ranks = spec["processes"] or spec["gpus"] or 1
     torchrun = [interpreter, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--no-python", *shim.words]
     return LaunchPlan(
-        entrypoint.wrapped(spec["entrypoint"], torchrun, interpreter), _meeting(spec), ranks, elastic=True
+        entrypoint.wrapped(spec["entrypoint"], torchrun, interpreter), _rendezvous(spec), ranks, elastic=True
     )
 
 
 def _no_torch(spec: AttemptSpec, python: str) -> str:
     kind, value = spec["environment"]["kind"], spec["environment"]["value"]
     if not python:
-        return "launcher: torchrun needs PyTorch, and the job's environment has no Python; name another, as venv:PATH"
+        return "launcher: torchrun needs PyTorch, but the job's environment has no Python; name another: venv:PATH"
     if kind == "pip":
-        mend = "add torch to its requirements"
+        fix = "add torch to its requirements"
     elif kind == "uv":
-        mend = "uv add torch, then submit it again"
+        fix = "uv add torch, then submit again"
     elif kind == "conda":
-        mend = f"conda install -n {value} pytorch"
+        fix = f"conda install -n {value} pytorch"
     else:
-        mend = f"{python} -m pip install torch; or name another environment, as venv:PATH, conda:NAME or pip: [torch]"
-    return f"launcher: torchrun needs PyTorch, and the job's environment ({python}) has none: {mend}"
+        fix = f"{python} -m pip install torch; or name another environment: venv:PATH, conda:NAME or pip: [torch]"
+    return f"launcher: torchrun needs PyTorch, and the job's environment ({python}) has none: {fix}"
 
 
-def _meeting(spec: AttemptSpec) -> dict[str, str]:
+def _rendezvous(spec: AttemptSpec) -> dict[str, str]:
     """Return variables with which torchrun's processes meet on a port of their own."""
     return {
         "PET_RDZV_BACKEND": "c10d",
@@ -189,15 +187,15 @@ def _meeting(spec: AttemptSpec) -> dict[str, str]:
     }
 
 
-def _beside(spec: AttemptSpec, found: Pasted, *, shim: Shim, port: int) -> LaunchPlan:
-    """Leave a launcher as it was pasted, and say with variables (or options) what it leaves open."""
+def _plan_pasted(spec: AttemptSpec, found: Pasted, *, shim: Shim, port: int) -> LaunchPlan:
+    """Keep a pasted launcher, and set with variables or options what it leaves open."""
     asked = spec["processes"] or spec["gpus"]
     if found.launcher == entrypoint.DEEPSPEED:
         options = [] if found.names_places or "master-port" in found.options else [f"--master_port={port}"]
         if spec["processes"] and not found.ranks:
             options.append(f"--num_gpus={spec['processes']}")
         return LaunchPlan(entrypoint.with_options(spec["entrypoint"], found, options), {}, 1, elastic=False)
-    env = {} if found.names_places else _meeting(spec)
+    env = {} if found.names_places else _rendezvous(spec)
     env["PYTHON_EXEC"] = shim.python
     if found.launcher == entrypoint.ACCELERATE:
         if not found.names_places:
@@ -219,7 +217,7 @@ def _count(words: str, spec: AttemptSpec) -> int:
 
 
 def _threads(spec: AttemptSpec, ranks: int, node: NodeResources) -> dict[str, str]:
-    """Return how many threads each rank may use: torchrun would say 1, which starves what computes on the CPU."""
+    """Return how many threads each rank may use: torchrun's default is 1, which starves computation on the CPU."""
     if ranks <= 1:
         return {}
     share = spec["cpus"] / ranks if spec["cpus"] else node.cores / max(ranks, node.gpus if spec["gpus"] else 0)

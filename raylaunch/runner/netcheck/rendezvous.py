@@ -1,6 +1,6 @@
 """Programs on several hosts meet over TCP: each connects to every other, from and to the addresses that were chosen.
 
-Both directions of each pair are tried, for a firewall may stand in one of them only. What cannot be reached is said.
+Both directions of each pair are tried, for a firewall may block only one. The result lists what cannot be reached.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _LINE_BYTES = 4096
 
 
 class Member(NamedTuple):
-    """One of those who meet: its host's name, and where it listens."""
+    """One program: its host's name, and where it listens."""
 
     host: str
     address: str
     port: int
 
 
-class UnmetError(Exception):
-    """Not all have met: which hosts could not be reached and why, and which did not come."""
+class RendezvousError(Exception):
+    """Not all members connected: which hosts could not be reached and why, and which did not connect."""
 
-    def __init__(self, unreached: dict[str, str], absent: list[str]) -> None:
-        super().__init__("not all have met")
-        self.unreached = unreached
+    def __init__(self, unreachable: dict[str, str], absent: list[str]) -> None:
+        super().__init__("not all members connected")
+        self.unreachable = unreachable
         self.absent = absent
 
 
@@ -52,11 +52,11 @@ def listen(member: Member) -> socket.socket:
     return listener
 
 
-class Meeting:
+class Rendezvous:
     """The connections of one member with all others.
 
     Args:
-        run: names the meeting; who says another word is a stranger.
+        run: name of this run; a connection that sends another one is rejected.
         rank: which of the members this is.
         members: all, the same for everyone.
         listener: where this one listens.
@@ -67,69 +67,71 @@ class Meeting:
         self._rank = rank
         self._members = members
         self._listener = listener
-        self._over = threading.Event()
+        self._closed = threading.Event()
         self._unreached: dict[int, str] = {}
-        self.out: dict[int, socket.socket] = {}
+        self.outgoing: dict[int, socket.socket] = {}
         """The connection to each other member."""
-        self.came: dict[int, socket.socket] = {}
+        self.incoming: dict[int, socket.socket] = {}
         """The connection that each other member has made to this one."""
 
     def meet(self, limit_s: float) -> None:
-        """Connect to everybody, and wait until everybody has connected.
+        """Connect to all members, and wait until all have connected.
 
         Raises:
-            UnmetError: after `limit_s` seconds somebody is missing.
+            UnmetError: after `limit_s` seconds a member is missing.
         """
         until = time.monotonic() + limit_s
         others = [rank for rank in range(len(self._members)) if rank != self._rank]
         threads = [threading.Thread(target=self._accept, args=(until,), daemon=True)]
-        threads += [threading.Thread(target=self._reach, args=(rank, until), daemon=True) for rank in others]
+        threads += [threading.Thread(target=self._connect_until, args=(rank, until), daemon=True) for rank in others]
         for thread in threads:
             thread.start()
-        while time.monotonic() < until and not (len(self.out) == len(self.came) == len(others)):
+        while time.monotonic() < until and not (len(self.outgoing) == len(self.incoming) == len(others)):
             time.sleep(0.02)
-        self._over.set()
+        self._closed.set()
         for thread in threads[1:]:
             thread.join(_TRY_S + _ANSWER_S)
-        unreached = {self._members[rank].host: why for rank, why in self._unreached.items() if rank not in self.out}
-        absent = [self._members[rank].host for rank in others if rank not in self.came]
-        if unreached or absent:
-            raise UnmetError(unreached, absent)
+        unreachable = {
+            self._members[rank].host: why for rank, why in self._unreached.items() if rank not in self.outgoing
+        }
+        absent = [self._members[rank].host for rank in others if rank not in self.incoming]
+        if unreachable or absent:
+            raise RendezvousError(unreachable, absent)
 
-    def tell(self, words: dict[str, Any]) -> None:
-        """Say something to everybody."""
-        for connection in self.out.values():
-            connection.sendall(json.dumps(words).encode() + b"\n")
+    def send_all(self, message: dict[str, Any]) -> None:
+        """Send a message to all other members."""
+        for connection in self.outgoing.values():
+            connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def hear(self, limit_s: float) -> dict[int, dict[str, Any]]:
-        """Return what everybody says, by rank.
+    def receive_all(self, limit_s: float) -> dict[int, dict[str, Any]]:
+        """Return the message of each other member, by rank.
 
         Raises:
-            UnmetError: somebody has gone, or says nothing for `limit_s` seconds.
+            UnmetError: a member disconnected, or sent nothing for `limit_s` seconds.
         """
-        said: dict[int, dict[str, Any]] = {}
-        for rank, connection in self.came.items():
+        answers: dict[int, dict[str, Any]] = {}
+        for rank, connection in self.incoming.items():
             connection.settimeout(limit_s)
             try:
-                said[rank] = json.loads(_line(connection))
+                answers[rank] = json.loads(_line(connection))
             except (OSError, ValueError):
-                raise UnmetError({}, [self._members[rank].host]) from None
-        return said
+                raise RendezvousError({}, [self._members[rank].host]) from None
+        return answers
 
     def close(self) -> None:
         """Close all connections."""
-        self._over.set()
-        for connection in (*self.out.values(), *self.came.values(), self._listener):
+        self._closed.set()
+        for connection in (*self.outgoing.values(), *self.incoming.values(), self._listener):
             connection.close()
 
     def _accept(self, until: float) -> None:
         self._listener.settimeout(_PAUSE_S)
-        while not self._over.is_set() and time.monotonic() < until:
+        while not self._closed.is_set() and time.monotonic() < until:
             with suppress(OSError):
                 connection, _ = self._listener.accept()
-                threading.Thread(target=self._welcome, args=(connection,), daemon=True).start()
+                threading.Thread(target=self._handshake, args=(connection,), daemon=True).start()
 
-    def _welcome(self, connection: socket.socket) -> None:
+    def _handshake(self, connection: socket.socket) -> None:
         connection.settimeout(_ANSWER_S)
         try:
             run, sender = _line(connection).split()
@@ -140,17 +142,17 @@ class Meeting:
         except (OSError, ValueError):
             connection.close()
             return
-        self.came[int(sender)] = connection
+        self.incoming[int(sender)] = connection
 
-    def _reach(self, rank: int, until: float) -> None:
-        while rank not in self.out and time.monotonic() < until and not self._over.is_set():
-            self._try(rank)
+    def _connect_until(self, rank: int, until: float) -> None:
+        while rank not in self.outgoing and time.monotonic() < until and not self._closed.is_set():
+            self._try_connect(rank)
 
-    def _try(self, rank: int) -> None:
+    def _try_connect(self, rank: int) -> None:
         try:
-            self.out[rank] = self._connect(self._members[rank])
+            self.outgoing[rank] = self._connect(self._members[rank])
         except OSError as error:
-            self._unreached[rank] = words_of(error)
+            self._unreached[rank] = error_text(error)
             time.sleep(_PAUSE_S)
 
     def _connect(self, other: Member) -> socket.socket:
@@ -159,28 +161,28 @@ class Meeting:
         try:
             connection.settimeout(_TRY_S)
             connection.bind((self._members[self._rank].address, 0))
-            _named(f"no answer within {_TRY_S:g} s", lambda: connection.connect((other.address, other.port)))
+            _name_timeout(f"no answer within {_TRY_S:g} s", lambda: connection.connect((other.address, other.port)))
             connection.sendall(f"{self._run} {self._rank}\n".encode())
             connection.settimeout(_ANSWER_S)
-            _named("it takes the connection and says nothing", lambda: _line(connection))
+            _name_timeout("it accepts the connection but sends nothing", lambda: _line(connection))
         except OSError:
             connection.close()
             raise
         return connection
 
 
-def words_of(error: OSError) -> str:
+def error_text(error: OSError) -> str:
     """Return what went wrong with a connection."""
     return (error.strerror or str(error) or type(error).__name__).lower()
 
 
-def _named(silence: str, call: Callable[[], object]) -> None:
+def _name_timeout(timeout_text: str, call: Callable[[], object]) -> None:
     try:
         call()
     except TimeoutError:
-        raise OSError(0, silence) from None
+        raise OSError(0, timeout_text) from None
     except socket.timeout:  # noqa: UP041 -- another class before Python 3.10, which jobs may have
-        raise OSError(0, silence) from None
+        raise OSError(0, timeout_text) from None
 
 
 def _line(connection: socket.socket) -> str:

@@ -1,6 +1,6 @@
-"""Changes two things in the programs of an attempt, when they import what it concerns.
+"""Patches two modules in the programs of an attempt when they are imported: W&B's and Ray Train's.
 
-Python imports a module of this name at its start. This one lies first on PYTHONPATH, in the runner's archive; the
+Python imports a module of this name at its start. This one is first on PYTHONPATH, in the runner's archive; the
 environment's own ``sitecustomize``, if there is one, is run first. It loads nothing that Python has not loaded by then.
 
 - W&B runs get their ids from `raylaunch_runs` (`raylaunch.tracking.wandb_runs`): WANDB_RUN_ID would make all runs of
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-class _Finder:
-    """Finds a module as all others do, and has it changed when it is loaded."""
+class _PatchingFinder:
+    """Finds a module as usual, and has it patched when it is loaded."""
 
-    def __init__(self, name: str, change: Callable[[ModuleType], None]) -> None:
+    def __init__(self, name: str, patch: Callable[[ModuleType], None]) -> None:
         self._name = name
-        self._change = change
+        self._patch = patch
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -39,16 +39,16 @@ class _Finder:
             sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Changing(spec.loader, self._change)  # type: ignore[assignment]  # it loads as a Loader does
+            spec.loader = _PatchingLoader(spec.loader, self._patch)  # type: ignore[assignment]  # it loads as a Loader does
         return spec
 
 
-class _Changing:
-    """Loads a module by its own loader, then changes it."""
+class _PatchingLoader:
+    """Loads a module by its own loader, then patches it."""
 
-    def __init__(self, loader: Loader, change: Callable[[ModuleType], None]) -> None:
+    def __init__(self, loader: Loader, patch: Callable[[ModuleType], None]) -> None:
         self._loader = loader
-        self._change = change
+        self._patch = patch
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -56,7 +56,7 @@ class _Changing:
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         try:
-            self._change(module)
+            self._patch(module)
         except Exception as error:  # noqa: BLE001 -- a program must not fail for what is changed here
             sys.stderr.write(f"raylaunch: {module.__name__} is left as it is ({type(error).__name__}: {error})\n")
 
@@ -75,18 +75,18 @@ def _name_runs(wandb_init: ModuleType) -> None:
     import_module("raylaunch_runs").install(wandb_init)
 
 
-def _run_the_other() -> None:
+def _run_hidden_sitecustomize() -> None:
     """Run the ``sitecustomize`` that this one hides."""
     here = os.path.dirname(__file__)  # noqa: PTH120 -- this runs at the start of every Python: nothing is loaded for it
-    spec = PathFinder.find_spec("sitecustomize", [place for place in sys.path if place != here])
+    spec = PathFinder.find_spec("sitecustomize", [folder for folder in sys.path if folder != here])
     if spec is not None and spec.loader is not None:
         from importlib.util import module_from_spec  # noqa: PLC0415 -- as above
 
         spec.loader.exec_module(module_from_spec(spec))
 
 
-_run_the_other()
+_run_hidden_sitecustomize()
 if os.environ.get("RAYLAUNCH_WANDB_RUNS"):
-    sys.meta_path.insert(0, _Finder("wandb.sdk.wandb_init", _name_runs))
+    sys.meta_path.insert(0, _PatchingFinder("wandb.sdk.wandb_init", _name_runs))
 if os.environ.get("RAYLAUNCH_TRAIN_REPORTS") and os.environ.get("RAYLAUNCH_CHECKPOINT_DIR"):
-    sys.meta_path.insert(0, _Finder("ray.train.constants", _store_results))
+    sys.meta_path.insert(0, _PatchingFinder("ray.train.constants", _store_results))
