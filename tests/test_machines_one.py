@@ -95,7 +95,7 @@ def of_user(host: Host, user: str, *words: str) -> dict[int, float]:
 
 
 def test_it_comes_up_and_says_something_at_least_every_ten_seconds(first_up: Said, laptop: Laptop) -> None:
-    assert "dgx: job: a job ran there" in first_up.err
+    assert "dgx: job: test job succeeded" in first_up.err
     assert first_up.silence_s < QUIET_S, first_up.lines
     assert laptop.status()["state"] == "running"
     assert laptop.living() == {"dgx"}
@@ -143,7 +143,7 @@ def test_a_second_up_starts_nothing(first_up: Said, laptop: Laptop, host: Host) 
     again = laptop.watch("up", limit_s=UP_S)
     assert again.status == 0, again.err
     assert ray_processes(host) == before
-    assert "a job ran there" not in again.err
+    assert "test job" not in again.err
 
 
 def test_after_down_nothing_of_it_runs_and_somebody_elses_ray_goes_on(

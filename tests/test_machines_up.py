@@ -81,7 +81,7 @@ def test_a_dry_run_says_what_would_be_done_on_each_host_and_does_nothing(laptop:
     said = laptop.call("up", "--dry-run").stdout
     assert "h1: Ray's head and the controller, with 0 GPUs" in said
     assert "h3: Ray, joining h1, with 8 GPUs" in said
-    assert "from wheels that are pushed" in said
+    assert "from pushed wheels" in said
     assert all(not rays(host) for host in lab.hosts)
 
 
@@ -89,7 +89,7 @@ def test_three_bare_hosts_become_a_cluster_on_which_a_job_has_run_everywhere(
     laptop: Laptop, first_up: subprocess.CompletedProcess[str]
 ) -> None:
     assert "nodes: 3 alive, each with its GPUs" in first_up.stderr
-    assert all(f"{host}: job: a job ran there" in first_up.stderr for host in ("h1", "h2", "h3"))
+    assert all(f"{host}: job: test job succeeded" in first_up.stderr for host in ("h1", "h2", "h3"))
     assert re.search(
         r"network: 64 MB over TCP between h2 and h3 on eth0 \(10\.77\.\d+\.12, 10\.77\.\d+\.13\): \d",
         first_up.stderr,
@@ -172,7 +172,7 @@ def test_up_on_a_healthy_cluster_changes_nothing(cluster: Laptop, lab: World) ->
     before = [rays(host) for host in lab.hosts]
     again = cluster.call("up", limit_s=UP_S)
     assert [rays(host) for host in lab.hosts] == before
-    assert "a job ran there" not in again.stderr
+    assert "test job" not in again.stderr
     assert "network:" not in again.stderr
 
 

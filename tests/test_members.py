@@ -82,7 +82,7 @@ def test_the_head_cannot_be_removed(tmp_path: Path) -> None:
         ConflictError, match="dgx-1 is the head of cluster lab: records, queue and logs are there"
     ) as no:
         plan_remove(file_of(tmp_path, BLOCK), "dgx-1")
-    assert no.value.hint == "the cluster goes as a whole: raylaunch down"
+    assert no.value.hint == "to end the whole cluster: raylaunch down"
 
 
 def test_what_is_no_host_is_refused_before_anything_is_done(tmp_path: Path) -> None:

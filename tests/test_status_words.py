@@ -17,17 +17,14 @@ def test_a_head_that_is_away_is_named_and_no_number_of_jobs_is_made_up() -> None
     assert said[0] == "cluster lab is degraded"
     assert said[1].startswith("  ! dgx-1 cannot be reached, or its controller is not responding")
     assert "(Remote end closed" in said[1]
-    assert "jobs on other hosts go on meanwhile" in said[1]
+    assert "jobs on other hosts continue" in said[1]
     assert len(said) == 2
 
 
 def test_a_cluster_of_which_nothing_is_known_here_is_not_said_to_be_down() -> None:
     said = list(status_lines(not_up("lab", None), now=0))
-    assert said[1] == (
-        "  ! this machine knows nothing of it; if it runs already, raylaunch up finds it there, "
-        "and it is used from here too"
-    )
-    assert "nothing was ended: this machine knows nothing of cluster lab; if it runs already" in str(
+    assert said[1] == ("  ! not started from this machine; if it is already running, raylaunch up connects to it")
+    assert "nothing was ended: cluster lab was not started from this machine" in str(
         DownReport(cluster="lab", ended=(), store="", unknown=True)
     )
 
@@ -35,5 +32,5 @@ def test_a_cluster_of_which_nothing_is_known_here_is_not_said_to_be_down() -> No
 def test_what_an_up_that_was_killed_may_have_left_is_said_until_it_is_down() -> None:
     spec = ClusterSpec(name="lab", hosts=(HostSpec(host="dgx-1", name="dgx-1"),))
     begun = ClientRecord(spec=spec, wanted="stopped", hosts={"dgx-1": spec.hosts[0]})
-    assert "something of it may run on dgx-1; raylaunch down ends that" in not_up("lab", begun).problems[0]
+    assert "parts of it may run on dgx-1; raylaunch down ends them" in not_up("lab", begun).problems[0]
     assert not_up("lab", begun.with_(hosts={})).problems == ()

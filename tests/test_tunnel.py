@@ -137,7 +137,7 @@ def test_a_network_that_swallows_everything_is_said_in_time_and_the_cluster_is_f
     began = time.monotonic()
     first = refused(ada)
     assert time.monotonic() - began < SAID_S + MARGIN_S
-    assert "the connection to head was lost" in first
+    assert "lost the connection to head" in first
     assert "are you on its network or VPN?" in first
     wait_until(lambda: not ada.tunnel("lab").up, 20, "the tunnel has noticed")
     refused(ada)
@@ -177,7 +177,7 @@ def test_a_job_that_is_followed_is_followed_on_after_the_connection_was_away(ada
 def test_an_up_from_another_machine_says_that_it_found_the_cluster() -> None:
     head = HostState(name="lab", cluster_id="c1", owner="ml")
     known = ClientRecord(spec=ClusterSpec.model_validate({"hosts": ["dgx-1"]}), cluster_id="c1")
-    assert "runs there already, brought up by ml from elsewhere" in adopted(None, head, fresh=False)
+    assert "is already running, started by ml" in adopted(None, head, fresh=False)
     assert adopted(known, head, fresh=False) == ""
     assert adopted(None, head, fresh=True) == ""
     for before in ("", "c0"):

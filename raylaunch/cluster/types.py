@@ -1,4 +1,4 @@
-"""What the verbs of a backend take and give: steps, plans, reports, and the way to the controller."""
+"""Arguments and results of a backend: steps, plans, reports, and the controller's URL."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from raylaunch.models.safe_text import clean_lines, one_line
 
 
 def _listed(head: str, entries: Iterable[str]) -> str:
-    """Return entries below a line. They may have words of hosts in them: further lines of one are indented."""
+    """Return entries below a line. They may contain output of hosts: further lines of an entry are indented."""
     return "\n".join([one_line(head), *(clean_lines(entry, indent="      ") for entry in entries)])
 
 
 @dataclass(frozen=True)
 class Step:
-    """One named step of ``up``, when it begins, when it is done, and when it had nothing to do."""
+    """One named step of ``up``: reported when it starts, when it is done, and when there was nothing to do."""
 
     name: str
-    """Of hosts over SSH it begins with the host's, as ``dgx-1: ray``."""
+    """For hosts over SSH it starts with the host's name, for example ``dgx-1: ray``."""
     state: Literal["begins", "waits", "done", "kept", "note"]
     """``kept``: there was nothing to do. ``note``: what a person should know."""
     message: str
     seconds: float = 0.0
-    """What it took, or has taken so far."""
+    """How long it took, or has taken so far."""
 
     def __str__(self) -> str:
         took = f" ({self.seconds:.1f} s)" if self.state == "done" else ""
@@ -33,18 +33,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``up`` would do now. It prints itself."""
+    """What ``up`` would do now; ``str()`` formats it for people."""
 
     cluster: str
     actions: tuple[str, ...]
-    """In order; empty when there is nothing to do."""
+    """In order; empty if there is nothing to do."""
     keeps: tuple[str, ...] = ()
-    """What runs already and stays as it is."""
+    """Parts that are running and stay as they are."""
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
-    """Why ``up`` would fail, host by host; empty when it would not, as far as can be seen before."""
+    """Why ``up`` would fail, by host; empty if no reason is known before."""
     offers: Mapping[str, float] = field(default_factory=dict)
-    """The most ``gpus`` and ``cpus`` that a job could ask for, as far as they are known before."""
+    """The most ``gpus`` and ``cpus`` that a job could request, as far as they are known before."""
 
     def __str__(self) -> str:
         would = "would start" if self.actions else "nothing to do, it is up"
@@ -54,8 +54,8 @@ class Plan:
         return _listed(head, [*lines, *(f"  ! {one}" for one in self.notes)])
 
 
-IF_UNKNOWN = "if it runs already, raylaunch up finds it there, and it is used from here too"
-"""What is to be done about a cluster that another machine of the same account may have brought up."""
+IF_UNKNOWN = "if it is already running, raylaunch up connects to it"
+"""The advice about a cluster that another machine of the same account may have started."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Ended:
     """A process, or a host's part of the cluster."""
     pid: int = 0
     how: str = ""
-    """By which signal, or what else became of it."""
+    """By which signal, or how else."""
 
     def __str__(self) -> str:
         return f"{self.what} (pid {self.pid}): {self.how}" if self.pid else self.what
@@ -74,7 +74,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class DownReport:
-    """What ``down`` ended. It is returned only when nothing of the cluster is left."""
+    """What ``down`` ended. It is returned only if no process of the cluster is left."""
 
     cluster: str
     ended: tuple[Ended, ...]
@@ -83,7 +83,7 @@ class DownReport:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     unknown: bool = False
-    """Whether this machine knows nothing of the cluster: whether it runs was not looked at."""
+    """Whether the cluster was not started from this machine, so that nothing was checked."""
 
     @property
     def was_running(self) -> bool:
@@ -93,7 +93,7 @@ class DownReport:
     def __str__(self) -> str:
         stays = f"; jobs, logs and outputs stay in {self.store}" if self.store else ""
         if self.unknown:
-            return f"nothing was ended: this machine knows nothing of cluster {self.cluster}; {IF_UNKNOWN}"
+            return f"nothing was ended: cluster {self.cluster} was not started from this machine; {IF_UNKNOWN}"
         if not self.ended:
             return one_line(f"cluster {self.cluster} was not running{stays}")
         lines = [*(f"  {one}" for one in self.ended), *(f"  ! {one}" for one in self.notes)]
@@ -102,15 +102,15 @@ class DownReport:
 
 @dataclass(frozen=True)
 class Reach:
-    """How to reach the controller from here."""
+    """The URL and token of the controller, as reached from here."""
 
     url: str
     token: str = field(repr=False)
     dashboard_url: str = ""
-    """Where Ray's dashboard and Jobs API are reached from here; empty where that is the controller's own address."""
+    """The URL of Ray's dashboard and Jobs API from here; empty if that is the controller's own address."""
     gcs_address: str = ""
-    """The same of Ray's head; empty where the tunnel does not lead there, as is usual."""
+    """The address of Ray's head from here; empty if the tunnel does not forward it, which is the default."""
     ray_tls: Mapping[str, str] = field(default_factory=dict)
-    """Ray's variables for TLS with this machine's certificate; empty where it has none."""
+    """Ray's variables for TLS with this machine's certificate; empty if it has none."""
     over_ssh: bool = False
-    """Whether the way is a tunnel to the head."""
+    """Whether it goes through a tunnel to the head."""

@@ -81,7 +81,7 @@ def plan_remove(file: ClusterFile, name: str) -> HostChange:
         return HostChange(file.spec, None)
     if name == names[0]:
         msg = f"{name} is the head of cluster {file.spec.name}: records, queue and logs are there"
-        raise ConflictError(msg, hint="the cluster goes as a whole: raylaunch down")
+        raise ConflictError(msg, hint="to end the whole cluster: raylaunch down")
     text = without_item(_text(file), _HOSTS, names.index(name))
     only_head = len(names) == 2  # noqa: PLR2004 -- the head and the one that leaves
     if only_head and not file.spec.bind:
@@ -179,7 +179,7 @@ async def remove(  # noqa: PLR0913 -- what is done with what runs there, and who
     async with place.client() as client:
         if not forget:
             await _empty(client, host, stop=stop, on_step=on_step)
-        report = await teardown.take_out(place.spec.name, host, forget=forget, on_prompt=on_prompt)
+        report = await teardown.remove_host(place.spec.name, host, forget=forget, on_prompt=on_prompt)
         change.write()
         with contextlib.suppress(NotFoundError):  # it was not drained
             await client.admin.undrain(host)

@@ -1,7 +1,7 @@
-"""The proof that hosts reach each other: a network check between all with GPUs, on the interface that was chosen.
+"""The check that hosts reach each other: an all-reduce between all hosts with GPUs, on the chosen interface.
 
-Ray on a worker needs to reach the head alone, so a cluster looks well where a firewall stands between two workers; a
-training over both then hangs. One small job a host (`raylaunch.runner.netcheck.allreduce`) finds that now.
+A worker's Ray needs to reach only the head, so a firewall between two workers leaves Ray healthy but hangs training.
+One small job on each host (`raylaunch.runner.netcheck.allreduce`) finds that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from raylaunch.models.job import JobView
 from raylaunch.models.states import JobState
 
 TURN_S = 45.0
-"""How long the GPUs are waited for; they were free a moment ago."""
+"""How long to wait for the GPUs, which were free a moment ago."""
 WHOLE_S = 240.0
 BYTES = 64 * 1000 * 1000
 _MEET_S, _QUIET_S, _REDUCE_S = 60.0, 15.0, 60.0
@@ -55,7 +55,7 @@ class AllReducePlan:
 
     members: tuple[NetworkMember, ...]
     left_out: tuple[str, ...] = ()
-    """Hosts that would take part if a GPU was free there."""
+    """Hosts that would take part if they had a free GPU."""
     run: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def entrypoint(self, rank: int) -> str:
@@ -73,16 +73,16 @@ class AllReducePlan:
         return f"exec {_PROGRAM} {shlex.quote(json.dumps(plan))}"
 
 
-def plan_together(states: Mapping[str, HostState], nodes: Iterable[NodeView], fresh: set[str]) -> AllReducePlan | None:
-    """Return who takes part; None where nothing is to be proved. Pure, but for a port that is drawn by lot.
+def plan_allreduce(states: Mapping[str, HostState], nodes: Iterable[NodeView], fresh: set[str]) -> AllReducePlan | None:
+    """Return which hosts take part; None if there is nothing to check. Pure, except for a random port.
 
     Args:
         states: the hosts that are up.
         nodes: as the controller sees them.
-        fresh: hosts of which it is not proved yet.
+        fresh: hosts that are not checked yet.
     """
     able = {host: state for host, state in sorted(states.items()) if state.gpus and state.place.address}
-    if len(able) < 2 or not able.keys() & fresh:  # noqa: PLR2004 -- one alone has nobody to reach
+    if len(able) < 2 or not able.keys() & fresh:  # noqa: PLR2004 -- one host has no peer
         return None
     free = {node.hostname for node in nodes if node.alive and node.gpus_free >= 1}
     taken = {port for state in able.values() for port in state.ports.values()}
@@ -99,23 +99,23 @@ class AllReduceCheck:
     """One check.
 
     Args:
-        jobs: the way to the controller.
-        plan: who takes part.
-        on_step: told what is waited for.
+        jobs: submits jobs to the controller.
+        plan: the hosts that take part.
+        on_step: called with each step.
     """
 
     def __init__(self, jobs: ProbeJobs, plan: AllReducePlan, *, on_step: Callable[[Step], None]) -> None:
         self._jobs = jobs
         self._plan = plan
-        self._tell = on_step
+        self._on_step = on_step
         self._began = time.monotonic()
         self.unproved: set[str] = set()
-        """Hosts whose turn did not come."""
+        """Hosts whose job did not start in time."""
 
     async def run(self) -> dict[str, RaylaunchError]:
-        """Return what is wrong, by host; what it was is told."""
+        """Return errors by host; the outcome is reported as a step."""
         hosts = ", ".join(one.host for one in self._plan.members)
-        self._tell(Step(_STEP, "begins", f"checks the network between {hosts}"))
+        self._on_step(Step(_STEP, "begins", f"checking the network between {hosts}"))
         seen: list[JobView] = []
         try:
             for rank, member in enumerate(self._plan.members):
@@ -130,28 +130,28 @@ class AllReduceCheck:
                 await self._clean(seen)
 
     async def _until_ended(self, seen: list[JobView]) -> list[JobView]:
-        """Wait for the end of all; a job whose turn does not come, or who takes too long, ends it earlier."""
+        """Wait until all have ended, or one does not start or end in time."""
         while not all(one.state.ended for one in seen):
             took = time.monotonic() - self._began
             queued = [one for one in seen if one.state in {JobState.HELD, JobState.QUEUED}]
             if took > WHOLE_S or (queued and took > TURN_S):
                 return seen
             await anyio.sleep(_POLL_S)
-            seen = [one if one.state.ended else await self._jobs.look(one.id) for one in seen]
+            seen = [one if one.state.ended else await self._jobs.get(one.id) for one in seen]
         return seen
 
     async def _judge(self, seen: list[JobView]) -> dict[str, RaylaunchError]:
         members = self._plan.members
         queued = [m.host for m, one in zip(members, seen, strict=True) if one.state in {JobState.HELD, JobState.QUEUED}]
         if queued:
-            words = f"not proved: no GPU became free on {', '.join(queued)}; the next up tries again"
-            self._tell(Step(_STEP, "note", words))
+            words = f"not checked: no GPU became free on {', '.join(queued)}; the next up retries"
+            self._on_step(Step(_STEP, "note", words))
             self.unproved = {one.host for one in members}
             return {}
         ends = [_ended(one, await self._jobs.last_lines(one.id)) for one in seen]
         if found := explain(members, ends):
             return found
-        self._tell(Step(_STEP, "done", success(members, ends), time.monotonic() - self._began))
+        self._on_step(Step(_STEP, "done", success(members, ends), time.monotonic() - self._began))
         return {}
 
     async def _clean(self, seen: list[JobView]) -> None:
@@ -161,14 +161,14 @@ class AllReduceCheck:
         with anyio.move_on_after(_QUIET_S):
             while left:
                 await anyio.sleep(_POLL_S)
-                ended = [job for job in left if (await self._jobs.look(job)).state.ended]
+                ended = [job for job in left if (await self._jobs.get(job)).state.ended]
                 for job in ended:
                     await self._jobs.delete(job)
                 left = [job for job in left if job not in ended]
 
 
 def _ended(job: JobView, printed: str) -> dict[str, Any]:
-    """Return what a member said of how it went, or what is known instead."""
+    """Return a member's result, or a substitute from the job's state."""
     _, mark, line = printed.rpartition(_MARK)
     try:
         said = json.loads(line.splitlines()[0]) if mark else None
@@ -181,7 +181,7 @@ def _ended(job: JobView, printed: str) -> dict[str, Any]:
 
 
 def success(members: Sequence[NetworkMember], ends: Sequence[Mapping[str, Any]]) -> str:
-    """Return how it went, in words. Pure."""
+    """Return the outcome as text. Pure."""
     rate = min(float(end["bytes_per_s"]) for end in ends)
     speed = f"{rate / _GB:.1f} GB/s" if rate >= _GB else f"{rate / _MB:.0f} MB/s"
     interfaces = ", ".join(dict.fromkeys(one.interface for one in members if one.interface))
@@ -192,9 +192,9 @@ def success(members: Sequence[NetworkMember], ends: Sequence[Mapping[str, Any]])
 
 
 def explain(members: Sequence[NetworkMember], ends: Sequence[Mapping[str, Any]]) -> dict[str, RaylaunchError]:
-    """Return what is wrong by the host where it is mended; empty when nothing is. Pure.
+    """Return errors by the host where they are fixed; empty if all is well. Pure.
 
-    What began it counts: who never ran, then who could not be reached, then the first hop that broke.
+    The first cause counts: members that never ran, then those that were not reached, then the first broken connection.
     """
     by_kind: dict[str, list[int]] = {}
     for rank, end in enumerate(ends):
@@ -212,7 +212,7 @@ _Says = Callable[[Sequence[NetworkMember], Sequence[Mapping[str, Any]], list[int
 def _not_run(
     members: Sequence[NetworkMember], ends: Sequence[Mapping[str, Any]], ranks: list[int]
 ) -> dict[str, RaylaunchError]:
-    hint = "see its log; then run raylaunch up again"
+    hint = "see its log, then run raylaunch up again"
     return {
         members[rank].host: _error(
             f"{members[rank].host}: its part of the network check failed: {ends[rank]['why']}", hint
@@ -224,7 +224,9 @@ def _not_run(
 def _no_port(
     members: Sequence[NetworkMember], ends: Sequence[Mapping[str, Any]], ranks: list[int]
 ) -> dict[str, RaylaunchError]:
-    hint = "run raylaunch up again: another port is drawn; if the address is not the host's any more, say which is"
+    hint = (
+        "run raylaunch up again, which uses another port; if the host has a new address, set address: in cluster.yaml"
+    )
     found = {}
     for rank in ranks:
         one = members[rank]
@@ -236,7 +238,7 @@ def _no_port(
 def _unmet(
     members: Sequence[NetworkMember], ends: Sequence[Mapping[str, Any]], ranks: list[int]
 ) -> dict[str, RaylaunchError]:
-    """Name each pair in the direction that fails, at the host that is not reached."""
+    """Report each failing pair at the host that is not reached."""
     by_host = {one.host: one for one in members}
     found: dict[str, RaylaunchError] = {}
     for target in members:
@@ -248,8 +250,8 @@ def _unmet(
         msg = f"{who} cannot reach {target.host} at {target.address}: {'; '.join(dict.fromkeys(whys.values()))}"
         allow = "; ".join(f"sudo ufw allow from {by_host[host].address}" for host in whys)
         hint = (
-            f"training over these hosts would hang: let TCP through on {target.host}, all ports, as: {allow}; "
-            "or name another interface or address of theirs in cluster.yaml"
+            f"training over these hosts would hang: allow TCP on all ports of {target.host}, for example: {allow}; "
+            "or set another interface or address in cluster.yaml"
         )
         found[target.host] = _error(f"{target.host}: {msg}", hint)
     return found
@@ -258,7 +260,7 @@ def _unmet(
 def _lost(
     members: Sequence[NetworkMember], ends: Sequence[Mapping[str, Any]], ranks: list[int]
 ) -> dict[str, RaylaunchError]:
-    """Nobody says that he could not reach another, and yet some were missed."""
+    """Report members that were missing although no member failed to reach another."""
     names = ", ".join(dict.fromkeys(host for rank in ranks for host in ends[rank]["absent"])) or "the others"
     host = members[ranks[0]].host
     return {host: _error(f"{host}: {names} did not take part in the network check", "run raylaunch up again")}
@@ -269,9 +271,9 @@ def _hop(
 ) -> dict[str, RaylaunchError]:
     first = min((ends[rank] for rank in ranks), key=lambda end: int(end["step"]))
     sender, receiver = (str(one) for one in first["hop"])
-    msg = f"{receiver}: from {sender} to {receiver} the connection is made, and then: {first['why']}"
+    msg = f"{receiver}: the connection from {sender} to {receiver} failed after it was made: {first['why']}"
     hint = (
-        f"look at the network between the two: where small packets pass and large ones do not, the MTUs differ "
+        f"check the network between the two: if small packets pass and large ones do not, the MTUs differ "
         f"(on {sender}: ping -M do -s 8972 {next(one.address for one in members if one.host == receiver)}; ip link)"
     )
     return {receiver: _error(msg, hint)}
@@ -285,16 +287,16 @@ def _torch(
         f"{host}: all hosts reach each other over TCP, but PyTorch's all-reduce over {end['over']} fails: {end['why']}"
     )
     variables = "NCCL_SOCKET_IFNAME and NCCL_IB_HCA" if end["over"] == "nccl" else "GLOO_SOCKET_IFNAME"
-    hint = f"it uses ports of its own: is every TCP port open between the hosts? Its network is chosen by {variables}"
-    return {host: _error(msg, f"{hint}, which env: in cluster.yaml may set")}
+    hint = f"it uses its own ports: is every TCP port open between the hosts? {variables} choose its network"
+    return {host: _error(msg, f"{hint}; set them with env: in cluster.yaml")}
 
 
 def _number(
     members: Sequence[NetworkMember], ends: Sequence[Mapping[str, Any]], ranks: list[int]
 ) -> dict[str, RaylaunchError]:
     end, host = ends[ranks[0]], members[ranks[0]].host
-    msg = f"{host}: the all-reduce over {end['over']} came to a wrong result: {end['why']}"
-    return {host: _error(msg, "memory, a network card or a GPU is broken: look at dmesg and nvidia-smi -q -d ECC")}
+    msg = f"{host}: the all-reduce over {end['over']} computed a wrong result: {end['why']}"
+    return {host: _error(msg, "memory, a network card or a GPU is broken: check dmesg and nvidia-smi -q -d ECC")}
 
 
 _KINDS: Mapping[str, _Says] = {

@@ -1,4 +1,4 @@
-"""Clusters of hosts over SSH: the verbs of a backend. Ray and the controller run there; here is a tunnel."""
+"""Clusters of hosts over SSH: Ray and the controller run there, a tunnel runs here."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _known(spec: ClusterSpec | str) -> tuple[ClusterPaths, ClientRecord]:
     paths = _paths(spec)
     record = load_client(paths)
     if record is None or record.wanted != "running" or not record.token:
-        msg = f"cluster {paths.name} is not up, as far as this machine knows"
+        msg = f"cluster {paths.name} was not brought up from this machine, or is down"
         raise ClusterDownError(msg, hint="bring it up: raylaunch up")
     return paths, record
 
 
 async def reach(spec: ClusterSpec | str, /) -> Reach:
-    """Return where the tunnel listens here, and the token; a tunnel that does not run is started.
+    """Return the tunnel's URL here, and the token; start the tunnel if it does not run.
 
     Raises:
         ClusterDownError: the cluster is not up as far as this machine knows, or its head cannot be reached.
@@ -54,7 +54,7 @@ async def reach(spec: ClusterSpec | str, /) -> Reach:
 
 
 async def forward_gcs(name: str) -> None:
-    """Let the tunnel lead to the GCS, Ray's own port, too; it stays so until the cluster is taken down.
+    """Forward the GCS, Ray's own port, through the tunnel too, until the cluster is taken down.
 
     Raises:
         ClusterDownError: the cluster is not up as far as this machine knows, or its head cannot be reached.
@@ -66,7 +66,7 @@ async def forward_gcs(name: str) -> None:
 
 
 async def status(spec: ClusterSpec | str, /) -> ClusterStatus:
-    """Ask the cluster how it is, and change nothing but that a tunnel is made."""
+    """Return the cluster's status. Starts the tunnel if necessary, and changes nothing else."""
     paths = _paths(spec)
     record = load_client(paths)
     if record is None or record.wanted != "running":
@@ -75,7 +75,7 @@ async def status(spec: ClusterSpec | str, /) -> ClusterStatus:
         tunnel = await ensure_tunnel(paths)
     except RaylaunchError as error:
         return ClusterStatus(name=paths.name, kind="ssh", state="degraded", problems=(error.message,))
-    from raylaunch.cluster.local.controller_process import controller_status  # noqa: PLC0415 -- jobs' verbs need none of it
+    from raylaunch.cluster.local.controller_process import controller_status  # noqa: PLC0415 -- commands about jobs do not need it
 
     says = await controller_status(tunnel.ports["controller"], record.token)
     if isinstance(says, str):
@@ -84,26 +84,26 @@ async def status(spec: ClusterSpec | str, /) -> ClusterStatus:
 
 
 def not_up(name: str, record: ClientRecord | None) -> ClusterStatus:
-    """Return what can be said of a cluster that is not up, as far as this machine knows. Pure."""
-    said = f"this machine knows nothing of it; {IF_UNKNOWN}" if record is None else ""
+    """Return the status of a cluster that is not up as far as this machine knows. Pure."""
+    said = f"not started from this machine; {IF_UNKNOWN}" if record is None else ""
     if record is not None and record.hosts:
         where = ", ".join(record.hosts)
-        said = f"an up or a down has not come to its end: something of it may run on {where}; raylaunch down ends that"
+        said = f"an up or a down was interrupted: parts of it may run on {where}; raylaunch down ends them"
     return ClusterStatus(name=name, kind="ssh", state="stopped", problems=(said,) if said else ())
 
 
 def unanswered(record: ClientRecord, why: str) -> ClusterStatus:
-    """Return what can be said of a cluster whose tunnel stands and whose controller does not answer. Pure."""
+    """Return the status of a cluster whose tunnel is up and whose controller does not answer. Pure."""
     head = record.head or record.spec.host_specs()[0].name
     problem = (
         f"{head} cannot be reached, or its controller is not responding and is being restarted there ({why}); "
-        "jobs on other hosts go on meanwhile, and how they are is known when it answers again"
+        "jobs on other hosts continue; their state is shown once it answers again"
     )
     return ClusterStatus(name=record.spec.name, kind="ssh", state="degraded", problems=(problem,))
 
 
 def status_of(record: ClientRecord, says: ControllerStatus) -> ClusterStatus:
-    """Put together what the spec names and what the controller sees. Pure."""
+    """Combine the spec's hosts with the nodes that the controller sees. Pure."""
     hosts = () if record.joined else record.spec.host_specs()
     living = {node.hostname for node in says.nodes if node.alive}
     missing = [f"{host.name}: is not in the Ray cluster" for host in hosts if host.name not in living]
@@ -125,12 +125,12 @@ def status_of(record: ClientRecord, says: ControllerStatus) -> ClusterStatus:
 
 
 async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:
-    """Say what `up` would do now: every host is probed, and nothing is changed.
+    """Return what `up` would do: every host is probed, and nothing is changed.
 
     Raises:
         UntrustedError: nobody has accepted its hosts.
     """
-    from raylaunch.cluster.hosts import bring_up  # noqa: PLC0415 -- it loads asyncssh, which takes longer than a verb about jobs
+    from raylaunch.cluster.hosts import bring_up  # noqa: PLC0415 -- it loads asyncssh, which takes longer than a command about jobs
 
     await check_accepted(spec, on_prompt=on_prompt)
     return await bring_up.plan(spec, on_prompt=on_prompt)
@@ -139,11 +139,11 @@ async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Pl
 async def up(
     spec: ClusterSpec, /, *, on_step: Callable[[Step], None], on_prompt: OnPrompt | None = None
 ) -> ClusterStatus:
-    """Bring every host into the cluster; what runs and is well is left as it is.
+    """Bring every host into the cluster; healthy parts that run stay as they are.
 
     Raises:
-        ClusterStartError: something is missing at the end: it says what, host by host. What came up stays up, and the
-            next `up` goes on from there.
+        ClusterStartError: a host or a check failed; the message lists them. Hosts that came up stay up, and the next
+            `up` continues from there.
         UntrustedError: nobody has accepted its hosts.
     """
     from raylaunch.cluster.hosts import bring_up  # noqa: PLC0415 -- as above
@@ -154,7 +154,7 @@ async def up(
 
 
 async def down(spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:
-    """End exactly what `up` started, on every host, and return when nothing of it is left.
+    """End exactly what `up` started, on every host, and return when no process is left.
 
     Raises:
         ClusterError: a host could not be reached or something could not be ended; the others are down.

@@ -1,6 +1,6 @@
-"""From hosts that run nothing but sshd to a working cluster: connect, probe, install, start, each host at its own pace.
+"""From hosts with only sshd to a working cluster: connect, probe, install and start, each host independently.
 
-A host that fails does not stop the others; what it failed at is kept by its name, and the next `up` goes on from there.
+A host that fails does not stop the others; its error is kept by its name, and the next `up` continues from there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from raylaunch.version import __version__
 
 CONNECT_S = 20.0
 CLIENT = "(client)"
-"""Among the names of hosts, this machine."""
+"""This machine, among the names of hosts."""
 _QUIET_S = 4.0
 
 _Result = TypeVar("_Result")
@@ -43,28 +43,28 @@ _OF_PYTHON = frozenset({"python_missing", "python_differs", "environment_missing
 
 @dataclass
 class BootstrapOutcome:
-    """How far each host came, by its name."""
+    """The state of each host, by its name."""
 
     facts: dict[str, HostFacts] = field(default_factory=dict)
     programs: dict[str, HeadProgram] = field(default_factory=dict)
     states: dict[str, HostState] = field(default_factory=dict)
     errors: dict[str, RaylaunchError] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
-    """What the probes found, blocking ones first."""
+    """Problems found by the probes, blocking ones first."""
     warnings: tuple[Problem, ...] = ()
     fresh: set[str] = field(default_factory=set)
-    """Hosts on which something was started now."""
+    """Hosts on which something was started by this call."""
     actions: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """What would be done on each host, where nothing was."""
+    """What would be done on each host; filled by `plan`."""
     keeps: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def choose_pythons(
     hosts: Sequence[HostSpec], facts: Mapping[str, HostFacts], found: Sequence[Problem]
 ) -> dict[str, HostPython]:
-    """Return by host the Python that its environment is made from. Pure.
+    """Return by host the Python for its environment. Pure.
 
-    A host whose Python is the problem has no say: the others come up without it.
+    A host with an unsuitable Python is ignored: the others come up without it.
 
     Raises:
         ClusterStartError: the others have none in common.
@@ -83,9 +83,9 @@ class Bootstrap:
 
     Args:
         spec: the cluster.
-        on_step: told each step of each host; its name begins with the host's.
-        on_prompt: asks a person; None where nobody is there.
-        on_start: told of a host right before something may be started there, with the program that will end it.
+        on_step: called with each step of each host; its name starts with the host's.
+        on_prompt: asks a person; None if nobody is there.
+        on_start: called right before something may be started on a host, with the program that can end it.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Bootstrap:
         self._spec = spec
         self._hosts = spec.host_specs()
         self._head = self._hosts[0]
-        self._tell = on_step
+        self._on_step = on_step
         self._prompt = on_prompt
         self._on_start = on_start
         self._store = WheelStore()
@@ -112,11 +112,11 @@ class Bootstrap:
         self.outcome = BootstrapOutcome()
 
     async def run(self) -> BootstrapOutcome:
-        """Bring up what can be brought up; what went wrong is in the outcome, host by host."""
+        """Bring up every host that can be brought up; errors are in the outcome, by host."""
         return await self._all(self._bring_up)
 
-    async def look(self) -> BootstrapOutcome:
-        """Probe every host, say what `run` would do, and change nothing."""
+    async def plan(self) -> BootstrapOutcome:
+        """Probe every host and return what `run` would do, without changing anything."""
         return await self._all(self._foresee)
 
     async def _all(self, then: Callable[[HostSpec, SSHHost], Awaitable[None]]) -> BootstrapOutcome:
@@ -126,7 +126,7 @@ class Bootstrap:
         return self.outcome
 
     async def _host(self, host: HostSpec, then: Callable[[HostSpec, SSHHost], Awaitable[None]]) -> None:
-        """Connect to one host, probe it, and go on when all are probed."""
+        """Connect to one host, probe it, and continue when all are probed."""
         counted = False
         try:
             async with machine(
@@ -140,7 +140,7 @@ class Bootstrap:
                 await then(host, connection)
         except RaylaunchError as error:
             self.outcome.errors[host.name] = error
-            self._tell(Step(host.name, "note", error.message.removeprefix(f"{host.name}: ")))
+            self._on_step(Step(host.name, "note", error.message.removeprefix(f"{host.name}: ")))
         finally:
             if not counted:
                 self._count_probed()
@@ -157,17 +157,17 @@ class Bootstrap:
         facts = self.outcome.facts[host.name]
         runs = any(one.name == self._spec.name and one.wanted == "running" for one in facts.clusters)
         if runs:
-            self.outcome.keeps[host.name] = ("its part of the cluster, if it is well",)
+            self.outcome.keeps[host.name] = ("its part of the cluster, if it is healthy",)
             return
         self.outcome.actions[host.name] = (self._how_installed(host, facts), self._how_started(host, facts))
 
     def _how_installed(self, host: HostSpec, facts: HostFacts) -> str:
         if host.environment:
-            return f"raylaunch {__version__} beside {host.environment}"
+            return f"raylaunch {__version__} next to {host.environment}"
         if self._no_python is not None:
             raise self._no_python
         python = self._pythons[host.name]
-        source = "from its package index" if facts.index.reachable else "from wheels that are pushed"
+        source = "from its package index" if facts.index.reachable else "from pushed wheels"
         made = f"raylaunch {__version__}, Ray and wandb in {root_of(host, facts)}/versions"
         return f"{made}, with Python {python.platform.python} ({python.path}), {source}"
 
@@ -179,7 +179,7 @@ class Bootstrap:
         return f"{what}, with {gpus} {'GPU' if gpus == 1 else 'GPUs'}, on {place.ray_address}"
 
     def _count_probed(self) -> None:
-        """When the last host is probed, or has failed to be, look at all of them together."""
+        """Once every host is probed, or its probe has failed, check all of them together."""
         self._left -= 1
         if self._left:
             return
@@ -201,7 +201,7 @@ class Bootstrap:
             raise ClusterStartError(msg, hint=first.mend, step="probe")
 
     async def _install(self, host: HostSpec, connection: SSHHost) -> HeadProgram:
-        """Have this raylaunch, Ray and wandb on the host."""
+        """Install this raylaunch, Ray and wandb on the host."""
         facts = self.outcome.facts[host.name]
         root = root_of(host, facts)
         tell = self._of_host(host)
@@ -222,7 +222,7 @@ class Bootstrap:
         return HeadProgram(python=python, root=root)
 
     async def _start(self, host: HostSpec, connection: SSHHost, program: HeadProgram) -> HostState:
-        """Bring the host's part of the cluster up: the head's at once, a worker's when the head is up."""
+        """Start the host's part of the cluster: the head's immediately, a worker's once the head is up."""
         facts = self.outcome.facts[host.name]
         spec, place = self._spec.part_of(counted(self._spec, host, facts)), place_of(self._spec, host, facts)
         tell = self._of_host(host)
@@ -232,8 +232,8 @@ class Bootstrap:
         await self._head_settled.wait()
         head = self.outcome.states.get(self._head.name)
         if head is None:
-            msg = f"{host.name}: was not started, for the head {self._head.name} did not come up"
-            raise ClusterError(msg, hint=f"mend {self._head.name}, then run raylaunch up again")
+            msg = f"{host.name}: not started, because the head {self._head.name} did not come up"
+            raise ClusterError(msg, hint=f"fix {self._head.name}, then run raylaunch up again")
         place = place.model_copy(update={"head": f"{head.place.ray_address}:{head.ports['gcs']}"})
         join = JoinRequest(
             spec=spec,
@@ -245,27 +245,27 @@ class Bootstrap:
         return await host_calls.bring_up(connection, program, join, tell=tell)
 
     def _members(self) -> dict[str, tuple[str, ...]]:
-        """Return who may need a certificate: every worker that was probed, and this machine for Ray's own tools."""
+        """Return addresses by certificate: every worker that was probed, and this machine for Ray's own tools."""
         workers = [host for host in self._hosts if host is not self._head and host.name in self.outcome.facts]
         return {CLIENT: (), **{host.name: addresses_of(self.outcome.facts[host.name]) for host in workers}}
 
     def _of_host(self, host: HostSpec) -> Callable[[Step], None]:
-        def tell(step: Step) -> None:
+        def report(step: Step) -> None:
             self._told_at[host.name] = time.monotonic()
             if step.name in {"ray", "controller"} and step.state in {"begins", "done"}:
                 self.outcome.fresh.add(host.name)
-            self._tell(Step(f"{host.name}: {step.name}", step.state, step.message, step.seconds))
+            self._on_step(Step(f"{host.name}: {step.name}", step.state, step.message, step.seconds))
 
-        return tell
+        return report
 
     def _waits(self, wait: PendingStep) -> None:
-        """Tell what takes long, unless the steps within it have just told more."""
+        """Report a step that takes long, unless the steps within it have just reported more."""
         if time.monotonic() - self._told_at.get(wait.host, 0.0) > _QUIET_S:
             so_far = f"{wait.waited_s:.0f} s so far, at most {wait.limit_s:.0f} s"
-            self._tell(Step(f"{wait.host}: {wait.step}", "waits", so_far, wait.waited_s))
+            self._on_step(Step(f"{wait.host}: {wait.step}", "waits", so_far, wait.waited_s))
 
     async def _timed(self, host: HostSpec, name: str, work: Awaitable[_Result]) -> _Result:
         began = time.monotonic()
         result = await work
-        self._tell(Step(f"{host.name}: {name}", "done", "looked at what it is and has", time.monotonic() - began))
+        self._on_step(Step(f"{host.name}: {name}", "done", "checked hardware and software", time.monotonic() - began))
         return result

@@ -1,4 +1,4 @@
-"""What changes a cluster of hosts over SSH: bringing it up, saying what that would do, and taking it down."""
+"""Bringing a cluster of hosts over SSH up, planning that, and taking it down."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _LOCK_S = 1800.0
 
 
 async def up(spec: ClusterSpec, /, *, on_step: Callable[[Step], None], on_prompt: OnPrompt | None = None) -> None:
-    """Bring every host into the cluster; what runs and is well is left as it is.
+    """Bring every host into the cluster; healthy parts that run stay as they are.
 
     Raises:
-        ClusterStartError: something is missing at the end: it says what, host by host. What came up stays up, and the
-            next `up` goes on from there.
+        ClusterStartError: a host or a check failed; the message lists them. Hosts that came up stay up, and the next
+            `up` continues from there.
     """
     paths = cluster_paths(spec.name)
     refuse_joined(load_client(paths), "brought up")
@@ -47,26 +47,26 @@ async def up(spec: ClusterSpec, /, *, on_step: Callable[[Step], None], on_prompt
     with reporting_progress(on_step) as tell:
         async with locked(paths, tell, limit_s=_LOCK_S):
             had = load_client(paths)
-            begins = partial(_note_begun, paths, spec)
+            begins = partial(_record_started, paths, spec)
             outcome = await Bootstrap(spec, tell, on_prompt=on_prompt, on_start=begins).run()
             keep_problems(spec, outcome.problems)
-            await _prove(paths, spec, outcome, had, tell)
+            await _verify(paths, spec, outcome, had, tell)
     if outcome.errors:
         raise _failure(spec, outcome)
 
 
-def _note_begun(paths: ClusterPaths, spec: ClusterSpec, host: HostSpec, program: HeadProgram) -> None:
-    """Keep where something may run from now on: `down` ends it, whatever happens to this `up`."""
+def _record_started(paths: ClusterPaths, spec: ClusterSpec, host: HostSpec, program: HeadProgram) -> None:
+    """Record that something may run on the host from now on, so that `down` ends it even if this `up` is killed."""
     had = load_client(paths) or ClientRecord(spec=spec, wanted="stopped", head=spec.host_specs()[0].name)
     hosts, programs = {**had.hosts, host.name: host}, {**had.programs, host.name: program}
     begun = tuple(dict.fromkeys([*had.begun, host.name]))
     save_client(paths, had.with_(hosts=hosts, programs=programs, begun=begun))
 
 
-async def _prove(
+async def _verify(
     paths: ClusterPaths, spec: ClusterSpec, outcome: BootstrapOutcome, had: ClientRecord | None, tell: ProgressReporter
 ) -> None:
-    """Reach the cluster from here, and see that it works; what does not is added to the outcome's errors.
+    """Connect to the cluster from here and verify it; failures are added to the outcome's errors.
 
     Raises:
         RaylaunchError: its head did not come up, or cannot be reached.
@@ -78,43 +78,41 @@ async def _prove(
         raise _failure(spec, outcome)
     if said := adopted(had, head, fresh=spec.host_specs()[0].name in outcome.fresh):
         tell(Step(spec.host_specs()[0].name, "note", said))
-    record = _remember(paths, spec, outcome)
+    record = _save_record(paths, spec, outcome)
     tunnel = load_tunnel(paths)
     moved = tunnel is not None and record.head_ports != head.ports
     save_client(paths, record.with_(head_ports=head.ports))
-    with tell.during("tunnel", f"makes the way from here to the controller on {record.head}"):
+    with tell.during("tunnel", f"opening the tunnel to the controller on {record.head}"):
         tunnel = await ensure_tunnel(paths, fresh=moved, limit_s=START_S)
     proof = ClusterVerifier(tunnel.ports["controller"], record.token, spec.environment, outcome.states, on_step=tell)
     await proof.nodes()
     unproved = outcome.states.keys() - set(record.proved)
     await proof.jobs(unproved)
-    await proof.together(unproved)
+    await proof.network(unproved)
     if unproved:
-        await proof.let_go()
+        await proof.wait_released()
     outcome.errors.update(proof.errors)
-    _remember_proof(paths, outcome.states.keys() - proof.errors.keys() - proof.unproved)
+    _record_verified(paths, outcome.states.keys() - proof.errors.keys() - proof.unproved)
 
 
-def _remember_proof(paths: ClusterPaths, hosts: set[str]) -> None:
-    """Keep which hosts are proved: what failed, or was cut off, is tried again by the next `up`."""
+def _record_verified(paths: ClusterPaths, hosts: set[str]) -> None:
+    """Record which hosts are verified; the next `up` retries the others."""
     record = load_client(paths)
     if record is not None:
         save_client(paths, record.with_(proved=tuple(sorted(hosts))))
 
 
 def adopted(had: ClientRecord | None, head: HostState, *, fresh: bool) -> str:
-    """Say that a cluster ran already that this machine did not know: the account's other machine started it. Pure."""
+    """Return a note about a running cluster that another machine of this account started; else empty. Pure."""
     if fresh or (had is not None and had.cluster_id == head.cluster_id):
         return ""
-    if had is not None and head.place.host in had.begun:  # by an `up` that did not come to its end
+    if had is not None and head.place.host in had.begun:  # by an `up` that was interrupted
         return ""
-    return (
-        f"cluster {head.name} runs there already, brought up by {head.owner} from elsewhere; it is used from here too"
-    )
+    return f"cluster {head.name} is already running, started by {head.owner} from another machine; using it"
 
 
-def _remember(paths: ClusterPaths, spec: ClusterSpec, outcome: BootstrapOutcome) -> ClientRecord:
-    """Write what is known now; hosts that were up before and are not in the spec any more stay known."""
+def _save_record(paths: ClusterPaths, spec: ClusterSpec, outcome: BootstrapOutcome) -> ClientRecord:
+    """Save the record; hosts that were up before and are no longer in the spec stay in it."""
     head = outcome.states[spec.host_specs()[0].name]
     had = load_client(paths)
     up_now = {host.name: host for host in spec.host_specs() if host.name in outcome.states}
@@ -143,14 +141,14 @@ def _failure(spec: ClusterSpec, outcome: BootstrapOutcome) -> RaylaunchError:
     if not others and not outcome.states:
         return first
     lines = [str(error).replace("\n", "\n    ") for error in outcome.errors.values()]
-    well = f"; {', '.join(outcome.states)} came up" if outcome.states else ""
-    msg = f"cluster {spec.name}: {len(lines)} of {len(spec.host_specs())} hosts failed{well}\n  " + "\n  ".join(lines)
-    return ClusterStartError(msg, hint="mend them, then run raylaunch up again: it goes on from here")
+    up_too = f"; {', '.join(outcome.states)} came up" if outcome.states else ""
+    msg = f"cluster {spec.name}: {len(lines)} of {len(spec.host_specs())} hosts failed{up_too}\n  " + "\n  ".join(lines)
+    return ClusterStartError(msg, hint="fix these, then run raylaunch up again; it continues from here")
 
 
 async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:
-    """Say what `up` would do now, and why it would fail: every host is probed, and nothing is changed."""
-    outcome = await Bootstrap(spec, lambda _: None, on_prompt=on_prompt).look()
+    """Return what `up` would do, and why it would fail: every host is probed, and nothing is changed."""
+    outcome = await Bootstrap(spec, lambda _: None, on_prompt=on_prompt).plan()
     return Plan(
         cluster=spec.name,
         actions=tuple(f"{host}: {one}" for host, found in outcome.actions.items() for one in found),
@@ -165,7 +163,7 @@ def _named(host: str, error: RaylaunchError) -> str:
 
 
 async def down(name: str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:
-    """End exactly what `up` started, on every host, and return when nothing of it is left.
+    """End exactly what `up` started, on every host, and return when no process is left.
 
     Raises:
         ClusterError: a host could not be reached or something could not be ended; the others are down.
@@ -186,7 +184,7 @@ async def down(name: str, /, *, on_prompt: OnPrompt | None = None) -> DownReport
     if work.errors:
         lines = "\n  ".join(str(error).replace("\n", "\n  ") for error in work.errors.values())
         msg = f"cluster {paths.name}: could not be ended on {', '.join(work.errors)}\n  {lines}"
-        raise ClusterError(msg, hint="run raylaunch down again when they can be reached")
+        raise ClusterError(msg, hint="run raylaunch down again once they can be reached")
     took = time.monotonic() - began
     return DownReport(
         cluster=paths.name, ended=tuple(work.ended), store=work.store, notes=tuple(work.notes), seconds=took

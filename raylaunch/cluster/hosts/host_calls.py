@@ -1,4 +1,4 @@
-"""Asking the host program (`raylaunch.cluster.on_host`) on a host, over its SSH connection."""
+"""Requests to the host program (`raylaunch.cluster.on_host`) on a host, over its SSH connection."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from raylaunch.cluster.hosts.host_program import (
     HeadUpRequest,
     HostDownResult,
     HostState,
-    InspectRequest,
     JoinRequest,
 )
 from raylaunch.cluster.types import Step
@@ -24,31 +23,23 @@ from raylaunch.ssh.host import SSHHost
 _Answer = TypeVar("_Answer", bound=BaseModel)
 
 UP_S = 600.0
-LOOK_S = 30.0
 DOWN_S = 120.0
 
 
 async def bring_up(
     machine: SSHHost, program: HeadProgram, request: HeadUpRequest | JoinRequest, *, tell: Callable[[Step], None]
 ) -> HostState:
-    """Bring the host's part of a cluster up; steps are told as they go.
+    """Start the host's part of a cluster; steps are reported as they come.
 
     Raises:
-        RaylaunchError: as on the host; or the connection's.
+        RaylaunchError: the error of the host program, or of the connection.
     """
-    return await _ask(machine, program, request, HostState, tell=tell, limit_s=UP_S, step=request.verb)
-
-
-async def look(machine: SSHHost, program: HeadProgram, *, name: str, worker: str = "") -> HostState:
-    """Say what runs of the cluster on the host."""
-    return await _ask(
-        machine, program, InspectRequest(name=name, host=worker), HostState, tell=_ignore, limit_s=LOOK_S, step="look"
-    )
+    return await _request(machine, program, request, HostState, tell=tell, limit_s=UP_S, step=request.verb)
 
 
 async def down(machine: SSHHost, program: HeadProgram, *, name: str, worker: str = "") -> HostDownResult:
-    """End what runs of the cluster on the host."""
-    return await _ask(
+    """End every part of the cluster on the host."""
+    return await _request(
         machine, program, DownRequest(name=name, host=worker), HostDownResult, tell=_ignore, limit_s=DOWN_S, step="down"
     )
 
@@ -57,7 +48,7 @@ def _ignore(_step: Step) -> None:
     pass
 
 
-async def _ask(  # noqa: PLR0913 -- private; all are named at its uses
+async def _request(  # noqa: PLR0913 -- private, keyword arguments
     machine: SSHHost,
     program: HeadProgram,
     request: BaseModel,
@@ -87,12 +78,12 @@ async def _ask(  # noqa: PLR0913 -- private; all are named at its uses
     try:
         return answer.model_validate(result)
     except ValidationError as error:
-        msg = f"{machine.name}: its host program is of another version: {error}"
-        raise VersionError(msg, hint="run raylaunch up, which installs this one") from None
+        msg = f"{machine.name}: the host program has another version: {error}"
+        raise VersionError(msg, hint="run raylaunch up, which installs this version") from None
 
 
 def _read(line: bytes) -> tuple[str, object]:
-    """Return one answer; what is none is noise of the host's shell."""
+    """Parse one response; other lines come from the host's shell and are ignored."""
     try:
         read = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""The host program: ``python -m raylaunch.cluster.on_host``, started over SSH, does on a host what a client asks for.
+"""The host program, ``python -m raylaunch.cluster.on_host``: started over SSH, it carries out one request on a host.
 
-One request as JSON on stdin; JSON lines on stdout: each step as it goes, then one result or one error. Secrets travel
-in these, never in arguments. Everything it does may be asked for twice.
+The request is JSON on stdin; the response is JSON lines on stdout: steps, then one result or one error. Secrets travel
+in these, never in arguments. Every request may be repeated.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class HeadUpRequest(_Message):
     spec: ClusterSpec
     place: NodePlace
     members: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """Who gets a certificate where the cluster uses TLS: addresses by name."""
+    """Nodes that get a certificate if the cluster uses TLS: addresses by name."""
 
 
 class JoinRequest(_Message):
@@ -57,21 +57,21 @@ class JoinRequest(_Message):
 
 
 class InspectRequest(_Message):
-    """Say what runs of the cluster on this host."""
+    """Return which parts of the cluster run on this host."""
 
     verb: Literal["look"] = "look"
     name: str
     host: str = ""
-    """Of a worker; empty for the head."""
+    """The worker's name; empty for the head."""
 
 
 class DownRequest(_Message):
-    """End what runs of the cluster on this host."""
+    """End every part of the cluster on this host."""
 
     verb: Literal["down"] = "down"
     name: str
     host: str = ""
-    """Of a worker; empty for the head."""
+    """The worker's name; empty for the head."""
 
 
 Request = Annotated[HeadUpRequest | JoinRequest | InspectRequest | DownRequest, Field(discriminator="verb")]
@@ -79,9 +79,9 @@ _REQUEST: TypeAdapter[HeadUpRequest | JoinRequest | InspectRequest | DownRequest
 
 
 class HostState(_Message):
-    """What runs of a cluster on a host; `wanted` is empty where it was never started.
+    """The parts of a cluster that run on a host; `wanted` is empty if it was never started.
 
-    The tokens are there for whoever may read this host's files: the client that reached it as their owner.
+    It contains the tokens: the client reached the host as the owner of its files.
     """
 
     name: str
@@ -93,9 +93,9 @@ class HostState(_Message):
     controller_alive: bool = False
     problems: tuple[str, ...] = ()
     kept: str = ""
-    """What starts it again after a reboot, in words; empty when nothing does."""
+    """What starts it after a reboot, as text; empty if nothing does."""
     gpus: int = 0
-    """GPUs that Ray was told of, real or logical."""
+    """The GPUs of Ray, real or logical."""
     ports: dict[str, int] = Field(default_factory=dict)
     versions: ClusterVersions = ClusterVersions()
     raylaunch: str = __version__
@@ -103,13 +103,13 @@ class HostState(_Message):
     ray_token: str = Field(default="", repr=False)
     tls: bool = False
     certificates: dict[str, NodeCertificate] = Field(default_factory=dict, repr=False)
-    """For `HeadUpRequest.members`, where the head's Ray uses TLS."""
+    """For `HeadUpRequest.members`, if the head's Ray uses TLS."""
     status: ClusterStatus | None = None
-    """As the head's controller says; None on a worker."""
+    """The status of the head's controller; None on a worker."""
 
 
 class HostDownResult(_Message):
-    """What `down` ended, in words; nothing of the cluster is left on this host."""
+    """What `down` ended, as text; no process of the cluster is left on this host."""
 
     ended: tuple[str, ...]
     store: str
@@ -117,7 +117,7 @@ class HostDownResult(_Message):
 
 
 def folder_name(cluster: str, worker: str) -> str:
-    """Return the name of the cluster's folder on a host: a worker's is its own, for homes may be shared."""
+    """Return the name of the cluster's folder on a host: each worker has its own, because homes may be shared."""
     return f"{cluster}.{worker}"[:63] if worker else cluster
 
 
@@ -127,9 +127,10 @@ async def _up(request: HeadUpRequest, tell: Callable[[Step], None]) -> HostState
     async with cluster_lock(paths, limit_s=_LOCK_S):
         seen = await inspect_cluster(paths)
         if seen.record and seen.ray_alive and seen.record.place.address != request.place.address:
-            msg = f"cluster {paths.name} runs on {seen.record.place.ray_address}, not on {request.place.ray_address}"
+            runs, wanted = seen.record.place.ray_address, request.place.ray_address
+            msg = f"cluster {paths.name} is running on {runs}, not on {wanted}"
             raise ConflictError(
-                msg, hint="raylaunch down, then raylaunch up: Ray cannot change its address while it runs"
+                msg, hint="run raylaunch down, then raylaunch up: Ray cannot change its address while it runs"
             )
         await BringUp(paths, request.spec, tell, place=request.place).run()
     kept = await ensure_watchdog(paths)
@@ -208,28 +209,28 @@ async def _serve(
 
 
 def main() -> int:
-    """Read the request, do it, and say how it went; return the exit status."""
+    """Read the request, carry it out, and write the result; return the exit status."""
     os.umask(0o077)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # nothing else may print between the answers
+    os.dup2(2, 1)  # nothing else may print between the responses
 
-    def say(kind: str, body: object) -> None:
+    def send(kind: str, body: object) -> None:
         answers.write(json.dumps({kind: body}, separators=(",", ":")) + "\n")
         answers.flush()
 
     def tell(step: Step) -> None:
-        say("step", {"name": step.name, "state": step.state, "message": step.message, "seconds": step.seconds})
+        send("step", {"name": step.name, "state": step.state, "message": step.message, "seconds": step.seconds})
 
     try:
         result = anyio.run(_serve, _REQUEST.validate_json(sys.stdin.buffer.read()), tell)
     except ValidationError as error:
-        say(
+        send(
             "error",
-            {"code": "version", "message": f"the request is not understood by raylaunch {__version__}: {error}"},
+            {"code": "version", "message": f"raylaunch {__version__} does not understand the request: {error}"},
         )
         return 2
     except RaylaunchError as error:
-        say("error", {"code": error.code, "message": error.message, "hint": error.hint})
+        send("error", {"code": error.code, "message": error.message, "hint": error.hint})
         return 1
-    say("result", result.model_dump(mode="json"))
+    send("result", result.model_dump(mode="json"))
     return 0

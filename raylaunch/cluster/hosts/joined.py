@@ -1,4 +1,4 @@
-"""Clusters that somebody else runs: the line that lets a person in, joining by it, and leaving."""
+"""Clusters that somebody else runs: the command of an invitation, joining, and leaving."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from raylaunch.paths import ClusterPaths, cluster_paths, make_private_dir, stora
 
 
 def join_line(invitation: Invitation, record: ClientRecord, tunnel: TunnelRecord) -> str:
-    """Return the command that the invited person pastes. Pure. Its code is worth nothing once it was used.
+    """Return the command that the invited person pastes. Pure. Its code can be used once.
 
-    A name that only a configuration of ours knows means nothing to her: then the address stands there.
+    A host name that only the inviter's SSH configuration knows is replaced by the address.
     """
     head = record.spec.host_specs()[0]
     known = "." in head.host or ":" in head.host
@@ -42,23 +42,23 @@ def join_line(invitation: Invitation, record: ClientRecord, tunnel: TunnelRecord
 
 
 def ours(cluster: str) -> tuple[ClientRecord, TunnelRecord]:
-    """Return what this machine knows of a cluster that it runs.
+    """Return the records of a cluster that this machine brought up.
 
     Raises:
-        ClusterDownError: nothing, or its tunnel was never up.
+        ClusterDownError: there is no such cluster, or its tunnel was never up.
         AccessError: somebody else runs it.
     """
     paths = cluster_paths(cluster)
     record, tunnel = load_client(paths), load_tunnel(paths)
     refuse_joined(record, "opened to others")
     if record is None or tunnel is None or not tunnel.head_ports:
-        msg = f"cluster {cluster} is not up, as far as this machine knows"
+        msg = f"cluster {cluster} was not brought up from this machine, or is down"
         raise ClusterDownError(msg, hint="bring it up: raylaunch up")
     return record, tunnel
 
 
 class InvitationJoin:
-    """One joining: the tunnel to the head, and the token that is made here.
+    """One use of an invitation: the tunnel to the head, and the token that is created here.
 
     Args:
         name: the cluster's name.
@@ -66,7 +66,7 @@ class InvitationJoin:
         port: the controller's, on the head's loopback.
 
     Raises:
-        SpecError: the host is none.
+        SpecError: the host is invalid.
         ConflictError: another cluster of this name is known here.
     """
 
@@ -75,8 +75,8 @@ class InvitationJoin:
         self.paths = cluster_paths(name)
         had = load_client(self.paths)
         if had is not None and not had.joined:
-            msg = f"a cluster {name} was brought up from here already"
-            raise ConflictError(msg, hint="use that; or take another RAYLAUNCH_HOME for this one")
+            msg = f"a cluster {name} was already brought up from here"
+            raise ConflictError(msg, hint="use that one, or set another RAYLAUNCH_HOME for this one")
         self._had = had
         self._token = had.token if had is not None and had.head_ports.get("controller") == port else ""
         self._token = self._token or secrets.token_urlsafe(32)
@@ -84,11 +84,11 @@ class InvitationJoin:
 
     @property
     def sha256(self) -> str:
-        """The hash of the token: all that the cluster is told of it."""
+        """The hash of the token, which is all that the cluster receives."""
         return hashlib.sha256(self._token.encode()).hexdigest()
 
     async def reach(self, code: str) -> Reach:
-        """Open the tunnel, and return the way to the controller with the invitation's code.
+        """Open the tunnel, and return the controller's URL with the invitation's code as token.
 
         Raises:
             HostError: the head cannot be reached.
@@ -100,7 +100,7 @@ class InvitationJoin:
         return Reach(url=f"http://{LOOPBACK}:{tunnel.ports['controller']}", token=code)
 
     async def admitted(self, admission: Admission, ray: RayAccess | None) -> None:
-        """Keep what was learned; with `ray`, the tunnel leads to Ray's own ports too."""
+        """Save the admission; with `ray`, the tunnel forwards Ray's own ports too."""
         ports = {"controller": self._port}
         address = LOOPBACK
         if ray is not None:
@@ -111,11 +111,11 @@ class InvitationJoin:
             await ensure_tunnel(self.paths, fresh=True, limit_s=START_S)
 
     def way(self, reach: Reach) -> Reach:
-        """Return the same way, with the token that was made here."""
+        """Return the same URL with the token that was created here."""
         return Reach(url=reach.url, token=self._token)
 
     async def undo(self) -> None:
-        """Forget what was begun; a cluster that was joined before stays as it was."""
+        """Remove what this join saved; a cluster that was joined before stays as it was."""
         with contextlib.suppress(RaylaunchError):
             await end_tunnel(self.paths)
         if self._had is not None:
@@ -138,7 +138,7 @@ class InvitationJoin:
 
 
 async def leave(name: str) -> None:
-    """Forget a cluster that was joined. The cluster and our jobs there go on.
+    """Forget a cluster that was joined. The cluster and the jobs there continue.
 
     Raises:
         NotFoundError: no such cluster is known here.
@@ -147,10 +147,10 @@ async def leave(name: str) -> None:
     paths = cluster_paths(name)
     record = load_client(paths)
     if record is None:
-        msg = f"no cluster {name!r} is known here"
-        raise NotFoundError(msg, hint="see which are: raylaunch switch")
+        msg = f"no such cluster: {name!r}"
+        raise NotFoundError(msg, hint="list them: raylaunch switch")
     if not record.joined:
-        msg = f"cluster {name} was brought up from here, and would run on unseen"
+        msg = f"cluster {name} was brought up from here and would keep running"
         raise ConflictError(msg, hint="end it: raylaunch down")
     await end_tunnel(paths)
     _remove(paths)

@@ -1,4 +1,4 @@
-"""Small jobs with which `up` proves a cluster: submitted, looked at, read and deleted, through its controller."""
+"""Small jobs with which `up` verifies a cluster, submitted, followed and deleted through its controller."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class ProbeJobs:
-    """The way to the controller.
+    """The requests to the controller.
 
     Args:
         port: of the controller, on loopback here.
@@ -35,7 +35,7 @@ class ProbeJobs:
         self._environment = environment
 
     async def submit(self, host: str, entrypoint: str, *, gpus: int, timeout_s: float) -> JobView:
-        """Submit a job for one host; its turn comes before all others'."""
+        """Submit a job for one host, with the highest priority."""
         job = JobSpec(
             name=_NAME,
             entrypoint=entrypoint,
@@ -49,35 +49,37 @@ class ProbeJobs:
         )
         request = SubmitRequest(spec=job, request_id=secrets.token_hex(8))
         body = request.model_dump_json().encode()
-        return (await self._ask(SubmitAnswer, "/v1/jobs", method="POST", body=body)).job
+        return (await self._request(SubmitAnswer, "/v1/jobs", method="POST", body=body)).job
 
-    async def look(self, job: str) -> JobView:
-        """Return the job as it is now."""
-        return await self._ask(JobView, f"/v1/jobs/{job}")
+    async def get(self, job: str) -> JobView:
+        """Return the job's current state."""
+        return await self._request(JobView, f"/v1/jobs/{job}")
 
     async def stop(self, job: str) -> None:
-        """Let the job end; one that has ended stays as it is."""
+        """Stop the job if it has not ended."""
         await http_request(
             self._port, f"/v1/jobs/{job}/stop", token=self._token, method="POST", body=b"{}", limit_s=_ASK_S
         )
 
     async def delete(self, job: str) -> None:
-        """Leave nothing of the job."""
+        """Delete the job with all its files."""
         await http_request(self._port, f"/v1/jobs/{job}", token=self._token, method="DELETE", limit_s=_ASK_S)
 
     async def last_lines(self, job: str) -> str:
-        """Return the end of what it printed; empty where that cannot be had."""
+        """Return the end of its log; empty if that is unavailable."""
         path = f"/v1/jobs/{job}/logs?tail={_LINES}"
         answer = await http_request(self._port, path, token=self._token, limit_s=_ASK_S)
         return answer.body.decode(errors="replace") if answer.ok else ""
 
-    async def _ask(self, model: type[_Model], path: str, *, method: str = "GET", body: bytes | None = None) -> _Model:
+    async def _request(
+        self, model: type[_Model], path: str, *, method: str = "GET", body: bytes | None = None
+    ) -> _Model:
         answer = await http_request(self._port, path, token=self._token, method=method, body=body, limit_s=_ASK_S)
         if answer.ok:
             try:
                 return model.model_validate_json(answer.body)
             except ValidationError as error:
-                msg = f"the controller's answer to {path} is not understood: {error}"
+                msg = f"invalid response of the controller to {path}: {error}"
                 raise ClusterError(msg) from None
         raise _refused(answer, path)
 

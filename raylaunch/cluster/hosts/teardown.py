@@ -1,4 +1,4 @@
-"""One host leaves a cluster over SSH: what was started there is ended, and it is forgotten here."""
+"""Ending a cluster's processes on its hosts over SSH, all of them or those of one host that leaves."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from raylaunch.ssh.target import OnPrompt
 
 
 class Teardown:
-    """One taking down: what was ended, and what could not be.
+    """Ends a cluster's processes on hosts; collects what was ended and what failed.
 
     Args:
-        record: what was brought up from here.
-        on_prompt: asks a person; None where nobody is there.
+        record: of the cluster, with the hosts to end.
+        on_prompt: asks a person; None if nobody is there.
     """
 
     def __init__(self, record: ClientRecord, *, on_prompt: OnPrompt | None = None) -> None:
@@ -32,12 +32,12 @@ class Teardown:
         self.ended: list[Ended] = []
         self.notes: list[str] = []
         self.errors: dict[str, RaylaunchError] = {}
-        """By host."""
+        """Errors by host."""
         self.store = ""
-        """On the head."""
+        """Folder of the store on the head."""
 
     async def run(self) -> None:
-        """End it on every host that was brought up; a host that fails does not stop the others."""
+        """End it on every host of the record; a host that fails does not stop the others."""
         async with anyio.create_task_group() as group:
             for name in self._record.hosts:
                 if name != self._record.head:
@@ -64,10 +64,10 @@ _LOCK_S = 1800.0
 
 
 def known(cluster: str) -> ClientRecord:
-    """Return what this machine knows of a cluster over SSH.
+    """Return the record of a cluster over SSH that was brought up from here.
 
     Raises:
-        ClusterDownError: nothing.
+        ClusterDownError: there is none.
         AccessError: somebody else runs it.
     """
     record = load_client(cluster_paths(cluster))
@@ -79,7 +79,7 @@ def known(cluster: str) -> ClientRecord:
 
 
 def check_leaves(record: ClientRecord, host: str) -> None:
-    """Check that a host is one that can leave. Pure.
+    """Check that a host can leave the cluster. Pure.
 
     Raises:
         NotFoundError: the cluster has no such host.
@@ -88,23 +88,25 @@ def check_leaves(record: ClientRecord, host: str) -> None:
     if host not in record.hosts and host not in {one.name for one in record.spec.host_specs()}:
         has = ", ".join(record.hosts) or "none"
         msg = f"cluster {record.spec.name} has no host {host!r}; it has {has}"
-        raise NotFoundError(msg, hint="see: raylaunch status")
+        raise NotFoundError(msg, hint="list them: raylaunch status")
     if host == record.head or host == record.spec.host_specs()[0].name:
         msg = f"{host} is the head of cluster {record.spec.name}: records, queue and logs are there"
-        raise ConflictError(msg, hint="the cluster goes as a whole: raylaunch down")
+        raise ConflictError(msg, hint="to end the whole cluster: raylaunch down")
 
 
-async def take_out(cluster: str, host: str, *, forget: bool = False, on_prompt: OnPrompt | None = None) -> DownReport:
-    """End what was started on a host, see that nothing of it is left, and forget the host.
+async def remove_host(
+    cluster: str, host: str, *, forget: bool = False, on_prompt: OnPrompt | None = None
+) -> DownReport:
+    """End everything on a host, verify that no process is left, and forget the host.
 
     Args:
         cluster: the cluster's name.
-        host: the host's.
-        forget: leave the host alone; it may be gone permanently.
-        on_prompt: asks a person; None where nobody is there.
+        host: the host's name.
+        forget: do not connect to the host, which may be gone permanently.
+        on_prompt: asks a person; None if nobody is there.
 
     Raises:
-        ClusterDownError: this machine knows nothing of the cluster.
+        ClusterDownError: the cluster was not brought up from here.
         NotFoundError: the cluster has no such host.
         ConflictError: it is the head.
         HostError: it could not be reached, or something there could not be ended; it stays a host of the cluster.
@@ -129,7 +131,7 @@ async def take_out(cluster: str, host: str, *, forget: bool = False, on_prompt: 
 
 
 def without(spec: ClusterSpec, host: str) -> ClusterSpec:
-    """Return the cluster without a host. Pure. It keeps its binding: one host that is left may be joined again."""
+    """Return the spec without a host. Pure. It keeps its binding: hosts may join the last one again."""
     bind = spec.bind if spec.loopback else "network"
     left = tuple(one for one in spec.hosts if one.name != host)
     return spec.model_copy(update={"hosts": left, "bind": bind})

@@ -1,7 +1,7 @@
 """The tunnel: a background process that keeps a cluster's controller and Ray reachable on loopback here.
 
-``python -m raylaunch.cluster.reach.tunnel NAME``. Whoever needs it starts it; there is one a cluster, by a lock that it
-holds while it lives. A lost connection is made again, with the same local ports, for as long as the cluster is wanted.
+``python -m raylaunch.cluster.reach.tunnel NAME``. Any command that needs it starts it; a lock ensures that there is one
+for each cluster. A lost connection is made again, with the same local ports, until the cluster is taken down.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0
 _KEEPALIVE_S, _KEEPALIVES_MISSED = 2, 3
 _BEAT_S = 1.0
 _SLEPT_S = 8.0
-"""Between two beats: this machine slept, or the process was stopped. The connection is not waited for then."""
+"""Between two heartbeats: this machine slept, or the process was stopped. The connection is then closed at once."""
 _PORTS = ("controller", "dashboard", "gcs")
 _LOOK_S = 20.0
-_LOST = "are you on its network or VPN? Run the same again in some seconds"
+_LOST = "are you on its network or VPN? Run the same command again in a few seconds"
 
 Address = tuple[str, int]
 
 
 class Tunnel:
-    """The process itself: one head, three ports, for as long as it is wanted."""
+    """The tunnel process: one head, up to three ports."""
 
     def __init__(self, paths: ClusterPaths) -> None:
         self._paths = paths
         had = load_tunnel(paths)
         own = identify(os.getpid(), sys.argv)
-        if own is None:  # a process always finds itself
+        if own is None:  # a process can always inspect itself
             raise AssertionError
         ports = {key: had.ports[key] for key in _PORTS if had and key in had.ports and is_free(had.ports[key])}
         missing = [key for key in _PORTS if key not in ports]
@@ -67,7 +67,7 @@ class Tunnel:
         self._record = TunnelRecord(process=own, ports=ports, at=time.time(), version=__version__)
 
     async def run(self) -> None:
-        """Keep the way open until the cluster is not wanted any more."""
+        """Keep the tunnel open until the cluster is taken down."""
         self._save(up=False)
         pause = _FIRST_PAUSE_S
         while (client := load_client(self._paths)) is not None and client.wanted == "running":
@@ -78,9 +78,9 @@ class Tunnel:
                     self._save(up=True)
                     _log.info("up: %s", self._record.ports)
                     pause = _FIRST_PAUSE_S
-                    await self._until_over(head, client)
-                    why = f"the connection to {head.name} was lost; it is being made again"
-                    self._save(up=False, why=why, hint=_LOST, code=HostLostError.code)  # before it is closed in order
+                    await self._until_lost(head, client)
+                    why = f"lost the connection to {head.name}; reconnecting"
+                    self._save(up=False, why=why, hint=_LOST, code=HostLostError.code)  # before the orderly close
             except RaylaunchError as error:
                 self._save(up=False, why=error.message, hint=error.hint, code=error.code)
             _log.info("down: %s", self._record.why)
@@ -88,7 +88,7 @@ class Tunnel:
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     async def beat(self) -> None:
-        """Say every second that this process does something; when it could not, the connection is made anew."""
+        """Touch the heartbeat file every second; after a pause, make the connection again."""
         before = time.time()
         while True:
             await anyio.sleep(_BEAT_S)
@@ -96,7 +96,7 @@ class Tunnel:
             with contextlib.suppress(OSError):
                 os.utime(tunnel_file(self._paths))
             if now - before > _SLEPT_S:
-                _log.info("was asleep for %.0f s", now - before)
+                _log.info("asleep for %.0f s", now - before)
                 self._woken.set()
             before = now
 
@@ -105,7 +105,7 @@ class Tunnel:
             await self._woken.wait()
 
     async def _open(self, head: SSHHost, client: ClientRecord) -> None:
-        """Open the way to the controller, and to what of Ray this person may use."""
+        """Forward the controller's port, and the ports of Ray that this person may use."""
         self._woken = anyio.Event()
         controller = (await head_ports(head, client))["controller"]
         await head.forward(self._record.ports["controller"], LOOPBACK, controller)
@@ -120,7 +120,7 @@ class Tunnel:
         self._record = self._record.model_copy(update={**reached, "head_ports": ports, "openssh": words})
 
     async def _addresses(self, head: SSHHost, client: ClientRecord) -> dict[str, Address]:
-        """Return where on the head is what; a cluster that was joined says itself where Ray is, to whom may know."""
+        """Return the addresses on the head; a joined cluster reports Ray's only if the role allows it."""
         ports = await head_ports(head, client)
         found = {"controller": (LOOPBACK, ports["controller"])}
         if client.joined:
@@ -129,8 +129,8 @@ class Tunnel:
         found["dashboard"] = (LOOPBACK, ports["dashboard"])
         return found | ({"gcs": (client.head_address, ports["gcs"])} if client.gcs else {})
 
-    async def _until_over(self, head: SSHHost, client: ClientRecord) -> None:
-        """Return when the connection is lost, this machine slept, or the head's ports are other ones."""
+    async def _until_lost(self, head: SSHHost, client: ClientRecord) -> None:
+        """Return when the connection is lost, this machine slept, or the head's ports have changed."""
         async with anyio.create_task_group() as group:
 
             async def first(wait: Callable[[], Awaitable[None]]) -> None:
@@ -141,7 +141,7 @@ class Tunnel:
                 group.start_soon(first, wait)
 
     async def _until_moved(self, head: SSHHost, client: ClientRecord) -> None:
-        """Return when the head's ports are other ones: its controller, or Ray, may have moved."""
+        """Return when the head's ports have changed: its controller, or Ray, may have moved."""
         while True:
             await anyio.sleep(_LOOK_S)
             with contextlib.suppress(RaylaunchError):  # a lost connection is noticed elsewhere
@@ -156,7 +156,7 @@ class Tunnel:
 
 
 async def ray_addresses(port: int, token: str) -> dict[str, Address]:
-    """Ask the controller behind a port here where Ray is on its host; nothing where the token may not know."""
+    """Query the controller on a local port for Ray's addresses on its host; empty if the token does not allow it."""
     answer = await http_request(port, "/v1/ray", token=token)
     said = answer.json()
     if not answer.ok or not isinstance(said, dict):
@@ -167,7 +167,7 @@ async def ray_addresses(port: int, token: str) -> dict[str, Address]:
 
 
 async def head_ports(head: SSHHost, client: ClientRecord) -> dict[str, int]:
-    """Return the head's ports, from its record there: they may have changed while nobody looked from here."""
+    """Return the head's ports from its record there: they may have changed meanwhile."""
     program = client.programs.get(head.name)
     if program is None:
         return client.head_ports
@@ -181,7 +181,7 @@ async def head_ports(head: SSHHost, client: ClientRecord) -> dict[str, int]:
 
 
 def main(argv: list[str]) -> int:
-    """Keep the tunnel of the cluster that is named; return at once when it has one already."""
+    """Run the tunnel of the cluster that `argv` names; return at once if one already runs."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     os.umask(0o077)
     paths = cluster_paths(argv[0])

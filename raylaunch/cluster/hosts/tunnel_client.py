@@ -1,6 +1,6 @@
-"""What others ask of a cluster's tunnel: that it is up, or ends. Its process is `raylaunch.cluster.reach.tunnel`.
+"""Starting and ending a cluster's tunnel, whose process is `raylaunch.cluster.reach.tunnel`.
 
-No verb about jobs may need SSH itself: asyncssh takes longer to load than such a verb.
+This module does not import SSH: asyncssh takes longer to load than a command about jobs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from raylaunch.paths import ClusterPaths
 from raylaunch.version import is_older
 
 START_S = 30.0
-"""For whoever has just brought a cluster up; a verb waits shorter."""
+"""The limit of `up`; other commands wait less."""
 _VERB_S = 8.0
 _POLL_S = 0.05
 _SILENT_S, _AWAKES_S = 5.0, 2.0
@@ -27,16 +27,16 @@ _KNOWN_LATE_S = 2.0
 
 
 async def ensure_tunnel(paths: ClusterPaths, *, fresh: bool = False, limit_s: float = _VERB_S) -> TunnelRecord:
-    """Return a tunnel that is up; start one when none runs, and another one for one that does nothing or is older.
+    """Return a tunnel that is up; start one if none runs, and replace one that hangs or has an older version.
 
     Args:
         paths: of the cluster on this machine.
-        fresh: end one that runs first: its head, or the ports there, have changed.
+        fresh: replace a running one, because its head or the ports there have changed.
         limit_s: how long it may take to come up.
 
     Raises:
-        ClusterDownError: nothing is known of the cluster here.
-        HostError: the head cannot be reached; the words are the connection's own.
+        ClusterDownError: the cluster is not known here.
+        HostError: the head cannot be reached; the error is the connection's own.
     """
     record = load_tunnel(paths)
     if record is not None and record.alive and (fresh or is_older(record.version) or not await _beats(paths)):
@@ -50,7 +50,7 @@ async def ensure_tunnel(paths: ClusterPaths, *, fresh: bool = False, limit_s: fl
     asked_at = time.time()
     if record is None or not record.alive:
         argv = [sys.executable, "-m", "raylaunch.cluster.reach.tunnel", paths.name]
-        from raylaunch.cluster.local.ray_head import clean_environment  # noqa: PLC0415 -- one that runs needs none of it
+        from raylaunch.cluster.local.ray_head import clean_environment  # noqa: PLC0415 -- not needed for a running tunnel
 
         env = {**clean_environment(os.environ, paths), **_agent(os.environ)}
         await start_apart(argv, env=env, cwd=Path("/"), log=tunnel_log(paths))
@@ -58,7 +58,7 @@ async def ensure_tunnel(paths: ClusterPaths, *, fresh: bool = False, limit_s: fl
 
 
 async def _beats(paths: ClusterPaths) -> bool:
-    """Whether the tunnel's process does something. One that has just been woken is given some time."""
+    """Return whether the tunnel's process is alive. One that has just been woken gets some time."""
     with anyio.move_on_after(_AWAKES_S):
         while (silent := silent_s(paths)) is not None and silent > _SILENT_S:  # noqa: ASYNC110 -- another process
             await anyio.sleep(_POLL_S)
@@ -67,7 +67,7 @@ async def _beats(paths: ClusterPaths) -> bool:
 
 
 def silent_s(paths: ClusterPaths) -> float | None:
-    """Return how long ago the tunnel's process said that it does something; None when it never did."""
+    """Return the age of the tunnel's last heartbeat; None if there was none."""
     try:
         return time.time() - tunnel_file(paths).stat().st_mtime
     except OSError:
@@ -75,12 +75,12 @@ def silent_s(paths: ClusterPaths) -> float | None:
 
 
 def _agent(environ: os._Environ[str]) -> dict[str, str]:
-    """The key agent may hold the only key; clean environments leave all of SSH's variables out."""
+    """Return the variables of the SSH agent, which `clean_environment` removes."""
     return {key: environ[key] for key in ("SSH_AUTH_SOCK",) if key in environ}
 
 
 async def _wait_up(paths: ClusterPaths, asked_at: float, limit_s: float) -> TunnelRecord:
-    """Wait until it is up; a failure that it tells after it was asked is raised."""
+    """Wait until it is up; raise a failure that it reports after `asked_at`."""
     with anyio.move_on_after(limit_s):
         while True:
             record = load_tunnel(paths)
@@ -90,7 +90,7 @@ async def _wait_up(paths: ClusterPaths, asked_at: float, limit_s: float) -> Tunn
                 raise from_wire(record.code, record.why, record.hint)
             await anyio.sleep(_POLL_S)
     msg = f"the head of cluster {paths.name} has not been reached within {limit_s:.0f} s"
-    hint = f"it is tried again in the background; are you on its network or VPN? See {tunnel_log(paths)}"
+    hint = f"retrying in the background; are you on its network or VPN? See {tunnel_log(paths)}"
     raise HostTimeoutError(msg, hint=hint, step="tunnel")
 
 
@@ -104,5 +104,5 @@ async def end_tunnel(paths: ClusterPaths) -> bool:
 
 
 async def _end(record: TunnelRecord) -> None:
-    """End this tunnel; another one that runs meanwhile stays."""
+    """End exactly this tunnel process."""
     await end([record.process], grace_s=0.5)
