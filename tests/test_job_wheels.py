@@ -147,7 +147,7 @@ def test_packages_are_added_to_an_environment_of_another_python_from_wheels_that
         )
         ended[fits] = run_without_index(attempt)
     assert ended[its]["exit_code"] == 0
-    assert f"the wheels are for python{HERE.minor}, while the environment has python{its.minor}" in str(ended[HERE])
+    assert f"the wheels are for python{HERE.minor}, but the environment has python{its.minor}" in str(ended[HERE])
 
 
 def test_the_python_of_a_named_environment_that_cannot_be_asked_is_taken_for_the_nodes(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_link_that_is_cut_while_wheels_are_pushed_is_said_and_nothing_is_silen
     assert cut_up.status == 1
     assert "the connection to h1 was lost during: push" in cut_up.err
     assert cut_up.silence_s < QUIET_S, cut_up.lines
-    assert "the same command may be run again, it finds out" in cut_up.err
+    assert "run the same command again" in cut_up.err
 
 
 def test_the_next_up_goes_on_and_bears_a_link_that_is_back_soon(cluster: Laptop) -> None:
