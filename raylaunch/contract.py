@@ -72,7 +72,7 @@ RANK_LOG = "logs/rank-{rank}.log"
 
 VAR_ATTEMPT = "RAYLAUNCH_ATTEMPT_ID"
 """In the environment of every process of an attempt: ``<cluster id>/<job>-<n>``. A process belongs to an attempt if,
-and only if, its environment says so; that holds for children that called setsid too."""
+and only if, its environment has its id; that holds for children that called setsid too."""
 VAR_JOB = "RAYLAUNCH_JOB_ID"
 VAR_JOB_NAME = "RAYLAUNCH_JOB_NAME"
 VAR_ATTEMPT_N = "RAYLAUNCH_ATTEMPT"
@@ -90,7 +90,7 @@ VAR_TRAIN_REPORTS = "RAYLAUNCH_TRAIN_REPORTS"
 VAR_NODE_ROOT = "RAYLAUNCH_NODE_ROOT"
 """In the environment of Ray on a node: the folder where its node agent keeps packages and attempts."""
 VAR_PATH = "RAYLAUNCH_PATH"
-"""As `VAR_NODE_ROOT`: PATH without the folder of Ray's Python, with which Ray's own begins, for ``ray job submit``."""
+"""As `VAR_NODE_ROOT`: PATH without the folder of Ray's Python, with which Ray's own starts, for ``ray job submit``."""
 
 PROGRESS = "progress.jsonl"
 TRAIN_REPORTS = "tmp/train-reports.jsonl"
@@ -104,7 +104,7 @@ STARTUP = "startup"
 """Folder in the runner's archive with a ``sitecustomize``, for PYTHONPATH."""
 
 INTERRUPTED = 130
-"""Exit status of what somebody interrupted, as in shells."""
+"""Exit status of an interrupted program, as in shells."""
 
 RAY_SECRETS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
 
@@ -245,7 +245,7 @@ class Facts(TypedDict, total=False):
     wandb_runs: list[str]
     """Ids of the attempt's runs, in the order of their start; the first `MANY_RUNS`."""
     wandb_staged: int
-    """Bytes of files that off-line runs have added to artifacts and tables; they are kept in `WANDB_DATA`."""
+    """Bytes of files that offline runs have added to artifacts and tables; they are kept in `WANDB_DATA`."""
     left: dict[str, int]
     """Sizes of the outputs that were not kept and stay on the node (`LEFT`), by path."""
     withheld: list[str]
@@ -266,7 +266,7 @@ class Exit(TypedDict):
     exit_code: int | None
     signal: str
     message: str
-    """For people; empty when exit code or signal say all."""
+    """For people; empty when exit code or signal say enough."""
     failed_rank: int | None
     """The rank that failed first, whose exit code and signal these are; None where that is not known."""
     at: float
@@ -281,6 +281,6 @@ class Exit(TypedDict):
 def most_unpacked(packed: int) -> int:
     """Return how many bytes a package of `packed` bytes may unpack to, headers included: 128 MiB and 100 for each.
 
-    Code, text and data that somebody wants to train on are far below; what is above is meant to fill a node's disk.
+    Code, text and data for training are far below; anything above is an attempt to fill a node's disk.
     """
     return (128 << 20) + 100 * packed

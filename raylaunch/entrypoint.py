@@ -27,7 +27,7 @@ _IN_DOUBLE_QUOTES = re.compile(r'\\([$`"\\])|\\\n')
 
 
 class Word(NamedTuple):
-    """One word without its quotes; it stands at ``[start:end]`` of the text, or of the list."""
+    """One word without its quotes; it is at ``[start:end]`` of the text, or of the list."""
 
     text: str
     start: int
@@ -35,7 +35,7 @@ class Word(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A command line: its simple commands, and the operators that stand between them (``?`` for what is unclear)."""
+    """A command line: its simple commands, and the operators between them (``?`` for what is unclear)."""
 
     commands: list[list[Word]]
     operators: list[str]
@@ -75,7 +75,7 @@ def spliced(entrypoint: str, start: int, end: int, words: Sequence[str]) -> str:
 @overload
 def spliced(entrypoint: list[str], start: int, end: int, words: Sequence[str]) -> list[str]: ...
 def spliced(entrypoint: str | list[str], start: int, end: int, words: Sequence[str]) -> str | list[str]:
-    """Return the command with `words` in place of what stands at ``[start:end]``; all else stays as it was written."""
+    """Return the command with `words` in place of what is at ``[start:end]``; all else is unchanged."""
     if not isinstance(entrypoint, str):
         return [*entrypoint[:start], *words, *entrypoint[end:]]
     before, after = entrypoint[:start], entrypoint[end:]
@@ -122,14 +122,14 @@ _WRAPPERS = ("nice", "ionice", "numactl", "taskset", "timeout", "stdbuf", "nsys"
 WRAPPERS = frozenset((*_BEFORE, *_RUN, *_WRAPPERS, "sudo", "make", "tini", "dumb-init", "script", "xargs"))
 """Programs that run another one, and end with it."""
 _NAMES_ONE = ("-p", "--python", "--with", "--from", "-n", "--name", "--env")
-"""Options of what stands before a program whose value may look like one."""
+"""Options of a wrapper whose value may look like a program."""
 _BRING_ONE = (*_RUN, "uvx")
 """These bring an interpreter of their own."""
 SHELLS = ("sh", "bash", "zsh", "dash", "ash", "ksh", "fish", "busybox")
 _WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
 _MODULE = ("-m", "--module")
 _ELSEWHERE = ("-C", "--chdir", "--directory", "--project", "--cwd")
-"""Options with which what stands before a program runs it in another folder."""
+"""Options with which a wrapper runs its program in another folder."""
 _EXPANDED = "$`*?[{"
 _IN_ORDER = ("&&", ";", "\n")
 _ADVICE = (
@@ -258,7 +258,7 @@ def with_options(entrypoint: str | list[str], found: Pasted, options: Sequence[s
 
 
 def _program(command: Sequence[Word]) -> int:
-    """Return the index of the command's program: what stands before it is passed over."""
+    """Return the index of the command's program, after wrappers and variables."""
     at = 0
     while at < len(command):
         text = command[at].text

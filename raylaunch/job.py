@@ -21,7 +21,7 @@ Number = SupportsFloat
 
 @dataclass(frozen=True)
 class Context:
-    """Where this process stands. Outside a job `in_job` is False and the folders lie in the current one."""
+    """The job, attempt and rank of this process. Outside a job the folders are in the current one."""
 
     in_job: bool
     """Whether this process belongs to a job."""

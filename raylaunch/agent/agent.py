@@ -170,10 +170,10 @@ class NodeAgent:
     async def begin_bringing(self, attempt: str, tag: str, files: Mapping[str, job_dir.StoredFile]) -> list[str]:
         """Make the folder of an attempt's job ready, and return which of its files are to be brought."""
 
-        def begin() -> list[str]:
+        def start() -> list[str]:
             return job_dir.begin_bringing(self._root, attempt, tag, files)
 
-        return await self._in_thread(begin)
+        return await self._in_thread(start)
 
     async def bring(self, attempt: str, path: str, offset: int, data: bytes, wanted: job_dir.StoredFile | None) -> None:
         """Take a piece of such a file; with the last one comes what the whole is."""

@@ -56,7 +56,7 @@ def request_stop(root: Path, attempt: str, wish: StopWish) -> None:
 def close(root: Path, attempt: str) -> Claim:
     """Make sure that no runner can start this attempt any more, and return its claim.
 
-    When nobody has claimed it, the claim is taken with the epoch `FENCED`. Its secrets are deleted.
+    When no runner has claimed it, the claim is taken with the epoch `FENCED`. Its secrets are deleted.
 
     Raises:
         OSError: The disk is full.
@@ -113,7 +113,7 @@ def sanitize(value: object) -> object:
 
 
 def read_claim(folder: Path) -> Claim | None:
-    """Return who claimed an attempt; None when nobody has, or the claim is not whole yet."""
+    """Return the claim of an attempt; None when there is none, or it is not complete yet."""
     value = read_json(folder / CLAIM)
     if value is None or not Claim.__required_keys__ <= value.keys():
         return None

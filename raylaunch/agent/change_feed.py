@@ -73,7 +73,7 @@ class AttemptFacts(TypedDict):
 
 
 class ChangeReply(TypedDict):
-    """What changed. `resync` asks the receiver to begin a new session with what it has."""
+    """What changed. `resync` asks the receiver to start a new session with what it has."""
 
     resync: bool
     chunks: list[Chunk]
@@ -127,7 +127,7 @@ class ChangeFeed:
         Args:
             session: The receiver's name for its sequence of calls.
             have: What the receiver has, in the first call of a session; None in those that follow.
-            metrics: Whether to look at W&B's file and at reports of attempts that live; they may grow with each step.
+            metrics: Whether to check W&B's file and the reports of running attempts; they may grow with each step.
         """
         with self._lock:
             if have is not None:

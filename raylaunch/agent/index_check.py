@@ -1,4 +1,4 @@
-"""Whether this node reaches the package index that pip or uv would ask: looked at when a job needs one."""
+"""Whether this node reaches the package index that pip or uv would use: checked when a job needs one."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _PROXIES = ("http_proxy", "https_proxy")
 
 
 def reaches_index(env: Mapping[str, str], *, kind: str) -> bool:
-    """Return whether installing may work here. Blocks, for `LIMIT_S` a look at most.
+    """Return whether installing may work here. Blocks for at most `LIMIT_S` a check.
 
-    An answer of any kind counts, a refusal too: what is wrong then is pip's to say. So does a setting by which no index
+    A response of any kind counts, a refusal too: pip then reports what is wrong. So does a setting by which no index
     is asked, for then the node has wheels of its own.
 
     Args:
@@ -39,7 +39,7 @@ def reaches_index(env: Mapping[str, str], *, kind: str) -> bool:
 
 
 def _default_of_pip() -> str:
-    """Return the index that pip asks where nothing is set: that is pip's to say. Empty where there is no pip."""
+    """Return pip's default index; empty where there is no pip."""
     try:
         from pip._internal.models.index import PyPI  # noqa: PLC0415 -- it may not be there
     except ImportError:
@@ -48,7 +48,7 @@ def _default_of_pip() -> str:
 
 
 def _uv_reaches_index(env: Mapping[str, str]) -> bool:
-    """Ask uv, which is there where pip is not, to find a package. Without either nobody knows: the build will tell."""
+    """Have uv, which is there where pip is not, find a package. Without either, assume so: the build shows it."""
     uv = Path(sys.executable).with_name("uv")
     if not uv.is_file():
         return True

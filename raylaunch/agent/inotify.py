@@ -47,7 +47,7 @@ class Watcher:
         self._known = wanted
 
     def drain(self) -> None:
-        """Forget the news so far: whoever looks at the files now sees what they were about."""
+        """Drop the events so far: the next check of the files sees their changes."""
         with contextlib.suppress(BlockingIOError):
             while self.works and len(os.read(self._descriptor, _SOME_EVENTS)) > _SOME_EVENTS // 2:
                 continue

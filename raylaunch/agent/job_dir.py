@@ -137,7 +137,7 @@ class LeftPiece(NamedTuple):
 
 
 class StoredFile(NamedTuple):
-    """One file as the store has it; a link's target stands after `LINK` in place of a checksum."""
+    """One file as the store has it; a link has its target after `LINK` in place of a checksum."""
 
     size: int
     mtime_ns: int

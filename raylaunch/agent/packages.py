@@ -184,7 +184,7 @@ def platform_of(environment: Mapping[str, str], env: Mapping[str, str]) -> Platf
 
 
 def choose_wheels(sets: Iterable[WheelSetData], here: Platform) -> list[WheelSpec]:
-    """Return the wheels for this platform; none where nobody gathered any for it: it reaches an index, or did."""
+    """Return the wheels for this platform; none where none were gathered for it: it reaches an index, or did."""
     return next((one["wheels"] for one in sets if one["platform"] == here), [])
 
 

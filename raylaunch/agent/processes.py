@@ -1,6 +1,6 @@
 """Processes of attempts: which they are, whether they live, and their end.
 
-A process belongs to an attempt if, and only if, its environment says so (`raylaunch.contract.VAR_ATTEMPT`); that
+A process belongs to an attempt if, and only if, its environment has its id (`raylaunch.contract.VAR_ATTEMPT`); that
 holds for children that called setsid too. Linux only: everything is read from /proc.
 """
 

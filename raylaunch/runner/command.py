@@ -34,7 +34,7 @@ _OF_A_SHELL = (
     *("WANDB_RUN_GROUP", "WANDB_JOB_TYPE", "WANDB_RUN_ID", "WANDB_RESUME"),
 )
 """A submission brings these along from the shell in which it is made; here they are those of the shell in which Ray
-was started, of which nobody thinks."""
+was started, which is rarely intended."""
 _SHELL_MISSING = re.compile(
     r"^\S*sh: (?:line )?\d+: (.+?): (?:command )?not found$|^\S*sh: line \d+: (.+?): No such file or directory$",
     re.MULTILINE,

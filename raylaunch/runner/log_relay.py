@@ -105,7 +105,7 @@ class LogRelay:
                     else:
                         self._ending.wait(_POLL_S)
         except OSError:
-            return  # nobody reads our output; the attempt's log has all of it
+            return  # the reader has closed our output; the attempt's log is complete
 
     def _write(self, data: bytes) -> None:
         if len(data) > self._left:

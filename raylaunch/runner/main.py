@@ -91,4 +91,4 @@ def print_line(text: str) -> None:
     try:
         print(text, flush=True)  # noqa: T201 -- the runner's output is Ray's log of the job
     except OSError:
-        sys.stdout = None  # nobody reads it; Python must not fail for it at its end
+        sys.stdout = None  # the reader has closed it; Python must not fail at exit because of that

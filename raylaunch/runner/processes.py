@@ -1,4 +1,4 @@
-"""Processes of this machine, read from /proc. A process belongs to an attempt if its environment says so.
+"""Processes of this machine, read from /proc. A process belongs to an attempt if its environment has the attempt's id.
 
 Where there is no /proc (macOS) nothing is found, and only the training's own process group can be ended.
 """

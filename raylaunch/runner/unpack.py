@@ -61,7 +61,7 @@ def unpack(package: Path, folder: Path, *, max_bytes: int | None = None, max_fil
         max_files: files, folders and links that it may have.
 
     Raises:
-        tarfile.TarError: it is too large; or a member lies outside, is there twice, or is something else.
+        tarfile.TarError: it is too large; or a member is outside the folder, is there twice, or is something else.
         OSError: the disk is full.
     """
     limit = contract.most_unpacked(package.stat().st_size) if max_bytes is None else max_bytes
@@ -75,7 +75,7 @@ def _unpack(archive: tarfile.TarFile, folder: Path, max_files: int) -> None:
         if n >= max_files:
             msg = f"it has more than {max_files} files"
             raise tarfile.ReadError(msg)
-        if member.issparse():  # a few bytes that stand for any number of zeros
+        if member.issparse():  # a few bytes that expand to any number of zeros
             msg = f"{member.name} is neither file, folder nor symbolic link"
             raise tarfile.ReadError(msg)
         target = folder.joinpath(*_parts(member.name))

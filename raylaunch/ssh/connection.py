@@ -72,7 +72,7 @@ async def connect(target: Target, *, limit_s: float, on_prompt: OnPrompt | None,
 
     Raises:
         HostUnreachableError: no connection can be made.
-        HostKeyError: it shows a key that nobody accepted.
+        HostKeyError: it shows a key that was not accepted.
         HostAuthError: it takes none of the keys.
         SpecError: ``~/.ssh/config`` or a known_hosts file cannot be read.
     """
@@ -160,7 +160,7 @@ async def _connect_trusted(attempt: _Attempt, expected: host_keys.KnownKeys) -> 
     """Connect, if the host shows a key that is known or pinned."""
     target = attempt.resolved.target
     if not target.fingerprint:
-        # No certificate where nobody is known who could have signed it: the plain key is what a person can compare.
+        # No certificate where no authority is known: the plain key is what a person can compare.
         return await _connect_retry(attempt, expected, ",".join(host_keys.FAMILIES) if expected.empty else "")
     if expected.keys and target.fingerprint not in {key.get_fingerprint() for key in expected.keys}:
         await _check_known_too(attempt, expected)

@@ -227,7 +227,7 @@ async def machine(
 
     Raises:
         HostUnreachableError: no connection can be made.
-        HostKeyError: the host shows a key that nobody accepted.
+        HostKeyError: the host shows a key that was not accepted.
         HostAuthError: the host takes none of the keys.
         SpecError: ``~/.ssh/config`` or a known_hosts file cannot be read.
     """

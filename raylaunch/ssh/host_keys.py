@@ -85,7 +85,7 @@ def known(files: Iterable[Path], host: str, port: int) -> KnownKeys:
 
 
 class _Read(NamedTuple):
-    """A known_hosts file. Revoked keys stand apart too: asyncssh forgets those of a port where it knows no good key."""
+    """A known_hosts file. Revoked keys separately too: asyncssh forgets those of a port where it knows no good key."""
 
     vouched: asyncssh.SSHKnownHosts
     revoked: asyncssh.SSHKnownHosts
@@ -101,7 +101,7 @@ def _read(file: Path) -> _Read:
 
 @functools.lru_cache(maxsize=16)
 def _parse(file: Path, _changed: int, _size: int) -> _Read:
-    """Read a file, once for all hosts. A line that cannot be read vouches for nobody and is left out, as `ssh` does."""
+    """Read a file, once for all hosts. A line that cannot be read is ignored, as `ssh` does."""
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:

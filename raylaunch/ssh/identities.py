@@ -37,7 +37,7 @@ def identities(target: Target, *, configured: Sequence[str], only_these: bool, e
     Args:
         target: the host; a key that it names is the only one.
         configured: ``IdentityFile`` of the person's configuration; empty means the usual names in ``~/.ssh``.
-        only_these: ``IdentitiesOnly``: of the agent's keys, only those that also stand in files.
+        only_these: ``IdentitiesOnly``: of the agent's keys, only those that are also in files.
         extra: a further key file; for a jump host, the key of the host behind it.
 
     Raises:

@@ -54,7 +54,7 @@ _FIND = (
     echo have
   elif [ -f "$part" ] && [ -f "$part.ranges" ]; then
     echo ranges $(sort -un "$part.ranges")
-  else # the part stays: somebody else may be writing its first range, and those that are sent now overwrite it
+  else # the part stays: another process may be writing its first range, and those that are sent now overwrite it
     [ -f "$part" ] || rm -f "$part.ranges"
     echo none
   fi
@@ -68,7 +68,7 @@ _TAKE = (
 trap 'echo "space $(free)" >&2' ERR
 set -E
 declare -A folders=()
-right() { [ -f "$path" ] && [ "$(sum "$path")" = "$sha" ]; } # somebody else has just brought the same
+right() { [ -f "$path" ] && [ "$(sum "$path")" = "$sha" ]; } # another process has just pushed the same
 while IFS=' ' read -r verb offset length mode sha given; do
   place "$given" "$sha"
   [ -d "$folder" ] || mkdir -p -- "$folder"

@@ -21,7 +21,7 @@ _REPORT_S = 5.0
 class Target:
     """One host as a spec names it. What is left empty comes from ``~/.ssh/config``, as with `ssh`.
 
-    `name` is what the person calls it; errors say that. `host` is what is looked up in the configuration and resolved:
+    `name` is the person's name for it, used in errors. `host` is what is looked up in the configuration and resolved:
     an alias, a name or an address; by default `name`. `jump` is a chain of ``[user@]host[:port]``, nearest first; with
     ``("none",)`` a ProxyJump of the configuration does not count. `fingerprint` (``SHA256:…``) pins the host key: then
     no other is accepted, nor this one where known_hosts has another key of the host or revokes it. `known_hosts`
@@ -60,7 +60,7 @@ class Prompt:
 
 
 OnPrompt = Callable[[Prompt], Awaitable["str | None"]]
-"""Asks a person; None is no answer. Without such a function nobody is asked, and the error has the command to type."""
+"""Asks a person; None is no answer. Without it no question is asked, and the error has the command to type."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The framing of a ``.wandb`` file: LevelDB's log format, read while somebody else still writes it.
+"""The framing of a ``.wandb`` file: LevelDB's log format, read while another process still writes it.
 
 Seven bytes ``:W&B``, 0xBEE1, version 0; then blocks of 32 KiB (the seven bytes count as part of the first), filled with
 fragments ``crc32, length, kind`` and payload, little-endian, the CRC over kind and payload. A record that does not fit
@@ -76,7 +76,7 @@ class Frames:
             raise TrackingError(msg, hint="it was replaced; read it again from its beginning")
 
     def _chunk(self, data: bytes) -> Iterator[bytes]:
-        """Yield the records in `data`, which begins at the reader's place; move that place behind what was used."""
+        """Yield the records in `data`, which starts at the reader's position; advance that position."""
         start = self._at
         if start == 0:
             self._at = self._preamble(data)

@@ -37,7 +37,7 @@ _HISTORY, _SUMMARY, _METRIC, _RUN, _EXIT = 2, 3, 12, 17, 18
 """Field numbers of W&B's ``Record`` (wandb/proto/wandb_internal.proto)."""
 _LAST_MOMENT = 1e11
 _HEAD_ITEMS = 1000
-"""Who the run is stands among the first records of its file."""
+"""The run's id and name are among the first records of its file."""
 _TAIL = 2 * BLOCK
 _LONGEST = 1000
 """Characters of a run's name and project; with more it is not matched."""

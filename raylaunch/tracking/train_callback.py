@@ -6,7 +6,7 @@ the run's controller, a process of its own on the driver's node. Its base classe
 
 Here nothing waits for W&B, for a controller that waits holds up its training, and one that is killed reports nothing
 more. Reports are appended to a file of the attempt, and `raylaunch.tracking.train_writer`, which outlives controller
-and driver, logs what stands there. Each also becomes a line of ``progress.jsonl``, as `raylaunch.report` would write
+and driver, logs its content. Each also becomes a line of ``progress.jsonl``, as `raylaunch.report` would write
 it, and so is kept and shown where W&B is switched off.
 
 A report is that of rank 0, and its step is its number. After a restart of the workers the number goes back to their
@@ -199,7 +199,7 @@ def _append(path: str, facts: Mapping[str, object]) -> None:
 
 
 def _reports_before(storage: Any) -> int:  # noqa: ANN401 -- Ray's own, without a public type
-    """Return how many reports stand before the checkpoint at which a run in this storage goes on; 0 for a new run."""
+    """Return how many reports precede the checkpoint from which a run in this storage continues; 0 for a new run."""
     place = Path(storage.experiment_fs_path, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).as_posix()
     try:
         with storage.storage_filesystem.open_input_stream(place) as file:

@@ -117,7 +117,7 @@ def _name_of(attempt: dict[str, Any], request: RunRequest, before: int) -> str:
 def _earlier_run(
     earlier: list[dict[str, Any]], request: RunRequest, name: str, *, before: int
 ) -> dict[str, Any] | None:
-    """Return the run of the latest earlier attempt that stands where this one does among those of its name."""
+    """Return the run of the latest earlier attempt with the same position as this one among those of its name."""
     own = re.compile(re.escape(request.base) + r"(-\d+-\d+)?")
     alike: dict[int, list[dict[str, Any]]] = {}
     for run in earlier:
@@ -238,7 +238,7 @@ def _note(settings: Any) -> None:  # noqa: ANN401 -- as above
 
 
 def _advise_no_sync(module: Any) -> None:  # noqa: ANN401 -- as above
-    """Leave out the advice to sync an off-line run by its path: that folder goes with the attempt.
+    """Leave out the advice to sync an offline run by its path: that folder goes with the attempt.
 
     wandb gives it where a run is finished, and its core where a program ends without that.
     """

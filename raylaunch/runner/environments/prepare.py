@@ -65,7 +65,7 @@ def _existing(
 def _from_lock(
     packages: list[str], env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat
 ) -> PreparedEnvironment:
-    """Return what ``uv run`` would make: what the lock pins, with the project and its neighbours installed."""
+    """Return what ``uv run`` would make: what the lock pins, with the project and local dependencies installed."""
     prepared = activate(build.uv_environment(env, folders, heartbeat), env, what="uv")
     if packages:
         prepared = layers.with_packages(prepared, packages, folders, heartbeat)

@@ -33,7 +33,7 @@ _WRITER = "raylaunch.tracking.train_writer"
 _REPORT = b'"event": "report"'
 _POLL_S = 0.1
 _FINISH_S = 60.0
-"""For uploads; and off-line for a machine that is so busy that wandb starts slowly."""
+"""For uploads; and offline for a machine that is so busy that wandb starts slowly."""
 _ADDRESS = "RAY_ADDRESS"
 _CALLBACKS = "RAY_TRAIN_CALLBACKS"
 _CALLBACK = "raylaunch.tracking.train_callback.TrainReports"
@@ -91,7 +91,7 @@ class DriverPlan(NamedTuple):
         secrets: those that must not be seen in Ray's runtime environment; `env` has them too.
         python: interpreter of the job's environment.
         imports: whether that environment has a raylaunch which knows Ray Train.
-        wandb_url: W&B's server, when the attempt tracks on-line.
+        wandb_url: W&B's server, when the attempt tracks online.
     """
 
     spec: AttemptSpec

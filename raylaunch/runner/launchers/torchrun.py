@@ -142,7 +142,7 @@ class LaunchPlan(NamedTuple):
 
 
 class Shim(NamedTuple):
-    """What ranks are started through: words to put before a program, and a program that stands for an interpreter."""
+    """What ranks are started through: words to put before a program, and a program in place of an interpreter."""
 
     words: tuple[str, ...]
     python: str
