@@ -358,7 +358,7 @@ def test_an_unknown_job_is_an_error_on_stderr(home: Path, api: Api) -> None:
     assert api.url
     done = cli(home, "show", "nope")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: there is no job 'nope'")
+    assert done.stderr.startswith("error: no such job: 'nope'")
 
 
 def test_logs_show_the_last_lines_and_raw_gives_the_bytes(home: Path, api: Api, code: Path) -> None:
@@ -489,7 +489,7 @@ def test_secrets_come_from_stdin_and_only_their_names_come_back(home: Path, api:
     assert cli(home, "secret", "list").stdout == "HF_TOKEN\n"
     assert cli(home, "secret", "rm", "HF_TOKEN").returncode == 0
     assert cli(home, "secret", "set", "EMPTY").returncode == 2
-    assert "'A=b' is not a secret's name" in cli(home, "secret", "set", "A=b").stderr
+    assert "'A=b' is not a valid name for a secret" in cli(home, "secret", "set", "A=b").stderr
 
 
 def test_env_prints_lines_that_a_shell_evaluates(home: Path, api: Api) -> None:

@@ -376,7 +376,7 @@ def test_a_corrupted_database_is_kept_aside_said_and_rebuilt_from_the_journals(c
     (aside,) = store.glob("raylaunch.db.corrupt-*")
     assert aside.read_bytes() == garbage
     said = (
-        f"The database was damaged (file is not a database; it was kept as {aside.name}) "
+        f"The database was damaged (file is not a database; it was renamed to {aside.name}) "
         f"and was rebuilt from the journals of {len(before)} jobs."
     )
     assert said in cluster.good("status")

@@ -31,7 +31,7 @@ def test_a_full_store_is_said_and_files_wait_on_their_node_and_down_ends_all(tmp
         refused = full.cli("submit", "--working-dir", "", "--", "python", "-c", "print(1)")
         assert refused.status == 1
         assert re.search(rf"cannot write {store}/jobs/python-\w+.*: No space left on device", refused.err)
-        hint = "nothing was recorded; free space on that disk (raylaunch du shows what jobs take), then try again"
+        hint = "nothing was recorded; free space on that disk (raylaunch du shows the usage of jobs), then try again"
         assert hint in refused.err
         enough.touch()
         problem = f"{running}-1: the store cannot be written: the disk of {os.uname().nodename} is full"

@@ -57,7 +57,7 @@ def test_the_same_request_id_is_the_same_job(cluster: Cluster) -> None:
     other = cluster.cli("submit", "--working-dir", "", "--request-id", "nightly", "--", "python", "-c", "print(2)")
     assert first == again
     assert other.status == 1
-    assert f"request id 'nightly' has already made {first}, from another spec" in other.err
+    assert f"request id 'nightly' was already used for {first}" in other.err
 
 
 def test_a_job_that_asks_for_more_than_there_is_is_refused_with_what_there_is(cluster: Cluster) -> None:
@@ -208,6 +208,6 @@ def test_a_job_that_there_is_not_is_an_error_that_names_the_nearest(cluster: Clu
     job = cluster.python("print(1)", "--name", "misspelt")
     result = cluster.cli("show", "mispelt")
     assert result.status == 1
-    assert "there is no job 'mispelt'" in result.err
+    assert "no such job: 'mispelt'" in result.err
     assert "misspelt" in result.err.split("→")[1]
     cluster.ended(job)

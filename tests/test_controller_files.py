@@ -166,7 +166,7 @@ def test_secrets_go_in_and_only_their_names_come_out(api: Api) -> None:
         assert wrong.status_code == 422
         assert "planted-secret" not in answer.text + wrong.text
         assert olga.delete("/v1/secrets/KEY").json() == {}
-        assert error(olga.delete("/v1/secrets/KEY"))[2] == "there is no secret 'KEY'"
+        assert error(olga.delete("/v1/secrets/KEY"))[2] == "no such secret: 'KEY'"
 
 
 def test_a_secret_that_is_for_some_people_goes_to_their_jobs_alone(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_a_viewer_reads_and_may_not_submit(api: Api, tom: httpx2.Client) -> None
             403,
             "access",
             "vera is a viewer and may not submit jobs",
-            "it takes the role trainer; ask whoever runs this cluster for such a token",
+            "this requires the role trainer; ask an admin of this cluster for such a token",
         )
 
 
@@ -277,7 +277,7 @@ def test_a_dry_run_says_where_and_takes_nothing_in(tom: httpx2.Client) -> None:
 def test_an_unknown_job_and_an_unknown_state_say_what_there_is(tom: httpx2.Client) -> None:
     submit(tom, "nearby")
     assert error(tom.get("/v1/jobs/naerby")) == (
-        404, "not_found", "there is no job 'naerby'", "did you mean nearby?"
+        404, "not_found", "no such job: 'naerby'", "did you mean nearby?"
     )  # fmt: skip
     assert error(tom.get("/v1/jobs?state=dead")) == (
         422,

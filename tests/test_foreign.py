@@ -167,7 +167,7 @@ def test_a_job_of_ours_is_never_taken_for_another(foreign: ExternalJobs, records
     ours, _ = records.create(SubmitRequest(spec=spec), owner="ana", wandb=None)
     foreign.take({ours.id: job("FAILED", submission_id=ours.id)})
     assert (records.get(ours.id).foreign, records.get(ours.id).state) == (False, JobState.QUEUED)
-    with pytest.raises(ConflictError, match=f"{ours.id} is the id of a job of raylaunch's"):
+    with pytest.raises(ConflictError, match=f"{ours.id} is the id of a raylaunch job"):
         records.foreign(ours.id)
 
 

@@ -59,7 +59,7 @@ def test_a_full_disk_is_said_and_leaves_the_journal_as_it_was(tmp_path: Path) ->
         assert path.read_bytes() == before
     assert raised.value.message == f"cannot write {path}: No space left on device"
     assert raised.value.hint == (
-        "nothing was recorded; free space on that disk (raylaunch du shows what jobs take), then try again"
+        "nothing was recorded; free space on that disk (raylaunch du shows the usage of jobs), then try again"
     )
 
 

@@ -328,11 +328,11 @@ def test_the_link_ends_when_its_controller_is_killed(tmp_path: Path) -> None:
     controller = f"""
 import asyncio
 from pathlib import Path
-from raylaunch.controller.ray.bridge import Link
+from raylaunch.controller.ray.bridge import RayBridge
 
 async def main():
     folder = Path({str(tmp_path)!r})
-    link = Link(gcs_address="127.0.0.1:9", ray_token_path=folder / "token", store=folder / "store", on_event=print,
+    link = RayBridge(gcs_address="127.0.0.1:9", ray_token_path=folder / "token", store=folder / "store", on_event=print,
                 log_path=folder / "link.log")
     await link.start()
     while link.pid is None:

@@ -195,7 +195,7 @@ def test_what_the_engine_of_expressions_lacks_is_refused_with_what_there_is(
 def test_a_pattern_of_many_characters_or_of_half_a_character_is_refused(log: Path) -> None:
     with pytest.raises(SpecError, match="1001 characters"):
         logs.search(log, "a" * 1001, regex=True)
-    with pytest.raises(SpecError, match="half of a character"):
+    with pytest.raises(SpecError, match="surrogate"):
         logs.search(log, "\ud800")
     with pytest.raises(SpecError, match="is not a supported regular expression"):
         logs.search(log, "((((a{100}){100}){100}){100}){100}", regex=True)

@@ -108,9 +108,9 @@ def test_a_job_that_there_is_not_is_answered_with_the_nearest(agent: Agent, tool
     answer = agent.call_with(tool, {"job": "mistpyed"})
     assert answer.error
     assert answer.text.startswith("not_found; ")
-    assert "\n| there is no job 'mistpyed'\n| → did you mean mistyped or mistyped-" in answer.text
+    assert "\n| no such job: 'mistpyed'\n| → did you mean mistyped or mistyped-" in answer.text
     api_wide = agent.call_with(tool, {"job": "zzzzzzzz"})
-    assert "\n| there is no job 'zzzzzzzz'\n| → see what there is: raylaunch list\n" in api_wide.text
+    assert "\n| no such job: 'zzzzzzzz'\n| → list jobs: raylaunch list\n" in api_wide.text
     assert api_wide.text.endswith("\n  → list_jobs shows the jobs that there are")
     assert agent.call("monitor_job", job=job).facts["job"]["state"] == "queued"
 

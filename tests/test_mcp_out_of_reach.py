@@ -182,7 +182,7 @@ def test_an_unknown_token_is_said(place: Path, agent: Agent, tool: str) -> None:
 @pytest.mark.parametrize(
     ("tool", "words"),
     [
-        ("train_job", "vera is a viewer and may not submit jobs\n| → it takes the role trainer"),
+        ("train_job", "vera is a viewer and may not submit jobs\n| → this requires the role trainer"),
         ("stop_job", "vera is a viewer and may not stop"),
     ],
 )

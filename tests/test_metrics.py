@@ -244,7 +244,7 @@ def test_a_broken_report_line_is_passed_over_and_said(tmp_path: Path) -> None:
     _report(attempt, {"step": 1, "metrics": {"loss": 0.5}})
     metrics = MetricsStore(tmp_path)
     assert metrics.page(_job()).last == {"loss": 0.5}
-    assert metrics.problems("digits-k3f9qa", _job().attempts) == ("progress.jsonl: 2 lines could not be understood",)
+    assert metrics.problems("digits-k3f9qa", _job().attempts) == ("progress.jsonl: 2 lines could not be read",)
 
 
 def test_a_metric_that_is_reported_and_logged_is_wandbs(tmp_path: Path) -> None:

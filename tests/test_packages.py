@@ -47,7 +47,7 @@ def test_a_piece_at_the_wrong_place_is_refused_and_says_where_to_go_on(packages:
     with pytest.raises(WrongOffsetError) as raised:
         packages.put(SHA, offset=5000, total=len(DATA), data=DATA[5000:6000])
     assert raised.value.have == 1000
-    assert str(raised.value) == f"package {SHA[:12]} goes on at 1000, not at 5000\n  → send from 1000 on"
+    assert str(raised.value) == f"package {SHA[:12]} continues at 1000, not at 5000\n  → send from 1000 on"
     assert packages.have(SHA).bytes == 1000
 
 
@@ -57,7 +57,7 @@ def test_bytes_that_are_not_what_the_name_says_are_refused_and_deleted(packages:
         packages.put(SHA, offset=0, total=len(wrong), data=wrong)
     assert str(raised.value) == (
         f"package {SHA[:12]} arrived damaged: its bytes have the sha256 {hashlib.sha256(wrong).hexdigest()[:12]}\n"
-        "  → what had arrived was deleted; submit again to send it anew"
+        "  → it was deleted; submit again to send it again"
     )
     assert packages.have(SHA) == PackageBytes(0, complete=False)
 
@@ -105,7 +105,7 @@ def test_numbers_that_do_not_fit_together_are_refused(packages: PackageStore) ->
 
 
 def test_a_package_that_is_not_here_is_said(packages: PackageStore) -> None:
-    with pytest.raises(NotFoundError, match=f"package {SHA[:12]} is not here"):
+    with pytest.raises(NotFoundError, match=f"package {SHA[:12]} is not in the store"):
         packages.path(SHA)
 
 
@@ -150,9 +150,9 @@ def test_a_jobs_own_secrets_come_before_the_clusters_and_are_forgotten(tmp_path:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("A-B", "x", "'A-B' is not a secret's name"),
+        ("A-B", "x", "'A-B' is not a valid name for a secret"),
         ("A", "", "the value of A is empty"),
-        ("A", "x\0y", "the value of A has a NUL byte in it"),
+        ("A", "x\0y", "the value of A contains a NUL byte"),
     ],
 )
 def test_a_secret_that_cannot_be_a_variable_is_refused_without_showing_it(
@@ -166,4 +166,4 @@ def test_a_secret_that_cannot_be_a_variable_is_refused_without_showing_it(
 def test_a_secret_that_is_not_there_cannot_be_removed(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError) as raised:
         SecretStore(tmp_path).remove("A")
-    assert str(raised.value) == "there is no secret 'A'\n  → see their names: raylaunch secret list"
+    assert str(raised.value) == "no such secret: 'A'\n  → list them: raylaunch secret list"

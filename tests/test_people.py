@@ -66,7 +66,7 @@ def test_a_code_that_was_taken_opens_nothing_to_whoever_finds_it(api: Api) -> No
     assert error(take(api, code, OTHER)) == (
         403,
         "access",
-        "the invitation of alice was taken already",
+        "the invitation for alice was already used",
         f"if that was not you, tell ada: raylaunch token revoke {SHA[:8]}",
     )
     assert as_(api, "made by mallory").status_code == 401
@@ -121,7 +121,7 @@ def test_a_revoked_token_is_worth_nothing_at_once_and_its_code_stays_burnt(api: 
     take(api, code)
     with api.client("ada") as ada:
         assert ada.delete("/v1/tokens/alice").json() == {"revoked": 1}
-        assert error(ada.delete("/v1/tokens/alice"))[:3] == (404, "not_found", "there is no token of 'alice'")
+        assert error(ada.delete("/v1/tokens/alice"))[:3] == (404, "not_found", "no token or invitation of 'alice'")
     assert as_(api, "made by alice").status_code == 401
     assert error(take(api, code))[2] == "the token of alice was revoked"
 
@@ -136,7 +136,7 @@ def test_an_invitation_can_be_taken_back(api: Api) -> None:
 def test_nobody_locks_herself_out(api: Api) -> None:
     with api.client("ada") as ada:
         said = error(ada.delete("/v1/tokens/ada"))
-    assert said[:3] == (409, "conflict", "that is the token with which you ask, and nobody locks herself out")
+    assert said[:3] == (409, "conflict", "you cannot revoke the token you are using")
 
 
 def test_invitations_and_tokens_are_over_at_their_time(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_invitations_and_tokens_are_over_at_their_time(tmp_path: Path) -> None:
     code, _ = made.invite("alice", Role.VIEWER, by="ada", valid_s=60, token_expires_at=2000)
     made.accept(code, SHA)
     now[0] = 1061.0
-    with pytest.raises(Exception, match="the time of the invitation of late is over"):
+    with pytest.raises(Exception, match="the invitation for late has expired"):
         made.accept(late, OTHER)
     assert book.caller_of("made by alice") is not None
     now[0] = 2000.0
@@ -316,7 +316,7 @@ def test_a_line_that_is_pasted_twice_by_another_is_refused_and_nothing_is_left_t
     try:
         refused = mallory.call(*shlex.split(made)[1:])
         assert refused.returncode == 1
-        assert "the invitation of alice was taken already" in refused.stderr
+        assert "the invitation for alice was already used" in refused.stderr
         assert not mallory.paths("test").root.exists()
     finally:
         mallory.end()

@@ -57,7 +57,7 @@ def test_last_is_the_owners_latest_and_else_anybodys(records: Records) -> None:
 def test_last_without_any_job_says_how_to_submit_one(records: Records) -> None:
     with pytest.raises(NotFoundError) as raised:
         records.get("last")
-    assert str(raised.value) == "there is no job yet\n  → submit one: raylaunch run -- python train.py"
+    assert str(raised.value) == "there are no jobs yet\n  → submit one: raylaunch run -- python train.py"
 
 
 def test_names_that_a_mistyped_one_resembles_are_found_among_the_latest(records: Records) -> None:
@@ -73,7 +73,7 @@ def test_a_name_like_nothing_points_to_the_list(records: Records) -> None:
     submit(records, "digits")
     with pytest.raises(NotFoundError) as raised:
         records.get("zzz")
-    assert str(raised.value) == "there is no job 'zzz'\n  → see what there is: raylaunch list"
+    assert str(raised.value) == "no such job: 'zzz'\n  → list jobs: raylaunch list"
 
 
 # -- pages -----------------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_lists_leave_heavy_fields_out_and_a_single_job_has_them(records: Records
 def test_a_cursor_that_is_not_ours_is_refused(records: Records) -> None:
     with pytest.raises(SpecError) as raised:
         records.page(cursor="page 2")
-    assert raised.value.message == "'page 2' is not a cursor of a page of jobs"
+    assert raised.value.message == "'page 2' is not a valid cursor"
 
 
 # -- submitting ------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_the_same_request_id_for_something_else_is_a_conflict(
     with pytest.raises(ConflictError) as raised:
         records.create(asked.model_copy(update=change), owner="ana", wandb=None)
     assert str(raised.value) == (
-        f"request id 'r1' has already made {job.id}, from {what}\n  → use a new request id for a new job"
+        f"request id 'r1' was already used for {job.id}, with {what}\n  → use a new request id for a new job"
     )
 
 

@@ -32,7 +32,7 @@ def test_a_second_controller_is_refused_with_the_first_ones_pid(records: Records
         Records(records.store)
     assert str(raised.value) == (
         f"the store {records.store} is in use by the controller with pid {os.getpid()}\n"
-        "  → one controller at a time can use a store; end that one, or use another store"
+        "  → only one controller at a time can use a store; stop that one, or use another store"
     )
 
 
@@ -58,7 +58,7 @@ def test_a_damaged_database_is_kept_aside_and_rebuilt_from_the_journals(tmp_path
     with opened(tmp_path) as records:
         (aside,) = [path.name for path in tmp_path.glob("raylaunch.db.corrupt-*")]
         assert records.repairs == (
-            f"The database was damaged ({why}; it was kept as {aside}) and was rebuilt from the journals of 2 jobs.",
+            f"The database was damaged ({why}; it was renamed to {aside}) and was rebuilt from the journals of 2 jobs.",
         )
         assert records.get(waiting.id) == waiting
         assert records.get(ended.id) == ended
@@ -74,7 +74,7 @@ def test_a_database_that_vanished_is_rebuilt_from_the_journals(tmp_path: Path) -
         job = submit(records)
     (tmp_path / "raylaunch.db").unlink()
     with opened(tmp_path) as records:
-        assert records.repairs == (f"Found in the journals and taken up again: 1 job ({job.id}).",)
+        assert records.repairs == (f"Found in the journals and added: 1 job ({job.id}).",)
         assert records.get(job.id) == job
 
 
@@ -108,7 +108,7 @@ def test_a_damaged_line_in_a_journal_is_said_and_the_rest_is_used(tmp_path: Path
         with (records.folder(job.id) / "journal.jsonl").open("ab") as journal:
             journal.write(b"\xff\xfe\n")
     with opened(tmp_path) as records:
-        assert records.repairs == (f"Journals with damaged lines, which were left out: {job.id}.",)
+        assert records.repairs == (f"Journals with damaged lines, which were skipped: {job.id}.",)
         assert records.get(job.id) == job
 
 

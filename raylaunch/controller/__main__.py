@@ -63,19 +63,19 @@ def main() -> int:
     try:
         settings = Settings.model_validate_json(config.read_bytes())
     except (OSError, ValidationError) as error:
-        return _give_up(_CONFIG, f"cannot read {config}: {error}")
+        return _fail(_CONFIG, f"cannot read {config}: {error}")
     try:
         listener = _listen(settings.port)
     except OSError as error:
-        return _give_up(_PORT, f"port {settings.port} on 127.0.0.1 cannot be used: {error.strerror}")
+        return _fail(_PORT, f"port {settings.port} on 127.0.0.1 cannot be used: {error.strerror}")
     try:
         records = Records(settings.store)
     except ConflictError as error:
-        return _give_up(_LOCKED, error.message)
+        return _fail(_LOCKED, error.message)
     except RaylaunchError as error:
-        return _give_up(_STORE, error.message)
+        return _fail(_STORE, error.message)
     gc.collect()
-    gc.freeze()  # what is here by now stays: no later collection goes through it again
+    gc.freeze()  # what exists now stays: later collections skip it
     for sentence in records.repairs:
         _log.warning("%s", sentence)
     try:
@@ -86,7 +86,7 @@ def main() -> int:
 
 
 async def serve(settings: Settings, records: Records, listener: socket.socket) -> bool:
-    """Serve HTTP on `listener` and run the lifecycle, until a signal ends both; return whether the lifecycle failed."""
+    """Serve HTTP on `listener` and run the scheduler until a signal; return whether the scheduler failed."""
     observed = ObservedState()
     secrets = SecretStore(settings.store)
     secrets.keep_only(records.unfinished())
@@ -100,7 +100,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         ray_token_path=settings.ray_token_path,
         ray_env=settings.ray_env,
         store=settings.store,
-        on_event=lambda event: lifecycle.on_event(event),  # noqa: PLW0108 -- made below; the link needs it first
+        on_event=lambda event: scheduler.on_event(event),  # noqa: PLW0108 -- created below; the bridge needs it first
         log_path=settings.store / "link.log",
         namespace=settings.namespace,
         carries=settings.carries_stewards,
@@ -115,10 +115,10 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         read_result=lambda record: read_attempt_result(record, records=records, artifacts=artifacts, metrics=metrics),
     )
     external = ExternalJobs(records=records, ray=ray, bridge=bridge, observed=observed)
-    lifecycle = SchedulerLoop(context, artifacts, external, drains)
+    scheduler = SchedulerLoop(context, artifacts, external, drains)
     removal = JobRemoval(records=records, artifacts=artifacts, secrets=secrets)
     cluster_wheels = ClusterWheels(settings)
-    verbs = JobService(
+    jobs = JobService(
         settings=settings,
         records=records,
         packages=packages,
@@ -142,7 +142,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         invitations=Invitations(settings.store, tokens),
         artifacts=artifacts,
         metrics=metrics,
-        jobs=verbs,
+        jobs=jobs,
         hosts=HostService(records=records, drains=drains, observed=observed),
         external_logs=ExternalLogs(bridge=bridge, ray=ray, observed=observed),
     )
@@ -163,7 +163,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         removal=removal,
         cluster_wheels=cluster_wheels,
     )
-    loop_task = asyncio.create_task(lifecycle.run(), name="lifecycle")
+    loop_task = asyncio.create_task(scheduler.run(), name="scheduler")
     sweeping = asyncio.create_task(sweeper.run(), name="retention")
     logs = [one for one in (settings.log_path, settings.store / "link.log") if one is not None]
     rotating = asyncio.create_task(_rotate_logs(*logs), name="log rotation")
@@ -176,14 +176,14 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         rotating.cancel()
         failure = (await asyncio.gather(loop_task, return_exceptions=True))[0]
         if isinstance(failure, Exception):
-            _log.error("the lifecycle failed", exc_info=failure)
+            _log.error("the scheduler's loop failed", exc_info=failure)
         await bridge.close()
         await ray.close()
     return isinstance(failure, Exception)
 
 
 async def _rotate_logs(*logs: Path) -> None:
-    """Keep the logs of the controller and its link small, until cancelled."""
+    """Rotate the logs of the controller and its bridge, until cancelled."""
     while True:
         for path in logs:
             await asyncio.to_thread(rotate, path)
@@ -193,7 +193,7 @@ async def _rotate_logs(*logs: Path) -> None:
 async def read_attempt_result(
     record: JobRecord, *, records: Records, artifacts: Artifacts, metrics: MetricsStore
 ) -> AttemptResult:
-    """Read what a job has left in the store so far, and write its manifest; in a thread, for it may be much."""
+    """Read what a job has in the store so far, and write its manifest; in a thread, since it may take long."""
     return await asyncio.to_thread(_read_attempt_result, record, records, artifacts, metrics)
 
 
@@ -205,7 +205,7 @@ def _read_attempt_result(
     count, size = artifacts.outputs(record.id)
     ran_s = time.time() - record.started_at if record.started_at is not None else 0.0
     measured = metrics.at_end(record.id, record.attempts, ran_s=ran_s)
-    more = f"{measured.left_out} metrics beyond {NAMES_KEPT} are not in the record: raylaunch metrics has more"
+    more = f"{measured.left_out} metrics beyond {NAMES_KEPT} are not in the record; raylaunch metrics shows more"
     return AttemptResult(
         log_tail=log_tail(folder, attempt=len(record.attempts)),
         outputs=count,
@@ -228,7 +228,7 @@ def _listen(port: int) -> socket.socket:
     return listener
 
 
-def _give_up(status: int, why: str) -> int:
+def _fail(status: int, why: str) -> int:
     sys.stderr.write(f"raylaunch controller: {why}\n")
     return status
 

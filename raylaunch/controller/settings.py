@@ -1,4 +1,4 @@
-"""What the controller is told at its start: ``controller.json`` in the cluster's folder."""
+"""The controller's settings: ``controller.json`` in the cluster's folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raylaunch.models.job_spec import JobSpec
 
 
 class Settings(BaseModel):
-    """``controller.json``, written by whoever starts the controller. It holds paths of secrets, never a secret."""
+    """``controller.json``, written by what starts the controller. It contains paths of secrets, never a secret."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -23,22 +23,22 @@ class Settings(BaseModel):
     dashboard_url: str
     ray_token_path: Path
     ray_env: dict[str, str] = Field(default_factory=dict)
-    """Variables with which a process connects to Ray: which certificate it has, where Ray uses TLS."""
+    """Variables with which a process connects to Ray, for example the path of its certificate if Ray uses TLS."""
     log_path: Path | None = None
-    """Where the controller's own output goes; None where nobody says."""
+    """The file with the controller's own output; None if unknown."""
     default_environment: Environment = Environment()
     env: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of every job of the cluster; a job's own win."""
+    """Environment variables of every job of the cluster; a job's own take precedence."""
     secrets: tuple[str, ...] = ()
     """Names of secrets that every job of the cluster gets."""
     retention: Retention = Retention()
     revive: tuple[str, ...] = ()
-    """Command that starts Ray again when it is found dead; empty where somebody else looks after it."""
+    """Command that restarts Ray when it does not respond; empty if somebody else runs Ray."""
     revive_limit_s: float = 600.0
-    """How long it may take; one that hangs would otherwise be the last."""
+    """Timeout of that command."""
 
     carries_stewards: bool = False
-    """Whether somebody else runs Ray: its nodes have no raylaunch, and stewards come with their code."""
+    """Whether somebody else runs Ray: raylaunch is not installed on its nodes, and agents bring their code."""
 
     def environment_of(self, spec: JobSpec) -> Environment:
         """Return the environment of a job: its own, or the cluster's."""
@@ -46,7 +46,7 @@ class Settings(BaseModel):
 
     @property
     def namespace(self) -> str:
-        """Ray's namespace of the stewards. On a Ray of ours alone it is the same for ever."""
+        """Ray's namespace of the agents. It is constant if raylaunch runs Ray itself."""
         return f"raylaunch-{self.cluster_id}" if self.carries_stewards else "raylaunch"
 
     @property

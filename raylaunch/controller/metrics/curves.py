@@ -1,4 +1,4 @@
-"""The points of one file of metrics: over which axis they are drawn, and as many of them as memory allows."""
+"""Curves of metrics: axes, the points of one file (thinned to bound memory), and runs that consist of several files."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ _LOG = logging.getLogger(__name__)
 
 
 class Curve:
-    """The files of one run (or the reports of one job), one behind the other."""
+    """The files of one run (or the reports of one job), in order."""
 
     def __init__(self, prefix: str = "") -> None:
-        """Hold no file yet; `prefix` goes before the keys."""
+        """Create an empty curve; `prefix` is put before the keys."""
         self.prefix = prefix
         self.attempts: set[int] = set()
-        """Numbers of the attempts that have files of it."""
+        """Numbers of the attempts that have files of this run."""
         self.sources: dict[Path, RunFile | ReportReader] = {}
         self.segments: dict[Path, Segment] = {}
         self._failed: dict[Path, str] = {}
 
-    def take(self, path: Path) -> None:
-        """Add a file that comes after all that are here."""
+    def add(self, path: Path) -> None:
+        """Add a file that follows all present ones."""
         if path not in self.segments:
             self._open(path, {})
 
     def refresh(self) -> None:
-        """Read what is new in every file, and put the files in order behind each other."""
+        """Read what is new in every file, and shift and cut the files so that they continue each other."""
         for path in tuple(self.segments):
             self._read(path)
         self._shift()
         self._cut()
 
     def info(self) -> RunInfo | None:
-        """Return who the run is, as its latest file says."""
+        """Return the run's identity from its latest file."""
         return next((one.info for one in reversed(tuple(self.segments.values())) if one.info is not None), None)
 
     def problems(self) -> Iterator[str]:
@@ -53,8 +53,8 @@ class Curve:
         for source in self.sources.values():
             yield from source.problems
 
-    def again(self) -> Iterator[tuple[Segment, str]]:
-        """Yield segments that read the files from their beginnings, with what goes before their keys."""
+    def reread(self) -> Iterator[tuple[Segment, str]]:
+        """Yield new segments that read the files from the start, with the prefix of their keys."""
         for path, segment in self.segments.items():
             fresh = Segment(_source(path), cuts=segment.cuts)
             fresh.shift = segment.shift
@@ -68,7 +68,7 @@ class Curve:
         try:
             try:
                 self.segments[path].refresh()
-            except TrackingError:  # perhaps replaced by a shorter file: once more, from its beginning
+            except TrackingError:  # perhaps replaced by a shorter file: read it from the start
                 self._open(path, self.segments[path].cuts)
                 self.segments[path].refresh()
             self._failed.pop(path, None)
@@ -109,23 +109,23 @@ def _source(path: Path) -> RunFile | ReportReader:
 
 
 WANDB_STEP = ""
-"""The axis of a metric for which the run names none: W&B's own step."""
+"""The default axis of a metric: W&B's own step."""
 _GLOBAL_STEP = "global_step"
 KEYS_KEPT = 10_000
-"""Names of metrics of one file."""
+"""Maximum number of metrics of one file."""
 _POINTS_AT_FIRST = 4096
 _POINTS_AT_LEAST = 64
 
 
 class Source(Protocol):
-    """A file of rows that can be read again and again; each time it yields what is new."""
+    """A growing file of rows; each read yields what is new."""
 
     def stream(self) -> Iterator[Item]:
         """Yield what is new."""
 
 
 class PlottedPoint(NamedTuple):
-    """One value of one metric, and where it is drawn."""
+    """One value of one metric, and its position."""
 
     key: str
     axis: str
@@ -135,9 +135,9 @@ class PlottedPoint(NamedTuple):
 
 
 class Axes:
-    """Which step a metric is drawn over: its step metric, the row's own ``global_step``, or W&B's step.
+    """Chooses the axis of each metric: its step metric, the row's own ``global_step``, or W&B's step.
 
-    A key keeps the axis of its first point. Where a row lacks the step metric its last value counts, as in W&B.
+    A key keeps the axis of its first point. If a row lacks the step metric its last value is used, as in W&B.
     """
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ class Axes:
         self._seen: dict[str, float] = {}
 
     def define(self, metric: StepMetric) -> None:
-        """Take note of a `define_metric`."""
+        """Apply a `define_metric`."""
         if len(self._prefixes) + len(self._defined) >= KEYS_KEPT:
             return
         if metric.pattern.endswith("*"):
@@ -171,15 +171,15 @@ class Axes:
             yield PlottedPoint(key, axis, row.step if axis == WANDB_STEP else seen[axis], row.at, value)
 
     def main_step(self, row: History) -> tuple[str, float]:
-        """Return the axis on which the row itself stands, and where."""
+        """Return the axis and position of the row itself."""
         for axis in (self._prefixes.get("", WANDB_STEP), _GLOBAL_STEP):
             if axis in self._seen:
                 return axis, self._seen[axis]
         return WANDB_STEP, row.step
 
     def _choose(self, key: str, values: Mapping[str, float]) -> str:
-        wished = self._defined.get(key) or self._by_prefix(key)
-        for axis in (wished, _GLOBAL_STEP):
+        requested = self._defined.get(key) or self._by_prefix(key)
+        for axis in (requested, _GLOBAL_STEP):
             if axis in self._seen:
                 return axis
             if _is_step(values.get(axis)):
@@ -193,7 +193,7 @@ class Axes:
 
 
 class Series:
-    """Points of one metric, thinned to every 2nd, 4th, … when they become many; the last one is always there."""
+    """Points of one metric, thinned to every 2nd, 4th, … when there are many; the last one is always included."""
 
     def __init__(self, axis: str, most: int) -> None:
         self.axis = axis
@@ -226,7 +226,7 @@ class Series:
             self._stride *= 2
 
     def points(self, shift: float) -> Iterator[MetricPoint]:
-        """Yield the kept points, oldest first, their steps shifted when the axis is W&B's step."""
+        """Yield the kept points, oldest first; steps are shifted if the axis is W&B's step."""
         by = shift if self.axis == WANDB_STEP else 0.0
         for step, value, at in zip(self._steps, self._values, self._times, strict=True):
             yield MetricPoint(step=step + by, value=value, at=at)
@@ -236,14 +236,14 @@ class Series:
 
 @dataclass
 class SegmentRange:
-    """Where a segment begins, and how far it goes, on one axis."""
+    """The range of a segment on one axis."""
 
     first: float
     highest: float
 
 
 class Segment:
-    """All series of one file. Points at or beyond `cuts` (axis → step) are left out: a later file drew them again."""
+    """All series of one file. Points at or beyond `cuts` (axis → step) are omitted: a later file has them again."""
 
     def __init__(self, source: Source, *, cuts: Mapping[str, float] | None = None) -> None:
         self.series: dict[str, Series] = {}
@@ -251,17 +251,17 @@ class Segment:
         self.reach: dict[str, SegmentRange] = {}
         self.cuts = dict(cuts or {})
         self.shift = 0.0
-        """Added to W&B's steps when this file began at 0 again though it continues another."""
+        """Added to W&B's steps if this file starts at 0 again although it continues another."""
         self.last_main: tuple[str, float] | None = None
         self.info: RunInfo | None = None
-        """Who the run is, once its file says so."""
+        """The run's identity, once its file has it."""
         self._source = source
         self._axes = Axes()
         self._most = _POINTS_AT_FIRST
 
     @property
     def last_step(self) -> float | None:
-        """The step of the last row, shifted where it must be."""
+        """The step of the last row, shifted if necessary."""
         if self.last_main is None:
             return None
         axis, step = self.last_main
@@ -269,11 +269,11 @@ class Segment:
 
     @property
     def points(self) -> int:
-        """How many points are held."""
+        """Number of points in memory."""
         return sum(len(series) for series in self.series.values())
 
     def placed(self) -> Iterator[PlottedPoint]:
-        """Read what is new and yield the values that are not cut, with unshifted steps.
+        """Read what is new and yield the values before the cuts, with unshifted steps.
 
         Raises:
             TrackingError: the file cannot be read.
@@ -310,7 +310,7 @@ class Segment:
             series.add(point)
 
     def thin(self) -> bool:
-        """Halve what is held of each metric; False when no more can be spared."""
+        """Halve the points of each metric; False if the minimum is reached."""
         if self._most <= _POINTS_AT_LEAST:
             return False
         self._most //= 2
@@ -331,7 +331,7 @@ def _is_step(value: float | None) -> TypeGuard[float]:
 
 
 def evenly(points: list[MetricPoint], most: int) -> tuple[MetricPoint, ...]:
-    """Return at most `most` of the points, evenly chosen: the first and the last are among them (of one, the last)."""
+    """Return at most `most` of the points, evenly spaced, with the first and the last (of one, the last)."""
     if len(points) <= most:
         return tuple(points)
     if most <= 1:
@@ -341,10 +341,10 @@ def evenly(points: list[MetricPoint], most: int) -> tuple[MetricPoint, ...]:
 
 
 def plain(number: float) -> str:
-    """Return a number as CSV has it: whole ones without ``.0``."""
+    """Return a number for CSV: integers without ``.0``."""
     return str(int(number)) if math.isfinite(number) and number == int(number) else repr(number)
 
 
 def total_points(segments: Iterable[Segment]) -> int:
-    """Return how many points the segments hold."""
+    """Return the number of points in the segments."""
     return sum(segment.points for segment in segments)

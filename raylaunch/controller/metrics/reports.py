@@ -1,4 +1,4 @@
-"""``progress.jsonl``: what `raylaunch.report` appended, read while it grows."""
+"""``progress.jsonl``: reports of `raylaunch.report`, read while the file grows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LARGEST = 1e11
 
 
 class ReportReader:
-    """Reads the file incrementally, as rows like those of a W&B run. `progress` is what its last line says."""
+    """Reads the file incrementally, as rows like those of a W&B run. `progress` is from its last line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -24,16 +24,16 @@ class ReportReader:
         self._at = 0
         self._lines = 0
         self._broken = 0
-        self._asked = False
-        """Whether the program itself says how far it is; then what Ray Train's workers report is only metrics."""
+        self._reported_by_program = False
+        """Whether the program itself reports progress; then reports of Ray Train's workers only count as metrics."""
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What could not be read, as sentences."""
-        return (f"{self.path.name}: {self._broken} lines could not be understood",) if self._broken else ()
+        """Messages about what could not be read."""
+        return (f"{self.path.name}: {self._broken} lines could not be read",) if self._broken else ()
 
     def stream(self) -> Iterator[Item]:
-        """Yield the rows of whole lines beyond the last read. A file that does not exist yet has none.
+        """Yield the rows of complete lines after the last read. A file that does not exist yet has none.
 
         Raises:
             TrackingError: the file was replaced by a shorter one, or cannot be read.
@@ -55,17 +55,17 @@ class ReportReader:
 
     def _row(self, line: bytes) -> Iterator[History]:
         try:
-            told = json.loads(line)
-            at = _finite(told["at"])
-            step = told.get("step")
-            total = told.get("total")
-            values = {_whole(key): float(value) for key, value in (told.get("metrics") or {}).items()}
+            report = json.loads(line)
+            at = _finite(report["at"])
+            step = report.get("step")
+            total = report.get("total")
+            values = {_whole(key): float(value) for key, value in (report.get("metrics") or {}).items()}
             place = self._lines if step is None else float(step)
-            of_train = "source" in told
-            if abs(place) <= LARGEST_STEP and not (of_train and self._asked):
+            of_train = "source" in report
+            if abs(place) <= LARGEST_STEP and not (of_train and self._reported_by_program):
                 done = place + 1 if of_train else place  # the first report of a training is its step 0
                 self.progress = Progress(step=done, total=None if total is None else _finite(total), at=at)
-            self._asked = self._asked or not of_train
+            self._reported_by_program = self._reported_by_program or not of_train
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             self._broken += 1
             return
@@ -75,14 +75,14 @@ class ReportReader:
 
 
 def _finite(value: object) -> float:
-    """Return a number that is one, and that a time or a count can be."""
+    """Return a finite number that is plausible as a time or a count."""
     number = float(str(value))
     if not 0 <= number <= _LARGEST:
-        msg = f"{number} is no time and no count"
+        msg = f"{number} is not a valid time or count"
         raise ValueError(msg)
     return number
 
 
 def _whole(key: object) -> str:
-    """Return a name without half characters, which no answer could carry."""
+    """Return a name without lone surrogates, which no response can contain."""
     return str(key)[:LONGEST_KEY].encode("utf-8", "replace").decode()

@@ -1,7 +1,7 @@
-"""How people come in: an invitation's code works once, and the token that it leads to is never known here.
+"""Access: roles, tokens (``tokens.json``) and invitations (``invitations.json``). Only hashes are stored.
 
-Who takes an invitation makes her token herself and sends its hash. So the code may lie in a shell's history: it is
-worth nothing afterwards; and an answer that was lost is asked for again with the same hash.
+An invitation's code works once. The invited person creates a token and sends only its hash. So the code may remain in a
+shell's history, where it is worthless after use; and a lost response can be requested again with the same hash.
 """
 
 from __future__ import annotations
@@ -39,41 +39,41 @@ class Role(str, Enum):
     OPERATOR = "operator"
     """Stop or remove anybody's jobs, set secrets, drain hosts, use Ray's own tools."""
     ADMIN = "admin"
-    """Everything; and say who may come in."""
+    """Everything, including tokens and invitations."""
 
     def allows(self, needed: Role) -> bool:
-        """Whether this role may do what `needed` may."""
+        """Whether this role includes `needed`."""
         order = list(Role)
         return order.index(self) >= order.index(needed)
 
 
 @dataclass(frozen=True)
 class Caller:
-    """The person behind a request. `token` is the hash of what was shown."""
+    """The person behind a request. `token` is the hash of their token."""
 
     person: str
     role: Role
     token: str = ""
 
     def require(self, needed: Role, what: str) -> None:
-        """Let through who has the role.
+        """Require a role.
 
         Args:
-            needed: the least role that may do it.
-            what: what is asked for, as it follows "may not".
+            needed: the lowest role that may do it.
+            what: the requested action, as it follows "may not".
 
         Raises:
-            AccessError: the caller's role is less.
+            AccessError: the caller's role is lower.
         """
         if not self.role.allows(needed):
             msg = f"{self.person} is {_article(self.role.value)} and may not {what}"
             raise AccessError(
-                msg, hint=f"it takes the role {needed.value}; ask whoever runs this cluster for such a token"
+                msg, hint=f"this requires the role {needed.value}; ask an admin of this cluster for such a token"
             )
 
 
 class Token(BaseModel):
-    """One token as ``tokens.json`` keeps it: its hash, never itself."""
+    """One token in ``tokens.json``: its hash, never the token itself."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -86,7 +86,7 @@ class Token(BaseModel):
 
     @property
     def id(self) -> str:
-        """What people call it."""
+        """Its short id."""
         return self.sha256[:ID_DIGITS]
 
 
@@ -97,12 +97,12 @@ class Tokens(BaseModel):
 
 
 def digest(token: str) -> str:
-    """Return the hash by which a token is known."""
+    """Return a token's hash."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 class TokenStore:
-    """``tokens.json``: hashes of tokens, never tokens. Read again whenever the file changes.
+    """Reads ``tokens.json``, again whenever the file changes.
 
     Args:
         store: the store's folder.
@@ -116,16 +116,16 @@ class TokenStore:
         self._known: dict[str, Token] = {}
 
     def caller_of(self, token: str) -> Caller | None:
-        """Return whose token it is; None when nobody's, or when its time is over."""
+        """Return whose token it is; None if it is unknown or has expired."""
         self._refresh()
-        # Looked up by hash: what the time of a look-up tells about a hash does not lead back to a token.
+        # The timing of this lookup may reveal something about the hash, but nothing about the token.
         found = self._known.get(digest(token))
         if found is None or (found.expires_at is not None and found.expires_at <= self._clock()):
             return None
         return Caller(found.person, found.role, found.sha256)
 
     def all(self) -> tuple[Token, ...]:
-        """Return all tokens, those that are over too."""
+        """Return all tokens, expired ones too."""
         self._refresh()
         return tuple(self._known.values())
 
@@ -140,7 +140,7 @@ class TokenStore:
             self._stamp, self._known = None, {}
             return
         except (OSError, ValueError, ValidationError) as error:
-            _log.warning("%s cannot be read, the tokens known before stay: %s", self._path, type(error).__name__)
+            _log.warning("%s cannot be read, keeping the known tokens: %s", self._path, type(error).__name__)
             return
         self._stamp = stamp
         tokens = (token.model_copy(update={"sha256": token.sha256.lower()}) for token in found.tokens)
@@ -151,15 +151,13 @@ def _article(role: str) -> str:
     return f"an {role}" if role[0] in "aeiou" else f"a {role}"
 
 
-_log = logging.getLogger(__name__)
-
 _LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"
-"""Without those that are mistaken for others."""
+"""Without letters and digits that look alike."""
 _GROUPS, _GROUP = 4, 5  # 31^20, 99 bits
 _PERSON = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _KEPT_S = 24 * 3600.0
-"""How long one that is over stays in the file, so that its code is answered with what became of it."""
+"""How long an expired invitation is kept, so that using its code gives a specific error."""
 
 
 class _Invitation(BaseModel):
@@ -173,7 +171,7 @@ class _Invitation(BaseModel):
     expires_at: Moment
     token_expires_at: Moment | None = None
     token: str = ""
-    """Hash of the token that it led to; empty while nobody has taken it."""
+    """Hash of the token that was created with it; empty until it is accepted."""
 
 
 class _File(BaseModel):
@@ -181,7 +179,7 @@ class _File(BaseModel):
 
 
 class Invitations:
-    """``invitations.json`` beside ``tokens.json``, and the changes of both. Used from one event loop.
+    """``invitations.json``, and all changes of it and of ``tokens.json``. Used from one event loop.
 
     Args:
         store: the store's folder.
@@ -198,19 +196,19 @@ class Invitations:
     def invite(
         self, person: str, role: Role, *, by: str, valid_s: float, token_expires_at: float | None
     ) -> tuple[str, float]:
-        """Make an invitation; return its code, and when it is over (seconds since the epoch).
+        """Create an invitation; return its code, and when it expires (seconds since the epoch).
 
         Raises:
-            SpecError: that is no name for a person, or a time that is over.
+            SpecError: the name is invalid, or an expiry is in the past.
             StorageError: it cannot be written.
         """
         if not _PERSON.fullmatch(person):
-            msg = f"{person!r} is no name for a person; use letters, digits and any of . _ @ + -"
+            msg = f"{person!r} is not a valid name for a person; use letters, digits and any of . _ @ + -"
             raise SpecError(msg, field="person")
         now = self._clock()
         if valid_s <= 0 or (token_expires_at is not None and token_expires_at <= now):
-            msg = "an invitation or a token cannot be over before it begins"
-            raise SpecError(msg, hint="give a later time, as --expires 90d")
+            msg = "the expiry is in the past"
+            raise SpecError(msg, hint="give a later time, for example --expires 90d")
         code = "-".join("".join(secrets.choice(_LETTERS) for _ in range(_GROUP)) for _ in range(_GROUPS))
         new = _Invitation(
             sha256=digest(code),
@@ -225,7 +223,7 @@ class Invitations:
         return code, new.expires_at
 
     def invited(self, code: str) -> Caller | None:
-        """Return who holds an invitation's code; None when it is none. All that she may do is take it."""
+        """Return the person with an invitation's code; None if it is invalid. They may only accept the invitation."""
         try:
             found = self._of(code)
         except StorageError as error:
@@ -234,26 +232,26 @@ class Invitations:
         return Caller(found.person, Role.VIEWER, found.sha256) if found else None
 
     def accept(self, code: str, token: str) -> Token:
-        """Let the holder of a code in, with a token of which `token` is the SHA-256; return what is known of it.
+        """Accept an invitation with a new token, given as its SHA-256; return the stored token.
 
         Raises:
-            AccessError: the code is none, was taken, or its time is over.
-            SpecError: `token` is no SHA-256.
-            StorageError: it cannot be written; the code stays good.
+            AccessError: the code is invalid, was used, or has expired.
+            SpecError: `token` is not a SHA-256.
+            StorageError: it cannot be written; the code remains valid.
         """
         if not _SHA256.fullmatch(token):
-            msg = "a token is known by its SHA-256, 64 hexadecimal digits"
+            msg = "a token is given by its SHA-256, 64 hexadecimal digits"
             raise SpecError(msg, field="sha256")
         found = self._of(code)
         if found is None:
-            msg = "the code is no invitation to this cluster"
+            msg = "the code is not an invitation to this cluster"
             raise AccessError(msg, hint="copy the whole line, or ask for a new one: raylaunch token create")
         if found.token and found.token != token:
-            msg = f"the invitation of {found.person} was taken already"
+            msg = f"the invitation for {found.person} was already used"
             hint = f"if that was not you, tell {found.made_by}: raylaunch token revoke {found.token[:ID_DIGITS]}"
             raise AccessError(msg, hint=hint)
         if not found.token and found.expires_at <= self._clock():
-            msg = f"the time of the invitation of {found.person} is over"
+            msg = f"the invitation for {found.person} has expired"
             raise AccessError(msg, hint=f"ask {found.made_by} for a new one: raylaunch token create")
         made = Token(
             sha256=token,
@@ -272,7 +270,7 @@ class Invitations:
         return made
 
     def views(self, mine: str) -> tuple[TokenView, ...]:
-        """Return all tokens, and the invitations that nobody has taken yet; `mine` is the hash of the one that asks."""
+        """Return all tokens, and the open invitations; `mine` is the hash of the caller's token."""
         tokens = [
             TokenView(
                 id=one.id,
@@ -289,22 +287,22 @@ class Invitations:
         return (*tokens, *(_view(one) for one in self._read() if not one.token and one.expires_at > now))
 
     def revoke(self, who: str, *, mine: str) -> int:
-        """Take back the tokens and invitations of a person, or one by its id; return how many those were.
+        """Revoke the tokens and invitations of a person, or one by its id; return their number.
 
         Raises:
             NotFoundError: there is none.
-            ConflictError: it is the one that asks.
+            ConflictError: it is the caller's own.
             StorageError: it cannot be written.
         """
         known, invitations = self._token_store.all(), self._read()
         gone = [one for one in known if who in (one.person, one.id)]
         if any(one.sha256 == mine for one in gone):
-            msg = "that is the token with which you ask, and nobody locks herself out"
-            raise ConflictError(msg, hint="name another by its id: raylaunch token list")
+            msg = "you cannot revoke the token you are using"
+            raise ConflictError(msg, hint="give another one's id: raylaunch token list")
         unused = [one for one in invitations if not one.token and who in (one.person, one.sha256[:ID_DIGITS])]
         if not gone and not unused:
-            msg = f"there is no token of {who!r}"
-            raise NotFoundError(msg, hint="see whose there are: raylaunch token list")
+            msg = f"no token or invitation of {who!r}"
+            raise NotFoundError(msg, hint="list them: raylaunch token list")
         if gone:
             self._write_tokens([one for one in known if one not in gone])
         if unused:
@@ -322,9 +320,7 @@ class Invitations:
             return []
         except (OSError, ValidationError) as error:
             msg = f"{self._path} cannot be read: {type(error).__name__}"
-            raise StorageError(
-                msg, hint="look at it, or remove it: only invitations that nobody took are lost"
-            ) from None
+            raise StorageError(msg, hint="check it, or delete it: only open invitations are lost") from None
         return [one for one in found if one.expires_at > self._clock() - _KEPT_S]
 
     def _write(self, invitations: list[_Invitation]) -> None:

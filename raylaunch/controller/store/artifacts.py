@@ -1,4 +1,4 @@
-"""What jobs leave behind: their files, the manifest of sizes and sha256, and the room they take."""
+"""Files of jobs: listing them, the manifest of sizes and sha256s, and disk usage."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from raylaunch.models.job import Artifact, Usage
 from raylaunch.models.states import JobState
 
 MANIFEST = "manifest.json"
-_UNDER_WAY = (f".{MANIFEST}.", f"{MANIFEST}.new", ".replicated.json", ".raylaunch-part")
-"""Files whose names hold one of these are the store's own bookkeeping, and are not shown."""
+_INTERNAL = (f".{MANIFEST}.", f"{MANIFEST}.new", ".replicated.json", ".raylaunch-part")
+"""Files whose names contain one of these are internal to the store, and are not listed."""
 
 Kind: TypeAlias = Literal["output", "checkpoint", "log", "wandb", "record"]
 
@@ -32,7 +32,7 @@ _KINDS: dict[str, Kind] = {OUTPUTS: "output", CHECKPOINTS: "checkpoint", LOGS: "
 
 
 class ManifestEntry(BaseModel):
-    """What one file was when its checksum was taken."""
+    """A file at the time of its checksum."""
 
     bytes: int
     sha256: str
@@ -40,13 +40,13 @@ class ManifestEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """``manifest.json`` of a job: its files by path relative to the job's folder."""
+    """``manifest.json`` of a job: its files, by path relative to the job's folder."""
 
     files: dict[str, ManifestEntry] = Field(default_factory=dict)
 
 
 class Left(NamedTuple):
-    """Outputs of a job's last attempt that were not kept, and are on its node for some days."""
+    """Outputs of a job's last attempt that were not kept, and remain on its node for some days."""
 
     n: int
     """The attempt's number."""
@@ -56,7 +56,7 @@ class Left(NamedTuple):
     """Those that look like secrets."""
 
     def name_of(self, path: str) -> str:
-        """Return which of them `path` means, as `Artifacts.path` takes it; else nothing."""
+        """Return the one that `path` refers to, in the forms of `Artifacts.path`; else an empty string."""
         name = path.removeprefix(f"attempt-{self.n}/").removeprefix(f"{OUTPUTS}/")
         return name if name in self.sizes else ""
 
@@ -70,7 +70,7 @@ class Artifacts:
         self._noted: dict[str, dict[str, ManifestEntry]] = {}
 
     def files(self, job_id: str) -> tuple[Artifact, ...]:
-        """Return the job's files, a folder's own before those of its folders; checksums where they still hold."""
+        """Return the job's files, with checksums that are still valid; a folder's files come before its subfolders."""
         folder, known = self._jobs / job_id, self._known(job_id)
         found = [(path, _artifact(path, facts, known.get(path))) for path, facts in _walk(folder)]
         found += _links(folder, known)
@@ -79,10 +79,10 @@ class Artifacts:
             artifact = _artifact(f"attempt-{left.n}/{OUTPUTS}/{path}", None, None)
             facts = {"bytes": left.sizes[path], "left": True, "withheld": path in left.withheld}
             found.append((artifact.path, artifact.model_copy(update=facts)))
-        return tuple(artifact for _, artifact in sorted(found, key=_listed_at))
+        return tuple(artifact for _, artifact in sorted(found, key=_sort_key))
 
     def left(self, job_id: str) -> Left:
-        """Return what the last attempt has left on its node."""
+        """Return the outputs that the last attempt has left on its node."""
         numbers = [int(path.parent.name[8:]) for path in (self._jobs / job_id).glob(f"attempt-*/{FACTS}")]
         n = max(numbers, default=0)
         facts = self._jobs / job_id / f"attempt-{n}" / FACTS
@@ -101,7 +101,7 @@ class Artifacts:
         )
 
     def withheld(self, job_id: str, path: str) -> tuple[Path, Artifact]:
-        """Return where an output that looks like a secret lies in the store, once it was fetched for the job's owner.
+        """Return the path of an output that looks like a secret, once it was fetched for the job's owner.
 
         Args:
             job_id: the job's id.
@@ -120,7 +120,7 @@ class Artifacts:
         return found, _artifact(f"attempt-{n}/{OUTPUTS}/{path}", facts, entry)
 
     def path(self, job_id: str, path: str) -> tuple[Path, Artifact]:
-        """Return where a file of a job lies in the store, and what is known of it.
+        """Return the path of a job's file in the store, and its facts.
 
         Args:
             job_id: the job's id.
@@ -140,12 +140,12 @@ class Artifacts:
         raise NotFoundError(msg, hint=f"see its files: raylaunch files {job_id}")
 
     def note(self, job_id: str, path: str, *, size: int, sha256: str) -> None:
-        """Remember the checksum of a file that has just arrived; `seal` writes it down.
+        """Note the checksum of a file that has just arrived; `finalize` stores it.
 
         Args:
             job_id: the job's id.
-            path: relative to the job's folder, as ``attempt-1/outputs/model.pt``.
-            size: bytes that the checksum is of.
+            path: relative to the job's folder, for example ``attempt-1/outputs/model.pt``.
+            size: size to which the checksum belongs, bytes.
             sha256: in hex.
         """
         try:
@@ -158,9 +158,9 @@ class Artifacts:
                 self._noted.setdefault(job_id, {})[path] = entry
 
     def finalize(self, job_id: str) -> Manifest:
-        """Write ``manifest.json`` over all files that the job has now; checksums that are not known are computed.
+        """Write ``manifest.json`` for all files that the job has now; missing checksums are computed.
 
-        Reads the files whose checksum is missing: call it from a worker thread.
+        Reads files without a checksum: call it from a worker thread.
 
         Raises:
             StorageError: it cannot be written.
@@ -186,7 +186,7 @@ class Artifacts:
         return manifest
 
     def outputs(self, job_id: str) -> tuple[int, int]:
-        """Return number and bytes of the outputs, each name once: that of the latest attempt, as `get` brings it."""
+        """Return number and size of the outputs; of files with the same name only the latest attempt's counts."""
         oldest_first = sorted(self._kept(job_id), key=lambda file: file.attempt)
         latest = {file.path.partition("/")[2]: file.bytes for file in oldest_first}
         return len(latest), sum(latest.values())
@@ -195,13 +195,13 @@ class Artifacts:
         return (file for file in self.files(job_id) if file.kind == "output" and not file.left and not file.link)
 
     def bytes_of(self, job_id: str) -> int:
-        """Return the bytes that the job's files take in the store."""
-        return sum(facts.st_size for _, facts in _once(_walk(self._jobs / job_id)))
+        """Return the size of the job's files in the store."""
+        return sum(facts.st_size for _, facts in _without_hard_links(_walk(self._jobs / job_id)))
 
     def usage(self, job_id: str, *, name: str, state: JobState) -> Usage:
-        """Return the bytes that a job takes in the store. Walks its folder: call it from a worker thread."""
+        """Return a job's disk usage in the store. Walks its folder: call it from a worker thread."""
         sizes: dict[Kind, int] = {"output": 0, "checkpoint": 0, "log": 0, "wandb": 0, "record": 0}
-        for path, facts in _once(_walk(self._jobs / job_id)):
+        for path, facts in _without_hard_links(_walk(self._jobs / job_id)):
             sizes[_kind(path)] += facts.st_size
         return Usage(
             job=job_id,
@@ -215,24 +215,24 @@ class Artifacts:
         )
 
     def free_bytes(self) -> int:
-        """Return the bytes that are free on the store's disk."""
+        """Return the free bytes on the store's disk."""
         return shutil.disk_usage(self._jobs).free
 
     def _known(self, job_id: str) -> dict[str, ManifestEntry]:
         try:
             written = Manifest.model_validate_json((self._jobs / job_id / MANIFEST).read_bytes()).files
         except (FileNotFoundError, ValidationError):
-            written = {}  # a manifest can be made again from the files
+            written = {}  # a manifest can be recreated from the files
         with self._lock:
             return {**written, **self._noted.get(job_id, {})}
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield regular files with their facts, a folder's own first, by name; links are not followed."""
+    """Yield regular files with their facts by name, a folder's files before its subfolders; links are not followed."""
     for root, folders, names in os.walk(folder):
         here = Path(root).relative_to(folder).parts
         folders[:] = sorted(name for name in folders if not _is_withheld((*here, name)))
-        for name in sorted(name for name in names if not any(mark in name for mark in _UNDER_WAY)):
+        for name in sorted(name for name in names if not any(mark in name for mark in _INTERNAL)):
             path = Path(root, name)
             try:
                 facts = path.lstat()
@@ -243,12 +243,12 @@ def _walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def _is_withheld(parts: tuple[str, ...]) -> bool:
-    """Whether a path in a job's folder is, or is in, what only its owner gets."""
+    """Whether a path in a job's folder is reserved for the job's owner."""
     return parts[1:2] == (WITHHELD,) and parts[0].startswith("attempt-")
 
 
-def _once(files: Iterable[tuple[str, os.stat_result]]) -> Iterator[tuple[str, os.stat_result]]:
-    """Leave out further names of one file: what an attempt has unchanged from the one before."""
+def _without_hard_links(files: Iterable[tuple[str, os.stat_result]]) -> Iterator[tuple[str, os.stat_result]]:
+    """Skip further hard links to one file: files that are unchanged since the previous attempt."""
     seen: set[tuple[int, int]] = set()
     for path, facts in files:
         if facts.st_nlink == 1 or (facts.st_dev, facts.st_ino) not in seen:
@@ -257,7 +257,7 @@ def _once(files: Iterable[tuple[str, os.stat_result]]) -> Iterator[tuple[str, os
 
 
 def _links(folder: Path, known: Mapping[str, ManifestEntry]) -> Iterator[tuple[str, Artifact]]:
-    """Yield links that stay inside: one to a file as that file, one to a folder with where it leads."""
+    """Yield links that stay inside: one to a file as that file, one to a folder with its target."""
     top = Path(os.path.realpath(folder))
     for root, folders, names in os.walk(folder):
         for name in [*names, *folders]:
@@ -274,8 +274,8 @@ def _links(folder: Path, known: Mapping[str, ManifestEntry]) -> Iterator[tuple[s
                 yield path, _artifact(path, target.stat(), known.get(target.relative_to(top).as_posix()))
 
 
-def _listed_at(found: tuple[str, Artifact]) -> tuple[tuple[int, str], ...]:
-    """Order as a walk does: a folder's own files before those of its folders."""
+def _sort_key(found: tuple[str, Artifact]) -> tuple[tuple[int, str], ...]:
+    """Sort key: a folder's files before its subfolders."""
     *folders, name = found[0].split("/")
     return (*((1, folder) for folder in folders), (0, name))
 
@@ -312,7 +312,7 @@ def _candidates(folder: Path, path: str) -> Iterator[str]:
 
 
 def _inside(folder: Path, path: str) -> Path | None:
-    """Return the file at `path` below `folder`; None when there is none, or it leads out of the folder."""
+    """Return the file at `path` below `folder`; None if there is none, or if it leads out of the folder."""
     if "\0" in path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Which hosts are drained: ``drains.json`` in the store. A drained host gets no new attempts."""
+"""The store's administration: the lock of its controller, drained hosts (``drains.json``), and the audit log."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from raylaunch.models.cluster import Drain
 
 _log = logging.getLogger(__name__)
 
+_OLD_FILES = 20
+"""How many older audit logs are kept."""
 _DRAINS: TypeAdapter[dict[str, Drain]] = TypeAdapter(dict[str, Drain])
 
 
 class DrainStore:
-    """The drains of one store, by host. One whose time has come is over by itself.
+    """The drained hosts, which get no new attempts. A drain may have an end.
 
     Args:
         store: the store's folder.
@@ -35,19 +37,19 @@ class DrainStore:
         self._path = store / "drains.json"
         self._clock = clock
         self.problem = ""
-        """Why the file could not be read at the start, in words; nothing is drained then."""
+        """Why the file could not be read at the start; then no host is drained."""
         self._known = self._read()
 
     def now(self) -> Mapping[str, Drain]:
-        """Return the drains that hold now."""
+        """Return the drains that are in effect now."""
         at = self._clock()
         return {host: drain for host, drain in self._known.items() if drain.until is None or drain.until > at}
 
     def put(self, drain: Drain) -> None:
-        """Drain a host; a later drain of it replaces the earlier.
+        """Drain a host; this replaces an earlier drain of it.
 
         Raises:
-            StorageError: it cannot be written; all is as it was.
+            StorageError: it cannot be written; nothing has changed.
         """
         self._write({**self.now(), drain.host: drain})
 
@@ -56,7 +58,7 @@ class DrainStore:
 
         Raises:
             NotFoundError: it is not drained.
-            StorageError: it cannot be written; all is as it was.
+            StorageError: it cannot be written; nothing has changed.
         """
         now = self.now()
         if host not in now:
@@ -80,21 +82,15 @@ class DrainStore:
         self._known, self.problem = dict(drains), ""
 
 
-_log = logging.getLogger(__name__)
-
-_KEPT = 20
-"""How many older files stay."""
-
-
 class AuditLog:
-    """Appends lines ``{"at", "person", "verb", "job", "ok", "status"}``."""
+    """``audit.jsonl``: lines ``{"at", "person", "verb", "job", "ok", "status"}``."""
 
     def __init__(self, store: Path, *, most_bytes: int = MOST_BYTES) -> None:
         self._path = store / "audit.jsonl"
         self._most_bytes = most_bytes
 
     def write(self, *, person: str, verb: str, job: str, status: int) -> None:
-        """Append one line. A disk that is full does not undo what was done: the log of the controller then says so."""
+        """Append one line. A failure does not undo the action; it is reported in the controller's log."""
         line = {
             "at": time.time(),
             "person": person,
@@ -111,20 +107,20 @@ class AuditLog:
             finally:
                 os.close(fd)
         except OSError:
-            _log.exception("not in the audit log: %s", line)
+            _log.exception("could not be written to the audit log: %s", line)
 
     def _rotate(self) -> None:
-        """Begin another file when this one has become large; older ones are ``audit.1.jsonl`` and so on."""
+        """Start a new file if this one is large; older ones are ``audit.1.jsonl`` and so on."""
         if not self._path.exists() or self._path.stat().st_size < self._most_bytes:
             return
-        older = [self._path, *(self._path.with_name(f"audit.{n}.jsonl") for n in range(1, _KEPT + 1))]
+        older = [self._path, *(self._path.with_name(f"audit.{n}.jsonl") for n in range(1, _OLD_FILES + 1))]
         for path, after in reversed(list(itertools.pairwise(older))):
             if path.exists():
                 path.replace(after)
 
 
 def lock_store(store: Path) -> int:
-    """Lock the store and write this process's pid beside. The lock ends with the returned descriptor, or the process.
+    """Lock the store and write this process's pid into the lock file. Closing the returned descriptor unlocks it.
 
     Raises:
         ConflictError: another controller holds it.
@@ -137,7 +133,7 @@ def lock_store(store: Path) -> int:
         holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(fd)
         msg = f"the store {store} is in use by the controller with pid {holder}"
-        hint = "one controller at a time can use a store; end that one, or use another store"
+        hint = "only one controller at a time can use a store; stop that one, or use another store"
         raise ConflictError(msg, hint=hint) from None
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)

@@ -1,6 +1,6 @@
-"""The database of the controller: its migrations, how it is opened, and its rows.
+"""The controller's SQLite database: opening and migrating it, its rows, and the queries over jobs.
 
-One table of jobs whose heavy fields lie in a column of their own, so that a list never reads them; and one of events.
+A table of jobs, whose heavy fields have their own column so that lists never read them; and a table of events.
 Everything in it can be rebuilt from the journals, so ``synchronous = NORMAL`` is enough.
 """
 
@@ -23,6 +23,8 @@ from raylaunch.controller.store.record import JobRecord, heavy_json, light_json,
 from raylaunch.errors import SpecError, StorageError, VersionError
 from raylaunch.models.job import Event, JobPage, JobView
 from raylaunch.models.states import JobState
+
+_log = logging.getLogger(__name__)
 
 MIGRATIONS = (
     """
@@ -55,45 +57,45 @@ MIGRATIONS = (
     CREATE INDEX events_by_job ON events (job, seq);
     """,
 )
-"""Each brings the database one version on; ``PRAGMA user_version`` counts those that were applied."""
+"""Each migrates the database by one version; ``PRAGMA user_version`` is the number of those applied."""
 
 
 LISTED = "jobs_listed"
 _LISTED = f"""
     CREATE INDEX IF NOT EXISTS {LISTED} ON jobs (created_at DESC, id DESC, state, name, owner, tags)
 """
-"""Has all that a list filters by, so that no row is read of a job that is not on the page. An older raylaunch does not
-mind it, so that it counts as no version."""
+"""Covers all filters of a list, so that only rows of jobs on the page are read. Older raylaunch versions work with it
+too, so it needs no new schema version."""
 
 _BUSY_S = 2.0
-"""How long a write waits for a person who holds the database with sqlite3."""
+"""How long a write waits for someone who has locked the database with sqlite3."""
 
 
 def open_database(path: Path) -> tuple[sqlite3.Connection, str]:
-    """Open the database, bring it to this version, and keep a damaged one aside.
+    """Open the database and migrate it; a damaged one is renamed and replaced by a new one.
 
     Returns:
-        The connection, and what was wrong with the database that was kept aside (empty when nothing was).
+        The connection, and what was wrong with a damaged database (empty if none was).
 
     Raises:
         VersionError: a newer raylaunch wrote it.
-        StorageError: it cannot be opened for another reason than damage.
+        StorageError: it cannot be opened, for another reason than damage.
     """
     try:
-        return _open_sound(path), ""
+        return _open_checked(path), ""
     except sqlite3.DatabaseError as error:
         if not is_damage(error):
             raise storage_problem(path, error) from error
-        aside = _keep_aside(path)
+        aside = _rename_damaged(path)
         try:
-            return _open_sound(path), f"{error}; it was kept as {aside.name}"
+            return _open_checked(path), f"{error}; it was renamed to {aside.name}"
         except sqlite3.DatabaseError as again:
             raise storage_problem(path, again) from again
 
 
 @contextmanager
 def open_read_only(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open the database once more, for a question whose answer grows with the number of jobs; in any thread.
+    """Open another connection, for queries whose results grow with the number of jobs; in any thread.
 
     Raises:
         StorageError: it cannot be read.
@@ -113,14 +115,14 @@ def is_damage(error: sqlite3.Error) -> bool:
 
 
 def storage_problem(path: Path, error: sqlite3.Error) -> StorageError:
-    """Say what SQLite could not do."""
-    hint = "free space on that disk and look at its permissions, then try again; nothing was recorded"
+    """Return SQLite's error as a `StorageError`."""
+    hint = "nothing was recorded; check free space and permissions on that disk, then try again"
     return StorageError(f"cannot use the database {path}: {error}", hint=hint)
 
 
 @contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Do all of the block or none of it."""
+    """Run the block in a transaction."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -136,9 +138,9 @@ def put_job(connection: sqlite3.Connection, record: JobRecord, *, journal_bytes:
 
     Args:
         connection: the database.
-        record: the job; of a row that stays as heavy as it is, its heavy fields are not looked at.
-        journal_bytes: the size of its journal that the row stands for.
-        heavy: whether its heavy fields are written too; there must be a row when they are not.
+        record: the job; without `heavy`, its heavy fields are ignored.
+        journal_bytes: the size of its journal to which the row corresponds.
+        heavy: whether its heavy fields are written too; otherwise the row must exist.
     """
     light = json.dumps(light_json(record), ensure_ascii=False)
     if not heavy:
@@ -167,7 +169,7 @@ def put_job(connection: sqlite3.Connection, record: JobRecord, *, journal_bytes:
 
 
 def put_event(connection: sqlite3.Connection, event: Event) -> None:
-    """Write an event; one that is there already stays as it is."""
+    """Write an event, unless it exists."""
     connection.execute(
         "INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?, ?)",
         (event.seq, event.at, event.job, event.kind, event.message, event.state.value if event.state else None),
@@ -181,12 +183,12 @@ def drop_job(connection: sqlite3.Connection, job: str) -> None:
 
 
 def event_from(row: tuple[int, float, str, str, str, str | None]) -> Event:
-    """Build an event from its row."""
+    """Return the event in a row."""
     seq, at, job, kind, message, state = row
     return Event(seq=seq, at=at, job=job, kind=kind, message=message, state=JobState(state) if state else None)
 
 
-def _open_sound(path: Path) -> sqlite3.Connection:
+def _open_checked(path: Path) -> sqlite3.Connection:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     connection = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_S)
     try:
@@ -218,7 +220,7 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
         connection.executescript(f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;")
 
 
-def _keep_aside(path: Path) -> Path:
+def _rename_damaged(path: Path) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     aside = path.with_name(f"{path.name}.corrupt-{stamp}")
     number = 1
@@ -233,15 +235,13 @@ def _keep_aside(path: Path) -> Path:
     return aside
 
 
-_log = logging.getLogger(__name__)
-
 METRICS_LISTED = 20
-"""How many metrics of a job a list has; the job itself has more."""
+"""How many metrics of a job a list contains; the job itself may have more."""
 
 
 @dataclass(frozen=True)
 class Filters:
-    """Which jobs a list shows. Empty fields do not filter."""
+    """Filters of a list of jobs. Empty ones match all."""
 
     states: tuple[JobState, ...] = ()
     name: str = ""
@@ -251,12 +251,12 @@ class Filters:
 
     @property
     def many(self) -> bool:
-        """Whether no index of one column answers them."""
+        """Whether no index of a single column covers them."""
         given = sum(map(bool, (self.states, self.name, self.owner, self.tag, self.since is not None)))
         return given > 1 or bool(self.tag) or "*" in self.name
 
     def where(self) -> tuple[str, list[str | float]]:
-        """Return a condition in SQL, and its values."""
+        """Return a condition in SQL, and its parameters."""
         conditions: list[str] = []
         values: list[str | float] = []
         if self.states:
@@ -280,19 +280,19 @@ class Filters:
 def page_of(
     connection: sqlite3.Connection, filters: Filters, known: Mapping[str, JobRecord], *, limit: int, cursor: str
 ) -> JobPage:
-    """Return one page of jobs, newest first, without heavy fields. Those that are `known` are not read again.
+    """Return one page of jobs, newest first, without heavy fields. Jobs in `known` are not read again.
 
     Raises:
-        SpecError: the cursor is not one of ours.
+        SpecError: the cursor is invalid.
     """
     where, values = filters.where()
     jobs_ = f"jobs INDEXED BY {LISTED}" if filters.many else "jobs"
-    count = f"SELECT count(*) FROM {jobs_} WHERE {where}"  # noqa: S608 -- columns and marks only, values go apart
+    count = f"SELECT count(*) FROM {jobs_} WHERE {where}"  # noqa: S608 -- only columns and placeholders; values are parameters
     total = connection.execute(count, values).fetchone()[0]
     if cursor:
         where = f"{where} AND (created_at, id) < (?, ?)"
         values = [*values, *_read_cursor(cursor)]
-    query = f"SELECT created_at, id FROM {jobs_} WHERE {where} ORDER BY created_at DESC, id DESC LIMIT ?"  # noqa: S608 -- as above
+    query = f"SELECT created_at, id FROM {jobs_} WHERE {where} ORDER BY created_at DESC, id DESC LIMIT ?"  # noqa: S608 -- same reason
     rows = connection.execute(query, [*values, limit + 1]).fetchall()
     more = len(rows) > limit
     shown = rows[:limit]
@@ -302,7 +302,7 @@ def page_of(
         try:
             jobs.append(_listed(known.get(job) or record_from(lights[job])))
         except StorageError as error:  # noqa: PERF203 -- each is one row
-            _log.warning("%s is left out of a list: %s", job, error.message)
+            _log.warning("skipping %s in a list: %s", job, error.message)
             unreadable.append(job)
     return JobPage(
         jobs=tuple(jobs),
@@ -318,7 +318,7 @@ def _lights(connection: sqlite3.Connection, jobs: Sequence[str]) -> dict[str, st
 
 
 def _listed(record: JobRecord) -> JobView:
-    """Return what a list shows of a job: of many metrics only some."""
+    """Return a job as lists show it, with a limited number of metrics."""
     view = record.view()
     if len(view.last_metrics) <= METRICS_LISTED:
         return view
@@ -326,20 +326,20 @@ def _listed(record: JobRecord) -> JobView:
 
 
 def unfinished(connection: sqlite3.Connection, *, foreign: bool) -> tuple[list[JobRecord], list[str]]:
-    """Return the jobs that have not ended, without heavy fields; and a sentence for each that cannot be read."""
+    """Return the jobs that have not ended, without heavy fields; and a message for each that cannot be read."""
     where, values = _unfinished_condition(foreign=foreign)
     rows = connection.execute(f"SELECT id, light FROM jobs WHERE {where}", values)  # noqa: S608 -- only marks
-    found, odd = [], []
+    found, unreadable = [], []
     for job, light in rows:
         try:
             found.append(record_from(light))
         except StorageError as error:  # noqa: PERF203 -- each is one row
-            odd.append(f"{job} is left alone: {error.message}")
-    return found, odd
+            unreadable.append(f"{job} was skipped: {error.message}")
+    return found, unreadable
 
 
 def unfinished_ids(connection: sqlite3.Connection) -> list[str]:
-    """Return the ids of the jobs of ours that have not ended."""
+    """Return the ids of raylaunch's jobs that have not ended."""
     where, values = _unfinished_condition(foreign=False)
     return [job for (job,) in connection.execute(f"SELECT id FROM jobs WHERE {where}", values)]  # noqa: S608 -- only marks
 
@@ -350,7 +350,7 @@ def _unfinished_condition(*, foreign: bool) -> tuple[str, list[str | bool]]:
 
 
 def nearest(ref: str, known: Sequence[str]) -> list[str]:
-    """Return up to three of `known` that resemble `ref`, the nearest first. Of a thousand it takes 50 ms."""
+    """Return up to three of `known` that resemble `ref`, most similar first. Takes 50 ms for a thousand."""
     return difflib.get_close_matches(ref, known, n=3, cutoff=0.6)
 
 
@@ -359,12 +359,12 @@ def _read_cursor(cursor: str) -> tuple[float, str]:
     try:
         return float(created_at), job
     except ValueError:
-        msg = f"{cursor!r} is not a cursor of a page of jobs"
-        raise SpecError(msg, hint="pass next_cursor of the page before, or nothing for the first page") from None
+        msg = f"{cursor!r} is not a valid cursor"
+        raise SpecError(msg, hint="pass next_cursor of the previous page, or nothing for the first page") from None
 
 
 class RetentionRow(NamedTuple):
-    """What retention asks of a job: when it ended (None while it has not), the packages of its code and its wheels."""
+    """What retention needs to know of a job: when it ended (None if it has not), its code package and its wheels."""
 
     id: str
     ended_at: float | None
@@ -373,20 +373,20 @@ class RetentionRow(NamedTuple):
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """All that it would need to be sent once more."""
+        """All packages that the job needs."""
         return (self.package, *self.wheels)
 
 
 def retention_rows(db: sqlite3.Connection) -> list[RetentionRow]:
-    """Return that of every job of ours."""
+    """Return the rows of all of raylaunch's jobs."""
     found = db.execute(
         "SELECT id, state, json_extract(light, '$.ended_at'), json_extract(light, '$.package'), "
         "json_extract(heavy, '$.wheels') FROM jobs WHERE NOT is_foreign AND json_valid(light)"
     ).fetchall()
     others = "json_extract(heavy, '$.wheels') FROM jobs WHERE NOT is_foreign AND NOT json_valid(light)"
     for job, state, text, wheels in db.execute(f"SELECT id, state, light, {others}"):
-        told = json.loads(text)  # a loss that is no number is JSON for Python only
-        found.append((job, state, told.get("ended_at"), told.get("package"), wheels))
+        light = json.loads(text)  # NaN is valid JSON for Python only
+        found.append((job, state, light.get("ended_at"), light.get("package"), wheels))
     return [
         RetentionRow(job, at if JobState(state).ended else None, package or "", _shas(wheels))
         for job, state, at, package, wheels in found

@@ -1,7 +1,7 @@
-"""The records of all jobs: SQLite for reading, a journal in each job's folder for truth.
+"""The records of all jobs: a journal in each job's folder is authoritative, SQLite serves reads.
 
-Synchronous, and for the event loop's thread alone; every call is fast. A change is first a line in the journal that the
-disk has, then a row. What a crash leaves between the two is repaired at the next open, and said in `Records.healed`.
+Synchronous, for the event loop's thread only; every call is fast. A change is first written to the journal and flushed,
+then to the database. Differences after a crash are repaired at the next start and reported in `Records.repairs`.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from raylaunch.models.states import Change, JobState
 
 _DB = "raylaunch.db"
 _NEAR_AMONG = 500
-"""Latest jobs whose ids and names are compared with a mistyped one."""
+"""How many of the latest jobs are compared with a mistyped id or name."""
 
 
 class Records:
-    """All jobs and events of one store. One controller at a time holds it."""
+    """All jobs and events of one store. Only one controller at a time can open it."""
 
     repairs: tuple[str, ...]
-    """Sentences about what opening the store repaired."""
+    """Messages about what was repaired when the store was opened."""
     backlog: Backlog
-    """The jobs that wait for their turn."""
+    """The queued jobs."""
 
     def __init__(self, store: Path) -> None:
-        """Lock and open the store, making it when it is not there.
+        """Lock and open the store; create it if it does not exist.
 
         Raises:
-            ConflictError: another controller holds it.
+            ConflictError: another controller uses it.
             VersionError: a newer raylaunch wrote its database.
             StorageError: it cannot be opened.
         """
@@ -64,9 +64,9 @@ class Records:
             self._db, damage = database.open_database(store / _DB)
             self.repairs = reconcile(self._db, store, damage=damage)
             self._seq = int(self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
-            foreign, odd = unfinished(self._db, foreign=True)
+            external, odd = unfinished(self._db, foreign=True)
             ours, unreadable = unfinished(self._db, foreign=False)
-            self._foreign = {record.id: record for record in foreign}
+            self._foreign = {record.id: record for record in external}
             self._active: dict[str, JobRecord] = {}
             self.backlog = Backlog()
             for record in ours:
@@ -79,7 +79,7 @@ class Records:
 
     @property
     def cursor(self) -> int:
-        """The seq of the latest event; 0 before the first."""
+        """Sequence number of the latest event; 0 before the first."""
         return self._seq
 
     def folder(self, job_id: str) -> Path:
@@ -94,21 +94,20 @@ class Records:
         wandb: WandbLink | Callable[[str], WandbLink] | None,
         prepare: Callable[[str], None] | None = None,
     ) -> tuple[JobRecord, bool]:
-        """Take a job in as queued.
+        """Create a queued job.
 
         Args:
             request: what the client sent. Its secrets are not recorded.
-            owner: the person whose job it is.
-            wandb: its W&B run, or what makes that from the job's id.
-            prepare: called with the job's id before there is a record of it; what it raises is raised, and there is no
-                such job then.
+            owner: the job's owner.
+            wandb: its W&B run, or a function that returns it for the job's id.
+            prepare: called with the job's id before its record is written; if it raises, the job is not created.
 
         Returns:
-            The job, and True; or the job that the same owner and request id made before, and False.
+            The job, and True; or the existing job with the same owner and request id, and False.
 
         Raises:
-            ConflictError: that request id made a job from another spec or package.
-            StorageError: it cannot be written; there is no such job then.
+            ConflictError: the request id was used for another spec or package.
+            StorageError: it cannot be written; the job is not created.
         """
         earlier = self._of_request(owner, request)
         if earlier is not None:
@@ -146,7 +145,7 @@ class Records:
             raise
 
     def get(self, ref: str, *, owner: str = "") -> JobRecord:
-        """Return a job with all its fields; `ref` and `owner` as in `find`.
+        """Return a job with all its fields; for `ref` and `owner` see `find`.
 
         Raises:
             NotFoundError: there is none.
@@ -154,11 +153,11 @@ class Records:
         return self.by_id(self.find(ref, owner=owner))
 
     def find(self, ref: str, *, owner: str = "") -> str:
-        """Return the id of the job that a person means.
+        """Return the id of the job that a reference refers to.
 
         Args:
             ref: an id; or a name, for the owner's latest job of that name; or ``last``, for the owner's latest.
-            owner: who asks; where they have no such job, anybody's counts, raylaunch's before those of plain Ray.
+            owner: the caller; if they have no such job, anybody's is returned, raylaunch's before external ones.
 
         Raises:
             NotFoundError: there is none.
@@ -170,7 +169,7 @@ class Records:
             row = self._db.execute(f"{columns} owner = ? AND NOT is_foreign {latest}", (owner,)).fetchone()
             row = row or self._db.execute(f"{columns} NOT is_foreign {latest}").fetchone()
             if row is None:
-                msg = "there is no job yet"
+                msg = "there are no jobs yet"
                 raise NotFoundError(msg, hint="submit one: raylaunch run -- python train.py")
         if row is None:
             own_first = latest.replace("ORDER BY", "ORDER BY is_foreign, owner != ?,")
@@ -180,15 +179,15 @@ class Records:
         return str(row[0])
 
     def refs(self) -> list[str]:
-        """Return ids and names of the latest jobs, among which a mistyped one may be (`search.nearest`)."""
+        """Return ids and names of the latest jobs, to suggest one for a typo (`database.nearest`)."""
         rows = self._db.execute("SELECT id, name FROM jobs ORDER BY created_at DESC, id DESC LIMIT ?", (_NEAR_AMONG,))
         return list(dict.fromkeys(word for row in rows for word in reversed(row)))
 
     def by_id(self, job_id: str) -> JobRecord:
-        """Return a job by its id alone, with all its fields: for whatever is not a person's word.
+        """Return a job by its id, with all its fields.
 
         Raises:
-            NotFoundError: there is no job of this id.
+            NotFoundError: there is no job with this id.
             StorageError: its record cannot be read.
         """
         row = self._db.execute("SELECT light, heavy FROM jobs WHERE id = ?", (job_id,)).fetchone()
@@ -197,10 +196,10 @@ class Records:
         return record_from(*row)
 
     def light(self, job_id: str) -> JobRecord:
-        """Return a job without its heavy fields; of one that is active, without reading anything.
+        """Return a job without its heavy fields; an active one comes from memory.
 
         Raises:
-            NotFoundError: there is no job of this id.
+            NotFoundError: there is no job with this id.
         """
         known = self._active.get(job_id) or self._foreign.get(job_id)
         if known is not None:
@@ -225,36 +224,36 @@ class Records:
 
         Args:
             states: only these; empty for all.
-            name: only jobs of this name; ``*`` stands for anything.
+            name: only jobs with this name; ``*`` matches anything.
             owner: only this person's.
             tag: only those with this tag.
             since: only those submitted at or after this time, seconds since the epoch.
-            limit: most jobs on the page.
-            cursor: `JobPage.next_cursor` of the page before.
+            limit: maximum number of jobs on the page.
+            cursor: `JobPage.next_cursor` of the previous page.
 
         Raises:
-            SpecError: the cursor is not one of ours.
+            SpecError: the cursor is invalid.
         """
         filters = Filters(tuple(states), name, owner, tag, since)
         return page_of(self._db, filters, self._active, limit=limit, cursor=cursor)
 
     def names(self) -> list[tuple[str, str, JobState]]:
-        """Return id, name and state of every job of ours. Takes long: in any other thread than the event loop's."""
+        """Return id, name and state of all of raylaunch's jobs. Slow: do not call it on the event loop."""
         with database.open_read_only(self.store / _DB) as connection:
             rows = connection.execute("SELECT id, name, state FROM jobs WHERE NOT is_foreign")
             return [(job, name, JobState(state)) for job, name, state in rows]
 
     def retention_rows(self) -> list[RetentionRow]:
-        """Return what retention asks of every job of ours. Takes long: in any other thread than the event loop's."""
+        """Return the retention data of all of raylaunch's jobs. Slow: do not call it on the event loop."""
         with database.open_read_only(self.store / _DB) as connection:
             return retention_rows(connection)
 
     def unfinished(self) -> list[str]:
-        """Return the ids of the jobs of ours that have not ended, those among them whose records cannot be read."""
+        """Return the ids of raylaunch's jobs that have not ended, including those whose records cannot be read."""
         return unfinished_ids(self._db)
 
     def active(self) -> Collection[JobRecord]:
-        """Return the jobs of which an attempt may have processes on a node, without their heavy fields."""
+        """Return the jobs that may have processes on a node, without their heavy fields."""
         return tuple(self._active.values())
 
     def update(
@@ -266,37 +265,37 @@ class Records:
         change: Change | None = None,
         **fields: object,
     ) -> JobRecord:
-        """Change a job: one line in its journal, one transaction, one event.
+        """Update a job: one line in its journal, one transaction, one event.
 
         Args:
             job_id: the job's id.
             kind: the event's kind; empty for a quiet change without an event.
-            message: becomes the job's message, and the event's; None leaves the job's as it is.
-            change: what happened; moves the state, and sets `started_at` at the first start and `ended_at` at an end
-                unless `fields` do.
+            message: the new message of the job and the event; None keeps the job's.
+            change: what happened; determines the new state, and sets `started_at` at the first start and `ended_at` at
+                an end unless `fields` do.
             fields: further fields of `JobRecord`.
 
         Returns:
-            The job as it is now; without its heavy fields, unless `fields` has one.
+            The updated job; without its heavy fields, unless `fields` has one.
 
         Raises:
-            IllegalTransition: `change` cannot happen in the job's state.
+            IllegalTransition: `change` is not possible in the job's state.
             NotFoundError: there is no such job.
-            StorageError: it cannot be written; nothing has changed then.
+            StorageError: it cannot be written; nothing has changed.
         """
         old = self.light(job_id) if HEAVY.isdisjoint(fields) else self.by_id(job_id)
         new = old.changed(change, fields if message is None else {"message": message, **fields}, now=time.time())
         return self._write(old, new, kind=kind, note=message or "")
 
     def record_wait_reasons(self, waits: Sequence[WaitDecision]) -> None:
-        """Record what queued jobs wait for now, each with an event.
+        """Record the wait reasons of queued jobs, each with an event.
 
-        One transaction for all, and nothing waits for the disk: what a crash takes of this is found again.
+        One transaction for all, without flushing: wait reasons lost in a crash are determined again.
 
         Raises:
-            StorageError: it cannot be written; nothing has changed then.
+            StorageError: it cannot be written; nothing has changed.
         """
-        told: list[tuple[JobRecord, Event, int]] = []
+        written: list[tuple[JobRecord, Event, int]] = []
         sizes: list[tuple[Path, int]] = []
         now = time.time()
         try:
@@ -307,45 +306,45 @@ class Records:
                 path = self.folder(new.id) / JOURNAL
                 before, after = journal.append(path, journal_line(new, event=event), durable=False)
                 sizes.append((path, before))
-                told.append((new, event, after))
+                written.append((new, event, after))
             with self._storing(), database.transaction(self._db):
-                for record, event, after in told:
+                for record, event, after in written:
                     database.put_job(self._db, record, journal_bytes=after, heavy=False)
                     database.put_event(self._db, event)
         except BaseException:
             for path, before in sizes:
                 journal.cut(path, before)
             raise
-        self._seq += len(told)
-        for record, _, _ in told:
+        self._seq += len(written)
+        for record, _, _ in written:
             self._track(record)
             self._notify(record.id)
 
     def foreign(self, submission: str) -> JobRecord | None:
-        """Return what is recorded of a job that somebody submitted with Ray's own tools.
+        """Return the record of an external job, or None.
 
         Raises:
-            ConflictError: a job of ours has that id.
+            ConflictError: a job of raylaunch's has that id.
         """
         query = "SELECT light, heavy, is_foreign FROM jobs WHERE id = ?"
         light, heavy, is_foreign = self._db.execute(query, (submission,)).fetchone() or ("", "", True)
         if not is_foreign:
-            msg = f"{submission} is the id of a job of raylaunch's"
+            msg = f"{submission} is the id of a raylaunch job"
             raise ConflictError(msg, hint="submit with another --submission-id")
         try:
             return record_from(light, heavy) if light else None
-        except StorageError:  # it is written again from what Ray says
+        except StorageError:  # it is rewritten from Ray's report
             return None
 
     def foreign_unfinished(self) -> list[JobRecord]:
-        """Return the foreign jobs that have not ended, without heavy fields."""
+        """Return the external jobs that have not ended, without heavy fields."""
         return list(self._foreign.values())
 
     def put_foreign(self, view: JobView, *, stop_wish: StopWishModel | None = None) -> JobRecord:
-        """Write a foreign job as it is now; an event tells a new state. A wish to stop stays until its end.
+        """Write an external job, with an event if its state has changed. A stop request remains until its end.
 
         Raises:
-            ConflictError: a job of ours has that id.
+            ConflictError: a job of raylaunch's has that id.
             StorageError: it cannot be written.
         """
         old = self.foreign(view.id)
@@ -372,14 +371,14 @@ class Records:
     def events(self, *, after: int, job: str = "", limit: int = 500) -> EventPage:
         """Return events after a cursor, oldest first; of one job (its id) or of all."""
         where, values = ("AND job = ?", [after, job]) if job else ("", [after])
-        query = f"SELECT * FROM events WHERE seq > ? {where} ORDER BY seq LIMIT ?"  # noqa: S608 -- constants and marks
+        query = f"SELECT * FROM events WHERE seq > ? {where} ORDER BY seq LIMIT ?"  # noqa: S608 -- constants and placeholders
         rows = self._db.execute(query, [*values, limit])
         events = tuple(database.event_from(row) for row in rows)
         return EventPage(events=events, cursor=events[-1].seq if events else after)
 
     @contextmanager
     def subscribe(self, job: str = "") -> Iterator[asyncio.Event]:
-        """Yield an event that is set after each write about a job (its id), or about any; clear it before looking."""
+        """Yield an event that is set after each write of a job (its id), or of any; clear it before reading."""
         changed = asyncio.Event()
         waiting = self._changed.setdefault(job, set())
         waiting.add(changed)
@@ -391,23 +390,23 @@ class Records:
                 del self._changed[job]
 
     def delete(self, job_id: str) -> None:
-        """Forget an ended job. Its folder goes to the trash, which `recovery.empty_trash` empties.
+        """Delete an ended job. Its folder is moved to the trash, which `recovery.empty_trash` deletes.
 
         Raises:
             ConflictError: the job has not ended.
             NotFoundError: there is no such job.
-            StorageError: it cannot be written; the job is still there then.
+            StorageError: it cannot be written; the job still exists.
         """
         record = self.by_id(job_id)
         record.require_ended()
         event = self._event(record, "removed", f"{record.name} was removed")
         self._commit(event, self.store / JOURNAL, journal.line_of(event), record=None, own_journal=False)
-        if not record.foreign:  # which has no folder, and an id that raylaunch did not make
+        if not record.foreign:  # external jobs have no folder, and ids from elsewhere
             move_to_trash(self.store, job_id)
         self._notify(job_id)
 
     def close(self) -> None:
-        """Close the database and let go of the store."""
+        """Close the database and unlock the store."""
         self._db.close()
         os.close(self._lock)
 
@@ -423,7 +422,7 @@ class Records:
         if earlier.spec == request.spec and earlier.package == request.package:
             return earlier
         what = "another spec" if earlier.spec != request.spec else "other code"
-        msg = f"request id {request.request_id!r} has already made {earlier.id}, from {what}"
+        msg = f"request id {request.request_id!r} was already used for {earlier.id}, with {what}"
         raise ConflictError(msg, hint="use a new request id for a new job")
 
     def _write(self, old: JobRecord | None, new: JobRecord, *, kind: str, note: str) -> JobRecord:
@@ -440,7 +439,7 @@ class Records:
         return new
 
     def _track(self, record: JobRecord) -> None:
-        """Hold what is asked of jobs that have not ended again and again."""
+        """Keep active and queued jobs in memory."""
         if record.state.active:
             self._active[record.id] = record.light()
         else:
@@ -454,7 +453,7 @@ class Records:
         at = record.updated_at if kind != "removed" else time.time()
         return Event(seq=self._seq + 1, at=at, job=record.id, kind=kind, message=message, state=record.state)
 
-    def _commit(  # noqa: PLR0913 -- what is written where, all named
+    def _commit(  # noqa: PLR0913 -- all named
         self,
         event: Event | None,
         path: Path,
@@ -464,7 +463,7 @@ class Records:
         own_journal: bool,
         heavy: bool = True,
     ) -> None:
-        """Journal first, then the database; when the database fails, the line is taken back."""
+        """Write the journal, then the database; if the database fails, remove the line."""
         before, after = journal.append(path, line)
         try:
             with self._storing(), database.transaction(self._db):
@@ -494,4 +493,4 @@ class Records:
 
 
 def _no_job(job_id: str) -> NotFoundError:
-    return NotFoundError(f"there is no job {job_id!r}", hint="see what there is: raylaunch list")
+    return NotFoundError(f"no such job: {job_id!r}", hint="list jobs: raylaunch list")

@@ -1,9 +1,9 @@
-"""The journal of a job: one JSON line a change, on the disk before anything else believes it.
+"""The journal of a job, one line of JSON per change, flushed before the database is written; and the job's folder.
 
-A line is ``{"seq", "at", "kind", "message", "state", "record", "heavy"}``: `record` is the job as of then without its
-heavy fields, and `heavy` those, when they changed. A quiet change has an empty `kind` and the seq of the event
-before it. A last line without its end was never taken for done, and is ignored.
-The store has a journal of its own for what outlives a job's folder: removals, and events of foreign jobs.
+A line is ``{"seq", "at", "kind", "message", "state", "record", "heavy"}``: `record` is the job at that time without its
+heavy fields, and `heavy` has those if they changed. A change without an event has an empty `kind` and the seq of the
+previous event. A last line without a newline was not completed and is ignored.
+The store's own journal contains what outlives a job's folder: removals, and events of external jobs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from raylaunch.models.states import JobState
 
 
 def free_id(jobs: Path, name: str) -> str:
-    """Return an id for a new job of this name, of which there is no folder in `jobs`."""
+    """Return an unused id for a new job with this name."""
     while True:
         job_id = f"{name}-{base64.b32encode(secrets.token_bytes(4)).decode().lower()[:6]}"
         if not (jobs / job_id).exists():
@@ -37,7 +37,7 @@ def free_id(jobs: Path, name: str) -> str:
 
 
 def make(folder: Path, record: JobRecord) -> None:
-    """Make the folder of a new job, with its spec and the changes that were not committed.
+    """Create the folder of a new job, with its spec and its uncommitted changes.
 
     Raises:
         OSError: it cannot be written.
@@ -52,7 +52,7 @@ def make(folder: Path, record: JobRecord) -> None:
 
 
 def write_packages(folder: Path, packages: Sequence[str]) -> None:
-    """Write which packages the job's environment had; the record has them too, so that a failure is no harm."""
+    """Write the packages of the job's environment; the record has them too, so a failure is harmless."""
     with contextlib.suppress(OSError):
         write_text(folder / "packages.txt", "\n".join(packages) + "\n")
 
@@ -60,7 +60,7 @@ def write_packages(folder: Path, packages: Sequence[str]) -> None:
 def journal_line(
     record: JobRecord, *, event: Event | None, seq: int = 0, note: str = "", heavy: bool = False
 ) -> JournalLine:
-    """Return the journal's line about a job as it is now; a change without an event has the `seq` before it."""
+    """Return the journal line of a job as it is now; a change without an event has the previous `seq`."""
     return JournalLine(
         seq=event.seq if event is not None else seq,
         at=record.updated_at,
@@ -88,33 +88,33 @@ class JournalLine(BaseModel):
     heavy: dict[str, JsonValue] | None = None
 
     def encode(self) -> bytes:
-        """Return the line's bytes, its end included."""
+        """Return the line's bytes, including the newline."""
         return json.dumps(self.model_dump(mode="json", exclude_none=True), ensure_ascii=False).encode() + b"\n"
 
 
 def line_of(event: Event) -> JournalLine:
-    """Return the line of the store's own journal for an event that outlives, or never had, a job's folder."""
+    """Return a line of the store's own journal, for an event without a job's folder."""
     return JournalLine(
         seq=event.seq, at=event.at, kind=event.kind, message=event.message, job=event.job, state=event.state
     )
 
 
 def write_problem(path: Path, error: OSError) -> StorageError:
-    """Say why `path` could not be written, and what to do."""
-    hint = "nothing was recorded; look at the disk and the permissions of the store, then try again"
+    """Return the error for a failed write of `path`."""
+    hint = "nothing was recorded; check the disk and the permissions of the store, then try again"
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        hint = "nothing was recorded; free space on that disk (raylaunch du shows what jobs take), then try again"
+        hint = "nothing was recorded; free space on that disk (raylaunch du shows the usage of jobs), then try again"
     return StorageError(f"cannot write {path}: {error.strerror}", hint=hint)
 
 
 def append(path: Path, line: JournalLine, *, durable: bool = True) -> tuple[int, int]:
-    """Write `line` at the end of the journal and, unless it need not be `durable`, wait until the disk has it.
+    """Append `line` to the journal and, if `durable`, flush it to disk.
 
     Returns:
-        The journal's size in bytes before and after. A torn line that an earlier crash left is cut off first.
+        The journal's size in bytes before and after. An incomplete last line from a crash is removed first.
 
     Raises:
-        StorageError: the disk is full or cannot be written; the journal is as it was.
+        StorageError: the disk is full or cannot be written; the journal is unchanged.
     """
     data = line.encode()
     try:
@@ -139,12 +139,12 @@ def append(path: Path, line: JournalLine, *, durable: bool = True) -> tuple[int,
 
 
 def cut(path: Path, size: int) -> None:
-    """Take back what was written after the first `size` bytes."""
+    """Truncate the journal to `size` bytes."""
     os.truncate(path, size)
 
 
 def cut_torn_line(path: Path) -> int:
-    """Cut off a last line without its end, and return the journal's size in bytes."""
+    """Remove an incomplete last line, and return the journal's size in bytes."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         return _cut_torn_line(fd)
@@ -153,7 +153,7 @@ def cut_torn_line(path: Path) -> int:
 
 
 def read(path: Path) -> Iterator[JournalLine | None]:
-    """Yield the whole lines, oldest first; None stands for a line that cannot be read."""
+    """Yield the complete lines, oldest first; None for a line that cannot be read."""
     with path.open("rb") as file:
         for data in file:
             if not data.endswith(b"\n"):
@@ -162,7 +162,7 @@ def read(path: Path) -> Iterator[JournalLine | None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file for people, readable by the owner alone."""
+    """Write a small file for people, readable only by its owner."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)

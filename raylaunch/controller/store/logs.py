@@ -1,6 +1,6 @@
-"""Logs of attempts: where they lie, and searching what may be huge, still growing, and not text.
+"""Logs of attempts in the store: their paths, their last lines, and searching them.
 
-Everything is read in blocks, so that memory stays flat.
+Logs may be huge, still growing, or binary; everything is read in blocks, in constant memory.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _MOST_RANKS = 1_000_000
 
 
 def log_tail(job_folder: Path, *, attempt: int) -> tuple[str, ...]:
-    """Return the last lines of an attempt's log; where a rank failed, of that rank's.
+    """Return the last lines of an attempt's log: the failed rank's log if there is one.
 
     Args:
-        job_folder: the job's, in the store.
+        job_folder: the job's folder in the store.
         attempt: number of the attempt.
     """
     rank = _failed_rank(job_folder / f"attempt-{attempt}" / EXIT)
@@ -56,10 +56,10 @@ def _failed_rank(exit_file: Path) -> int:
 
 
 SEARCH_BYTES = 64 * 1024 * 1024
-"""How much one search reads before it hands back what it has."""
+"""How many bytes one search reads before it returns what it has found."""
 
 SEARCH_S = 10.0
-"""How long one search takes at most before it hands back what it has."""
+"""How long one search takes before it returns what it has found."""
 
 _PIECE = 64 * 1024
 _TEXT = 2000
@@ -89,20 +89,20 @@ def search(  # noqa: PLR0913 -- each is one option of the search
     limit: int = 100,
     max_bytes: int = SEARCH_BYTES,
 ) -> LogMatches:
-    """Return lines that hold `pattern`, from `offset` on.
+    """Return lines that contain `pattern`, from `offset` on.
 
-    A line is what stands between two line ends; of one that a progress bar has rewritten with carriage returns, only
-    the rewriting that matches is shown. Very long lines are looked at in pieces of 64 KiB.
+    Lines end with a newline. If a progress bar has rewritten a line with carriage returns, only the matching version is
+    returned. Very long lines are searched in pieces of 64 KiB.
 
     Args:
         path: the log.
         pattern: text to find, or with `regex` a regular expression in RE2's syntax.
         regex: whether the pattern is a regular expression.
-        ignore_case: whether case does not matter.
-        offset: where to begin, bytes.
-        line: the number of the line there, where it is known; at the beginning of the log it is 1.
-        limit: most matches to return.
-        max_bytes: how much to read at most; `more` then says that the search can go on from `next_offset`.
+        ignore_case: whether to ignore case.
+        offset: where to start, bytes.
+        line: the number of the line there, if known; it is 1 at the start of the log.
+        limit: maximum number of matches.
+        max_bytes: how much to read at most; then `more` is set, and the search can continue at `next_offset`.
 
     Raises:
         SpecError: the pattern is empty, too long, or not a regular expression.
@@ -120,13 +120,13 @@ def search(  # noqa: PLR0913 -- each is one option of the search
 
 
 class LogBlocks(Protocol):
-    """What a log is read from, on and on."""
+    """A source of a log's bytes."""
 
     def read(self, limit: int, /) -> bytes:
-        """Return the next bytes, at most `limit`; none at the end."""
+        """Return the next bytes, at most `limit`; empty at the end."""
 
 
-def search_in(  # noqa: PLR0913 -- as above
+def search_in(  # noqa: PLR0913 -- same options
     log: LogBlocks,
     pattern: str,
     *,
@@ -137,7 +137,7 @@ def search_in(  # noqa: PLR0913 -- as above
     limit: int,
     max_bytes: int = SEARCH_BYTES,
 ) -> LogMatches:
-    """Search a log that stands at `offset`; as `search`, but `more` may be said where nothing more is to come."""
+    """Search a log from its position `offset` on; like `search`, but `more` may be set even at the end."""
     until = time.monotonic() + SEARCH_S
     matches = _matcher(pattern, regex=regex, ignore_case=ignore_case)
     literal = b"" if regex or ignore_case else pattern.encode()
@@ -155,10 +155,10 @@ def search_in(  # noqa: PLR0913 -- as above
 
 
 def check_known_rank(job: str, job_folder: Path, attempt: AttemptView, *, rank: int) -> None:
-    """Refuse a rank that an attempt will never have; while it runs, only where its launcher has said how many.
+    """Refuse a rank that an attempt will never have; while it is running, only if the number of ranks is known.
 
     Raises:
-        NotFoundError: there is no such rank; the hint says which there are.
+        NotFoundError: there is no such rank; the hint lists the ranks.
     """
     known = attempt.ranks if attempt.started_at is not None else 0
     if known and rank >= known and not log_path(job_folder, attempt=attempt.n, rank=rank).exists():
@@ -167,23 +167,22 @@ def check_known_rank(job: str, job_folder: Path, attempt: AttemptView, *, rank: 
 
 
 def check_rank(job: str, job_folder: Path, *, attempt: int, rank: int) -> None:
-    """Refuse a rank that an attempt which is over never had.
+    """Refuse a rank that an ended attempt never had.
 
     Raises:
-        NotFoundError: that rank has no log; the hint names those that have.
+        NotFoundError: that rank has no log; the hint lists the ranks with logs.
     """
     if not log_path(job_folder, attempt=attempt, rank=rank).exists():
         there = ", ".join(str(known) for known in ranks(job_folder, attempt=attempt))
-        hint = f"it has logs of these ranks: {there}" if there else f"see what it left: raylaunch files {job}"
+        hint = f"it has logs of these ranks: {there}" if there else f"see its files: raylaunch files {job}"
         msg = f"attempt {attempt} of {job} has no log of rank {rank}"
         raise NotFoundError(msg, hint=hint)
 
 
 def _matcher(pattern: str, *, regex: bool, ignore_case: bool) -> Callable[[str], bool]:
-    """Return what says whether a text matches.
+    """Return a function that tests whether a text matches.
 
-    RE2's time grows with the text only, whatever the pattern; Python's `re` can be made to take hours, and holds the
-    interpreter's lock meanwhile.
+    RE2 takes linear time for every pattern; Python's `re` can be made to take hours, and holds the GIL meanwhile.
     """
     if not pattern:
         msg = "the pattern to search for is empty"
@@ -199,7 +198,7 @@ def _matcher(pattern: str, *, regex: bool, ignore_case: bool) -> Callable[[str],
     try:
         compiled = re2.compile(pattern, options=options)
     except (re2.error, UnicodeEncodeError) as error:
-        msg = f"{pattern!r} is not a supported regular expression: {_words(error)}"
+        msg = f"{pattern!r} is not a supported regular expression: {_regex_error(error)}"
         raise SpecError(msg, hint=_SYNTAX, field="pattern") from None
     return lambda text: compiled.search(text) is not None
 
@@ -210,16 +209,16 @@ _SYNTAX = (
 )
 
 
-def _words(error: Exception) -> str:
-    """Return what RE2 says, which is bytes."""
-    said = error.args[0] if error.args else ""
+def _regex_error(error: Exception) -> str:
+    """Return RE2's error message, which is bytes."""
+    text = error.args[0] if error.args else ""
     if isinstance(error, UnicodeEncodeError):
-        return "it holds half of a character"
-    return said.decode(errors="replace") if isinstance(said, bytes) else str(said)
+        return "it contains a lone surrogate"
+    return text.decode(errors="replace") if isinstance(text, bytes) else str(text)
 
 
 def _lines(log: LogBlocks, offset: int, literal: bytes) -> Iterator[tuple[int, int, bytes, int]]:
-    """Yield (begin, end, line, line ends), long lines in pieces; a block without `literal` is a line without bytes."""
+    """Yield (start, end, line, newlines), long lines in pieces; a block without `literal` as a line without bytes."""
     rest = b""
     while block := log.read(READ_BYTES):
         data = rest + block

@@ -1,4 +1,4 @@
-"""Packed working directories, each named by the sha256 of its bytes; uploads resume where they stopped."""
+"""Uploaded packages (packed working directories and wheels), named by their sha256; uploads can be resumed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class ClusterWheels:
-    """The wheels of the cluster's own environment, as the last `up` gathered them: ``cluster_wheels.json``."""
+    """``cluster_wheels.json``: the wheels of the cluster's own environment, as gathered by the last `up`."""
 
     def __init__(self, settings: Settings) -> None:
         self._path = settings.store / "cluster_wheels.json"
@@ -33,31 +33,31 @@ class ClusterWheels:
         self.sets = self._read()
 
     def _read(self) -> tuple[WheelSet, ...]:
-        """Return what is kept for this environment; for another it is nothing."""
+        """Return the wheels, if they are for the current environment."""
         try:
             found = EnvironmentWheels.model_validate_json(self._path.read_bytes())
         except FileNotFoundError:
             return ()
         except (OSError, ValidationError) as error:
-            _log.warning("%s cannot be read, and the next up gathers its wheels again: %s", self._path, error)
+            _log.warning("%s cannot be read; the next up gathers the wheels again: %s", self._path, error)
             return ()
         return found.sets if found.environment == self._environment else ()
 
     @property
     def packages(self) -> frozenset[str]:
-        """The packages that they are, by sha256."""
+        """Their sha256s."""
         return frozenset(wheel.sha256 for one in self.sets for wheel in one.wheels)
 
     async def keep(self, given: EnvironmentWheels) -> None:
-        """Keep wheels for jobs that use the cluster's environment; those for other platforms stay.
+        """Store wheels for jobs that use the cluster's environment; those for other platforms remain.
 
         Raises:
-            ConflictError: they are of another environment.
-            StorageError: they cannot be written down.
+            ConflictError: they are for another environment.
+            StorageError: they cannot be stored.
         """
         if given.environment != self._environment:
-            msg = f"these wheels are of {given.environment}, and the cluster's environment is {self._environment}"
-            raise ConflictError(msg, hint="repeat: raylaunch up")
+            msg = f"these wheels are for {given.environment}, but the cluster's environment is {self._environment}"
+            raise ConflictError(msg, hint="run again: raylaunch up")
         new = {one.platform for one in given.sets}
         sets = (*(one for one in self.sets if one.platform not in new), *given.sets)
         text = EnvironmentWheels(environment=self._environment, sets=sets).model_dump_json(indent=1)
@@ -66,20 +66,20 @@ class ClusterWheels:
 
 
 PIECE_BYTES = 8 * 1024 * 1024
-"""Most bytes of one piece of an upload."""
+"""Maximum size of one piece of an upload."""
 
 _SHA = re.compile(r"[0-9a-f]{64}")
 
 
 class PackageBytes(NamedTuple):
-    """How much of a package is here."""
+    """How much of a package has been uploaded."""
 
     bytes: int
     complete: bool
 
 
 class WrongOffsetError(ConflictError):
-    """A piece does not follow what is here; `have` says where the next one must begin."""
+    """A piece does not continue the upload; `have` is the offset of the next piece."""
 
     def __init__(self, message: str, *, have: int, hint: str = "") -> None:
         super().__init__(message, hint=hint)
@@ -87,7 +87,7 @@ class WrongOffsetError(ConflictError):
 
 
 class PackageStore:
-    """The folder of packages. May be used from several threads; uploads of the same package take turns by piece."""
+    """The folder of packages. May be used from several threads; each package is written by one at a time."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ class PackageStore:
         self._busy: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
     def have(self, sha: str) -> PackageBytes:
-        """Return how much of the package is here."""
+        """Return how much of the package has been uploaded."""
         complete, part = self._paths(sha)
         try:
             return PackageBytes(complete.stat().st_size, complete=True)
@@ -104,34 +104,34 @@ class PackageStore:
             return PackageBytes(part.stat().st_size if part.exists() else 0, complete=False)
 
     def complete(self, sha: str) -> bool:
-        """Whether the package is here as a whole."""
+        """Whether the package is complete."""
         return self.have(sha).complete
 
     def path(self, sha: str) -> Path:
         """Return the archive's file.
 
         Raises:
-            NotFoundError: it is not here as a whole.
+            NotFoundError: it is not complete.
         """
         if not self.have(sha).complete:
-            msg = f"package {sha[:12]} is not here"
+            msg = f"package {sha[:12]} is not in the store"
             raise NotFoundError(msg, hint="submit again: the client sends what is missing")
         return self._paths(sha)[0]
 
     def put(self, sha: str, *, offset: int, total: int, data: bytes) -> PackageBytes:
-        """Take one piece of a package; the last one completes it, once its sha256 is right.
+        """Store one piece of a package; the last one completes it, after its sha256 was verified.
 
         Args:
             sha: sha256 of the whole archive, in hex.
-            offset: where the piece begins, bytes.
+            offset: offset of the piece, bytes.
             total: size of the whole archive, bytes.
-            data: the piece; nothing, at the end, where all bytes are here and nobody has verified them yet.
+            data: the piece; may be empty at the end, to verify a package whose bytes are all here.
 
         Raises:
-            SpecError: the numbers do not fit together.
-            WrongOffsetError: the piece does not begin where what is here ends.
-            TransferError: the whole is not what its name says; what was here of it is deleted.
-            StorageError: the disk is full; what was here before is still here.
+            SpecError: the numbers are inconsistent.
+            WrongOffsetError: the piece does not continue the upload.
+            TransferError: the sha256 differs; the upload is deleted.
+            StorageError: the disk is full; the upload so far is kept.
         """
         if offset < 0 or not (data or offset == total) or offset + len(data) > total or len(data) > PIECE_BYTES:
             msg = f"a piece of {len(data)} bytes at {offset} does not fit a package of {total} bytes"
@@ -141,7 +141,7 @@ class PackageStore:
             if have.complete:
                 return have
             if offset != have.bytes:
-                msg = f"package {sha[:12]} goes on at {have.bytes}, not at {offset}"
+                msg = f"package {sha[:12]} continues at {have.bytes}, not at {offset}"
                 raise WrongOffsetError(msg, have=have.bytes, hint=f"send from {have.bytes} on")
             complete, part = self._paths(sha)
             _append(part, offset, data)
@@ -151,17 +151,17 @@ class PackageStore:
             return PackageBytes(total, complete=True)
 
     def remove(self, sha: str) -> None:
-        """Delete the package and what was uploaded of it."""
+        """Delete the package, or its unfinished upload."""
         with self._turn(self._checked(sha)):
             for path in self._paths(sha):
                 path.unlink(missing_ok=True)
 
     def names(self) -> tuple[str, ...]:
-        """Return the packages that are here as a whole."""
+        """Return the complete packages."""
         return tuple(sorted(path.name.removesuffix(".tar.gz") for path in self._folder.glob("*.tar.gz")))
 
     def bytes(self) -> int:
-        """Return the bytes that all packages and unfinished uploads take."""
+        """Return the size of all packages and unfinished uploads."""
         return sum(entry.stat().st_size for entry in os.scandir(self._folder))
 
     def _paths(self, sha: str) -> tuple[Path, Path]:
@@ -176,7 +176,7 @@ class PackageStore:
         return sha
 
     def _turn(self, sha: str) -> threading.Lock:
-        """Return the lock of a package; it goes when nobody holds or waits for it."""
+        """Return the lock of a package; it is dropped when nobody uses it."""
         with self._lock:
             return self._busy.setdefault(sha, threading.Lock())
 
@@ -206,7 +206,7 @@ def _complete(part: Path, complete: Path, sha: str) -> None:
         if found != sha:
             part.unlink()
             msg = f"package {sha[:12]} arrived damaged: its bytes have the sha256 {found[:12]}"
-            raise TransferError(msg, hint="what had arrived was deleted; submit again to send it anew")
+            raise TransferError(msg, hint="it was deleted; submit again to send it again")
         sync(part)
         part.rename(complete)
     except OSError as error:

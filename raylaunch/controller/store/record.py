@@ -1,4 +1,4 @@
-"""`JobRecord`: a job as the controller keeps it; and which of its fields are too heavy for lists."""
+"""`JobRecord`: a job as the controller stores it; and which of its fields are too heavy for lists."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from raylaunch.models.job_spec import JobSpec
 from raylaunch.models.states import Change, JobState, transition
 
 HEAVY = frozenset({"environment", "git", "pack", "log_tail", "wheels"})
-"""Fields that may be large (package lists, a dirty diff, the end of a log). Lists leave them out."""
+"""Fields that may be large (package lists, a diff, the end of a log). Lists omit them."""
 
 
 class StopWishModel(TypedDict):
-    """`raylaunch.contract.StopWish`, in the form that pydantic reads on Pythons before 3.12."""
+    """`raylaunch.contract.StopWish`, in the form that pydantic supports on Python before 3.12."""
 
     why: Literal["stopped", "timed_out"]
     grace_s: float
 
 
 class JobRecord(JobView):
-    """A job with what only the controller needs to know. Frozen; `Records.update` makes the next one."""
+    """A job with the controller's internal fields. Frozen; `Records.update` creates the next version."""
 
     package: str = ""
     request_id: str = ""
@@ -35,28 +35,28 @@ class JobRecord(JobView):
     """Of the latest attempt."""
     stop_wish: StopWishModel | None = None
     again: bool = False
-    """Whether another attempt follows its stop."""
+    """Whether another attempt follows after its stop."""
     free_retries: Count = 0
-    """Attempts that were made again without counting, because the machines failed and not the program."""
+    """Retries that do not count, because the machines failed and not the program."""
     force_offline: bool = False
     submitted_to_ray: bool = False
     wheels: tuple[WheelSet, ...] = ()
-    """What its environment is made of where a node reaches no package index."""
+    """Wheels of its environment, for nodes that cannot reach a package index."""
 
     @property
     def own_spec(self) -> JobSpec:
-        """The spec of a job of ours. Foreign jobs have none."""
+        """The job's spec; not for external jobs, which have none."""
         if self.spec is None:
-            msg = f"{self.id} is foreign: it has no spec"
+            msg = f"{self.id} is an external job and has no spec"
             raise ValueError(msg)
         return self.spec
 
     def view(self) -> JobView:
-        """Return what clients see of it."""
+        """Return the job as clients see it."""
         return JobView.model_construct(**{name: getattr(self, name) for name in JobView.model_fields})
 
     def require_ended(self) -> None:
-        """Let nothing be removed of a job that has not ended.
+        """Require that the job has ended, before it is removed.
 
         Raises:
             ConflictError: it has not ended.
@@ -66,10 +66,10 @@ class JobRecord(JobView):
             raise ConflictError(msg, hint=f"stop it first: raylaunch stop {self.id}")
 
     def changed(self, change: Change | None, fields: Mapping[str, object], *, now: float) -> JobRecord:
-        """Return what it becomes at `now` (seconds since the epoch), as `Records.update` says.
+        """Return its next version at `now` (seconds since the epoch); for the arguments see `Records.update`.
 
         Raises:
-            IllegalTransition: `change` cannot happen in its state.
+            IllegalTransition: `change` is not possible in its state.
         """
         unknown = set(fields) - set(JobRecord.model_fields) | set(fields) & {"id", "state", "cursor", "updated_at"}
         if unknown:
@@ -85,12 +85,12 @@ class JobRecord(JobView):
         return JobRecord.model_validate({**values, **fields, "updated_at": now})
 
     def light(self) -> JobRecord:
-        """Return it without its heavy fields."""
+        """Return it without heavy fields."""
         return self.model_copy(update={"environment": None, "git": None, "pack": None, "log_tail": (), "wheels": ()})
 
 
 def light_json(record: JobRecord) -> dict[str, JsonValue]:
-    """Return the fields that lists show, as JSON data."""
+    """Return all but the heavy fields, as JSON data."""
     return record.model_dump(mode="json", exclude=set(HEAVY))
 
 
@@ -100,16 +100,18 @@ def heavy_json(record: JobRecord) -> dict[str, JsonValue]:
 
 
 def record_from(light: str, heavy: str = "") -> JobRecord:
-    """Build a record from the two JSON texts of a row.
+    """Return the record from the two JSON texts of a row.
 
-    Python's own JSON carries NaN and infinity, which losses become; JSON proper would turn them into null.
+    Python's JSON supports NaN and infinity, which losses may become; standard JSON does not.
 
     Raises:
-        StorageError: they are not a record that this version reads.
+        StorageError: this version cannot read the record.
     """
     try:
         return JobRecord.model_validate({**json.loads(light), **(json.loads(heavy) if heavy else {})})
     except (ValueError, RecursionError, TypeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         msg = f"the job's record cannot be read: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
-        raise StorageError(msg, hint="its folder in the store is whole; raylaunch list shows the others") from error
+        raise StorageError(
+            msg, hint="its folder in the store is intact; raylaunch list shows the other jobs"
+        ) from error

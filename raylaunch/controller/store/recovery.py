@@ -1,4 +1,4 @@
-"""Making database and journals agree when the store is opened: the journals are right."""
+"""Recovery when the store is opened: the database is brought in line with the journals. And the trash."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRASH = "trash"
 
 
 def move_to_trash(store: Path, job: str) -> None:
-    """Take the job's folder out of sight at once; `empty_trash` deletes it, however large it is."""
+    """Move the job's folder to the trash, which is fast; `empty_trash` deletes it."""
     folder = store / "jobs" / job
     if folder.exists():
         (store / TRASH).mkdir(mode=0o700, exist_ok=True)
@@ -32,7 +32,7 @@ def move_to_trash(store: Path, job: str) -> None:
 def empty_trash(store: Path) -> None:
     """Delete the files of removed jobs. May take long; may be called from any thread, also while jobs are moved there.
 
-    The folder itself stays: who moves a job there has just made sure that there is one.
+    The folder itself remains, since `move_to_trash` may have just created it.
     """
     with contextlib.suppress(FileNotFoundError):
         for entry in list(os.scandir(store / TRASH)):
@@ -48,18 +48,18 @@ class _Found:
 
 
 def reconcile(connection: sqlite3.Connection, store: Path, *, damage: str) -> tuple[str, ...]:
-    """Bring the database to what the journals say.
+    """Bring the database in line with the journals.
 
-    A folder with a journal and without a row is adopted; a journal whose size is not the one that its row stands for is
-    read again; a removal that a crash interrupted is finished.
+    A folder with a journal but no row is added; a journal whose size differs from the one in its row is read again; a
+    removal that a crash interrupted is completed.
 
     Args:
         connection: the open database.
         store: the store's folder.
-        damage: what was wrong with a database that had to be kept aside; empty when nothing was.
+        damage: what was wrong with a database that had to be replaced; empty if nothing was.
 
     Returns:
-        Sentences about what was repaired.
+        Messages about what was repaired.
     """
     sizes: dict[str, int] = dict(connection.execute("SELECT id, journal_bytes FROM jobs WHERE NOT is_foreign"))
     folders = {path.parent.name: path for path in (store / "jobs").glob(f"*/{JOURNAL}")}
@@ -134,18 +134,20 @@ def _event(line: JournalLine, job: str) -> Event:
 
 
 def _sentences(found: _Found, damage: str) -> tuple[str, ...]:
-    said = []
+    messages = []
     if damage:
-        said.append(f"The database was damaged ({damage}) and was rebuilt from the journals of {_jobs(found.adopted)}.")
+        messages.append(
+            f"The database was damaged ({damage}) and was rebuilt from the journals of {_jobs(found.adopted)}."
+        )
     elif found.adopted:
-        said.append(f"Found in the journals and taken up again: {_jobs(found.adopted)} ({_some(found.adopted)}).")
+        messages.append(f"Found in the journals and added: {_jobs(found.adopted)} ({_some(found.adopted)}).")
     if found.ahead:
-        said.append(f"Brought up to date from the journals: {_jobs(found.ahead)} ({_some(found.ahead)}).")
+        messages.append(f"Brought up to date from the journals: {_jobs(found.ahead)} ({_some(found.ahead)}).")
     if found.damaged:
-        said.append(f"Journals with damaged lines, which were left out: {_some(found.damaged)}.")
+        messages.append(f"Journals with damaged lines, which were skipped: {_some(found.damaged)}.")
     if found.unreadable:
-        said.append(f"Journals that hold no job, which were left alone: {_some(found.unreadable)}.")
-    return tuple(said)
+        messages.append(f"Journals without a job, which were skipped: {_some(found.unreadable)}.")
+    return tuple(messages)
 
 
 def _jobs(ids: Sequence[str]) -> str:

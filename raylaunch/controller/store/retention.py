@@ -1,4 +1,4 @@
-"""What the store keeps how long: a pure plan, and its doing, once an hour. Without a setting nothing of a job goes."""
+"""Removing jobs: on request, and hourly by the retention settings (a pure plan). By default all jobs are kept."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from raylaunch.controller.store.secrets import SecretStore
 from raylaunch.errors import NotFoundError, RaylaunchError
 from raylaunch.models.fields import Retention
 
+_log = logging.getLogger(__name__)
+
 
 class JobRemoval:
-    """Removes jobs that have ended, with all that the store has of them. Who asked for it writes the audit log."""
+    """Removes ended jobs with all their files. The caller writes the audit log."""
 
     def __init__(self, *, records: Records, artifacts: Artifacts, secrets: SecretStore) -> None:
         self._records = records
@@ -32,12 +34,12 @@ class JobRemoval:
         self._secrets = secrets
 
     async def remove(self, job_id: str) -> int:
-        """Delete its record and its secrets, and put its files into the trash; return the bytes that they take.
+        """Delete a job's record and secrets, and move its files to the trash; return their size in bytes.
 
         Raises:
             ConflictError: it has not ended.
             NotFoundError: there is no such job.
-            StorageError: it cannot be written; the job is still there then.
+            StorageError: it cannot be written; the job still exists then.
         """
         freed = await asyncio.to_thread(self._artifacts.bytes_of, job_id)
         self._records.delete(job_id)
@@ -45,22 +47,20 @@ class JobRemoval:
         return freed
 
 
-_log = logging.getLogger(__name__)
-
 EVERY_S = 3600.0
 _FIRST_S = 60.0
 PACKAGE_S = 24 * 3600.0
-"""How long code stays that no job came with: its submission may still be on the way."""
+"""How long an unused package is kept: the submission of its job may still be on the way."""
 _BY = "retention"
 
 
 @dataclass(frozen=True)
 class Expired:
-    """What has outlived its time."""
+    """What has expired."""
 
     jobs: tuple[str, ...] = ()
     checkpoints: tuple[str, ...] = ()
-    """Jobs whose checkpoints go; all else of them stays."""
+    """Jobs whose checkpoints are removed, and nothing else."""
     packages: tuple[str, ...] = ()
 
 
@@ -72,14 +72,14 @@ def plan_sweep(
     now: float,
     also: AbstractSet[str] = frozenset(),
 ) -> Expired:
-    """Compute what goes. Pure.
+    """Return what has expired. Pure.
 
     Args:
         jobs: all jobs of the store.
         retention: the cluster's setting.
-        packages: packages of code and wheels, with the time since which each is here.
+        packages: packages of code and wheels, with the time at which each was stored.
         now: seconds since the epoch.
-        also: packages that stay whatever jobs need.
+        also: packages to keep in addition.
     """
     ended = [(job, now - job.ended_at) for job in jobs if job.ended_at is not None]
     old = tuple(job.id for job, age in ended if retention.jobs_s is not None and age > retention.jobs_s)
@@ -94,14 +94,14 @@ def plan_sweep(
 
 
 class RetentionLoop:
-    """Does it, as long as the controller runs.
+    """Removes what has expired, as long as the controller is running.
 
     Args:
         store: the store's folder.
         retention: the cluster's setting.
     """
 
-    def __init__(  # noqa: PLR0913 -- the stores that it sweeps, all named
+    def __init__(  # noqa: PLR0913 -- the stores that it cleans, all named
         self,
         store: Path,
         retention: Retention,
@@ -120,31 +120,31 @@ class RetentionLoop:
         self._removal = removal
         self._cluster_wheels = cluster_wheels
         self._audit = AuditLog(store)
-        self._spent: set[str] = set()
+        self._without_checkpoints: set[str] = set()
 
     async def run(self) -> None:
-        """Sweep now and then, until cancelled."""
+        """Sweep every hour, until cancelled."""
         await asyncio.sleep(_FIRST_S)
         while True:
             try:
                 await self.sweep()
             except RaylaunchError as error:
-                _log.warning("what is over could not be removed, and is tried again: %s", error.message)
-            except Exception:  # noqa: BLE001 -- the top of a task: what fails once is tried an hour later
-                _log.exception("retention failed; it is tried again")
+                _log.warning("expired data could not be removed; retrying later: %s", error.message)
+            except Exception:  # noqa: BLE001 -- the top of a task: it is retried an hour later
+                _log.exception("retention failed; retrying later")
             await asyncio.sleep(EVERY_S)
 
     async def sweep(self) -> Expired:
-        """Remove what has outlived its time, and return what that was."""
+        """Remove what has expired, and return it."""
         found = await asyncio.to_thread(self._plan)
         for job in found.jobs:
-            with contextlib.suppress(NotFoundError):  # a person was faster
+            with contextlib.suppress(NotFoundError):  # a person has removed it meanwhile
                 await self._removal.remove(job)
                 self._audit.write(person=_BY, verb="remove", job=job, status=200)
         for job in found.checkpoints:
-            if job not in self._spent and await asyncio.to_thread(self._drop_checkpoints, job):
+            if job not in self._without_checkpoints and await asyncio.to_thread(self._drop_checkpoints, job):
                 self._audit.write(person=_BY, verb="remove checkpoints", job=job, status=200)
-            self._spent.add(job)
+            self._without_checkpoints.add(job)
         for name in found.packages:
             await asyncio.to_thread(self._packages.remove, name)
         if found.jobs:

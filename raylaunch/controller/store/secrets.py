@@ -1,4 +1,4 @@
-"""Secrets: the cluster's, by name, and those that came with one job. In 0600 files and nowhere else."""
+"""Secrets of the cluster, and those that came with a job. They are stored in 0600 files and nowhere else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write_private(path: Path, text: str) -> None:
     """Write `text` to `path`, 0600: as a whole, and on the disk.
 
     Raises:
-        StorageError: it cannot be written; what was there stays.
+        StorageError: it cannot be written; the old file remains.
     """
     try:
         write_atomic(path, text, only_writer=True)
@@ -29,9 +29,9 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class SecretStore:
-    """``secrets.json`` and ``job_secrets/`` of one store. Values leave it only on the way to a node.
+    """``secrets.json`` and ``job_secrets/`` of one store. Values are sent to nodes only.
 
-    ``secret_people.json`` says whose jobs may have a secret; one that is not in it is everybody's.
+    ``secret_people.json`` lists whose jobs get a secret; one that is not in it is available to all.
     """
 
     def __init__(self, store: Path) -> None:
@@ -50,11 +50,11 @@ class SecretStore:
         Args:
             name: its name.
             value: its value.
-            people: whose jobs may have it; none for everybody's. None leaves that as it is.
+            people: whose jobs get it; empty for all. None leaves that unchanged.
 
         Raises:
-            SpecError: the name is not a variable's, or the value cannot be one.
-            StorageError: it cannot be written; the value before stays.
+            SpecError: the name is not a valid variable name, or the value is invalid.
+            StorageError: it cannot be written; the old value remains.
         """
         _check(name, value)
         if people:
@@ -71,7 +71,7 @@ class SecretStore:
         return _loaded(self._people_path)
 
     def withheld(self, names: Iterable[str], person: str) -> tuple[str, ...]:
-        """Return those of `names` that are set, and not for a person's jobs."""
+        """Return those of `names` that are set, but not available to a person's jobs."""
         people, known = self._people(), _read(self._path)
         return tuple(name for name in names if name in known and name in people and person not in people[name])
 
@@ -79,20 +79,20 @@ class SecretStore:
         """Delete a secret of the cluster.
 
         Raises:
-            NotFoundError: there is none of this name.
+            NotFoundError: there is none with this name.
         """
         known = _read(self._path)
         if name not in known:
-            msg = f"there is no secret {name!r}"
-            raise NotFoundError(msg, hint="see their names: raylaunch secret list")
+            msg = f"no such secret: {name!r}"
+            raise NotFoundError(msg, hint="list them: raylaunch secret list")
         _write(self._path, {key: value for key, value in known.items() if key != name})
         self._restrict(name, ())
 
     def put_job(self, job_id: str, values: Mapping[str, str]) -> None:
-        """Keep the values that came with a job, until `forget_job`. Nothing is written when there are none.
+        """Store the values that came with a job, until `forget_job`. Nothing is written if there are none.
 
         Raises:
-            SpecError: a name is not a variable's, or a value cannot be one.
+            SpecError: a name is not a valid variable name, or a value is invalid.
             StorageError: they cannot be written.
         """
         self.check(values)
@@ -100,10 +100,10 @@ class SecretStore:
             _write(self._jobs / f"{job_id}.json", dict(values))
 
     def check(self, values: Mapping[str, str]) -> None:
-        """Refuse values that cannot come with a job.
+        """Refuse invalid names and values.
 
         Raises:
-            SpecError: a name is not a variable's, or a value cannot be one.
+            SpecError: a name is not a valid variable name, or a value is invalid.
         """
         for name, value in values.items():
             _check(name, value)
@@ -114,9 +114,9 @@ class SecretStore:
         return tuple(name for name in names if name not in given and name not in known)
 
     def for_job(self, job_id: str, names: Iterable[str], person: str) -> dict[str, str]:
-        """Return the values of `names` for a person's job, and all that came with it; its own before the cluster's.
+        """Return the values of `names` for a person's job, and all that came with it; these take precedence.
 
-        A name without a value is left out, and so is a secret of the cluster that is for other people.
+        Names without a value are omitted, and so are secrets of the cluster that are for other people.
         """
         names = tuple(names)
         own = _read(self._jobs / f"{job_id}.json")
@@ -129,7 +129,7 @@ class SecretStore:
         (self._jobs / f"{job_id}.json").unlink(missing_ok=True)
 
     def keep_only(self, jobs: Iterable[str]) -> None:
-        """Delete the values that came with any other job: a crash may have left them behind."""
+        """Delete the values of all other jobs, which a crash may have left behind."""
         kept = {f"{job}.json" for job in jobs}
         for path in self._jobs.iterdir():
             if path.name not in kept:
@@ -138,10 +138,10 @@ class SecretStore:
 
 def _check(name: str, value: str) -> None:
     if not _VARIABLE.fullmatch(name):
-        msg = f"{name!r} is not a secret's name"
-        raise SpecError(msg, hint="use letters, digits and '_', as in an environment variable's name")
+        msg = f"{name!r} is not a valid name for a secret"
+        raise SpecError(msg, hint="use letters, digits and '_', as for an environment variable")
     if not value or "\0" in value:
-        what = "is empty" if not value else "has a NUL byte in it"
+        what = "is empty" if not value else "contains a NUL byte"
         msg_0 = f"the value of {name} {what}"
         raise SpecError(msg_0, hint="give a value that can be an environment variable")
 
@@ -158,7 +158,7 @@ def _loaded(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         msg = f"the secrets in {path} cannot be read: {type(error).__name__}"
         raise StorageError(
-            msg, hint=f"look at {path}, or delete it and set them again: raylaunch secret set NAME"
+            msg, hint=f"check {path}, or delete it and set them again: raylaunch secret set NAME"
         ) from None
     return found
 
