@@ -9,7 +9,7 @@ from mcp_server.arguments import LONGEST_WAIT_S, ClusterStatusArguments
 from mcp_server.context import ToolCall, ToolProgress
 from mcp_server.render import Json, cluster_away, cluster_facts, findings_facts, next_for_cluster, next_without_cluster
 from raylaunch.client.client import Client
-from raylaunch.cluster.doctor.examine import LastLook, hosts_to_look_at, keep_problems, last_look
+from raylaunch.cluster.doctor.examine import LastLook, hosts_to_check, keep_problems, last_look
 from raylaunch.errors import ClusterDownError, HostError
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.operations.connect import ClusterConnection
@@ -57,7 +57,7 @@ async def _look(spec: ClusterSpec, call: ToolCall) -> LastLook:
     """Look at all hosts now, and say meanwhile how many are done."""
     from raylaunch.cluster.doctor.examine import examine  # noqa: PLC0415 -- seldom, and it costs 0.1 s to load
 
-    every = len(hosts_to_look_at(spec))
+    every = len(hosts_to_check(spec))
     done: list[str] = []
     async with call.telling(lambda: ToolProgress(len(done), every, f"looked at {len(done)} of {every} hosts")):
         found = await examine(spec, on_host=lambda host, _: done.append(host), limit_s=_HOST_S)

@@ -117,7 +117,7 @@ def test_an_ordinary_account_is_seen_with_what_it_may_not_do(found: Findings) ->
     assert (facts.user, facts.sudo in {"no", None}) == ("anna", True)
     (wrong,) = [one for one in found.of("shared") if one.code == "root_not_writable"]
     assert wrong.message == (
-        "/opt/raylaunch, or the folder above that is there, cannot be written by anna (of root, mode 755)"
+        "/opt/raylaunch, or its nearest existing parent, cannot be written by anna (of root, mode 755)"
     )
 
 

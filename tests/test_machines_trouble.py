@@ -132,7 +132,7 @@ def test_a_fixed_port_that_somebody_has_is_said_by_whom_and_used_when_it_is_free
     with taken(host, FIXED) as pid:
         said = cluster.watch("up", limit_s=UP_S)
         assert said.status == 1
-        wrong = f"h1: port {FIXED}, which cluster.yaml wants for the controller, is taken there by python3 (pid {pid})"
+        wrong = f"h1: port {FIXED}, which cluster.yaml sets for the controller, is taken there by python3 (pid {pid})"
         assert wrong in said.err
         assert "→ leave port out of cluster.yaml; or end that" in said.err
         assert not ray_processes(host)

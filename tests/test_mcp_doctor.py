@@ -136,5 +136,5 @@ def test_a_host_that_says_nothing_is_given_up_in_time_and_does_not_hide_the_othe
             return {one.host: f"{one.code}: {one.message}" for one in found.blocking}
 
         said = anyio.run(look)
-    assert said["mute"] == "probe_failed: was not looked at within 2 s"
+    assert said["mute"] == "probe_failed: the check timed out after 2 s"
     assert said["shut"].startswith("unreachable: ")

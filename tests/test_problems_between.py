@@ -83,7 +83,7 @@ def test_hosts_without_a_python_in_common_are_told_which_one_to_have() -> None:
     (one,) = found
     assert (one.code, one.level) == ("python_differs", "blocking")
     assert re.fullmatch(
-        r"it has Python (3\.11|3\.10, 3\.12), and others (3\.1[012]); Ray wants the same minor version on all nodes",
+        r"it has Python (3\.11|3\.10, 3\.12), others (3\.1[012]); Ray needs the same minor version on all nodes",
         one.message,
     )
     assert one.mend.startswith("without root: uv python install 3.1")
@@ -119,10 +119,10 @@ def test_different_architectures_are_said_once_for_the_cluster() -> None:
             "warning",
             "",
             (
-                "the hosts are of different architectures (dgx-1: x86_64; dgx-2: aarch64): a job runs on those for "
-                "which its packages are"
+                "the hosts are of different architectures (dgx-1: x86_64; dgx-2: aarch64): a job runs only on "
+                "those that its packages support"
             ),
-            "say it in jobs that need one: where: {arch: aarch64}",
+            "set it in jobs that need one: where: {arch: aarch64}",
         )
     ]
 
@@ -145,8 +145,8 @@ def test_addresses_in_different_networks_are_a_warning() -> None:
         "networks_differ",
         "warning",
         "dgx-2",
-        "its address 10.0.0.3 lies in another network than 10.1.0.1 of dgx-1",
-        "if the two reach each other, all is well; else set address for both to a network that they share",
+        "its address 10.0.0.3 is in another network than 10.1.0.1 of dgx-1",
+        "nothing if the two reach each other; else set address for both to a network that they share",
     )
 
 
@@ -172,8 +172,8 @@ def test_infiniband_whose_ports_are_down_is_a_warning() -> None:
             "infiniband_down",
             "warning",
             "dgx-2",
-            "none of its InfiniBand ports is up (mlx5_0/1); NCCL goes over the slower network",
-            "look at the cables and the subnet manager: ibstat",
+            "none of its InfiniBand ports is up (mlx5_0/1); NCCL uses the slower network",
+            "check the cables and the subnet manager: ibstat",
         )
     ]
 

@@ -17,21 +17,21 @@ OURS = "/tmp/raylaunch-1001/abc"  # noqa: S108 -- where raylaunch keeps a Ray's 
 RAYLET = {"pid": 31, "kind": "raylet", "user": "anna", "worker_ports": [10002, 19999], "temp_dir": "/scratch/ray"}
 
 WAY_IN = (
-    "ask anna for: raylaunch token create --for ml; paste the line that it prints; raylaunch up starts yours beside it"
+    "ask anna for: raylaunch token create --for ml; paste the line that it prints; raylaunch up starts yours next to it"
 )
 CASES = (
     Case(
         "driver_missing",
         BLOCKING,
         "8 NVIDIA GPUs are on its bus, and no nvidia-smi",
-        "install the NVIDIA driver (sudo apt install nvidia-driver-…-server); gpus: 0 leaves the GPUs out",
+        "install the NVIDIA driver (sudo apt install nvidia-driver-…-server); gpus: 0 does not use the GPUs",
         {"gpus": {"hardware": 8}},
     ),
     Case(
         "driver_broken",
         BLOCKING,
         "nvidia-smi fails: Failed to initialize NVML: Driver/library version mismatch",
-        "a reboot mends a driver that was updated; else install the driver again; gpus: 0 leaves the GPUs out",
+        "reboot if the driver was updated, else reinstall the driver; gpus: 0 does not use the GPUs",
         {
             "gpus": {
                 "hardware": 8,
@@ -43,8 +43,8 @@ CASES = (
     Case(
         "gpus_missing",
         BLOCKING,
-        "16 GPUs are asked for, and it has 8: " + ", ".join(f"{i} (NVIDIA H100 80GB HBM3)" for i in range(8)),
-        "write gpus: 8, or look for the others: lspci",
+        "16 GPUs are requested, but it has 8: " + ", ".join(f"{i} (NVIDIA H100 80GB HBM3)" for i in range(8)),
+        "write gpus: 8, or find the others: lspci",
         host={"gpus": 16},
     ),
     Case(
@@ -58,7 +58,7 @@ CASES = (
         "gpus_missing",
         WARNING,
         "nvidia-smi lists 8 of the 9 NVIDIA GPUs on its bus",
-        "look at sudo dmesg | grep -i nvrm: one may have failed",
+        "check sudo dmesg | grep -i nvrm: one may have failed",
         {"gpus.hardware": 9},
     ),
     Case(
@@ -88,7 +88,7 @@ CASES = (
         BLOCKING,
         (
             "anna runs cluster lab2 there (controller pid 77; /home/anna/.raylaunch/clusters/lab2), and it may use "
-            "GPUs 0, 1, 2, 3, 4, 5, 6, 7: which ones cannot be read"
+            "GPUs 0, 1, 2, 3, 4, 5, 6, 7: its record cannot be read"
         ),
         "ask anna for: raylaunch token create --for ml; paste the line that it prints; or list other GPUs: gpus: [..]",
         {"clusters": [LAB2]},
@@ -98,7 +98,7 @@ CASES = (
         WARNING,
         (
             "anna runs cluster lab2 there (controller pid 77; /home/anna/.raylaunch/clusters/lab2), and it may use "
-            "GPU 5: which ones cannot be read, and you list yours"
+            "GPU 5: its record cannot be read, but you list yours"
         ),
         "ask anna which they are",
         {"clusters": [LAB2]},
@@ -108,7 +108,7 @@ CASES = (
         "mig_enabled",
         WARNING,
         ("MIG is on for GPU 0 (7 slices): a job is given the whole GPU's number, and CUDA then shows it one slice"),
-        "sudo nvidia-smi -i 0 -mig 0, when nobody uses it",
+        "sudo nvidia-smi -i 0 -mig 0, while nobody uses it",
         {"gpus.gpus.0.mig": True, "gpus.mig_devices": 7},
     ),
     Case(
@@ -121,15 +121,15 @@ CASES = (
     Case(
         "gpu_errors",
         WARNING,
-        "GPU 0 (NVIDIA H100 80GB HBM3) has 3 uncorrected memory errors since its driver began",
-        "reset it when nobody uses it: sudo nvidia-smi -i 0 -r; if they come back it is failing",
+        "GPU 0 (NVIDIA H100 80GB HBM3) has 3 uncorrected memory errors since the driver start",
+        "reset it while nobody uses it: sudo nvidia-smi -i 0 -r; if they return it is failing",
         {"gpus.gpus.0.ecc_errors": 3},
     ),
     Case(
         "gpu_xid",
         WARNING,
         ("the driver reported 2 errors since the boot, last Xid 79 of PCI:0000:1b:00; Xid 79 is: fallen off the bus"),
-        "reset the GPU or reboot the host; if they come back it is failing",
+        "reset the GPU or reboot the host; if they return it is failing",
         {
             "gpus.xids": [
                 "[  812.1] NVRM: Xid (PCI:0000:1b:00): 31, pid=9, name=python, MMU Fault: ENGINE GRAPHICS",
@@ -141,7 +141,7 @@ CASES = (
         "gpu_xid",
         WARNING,
         "the driver reported 1 error since the boot, last Xid 13 of PCI:0000:1b:00",
-        "such a number is mostly a program's own bug; look them up if jobs fail for no reason",
+        "these are mostly bugs of programs; look up the numbers if jobs fail without a reason",
         {"gpus.xids": ["NVRM: Xid (PCI:0000:1b:00): 13, pid=9, Graphics Exception"]},
     ),
     Case(
@@ -161,8 +161,8 @@ CASES = (
         "other_ray",
         WARNING,
         (
-            "another Ray runs there (pid 31 of anna); it is left alone, and raylaunch does not see what GPUs it has "
-            "given away"
+            "another Ray runs there (pid 31 of anna); raylaunch does not touch it, and does not know which GPUs "
+            "it has assigned"
         ),
         "list GPUs that it does not use (gpus: [..]), or end that one by its process ids; Ray's command ends all",
         {"rays": [RAYLET]},
@@ -171,14 +171,14 @@ CASES = (
         "certificate_expiring",
         WARNING,
         "the certificate of this host's Ray expires in 12 days; without it the host cannot join the others",
-        "raylaunch down, then raylaunch up makes new ones",
+        "raylaunch down, then raylaunch up creates new ones",
         {"clusters": [MINE | {"wanted": "running"} | {"tls_days": 12}]},
     ),
     Case(
         "certificate_expiring",
         WARNING,
         "the certificate of this host's Ray has expired; without it the host cannot join the others",
-        "raylaunch down, then raylaunch up makes new ones",
+        "raylaunch down, then raylaunch up creates new ones",
         {"clusters": [MINE | {"wanted": "running"} | {"tls_days": -1}]},
     ),
     Case(
@@ -221,7 +221,7 @@ def test_a_port_of_the_controller_that_is_taken_blocks_its_head() -> None:
     spec = ClusterSpec(name="lab", port=8642, hosts=(HostSpec(host="dgx-1"),))
     (found,) = problems(spec, {"dgx-1": facts(changes={"listening": [22, 8642]})})
     assert (found.code, found.level) == ("port_taken", "blocking")
-    assert found.message == "port 8642, which cluster.yaml wants for the controller, is taken there"
+    assert found.message == "port 8642, which cluster.yaml sets for the controller, is taken there"
     assert found.mend == "leave port out of cluster.yaml; or see who has it: ss -ltnp sport = :8642"
     (found,) = problems(
         spec, {"dgx-1": facts(changes={"listening": [22, 8642], "holders": {8642: "python3 (pid 4711)"}})}

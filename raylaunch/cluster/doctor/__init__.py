@@ -1,1 +1,1 @@
-"""What is wrong with hosts, and what mends it."""
+"""Problems of hosts, with their fixes."""

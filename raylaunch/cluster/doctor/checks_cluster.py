@@ -1,4 +1,4 @@
-"""What is wrong between hosts: the same machine twice, different Pythons, networks that do not meet. Pure functions."""
+"""Problems between hosts (the same machine twice, different Pythons, separate networks), and all problems. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from raylaunch.cluster.doctor.checks_gpus import problems_of_gpus, problems_of_neighbours
+from raylaunch.cluster.doctor.checks_gpus import problems_of_gpus, problems_of_other_programs
 from raylaunch.cluster.doctor.checks_host import problems_of_host
 from raylaunch.cluster.doctor.problem import Problem, blocking, warning
 from raylaunch.cluster.probe.choices import network_of, usable
@@ -28,7 +28,7 @@ _GIGABIT = 10**9
 
 
 def problems_between(spec: ClusterSpec, hosts: Sequence[HostSpec], facts: Mapping[str, HostFacts]) -> Iterator[Problem]:
-    """Yield what is wrong with hosts together, and with each one's place on the cluster's network."""
+    """Yield problems between hosts, and problems of each host's address on the cluster's network."""
     if len(hosts) > 1:
         yield from _same_machine(hosts, facts)
         yield from _same_root(hosts, facts)
@@ -61,12 +61,12 @@ def _same_root(hosts: Sequence[HostSpec], facts: Mapping[str, HostFacts]) -> Ite
         first = seen.setdefault((root.source, root.wanted), host.name)
         if first != host.name:
             message = f"its folder {root.wanted} is the same as that of {first}: both come from {root.source}"
-            mend = "set root to a folder on each host's own disk: defaults: {root: /raid/YOU/raylaunch}"
-            yield blocking(host.name, "root_shared", message, mend)
+            fix = "set root to a folder on each host's own disk: defaults: {root: /raid/YOU/raylaunch}"
+            yield blocking(host.name, "root_shared", message, fix)
 
 
 def _pythons(hosts: Sequence[HostSpec], facts: Mapping[str, HostFacts]) -> Iterator[Problem]:
-    """Ray's nodes must agree on the minor version. The one to have is the one that most hosts have."""
+    """Check that all hosts have one minor version, preferably the most frequent, as Ray needs."""
     has = {host.name: _minors(host, facts[host.name]) for host in hosts}
     has = {name: minors for name, minors in has.items() if minors}
     if not has or set.intersection(*has.values()):
@@ -77,9 +77,9 @@ def _pythons(hosts: Sequence[HostSpec], facts: Mapping[str, HostFacts]) -> Itera
     for name, minors in has.items():
         if best not in minors:
             mine = ", ".join(_dotted(minor) for minor in sorted(minors))
-            message = f"it has Python {mine}, and others {_dotted(best)}; Ray wants the same minor version on all nodes"
-            mend = f"without root: uv python install {_dotted(best)}; or make conda environments of one version"
-            yield blocking(name, "python_differs", message, mend)
+            message = f"it has Python {mine}, others {_dotted(best)}; Ray needs the same minor version on all nodes"
+            fix = f"without root: uv python install {_dotted(best)}; or make conda environments of one version"
+            yield blocking(name, "python_differs", message, fix)
 
 
 def _minors(host: HostSpec, facts: HostFacts) -> set[tuple[int, int]]:
@@ -99,8 +99,10 @@ def _architectures(hosts: Sequence[HostSpec], facts: Mapping[str, HostFacts]) ->
     kinds.pop("", None)
     if len(kinds) > 1:
         which = "; ".join(f"{', '.join(names)}: {arch}" for arch, names in kinds.items())
-        message = f"the hosts are of different architectures ({which}): a job runs on those for which its packages are"
-        yield warning("", "architectures_differ", message, "say it in jobs that need one: where: {arch: aarch64}")
+        message = (
+            f"the hosts are of different architectures ({which}): a job runs only on those that its packages support"
+        )
+        yield warning("", "architectures_differ", message, "set it in jobs that need one: where: {arch: aarch64}")
 
 
 def _network(spec: ClusterSpec, hosts: Sequence[HostSpec], facts: Mapping[str, HostFacts]) -> Iterator[Problem]:
@@ -125,8 +127,8 @@ def _network(spec: ClusterSpec, hosts: Sequence[HostSpec], facts: Mapping[str, H
 def _infiniband(host: HostSpec, facts: HostFacts) -> Iterator[Problem]:
     if facts.infiniband and not any(port.active for port in facts.infiniband):
         devices = ", ".join(f"{port.device}/{port.port}" for port in facts.infiniband[:4])
-        message = f"none of its InfiniBand ports is up ({devices}); NCCL goes over the slower network"
-        yield warning(host.name, "infiniband_down", message, "look at the cables and the subnet manager: ibstat")
+        message = f"none of its InfiniBand ports is up ({devices}); NCCL uses the slower network"
+        yield warning(host.name, "infiniband_down", message, "check the cables and the subnet manager: ibstat")
 
 
 def _apart(chosen: Mapping[str, tuple[Interface, str]]) -> Iterator[Problem]:
@@ -134,15 +136,15 @@ def _apart(chosen: Mapping[str, tuple[Interface, str]]) -> Iterator[Problem]:
     for name in others:
         mine, theirs = chosen[name][0].networks, chosen[head][0].networks
         if not set(mine) & set(theirs):
-            message = f"its address {chosen[name][1]} lies in another network than {chosen[head][1]} of {head}"
-            mend = "if the two reach each other, all is well; else set address for both to a network that they share"
-            yield warning(name, "networks_differ", message, mend)
+            message = f"its address {chosen[name][1]} is in another network than {chosen[head][1]} of {head}"
+            fix = "nothing if the two reach each other; else set address for both to a network that they share"
+            yield warning(name, "networks_differ", message, fix)
 
 
 def _slow(
     hosts: Sequence[HostSpec], facts: Mapping[str, HostFacts], chosen: Mapping[str, tuple[Interface, str]]
 ) -> Iterator[Problem]:
-    """Look for a network that all hosts have an interface on, and that is much faster than the one they use."""
+    """Check for a network that all hosts share and that is much faster than the one they use."""
     if len(chosen) < 2 or len(chosen) != len(hosts):  # noqa: PLR2004 -- a network is between two
         return
     used = min((speed_of(interface, facts[name]) for name, (interface, _) in chosen.items()), default=0)
@@ -156,13 +158,13 @@ def _slow(
                 f"the hosts share {network} at {speed / _GIGABIT:g} Gb/s, and use {used / _GIGABIT:g} Gb/s: "
                 "training over several hosts is slower than it could be"
             )
-            mend = "set address for each host to its address there"
-            yield warning(hosts[0].name, "slow_network", message, mend)
+            fix = "set address for each host to its address there"
+            yield warning(hosts[0].name, "slow_network", message, fix)
             return
 
 
 def speed_of(interface: Interface, facts: HostFacts) -> int:
-    """Return an interface's bits a second; an InfiniBand port says it itself. 0 where it is not known."""
+    """Return an interface's bits per second, of InfiniBand the port's; 0 if unknown."""
     if interface.bits_per_s:
         return interface.bits_per_s
     rates = (port.rate for port in facts.infiniband if interface.name in port.interfaces and port.active)
@@ -184,15 +186,15 @@ _NOT_HERE = frozenset(
         *("index_unreachable", "no_start_after_reboot", "root_noexec", "container", "not_answered"),
     ]
 )
-"""What an embedded cluster does not need: it runs in the environment that runs this."""
+"""Checks that an embedded cluster does not need: it runs in this environment."""
 
 
 def problems(spec: ClusterSpec, facts: Mapping[str, HostFacts | RaylaunchError]) -> tuple[Problem, ...]:
-    """Return all that is wrong, blocking ones first, then in the order of the hosts.
+    """Return all problems, blocking ones first, then in the order of the hosts.
 
     Args:
         spec: the cluster.
-        facts: by host's name, what its probe found, or the error with which it ended.
+        facts: by host's name, the result of its probe, or its error.
     """
     hosts = hosts_of(spec, facts)
     found = [one for host in hosts for one in _of_host(spec, host, facts[host.name])]
@@ -205,7 +207,7 @@ def problems(spec: ClusterSpec, facts: Mapping[str, HostFacts | RaylaunchError])
 
 
 def hosts_of(spec: ClusterSpec, names: Mapping[str, object]) -> tuple[HostSpec, ...]:
-    """Return the hosts that were asked; of an embedded cluster this machine, with what the spec says of it."""
+    """Return the hosts that were probed; for an embedded cluster this machine, with its part of the spec."""
     if spec.kind == "local":
         return tuple(
             HostSpec(host="localhost", name=name, gpus=spec.gpus, cpus=spec.cpus, labels=spec.labels, store=spec.store)
@@ -220,7 +222,7 @@ def _of_host(spec: ClusterSpec, host: HostSpec, facts: HostFacts | RaylaunchErro
         return
     yield from problems_of_host(spec, host, facts)
     yield from problems_of_gpus(spec, host, facts)
-    yield from problems_of_neighbours(spec, host, facts)
+    yield from problems_of_other_programs(spec, host, facts)
 
 
 def _no_facts(host: HostSpec, error: RaylaunchError) -> Problem:

@@ -1,4 +1,4 @@
-"""What is wrong with a host's GPUs, against those that are asked for. Pure functions."""
+"""Problems of a host's GPUs, and conflicts with other programs on the host. Pure."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _GRAVE = {
     119: "GSP does not answer",
     120: "GSP error",
 }
-"""Xids after which the GPU needs a reset or a technician; most others are bugs of programs. See NVIDIA's Xid Errors."""
+"""Xids after which the GPU needs a reset or repair; most others are bugs of programs. See NVIDIA's Xid Errors."""
 _NAMED = 4
 
 
 def problems_of_gpus(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> Iterator[Problem]:
-    """Yield what is wrong with the GPUs that the cluster would use there."""
+    """Yield problems of the GPUs that the cluster would use on the host."""
     if host.gpus == 0:
         return
     if missing := _driver(host, facts):
@@ -44,12 +44,12 @@ def _driver(host: HostSpec, facts: HostFacts) -> Problem | None:
     gpus = facts.gpus
     if gpus.problem:
         message = f"nvidia-smi fails: {gpus.problem[:200]}"
-        mend = "a reboot mends a driver that was updated; else install the driver again; gpus: 0 leaves the GPUs out"
-        return blocking(host.name, "driver_broken", message, mend)
+        fix = "reboot if the driver was updated, else reinstall the driver; gpus: 0 does not use the GPUs"
+        return blocking(host.name, "driver_broken", message, fix)
     if gpus.hardware and not gpus.nvidia_smi:
         message = f"{_count_of(gpus.hardware, 'NVIDIA GPU')} on its bus, and no nvidia-smi"
-        mend = "install the NVIDIA driver (sudo apt install nvidia-driver-…-server); gpus: 0 leaves the GPUs out"
-        return blocking(host.name, "driver_missing", message, mend)
+        fix = "install the NVIDIA driver (sudo apt install nvidia-driver-…-server); gpus: 0 does not use the GPUs"
+        return blocking(host.name, "driver_missing", message, fix)
     return None
 
 
@@ -65,15 +65,13 @@ def _count(host: HostSpec, facts: HostFacts) -> Iterator[Problem]:
             message = f"it has no GPU: its {host.gpus} are logical ones, which jobs are given but cannot compute on"
             yield warning(host.name, "gpus_logical", message, "leave gpus out for a host without GPUs")
         elif len(gpus) < host.gpus:
-            message = f"{host.gpus} GPUs are asked for, and it has {len(gpus)}: {has}"
-            yield blocking(
-                host.name, "gpus_missing", message, f"write gpus: {len(gpus)}, or look for the others: lspci"
-            )
+            message = f"{host.gpus} GPUs are requested, but it has {len(gpus)}: {has}"
+            yield blocking(host.name, "gpus_missing", message, f"write gpus: {len(gpus)}, or find the others: lspci")
         return
     if host.gpus == "auto":
         if facts.gpus.hardware and len(gpus) < facts.gpus.hardware:
             message = f"nvidia-smi lists {len(gpus)} of the {facts.gpus.hardware} NVIDIA GPUs on its bus"
-            yield warning(host.name, "gpus_missing", message, "look at sudo dmesg | grep -i nvrm: one may have failed")
+            yield warning(host.name, "gpus_missing", message, "check sudo dmesg | grep -i nvrm: one may have failed")
         return
     absent = [word for word in host.gpus if find_gpu(word, gpus) is None]
     if absent:
@@ -88,8 +86,8 @@ def _busy(host: HostSpec, gpus: Sequence[HostGpu]) -> Iterator[Problem]:
             named = ", ".join(str(process) for process in others[:_NAMED])
             more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
             message = f"GPU {gpu.index} ({gpu.name}) is used by {named}{more}"
-            mend = "jobs wait for that GPU until it is free; to leave it out, list the others: gpus: [..]"
-            yield warning(host.name, "gpus_busy", message, mend)
+            fix = "jobs wait for that GPU until it is free; to leave it out, list the others: gpus: [..]"
+            yield warning(host.name, "gpus_busy", message, fix)
 
 
 def _of_other_clusters(
@@ -102,14 +100,14 @@ def _of_other_clusters(
         if not shared:
             continue
         which = f"GPU{'s' if len(shared) > 1 else ''} {', '.join(gpu.index for gpu in shared)}"
-        mend = f"{way_in(cluster, facts)}; or list other GPUs: gpus: [..]"
+        fix = f"{way_in(cluster, facts)}; or list other GPUs: gpus: [..]"
         if cluster.gpu_uuids is not None:
-            yield blocking(host.name, "gpus_of_another_cluster", f"{runs_here(cluster)}, and it uses {which}", mend)
+            yield blocking(host.name, "gpus_of_another_cluster", f"{runs_here(cluster)}, and it uses {which}", fix)
         elif host.gpus == "auto":
-            message = f"{runs_here(cluster)}, and it may use {which}: which ones cannot be read"
-            yield blocking(host.name, "gpus_of_another_cluster", message, mend)
+            message = f"{runs_here(cluster)}, and it may use {which}: its record cannot be read"
+            yield blocking(host.name, "gpus_of_another_cluster", message, fix)
         else:
-            message = f"{runs_here(cluster)}, and it may use {which}: which ones cannot be read, and you list yours"
+            message = f"{runs_here(cluster)}, and it may use {which}: its record cannot be read, but you list yours"
             yield warning(host.name, "gpus_of_another_cluster", message, f"ask {cluster.user} which they are")
 
 
@@ -120,17 +118,17 @@ def _health(host: HostSpec, facts: HostFacts, gpus: Sequence[HostGpu]) -> Iterat
             f"MIG is on for GPU {', '.join(sliced)} ({facts.gpus.mig_devices} slices): a job is given the whole GPU's "
             "number, and CUDA then shows it one slice"
         )
-        yield warning(host.name, "mig_enabled", message, f"sudo nvidia-smi -i {sliced[0]} -mig 0, when nobody uses it")
+        yield warning(host.name, "mig_enabled", message, f"sudo nvidia-smi -i {sliced[0]} -mig 0, while nobody uses it")
     for gpu in gpus:
         if gpu.compute_mode == "Prohibited":
             message = f"the compute mode of GPU {gpu.index} is Prohibited: no program may use it"
             yield blocking(host.name, "gpu_not_for_compute", message, f"sudo nvidia-smi -i {gpu.index} -c DEFAULT")
         if gpu.ecc_errors:
             message = (
-                f"GPU {gpu.index} ({gpu.name}) has {gpu.ecc_errors} uncorrected memory errors since its driver began"
+                f"GPU {gpu.index} ({gpu.name}) has {gpu.ecc_errors} uncorrected memory errors since the driver start"
             )
-            mend = f"reset it when nobody uses it: sudo nvidia-smi -i {gpu.index} -r; if they come back it is failing"
-            yield warning(host.name, "gpu_errors", message, mend)
+            fix = f"reset it while nobody uses it: sudo nvidia-smi -i {gpu.index} -r; if they return it is failing"
+            yield warning(host.name, "gpu_errors", message, fix)
     yield from _xids(host, facts)
 
 
@@ -144,18 +142,18 @@ def _xids(host: HostSpec, facts: HostFacts) -> Iterator[Problem]:
     message = f"the driver reported {number} since the boot, last Xid {last['number']} of {last['device']}"
     if grave:
         message += "; " + ", ".join(f"Xid {number} is: {_GRAVE[number]}" for number in grave)
-        mend = "reset the GPU or reboot the host; if they come back it is failing"
+        fix = "reset the GPU or reboot the host; if they return it is failing"
     else:
-        mend = "such a number is mostly a program's own bug; look them up if jobs fail for no reason"
-    yield warning(host.name, "gpu_xid", message, mend)
+        fix = "these are mostly bugs of programs; look up the numbers if jobs fail without a reason"
+    yield warning(host.name, "gpu_xid", message, fix)
 
 
 _STEP = 100
 _EXPIRING_DAYS = 60
 
 
-def problems_of_neighbours(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> Iterator[Problem]:
-    """Yield what other programs of the host stand in the way."""
+def problems_of_other_programs(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> Iterator[Problem]:
+    """Yield conflicts with other programs on the host."""
     own = next((one for one in facts.clusters if is_own(one, spec, facts)), None)
     yield from _ports(spec, host, facts, own)
     yield from _rays(host, facts)
@@ -168,19 +166,19 @@ def _certificate(host: HostSpec, own: FoundCluster | None) -> Iterator[Problem]:
         return
     when = f"expires in {own.tls_days} days" if own.tls_days > 0 else "has expired"
     message = f"the certificate of this host's Ray {when}; without it the host cannot join the others"
-    yield warning(host.name, "certificate_expiring", message, "raylaunch down, then raylaunch up makes new ones")
+    yield warning(host.name, "certificate_expiring", message, "raylaunch down, then raylaunch up creates new ones")
 
 
 def _of_others(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> Iterator[Problem]:
-    """Offer the clusters that others run there. About one whose GPUs are wanted, the GPUs' problems say the same."""
+    """Report clusters that others run there, except those that the GPU checks report."""
     for cluster in facts.clusters:
         if cluster.user == facts.user or cluster.pid is None:
             continue
-        mend = f"{way_in(cluster, facts)}; raylaunch up starts yours beside it"
+        fix = f"{way_in(cluster, facts)}; raylaunch up starts yours next to it"
         if cluster.name == spec.name:
-            yield warning(host.name, "same_name_cluster", runs_here(cluster), mend)
+            yield warning(host.name, "same_name_cluster", runs_here(cluster), fix)
         elif host.gpus == 0 or not facts.gpus.gpus or cluster.gpu_uuids == ():
-            yield warning(host.name, "other_cluster", runs_here(cluster), mend)
+            yield warning(host.name, "other_cluster", runs_here(cluster), fix)
 
 
 def _ports(spec: ClusterSpec, host: HostSpec, facts: HostFacts, own: FoundCluster | None) -> Iterator[Problem]:
@@ -191,9 +189,9 @@ def _ports(spec: ClusterSpec, host: HostSpec, facts: HostFacts, own: FoundCluste
     if is_head and spec.port in taken:
         holder = facts.holders.get(spec.port, "")
         by = f" by {holder}" if holder else ""
-        message = f"port {spec.port}, which cluster.yaml wants for the controller, is taken there{by}"
-        mend = "end that" if holder else f"see who has it: ss -ltnp sport = :{spec.port}"
-        yield blocking(host.name, "port_taken", message, f"leave port out of cluster.yaml; or {mend}")
+        message = f"port {spec.port}, which cluster.yaml sets for the controller, is taken there{by}"
+        fix = "end that" if holder else f"see who has it: ss -ltnp sport = :{spec.port}"
+        yield blocking(host.name, "port_taken", message, f"leave port out of cluster.yaml; or {fix}")
     free = sum(port not in taken for port in SINGLE_PORTS)
     length = worker_ports(facts.memory.cpus)
     if free <= len(RAY_PORTS) or not _has_block(facts, taken, length):
@@ -222,7 +220,7 @@ def _rays(host: HostSpec, facts: HostFacts) -> Iterator[Problem]:
     if foreign:
         who = ", ".join(f"pid {ray.pid} of {ray.user or 'somebody'}" for ray in foreign[:3])
         message = (
-            f"another Ray runs there ({who}); it is left alone, and raylaunch does not see what GPUs it has given away"
+            f"another Ray runs there ({who}); raylaunch does not touch it, and does not know which GPUs it has assigned"
         )
-        mend = "list GPUs that it does not use (gpus: [..]), or end that one by its process ids; Ray's command ends all"
-        yield warning(host.name, "other_ray", message, mend)
+        fix = "list GPUs that it does not use (gpus: [..]), or end that one by its process ids; Ray's command ends all"
+        yield warning(host.name, "other_ray", message, fix)

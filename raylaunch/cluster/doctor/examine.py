@@ -1,4 +1,4 @@
-"""Look at all hosts of a cluster at once, and say what is wrong with them and what mends it. Nothing is changed."""
+"""Check all hosts of a cluster in parallel, and report problems with fixes. Changes nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from raylaunch.paths import cluster_paths, make_private_dir, raylaunch_home, wri
 from raylaunch.ssh.target import OnPrompt, OnWait
 
 YOUNG_S = 3600.0
-"""Older findings say little: disks fill, and people mend things."""
+"""Older results are outdated: disks fill, and people fix problems."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,14 +41,14 @@ class LastLook(BaseModel):
 
     @property
     def blocked(self) -> tuple[str, ...]:
-        """The hosts on which `up` would not begin."""
+        """The hosts on which `up` would not start."""
         ill = {one.host for one in self.problems if one.level == "blocking"}
         return tuple(host for host in self.hosts if host in ill or "" in ill)
 
 
 def keep_problems(spec: ClusterSpec, problems: Sequence[Problem]) -> LastLook:
-    """Keep the problems of all hosts of `spec` as they were seen just now. A disk that takes nothing is no error."""
-    hosts = tuple(host.name for host in hosts_to_look_at(spec))
+    """Save the current problems of all hosts of `spec`. A failed write is only logged."""
+    hosts = tuple(host.name for host in hosts_to_check(spec))
     look = LastLook(at=time.time(), hosts=hosts, problems=tuple(problems))
     file = _file(spec)
     try:
@@ -56,22 +56,22 @@ def keep_problems(spec: ClusterSpec, problems: Sequence[Problem]) -> LastLook:
             make_private_dir(folder)
         write_private(file, look.model_dump_json(indent=2) + "\n")
     except (ConflictError, StorageError) as error:
-        _log.warning("what the doctor found is not kept: %s", error.message)
+        _log.warning("the doctor's results could not be saved: %s", error.message)
     return look
 
 
 def last_look(spec: ClusterSpec, *, now: float) -> LastLook | None:
-    """Return what was found last; None where that is older than an hour, or was of other hosts."""
+    """Return the last results; None if they are older than an hour, or of other hosts."""
     try:
         look = LastLook.model_validate_json(_file(spec).read_bytes())
     except (OSError, ValidationError):
         return None
-    same = look.hosts == tuple(host.name for host in hosts_to_look_at(spec))
+    same = look.hosts == tuple(host.name for host in hosts_to_check(spec))
     return look if same and 0 <= now - look.at <= YOUNG_S else None
 
 
-def hosts_to_look_at(spec: ClusterSpec) -> tuple[HostSpec, ...]:
-    """Return the hosts that the doctor looks at, in the order of cluster.yaml; of an embedded cluster this machine."""
+def hosts_to_check(spec: ClusterSpec) -> tuple[HostSpec, ...]:
+    """Return the hosts that the doctor checks, in the order of cluster.yaml; for an embedded cluster this machine."""
     return spec.host_specs() if spec.kind == "ssh" else (_this_host(spec),)
 
 
@@ -88,7 +88,7 @@ def _file(spec: ClusterSpec) -> Path:
 
 CONNECT_S = 20.0
 LIMIT_S = 600.0
-"""Each part of a look has its own, shorter limit; this one is for a person who is asked."""
+"""Each part of a check has its own, shorter limit; this one allows for a person who answers prompts."""
 
 
 class Findings(BaseModel):
@@ -101,12 +101,12 @@ class Findings(BaseModel):
     hosts: tuple[str, ...]
     """Names, in the order of cluster.yaml."""
     facts: dict[str, HostFacts] = Field(default_factory=dict)
-    """Without the hosts that could not be looked at."""
+    """Without the hosts that could not be checked."""
     problems: tuple[Problem, ...] = ()
 
     @property
     def blocking(self) -> tuple[Problem, ...]:
-        """The problems that keep `up` from beginning on a host."""
+        """The problems that keep `up` from starting on a host."""
         return tuple(one for one in self.problems if one.level == "blocking")
 
     def of(self, host: str) -> tuple[Problem, ...]:
@@ -122,21 +122,21 @@ async def examine(
     on_wait: OnWait | None = None,
     limit_s: float = LIMIT_S,
 ) -> Findings:
-    """Probe all hosts of a cluster in parallel; of an embedded one this machine.
+    """Probe all hosts of a cluster in parallel; for an embedded one this machine.
 
     Args:
         spec: the cluster.
-        on_host: told each host when it is probed, or when that failed.
-        on_prompt: asks a person for passphrases, and about unknown host keys; None where nobody is there.
-        on_wait: told every few seconds what has not ended yet.
-        limit_s: seconds for one host, the way there included; a person's answers too.
+        on_host: called with each host once it is probed, or its probe has failed.
+        on_prompt: asks a person for passphrases, and about unknown host keys; None if nobody is there.
+        on_wait: called every few seconds with what has not finished yet.
+        limit_s: seconds for one host, including the connection and a person's answers.
 
     Raises:
         UntrustedError: nobody has accepted what the cluster connects to.
     """
     await check_accepted(spec, on_prompt=on_prompt)
     seen: dict[str, HostFacts | RaylaunchError] = {}
-    hosts = hosts_to_look_at(spec)
+    hosts = hosts_to_check(spec)
 
     async def look(host: HostSpec) -> None:
         try:
@@ -163,7 +163,7 @@ async def examine(
 
 
 def _too_slow(host: HostSpec, limit_s: float) -> HostTimeoutError:
-    msg = f"{host.name}: was not looked at within {limit_s:g} s"
+    msg = f"{host.name}: the check timed out after {limit_s:g} s"
     return HostTimeoutError(msg, hint="raylaunch doctor in a terminal waits longer", host=host.name, step="probe")
 
 
