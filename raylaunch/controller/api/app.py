@@ -22,6 +22,9 @@ from raylaunch.errors import NotFoundError, RaylaunchError, SpecError
 from raylaunch.version import __version__
 
 _POLL_S = 0.25
+_log = logging.getLogger(__name__)
+_NOT_FOUND = 404
+_MAX_PROBLEMS = 3
 
 
 class ApiServer(uvicorn.Server):
@@ -75,12 +78,6 @@ class ApiServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-_log = logging.getLogger(__name__)
-
-_NOT_FOUND = 404
-_MAX_PROBLEMS = 3
-
-
 def create_app(services: AppState) -> FastAPI:
     """Return the app over `services`."""
     app = FastAPI(
@@ -99,17 +96,8 @@ def create_app(services: AppState) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _bug)
-    for router in (
-        cluster.router,
-        cluster.hosts_router,
-        jobs.router,
-        jobs.events_router,
-        logs.router,
-        files.router,
-        files.packages_router,
-        people.router,
-    ):
-        app.include_router(router, prefix="/v1")
+    for module in (cluster, jobs, logs, files, people):
+        app.include_router(module.router, prefix="/v1")
     return app
 
 

@@ -18,7 +18,9 @@ from raylaunch.models.cluster import ClusterPython, ControllerStatus, Environmen
 from raylaunch.models.fields import Moment
 from raylaunch.models.job import UsagePage
 
-hosts_router = APIRouter(route_class=GuardedRoute)
+SECRET_BYTES = 1024 * 1024
+WHEELS_BYTES = 4 * 1024 * 1024
+router = APIRouter(route_class=GuardedRoute)
 
 
 class DrainRequest(BaseModel):
@@ -39,13 +41,13 @@ class QuietRequest(BaseModel):
     stop: bool = False
 
 
-@hosts_router.get("/hosts/{host}", response_model=HostJobs)
+@router.get("/hosts/{host}", response_model=HostJobs)
 async def jobs(host: str, services: Services) -> Response:
     """Return what is running on a host."""
     return model_response(services.hosts.jobs(host))
 
 
-@hosts_router.post("/hosts/{host}/drain", response_model=HostJobs)
+@router.post("/hosts/{host}/drain", response_model=HostJobs)
 @requires(Role.OPERATOR, "drain hosts")
 async def drain(
     host: str, request: Request, services: Services, caller: CurrentCaller, asked: DrainRequest | None = None
@@ -56,7 +58,7 @@ async def drain(
     return model_response(services.hosts.drain(host, until=asked.until, stop=asked.stop, person=caller.person))
 
 
-@hosts_router.delete("/hosts/{host}/drain", response_model=HostJobs)
+@router.delete("/hosts/{host}/drain", response_model=HostJobs)
 @requires(Role.OPERATOR, "let drained hosts take jobs")
 async def undrain(host: str, request: Request, services: Services) -> Response:
     """Let a host take jobs again."""
@@ -64,13 +66,13 @@ async def undrain(host: str, request: Request, services: Services) -> Response:
     return model_response(services.hosts.undrain(host))
 
 
-@hosts_router.get("/quiet", response_model=Quiet)
+@router.get("/quiet", response_model=Quiet)
 async def is_quiet(services: Services) -> Response:
     """Return whether new attempts are paused, and what is running."""
     return model_response(services.hosts.pause_state())
 
 
-@hosts_router.post("/quiet", response_model=Quiet)
+@router.post("/quiet", response_model=Quiet)
 @requires(Role.OPERATOR, "pause the start of jobs")
 async def quiet(services: Services, caller: CurrentCaller, asked: QuietRequest | None = None) -> Response:
     """Pause the start of attempts for a while."""
@@ -78,17 +80,11 @@ async def quiet(services: Services, caller: CurrentCaller, asked: QuietRequest |
     return model_response(services.hosts.pause(limit_s=asked.limit_s, stop=asked.stop, person=caller.person))
 
 
-@hosts_router.delete("/quiet", response_model=Quiet)
+@router.delete("/quiet", response_model=Quiet)
 @requires(Role.OPERATOR, "resume the start of jobs")
 async def loud(services: Services) -> Response:
     """Resume the start of attempts."""
     return model_response(services.hosts.resume())
-
-
-SECRET_BYTES = 1024 * 1024
-WHEELS_BYTES = 4 * 1024 * 1024
-
-router = APIRouter(route_class=GuardedRoute)
 
 
 class SecretValue(BaseModel):

@@ -44,6 +44,12 @@ _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 SMALL_BYTES = 64 * 1024
 """Default limit of a request body, in bytes."""
 _DRAIN_S = 5.0
+_SEARCHES = 4
+WAIT_S = 25.0
+"""Longest wait of a long poll."""
+MAX_INT = (1 << 63) - 1
+"""The largest integer that files and the database support."""
+WaitS = Annotated[float, Query(ge=0, le=WAIT_S, allow_inf_nan=False, description="how long to wait for news, seconds")]
 
 
 @dataclass(frozen=True)
@@ -140,9 +146,6 @@ def _too_large(most: int) -> SpecError:
     return SpecError(f"the request's body is larger than {size}", hint="send less at once")
 
 
-_SEARCHES = 4
-
-
 class MetricsReader(Protocol):
     """Metrics of a job. Called from worker threads."""
 
@@ -218,10 +221,6 @@ class AppState:
     """Searches run in their own threads: they may take long, and must not delay anything else."""
 
 
-WAIT_S = 25.0
-"""Longest wait of a long poll."""
-
-
 async def _services(request: Request) -> AppState:
     services: AppState = request.app.state.services
     return services
@@ -278,9 +277,6 @@ OwnJob = Annotated[JobRecord, Depends(_own_job)]
 """By id or name; a name refers to the caller's own jobs only. For changing or stopping a job."""
 LightJob = Annotated[JobRecord, Depends(_light_job)]
 """Without its heavy fields: for frequent requests."""
-MAX_INT = (1 << 63) - 1
-"""The largest integer that files and the database support."""
-WaitS = Annotated[float, Query(ge=0, le=WAIT_S, allow_inf_nan=False, description="how long to wait for news, seconds")]
 
 
 def refuse_others(caller: Caller, record: JobRecord, ref: str) -> None:

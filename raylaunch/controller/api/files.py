@@ -31,17 +31,19 @@ from raylaunch.controller.store.record import JobRecord
 from raylaunch.errors import AccessError, NotFoundError
 from raylaunch.models.job import Artifact, MetricsPage
 
-packages_router = APIRouter(route_class=GuardedRoute)
+router = APIRouter(route_class=GuardedRoute)
+_LINES = 1000
+Keys = Annotated[list[str] | None, Query(alias="key", description="names of metrics; may be repeated")]
 
 
-@packages_router.head("/packages/{sha}", response_class=Response)
+@router.head("/packages/{sha}", response_class=Response)
 @requires(Role.TRAINER, "send packages")
 async def package_have(sha: str, services: Services) -> Response:
     """Return in headers how much of a package has been uploaded."""
     return Response(None, 200, _headers(services.packages.have(sha)))
 
 
-@packages_router.put("/packages/{sha}")
+@router.put("/packages/{sha}")
 @requires(Role.TRAINER, "send packages", body_bytes=PIECE_BYTES)
 async def put_package(
     sha: str,
@@ -75,12 +77,6 @@ class _FileName(PathConvertor):
 
 
 register_url_convertor("file", _FileName())
-
-router = APIRouter(route_class=GuardedRoute)
-
-_LINES = 1000
-
-Keys = Annotated[list[str] | None, Query(alias="key", description="names of metrics; may be repeated")]
 
 
 @router.get("/jobs/{ref}/metrics", response_model=MetricsPage)

@@ -40,14 +40,19 @@ from raylaunch.models.fields import Moment, SomeSeconds
 from raylaunch.models.job import Event, EventPage, JobPage, JobView, SubmitAnswer, SubmitRequest
 from raylaunch.models.states import JobState
 
-events_router = APIRouter(route_class=GuardedRoute)
-
 _COMMENT_EVERY_S = 15.0
 
 Cursor = Annotated[int, Query(ge=0, le=MAX_INT, description="sequence number of the last known event")]
+SUBMIT_BYTES = 16 * 1024 * 1024
+"""Limit of a submission: spec, uncommitted changes (1 MiB), report of the packing."""
+_AT_ONCE = 50
+"""Jobs of a page that are read at a time: each takes about 0.2 ms."""
+_LINES_SO_FAR = 10
+"""Last lines of a running job's log; the log has its own route."""
+router = APIRouter(route_class=GuardedRoute)
 
 
-@events_router.get("/jobs/{ref}/events", response_model=EventPage)
+@router.get("/jobs/{ref}/events", response_model=EventPage)
 async def job_events(
     record: LightJob, services: Services, request: Request, after: Cursor = 0, wait_s: WaitS = 0.0
 ) -> Response:
@@ -65,7 +70,7 @@ async def job_events(
                 await wait_first(changed.wait(), services.closing.wait(), finished(gone), timeout_s=left)
 
 
-@events_router.get("/events", response_class=StreamingResponse)
+@router.get("/events", response_class=StreamingResponse)
 async def events(
     services: Services,
     caller: CurrentCaller,
@@ -106,18 +111,6 @@ async def _stream(services: AppState, cursor: int, job: str) -> AsyncIterator[by
 
 def _message(event: Event) -> bytes:
     return f"id: {event.seq}\nevent: {event.kind}\ndata: {event.model_dump_json()}\n\n".encode()
-
-
-SUBMIT_BYTES = 16 * 1024 * 1024
-"""Limit of a submission: spec, uncommitted changes (1 MiB), report of the packing."""
-
-_AT_ONCE = 50
-"""Jobs of a page that are read at a time: each takes about 0.2 ms."""
-
-_LINES_SO_FAR = 10
-"""Last lines of a running job's log; the log has its own route."""
-
-router = APIRouter(route_class=GuardedRoute)
 
 
 class StopBody(BaseModel):

@@ -31,6 +31,10 @@ from raylaunch.controller.store.record import JobRecord
 from raylaunch.errors import ClusterError, NotFoundError, SpecError
 from raylaunch.models.job import AttemptView, LogMatches
 
+router = APIRouter(route_class=GuardedRoute)
+Attempt = Annotated[int | None, Query(le=MAX_INT, description="number of the attempt; by default the latest")]
+Rank = Annotated[int, Query(ge=0, le=1_000_000)]
+
 
 class LogSearch(TypedDict):
     """A search in a log."""
@@ -135,12 +139,6 @@ class _ExternalLog:
 
     async def grown(self, size: int, timeout_s: float) -> None:
         await self._logs.grown(self._attempt, size, timeout_s)
-
-
-router = APIRouter(route_class=GuardedRoute)
-
-Attempt = Annotated[int | None, Query(le=MAX_INT, description="number of the attempt; by default the latest")]
-Rank = Annotated[int, Query(ge=0, le=1_000_000)]
 
 
 class _LogPart(NamedTuple):

@@ -17,6 +17,13 @@ from raylaunch.models.job import MetricPoint
 from raylaunch.tracking.run_file import LARGEST_STEP, History, Item, RunFile, RunInfo, StepMetric, Summary
 
 _LOG = logging.getLogger(__name__)
+WANDB_STEP = ""
+"""The default axis of a metric: W&B's own step."""
+_GLOBAL_STEP = "global_step"
+KEYS_KEPT = 10_000
+"""Maximum number of metrics of one file."""
+_POINTS_AT_FIRST = 4096
+_POINTS_AT_LEAST = 64
 
 
 class Curve:
@@ -106,15 +113,6 @@ class Curve:
 
 def _source(path: Path) -> RunFile | ReportReader:
     return ReportReader(path) if path.name == contract.PROGRESS else RunFile(path)
-
-
-WANDB_STEP = ""
-"""The default axis of a metric: W&B's own step."""
-_GLOBAL_STEP = "global_step"
-KEYS_KEPT = 10_000
-"""Maximum number of metrics of one file."""
-_POINTS_AT_FIRST = 4096
-_POINTS_AT_LEAST = 64
 
 
 class Source(Protocol):

@@ -41,6 +41,7 @@ _PROGRAM = "raylaunch.controller.ray.process"
 _LINE_LIMIT = 64 * 1024 * 1024
 _LONGEST_BACKOFF_S = 10.0
 _STEADY_S = 30.0
+_LEFT_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,6 @@ class Config(TypedDict):
     store: str
     namespace: str
     carries: bool
-
-
-_LEFT_S = 3600.0
 
 
 class RayBridge:

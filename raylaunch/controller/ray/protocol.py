@@ -26,6 +26,11 @@ from raylaunch.errors import RaylaunchError
 from raylaunch.files import rotate
 from raylaunch.models.fields import Count, ExitCode, Moment
 
+_MAX_PENDING = 64 * 1024 * 1024
+"""Bytes of frames that may wait for the controller to read them."""
+_FLUSH_S, _POLL_S = 2.0, 0.01
+_CLOSE_S = 5.0
+
 
 @dataclass(frozen=True)
 class LinkUp:
@@ -191,11 +196,6 @@ def event_from(frame: dict[str, object]) -> LinkEvent:
     return _EVENTS[cast("str", fields.pop("event"))](**fields)
 
 
-_MAX_PENDING = 64 * 1024 * 1024
-"""Bytes of frames that may wait for the controller to read them."""
-_FLUSH_S, _POLL_S = 2.0, 0.01
-
-
 class Stdout:
     """Writes frames to the controller. Ray's core may print to descriptor 1, so the pipe is moved to another.
 
@@ -285,9 +285,6 @@ async def _serve(
 
 def _error_frame(error: RaylaunchError) -> dict[str, str]:
     return {"code": error.code, "message": error.message, "hint": error.hint}
-
-
-_CLOSE_S = 5.0
 
 
 @contextlib.contextmanager

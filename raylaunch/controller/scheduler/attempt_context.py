@@ -23,6 +23,7 @@ STEP_S = 1.0
 """Longest time between two checks."""
 NODE_LEASE_S = 60.0
 """How long an attempt whose node was lost may reappear on another (a restarted Ray gives its node a new id)."""
+DEFAULT_PROJECT = "raylaunch"
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,6 @@ def latest(record: JobRecord) -> AttemptView:
 def replaced(record: JobRecord, **fields: object) -> tuple[AttemptView, ...]:
     """Return the attempts, with `fields` changed in the latest."""
     return (*record.attempts[:-1], record.attempts[-1].model_copy(update=fields))
-
-
-DEFAULT_PROJECT = "raylaunch"
 
 
 def attempt_tag(settings: Settings, attempt: str) -> str:

@@ -17,6 +17,25 @@ _FILE = re.compile(r"(?:No such file or directory: |can't open file |did not fin
 _IN_CODE = re.compile(r"^/.*/attempts/[^/]+/code/")
 _MAX_NAMES = 20
 """How many names in the end of a log are checked; the last ones first."""
+MAX_FREE_RETRIES = 3
+"""How many retries do not count, because the machines failed and not the program."""
+_GPU_MEMORY = re.compile(r"CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|OutOfMemoryError: CUDA")
+_RAY_INIT = (
+    (
+        re.compile(r"connecting to an existing cluster, num_cpus and num_gpus must not be provided"),
+        ": under launcher: ray, ray.init() uses the cluster's Ray and takes no num_cpus or num_gpus; leave them out",
+    ),
+    (
+        re.compile(r"Started a local Ray instance"),
+        f": {PRIVATE_RAY}",
+    ),
+)
+"""Output of programs whose ``ray.init()`` does not fit their launcher, and what to do."""
+_DISK_FULL = re.compile(r"No space left on device|ENOSPC")
+_MEMORY = re.compile(r"\bMemoryError\b|Cannot allocate memory")
+_SHUTDOWN_SIGNALS = ("SIGTERM", "SIGKILL")
+PUT_OFF = frozenset({Reason.HOST_DRAINED, Reason.CLUSTER_DOWN})
+"""Reasons for which an attempt is stopped and its job queued again, without limit."""
 
 
 def rule_against(text: str, rules: Sequence[str]) -> str:
@@ -64,25 +83,6 @@ def _matches(path: str, rule: str) -> bool:
     return (not folder or inside != path) and GitIgnoreSpec.from_lines([pattern]).match_file(inside)
 
 
-MAX_FREE_RETRIES = 3
-"""How many retries do not count, because the machines failed and not the program."""
-
-_GPU_MEMORY = re.compile(r"CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|OutOfMemoryError: CUDA")
-_RAY_INIT = (
-    (
-        re.compile(r"connecting to an existing cluster, num_cpus and num_gpus must not be provided"),
-        ": under launcher: ray, ray.init() uses the cluster's Ray and takes no num_cpus or num_gpus; leave them out",
-    ),
-    (
-        re.compile(r"Started a local Ray instance"),
-        f": {PRIVATE_RAY}",
-    ),
-)
-"""Output of programs whose ``ray.init()`` does not fit their launcher, and what to do."""
-_DISK_FULL = re.compile(r"No space left on device|ENOSPC")
-_MEMORY = re.compile(r"\bMemoryError\b|Cannot allocate memory")
-
-
 @dataclass(frozen=True)
 class Evidence:
     """What is known about an ended attempt.
@@ -120,7 +120,6 @@ class Finding(NamedTuple):
 
 
 _RAY_LOST = Finding(Change.LOSE, Reason.RAY_LOST, "Ray was restarted, which ended the job's processes")
-_SHUTDOWN_SIGNALS = ("SIGTERM", "SIGKILL")
 
 
 def diagnose(evidence: Evidence) -> Finding:
@@ -200,10 +199,6 @@ def _program_failed(exit_: Exit, log_tail: tuple[str, ...]) -> Finding:
         return Finding(Change.FAIL, Reason.OUT_OF_MEMORY, f"{how}: it could not allocate memory", code, signal)
     hint = next((hint for pattern, hint in _RAY_INIT if pattern.search(tail)), "")
     return Finding(Change.FAIL, Reason.SIGNAL if signal else Reason.EXIT_CODE, f"{how}{hint}", code, signal)
-
-
-PUT_OFF = frozenset({Reason.HOST_DRAINED, Reason.CLUSTER_DOWN})
-"""Reasons for which an attempt is stopped and its job queued again, without limit."""
 
 
 def after_drain(finding: Finding, why: Reason | None) -> Finding:

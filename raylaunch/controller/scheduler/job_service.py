@@ -40,6 +40,13 @@ from raylaunch.models.job_spec import JobSpec
 from raylaunch.models.states import Change, JobState, Reason
 from raylaunch.version import API, __version__
 
+_FRESH_S = 2.0
+"""Maximum age of the node data in a response: their GPUs and disks have other users too."""
+_REFRESH_S = 3.0
+"""How long a response waits for newer node data; then it has the latest there is."""
+_DISK_S = 60.0
+"""How long a node may take to measure its folders."""
+
 
 class LeftOutputs:
     """Copies outputs that were not kept from their node into the store, each once even for concurrent requests."""
@@ -82,14 +89,6 @@ class LeftOutputs:
         self._transfers.pop(key, None)
         if not task.cancelled():
             task.exception()  # every waiter has raised it
-
-
-_FRESH_S = 2.0
-"""Maximum age of the node data in a response: their GPUs and disks have other users too."""
-_REFRESH_S = 3.0
-"""How long a response waits for newer node data; then it has the latest there is."""
-_DISK_S = 60.0
-"""How long a node may take to measure its folders."""
 
 
 class JobService:

@@ -35,6 +35,8 @@ from raylaunch.models.states import Reason
 _WAITING = {GPUS: Reason.WAITING_FOR_GPUS, CPUS: Reason.WAITING_FOR_CPUS, MEMORY: Reason.WAITING_FOR_MEMORY}
 _GIB = 1024**3
 _EPSILON = 1e-6
+_MAX_CHECKS = 1000
+_MIN_GROUPS = 50
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,6 @@ class QueuePlan:
         if block is None:
             raise KeyError(request.job)
         return WaitDecision(request.job, block.reason, block.message)
-
-
-_MAX_CHECKS = 1000
-_MIN_GROUPS = 50
 
 
 def max_groups(nodes: int) -> int:

@@ -27,6 +27,13 @@ from raylaunch.models.fields import Moment
 _log = logging.getLogger(__name__)
 
 ID_DIGITS = 8
+_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"
+"""Without letters and digits that look alike."""
+_GROUPS, _GROUP = 4, 5  # 31^20, 99 bits
+_PERSON = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_KEPT_S = 24 * 3600.0
+"""How long an expired invitation is kept, so that using its code gives a specific error."""
 
 
 class Role(str, Enum):
@@ -149,15 +156,6 @@ class TokenStore:
 
 def _article(role: str) -> str:
     return f"an {role}" if role[0] in "aeiou" else f"a {role}"
-
-
-_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"
-"""Without letters and digits that look alike."""
-_GROUPS, _GROUP = 4, 5  # 31^20, 99 bits
-_PERSON = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_KEPT_S = 24 * 3600.0
-"""How long an expired invitation is kept, so that using its code gives a specific error."""
 
 
 class _Invitation(BaseModel):

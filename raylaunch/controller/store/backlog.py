@@ -21,6 +21,7 @@ MEMORY = "memory"
 
 Amounts = dict[str, float]
 """Resource name → amount: `GPUS`, `CPUS`, `MEMORY` (bytes), and custom resources by their own names."""
+_ORDER = attrgetter("order")
 
 
 def required_amounts(spec: JobSpec) -> Amounts:
@@ -76,9 +77,6 @@ def request_for(spec: JobSpec, *, job: str = "", since: float = 0.0) -> Resource
         where=spec.where,
         priority=spec.priority,
     )
-
-
-_ORDER = attrgetter("order")
 
 
 class Backlog:

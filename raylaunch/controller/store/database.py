@@ -69,6 +69,8 @@ too, so it needs no new schema version."""
 
 _BUSY_S = 2.0
 """How long a write waits for someone who has locked the database with sqlite3."""
+METRICS_LISTED = 20
+"""How many metrics of a job a list contains; the job itself may have more."""
 
 
 def open_database(path: Path) -> tuple[sqlite3.Connection, str]:
@@ -233,10 +235,6 @@ def _rename_damaged(path: Path) -> Path:
             beside.rename(aside.with_name(aside.name + ending))
     path.rename(aside)
     return aside
-
-
-METRICS_LISTED = 20
-"""How many metrics of a job a list contains; the job itself may have more."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from raylaunch.models.fields import Count, Moment
 from raylaunch.models.job import Event
 from raylaunch.models.states import JobState
 
+JOURNAL = "journal.jsonl"
+
 
 def free_id(jobs: Path, name: str) -> str:
     """Return an unused id for a new job with this name."""
@@ -70,9 +72,6 @@ def journal_line(
         record=light_json(record),
         heavy=heavy_json(record) if heavy else None,
     )
-
-
-JOURNAL = "journal.jsonl"
 
 
 class JournalLine(BaseModel):

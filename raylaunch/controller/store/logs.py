@@ -23,6 +23,18 @@ _LINES = 30
 _BYTES = 64 * 1024
 _LINE = 2000
 _MOST_RANKS = 1_000_000
+SEARCH_BYTES = 64 * 1024 * 1024
+"""How many bytes one search reads before it returns what it has found."""
+SEARCH_S = 10.0
+"""How long one search takes before it returns what it has found."""
+_PIECE = 64 * 1024
+_TEXT = 2000
+_PATTERN_CHARS = 1000
+_PATTERN_MEMORY = 1024 * 1024
+_SYNTAX = (
+    "the syntax is RE2's: character classes, groups, alternatives and repetitions, but no lookaround ((?=…), (?<!…)) "
+    "and no backreference (\\1); or search for plain text without regex"
+)
 
 
 def log_tail(job_folder: Path, *, attempt: int) -> tuple[str, ...]:
@@ -53,18 +65,6 @@ def _failed_rank(exit_file: Path) -> int:
         return 0
     rank = found.get("failed_rank") if isinstance(found, dict) else None
     return rank if isinstance(rank, int) and 0 <= rank < _MOST_RANKS else 0
-
-
-SEARCH_BYTES = 64 * 1024 * 1024
-"""How many bytes one search reads before it returns what it has found."""
-
-SEARCH_S = 10.0
-"""How long one search takes before it returns what it has found."""
-
-_PIECE = 64 * 1024
-_TEXT = 2000
-_PATTERN_CHARS = 1000
-_PATTERN_MEMORY = 1024 * 1024
 
 
 def log_path(job_folder: Path, *, attempt: int, rank: int) -> Path:
@@ -201,12 +201,6 @@ def _matcher(pattern: str, *, regex: bool, ignore_case: bool) -> Callable[[str],
         msg = f"{pattern!r} is not a supported regular expression: {_regex_error(error)}"
         raise SpecError(msg, hint=_SYNTAX, field="pattern") from None
     return lambda text: compiled.search(text) is not None
-
-
-_SYNTAX = (
-    "the syntax is RE2's: character classes, groups, alternatives and repetitions, but no lookaround ((?=…), (?<!…)) "
-    "and no backreference (\\1); or search for plain text without regex"
-)
 
 
 def _regex_error(error: Exception) -> str:

@@ -22,6 +22,9 @@ from raylaunch.models.cluster import EnvironmentWheels
 from raylaunch.models.job import WheelSet
 
 _log = logging.getLogger(__name__)
+PIECE_BYTES = 8 * 1024 * 1024
+"""Maximum size of one piece of an upload."""
+_SHA = re.compile(r"[0-9a-f]{64}")
 
 
 class ClusterWheels:
@@ -63,12 +66,6 @@ class ClusterWheels:
         text = EnvironmentWheels(environment=self._environment, sets=sets).model_dump_json(indent=1)
         await asyncio.to_thread(write_private, self._path, text)
         self.sets = sets
-
-
-PIECE_BYTES = 8 * 1024 * 1024
-"""Maximum size of one piece of an upload."""
-
-_SHA = re.compile(r"[0-9a-f]{64}")
 
 
 class PackageBytes(NamedTuple):

@@ -23,6 +23,11 @@ from raylaunch.errors import NotFoundError, RaylaunchError
 from raylaunch.models.fields import Retention
 
 _log = logging.getLogger(__name__)
+EVERY_S = 3600.0
+_FIRST_S = 60.0
+PACKAGE_S = 24 * 3600.0
+"""How long an unused package is kept: the submission of its job may still be on the way."""
+_BY = "retention"
 
 
 class JobRemoval:
@@ -45,13 +50,6 @@ class JobRemoval:
         self._records.delete(job_id)
         self._secrets.forget_job(job_id)
         return freed
-
-
-EVERY_S = 3600.0
-_FIRST_S = 60.0
-PACKAGE_S = 24 * 3600.0
-"""How long an unused package is kept: the submission of its job may still be on the way."""
-_BY = "retention"
 
 
 @dataclass(frozen=True)

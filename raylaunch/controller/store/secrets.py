@@ -12,6 +12,8 @@ from raylaunch.controller.store.journal import write_problem
 from raylaunch.errors import NotFoundError, SpecError, StorageError
 from raylaunch.files import write_atomic
 
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
 
 def write_private(path: Path, text: str) -> None:
     """Write `text` to `path`, 0600: as a whole, and on the disk.
@@ -23,9 +25,6 @@ def write_private(path: Path, text: str) -> None:
         write_atomic(path, text, only_writer=True)
     except OSError as error:
         raise write_problem(path, error) from error
-
-
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class SecretStore:
