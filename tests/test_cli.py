@@ -220,11 +220,13 @@ def test_an_option_behind_the_program_without_dashes_is_pointed_out(home: Path, 
         assert f"note: {option} goes to train.py; options of raylaunch stand before --" in done.stderr
 
 
-def test_the_same_request_id_twice_is_one_job(home: Path, api: Api, code: Path) -> None:
+def test_the_same_request_id_is_the_same_job_and_with_another_spec_an_error(home: Path, api: Api, code: Path) -> None:
     assert api.url
-    first, again = (cli(home, "submit", "--request-id", "night", "--", "x", cwd=code) for _ in range(2))
+    first, again, other = (cli(home, "submit", "--request-id", "night", "--", word, cwd=code) for word in "xxy")
     assert first.stdout == again.stdout
-    assert f"{first.stdout.strip()} was submitted with this request id before; it is queued" in again.stderr
+    assert "request id" in again.stderr
+    assert other.returncode == 1
+    assert "'night'" in other.stderr
 
 
 def test_the_key_of_the_environment_goes_along_and_is_said_but_not_shown(home: Path, api: Api, code: Path) -> None:

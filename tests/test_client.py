@@ -210,14 +210,11 @@ def test_the_same_request_id_returns_the_same_job_and_refuses_another_spec(api: 
         first = await client.submit(spec, request_id="night")
         again = await client.submit(spec, request_id="night")
         assert (first.created, again.created, first.job.id) == (True, False, again.job.id)
+        assert (await client.submit(spec)).job.id != (await client.submit(spec)).job.id
         await client.submit(JobSpec(entrypoint="y", working_dir=""), request_id="night")
 
     with pytest.raises(ConflictError):
         ask(api, thrice)
-
-
-def test_two_submissions_without_a_request_id_are_two_jobs(api: Api) -> None:
-    assert submitted(api).id != submitted(api).id
 
 
 def test_a_dry_run_makes_no_job(api: Api) -> None:

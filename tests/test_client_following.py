@@ -99,14 +99,6 @@ def test_following_the_log_of_a_job_that_ended_before_it_started_ends(api: Api) 
     assert ask(api, follow) == []
 
 
-def test_a_log_is_searched(api: Api) -> None:
-    job = submitted(api)
-    admitted(api, job.id)
-    write(api, job.id, "attempt-1/logs/rank-0.log", b"loss 1\nnothing\nLOSS 2\n")
-    found = ask(api, lambda client: client.search_logs(job.id, "loss", ignore_case=True))
-    assert [(match.offset, match.text) for match in found.matches] == [(0, "loss 1"), (15, "LOSS 2")]
-
-
 def test_a_controller_that_restarts_elsewhere_is_found_again_and_that_is_said_once(tmp_path: Path) -> None:
     notices: list[str] = []
     with serving(tmp_path / "store") as before:

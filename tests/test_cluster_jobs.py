@@ -51,15 +51,6 @@ def test_a_job_runs_with_its_gpus_and_its_code_and_leaves_its_model(cluster: Clu
     assert (folder / "model" / "model.bin").read_bytes() == bytes(range(256)) * 1000
 
 
-def test_the_same_request_id_is_the_same_job(cluster: Cluster) -> None:
-    first = cluster.python("print(1)", "--request-id", "nightly")
-    again = cluster.python("print(1)", "--request-id", "nightly")
-    other = cluster.cli("submit", "--working-dir", "", "--request-id", "nightly", "--", "python", "-c", "print(2)")
-    assert first == again
-    assert other.status == 1
-    assert f"request id 'nightly' was already used for {first}" in other.err
-
-
 def test_a_job_that_asks_for_more_than_there_is_is_refused_with_what_there_is(cluster: Cluster) -> None:
     result = cluster.cli("submit", "--working-dir", "", "--gpus", "16", "--", "python", "-m", "x")
     assert result.status == 2

@@ -177,6 +177,7 @@ def run_without_index(attempt: Attempt) -> Exit:
     return attempt.exit()
 
 
+@pytest.mark.long
 def test_what_pip_needs_is_made_from_the_wheels_alone(api: Api, served: Index, tmp_path: Path) -> None:
     found = sent(api, {"pip": ["alpha"]}, tmp_path)
     assert found.files == {"alpha-1.0-py3-none-any.whl", "beta-2.0-py3-none-any.whl"}
@@ -240,6 +241,7 @@ def test_projects_of_the_working_directory_are_built_where_no_index_is_reached(
     )
     assert run_without_index(attempt)["exit_code"] == 0, (attempt.folder / "logs/setup.log").read_text()
     assert attempt.log.read_text() == "lib 4 1.0\n"
+    assert made_in(tmp_path / "node") == ["wheels"]
 
 
 def test_a_project_whose_needs_only_its_build_knows_is_refused_where_no_index_is_reached(tmp_path: Path) -> None:

@@ -125,14 +125,6 @@ def test_a_name_that_several_jobs_bear_means_the_latest(agent: Agent, paper: Api
     assert first not in answer.text
 
 
-def test_a_key_that_was_used_for_something_else_is_refused(agent: Agent) -> None:
-    submitted(agent, request_id="used", name="one")
-    answer = agent.call("train_job", entrypoint="true", working_dir="", request_id="used", name="two")
-    assert answer.error
-    assert "used" in answer.text
-    assert "→" in answer.text
-
-
 def test_a_broken_job_file_is_named_with_its_line(agent: Agent, place: Path) -> None:
     (place / "work" / "bad.yaml").write_text("entrypoint: true.sh\nretrys: 2\n")
     answer = agent.call("train_job", job_file="bad.yaml")

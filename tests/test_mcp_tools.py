@@ -94,10 +94,14 @@ def test_an_environment_of_packages_is_taken_in_each_form_and_packages_are_added
     assert answer.facts["job"]["reported"]["python"] == "Python from the job's environment (pip: numpy), with pandas"
 
 
-def test_the_same_request_id_is_the_same_job(agent: Agent) -> None:
+def test_the_same_request_id_is_the_same_job_and_with_another_spec_an_error(agent: Agent) -> None:
     first, again = (agent.call("train_job", entrypoint="true", working_dir="", request_id="once") for _ in range(2))
     assert first.facts["job"]["id"] == again.facts["job"]["id"]
     assert (first.facts["created"], again.facts["created"]) == (True, False)
+    other = agent.call("train_job", entrypoint="false", working_dir="", request_id="once")
+    assert other.error
+    assert "'once'" in other.text
+    assert "→" in other.text
 
 
 def test_the_key_of_the_environment_goes_along_and_is_in_no_answer(place: Path, paper: Api) -> None:

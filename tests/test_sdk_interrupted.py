@@ -16,6 +16,7 @@ from support.waiting import wait_until
 
 import raylaunch
 from raylaunch import Cluster, JobState
+from raylaunch.errors import ConflictError
 
 
 @pytest.fixture
@@ -70,6 +71,8 @@ def test_a_killed_python_leaves_its_job_and_the_same_request_id_finds_it(api: Ap
         out, _ = python.communicate(timeout=30)
     again = cluster.submit("python -m train", working_dir="", request_id="night")
     assert again.id == out.strip()
+    with pytest.raises(ConflictError):
+        cluster.submit("another", working_dir="", request_id="night")
     assert again.status().state is JobState.QUEUED
 
 
