@@ -8,10 +8,12 @@ with one of `MAY_BE_MISSING`.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["support.cluster", "support.api", "support.agent", "support.standing", "support.bare_host"]
+pytest_plugins = [f"support.{name}" for name in ("cluster", "ray_head", "api", "agent", "standing", "bare_host")]
 
 settings.register_profile("raylaunch", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("raylaunch")  # by default an example of more than 200 ms fails, as on a busy machine any may
@@ -33,9 +35,16 @@ MAY_BE_MISSING = (
     "needs systemd-analyze",
     "needs systemd-nspawn",
 )
-_LONGEST = ("long", "ray", "machines", "slow", "wandb")
-"""Marks of tests, those that take longest first."""
-_SHARED = "the files that share a cluster"
+_DURATIONS = Path(__file__).parent / "data" / "durations.json"
+"""Seconds by test file, as ``make test ARGS=--record-durations`` measured them; that of an unknown file is none."""
+_WORLDS = {
+    "broken: Cluster": "the files that break a cluster",
+    "plain_ray: RayHeadRunning": "the files that share a plain Ray",
+    "cluster: Cluster": "the files that share a cluster",
+}
+"""By the fixture that files share: the name of their group, which one worker runs."""
+_IN_ORDER = ("test_embedded_ray.py", "test_cluster_disasters.py", "test_cluster_changes.py")
+"""Files of one group that depend on their order: the last one ends the cluster."""
 _SECOND_TRIES = 2
 """How many tests may pass at their second try only, before the run has failed."""
 ALL = os.environ.get("RAYLAUNCH_TEST_ALL", "") not in {"", "0"}
@@ -53,44 +62,73 @@ def _failed_if_skipped(report: _Report) -> None:
         report.longrepr = f"RAYLAUNCH_TEST_ALL=1 and this was skipped: {reason}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files that take longest first; let a test of real processes fail twice before it counts.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that records how long each file takes."""
+    parser.addoption("--record-durations", action="store_true", help="write how long each file takes, for its order")
 
-    A file belongs to one worker, and all that share a cluster do, so a long one at the end would let the others wait;
-    what shares the cluster takes longest. Each first failure is shown in the
-    summary: tests of real processes wait with limits, and a machine that is busy with something else may exceed any.
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the groups of files that take longest first; let a test of real processes fail twice before it counts.
+
+    A group belongs to one worker, so a long one at the end would let the others wait. Each first failure is shown in
+    the summary: tests of real processes wait with limits, and a machine that is busy may exceed any.
     """
-    turns: dict[Path, int] = {}
     for item in items:
-        turn = -1 if _shares_cluster(item.path) else _turn(item)
-        turns[item.path] = min(turns.get(item.path, len(_LONGEST)), turn)
         if any(item.get_closest_marker(name) for name in ("ray", "wandb", "machines")):
             item.add_marker(pytest.mark.flaky(reruns=1))
-    items.sort(key=lambda item: turns[item.path])
+    known: dict[str, float] = json.loads(_DURATIONS.read_text(encoding="utf-8")) if _DURATIONS.exists() else {}
+    seconds: Counter[str] = Counter()
+    for path in {item.path for item in items}:
+        seconds[_group(path)] += int(1000 * known.get(path.name, 0))
+    items.sort(key=lambda item: (-seconds[group := _group(item.path)], group, _rank(item.path.name)))
 
 
-def _turn(item: pytest.Item) -> int:
-    return next((n for n, name in enumerate(_LONGEST) if item.get_closest_marker(name)), len(_LONGEST))
+def _rank(name: str) -> int:
+    return _IN_ORDER.index(name) if name in _IN_ORDER else -1
 
 
 @functools.cache
-def _shares_cluster(path: Path) -> bool:
-    """Whether tests of a file use the session's cluster; decided by the text, as workers alone know the fixtures."""
+def _group(path: Path) -> str:
+    """Return the group of a file; decided by its text, as workers alone know the fixtures."""
     text = path.read_text(encoding="utf-8")
-    return "cluster: Cluster" in text and "def cluster(" not in text and "mark.ray" in text
+    return next((group for fixture, group in _WORLDS.items() if _shares(fixture, text)), path.name)
+
+
+def _shares(fixture: str, text: str) -> bool:
+    return fixture in text and f"def {fixture.partition(':')[0]}(" not in text and "mark.ray" in text
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:  # noqa: ANN401 -- xdist ships no types
-    """Give a worker whole files, and one of them all files that share a cluster: it is started once."""
+    """Give a worker whole files, and one of them all files of a group: what they share is started once."""
     from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]  # noqa: PLC0415 -- only with xdist
 
-    class ByWorld(LoadFileScheduling):  # type: ignore[misc]  # xdist ships no types
+    class ByGroup(LoadFileScheduling):  # type: ignore[misc]  # xdist ships no types
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return _SHARED if _shares_cluster(config.rootpath / file) else file
+            return _group(config.rootpath / nodeid.partition("::")[0])
 
-    return ByWorld(config, log) if config.getoption("dist") == "loadfile" else None
+        def _reschedule(self, node: Any) -> None:  # noqa: ANN401 -- xdist ships no types
+            # A worker that replaces one that crashed has collected nothing yet; xdist would end the whole run.
+            if node in self.registered_collections:
+                super()._reschedule(node)
+
+    return ByGroup(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+_SPENT: Counter[str] = Counter()
+"""Milliseconds by file."""
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up how long each file takes."""
+    _SPENT[report.nodeid.partition("::")[0].rpartition("/")[2]] += round(1000 * report.duration)
+
+
+def _record_durations() -> None:
+    known = json.loads(_DURATIONS.read_text(encoding="utf-8")) if _DURATIONS.exists() else {}
+    known |= {name: spent / 1000 for name, spent in _SPENT.items()}
+    kept = {name: round(known[name], 1) for name in sorted(known) if (Path(__file__).parent / name).exists()}
+    _DURATIONS.write_text(json.dumps(kept, indent=0) + "\n", encoding="utf-8")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -134,6 +172,8 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]
     """Fail a run with many second tries; report to the process that started the workers what one has left out."""
     if session.exitstatus == pytest.ExitCode.OK and len(_tried_again(session.config)) > _SECOND_TRIES:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if session.config.getoption("record_durations") and not hasattr(session.config, "workeroutput"):
+        _record_durations()
     yield
     if hasattr(session.config, "workeroutput"):
         left_out = session.config.stash[_LEFT_OUT]

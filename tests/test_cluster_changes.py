@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.cluster import ROOT, Cluster, running_cluster
+from support.cluster import ROOT, UP_S, Cluster
+from support.plain_ray import submit_plain
+from support.waiting import wait_until
 
+from raylaunch.cluster.ports import is_free
+from raylaunch.cluster.processes import ProcessIdentity, identify, is_alive
 from raylaunch.models.states import JobState, Reason
 from raylaunch.version import __version__
 
@@ -34,17 +39,17 @@ SAVES = (
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator[Cluster]:
-    """A cluster of this file's own: what is drained here would stand in others' way."""
-    with running_cluster() as made:
-        yield made
+def last(broken: Cluster) -> Iterator[Cluster]:
+    """The cluster, which ends with this file."""
+    yield broken
+    broken.cli("down", "--force", timeout_s=UP_S)
 
 
 @pytest.fixture
-def own(alone: Cluster) -> Iterator[Cluster]:
-    """The cluster, drained no more after the test, however it ends."""
-    yield alone
-    alone.cli("drain", host_of(alone), "--off")
+def own(last: Cluster) -> Iterator[Cluster]:
+    """The cluster, which takes jobs again after the test, however it ends."""
+    yield last
+    last.cli("drain", host_of(last), "--off")
 
 
 def host_of(cluster: Cluster) -> str:
@@ -82,17 +87,34 @@ def test_a_drain_that_stops_jobs_queues_them_again_and_they_go_on_where_they_wer
     assert own.log(job) == b"goes on at 7\n"
 
 
-def test_down_with_stop_ends_jobs_as_they_wish_and_the_next_up_goes_on_with_them(own: Cluster) -> None:
+def test_down_with_stop_ends_all_processes_and_the_next_up_resumes_the_jobs(own: Cluster, tmp_path: Path) -> None:
     job = own.python(SAVES, "--name", "stops")
     own.ready(job)
     refused = own.cli("down")
     assert refused.status == 1
     assert "raylaunch down --stop" in refused.err
+    left = process_that_a_plain_job_leaves(own, tmp_path / "left.pid")
+    record = own.record()
     assert "is down" in own.good("down", "--stop")
+    assert not is_alive(left)
+    assert not own.processes()
+    assert all(is_free(port) for port in record.ports.values())
+    assert Path(record.store, "tokens.json").exists()
+    assert json.loads(own.good("status", "--json"))["state"] == "stopped"
     own.good("up")
     assert own.ended(job, timeout_s=120).state is JobState.SUCCEEDED
     assert own.good("logs", job, "--attempt", "1").split() == ["ready", "saved", "7"]
     assert own.job(job).attempts[0].reason is Reason.CLUSTER_DOWN
+
+
+def process_that_a_plain_job_leaves(cluster: Cluster, written: Path) -> ProcessIdentity:
+    """Submit a job to Ray itself whose child has a session of its own, and return that child."""
+    script = f"setsid sh -c 'echo $$ > {written}.new; mv {written}.new {written}; exec sleep 1000' & exec sleep 1000"
+    submit_plain(cluster, "leaves", ["sh", "-c", script])
+    wait_until(written.exists, 120, "the job's child")
+    child = identify(int(written.read_text()))
+    assert child is not None
+    return child
 
 
 @pytest.mark.long

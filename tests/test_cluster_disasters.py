@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.cluster import Cluster, Reach, argv, running_cluster
+from support.cluster import Cluster, Reach, argv
 from support.disasters import KILLS, LEDGER, TALKS, Book, at_random_moments, kill
 from support.plain_ray import plain_python, started_plain, submit_plain
 from support.waiting import wait_until
@@ -51,10 +51,8 @@ TRACKS = (
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A cluster of this module's own, because it breaks things."""
-    with running_cluster() as broken:
-        yield broken
+def cluster(broken: Cluster) -> Cluster:
+    return broken
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from support.beside_ray import BesideRay, beside_ray
 from support.cluster import UP_S, Cluster
+from support.ray_head import RayHeadRunning
 from support.waiting import wait_until
 
 from raylaunch.models.states import JobState
@@ -26,8 +27,8 @@ TRAINS = (
 
 
 @pytest.fixture(scope="module")
-def theirs() -> Iterator[BesideRay]:
-    with beside_ray("theirs") as cluster:
+def theirs(plain_ray: RayHeadRunning) -> Iterator[BesideRay]:
+    with beside_ray("theirs", plain_ray) as cluster:
         yield cluster
 
 

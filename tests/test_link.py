@@ -11,14 +11,14 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 from support.attempts import attempt_spec
-from support.ray_head import RayHeadRunning, ray_head
+from support.ray_head import RayHeadRunning
 from support.waiting import until
 
 import raylaunch
@@ -31,9 +31,8 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[RayHeadRunning]:
-    with ray_head() as running:
-        yield running
+def head(plain_ray: RayHeadRunning) -> RayHeadRunning:
+    return plain_ray
 
 
 class Store:

@@ -1,10 +1,9 @@
-"""raylaunch beside a Ray that somebody else runs, in a home of its own."""
+"""raylaunch next to a Ray that somebody else runs, in that Ray's home."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ import psutil
 
 from raylaunch.paths import cluster_paths
 from support.cluster import UP_S, Cluster
-from support.ray_head import RayHeadRunning, ray_head
+from support.ray_head import RayHeadRunning
 
 _DAEMONS = ("gcs_server", "raylet", "dashboard.py", "agent")
 
@@ -23,7 +22,7 @@ class BesideRay(Cluster):
 
     def __init__(self, ray: RayHeadRunning, folder: Path, lines: dict[str, str]) -> None:
         work = folder / "work"
-        work.mkdir()
+        work.mkdir(exist_ok=True)
         super().__init__(folder / "home", work)
         self.ray_head = ray
         self.env["HOME"] = str(folder)
@@ -45,19 +44,17 @@ class BesideRay(Cluster):
 
 
 @contextmanager
-def beside_ray(name: str) -> Iterator[BesideRay]:
-    """Run a Ray, bring up a cluster of this name on it, and end both."""
-    folder = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
-    with ray_head(home=folder) as ray:
-        lines = {"name": name, "kind": "existing", "address": ray.dashboard_url}
-        lines |= {"gcs": ray.gcs_address, "ray_token_file": "~/.ray/auth_token"}
-        (folder / ".ray").mkdir(mode=0o700)
-        shutil.copy(ray.token_path, folder / ".ray/auth_token")
-        cluster = BesideRay(ray, folder, lines)
-        try:
-            cluster.good("trust")
-            cluster.good("up", timeout_s=UP_S)
-            yield cluster
-        finally:
-            cluster.cli("down", "--force", timeout_s=UP_S)
-            shutil.rmtree(folder, ignore_errors=True)
+def beside_ray(name: str, ray: RayHeadRunning) -> Iterator[BesideRay]:
+    """Bring up a cluster of this name on a Ray, and end it."""
+    folder = ray.home
+    lines = {"name": name, "kind": "existing", "address": ray.dashboard_url}
+    lines |= {"gcs": ray.gcs_address, "ray_token_file": "~/.ray/auth_token"}
+    (folder / ".ray").mkdir(mode=0o700, exist_ok=True)
+    shutil.copy(ray.token_path, folder / ".ray/auth_token")
+    cluster = BesideRay(ray, folder, lines)
+    try:
+        cluster.good("trust")
+        cluster.good("up", timeout_s=UP_S)
+        yield cluster
+    finally:
+        cluster.cli("down", "--force", timeout_s=UP_S)

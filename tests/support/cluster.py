@@ -10,10 +10,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import pytest
@@ -60,6 +61,8 @@ class Cluster:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(of_tests)}
         self.env = {**kept, "RAYLAUNCH_HOME": str(home), "NETRC": str(work / "no-netrc"), "NO_COLOR": "1"}
         self.paths = cluster_paths("local", self.env)
+        self.first_ups: list[dict[str, Any]] = []
+        """Of `broken`: what the two commands ``up`` printed that started it."""
 
     def cli(
         self, *words: str, timeout_s: float = 120, cwd: Path | None = None, env: Mapping[str, str] | None = None
@@ -250,4 +253,14 @@ def unstarted_cluster(spec: Mapping[str, object] | None = None) -> Iterator[Clus
 def cluster() -> Iterator[Cluster]:
     """The one cluster that tests share which do not break it."""
     with running_cluster() as shared:
+        yield shared
+
+
+@pytest.fixture(scope="session")
+def broken() -> Iterator[Cluster]:
+    """The one cluster that tests break on purpose. Two commands ``up`` at once have started it."""
+    with unstarted_cluster({"labels": {"team": "vision"}}) as shared:
+        with ThreadPoolExecutor(2) as pool:
+            ups = [pool.submit(shared.good, "up", "--json", timeout_s=2 * UP_S) for _ in range(2)]
+            shared.first_ups = [json.loads(up.result()) for up in ups]
         yield shared

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from raylaunch.cluster.ports import LOOPBACK, free_ports, worker_range
 from support.waiting import wait_until
 
@@ -40,18 +42,19 @@ class RayHeadRunning:
     node_root: Path
     """Where its node's steward keeps attempts: on another machine in earnest, so only the tests look into it."""
     process: subprocess.Popen[bytes]
+    home: Path
+    """Its account's home, which is the test's own."""
 
 
 @contextlib.contextmanager
-def ray_head(*, gpus: int = 2, cpus: int = 4, token: bool = True, home: Path | None = None) -> Iterator[RayHeadRunning]:
-    """Run a head with logical GPUs; end all of its processes afterwards. Without `token` it asks for none.
-
-    `home` is its account's home; without it that of the tests.
-    """
+def ray_head(*, gpus: int = 2, cpus: int = 4) -> Iterator[RayHeadRunning]:
+    """Run a head with logical GPUs and a token; end all of its processes afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="rlh-", dir="/tmp"))
     secret = folder / "token"
-    secret.write_text("a" * 48 if token else "")
+    secret.write_text("a" * 48)
     secret.chmod(0o600)
+    home = folder / "home"
+    home.mkdir()
     ports = dict(zip(PORT_FLAGS, free_ports(len(PORT_FLAGS)), strict=True))
     workers = worker_range(avoid=ports.values())
     argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
@@ -64,12 +67,13 @@ def ray_head(*, gpus: int = 2, cpus: int = 4, token: bool = True, home: Path | N
     env = {
         **kept,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        **({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(secret)} if token else {"RAY_AUTH_MODE": "disabled"}),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(secret),
         "RAYLAUNCH_NODE_ROOT": str(folder / "node"),
         "RAY_free_objects_period_milliseconds": "50",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "SPT_NOENV": "1",
-        **({"HOME": str(home)} if home else {}),
+        "HOME": str(home),
     }
     with (folder / "ray.log").open("wb") as log:
         process = subprocess.Popen(argv, stdout=log, stderr=log, env=env, start_new_session=True)
@@ -81,6 +85,7 @@ def ray_head(*, gpus: int = 2, cpus: int = 4, token: bool = True, home: Path | N
             secret,
             folder / "node",
             process,
+            home,
         )
     finally:
         _end(process)
@@ -93,3 +98,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, signal_number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(limit_s)
+
+
+@pytest.fixture(scope="session")
+def plain_ray() -> Iterator[RayHeadRunning]:
+    """The one plain Ray that tests share."""
+    with ray_head() as running:
+        yield running
