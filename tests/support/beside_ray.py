@@ -36,8 +36,9 @@ class BesideRay(Cluster):
         return {self.ray_head.process.pid, *family}
 
     def stewards(self) -> list[str]:
-        """Return the stewards that Ray runs for raylaunch, by their titles."""
-        return [title for title in (" ".join(one.cmdline()) for one in self._children()) if "Steward" in title]
+        """Return the node agents that Ray runs for raylaunch, by their titles."""
+        titles = (" ".join(one.cmdline()) for one in self._children())
+        return [title for title in titles if title.startswith("ray::NodeAgent")]
 
     def _children(self) -> list[psutil.Process]:
         return psutil.Process(self.ray_head.process.pid).children(recursive=True)
