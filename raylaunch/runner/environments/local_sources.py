@@ -13,13 +13,20 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+COMMENT = re.compile(r"(?:^|\s)#.*$")
+
+
+def option(*names: str, value: str = r"\S+") -> re.Pattern[str]:
+    """Return the pattern of a line of a requirements file with one of these options; its only group is the value."""
+    return re.compile(rf"(?:{'|'.join(names)})(?:\s+|\s*=\s*)({value})")
+
+
 _DEEPEST = 5
-_REQUIREMENT = re.compile(r"(?:-r|--requirement)(?:\s+|\s*=\s*)(\S+)")
-_CONSTRAINT = re.compile(r"(-c|--constraint)(?:\s+|\s*=\s*)(\S+)")
-_FOUND_IN = re.compile(r"(?:-f|--find-links)(?:\s+|\s*=\s*)(\S+)")
-_EDITABLE = re.compile(r"(?:-e|--editable)(?:\s+|\s*=\s*)(.+)")
+_REQUIREMENT = option("-r", "--requirement")
+_CONSTRAINT = option("-c", "--constraint")
+_FOUND_IN = option("-f", "--find-links")
+_EDITABLE = option("-e", "--editable", value=".+")
 _NAMED = re.compile(r"[A-Za-z0-9][\w.-]*\s*(?:\[[^\]]*\])?\s*@\s*(?:file:(?://)?)?([^:;\s]+)")
-_COMMENT = re.compile(r"(?:^|\s)#.*$")
 _PLACE = re.compile(r"([^\[;]+?)(\[[^\]]*\])?\s*(;.*)?$")
 _ARCHIVES = (".whl", ".tar.gz", ".zip", ".tar.bz2", ".tgz")
 _OF_LOCK = re.compile(
@@ -71,13 +78,13 @@ def read_requirements(text: str, *, parent: Path, code: Path) -> Requirements:
 
 def _flattened(text: str, parent: Path, depth: int = 0) -> Iterator[str]:
     for raw in re.sub(r"\\\r?\n", " ", text).splitlines():
-        line = _COMMENT.sub("", raw).strip()
+        line = COMMENT.sub("", raw).strip()
         found, limits = _REQUIREMENT.fullmatch(line), _CONSTRAINT.fullmatch(line)
         other = parent / found[1] if found else None
         if other is not None and other.is_file() and depth < _DEEPEST:
             yield from _flattened(other.read_text(encoding="utf-8", errors="replace"), other.parent, depth + 1)
         elif limits:
-            yield f"-c {parent / limits[2]}"
+            yield f"-c {parent / limits[1]}"
         elif line:
             yield line
 
@@ -98,10 +105,10 @@ def _local_path(text: str, code: Path, *, is_path: bool) -> tuple[Path, str] | N
 
 def _digest_of_option(line: str, code: Path) -> str:
     """Return what is in the files that an option names."""
-    for pattern, group in ((_CONSTRAINT, 2), (_FOUND_IN, 1)):
+    for pattern in (_CONSTRAINT, _FOUND_IN):
         found = pattern.fullmatch(line)
-        if found and "://" not in found[group] and (code / found[group]).exists():
-            return _content(code / found[group])
+        if found and "://" not in found[1] and (code / found[1]).exists():
+            return _content(code / found[1])
     return ""
 
 
