@@ -45,7 +45,7 @@ _METRICS_TOLD = 3
 async def monitor_job(given: MonitorJob, call: ToolCall) -> Json:
     """Say how a job goes; with `wait_s`, wait for a change first."""
     async with call.client() as client:
-        job = await client.patient(lambda: client.job(given.job))
+        job = await client.retrying(lambda: client.job(given.job))
         known = job.cursor if given.cursor is None else given.cursor
         if given.wait_s and not job.state.ended:
             job = await _after_a_change(client, job, known, given.wait_s, call)
@@ -63,7 +63,7 @@ async def monitor_job(given: MonitorJob, call: ToolCall) -> Json:
 async def list_jobs(given: ListJobs, call: ToolCall) -> Json:
     """List jobs, newest first."""
     async with call.client() as client:
-        page = await client.patient(
+        page = await client.retrying(
             lambda: client.jobs(
                 states=given.states,
                 name=given.name,
@@ -102,14 +102,14 @@ async def _after_a_change(client: Client, job: JobView, known: int, wait_s: floa
     async def event() -> None:
         while (left := began + wait_s - loop.time()) > 0:
             hold_s = min(left, HOLD_S)
-            if (await client.patient(lambda: client.events(job.id, after=known, wait_s=hold_s))).events:  # noqa: B023 -- called before the next turn
+            if (await client.retrying(lambda: client.events(job.id, after=known, wait_s=hold_s))).events:  # noqa: B023 -- called before the next turn
                 return
 
     async def other_reach() -> None:
         """Keep the news fresh; return when the job's node is lost or back, which is no event."""
         while seen[0].unreachable == job.unreachable:
             await asyncio.sleep(_LOOK_S)
-            seen[0] = await client.patient(lambda: client.job(job.id))
+            seen[0] = await client.retrying(lambda: client.job(job.id))
 
     waits = [asyncio.ensure_future(event()), asyncio.ensure_future(other_reach())]
     try:
@@ -121,7 +121,7 @@ async def _after_a_change(client: Client, job: JobView, known: int, wait_s: floa
         for wait in waits:
             wait.cancel()
         await asyncio.gather(*waits, return_exceptions=True)
-    return await client.patient(lambda: client.job(job.id))
+    return await client.retrying(lambda: client.job(job.id))
 
 
 def _line(job: JobView) -> str:
@@ -141,9 +141,9 @@ async def _end_of_log(client: Client, job: JobView, most: int) -> Json | None:
     if job.state in {JobState.QUEUED, JobState.HELD} or not job.attempts:
         return None
     try:
-        chunk = await client.patient(lambda: client.logs(job.id, tail=most))
+        chunk = await client.retrying(lambda: client.logs(job.id, tail=most))
         if chunk.next_offset < chunk.size:
-            chunk = await client.patient(lambda: client.logs(job.id, offset=max(0, chunk.size - 4 * _LOG_BYTES)))
+            chunk = await client.retrying(lambda: client.logs(job.id, offset=max(0, chunk.size - 4 * _LOG_BYTES)))
     except NoAnswerError:
         raise
     except (NotFoundError, ClusterError) as error:  # what else there is to say about the job is said

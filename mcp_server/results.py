@@ -54,7 +54,7 @@ async def job_logs(given: JobLogs, call: ToolCall) -> Json:
     """Return the end of a log, what came after an earlier answer, or the lines that hold some text."""
     place = _place(given)
     async with call.client() as client:
-        job = await client.patient(lambda: client.job(given.job))
+        job = await client.retrying(lambda: client.job(given.job))
         answer = await (_search if given.search else _read)(client, job, given, place)
         return {**answer, **(not_yours(job) if client.is_others(job.id) else {})}
 
@@ -63,7 +63,7 @@ async def _read(client: Client, job: JobView, given: JobLogs, place: _Place | No
     async def chunk_from(
         *, attempt: int | None, tail: int | None = None, offset: int | None = None, limit: int = _READ
     ) -> LogChunk:
-        return await client.patient(
+        return await client.retrying(
             lambda: client.logs(job.id, attempt=attempt, rank=given.rank, tail=tail, offset=offset, limit=limit)
         )
 
@@ -96,7 +96,7 @@ async def _search(client: Client, job: JobView, given: JobLogs, place: _Place | 
     found: list[LogMatch] = []
     more = True
     for _ in range(_SEARCHES):
-        page = await client.patient(
+        page = await client.retrying(
             lambda: client.search_logs(
                 job.id,
                 given.search,
@@ -178,8 +178,8 @@ async def download_model(given: DownloadModel, call: ToolCall) -> Json:
         news[0] = ToolProgress(done_before[0] + done, None, f"{token(what, 100) or 'a file'}: {done} of {total} bytes")
 
     async with call.client() as client:
-        job = await client.patient(lambda: client.own_job(given.job))
-        found = await client.patient(lambda: client.files(job.id))
+        job = await client.retrying(lambda: client.own_job(given.job))
+        found = await client.retrying(lambda: client.files(job.id))
         paths = _paths(given, job, found)
         dest = named or call.roots.resolve(_folder_name(job), field="to")
         async with call.telling(lambda: news[0]):

@@ -92,13 +92,13 @@ def test_a_cluster_that_does_not_listen_is_down() -> None:
     assert isinstance(error, ClusterDownError)
     assert str(error) == (
         f"cluster 'local' does not answer at {url}\n"
-        "  → raylaunch up starts what is missing; raylaunch status shows what runs"
+        "  → raylaunch up starts what is missing; raylaunch status shows what is running"
     )
 
 
 def test_something_else_on_the_port_is_not_taken_for_the_controller() -> None:
     with stranger({}) as url:
-        assert status_error(url).message == f"what answers at {url} is not the controller of a raylaunch cluster"
+        assert status_error(url).message == f"the server at {url} is not the controller of a raylaunch cluster"
 
 
 @pytest.mark.parametrize(("version", "told"), [("0.1.0", True), (__version__, False), ("99.0.0", False)])
@@ -115,7 +115,7 @@ def test_what_an_older_controller_does_not_know_is_refused_with_what_to_do(versi
 @pytest.mark.parametrize(
     ("number", "hint"),
     [
-        ("0", "raylaunch up starts a controller of this version; running jobs go on"),
+        ("0", "raylaunch up starts a controller of this version; running jobs continue"),
         ("99", "install the controller's version here: pip install raylaunch==9.9"),
     ],
 )
@@ -124,7 +124,7 @@ def test_a_controller_of_another_protocol_is_refused_and_says_what_to_do(number:
         error = status_error(url)
     assert isinstance(error, VersionError)
     assert error.hint == hint
-    assert f"do not speak the same protocol (1 here, {number} there)" in error.message
+    assert f"their protocols differ (1 here, {number} there)" in error.message
 
 
 def test_an_unknown_token_is_an_access_error(api: Api) -> None:

@@ -54,7 +54,7 @@ def test_a_file_that_differs_is_kept_and_the_others_still_come(api: Api, tmp_pat
     write(api, job.id, "attempt-1/outputs/a.pt", b"weights")
     write(api, job.id, "attempt-1/outputs/b.pt", b"more weights")
     (tmp_path / "a.pt").write_bytes(b"mine")
-    with pytest.raises(IncompleteDownloadError, match=r"a\.pt is there already, and is something else") as caught:
+    with pytest.raises(IncompleteDownloadError, match=r"a\.pt already exists with other content") as caught:
         ask(api, lambda client: client.download(job.id, dest=tmp_path))
     assert (tmp_path / "a.pt").read_bytes() == b"mine"
     assert [done.local.read_bytes() for done in caught.value.done] == [b"more weights"]
@@ -84,7 +84,7 @@ def test_a_folder_with_another_jobs_files_is_refused(api: Api, tmp_path: Path) -
     write(api, first.id, "attempt-1/outputs/model.pt", b"first")
     write(api, second.id, "attempt-1/outputs/other.pt", b"second")
     ask(api, lambda client: client.download(first.id, dest=tmp_path / "models"))
-    with pytest.raises(ConflictError, match=f"holds files of job {first.id}"):
+    with pytest.raises(ConflictError, match=f"has files of job {first.id}"):
         ask(api, lambda client: client.download(second.id, dest=tmp_path / "models"))
     assert not (tmp_path / "models" / "other.pt").exists()
     ask(api, lambda client: client.download(second.id, dest=tmp_path / "models", replace=True))
@@ -186,9 +186,9 @@ def test_names_of_the_head_that_lead_out_or_cannot_be_are_refused_one_by_one(tmp
 
 SHA = hashlib.sha256(b"x").hexdigest()
 BAD_FACTS: list[tuple[dict[str, object], str]] = [
-    ({"bytes": -1}, "size or a checksum that cannot be"),
-    ({"bytes": 1, "sha256": "../../x"}, "size or a checksum that cannot be"),
-    ({"bytes": 1, "sha256": SHA.upper()}, "size or a checksum that cannot be"),
+    ({"bytes": -1}, "size or checksum in the cluster is invalid"),
+    ({"bytes": 1, "sha256": "../../x"}, "size or checksum in the cluster is invalid"),
+    ({"bytes": 1, "sha256": SHA.upper()}, "size or checksum in the cluster is invalid"),
     ({"bytes": 2, "sha256": SHA}, "did not arrive as it was sent"),
     ({"bytes": 1, "sha256": SHA}, "did not arrive as it was sent"),
 ]
@@ -244,7 +244,7 @@ def test_a_file_that_is_not_there_is_answered_with_the_nearest(api: Api, tmp_pat
     write(api, job.id, "attempt-1/outputs/model.pt", b"weights")
     with pytest.raises(NotFoundError) as caught:
         ask(api, lambda client: client.download(job.id, ["modle.pt"], dest=tmp_path))
-    assert caught.value.message == "the job has left no file 'modle.pt' (nearest: model.pt)"
+    assert caught.value.message == "no file matches 'modle.pt' (nearest: model.pt)"
 
 
 def test_what_looks_like_a_secret_comes_by_its_whole_name_alone(api: Api, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_controller_that_restarts_elsewhere_is_found_again_and_that_is_said_on
             return here[-1]
 
         async def wait() -> JobView:
-            async with Client(here[0], cluster="test", patience_s=30, on_notice=notices.append, heal=heal) as client:
+            async with Client(here[0], cluster="test", patience_s=30, on_notice=notices.append, restart=heal) as client:
                 return await asyncio.wait_for(client.wait(job.id), 60)
 
         found: list[JobView] = []
@@ -124,5 +124,5 @@ def test_a_controller_that_restarts_elsewhere_is_found_again_and_that_is_said_on
     assert found[0].state is JobState.STOPPED
     lost = ("cluster 'test' does not answer at http://", "the connection to cluster 'test' at http://")
     assert notices[0].startswith(lost)  # the server was gone before the question, or in the middle of it
-    assert notices[0].endswith("; trying again for 30 s")
-    assert notices[1:] == ["cluster 'test' answers again"]
+    assert notices[0].endswith("; retrying for 30 s")
+    assert notices[1:] == ["cluster 'test' is responding again"]

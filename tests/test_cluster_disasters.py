@@ -112,7 +112,7 @@ def test_killing_the_controller_many_times_loses_no_job_and_runs_none_twice(
         async def heal() -> Reach:
             return cluster.reach()  # the command line beside us brings it up
 
-        async with Client(cluster.reach(), patience_s=120, heal=heal) as client:
+        async with Client(cluster.reach(), patience_s=120, restart=heal) as client:
             for n in numbers(strikes, seed=1, times=times):
                 named = spec.model_copy(update={"name": f"storm-{times}-{n}"})
                 answer = await client.submit(named, request_id=f"storm-{times}-{n}")

@@ -100,7 +100,7 @@ def sent(
                 return await call()
 
             return await send_wheels(
-                wire, spec, platforms, patient=once, on_progress=no_progress, on_notice=notices.append
+                wire, spec, platforms, retry=once, on_progress=no_progress, on_notice=notices.append
             )
 
     return Sent(asyncio.run(work()), notices)

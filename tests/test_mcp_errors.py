@@ -166,7 +166,7 @@ def with_output(agent: Agent, paper: Api) -> str:
 def test_a_file_that_there_is_not_is_answered_with_the_nearest(agent: Agent, paper: Api) -> None:
     answer = agent.call("download_model", job=with_output(agent, paper), files=["modle.pt"])
     assert answer.error
-    assert "\n| the job has left no file 'modle.pt' (nearest: model.pt)\n  → " in answer.text
+    assert "\n| no file matches 'modle.pt' (nearest: model.pt)\n  → " in answer.text
 
 
 def test_a_file_of_the_users_is_never_replaced(agent: Agent, paper: Api, place: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_file_of_the_users_is_never_replaced(agent: Agent, paper: Api, place: 
     (mine / "model.pt").write_text("mine")
     answer = agent.call("download_model", job=with_output(agent, paper), to="mine")
     assert answer.error
-    assert "model.pt is there already, and is something else; it was kept\n  → choose another folder" in answer.text
+    assert "model.pt already exists with other content; it was kept\n  → choose another folder" in answer.text
     assert (mine / "model.pt").read_text() == "mine"
 
 

@@ -81,7 +81,7 @@ STRANGERS: dict[str, tuple[dict[str, str], int, tuple[str, str]]] = {
     "a newer one": (
         {"X-Raylaunch-Api": "999", "X-Raylaunch-Version": "9.9"},
         200,
-        ("they do not speak the same protocol", "pip install raylaunch==9.9"),
+        ("protocols differ", "pip install raylaunch==9.9"),
     ),
     "an older one": (
         {"X-Raylaunch-Api": "0", "X-Raylaunch-Version": "0.0.1"},
@@ -91,7 +91,7 @@ STRANGERS: dict[str, tuple[dict[str, str], int, tuple[str, str]]] = {
     "a broken one": (
         {"X-Raylaunch-Api": str(API), "X-Raylaunch-Version": "0.1.0"},
         500,
-        ("answered 500 to", "its log says more"),
+        ("answered 500 to", "see the controller's log"),
     ),
 }
 

@@ -1,4 +1,4 @@
-"""What operators and admins ask of a cluster over HTTP: its hosts, and who may come in."""
+"""The requests of operators and admins over HTTP: hosts, pauses, tokens and invitations."""
 
 from __future__ import annotations
 
@@ -19,63 +19,63 @@ class _Revoked(TypedDict):
 class Admin:
     """The part of a `raylaunch.client.client.Client` that is about hosts and people.
 
-    All verbs raise `AccessError` when the token's role is less than what they take.
+    All of them raise `AccessError` if the token's role is not sufficient.
     """
 
-    def __init__(self, wire: Transport) -> None:
-        self._wire = wire
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
 
     async def host_jobs(self, host: str) -> HostJobs:
-        """Return what runs on a host, and whether it is drained."""
-        return await self._wire.model(HostJobs, "GET", f"/v1/hosts/{quote(host, safe='')}")
+        """Return the jobs that are running on a host, and whether it is drained."""
+        return await self._transport.model(HostJobs, "GET", f"/v1/hosts/{quote(host, safe='')}")
 
     async def drain(self, host: str, *, until: float | None = None, stop: bool = False) -> HostJobs:
-        """Let no attempt begin on a host until a time (seconds since the epoch), or until `undrain`.
+        """Start no attempt on a host until a time (seconds since the epoch), or until `undrain`.
 
-        With `stop`, what runs there is stopped, each job with its own grace, and queued again.
+        With `stop`, running jobs are stopped, each with its own grace, and queued again.
         """
         body: dict[str, object] = {"until": until, "stop": stop}
-        return await self._wire.model(HostJobs, "POST", f"/v1/hosts/{quote(host, safe='')}/drain", body=body)
+        return await self._transport.model(HostJobs, "POST", f"/v1/hosts/{quote(host, safe='')}/drain", body=body)
 
     async def undrain(self, host: str) -> HostJobs:
-        """Let a host take jobs again."""
-        return await self._wire.model(HostJobs, "DELETE", f"/v1/hosts/{quote(host, safe='')}/drain")
+        """End the drain of a host."""
+        return await self._transport.model(HostJobs, "DELETE", f"/v1/hosts/{quote(host, safe='')}/drain")
 
     async def quiet(self, *, limit_s: float | None = None, stop: bool = False) -> Quiet:
-        """Say what runs; with `limit_s`, let no attempt begin for so long, or until `loud`.
+        """Return the running jobs; with `limit_s`, start no attempt for that long, or until `loud`.
 
-        With `stop`, what runs is stopped, each job with its own grace, and queued again.
+        With `stop`, running jobs are stopped, each with its own grace, and queued again.
         """
         if limit_s is None:
-            return await self._wire.model(Quiet, "GET", "/v1/quiet")
-        return await self._wire.model(Quiet, "POST", "/v1/quiet", body={"limit_s": limit_s, "stop": stop})
+            return await self._transport.model(Quiet, "GET", "/v1/quiet")
+        return await self._transport.model(Quiet, "POST", "/v1/quiet", body={"limit_s": limit_s, "stop": stop})
 
     async def loud(self) -> Quiet:
-        """Let attempts begin again."""
-        return await self._wire.model(Quiet, "DELETE", "/v1/quiet")
+        """Start attempts again."""
+        return await self._transport.model(Quiet, "DELETE", "/v1/quiet")
 
     async def tokens(self) -> tuple[TokenView, ...]:
-        """Return who may come in, and who is invited."""
-        answer = await self._wire.ask("GET", "/v1/tokens")
+        """Return all tokens and invitations."""
+        answer = await self._transport.request("GET", "/v1/tokens")
         return answer.read(TypeAdapter(tuple[TokenView, ...]))
 
     async def invite(
         self, person: str, role: str, *, valid_s: float, token_expires_at: float | None = None
     ) -> Invitation:
-        """Invite a person; the code is good once, for `valid_s` seconds."""
+        """Invite a person; the code works once, within `valid_s` seconds."""
         body: dict[str, object] = {
             "person": person,
             "role": role,
             "valid_s": valid_s,
             "token_expires_at": token_expires_at,
         }
-        return await self._wire.model(Invitation, "POST", "/v1/tokens", body=body)
+        return await self._transport.model(Invitation, "POST", "/v1/tokens", body=body)
 
     async def revoke(self, who: str) -> int:
-        """Take back a person's tokens and invitations, or one by its id; return how many those were."""
-        answer = await self._wire.ask("DELETE", f"/v1/tokens/{quote(who, safe='')}")
+        """Revoke a person's tokens and invitations, or one by its id; return how many."""
+        answer = await self._transport.request("DELETE", f"/v1/tokens/{quote(who, safe='')}")
         return answer.read(TypeAdapter(_Revoked))["revoked"]
 
     async def take(self, sha256: str) -> Admission:
-        """Take an invitation, where the connection's token is its code; `sha256` is that of a token made here."""
-        return await self._wire.model(Admission, "POST", "/v1/join", body={"sha256": sha256})
+        """Accept an invitation, whose code is the connection's token; `sha256` is that of a new token, made here."""
+        return await self._transport.model(Admission, "POST", "/v1/join", body={"sha256": sha256})

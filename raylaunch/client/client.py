@@ -1,4 +1,4 @@
-"""The verbs of a cluster over HTTP: the asynchronous truth that the CLI, the SDK and the MCP server stand on."""
+"""The asynchronous client of a cluster, over HTTP. The CLI, the SDK and the MCP server are built on it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing_extensions import Self, TypedDict
 from raylaunch.client import downloads
 from raylaunch.client.admin import Admin
 from raylaunch.client.downloads import Downloaded, MayReplace
-from raylaunch.client.logs import LogChunk, LogFollower, LogPlace, read_chunk
+from raylaunch.client.logs import LogChunk, LogFollower, LogPosition, read_chunk
 from raylaunch.client.sensitive import NO_MORE, Allowances
-from raylaunch.client.transfer import OnProgress, no_progress, send_it
-from raylaunch.client.transport import Params, Patience, Reachable, Transport, page_from
+from raylaunch.client.transfer import OnProgress, allow_upload, no_progress
+from raylaunch.client.transport import Params, Reachable, Reconnect, Transport, page_from
 from raylaunch.errors import whose
 from raylaunch.files import Directory
 from raylaunch.models.cluster import ControllerStatus, RayAccess
@@ -48,18 +48,18 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 HOLD_S = 25.0
-"""How long one question about news is held open."""
-_LOOK_S = 300.0
+"""How long one long poll is held open."""
+_REFRESH_S = 300.0
 _NAMED = 3
 PATIENCE_S = 60.0
-"""How long a lost controller is waited for where something is followed: it restarts in a few seconds."""
+"""How long calls are retried while the controller is down: it restarts in a few seconds."""
 
 
 class _Freed(TypedDict):
     bytes: Count
 
 
-def _say_nothing(_sentence: str) -> None:
+def _ignore(_sentence: str) -> None:
     pass
 
 
@@ -72,23 +72,24 @@ class Client:
             answer = await client.submit(JobSpec(entrypoint="python train.py"))
             job = await client.wait(answer.job.id)
 
-    `ref` is a job's id, its name (then your latest job of that name), or ``last``, everywhere. What reads takes
-    somebody else's job where you have none of that name, and `on_notice` is told whose it is; `stop`, `remove` and
-    `download` raise `NotYoursError`. All verbs raise `ClusterDownError` when nothing answers, `AccessError` when the
-    token may not do it, and `NotFoundError` for a job that there is not.
+    `ref` is a job's id, its name (your latest job of that name), or ``last``. Methods that only read use somebody
+    else's job if you have none of that name, and `on_notice` reports whose it is; `stop`, `remove` and `download`
+    raise `NotYoursError`. All methods raise `ClusterDownError` if there is no response, `AccessError` if the token
+    lacks the permission, and `NotFoundError` if there is no such job.
 
     Args:
-        reach: where the controller answers, and the token.
+        reach: the address of the controller, and the token.
         cluster: its name, for messages.
-        patience_s: how long following, waiting, submitting and transfers outlast a controller that is away.
-        on_notice: told when the connection was lost, when it is back, and whose job a name means that is not yours.
-        heal: called when nothing answers, at most every few seconds; returns where to go on.
-        replace_hung: called when the controller takes connections and does not respond; returns where to go on.
-        over_ssh: whether the cluster's head is reached over SSH: large files then come over several connections.
+        patience_s: for how long following, waiting, submitting and transfers are retried while the controller is down.
+        on_notice: called when the connection is lost, when it is back, and when a name means somebody else's job.
+        restart: called while there is no response, at most every few seconds; returns the address to continue with.
+        replace_hung: called if the controller accepts connections and does not respond; returns the address of its
+            replacement.
+        over_ssh: whether the cluster's head is reached over SSH: large files then use several connections.
         here: whether the cluster is on this machine, so that jobs may use the environment that is active here.
-        prefix: `sys.prefix` where the interpreter is the person's own, as in a notebook.
-        environment: what the cluster.yaml on this machine says of jobs' environment: only then are packages that the
-            cluster lists resolved here.
+        prefix: `sys.prefix` if the interpreter is the person's own, for example in a notebook.
+        environment: the environment of jobs in the cluster.yaml on this machine; packages that the cluster lists are
+            resolved here only if it is the same.
     """
 
     def __init__(  # noqa: PLR0913 -- all keywords, each with a sentence
@@ -97,8 +98,8 @@ class Client:
         *,
         cluster: str = "local",
         patience_s: float = PATIENCE_S,
-        on_notice: Callable[[str], None] = _say_nothing,
-        heal: Callable[[], Awaitable[Reachable]] | None = None,
+        on_notice: Callable[[str], None] = _ignore,
+        restart: Callable[[], Awaitable[Reachable]] | None = None,
         replace_hung: Callable[[], Awaitable[Reachable]] | None = None,
         over_ssh: bool = False,
         here: bool = False,
@@ -107,69 +108,69 @@ class Client:
     ) -> None:
         self._environment = environment
         self._ssh_cluster = cluster if over_ssh else ""
-        self._wire = Transport(reach, cluster=cluster, replace_hung=replace_hung, on_others=self._say_whose)
+        self._transport = Transport(reach, cluster=cluster, replace_hung=replace_hung, on_others_job=self._report_owner)
         self._others: set[str] = set()
         self._notice = on_notice
         self._here, self._prefix = here, prefix
-        self.admin = Admin(self._wire)
-        self._patience = Patience(self._wire, limit_s=patience_s, on_notice=on_notice, heal=heal)
+        self.admin = Admin(self._transport)
+        self._reconnect = Reconnect(self._transport, limit_s=patience_s, on_notice=on_notice, restart=restart)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_exception: object) -> None:
-        await self._wire.__aexit__()
+        await self._transport.__aexit__()
 
-    def _say_whose(self, job: str, owner: str) -> None:
+    def _report_owner(self, job: str, owner: str) -> None:
         if job not in self._others:
             self._others.add(job)
             self._notice(f"you have no job of that name; this is {job}, {whose(owner)}")
 
     def is_others(self, job_id: str) -> bool:
-        """Return whether a job was asked for by a name that means no job of yours."""
+        """Return whether a job was requested by a name that none of your own jobs has."""
         return job_id in self._others
 
-    async def patient(self, call: Callable[[], Awaitable[_Result]]) -> _Result:
-        """Repeat a call that may be repeated while nothing answers, for `patience_s` at most."""
-        return await self._patience.outlast(call)
+    async def retrying(self, call: Callable[[], Awaitable[_Result]]) -> _Result:
+        """Retry a call that may be repeated while there is no response, for at most `patience_s`."""
+        return await self._reconnect.call(call)
 
     # --- the cluster
 
     async def status(self) -> ControllerStatus:
-        """Return what the controller says of itself, Ray and the nodes."""
-        return await self._wire.model(ControllerStatus, "GET", "/v1/status")
+        """Return the state of the controller, Ray and the nodes."""
+        return await self._transport.model(ControllerStatus, "GET", "/v1/status")
 
     async def usage(self) -> UsagePage:
         """Return what the store holds, largest first."""
-        return await self._wire.model(UsagePage, "GET", "/v1/usage")
+        return await self._transport.model(UsagePage, "GET", "/v1/usage")
 
     async def ray_access(self) -> RayAccess:
         """Return what Ray's own tools need to reach the cluster."""
-        return await self._wire.model(RayAccess, "GET", "/v1/ray")
+        return await self._transport.model(RayAccess, "GET", "/v1/ray")
 
     async def secrets_list(self) -> tuple[str, ...]:
         """Return the names of the secrets that are set."""
-        answer = await self._wire.ask("GET", "/v1/secrets")
+        answer = await self._transport.request("GET", "/v1/secrets")
         return answer.read(TypeAdapter(tuple[str, ...]))
 
     async def secrets_set(self, name: str, value: str, *, people: Sequence[str] | None = None) -> None:
-        """Set a secret; jobs that name it find it in their environment.
+        """Set a secret; jobs that name it get it as an environment variable.
 
         Args:
             name: its name.
             value: its value.
-            people: whose jobs may have it; none for everybody's. None leaves that as it is: at first everybody's.
+            people: whose jobs may have it; empty for everybody's. None does not change it; the default is everybody's.
         """
         body: dict[str, object] = {"value": value} if people is None else {"value": value, "people": list(people)}
-        await self._wire.ask("PUT", f"/v1/secrets/{quote(name, safe='')}", body=body)
+        await self._transport.request("PUT", f"/v1/secrets/{quote(name, safe='')}", body=body)
 
     async def secrets_remove(self, name: str) -> None:
         """Remove a secret."""
-        await self._wire.ask("DELETE", f"/v1/secrets/{quote(name, safe='')}")
+        await self._transport.request("DELETE", f"/v1/secrets/{quote(name, safe='')}")
 
     # --- jobs
 
-    async def submit(  # noqa: PLR0913 -- what to run, and who is told
+    async def submit(  # noqa: PLR0913 -- what to run, and callbacks
         self,
         spec: JobSpec,
         *,
@@ -178,21 +179,21 @@ class Client:
         allow: Allowances = NO_MORE,
         packed: Packed | None = None,
         on_packed: Callable[[PackReport, int], None] | None = None,
-        on_upload: Callable[[int], Awaitable[None]] = send_it,
+        on_upload: Callable[[int], Awaitable[None]] = allow_upload,
         on_progress: OnProgress = no_progress,
     ) -> SubmitAnswer:
-        """Pack the working directory, send what the cluster lacks of it, and submit.
+        """Pack the working directory, send what the cluster does not have, and submit.
 
         Args:
             spec: what to run.
             request_id: the same id with the same spec and code returns the same job. By default a random one, so that
-                a submission whose answer was lost is repeated safely.
-            secrets: values for this job alone, by the name of their environment variable.
-            allow: what a person lets through that is refused otherwise (`raylaunch.client.sensitive`).
-            packed: its code, where `raylaunch.client.submitting.checked` has packed it already; closed at the end.
-            on_packed: told what was packed, and the size of the archive.
-            on_upload: told how many bytes the cluster lacks, before the first is sent; it may raise.
-            on_progress: told how far the upload is.
+                a submission whose response was lost is repeated safely.
+            secrets: values for this job only, by the name of their environment variable.
+            allow: files and sizes that are refused otherwise (`raylaunch.client.sensitive`).
+            packed: its code, if `raylaunch.client.submitting.checked` has packed it already; closed at the end.
+            on_packed: called with the report and the size of the archive.
+            on_upload: called with the number of bytes to send, before the first; it may raise.
+            on_progress: called with the progress of the upload.
 
         Raises:
             SpecError: the working directory cannot be packed, or the cluster could never run this.
@@ -213,7 +214,7 @@ class Client:
     async def dry_run(
         self, spec: JobSpec, *, secrets: Mapping[str, str] | None = None, allow: Allowances = NO_MORE
     ) -> DryRun:
-        """Return what `submit` would send, and where the job could run; send nothing. Checks and raises as `submit`."""
+        """Return what `submit` would send and where the job could run; send nothing. Checks and raises as `submit`."""
         return await self._submitter().dry_run(spec, secrets=secrets, allow=allow)
 
     async def send_environment(self, *, on_progress: OnProgress = no_progress) -> tuple[WheelSet, ...]:
@@ -224,8 +225,8 @@ class Client:
         from raylaunch.client.submitting import Submitter  # noqa: PLC0415 -- only a submission reads ignore files and git
 
         return Submitter(
-            self._wire,
-            patient=self.patient,
+            self._transport,
+            retry=self.retrying,
             on_notice=self._notice,
             here=self._here,
             prefix=self._prefix,
@@ -253,16 +254,16 @@ class Client:
             "limit": limit,
             "cursor": cursor,
         }
-        page = page_from((await self._wire.ask("GET", "/v1/jobs", params=params)).body)
+        page = page_from((await self._transport.request("GET", "/v1/jobs", params=params)).body)
         if page.unreadable:
             left_out = ", ".join(page.unreadable[:_NAMED]) + (" and others" if len(page.unreadable) > _NAMED else "")
             count = len(page.unreadable)
-            self._notice(f"{count} {'job' if count == 1 else 'jobs'} cannot be read and left out: {left_out}")
+            self._notice(f"skipped {count} {'job' if count == 1 else 'jobs'} that cannot be read: {left_out}")
         return page
 
     async def job(self, ref: str) -> JobView:
         """Return one job with everything about it."""
-        return await self._wire.model(JobView, "GET", _of(ref))
+        return await self._transport.model(JobView, "GET", _of(ref))
 
     async def own_job(self, ref: str) -> JobView:
         """Return one job as `job` does, and somebody else's by its id alone.
@@ -270,36 +271,36 @@ class Client:
         Raises:
             NotYoursError: `ref` is a name, and you have no job of that name.
         """
-        return await self._wire.model(JobView, "GET", _of(ref), params={"own": "true"})
+        return await self._transport.model(JobView, "GET", _of(ref), params={"own": "true"})
 
     async def stop(self, ref: str, *, grace_s: float | None = None) -> JobView:
-        """Ask a job to stop; it is `stopped` only when all its processes are gone, so `wait` for that.
+        """Ask a job to stop; it is `stopped` once all of its processes have exited, so `wait` for that.
 
         Raises:
             NotYoursError: as `own_job`.
         """
-        return await self._wire.model(JobView, "POST", _of(ref, "stop"), body={"grace_s": grace_s})
+        return await self._transport.model(JobView, "POST", _of(ref, "stop"), body={"grace_s": grace_s})
 
     async def remove(self, ref: str) -> int:
-        """Delete an ended job with all its files, and return how many bytes that were.
+        """Delete an ended job with all of its files, and return how many bytes this freed.
 
         Raises:
             ConflictError: the job has not ended.
             NotYoursError: as `own_job`.
         """
-        answer = await self._wire.ask("DELETE", _of(ref))
+        answer = await self._transport.request("DELETE", _of(ref))
         return answer.read(TypeAdapter(_Freed))["bytes"]
 
     # --- what happens
 
     async def events(self, ref: str, *, after: int = 0, wait_s: float = 0.0) -> EventPage:
-        """Return a job's events after a cursor; with `wait_s`, hold on until there is one."""
+        """Return a job's events after a cursor; with `wait_s`, wait until there is one."""
         params = {"after": after, "wait_s": wait_s}
-        return await self._wire.model(EventPage, "GET", _of(ref, "events"), params=params, wait_s=wait_s)
+        return await self._transport.model(EventPage, "GET", _of(ref, "events"), params=params, wait_s=wait_s)
 
     async def follow(self, ref: str, *, after: int = 0) -> AsyncIterator[Event]:
-        """Yield a job's events after a cursor, those to come too, until the job has ended."""
-        job = await self.patient(lambda: self.job(ref))
+        """Yield a job's events after a cursor as they happen, until the job has ended."""
+        job = await self.retrying(lambda: self.job(ref))
         cursor, ended = after, job.state.ended
         while True:
             page = await self._news(job.id, cursor, 0.0 if ended else HOLD_S)
@@ -311,24 +312,24 @@ class Client:
             elif ended:
                 return
             else:
-                ended = (await self.patient(lambda: self.job(job.id))).state.ended
+                ended = (await self.retrying(lambda: self.job(job.id))).state.ended
 
     async def wait(self, ref: str) -> JobView:
-        """Return the job when it has ended."""
-        job = await self.patient(lambda: self.job(ref))
+        """Wait until the job has ended, and return it."""
+        job = await self.retrying(lambda: self.job(ref))
         looked = time.monotonic()
         while not job.state.ended:
             asked = time.monotonic()
             news = await self._news(job.id, job.cursor, HOLD_S)
             now = time.monotonic()
-            # Each change of state is an event, and a look at a job that runs reads all that its metrics have become. So
-            # it is looked at when there is news, when the controller goes and answers early, and every few minutes.
-            if news.events or now - asked < HOLD_S / 2 or now - looked > _LOOK_S:
-                job, looked = await self.patient(lambda: self.job(job.id)), now  # noqa: B023 -- called before the next turn
+            # Each change of state is an event, and reading a running job reads all of its metrics. So it is read when
+            # there are events, when the controller shuts down and responds early, and every few minutes.
+            if news.events or now - asked < HOLD_S / 2 or now - looked > _REFRESH_S:
+                job, looked = await self.retrying(lambda: self.job(job.id)), now  # noqa: B023 -- called before the next turn
         return job
 
     async def _news(self, job_id: str, after: int, wait_s: float) -> EventPage:
-        return await self.patient(lambda: self.events(job_id, after=after, wait_s=wait_s))
+        return await self.retrying(lambda: self.events(job_id, after=after, wait_s=wait_s))
 
     # --- what it leaves behind
 
@@ -345,9 +346,11 @@ class Client:
     ) -> LogChunk:
         """Return bytes of a log: from the last `tail` lines on, or from `offset`; at most 1 MiB at once.
 
-        Go on from `next_offset`. With `wait_s`, an offset at the end of the log waits for more.
+        Continue from `next_offset`. With `wait_s`, an offset at the end of the log waits for more.
         """
-        return await read_chunk(self._wire, ref, LogPlace(attempt, rank, tail, offset), limit=limit, wait_s=wait_s)
+        return await read_chunk(
+            self._transport, ref, LogPosition(attempt, rank, tail, offset), limit=limit, wait_s=wait_s
+        )
 
     async def follow_logs(
         self, ref: str, *, attempt: int | None = None, rank: int = 0, tail: int | None = None, offset: int | None = None
@@ -357,11 +360,11 @@ class Client:
         Begins in the latest attempt and goes on with later ones; with `attempt`, only that one. With neither `tail` nor
         `offset`, from its beginning.
         """
-        job = await self.patient(lambda: self.job(ref))
-        place = LogPlace(attempt or len(job.attempts) or 1, rank, tail, offset)
+        job = await self.retrying(lambda: self.job(ref))
+        place = LogPosition(attempt or len(job.attempts) or 1, rank, tail, offset)
 
-        async def read(at: LogPlace) -> LogChunk:
-            return await self.patient(lambda: read_chunk(self._wire, job.id, at, limit=None, wait_s=HOLD_S))
+        async def read(at: LogPosition) -> LogChunk:
+            return await self.retrying(lambda: read_chunk(self._transport, job.id, at, limit=None, wait_s=HOLD_S))
 
         follower = LogFollower(read, lambda n: self._job_with(job.id, n))
         async for chunk in follower.all_from(place, only=attempt is not None):
@@ -369,10 +372,10 @@ class Client:
 
     async def _job_with(self, job_id: str, attempt: int) -> JobView:
         """Return the job when it has that attempt, or has ended."""
-        job = await self.patient(lambda: self.job(job_id))
+        job = await self.retrying(lambda: self.job(job_id))
         while not job.state.ended and len(job.attempts) < attempt:
             await self._news(job_id, job.cursor, HOLD_S)
-            job = await self.patient(lambda: self.job(job_id))
+            job = await self.retrying(lambda: self.job(job_id))
         return job
 
     async def search_logs(  # noqa: PLR0913 -- each is one option of the search
@@ -388,7 +391,7 @@ class Client:
         attempt: int | None = None,
         rank: int = 0,
     ) -> LogMatches:
-        """Return lines of a log that hold `pattern`, from `offset` on, whose line has the number `line`, if known."""
+        """Return lines of a log that match `pattern`, from `offset` on; `line` is the number of that line, if known."""
         params: Params = {
             "pattern": pattern,
             "regex": int(regex),
@@ -399,22 +402,22 @@ class Client:
             "attempt": attempt,
             "rank": rank,
         }
-        return await self._wire.model(LogMatches, "GET", _of(ref, "logs/search"), params=params)
+        return await self._transport.model(LogMatches, "GET", _of(ref, "logs/search"), params=params)
 
     async def metrics(self, ref: str, *, keys: Sequence[str] = (), max_points: int = 500) -> MetricsPage:
         """Return a job's metrics: names and last values, and the points of those in `keys`."""
         params: Params = {"key": list(keys), "max_points": max_points}
-        return await self._wire.model(MetricsPage, "GET", _of(ref, "metrics"), params=params)
+        return await self._transport.model(MetricsPage, "GET", _of(ref, "metrics"), params=params)
 
     async def metrics_csv(self, ref: str, *, keys: Sequence[str] = ()) -> AsyncIterator[bytes]:
         """Yield ``step,at,key,value`` lines of all points, as bytes."""
-        async with self._wire.stream(_of(ref, "metrics.csv"), params={"key": list(keys)}) as body:
+        async with self._transport.stream(_of(ref, "metrics.csv"), params={"key": list(keys)}) as body:
             async for data in body.chunks():
                 yield data
 
     async def files(self, ref: str) -> tuple[Artifact, ...]:
-        """Return the files that a job has left behind so far."""
-        answer = await self._wire.ask("GET", _of(ref, "files"))
+        """Return the files of a job so far."""
+        answer = await self._transport.request("GET", _of(ref, "files"))
         return answer.read(TypeAdapter(tuple[Artifact, ...]))
 
     async def download(  # noqa: PLR0913 -- each says what goes where
@@ -428,26 +431,26 @@ class Client:
         hidden: bool = True,
         on_progress: OnProgress = no_progress,
     ) -> tuple[Downloaded, ...]:
-        """Fetch files into `dest`, each verified against its checksum; what is there already is not fetched again.
+        """Download files into `dest`, each verified against its checksum; files that are there already are skipped.
 
-        A file that is there and is something else is kept, unless it is what an earlier download of this job left.
+        A different file of the same name is not replaced, unless an earlier download of this job wrote it.
 
         Args:
             ref: the job.
-            paths: names, folders or globs; none means the job's outputs, each from the latest attempt that has it.
-            dest: folder that they go into: outputs under the names that the job gave them, others as in the store. No
-                part of a relative path may be a link; of an absolute one the last.
+            paths: names, folders or globs; by default the job's outputs, each from the latest attempt that has it.
+            dest: the folder: outputs keep their names, other files have those of the store. No part of a relative path
+                may be a link, nor the last part of an absolute one.
             everything: without `paths`: checkpoints, logs, tracking and records too.
-            replace: whether files that are there already with other content are replaced, and whether the folder may
-                hold another job's files.
-            hidden: whether files may be written whose names have a part that starts with a dot.
-            on_progress: told how far each file is.
+            replace: whether to replace existing files with other content, and to allow a folder with files of another
+                job.
+            hidden: whether names may have a part that starts with a dot.
+            on_progress: called with the progress of each file.
 
         Raises:
-            ConflictError: `dest` holds another job's files.
+            ConflictError: `dest` has files of another job.
             NotYoursError: as `own_job`: somebody else's files may run code when they are opened.
-            IncompleteDownloadError: some files are not here, such as those that were kept; all others are.
-            NotFoundError: a name fits no file.
+            IncompleteDownloadError: some files were not downloaded, for example existing ones; all others were.
+            NotFoundError: a name matches no file.
             StorageError: a file cannot be written here.
         """
         from raylaunch.client.parallel_download import ParallelDownload  # noqa: PLC0415 -- only a download needs it
@@ -456,12 +459,12 @@ class Client:
         files = [file for file in await self.files(job.id) if not file.link]
         files = downloads.chosen(files, tuple(paths), everything=everything)
 
-        async def bring(artifact: Artifact, folder: Directory, name: str, *, replace: MayReplace) -> Downloaded:
-            fetch = partial(downloads.download, self._wire, job.id, artifact, folder, name, wide=wide)
-            return await self.patient(partial(fetch, replace=replace, on_progress=on_progress))
+        async def download_one(artifact: Artifact, folder: Directory, name: str, *, replace: MayReplace) -> Downloaded:
+            fetch = partial(downloads.download, self._transport, job.id, artifact, folder, name, wide=wide)
+            return await self.retrying(partial(fetch, replace=replace, on_progress=on_progress))
 
         named = [(file, file.path if everything else downloads.local_name(file)) for file in files]
-        return await downloads.download_all(bring, job.id, named, dest, replace=replace, hidden=hidden)
+        return await downloads.download_all(download_one, job.id, named, dest, replace=replace, hidden=hidden)
 
 
 def _of(ref: str, verb: str = "") -> str:

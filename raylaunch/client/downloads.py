@@ -1,7 +1,7 @@
-"""Files of a job, brought into a folder: checked before they come, never through a link, verified before they count.
+"""Downloads of a job's files into a folder: names are checked, links never followed, content verified.
 
-Nothing that the head says is taken as it is: names stay inside the folder, sizes and checksums are compared with what
-arrives. A file that is there already and is something else is kept, unless it is to be replaced; the others still come.
+Nothing from the head is trusted: names stay inside the folder, sizes and checksums are compared with the data. An
+existing file with other content is kept unless it may be replaced; this does not stop the others.
 """
 
 from __future__ import annotations
@@ -34,46 +34,53 @@ _PARTIAL = 206
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PLAIN = re.compile(r"[A-Za-z0-9_.:/+@=-]{1,200}")
 _LONGEST_NAME = 200
-"""Bytes of a name; a part's is some longer."""
+"""Bytes of a name; the name of its ``.part`` file is longer."""
 _OURS = ".raylaunch"
 _SHOWN = 20
 _SAVE_EVERY_S = 2.0
-_ASK = "repeat the command; what stays wrong is the job's or the cluster's"
+_REPEAT = "repeat the command; if it fails again, the job's files or the cluster are damaged"
 
 
 class RangeDownloader(Protocol):
-    """Brings large files in ranges, over several connections."""
+    """Downloads large files in ranges, over several connections."""
 
     def wants(self, artifact: Artifact, folder: Directory, part: str) -> bool:
-        """Whether a file, and what has come of it, is one to be brought that way."""
+        """Whether to download a file that way, given what is there of it already."""
 
     async def fetch(  # noqa: PLR0913 -- what goes where
-        self, wire: Transport, url: str, artifact: Artifact, folder: Directory, part: str, *, on_progress: OnProgress
+        self,
+        transport: Transport,
+        url: str,
+        artifact: Artifact,
+        folder: Directory,
+        part: str,
+        *,
+        on_progress: OnProgress,
     ) -> str:
-        """Bring what is missing of the part, and return the sha256 of all of it."""
+        """Download the missing ranges of the part, and return the sha256 of all of it."""
 
 
 class Downloaded(NamedTuple):
-    """One file that is here now."""
+    """One downloaded file."""
 
     path: str
     """Its name in the cluster."""
     local: Path
     bytes: int
     fetched: bool
-    """False when the same file was here already."""
+    """False if the same file was here already."""
     verified: bool
-    """Whether its checksum was known, and agrees."""
+    """Whether its checksum was known and matches."""
     sha256: str = ""
-    """What it was verified against; empty where no checksum was known."""
+    """The expected checksum; empty if none was known."""
 
 
 class IncompleteDownloadError(TransferError):
-    """Some of the files that were asked for are not here; the others are.
+    """Some of the requested files were not downloaded; the others were.
 
     Args:
-        problems: why, by each file's name in the cluster.
-        done: those that are here.
+        problems: the reason for each file, by its name in the cluster.
+        done: the files that were downloaded.
         hint: what to do.
     """
 
@@ -88,8 +95,8 @@ class IncompleteDownloadError(TransferError):
         self.done = done
 
 
-class NotTakenError(TransferError):
-    """Why one file is not downloaded; `kept` where what is here in its place may be replaced."""
+class FileRefusedError(TransferError):
+    """Why one file is not downloaded; `kept` if it would replace an existing file."""
 
     def __init__(self, why: str, *, kept: bool = False) -> None:
         super().__init__(why)
@@ -97,34 +104,34 @@ class NotTakenError(TransferError):
 
 
 def checked_name(artifact: Artifact, name: str, *, hidden: bool) -> tuple[str, ...]:
-    """Return the parts of the name that a file gets below the folder.
+    """Return the parts of a file's name below the folder.
 
     Args:
         artifact: the file, as the head describes it.
-        name: what it is to be called here.
+        name: its name here.
         hidden: whether a part of the name may start with a dot.
 
     Raises:
-        NotTakenError: the name leads out of the folder or cannot be one, or size or checksum cannot be true.
+        FileRefusedError: the name leads out of the folder or cannot be one, or size or checksum cannot be true.
     """
     parts = tuple(name.split("/"))
     if any(part in {"", ".", ".."} or "\x00" in part for part in parts):
         msg = "its name leads out of the folder"
-        raise NotTakenError(msg)
+        raise FileRefusedError(msg)
     if any(len(part.encode("utf-8", "replace")) > _LONGEST_NAME for part in parts):
         msg = "its name is too long"
-        raise NotTakenError(msg)
+        raise FileRefusedError(msg)
     if parts[0] == _OURS or (not hidden and any(part.startswith(".") for part in parts)):
         msg = "its name is hidden: a part of it starts with a dot"
-        raise NotTakenError(msg)
+        raise FileRefusedError(msg)
     if artifact.bytes < 0 or (artifact.sha256 and not _SHA256.fullmatch(artifact.sha256)):
-        msg = "the cluster gives it a size or a checksum that cannot be"
-        raise NotTakenError(msg)
+        msg = "its size or checksum in the cluster is invalid"
+        raise FileRefusedError(msg)
     return parts
 
 
 MayReplace = Callable[[os.stat_result], bool]
-"""Whether the file that is in the place of another one may be replaced."""
+"""Whether an existing file may be replaced."""
 
 
 class DownloadOne(Protocol):
@@ -135,7 +142,7 @@ class DownloadOne(Protocol):
 
 
 async def download_all(  # noqa: PLR0913 -- what goes where
-    bring: DownloadOne,
+    download_one: DownloadOne,
     job: str,
     files: Sequence[tuple[Artifact, str]],
     dest: Path | Directory,
@@ -143,19 +150,19 @@ async def download_all(  # noqa: PLR0913 -- what goes where
     replace: bool,
     hidden: bool,
 ) -> tuple[Downloaded, ...]:
-    """Bring files into a folder, which is created; what is wrong with one keeps no other from coming.
+    """Download files into a folder, which is created; a problem with one does not stop the others.
 
     Args:
-        bring: downloads one file.
-        job: whose they are.
+        download_one: downloads one file.
+        job: their job.
         files: each with its name here.
         dest: the folder; a `Directory` stays open.
-        replace: whether files that are something else are replaced, also in a folder that holds another job's files.
+        replace: whether to replace existing files, also in a folder with files of another job.
         hidden: whether names may have a part that starts with a dot.
 
     Raises:
-        ConflictError: the folder holds another job's files.
-        IncompleteDownloadError: some were not brought.
+        ConflictError: the folder has files of another job.
+        IncompleteDownloadError: some were not downloaded.
         StorageError: the folder cannot be opened or written.
     """
     try:
@@ -164,18 +171,18 @@ async def download_all(  # noqa: PLR0913 -- what goes where
         msg = f"{error.filename or dest} cannot be downloaded into: {error.strerror}"
         raise StorageError(msg, hint="name the folder itself, or choose another folder to download into") from None
     with folder:
-        return await _Filling(bring, job, folder, replace=replace, hidden=hidden).all(files)
+        return await _FolderDownload(download_one, job, folder, replace=replace, hidden=hidden).all(files)
 
 
 def _opened(dest: Path | Directory) -> Directory:
     return Directory.open(dest, make=True) if isinstance(dest, Path) else dest.below(())
 
 
-class _Filling:
-    """One folder, and what has become of each file so far."""
+class _FolderDownload:
+    """The state of one download: its folder, and the problems so far."""
 
-    def __init__(self, bring: DownloadOne, job: str, folder: Directory, *, replace: bool, hidden: bool) -> None:
-        self._bring = bring
+    def __init__(self, download_one: DownloadOne, job: str, folder: Directory, *, replace: bool, hidden: bool) -> None:
+        self._download_one = download_one
         self._job = job
         self._folder = folder
         self._replace = replace
@@ -187,8 +194,8 @@ class _Filling:
     async def all(self, files: Sequence[tuple[Artifact, str]]) -> tuple[Downloaded, ...]:
         others = self._record.of_others(self._job)
         if others and not self._replace:
-            msg = f"{self._folder.path} holds files of job {', '.join(others[:3])}, and was not downloaded into"
-            raise ConflictError(msg, hint="choose another folder to download into; --force uses this one all the same")
+            msg = f"{self._folder.path} has files of job {', '.join(others[:3])}; nothing was downloaded"
+            raise ConflictError(msg, hint="choose another folder to download into, or use this one with --force")
         done: list[Downloaded] = []
         saved_at = time.monotonic()
         try:
@@ -200,7 +207,7 @@ class _Filling:
         finally:
             self._save()
         if self._problems:
-            hint = "--force replaces files that are here; or choose another folder" if self._kept else _ASK
+            hint = "replace existing files with --force, or choose another folder" if self._kept else _REPEAT
             raise IncompleteDownloadError(self._problems, tuple(done), hint=hint)
         return tuple(done)
 
@@ -208,9 +215,9 @@ class _Filling:
         try:
             *above, last = checked_name(artifact, name, hidden=self._hidden)
             with self._below(artifact, above) as folder:
-                found = await self._bring(artifact, folder, last, replace=partial(self._may_replace, name))
+                found = await self._download_one(artifact, folder, last, replace=partial(self._may_replace, name))
                 here = folder.stat(last)
-        except NotTakenError as problem:
+        except FileRefusedError as problem:
             self._problems[artifact.path] = str(problem)
             self._kept = self._kept or problem.kept
             return []
@@ -231,12 +238,12 @@ class _Filling:
         return self._replace or self._record.is_unchanged(self._job, name, here)
 
     def _save(self) -> None:
-        with contextlib.suppress(OSError):  # the files are here; without the note they count as the person's own
+        with contextlib.suppress(OSError):  # without the record, the files count as the person's own
             self._record.save()
 
 
 async def download(  # noqa: PLR0913 -- what goes where
-    wire: Transport,
+    transport: Transport,
     job: str,
     artifact: Artifact,
     folder: Directory,
@@ -246,20 +253,20 @@ async def download(  # noqa: PLR0913 -- what goes where
     wide: RangeDownloader | None = None,
     on_progress: OnProgress = no_progress,
 ) -> Downloaded:
-    """Fetch one file: into a ``.part`` next to its place, verified, then renamed. A part that is there is continued.
+    """Download one file into a ``.part`` next to its place, verify and rename it. An existing part is continued.
 
     Args:
-        wire: to the controller.
+        transport: to the controller.
         job: the job's id.
-        artifact: the file, as the head describes it; its name and figures have been checked.
-        folder: where it goes.
-        name: what it is called there.
-        replace: whether a file that is there, and is something else, may be replaced.
-        wide: brings those that it wants; the others come in one piece.
-        on_progress: told how far it is.
+        artifact: the file, as the head describes it; its name, size and checksum have been checked.
+        folder: its folder.
+        name: its name there.
+        replace: whether an existing file with other content may be replaced.
+        wide: downloads the files that it wants; the others come in one piece.
+        on_progress: called with the progress.
 
     Raises:
-        NotTakenError: something else is there and may not be replaced; or the bytes that came are not those announced.
+        FileRefusedError: an existing file may not be replaced, or the data does not match the checksum.
         StorageError: it cannot be written here.
     """
     target = folder.path / name
@@ -268,22 +275,22 @@ async def download(  # noqa: PLR0913 -- what goes where
             sha256 = artifact.sha256
             return Downloaded(artifact.path, target, artifact.bytes, fetched=False, verified=True, sha256=sha256)
         part = f".{name}.{(artifact.sha256 or 'growing')[:12]}.part"
-        _own_part(folder, part, keep=bool(artifact.sha256))
+        _remove_foreign_part(folder, part, keep=bool(artifact.sha256))
         url = f"/v1/jobs/{quote(job, safe='')}/files/{quote(artifact.path)}"
         if wide is not None and await asyncio.to_thread(wide.wants, artifact, folder, part):
             sha256, found = (
                 artifact.sha256,
-                await wide.fetch(wire, url, artifact, folder, part, on_progress=on_progress),
+                await wide.fetch(transport, url, artifact, folder, part, on_progress=on_progress),
             )
         else:
-            sha256 = await _fetch(wire, url, artifact, folder, part, on_progress=on_progress)
+            sha256 = await _fetch(transport, url, artifact, folder, part, on_progress=on_progress)
             found = await asyncio.to_thread(_sha256_in, folder, part) if sha256 else ""
         if found != sha256:
             folder.unlink(part)
             msg = (
                 f"it did not arrive as it was sent: its sha256 is {found[:12]}…, not {sha256[:12]}…; repeat the command"
             )
-            raise NotTakenError(msg)
+            raise FileRefusedError(msg)
         folder.replace(part, name)
         return Downloaded(
             artifact.path, target, _size(folder, name), fetched=True, verified=bool(sha256), sha256=sha256
@@ -292,24 +299,24 @@ async def download(  # noqa: PLR0913 -- what goes where
         raise _refused(artifact, target, error) from None
 
 
-def _refused(artifact: Artifact, target: Path, error: OSError) -> StorageError | NotTakenError:
+def _refused(artifact: Artifact, target: Path, error: OSError) -> StorageError | FileRefusedError:
     if error.errno in {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG}:
-        return NotTakenError(f"{error.filename or target} cannot be written: {error.strerror}")
+        return FileRefusedError(f"{error.filename or target} cannot be written: {error.strerror}")
     full = error.errno in {errno.ENOSPC, errno.EDQUOT}
     msg = f"{artifact.path!r} cannot be written to {target}: {'the disk is full' if full else error.strerror}"
-    go_on = "free some space and repeat the command: it goes on where it stopped"
-    return StorageError(msg, hint=go_on if full else "choose another folder to download into")
+    resume = "free some space and repeat the command: it continues where it stopped"
+    return StorageError(msg, hint=resume if full else "choose another folder to download into")
 
 
 async def _fetch(  # noqa: PLR0913 -- what goes where
-    wire: Transport, url: str, artifact: Artifact, folder: Directory, part: str, *, on_progress: OnProgress
+    transport: Transport, url: str, artifact: Artifact, folder: Directory, part: str, *, on_progress: OnProgress
 ) -> str:
-    """Append to `part` what is missing, never more than was announced; return the checksum, where one is known."""
+    """Append the missing bytes to `part`, never more than announced; return the checksum if one is known."""
     have = _size(folder, part)
     if have >= artifact.bytes and have:
         return artifact.sha256
     headers = {"Range": f"bytes={have}-"} if have else {}
-    async with wire.stream(url, headers=headers) as body:
+    async with transport.stream(url, headers=headers) as body:
         resumed = body.status == _PARTIAL
         done = have if resumed else 0
         flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if resumed else os.O_TRUNC)
@@ -322,12 +329,12 @@ async def _fetch(  # noqa: PLR0913 -- what goes where
                     break
         stated = body.header("X-Sha256")
     if artifact.sha256 or done != artifact.bytes:
-        return artifact.sha256  # of a file that has grown since it was listed, what was listed is here
+        return artifact.sha256  # a file that has grown since it was listed is here as it was then
     return stated if _SHA256.fullmatch(stated) else ""
 
 
-def _own_part(folder: Directory, part: str, *, keep: bool) -> None:
-    """Remove a part that an earlier download may not have left: no plain file, linked from elsewhere, not ours."""
+def _remove_foreign_part(folder: Directory, part: str, *, keep: bool) -> None:
+    """Remove a part that no earlier download wrote: not a regular file, with other links, or of another owner."""
     for name in (part, f"{part}.ranges"):
         found = folder.stat(name)
         if found is None:
@@ -351,10 +358,10 @@ def _is_here(folder: Directory, name: str, artifact: Artifact, replace: MayRepla
         return True
     if stat.S_ISDIR(here.st_mode):
         msg = f"{folder.path / name} is a folder"
-        raise NotTakenError(msg)
+        raise FileRefusedError(msg)
     if not replace(here):
-        msg = f"{folder.path / name} is there already, and is something else; it was kept"
-        raise NotTakenError(msg, kept=True)
+        msg = f"{folder.path / name} already exists with other content; it was kept"
+        raise FileRefusedError(msg, kept=True)
     return False
 
 
@@ -413,7 +420,7 @@ def _names_of(file: Artifact) -> tuple[str, ...]:
 
 def _no_such_file(name: str, files: list[Artifact]) -> NotFoundError:
     named = [local_name(file) for file in files]
-    plain = [one for one in named if _PLAIN.fullmatch(one)]  # a hint is no place for sentences that a job wrote
+    plain = [one for one in named if _PLAIN.fullmatch(one)]  # a job must not write sentences into a hint
     close = difflib.get_close_matches(name, plain, n=3, cutoff=0.3)
     near = f" (nearest: {', '.join(close)})" if close else ""
-    return NotFoundError(f"the job has left no file {name!r}{near}", hint="raylaunch files shows what there is")
+    return NotFoundError(f"no file matches {name!r}{near}", hint="raylaunch files lists the job's files")

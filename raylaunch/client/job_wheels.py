@@ -25,7 +25,7 @@ from raylaunch.client.local_projects import (
     read_project,
 )
 from raylaunch.client.packing import Packed
-from raylaunch.client.transfer import OnProgress, Patient, upload
+from raylaunch.client.transfer import OnProgress, Retry, upload
 from raylaunch.client.transport import Transport
 from raylaunch.cluster.commands import run_program
 from raylaunch.cluster.install.platforms import WheelPlatform
@@ -50,11 +50,11 @@ _UNGATHERED = (
 
 
 async def send_wheels(  # noqa: PLR0913 -- what goes where, and who is told
-    wire: Transport,
+    transport: Transport,
     spec: JobSpec,
     platforms: Sequence[BuildPlatform],
     *,
-    patient: Patient,
+    retry: Retry,
     on_progress: OnProgress,
     on_notice: Callable[[str], None],
     added: bool = False,
@@ -80,7 +80,7 @@ async def send_wheels(  # noqa: PLR0913 -- what goes where, and who is told
     sets = []
     async for platform, wheels, tools in _found(spec, platforms, gather, on_notice):
         for wheel in (*wheels, *tools):
-            await _send(wire, store, wheel, patient=patient, on_progress=on_progress)
+            await _send(transport, store, wheel, retry=retry, on_progress=on_progress)
         files = [WheelFile(file=wheel.file, sha256=wheel.sha256, added=added) for wheel in wheels]
         files += [WheelFile(file=wheel.file, sha256=wheel.sha256, build=True) for wheel in tools]
         sets.append(WheelSet(platform=platform, wheels=tuple(dict.fromkeys(files))))
@@ -133,10 +133,12 @@ async def _found(
         yield _Found(platform, wheels, tuple(tools))
 
 
-async def _send(wire: Transport, store: WheelStore, wheel: Wheel, *, patient: Patient, on_progress: OnProgress) -> None:
+async def _send(
+    transport: Transport, store: WheelStore, wheel: Wheel, *, retry: Retry, on_progress: OnProgress
+) -> None:
     empty = PackReport(files=1, bytes=wheel.bytes, ignored=0, ignored_bytes=0)
     with Packed(store.path(wheel).open("rb"), wheel.sha256, empty) as packed:
-        await upload(wire, packed, patient=patient, on_progress=on_progress, what=wheel.file)
+        await upload(transport, packed, retry=retry, on_progress=on_progress, what=wheel.file)
 
 
 class Requirement(NamedTuple):

@@ -1,4 +1,4 @@
-"""Raw bytes of a job's logs over HTTP: one piece, or all that comes, with the facts that say where to go on."""
+"""Raw bytes of a job's logs over HTTP: one piece, or all of a growing log, with the position to continue from."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from raylaunch.client.transport import Params, Transport
 from raylaunch.models.job import JobView
 
 
-class LogPlace(NamedTuple):
-    """Which log, and where in it."""
+class LogPosition(NamedTuple):
+    """Which log, and where in it: its last `tail` lines, or from the byte `offset`."""
 
     attempt: int | None = None
-    """None: the latest."""
+    """None for the latest."""
     rank: int = 0
     tail: int | None = None
-    """The last lines; or else"""
     offset: int | None = None
-    """from a byte on."""
 
 
 class LogChunk(NamedTuple):
-    """A piece of a log, as it was written: nothing is decoded here."""
+    """A piece of a log as bytes, not decoded."""
 
     data: bytes
     offset: int
-    """Of the first byte."""
+    """Offset of the first byte."""
     next_offset: int
-    """Where to read on."""
+    """Where to continue."""
     size: int
     """Bytes that the log has so far."""
     attempt: int
     ended: bool
-    """Whether the attempt is over and all of its log is there."""
+    """Whether the attempt has ended and all of its log is there."""
     ranks: int = 1
-    """How many ranks the attempt has, each with a log of its own."""
+    """How many ranks the attempt has, each with its own log."""
 
 
-async def read_chunk(wire: Transport, ref: str, place: LogPlace, *, limit: int | None, wait_s: float) -> LogChunk:
+async def read_chunk(
+    transport: Transport, ref: str, place: LogPosition, *, limit: int | None, wait_s: float
+) -> LogChunk:
     """Return one piece; see `raylaunch.client.client.Client.logs`."""
     params: Params = {**place._asdict(), "limit": limit, "wait_s": wait_s}
-    answer = await wire.ask("GET", f"/v1/jobs/{quote(ref, safe='')}/logs", params=params, wait_s=wait_s)
+    answer = await transport.request("GET", f"/v1/jobs/{quote(ref, safe='')}/logs", params=params, wait_s=wait_s)
     offset = answer.number("X-Log-Offset", place.offset or 0)
     return LogChunk(
         data=answer.body,
@@ -59,18 +59,18 @@ class LogFollower:
     """Follows the logs of one job, attempt after attempt.
 
     Args:
-        read: returns the piece at a place; may wait for it.
-        job_with: returns the job when it has that attempt, or has ended.
+        read: returns the piece at a position; may wait for it.
+        job_with: returns the job once it has that attempt, or has ended.
     """
 
     def __init__(
-        self, read: Callable[[LogPlace], Awaitable[LogChunk]], job_with: Callable[[int], Awaitable[JobView]]
+        self, read: Callable[[LogPosition], Awaitable[LogChunk]], job_with: Callable[[int], Awaitable[JobView]]
     ) -> None:
         self._read = read
         self._job_with = job_with
 
-    async def all_from(self, place: LogPlace, *, only: bool) -> AsyncIterator[LogChunk]:
-        """Yield what is there from `place` on and what comes; with `only`, of that attempt alone."""
+    async def all_from(self, place: LogPosition, *, only: bool) -> AsyncIterator[LogChunk]:
+        """Yield everything from `place` on as it is written; with `only`, of that attempt."""
         n = place.attempt or 1
         while True:
             job = await self._job_with(n)
@@ -80,18 +80,18 @@ class LogFollower:
                 yield chunk
             if only:
                 return
-            n, place = n + 1, LogPlace(rank=place.rank)
+            n, place = n + 1, LogPosition(rank=place.rank)
 
-    async def _attempt(self, place: LogPlace) -> AsyncIterator[LogChunk]:
+    async def _attempt(self, place: LogPosition) -> AsyncIterator[LogChunk]:
         if place.tail is None and place.offset is None:
             place = place._replace(offset=0)
-        over = False
+        ended = False
         while True:
             chunk = await self._read(place)
             if chunk.data:
                 yield chunk
-            elif chunk.ended or over:
+            elif chunk.ended or ended:
                 return
-            else:  # no news for a while: a job whose node was lost ends without the end of its log
-                over = (await self._job_with(0)).state.ended
+            else:  # no new bytes: a job whose node was lost ends without the end of its log
+                ended = (await self._job_with(0)).state.ended
             place = place._replace(tail=None, offset=chunk.next_offset)

@@ -134,7 +134,7 @@ def _refuse_bomb(packed: int, tally: _Tally) -> None:
         raise SpecError(msg, field="working_dir", hint=hint)
 
 
-async def packed_apart(working_dir: Path, allow: Allowances = NO_MORE) -> Packed:
+async def pack_in_thread(working_dir: Path, allow: Allowances = NO_MORE) -> Packed:
     """Pack in a thread; when the caller is cancelled, the temporary file goes as soon as it is made.
 
     Raises:

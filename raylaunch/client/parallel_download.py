@@ -80,7 +80,7 @@ def installed_ssh(cluster: str) -> tuple[str, ...]:
 
 
 @asynccontextmanager
-async def straight(
+async def ssh_connection(
     words: Sequence[str], file: str, size: int, descriptor: int, first: int
 ) -> AsyncIterator[SshDownload]:
     """Connect, and yield the connection once it is ready; at the end it is ended, and writes nothing any more.
@@ -175,7 +175,14 @@ class ParallelDownload:
         return bool(artifact.sha256) and (large or folder.stat(notes_of(part)) is not None)
 
     async def fetch(  # noqa: PLR0913 -- what goes where
-        self, wire: Transport, url: str, artifact: Artifact, folder: Directory, part: str, *, on_progress: OnProgress
+        self,
+        transport: Transport,
+        url: str,
+        artifact: Artifact,
+        folder: Directory,
+        part: str,
+        *,
+        on_progress: OnProgress,
     ) -> str:
         """Bring what is missing of `part`, and return the checksum of all of it.
 
@@ -185,11 +192,11 @@ class ParallelDownload:
             OSError: it cannot be written here.
         """
         with PartFile(folder, part, artifact.bytes, grown=True, sync=False) as file:
-            work = _Download(wire, url, file, lambda done: on_progress(artifact.path, done, artifact.bytes))
+            work = _Download(transport, url, file, lambda done: on_progress(artifact.path, done, artifact.bytes))
             connections = await self._connections(work)
             hashing = asyncio.create_task(work.checksum())
             try:
-                await work.over_the_wire()
+                await work.over_http()
                 sha256 = await hashing
             finally:
                 tasks: list[asyncio.Task[Any]] = [*connections, hashing]
@@ -202,7 +209,7 @@ class ParallelDownload:
     async def _connections(self, work: _Download) -> list[asyncio.Task[None]]:
         """Start them. Two are worth it on two cores already, also where the host is this machine."""
         words = installed_ssh(self._cluster) if self._cluster else ()
-        if not words or len(work.missing) <= _SEVERAL or not await work.find_there():
+        if not words or len(work.missing) <= _SEVERAL or not await work.find_path():
             return []
         count = min(_MANY, max(_FEW, (os.cpu_count() or 1) // 2))
         found = [asyncio.create_task(work.connection(words)) for _ in range(count)]
@@ -214,37 +221,37 @@ class ParallelDownload:
 class _Download:
     """One file on its way: the ranges that nobody has taken yet, and who is bringing which."""
 
-    def __init__(self, wire: Transport, url: str, file: PartFile, on_bytes: OnBytes) -> None:
+    def __init__(self, transport: Transport, url: str, file: PartFile, on_bytes: OnBytes) -> None:
         self.missing = deque(file.ranges.missing())
-        self._wire = wire
+        self._transport = transport
         self._url = url
         self._file = file
         self._on_bytes = on_bytes
         self._done = file.ranges.arrived_bytes
-        self._there = ""
+        self._remote_path = ""
         self._ready = 0
         self._trouble: BaseException | None = None
-        self._changed, self._one_more = asyncio.Event(), asyncio.Event()
+        self._changed, self._range_arrived = asyncio.Event(), asyncio.Event()
 
-    async def find_there(self) -> bool:
+    async def find_path(self) -> bool:
         """Ask where the head has the file, with the first byte of what is missing; return whether it is known."""
         at = self.missing[0][0]
         headers = {"Range": f"bytes={at}-{at}"}
-        async with self._wire.stream(self._url, headers=headers, allowed=(_BEYOND,)) as body:
-            self._there = unquote(body.header("X-File"))
+        async with self._transport.stream(self._url, headers=headers, allowed=(_BEYOND,)) as body:
+            self._remote_path = unquote(body.header("X-File"))
             async for _ in body.chunks():
                 pass
-        return bool(self._there)
+        return bool(self._remote_path)
 
-    async def over_the_wire(self) -> None:
+    async def over_http(self) -> None:
         """Bring what no other connection does, until everything is here."""
-        self._tell(0)
+        self._report(0)
         while not self._complete:
             if self._trouble is not None:
                 raise self._trouble
             self._changed.clear()
             if self.missing and not self._ready:
-                await self._range_over_the_wire(*self.missing.popleft())
+                await self._range_over_http(*self.missing.popleft())
             else:
                 await self._changed.wait()
 
@@ -252,10 +259,10 @@ class _Download:
     def _complete(self) -> bool:
         return next(self._file.ranges.missing(), None) is None
 
-    async def _range_over_the_wire(self, offset: int, length: int) -> None:
+    async def _range_over_http(self, offset: int, length: int) -> None:
         at = offset
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
-        async with self._wire.stream(self._url, headers=headers, allowed=(_BEYOND,)) as body:
+        async with self._transport.stream(self._url, headers=headers, allowed=(_BEYOND,)) as body:
             if body.status != _PARTIAL:
                 raise _other_length(self._url)
             async for data in body.chunks():
@@ -263,7 +270,7 @@ class _Download:
                     raise _other_length(self._url)
                 self._file.write(data, at)
                 at += len(data)
-                self._tell(len(data))
+                self._report(len(data))
         if at != offset + length:
             raise _other_length(self._url)
         self._arrived(offset)
@@ -274,11 +281,13 @@ class _Download:
             return
         mine, ready = self.missing.popleft(), False
         try:
-            async with straight(words, self._there, self._file.ranges.size, self._file.opened(), mine[0]) as connection:
+            async with ssh_connection(
+                words, self._remote_path, self._file.ranges.size, self._file.opened(), mine[0]
+            ) as connection:
                 ready = True
                 self._ready += 1
                 while True:
-                    await connection.fetch(*mine, self._tell)
+                    await connection.fetch(*mine, self._report)
                     self._arrived(mine[0])
                     mine = (0, 0)
                     if not self.missing:
@@ -287,9 +296,9 @@ class _Download:
         except (HostLostError, OSError):  # others bring its ranges
             pass
         finally:
-            self._given_back(mine, ready=ready)
+            self._return_range(mine, ready=ready)
 
-    def _given_back(self, mine: tuple[int, int], *, ready: bool) -> None:
+    def _return_range(self, mine: tuple[int, int], *, ready: bool) -> None:
         self._ready -= ready
         if mine[1]:
             self.missing.append(mine)
@@ -305,9 +314,9 @@ class _Download:
     def _arrived(self, offset: int) -> None:
         self._file.note(offset)
         self._changed.set()
-        self._one_more.set()
+        self._range_arrived.set()
 
-    def _tell(self, count: int) -> None:
+    def _report(self, count: int) -> None:
         self._done = min(self._done + count, self._file.ranges.size)
         self._on_bytes(self._done)
 
@@ -317,8 +326,8 @@ class _Download:
         while at < self._file.ranges.size:
             length = min(RANGE_BYTES, self._file.ranges.size - at)
             while at not in self._file.ranges.have:
-                self._one_more.clear()
-                await self._one_more.wait()
+                self._range_arrived.clear()
+                await self._range_arrived.wait()
             await asyncio.to_thread(self._feed, digest, at, length)
             at += length
         return digest.hexdigest()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from raylaunch.client.packing import Contents, Packed, checked_working_dir, packed_apart
+from raylaunch.client.packing import Contents, Packed, checked_working_dir, pack_in_thread
 from raylaunch.client.sensitive import Allowances
 from raylaunch.entrypoint import script_of, started_itself
 from raylaunch.errors import SpecError
@@ -110,7 +110,7 @@ async def packed_job(spec: JobSpec, allow: Allowances) -> Packed | None:
     await asyncio.to_thread(check_here, spec)
     if not spec.working_dir:
         return None
-    packed = await packed_apart(Path(spec.working_dir), allow)
+    packed = await pack_in_thread(Path(spec.working_dir), allow)
     try:
         check_sent(spec, packed.contents)
     except SpecError:
@@ -126,7 +126,7 @@ def check_here(spec: JobSpec) -> None:
         SpecError: something is not there.
     """
     folder = checked_working_dir(spec.working_dir) if spec.working_dir else None
-    for need in _needed(spec):
+    for need in _required_files(spec):
         if folder is None:
             msg = f"{need.by} needs {need.path}, and the job has no working directory"
             raise SpecError(
@@ -135,7 +135,7 @@ def check_here(spec: JobSpec) -> None:
         if need.path.startswith("../"):
             msg = f"{need.by} needs {need.path}, which is outside the working directory {folder} and is not sent"
             raise SpecError(msg, field=need.field, hint="submit from the folder above, or name it with --working-dir")
-        if not os.path.lexists(folder / need.path) and not _behind_link(folder, need.path):
+        if not os.path.lexists(folder / need.path) and not _is_behind_link(folder, need.path):
             near = nearest_file(need.path, folder) if need.field == "entrypoint" else ""
             msg = f"{need.by} needs {need.path}, which is not in {folder}{near}"
             raise SpecError(msg, field=need.field, hint=need.hint)
@@ -157,13 +157,13 @@ def check_sent(spec: JobSpec, contents: Contents) -> None:
         msg = f"the working directory {folder} has nothing to send: {why}"
         hint = "submit from the project, or name it: --working-dir PROJECT; --working-dir '' sends no files"
         raise SpecError(msg, field="working_dir", hint=hint)
-    for need in _needed(spec):
+    for need in _required_files(spec):
         if need.path not in contents.paths and (rule := _rule_against(need.path, contents)):
             msg = f"{need.by} needs {need.path}, which is not sent: {rule}"
             raise SpecError(msg, field=need.field, hint=f"send it with a line in .raylaunchignore: !{need.path}")
 
 
-def _needed(spec: JobSpec) -> Iterator[_Needed]:
+def _required_files(spec: JobSpec) -> Iterator[_Needed]:
     kind, value = spec.environment.kind, spec.environment.value
     if kind == "uv":
         for name, hint in (("pyproject.toml", "make it with: uv init"), ("uv.lock", "make it with: uv lock")):
@@ -177,7 +177,7 @@ def _needed(spec: JobSpec) -> Iterator[_Needed]:
         yield _Needed(os.path.normpath(script), "the command", "entrypoint", hint)
 
 
-def _behind_link(folder: Path, path: str) -> bool:
+def _is_behind_link(folder: Path, path: str) -> bool:
     """Whether a path leads through a link, which may lead to something on the node only."""
     return any((folder / parent).is_symlink() for parent in Path(path).parents)
 

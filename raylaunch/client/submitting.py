@@ -22,7 +22,7 @@ from raylaunch.client.git_facts import git_facts
 from raylaunch.client.packing import Packed
 from raylaunch.client.sensitive import NO_MORE, Allowances
 from raylaunch.client.submission import check_here, check_sent, packed_job
-from raylaunch.client.transfer import OnProgress, Patient, no_progress, send_it, upload
+from raylaunch.client.transfer import OnProgress, Retry, allow_upload, no_progress, upload
 from raylaunch.client.transport import Transport
 from raylaunch.errors import VersionError, WheelsNeededError
 from raylaunch.models.cluster import ClusterPython, EnvironmentWheels
@@ -105,8 +105,8 @@ class Submitter:
     """What submits to one cluster.
 
     Args:
-        wire: the connection.
-        patient: repeats a call while nothing answers.
+        transport: the connection.
+        retry: repeats a call while nothing answers.
         on_notice: told in a sentence what a person should know.
         here: whether the cluster is on this machine, so that jobs may use the environment that is active here.
         prefix: `sys.prefix` where the interpreter is the person's own, as in a notebook.
@@ -115,16 +115,16 @@ class Submitter:
 
     def __init__(  # noqa: PLR0913 -- each is one fact of who submits where
         self,
-        wire: Transport,
+        transport: Transport,
         *,
-        patient: Patient,
+        retry: Retry,
         on_notice: Callable[[str], None],
         here: bool,
         prefix: str,
         environment: Environment | None,
     ) -> None:
-        self._wire = wire
-        self._patient = patient
+        self._transport = transport
+        self._retry = retry
         self._notice = on_notice
         self._here, self._prefix = here, prefix
         self._environment = environment
@@ -139,7 +139,7 @@ class Submitter:
         allow: Allowances = NO_MORE,
         packed: Packed | None = None,
         on_packed: Callable[[PackReport, int], None] | None = None,
-        on_upload: Callable[[int], Awaitable[None]] = send_it,
+        on_upload: Callable[[int], Awaitable[None]] = allow_upload,
         on_progress: OnProgress = no_progress,
     ) -> SubmitAnswer:
         """Submit a job, as `raylaunch.client.client.Client.submit` does. `packed`: its code, if `checked` packed it."""
@@ -159,7 +159,7 @@ class Submitter:
                 on_packed(packed.report, packed.bytes)
             git = await asyncio.to_thread(git_facts, Path(spec.working_dir), sent=packed.contents.paths)
             code = {"package": packed.sha256, "pack": packed.report, "git": git}
-            await upload(self._wire, packed, patient=self._patient, on_begin=on_upload, on_progress=on_progress)
+            await upload(self._transport, packed, retry=self._retry, on_start=on_upload, on_progress=on_progress)
             return await self._submit(request.model_copy(update=code), on_progress)
 
     async def dry_run(
@@ -178,16 +178,16 @@ class Submitter:
 
     async def _choose(self, spec: JobSpec) -> EnvironmentChoice | None:
         """Return which Python environment a job gets, and why; None where the controller of 0.1.0 chooses."""
-        answer = await self._patient(lambda: self._wire.ask("GET", "/v1/python", allowed=(_MISSING,)))
+        answer = await self._retry(lambda: self._transport.request("GET", "/v1/python", allowed=(_MISSING,)))
         active = active_python(os.environ, prefix=self._prefix)
         if answer.status != _MISSING:
             self._older = ""
-            return choose(spec, self._wire.read(ClusterPython, answer, "GET /v1/python"), active, here=self._here)
+            return choose(spec, self._transport.read(ClusterPython, answer, "GET /v1/python"), active, here=self._here)
         self._older = answer.header("X-Raylaunch-Version", "an older version")
         if spec.environment.kind == "auto":
             self._notice(
-                f"cluster {self._wire.cluster!r} runs raylaunch {self._older}, which does not say what it has: the job "
-                f"gets its default environment. raylaunch up brings it to {__version__}; running jobs continue"
+                f"cluster {self._transport.cluster!r} runs raylaunch {self._older}, which does not report its "
+                f"environments: the job gets the default one. raylaunch up replaces it; running jobs continue"
             )
         return None
 
@@ -224,10 +224,10 @@ class Submitter:
             await check_wheels(spec, there.wheels_for, on_notice=self._notice)
             return ()
         return await send_wheels(
-            self._wire,
+            self._transport,
             spec,
             there.wheels_for,
-            patient=self._patient,
+            retry=self._retry,
             on_progress=on_progress,
             on_notice=self._notice,
             added=added,
@@ -251,15 +251,15 @@ class Submitter:
         if not there.wheels_for:
             return ()
         sets = await send_wheels(
-            self._wire,
+            self._transport,
             own.model_copy(update={"environment": environment}),
             there.wheels_for,
-            patient=self._patient,
+            retry=self._retry,
             on_progress=on_progress,
             on_notice=self._notice,
         )
         body = EnvironmentWheels(environment=environment, sets=sets)
-        await self._patient(lambda: self._wire.ask("PUT", "/v1/python/wheels", body=body))
+        await self._retry(lambda: self._transport.request("PUT", "/v1/python/wheels", body=body))
         return sets
 
     async def _placement(self, spec: JobSpec, secrets: Mapping[str, str] | None = None) -> DryRun:
@@ -269,8 +269,8 @@ class Submitter:
     async def _post(self, kind: type[_Model], request: SubmitRequest, *, dry_run: bool = False) -> _Model:
         body = _for_older(request, self._older) if self._older else request
         params = {"dry_run": "true"} if dry_run else None
-        answer = await self._patient(lambda: self._wire.ask("POST", "/v1/jobs", params=params, body=body))
-        return self._wire.read(kind, answer, "POST /v1/jobs")
+        answer = await self._retry(lambda: self._transport.request("POST", "/v1/jobs", params=params, body=body))
+        return self._transport.read(kind, answer, "POST /v1/jobs")
 
 
 def _for_older(request: SubmitRequest, version: str) -> dict[str, object]:

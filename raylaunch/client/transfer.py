@@ -1,4 +1,4 @@
-"""Bytes to the cluster: uploads that go on where they stopped, and are verified at the end."""
+"""Uploads to the cluster, which resume where they stopped and are verified at the end."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from raylaunch.client.packing import Packed
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with what travels, bytes done, and bytes in all."""
-Patient = Callable[[Callable[[], Awaitable[Response]]], Awaitable[Response]]
-"""Repeats a request while nothing answers."""
+"""Called with the name of the transfer, bytes done, and bytes in all."""
+Retry = Callable[[Callable[[], Awaitable[Response]]], Awaitable[Response]]
+"""Retries a request while there is no response."""
 
 CHUNK = 8 * 1024 * 1024
 _CONFLICT = 409
@@ -36,39 +36,39 @@ def no_progress(_what: str, _done: int, _total: int, /) -> None:
     """Show nothing."""
 
 
-async def send_it(_bytes: int) -> None:
-    """Let every upload begin."""
+async def allow_upload(_bytes: int) -> None:
+    """Allow every upload."""
 
 
 async def upload(  # noqa: PLR0913 -- what goes where, and who is told
-    wire: Transport,
+    transport: Transport,
     packed: Packed,
     *,
-    patient: Patient,
-    on_begin: Callable[[int], Awaitable[None]] = send_it,
+    retry: Retry,
+    on_start: Callable[[int], Awaitable[None]] = allow_upload,
     on_progress: OnProgress = no_progress,
     what: str = "code",
 ) -> int:
     """Send a package unless the cluster has it, from where an earlier upload stopped. Return the bytes sent.
 
-    `what` is told of progress, and `on_begin` how many bytes are to be sent, before the first.
+    `what` is its name for `on_progress`; `on_start` is called with the number of bytes to send, before the first.
 
     Raises:
         TransferError: it did not arrive as it was sent.
     """
     path = f"/v1/packages/{packed.sha256}"
-    answer = await patient(lambda: wire.ask("HEAD", path))
+    answer = await retry(lambda: transport.request("HEAD", path))
     have, sent = answer.number("X-Have"), 0
     if answer.header("X-Complete") == "1":
         return 0
-    await on_begin(packed.bytes - have)
+    await on_start(packed.bytes - have)
     while True:
         on_progress(what, have, packed.bytes)
         packed.file.seek(have)
         data = packed.file.read(CHUNK)
-        answer = await _put(wire, path, packed.bytes, have, data, patient=patient)
+        answer = await _put(transport, path, packed.bytes, have, data, retry=retry)
         if answer.status == _CONFLICT:
-            have = _other_offset(answer, have)  # an answer was lost on the way, or somebody else sends the same
+            have = _other_offset(answer, have)  # a response was lost, or somebody else is sending the same package
             continue
         facts = answer.read(_HAVE)
         sent, have = sent + len(data), facts["have"]
@@ -78,15 +78,15 @@ async def upload(  # noqa: PLR0913 -- what goes where, and who is told
 
 
 async def _put(  # noqa: PLR0913 -- what goes where
-    wire: Transport, path: str, total: int, offset: int, data: bytes, *, patient: Patient
+    transport: Transport, path: str, total: int, offset: int, data: bytes, *, retry: Retry
 ) -> Response:
     params = {"offset": offset, "total": total}
-    return await patient(lambda: wire.ask("PUT", path, params=params, content=data, allowed=(_CONFLICT,)))
+    return await retry(lambda: transport.request("PUT", path, params=params, content=data, allowed=(_CONFLICT,)))
 
 
 def _other_offset(answer: Response, offset: int) -> int:
     have = answer.number("X-Have", offset)
     if have == offset:
-        msg = f"the cluster refused the code at byte {offset} and did not say where to go on"
+        msg = f"the cluster refused the code at byte {offset} and did not say where to continue"
         raise TransferError(msg, hint="repeat the command")
     return have

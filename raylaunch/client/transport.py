@@ -1,4 +1,7 @@
-"""HTTP to one controller. The only module that knows httpx2; it turns what goes wrong there into our errors."""
+"""HTTP to one controller: requests, streams and what outlasts its restarts. The only module that knows httpx2.
+
+Its errors become those of raylaunch here.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,9 @@ _Result = TypeVar("_Result")
 _Model = TypeVar("_Model", bound=BaseModel)
 _Read = TypeVar("_Read")
 _READS = frozenset({"GET", "HEAD"})
-_OF_WHAT_IS_NEW = frozenset({NotFoundError.code, SpecError.code})
-"""How a controller refuses routes and fields that it does not know."""
+_MAY_BE_NEWER = frozenset({NotFoundError.code, SpecError.code})
+"""Codes with which a controller refuses routes and fields that it does not know."""
+
 Params = Mapping[str, str | int | float | bool | list[str] | None]
 
 CONNECT_TIMEOUT_S = 5.0
@@ -42,18 +46,18 @@ ANSWER_TIMEOUT_S = 30.0
 HEALTH = "/v1/health"
 _PAUSE_S = 0.5
 _SILENT_S = 5.0
-"""After so much silence it is checked whether the controller responds at all."""
+"""After that much silence, whether the controller responds at all is checked."""
 _HEALTH_S = 5.0
 _LONGEST = 200
 _VERSION = re.compile(r"[0-9][0-9A-Za-z.+]{0,30}")
 
 
 class Reachable(Protocol):
-    """Where a controller answers, and with which token: what a backend's ``reach()`` returns."""
+    """The address of a controller, and the token: what a backend's ``reach()`` returns."""
 
     @property
     def url(self) -> str:
-        """Base URL, as ``http://127.0.0.1:8470``."""
+        """Base URL, for example ``http://127.0.0.1:8470``."""
 
     @property
     def token(self) -> str:
@@ -61,7 +65,7 @@ class Reachable(Protocol):
 
 
 class NoAnswerError(ClusterDownError):
-    """Nothing came back: refused, lost on the way, or not in time. Asking again may help."""
+    """No response: the connection was refused or lost, or the request timed out. Retrying may help."""
 
 
 class Response:
@@ -82,33 +86,33 @@ class Response:
         return default if found is None else found
 
     def read(self, kind: TypeAdapter[_Read]) -> _Read:
-        """Return what the body's JSON says.
+        """Return the body, parsed as JSON.
 
         Raises:
-            ClusterError: it is something else.
+            ClusterError: it cannot be parsed.
         """
         try:
             return kind.validate_json(self.body)
         except ValidationError as error:
-            msg = "the cluster answered with something that cannot be read"
+            msg = "the cluster's response cannot be read"
             raise ClusterError(msg, hint=f"raylaunch up starts a controller of this version ({__version__})") from error
 
 
 class ResponseStream:
     """A response whose body is still arriving."""
 
-    def __init__(self, response: httpx2.Response, wire: Transport) -> None:
+    def __init__(self, response: httpx2.Response, transport: Transport) -> None:
         self.status = response.status_code
         self._response = response
-        self._wire = wire
+        self._transport = transport
 
     def header(self, name: str) -> str:
-        """Return a header's value, or nothing."""
+        """Return a header's value; empty if it is missing."""
         return str(self._response.headers.get(name, ""))
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the body's bytes as they arrive."""
-        with self._wire.translated(ANSWER_TIMEOUT_S):
+        with self._transport.translated(ANSWER_TIMEOUT_S):
             async for data in self._response.aiter_raw():
                 yield data
 
@@ -119,9 +123,9 @@ class Transport:
     Args:
         reach: where the controller answers, and the token.
         cluster: its name, for messages.
-        replace_hung: called when the controller takes connections and does not respond; returns where another one
-            answers.
-        on_others: told id and owner of a job that was asked for by a name and is somebody else's.
+        replace_hung: called if the controller accepts connections and does not respond; returns the address of its
+            replacement.
+        on_others_job: called with id and owner of a job that was requested by a name and is somebody else's.
     """
 
     def __init__(
@@ -130,10 +134,10 @@ class Transport:
         *,
         cluster: str,
         replace_hung: Callable[[], Awaitable[Reachable]] | None = None,
-        on_others: Callable[[str, str], None] | None = None,
+        on_others_job: Callable[[str, str], None] | None = None,
     ) -> None:
         self.cluster = cluster
-        self._on_others = on_others
+        self._on_others = on_others_job
         self._replace_hung = replace_hung
         self._replacing = asyncio.Lock()
         self._reach = reach
@@ -148,9 +152,9 @@ class Transport:
                 "X-Raylaunch-Api": str(API),
             },
             timeout=_timeout(ANSWER_TIMEOUT_S),
-            trust_env=False,  # a proxy for the world outside must not see the cluster's token
+            trust_env=False,  # a proxy must not see the cluster's token
             follow_redirects=False,
-            verify=self._reach.url.startswith("https:"),  # elsewhere reading all certificates is 30 ms for nothing
+            verify=self._reach.url.startswith("https:"),  # reading all certificates takes 30 ms
         )
 
     async def __aenter__(self) -> Self:
@@ -159,14 +163,14 @@ class Transport:
     async def __aexit__(self, *_exception: object) -> None:
         await self._http.aclose()
 
-    async def move(self, reach: Reachable) -> None:
-        """Go on with a controller that answers elsewhere now."""
+    async def switch_to(self, reach: Reachable) -> None:
+        """Continue with a controller at another address."""
         if (reach.url, reach.token) != (self._reach.url, self._reach.token):
             before, self._reach = self._http, reach
             self._http = self._opened()
             await before.aclose()
 
-    async def ask(  # noqa: PLR0913 -- a request has that many parts
+    async def request(  # noqa: PLR0913 -- a request has that many parts
         self,
         method: str,
         path: str,
@@ -177,19 +181,19 @@ class Transport:
         wait_s: float = 0.0,
         allowed: tuple[int, ...] = (),
     ) -> Response:
-        """Send one request and return the answer.
+        """Send one request and return the response.
 
         Args:
             method: GET, HEAD, POST, PUT or DELETE.
-            path: below the base URL, as ``/v1/status``.
+            path: below the base URL, for example ``/v1/status``.
             params: query parameters; those that are None or empty are left out.
             body: a JSON body.
             content: a raw body.
-            wait_s: how long the controller may hold the answer back on purpose.
-            allowed: statuses of 400 and more that the caller reads itself.
+            wait_s: how long the controller may delay the response on purpose (long poll).
+            allowed: statuses of 400 and above that the caller handles itself.
 
         Raises:
-            NoAnswerError: nothing answered.
+            NoAnswerError: there was no response.
             RaylaunchError: the controller's own error.
         """
         headers = {"Content-Type": "application/octet-stream"} if content is not None else {}
@@ -211,14 +215,14 @@ class Transport:
     async def _answered(
         self, send: Callable[[], Awaitable[httpx2.Response]], *, wait_s: float, repeatable: bool
     ) -> httpx2.Response:
-        """Return the response to a request. A controller that hangs meanwhile is replaced; then a read is repeated."""
+        """Return the response to a request. A controller that hangs is replaced; a read is then repeated."""
         asked, hung, silent_s = asyncio.ensure_future(send()), False, wait_s + _SILENT_S
         try:
             while not hung and not (await asyncio.wait({asked}, timeout=silent_s))[0]:
                 silent_s = _SILENT_S
                 hung = self._replace_hung is not None and not await self._responds()
             if hung:
-                await self._replaced()
+                await self._replace_controller()
             try:
                 return await asked
             except NoAnswerError:
@@ -229,15 +233,15 @@ class Transport:
             asked.cancel()
             await asyncio.gather(asked, return_exceptions=True)
 
-    async def _replaced(self) -> None:
-        """Have the controller replaced, once for all requests that wait for it."""
+    async def _replace_controller(self) -> None:
+        """Replace the controller, once for all waiting requests."""
         first = not self._replacing.locked()
         async with self._replacing:
             if self._replace_hung is not None and (first or not await self._responds()):
-                await self.move(await self._replace_hung())
+                await self.switch_to(await self._replace_hung())
 
     async def _responds(self) -> bool:
-        """Return whether something answers; what refuses a connection does not hang."""
+        """Return whether the controller does not hang; one that refuses the connection does not."""
         try:
             async with self._opened() as http:
                 await http.get(HEALTH, timeout=_timeout(_HEALTH_S))
@@ -257,16 +261,16 @@ class Transport:
         wait_s: float = 0.0,
         body: BaseModel | dict[str, object] | None = None,
     ) -> _Model:
-        """Send one request and return its answer as a model. Raises as `ask`."""
-        answer = await self.ask(method, path, params=params, body=body, wait_s=wait_s)
+        """Send one request and return the response as a model. Raises as `request`."""
+        answer = await self.request(method, path, params=params, body=body, wait_s=wait_s)
         return self.read(kind, answer, f"{method} {path}")
 
     def read(self, kind: type[_Model], answer: Response, asked: str) -> _Model:
-        """Return an answer as a model; `asked` is the request, for the message of the `ClusterError`."""
+        """Return a response as a model; `asked` is the request, for the message of the `ClusterError`."""
         try:
             return kind.model_validate_json(answer.body)
         except ValidationError as error:
-            msg = f"cluster {self.cluster!r} answered {asked} with something that is not a {kind.__name__}"
+            msg = f"the response of cluster {self.cluster!r} to {asked} is not a {kind.__name__}"
             raise ClusterError(msg, hint=f"raylaunch up starts a controller of this version ({__version__})") from error
 
     @contextlib.asynccontextmanager
@@ -278,7 +282,7 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         allowed: tuple[int, ...] = (),
     ) -> AsyncIterator[ResponseStream]:
-        """GET a body that may be large. `allowed` and what it raises are those of `ask`."""
+        """GET a body that may be large. `allowed` and errors as for `request`."""
 
         async def send() -> httpx2.Response:
             with self.translated(ANSWER_TIMEOUT_S):
@@ -302,7 +306,7 @@ class Transport:
     def translated(self, timeout_s: float) -> Iterator[None]:
         """Turn httpx2's transport errors into `NoAnswerError`."""
         where = f"cluster {self.cluster!r}"
-        hint = "raylaunch up starts what is missing; raylaunch status shows what runs"
+        hint = "raylaunch up starts what is missing; raylaunch status shows what is running"
         try:
             yield
         except (httpx2.ConnectError, httpx2.ConnectTimeout):
@@ -329,7 +333,7 @@ class Transport:
         version = response.headers.get("X-Raylaunch-Version", "")
         version = version if _VERSION.fullmatch(version) else "of an unknown version"
         if theirs is None:
-            msg = f"what answers at {self._reach.url} is not the controller of a raylaunch cluster"
+            msg = f"the server at {self._reach.url} is not the controller of a raylaunch cluster"
             raise ClusterError(msg, hint="raylaunch status shows where the controller is; raylaunch up starts it")
         if theirs == str(API):
             return
@@ -338,40 +342,40 @@ class Transport:
         hint = (
             f"install the controller's version here: pip install raylaunch=={version}"
             if newer
-            else "raylaunch up starts a controller of this version; running jobs go on"
+            else "raylaunch up starts a controller of this version; running jobs continue"
         )
         msg = f"this is raylaunch {__version__}, and the controller of cluster {self.cluster!r} is raylaunch {version}"
-        msg += f": they do not speak the same protocol ({API} here, {theirs} there)"
+        msg += f": their protocols differ ({API} here, {theirs} there)"
         raise VersionError(msg, hint=hint)
 
 
-class Patience:
-    """Outlasts a controller that is away: it restarts in a few seconds, and jobs go on meanwhile.
+class Reconnect:
+    """Retries calls while the controller is down: it restarts in a few seconds, and jobs continue meanwhile.
 
     Args:
-        wire: the connection; it is moved when the controller answers elsewhere afterwards.
-        limit_s: how long a call is repeated.
-        on_notice: told once that the connection was lost, and once that it is back, however many calls wait for it.
-        heal: called between the tries; returns where to go on.
+        transport: the connection; it is moved when the controller answers elsewhere afterwards.
+        limit_s: for how long a call is retried.
+        on_notice: called once when the connection is lost, and once when it is back, for all waiting calls together.
+        restart: called between the tries; returns where to go on.
     """
 
     def __init__(
         self,
-        wire: Transport,
+        transport: Transport,
         *,
         limit_s: float,
         on_notice: Callable[[str], None],
-        heal: Callable[[], Awaitable[Reachable]] | None,
+        restart: Callable[[], Awaitable[Reachable]] | None,
     ) -> None:
-        self._wire = wire
+        self._transport = transport
         self._limit_s = limit_s
         self._notice = on_notice
-        self._heal = heal
-        self._healing = asyncio.Lock()
+        self._restart = restart
+        self._restarting = asyncio.Lock()
         self._lost = False
 
-    async def outlast(self, call: Callable[[], Awaitable[_Result]]) -> _Result:
-        """Repeat a call that may be repeated until it is answered. Raises what it raised last when the time is over."""
+    async def call(self, call: Callable[[], Awaitable[_Result]]) -> _Result:
+        """Retry a call that may be repeated until there is a response. Raises its last error after `limit_s`."""
         deadline = 0.0
         while True:
             try:
@@ -381,22 +385,22 @@ class Patience:
                 deadline = deadline or now + self._limit_s
                 if now >= deadline:
                     raise
-                self._say(error.message, lost=True)
+                self._report(error.message, lost=True)
                 await asyncio.sleep(_PAUSE_S)
-                await self._find_again()
+                await self._restart_controller()
             else:
-                self._say(f"cluster {self._wire.cluster!r} answers again", lost=False)
+                self._report(f"cluster {self._transport.cluster!r} is responding again", lost=False)
                 return result
 
-    def _say(self, sentence: str, *, lost: bool) -> None:
+    def _report(self, sentence: str, *, lost: bool) -> None:
         if lost != self._lost:
             self._lost = lost
-            self._notice(f"{sentence}; trying again for {self._limit_s:g} s" if lost else sentence)
+            self._notice(f"{sentence}; retrying for {self._limit_s:g} s" if lost else sentence)
 
-    async def _find_again(self) -> None:
-        if self._heal:
-            async with self._healing:
-                await self._wire.move(await self._heal())
+    async def _restart_controller(self) -> None:
+        if self._restart:
+            async with self._restarting:
+                await self._transport.switch_to(await self._restart())
 
 
 def _timeout(answer_s: float) -> httpx2.Timeout:
@@ -412,41 +416,41 @@ def _unquoted(header: str) -> str:
 
 
 def _error_in(response: httpx2.Response, cluster: str) -> RaylaunchError:
-    """Return the error that the controller raised; for a body that is not one, a sentence with the status."""
+    """Return the error that the controller raised; for another body, an error with the status."""
     asked = f"{response.request.method} {response.request.url.path}"
     try:
         error = json.loads(response.content)["error"]
         message, hint = (clean(str(error.get(key, "")), colour=False) for key in ("message", "hint"))
         code = str(error["code"])
-        older = _of_older_controller(response) if code in _OF_WHAT_IS_NEW else ""
+        older = _older_controller_hint(response) if code in _MAY_BE_NEWER else ""
         return from_wire(code, message, "; ".join(filter(None, (older, hint))))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        log = "its log says more: raylaunch status shows where that is"
+        log = "see the controller's log: raylaunch status shows its path"
         return RaylaunchError(f"cluster {cluster!r} answered {response.status_code} to {asked}", hint=log)
 
 
-def _of_older_controller(response: httpx2.Response) -> str:
-    """Return what to do where the controller may not know yet what was asked for; empty where it is not older."""
+def _older_controller_hint(response: httpx2.Response) -> str:
+    """Return a hint for a controller that may be too old for the request; empty if it is not older."""
     version = clean(response.headers.get("X-Raylaunch-Version", ""), colour=False)
     if not version or not is_older(version):
         return ""
-    return f"its controller is raylaunch {version}, and this is {__version__}: raylaunch up replaces it, and jobs go on"
+    return f"its controller is raylaunch {version}, and this is {__version__}: raylaunch up replaces it; jobs continue"
 
 
 def page_from(body: bytes) -> JobPage:
-    """Return the page that an answer holds; jobs that cannot be read are named in `JobPage.unreadable`.
+    """Return the page in a response; jobs that cannot be read are named in `JobPage.unreadable`.
 
     Raises:
-        ClusterError: it is not a page at all.
+        ClusterError: it is not a page.
     """
     try:
         return JobPage.model_validate_json(body)
     except ValidationError:
-        return _what_can_be_read(body)
+        return _readable_jobs(body)
 
 
-def _what_can_be_read(body: bytes) -> JobPage:
-    """Read job by job: a newer controller, or a value that no model allows, may have made one of them."""
+def _readable_jobs(body: bytes) -> JobPage:
+    """Read job by job: one may come from a newer controller, or have a value that no model allows."""
     jobs: list[JobView] = []
     unreadable: list[str] = []
     try:
@@ -459,5 +463,5 @@ def _what_can_be_read(body: bytes) -> JobPage:
         rest = {**page, "jobs": (), "unreadable": (*page.get("unreadable", ()), *unreadable)}
         return JobPage.model_validate(rest).model_copy(update={"jobs": tuple(jobs)})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        msg = "the controller answered a question for jobs with something that is not a page of them"
+        msg = "the controller's response is not a page of jobs"
         raise ClusterError(msg, hint=f"raylaunch up starts a controller of this version ({__version__})") from error

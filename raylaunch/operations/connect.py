@@ -194,7 +194,7 @@ class ClusterConnection:
                 cluster=self.spec.name,
                 patience_s=patience_s,
                 on_notice=self._notice,
-                heal=self._heal if self._heals else None,
+                restart=self._heal if self._heals else None,
                 replace_hung=self._replace_hung if self._heals else None,
                 over_ssh=reach.over_ssh,
                 here=self._ours and self.spec.kind == "local",
