@@ -101,9 +101,9 @@ def list_gpus(*, is_ours: Callable[[int], bool]) -> list[GpuFacts]:
             index=index,
             uuid=uuid,
             name=name,
-            memory_total=_bytes(total),
-            memory_used=_bytes(used),
-            utilization=_number(utilization),
+            memory_total=smi_bytes(total),
+            memory_used=smi_bytes(used),
+            utilization=smi_number(utilization),
             processes=sorted(users[uuid]),
         )
         for index, uuid, name, total, used, utilization in _rows(program, "--query-gpu", _GPU_QUERY)
@@ -115,22 +115,28 @@ def _rows(program: str, query: str, fields: tuple[str, ...]) -> Iterable[list[st
     done = subprocess.run(  # noqa: S603 -- fixed words
         command, capture_output=True, text=True, errors="replace", timeout=_NVIDIA_SMI_S, check=True
     )
-    rows = csv.reader(done.stdout.splitlines(), skipinitialspace=True)
-    return [[word.strip() for word in row] for row in rows if len(row) == len(fields)]
+    return smi_rows(done.stdout, columns=len(fields))
 
 
-def _number(text: str) -> float | None:
-    """Read a number; ``[N/A]`` and its like are None (GPUs that share the machine's memory report that)."""
+def smi_rows(text: str, *, columns: int) -> list[list[str]]:
+    """Return the rows of ``nvidia-smi --format=csv,noheader,nounits`` that have this many columns."""
+    rows = csv.reader(text.splitlines(), skipinitialspace=True)
+    return [[cell.strip() for cell in row] for row in rows if len(row) == columns]
+
+
+def smi_number(text: str) -> float | None:
+    """Return a number of ``nvidia-smi``; None for ``[N/A]`` (GPUs that share the machine's memory) and the like."""
     try:
         number = float(text)
-    except ValueError:
+    except ValueError:  # [N/A], [Not Supported], [Unknown Error]
         return None
     return number if 0 <= number <= _LARGEST else None
 
 
-def _bytes(mebibytes: str) -> int | None:
-    number = _number(mebibytes)
-    return None if number is None else int(number) * _MIB
+def smi_bytes(mebibytes: str) -> int | None:
+    """Return a size that ``nvidia-smi`` gives in MiB, in bytes."""
+    number = smi_number(mebibytes)
+    return None if number is None else int(number * _MIB)
 
 
 def _user(pid: int) -> str:

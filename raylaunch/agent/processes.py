@@ -15,10 +15,9 @@ from typing import NamedTuple
 
 from raylaunch.contract import VAR_ATTEMPT, Claim
 from raylaunch.errors import ClusterError
-from raylaunch.runner.processes import is_this_boot
+from raylaunch.runner.processes import is_this_boot, read_stat
 
 _PROC = Path("/proc")
-_START_TIME_FIELD = 22
 _ROUND_S = 0.02
 
 
@@ -31,14 +30,8 @@ class ProcessId(NamedTuple):
 
 def started_ticks(pid: int) -> int | None:
     """Return when a process started, in clock ticks since boot; None when it has exited, a zombie too."""
-    try:
-        stat = (_PROC / str(pid) / "stat").read_bytes()
-    except OSError:
-        return None
-    fields = stat[stat.rfind(b")") + 2 :].split()
-    if fields[0] in {b"Z", b"X"}:
-        return None
-    return int(fields[_START_TIME_FIELD - 3])
+    fields = read_stat(pid)
+    return int(fields[19]) if fields and fields[0] not in "ZX" else None
 
 
 def runner_alive(claim: Claim | None) -> bool:

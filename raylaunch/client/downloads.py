@@ -11,7 +11,6 @@ import contextlib
 import difflib
 import errno
 import fnmatch
-import hashlib
 import os
 import re
 import stat
@@ -27,7 +26,7 @@ from raylaunch.client.transfer import OnProgress, no_progress
 from raylaunch.client.transport import Transport
 from raylaunch.contract import OUTPUTS
 from raylaunch.errors import ConflictError, NotFoundError, StorageError, TransferError
-from raylaunch.files import Directory
+from raylaunch.files import Directory, sha256_of
 from raylaunch.models.job import Artifact
 
 _PARTIAL = 206
@@ -367,11 +366,7 @@ def _is_here(folder: Directory, name: str, artifact: Artifact, replace: MayRepla
 
 def _sha256_in(folder: Directory, name: str) -> str:
     """Return the sha256 of a file in hexadecimal digits; memory stays flat."""
-    digest = hashlib.sha256()
-    with os.fdopen(folder.open_file(name, os.O_RDONLY), "rb") as file:
-        while data := file.read(1024 * 1024):
-            digest.update(data)
-    return digest.hexdigest()
+    return sha256_of(folder.open_file(name, os.O_RDONLY))
 
 
 def chosen(files: list[Artifact], wanted: tuple[str, ...], *, everything: bool) -> list[Artifact]:

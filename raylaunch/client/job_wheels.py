@@ -30,8 +30,9 @@ from raylaunch.client.transport import Transport
 from raylaunch.cluster.commands import run_program
 from raylaunch.cluster.install.platforms import WheelPlatform
 from raylaunch.cluster.install.resolve import IndexUnreachableError, Wheel, find_uv, tool_environment
-from raylaunch.cluster.install.wheel_store import WheelStore, file_digest
+from raylaunch.cluster.install.wheel_store import WheelStore
 from raylaunch.errors import SpecError
+from raylaunch.files import sha256_of
 from raylaunch.models.fields import Environment
 from raylaunch.models.job import BuildPlatform, PackReport, WheelFile, WheelSet
 from raylaunch.models.job_spec import JobSpec
@@ -172,7 +173,7 @@ async def needed_by(spec: JobSpec, folder: Path) -> Requirement:
             built_with += [project.built_with] if project.built_with else []
         elif (archive := folder / line.partition(";")[0].strip()).is_file():
             if not locked:  # else it is installed from where it is
-                requirements.append(f"{archive.resolve()}  # {file_digest(archive)}")
+                requirements.append(f"{archive.resolve()}  # {sha256_of(archive)}")
         else:
             requirements.append(line)
     return Requirement((*requirements, *spec.packages), tuple(dict.fromkeys(built_with)))

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from raylaunch.errors import ClusterStartError
 from raylaunch.files import rotate
 from raylaunch.paths import storage_error
+from raylaunch.runner.processes import kernel_boot_id, started_ticks
 
 VAR_CONTROLLER_OF = "RAYLAUNCH_CONTROLLER_OF"
 """In the environment of the controller and its children; not in Ray's, which may be restarted alone."""
@@ -68,7 +69,7 @@ class ProcessIdentity(BaseModel):
 def boot_id() -> str:
     """Return what names this boot of this machine."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return kernel_boot_id()
     except OSError:
         return f"boot-{psutil.boot_time():.0f}"
 
@@ -83,7 +84,7 @@ def identify(pid: int, argv: Sequence[str] = ()) -> ProcessIdentity | None:
     except psutil.NoSuchProcess:
         return None
     return ProcessIdentity(
-        pid=pid, started_at=started_at, ticks=_ticks(pid), boot_id=boot_id(), argv=tuple(argv or _argv(process))
+        pid=pid, started_at=started_at, ticks=started_ticks(pid), boot_id=boot_id(), argv=tuple(argv or _argv(process))
     )
 
 
@@ -102,14 +103,6 @@ def _argv(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
-
-
-def _ticks(pid: int) -> int:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return 0
-    return int(text.rpartition(")")[2].split()[19])
 
 
 async def start_apart(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from raylaunch import contract
+from raylaunch.files import write_atomic
 from raylaunch.runner.processes import boot_id, started_ticks
 
 if TYPE_CHECKING:
@@ -90,11 +91,5 @@ def take_secrets(folder: Path) -> dict[str, str]:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a JSON file under a temporary name and rename it, so that a reader sees all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    fd = os.open(str(temporary), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(fd, "w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write a JSON file so that a reader sees all of it or nothing."""
+    write_atomic(path, json.dumps(content))

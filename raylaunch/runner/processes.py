@@ -38,10 +38,18 @@ def boot_id() -> str:
     Process ids and start ticks mean nothing after another boot, and in another namespace.
     """
     try:
-        boot = (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116 -- Path.stat does the same
+        return f"{kernel_boot_id()}:{os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116 -- Path.stat does the same
     except OSError:
         return ""
+
+
+def kernel_boot_id() -> str:
+    """Return the id of this boot of the machine, the same in all namespaces.
+
+    Raises:
+        OSError: there is no /proc.
+    """
+    return (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def is_this_boot(boot: str) -> bool:

@@ -17,7 +17,6 @@ import importlib.util
 import io
 import json
 import os
-import secrets
 import shutil
 import sys
 import zipfile
@@ -37,6 +36,7 @@ from raylaunch.cluster.install.platforms import WheelPlatform
 from raylaunch.cluster.install.resolve import STEP, Wheel, find_uv, resolve, tool_environment
 from raylaunch.cluster.installer.tools import pip_settings
 from raylaunch.errors import ClusterStartError, ConflictError, RaylaunchError, TransferError
+from raylaunch.files import sha256_of, sync, write_atomic
 from raylaunch.paths import make_private_dir, raylaunch_home, storage_error, storage_errors, write_private
 from raylaunch.version import __version__
 
@@ -201,10 +201,8 @@ class WheelStore:
         wheel = Wheel(name="raylaunch", version="", file=own.file, sha256=own.sha256, bytes=len(own.content))
         if not self.has(wheel):
             make_private_dir(self.path(wheel).parent)
-            beside = self.path(wheel).with_name(f".{own.file}.{os.getpid()}.{secrets.token_hex(4)}")
             with storage_errors(self.path(wheel)):
-                beside.write_bytes(own.content)
-                beside.replace(self.path(wheel))
+                write_atomic(self.path(wheel), own.content, durable=False)
         return wheel
 
     async def gather(
@@ -327,7 +325,7 @@ class WheelStore:
             if not path.is_file():
                 msg = f"pip has not downloaded {wheel.file}"
                 raise TransferError(msg, hint="run the same command again")
-            sha256, size = file_digest(path), path.stat().st_size
+            sha256, size = sha256_of(path), path.stat().st_size
             if wheel.sha256 not in {"", sha256}:
                 msg = f"{wheel.file} arrived with the checksum {sha256}, not {wheel.sha256}"
                 raise TransferError(msg, hint="run the same command again; a proxy may have changed it")
@@ -336,8 +334,7 @@ class WheelStore:
             return wheel
 
     def _keep(self, path: Path, wheel: Wheel) -> None:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
         self.path(wheel).parent.mkdir(mode=0o700, exist_ok=True)
         path.replace(self.path(wheel))
 
@@ -404,15 +401,6 @@ def _size(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 total += Path(inner, name).stat().st_size
     return total
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def find_pip() -> list[str]:

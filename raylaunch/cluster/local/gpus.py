@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import anyio.to_thread
 import psutil
 
+from raylaunch.agent.node_info import smi_bytes, smi_number, smi_rows
 from raylaunch.cluster.processes import CONTROLLER
 from raylaunch.cluster.record import ClusterRecord
 from raylaunch.errors import ClusterStartError, ConflictError, SpecError
@@ -20,7 +20,6 @@ from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.paths import user_name
 
 _FIELDS = "index,uuid,name,memory.total,memory.used,utilization.gpu"
-_MIB = 1024 * 1024
 _LIMIT_S = 20
 _SHORTEST_UUID = len("GPU-") + 4
 
@@ -119,7 +118,7 @@ async def _query(program: str, query: str) -> str:
 def parse_gpus(rows: str, users: str = "") -> list[Gpu]:
     """Read the CSV of ``nvidia-smi --query-gpu`` (`rows`) and ``--query-compute-apps`` (`users`), without units."""
     busy: dict[str, list[LocalGpuProcess]] = {}
-    for uuid, pid, command in _table(users, columns=3):
+    for uuid, pid, command in smi_rows(users, columns=3):
         if pid.isdigit():
             process = LocalGpuProcess(pid=int(pid), command=command.rsplit("/", 1)[-1], user=_user_of(int(pid)))
             busy.setdefault(uuid, []).append(process)
@@ -128,30 +127,13 @@ def parse_gpus(rows: str, users: str = "") -> list[Gpu]:
             index=index,
             uuid=uuid,
             name=name,
-            memory_total=_mib(total),
-            memory_used=_mib(used),
-            utilization=_number(load),
+            memory_total=smi_bytes(total),
+            memory_used=smi_bytes(used),
+            utilization=smi_number(load),
             processes=tuple(busy.get(uuid, ())),
         )
-        for index, uuid, name, total, used, load in _table(rows, columns=6)
+        for index, uuid, name, total, used, load in smi_rows(rows, columns=6)
     ]
-
-
-def _table(text: str, *, columns: int) -> list[list[str]]:
-    rows = csv.reader(text.splitlines(), skipinitialspace=True)
-    return [[cell.strip() for cell in row] for row in rows if len(row) == columns]
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:  # [N/A], [Not Supported], [Unknown Error]
-        return None
-
-
-def _mib(text: str) -> int | None:
-    number = _number(text)
-    return None if number is None else int(number * _MIB)
 
 
 def _user_of(pid: int) -> str:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from raylaunch.agent.node_info import smi_bytes, smi_number
 from raylaunch.cluster.probe.facts import GpuProcess, Gpus, HostGpu
 from raylaunch.models.fields import whole
 
@@ -77,8 +78,6 @@ def _section(text: str, status: int) -> Section:
     return Section(text.strip("\n"), status, rows)
 
 
-_MIB = 1024 * 1024
-_LARGEST = 1e12
 _CUDA = re.compile(r"CUDA (?:UMD )?Version\s*:\s*([0-9.]+)")
 """Drivers from 610 on say "CUDA UMD Version"."""
 _MODULE = re.compile(r"Module\s+(?:for \S+\s+)?([0-9.]+)")
@@ -131,14 +130,14 @@ def _table(text: str) -> list[dict[str, str]]:
 
 
 def _gpu(row: Mapping[str, str], processes: Iterable[GpuProcess]) -> HostGpu:
-    ecc = _number(row.get("ecc.errors.uncorrected.volatile.total", ""))
+    ecc = smi_number(row.get("ecc.errors.uncorrected.volatile.total", ""))
     return HostGpu(
         index=row.get("index", ""),
         uuid=row.get("uuid", ""),
         name=row.get("name", ""),
-        memory_total=_mib(row.get("memory.total", "")),
-        memory_used=_mib(row.get("memory.used", "")),
-        utilization=_number(row.get("utilization.gpu", "")),
+        memory_total=smi_bytes(row.get("memory.total", "")),
+        memory_used=smi_bytes(row.get("memory.used", "")),
+        utilization=smi_number(row.get("utilization.gpu", "")),
         bus_id=row.get("pci.bus_id", ""),
         compute_capability=row.get("compute_cap", ""),
         compute_mode=row.get("compute_mode", ""),
@@ -146,19 +145,6 @@ def _gpu(row: Mapping[str, str], processes: Iterable[GpuProcess]) -> HostGpu:
         ecc_errors=None if ecc is None else int(ecc),
         processes=tuple(processes),
     )
-
-
-def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:  # [N/A], [Not Supported], [Unknown Error]
-        return None
-    return number if 0 <= number <= _LARGEST else None
-
-
-def _mib(text: str) -> int | None:
-    number = _number(text)
-    return None if number is None else int(number * _MIB)
 
 
 def _processes(section: Section) -> dict[str, list[GpuProcess]]:
@@ -174,7 +160,7 @@ def _processes(section: Section) -> dict[str, list[GpuProcess]]:
             pid=pid,
             user=user,
             command=row.get("process_name", "").rsplit("/", 1)[-1].strip("[]"),
-            memory=_mib(row.get("used_gpu_memory", row.get("used_memory", ""))),
+            memory=smi_bytes(row.get("used_gpu_memory", row.get("used_memory", ""))),
             ours=ours == "yes",
         )
         found.setdefault(row.get("gpu_uuid", ""), []).append(process)

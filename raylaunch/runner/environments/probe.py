@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from raylaunch.files import write_atomic
 from raylaunch.runner.control import Heartbeat, HelperResult, run_program
 from raylaunch.runner.environments.build import BuildFolders, EnvironmentProblem, PreparedEnvironment, failure_line
 
@@ -158,11 +159,9 @@ def _cached(
     result = _run_probe(prepared, program, folders, heartbeat)
     if folders.tmp in Path(prepared.python).parents:
         return result  # the attempt's own
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         folders.envs.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(result), encoding="utf-8")
-        temporary.replace(file)
+        write_atomic(file, json.dumps(result), mode=0o666, durable=False)
     except OSError:
         return result  # a cache that cannot be written costs the next start a second
     return result
