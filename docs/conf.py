@@ -1,7 +1,7 @@
 """How Sphinx builds the site: the pages as they are read on a code host, README and examples among them.
 
-``make docs`` runs it. The sources begin at the repository's root, so that a relative link is the same in both places.
-Nothing is fetched, neither while the site is built nor by who reads it.
+``make docs`` runs it. The sources start at the repository root, so that a relative link is the same in both places.
+Nothing is fetched, neither during the build nor by readers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Application(Protocol):
 
 
 CHAPTERS = {
-    "Begin": ("docs/first-steps", "docs/jobs", "docs/tracking", "docs/cluster", "docs/dgx"),
-    "Doors": ("docs/cli", "docs/python", "docs/mcp", "docs/ray-cli"),
+    "Guides": ("docs/first-steps", "docs/jobs", "docs/tracking", "docs/cluster", "docs/dgx"),
+    "Interfaces": ("docs/cli", "docs/python", "docs/mcp", "docs/ray-cli"),
     "Reference": (
         "docs/reference/cli",
         "docs/reference/job-file",
@@ -33,12 +33,12 @@ CHAPTERS = {
         "docs/reference/python",
         "docs/reference/reasons",
     ),
-    "When it matters": ("docs/troubleshooting", "docs/security"),
+    "Operations": ("docs/troubleshooting", "docs/security"),
     "Examples": (),
-    "The project": ("README </README>", "docs/architecture", "CHANGELOG"),
+    "The project": ("README </README>", "docs/architecture", "CONTRIBUTING", "CHANGELOG"),
 }
 """The pages by chapter; examples and pages that no chapter names are found."""
-FOUND = {"Examples": "examples/*/README.md", "When it matters": "docs/*.md"}
+FOUND = {"Examples": "examples/*/README.md", "Operations": "docs/*.md"}
 
 project = "raylaunch"
 author = "the raylaunch authors"
@@ -46,7 +46,7 @@ project_copyright = f"{author}; Apache License 2.0"
 release = version = __version__
 
 extensions = ["myst_parser", "sphinx_copybutton"]
-include_patterns = ["README.md", "CHANGELOG.md", "docs/**.md", "examples/**/README.md"]
+include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**.md", "examples/**/README.md"]
 exclude_patterns = [".*", "**/.*", "build", "dist", "site"]
 root_doc = "docs/index"
 myst_heading_anchors = 4
@@ -86,5 +86,5 @@ def with_chapters(_app: Application, page: str, text: list[str]) -> None:
 
 
 def setup(app: Application) -> None:
-    """Be called by Sphinx when it begins."""
+    """Register with Sphinx, which calls this at its start."""
     app.connect("source-read", with_chapters)

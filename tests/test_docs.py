@@ -18,6 +18,8 @@ from raylaunch.cli.app import raylaunch
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.job_spec import JobSpec
 
+WALKS = {"A job": 25, "A line of a log": 12, "A host": 25}
+"""The walks of docs/architecture.md, and how many files each may have."""
 LINK = re.compile(r"\]\((?!https?://|mailto:)([^)\s]*)\)")
 OF_A_CLUSTER = frozenset({"kind", "hosts", "defaults", "bind"})
 PAGES = pages.pages()
@@ -127,3 +129,18 @@ def test_every_program_that_is_shown_passes_the_type_checker(tmp_path: Path) -> 
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_the_files_of_a_walk_exist_and_none_is_visited_twice(walk: str) -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    paragraph = page.partition(f"\n**{walk}")[2].partition("\n\n")[0]
+    files = re.findall(r"`([\w/]+\.py)`", paragraph)
+    assert 1 < len(files) <= WALKS[walk]
+    assert len(set(files)) == len(files)
+    assert not [file for file in files if not (ROOT / "raylaunch" / file).is_file()]
+
+
+def test_the_picture_of_the_readme_names_no_folder_of_a_machine_and_fetches_nothing() -> None:
+    picture = (ROOT / "docs/_static/terminal.svg").read_text(encoding="utf-8")
+    assert not re.findall(r"@font-face|url\(\W*http|href=\W*http|/(?:tmp|root|home|work)/[^<]*", picture)

@@ -41,7 +41,7 @@ class Command(NamedTuple):
 
 def pages() -> list[Path]:
     """Return all pages that people read."""
-    patterns = ("README.md", "CHANGELOG.md", "docs/**/*.md", "examples/**/README.md")
+    patterns = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md", "examples/**/README.md")
     return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
 
 
