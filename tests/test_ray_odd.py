@@ -135,7 +135,7 @@ def test_a_controller_whose_loop_fails_exits_with_status_1_and_the_next_one_repa
         finally:
             controller.kill()
             controller.wait(10)
-    assert "the lifecycle failed" in (tmp_path / "log").read_text()
+    assert "the scheduler's loop failed" in (tmp_path / "log").read_text()
     with opened(tmp_path / "store") as records:
         assert records.by_id(job.id).state is JobState.QUEUED
         assert records.repairs
