@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from raylaunch.paths import cluster_paths
-from support.cluster import UP_S, Cluster
+from support.cluster import UP_S, Cluster, argv
 from support.ray_head import RayHeadRunning
 
 _DAEMONS = ("gcs_server", "raylet", "dashboard.py", "agent")
@@ -31,13 +31,13 @@ class BesideRay(Cluster):
 
     def daemons(self) -> set[int]:
         """Return the pids of that Ray's daemons; its workers come and go."""
-        found = {one.pid: " ".join(one.cmdline()[:4]) for one in self._children()}
+        found = {one.pid: " ".join(argv(one)[:4]) for one in self._children()}
         family = {pid for pid, line in found.items() if any(name in line for name in _DAEMONS)}
         return {self.ray_head.process.pid, *family}
 
     def stewards(self) -> list[str]:
         """Return the node agents that Ray runs for raylaunch, by their titles."""
-        titles = (" ".join(one.cmdline()) for one in self._children())
+        titles = (" ".join(argv(one)) for one in self._children())
         return [title for title in titles if title.startswith("ray::NodeAgent")]
 
     def _children(self) -> list[psutil.Process]:
