@@ -173,7 +173,7 @@ def living_actors(cluster: Cluster) -> list[str]:
     return [
         actor["class_name"]
         for actor in found
-        if actor["state"] != "DEAD" and actor["class_name"] not in {"Steward", "JobSupervisor"}
+        if actor["state"] != "DEAD" and actor["class_name"] not in {"NodeAgent", "JobSupervisor"}
     ]
 
 
