@@ -142,7 +142,7 @@ def run_program(command: Sequence[str], environ: Mapping[str, str], *, limit_s: 
 
 def _is_steward(process: psutil.Process, node: str) -> bool:
     try:
-        named = "Steward" in " ".join(process.cmdline())
+        named = "NodeAgent" in " ".join(process.cmdline())
         return named and process.environ().get("RAYLAUNCH_NODE_ROOT", "").startswith(node)
     except psutil.Error:
         return False

@@ -50,7 +50,7 @@ def test_rays_own_tools_show_a_job_its_log_and_the_cluster(cluster: Cluster) -> 
     ("what", "shown"),
     [
         ("nodes", "ALIVE"),
-        pytest.param("actors", "Steward", marks=pytest.mark.long),
+        pytest.param("actors", "NodeAgent", marks=pytest.mark.long),
         pytest.param("jobs", "SUBMISSION", marks=pytest.mark.long),
     ],
 )

@@ -90,7 +90,7 @@ async def ray_version(spec: ClusterSpec) -> str:
     if not version:
         why = answer.why or f"it answered HTTP {answer.status}"
         msg = f"no Ray answers at {spec.address}: {why}"
-        hint = "address: is its dashboard, for example http://HOST:8265; is Ray up, and reachable from here?"
+        hint = "set address to its dashboard, such as http://HOST:8265; check that Ray is up and reachable from here"
         raise ClusterStartError(msg, hint=hint, step="ray")
     return version
 
