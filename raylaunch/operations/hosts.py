@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from pydantic import ValidationError
 
 from raylaunch.client.client import Client
-from raylaunch.cluster.hosts import teardown
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.types import DownReport, Step
 from raylaunch.config.load import ClusterFile, load_cluster_file
@@ -136,6 +135,8 @@ async def add(
         ConflictError: the cluster listens on loopback alone, where no other host can reach it.
         ClusterStartError: the host, or another, did not come up; the file is as it was.
     """
+    from raylaunch.cluster.hosts import teardown  # noqa: PLC0415 -- it loads asyncssh, which takes longer than most verbs
+
     place = ClusterConnection(change.spec, on_notice=lambda _: None, on_step=on_step)
     try:
         runs = teardown.known(change.spec.name)
@@ -175,6 +176,8 @@ async def remove(  # noqa: PLR0913 -- what is done with what runs there, and who
         NotFoundError: the cluster has no such host.
         HostError: it cannot be reached, or something there cannot be ended.
     """
+    from raylaunch.cluster.hosts import teardown  # noqa: PLC0415 -- as above
+
     teardown.check_leaves(teardown.known(place.spec.name), host)
     async with place.client() as client:
         if not forget:
