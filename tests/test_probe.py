@@ -364,14 +364,14 @@ def test_a_probe_that_ends_in_the_middle_is_an_error_that_says_so() -> None:
     with pytest.raises(HostStepError) as caught:
         facts_of(Here(program=("sh", "-c", f'sh "$@" | {head}', "sh")))
     assert caught.value.step == "probe"
-    assert caught.value.message.startswith("here: the probe's script could not be run: it ended in the middle (")
+    assert caught.value.message.startswith("here: the probe's script could not be run: it stopped halfway (")
 
 
 def test_a_host_without_a_shell_is_an_error_that_says_what_to_try() -> None:
     with pytest.raises(HostStepError) as caught:
         facts_of(Here(program=("false",)))
     assert str(caught.value) == (
-        "here: the probe's script could not be run: it did not begin, exit status 1\n"
+        "here: the probe's script could not be run: it did not start, exit status 1\n"
         "  → log in with ssh and run: sh -c 'date'; the account needs a POSIX shell at /bin/sh"
     )
 

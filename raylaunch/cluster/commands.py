@@ -1,7 +1,7 @@
-"""Programs that are run on this machine to their end, under a limit. Cancelled, they are ended with their children.
+"""Programs on this machine, run under a time limit. When cancelled, they are ended with their children.
 
-On Linux they also end when this process is killed: what nobody waits for must not go on writing into folders that
-the next command sweeps.
+On Linux they also end when this process is killed: an orphan must not keep writing into folders that the next command
+cleans.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[3:])
 """
 """Asks the kernel for SIGKILL (9) at the parent's death (1: PR_SET_PDEATHSIG), then becomes the program.
 
-A function that `subprocess` runs before it starts the program would do the same, but is not safe beside threads.
+A function that `subprocess` runs before it starts the program would do the same, but is not safe with threads.
 """
 
 
@@ -61,7 +61,7 @@ async def run_program(  # noqa: PLR0913 -- each is one fact, and all are named
     except TimeoutError:
         msg = f"{' '.join(argv[:3])} … has not ended after {limit_s:.0f} s"
         raise ClusterStartError(
-            msg, hint="run the same command again: what is done is not done again", step=step
+            msg, hint="run the same command again; completed steps are skipped", step=step
         ) from None
     except OSError as error:  # after TimeoutError, which is one
         msg = f"{argv[0]} cannot be started: {error.strerror or error}"
@@ -103,7 +103,7 @@ def _bound_to_us(argv: Sequence[str], env: Mapping[str, str]) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What became of a command here."""
+    """How a command on this machine ended."""
 
     status: int
     out: bytes
@@ -112,7 +112,7 @@ class LocalResult:
 
 @dataclass(frozen=True)
 class LocalHost:
-    """Runs commands here. `name` is what errors call it."""
+    """Runs commands on this machine. `name` is its name in errors."""
 
     name: str = "this machine"
 
@@ -138,7 +138,7 @@ async def _ended(argv: Sequence[str], given: bytes) -> LocalResult:
     pipe = subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*argv, stdin=pipe, stdout=pipe, stderr=pipe)
     try:
-        out, err = await process.communicate(given)  # also of a program that ends without reading what it is given
+        out, err = await process.communicate(given)  # also if the program exits without reading its input
     finally:
         if process.returncode is None:
             process.kill()

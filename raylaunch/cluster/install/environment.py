@@ -1,4 +1,4 @@
-"""One host's environment, step by step: look, gather and push what is missing, make."""
+"""One host's environment: what it must contain, and the steps to check it, push wheels and make it."""
 
 from __future__ import annotations
 
@@ -100,9 +100,9 @@ class HostInstaller:
         interpreter: the Python from which, or beside which, the environment is made.
         wanted: what it must hold.
         store: where wheels are gathered here.
-        on_step: told each step, and how far it is.
+        on_step: called with each step and its progress.
         root: raylaunch's folder on the host.
-        limit_bytes_per_s: how much of the link pushing may take.
+        limit_bytes_per_s: the most bandwidth that pushing may use.
         platform: what the interpreter runs on; None for an environment that the user names.
     """
 
@@ -140,7 +140,7 @@ class HostInstaller:
         """Ask the host what it has; return the environment's Python if that is there."""
         self._seen = InstalledFiles.model_validate(await self._ask("look", limit_s=LOOK_S))
         if self._seen.python:
-            self._tell(Step(STEP, "kept", f"raylaunch {self._wanted.name} is there"))
+            self._tell(Step(STEP, "kept", f"raylaunch {self._wanted.name} is installed"))
         return self._seen.python
 
     async def by_pushing(self, platform: WheelPlatform) -> str:
@@ -151,7 +151,7 @@ class HostInstaller:
         files = {"wheels": [_file(one) for one in wheels], "own": _file(own), "uv": _file(uv)}
         try:
             return await self._make("make", bundle=await self._wheels.push([*wheels, own], self._seen), **files)
-        except TransferError as error:  # damaged ones are removed there, and pushed anew
+        except TransferError as error:  # damaged ones are removed there, and pushed again
             self._tell(Step(STEP, "note", error.message))
             await self.look()
             return await self._make("make", bundle=await self._wheels.push([*wheels, own], self._seen), **files)
@@ -163,7 +163,7 @@ class HostInstaller:
         try:
             tools = await self._wheels.gather([f"uv=={installed_version('uv')}"], platform, {})
         except IndexUnreachableError:
-            words = "no package index can be reached from here: the host must have uv, or get it itself"
+            words = "no package index can be reached from here: the host must have uv, or fetch it itself"
             self._tell(Step("wheels", "note", words))
         bundle = await self._wheels.push([own, *tools], self._seen)
         uv = _file(tools[0]) if tools else None
@@ -178,7 +178,7 @@ class HostInstaller:
 
     async def _make(self, verb: str, **facts: object) -> str:
         began, words = time.monotonic(), f"the environment {self._wanted.name}"
-        self._tell(Step(STEP, "begins", f"makes {words}"))
+        self._tell(Step(STEP, "begins", f"making {words}"))
         made = _Made.model_validate(await self._ask(verb, limit_s=MAKE_S, **facts))
         self._tell(Step(STEP, "done", f"made {words}", time.monotonic() - began))
         return made.python
@@ -218,8 +218,8 @@ async def ensure_environment(  # noqa: PLR0913 -- all keywords, each with a sent
             ``auto``: from the index where the host reaches one, and by pushing if that fails.
         index_reachable: whether the host reaches a package index.
         root: raylaunch's folder on the host.
-        limit_bytes_per_s: how much of the link pushing may take.
-        on_step: told each step, and how far it is.
+        limit_bytes_per_s: the most bandwidth that pushing may use.
+        on_step: called with each step and its progress.
 
     Raises:
         HostError: the host cannot be used as it is, a step failed there, or it was lost.
@@ -247,7 +247,7 @@ async def ensure_environment(  # noqa: PLR0913 -- all keywords, each with a sent
     except HostStepError as error:
         if way == "index":
             raise
-        words = f"the host's package index did not serve, so wheels are pushed: {error.message}"
+        words = f"installing from the host's package index failed, pushing wheels instead: {error.message}"
         on_step(Step(STEP, "note", words))
         return await host.by_pushing(python.platform)
 
@@ -268,11 +268,11 @@ async def ensure_beside(  # noqa: PLR0913 -- as above
         environment: a virtual or conda environment there, or the interpreter of one.
         store: where wheels are gathered here.
         root: raylaunch's folder on the host.
-        limit_bytes_per_s: how much of the link pushing may take.
-        on_step: told each step.
+        limit_bytes_per_s: the most bandwidth that pushing may use.
+        on_step: called with each step.
 
     Raises:
-        VersionError: it does not hold what is needed; the hint is the command that mends it.
+        VersionError: it does not hold what is needed; the hint is the command that fixes it.
         HostError: it cannot be used, a step failed on the host, or it was lost.
     """
     wanted = wanted_beside(store.own, environment)

@@ -1,4 +1,4 @@
-"""Running the installer (`raylaunch.cluster.installer`) on a host: it is sent as text, with one request."""
+"""Running the installer (`raylaunch.cluster.installer`) on a host: its source is sent with one request."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ exit 127
 
 @dataclass(frozen=True)
 class Interpreter:
-    """A Python on a host: by its path or, if `named`, by the environment whose it is."""
+    """A Python on a host: its path or, if `named`, the path of its environment."""
 
     path: str
     named: bool = False
 
     def runs(self, program: str) -> Sequence[str] | Script:
-        """Return how a program is run by it, isolated from the user's own settings."""
+        """Return the command that runs a program with it, isolated from the user's settings."""
         if self.named:
             return Script(_NAMED, args=(self.path, program), name=STEP)
         return [self.path, "-I", "-c", program]
@@ -76,7 +76,7 @@ class _Answer(BaseModel):
 
     @staticmethod
     def read(line: bytes) -> _Answer:
-        """Read a line; what is no answer is noise."""
+        """Parse a line; other output is ignored."""
         try:
             return _Answer.model_validate_json(line)
         except ValidationError:
@@ -86,11 +86,11 @@ class _Answer(BaseModel):
 async def ask_installer(
     machine: SSHHost, interpreter: Interpreter, request: Mapping[str, object], *, limit_s: float, on_step: OnStep
 ) -> dict[str, object]:
-    """Send the installer with one request, tell its steps, and return its result.
+    """Send the installer with one request, report its steps, and return its result.
 
     Raises:
-        RaylaunchError: as the installer says; or the connection's.
-        HostStepError: it cannot be run, or ended without an answer.
+        RaylaunchError: the error of the installer, or of the connection.
+        HostStepError: it cannot be run, or exited without a result.
     """
     body = json.dumps({"modules": _modules(), "request": json.dumps(request)}).encode() + b"\n"
     result: dict[str, object] | None = None
@@ -115,7 +115,7 @@ def _modules() -> dict[str, str]:
 
 
 def _error(machine: SSHHost, value: Mapping[str, str]) -> RaylaunchError:
-    """Return the error that the installer told."""
+    """Return the error that the installer reported."""
     error = from_wire(value["code"], f"{machine.name}: {value['message']}", value["hint"])
     if isinstance(error, HostError):
         error.host, error.step = machine.name, STEP
@@ -129,6 +129,6 @@ def _no_answer(machine: SSHHost, interpreter: Interpreter, lines: RemoteLines) -
         hint = "name another Python or environment of that host in cluster.yaml"
     else:
         printed = "".join(f"\n    {one}" for one in said)
-        msg = f"{machine.name}: the installer ended without an answer (exit status {lines.status}):{printed}"
-        hint = "see why above, mend it, and run the same command again"
+        msg = f"{machine.name}: the installer exited without a result (exit status {lines.status}):{printed}"
+        hint = "fix the cause above, and run the same command again"
     return HostStepError(msg, hint=hint, host=machine.name, step=STEP, exit_status=lines.status, tail=said)

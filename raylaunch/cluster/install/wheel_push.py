@@ -1,4 +1,4 @@
-"""Wheels on their way to a host: gathered here for its platform, and pushed as far as they are missing there."""
+"""Wheels for a host: gathered here for its platform, and pushed if they are missing there."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SMALL_BYTES = 2 * 1024 * 1024
 
 
 class InstalledFiles(BaseModel):
-    """What the installer saw on a host."""
+    """What the installer found on a host."""
 
     python: str = ""
     """Of the environment, if that is there."""
@@ -48,8 +48,8 @@ class HostWheels:
     Args:
         machine: the host.
         store: where wheels are gathered here.
-        on_step: told each step, and how far it is.
-        limit_bytes_per_s: how much of the link pushing may take.
+        on_step: called with each step and its progress.
+        limit_bytes_per_s: the most bandwidth that pushing may use.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class HostWheels:
             RaylaunchError: as `WheelStore.gather`.
         """
         began = time.monotonic()
-        self._tell(Step("wheels", "begins", f"gathers wheels here for {platform}"))
+        self._tell(Step("wheels", "begins", f"gathering wheels here for {platform}"))
 
         def told(done: int, total: int) -> None:
             of = f" of {mb(total)}" if total else ""
             self._tell(Step("wheels", "waits", f"downloaded {mb(done)}{of}"))
 
         wheels = await self._store.gather(requirements, platform, preferences=preferences, on_bytes=told)
-        words = f"has {len(wheels)} wheels here, {mb(sum(one.bytes for one in wheels))}"
+        words = f"{len(wheels)} wheels are here, {mb(sum(one.bytes for one in wheels))}"
         self._tell(Step("wheels", "done", words, time.monotonic() - began))
         return wheels
 
@@ -98,10 +98,10 @@ class HostWheels:
         missing = [one for one in wheels if one.sha256 not in seen.have]
         total, began = sum(one.bytes for one in missing), time.monotonic()
         if not missing:
-            self._tell(Step(_STEP, "kept", f"all {len(wheels)} wheels are there"))
+            self._tell(Step(_STEP, "kept", f"all {len(wheels)} wheels are on the host"))
             return ""
         self._check_room(total, seen)
-        self._tell(Step(_STEP, "begins", f"pushes {len(missing)} of {len(wheels)} wheels, {mb(total)}"))
+        self._tell(Step(_STEP, "begins", f"pushing {len(missing)} of {len(wheels)} wheels, {mb(total)}"))
         small = [one for one in missing if one.bytes < _SMALL_BYTES]
         bundle = await anyio.to_thread.run_sync(self._bundle, small, seen.wheels) if len(small) > 1 else None
         alone = [one for one in missing if bundle is None or one not in small]
@@ -148,5 +148,5 @@ class HostWheels:
 
 
 def mb(size: int) -> str:
-    """Return a size as people read it."""
+    """Format a size for people."""
     return f"{size / _MB:.0f} MB"

@@ -1,4 +1,4 @@
-"""Making the environment: one process at a time, beside its place, checked before it gets its name."""
+"""The environment on the host: checking it, making it in a temporary folder under a lock, or adding to a named one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from raylaunch.cluster.installer.tools import LAST_LINES, MAKE_S, Uv, find_uv
 
 
 def check_named(request: Request) -> None:
-    """Refuse the environment that runs this if it lacks something, with the command that mends it.
+    """Refuse the environment that runs this if it lacks something, with the command that fixes it.
 
     Raises:
         Problem: it lacks something.
@@ -75,7 +75,7 @@ _ASK_S = 60.0
 
 
 def look(request: Request) -> dict[str, object]:
-    """Say whether the environment is there, and if not, which wheels are.
+    """Return whether the environment exists, and which wheels do.
 
     Raises:
         Problem: it could never be made here.
@@ -96,7 +96,7 @@ def look(request: Request) -> dict[str, object]:
 
 
 def is_ready(request: Request, places: Places) -> bool:
-    """Say whether the environment is complete and its interpreter runs."""
+    """Return whether the environment is complete and its interpreter runs."""
     try:
         made = json.loads((places.env / MARKER).read_bytes())
         argv = [str(places.python), "-I", "-c", "import raylaunch.version"]
@@ -145,7 +145,7 @@ print(json.dumps({name: version(name) for name in names}))
 
 
 def make(request: Request) -> dict[str, object]:
-    """Make the environment, unless it is there by now.
+    """Make the environment, unless it exists by now.
 
     Raises:
         Problem: it cannot be made.
@@ -160,12 +160,12 @@ def make(request: Request) -> dict[str, object]:
 def _make(request: Request, places: Places) -> None:
     uv = find_uv(request, places, places.wheel(request.uv) if request.uv else None)
     make_venv = ["venv", "--quiet", "--relocatable", "--python", sys.executable, str(places.making)]
-    uv.run(*make_venv, what="makes a virtual environment")
+    uv.run(*make_venv, what="creating a virtual environment")
     install = ["pip", "install", "--python", str(places.making / "bin" / "python"), "--no-deps", "--no-build"]
-    uv.run(*install, *_sources(request, places, uv), what="installs Ray, wandb and what they need")
+    uv.run(*install, *_sources(request, places, uv), what="installing Ray, wandb and their dependencies")
     if request.own:
         own = str(places.wheel(request.own))
-        uv.run(*install, "--offline", "--no-index", own, what="installs raylaunch")
+        uv.run(*install, "--offline", "--no-index", own, what="installing raylaunch")
 
 
 def _sources(request: Request, places: Places, uv: Uv) -> list[str]:
@@ -180,7 +180,7 @@ def _sources(request: Request, places: Places, uv: Uv) -> list[str]:
     preferred = (f"{name}=={version}\n" for name, version in request.preferences.items())
     pins.write_text("".join(preferred), encoding="utf-8")  # uv keeps to what its output holds, where that fits
     options = ["--quiet", "--no-build", "--no-header", "--no-annotate", "--python", sys.executable]
-    uv.run("pip", "compile", *options, "--output-file", str(pins), str(wanted), what="asks the package index")
+    uv.run("pip", "compile", *options, "--output-file", str(pins), str(wanted), what="querying the package index")
     return ["--requirement", str(pins)]
 
 
@@ -224,8 +224,8 @@ def _check_wheels(request: Request, places: Places) -> None:
     for path in damaged:
         path.unlink()
     if damaged:
-        msg = f"these wheels were damaged, and are removed: {', '.join(path.name for path in damaged)}"
-        raise TransferProblem(msg, "run the same command again: they are pushed anew")
+        msg = f"these wheels were damaged and have been removed: {', '.join(path.name for path in damaged)}"
+        raise TransferProblem(msg, "run the same command again, which pushes them again")
 
 
 def _sha256(path: Path) -> str:
@@ -302,8 +302,8 @@ def _check_made(request: Request, folder: Path) -> None:
             return
         said = "\n".join(f"    {line}" for line in done.stderr.strip().splitlines()[-LAST_LINES:])
         why = f"\n{said}" if found is None else f"it holds {found} and should hold {request.versions}"
-    msg = f"the environment was made and does not work: {why}"
-    raise InstallerProblem(msg, "see why above")
+    msg = f"the environment was made but does not work: {why}"
+    raise InstallerProblem(msg, "fix the cause above")
 
 
 _PROGRAM = 0o755

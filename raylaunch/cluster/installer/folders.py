@@ -41,8 +41,8 @@ class Places:
         """
         path = self.wheels / file.sha256 / file.file
         if not path.is_file():
-            msg = f"{path} is not there"
-            raise TransferProblem(msg, "run the same command again: what is missing is pushed")
+            msg = f"{path} does not exist"
+            raise TransferProblem(msg, "run the same command again, which pushes what is missing")
         return path
 
     def make(self) -> None:
@@ -121,8 +121,8 @@ def _unpack(places: Places, bundle: Path) -> None:
 def _write(folder: Path, name: str, content: bytes) -> None:
     sha256, _, file = name.partition("/")
     if len(sha256) != _SHA256_DIGITS or not file or "/" in file or hashlib.sha256(content).hexdigest() != sha256:
-        msg = f"{name} did not arrive as it was sent"
-        raise TransferProblem(msg, "run the same command again: it is pushed anew")
+        msg = f"{name} was damaged on its way"
+        raise TransferProblem(msg, "run the same command again, which pushes it again")
     (folder / sha256).mkdir(parents=True)
     (folder / sha256 / file).write_bytes(content)
 

@@ -103,7 +103,7 @@ _CHUNK = 1024 * 1024
 _PROGRAM = 0o755
 _PRIVATE = 0o700
 _NO_SPACE = "No space left on device"
-_AGAIN = "run the same command again: what is done is not done again"
+_AGAIN = "run the same command again; completed steps are skipped"
 
 
 class Uv:
@@ -120,7 +120,7 @@ class Uv:
         self._places = places
 
     def run(self, *arguments: str, what: str) -> None:
-        """Run it, say each second how far it is, and judge it by its exit status.
+        """Run it, report progress every second, and check its exit status.
 
         Raises:
             Problem: it failed, cannot be run here, or has not ended in time.
@@ -141,7 +141,7 @@ class Uv:
             return storage_problem(OSError(errno.ENOSPC, _NO_SPACE), self._places.root)
         last = "\n".join(f"    {line}" for line in text.strip().splitlines()[-LAST_LINES:])
         msg = f"{what} failed (exit status {status}):\n{last}"
-        return InstallerProblem(msg, "see why above, mend it, and run the same command again")
+        return InstallerProblem(msg, "fix the cause above, and run the same command again")
 
     def _environment(self) -> dict[str, str]:
         foreign = ("PYTHON", "VIRTUAL_ENV", "CONDA")
@@ -157,7 +157,7 @@ class Uv:
     def _start(self, argv: Sequence[str], output: int) -> subprocess.Popen[bytes]:
         folder = self._places.versions
         try:
-            return subprocess.Popen(  # noqa: S603 -- the uv that was looked for
+            return subprocess.Popen(  # noqa: S603 -- the uv that was found
                 argv, env=self._environment(), cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
         except OSError as error:
@@ -185,7 +185,7 @@ class Uv:
     def _count(self) -> str:
         count = len(list(self._places.making.glob("lib/python*/site-packages/*.dist-info")))
         of = f" of {len(self._request.wheels)}" if self._request.wheels else ""
-        return f", {count}{of} packages are in" if count else ""
+        return f", {count}{of} packages installed" if count else ""
 
 
 def find_uv(request: Request, places: Places, wheel: Path | None) -> Uv:
@@ -221,13 +221,13 @@ def _of_host(places: Places) -> str:
     if not program.exists():
         why = _install_with_pip(target, os.environ)
         if not program.exists():
-            msg = f"uv is not on the host, not to be had from here, and the host's pip cannot install it: {why}"
-            raise InstallerProblem(msg, "install uv there, or run this where a package index can be reached")
+            msg = f"uv is not on the host, could not be sent from here, and the host's pip cannot install it: {why}"
+            raise InstallerProblem(msg, "install uv there, or run this on a machine that reaches a package index")
     return str(program)
 
 
 def _install_with_pip(target: Path, env: Mapping[str, str]) -> str:
-    goes("installs uv with the host's pip")
+    goes("installing uv with the host's pip")
     argv = [sys.executable, "-I", "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
     argv += ["--target", str(target), "uv"]
     try:

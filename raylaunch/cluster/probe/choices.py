@@ -1,4 +1,4 @@
-"""From what cluster.yaml says of a host, and what its probe found, to what is asked of it. Pure functions."""
+"""Choices from a host's entry in cluster.yaml and its probe: GPUs, Python, folders and address. Pure functions."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def choose(
     common = set.intersection(*(set(one) for one in by_host.values()), *({one} for one in beside)) if by_host else set()
     if by_host and not common:
         has = "; ".join(f"{host} has {_words(one)}" for host, one in by_host.items())
-        msg = f"the hosts have no Python in common, and Ray wants the same minor version on all: {has}"
+        msg = f"the hosts have no Python in common, and Ray needs the same minor version on all: {has}"
         hint = "install one on those that lack it (without root: uv python install 3.12, or a conda environment)"
         raise ClusterStartError(msg, hint=hint, step="python")
     minor = own if own in common else max(common, default=own)

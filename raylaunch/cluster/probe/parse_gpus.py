@@ -1,4 +1,4 @@
-"""What the probe's script printed of the GPUs: ``nvidia-smi``'s tables, the PCI bus, and the kernel's log."""
+"""The sections of the probe's output, and its GPUs: ``nvidia-smi``'s tables, the PCI bus and the kernel's log."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from dataclasses import dataclass, field
 from raylaunch.agent.node_info import smi_bytes, smi_number
 from raylaunch.cluster.probe.facts import GpuProcess, Gpus, HostGpu
 from raylaunch.models.fields import whole
+
+_CUDA = re.compile(r"CUDA (?:UMD )?Version\s*:\s*([0-9.]+)")
+"""Drivers from 610 on say "CUDA UMD Version"."""
+_MODULE = re.compile(r"Module\s+(?:for \S+\s+)?([0-9.]+)")
+_MIG_DEVICE = re.compile(r"^\s+MIG .*\(UUID: MIG-", re.MULTILINE)
+_NO_DEVICES = "No devices were found"
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,6 @@ def read_answer(output: bytes, mark: str) -> ProbeOutput:
 def _section(text: str, status: int) -> Section:
     rows = tuple(tuple(line.split("\t")) for line in text.splitlines() if line.strip())
     return Section(text.strip("\n"), status, rows)
-
-
-_CUDA = re.compile(r"CUDA (?:UMD )?Version\s*:\s*([0-9.]+)")
-"""Drivers from 610 on say "CUDA UMD Version"."""
-_MODULE = re.compile(r"Module\s+(?:for \S+\s+)?([0-9.]+)")
-_MIG_DEVICE = re.compile(r"^\s+MIG .*\(UUID: MIG-", re.MULTILINE)
-_NO_DEVICES = "No devices were found"
 
 
 def read_gpus(answer: ProbeOutput) -> Gpus:

@@ -1,4 +1,4 @@
-"""Look at one host: a script of one round trip (`script.sh`), and what it found as `HostFacts`."""
+"""The probe of one host: a script in one round trip (`script.sh`), and its results as `HostFacts`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from raylaunch.errors import HostStepError
 from raylaunch.models.host_spec import HostSpec
 
 LIMIT_S = 35.0
-"""The script ends itself after 20 s, and what it is then in the middle of is given up."""
+"""The script ends itself after 20 s and gives up the section that is running then."""
 
 _TAIL = 5
 
 
 class CommandResult(Protocol):
-    """What became of a command."""
+    """How a command ended."""
 
     @property
     def status(self) -> int:
@@ -56,15 +56,15 @@ class CommandRunner(Protocol):
 async def probe(
     machine: CommandRunner, host: HostSpec | None = None, *, now: Callable[[], float] = time.time
 ) -> HostFacts:
-    """Ask the machine what it is and has; change nothing there.
+    """Collect facts about the machine, without changing anything there.
 
     Args:
         machine: where.
-        host: what cluster.yaml says of it: its folders and its Python are looked at.
+        host: its entry in cluster.yaml, whose folders and Python are checked.
         now: this machine's clock.
 
     Raises:
-        HostError: the machine cannot be asked, or its shell does not run the script.
+        HostError: the machine cannot be reached, or its shell does not run the script.
     """
     mark = secrets.token_hex(8)
     about = (host.root, host.store, host.environment) if host else ("", "", "")
@@ -101,7 +101,7 @@ def _clock(answer: ProbeOutput, sent: float, received: float) -> Clock:
 
 def _broken(name: str, ran: CommandResult, answer: ProbeOutput) -> HostStepError:
     said = (ran.err or ran.out).decode("utf-8", errors="replace").strip().splitlines()[-_TAIL:]
-    began = f"it ended in the middle ({len(answer.sections)} sections came)" if answer.sections else "it did not begin"
+    began = f"it stopped halfway ({len(answer.sections)} sections came)" if answer.sections else "it did not start"
     msg = f"{name}: the probe's script could not be run: {began}, exit status {ran.status}"
     hint = "log in with ssh and run: sh -c 'date'; the account needs a POSIX shell at /bin/sh"
     return HostStepError(msg, hint=hint, host=name, step="probe", exit_status=ran.status, tail=tuple(said))
