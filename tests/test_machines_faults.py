@@ -1,7 +1,7 @@
 """`raylaunch up` while things break: it is killed at each step, a host is bad, a host stops answering in the middle.
 
 What breaks below `up` is tested where it is: connections in test_ssh*.py, pushing and installing in test_install*.py
-and test_machines_install.py, what the probe finds in test_doctor_machines.py and test_problems*.py.
+and test_machines_install.py, what the probe finds in test_doctor_machines.py and test_checks_*.py.
 """
 
 from __future__ import annotations

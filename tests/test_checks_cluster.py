@@ -188,7 +188,7 @@ def test_blocking_problems_come_first_and_then_the_order_of_the_hosts() -> None:
 
 
 def test_every_code_has_a_test() -> None:
-    files = Path(__file__).parent.glob("test_problems*.py")
+    files = Path(__file__).parent.glob("test_checks_*.py")
     text = "".join(file.read_text(encoding="utf-8") for file in files)
     untested = [code for code in CODES if f'"{code}"' not in text]
     assert not untested
