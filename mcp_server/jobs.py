@@ -33,13 +33,13 @@ from raylaunch.client.transport import NoAnswerError
 from raylaunch.config.load import Flag, job_spec_from_flags
 from raylaunch.config.yaml_file import YamlFile, parse_yaml
 from raylaunch.errors import ClusterError, NotFoundError, SpecError, WithheldError
-from raylaunch.models.job import DryRun, JobView, PackReport
+from raylaunch.models.job import DryRun, JobView, PackReport, format_metrics
 from raylaunch.models.job_spec import JobSpec
 from raylaunch.models.states import JobState
 
 _LOG_BYTES = 12_000
 _LOOK_S = 2.0
-_METRICS_TOLD = 3
+_METRICS_SHOWN = 3
 
 
 async def monitor_job(given: MonitorJob, call: ToolCall) -> Json:
@@ -125,16 +125,9 @@ async def _after_a_change(client: Client, job: JobView, known: int, wait_s: floa
 
 
 def _line(job: JobView) -> str:
-    words = [f"{token(job.id)} is {job.state.value}" + (", its node cannot be reached" if job.unreachable else "")]
-    if job.progress:
-        total = f" of {job.progress.total:g}" if job.progress.total else ""
-        words.append(f"step {job.progress.step:g}{total}")
-    words += [
-        f"{token(key, 40)} {value:.5g}"
-        for key, value in list(job.last_metrics.items())[:_METRICS_TOLD]
-        if token(key, 40)
-    ]
-    return ", ".join(words)
+    named = {key: value for key, value in list(job.last_metrics.items())[:_METRICS_SHOWN] if token(key, 40)}
+    parts = [f"{token(job.id)} is {job.state_text}", str(job.progress or "")]
+    return ", ".join(filter(None, [*parts, format_metrics(named, limit=_METRICS_SHOWN)]))
 
 
 async def _end_of_log(client: Client, job: JobView, most: int) -> Json | None:

@@ -165,7 +165,7 @@ def job_row(job: JobView, *, now: float) -> Json:
                     "id": "" if token(job.id) else short(job.id, 99),
                     "name": short(job.name, 63),
                     "owner": short(job.owner, 63),
-                    "why": short(job.message or (job.reason.sentence if job.reason else ""), 200),
+                    "why": short(job.why, 200),
                 }
             ),
         }

@@ -134,7 +134,7 @@ def test_listing_loads_nothing_that_only_a_submission_needs(home: Path) -> None:
 def test_a_mistyped_command_is_a_usage_error_with_the_nearest(home: Path) -> None:
     done = cli(home, "lits")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "Error: there is no command 'lits' (nearest: list)"
+    assert done.stderr.splitlines()[-1] == "Error: no such command 'lits' (nearest: list)"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_command_that_ends_something_is_not_suggested_for_a_name_that_only_loo
     home: Path, name: str, near: str
 ) -> None:
     ending = f" (nearest: {near})" if near else ""
-    assert cli(home, name).stderr.splitlines()[-1] == f"Error: there is no command {name!r}{ending}"
+    assert cli(home, name).stderr.splitlines()[-1] == f"Error: no such command {name!r}{ending}"
 
 
 def test_with_json_an_error_is_json_too(home: Path, api: Api) -> None:
@@ -202,12 +202,12 @@ def test_submit_prints_the_id_and_says_on_stderr_what_was_packed(home: Path, api
     done = cli(home, "submit", "--name", "digits", "--", "python", "train.py", "--gpus", "4", cwd=code)
     assert done.returncode == 0
     assert done.stdout.startswith("digits-")
-    assert done.stderr.splitlines()[0].startswith("packed 1 file, 9 B (")
+    assert done.stderr.splitlines()[0].startswith("Packed 1 file (9 B, ")
     assert done.stderr.splitlines()[1:] == [
-        "left out 1 file or folder (built in: *.pyc)",
-        "largest: train.py 9 B",
+        "Skipped 1 file or folder (built in: *.pyc)",
+        "Largest: train.py 9 B",
         f"Python {sys.version_info[0]}.{sys.version_info[1]} that runs Ray ({sys.prefix})",
-        f"submitted {done.stdout.strip()}: queued",
+        f"Submitted {done.stdout.strip()}: queued",
     ]
     spec = json.loads(cli(home, "show", "--json").stdout)["spec"]
     assert spec["entrypoint"] == ["python", "train.py", "--gpus", "4"]
@@ -217,7 +217,7 @@ def test_an_option_behind_the_program_without_dashes_is_pointed_out(home: Path, 
     assert api.url
     for option in ("--gpus", "--dry-run", "--json"):
         done = cli(home, "submit", "train.py", option, "4", cwd=code)
-        assert f"note: {option} goes to train.py; options of raylaunch stand before --" in done.stderr
+        assert f"note: {option} is passed to train.py; put options of raylaunch before --" in done.stderr
 
 
 def test_the_same_request_id_is_the_same_job_and_with_another_spec_an_error(home: Path, api: Api, code: Path) -> None:
@@ -232,7 +232,7 @@ def test_the_same_request_id_is_the_same_job_and_with_another_spec_an_error(home
 def test_the_key_of_the_environment_goes_along_and_is_said_but_not_shown(home: Path, api: Api, code: Path) -> None:
     key = "0123456789" * 4
     done = cli(home, "submit", "--", "x", cwd=code, extra={"WANDB_API_KEY": key})
-    assert "the W&B key of this environment (WANDB_API_KEY) goes along, for this job alone" in done.stderr
+    assert "Sending the W&B key of this environment (WANDB_API_KEY), for this job only" in done.stderr
     assert key not in done.stdout + done.stderr + cli(home, "show", "--json").stdout
     assert not [path for path in (api.store / "jobs").rglob("*") if path.is_file() and key in path.read_text()]
 
@@ -264,8 +264,8 @@ def test_a_dry_run_submits_nothing(home: Path, api: Api, code: Path) -> None:
     assert (done.returncode, done.stdout.splitlines()) == (
         0,
         [
-            "packed 1 file, 9 B (156 B to send)",
-            "largest: train.py 9 B",
+            "Packed 1 file (9 B, 156 B compressed)",
+            "Largest: train.py 9 B",
             f"Python {sys.version_info[0]}.{sys.version_info[1]} that runs Ray ({sys.prefix})",
             "train would start on here at once",
         ],
@@ -289,8 +289,8 @@ def test_a_dry_run_starts_no_cluster_and_checks_what_it_can_without_one(home: Pa
     done = cli(home, "run", "--gpus", "2", "--dry-run", "--", "python", "train.py", cwd=code)
     python = f"Python {sys.version_info[0]}.{sys.version_info[1]} that runs Ray ({sys.prefix})"
     said = done.stdout.splitlines()
-    assert (done.returncode, said[0].startswith("packed 2 files"), python in said) == (0, True, True)
-    assert "cluster 'local' does not run, and would be started first" in said
+    assert (done.returncode, said[0].startswith("Packed 2 files"), python in said) == (0, True, True)
+    assert "cluster 'local' is not running and would be started first" in said
     assert "cluster local: would start" in said
     found = json.loads(cli(home, "submit", "--json", "--dry-run", "--", "python", "train.py", cwd=code).stdout)
     assert (found["fits"], found["pack"]["files"], found["chosen"]["source"]) == ([], 2, "own")
@@ -350,7 +350,7 @@ def test_a_page_says_how_to_get_the_next_and_all_gets_every_page(home: Path, api
     assert api.url
     jobs = [submitted(home, code) for _ in range(3)]
     page = cli(home, "list", "--limit", "2")
-    assert page.stderr.startswith("2 of 3 jobs; the next: raylaunch list --cursor ")
+    assert page.stderr.startswith("Showing 2 of 3. Next page: raylaunch list --cursor ")
     cursor = page.stderr.split()[-1]
     assert cli(home, "list", "--cursor", cursor).stdout.splitlines()[1].startswith(jobs[0])
     assert len(json.loads(cli(home, "list", "--limit", "1", "--all", "--json").stdout)["jobs"]) == 3
@@ -413,7 +413,7 @@ def test_wait_gives_up_after_its_timeout(home: Path, api: Api, code: Path) -> No
     assert api.url
     job = submitted(home, code)
     done = cli(home, "wait", job, "--timeout", "200ms")
-    assert (done.returncode, done.stderr) == (124, f"{job} has not ended within 0.2 s\n")
+    assert (done.returncode, done.stderr) == (124, f"{job} did not end within 0.2 s\n")
 
 
 def started(home: Path, code: Path, *words: str) -> subprocess.Popen[str]:
@@ -464,7 +464,7 @@ def test_ctrl_c_while_following_detaches_and_leaves_the_job_alone(home: Path, ap
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert err.splitlines()[-1] == f"detached; the job goes on: raylaunch follow {job}"
+    assert err.splitlines()[-1] == f"Detached; the job keeps running. Follow it again: raylaunch follow {job}"
     assert json.loads(cli(home, "show", job, "--json").stdout)["state"] == "starting"
 
 
@@ -475,8 +475,8 @@ def test_get_downloads_and_prints_where_and_finds_again_what_is_here(home: Path,
     output.write_bytes(b"weights")
     api.services.artifacts.finalize(job)
     first, again = (cli(home, "get", "digits", "--to", "here") for _ in range(2))
-    assert (first.stdout, first.stderr) == ("here/model.pt\n", "1 file fetched, 7 B; checksums agree\n")
-    assert again.stderr == "0 files fetched, 0 B, 1 file already here; checksums agree\n"
+    assert (first.stdout, first.stderr) == ("here/model.pt\n", "Downloaded 1 file, 7 B; checksums verified\n")
+    assert again.stderr == "Downloaded 0 files, 0 B, 1 file already present; checksums verified\n"
     assert (home / "here" / "model.pt").read_bytes() == b"weights"
     assert cli(home, "get", "digits").stdout == f"{job}/model.pt\n"
     (home / "here" / "model.pt").write_bytes(b"my own")
@@ -487,7 +487,7 @@ def test_get_downloads_and_prints_where_and_finds_again_what_is_here(home: Path,
 
 def test_secrets_come_from_stdin_and_only_their_names_come_back(home: Path, api: Api) -> None:
     assert api.url
-    assert cli(home, "secret", "set", "HF_TOKEN", text="hunter2\n").stderr == "HF_TOKEN is set\n"
+    assert cli(home, "secret", "set", "HF_TOKEN", text="hunter2\n").stderr == "Set HF_TOKEN\n"
     assert cli(home, "secret", "list").stdout == "HF_TOKEN\n"
     assert cli(home, "secret", "rm", "HF_TOKEN").returncode == 0
     assert cli(home, "secret", "set", "EMPTY").returncode == 2
@@ -517,7 +517,7 @@ def test_stop_and_rm_take_several_jobs(home: Path, api: Api, code: Path) -> None
     stopped = cli(home, "stop", one, other, "--wait")
     assert stopped.stdout == f"{one} stopped\n{other} stopped\n"
     assert cli(home, "rm", one, other).stdout.startswith(f"removed {one} (")
-    assert cli(home, "list").stderr == "no jobs\n"
+    assert cli(home, "list").stderr == "No jobs\n"
 
 
 def test_a_dry_run_of_up_fails_where_up_would(home: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from raylaunch.cli.console import (
 )
 from raylaunch.cli.doctor import doctor_lines
 from raylaunch.cli.hosts import say_removed
-from raylaunch.cli.job_format import dry_run_words, pack_words
+from raylaunch.cli.job_format import format_dry_run, format_pack
 from raylaunch.cli.logs import say_end
 from raylaunch.cluster.doctor.examine import Findings
 from raylaunch.cluster.processes import identify
@@ -90,8 +90,8 @@ PRINTED: dict[str, Callable[[], object]] = {
     "status --json": lambda: say_status(model(ClusterStatus), as_json=True),
     "doctor": lambda: say_lines(doctor_lines(model(Findings))),
     "end of a job": lambda: say_end(job(), as_json=True),
-    "packed": lambda: say_lines(pack_words(model(PackReport), 1)),
-    "dry run": lambda: say_lines(dry_run_words(model(DryRun, wheels_for=[], wheels_there=[]))),
+    "packed": lambda: say_lines(format_pack(model(PackReport), 1)),
+    "dry run": lambda: say_lines(format_dry_run(model(DryRun, wheels_for=[], wheels_there=[]))),
     "step": lambda: show_step(Step(HOSTILE, "done", HOSTILE)),
     "error": lambda: complain(RaylaunchError(HOSTILE, hint=HOSTILE)),
     "note": lambda: note(HOSTILE),

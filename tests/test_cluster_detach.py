@@ -44,7 +44,7 @@ def test_control_c_while_following_detaches_says_so_and_the_job_goes_on(cluster:
         said = run.err.splitlines()
     job = cluster.job("left-alone")
     assert status == 0
-    assert said[-1] == f"detached; the job goes on: raylaunch follow {job.id}"
+    assert said[-1] == f"Detached; the job keeps running. Follow it again: raylaunch follow {job.id}"
     assert job.state is JobState.RUNNING
     let_go(cluster, "left-alone")
     followed = cluster.cli("follow", job.id)

@@ -49,7 +49,7 @@ def parse(group: click.Group, words: list[str]) -> None:
         return
     command = group.get_command(ctx, rest[0])
     if command is None:
-        ctx.fail(f"there is no command {rest[0]!r}")
+        ctx.fail(f"no such command {rest[0]!r}")
     if isinstance(command, click.Group):
         parse(command, rest)
     else:

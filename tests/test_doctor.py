@@ -83,7 +83,7 @@ def test_an_unknown_host_key_is_shown_and_nothing_was_asked_of_the_host(host: Ss
     (tmp_path / "cluster.yaml").write_text("name: lab\nhosts: [here]\n")
     done = doctor(tmp_path, "doctor", env={"HOME": str(host.home)})
     assert done.returncode == 1
-    assert "here  blocked  not looked at" in done.stdout
+    assert "here  blocked  not checked" in done.stdout
     assert "[host_key]" in done.stdout
     assert "SHA256:" in done.stdout
 
@@ -129,7 +129,7 @@ def test_the_table_says_what_each_host_is_and_problems_follow_with_their_mends()
             *("spark-1", "ready", "DGX OS 7.2.3, aarch64", "1 NVIDIA GB10 (driver 580.95.05)"),
             *("119.0 GiB unified", "2.9 TiB", "3.12"),
         ],
-        ["gone", "blocked", "not looked at"],
+        ["gone", "blocked", "not checked"],
     ]
     assert lines[7:] == [
         "✗ gone: nobody listens on port 22 [unreachable]",

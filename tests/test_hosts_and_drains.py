@@ -106,7 +106,7 @@ def test_a_file_of_rays_own_is_left_to_its_owner(tmp_path: Path) -> None:
     text = (
         "cluster_name: lab\nprovider: {type: local, head_ip: 10.0.0.1, worker_ips: [10.0.0.2]}\nauth: {ssh_user: ml}\n"
     )
-    with pytest.raises(ConflictError, match="is a file of Ray's own") as no:
+    with pytest.raises(ConflictError, match="Ray's own cluster file") as no:
         plan_add(file_of(tmp_path, text), {"host": "dgx-3"})
     assert "worker_ips" in no.value.hint
 

@@ -24,7 +24,7 @@ def test_a_file_is_written_that_says_the_hosts_as_they_were_given(tmp_path: Path
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
         "cluster.yaml: cluster lab of 3 hosts: dgx-1 (the head), dgx-2, 10.0.0.3\n"
-        "next: raylaunch doctor, then raylaunch up\n"
+        "Next: raylaunch doctor, then raylaunch up\n"
     )
     spec = load_cluster_spec(tmp_path / "cluster.yaml")
     assert (spec.name, spec.kind) == ("lab", "ssh")
@@ -66,8 +66,7 @@ def test_a_file_that_is_there_stays_unless_it_is_forced(tmp_path: Path) -> None:
     done = init(tmp_path, "init", "lab", "10.0.0.1")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        "error: cluster.yaml is there already\n"
-        "  → replace it: --force; or write another one: raylaunch -c FILE init …\n"
+        "error: cluster.yaml already exists\n  → replace it: --force; or write another one: raylaunch -c FILE init …\n"
     )
     assert (tmp_path / "cluster.yaml").read_text() == "name: mine\n"
     assert init(tmp_path, "init", "lab", "10.0.0.1", "--force").returncode == 0
@@ -132,9 +131,7 @@ def test_a_name_that_nothing_here_knows_is_told_and_not_refused(tmp_path: Path) 
     (ssh / "more.d").mkdir()
     (ssh / "more.d/lab").write_text("host = spark\n")
     hosts = [HostSpec(host=name) for name in ("dgx-1", "spark", "sparc", "a.example.org", "10.0.0.1", "fd00::1")]
-    assert list(ssh_notes(hosts, ssh / "config")) == [
-        "sparc is not in ~/.ssh/config: `ssh sparc` must work as it stands"
-    ]
+    assert list(ssh_notes(hosts, ssh / "config")) == ["sparc is not in ~/.ssh/config: `ssh sparc` must work without it"]
     done = init(tmp_path, "init", "lab", "sparc", "dgx-1")
     assert done.returncode == 0
-    assert done.stderr == "sparc is not in ~/.ssh/config: `ssh sparc` must work as it stands\n"
+    assert done.stderr == "sparc is not in ~/.ssh/config: `ssh sparc` must work without it\n"

@@ -8,14 +8,14 @@ import pytest
 
 from raylaunch.cli.cluster import export_lines, status_lines
 from raylaunch.cli.console import count, size, span, table
-from raylaunch.cli.job_format import describe, exit_status, final_facts, jobs_table, metrics_words, pack_words
+from raylaunch.cli.job_format import exit_status, format_end, format_job, format_pack, jobs_table
 from raylaunch.cli.jobs import since_time
 from raylaunch.cli.metrics import chart
 from raylaunch.cli.run import flags_of
 from raylaunch.config.load import Flag, job_spec_from_flags
 from raylaunch.errors import SpecError
 from raylaunch.models.cluster import ClusterStatus, ProcessView, RayAccess
-from raylaunch.models.job import AttemptView, FileFact, JobView, MetricPoint, MetricSeries, PackReport
+from raylaunch.models.job import AttemptView, FileFact, JobView, MetricPoint, MetricSeries, PackReport, format_metrics
 from raylaunch.models.safe_text import LINE_LIMIT, LogView, clean
 from raylaunch.models.states import JobState, Reason
 
@@ -153,7 +153,7 @@ def test_a_falling_series_begins_at_the_top_left_and_ends_at_the_bottom_right() 
 def test_charts_of_one_point_of_equal_values_and_of_none_are_drawn() -> None:
     assert "last 5, lowest 5, highest 5" in chart(series(5))
     assert "last 5, lowest 5, highest 5" in chart(series(5, 5, 5))
-    assert chart(series(float("nan"))) == "loss  (1 points)\n  nothing to draw: no finite values"
+    assert chart(series(float("nan"))) == "loss  (1 points)\n  nothing to plot: no finite values"
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_shell_sees_the_jobs_own_status(view: JobView, status: int) -> None:
 
 def test_the_end_of_a_failed_job_shows_its_reason_and_last_lines() -> None:
     failed = job(JobState.FAILED, reason=Reason.EXIT_CODE, message="exited with status 3", log_tail=["one", "two"])
-    assert final_facts(failed) == [
+    assert format_end(failed) == [
         "digits-k3f9qa failed: exited with status 3",
         "last lines of its log:",
         "  │ one",
@@ -186,7 +186,7 @@ def test_the_end_of_a_failed_job_shows_its_reason_and_last_lines() -> None:
 
 def test_the_end_of_a_job_that_succeeded_says_what_there_is_and_how_to_get_it() -> None:
     done = job(last_metrics={"loss": 0.25}, outputs=2, output_bytes=2048)
-    assert final_facts(done) == [
+    assert format_end(done) == [
         "digits-k3f9qa succeeded",
         "metrics: loss 0.25   (raylaunch metrics digits-k3f9qa --plot)",
         "outputs: 2 files, 2.0 KiB   (raylaunch get digits-k3f9qa)",
@@ -199,7 +199,7 @@ def test_the_end_says_why_a_run_tracked_off_line_and_what_the_environment_does_l
         wandb={"mode": "offline", "run_id": "r", "project": "p", "why": "no W&B credentials"},
         environment={"warnings": ["wandb 0.30.0 writes its file in blocks"]},
     )
-    assert final_facts(done)[2:] == [
+    assert format_end(done)[2:] == [
         "W&B: offline (no W&B credentials)",
         "warning: wandb 0.30.0 writes its file in blocks",
     ]
@@ -215,11 +215,11 @@ def test_a_foreign_job_is_marked_in_the_list() -> None:
 
 def test_an_unreachable_job_says_so() -> None:
     assert "running (unreachable)" in jobs_table((job(JobState.RUNNING, unreachable=True),), now=NOW)[1]
-    assert "state      running (unreachable)" in describe(job(JobState.RUNNING, unreachable=True), now=NOW)
+    assert "state      running (unreachable)" in format_job(job(JobState.RUNNING, unreachable=True), now=NOW)
 
 
 def test_many_metrics_are_cut_and_counted() -> None:
-    assert metrics_words({f"m{n}": n for n in range(10)}, limit=2) == "m0 0, m1 1, … 8 more"
+    assert format_metrics({f"m{n}": n for n in range(10)}, limit=2) == "m0 0, m1 1, … 8 more"
 
 
 def test_what_was_packed_left_out_and_largest_is_said() -> None:
@@ -230,10 +230,10 @@ def test_what_was_packed_left_out_and_largest_is_said() -> None:
         ignored_by=(".gitignore: *.pt", "built in: .venv/"),
         largest=(FileFact(path="data.csv", bytes=2048),),
     )
-    assert pack_words(report, 1024) == [
-        "packed 3 files, 3.0 KiB (1.0 KiB to send)",
-        "left out 2 files and folders (.gitignore: *.pt; built in: .venv/)",
-        "largest: data.csv 2.0 KiB",
+    assert format_pack(report, 1024) == [
+        "Packed 3 files (3.0 KiB, 1.0 KiB compressed)",
+        "Skipped 2 files and folders (.gitignore: *.pt; built in: .venv/)",
+        "Largest: data.csv 2.0 KiB",
     ]
 
 
@@ -346,11 +346,11 @@ def test_one_quoted_word_with_blanks_is_for_a_shell_and_a_bare_word_is_a_program
 
 
 def test_a_shell_command_and_a_program_together_are_refused() -> None:
-    with pytest.raises(SpecError, match="both --shell and a program after -- were given"):
+    with pytest.raises(SpecError, match="--shell"):
         flags_of({"shell": "a", "command": ("b",)}, {})
 
 
 def test_an_env_flag_that_is_no_pair_is_refused() -> None:
     with pytest.raises(SpecError) as caught:
         flags_of({"env": ("NOPE",)}, {})
-    assert str(caught.value) == "--env: 'NOPE' is not NAME=VALUE\n  → there is no NOPE in the environment here"
+    assert str(caught.value) == "--env: 'NOPE' is not NAME=VALUE\n  → NOPE is not set in this environment"

@@ -65,7 +65,7 @@ def test_a_file_in_the_current_folder_wins_over_switch() -> None:
 
 def test_an_unknown_cluster_is_said_with_the_known_ones() -> None:
     brought_up("dgx", "dgx-1")
-    with pytest.raises(NotFoundError, match="no cluster 'dgz' was brought up from here; known: dgx"):
+    with pytest.raises(NotFoundError, match="no cluster 'dgz' was started from here; known: dgx"):
         run("--cluster", "dgz", "status")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 
-from raylaunch.cli.connect import ClusterCommand, as_json, finish, to_come
+from raylaunch.cli.connect import ClusterCommand, as_json, finish, parse_future_time
 from raylaunch.cli.console import count, is_terminal, note, say, say_json, say_lines, shown_text, table
 from raylaunch.cluster.hosts import joined
 from raylaunch.cluster.trust import VARIABLE, accept, destinations, fingerprint, unaccepted
@@ -26,33 +26,33 @@ from raylaunch.operations.invites import join as join_cluster
 
 @click.group(epilog="Example:  raylaunch secret set HF_TOKEN < token.txt")
 def secret() -> None:
-    """Set, list and remove secrets. A job names those that it needs: --secret NAME."""
+    """Set, list and remove secrets. A job requests them by name: --secret NAME."""
 
 
 @secret.command("set", epilog="Example:  printenv HF_TOKEN | raylaunch secret set HF_TOKEN")
 @click.argument("name")
-@click.option("--for", "people", multiple=True, metavar="NAME", help="Whose jobs may have it; may be repeated.")
-@click.option("--for-everyone", is_flag=True, help="Everybody's jobs may have it, as without --for at first.")
+@click.option("--for", "people", multiple=True, metavar="NAME", help="Person whose jobs may use it; may be repeated.")
+@click.option("--for-everyone", is_flag=True, help="All jobs may use it; the default for a new secret.")
 @click.pass_obj
 def set_(cluster_file: Path | None, *, name: str, people: tuple[str, ...], for_everyone: bool) -> None:
-    """Set a secret. The value is read from stdin, or asked for; never from the command line, which others can see.
+    """Set a secret. The value is read from stdin or a prompt, never from the command line, which others can see.
 
-    A new value leaves it as it is whose jobs may have the secret, unless --for or --for-everyone changes that.
+    A new value does not change whose jobs may use the secret, unless --for or --for-everyone is given.
     """
     if people and for_everyone:
-        msg = "--for names people, and --for-everyone all; give one"
+        msg = "--for and --for-everyone exclude each other"
         raise click.UsageError(msg)
     value = _value(name)
-    if not value and name.isidentifier():  # what is no name is the controller's to refuse
+    if not value and name.isidentifier():  # the controller refuses an invalid name
         msg = f"the value of {name} is empty"
-        raise SpecError(msg, hint=f"give it on stdin: printenv {name} | raylaunch secret set {name}")
+        raise SpecError(msg, hint=f"pass it on stdin: printenv {name} | raylaunch secret set {name}")
 
     async def work() -> None:
         async with ClusterCommand(cluster_file).client() as client:
             await client.secrets_set(name, value, people=() if for_everyone else people or None)
 
     finish(work())
-    note(f"{name} is set")
+    note(f"Set {name}")
 
 
 def _value(name: str) -> str:
@@ -78,7 +78,7 @@ def list_secrets(cluster_file: Path | None, *, as_json: bool) -> None:
     for name in names:
         say(name)
     if not names:
-        note("no secrets are set")
+        note("No secrets")
 
 
 @secret.command("rm", epilog="Example:  raylaunch secret rm HF_TOKEN")
@@ -92,7 +92,7 @@ def rm(cluster_file: Path | None, *, name: str) -> None:
             await client.secrets_remove(name)
 
     finish(work())
-    note(f"{name} is removed")
+    note(f"Removed {name}")
 
 
 class _Trust(BaseModel):
@@ -106,14 +106,14 @@ class _Trust(BaseModel):
 
 @click.command(epilog="Example:  raylaunch trust cluster.yaml")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
-@click.option("--show", is_flag=True, help="Print what the file connects to, and accept nothing.")
+@click.option("--show", is_flag=True, help="Print what the file connects to; accept nothing.")
 @as_json
 @click.pass_obj
 def trust(cluster_file: Path | None, *, file: Path | None, show: bool, as_json: bool) -> None:
-    """Accept the hosts and addresses that FILE names; without FILE those of the cluster that applies here.
+    """Accept the hosts and addresses in FILE; by default those of the current cluster.
 
-    raylaunch contacts nothing that a cluster file names before you have accepted it. 'init' and 'add' accept the hosts
-    that you type, and 'up' asks in a terminal. Comments, names and other settings may change without a new question.
+    raylaunch connects to nothing in a cluster file until you have accepted it. 'init' and 'add' accept the hosts that
+    you type, and 'up' asks on a terminal. Changes to comments, names and other settings need no new acceptance.
     """
     spec = load_cluster_file(file or cluster_file).spec
     if not show:
@@ -126,7 +126,7 @@ def trust(cluster_file: Path | None, *, file: Path | None, show: bool, as_json: 
         say_json(_Trust(cluster=spec.name, fingerprint=code, connects_to=words, accepted=accepted))
         return
     if not places:
-        say(f"cluster {spec.name} is on this machine: there is nothing to accept")
+        say(f"cluster {spec.name} is on this machine: nothing to accept")
         return
     say(f"cluster {spec.name}: {'accepted' if accepted else 'not accepted yet'}")
     for one in places:
@@ -139,29 +139,31 @@ ROLES = ("viewer", "trainer", "operator", "admin")
 
 @click.group(epilog="Example:  raylaunch token create --for alice --role trainer")
 def token() -> None:
-    """Say who may use the cluster: invite people, list and revoke tokens."""
+    """Manage access: invite people, list and revoke tokens."""
 
 
 @token.command(epilog="Example:  raylaunch token create --for alice --role trainer --expires 90d")
-@click.option("--for", "person", required=True, metavar="NAME", help="Whom; the name stands beside her jobs.")
-@click.option("--role", type=click.Choice(ROLES), default="trainer", show_default=True, help="What she may do.")
-@click.option("--expires", metavar="TIME", help="When her token is over: 90d, 2027-01-31; without it never.")
-@click.option("--valid", default="24h", show_default=True, metavar="DURATION", help="How long the line is good.")
+@click.option(
+    "--for", "person", required=True, metavar="NAME", help="Who is invited. The name is shown next to their jobs."
+)
+@click.option("--role", type=click.Choice(ROLES), default="trainer", show_default=True, help="What they may do.")
+@click.option("--expires", metavar="TIME", help="When the token expires: 90d, 2027-01-31. Default: never.")
+@click.option("--valid", default="24h", show_default=True, metavar="DURATION", help="How long the invitation is valid.")
 @click.pass_obj
 def create(cluster_file: Path | None, *, person: str, role: str, expires: str | None, valid: str) -> None:
-    """Print the line that lets a person in. It works once; she needs an account of her own on the head."""
-    at = to_come(expires, option="--expires")
+    """Print a command that gives a person access. It works once; they need their own account on the head."""
+    at = parse_future_time(expires, option="--expires")
     valid_s = _seconds(valid)
-    line, over = finish(invite(ClusterCommand(cluster_file), person, role, valid_s=valid_s, token_expires_at=at))
+    line, expires_at = finish(invite(ClusterCommand(cluster_file), person, role, valid_s=valid_s, token_expires_at=at))
     say(line)
-    note(f"{person} pastes this once, until {_when(over)}; `ssh` to that head must work for her")
+    note(f"{person} runs this once, before {_when(expires_at)}; their `ssh` to the head must work")
 
 
 @token.command("list", epilog="Example:  raylaunch token list --json")
 @as_json
 @click.pass_obj
 def list_(cluster_file: Path | None, *, as_json: bool) -> None:
-    """List whose tokens there are. Tokens themselves are known to nobody but their owners."""
+    """List tokens and their owners. The tokens themselves are known only to their owners."""
 
     async def work() -> tuple[TokenView, ...]:
         async with ClusterCommand(cluster_file).client() as client:
@@ -178,32 +180,32 @@ def _row(one: TokenView) -> Iterator[str]:
     yield from (one.id, one.person, one.role)
     yield _when(one.created_at) if one.created_at else ""
     yield _when(one.expires_at) if one.expires_at else ""
-    over = one.expires_at is not None and one.expires_at <= time.time()
-    yield "invited" if one.invited else "over" if over else "yours" if one.mine else ""
+    expired = one.expires_at is not None and one.expires_at <= time.time()
+    yield "invited" if one.invited else "expired" if expired else "yours" if one.mine else ""
 
 
 @token.command(epilog="Example:  raylaunch token revoke alice")
 @click.argument("who")
 @click.pass_obj
 def revoke(cluster_file: Path | None, *, who: str) -> None:
-    """Take back the tokens and invitations of a person, or one by its ID. Her jobs go on."""
+    """Revoke a person's tokens and invitations, or one of them by its ID. Their jobs keep running."""
 
     async def work() -> int:
         async with ClusterCommand(cluster_file).client() as client:
             return await client.admin.revoke(who)
 
-    note(f"{count(finish(work()), 'token')} of {who} revoked")
+    note(f"Revoked {count(finish(work()), 'token')} of {who}")
 
 
 @click.command(epilog="Example:  raylaunch join lab --head dgx-1.example.org --port 41234 --code k7qm2-…")
 @click.argument("name")
-@click.option("--head", required=True, metavar="HOST", help="The cluster's head, as for ssh.")
-@click.option("--port", type=click.IntRange(1, 65535), required=True, help="The controller's, on the head's loopback.")
-@click.option("--code", required=True, help="The invitation's; it works once, and is worth nothing then.")
-@click.option("--fingerprint", help="The host key that the head must show.")
-@click.option("--jump", multiple=True, help="A machine to go through; may be repeated.")
-@click.option("--user", help="Your account on the head, where ~/.ssh/config does not say it.")
-@click.option("--key", help="The private key to log in with.")
+@click.option("--head", required=True, metavar="HOST", help="The cluster's head, as you would give it to ssh.")
+@click.option("--port", type=click.IntRange(1, 65535), required=True, help="Port of the controller on the head.")
+@click.option("--code", required=True, help="Code of the invitation; works once.")
+@click.option("--fingerprint", help="Expected host key of the head.")
+@click.option("--jump", multiple=True, help="Jump host; may be repeated.")
+@click.option("--user", help="Your account on the head, unless ~/.ssh/config sets it.")
+@click.option("--key", help="Private key for the login.")
 def join(  # noqa: PLR0913 -- each is one fact of the line
     *,
     name: str,
@@ -215,7 +217,7 @@ def join(  # noqa: PLR0913 -- each is one fact of the line
     user: str | None,
     key: str | None,
 ) -> None:
-    """Use a cluster that somebody else runs: paste the line that she sent you ('raylaunch token create')."""
+    """Use a cluster that somebody else runs: paste the line you were sent (from 'raylaunch token create')."""
     given = {"host": head, "fingerprint": fingerprint, "jump": list(jump), "user": user, "key": key}
     host: dict[str, object] = {field: value for field, value in given.items() if value}
     try:
@@ -223,19 +225,19 @@ def join(  # noqa: PLR0913 -- each is one fact of the line
     except ValidationError as error:
         raise spec_error(error, ClusterSpec, {"name": name, "hosts": [host]}, lambda _path: "") from None
     admission = finish(join_cluster(name, host, port=port, code=code))
-    say(f"joined cluster {name} as {admission.person}, {admission.role}; {admission.made_by} runs it")
+    say(f"Joined cluster {name} as {admission.person} ({admission.role}); {admission.made_by} runs it")
     if choose(name, cwd=Path.cwd()):
-        note("it is the one that is meant where no cluster.yaml lies; others: raylaunch switch")
+        note(f"{name} is now the default cluster (a cluster.yaml takes precedence); change it: raylaunch switch")
     else:
-        note(f"name it once: raylaunch --cluster {name} list; or always: raylaunch switch {name}")
+        note(f"Use it once: raylaunch --cluster {name} list; make it the default: raylaunch switch {name}")
 
 
 @click.command(epilog="Example:  raylaunch leave lab")
 @click.argument("name")
 def leave(name: str) -> None:
-    """Forget a cluster that was joined. The cluster, and your jobs there, go on."""
+    """Forget a joined cluster. The cluster and your jobs there keep running."""
     finish(joined.leave(name))
-    note(f"cluster {name} is forgotten here; who runs it can revoke the token: raylaunch token revoke")
+    note(f"Forgot cluster {name}; its owner can revoke your token: raylaunch token revoke")
 
 
 def _seconds(text: str) -> float:

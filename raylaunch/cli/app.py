@@ -1,4 +1,4 @@
-"""The command ``raylaunch``: its commands by name, and what becomes of errors."""
+"""The command ``raylaunch``: its subcommands by name, and the handling of errors."""
 
 from __future__ import annotations
 
@@ -31,45 +31,45 @@ class _Lazy(NamedTuple):
 _SECTIONS: dict[str, dict[str, _Lazy]] = {
     "Cluster": {
         "init": _Lazy("init", "init", "Write a cluster.yaml from the names of hosts."),
-        "doctor": _Lazy("doctor", "doctor", "Say what is wrong with the hosts, and what mends it."),
-        "up": _Lazy("cluster", "up", "Start the cluster, or what is missing of it."),
-        "down": _Lazy("cluster", "down", "End the cluster; jobs, logs and outputs stay on disk."),
-        "status": _Lazy("cluster", "status", "Show what runs: controller, Ray, nodes, GPUs, queue."),
+        "doctor": _Lazy("doctor", "doctor", "Check the hosts and report problems with fixes."),
+        "up": _Lazy("cluster", "up", "Start the cluster, or its missing parts."),
+        "down": _Lazy("cluster", "down", "Stop the cluster; jobs, logs and outputs stay on disk."),
+        "status": _Lazy("cluster", "status", "Show controller, Ray, nodes, GPUs and queue."),
         "add": _Lazy("hosts", "add", "Add a host to the cluster."),
-        "drain": _Lazy("hosts", "drain", "Let a host take no new jobs for a while."),
+        "drain": _Lazy("hosts", "drain", "Stop placing new jobs on a host."),
         "remove": _Lazy("hosts", "remove", "Take a host out of the cluster."),
-        "env": _Lazy("cluster", "env", "Print what Ray's own tools need in the environment."),
-        "switch": _Lazy("hosts", "switch", "Choose among several clusters."),
+        "env": _Lazy("cluster", "env", "Print environment variables for Ray's own tools."),
+        "switch": _Lazy("hosts", "switch", "Choose the default cluster."),
         "ssh": _Lazy("hosts", "ssh", "Open a shell on a host."),
     },
     "Jobs": {
-        "run": _Lazy("run", "run", "Submit a job and follow it to its end."),
+        "run": _Lazy("run", "run", "Submit a job and follow it until it ends."),
         "submit": _Lazy("run", "submit", "Submit a job and print its id."),
         "list": _Lazy("jobs", "list_", "List jobs, newest first."),
         "show": _Lazy("jobs", "show", "Show everything about a job."),
-        "follow": _Lazy("logs", "follow", "Follow a job's log and state to its end."),
-        "wait": _Lazy("logs", "wait", "Wait for a job's end; exit with its status."),
+        "follow": _Lazy("logs", "follow", "Follow a job's log and state until it ends."),
+        "wait": _Lazy("logs", "wait", "Wait until a job has ended; exit with its status."),
         "stop": _Lazy("jobs", "stop", "Stop jobs."),
-        "rm": _Lazy("jobs", "rm", "Delete ended jobs with their files."),
+        "rm": _Lazy("jobs", "rm", "Delete finished jobs and their files."),
     },
-    "What a job leaves behind": {
+    "Results": {
         "logs": _Lazy("logs", "logs", "Print, follow or search a job's log."),
-        "metrics": _Lazy("metrics", "metrics", "Show or plot a job's metrics, or give them as CSV."),
+        "metrics": _Lazy("metrics", "metrics", "Show, plot or export a job's metrics."),
         "files": _Lazy("files", "files", "List a job's files."),
         "get": _Lazy("files", "get", "Download a job's outputs or other files."),
-        "du": _Lazy("files", "du", "Show what the jobs take on disk."),
+        "du": _Lazy("files", "du", "Show the disk usage of jobs."),
     },
     "More": {
-        "trust": _Lazy("access", "trust", "Accept what a cluster.yaml connects to."),
+        "trust": _Lazy("access", "trust", "Accept the hosts in a cluster.yaml."),
         "token": _Lazy("access", "token", "Invite people, list and revoke tokens."),
         "join": _Lazy("access", "join", "Use a cluster that somebody else runs."),
-        "leave": _Lazy("access", "leave", "Forget a cluster that was joined."),
+        "leave": _Lazy("access", "leave", "Forget a joined cluster."),
         "secret": _Lazy("access", "secret", "Set, list and remove secrets."),
-        "demo": _Lazy("demo", "demo", "Train a small real model, from start to downloaded file."),
+        "demo": _Lazy("demo", "demo", "Train a small real model and download it."),
     },
 }
 _COMMANDS = {name: lazy for section in _SECTIONS.values() for name, lazy in section.items()}
-_MEANT = {
+_ALIASES = {
     "cancel": "stop",
     "kill": "stop",
     "jobs": "list",
@@ -82,9 +82,9 @@ _MEANT = {
     "tail": "logs",
     "top": "status",
 }
-"""What other programs call it, or what is nearest to a thing that there is no command for."""
-_ENDS_SOMETHING = frozenset({"down", "drain", "leave", "remove", "rm", "stop"})
-"""Commands that are not suggested for a name that only looks like theirs."""
+"""Names that other programs use, or the nearest command."""
+_DESTRUCTIVE = frozenset({"down", "drain", "leave", "remove", "rm", "stop"})
+"""Commands that are not suggested for a similar name."""
 
 
 class LazyGroup(click.Group):
@@ -108,8 +108,8 @@ class LazyGroup(click.Group):
         """Refuse an unknown name with the nearest known one."""
         name = args[0]
         if not name.startswith("-") and name not in _COMMANDS:
-            near = _MEANT.get(name) or _nearest(name)
-            ctx.fail(f"there is no command {name!r}" + (f" (nearest: {near})" if near else ""))
+            near = _ALIASES.get(name) or _nearest(name)
+            ctx.fail(f"no such command {name!r}" + (f" (nearest: {near})" if near else ""))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 -- as above
@@ -120,9 +120,9 @@ class LazyGroup(click.Group):
 
 
 def _nearest(name: str) -> str:
-    import difflib  # noqa: PLC0415 -- only for this sentence
+    import difflib  # noqa: PLC0415 -- only for this message
 
-    harmless = [command for command in _COMMANDS if command not in _ENDS_SOMETHING]
+    harmless = [command for command in _COMMANDS if command not in _DESTRUCTIVE]
     return next(iter(difflib.get_close_matches(name, harmless, n=1, cutoff=0.7)), "")
 
 
@@ -136,25 +136,25 @@ def _nearest(name: str) -> str:
     "-c",
     "--cluster-file",
     type=click.Path(path_type=Path),
-    help="The cluster's file; else $RAYLAUNCH_CLUSTER_FILE, ./cluster.yaml, the one chosen with 'switch', or 'local'.",
+    help="Cluster file. Default: $RAYLAUNCH_CLUSTER_FILE, ./cluster.yaml, the one chosen with 'switch', or 'local'.",
 )
-@click.option("--cluster", metavar="NAME", help="A cluster over SSH that was brought up from here, by its name.")
+@click.option("--cluster", metavar="NAME", help="Name of a cluster over SSH that was started from here.")
 @click.pass_context
 def raylaunch(ctx: click.Context, cluster_file: Path | None, cluster: str | None) -> None:
     """Train on your own GPU machines.
 
-    JOB is a job's id, its name (then your latest job of that name), or 'last'. What stops, removes or downloads a job
-    of somebody else needs its id.
+    JOB is an id, a name (your latest job of that name), or 'last'. To stop, remove or download somebody else's job, use
+    its id.
     """
     if not {"-h", "--help"}.intersection(sys.argv):
         from raylaunch.operations.connect import refuse_inside_job  # noqa: PLC0415 -- every command needs it, and --version does not
 
         refuse_inside_job(os.environ)
     if cluster and cluster_file:
-        msg = "--cluster and --cluster-file name a cluster each; give one"
+        msg = "--cluster and --cluster-file exclude each other"
         raise click.UsageError(msg)
     if cluster:
-        from raylaunch.cli.hosts import named_file  # noqa: PLC0415 -- only where it is asked for
+        from raylaunch.cli.hosts import named_file  # noqa: PLC0415 -- only with --cluster
 
         cluster_file = named_file(cluster)
     ctx.obj = cluster_file
@@ -170,7 +170,7 @@ def main() -> NoReturn:
 
 
 def _say_error(code: str, message: str, hint: str) -> None:
-    """Print an error as JSON too, where JSON was asked for: ``{"error": {"code", "message", "hint"}}``."""
+    """With ``--json``, print an error as JSON too: ``{"error": {"code", "message", "hint"}}``."""
     ours = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
     if "--json" in ours:
         say_json({"error": {"code": code, "message": message, "hint": hint}})
@@ -189,10 +189,10 @@ def _status_of_run() -> int:
         _say_error(error.code, error.message, error.hint)
         return 2 if isinstance(error, SpecError) else 1
     except (KeyboardInterrupt, click.Abort):
-        note("interrupted")
+        note("Interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        with contextlib.suppress(OSError):  # what reads our output has gone; nothing is to be flushed at exit
+        with contextlib.suppress(OSError):  # the reader of our output has exited; nothing can be flushed
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
     return done if isinstance(done, int) else 0

@@ -19,27 +19,27 @@ from raylaunch.errors import AccessError, ConflictError
 from raylaunch.models.cluster import ClusterStatus, GpuView, NodeView, ProcessView, RayAccess
 from raylaunch.models.job import JobView
 from raylaunch.operations.connect import bring_up
-from raylaunch.operations.upgrade import quiet_down, upgraded
+from raylaunch.operations.upgrade import stop_jobs, upgraded
 
 _TLS = frozenset({"RAY_USE_TLS", "RAY_TLS_CA_CERT", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY"})
-"""All that a cluster may set for TLS in the shell that evaluates its lines."""
+"""The only TLS variables that a cluster may set in the user's shell."""
 _NAMED = 3
-"""Jobs that a refusal names."""
+"""Jobs that an error lists."""
 
 
 @click.command(epilog="Example:  raylaunch up")
-@click.option("--dry-run", is_flag=True, help="Check everything, print what would be started, and start nothing.")
-@click.option("--upgrade", is_flag=True, help="Where another Ray runs: wait until no job runs, then start this one.")
-@click.option("--stop", is_flag=True, help="With --upgrade: stop jobs, each with its grace; they are tried again.")
+@click.option("--dry-run", is_flag=True, help="Check everything and print what would be started; start nothing.")
+@click.option("--upgrade", is_flag=True, help="If another Ray version is running, wait for its jobs, then replace it.")
+@click.option("--stop", is_flag=True, help="With --upgrade: stop running jobs (with their grace time) and retry them.")
 @as_json
 @click.pass_obj
 def up(cluster_file: Path | None, *, dry_run: bool, upgrade: bool, stop: bool, as_json: bool) -> None:
-    """Start the cluster, or what is missing of it; return when it can take jobs.
+    """Start the cluster, or its missing parts; return when it accepts jobs.
 
-    A controller of an older raylaunch is replaced by this one; jobs go on.
+    The controller of an older raylaunch is replaced; jobs keep running.
     """
     if stop and not upgrade:
-        msg = "--stop is for --upgrade; to stop jobs: raylaunch stop JOB"
+        msg = "--stop needs --upgrade; to stop a job: raylaunch stop JOB"
         raise click.UsageError(msg)
     place = ClusterCommand(cluster_file)
     for line in place.notes:
@@ -56,17 +56,19 @@ def up(cluster_file: Path | None, *, dry_run: bool, upgrade: bool, stop: bool, a
 
 
 @click.command(epilog="Example:  raylaunch down")
-@click.option("--stop", is_flag=True, help="Stop jobs first, each with its grace; the next up tries them again.")
-@click.option("--force", is_flag=True, help="Also while jobs run: they are ended, and tried again at the next up.")
+@click.option(
+    "--stop", is_flag=True, help="Stop running jobs first (with their grace time); the next 'up' retries them."
+)
+@click.option("--force", is_flag=True, help="Kill running jobs; the next 'up' retries them.")
 @click.pass_obj
 def down(cluster_file: Path | None, *, stop: bool, force: bool) -> None:
-    """End exactly what 'up' started; refuses while jobs run. Records, logs and outputs stay."""
+    """Stop exactly what 'up' started; refuse while jobs are running. Records, logs and outputs stay."""
     place = ClusterCommand(cluster_file)
 
     async def work() -> DownReport:
         if (stop or (force and place.spec.kind == "existing")) and await place.running_jobs():
             async with place.client() as client:
-                await quiet_down(client, on_step=show_step)
+                await stop_jobs(client, on_step=show_step)
         elif not force:
             _refuse_while_jobs_run(await place.running_jobs(), place.spec.name)
         return await place.backend.down(place.spec, on_prompt=ask_person)
@@ -77,10 +79,8 @@ def down(cluster_file: Path | None, *, stop: bool, force: bool) -> None:
 def _refuse_while_jobs_run(jobs: tuple[JobView, ...], cluster: str) -> None:
     if jobs:
         names = ", ".join(job.id for job in jobs[:_NAMED]) + (" and others" if len(jobs) > _NAMED else "")
-        msg = f"{count(len(jobs), 'job runs', 'jobs run')} on cluster {cluster}: {names}"
-        hint = (
-            "stop them, each with its grace: raylaunch down --stop; or at once: --force. The next up tries them again"
-        )
+        msg = f"{count(len(jobs), 'job is', 'jobs are')} running on cluster {cluster}: {names}"
+        hint = "stop them with their grace time: raylaunch down --stop; or at once: --force. The next up retries them"
         raise ConflictError(msg, hint=hint)
 
 
@@ -88,18 +88,18 @@ def _refuse_while_jobs_run(jobs: tuple[JobView, ...], cluster: str) -> None:
 @as_json
 @click.pass_obj
 def status(cluster_file: Path | None, *, as_json: bool) -> None:
-    """Show what runs: controller and Ray with pids and ports, nodes, GPUs, queue, problems."""
+    """Show controller and Ray with pids and ports, nodes, GPUs, queue and problems."""
     place = ClusterCommand(cluster_file)
     say_status(finish(place.backend.status(place.spec)), as_json=as_json)
 
 
 @click.command(epilog='Example:  eval "$(raylaunch env)" && ray job list')
-@click.option("--gcs", is_flag=True, help="Lead to the GCS, Ray's own port, too: for ray status and ray.init().")
+@click.option("--gcs", is_flag=True, help="Forward Ray's GCS port too, for ray status and ray.init().")
 @click.pass_obj
 def env(cluster_file: Path | None, *, gcs: bool) -> None:
-    """Print export lines for Ray's own tools. They hold the cluster's token: do not share them.
+    """Print export lines for Ray's own tools. They contain the cluster's token: do not share them.
 
-    Where the cluster is reached over SSH they are for `ray job`; --gcs adds what other tools need.
+    For a cluster over SSH they cover `ray job`; --gcs adds what other Ray tools need.
     """
     place = ClusterCommand(cluster_file)
 
@@ -111,7 +111,7 @@ def env(cluster_file: Path | None, *, gcs: bool) -> None:
             return access
         if gcs and not reach.gcs_address:
             if access.tls and not reach.ray_tls:
-                msg = "Ray of this cluster takes only who has a certificate, and this machine has none"
+                msg = "this cluster's Ray requires a client certificate, and this machine has none"
                 raise AccessError(msg, hint="run Ray's tools on the head: raylaunch ssh HEAD; ray job works from here")
             await forward_gcs(place.spec.name)
             reach = await place.backend.reach(place.spec)
@@ -132,7 +132,7 @@ def export_lines(access: RayAccess) -> list[str]:
         **({name: value for name, value in access.tls.items() if name in _TLS} if access.gcs_address else {}),
     }
     if is_loopback(urlsplit(f"//{access.gcs_address}").hostname or ""):
-        values["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else Ray's tools look for it at the outward address
+        values["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else Ray's tools use the machine's outward address
     return [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
 
 
@@ -158,13 +158,13 @@ def status_lines(found: ClusterStatus, *, now: float) -> Iterator[str]:
         yield f"  ray ports   {', '.join(f'{name} {port}' for name, port in sorted(found.ray_ports.items()))}"
     for node in found.nodes:
         yield from _node_lines(node, logical=found.gpus_logical)
-    if found.nodes or (found.controller and found.controller.alive):  # else nobody was there to count them
+    if found.nodes or (found.controller and found.controller.alive):  # else nothing counted them
         yield f"  jobs        {found.running} running, {found.queued} queued"
     if found.store:
         free = f" ({size(found.store_free)} free)" if found.store_free is not None else ""
         yield f"  store       {found.store}{free}"
     if found.state == "stopped":
-        yield "start it: raylaunch up"
+        yield "Start it: raylaunch up"
 
 
 def _process_lines(what: str, process: ProcessView | None, now: float) -> Iterator[str]:
@@ -183,9 +183,9 @@ def _node_lines(node: NodeView, *, logical: bool) -> Iterator[str]:
         kind = f" {node.gpu_type}" if node.gpu_type else " logical" if logical else ""
         parts.insert(0, f"{node.gpus_free:g} of {node.gpus:g}{kind} GPUs free")
     parts.append(f"{size(node.memory_free)} of {size(node.memory)} memory free")
-    beside = "" if node.ready else " (no steward yet)" if node.alive else " (dead)"
-    beside += f", {node.drain}," if node.drain else ""
-    yield f"  node        {node.hostname}{beside}: {', '.join(parts)}"
+    suffix = "" if node.ready else " (no node agent yet)" if node.alive else " (dead)"
+    suffix += f", {node.drain}," if node.drain else ""
+    yield f"  node        {node.hostname}{suffix}: {', '.join(parts)}"
     for gpu in node.gpu:
         yield f"    gpu {gpu.index:<5} {_gpu_words(gpu)}"
 

@@ -1,4 +1,4 @@
-"""From a command to a client; notices and steps go to stderr."""
+"""What commands share: options, times, prompts, and the connection to a cluster. Notices and steps go to stderr."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from raylaunch.ssh.target import Prompt
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the state as JSON.")
 job_argument = click.argument("job", default="last")
 attempt_option = click.option(
-    "--attempt", type=click.IntRange(1), metavar="N", help="The N-th attempt; by default the latest."
+    "--attempt", type=click.IntRange(1), metavar="N", help="The N-th attempt. Default: the latest."
 )
-rank_option = click.option("--rank", type=click.IntRange(0), default=0, metavar="R", help="The rank; by default 0.")
+rank_option = click.option("--rank", type=click.IntRange(0), default=0, metavar="R", help="The rank. Default: 0.")
 
 
 def duration(text: str | None, *, option: str) -> float | None:
-    """Return a duration that a person wrote, in seconds; None where nobody wrote one.
+    """Return a duration from the command line in seconds; None if it was not given.
 
     Raises:
-        SpecError: it is none.
+        SpecError: it is not a duration.
     """
     if text is None:
         return None
@@ -43,11 +43,11 @@ def duration(text: str | None, *, option: str) -> float | None:
         raise SpecError(msg) from None
 
 
-def to_come(text: str | None, *, option: str) -> float | None:
-    """Return a time to come that a person wrote, in seconds since the epoch; None where she wrote none.
+def parse_future_time(text: str | None, *, option: str) -> float | None:
+    """Return a future time from the command line in seconds since the epoch; None if it was not given.
 
     Raises:
-        SpecError: it is no time, or is over.
+        SpecError: it is not a time, or is in the past.
     """
     if text is None:
         return None
@@ -67,17 +67,17 @@ def finish(work: Coroutine[None, None, _Result]) -> _Result:
 
 
 def show_step(step: Step) -> None:
-    """Print a step of ``up`` to stderr when it has done something, or takes long."""
+    """Print a step of ``up`` to stderr when it has done something or takes long."""
     if step.state in {"done", "note", "waits"}:
         note_lines(str(step))
 
 
 _ONE_AT_A_TIME = asyncio.Lock()
-"""Hosts are asked in parallel; a person is not."""
+"""Hosts are contacted in parallel; prompts come one at a time."""
 
 
 async def ask_person(prompt: Prompt) -> str | None:
-    """Ask the person at the terminal; without one nobody answers, and the error says what to type."""
+    """Prompt on the terminal; without one return None, and the error says what to type."""
     if not is_terminal(sys.stdin):
         return None
     secret = prompt.kind == "passphrase"
@@ -96,7 +96,7 @@ async def ask_person(prompt: Prompt) -> str | None:
 
 
 class ClusterCommand(connect.ClusterConnection):
-    """The cluster that a command is about."""
+    """The cluster that a command works on."""
 
     def __init__(self, cluster_file: Path | None) -> None:
         file = load_cluster_file(cluster_file)

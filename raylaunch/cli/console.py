@@ -1,7 +1,7 @@
-"""How all commands speak: results on stdout, all else on stderr, colour only where somebody looks at it.
+"""All printing of commands: results to stdout, everything else to stderr, colour only on a terminal.
 
-All text is sanitised here, when it is printed, and styled after that: names, reasons and messages come from jobs, hosts
-and other people. A style stands in the text as a mark that nobody else can know.
+All text is sanitised here when it is printed, and styled after that: names, reasons and messages come from jobs, hosts
+and other people. Styles are marked in the text with a secret that nobody else can know.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _KIB = 1024
 
 
 def is_terminal(stream: IO[str]) -> bool:
-    """Return whether a person looks at the stream."""
+    """Return whether the stream is a terminal."""
     return stream.isatty()
 
 
@@ -41,7 +41,7 @@ def colour_wanted(stream: IO[str]) -> bool:
 
 
 def styled(text: str, style: str, stream: IO[str] | None = None) -> str:
-    """Return `text` in a colour, where the stream (stdout by default) may have colour."""
+    """Return `text` in a colour if the stream (stdout by default) may have colour."""
     if not style or not colour_wanted(stream or sys.stdout):
         return text
     return f"<{_SECRET}{_COLOURS[style]}>{text}<{_SECRET}0>"
@@ -52,17 +52,17 @@ def _shown(line: str) -> str:
 
 
 def shown_text(text: str) -> str:
-    """Return text of several lines as it may be printed; for what something else than this module prints."""
+    """Return sanitised text of several lines, for what another module prints."""
     return "\n".join(map(_shown, text.split("\n")))
 
 
 def say(text: str = "") -> None:
-    """Print one line of a result; line ends in it become spaces."""
+    """Print one line of a result; newlines in it become spaces."""
     click.echo(_shown(text), color=True)
 
 
 def say_lines(lines: Iterable[str]) -> None:
-    """Print a result of several lines, each as `say` does."""
+    """Print a result of several lines, each like `say`."""
     click.echo("\n".join(map(_shown, lines)), color=True)
 
 
@@ -72,7 +72,7 @@ def note(text: str) -> None:
 
 
 def note_lines(text: str, *, indent: str = "  ") -> None:
-    """Print what is not the result; its further lines are indented, so that none can pass for a line of ours."""
+    """Print several lines that are not the result; further lines are indented, so that none looks like one of ours."""
     for n, line in enumerate(text.split("\n")):
         note(f"{indent}{line}" if n else line)
 
@@ -84,14 +84,14 @@ def say_json(value: BaseModel | JsonValue) -> None:
 
 
 def complain(error: RaylaunchError) -> None:
-    """Print an error: what failed and why, then what to do."""
+    """Print an error: what failed and why, then what to do next."""
     note_lines(f"{styled('error:', 'red', sys.stderr)} {error.message}")
     if error.hint:
         note_lines(f"  → {error.hint}", indent="    ")
 
 
 def complain_usage(error: click.ClickException) -> None:
-    """Print what is wrong with the arguments, as click does: they are quoted there."""
+    """Print what is wrong with the arguments, as click does, but sanitised: click quotes them."""
     text = io.StringIO()
     error.show(text)
     usage, begins, message = text.getvalue().rstrip("\n").rpartition("\nError: ")
@@ -101,12 +101,12 @@ def complain_usage(error: click.ClickException) -> None:
 
 
 def complain_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print the traceback of what is no error that a person should act on; takes what `sys.excepthook` does."""
+    """Print the traceback of a bug; takes what `sys.excepthook` does."""
     note_lines("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"))
 
 
 def sanitise_bugs_and_logs() -> None:
-    """Let what Python prints by itself, tracebacks and logged warnings, be sanitised as all else is."""
+    """Sanitise what Python prints by itself: tracebacks and logged warnings."""
     sys.excepthook = complain_bug
     if logging.lastResort:
         logging.lastResort.setFormatter(CleanFormatter())
@@ -141,7 +141,7 @@ def count(number: int, one: str, many: str = "") -> str:
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> list[str]:
-    """Return rows in columns under their titles, a line each; the columns in `right` are flush right."""
+    """Return rows as aligned columns under their titles, one line each; columns in `right` are right-aligned."""
     lines = [tuple(titles), *(tuple(one_line(cell).replace("\t", " ") for cell in row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
     return [

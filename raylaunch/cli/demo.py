@@ -1,4 +1,4 @@
-"""``raylaunch demo``: the whole way once, told as it goes: a cluster, real training, its metrics, the model in hand."""
+"""``raylaunch demo``: the whole way once: a cluster, real training, its metrics, and the downloaded model."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from raylaunch.models.states import JobState
 from raylaunch.operations.connect import bring_up
 
 LIMIT_S = 20 * 60.0
-_LOOK_EVERY_S = 0.2
+_POLL_S = 0.2
 _EVALUATE_LIMIT_S = 120.0
-_SAY_EVERY = 5
+_EPOCHS_PER_LINE = 5
 _BARS = "▁▂▃▄▅▆▇█"
 _SHOWN = ("loss", "accuracy")
 
@@ -50,7 +50,7 @@ _SHOWN = ("loss", "accuracy")
 )
 @click.pass_obj
 def demo(cluster_file: Path | None, dest: Path) -> None:
-    """Start a cluster here, train on real data, fetch the model, and use it."""
+    """Start a cluster here, train on real data, download the model and use it."""
     folder = example_folder()
     if importlib.util.find_spec("sklearn") is None:
         msg = "the demo trains with scikit-learn, which is not installed here"
@@ -59,7 +59,7 @@ def demo(cluster_file: Path | None, dest: Path) -> None:
 
 
 def example_folder() -> Path:
-    """Return the folder of the digits example: inside an installed package, else in the clone that this runs from."""
+    """Return the folder of the digits example, in the installed package or in the clone."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "demo" / "digits", package.parent / "examples" / "digits"):
         if (folder / "job.yaml").is_file():
@@ -69,37 +69,37 @@ def example_folder() -> Path:
 
 
 async def _demo(place: ClusterCommand, folder: Path, dest: Path, console: Console) -> None:
-    _heading(console, "A cluster", "Ray and raylaunch's controller, on this machine, reachable from this machine only")
+    _heading(console, "A cluster", "Ray and raylaunch's controller on this machine, reachable only from here")
     await bring_up(place.backend, place.spec, on_step=lambda step: say_step(console, step))
 
     async with place.client() as client:
         _heading(console, "A job", f"train.py learns to read handwritten digits ({_shown(folder)})")
         spec = load_job_spec(folder / "job.yaml")
-        if place.spec.kind == "local":  # scikit-learn was found here; what is active, or runs Ray, may not have it
-            own = Environment(kind="python", value=sys.executable)
-            spec = spec.model_copy(update={"environment": own, "packages": ()})
+        if place.spec.kind == "local":  # scikit-learn is installed here; another environment may lack it
+            current = Environment(kind="python", value=sys.executable)
+            spec = spec.model_copy(update={"environment": current, "packages": ()})
         answer = await client.submit(spec)
         _say(console, one_line(f"  {answer.job.id}: {answer.job.entrypoint}"))
 
-        _heading(console, "Training", "epochs, loss and accuracy, as the script logs them with wandb")
+        _heading(console, "Training", "epochs, loss and accuracy, logged by the script with wandb")
         job = await _watch(client, answer.job, console)
         _check(job)
 
         metrics = await client.metrics(job.id, keys=_SHOWN)
-        _heading(console, "Metrics", "read from the run's own W&B file, on-line or off")
+        _heading(console, "Metrics", "read from the run's own W&B file, online or offline")
         for series in metrics.series:
             _say(console, textwrap.indent(chart(series, width=64, height=5), "  "))
-        _heading(console, "What is known of the job", f"raylaunch show {job.id}")
+        _heading(console, "Job details", f"raylaunch show {job.id}")
         say_facts(console, job)
 
         _heading(console, "The model", f"from the cluster's store to {dest}")
         for fetched in await client.download(job.id, dest=dest, replace=True):
             _say(console, one_line(f"  {fetched.local}  {size(fetched.bytes)}"))
 
-    _heading(console, "Using it", "evaluate.py loads it in a process of its own")
-    said = await _evaluate(sys.executable, folder / "evaluate.py", dest)  # no program that the cluster names
-    say_lines(said.split("\n"))
-    _heading(console, "Now try", "")
+    _heading(console, "Using it", "evaluate.py loads it in a new process")
+    output = await _evaluate(sys.executable, folder / "evaluate.py", dest)  # no program that the cluster names
+    say_lines(output.split("\n"))
+    _heading(console, "Next steps", "")
     _say(console, _next_steps())
 
 
@@ -114,7 +114,7 @@ def _say(console: Console, text: str) -> None:
 
 
 def say_facts(console: Console, job: JobView) -> None:
-    """Print what is worth knowing of an ended job."""
+    """Print the main facts about an ended job."""
     _say(console, facts(job))
 
 
@@ -125,19 +125,19 @@ def say_step(console: Console, step: Step) -> None:
 
 
 async def _watch(client: Client, job: JobView, console: Console) -> JobView:
-    """Show a job's progress until it has ended; a person may leave with Ctrl-C, and the job goes on."""
+    """Show a job's progress until it has ended; Ctrl-C detaches, and the job keeps running."""
     try:
         return await asyncio.wait_for(_follow(client, job, console), LIMIT_S)
     except asyncio.TimeoutError:
-        msg = f"{job.id} has not ended after {LIMIT_S / 60:g} minutes; it goes on"
+        msg = f"{job.id} has not ended after {LIMIT_S / 60:g} minutes; it keeps running"
         raise ClusterError(msg, hint=f"raylaunch follow {job.id}") from None
     except asyncio.CancelledError:
-        _say(console, f"  {job.id} goes on without you; see it again with: raylaunch follow {job.id}")
+        _say(console, f"  Detached; {job.id} keeps running. Follow it again: raylaunch follow {job.id}")
         raise
 
 
 async def _follow(client: Client, job: JobView, console: Console) -> JobView:
-    said = ""
+    printed = ""
     bar = Progress(TextColumn("  epoch"), BarColumn(40), MofNCompleteColumn(), console=console)
     task = bar.add_task("epochs", total=None)
     with Live(console=console, refresh_per_second=8, auto_refresh=console.is_terminal) as live:
@@ -148,16 +148,16 @@ async def _follow(client: Client, job: JobView, console: Console) -> JobView:
             bar.update(task, completed=_epoch(metrics), total=None if total is None else int(total))
             if console.is_terminal:
                 live.update(Group(bar, curves(metrics.series)) if metrics.last else Text(_state(job), style="dim"))
-            elif (line := _line(job, metrics)) != said:
+            elif (line := _line(job, metrics)) != printed:
                 say_state(console, job, metrics)
-                said = line
+                printed = line
             if job.state.ended:
                 return job
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_POLL_S)
 
 
 def say_state(console: Console, job: JobView, metrics: MetricsPage) -> None:
-    """Print where training stands."""
+    """Print the progress of the training."""
     _say(console, _line(job, metrics))
 
 
@@ -170,8 +170,8 @@ def _state(job: JobView) -> str:
 
 
 def _line(job: JobView, metrics: MetricsPage) -> str:
-    """Return where training stands as one line, for where output is no terminal; it changes every few epochs."""
-    passed = _epoch(metrics) // _SAY_EVERY * _SAY_EVERY
+    """Return the progress on one line, for output without a terminal; it changes every few epochs."""
+    passed = _epoch(metrics) // _EPOCHS_PER_LINE * _EPOCHS_PER_LINE
     if job.state.ended or not passed:
         return _state(job)
     at = {series.key: series.points[min(passed, len(series.points)) - 1].value for series in metrics.series}
@@ -186,14 +186,14 @@ def _check(job: JobView) -> None:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Draw values as a row of small bars, the smallest lowest."""
+    """Draw values as a row of small bars."""
     low, high = min(values), max(values)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((value - low) * scale)] for value in values)
 
 
 def curves(series: Sequence[MetricSeries]) -> Text:
-    """Return one line a metric: its name, its course, where it began and where it stands."""
+    """Return one line per metric: its name, its curve, its first and last value."""
     lines = []
     for one in series:
         values = [point.value for point in one.points]
@@ -203,7 +203,7 @@ def curves(series: Sequence[MetricSeries]) -> Text:
 
 
 def facts(job: JobView) -> str:
-    """Return what is worth knowing of an ended job, a line each."""
+    """Return the main facts about an ended job, one per line."""
     attempt, wandb = job.attempt, job.wandb
     rows = {
         "id": job.id,
@@ -244,19 +244,19 @@ def _next_steps() -> str:
     activate = _shown(Path(sys.executable).with_name("activate"))
     on_path = shutil.which("raylaunch") is not None
     steps = (
-        *(() if on_path else ((f"source {activate}", "once in each shell: it finds raylaunch and ray"),)),
-        ("raylaunch list", "this job, and all others"),
-        ("raylaunch logs last", "what the training printed"),
+        *(() if on_path else ((f"source {activate}", "once per shell, to find raylaunch and ray"),)),
+        ("raylaunch list", "this job and all others"),
+        ("raylaunch logs last", "the output of the training"),
         ("raylaunch metrics last --plot", "its curves"),
         ("raylaunch run -- python train.py", "your own script, from its folder"),
         ('eval "$(raylaunch env)" && ray job list', "Ray's own tools on the same cluster"),
-        ("raylaunch down", "ends the cluster; jobs and files stay"),
+        ("raylaunch down", "stop the cluster; jobs and files stay"),
     )
     return "\n".join(f"  {command:<40} {what}" for command, what in steps)
 
 
 def _shown(path: Path) -> str:
-    """Return a path as short as it can be said from here."""
+    """Return a path relative to the current folder if possible."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

@@ -1,4 +1,4 @@
-"""``doctor``: what the cluster's hosts are and have, what is wrong with them, and what mends it."""
+"""``doctor``: facts about the cluster's hosts, and their problems with fixes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _STATES = {"ready": "green", "blocked": "red"}
 @as_json
 @click.pass_obj
 def doctor(cluster_file: Path | None, *, as_json: bool) -> int:
-    """Look at every host of the cluster, and say what is wrong and what mends it; nothing is changed.
+    """Check every host and report problems with fixes. Changes nothing.
 
-    The exit status is 1 when something keeps 'raylaunch up' from beginning on a host.
+    The exit status is 1 if a problem blocks 'raylaunch up' on a host.
     """
     file = load_cluster_file(cluster_file)
     for line in file.notes:
@@ -44,7 +44,7 @@ def _show_wait(wait: PendingStep) -> None:
 
 
 def doctor_lines(found: Findings) -> Iterator[str]:
-    """Yield the findings for people: a table of the hosts, then each problem with its mend, blocking ones first."""
+    """Yield the findings for people: a table of the hosts, then each problem with its fix, blocking ones first."""
     warnings = len(found.problems) - len(found.blocking)
     verdict = ", ".join(
         [
@@ -75,28 +75,18 @@ def _row(name: str, found: Findings) -> tuple[str, ...]:
     state = "blocked" if blocked else "ready"
     facts = found.facts.get(name)
     if facts is None:
-        return (name, state, "not looked at", "", "", "", "")
+        return (name, state, "not checked", "", "", "", "")
     disk = facts.disks.get("root")
-    system = ", ".join(word for word in (_system_words(facts), facts.arch) if word)
-    return tuple(
-        cell
-        for cell in (
-            name,
-            state,
-            system,
-            gpu_words(facts),
-            _memory_words(facts),
-            size(disk.free) if disk is not None and disk.free is not None else "?",
-            _python_words(facts),
-        )
-    )
+    system = ", ".join(word for word in (_format_system(facts), facts.arch) if word)
+    free = size(disk.free) if disk is not None and disk.free is not None else "?"
+    return (name, state, system, format_gpus(facts), _format_memory(facts), free, _format_pythons(facts))
 
 
-def _system_words(facts: HostFacts) -> str:
+def _format_system(facts: HostFacts) -> str:
     return f"DGX OS {facts.system.dgx}" if facts.system.dgx else facts.system.name or facts.system.kind
 
 
-def gpu_words(facts: HostFacts) -> str:
+def format_gpus(facts: HostFacts) -> str:
     """Return a host's GPUs in short: ``8 NVIDIA H100 80GB HBM3 (driver 550.54)``."""
     kinds: dict[str, int] = {}
     for gpu in facts.gpus.gpus:
@@ -107,13 +97,13 @@ def gpu_words(facts: HostFacts) -> str:
     return f"{words} (driver {facts.gpus.driver})" if facts.gpus.driver else words
 
 
-def _memory_words(facts: HostFacts) -> str:
+def _format_memory(facts: HostFacts) -> str:
     usable = facts.memory.usable
     shared = " unified" if facts.memory.unified else ""
     return f"{size(usable)}{shared}" if usable is not None else "?"
 
 
-def _python_words(facts: HostFacts) -> str:
+def _format_pythons(facts: HostFacts) -> str:
     minors = sorted({one.minor for one in facts.pythons if one.minor >= (3, 10)})
     return ", ".join(f"{major}.{minor}" for major, minor in minors) or "none"
 
@@ -121,7 +111,6 @@ def _python_words(facts: HostFacts) -> str:
 def _problem_lines(problem: Problem) -> Iterator[str]:
     mark, colour = _MARKS[problem.level]
     where = f"{problem.host}: " if problem.host else ""
-    message = problem.message
-    yield f"{styled(mark, colour)} {where}{message} [{problem.code}]"
+    yield f"{styled(mark, colour)} {where}{problem.message} [{problem.code}]"
     if problem.mend:
         yield f"    → {problem.mend}"

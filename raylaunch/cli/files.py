@@ -1,4 +1,4 @@
-"""``files``, ``get``, ``du``: what jobs leave behind."""
+"""``files``, ``get``, ``du``: the files of jobs."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from raylaunch.cli.connect import ClusterCommand, as_json, finish, job_argument
 from raylaunch.cli.console import count, is_terminal, note, say, say_json, say_lines, shown_text, size, table
 from raylaunch.client.downloads import Downloaded, IncompleteDownloadError
 from raylaunch.client.transfer import OnProgress
-from raylaunch.models.job import Artifact, NodeUsage, UsagePage
+from raylaunch.models.job import Artifact, UsagePage
 
 _WORTH_SHOWING = 1024 * 1024
 
 
 @contextlib.contextmanager
 def transfer_bar() -> Iterator[OnProgress]:
-    """Yield what is to be told of progress; it draws on stderr, or nothing where nobody looks."""
+    """Yield a progress callback that draws a bar on stderr, or does nothing without a terminal."""
     if not is_terminal(sys.stderr):
         yield lambda _what, _done, _total: None
         return
-    from rich.console import Console  # noqa: PLC0415 -- only where a person looks
+    from rich.console import Console  # noqa: PLC0415 -- only on a terminal
     from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn  # noqa: PLC0415
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     tasks: dict[str, TaskID] = {}
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
 
-    def told(what: str, done: int, total: int) -> None:
+    def draw(what: str, done: int, total: int) -> None:
         if total < _WORTH_SHOWING:
             return
         if what not in tasks:
-            bar.start()  # not earlier: a person may be asked something first
+            bar.start()  # not earlier: there may be a prompt first
             tasks[what] = bar.add_task(shown_text(what).replace("[", r"\["), total=total)
         bar.update(tasks[what], completed=done, total=total)
 
     try:
-        yield told
+        yield draw
     finally:
         bar.stop()
 
@@ -54,7 +54,7 @@ def transfer_bar() -> Iterator[OnProgress]:
 @as_json
 @click.pass_obj
 def files(cluster_file: Path | None, *, job: str, kind: str | None, as_json: bool) -> None:
-    """List the files that a job has left behind so far."""
+    """List the files that a job has produced so far."""
 
     async def work() -> tuple[Artifact, ...]:
         async with ClusterCommand(cluster_file).client() as client:
@@ -67,28 +67,28 @@ def files(cluster_file: Path | None, *, job: str, kind: str | None, as_json: boo
         rows = [(file.kind, size(file.bytes), file.sha256[:12] or "-", _name(file)) for file in found]
         say_lines(table(("KIND", "SIZE", "SHA256", "FILE"), rows, right=(1,)))
     else:
-        note("no files yet")
+        note("No files yet")
 
 
 def _name(file: Artifact) -> str:
-    more = f" -> {file.link}" if file.link else _left(file)
-    return f"{file.path}{more}"
-
-
-def _left(file: Artifact) -> str:
+    if file.link:
+        return f"{file.path} -> {file.link}"
     if file.withheld:
-        return " (not kept, looks like a secret; on its node)"
-    return " (not kept, on its node)" if file.left else ""
+        return f"{file.path} (not stored, looks like a secret; on its node)"
+    return f"{file.path} (not stored, on its node)" if file.left else file.path
 
 
 @click.command(epilog="Example:  raylaunch get last model.pt --to models/")
 @job_argument
 @click.argument("paths", nargs=-1, metavar="[FILE]...")
 @click.option(
-    "--to", "dest", type=click.Path(file_okay=False, path_type=Path), help="Folder; by default one with the job's id."
+    "--to",
+    "dest",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder. Default: one named after the job's id.",
 )
-@click.option("--all", "everything", is_flag=True, help="Checkpoints, logs, tracking and records too.")
-@click.option("--force", is_flag=True, help="Replace files that differ, also in a folder with another job's files.")
+@click.option("--all", "everything", is_flag=True, help="Also checkpoints, logs, W&B files and records.")
+@click.option("--force", is_flag=True, help="Replace files that differ, even in a folder with another job's files.")
 @as_json
 @click.pass_obj
 def get(  # noqa: PLR0913 -- each is one option
@@ -101,11 +101,11 @@ def get(  # noqa: PLR0913 -- each is one option
     force: bool,
     as_json: bool,
 ) -> None:
-    """Download a job's outputs, or the files, folders or globs named.
+    """Download a job's outputs, or the named files, folders or globs.
 
-    Each file is verified against its checksum. An interrupted download goes on where it stopped, and files that are
-    here already are not fetched again. A file that is here and differs is kept, unless it is what an earlier 'get'
-    left. The places of the files are printed to stdout.
+    Each file is verified against its checksum. An interrupted download resumes, and files that already exist are not
+    downloaded again. A local file that differs is kept, unless an earlier 'get' wrote it. The paths of the files are
+    printed to stdout.
     """
 
     async def work() -> tuple[Downloaded, ...]:
@@ -128,7 +128,7 @@ def get(  # noqa: PLR0913 -- each is one option
         raise
     _say_downloaded(done, as_json=as_json)
     if not done:
-        note("the job has no outputs; --all fetches everything that it left, raylaunch files lists it")
+        note("No outputs. All files of the job: --all; list them: raylaunch files")
 
 
 def _say_downloaded(done: tuple[Downloaded, ...], *, as_json: bool) -> None:
@@ -144,17 +144,17 @@ def _say_downloaded(done: tuple[Downloaded, ...], *, as_json: bool) -> None:
     if not as_json:
         say_lines(str(file.local) for file in done)
     fetched = [file for file in done if file.fetched]
-    here = f", {count(len(done) - len(fetched), 'file')} already here" if len(fetched) < len(done) else ""
+    present = f", {count(len(done) - len(fetched), 'file')} already present" if len(fetched) < len(done) else ""
     unknown = sum(not file.verified for file in done)
-    checked = f"; {count(unknown, 'file')} without a recorded checksum" if unknown else "; checksums agree"
-    note(f"{count(len(fetched), 'file')} fetched, {size(sum(file.bytes for file in fetched))}{here}{checked}")
+    checked = f"; {count(unknown, 'file')} without a recorded checksum" if unknown else "; checksums verified"
+    note(f"Downloaded {count(len(fetched), 'file')}, {size(sum(file.bytes for file in fetched))}{present}{checked}")
 
 
 @click.command(epilog="Example:  raylaunch du --json")
 @as_json
 @click.pass_obj
 def du(cluster_file: Path | None, *, as_json: bool) -> None:
-    """Show what jobs take on disk, largest first, and what nodes keep for them: environments, code, attempts."""
+    """Show the disk usage of jobs, largest first, and of nodes: environments, code, attempts."""
 
     async def work() -> UsagePage:
         async with ClusterCommand(cluster_file).client() as client:
@@ -178,9 +178,5 @@ def du(cluster_file: Path | None, *, as_json: bool) -> None:
     say(f"{size(page.total)} in the store, {size(page.packages)} of it code; {size(page.free)} free")
     if page.nodes:
         say()
-        taken = [(node.host, *(size(part) for part in _parts(node))) for node in page.nodes]
-        say_lines(table(("NODE", "ENVIRONMENTS", "CODE, WHEELS", "ATTEMPTS"), taken, right=(1, 2, 3)))
-
-
-def _parts(node: NodeUsage) -> tuple[int, int, int]:
-    return node.environments, node.packages, node.attempts
+        usage = [(node.host, size(node.environments), size(node.packages), size(node.attempts)) for node in page.nodes]
+        say_lines(table(("NODE", "ENVIRONMENTS", "CODE, WHEELS", "ATTEMPTS"), usage, right=(1, 2, 3)))

@@ -1,4 +1,4 @@
-"""``add``, ``drain``, ``remove``: the hosts of a cluster over SSH."""
+"""``add``, ``drain``, ``remove``, ``ssh``, ``switch``: clusters over SSH and their hosts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from raylaunch.cli.cluster import say_status
-from raylaunch.cli.connect import ClusterCommand, as_json, ask_person, finish, show_step, to_come
+from raylaunch.cli.connect import ClusterCommand, as_json, ask_person, finish, parse_future_time, show_step
 from raylaunch.cli.console import note, say, say_json, say_lines
 from raylaunch.cluster.trust import accept, check_accepted
 from raylaunch.cluster.types import DownReport
@@ -21,7 +21,7 @@ from raylaunch.models.host_spec import HostSpec
 from raylaunch.operations.hosts import add as add_host
 from raylaunch.operations.hosts import plan_add, plan_remove, wait_empty
 from raylaunch.operations.hosts import remove as remove_host
-from raylaunch.operations.upgrade import words
+from raylaunch.operations.upgrade import running_jobs
 
 LOCAL = "local"
 
@@ -30,7 +30,7 @@ LOCAL = "local"
 @click.argument("name", required=False)
 @as_json
 def switch(name: str | None, *, as_json: bool) -> None:
-    """Choose the cluster that is meant where no cluster.yaml lies; without NAME list the clusters."""
+    """Choose the default cluster, used where there is no cluster.yaml. Without NAME, list the clusters."""
     link = chosen_file(os.environ)
     if name is None:
         chosen = link.resolve().parent.name if link.is_file() else LOCAL
@@ -46,11 +46,11 @@ def switch(name: str | None, *, as_json: bool) -> None:
         replace_link(link, named_file(name))
     if as_json:
         say_json({"chosen": name})
-    note(f"{name} is meant now, where no cluster.yaml lies")
+    note(f"{name} is now the default cluster (a cluster.yaml takes precedence)")
 
 
 def named_file(name: str) -> Path:
-    """Return the file that is kept of a cluster over SSH.
+    """Return the stored cluster file of a cluster over SSH.
 
     Raises:
         NotFoundError: it was not brought up from here.
@@ -58,8 +58,8 @@ def named_file(name: str) -> Path:
     file = kept_file(name, os.environ)
     if not file.is_file():
         known = ", ".join(kept_clusters(os.environ)) or "none yet"
-        msg = f"no cluster {name!r} was brought up from here; known: {known}"
-        raise NotFoundError(msg, hint="bring it up where its cluster.yaml lies: raylaunch up")
+        msg = f"no cluster {name!r} was started from here; known: {known}"
+        raise NotFoundError(msg, hint="start it in the folder of its cluster.yaml: raylaunch up")
     return file.absolute()
 
 
@@ -71,7 +71,7 @@ def named_file(name: str) -> Path:
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @click.pass_obj
 def ssh(cluster_file: Path | None, *, host: str, command: tuple[str, ...]) -> None:
-    """Open a shell on a host of the cluster, or run a command there, with ssh itself."""
+    """Open a shell on a host of the cluster, or run a command there, using the installed ssh."""
     spec = load_cluster_spec(cluster_file)
     finish(check_accepted(spec, on_prompt=ask_person))
     argv = ssh_argv(_host(spec, host), command)
@@ -88,7 +88,7 @@ def _host(spec: ClusterSpec, name: str) -> HostSpec:
 
 
 def ssh_argv(host: HostSpec, command: tuple[str, ...] = ()) -> list[str]:
-    """Return ssh's command line for what cluster.yaml says of a host; the rest is ``~/.ssh/config``'s."""
+    """Return ssh's command line for a host of cluster.yaml; ``~/.ssh/config`` sets the rest."""
     argv = ["ssh"]
     argv += ["-p", str(host.port)] if host.port else []
     argv += ["-l", host.user] if host.user else []
@@ -99,12 +99,12 @@ def ssh_argv(host: HostSpec, command: tuple[str, ...] = ()) -> list[str]:
 
 @click.command(epilog="Example:  raylaunch add dgx-3 --gpus 4")
 @click.argument("host")
-@click.option("--gpus", metavar="GPUS", help="A number, or indices and UUIDs with commas; without it all.")
-@click.option("--address", help="Its address on the cluster's network, where ssh goes to another one.")
-@click.option("--user", help="The account to log in as.")
-@click.option("--key", help="The private key to log in with.")
-@click.option("--jump", multiple=True, help="A machine to go through; may be repeated.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--gpus", metavar="GPUS", help="A number, or indices and UUIDs with commas. Default: all.")
+@click.option("--address", help="Address on the cluster's network, if ssh uses another one.")
+@click.option("--user", help="Account for the login.")
+@click.option("--key", help="Private key for the login.")
+@click.option("--jump", multiple=True, help="Jump host; may be repeated.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done; change nothing.")
 @as_json
 @click.pass_obj
 def add(  # noqa: PLR0913 -- each is one fact of the host
@@ -119,7 +119,7 @@ def add(  # noqa: PLR0913 -- each is one fact of the host
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Add HOST to the cluster, written as for ssh; cluster.yaml gets a line for it once it is in."""
+    """Add HOST (as you would give it to ssh) to the cluster; once it has joined, it is added to cluster.yaml."""
     place = ClusterCommand(cluster_file)
     given = {"gpus": _gpus(gpus), "address": address, "user": user, "key": key, "jump": list(jump)}
     change = plan_add(place.file, {"host": host, **{name: value for name, value in given.items() if value}})
@@ -130,12 +130,12 @@ def add(  # noqa: PLR0913 -- each is one fact of the host
         return
     status = finish(add_host(change, host, on_step=show_step, on_prompt=ask_person))
     if change.path is not None:
-        note(f"{change.path} has a line for {host} now")
+        note(f"Added {host} to {change.path}")
     say_status(status, as_json=as_json)
 
 
 def _gpus(text: str | None) -> object:
-    """A number is so many, as in cluster.yaml; with a comma they are indices or UUIDs."""
+    """A plain number is a count, as in cluster.yaml; with commas they are indices or UUIDs."""
     if text is None:
         return None
     return int(text) if text.isdigit() else [one.strip() for one in text.split(",") if one.strip()]
@@ -143,20 +143,20 @@ def _gpus(text: str | None) -> object:
 
 @click.command(epilog="Example:  raylaunch drain dgx-2 --until 18:00")
 @click.argument("host")
-@click.option("--until", metavar="TIME", help="When it takes jobs again by itself: 18:00, 2h, 2026-11-28T18:00.")
-@click.option("--stop", is_flag=True, help="Stop what runs there, each job with its grace, and queue it again.")
-@click.option("--wait", is_flag=True, help="Return when none of raylaunch's jobs runs there any more.")
-@click.option("--off", is_flag=True, help="Let it take jobs again.")
+@click.option("--until", metavar="TIME", help="When the drain ends: 18:00, 2h, 2026-11-28T18:00.")
+@click.option("--stop", is_flag=True, help="Stop jobs running there (with their grace time) and queue them again.")
+@click.option("--wait", is_flag=True, help="Return when no raylaunch job is running there.")
+@click.option("--off", is_flag=True, help="End the drain.")
 @as_json
 @click.pass_obj
 def drain(  # noqa: PLR0913 -- each is one option
     cluster_file: Path | None, *, host: str, until: str | None, stop: bool, wait: bool, off: bool, as_json: bool
 ) -> None:
-    """Let HOST take no new jobs; what runs there goes on. It takes jobs again at a time, or after --off."""
+    """Stop placing new jobs on HOST; running jobs continue. Undo with --until TIME or --off."""
     if off and (until or stop or wait):
-        msg = "--off ends a drain; it goes with none of --until, --stop, --wait"
+        msg = "--off ends a drain; it excludes --until, --stop and --wait"
         raise click.UsageError(msg)
-    at = to_come(until, option="--until")
+    at = parse_future_time(until, option="--until")
 
     async def work() -> HostJobs:
         async with ClusterCommand(cluster_file).client() as client:
@@ -164,7 +164,7 @@ def drain(  # noqa: PLR0913 -- each is one option
                 return await client.admin.undrain(host)
             found = await client.admin.drain(host, until=at, stop=stop)
             if wait:
-                await wait_empty(client, host, on_step=show_step, told=stop)
+                await wait_empty(client, host, on_step=show_step, stopping=stop)
                 found = await client.admin.host_jobs(host)
             return found
 
@@ -172,20 +172,22 @@ def drain(  # noqa: PLR0913 -- each is one option
     if as_json:
         say_json(found)
         return
-    say(f"{host} {found.drain}" if found.drain else f"{host} takes jobs again")
+    say(f"{host} {found.drain}" if found.drain else f"{host} accepts jobs again")
     if found.drain and found.jobs:
-        say(f"there {words(found.jobs)}")
+        say(running_jobs(found.jobs))
     if found.others:
-        say(f"{found.others}: workers of Ray programs, or plain Ray jobs, which a drain does not hold back")
+        say(f"{found.others}: workers of Ray programs, or plain Ray jobs, which a drain does not affect")
 
 
 @click.command(epilog="Example:  raylaunch remove dgx-2 --stop")
 @click.argument("host")
-@click.option("--stop", is_flag=True, help="Stop what runs there, each job with its grace, and queue it again.")
-@click.option("--forget", is_flag=True, help="Do not reach it: it is gone for ever. What runs there is not ended.")
+@click.option("--stop", is_flag=True, help="Stop jobs running there (with their grace time) and queue them again.")
+@click.option(
+    "--forget", is_flag=True, help="The host is gone: do not connect to it. Jobs still running there are not stopped."
+)
 @click.pass_obj
 def remove(cluster_file: Path | None, *, host: str, stop: bool, forget: bool) -> None:
-    """Take HOST out of the cluster: end what 'up' started there, and take it out of cluster.yaml."""
+    """Remove HOST from the cluster: stop what 'up' started there, and remove it from cluster.yaml."""
     place = ClusterCommand(cluster_file)
     change = plan_remove(place.file, host)
     report = finish(remove_host(place, change, host, stop=stop, forget=forget, on_step=show_step, on_prompt=ask_person))
@@ -193,9 +195,9 @@ def remove(cluster_file: Path | None, *, host: str, stop: bool, forget: bool) ->
 
 
 def say_removed(report: DownReport, host: str, *, reached: bool) -> None:
-    """Print what was ended on a host that was taken out of its cluster."""
+    """Print what was stopped on a host that was removed from its cluster."""
     for one in (*report.ended, *report.notes):
         say(f"  {one}")
     if not reached:
-        note(f"{host} was not reached: Ray and jobs of cluster {report.cluster} may still run there")
-    say(f"{host} is no host of cluster {report.cluster} any more")
+        note(f"{host} was not contacted: Ray and jobs of cluster {report.cluster} may still be running there")
+    say(f"Removed {host} from cluster {report.cluster}")

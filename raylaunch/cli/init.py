@@ -21,21 +21,21 @@ from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.host_spec import HostSpec
 
 _INCLUDES = 16
-"""How deep configurations of ssh may include others, as in OpenSSH."""
+"""How deeply ssh configurations may be nested, as in OpenSSH."""
 _PLAIN = re.compile(r"[A-Za-z/~][\w./@~-]*")
 
 
 @click.command(epilog="Example:  raylaunch init lab dgx-1 dgx-2   then:  raylaunch doctor && raylaunch up")
 @click.argument("name", required=False, default="")
 @click.argument("hosts", nargs=-1, metavar="[HOST]...")
-@click.option("--from", "ray_file", type=click.Path(path_type=Path), help="Take all from Ray's own cluster.yaml.")
-@click.option("--force", is_flag=True, help="Replace a file that is there.")
+@click.option("--from", "ray_file", type=click.Path(path_type=Path), help="Convert Ray's own cluster.yaml.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.pass_obj
 def init(cluster_file: Path | None, name: str, hosts: tuple[str, ...], *, ray_file: Path | None, force: bool) -> None:
-    """Write cluster.yaml for the cluster NAME on HOSTs, the first of which is the head.
+    """Write cluster.yaml for the cluster NAME on HOSTs; the first is the head.
 
-    A HOST is written as for ssh: a name from ~/.ssh/config, a DNS name or an address, with user@ and :port where they
-    are needed. A single word is a host, and the cluster is called as it is.
+    Write a HOST as you would for ssh: a name from ~/.ssh/config, a DNS name or an address, with user@ and :port if
+    needed. A single argument is a host, and the cluster gets its name.
     """
     if ray_file is not None:
         text, spec = _from_ray(ray_file, name)
@@ -50,7 +50,7 @@ def init(cluster_file: Path | None, name: str, hosts: tuple[str, ...], *, ray_fi
         note(line)
     names = [f"{host.name} (the head)" if at == 0 else host.name for at, host in enumerate(spec.hosts)]
     say(f"{target}: cluster {spec.name} of {count(len(names), 'host')}: {', '.join(names)}")
-    say("next: raylaunch doctor, then raylaunch up")
+    say("Next: raylaunch doctor, then raylaunch up")
 
 
 def _spec_of(name: str, hosts: Sequence[str]) -> ClusterSpec:
@@ -65,17 +65,17 @@ def _spec_of(name: str, hosts: Sequence[str]) -> ClusterSpec:
 
 
 def cluster_text(name: str, hosts: Sequence[str]) -> str:
-    """Return the text of a cluster.yaml for these hosts, with what else it may say in comments."""
+    """Return the text of a cluster.yaml for these hosts, with further settings in comments."""
     return _text(name, [{"host": host} for host in hosts], {}, ())
 
 
 def _from_ray(path: Path, name: str) -> tuple[str, ClusterSpec]:
     if name:
-        msg = "hosts were given, and a file to take them from"
-        raise SpecError(msg, hint="leave one of the two out")
+        msg = "hosts and --from exclude each other"
+        raise SpecError(msg, hint="leave one of them out")
     file = load_cluster_file(path)
     if file.spec.kind != "ssh":
-        msg = f"{path}: this is no cluster of hosts"
+        msg = f"{path} does not describe a cluster of hosts"
         raise SpecError(msg, hint="name Ray's own cluster.yaml, with provider: {type: local, …}")
     spec = file.spec
     defaults = spec.defaults.model_dump(exclude_defaults=True, mode="json")
@@ -88,41 +88,41 @@ def _text(
     name: str, hosts: Sequence[Mapping[str, object]], defaults: Mapping[str, object], notes: Sequence[str]
 ) -> str:
     lines = [
-        "# A cluster of hosts over SSH, for raylaunch: `raylaunch doctor` looks at them, `raylaunch up` starts it.",
-        "# A line that begins with # says what else could stand there. Reference: docs/cluster.md",
+        "# A cluster of hosts over SSH, for raylaunch: `raylaunch doctor` checks them, `raylaunch up` starts it.",
+        "# Lines that start with # show further settings. Reference: docs/cluster.md",
         "",
         f"name: {_scalar(name)}",
         "",
-        "# The first is the head: Ray's head and raylaunch's controller run there, and there lies what jobs leave.",
+        "# The first is the head: Ray's head and raylaunch's controller run there, and job results are stored there.",
         "hosts:",
         *(f"  - {_host_words(host)}" for host in hosts),
         "# A host that differs from the others is an object:",
         "#  - host: dgx-2.example.org",
         "#    gpus: [0, 1, 2, 3]            # only these, by index or UUID; or a number",
-        "#    address: 10.0.0.2             # on the cluster's network, where ssh goes to another one",
-        "#    interface: ens1f0np0          # for NCCL and Gloo; without it the one that bears the address",
+        "#    address: 10.0.0.2             # on the cluster's network, if ssh uses another one",
+        "#    interface: ens1f0np0          # for NCCL and Gloo; by default the one that has the address",
         "#    labels: {kind: spark}         # for `where` in jobs",
         "",
-        "# What holds for all hosts. ~/.ssh/config and ssh-agent are used as well; no key is copied to a host.",
+        "# Settings of all hosts. ~/.ssh/config and ssh-agent are used as well; no key is copied to a host.",
         *(["defaults:"] if defaults else ["# defaults:"]),
         *(f"  {key}: {_scalar(value)}" for key, value in defaults.items()),
         *(line for key, line in _DEFAULTS.items() if key not in defaults),
         "",
-        "# store: /raid/ml/store           # on the head: records, logs, outputs; without it below ~/.raylaunch",
-        "# environment: conda:train        # the Python environment of jobs that name none",
+        "# store: /raid/ml/store           # on the head: records, logs, outputs; by default in ~/.raylaunch",
+        "# environment: conda:train        # the default Python environment of jobs",
         "# env: {HF_HOME: /raid/hf}        # environment variables of all jobs",
         "# secrets: [HF_TOKEN]             # secrets that all jobs get: raylaunch secret set HF_TOKEN",
         *(["# bind: network                   # so that other hosts can join later"] if len(hosts) == 1 else []),
     ]
     if notes:
-        lines += ["", "# From Ray's file these have no counterpart:", *(f"#   {one}" for one in notes)]
+        lines += ["", "# These settings of Ray's file have no counterpart:", *(f"#   {one}" for one in notes)]
     return "\n".join(lines) + "\n"
 
 
 _DEFAULTS = {
     "user": "#  user: ml                       # need not be root, and needs no sudo",
     "key": "#  key: ~/.ssh/id_ed25519",
-    "jump": "#  jump: [gate.example.org]       # machines to go through, as ProxyJump has them",
+    "jump": "#  jump: [gate.example.org]       # jump hosts, as in ProxyJump",
     "root": "#  root: /raid/ml/raylaunch       # raylaunch's folder on each host, instead of ~/.raylaunch",
 }
 
@@ -134,12 +134,12 @@ def _host_words(host: Mapping[str, object]) -> str:
 
 
 def _scalar(value: object) -> str:
-    """Return a value as YAML reads it back; what could be anything but a text is quoted."""
-    plain = isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _WORDS
+    """Return a value as YAML; text that YAML could read as something else is quoted."""
+    plain = isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _YAML_WORDS
     return str(value) if plain else json.dumps(value, ensure_ascii=False)
 
 
-_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null", "~"})
+_YAML_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null", "~"})
 
 
 def _write(target: Path, text: str, *, force: bool) -> None:
@@ -147,7 +147,7 @@ def _write(target: Path, text: str, *, force: bool) -> None:
         with target.open("w" if force else "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        msg = f"{target} is there already"
+        msg = f"{target} already exists"
         raise ConflictError(msg, hint="replace it: --force; or write another one: raylaunch -c FILE init …") from None
     except OSError as error:
         msg = f"{target} cannot be written: {error.strerror}"
@@ -155,16 +155,16 @@ def _write(target: Path, text: str, *, force: bool) -> None:
 
 
 def ssh_notes(hosts: Sequence[HostSpec], config: Path) -> Iterator[str]:
-    """Yield a sentence for each host of whose name nothing here knows what it means."""
+    """Yield a note for each host whose name is neither in the ssh configuration nor an address or DNS name."""
     patterns = list(_patterns(config, _INCLUDES))
     for host in hosts:
         known = any(fnmatch.fnmatchcase(host.host, pattern) for pattern in patterns) or "." in host.host
         if not known and not _is_address(host.host):
-            yield f"{host.host} is not in ~/.ssh/config: `ssh {host.host}` must work as it stands"
+            yield f"{host.host} is not in ~/.ssh/config: `ssh {host.host}` must work without it"
 
 
 def _patterns(config: Path, depth: int) -> Iterator[str]:
-    """Yield the patterns of ``Host`` lines, with those of included files; ``*`` alone names no host."""
+    """Yield the patterns of ``Host`` lines, including those of included files, except a lone ``*``."""
     try:
         lines = config.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

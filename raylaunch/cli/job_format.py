@@ -1,4 +1,4 @@
-"""Jobs in words and colours, and as exit statuses. Pure functions."""
+"""Jobs as text, with colours, and as exit statuses. Pure functions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 
 from raylaunch.cli.console import count, size, span, styled, table
 from raylaunch.client.environment_choice import active_python, import_hint
-from raylaunch.models.job import AttemptView, DryRun, JobView, PackReport
+from raylaunch.models.job import AttemptView, DryRun, JobView, PackReport, format_metrics
 from raylaunch.models.states import JobState
 
 TIMED_OUT = 124
+_METRICS_SHOWN = 8
 _SIGNALLED = 128
 _STYLES = {
     JobState.HELD: "yellow",
@@ -27,7 +28,7 @@ _STYLES = {
 
 
 def exit_status(job: JobView) -> int:
-    """Return what a shell should see of an ended job: its own status; 128+N for signal N; 124 when it timed out."""
+    """Return the exit status for an ended job: its own, 128+N for signal N, or 124 if it timed out."""
     if job.state is JobState.SUCCEEDED:
         return 0
     if job.state is JobState.TIMED_OUT:
@@ -47,15 +48,9 @@ def _signal_number(name: str) -> int:
         return int(signal.SIGKILL)
 
 
-def state_words(job: JobView) -> str:
-    """Return the state, coloured on a terminal, with what stands beside it."""
-    beside = " (unreachable)" if job.unreachable else ""
-    return styled(job.state.value, _STYLES[job.state]) + beside
-
-
-def sentence(job: JobView) -> str:
-    """Return why a job stands where it stands."""
-    return job.message or (job.reason.sentence if job.reason else "")
+def format_state(job: JobView) -> str:
+    """Return the state, coloured on a terminal."""
+    return styled(job.state_text, _STYLES[job.state])
 
 
 def jobs_table(jobs: tuple[JobView, ...], *, now: float) -> list[str]:
@@ -63,12 +58,12 @@ def jobs_table(jobs: tuple[JobView, ...], *, now: float) -> list[str]:
     rows = [
         (
             job.id + (" (ray job)" if job.foreign else ""),
-            job.state.value + (" (unreachable)" if job.unreachable else ""),
+            job.state_text,
             job.owner or "-",
             str(job.spec.resources.gpus) if job.spec else "-",
             f"{span(now - job.created_at)} ago",
             _ran(job, now) or "-",
-            sentence(job),
+            job.why,
         )
         for job in jobs
     ]
@@ -80,8 +75,8 @@ def _ran(job: JobView, now: float) -> str:
     return "" if ran_s is None else span(ran_s)
 
 
-def describe(job: JobView, *, now: float) -> list[str]:
-    """Return everything about a job, for people, a line each."""
+def format_job(job: JobView, *, now: float) -> list[str]:
+    """Return everything about a job, for people, one fact per line."""
     facts = [(title, words) for title, words in _facts(job, now) if words]
     width = max(len(title) for title, _ in facts)
     lines = [f"{title:<{width}}  {words}" for title, words in facts]
@@ -91,18 +86,16 @@ def describe(job: JobView, *, now: float) -> list[str]:
 
 def _facts(job: JobView, now: float) -> Iterator[tuple[str, str]]:
     yield "job", job.id + (" (submitted with plain ray job submit)" if job.foreign else "")
-    yield "state", state_words(job)
-    yield "why", sentence(job)
+    yield "state", format_state(job)
+    yield "why", job.why
     yield "owner", job.owner
-    yield "runs", job.entrypoint or (job.spec.command if job.spec else "")
-    yield "asks for", _asks(job)
+    yield "command", job.entrypoint or (job.spec.command if job.spec else "")
+    yield "resources", _resources(job)
     yield "launcher", _launcher(job)
     yield "submitted", f"{span(now - job.created_at)} ago"
-    yield "ran", _ran(job, now)
-    if job.progress:
-        total = f" of {job.progress.total:g}" if job.progress.total else ""
-        yield "progress", f"step {job.progress.step:g}{total}"
-    yield "metrics", metrics_words(job.last_metrics)
+    yield "ran" if job.state.ended else "running for", _ran(job, now)
+    yield "progress", str(job.progress or "")
+    yield "metrics", format_metrics(job.last_metrics, limit=_METRICS_SHOWN)
     yield "W&B", _wandb(job)
     yield "code", _code(job)
     yield "environment", str(job.chosen) if job.chosen else ""
@@ -116,12 +109,13 @@ def _facts(job: JobView, now: float) -> Iterator[tuple[str, str]]:
     yield "tags", ", ".join(job.spec.tags) if job.spec else ""
 
 
-def _asks(job: JobView) -> str:
+def _resources(job: JobView) -> str:
     if job.spec is None:
         return ""
-    asked = job.spec.resources
-    words = [count(asked.gpus, "GPU") if asked.gpus else "", f"{asked.effective_cpus:g} CPU"]
-    words += [size(asked.memory) if asked.memory else "", *(f"{n:g} {name}" for name, n in asked.custom.items())]
+    wanted = job.spec.resources
+    cpus = wanted.effective_cpus
+    words = [count(wanted.gpus, "GPU") if wanted.gpus else "", f"{cpus:g} {'CPU' if cpus == 1 else 'CPUs'}"]
+    words += [size(wanted.memory) if wanted.memory else "", *(f"{n:g} {name}" for name, n in wanted.custom.items())]
     return ", ".join(word for word in words if word)
 
 
@@ -140,7 +134,7 @@ def _wandb(job: JobView) -> str:
         return f"off{why}"
     more = [f"{len(link.runs)} runs"] if len(link.runs) > 1 else []
     if link.staged_bytes:
-        more.append(f"{size(link.staged_bytes)} of artifacts kept with the job, not sent yet")
+        more.append(f"{size(link.staged_bytes)} of artifacts stored with the job, not uploaded yet")
     return "  ".join(filter(None, (f"{link.mode}{why}", link.url, ", ".join(more))))
 
 
@@ -159,14 +153,15 @@ def _attempt_line(attempt: AttemptView, now: float) -> str:
     words.append(f"GPUs {','.join(attempt.gpus)}" if attempt.gpus else "")
     words.append(f"{attempt.ranks} ranks (logs --rank 0 to {attempt.ranks - 1})" if attempt.ranks > 1 else "")
     if attempt.started_at:
-        words.append(f"ran {span((attempt.ended_at or now) - attempt.started_at)}")
+        ran = span((attempt.ended_at or now) - attempt.started_at)
+        words.append(f"ran {ran}" if attempt.ended_at else f"running for {ran}")
     words.append(attempt.signal or (f"exit code {attempt.exit_code}" if attempt.exit_code is not None else ""))
     words.append(attempt.message)
     return ", ".join(word for word in words if word)
 
 
 def log_lines(job: JobView) -> list[str]:
-    """Return the last lines of a job that runs or did not succeed, under a title; nothing for others."""
+    """Return the last lines of a job that is running or did not succeed, under a title; nothing for others."""
     if not job.log_tail:
         return []
     rank = job.attempt.failed_rank if job.attempt else None
@@ -174,20 +169,14 @@ def log_lines(job: JobView) -> list[str]:
     return [f"last lines of {whose} log:", *(f"  │ {line}" for line in job.log_tail)]
 
 
-def metrics_words(last: dict[str, float], *, limit: int = 8) -> str:
-    """Return the last values in one line."""
-    shown = [f"{key} {value:.5g}" for key, value in list(last.items())[:limit]]
-    more = [f"… {len(last) - limit} more"] if len(last) > limit else []
-    return ", ".join([*shown, *more])
-
-
-def final_facts(job: JobView) -> list[str]:
-    """Return what to say when a job has ended: state, why, last lines, metrics, and how to get what it left."""
-    why = sentence(job)
-    lines = [f"{job.id} {state_words(job)}" + (f": {why}" if why and job.state is not JobState.SUCCEEDED else "")]
+def format_end(job: JobView) -> list[str]:
+    """Return the lines for a job that has ended: state, why, last lines, metrics, and how to get its files."""
+    failed = job.state is not JobState.SUCCEEDED
+    lines = [f"{job.id} {format_state(job)}" + (f": {job.why}" if job.why and failed else "")]
     lines += log_lines(job)
     if job.last_metrics:
-        lines.append(f"metrics: {metrics_words(job.last_metrics)}   (raylaunch metrics {job.id} --plot)")
+        metrics = format_metrics(job.last_metrics, limit=_METRICS_SHOWN)
+        lines.append(f"metrics: {metrics}   (raylaunch metrics {job.id} --plot)")
     if job.outputs:
         lines.append(f"outputs: {count(job.outputs, 'file')}, {size(job.output_bytes)}   (raylaunch get {job.id})")
     if job.wandb and job.wandb.url:
@@ -199,37 +188,36 @@ def final_facts(job: JobView) -> list[str]:
     return lines
 
 
-def environment_words(job: JobView, environ: Mapping[str, str]) -> list[str]:
-    """Return what to do about a module that a failed job did not find, by what is active where this is asked."""
+def environment_hint(job: JobView, environ: Mapping[str, str]) -> list[str]:
+    """Return a hint for a failed job that did not find a module which the active environment here has."""
     hint = import_hint(job, active_python(environ)) if job.log_tail else ""
     return [f"hint: {hint}"] if hint else []
 
 
-def pack_words(report: PackReport, archive_bytes: int) -> list[str]:
-    """Return what was packed, what was left out by which rules, and the largest files."""
-    lines = [f"packed {count(report.files, 'file')}, {size(report.bytes)} ({size(archive_bytes)} to send)"]
+def format_pack(report: PackReport, archive_bytes: int) -> list[str]:
+    """Return what was packed, what was skipped by which rules, and the largest files."""
+    lines = [f"Packed {count(report.files, 'file')} ({size(report.bytes)}, {size(archive_bytes)} compressed)"]
     if report.ignored:
         rules = "; ".join(report.ignored_by)
-        what = count(report.ignored, "file or folder", "files and folders")
-        lines.append(f"left out {what} ({rules})")
+        lines.append(f"Skipped {count(report.ignored, 'file or folder', 'files and folders')} ({rules})")
     if report.largest and report.bytes:
         largest = ", ".join(f"{one.path} {size(one.bytes)}" for one in report.largest)
-        lines.append(f"largest: {largest}")
+        lines.append(f"Largest: {largest}")
     if report.links:
         shown = ", ".join(f"{one.path} → {one.target}" for one in report.links)
         more = f" and {report.links_out - len(report.links)} more" if report.links_out > len(report.links) else ""
-        lines.append(f"links that lead out of the folder, sent as links: {shown}{more}")
+        lines.append(f"Links out of the folder, sent as links: {shown}{more}")
     return lines
 
 
-def wandb_words(taken: tuple[str, ...], *, key: bool) -> list[str]:
-    """Return what of the environment's W&B settings goes along with a job."""
-    lines = [f"W&B from this environment: {', '.join(taken)}"] if taken else []
-    return [*lines, "the W&B key of this environment (WANDB_API_KEY) goes along, for this job alone"] if key else lines
+def format_wandb(names: tuple[str, ...], *, key: bool) -> list[str]:
+    """Return which of this environment's W&B settings are sent with a job."""
+    lines = [f"W&B settings from this environment: {', '.join(names)}"] if names else []
+    return [*lines, "Sending the W&B key of this environment (WANDB_API_KEY), for this job only"] if key else lines
 
 
-def dry_run_words(found: DryRun) -> list[str]:
+def format_dry_run(found: DryRun) -> list[str]:
     """Return what a submission would send, with which environment, and where it would run."""
-    sent = pack_words(found.pack, found.package_bytes) if found.pack else ["no files would be sent"]
-    placed = found.message or f"could run on: {', '.join(found.fits)}"
+    sent = format_pack(found.pack, found.package_bytes) if found.pack else ["No files would be sent"]
+    placed = found.message or f"Could run on: {', '.join(found.fits)}"
     return [*sent, *(one for one in (str(found.chosen or ""), placed) if one)]

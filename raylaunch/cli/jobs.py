@@ -1,4 +1,4 @@
-"""``list``, ``show``, ``stop``, ``rm``: jobs as they stand."""
+"""``list``, ``show``, ``stop``, ``rm``: jobs and their states."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from raylaunch.cli.connect import ClusterCommand, as_json, duration, finish, job_argument
-from raylaunch.cli.console import count, note, say, say_json, say_lines, size
-from raylaunch.cli.job_format import describe, environment_words, jobs_table, state_words
+from raylaunch.cli.console import note, say, say_json, say_lines, size
+from raylaunch.cli.job_format import environment_hint, format_job, format_state, jobs_table
 from raylaunch.client.client import Client
 from raylaunch.errors import SpecError
 from raylaunch.models.fields import seconds
@@ -25,7 +25,7 @@ def since_time(text: str, *, now: float) -> float:
     """Read ``2h`` (ago), a date, or a date with time; return seconds since the epoch.
 
     Raises:
-        SpecError: it is none of these.
+        SpecError: it is neither.
     """
     try:
         ago = seconds(text)
@@ -44,12 +44,12 @@ def since_time(text: str, *, now: float) -> float:
 @click.option(
     "--state", "states", metavar="A,B", help=f"One or more of {', '.join(state.value for state in JobState)}."
 )
-@click.option("--name", default="", help="Jobs of this name.")
-@click.option("--owner", default="", help="Jobs of this person.")
-@click.option("--tag", default="", help="Jobs with this tag.")
-@click.option("--since", default="", metavar="WHEN", help="Submitted since: 2h (ago), or a date.")
-@click.option("--limit", type=click.IntRange(1, _PAGE), default=50, show_default=True, help="Jobs of one page.")
-@click.option("--cursor", default="", help="Go on after an earlier page.")
+@click.option("--name", default="", help="Only jobs of this name.")
+@click.option("--owner", default="", help="Only jobs of this person.")
+@click.option("--tag", default="", help="Only jobs with this tag.")
+@click.option("--since", default="", metavar="WHEN", help="Only jobs submitted since: 2h (ago), or a date.")
+@click.option("--limit", type=click.IntRange(1, _PAGE), default=50, show_default=True, help="Jobs per page.")
+@click.option("--cursor", default="", help="Continue after an earlier page.")
 @click.option("--all", "everything", is_flag=True, help="All pages.")
 @as_json
 @click.pass_obj
@@ -91,9 +91,9 @@ def list_(  # noqa: PLR0913 -- each is one filter
     if found.jobs:
         say_lines(jobs_table(found.jobs, now=time.time()))
     else:
-        note("no jobs" + (" that fit" if found.total == 0 and any((states, name, owner, tag, since)) else ""))
+        note("No matching jobs" if found.total == 0 and any((states, name, owner, tag, since)) else "No jobs")
     if found.next_cursor:
-        note(f"{len(found.jobs)} of {count(found.total, 'job')}; the next: raylaunch list --cursor {found.next_cursor}")
+        note(f"Showing {len(found.jobs)} of {found.total:,}. Next page: raylaunch list --cursor {found.next_cursor}")
 
 
 def _states(text: str) -> tuple[JobState, ...]:
@@ -121,13 +121,15 @@ def show(cluster_file: Path | None, *, job: str, as_json: bool) -> None:
     if as_json:
         say_json(found)
     else:
-        say_lines([*describe(found, now=time.time()), *environment_words(found, os.environ)])
+        say_lines([*format_job(found, now=time.time()), *environment_hint(found, os.environ)])
 
 
 @click.command(epilog="Example:  raylaunch stop digits-k3f9qa --wait")
 @click.argument("jobs", nargs=-1, required=True, metavar="JOB...")
-@click.option("--grace", metavar="TIME", help="Between SIGTERM and SIGKILL, as 10s; by default the job's own.")
-@click.option("--wait/--no-wait", default=False, help="Return when all their processes are gone.")
+@click.option(
+    "--grace", metavar="TIME", help="Time between SIGTERM and SIGKILL, for example 10s. Default: the job's own."
+)
+@click.option("--wait/--no-wait", default=False, help="Return when all their processes have exited.")
 @as_json
 @click.pass_obj
 def stop(cluster_file: Path | None, *, jobs: tuple[str, ...], grace: str | None, wait: bool, as_json: bool) -> None:
@@ -141,7 +143,7 @@ def stop(cluster_file: Path | None, *, jobs: tuple[str, ...], grace: str | None,
         if as_json:
             say_json(stopped)
         else:
-            say(f"{stopped.id} {state_words(stopped)}")
+            say(f"{stopped.id} {format_state(stopped)}")
 
     async def work() -> None:
         async with ClusterCommand(cluster_file).client() as client:
@@ -156,7 +158,7 @@ def stop(cluster_file: Path | None, *, jobs: tuple[str, ...], grace: str | None,
 @as_json
 @click.pass_obj
 def rm(cluster_file: Path | None, *, jobs: tuple[str, ...], as_json: bool) -> None:
-    """Delete ended jobs with their logs, metrics and outputs."""
+    """Delete finished jobs and their logs, metrics and outputs."""
 
     async def work() -> None:
         async with ClusterCommand(cluster_file).client() as client:

@@ -1,4 +1,4 @@
-"""``logs``: print, follow or search what a job has written."""
+"""``logs``, ``follow``, ``wait``: print, follow or search a job's log; wait until a job has ended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 from raylaunch.cli.connect import ClusterCommand, as_json, attempt_option, duration, finish, job_argument, rank_option
 from raylaunch.cli.console import colour_wanted, is_terminal, note, say, say_json, styled
-from raylaunch.cli.job_format import environment_words, exit_status, final_facts, sentence
+from raylaunch.cli.job_format import environment_hint, exit_status, format_end
 from raylaunch.client.client import Client
 from raylaunch.client.logs import LogChunk
 from raylaunch.models.job import JobView, LogMatch
@@ -25,7 +25,7 @@ from raylaunch.models.safe_text import LogView
 async def follow_to_end(
     client: Client, job_id: str, *, log_to_stderr: bool = False, tail: int | None = None
 ) -> JobView:
-    """Print log (stdout) and events (stderr) of a job as they come; return it when it has ended."""
+    """Print a job's log (stdout) and events (stderr) as they come; return the job when it has ended."""
     log = asyncio.ensure_future(_print_log(client, job_id, to_stderr=log_to_stderr, tail=tail))
     try:
         async for event in client.follow(job_id):
@@ -34,7 +34,7 @@ async def follow_to_end(
         await log
     finally:
         log.cancel()
-        await asyncio.gather(log, return_exceptions=True)  # the log's own cancellation, and never ours
+        await asyncio.gather(log, return_exceptions=True)  # the log's own cancellation, never ours
     return await client.job(job_id)
 
 
@@ -57,7 +57,7 @@ def _write(text: str, *, to_stderr: bool) -> None:
 
 def say_end(job: JobView, *, as_json: bool) -> int:
     """Print how a job ended; return the exit status."""
-    for line in (*final_facts(job), *environment_words(job, os.environ)):
+    for line in (*format_end(job), *environment_hint(job, os.environ)):
         note(line)
     if as_json:
         say_json(job)
@@ -65,24 +65,24 @@ def say_end(job: JobView, *, as_json: bool) -> int:
 
 
 def detachable(work: Callable[[], int], current: Callable[[], str]) -> int:
-    """Run `work`; on Ctrl-C leave the job alone and say how to come back to it."""
+    """Run `work`; on Ctrl-C leave the job running and print how to follow it again."""
     try:
         return work()
     except KeyboardInterrupt:
         if not current():
             raise
         note("")
-        note(f"detached; the job goes on: raylaunch follow {current()}")
+        note(f"Detached; the job keeps running. Follow it again: raylaunch follow {current()}")
         return 0
 
 
 @click.command(epilog="Example:  raylaunch follow last")
 @job_argument
-@click.option("--tail", type=click.IntRange(0), default=100, show_default=True, help="Log lines to begin with.")
+@click.option("--tail", type=click.IntRange(0), default=100, show_default=True, help="Log lines to print first.")
 @as_json
 @click.pass_obj
 def follow(cluster_file: Path | None, *, job: str, tail: int, as_json: bool) -> None:
-    """Follow a job's log and state to its end; exit with its status. Ctrl-C detaches, the job goes on."""
+    """Follow a job's log and state until it ends; exit with its status. Ctrl-C detaches; the job keeps running."""
     known: list[str] = []
 
     async def work() -> JobView:
@@ -97,11 +97,11 @@ def follow(cluster_file: Path | None, *, job: str, tail: int, as_json: bool) -> 
 
 @click.command(epilog="Example:  raylaunch wait digits-k3f9qa && raylaunch get digits-k3f9qa")
 @job_argument
-@click.option("--timeout", metavar="TIME", help="Give up after so long, as 90s or 2h (exit status 124).")
+@click.option("--timeout", metavar="TIME", help="Give up after this time, for example 90s or 2h (exit status 124).")
 @as_json
 @click.pass_obj
 def wait(cluster_file: Path | None, *, job: str, timeout: str | None, as_json: bool) -> None:
-    """Wait for a job's end and exit with its status: its exit code, 128+N for signal N, 124 when it timed out."""
+    """Wait until a job has ended; exit with its exit code, 128+N for signal N, or 124 if it timed out."""
     timeout_s = duration(timeout, option="--timeout")
 
     async def work() -> JobView:
@@ -111,13 +111,12 @@ def wait(cluster_file: Path | None, *, job: str, timeout: str | None, as_json: b
     try:
         found = finish(work())
     except asyncio.TimeoutError:
-        note(f"{job} has not ended within {timeout_s:g} s")
+        note(f"{job} did not end within {timeout_s:g} s")
         click.get_current_context().exit(124)
     if as_json:
         say_json(found)
     else:
-        why = sentence(found)
-        say(f"{found.id} {found.state.value}" + (f": {why}" if why else ""))
+        say(f"{found.id} {found.state.value}" + (f": {found.why}" if found.why else ""))
     click.get_current_context().exit(exit_status(found))
 
 
@@ -126,18 +125,18 @@ _TAIL = 100
 
 @click.command(epilog="Example:  raylaunch logs last --tail 1000 --follow")
 @job_argument
-@click.option("-n", "--tail", type=click.IntRange(0), metavar="N", help=f"The last N lines; by default {_TAIL}.")
-@click.option("--offset", type=click.IntRange(0), metavar="BYTE", help="From this byte on, instead.")
+@click.option("-n", "--tail", type=click.IntRange(0), metavar="N", help=f"The last N lines. Default: {_TAIL}.")
+@click.option("--offset", type=click.IntRange(0), metavar="BYTE", help="Start at this byte instead.")
 @click.option("--since", hidden=True)
-@click.option("-f", "--follow", "follows", is_flag=True, help="Go on until the job has ended.")
+@click.option("-f", "--follow", "follows", is_flag=True, help="Keep printing until the job has ended.")
 @click.option(
-    "--search", metavar="TEXT", help="Only lines that hold this, each with its number; the last N of them with --tail."
+    "--search", metavar="TEXT", help="Only lines that contain TEXT, with their numbers; with --tail the last N of them."
 )
 @click.option("--regex", is_flag=True, help="TEXT is a regular expression (RE2).")
-@click.option("-i", "--ignore-case", is_flag=True, help="Search in any case.")
+@click.option("-i", "--ignore-case", is_flag=True, help="Ignore case when searching.")
 @attempt_option
 @rank_option
-@click.option("--raw", is_flag=True, help="The bytes as they were written.")
+@click.option("--raw", is_flag=True, help="Print the log unchanged.")
 @as_json
 @click.pass_obj
 def logs(  # noqa: PLR0913 -- each is one option
@@ -158,14 +157,14 @@ def logs(  # noqa: PLR0913 -- each is one option
 ) -> None:
     """Print the end of a job's log.
 
-    Bytes that are no text are replaced, control characters written out, long lines cut; --raw changes nothing.
+    Invalid UTF-8 is replaced, control characters are escaped and long lines truncated; --raw prints the log unchanged.
     """
     offset = _offset(since) if since is not None else offset
     if tail is not None and offset is not None:
-        msg = "give --tail or --offset, not both"
+        msg = "--tail and --offset exclude each other"
         raise click.UsageError(msg)
     if as_json and search is None:
-        msg = "--json goes with --search; --raw gives the bytes of a log"
+        msg = "--json needs --search; --raw prints the bytes of a log"
         raise click.UsageError(msg)
     last = None if offset is not None else _TAIL if tail is None else tail
 
@@ -188,7 +187,7 @@ def logs(  # noqa: PLR0913 -- each is one option
                 read = client.follow_logs if follows else partial(_present, client)
                 ranks = await _print(read(job, attempt=attempt, rank=rank, tail=last, offset=offset), raw=raw)
                 if ranks > 1 and click.get_current_context().get_parameter_source("rank") is ParameterSource.DEFAULT:
-                    note(f"this is rank 0 of {ranks}; of another: raylaunch logs {job} --rank 1")
+                    note(f"This is rank 0 of {ranks}; another one: raylaunch logs {job} --rank 1")
 
     def ended() -> int:
         finish(work())
@@ -198,17 +197,17 @@ def logs(  # noqa: PLR0913 -- each is one option
 
 
 def _offset(since: str) -> int:
-    """Read ``--since``, which `--offset` was once called."""
+    """Read ``--since``, the old name of `--offset`."""
     if since.isdigit():
         return int(since)
-    msg = f"--since {since}: the lines of a log carry no time; --tail N begins at the last lines, --offset at a byte"
+    msg = f"--since {since}: log lines have no timestamps; use --tail N for the last lines, or --offset for a byte"
     raise click.UsageError(msg)
 
 
 async def _present(  # noqa: PLR0913 -- each says where to read
     client: Client, job: str, *, attempt: int | None, rank: int, tail: int | None, offset: int | None
 ) -> AsyncIterator[LogChunk]:
-    """Yield what a log holds now: not what is written to it meanwhile, or printing would never end."""
+    """Yield what the log contains now, not what is written meanwhile; otherwise printing might never end."""
     chunk = await client.logs(job, attempt=attempt, rank=rank, tail=tail, offset=offset)
     size = chunk.size
     yield chunk
@@ -218,7 +217,7 @@ async def _present(  # noqa: PLR0913 -- each says where to read
 
 
 async def _print(chunks: AsyncIterator[LogChunk], *, raw: bool) -> int:
-    """Print what comes; return how many ranks the attempt has."""
+    """Print the chunks; return how many ranks the attempt has."""
     ranks = 1
     view = LogView(terminal=is_terminal(sys.stdout), colour=colour_wanted(sys.stdout))
     async for chunk in chunks:
@@ -263,10 +262,10 @@ async def _search(  # noqa: PLR0913 -- each is one option of the search
         return
     _say_matches(kept)
     if not found:
-        note(f"no line holds {pattern!r}")
+        note(f"No line contains {pattern!r}")
 
 
 def _say_matches(matches: Iterable[LogMatch]) -> None:
-    """Print lines with their numbers, as grep -n; where a search began in the middle, with their bytes."""
+    """Print lines with their numbers, like grep -n; if the search started in the middle, with their byte offsets."""
     for match in matches:
         say(f"{match.line or f'byte {match.offset}'}:{match.text}")

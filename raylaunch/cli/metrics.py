@@ -22,15 +22,15 @@ _ROWS, _COLUMNS = 4, 2
 
 
 def chart(series: MetricSeries, *, width: int = 72, height: int = 10) -> str:
-    """Return a series as a chart of `width` characters, its axis and title included.
+    """Return a series as a chart of `width` characters, including axis and title.
 
-    Points that are not finite leave gaps.
+    Points that are not finite are left out.
     """
     points = [point for point in series.points if math.isfinite(point.value) and math.isfinite(point.step)]
     title = f"{one_line(series.key)}  ({series.total:,} points)"
     if not points:
-        return f"{title}\n  nothing to draw: no finite values"
-    low, high = _bounds([point.value for point in points])
+        return f"{title}\n  nothing to plot: no finite values"
+    low, high = min(point.value for point in points), max(point.value for point in points)
     labels = [_short(high), *[""] * (height - 2), _short(low)]
     margin = max(len(label) for label in labels)
     rows = _canvas(points, low, high, max(8, width - margin - 3), height)
@@ -39,10 +39,6 @@ def chart(series: MetricSeries, *, width: int = 72, height: int = 10) -> str:
     axis = f"{' ' * margin} └{first}{last.rjust(len(rows[0]) - len(first))}"
     ending = f"last {_short(points[-1].value)}, lowest {_short(low)}, highest {_short(high)}"
     return "\n".join([title, *lines, axis, f"{' ' * margin}  {ending}"])
-
-
-def _bounds(values: Sequence[float]) -> tuple[float, float]:
-    return min(values), max(values)
 
 
 def _short(value: float) -> str:
@@ -77,10 +73,12 @@ _RUNS_NAMED = 20
 @job_argument
 @click.option("--key", "chosen", multiple=True, metavar="NAME", help="A metric; may be repeated.")
 @click.option("--last", "form", flag_value="last", default=True, help="Last values (the default).")
-@click.option("--keys", "form", flag_value="keys", help="Names only.")
+@click.option("--keys", "form", flag_value="keys", help="Only the names.")
 @click.option("--csv", "form", flag_value="csv", help="All points: step,at,key,value.")
-@click.option("--plot", "form", flag_value="plot", help=f"A chart of each --key, or of the first {_PLOTTED}.")
-@click.option("--points", type=click.IntRange(2, 10_000), default=500, show_default=True, help="Points at most.")
+@click.option("--plot", "form", flag_value="plot", help=f"Plot each --key, by default the first {_PLOTTED}.")
+@click.option(
+    "--points", type=click.IntRange(2, 10_000), default=500, show_default=True, help="Maximum number of points."
+)
 @as_json
 @click.pass_obj
 def metrics(  # noqa: PLR0913 -- each is one option
@@ -106,7 +104,7 @@ def metrics(  # noqa: PLR0913 -- each is one option
 
 
 async def _print_csv(chunks: AsyncIterator[bytes]) -> None:
-    """Print CSV: to a file or pipe as it is, on a terminal without what a name of a metric may hold."""
+    """Print CSV: unchanged to a file or pipe, sanitised on a terminal, because metric names are untrusted."""
     view = LogView(terminal=False, colour=False)
     terminal = is_terminal(sys.stdout)
     async for data in chunks:
@@ -118,7 +116,7 @@ def _check(chosen: tuple[str, ...], page: MetricsPage) -> None:
     for key in chosen:
         if key not in page.keys:
             msg = f"the job has no metric {key!r}"
-            raise NotFoundError(msg, hint=f"it has: {', '.join(page.keys[:20])}" if page.keys else "it has none yet")
+            raise NotFoundError(msg, hint=f"it has: {', '.join(page.keys[:20])}" if page.keys else "no metrics yet")
 
 
 def _worth_plotting(page: MetricsPage) -> list[str]:
@@ -128,7 +126,7 @@ def _worth_plotting(page: MetricsPage) -> list[str]:
 
 def _show(page: MetricsPage, *, form: str, chosen: tuple[str, ...]) -> None:
     if not page.keys:
-        note("no metrics yet: a job's metrics are what it gives to wandb.log() or raylaunch.report()")
+        note("No metrics yet; a job logs them with wandb.log() or raylaunch.report()")
     elif form == "keys":
         say_lines(page.keys)
     elif form == "plot":
@@ -138,9 +136,9 @@ def _show(page: MetricsPage, *, form: str, chosen: tuple[str, ...]) -> None:
         rows = [(key, _value(value)) for key, value in page.last.items() if not chosen or key in chosen]
         say_lines(table(("METRIC", "LAST"), rows))
         if page.last_step is not None:
-            note(f"at step {page.last_step:g}")
+            note(f"At step {page.last_step:g}")
         for run in [run for run in page.runs if run.prefix and run.name][:_RUNS_NAMED]:
-            note(f"{run.prefix}… is the run {run.name}")
+            note(f"{run.prefix}… is run {run.name}")
 
 
 def _value(value: float) -> str:

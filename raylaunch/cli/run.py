@@ -1,4 +1,4 @@
-"""The options that describe a job, and the flags that they become."""
+"""``run`` and ``submit``: the options that describe a job, what is checked before it is sent, and the submission."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import click
 from raylaunch.cli.connect import ClusterCommand, as_json, finish
 from raylaunch.cli.console import is_terminal, note, say, say_json, say_lines, size
 from raylaunch.cli.files import transfer_bar
-from raylaunch.cli.job_format import dry_run_words, pack_words, sentence, wandb_words
+from raylaunch.cli.job_format import format_dry_run, format_pack, format_wandb
 from raylaunch.cli.logs import detachable, follow_to_end, say_end
 from raylaunch.client.client import Client
 from raylaunch.client.packing import Packed
@@ -67,22 +67,24 @@ _OPTIONS = (
         "-f",
         "--file",
         type=click.Path(path_type=Path),
-        help="Job file, by default ./job.yaml when no command is given; flags override it.",
+        help="Job file. Default: ./job.yaml if no program is given. Flags override it.",
     ),
-    click.option("--name", help="Name; by default made from the program."),
+    click.option("--name", help="Name. Default: derived from the program."),
     click.option("--gpus", metavar="N", help="GPUs."),
     click.option("--launcher", metavar="KIND", help="script, torchrun, or ray (a Ray Train or Tune program)."),
-    click.option("--processes", metavar="N", help="Ranks that torchrun starts; by default one a GPU."),
+    click.option("--processes", metavar="N", help="Ranks that torchrun starts. Default: one per GPU."),
     click.option("--cpus", metavar="N", help="CPU cores."),
-    click.option("--memory", metavar="SIZE", help="Memory, as 8GiB."),
+    click.option("--memory", metavar="SIZE", help="Memory, for example 8GiB."),
     click.option("--resource", multiple=True, metavar="NAME=N", help="A custom Ray resource."),
-    click.option("--env", multiple=True, metavar="K=V", help="An environment variable; K alone takes it from here."),
-    click.option("--secret", multiple=True, metavar="NAME", help="A secret that becomes an environment variable."),
-    click.option("--timeout", metavar="TIME", help="Longest run of an attempt, as 2h."),
-    click.option("--grace", metavar="TIME", help="Between SIGTERM and SIGKILL at a stop."),
-    click.option("--output", multiple=True, metavar="GLOB", help="Files to keep: a glob, auto (what is new), none."),
-    click.option("--outputs-size", metavar="SIZE", help="How much auto keeps, as 5GiB; by default 1GiB."),
-    click.option("--outputs-files", metavar="N", help="How many files auto keeps; by default 10000."),
+    click.option(
+        "--env", multiple=True, metavar="K=V", help="An environment variable; K alone copies its value from this shell."
+    ),
+    click.option("--secret", multiple=True, metavar="NAME", help="A secret, passed as an environment variable."),
+    click.option("--timeout", metavar="TIME", help="Time limit per attempt, for example 2h."),
+    click.option("--grace", metavar="TIME", help="Time between SIGTERM and SIGKILL."),
+    click.option("--output", multiple=True, metavar="GLOB", help="Files to store: a glob, auto (new files), or none."),
+    click.option("--outputs-size", metavar="SIZE", help="Size limit of auto, for example 5GiB. Default: 1GiB."),
+    click.option("--outputs-files", metavar="N", help="Limit on the number of files of auto. Default: 10000."),
     click.option("--tag", multiple=True, help="A tag."),
     click.option(
         "--environment",
@@ -94,22 +96,22 @@ _OPTIONS = (
     click.option(
         "--with", multiple=True, metavar="PACKAGE", help="Add a package to the environment, for example numpy."
     ),
-    click.option("--working-dir", metavar="DIR", help="Folder to pack; by default this one ('' for none)."),
+    click.option("--working-dir", metavar="DIR", help="Folder to pack ('' for none). Default: this one."),
     click.option("--tracking", metavar="MODE", help="W&B: auto, online, offline or disabled."),
     click.option("--project", help="W&B project."),
-    click.option("--host", multiple=True, help="Run on this machine (or one of these)."),
-    click.option("--label", multiple=True, metavar="K=V", help="Run on machines with this label."),
-    click.option("--gpu-type", metavar="TEXT", help="Run on GPUs with this in their name."),
-    click.option("--priority", metavar="N", help="-100 to 100; higher runs earlier."),
-    click.option("--retries", metavar="N", help="More attempts when the program fails."),
+    click.option("--host", multiple=True, help="Run on this host, or one of these."),
+    click.option("--label", multiple=True, metavar="K=V", help="Run on hosts with this label."),
+    click.option("--gpu-type", metavar="TEXT", help="Run on GPUs whose name contains this."),
+    click.option("--priority", metavar="N", help="-100 to 100; higher starts earlier."),
+    click.option("--retries", metavar="N", help="Further attempts if the program fails."),
     click.option("--shell", metavar="COMMAND", help="A shell command, instead of a program after --."),
-    click.option("--allow", multiple=True, metavar="NAME", help="Send this file although it looks like a secret."),
-    click.option("--max-upload", metavar="SIZE", help="Largest upload, for example 5GB; by default 1GB."),
-    click.option("--request-id", default="", help="The same id again returns the same job."),
+    click.option("--allow", multiple=True, metavar="NAME", help="Send this file even though it looks like a secret."),
+    click.option("--max-upload", metavar="SIZE", help="Largest upload, for example 5GB. Default: 1GB."),
+    click.option("--request-id", default="", help="Idempotency key: submitting it again returns the same job."),
     click.option(
         "--dry-run",
         is_flag=True,
-        help="Check everything, print what would be sent and where it would run, and submit nothing.",
+        help="Check everything and print what would be sent and where it would run; submit nothing.",
     ),
     click.argument("command", nargs=-1, type=click.UNPROCESSED),
 )
@@ -123,10 +125,10 @@ def job_options(command: _Command) -> _Command:
 
 
 def spec_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> JobSpec:
-    """Return the job that the options describe: also ``run job.yaml``, and ``run`` alone where there is a job.yaml.
+    """Return the job that the options describe; ``run job.yaml`` and, with a job.yaml here, plain ``run`` work too.
 
     Raises:
-        SpecError: they, or the file, say something that cannot be.
+        SpecError: an option or the file is invalid.
     """
     given = _with_file(given)
     return job_spec_from_flags(flags_of(given, environ), file=given.get("file"))
@@ -140,16 +142,14 @@ def _with_file(given: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**given, "file": Path(_JOB_FILE)}
     if command and command[0].endswith((".yaml", ".yml")) and Path(command[0]).is_file():
         if len(command) > 1:
-            msg = f"{command[0]} is a job file, and {command[1]} stands after it"
-            raise SpecError(
-                msg, field="entrypoint", hint=f"options stand before it: raylaunch run OPTIONS {command[0]}"
-            )
+            msg = f"{command[0]} is a job file, but {command[1]} follows it"
+            raise SpecError(msg, field="entrypoint", hint=f"put options first: raylaunch run OPTIONS {command[0]}")
         return {**given, "file": Path(command[0]), "command": ()}
     return given
 
 
 def flag_of(field: tuple[str, ...]) -> str:
-    """Return the option that sets a field of a job, and "" where there is none."""
+    """Return the option that sets a field of a job, or ""."""
     for options in (_FIELDS, _LISTS, _PAIRS):
         for option, path in options.values():
             if path == field:
@@ -158,7 +158,7 @@ def flag_of(field: tuple[str, ...]) -> str:
 
 
 def flags_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> list[Flag]:
-    """Return the flags that were given, in the order of their names."""
+    """Return the given flags, ordered by name."""
     flags = [
         Flag(option, field, _number(given[name])) for name, (option, field) in _FIELDS.items() if _given(given, name)
     ]
@@ -174,7 +174,7 @@ def _given(given: Mapping[str, Any], name: str) -> bool:
 
 
 def _number(value: object) -> object:
-    """A priority of ``-5`` is a number; validation says of other words that they are none."""
+    """A priority of ``-5`` is a number; validation rejects other text."""
     return int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value
 
 
@@ -185,7 +185,7 @@ def _pairs(option: str, pairs: Sequence[str], environ: Mapping[str, str]) -> dic
         if not equals and option == "--env" and name in environ:
             value = environ[name]
         elif not equals or not name:
-            hint = f"there is no {name} in the environment here" if option == "--env" and name else ""
+            hint = f"{name} is not set in this environment" if option == "--env" and name else ""
             msg = f"{option}: {pair!r} is not NAME=VALUE"
             raise SpecError(msg, hint=hint)
         found[name] = value
@@ -195,23 +195,23 @@ def _pairs(option: str, pairs: Sequence[str], environ: Mapping[str, str]) -> dic
 def _entrypoint(given: Mapping[str, Any]) -> list[Flag]:
     command, shell = tuple(given.get("command") or ()), given.get("shell")
     if command and shell is not None:
-        msg = "both --shell and a program after -- were given"
-        raise SpecError(msg, field="entrypoint", hint="give one of the two")
+        msg = "--shell and a program after -- exclude each other"
+        raise SpecError(msg, field="entrypoint", hint="leave one of them out")
     if shell is not None:
         return [Flag("--shell", ("entrypoint",), shell)]
     if len(command) == 1 and any(letter in command[0] for letter in " |&;<>$"):
-        return [Flag("--", ("entrypoint",), command[0])]  # one quoted word with a blank in it was meant for a shell
+        return [Flag("--", ("entrypoint",), command[0])]  # one quoted argument with a space in it is meant for a shell
     return [Flag("--", ("entrypoint",), command)] if command else []
 
 
 def warn_of_options_after(command: Sequence[str]) -> None:
-    """Nothing is parsed after the program's name: say so when one of our own options stands there without ``--``."""
+    """Nothing is parsed after the program's name: warn if one of our own options follows it without ``--``."""
     if "--" in sys.argv:
         return
     ours = {option for one in click.get_current_context().command.params for option in one.opts if option[:2] == "--"}
     for word in command[1:]:
         if word.partition("=")[0] in ours:
-            note(f"note: {word} goes to {command[0]}; options of raylaunch stand before --")
+            note(f"note: {word} is passed to {command[0]}; put options of raylaunch before --")
             return
 
 
@@ -226,8 +226,8 @@ def _prepared(given: dict[str, Any]) -> JobSpec:
     return spec
 
 
-class _Before:
-    """What is checked and asked before a missing cluster is started, so that nothing of it is refused afterwards."""
+class _Precheck:
+    """Checks and prompts before a missing cluster is started, so that the job is not refused afterwards."""
 
     def __init__(self, place: ClusterCommand, spec: JobSpec, allow: Allowances) -> None:
         self._place = place
@@ -237,14 +237,14 @@ class _Before:
         self.packed: Packed | None = None
 
     async def start(self) -> None:
-        """Check and pack the job, and ask about its size: the cluster has nothing of it yet."""
+        """Check and pack the job, and ask about its size: the cluster has none of it yet."""
         spec = with_wandb(self._spec, os.environ).spec
         self.packed = (await checked(spec, self._place.spec, allow=self._allow)).packed
         if self.packed:
             await self.upload(self.packed.bytes)
 
     async def upload(self, size_bytes: int) -> None:
-        """Ask a person at a terminal, once, whether a large upload is to begin."""
+        """Ask once, on a terminal, whether to start a large upload."""
         if size_bytes > ASKED_ABOVE and self._allow.asked and not self._asked and is_terminal(sys.stdin):
             question = f"{size(size_bytes)} to upload. Continue?"
             await asyncio.to_thread(click.confirm, question, abort=True, err=True)
@@ -252,14 +252,14 @@ class _Before:
 
 
 async def _submit(
-    client: Client, spec: JobSpec, *, request_id: str, allow: Allowances, before: _Before
+    client: Client, spec: JobSpec, *, request_id: str, allow: Allowances, before: _Precheck
 ) -> SubmitAnswer:
     spec, secrets, taken = with_wandb(spec, os.environ)
-    for line in wandb_words(taken, key=bool(secrets)):
+    for line in format_wandb(taken, key=bool(secrets)):
         note(line)
 
     def packed(report: PackReport, archive_bytes: int) -> None:
-        for line in pack_words(report, archive_bytes):
+        for line in format_pack(report, archive_bytes):
             note(line)
 
     with transfer_bar() as progress:
@@ -277,17 +277,16 @@ async def _submit(
     if job.chosen:
         note(str(job.chosen))
     if not answer.created:
-        note(f"{job.id} was submitted with this request id before; it is {job.state.value}")
+        note(f"{job.id} was already submitted with this request id; it is {job.state.value}")
     else:
-        why = sentence(job)
-        note(f"submitted {job.id}: {job.state.value}" + (f", {why}" if why else ""))
+        note(f"Submitted {job.id}: {job.state.value}" + (f", {job.why}" if job.why else ""))
     return answer
 
 
 async def _dry_run(place: ClusterCommand, spec: JobSpec, *, allow: Allowances, as_json: bool) -> int:
-    """Print what a submission would do, and return the exit status. Nothing is sent or started."""
+    """Print what a submission would do; return the exit status. Nothing is sent or started."""
     spec, secrets, taken = with_wandb(spec, os.environ)
-    for line in wandb_words(taken, key=bool(secrets)):
+    for line in format_wandb(taken, key=bool(secrets)):
         note(line)
     plan = None
     if await place.would_start():
@@ -298,7 +297,7 @@ async def _dry_run(place: ClusterCommand, spec: JobSpec, *, allow: Allowances, a
     if as_json:
         say_json(found)
     else:
-        say_lines([*dry_run_words(found), *(str(plan).split("\n") if plan else ())])
+        say_lines([*format_dry_run(found), *(str(plan).split("\n") if plan else ())])
     return 1 if plan and plan.problems else 0
 
 
@@ -308,9 +307,9 @@ async def _without_cluster(place: ClusterCommand, spec: JobSpec, allow: Allowanc
         plan = await place.plan()
         for what, most in plan.offers.items():
             if (getattr(spec.resources, what) or 0) > most:
-                msg = f"{spec.display_name} can never run on cluster {name}: it asks for {what}, and there are {most:g}"
-                raise UnsatisfiableError(msg, hint=f"ask for at most {most:g} {what}")
-        return ready.dry_run(f"cluster {name!r} does not run, and would be started first"), plan
+                msg = f"{spec.display_name} can never run on cluster {name}, which has {most:g} {what}"
+                raise UnsatisfiableError(msg, hint=f"request at most {most:g} {what}")
+        return ready.dry_run(f"cluster {name!r} is not running and would be started first"), plan
 
 
 @click.command(
@@ -321,10 +320,10 @@ async def _without_cluster(place: ClusterCommand, spec: JobSpec, allow: Allowanc
 @as_json
 @click.pass_obj
 def run(cluster_file: Path | None, /, *, as_json: bool, **given: Any) -> None:  # noqa: ANN401 -- options of job_options
-    """Submit a job and follow it to its end; start the cluster when there is none.
+    """Submit a job and follow it until it ends; start the cluster if there is none.
 
-    The program stands after --. Its log goes to stdout, all else to stderr. The exit status is the job's own: its exit
-    code, 128+N for signal N, 124 when it timed out. Ctrl-C detaches; the job goes on.
+    Put the program after --. Its log goes to stdout, everything else to stderr. The exit status is the job's own: its
+    exit code, 128+N for signal N, or 124 if it timed out. Ctrl-C detaches; the job keeps running.
     """
     spec = _prepared(given)
     allow = allowed(given["allow"], given["max_upload"])
@@ -332,7 +331,7 @@ def run(cluster_file: Path | None, /, *, as_json: bool, **given: Any) -> None:  
 
     async def work() -> JobView:
         place = ClusterCommand(cluster_file)
-        before = _Before(place, spec, allow)
+        before = _Precheck(place, spec, allow)
         async with place.client(start=True, before_start=before.start) as client:
             answer = await _submit(client, spec, request_id=given["request_id"], allow=allow, before=before)
             known.append(answer.job.id)
@@ -353,7 +352,7 @@ def run(cluster_file: Path | None, /, *, as_json: bool, **given: Any) -> None:  
 @as_json
 @click.pass_obj
 def submit(cluster_file: Path | None, /, *, as_json: bool, **given: Any) -> None:  # noqa: ANN401 -- as above
-    """Submit a job and print its id; start the cluster when there is none."""
+    """Submit a job and print its id; start the cluster if there is none."""
     spec = _prepared(given)
     allow = allowed(given["allow"], given["max_upload"])
 
@@ -361,7 +360,7 @@ def submit(cluster_file: Path | None, /, *, as_json: bool, **given: Any) -> None
         place = ClusterCommand(cluster_file)
         if given["dry_run"]:
             return await _dry_run(place, spec, allow=allow, as_json=as_json)
-        before = _Before(place, spec, allow)
+        before = _Precheck(place, spec, allow)
         async with place.client(start=True, before_start=before.start) as client:
             answer = await _submit(client, spec, request_id=given["request_id"], allow=allow, before=before)
         if as_json:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from raylaunch.models.fields import Count, Environment, ExitCode, Moment, StepNumber, Whole
 from raylaunch.models.job_spec import JobSpec
+from raylaunch.models.safe_text import one_line
 from raylaunch.models.states import JobState, Reason
 
 
@@ -74,6 +75,9 @@ class Progress(View):
     step: StepNumber
     total: StepNumber | None = None
     at: Moment
+
+    def __str__(self) -> str:
+        return f"step {self.step:g}" + (f" of {self.total:g}" if self.total else "")
 
 
 class FileFact(View):
@@ -208,6 +212,16 @@ class JobView(View):
         """The latest attempt, or None before the first."""
         return self.attempts[-1] if self.attempts else None
 
+    @property
+    def state_text(self) -> str:
+        """The state for people: ``running``, or ``running (unreachable)``."""
+        return self.state.value + (" (unreachable)" if self.unreachable else "")
+
+    @property
+    def why(self) -> str:
+        """Why the job is in its state, as a sentence; empty if there is nothing to say."""
+        return self.message or (self.reason.sentence if self.reason else "")
+
     def ran_s(self, now: float) -> float | None:
         """Return for how long its program ran, summed over all attempts; None before the first.
 
@@ -219,6 +233,13 @@ class JobView(View):
         if not self.attempts and self.started_at is not None:
             return max(0.0, end - self.started_at)
         return sum(spans) if spans else None
+
+
+def format_metrics(last: dict[str, float], *, limit: int) -> str:
+    """Return the first `limit` values in one line, for example ``loss 0.21, accuracy 0.98, … 3 more``."""
+    shown = [f"{one_line(key)} {value:.5g}" for key, value in list(last.items())[:limit]]
+    more = [f"… {len(last) - limit} more"] if len(last) > limit else []
+    return ", ".join([*shown, *more])
 
 
 class JobPage(View):

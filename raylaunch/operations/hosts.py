@@ -1,4 +1,4 @@
-"""A cluster gains and loses hosts: the verbs for every door. A cluster.yaml that a person keeps is kept true."""
+"""Adding hosts to a cluster and removing them, for every interface; cluster.yaml is updated to match."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.host_spec import HostSpec
 from raylaunch.models.job import JobView
 from raylaunch.operations.connect import ClusterConnection, bring_up
-from raylaunch.operations.upgrade import until_ended, words
+from raylaunch.operations.upgrade import running_jobs, until_ended
 from raylaunch.paths import storage_errors
 from raylaunch.ssh.target import OnPrompt
 
@@ -32,14 +32,14 @@ _HOSTS = "hosts"
 
 @dataclass(frozen=True)
 class HostChange:
-    """What a file becomes, and the cluster that it then describes. `path` is None where no person keeps a file."""
+    """The new text of a cluster file, and the cluster that it describes. `path` is None if no file changes."""
 
     spec: ClusterSpec
     path: Path | None
     text: str = ""
 
     def write(self) -> None:
-        """Write the file, beside its place first.
+        """Write the file atomically, keeping its mode.
 
         Raises:
             StorageError: it cannot be written.
@@ -54,11 +54,11 @@ class HostChange:
 
 
 def plan_add(file: ClusterFile, host: Mapping[str, object]) -> HostChange:
-    """Compute what a cluster and its file become with one more host. A host that is there already changes nothing.
+    """Compute a cluster and its file with one more host. A host that is already in it changes nothing.
 
     Raises:
-        SpecError: the host is none, or its name is another's.
-        ConflictError: the cluster is no cluster of hosts, or its file is one of Ray's own.
+        SpecError: the host is invalid, or its name is taken.
+        ConflictError: it is not a cluster of hosts, or its file is Ray's own.
     """
     _check_kind(file)
     wanted = _host(dict(host))
@@ -69,10 +69,10 @@ def plan_add(file: ClusterFile, host: Mapping[str, object]) -> HostChange:
 
 
 def plan_remove(file: ClusterFile, name: str) -> HostChange:
-    """Compute what a cluster and its file become without a host. A host that is not in the file changes nothing.
+    """Compute a cluster and its file without a host. A host that is not in the file changes nothing.
 
     Raises:
-        ConflictError: the cluster is no cluster of hosts, its file is one of Ray's own, or the host is its head.
+        ConflictError: it is not a cluster of hosts, its file is Ray's own, or the host is its head.
     """
     _check_kind(file)
     names = [one.name for one in file.spec.hosts]
@@ -82,9 +82,9 @@ def plan_remove(file: ClusterFile, name: str) -> HostChange:
         msg = f"{name} is the head of cluster {file.spec.name}: records, queue and logs are there"
         raise ConflictError(msg, hint="to end the whole cluster: raylaunch down")
     text = without_item(_text(file), _HOSTS, names.index(name))
-    only_head = len(names) == 2  # noqa: PLR2004 -- the head and the one that leaves
+    only_head = len(names) == 2  # noqa: PLR2004 -- the head and the removed one
     if only_head and not file.spec.bind:
-        text = f"{text.rstrip()}\nbind: network\n"  # as it listens now; one host alone would mean loopback
+        text = f"{text.rstrip()}\nbind: network\n"  # as it listens now; a single host would default to loopback
     return _changed(file, text, names[0])
 
 
@@ -97,10 +97,10 @@ def _host(data: dict[str, object]) -> HostSpec:
 
 def _check_kind(file: ClusterFile) -> None:
     if file.spec.kind != "ssh":
-        msg = f"cluster {file.spec.name} is on this machine, and has no hosts to add or remove"
-        raise ConflictError(msg, hint="a cluster of hosts begins with: raylaunch init NAME HOST...")
+        msg = f"cluster {file.spec.name} is on this machine and has no hosts to add or remove"
+        raise ConflictError(msg, hint="create a cluster of hosts: raylaunch init NAME HOST...")
     if file.path is not None and file.of_ray:
-        msg = f"{file.path} is a file of Ray's own, which raylaunch does not change"
+        msg = f"{file.path} is Ray's own cluster file, which raylaunch does not change"
         raise ConflictError(msg, hint="change its worker_ips and run raylaunch up; or: raylaunch init --from it")
 
 
@@ -111,7 +111,7 @@ def _text(file: ClusterFile) -> str:
 
 
 def _changed(file: ClusterFile, text: str, head: str) -> HostChange:
-    """Read the text as the file would be read: it must still begin with the same head, under the same name."""
+    """Read the new text like the file: the head and the name must not change."""
     with TemporaryDirectory() as folder:
         draft = Path(folder) / (file.path or Path("cluster.yaml")).name
         draft.write_text(text, encoding="utf-8")
@@ -121,37 +121,37 @@ def _changed(file: ClusterFile, text: str, head: str) -> HostChange:
             message = error.message.replace(f"{folder}/", "")
             raise SpecError(message, hint=error.hint, field=error.field) from None
     if spec.hosts[0].name != head or spec.name != file.spec.name:
-        msg = f"{file.path} cannot be changed without changing what it says of {head}"
-        raise SpecError(msg, hint=f"change it by hand: its list {_HOSTS}; then raylaunch up")
+        msg = f"{file.path} cannot be changed without also changing {head}"
+        raise SpecError(msg, hint=f"edit its list {_HOSTS} by hand, then run raylaunch up")
     return HostChange(spec, file.path, text)
 
 
 async def add(
     change: HostChange, host: str, *, on_step: Callable[[Step], None], on_prompt: OnPrompt | None = None
 ) -> ClusterStatus:
-    """Bring a cluster up with one more host; what runs stays as it is. The file is changed once the host is in.
+    """Start one more host of a cluster; everything running is left alone. The file is changed once it has joined.
 
     Raises:
-        ConflictError: the cluster listens on loopback alone, where no other host can reach it.
-        ClusterStartError: the host, or another, did not come up; the file is as it was.
+        ConflictError: the cluster listens only on loopback, where no other host can reach it.
+        ClusterStartError: the host, or another, did not start; the file is unchanged.
     """
     from raylaunch.cluster.hosts import teardown  # noqa: PLC0415 -- it loads asyncssh, which takes longer than most verbs
 
-    place = ClusterConnection(change.spec, on_notice=lambda _: None, on_step=on_step)
+    connection = ClusterConnection(change.spec, on_notice=lambda _: None, on_step=on_step)
     try:
-        runs = teardown.known(change.spec.name)
+        record = teardown.known(change.spec.name)
     except ClusterDownError:
-        runs = None
-    if runs is not None and runs.wanted == "running" and runs.head_address == LOOPBACK:
-        msg = f"cluster {change.spec.name} listens on its host's loopback alone, where {host} cannot reach it"
+        record = None
+    if record is not None and record.wanted == "running" and record.head_address == LOOPBACK:
+        msg = f"cluster {change.spec.name} listens only on its host's loopback, where {host} cannot reach it"
         raise ConflictError(msg, hint=f"raylaunch down, then raylaunch add {host}: it starts on the cluster's network")
-    status = await bring_up(place.backend, change.spec, on_step=on_step, on_prompt=on_prompt)
+    status = await bring_up(connection.backend, change.spec, on_step=on_step, on_prompt=on_prompt)
     change.write()
     return status
 
 
-async def remove(  # noqa: PLR0913 -- what is done with what runs there, and who is told
-    place: ClusterConnection,
+async def remove(  # noqa: PLR0913 -- two flags and two callbacks
+    connection: ClusterConnection,
     change: HostChange,
     host: str,
     *,
@@ -160,29 +160,29 @@ async def remove(  # noqa: PLR0913 -- what is done with what runs there, and who
     on_step: Callable[[Step], None],
     on_prompt: OnPrompt | None = None,
 ) -> DownReport:
-    """Take a host out of a cluster: no attempt begins there, what was started there is ended, and it is forgotten.
+    """Remove a host from a cluster: drain it, stop what was started there, and forget it.
 
     Args:
-        place: the cluster.
+        connection: the cluster.
         change: its file without the host.
         host: the host's name.
-        stop: jobs that run there are stopped and queued again; without it they are a reason to refuse.
-        forget: do not reach the host, which may be gone for ever.
-        on_step: told what is waited for.
-        on_prompt: asks a person; None where nobody is there.
+        stop: stop jobs running there and queue them again; otherwise running jobs are an error.
+        forget: do not connect to the host, which may be gone permanently.
+        on_step: called while something is waited for.
+        on_prompt: asks a person; None without a person.
 
     Raises:
-        ConflictError: jobs run there; or it is the head.
+        ConflictError: jobs are running there, or it is the head.
         NotFoundError: the cluster has no such host.
-        HostError: it cannot be reached, or something there cannot be ended.
+        HostError: it cannot be reached, or something there cannot be stopped.
     """
     from raylaunch.cluster.hosts import teardown  # noqa: PLC0415 -- as above
 
-    teardown.check_leaves(teardown.known(place.spec.name), host)
-    async with place.client() as client:
+    teardown.check_leaves(teardown.known(connection.spec.name), host)
+    async with connection.client() as client:
         if not forget:
             await _empty(client, host, stop=stop, on_step=on_step)
-        report = await teardown.remove_host(place.spec.name, host, forget=forget, on_prompt=on_prompt)
+        report = await teardown.remove_host(connection.spec.name, host, forget=forget, on_prompt=on_prompt)
         change.write()
         with contextlib.suppress(NotFoundError):  # it was not drained
             await client.admin.undrain(host)
@@ -190,15 +190,15 @@ async def remove(  # noqa: PLR0913 -- what is done with what runs there, and who
 
 
 async def _empty(client: Client, host: str, *, stop: bool, on_step: Callable[[Step], None]) -> None:
-    """Drain a host, and wait until nothing runs there."""
+    """Drain a host, and wait until nothing is running there."""
     try:
         before = await client.admin.host_jobs(host)
-    except NotFoundError:  # its Ray is gone already
+    except NotFoundError:  # its Ray has already exited
         return
     if not stop:
         _refuse_busy(before)
     now = await client.admin.drain(host, stop=stop)
-    if not stop and (now.jobs or now.others):  # one has begun in this moment
+    if not stop and (now.jobs or now.others):  # one has just started
         if before.drain is None:
             await client.admin.undrain(host)
         _refuse_busy(now)
@@ -207,24 +207,23 @@ async def _empty(client: Client, host: str, *, stop: bool, on_step: Callable[[St
 
 def _refuse_busy(seen: HostJobs) -> None:
     if seen.jobs:
-        msg = f"{words(seen.jobs)} on {seen.host}"
-        hint = f"wait for the end, or stop and queue again: raylaunch remove {seen.host} --stop"
+        msg = f"{running_jobs(seen.jobs)} on {seen.host}"
+        hint = f"wait until they end, or stop them and queue them again: raylaunch remove {seen.host} --stop"
         raise ConflictError(msg, hint=hint)
     if seen.others:
         msg = f"{seen.host}: {seen.others}, by workers of a Ray program or by plain Ray jobs"
-        raise ConflictError(
-            msg, hint=f"look with: raylaunch list; end them with the host: raylaunch remove {seen.host} --stop"
-        )
+        hint = f"see raylaunch list; stop them together with the host: raylaunch remove {seen.host} --stop"
+        raise ConflictError(msg, hint=hint)
 
 
-async def wait_empty(client: Client, host: str, *, on_step: Callable[[Step], None], told: bool = True) -> None:
-    """Wait until no job of ours runs on a drained host: as long as it takes, unless they were `told` to stop.
+async def wait_empty(client: Client, host: str, *, on_step: Callable[[Step], None], stopping: bool = True) -> None:
+    """Wait until none of our jobs is running on a drained host, without limit unless they are `stopping`.
 
     Raises:
-        ClusterError: they were told, and have not ended after the longest grace of theirs and a margin.
+        ClusterError: they are stopping, and some have not ended after their longest grace time and a margin.
     """
 
-    async def look() -> tuple[JobView, ...]:
+    async def running() -> tuple[JobView, ...]:
         return (await client.admin.host_jobs(host)).jobs
 
-    await until_ended(look, where=f" on {host}", on_step=on_step, told=told)
+    await until_ended(running, where=f" on {host}", on_step=on_step, stopping=stopping)

@@ -1,4 +1,4 @@
-"""People come in: inviting, and taking an invitation, for every door."""
+"""Inviting people to a cluster, and joining one by an invitation; for every interface."""
 
 from __future__ import annotations
 
@@ -18,54 +18,54 @@ from raylaunch.operations.connect import ClusterConnection
 
 
 async def invite(
-    place: ClusterConnection, person: str, role: str, *, valid_s: float, token_expires_at: float | None
+    connection: ClusterConnection, person: str, role: str, *, valid_s: float, token_expires_at: float | None
 ) -> tuple[str, float]:
-    """Invite a person to a cluster of hosts; return the command that she pastes, and when its code is over.
+    """Invite a person to a cluster of hosts; return the command that they run, and when it expires.
 
     Args:
-        place: the cluster.
-        person: her name, as it stands beside her jobs.
+        connection: the cluster.
+        person: their name, shown next to their jobs.
         role: viewer, trainer, operator or admin.
-        valid_s: for how long the code is good.
-        token_expires_at: when the token is over that she gets, seconds since the epoch; None for never.
+        valid_s: how long the code is valid.
+        token_expires_at: when their token expires, seconds since the epoch; None for never.
 
     Raises:
-        ConflictError: the cluster is on this machine alone.
-        AccessError: the caller is no admin, or somebody else runs the cluster.
-        SpecError: that is no name, or no role.
+        ConflictError: the cluster is reachable only from this machine.
+        AccessError: the caller is not an admin, or somebody else runs the cluster.
+        SpecError: the name or the role is invalid.
     """
-    check_hosts(place.spec)
-    async with place.client() as client:
-        record, tunnel = joined.ours(place.spec.name)
+    check_hosts(connection.spec)
+    async with connection.client() as client:
+        record, tunnel = joined.ours(connection.spec.name)
         invitation = await client.admin.invite(person, role, valid_s=valid_s, token_expires_at=token_expires_at)
     return joined.join_line(invitation, record, tunnel), invitation.expires_at
 
 
 def check_hosts(spec: ClusterSpec) -> None:
-    """Check that others can reach a cluster at all. Pure.
+    """Check that others can reach a cluster. Pure.
 
     Raises:
-        ConflictError: it is on this machine alone.
+        ConflictError: it is reachable only from this machine.
     """
     if spec.kind != "ssh":
         msg = f"cluster {spec.name} listens on this machine's loopback, for the account that started it"
-        hint = "for others make a cluster of one host: raylaunch init NAME HOST, then raylaunch up"
+        hint = "to share it, make a cluster of one host: raylaunch init NAME HOST, then raylaunch up"
         raise ConflictError(msg, hint=hint)
 
 
 async def join(name: str, host: dict[str, object], *, port: int, code: str) -> Admission:
-    """Join a cluster by an invitation; afterwards it is used from here as any other.
+    """Join a cluster by an invitation; afterwards it is used like any other.
 
     Args:
         name: the cluster's name.
         host: its head, as in cluster.yaml.
-        port: the controller's, on the head's loopback.
-        code: the invitation's.
+        port: the controller's port on the head's loopback.
+        code: the code of the invitation.
 
     Raises:
-        HostError: the head cannot be reached, or does not let this account in.
-        AccessError: the code is none, was taken, or its time is over.
-        ConflictError: a cluster of this name was brought up from here.
+        HostError: the head cannot be reached, or refuses this account.
+        AccessError: the code is invalid, was used, or has expired.
+        ConflictError: a cluster of this name was started from here.
     """
     work = joined.InvitationJoin(name, host, port)
     try:
@@ -89,7 +89,7 @@ async def _ray(client: Client) -> RayAccess | None:
 
 
 def choose(name: str, *, cwd: Path) -> bool:
-    """Let a cluster be the one that is meant, if no other was chosen and none is described here; say whether it is."""
+    """Make a cluster the default if none was chosen and `cwd` has no cluster.yaml; return whether it is now."""
     link = chosen_file(os.environ)
     if link.is_file() or (cwd / "cluster.yaml").is_file():
         return False

@@ -20,7 +20,7 @@ from raylaunch.models.job import JobView
 from raylaunch.models.job_spec import JobSpec
 from raylaunch.models.states import JobState
 from raylaunch.operations.connect import ClusterConnection
-from raylaunch.operations.upgrade import quiet_down, upgraded
+from raylaunch.operations.upgrade import stop_jobs, upgraded
 
 Asked = str | Sequence[str] | Path | JobSpec
 """A shell command, a program with its arguments, a job file's path, or a whole spec."""
@@ -182,7 +182,7 @@ async def take_down(
         raise _jobs_running(running, place.spec.name)
     if running:
         async with place.client() as client:
-            await quiet_down(client, on_step=on_step)
+            await stop_jobs(client, on_step=on_step)
     return await place.backend.down(place.spec)
 
 

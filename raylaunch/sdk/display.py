@@ -1,6 +1,6 @@
-"""How jobs, metrics and clusters look: HTML in a notebook, a few lines in a terminal. Pure functions.
+"""How jobs, metrics, clusters and the steps of ``up`` look: HTML in a notebook, a few lines in a terminal.
 
-Everything that a job wrote is untrusted: it is escaped, shown as text, and never obeyed.
+Everything that a job wrote is untrusted: it is escaped and shown as text.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from raylaunch.cluster.types import Step
 from raylaunch.models.cluster import ControllerStatus
-from raylaunch.models.job import JobView, MetricPoint, MetricSeries, MetricsPage, MetricsRun
-from raylaunch.models.safe_text import clean
+from raylaunch.models.job import JobView, MetricPoint, MetricSeries, MetricsPage, MetricsRun, format_metrics
+from raylaunch.models.safe_text import clean, one_line
 from raylaunch.models.states import JobState
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _LEFT, _TOP, _RIGHT, _BOTTOM = 4, 18, 4, 16
 
 
 def curve_svg(series: MetricSeries) -> str:
-    """Return a series as an SVG; points that are not finite are left out, and said."""
+    """Return a series as an SVG; points that are not finite are left out and counted in the title."""
     points = [point for point in series.points if math.isfinite(point.value) and math.isfinite(point.step)]
     if not points:
         return _framed(f"{series.key}: no finite value", "", "")
@@ -43,7 +43,7 @@ def curve_svg(series: MetricSeries) -> str:
 
 
 def _placed(points: list[MetricPoint], low: float, high: float) -> list[tuple[float, float]]:
-    """Return where the points lie; all the numbers of a curve fit, also those whose difference is no float."""
+    """Return the points' positions; works for all finite numbers, even if their difference overflows."""
     first, last = points[0].step, max(point.step for point in points)
     across, down = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     return [
@@ -85,19 +85,20 @@ _COLOURS = {
 _MARKS = {"begins": "…", "waits": "…", "done": "✓", "kept": "=", "note": "!"}
 _NOTES_SHOWN = 8
 _METRICS_SHOWN = 8
+_METRICS_IN_LINE = 6
 _LINES_SHOWN = 10
 _MUTED = "opacity:.65"
 
 
 def sentence(job: JobView) -> str:
-    """Return why a job stands where it stands, in a line."""
-    return clean(job.message or (job.reason.sentence if job.reason else ""), colour=False).replace("\n", " ")
+    """Return why a job is in its state, on one line."""
+    return one_line(job.why)
 
 
 def loss_key(keys: Sequence[str]) -> str:
-    """Return the metric to draw where nobody chose one: the loss, else the first; "" where there is none.
+    """Return the metric to plot by default: the loss, else the first; "" if there is none.
 
-    ``loss`` itself goes before the shortest name that holds the word, as ``train/loss``.
+    ``loss`` itself is preferred to the shortest name that contains the word, for example ``train/loss``.
     """
     losses = sorted((key for key in keys if "loss" in key.lower()), key=lambda key: (len(key), key))
     return losses[0] if losses else next(iter(keys), "")
@@ -105,12 +106,12 @@ def loss_key(keys: Sequence[str]) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Card:
-    """A job at one moment: state, progress, last metrics, and a curve. A notebook shows it as a small panel."""
+    """A snapshot of a job: state, progress, last metrics, and a curve. A notebook shows it as a small panel."""
 
     job: JobView
     curve: MetricSeries | None = None
     note: str = ""
-    """Why this is not the latest, where it is not."""
+    """Why this is not the latest state, if it is not."""
 
     def __repr__(self) -> str:
         return job_line(self.job)
@@ -132,7 +133,7 @@ class Card:
 
 @dataclass(frozen=True, repr=False)
 class Metrics:
-    """A job's metrics: last values, and curves thinned to a number of points."""
+    """A job's metrics: last values, and curves thinned to a given number of points."""
 
     page: MetricsPage
 
@@ -148,16 +149,16 @@ class Metrics:
 
     @property
     def series(self) -> tuple[MetricSeries, ...]:
-        """The curves that were asked for, each with its points, oldest first."""
+        """The requested curves, each with its points, oldest first."""
         return self.page.series
 
     @property
     def runs(self) -> tuple[MetricsRun, ...]:
-        """The job's W&B runs, its own first; the keys of each further one start with its prefix."""
+        """The job's W&B runs, its own first; the keys of each other run start with its prefix."""
         return self.page.runs
 
     def to_pandas(self) -> pd.DataFrame:
-        """Return the curves as a table: a row a step, a column a metric. `metrics_frame` has every point.
+        """Return the curves as a table: one row per step, one column per metric. `metrics_frame` has every point.
 
         Raises:
             RaylaunchError: pandas is not installed.
@@ -167,7 +168,8 @@ class Metrics:
         return frame_of_series(self.page.series)
 
     def __repr__(self) -> str:
-        return f"<Metrics {metrics_words(self.last)}>" if self.last else "<Metrics: nothing logged yet>"
+        values = format_metrics(self.last, limit=_METRICS_IN_LINE)
+        return f"<Metrics {values}>" if values else "<Metrics: nothing logged yet>"
 
     def _repr_html_(self) -> str:
         if not self.last:
@@ -178,15 +180,15 @@ class Metrics:
 
 @dataclass(frozen=True, repr=False)
 class Steps:
-    """Where a bring-up is: of each host the last step, and what a person should know. A notebook shows it as lines."""
+    """The state of a bring-up: the last step of each host, and notes. A notebook shows it as lines."""
 
     cluster: str
     last: dict[str, Step] = field(default_factory=dict)
-    """By host; of the embedded cluster by step."""
+    """By host; for a cluster on this machine by step."""
     notes: tuple[Step, ...] = ()
 
     def with_step(self, step: Step) -> Steps:
-        """Return it after one more step."""
+        """Return it with one more step."""
         if step.state == "note":
             return replace(self, notes=(*self.notes, step)[-_NOTES_SHOWN:])
         return replace(self, last={**self.last, step.name.partition(":")[0]: step})
@@ -201,45 +203,30 @@ class Steps:
 
 
 def job_line(job: JobView) -> str:
-    """Return a job in a line, as ``<Job digits-k3f9qa: running, step 7 of 30, loss 0.21>``."""
-    words = [job.state.value + (" (unreachable)" if job.unreachable else "")]
-    if job.state.ended or not job.state.active:
-        words += [sentence(job)] if sentence(job) and job.state is not JobState.SUCCEEDED else []
+    """Return a job on one line, for example ``<Job digits-k3f9qa: running, step 7 of 30, loss 0.21>``."""
+    parts = [job.state_text]
+    if not job.state.active:
+        parts += [sentence(job)] if job.state is not JobState.SUCCEEDED else []
     elif job.progress:
-        words.append(progress_words(job))
-    if job.last_metrics:
-        words.append(metrics_words(job.last_metrics, limit=3))
-    return f"<Job {clean(job.id, colour=False)}: {', '.join(words)}>"
-
-
-def progress_words(job: JobView) -> str:
-    """Return how far the training says it is, as ``step 7 of 30``."""
-    if job.progress is None:
-        return ""
-    total = f" of {job.progress.total:g}" if job.progress.total else ""
-    return f"step {job.progress.step:g}{total}"
-
-
-def metrics_words(last: dict[str, float], *, limit: int = 6) -> str:
-    """Return last values in a line, as ``loss 0.21, accuracy 0.98``."""
-    shown = [f"{clean(key, colour=False)} {value:.4g}" for key, value in list(last.items())[:limit]]
-    return ", ".join([*shown, f"and {len(last) - limit} more"] if len(last) > limit else shown)
+        parts.append(str(job.progress))
+    parts.append(format_metrics(job.last_metrics, limit=3))
+    return f"<Job {clean(job.id, colour=False)}: {', '.join(filter(None, parts))}>"
 
 
 def cluster_line(name: str, status: ControllerStatus) -> str:
-    """Return a cluster in a line."""
-    return f"<Cluster {name}: {_cluster_words(status)}>"
+    """Return a cluster on one line."""
+    return f"<Cluster {name}: {_summary(status)}>"
 
 
 def cluster_html(name: str, status: ControllerStatus) -> str:
-    """Return a cluster as a small panel: its nodes, their free GPUs, what waits and runs."""
+    """Return a cluster as a small panel: its nodes, their free GPUs, queued and running jobs."""
     nodes = [(node.hostname, f"{node.gpus_free:g} of {node.gpus:g} GPUs free") for node in status.nodes]
     rows = "".join(f"<tr><td>{_escaped(host)}</td><td>{_escaped(free)}</td></tr>" for host, free in nodes)
-    parts = [f"<b>{_escaped(name)}</b> {_escaped(_cluster_words(status))}", f"<table>{rows}</table>" if rows else ""]
+    parts = [f"<b>{_escaped(name)}</b> {_escaped(_summary(status))}", f"<table>{rows}</table>" if rows else ""]
     return _panel([*parts, *(_muted(problem) for problem in status.problems)])
 
 
-def _cluster_words(status: ControllerStatus) -> str:
+def _summary(status: ControllerStatus) -> str:
     free, gpus = sum(node.gpus_free for node in status.nodes), sum(node.gpus for node in status.nodes)
     nodes = f"{len(status.nodes)} node{'' if len(status.nodes) == 1 else 's'}"
     return f"{nodes}, {free:g} of {gpus:g} GPUs free, {status.running} running, {status.queued} queued"
@@ -257,8 +244,7 @@ def _panel(parts: Iterable[str]) -> str:
 
 def _head(job: JobView) -> str:
     dot = f'<span style="color:{_COLOURS[job.state]}">●</span>'
-    beside = " (unreachable)" if job.unreachable else ""
-    return f"{dot} <b>{_escaped(job.id)}</b> {_escaped(job.state.value)}{beside}"
+    return f"{dot} <b>{_escaped(job.id)}</b> {_escaped(job.state_text)}"
 
 
 def _muted(text: str) -> str:
@@ -266,11 +252,11 @@ def _muted(text: str) -> str:
 
 
 def _progress(job: JobView) -> str:
-    words = progress_words(job)
+    text = _escaped(str(job.progress or ""))
     if job.progress is None or not job.progress.total or not math.isfinite(job.progress.step):
-        return _escaped(words)
+        return text
     part = min(max(job.progress.step / job.progress.total, 0.0), 1.0)
-    return f'<progress value="{part:.4f}" max="1"></progress> {_escaped(words)}'
+    return f'<progress value="{part:.4f}" max="1"></progress> {text}'
 
 
 def _table(items: Sequence[tuple[str, float]]) -> str:
@@ -294,28 +280,28 @@ def _tracking(job: JobView) -> str:
 _log = logging.getLogger(__name__)
 
 OnStep = Callable[[Step], None]
-"""Told each step when it begins, takes long, is done, or had nothing to do."""
+"""Called with each step when it starts, takes long, is done, or had nothing to do."""
 
 
 def show_steps(cluster: str) -> OnStep:
-    """Return what shows the steps of a cluster where this Python runs."""
+    """Return a callback that shows a cluster's steps: live in a notebook, else in the log."""
     display = _notebook_display()
     return LiveSteps(cluster, display) if display else _log_step
 
 
 class LiveDisplay(Protocol):
-    """Something that is shown already, and can be replaced."""
+    """Something that is already shown and can be replaced."""
 
     def update(self, shown: object, /) -> None:
         """Show this in its place."""
 
 
 class LiveSteps:
-    """Takes steps, and shows where each host is.
+    """A callback for steps that shows the last one of each host.
 
     Args:
         cluster: the cluster's name.
-        display: shows something, and returns what replaces it.
+        display: shows something, and returns a handle that replaces it.
     """
 
     def __init__(self, cluster: str, display: Callable[[object], LiveDisplay]) -> None:
@@ -333,7 +319,7 @@ class LiveSteps:
 
 
 def _notebook_display() -> Callable[[object], LiveDisplay] | None:
-    """Return a notebook's own way to show something; None where this is none. IPython is not imported for that."""
+    """Return the notebook's display function; None outside of notebooks. IPython is not imported for that."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if getattr(shell, "kernel", None) is None:
         return None
