@@ -63,14 +63,14 @@ def test_a_drained_host_lets_jobs_end_and_begins_none_until_it_takes_jobs_again(
     own.runs(runs)
     said = own.good("drain", host, "--until", "2h")
     assert said.startswith(f"{host} is drained by ")
-    assert f"there 1 job runs: {runs}" in said
+    assert f"1 running job: {runs}" in said
     waits = own.python("print('my turn')", "--name", "after")
     waiting = own.until(waits, lambda job: job.reason is Reason.WAITING_FOR_DRAIN, 60, "it says what it waits for")
     assert waiting.message.startswith(f"could run, but {host} is drained by ")
     done.touch()
     assert own.ended(runs).state is JobState.SUCCEEDED
     assert f"{host}, is drained by " in own.good("status")
-    assert own.good("drain", host, "--off").startswith(f"{host} takes jobs again\n")
+    assert own.good("drain", host, "--off").startswith(f"{host} accepts jobs again\n")
     assert own.ended(waits).state is JobState.SUCCEEDED
 
 

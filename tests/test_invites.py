@@ -278,7 +278,7 @@ def test_the_line_that_is_printed_lets_a_person_in_and_every_verb_works_then(
 ) -> None:
     done = joined(anna, alice)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "joined cluster test as alice, trainer; ada runs it\n"
+    assert done.stdout == "Joined cluster test as alice (trainer); ada runs it\n"
     with api.client("tom") as tom:
         job = submit(tom, "toms")
     assert job.id in alice.call("list").stdout

@@ -345,7 +345,7 @@ def test_a_host_joins_the_running_cluster_takes_a_job_and_leaves_again(cluster: 
     job = cluster.call("submit", "--host", new.name, "--gpus", "2", "--name", "there", "--", "sleep 600").stdout.strip()
     refused = cluster.call("remove", new.name, check=False)
     assert refused.returncode == 1
-    assert f"1 job runs: {job} on {new.name}" in refused.stderr
+    assert f"1 running job: {job} on {new.name}" in refused.stderr
     cluster.call("remove", new.name, "--stop", limit_s=300)
     wait_until(lambda: not rays(new), 30, "nothing of the cluster runs there")
     assert (cluster.folder / "cluster.yaml").read_text() == file
