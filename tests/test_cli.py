@@ -391,7 +391,7 @@ def test_a_search_of_a_log_prints_numbered_lines_as_grep_does_and_the_last_of_th
     assert match["line"] == 179
     refused = cli(home, "logs", "--since", "10s")
     assert refused.returncode == 2
-    assert "carry no time" in refused.stderr
+    assert "no timestamps" in refused.stderr
 
 
 def test_a_log_larger_than_one_answer_is_printed_whole(home: Path, api: Api, code: Path) -> None:
