@@ -341,7 +341,7 @@ def test_the_list_of_tokens_is_for_people_and_for_programs(anna: Desk) -> None:
     assert "alice" in anna.call("token", "list").stdout
     found = {one["person"]: one for one in json.loads(anna.call("token", "list", "--json").stdout)}
     assert found["alice"]["invited"]
-    assert anna.call("token", "revoke", "alice").stderr == "1 token of alice revoked\n"
+    assert anna.call("token", "revoke", "alice").stderr == "Revoked 1 token of alice\n"
 
 
 def test_the_embedded_cluster_invites_nobody(tmp_path: Path, host: Sshd) -> None:
