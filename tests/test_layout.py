@@ -21,6 +21,7 @@ SMALL_ON_PURPOSE = {
     "raylaunch/cluster/ray_start.py": "a program's name that other versions know",
     "raylaunch/cluster/reach/tunnel.py": "a program's name that other versions know",
     "raylaunch/cluster/revive.py": "a program's name that other versions know",
+    "raylaunch/controller/ray/release.py": "a program that sets Ray's environment before it imports Ray",
     "raylaunch/controller/settings.py": "the configuration file of one process",
     "raylaunch/runner/launchers/rank.py": "runs in each rank, and loads nothing else",
     "raylaunch/version.py": "read by the build",

@@ -58,7 +58,7 @@ AGENT_S = 120.0
 _RAY_S = 10.0
 _RELEASE_S = 60.0
 _HTTP_REFUSED = (401, 403)
-LET_GO = "raylaunch.controller.ray.calls"
+LET_GO = "raylaunch.controller.ray.release"
 """Ends the node agents; a program of its own because it connects to Ray."""
 
 

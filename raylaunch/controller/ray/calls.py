@@ -1,16 +1,10 @@
-"""Calls to Ray itself: node agents, nodes, job supervisors. Blocking, for threads of a connected process.
-
-As a program it ends the agents of a cluster that uses somebody else's Ray.
-"""
+"""Calls to Ray itself: node agents, nodes, job supervisors. Blocking, for threads of a connected process."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
-import os
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict
@@ -25,8 +19,6 @@ import raylaunch
 from raylaunch.agent.agent import NodeAgent
 from raylaunch.agent.node_info import NodeFacts
 from raylaunch.contract import VAR_NODE_ROOT
-from raylaunch.controller.ray.protocol import child_environment
-from raylaunch.controller.settings import Settings
 from raylaunch.models.cluster import GpuView, NodeView
 from raylaunch.version import __version__
 
@@ -222,20 +214,3 @@ def nodes_of_ray() -> list[RayNode]:
         )
         for node in ray.nodes()
     ]
-
-
-def main() -> int:
-    """Connect, kill every actor in the cluster's own namespace, and return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="the cluster's controller.json")
-    settings = Settings.model_validate_json(parser.parse_args().config.read_bytes())
-    if not settings.carries_stewards:
-        return 0
-    os.environ.update(child_environment(os.environ, settings.ray_token_path, settings.ray_env))
-
-    sys.stdout.write(release_agents(settings.gcs_address, settings.namespace))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
