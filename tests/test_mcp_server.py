@@ -106,7 +106,7 @@ def test_a_jobs_python_is_its_projects_lock_else_the_environment_that_is_active_
 
         def python(**given: object) -> str:
             answer = agent.call("train_job", entrypoint="python train.py", dry_run=True, **given)
-            return str(answer.facts["python"])
+            return str(answer.facts["reported"]["python"])
 
         assert python() == f"Python 3.12 from the active environment (venv:{active})"
         assert python(environment="venv:/opt/train") == "Python from the job's environment (venv:/opt/train)"
