@@ -120,10 +120,10 @@ def test_each_run_of_a_job_is_its_own_and_all_is_kept_wherever_it_was_written(cl
         (own, "fold-1", ""),
         (other, "fold-2", f"{other}/"),
     ]
-    assert f"{other}/… is the run fold-2" in cluster.cli("metrics", job).err
+    assert f"{other}/… is run fold-2" in cluster.cli("metrics", job).err
     shown = cluster.good("show", job)
     assert "2 runs, " in shown
-    assert "of artifacts kept with the job, not sent yet" in shown
+    assert "not uploaded yet" in shown
     kept = cluster.good("files", "--kind", "wandb", job)
     assert f"run-{other}.wandb" in kept
     assert "wandb/data/artifacts/staging/" in kept

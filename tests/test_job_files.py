@@ -154,7 +154,7 @@ def test_run_takes_a_job_file_by_its_name_alone_and_job_yaml_by_itself(
     assert spec_of({"command": ("other.yml",)}, {}).command == "echo other"
     assert spec_of({"command": ("echo", "x")}, {}).command == "echo x"
     assert arguments.spec_of("other.yml", {}).command == "echo other"
-    with pytest.raises(SpecError, match="stands after it"):
+    with pytest.raises(SpecError, match="--gpus follows it"):
         spec_of({"command": ("job.yaml", "--gpus")}, {})
 
 

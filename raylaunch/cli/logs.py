@@ -187,7 +187,7 @@ def logs(  # noqa: PLR0913 -- each is one option
                 read = client.follow_logs if follows else partial(_present, client)
                 ranks = await _print(read(job, attempt=attempt, rank=rank, tail=last, offset=offset), raw=raw)
                 if ranks > 1 and click.get_current_context().get_parameter_source("rank") is ParameterSource.DEFAULT:
-                    note(f"This is rank 0 of {ranks}; another one: raylaunch logs {job} --rank 1")
+                    note(f"This is rank 0 of {ranks}; for another: raylaunch logs {job} --rank 1")
 
     def ended() -> int:
         finish(work())
