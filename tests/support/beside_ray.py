@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from raylaunch.contract import VAR_NODE_ROOT
 from raylaunch.paths import cluster_paths
 from support.cluster import UP_S, Cluster, argv
 from support.ray_head import RayHeadRunning
@@ -36,12 +37,20 @@ class BesideRay(Cluster):
         return {self.ray_head.process.pid, *family}
 
     def stewards(self) -> list[str]:
-        """Return the node agents that Ray runs for raylaunch, by their titles."""
-        titles = (" ".join(argv(one)) for one in self._children())
+        """Return the node agents that Ray runs for this cluster, by their titles; other tests have theirs there."""
+        own = (one for one in self._children() if _node_root(one).endswith(f"/nodes/{self.paths.name}"))
+        titles = (" ".join(argv(one)) for one in own)
         return [title for title in titles if title.startswith("ray::NodeAgent")]
 
     def _children(self) -> list[psutil.Process]:
         return psutil.Process(self.ray_head.process.pid).children(recursive=True)
+
+
+def _node_root(process: psutil.Process) -> str:
+    try:
+        return process.environ().get(VAR_NODE_ROOT, "")
+    except psutil.Error:
+        return ""
 
 
 @contextmanager
