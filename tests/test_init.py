@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from support.cli import run_cli
 
-from raylaunch.cli.init import cluster_text, ssh_notes
+from raylaunch.cli.init import cluster_text
 from raylaunch.config.load import load_cluster_spec
 from raylaunch.models.cluster_spec import ClusterSpec
-from raylaunch.models.host_spec import HostSpec
 
 
 def init(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -122,16 +121,3 @@ def test_rays_own_file_becomes_one_of_ours_with_what_was_left_out_in_comments(tm
         ("10.0.0.2", "auto", "ubuntu", "~/.ssh/id"),
     ]
     assert "#   ray.yaml:4: setup_commands has no meaning here" in (tmp_path / "cluster.yaml").read_text()
-
-
-def test_a_name_that_nothing_here_knows_is_told_and_not_refused(tmp_path: Path) -> None:
-    ssh = tmp_path / ".ssh"
-    ssh.mkdir()
-    (ssh / "config").write_text("Include more.d/*\nHost *\n  User me\nHost dgx-? !dgx-9\n  User ml\n")
-    (ssh / "more.d").mkdir()
-    (ssh / "more.d/lab").write_text("host = spark\n")
-    hosts = [HostSpec(host=name) for name in ("dgx-1", "spark", "sparc", "a.example.org", "10.0.0.1", "fd00::1")]
-    assert list(ssh_notes(hosts, ssh / "config")) == ["sparc is not in ~/.ssh/config: `ssh sparc` must work without it"]
-    done = init(tmp_path, "init", "lab", "sparc", "dgx-1")
-    assert done.returncode == 0
-    assert done.stderr == "sparc is not in ~/.ssh/config: `ssh sparc` must work without it\n"

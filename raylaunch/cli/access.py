@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 
-from raylaunch.cli.connect import ClusterCommand, as_json, finish, parse_future_time
+from raylaunch.cli.connect import ClusterCommand, as_json, duration, finish, parse_future_time, request
 from raylaunch.cli.console import count, is_terminal, note, say, say_json, say_lines, shown_text, table
 from raylaunch.cluster.hosts import joined
 from raylaunch.cluster.trust import VARIABLE, accept, destinations, fingerprint, unaccepted
@@ -19,7 +19,6 @@ from raylaunch.config.validation import spec_error
 from raylaunch.errors import SpecError
 from raylaunch.models.cluster import TokenView
 from raylaunch.models.cluster_spec import ClusterSpec
-from raylaunch.models.fields import seconds
 from raylaunch.operations.invites import choose, invite
 from raylaunch.operations.invites import join as join_cluster
 
@@ -46,12 +45,8 @@ def set_(cluster_file: Path | None, *, name: str, people: tuple[str, ...], for_e
     if not value and name.isidentifier():  # the controller refuses an invalid name
         msg = f"the value of {name} is empty"
         raise SpecError(msg, hint=f"pass it on stdin: printenv {name} | raylaunch secret set {name}")
-
-    async def work() -> None:
-        async with ClusterCommand(cluster_file).client() as client:
-            await client.secrets_set(name, value, people=() if for_everyone else people or None)
-
-    finish(work())
+    allowed = () if for_everyone else people or None
+    request(cluster_file, lambda client: client.secrets_set(name, value, people=allowed))
     note(f"Set {name}")
 
 
@@ -66,12 +61,7 @@ def _value(name: str) -> str:
 @click.pass_obj
 def list_secrets(cluster_file: Path | None, *, as_json: bool) -> None:
     """List the names of the secrets that are set."""
-
-    async def work() -> tuple[str, ...]:
-        async with ClusterCommand(cluster_file).client() as client:
-            return await client.secrets_list()
-
-    names = finish(work())
+    names = request(cluster_file, lambda client: client.secrets_list())
     if as_json:
         say_json(list(names))
         return
@@ -86,12 +76,7 @@ def list_secrets(cluster_file: Path | None, *, as_json: bool) -> None:
 @click.pass_obj
 def rm(cluster_file: Path | None, *, name: str) -> None:
     """Remove a secret."""
-
-    async def work() -> None:
-        async with ClusterCommand(cluster_file).client() as client:
-            await client.secrets_remove(name)
-
-    finish(work())
+    request(cluster_file, lambda client: client.secrets_remove(name))
     note(f"Removed {name}")
 
 
@@ -153,7 +138,7 @@ def token() -> None:
 def create(cluster_file: Path | None, *, person: str, role: str, expires: str | None, valid: str) -> None:
     """Print a command that gives a person access. It works once; they need their own account on the head."""
     at = parse_future_time(expires, option="--expires")
-    valid_s = _seconds(valid)
+    valid_s = duration(valid, option="--valid")
     line, expires_at = finish(invite(ClusterCommand(cluster_file), person, role, valid_s=valid_s, token_expires_at=at))
     say(line)
     note(f"{person} runs this once, before {_when(expires_at)}; their `ssh` to the head must work")
@@ -164,12 +149,7 @@ def create(cluster_file: Path | None, *, person: str, role: str, expires: str | 
 @click.pass_obj
 def list_(cluster_file: Path | None, *, as_json: bool) -> None:
     """List tokens and their owners. The tokens themselves are known only to their owners."""
-
-    async def work() -> tuple[TokenView, ...]:
-        async with ClusterCommand(cluster_file).client() as client:
-            return await client.admin.tokens()
-
-    found = finish(work())
+    found = request(cluster_file, lambda client: client.admin.tokens())
     if as_json:
         say_json(RootModel[tuple[TokenView, ...]](found))
         return
@@ -189,12 +169,8 @@ def _row(one: TokenView) -> Iterator[str]:
 @click.pass_obj
 def revoke(cluster_file: Path | None, *, who: str) -> None:
     """Revoke a person's tokens and invitations, or one of them by its ID. Their jobs keep running."""
-
-    async def work() -> int:
-        async with ClusterCommand(cluster_file).client() as client:
-            return await client.admin.revoke(who)
-
-    note(f"Revoked {count(finish(work()), 'token')} of {who}")
+    revoked = request(cluster_file, lambda client: client.admin.revoke(who))
+    note(f"Revoked {count(revoked, 'token')} of {who}")
 
 
 @click.command(epilog="Example:  raylaunch join lab --head dgx-1.example.org --port 41234 --code k7qm2-…")
@@ -238,13 +214,6 @@ def leave(name: str) -> None:
     """Forget a joined cluster. The cluster and your jobs there keep running."""
     finish(joined.leave(name))
     note(f"Forgot cluster {name}; its owner can revoke your token: raylaunch token revoke")
-
-
-def _seconds(text: str) -> float:
-    try:
-        return float(str(seconds(text)))
-    except ValueError as error:
-        raise SpecError(str(error), field="valid") from None
 
 
 def _when(at: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +13,7 @@ from typing import TypeVar
 import click
 
 from raylaunch.cli.console import is_terminal, note, note_lines, shown_text
+from raylaunch.client.client import Client
 from raylaunch.cluster.types import Step
 from raylaunch.config.load import load_cluster_file
 from raylaunch.errors import SpecError
@@ -28,14 +29,12 @@ attempt_option = click.option(
 rank_option = click.option("--rank", type=click.IntRange(0), default=0, metavar="R", help="The rank. Default: 0.")
 
 
-def duration(text: str | None, *, option: str) -> float | None:
-    """Return a duration from the command line in seconds; None if it was not given.
+def duration(text: str, *, option: str) -> float:
+    """Return a duration from the command line in seconds.
 
     Raises:
         SpecError: it is not a duration.
     """
-    if text is None:
-        return None
     try:
         return float(str(seconds(text)))
     except ValueError as error:
@@ -103,3 +102,13 @@ class ClusterCommand(connect.ClusterConnection):
         super().__init__(file.spec, on_notice=note, on_step=show_step, on_prompt=ask_person)
         self.file = file
         self.notes = file.notes
+
+
+def request(cluster_file: Path | None, verb: Callable[[Client], Awaitable[_Result]]) -> _Result:
+    """Connect to the cluster of a command, run one verb of its client, and return the result."""
+
+    async def work() -> _Result:
+        async with ClusterCommand(cluster_file).client() as client:
+            return await verb(client)
+
+    return finish(work())

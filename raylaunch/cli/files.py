@@ -10,11 +10,12 @@ from pathlib import Path
 import click
 from pydantic import RootModel
 
-from raylaunch.cli.connect import ClusterCommand, as_json, finish, job_argument
+from raylaunch.cli.connect import as_json, job_argument, request
 from raylaunch.cli.console import count, is_terminal, note, say, say_json, say_lines, shown_text, size, table
+from raylaunch.client.client import Client
 from raylaunch.client.downloads import Downloaded, IncompleteDownloadError
 from raylaunch.client.transfer import OnProgress
-from raylaunch.models.job import Artifact, UsagePage
+from raylaunch.models.job import Artifact
 
 _WORTH_SHOWING = 1024 * 1024
 
@@ -55,12 +56,8 @@ def transfer_bar() -> Iterator[OnProgress]:
 @click.pass_obj
 def files(cluster_file: Path | None, *, job: str, kind: str | None, as_json: bool) -> None:
     """List the files that a job has produced so far."""
-
-    async def work() -> tuple[Artifact, ...]:
-        async with ClusterCommand(cluster_file).client() as client:
-            return await client.files(job)
-
-    found = [file for file in finish(work()) if kind is None or file.kind == kind]
+    every = request(cluster_file, lambda client: client.files(job))
+    found = [file for file in every if kind is None or file.kind == kind]
     if as_json:
         say_json(RootModel[list[Artifact]](found))
     elif found:
@@ -108,17 +105,16 @@ def get(  # noqa: PLR0913 -- each is one option
     printed to stdout.
     """
 
-    async def work() -> tuple[Downloaded, ...]:
-        async with ClusterCommand(cluster_file).client() as client:
-            found = await client.own_job(job)
-            folder = dest or Path(found.id)
-            with transfer_bar() as progress:
-                return await client.download(
-                    found.id, paths, dest=folder, everything=everything, replace=force, on_progress=progress
-                )
+    async def download(client: Client) -> tuple[Downloaded, ...]:
+        found = await client.own_job(job)
+        folder = dest or Path(found.id)
+        with transfer_bar() as progress:
+            return await client.download(
+                found.id, paths, dest=folder, everything=everything, replace=force, on_progress=progress
+            )
 
     try:
-        done = finish(work())
+        done = request(cluster_file, download)
     except IncompleteDownloadError as error:
         if as_json:  # stdout is for one document, that of the error
             for file in error.done:
@@ -155,12 +151,7 @@ def _say_downloaded(done: tuple[Downloaded, ...], *, as_json: bool) -> None:
 @click.pass_obj
 def du(cluster_file: Path | None, *, as_json: bool) -> None:
     """Show the disk usage of jobs, largest first, and of nodes: environments, code, attempts."""
-
-    async def work() -> UsagePage:
-        async with ClusterCommand(cluster_file).client() as client:
-            return await client.usage()
-
-    page = finish(work())
+    page = request(cluster_file, lambda client: client.usage())
     if as_json:
         say_json(page)
         return

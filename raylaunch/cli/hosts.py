@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from raylaunch.cli.cluster import say_status
-from raylaunch.cli.connect import ClusterCommand, as_json, ask_person, finish, parse_future_time, show_step
+from raylaunch.cli.connect import ClusterCommand, as_json, ask_person, finish, parse_future_time, request, show_step
 from raylaunch.cli.console import note, say, say_json, say_lines
+from raylaunch.client.client import Client
 from raylaunch.cluster.trust import accept, check_accepted
 from raylaunch.cluster.types import DownReport
 from raylaunch.config.load import chosen_file, kept_clusters, kept_file, load_cluster_spec
@@ -158,17 +159,16 @@ def drain(  # noqa: PLR0913 -- each is one option
         raise click.UsageError(msg)
     at = parse_future_time(until, option="--until")
 
-    async def work() -> HostJobs:
-        async with ClusterCommand(cluster_file).client() as client:
-            if off:
-                return await client.admin.undrain(host)
-            found = await client.admin.drain(host, until=at, stop=stop)
-            if wait:
-                await wait_empty(client, host, on_step=show_step, stopping=stop)
-                found = await client.admin.host_jobs(host)
-            return found
+    async def work(client: Client) -> HostJobs:
+        if off:
+            return await client.admin.undrain(host)
+        found = await client.admin.drain(host, until=at, stop=stop)
+        if wait:
+            await wait_empty(client, host, on_step=show_step, stopping=stop)
+            found = await client.admin.host_jobs(host)
+        return found
 
-    found = finish(work())
+    found = request(cluster_file, work)
     if as_json:
         say_json(found)
         return

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import fnmatch
-import ipaddress
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
 from pydantic import ValidationError
 
-from raylaunch.cli.console import count, note, say
+from raylaunch.cli.console import count, say
 from raylaunch.cluster.trust import accept
 from raylaunch.config.load import CLUSTER_FILE, load_cluster_file
 from raylaunch.config.validation import spec_error
 from raylaunch.errors import ConflictError, SpecError, StorageError
 from raylaunch.models.cluster_spec import ClusterSpec
-from raylaunch.models.host_spec import HostSpec
 
-_INCLUDES = 16
-"""How deeply ssh configurations may be nested, as in OpenSSH."""
 _PLAIN = re.compile(r"[A-Za-z/~][\w./@~-]*")
 
 
@@ -46,8 +41,6 @@ def init(cluster_file: Path | None, name: str, hosts: tuple[str, ...], *, ray_fi
     _write(target, text, force=force)
     if ray_file is None:  # a person has typed these hosts
         accept(spec)
-    for line in ssh_notes(spec.hosts, Path("~/.ssh/config").expanduser()):
-        note(line)
     names = [f"{host.name} (the head)" if at == 0 else host.name for at, host in enumerate(spec.hosts)]
     say(f"{target}: cluster {spec.name} of {count(len(names), 'host')}: {', '.join(names)}")
     say("Next: raylaunch doctor, then raylaunch up")
@@ -152,38 +145,3 @@ def _write(target: Path, text: str, *, force: bool) -> None:
     except OSError as error:
         msg = f"{target} cannot be written: {error.strerror}"
         raise StorageError(msg) from None
-
-
-def ssh_notes(hosts: Sequence[HostSpec], config: Path) -> Iterator[str]:
-    """Yield a note for each host whose name is neither in the ssh configuration nor an address or DNS name."""
-    patterns = list(_patterns(config, _INCLUDES))
-    for host in hosts:
-        known = any(fnmatch.fnmatchcase(host.host, pattern) for pattern in patterns) or "." in host.host
-        if not known and not _is_address(host.host):
-            yield f"{host.host} is not in ~/.ssh/config: `ssh {host.host}` must work without it"
-
-
-def _patterns(config: Path, depth: int) -> Iterator[str]:
-    """Yield the patterns of ``Host`` lines, including those of included files, except a lone ``*``."""
-    try:
-        lines = config.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        key, *words = line.replace("=", " ", 1).split()[:64] or [""]
-        if key.lower() == "host":
-            yield from (word for word in words if word != "*" and not word.startswith("!"))
-        elif key.lower() == "include" and depth:
-            for word in words:
-                base = Path(word).expanduser()
-                found = base if base.is_absolute() else config.parent / base
-                for path in sorted(found.parent.glob(found.name)):
-                    yield from _patterns(path, depth - 1)
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True

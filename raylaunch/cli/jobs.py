@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import time
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import click
 
-from raylaunch.cli.connect import ClusterCommand, as_json, duration, finish, job_argument
+from raylaunch.cli.connect import as_json, duration, job_argument, request
 from raylaunch.cli.console import note, say, say_json, say_lines, size
 from raylaunch.cli.job_format import environment_hint, format_job, format_state, jobs_table
 from raylaunch.client.client import Client
 from raylaunch.errors import SpecError
 from raylaunch.models.fields import seconds
-from raylaunch.models.job import JobPage, JobView
+from raylaunch.models.job import JobPage
 from raylaunch.models.states import JobState
 
 _PAGE = 500
@@ -70,21 +71,15 @@ def list_(  # noqa: PLR0913 -- each is one filter
     wanted = _states(states or "")
     after = since_time(since, now=time.time()) if since else None
 
-    async def work() -> JobPage:
-        async with ClusterCommand(cluster_file).client() as client:
+    async def pages(client: Client) -> JobPage:
+        page = partial(client.jobs, states=wanted, name=name, owner=owner, tag=tag, since=after, limit=limit)
+        found = await page(cursor=cursor)
+        while everything and found.next_cursor:
+            more = await page(cursor=found.next_cursor)
+            found = more.model_copy(update={"jobs": (*found.jobs, *more.jobs)})
+        return found
 
-            async def page(at: str) -> JobPage:
-                return await client.jobs(
-                    states=wanted, name=name, owner=owner, tag=tag, since=after, limit=limit, cursor=at
-                )
-
-            found = await page(cursor)
-            while everything and found.next_cursor:
-                more = await page(found.next_cursor)
-                found = more.model_copy(update={"jobs": (*found.jobs, *more.jobs)})
-            return found
-
-    found = finish(work())
+    found = request(cluster_file, pages)
     if as_json:
         say_json(found)
         return
@@ -112,12 +107,7 @@ def _states(text: str) -> tuple[JobState, ...]:
 @click.pass_obj
 def show(cluster_file: Path | None, *, job: str, as_json: bool) -> None:
     """Show everything about a job."""
-
-    async def work() -> JobView:
-        async with ClusterCommand(cluster_file).client() as client:
-            return await client.job(job)
-
-    found = finish(work())
+    found = request(cluster_file, lambda client: client.job(job))
     if as_json:
         say_json(found)
     else:
@@ -134,23 +124,16 @@ def show(cluster_file: Path | None, *, job: str, as_json: bool) -> None:
 @click.pass_obj
 def stop(cluster_file: Path | None, *, jobs: tuple[str, ...], grace: str | None, wait: bool, as_json: bool) -> None:
     """Stop jobs: SIGTERM, the grace time, SIGKILL."""
-    grace_s = duration(grace, option="--grace")
+    grace_s = None if grace is None else duration(grace, option="--grace")
 
-    async def one(client: Client, ref: str) -> None:
-        stopped = await client.stop(ref, grace_s=grace_s)
-        if wait:
-            stopped = await client.wait(stopped.id)
-        if as_json:
-            say_json(stopped)
-        else:
-            say(f"{stopped.id} {format_state(stopped)}")
+    async def each(client: Client) -> None:
+        for ref in jobs:
+            stopped = await client.stop(ref, grace_s=grace_s)
+            if wait:
+                stopped = await client.wait(stopped.id)
+            say_json(stopped) if as_json else say(f"{stopped.id} {format_state(stopped)}")
 
-    async def work() -> None:
-        async with ClusterCommand(cluster_file).client() as client:
-            for ref in jobs:
-                await one(client, ref)
-
-    finish(work())
+    request(cluster_file, each)
 
 
 @click.command(epilog="Example:  raylaunch rm digits-k3f9qa")
@@ -160,11 +143,10 @@ def stop(cluster_file: Path | None, *, jobs: tuple[str, ...], grace: str | None,
 def rm(cluster_file: Path | None, *, jobs: tuple[str, ...], as_json: bool) -> None:
     """Delete finished jobs and their logs, metrics and outputs."""
 
-    async def work() -> None:
-        async with ClusterCommand(cluster_file).client() as client:
-            for ref in jobs:
-                job = await client.own_job(ref)
-                freed = await client.remove(job.id)
-                say_json({"removed": job.id, "bytes": freed}) if as_json else say(f"removed {job.id} ({size(freed)})")
+    async def each(client: Client) -> None:
+        for ref in jobs:
+            job = await client.own_job(ref)
+            freed = await client.remove(job.id)
+            say_json({"removed": job.id, "bytes": freed}) if as_json else say(f"removed {job.id} ({size(freed)})")
 
-    finish(work())
+    request(cluster_file, each)

@@ -6,19 +6,19 @@ import asyncio
 import os
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
-from raylaunch.cli.connect import ClusterCommand, as_json, attempt_option, duration, finish, job_argument, rank_option
+from raylaunch.cli.connect import as_json, attempt_option, duration, job_argument, rank_option, request
 from raylaunch.cli.console import colour_wanted, is_terminal, note, say, say_json, styled
 from raylaunch.cli.job_format import environment_hint, exit_status, format_end
 from raylaunch.client.client import Client
 from raylaunch.client.logs import LogChunk
-from raylaunch.models.job import JobView, LogMatch
+from raylaunch.models.job import JobView, LogMatch, LogMatches
 from raylaunch.models.safe_text import LogView
 
 
@@ -85,14 +85,15 @@ def follow(cluster_file: Path | None, *, job: str, tail: int, as_json: bool) -> 
     """Follow a job's log and state until it ends; exit with its status. Ctrl-C detaches; the job keeps running."""
     known: list[str] = []
 
-    async def work() -> JobView:
-        async with ClusterCommand(cluster_file).client() as client:
-            found = await client.job(job)
-            known.append(found.id)
-            return await follow_to_end(client, found.id, log_to_stderr=as_json, tail=tail)
+    async def work(client: Client) -> JobView:
+        found = await client.job(job)
+        known.append(found.id)
+        return await follow_to_end(client, found.id, log_to_stderr=as_json, tail=tail)
 
-    status = detachable(lambda: say_end(finish(work()), as_json=as_json), lambda: known[0] if known else "")
-    click.get_current_context().exit(status)
+    def ended() -> int:
+        return say_end(request(cluster_file, work), as_json=as_json)
+
+    click.get_current_context().exit(detachable(ended, lambda: known[0] if known else ""))
 
 
 @click.command(epilog="Example:  raylaunch wait digits-k3f9qa && raylaunch get digits-k3f9qa")
@@ -102,14 +103,9 @@ def follow(cluster_file: Path | None, *, job: str, tail: int, as_json: bool) -> 
 @click.pass_obj
 def wait(cluster_file: Path | None, *, job: str, timeout: str | None, as_json: bool) -> None:
     """Wait until a job has ended; exit with its exit code, 128+N for signal N, or 124 if it timed out."""
-    timeout_s = duration(timeout, option="--timeout")
-
-    async def work() -> JobView:
-        async with ClusterCommand(cluster_file).client() as client:
-            return await asyncio.wait_for(client.wait(job), timeout_s)
-
+    timeout_s = None if timeout is None else duration(timeout, option="--timeout")
     try:
-        found = finish(work())
+        found = request(cluster_file, lambda client: asyncio.wait_for(client.wait(job), timeout_s))
     except asyncio.TimeoutError:
         note(f"{job} did not end within {timeout_s:g} s")
         click.get_current_context().exit(124)
@@ -168,29 +164,21 @@ def logs(  # noqa: PLR0913 -- each is one option
         raise click.UsageError(msg)
     last = None if offset is not None else _TAIL if tail is None else tail
 
-    async def work() -> None:
-        async with ClusterCommand(cluster_file).client() as client:
-            if search is not None:
-                await _search(
-                    client,
-                    job,
-                    search,
-                    regex=regex,
-                    ignore_case=ignore_case,
-                    offset=offset or 0,
-                    last=tail,
-                    attempt=attempt,
-                    rank=rank,
-                    as_json=as_json,
-                )
-            else:
-                read = client.follow_logs if follows else partial(_present, client)
-                ranks = await _print(read(job, attempt=attempt, rank=rank, tail=last, offset=offset), raw=raw)
-                if ranks > 1 and click.get_current_context().get_parameter_source("rank") is ParameterSource.DEFAULT:
-                    note(f"This is rank 0 of {ranks}; for another: raylaunch logs {job} --rank 1")
+    async def work(client: Client) -> None:
+        if search is not None:
+            find = partial(
+                client.search_logs, job, search, regex=regex, ignore_case=ignore_case, attempt=attempt, rank=rank
+            )
+            if not await _search(find, offset=offset or 0, last=tail, as_json=as_json):
+                note(f"No line contains {search!r}")
+            return
+        read = client.follow_logs if follows else partial(_present, client)
+        ranks = await _print(read(job, attempt=attempt, rank=rank, tail=last, offset=offset), raw=raw)
+        if ranks > 1 and click.get_current_context().get_parameter_source("rank") is ParameterSource.DEFAULT:
+            note(f"This is rank 0 of {ranks}; for another: raylaunch logs {job} --rank 1")
 
     def ended() -> int:
-        finish(work())
+        request(cluster_file, work)
         return 0
 
     click.get_current_context().exit(detachable(ended, lambda: job if follows else ""))
@@ -230,25 +218,12 @@ async def _print(chunks: AsyncIterator[LogChunk], *, raw: bool) -> int:
     return ranks
 
 
-async def _search(  # noqa: PLR0913 -- each is one option of the search
-    client: Client,
-    job: str,
-    pattern: str,
-    *,
-    regex: bool,
-    ignore_case: bool,
-    offset: int,
-    last: int | None,
-    attempt: int | None,
-    rank: int,
-    as_json: bool,
-) -> None:
+async def _search(find: Callable[..., Awaitable[LogMatches]], *, offset: int, last: int | None, as_json: bool) -> bool:
+    """Print the lines that match; return whether there are any, or JSON was printed."""
     found, line = 0, 0
     kept: deque[LogMatch] = deque(maxlen=last)
     while True:
-        page = await client.search_logs(
-            job, pattern, regex=regex, ignore_case=ignore_case, offset=offset, line=line, attempt=attempt, rank=rank
-        )
+        page = await find(offset=offset, line=line)
         kept.extend(page.matches)
         if last is None and not as_json:
             _say_matches(kept)
@@ -259,10 +234,9 @@ async def _search(  # noqa: PLR0913 -- each is one option of the search
         offset, line = page.next_offset, page.next_line
     if as_json:
         say_json(page.model_copy(update={"matches": tuple(kept)}))
-        return
+        return True
     _say_matches(kept)
-    if not found:
-        note(f"No line contains {pattern!r}")
+    return found > 0
 
 
 def _say_matches(matches: Iterable[LogMatch]) -> None:

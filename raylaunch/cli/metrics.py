@@ -10,8 +10,9 @@ from pathlib import Path
 
 import click
 
-from raylaunch.cli.connect import ClusterCommand, as_json, finish, job_argument
+from raylaunch.cli.connect import as_json, job_argument, request
 from raylaunch.cli.console import is_terminal, note, say_json, say_lines, table
+from raylaunch.client.client import Client
 from raylaunch.errors import NotFoundError
 from raylaunch.models.job import MetricPoint, MetricSeries, MetricsPage
 from raylaunch.models.safe_text import LogView, one_line
@@ -86,21 +87,20 @@ def metrics(  # noqa: PLR0913 -- each is one option
 ) -> None:
     """Show a job's metrics."""
 
-    async def work() -> None:
-        async with ClusterCommand(cluster_file).client() as client:
-            if form == "csv":
-                await _print_csv(client.metrics_csv(job, keys=chosen))
-                return
-            page = await client.metrics(job, keys=chosen, max_points=points)
-            _check(chosen, page)
-            if form == "plot" and not chosen:
-                page = await client.metrics(job, keys=_worth_plotting(page), max_points=points)
-            if as_json:
-                say_json(page)
-            else:
-                _show(page, form=form, chosen=chosen)
+    async def work(client: Client) -> None:
+        if form == "csv":
+            await _print_csv(client.metrics_csv(job, keys=chosen))
+            return
+        page = await client.metrics(job, keys=chosen, max_points=points)
+        _check(chosen, page)
+        if form == "plot" and not chosen:
+            page = await client.metrics(job, keys=_worth_plotting(page), max_points=points)
+        if as_json:
+            say_json(page)
+        else:
+            _show(page, form=form, chosen=chosen)
 
-    finish(work())
+    request(cluster_file, work)
 
 
 async def _print_csv(chunks: AsyncIterator[bytes]) -> None:

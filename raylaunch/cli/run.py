@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import click
 
@@ -29,81 +29,61 @@ from raylaunch.models.job_spec import JobSpec
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
-_FIELDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "name": ("--name", ("name",)),
-    "gpus": ("--gpus", ("resources", "gpus")),
-    "launcher": ("--launcher", ("launcher",)),
-    "processes": ("--processes", ("processes",)),
-    "cpus": ("--cpus", ("resources", "cpus")),
-    "memory": ("--memory", ("resources", "memory")),
-    "working_dir": ("--working-dir", ("working_dir",)),
-    "environment": ("--environment", ("environment",)),
-    "timeout": ("--timeout", ("timeout_s",)),
-    "grace": ("--grace", ("grace_s",)),
-    "tracking": ("--tracking", ("tracking", "mode")),
-    "project": ("--project", ("tracking", "project")),
-    "priority": ("--priority", ("priority",)),
-    "retries": ("--retries", ("retries",)),
-    "outputs_size": ("--outputs-size", ("outputs_size",)),
-    "outputs_files": ("--outputs-files", ("outputs_files",)),
-    "gpu_type": ("--gpu-type", ("where", "gpu_type")),
-}
-_LISTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "secret": ("--secret", ("secrets",)),
-    "output": ("--output", ("outputs",)),
-    "tag": ("--tag", ("tags",)),
-    "with": ("--with", ("packages",)),
-    "host": ("--host", ("where", "hosts")),
-}
-_PAIRS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "env": ("--env", ("env",)),
-    "label": ("--label", ("where", "labels")),
-    "resource": ("--resource", ("resources", "custom")),
-}
+
+class _Field(NamedTuple):
+    """An option that sets a field of the job. Several may be given of a ``list``, and of ``pairs`` NAME=VALUE."""
+
+    option: str
+    field: tuple[str, ...]
+    help: str
+    metavar: str | None = None
+    kind: Literal["one", "list", "pairs"] = "one"
+
+    @property
+    def name(self) -> str:
+        """The name of the command's argument."""
+        return self.option[2:].replace("-", "_")
+
+
+_FIELDS = (
+    _Field("--name", ("name",), "Name. Default: derived from the program."),
+    _Field("--gpus", ("resources", "gpus"), "GPUs.", "N"),
+    _Field("--launcher", ("launcher",), "script, torchrun, or ray (a Ray Train or Tune program).", "KIND"),
+    _Field("--processes", ("processes",), "Ranks that torchrun starts. Default: one per GPU.", "N"),
+    _Field("--cpus", ("resources", "cpus"), "CPU cores.", "N"),
+    _Field("--memory", ("resources", "memory"), "Memory, for example 8GiB.", "SIZE"),
+    _Field("--resource", ("resources", "custom"), "A custom Ray resource.", "NAME=N", "pairs"),
+    _Field("--env", ("env",), "An environment variable; K alone copies its value from this shell.", "K=V", "pairs"),
+    _Field("--secret", ("secrets",), "A secret, passed as an environment variable.", "NAME", "list"),
+    _Field("--timeout", ("timeout_s",), "Time limit per attempt, for example 2h.", "TIME"),
+    _Field("--grace", ("grace_s",), "Time between SIGTERM and SIGKILL.", "TIME"),
+    _Field("--output", ("outputs",), "Files to store: a glob, auto (new files), or none.", "GLOB", "list"),
+    _Field("--outputs-size", ("outputs_size",), "Size limit of auto, for example 5GiB. Default: 1GiB.", "SIZE"),
+    _Field("--outputs-files", ("outputs_files",), "Limit on the number of files of auto. Default: 10000.", "N"),
+    _Field("--tag", ("tags",), "A tag.", kind="list"),
+    _Field(
+        "--environment", ("environment",), "/path/to/python, venv:PATH, conda:NAME, uv, pip:requirements.txt.", "ENV"
+    ),
+    _Field("--with", ("packages",), "Add a package to the environment, for example numpy.", "PACKAGE", "list"),
+    _Field("--working-dir", ("working_dir",), "Folder to pack ('' for none). Default: this one.", "DIR"),
+    _Field("--tracking", ("tracking", "mode"), "W&B: auto, online, offline or disabled.", "MODE"),
+    _Field("--project", ("tracking", "project"), "W&B project."),
+    _Field("--host", ("where", "hosts"), "Run on this host, or one of these.", kind="list"),
+    _Field("--label", ("where", "labels"), "Run on hosts with this label.", "K=V", "pairs"),
+    _Field("--gpu-type", ("where", "gpu_type"), "Run on GPUs whose name contains this.", "TEXT"),
+    _Field("--priority", ("priority",), "-100 to 100; higher starts earlier.", "N"),
+    _Field("--retries", ("retries",), "Further attempts if the program fails.", "N"),
+)
+_ALIASES = {"--environment": ("--env-python",)}
 
 _JOB_FILE = "job.yaml"
-_OPTIONS = (
-    click.option(
-        "-f",
-        "--file",
-        type=click.Path(path_type=Path),
-        help="Job file. Default: ./job.yaml if no program is given. Flags override it.",
-    ),
-    click.option("--name", help="Name. Default: derived from the program."),
-    click.option("--gpus", metavar="N", help="GPUs."),
-    click.option("--launcher", metavar="KIND", help="script, torchrun, or ray (a Ray Train or Tune program)."),
-    click.option("--processes", metavar="N", help="Ranks that torchrun starts. Default: one per GPU."),
-    click.option("--cpus", metavar="N", help="CPU cores."),
-    click.option("--memory", metavar="SIZE", help="Memory, for example 8GiB."),
-    click.option("--resource", multiple=True, metavar="NAME=N", help="A custom Ray resource."),
-    click.option(
-        "--env", multiple=True, metavar="K=V", help="An environment variable; K alone copies its value from this shell."
-    ),
-    click.option("--secret", multiple=True, metavar="NAME", help="A secret, passed as an environment variable."),
-    click.option("--timeout", metavar="TIME", help="Time limit per attempt, for example 2h."),
-    click.option("--grace", metavar="TIME", help="Time between SIGTERM and SIGKILL."),
-    click.option("--output", multiple=True, metavar="GLOB", help="Files to store: a glob, auto (new files), or none."),
-    click.option("--outputs-size", metavar="SIZE", help="Size limit of auto, for example 5GiB. Default: 1GiB."),
-    click.option("--outputs-files", metavar="N", help="Limit on the number of files of auto. Default: 10000."),
-    click.option("--tag", multiple=True, help="A tag."),
-    click.option(
-        "--environment",
-        "--env-python",
-        "environment",
-        metavar="ENV",
-        help="/path/to/python, venv:PATH, conda:NAME, uv, pip:requirements.txt.",
-    ),
-    click.option(
-        "--with", multiple=True, metavar="PACKAGE", help="Add a package to the environment, for example numpy."
-    ),
-    click.option("--working-dir", metavar="DIR", help="Folder to pack ('' for none). Default: this one."),
-    click.option("--tracking", metavar="MODE", help="W&B: auto, online, offline or disabled."),
-    click.option("--project", help="W&B project."),
-    click.option("--host", multiple=True, help="Run on this host, or one of these."),
-    click.option("--label", multiple=True, metavar="K=V", help="Run on hosts with this label."),
-    click.option("--gpu-type", metavar="TEXT", help="Run on GPUs whose name contains this."),
-    click.option("--priority", metavar="N", help="-100 to 100; higher starts earlier."),
-    click.option("--retries", metavar="N", help="Further attempts if the program fails."),
+_FILE = click.option(
+    "-f",
+    "--file",
+    type=click.Path(path_type=Path),
+    help="Job file. Default: ./job.yaml if no program is given. Flags override it.",
+)
+_OTHERS = (
     click.option("--shell", metavar="COMMAND", help="A shell command, instead of a program after --."),
     click.option("--allow", multiple=True, metavar="NAME", help="Send this file even though it looks like a secret."),
     click.option("--max-upload", metavar="SIZE", help="Largest upload, for example 5GB. Default: 1GB."),
@@ -119,9 +99,14 @@ _OPTIONS = (
 
 def job_options(command: _Command) -> _Command:
     """Give a command all options that describe a job."""
-    for option in reversed(_OPTIONS):
+    for option in reversed((_FILE, *map(_option, _FIELDS), *_OTHERS)):
         command = option(command)
     return command
+
+
+def _option(one: _Field) -> Callable[[_Command], _Command]:
+    names = (one.option, *_ALIASES.get(one.option, ()), one.name)
+    return click.option(*names, multiple=one.kind != "one", metavar=one.metavar, help=one.help)
 
 
 def spec_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> JobSpec:
@@ -150,27 +135,22 @@ def _with_file(given: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def flag_of(field: tuple[str, ...]) -> str:
     """Return the option that sets a field of a job, or ""."""
-    for options in (_FIELDS, _LISTS, _PAIRS):
-        for option, path in options.values():
-            if path == field:
-                return option
-    return "--shell" if field == ("entrypoint",) else ""
+    options = {one.field: one.option for one in _FIELDS} | {("entrypoint",): "--shell"}
+    return options.get(field, "")
 
 
 def flags_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> list[Flag]:
-    """Return the given flags, ordered by name."""
-    flags = [
-        Flag(option, field, _number(given[name])) for name, (option, field) in _FIELDS.items() if _given(given, name)
-    ]
-    flags += [Flag(option, field, tuple(given[name])) for name, (option, field) in _LISTS.items() if given.get(name)]
-    for name, (option, field) in _PAIRS.items():
-        if given.get(name):
-            flags.append(Flag(option, field, _pairs(option, given[name], environ)))
+    """Return the fields that the options set."""
+    flags = []
+    for one in _FIELDS:
+        value = given.get(one.name)
+        if one.kind == "one" and value is not None:
+            flags.append(Flag(one.option, one.field, _number(value)))
+        elif one.kind == "list" and value:
+            flags.append(Flag(one.option, one.field, tuple(value)))
+        elif one.kind == "pairs" and value:
+            flags.append(Flag(one.option, one.field, _pairs(one.option, value, environ)))
     return [*flags, *_entrypoint(given)]
-
-
-def _given(given: Mapping[str, Any], name: str) -> bool:
-    return given.get(name) is not None
 
 
 def _number(value: object) -> object:
