@@ -313,7 +313,7 @@ def test_what_ray_train_reports_can_be_read_at_once_and_a_stop_ends_its_run(
     points = metrics_of(cluster, job)["number"]
     assert points == [(step, step) for step in range(len(points))]
     assert "left over" not in cluster.job(job).message
-    items = RunFile(run_files(cluster, job)[own_run(cluster, job)]).read_new()
+    items = list(RunFile(run_files(cluster, job)[own_run(cluster, job)]).stream())
     assert [item.code for item in items if isinstance(item, RunExit)] == [143]
     nothing_is_left(cluster, job)
 
@@ -360,7 +360,7 @@ def test_the_ray_train_example_trains_on_two_workers(cluster: Cluster) -> None:
     metrics = metrics_of(cluster, job["id"])
     assert sorted(metrics) == ["accuracy", "epoch", "loss"]
     assert metrics["epoch"] == [(step, step + 1) for step in range(10)]
-    info = next(item for item in RunFile(run_files(cluster, job["id"])[job["wandb"]["run_id"]]).read_new())
+    info = next(item for item in RunFile(run_files(cluster, job["id"])[job["wandb"]["run_id"]]).stream())
     assert isinstance(info, RunInfo)
     assert (info.run_id, info.project, info.name) == (job["wandb"]["run_id"], "digits", job["id"])
 
@@ -387,7 +387,7 @@ def test_the_tune_example_gives_each_trial_a_run(cluster: Cluster) -> None:
     metrics = metrics_of(cluster, job["id"])
     best = 0.0
     for run_id, file in runs.items():
-        info = next(item for item in RunFile(file).read_new() if isinstance(item, RunInfo))
+        info = next(item for item in RunFile(file).stream() if isinstance(item, RunInfo))
         assert (info.run_id, info.project) == (run_id, "digits")
         assert [value for _, value in metrics[f"{run_id}/epoch"]] == [1, 2, 3, 4, 5]
         best = max(best, metrics[f"{run_id}/accuracy"][-1][1])

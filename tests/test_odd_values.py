@@ -7,7 +7,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
@@ -19,6 +18,7 @@ from support.api import Api, serving
 from support.api_use import submit, write
 from support.links import LinkToNothing
 from support.run_writer import history, run, summary, write_run
+from support.store import job_view
 
 from raylaunch.agent.attempt_dir import read_json, sanitize
 from raylaunch.client.transport import Response, page_from
@@ -27,9 +27,8 @@ from raylaunch.cluster.probe.facts import Clock
 from raylaunch.cluster.probe.parse import read_facts
 from raylaunch.cluster.probe.parse_gpus import read_gpus
 from raylaunch.controller.__main__ import read_attempt_result
-from raylaunch.controller.metrics.curves import KEYS_KEPT
+from raylaunch.controller.metrics.curves import KEYS_KEPT, ReportReader
 from raylaunch.controller.metrics.reader import NAMES_KEPT, MetricsStore
-from raylaunch.controller.metrics.reports import ReportReader
 from raylaunch.controller.ray import jobs_api, protocol
 from raylaunch.controller.ray.calls import node_views
 from raylaunch.controller.ray.protocol import LinkUp, exit_from, facts_from, started_from
@@ -50,14 +49,6 @@ from raylaunch.tracking.run_file import History
 
 DEEP = "[" * 200_000
 HUGE = "9" * 5000
-
-
-@dataclass(frozen=True)
-class OddJob:
-    """A job with one attempt."""
-
-    id: str = "odd"
-    attempts: tuple[AttemptView, ...] = (AttemptView(id="odd-1", n=1, admitted_at=0),)
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +326,7 @@ def test_what_is_no_page_of_jobs_is_said(body: bytes) -> None:
 
 
 @pytest.mark.parametrize("line", [DEEP, '{"at": Infinity, "step": 1}', '{"at": 1, "step": 1, "total": NaN}', HUGE])
-def test_a_report_that_cannot_be_is_passed_over_and_the_next_is_read(tmp_path: Path, line: str) -> None:
+def test_an_impossible_report_is_skipped_and_the_next_is_read(tmp_path: Path, line: str) -> None:
     path = tmp_path / "progress.jsonl"
     path.write_text(f'{line}\n{{"at": 2, "step": 7, "metrics": {{"\\ud800": 1, "loss": NaN}}}}\n')
     report = ReportReader(path)
@@ -344,7 +335,7 @@ def test_a_report_that_cannot_be_is_passed_over_and_the_next_is_read(tmp_path: P
     assert sorted(row.values) == ["?", "loss"]
     assert report.progress is not None
     assert (report.progress.step, report.progress.at) == (7, 2)
-    assert report.problems
+    assert report.skipped == 1
 
 
 def test_what_an_attempt_wrote_into_its_records_is_made_plain_or_left_out(tmp_path: Path) -> None:
@@ -366,7 +357,7 @@ def test_a_row_whose_step_is_none_is_passed_over_and_the_next_is_read(tmp_path: 
     late = history(2, {"_timestamp": value, "global_step": 5, "loss": 2.0})
     axis = history(3, {"global_step": value, "loss": 3.0})
     write_run(tmp_path / "jobs" / "odd" / "attempt-1", [run(), odd, late, axis])
-    page = MetricsStore(tmp_path).page(OddJob(), keys=["loss"])
+    page = MetricsStore(tmp_path).page(job_view("odd"), keys=["loss"])
     assert [(point.step, point.value) for point in page.series[0].points] == [(5, 2.0), (5, 3.0)]
     assert math.isfinite(page.last_step or 0)
     assert page.series[0].points[0].at == 0
@@ -376,7 +367,7 @@ def test_names_of_metrics_have_an_end_each_and_together(tmp_path: Path) -> None:
     attempt = tmp_path / "jobs" / "odd" / "attempt-1"
     names = {f"{n}": 1.0 for n in range(11_000)}
     write_run(attempt, [run(), history(0, {"x" * 10_000: 1.0, **names}), summary({f"s{n}": 1 for n in range(11_000)})])
-    page = MetricsStore(tmp_path).page(OddJob())
+    page = MetricsStore(tmp_path).page(job_view("odd"))
     assert len(page.keys) == len(page.last) == KEYS_KEPT
     assert max(map(len, page.keys)) == LONGEST_KEY
 

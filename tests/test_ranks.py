@@ -12,6 +12,7 @@ from support.api import Api
 from support.api_use import end, error, submit, write
 from support.cli import run_cli
 from support.run_writer import history, run, write_run
+from support.store import job_view
 
 from raylaunch.controller.metrics.reader import MetricsStore
 from raylaunch.controller.store.logs import log_tail
@@ -163,6 +164,5 @@ def test_the_jobs_metrics_are_those_of_its_own_run_though_another_rank_began_ear
     write_run(attempt, [run("1z"), history(0, {"loss": 9.0})], run_id="1z", started="20260101_110000")
     write_run(attempt, [run("own"), history(0, {"loss": 1.0})], run_id="own", started="20260101_120000")
     (attempt / "attempt.json").write_text(json.dumps({"wandb": {"run_id": "own"}}))
-    views = (AttemptView(id="digits-a-1", n=1, admitted_at=1.0),)
-    last, _ = MetricsStore(tmp_path).last("digits-a", views)
+    last = MetricsStore(tmp_path).latest(job_view("digits-a")).last
     assert list(last.items()) == [("loss", 1.0), ("1z/loss", 9.0)]

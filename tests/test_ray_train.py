@@ -89,7 +89,7 @@ class Writer:
 
     def _items(self, run: str) -> list[object]:
         files = (self.folder / "wandb").glob(f"*run-*/run-{run}.wandb")
-        return [item for file in files for item in RunFile(file).read_new()]
+        return [item for file in files for item in RunFile(file).stream()]
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from support.running import Attempt
+from support.store import job_view
 from support.waiting import wait_until
 
 from raylaunch import contract
 from raylaunch.controller.metrics.reader import MetricsStore
-from raylaunch.models.job import AttemptView
 
 Make = Callable[..., Attempt]
 
@@ -226,7 +226,8 @@ def test_where_every_rank_tracks_the_job_is_what_rank_0_logged(make: Make, tmp_p
     assert attempt.run(timeout_s=120)["ended"] == "completed"
     (tmp_path / "jobs" / "job-aaaaaa").mkdir(parents=True)
     (tmp_path / "jobs" / "job-aaaaaa" / "attempt-1").symlink_to(attempt.folder)
-    last, step = MetricsStore(tmp_path).last("job-aaaaaa", (AttemptView(id="job-aaaaaa-1", n=1, admitted_at=1.0),))
-    assert (next(iter(last.items())), step) == (("loss", 2.0), 2)
+    page = MetricsStore(tmp_path).page(job_view("job-aaaaaa"))
+    last = page.last
+    assert (next(iter(last.items())), page.last_step) == (("loss", 2.0), 2)
     (other,) = (key for key in last if key.endswith("/loss"))
     assert last[other] == 12.0

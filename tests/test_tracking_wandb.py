@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from support.store import job_view
 from support.waiting import wait_until
 from support.wandb_server import WandbServer
 
 from raylaunch.controller.metrics.reader import MetricsStore
-from raylaunch.models.job import AttemptView
 from raylaunch.tracking.run_file import History, RunExit, RunFile
 
 pytestmark = pytest.mark.wandb
@@ -64,13 +64,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _losses(path: Path) -> list[float]:
-    return [item.values["loss"] for item in RunFile(path).read_new() if isinstance(item, History)]
+    return [item.values["loss"] for item in RunFile(path).stream() if isinstance(item, History)]
 
 
 def test_an_offline_run_is_read_whole(tmp_path: Path) -> None:
     _run(tmp_path, LOG_FIVE, {"WANDB_MODE": "offline"})
     (path,) = _files(tmp_path)
-    items = RunFile(path).read_new()
+    items = list(RunFile(path).stream())
     rows = [item for item in items if isinstance(item, History)]
     assert [row.step for row in rows] == list(range(5))
     assert [row.values["loss"] for row in rows] == pytest.approx([1 / (n + 1) for n in range(5)])
@@ -137,11 +137,7 @@ def test_two_attempts_of_one_offline_run_are_drawn_as_a_sync_of_both_merges_them
 
 
 def _loss_of_two_attempts(store: Path) -> list[tuple[float, float]]:
-    class Job:
-        id = "digits"
-        attempts = tuple(AttemptView(id=f"digits-{n}", n=n, admitted_at=0) for n in (1, 2))
-
-    (series,) = MetricsStore(store).page(Job(), keys=["loss"]).series
+    (series,) = MetricsStore(store).page(job_view("digits", attempts=2), keys=["loss"]).series
     return [(point.step, point.value) for point in series.points]
 
 
@@ -166,9 +162,9 @@ def test_what_was_flushed_before_a_sigkill_is_read(tmp_path: Path) -> None:
         wait_until(lambda: _losses(path), 60, "the row is in the file")
         os.killpg(process.pid, signal.SIGKILL)
     reader = RunFile(path)
-    items = reader.read_new()
+    items = list(reader.stream())
     assert [item.values for item in items if isinstance(item, History)] == [{"loss": 0.5}]
-    assert reader.problems == ()
+    assert reader.skipped == 0
 
 
 def test_a_server_that_dies_takes_nothing_from_the_file(tmp_path: Path, server: WandbServer) -> None:
@@ -191,7 +187,7 @@ def test_a_server_that_dies_takes_nothing_from_the_file(tmp_path: Path, server: 
 def test_reading_a_run_does_not_import_wandb(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom raylaunch.tracking.run_file import RunFile\n"
-        "RunFile(Path(sys.argv[1])).read_new()\nprint(sorted({'wandb', 'google.protobuf'} & set(sys.modules)))"
+        "list(RunFile(Path(sys.argv[1])).stream())\nprint(sorted({'wandb', 'google.protobuf'} & set(sys.modules)))"
     )
     program = [sys.executable, "-c", code, str(tmp_path / "run-r1.wandb")]
     said = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60)

@@ -204,7 +204,7 @@ def _read_attempt_result(
     artifacts.finalize(record.id)
     count, size = artifacts.outputs(record.id)
     ran_s = time.time() - record.started_at if record.started_at is not None else 0.0
-    measured = metrics.at_end(record.id, record.attempts, ran_s=ran_s)
+    measured = metrics.latest(record, ran_s=ran_s)
     more = f"{measured.left_out} metrics beyond {NAMES_KEPT} are not in the record; raylaunch metrics shows more"
     return AttemptResult(
         log_tail=log_tail(folder, attempt=len(record.attempts)),

@@ -25,8 +25,7 @@ _HEADER = struct.Struct("<IHB")
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 _READ = 32 * BLOCK
 _LARGEST = 32 * 1024 * 1024
-"""A record larger than this (an artifact's manifest may be) is passed over: no row of numbers is so large."""
-_PROBLEMS_KEPT = 20
+"""A larger record (an artifact's manifest may be) is skipped: no row of numbers is so large."""
 
 
 class Frames:
@@ -41,23 +40,20 @@ class Frames:
         self._path = path
         self._at = start
         self._parts: list[bytes] | None = None
-        self._problems: list[str] = []
-        self._torn = ""
-
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """What had to be passed over, as sentences."""
-        return (*self._problems, *([self._torn] if self._torn else []))
+        self.skipped = 0
+        """Number of damaged blocks and too large records, which were skipped."""
 
     def read(self) -> Iterator[bytes]:
-        """Yield the records that have become whole since the last read.
+        """Yield the records that were completed since the last read. A missing file has no records yet.
 
         Raises:
-            TrackingError: the file is not W&B's, became shorter, or cannot be read. A missing file has no records yet.
+            TrackingError: the file is not W&B's, became shorter, or cannot be read.
         """
         try:
             with self._path.open("rb") as file:
-                self._check_size(os.fstat(file.fileno()).st_size)
+                if (size := os.fstat(file.fileno()).st_size) < self._at:
+                    msg = f"{self._path} became shorter: {size:,} bytes, after {self._at:,} had been read"
+                    raise TrackingError(msg, hint="it was replaced; read it again from its start")
                 file.seek(self._at)
                 while data := file.read(_READ - self._at % BLOCK):
                     before = self._at
@@ -69,11 +65,6 @@ class Frames:
         except OSError as error:
             msg = f"{self._path} cannot be read: {error.strerror}"
             raise TrackingError(msg) from error
-
-    def _check_size(self, size: int) -> None:
-        if size < self._at:
-            msg = f"{self._path} became shorter: {size:,} bytes, after {self._at:,} had been read"
-            raise TrackingError(msg, hint="it was replaced; read it again from its beginning")
 
     def _chunk(self, data: bytes) -> Iterator[bytes]:
         """Yield the records in `data`, which starts at the reader's position; advance that position."""
@@ -109,34 +100,26 @@ class Frames:
         return _PREAMBLE
 
     def _fragment(self, view: memoryview, room: int) -> bytes | None:
-        """Use up one fragment: the record that it completes, ``b""`` when none is, None when it is not whole yet."""
+        """Consume one fragment; return the record that it completes or ``b""``, None if the fragment is incomplete."""
         crc, size, kind = _HEADER.unpack_from(view)
         end = _HEADER.size + size
         if end > room:
-            return self._damaged(view, room)
+            return self._skip_block(view, room)
         if end > len(view):
             return None
         if zlib.crc32(view[_HEADER.size - 1 : end]) != crc:
-            return self._damaged(view, room)
-        self._torn = ""
+            return self._skip_block(view, room)
         self._at += end
         return self._join(bytes(view[_HEADER.size : end]), kind)
 
-    def _damaged(self, view: memoryview, room: int) -> bytes | None:
-        """Pass over the rest of a damaged block; of one that is still being written, only when its end is there."""
-        sentence = f"{self._path.name}: {room:,} bytes at {self._at:,} are damaged; skipped"
+    def _skip_block(self, view: memoryview, room: int) -> bytes | None:
+        """Skip the rest of a damaged block, once all of it is written."""
         if len(view) < room:
-            self._torn = sentence
             return None
-        self._torn = ""
-        self._add_problem(sentence)
+        self.skipped += 1
         self._at += room
         self._parts = None
         return b""
-
-    def _add_problem(self, sentence: str) -> None:
-        if len(self._problems) < _PROBLEMS_KEPT:
-            self._problems.append(sentence)
 
     def _join(self, payload: bytes, kind: int) -> bytes:
         if kind == _FULL:
@@ -145,13 +128,11 @@ class Frames:
         if kind == _FIRST:
             self._parts = [payload]
             return b""
-        if self._parts is None:  # its beginning was damaged, or too large
+        if self._parts is None:  # its start was damaged, or too large
             return b""
         self._parts.append(payload)
         if len(self._parts) * BLOCK > _LARGEST:
-            self._add_problem(
-                f"{self._path.name}: skipped a record of more than {_LARGEST:,} bytes before {self._at:,}"
-            )
+            self.skipped += 1
             self._parts = None
             return b""
         if kind != _LAST:

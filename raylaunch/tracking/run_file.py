@@ -156,7 +156,7 @@ Item = History | Summary | StepMetric | RunInfo | RunExit
 
 
 class RunFile:
-    """Reads a run's file incrementally: each read goes on where the last whole record ended.
+    """Reads a run's file incrementally: each read continues after the last complete record.
 
     Args:
         path: the file.
@@ -170,23 +170,14 @@ class RunFile:
         self._unknown = 0
 
     @property
-    def problems(self) -> tuple[str, ...]:
-        """What had to be passed over, as sentences; empty for a file in good order."""
-        unknown = f"{self.path.name}: {self._unknown} records could not be understood"
-        return (*self._frames.problems, *([unknown] if self._unknown else []))
-
-    def read_new(self) -> list[Item]:
-        """Return the items since the last read, as a list.
-
-        Raises:
-            TrackingError: as `stream` does.
-        """
-        return list(self.stream())
+    def skipped(self) -> int:
+        """How many parts were skipped because they are damaged or could not be parsed."""
+        return self._frames.skipped + self._unknown
 
     def stream(self) -> Iterator[Item]:
         """Yield the items since the last read, in memory that does not grow with the file.
 
-        Damaged parts are passed over and named in `problems`. A file that does not exist yet has none.
+        Damaged parts are skipped and counted in `skipped`. A file that does not exist yet has no items.
 
         Raises:
             TrackingError: the file is not W&B's, was replaced by a shorter one, or cannot be read.

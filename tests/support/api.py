@@ -1,4 +1,4 @@
-"""The real HTTP API on a real port, over real stores, in a thread; only the verbs behind it are a small stand-in."""
+"""The real HTTP API on a real port, over real stores, in a thread, where there is no Ray."""
 
 from __future__ import annotations
 
@@ -21,25 +21,28 @@ from raylaunch.cluster.types import Reach
 from raylaunch.controller.api.app import ApiServer
 from raylaunch.controller.api.dependencies import AppState
 from raylaunch.controller.metrics.reader import MetricsStore
-from raylaunch.controller.ray.bridge import RayBridge
 from raylaunch.controller.ray.jobs_api import RayJobs
+from raylaunch.controller.scheduler.external_jobs import ExternalJobs
 from raylaunch.controller.scheduler.external_logs import ExternalLogs
 from raylaunch.controller.scheduler.host_service import HostService
+from raylaunch.controller.scheduler.job_service import JobService, LeftOutputs
 from raylaunch.controller.scheduler.observed import ObservedState
+from raylaunch.controller.scheduler.preflight import WheelPreflight
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.store.access import Invitations, TokenStore
 from raylaunch.controller.store.artifacts import Artifacts
 from raylaunch.controller.store.audit import DrainStore
 from raylaunch.controller.store.jobs import Records
-from raylaunch.controller.store.packages import PackageStore
+from raylaunch.controller.store.packages import ClusterWheels, PackageStore
 from raylaunch.controller.store.record import JobRecord
 from raylaunch.controller.store.retention import JobRemoval
 from raylaunch.controller.store.secrets import SecretStore
-from raylaunch.errors import NotFoundError, WheelsNeededError
+from raylaunch.errors import WheelsNeededError
 from raylaunch.models.cluster import ControllerStatus, EnvironmentWheels, RayAccess
-from raylaunch.models.job import DryRun, JobView, NodeUsage, SubmitAnswer, SubmitRequest
+from raylaunch.models.job import DryRun, JobView, SubmitAnswer, SubmitRequest
 from raylaunch.models.states import Change
 from raylaunch.version import API, __version__
+from support.links import LinkToNothing
 from support.waiting import wait_until
 
 _T = TypeVar("_T")
@@ -74,15 +77,32 @@ def settings_of(store: Path, port: int) -> Settings:
     )
 
 
-class Desk:
-    """Takes jobs in and ends them on paper: what stands behind the API where there is no Ray."""
+class Desk(JobService):
+    """The operations on jobs where there is no Ray: jobs end when their stop is requested."""
 
-    def __init__(self, records: Records, removal: JobRemoval) -> None:
+    air_gapped: DryRun | None = None
+    """The result of a dry run whose nodes reach no package index."""
+
+    def __init__(self, settings: Settings, records: Records, secrets: SecretStore, observed: ObservedState) -> None:
+        store = settings.store
+        bridge, artifacts = LinkToNothing(store), Artifacts(store)
+        ray = RayJobs("http://127.0.0.1:9", "none")
+        wheels = WheelPreflight(settings=settings, observed=observed, bridge=bridge, kept=ClusterWheels(settings))
+        super().__init__(
+            settings=settings,
+            records=records,
+            packages=PackageStore(store / "packages"),
+            secrets=secrets,
+            removal=JobRemoval(records=records, artifacts=artifacts, secrets=secrets),
+            observed=observed,
+            bridge=bridge,
+            drains=DrainStore(store),
+            foreign=ExternalJobs(records=records, ray=ray, bridge=bridge, observed=observed),
+            wheel_needs=wheels,
+            left=LeftOutputs(bridge=bridge, observed=observed, artifacts=artifacts),
+        )
         self._records = records
-        self._removal = removal
-        self._grown: dict[str, asyncio.Event] = {}
-        self.air_gapped: DryRun | None = None
-        """What it says of jobs, where nodes reach no package index and the cluster has an environment made there."""
+        self._observed = observed
         self.kept: list[EnvironmentWheels] = []
 
     async def submit(self, request: SubmitRequest, person: str) -> SubmitAnswer:
@@ -105,9 +125,6 @@ class Desk:
         message = f"{person} asked to stop it, grace {grace_s}"
         return self._records.update(record.id, kind="ended", message=message, change=Change.END_STOPPED).view()
 
-    async def remove(self, record: JobRecord) -> int:
-        return await self._removal.remove(record.id)
-
     async def status(self, person: str, role: str) -> ControllerStatus:
         return ControllerStatus(
             cluster="test",
@@ -120,28 +137,9 @@ class Desk:
             ray="down",
         )
 
-    def explained(self, view: JobView) -> JobView:
-        return view
-
-    async def bring_left(self, record: JobRecord, name: str) -> None:
-        msg = f"there is no node that has {name} of {record.id}"
-        raise NotFoundError(msg)
-
-    async def node_usage(self) -> tuple[NodeUsage, ...]:
-        return ()
-
-    async def wait_growth(self, attempt_id: str, timeout_s: float) -> None:
-        grown = self._grown.setdefault(attempt_id, asyncio.Event())
-        try:
-            await asyncio.wait_for(grown.wait(), timeout_s)
-        except asyncio.TimeoutError:
-            return
-
     def grew(self, attempt_id: str) -> None:
-        """Say that a file of the attempt has grown."""
-        grown = self._grown.pop(attempt_id, None)
-        if grown is not None:
-            grown.set()
+        """Report that a file of the attempt has grown."""
+        self._observed.notify_growth(attempt_id)
 
     def ray_access(self) -> RayAccess:
         return RayAccess(gcs_address="127.0.0.1:1", dashboard_url="http://127.0.0.1:2", token="ray-token")  # noqa: S106
@@ -196,10 +194,11 @@ class Api:
         artifacts = Artifacts(self.store)
         self.observed = ObservedState()
         secrets = SecretStore(self.store)
-        self.desk = Desk(self.records, JobRemoval(records=self.records, artifacts=artifacts, secrets=secrets))
+        settings = settings_of(self.store, int(self.url.rpartition(":")[2]))
+        self.desk = Desk(settings, self.records, secrets, self.observed)
         tokens = TokenStore(self.store)
         self.services = AppState(
-            settings=settings_of(self.store, int(self.url.rpartition(":")[2])),
+            settings=settings,
             store=self.store,
             records=self.records,
             packages=PackageStore(self.store / "packages"),
@@ -210,7 +209,11 @@ class Api:
             metrics=MetricsStore(self.store),
             jobs=self.desk,
             hosts=HostService(records=self.records, drains=DrainStore(self.store), observed=self.observed),
-            external_logs=_without_ray(self.store),
+            external_logs=ExternalLogs(
+                bridge=LinkToNothing(self.store),
+                ray=RayJobs("http://127.0.0.1:9", "none"),
+                observed=self.observed,
+            ),
         )
         self.server = ApiServer(self.services)
         self._ready.set()
@@ -218,18 +221,6 @@ class Api:
             await self.server.serve(sockets=[self._listener])
         finally:
             self.records.close()
-
-
-def _without_ray(store: Path) -> ExternalLogs:
-    """Return what reads logs of plain Ray's jobs, where there is no Ray."""
-    link = RayBridge(
-        gcs_address="127.0.0.1:9",
-        ray_token_path=store / "none",
-        store=store,
-        on_event=lambda _event: None,
-        log_path=store / "link.log",
-    )
-    return ExternalLogs(bridge=link, ray=RayJobs("http://127.0.0.1:9", "none"), observed=ObservedState())
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from raylaunch.controller.store.jobs import Records
 from raylaunch.controller.store.record import JobRecord
-from raylaunch.models.job import SubmitRequest
+from raylaunch.models.job import AttemptView, JobView, SubmitRequest
 from raylaunch.models.job_spec import JobSpec
-from raylaunch.models.states import Change
+from raylaunch.models.states import Change, JobState
 
 
 @contextmanager
@@ -37,6 +37,19 @@ def submit(records: Records, name: str = "digits", owner: str = "ana", **fields:
 def end(records: Records, job: JobRecord, change: Change = Change.FAIL) -> JobRecord:
     """Let a job end."""
     return records.update(job.id, kind="ended", message="it ended", change=change)
+
+
+def job_view(job: str = "digits-k3f9qa", *, attempts: int = 1) -> JobView:
+    """Return a running job with so many attempts, which is in no store."""
+    return JobView(
+        id=job,
+        name="digits",
+        owner="ana",
+        state=JobState.RUNNING,
+        created_at=0,
+        updated_at=0,
+        attempts=tuple(AttemptView(id=f"{job}-{n}", n=n, admitted_at=0) for n in range(1, attempts + 1)),
+    )
 
 
 def kinds(records: Records, job: str = "") -> list[str]:

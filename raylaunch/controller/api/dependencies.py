@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 
 import anyio
@@ -15,8 +15,10 @@ from fastapi import Depends, Query, Request, Response
 from fastapi.routing import APIRoute
 from starlette.types import Message, Receive
 
+from raylaunch.controller.metrics.reader import MetricsStore
 from raylaunch.controller.scheduler.external_logs import ExternalLogs
 from raylaunch.controller.scheduler.host_service import HostService
+from raylaunch.controller.scheduler.job_service import JobService
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.store.access import Caller, Invitations, Role, TokenStore
 from raylaunch.controller.store.artifacts import Artifacts
@@ -26,17 +28,6 @@ from raylaunch.controller.store.packages import PackageStore
 from raylaunch.controller.store.record import JobRecord
 from raylaunch.controller.store.secrets import SecretStore
 from raylaunch.errors import AccessError, NotFoundError, NotYoursError, SpecError, whose
-from raylaunch.models.cluster import ControllerStatus, EnvironmentWheels, RayAccess
-from raylaunch.models.job import (
-    AttemptView,
-    DryRun,
-    JobView,
-    MetricsPage,
-    NodeUsage,
-    Progress,
-    SubmitAnswer,
-    SubmitRequest,
-)
 from raylaunch.version import OTHERS_JOB, OTHERS_OWNER
 
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
@@ -146,59 +137,6 @@ def _too_large(most: int) -> SpecError:
     return SpecError(f"the request's body is larger than {size}", hint="send less at once")
 
 
-class MetricsReader(Protocol):
-    """Metrics of a job. Called from worker threads."""
-
-    def page(self, record: JobRecord, *, keys: Sequence[str], max_points: int) -> MetricsPage:
-        """Return keys, last values and, for `keys`, at most `max_points` points each."""
-
-    def last(self, job_id: str, attempts: Sequence[AttemptView]) -> tuple[dict[str, float], float | None]:
-        """Return the last value of each metric, and the step reached."""
-
-    def progress(self, job_id: str, attempts: Sequence[AttemptView]) -> Progress | None:
-        """Return how far the training said it is, or None when it never did."""
-
-    def csv(self, record: JobRecord, *, keys: Sequence[str]) -> Iterator[str]:
-        """Yield ``step,at,key,value`` lines, a header first."""
-
-
-class JobVerbs(Protocol):
-    """Operations on jobs. Called on the event loop."""
-
-    async def submit(self, request: SubmitRequest, person: str) -> SubmitAnswer:
-        """Accept a job, or return the one with the same request id."""
-
-    async def dry_run(self, request: SubmitRequest, person: str) -> DryRun:
-        """Return where the job could run, without accepting it."""
-
-    async def keep_wheels(self, given: EnvironmentWheels) -> None:
-        """Store which wheels make the cluster's own environment."""
-
-    async def stop(self, record: JobRecord, *, grace_s: float | None, person: str) -> JobView:
-        """Request the stop of a job, with `grace_s` seconds before SIGKILL (None: the job's own)."""
-
-    async def remove(self, record: JobRecord) -> int:
-        """Delete an ended job with all its files and return the bytes they took."""
-
-    async def status(self, person: str, role: str) -> ControllerStatus:
-        """Return the state of the controller, Ray and the nodes."""
-
-    def explained(self, view: JobView) -> JobView:
-        """Return a queued job with its current wait reason, and any other job unchanged."""
-
-    async def wait_growth(self, attempt_id: str, timeout_s: float) -> None:
-        """Return when a file of the attempt has grown in the store, or at the timeout."""
-
-    async def bring_left(self, record: JobRecord, name: str) -> None:
-        """Copy an output that was not kept, one of `Artifacts.left`, from its node."""
-
-    async def node_usage(self) -> tuple[NodeUsage, ...]:
-        """Return raylaunch's disk usage on the nodes, apart from the store."""
-
-    def ray_access(self) -> RayAccess:
-        """Return what Ray's own tools need."""
-
-
 @dataclass(frozen=True)
 class AppState:
     """The application's state: all parts that routes use."""
@@ -211,8 +149,8 @@ class AppState:
     tokens: TokenStore
     invitations: Invitations
     artifacts: Artifacts
-    metrics: MetricsReader
-    jobs: JobVerbs
+    metrics: MetricsStore
+    jobs: JobService
     hosts: HostService
     external_logs: ExternalLogs
     closing: asyncio.Event = field(default_factory=asyncio.Event)

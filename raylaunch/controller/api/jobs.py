@@ -204,11 +204,8 @@ async def remove(record: OwnJob, services: Services, caller: CurrentCaller) -> R
 
 
 def _so_far(services: AppState, record: JobRecord) -> dict[str, object]:
-    last, _ = services.metrics.last(record.id, record.attempts)
-    found: dict[str, object] = {
-        "last_metrics": last,
-        "progress": services.metrics.progress(record.id, record.attempts),
-    }
+    measured = services.metrics.latest(record)
+    found: dict[str, object] = {"last_metrics": measured.last, "progress": measured.progress}
     if record.state in (JobState.RUNNING, JobState.STOPPING):
         lines = log_tail(services.store / "jobs" / record.id, attempt=len(record.attempts))
         found["log_tail"] = lines[-_LINES_SO_FAR:]

@@ -1,19 +1,19 @@
-"""Curves of metrics: axes, the points of one file (thinned to bound memory), and runs that consist of several files."""
+"""Curves of metrics: reports, axes, the points of one file (thinned to bound memory), runs of several files."""
 
 from __future__ import annotations
 
+import json
 import logging
-import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 from raylaunch import contract
-from raylaunch.controller.metrics.reports import ReportReader
 from raylaunch.errors import TrackingError
-from raylaunch.models.job import MetricPoint
+from raylaunch.models.job import MetricPoint, Progress
+from raylaunch.tracking.protobuf import LONGEST_KEY
 from raylaunch.tracking.run_file import LARGEST_STEP, History, Item, RunFile, RunInfo, StepMetric, Summary
 
 _LOG = logging.getLogger(__name__)
@@ -24,6 +24,8 @@ KEYS_KEPT = 10_000
 """Maximum number of metrics of one file."""
 _POINTS_AT_FIRST = 4096
 _POINTS_AT_LEAST = 64
+_LONGEST_LINE = 1024 * 1024
+_LARGEST = 1e11
 
 
 class Curve:
@@ -36,7 +38,8 @@ class Curve:
         """Numbers of the attempts that have files of this run."""
         self.sources: dict[Path, RunFile | ReportReader] = {}
         self.segments: dict[Path, Segment] = {}
-        self._failed: dict[Path, str] = {}
+        self._reported: dict[Path, str] = {}
+        """The latest warning in the log about each file."""
 
     def add(self, path: Path) -> None:
         """Add a file that follows all present ones."""
@@ -53,12 +56,6 @@ class Curve:
     def info(self) -> RunInfo | None:
         """Return the run's identity from its latest file."""
         return next((one.info for one in reversed(tuple(self.segments.values())) if one.info is not None), None)
-
-    def problems(self) -> Iterator[str]:
-        """Yield what could not be read."""
-        yield from self._failed.values()
-        for source in self.sources.values():
-            yield from source.problems
 
     def reread(self) -> Iterator[tuple[Segment, str]]:
         """Yield new segments that read the files from the start, with the prefix of their keys."""
@@ -78,11 +75,13 @@ class Curve:
             except TrackingError:  # perhaps replaced by a shorter file: read it from the start
                 self._open(path, self.segments[path].cuts)
                 self.segments[path].refresh()
-            self._failed.pop(path, None)
+            skipped = self.sources[path].skipped
+            message = f"{path}: {skipped} parts could not be read and were skipped" if skipped else ""
         except TrackingError as error:
-            if path not in self._failed:
-                _LOG.warning("metrics: %s", error)
-            self._failed[path] = str(error)
+            message = str(error)
+        if message and message != self._reported.get(path):
+            _LOG.warning("metrics: %s", message)
+        self._reported[path] = message
 
     def _shift(self) -> None:
         end: float | None = None
@@ -115,11 +114,62 @@ def _source(path: Path) -> RunFile | ReportReader:
     return ReportReader(path) if path.name == contract.PROGRESS else RunFile(path)
 
 
-class Source(Protocol):
-    """A growing file of rows; each read yields what is new."""
+class ReportReader:
+    """Reads ``progress.jsonl``, the reports of `raylaunch.report`, as rows like those of a W&B run, while it grows.
+
+    `progress` is from its last line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.progress: Progress | None = None
+        self._at = 0
+        self._lines = 0
+        self.skipped = 0
+        """How many lines could not be parsed."""
+        self._reported_by_program = False
+        """Whether the program itself reports progress; then reports of Ray Train's workers only count as metrics."""
 
     def stream(self) -> Iterator[Item]:
-        """Yield what is new."""
+        """Yield the rows of complete lines after the last read. A file that does not exist yet has none.
+
+        Raises:
+            TrackingError: the file was replaced by a shorter one, or cannot be read.
+        """
+        try:
+            if self.path.stat().st_size < self._at:
+                msg = f"{self.path} became shorter"
+                raise TrackingError(msg)
+            with self.path.open("rb") as file:
+                file.seek(self._at)
+                while (line := file.readline(_LONGEST_LINE)).endswith(b"\n") or len(line) == _LONGEST_LINE:
+                    self._at += len(line)
+                    yield from self._row(line)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            msg = f"{self.path} cannot be read: {error.strerror}"
+            raise TrackingError(msg) from error
+
+    def _row(self, line: bytes) -> Iterator[History]:
+        try:
+            report = json.loads(line)
+            at = _finite(report["at"])
+            step = report.get("step")
+            total = report.get("total")
+            values = {_whole(key): float(value) for key, value in (report.get("metrics") or {}).items()}
+            place = self._lines if step is None else float(step)
+            of_train = "source" in report
+            if abs(place) <= LARGEST_STEP and not (of_train and self._reported_by_program):
+                done = place + 1 if of_train else place  # the first report of a training is its step 0
+                self.progress = Progress(step=done, total=None if total is None else _finite(total), at=at)
+            self._reported_by_program = self._reported_by_program or not of_train
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+            self.skipped += 1
+            return
+        self._lines += 1
+        if values and abs(place) <= LARGEST_STEP:
+            yield History(place, at, values)
 
 
 class PlottedPoint(NamedTuple):
@@ -243,7 +293,7 @@ class SegmentRange:
 class Segment:
     """All series of one file. Points at or beyond `cuts` (axis → step) are omitted: a later file has them again."""
 
-    def __init__(self, source: Source, *, cuts: Mapping[str, float] | None = None) -> None:
+    def __init__(self, source: RunFile | ReportReader, *, cuts: Mapping[str, float] | None = None) -> None:
         self.series: dict[str, Series] = {}
         self.summary: dict[str, float] = {}
         self.reach: dict[str, SegmentRange] = {}
@@ -328,21 +378,15 @@ def _is_step(value: float | None) -> TypeGuard[float]:
     return value is not None and abs(value) <= LARGEST_STEP
 
 
-def evenly(points: list[MetricPoint], most: int) -> tuple[MetricPoint, ...]:
-    """Return at most `most` of the points, evenly spaced, with the first and the last (of one, the last)."""
-    if len(points) <= most:
-        return tuple(points)
-    if most <= 1:
-        return tuple(points[-1:])
-    apart = (len(points) - 1) / (most - 1)
-    return tuple(points[round(index * apart)] for index in range(most))
+def _finite(value: object) -> float:
+    """Return a finite number that is plausible as a time or a count."""
+    number = float(str(value))
+    if not 0 <= number <= _LARGEST:
+        msg = f"{number} is not a valid time or count"
+        raise ValueError(msg)
+    return number
 
 
-def plain(number: float) -> str:
-    """Return a number for CSV: integers without ``.0``."""
-    return str(int(number)) if math.isfinite(number) and number == int(number) else repr(number)
-
-
-def total_points(segments: Iterable[Segment]) -> int:
-    """Return the number of points in the segments."""
-    return sum(segment.points for segment in segments)
+def _whole(key: object) -> str:
+    """Return a name without lone surrogates, which no response can contain."""
+    return str(key)[:LONGEST_KEY].encode("utf-8", "replace").decode()

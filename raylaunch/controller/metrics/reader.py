@@ -17,19 +17,19 @@ import csv
 import io
 import json
 import logging
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from raylaunch import contract
-from raylaunch.controller.metrics.curves import Curve, PlottedPoint, Segment, evenly, plain, total_points
-from raylaunch.controller.metrics.reports import ReportReader
+from raylaunch.controller.metrics.curves import Curve, PlottedPoint, ReportReader, Segment
 from raylaunch.errors import TrackingError
-from raylaunch.models.job import MetricPoint, MetricSeries, MetricsPage, MetricsRun, Progress
+from raylaunch.models.job import AttemptView, JobView, MetricPoint, MetricSeries, MetricsPage, MetricsRun, Progress
 from raylaunch.tracking.run_file import History, last_values, run_files
 
 _JOBS_KEPT = 32
@@ -45,26 +45,6 @@ _READ_AT_LEAST = 256 * 1024
 _READ_OF_RUN = 40_000
 """Bytes of a job's file to read for each second that it ran: at 16 MB/s this adds a 400th of its run time."""
 _LOG = logging.getLogger(__name__)
-
-
-class AttemptLike(Protocol):
-    """The part of an attempt that is needed here."""
-
-    @property
-    def n(self) -> int:
-        """Its number, from 1."""
-
-
-class JobLike(Protocol):
-    """The part of a job that is needed here."""
-
-    @property
-    def id(self) -> str:
-        """The job's id."""
-
-    @property
-    def attempts(self) -> Sequence[AttemptLike]:
-        """Its attempts, oldest first."""
 
 
 class Measured(NamedTuple):
@@ -83,7 +63,7 @@ class MetricsStore:
         self._jobs: OrderedDict[str, _JobCurves] = OrderedDict()
         self._lock = threading.Lock()
 
-    def page(self, record: JobLike, *, keys: Sequence[str] = (), max_points: int = 500) -> MetricsPage:
+    def page(self, record: JobView, *, keys: Sequence[str] = (), max_points: int = 500) -> MetricsPage:
         """Return the names of all metrics, their last values, and the points of those in `keys`.
 
         Args:
@@ -92,14 +72,14 @@ class MetricsStore:
             max_points: maximum number of points each, evenly spaced, with the last one. Of a metric with more than
                 4,096 points, at most half of them are available; `csv` has all.
         """
-        with self._curves(record.id, record.attempts) as curves:
+        with self._curves(record) as curves:
             last, step = curves.last()
             return MetricsPage(
                 keys=tuple(curves.keys()[:_MAX_NAMES]),
                 last=_first(last, _MAX_NAMES),
                 last_step=step,
                 series=tuple(
-                    MetricSeries(key=key, points=evenly(points, max(max_points, 1)), total=total)
+                    MetricSeries(key=key, points=_evenly(points, max(max_points, 1)), total=total)
                     for key in dict.fromkeys(keys)
                     for points, total in [curves.points(key)]
                     if points
@@ -107,57 +87,40 @@ class MetricsStore:
                 runs=tuple(curves.runs()),
             )
 
-    def last(self, job_id: str, attempts: Sequence[AttemptLike]) -> tuple[dict[str, float], float | None]:
-        """Return last values of up to `NAMES_KEPT` metrics, including the run's summary, and the latest step."""
-        with self._curves(job_id, attempts) as curves:
-            last, step = curves.last()
-            return _first(last, NAMES_KEPT), step
+    def latest(self, job: JobView, *, ran_s: float | None = None) -> Measured:
+        """Return last values, including the run's summary, and the progress from `raylaunch.report`.
 
-    def progress(self, job_id: str, attempts: Sequence[AttemptLike]) -> Progress | None:
-        """Return the progress from `raylaunch.report`, or None if there is none."""
-        with self._curves(job_id, attempts) as curves:
-            return curves.progress()
-
-    def at_end(self, job_id: str, attempts: Sequence[AttemptLike], *, ran_s: float) -> Measured:
-        """Return last values and progress of a job without a running attempt, as `last` and `progress` do.
-
-        If reading everything would take more than a small part of the job's run time, last values are read from the end
-        of its run's file: a program that logs ten thousand rows a second must not delay the end of its job.
+        Args:
+            job: the job.
+            ran_s: for how long it ran, if it has ended. If reading everything would take more than a small part of that
+                time, last values are read from the end of its run's file: a program that logs ten thousand rows a
+                second must not delay the end of its job.
         """
-        few = _end_of(self._jobs_dir / job_id, attempts, most=max(_READ_AT_LEAST, int(ran_s * _READ_OF_RUN)))
-        if few is None:
-            with self._curves(job_id, attempts) as curves:
-                few = curves.last()[0], curves.progress()
-        last, progress = few
+        most = None if ran_s is None else max(_READ_AT_LEAST, int(ran_s * _READ_OF_RUN))
+        found = None if most is None else _end_of(self._jobs_dir / job.id, job.attempts, most=most)
+        if found is None:
+            with self._curves(job) as curves:
+                found = curves.last()[0], curves.progress()
+        last, progress = found
         return Measured(_first(last, NAMES_KEPT), progress, max(0, len(last) - NAMES_KEPT))
 
-    def problems(self, job_id: str, attempts: Sequence[AttemptLike]) -> tuple[str, ...]:
-        """Return messages about what could not be read of the job's metrics."""
-        with self._curves(job_id, attempts) as curves:
-            return curves.problems()
-
-    def csv(self, record: JobLike, *, keys: Sequence[str] = ()) -> Iterator[str]:
+    def csv(self, record: JobView, *, keys: Sequence[str] = ()) -> Iterator[str]:
         """Yield all points of the metrics in `keys` (empty: all) as CSV, with the header ``step,at,key,value``.
 
         The files are read again from the start, in constant memory.
         """
-        with self._curves(record.id, record.attempts) as curves:
+        with self._curves(record) as curves:
             segments = curves.reread()
         return _csv(segments, frozenset(keys))
 
-    def forget(self, job_id: str) -> None:
-        """Drop the cache of a job whose folder was removed."""
-        with self._lock:
-            self._jobs.pop(job_id, None)
-
     @contextmanager
-    def _curves(self, job_id: str, attempts: Sequence[AttemptLike]) -> Iterator[_JobCurves]:
+    def _curves(self, job: JobView) -> Iterator[_JobCurves]:
         """Yield the current curves of a job, locked against concurrent reads."""
         with self._lock:
-            curves = self._jobs.setdefault(job_id, _JobCurves(self._jobs_dir / job_id))
-            self._jobs.move_to_end(job_id)
+            curves = self._jobs.setdefault(job.id, _JobCurves(self._jobs_dir / job.id))
+            self._jobs.move_to_end(job.id)
         with curves.lock:
-            curves.refresh([attempt.n for attempt in attempts])
+            curves.refresh([attempt.n for attempt in job.attempts])
             curves.thin(_POINTS_KEPT // 2)
             self._evict()
             yield curves
@@ -202,7 +165,7 @@ class _JobCurves:
             curve.prefix = "" if run_id == main else f"{run_id}/"
         for curve in self._all():
             curve.refresh()
-        self.held = total_points(self._segments())
+        self.held = sum(segment.points for segment in self._segments())
 
     def _most_present(self) -> str:
         """Return the run that most attempts have, if the program uses its own run id; none for a sweep."""
@@ -216,7 +179,7 @@ class _JobCurves:
             spared = [segment.thin() for segment in self._segments()]
             if not any(spared):
                 return
-            self.held = total_points(self._segments())
+            self.held = sum(segment.points for segment in self._segments())
 
     def keys(self) -> list[str]:
         """Return the names of all metrics with points, those of additional runs last."""
@@ -271,10 +234,6 @@ class _JobCurves:
                 return source.progress
         return None
 
-    def problems(self) -> tuple[str, ...]:
-        """Return what could not be read."""
-        return tuple(chain.from_iterable(curve.problems() for curve in self._all()))
-
     def reread(self) -> list[tuple[Segment, str, frozenset[str]]]:
         """Return segments to read from the start, each with its prefix and the keys that belong to another curve."""
         ours = frozenset(
@@ -300,12 +259,27 @@ class _JobCurves:
         return chain.from_iterable(curve.segments.values() for curve in self._all())
 
 
+def _evenly(points: list[MetricPoint], most: int) -> tuple[MetricPoint, ...]:
+    """Return at most `most` of the points, evenly spaced, with the first and the last (of one, the last)."""
+    if len(points) <= most:
+        return tuple(points)
+    if most <= 1:
+        return tuple(points[-1:])
+    apart = (len(points) - 1) / (most - 1)
+    return tuple(points[round(index * apart)] for index in range(most))
+
+
+def _plain(number: float) -> str:
+    """Return a number for CSV: integers without ``.0``."""
+    return str(int(number)) if math.isfinite(number) and number == int(number) else repr(number)
+
+
 def _first(values: dict[str, float], most: int) -> dict[str, float]:
     return values if len(values) <= most else dict(islice(values.items(), most))
 
 
 def _end_of(
-    job: Path, attempts: Sequence[AttemptLike], *, most: int
+    job: Path, attempts: Sequence[AttemptView], *, most: int
 ) -> tuple[dict[str, float], Progress | None] | None:
     """Return last values and progress of a job whose only W&B file has more than `most` bytes; None for any other."""
     attempt = job / f"attempt-{attempts[0].n}" if attempts else job
@@ -342,7 +316,7 @@ def _csv(drawn: Iterable[tuple[Segment, str, frozenset[str]]], keys: frozenset[s
             if key in taken or (keys and key not in keys):
                 continue
             step = point.step if point.axis else point.step + segment.shift
-            lines.writerow((plain(step), repr(point.at), key, plain(point.value)))
+            lines.writerow((_plain(step), repr(point.at), key, _plain(point.value)))
             if buffer.tell() >= _CSV_CHUNK:
                 yield buffer.getvalue()
                 buffer.seek(0)
@@ -351,7 +325,7 @@ def _csv(drawn: Iterable[tuple[Segment, str, frozenset[str]]], keys: frozenset[s
 
 
 def _readable(segment: Segment) -> Iterator[PlottedPoint]:
-    """Yield what can be read; `MetricsStore.problems` reports the rest."""
+    """Yield what can be read; the controller's log reports the rest."""
     try:
         yield from segment.placed()
     except TrackingError as error:
