@@ -2,8 +2,8 @@
 
 BIN := .venv/bin
 SOURCES := raylaunch mcp_server tests examples benchmarks tools docs
-# Two workers, whole files each; all that share a cluster are one's. tests/conftest.py says which come first.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three workers, as most tests wait for processes; whole files each, and all that share a cluster are one's. tests/conftest.py says which come first.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 ARGS :=
 # The type checker works next to the tests, and both must pass. What it has found is printed at once, and again at the end.
 define WITH_TYPES
