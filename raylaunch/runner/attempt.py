@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from raylaunch import contract
 from raylaunch.runner import claim, command, outputs, supervisor, wandb_env
 from raylaunch.runner.environments import probe
-from raylaunch.runner.environments.build import BuildFolders, EnvironmentProblem, PreparedEnvironment
+from raylaunch.runner.environments.build import BuildContext, EnvironmentProblem, PreparedEnvironment
 from raylaunch.runner.environments.prepare import prepare
 from raylaunch.runner.launchers import ray_compat, ray_driver, torchrun
 from raylaunch.runner.launchers.ray_driver import TrainReportFollower
@@ -61,12 +61,13 @@ class Attempt:
         self._heartbeat = heartbeat
         self._code = folder / contract.CODE
         self._log = folder / contract.RANK_LOG.format(rank=0)
-        self._folders = BuildFolders(
+        self._context = BuildContext(
             self._code,
             folder / contract.TMP,
             Path(spec["envs_dir"]),
             folder / contract.LOGS / "setup.log",
             folder / contract.WHEELS,
+            heartbeat,
         )
         self._spare = ancestors(os.getpid())
         self._log_relay = LogRelay(self._log, sys.stdout.fileno(), job=spec["job"])
@@ -124,12 +125,11 @@ class Attempt:
 
     def _prepare(self, secrets: dict[str, str]) -> tuple[PreparedEnvironment, wandb_env.Mode]:
         spec, folder = self._spec, self._folder
-        folders = self._folders
         base = command.base_variables(os.environ, spec, secrets)
         base.update(command.job_variables(spec, folder, os.environ))
-        prepared = prepare(spec["environment"], base, folders=folders, heartbeat=self._heartbeat)
+        prepared = prepare(spec["environment"], base, self._context)
         gpus = 0 if spec["launcher"] == "ray" else spec["gpus"]
-        probed = probe.inspect(prepared, arch=spec["arch"], gpus=gpus, folders=folders, heartbeat=self._heartbeat)
+        probed = probe.inspect(prepared, self._context, arch=spec["arch"], gpus=gpus)
         version = probed.packages.get("wandb", "")
         self._facts = {
             "python": probed.python,
@@ -144,9 +144,7 @@ class Attempt:
                 *command.moved(spec),
             ],
         }
-        mode = wandb_env.find_mode(
-            spec["wandb"], prepared.env, version=version, folders=folders, heartbeat=self._heartbeat
-        )
+        mode = wandb_env.find_mode(spec["wandb"], prepared.env, self._context, version=version)
         self._report_mode(mode)
         if spec["launcher"] == "ray":
             self._check_ray(probed)

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from raylaunch import contract
-from raylaunch.runner.control import Heartbeat, run_program
+from raylaunch.runner.control import run_program
 from raylaunch.tracking import wandb_runs
 
 if TYPE_CHECKING:
     from raylaunch.contract import AttemptSpec, WandbSpec
-    from raylaunch.runner.environments.build import BuildFolders
+    from raylaunch.runner.environments.build import BuildContext
 
 FLUSH_S = "0.25"
 """Seconds between writes of the run's file: points are readable, and safe from SIGKILL, that fast."""
@@ -136,17 +136,14 @@ class Mode(NamedTuple):
     base_url: str = ""
 
 
-def find_mode(
-    spec: WandbSpec, env: Mapping[str, str], *, version: str, folders: BuildFolders, heartbeat: Heartbeat
-) -> Mode:
+def find_mode(spec: WandbSpec, env: Mapping[str, str], context: BuildContext, *, version: str) -> Mode:
     """Decide between online and offline: online needs credentials, and a server that responds within 10 s.
 
     Args:
         spec: what the job requests.
         env: the variables of the training.
+        context: of the attempt; a `wandb/settings` file in the working directory counts, as in wandb itself.
         version: of the environment's wandb, or empty when it has none.
-        folders: of the attempt; a `wandb/settings` file in the working directory counts, as in wandb itself.
-        heartbeat: continues meanwhile.
 
     Raises:
         StopRequested: the attempt is to stop.
@@ -158,11 +155,11 @@ def find_mode(
         return Mode("disabled", "asked for")
     if not version:
         return Mode("offline", "the job's environment has no wandb")
-    base_url, found = _credentials(env, version, folders.code)
+    base_url, found = _credentials(env, version, context.code)
     if not found:
         where = urlsplit(base_url).netloc
         return Mode("offline", f"no W&B credentials: neither WANDB_API_KEY nor a netrc entry for {where}")
-    silence = _probe_server(base_url, env, folders.tmp, heartbeat)
+    silence = _probe_server(base_url, env, context)
     if silence:
         return Mode("offline", f"W&B at {base_url} did not answer within {PROBE_S:g} s: {silence}")
     return Mode("online", "W&B credentials were found, and the server answers", base_url)
@@ -304,12 +301,11 @@ def _hosts(place: Path) -> frozenset[str]:
         return frozenset()
 
 
-def _probe_server(base_url: str, env: Mapping[str, str], tmp: Path, heartbeat: Heartbeat) -> str:
+def _probe_server(base_url: str, env: Mapping[str, str], context: BuildContext) -> str:
     """Return an empty text when the server answers, else why it does not."""
-    tmp.mkdir(parents=True, exist_ok=True)
     argv = [sys.executable, "-I", "-c", _PROBE, base_url]
-    with (tmp / "knock.out").open("w+b") as output:
-        ran = run_program(argv, env=env, cwd=tmp, timeout_s=PROBE_S, heartbeat=heartbeat, output=output)
+    with (context.tmp / "knock.out").open("w+b") as output:
+        ran = run_program(argv, env=env, cwd=context.tmp, timeout_s=PROBE_S, heartbeat=context.heartbeat, output=output)
     if ran.status is None:
         return "no answer"
     return "" if ran.status == 0 else (ran.output.strip().splitlines() or ["no answer"])[-1][:200]

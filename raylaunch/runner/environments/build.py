@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from raylaunch import contract
-from raylaunch.runner.control import Heartbeat, HelperResult, run_program
+from raylaunch.runner.control import HelperResult, run_program
 from raylaunch.runner.environments.local_sources import Requirements, local_exports, local_packages, read_requirements
 
 if TYPE_CHECKING:
     from raylaunch.contract import EnvironmentSpec
+    from raylaunch.runner.control import Heartbeat
 
+PIP_OPTIONS = ("install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off")
 _BUILD_S = 3600.0
 _COMPLETE = ".raylaunch-complete"
 _NO_INDEX = re.compile(
@@ -35,15 +37,24 @@ _NO_INDEX_ADVICE = (
 )
 
 
-class BuildFolders(NamedTuple):
-    """Folders: the attempt's working directory and scratch, the node's environments; and the log of what is made."""
+class BuildContext(NamedTuple):
+    """What making and inspecting an environment needs.
+
+    Args:
+        code: the attempt's working directory.
+        tmp: its scratch folder.
+        envs: the node's environments.
+        setup_log: the log of what is made.
+        wheels: wheels that came with the job; there is no such folder where the node reaches a package index.
+        heartbeat: continues meanwhile, and ends it when the attempt is to stop.
+    """
 
     code: Path
     tmp: Path
     envs: Path
     setup_log: Path
     wheels: Path
-    """Wheels that came with the job; there is no such folder where the node reaches a package index."""
+    heartbeat: Heartbeat
 
     @property
     def build_wheels(self) -> Path:
@@ -59,6 +70,43 @@ class BuildFolders(NamedTuple):
     def offline(self) -> bool:
         """Whether wheels came along, because the node reaches no package index."""
         return any(folder.is_dir() for folder in (self.wheels, self.build_wheels, self.added_wheels))
+
+    def run(self, command: Sequence[str], env: dict[str, str], *, what: str) -> None:
+        """Run a program that makes an environment; what it prints goes to the attempt's log of its setup.
+
+        Raises:
+            EnvironmentProblem: it failed; the text has its most useful line.
+        """
+        try:
+            with self.setup_log.open("a+b") as log:
+                ran = run_program(
+                    command, env=env, cwd=self.code, timeout_s=_BUILD_S, heartbeat=self.heartbeat, output=log
+                )
+        except OSError as error:
+            msg = f"{what} could not be started: {error}"
+            raise EnvironmentProblem(msg) from None
+        if ran.status != 0:
+            why = _NO_INDEX_ADVICE if _NO_INDEX.search(ran.output) else ""
+            msg = f"{what} failed: {why}{failure_line(ran)} (full output: logs/setup.log)"
+            raise EnvironmentProblem(msg)
+
+    @contextlib.contextmanager
+    def building(self, prefix: Path) -> Iterator[bool]:
+        """Hold the lock of one environment; yields whether it has to be made. It counts when the block ends well."""
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        if (prefix / _COMPLETE).exists():
+            yield False
+            return
+        with prefix.with_name(f"{prefix.name}.lock").open("ab") as lock:
+            while not _locked(lock.fileno()):
+                self.heartbeat.check()
+                time.sleep(0.2)
+            if (prefix / _COMPLETE).exists():
+                yield False
+                return
+            shutil.rmtree(str(prefix), ignore_errors=True)  # left by a runner that was killed
+            yield True
+            (prefix / _COMPLETE).touch()
 
 
 class PreparedEnvironment(NamedTuple):
@@ -79,7 +127,7 @@ class EnvironmentProblem(Exception):  # noqa: N818 -- the word that the exit fac
     """The environment cannot be used; the text has what is missing and what to do."""
 
 
-def uv_environment(env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat) -> Path:
+def uv_environment(env: dict[str, str], context: BuildContext) -> Path:
     """Return the folder of what the project's own lock pins, synced if it is not there yet.
 
     The project itself, and others in its working directory, are not in it: attempts with other code share it.
@@ -88,33 +136,33 @@ def uv_environment(env: dict[str, str], folders: BuildFolders, heartbeat: Heartb
         EnvironmentProblem: no lock file, no uv, or the sync failed.
     """
     for name in ("pyproject.toml", "uv.lock"):
-        if not (folders.code / name).is_file():
+        if not (context.code / name).is_file():
             hint = "; create it with: uv lock" if name == "uv.lock" else ""
             msg = f"the environment uv needs {name} in the working directory{hint}"
             raise EnvironmentProblem(msg)
-    if folders.offline:
-        return _wheel_environment(env, folders, heartbeat)
+    if context.offline:
+        return _wheel_environment(env, context)
     uv = find_uv(env)
     if uv is None:
         msg = "the environment uv needs the program uv, which is not on this node's PATH; install it, or use pip"
         raise EnvironmentProblem(msg)
     names = ("pyproject.toml", "uv.lock", ".python-version")
-    lock = (folders.code / "uv.lock").read_text(encoding="utf-8", errors="replace")
+    lock = (context.code / "uv.lock").read_text(encoding="utf-8", errors="replace")
     content = b"\0".join(
-        (folders.code / name).read_bytes() if (folders.code / name).is_file() else b"" for name in names
+        (context.code / name).read_bytes() if (context.code / name).is_file() else b"" for name in names
     )
-    prefix = folders.envs / f"uv-{hashlib.sha256(content).hexdigest()[:16]}"
+    prefix = context.envs / f"uv-{hashlib.sha256(content).hexdigest()[:16]}"
     build_env = {**env, "UV_PROJECT_ENVIRONMENT": str(prefix)}
     build_env.pop("VIRTUAL_ENV", None)
-    with building(prefix, heartbeat) as needed:
+    with context.building(prefix) as needed:
         if needed:
             command = [uv, "sync", "--frozen", "--no-install-project", "--no-progress"]
             command += [f"--no-install-package={name}" for name in local_packages(lock)[0]]
-            build(command, build_env, folders, heartbeat, what="uv sync --frozen")
+            context.run(command, build_env, what="uv sync --frozen")
     return prefix
 
 
-def projects_of_lock(env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat) -> tuple[str, ...]:
+def projects_of_lock(env: dict[str, str], context: BuildContext) -> tuple[str, ...]:
     """Return what of a lock is in the working directory and wanted by the project, as lines of a requirements file.
 
     Raises:
@@ -124,29 +172,29 @@ def projects_of_lock(env: dict[str, str], folders: BuildFolders, heartbeat: Hear
     if uv is None:
         msg = "the project has a build system, so installing it needs uv, which is not on this node"
         raise EnvironmentProblem(msg)
-    listed = folders.tmp / "locked.txt"
+    listed = context.tmp / "locked.txt"
     command = [uv, "export", "--frozen", "--no-hashes", "--no-header", "--no-annotate", "--quiet", "-o", str(listed)]
-    build(command, without_other_pythons(env), folders, heartbeat, what="uv export")
-    return local_exports(listed.read_text(encoding="utf-8"), folders.code)
+    context.run(command, without_other_pythons(env), what="uv export")
+    return local_exports(listed.read_text(encoding="utf-8"), context.code)
 
 
-def requirements_of(spec: EnvironmentSpec, folders: BuildFolders) -> Requirements:
+def requirements_of(spec: EnvironmentSpec, context: BuildContext) -> Requirements:
     """Return what an environment of the kind ``pip`` is made of.
 
     Raises:
         EnvironmentProblem: there is no such file.
     """
     if not spec["value"]:
-        return read_requirements("\n".join(spec["requirements"]), parent=folders.code, code=folders.code)
-    file = folders.code / spec["value"]
+        return read_requirements("\n".join(spec["requirements"]), parent=context.code, code=context.code)
+    file = context.code / spec["value"]
     if not file.is_file():
         msg = f"the requirements file {spec['value']} is not in the working directory"
         raise EnvironmentProblem(msg)
     text = file.read_text(encoding="utf-8", errors="replace")
-    return read_requirements(text, parent=file.parent, code=folders.code)
+    return read_requirements(text, parent=file.parent, code=context.code)
 
 
-def pip_environment(required: Requirements, env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat) -> Path:
+def pip_environment(required: Requirements, env: dict[str, str], context: BuildContext) -> Path:
     """Return the folder of a virtual environment with these requirements, made if it is not there yet.
 
     Projects of the working directory are not in it, only what they need: attempts with other code share it.
@@ -154,22 +202,22 @@ def pip_environment(required: Requirements, env: dict[str, str], folders: BuildF
     Raises:
         EnvironmentProblem: the installation failed.
     """
-    if folders.offline:
-        return _wheel_environment(env, folders, heartbeat)
-    prefix = prefix_of("pip", required.key, folders)
+    if context.offline:
+        return _wheel_environment(env, context)
+    prefix = prefix_of("pip", required.key, context)
     build_env = without_other_pythons(env)
-    with building(prefix, heartbeat) as needed:
+    with context.building(prefix) as needed:
         if needed:
-            _make_venv(prefix, build_env, folders, heartbeat)
-            listed = folders.tmp / "requirements.txt"
+            make_venv(sys.executable, prefix, build_env, context)
+            listed = context.tmp / "requirements.txt"
             listed.write_text("".join(f"{line}\n" for line in required.lines), encoding="utf-8")
             install = [*_installer(str(prefix / "bin" / "python"), build_env), "-r", str(listed)]
-            build(install, build_env, folders, heartbeat, what="the installation of the requirements")
-            _remove_projects(prefix, build_env, folders, heartbeat)
+            context.run(install, build_env, what="the installation of the requirements")
+            _remove_projects(prefix, build_env, context)
     return prefix
 
 
-def _remove_projects(prefix: Path, env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat) -> None:
+def _remove_projects(prefix: Path, env: dict[str, str], context: BuildContext) -> None:
     """Remove what was installed from a folder: it was there for what it needs, and is not the next attempt's code."""
     origins = prefix.glob("lib/python3*/site-packages/*.dist-info/direct_url.json")
     names = [one.parent.name.split("-")[0] for one in origins if "dir_info" in json.loads(one.read_text("utf-8"))]
@@ -181,33 +229,33 @@ def _remove_projects(prefix: Path, env: dict[str, str], folders: BuildFolders, h
             if pip
             else [str(find_uv(env)), "pip", "uninstall", "--python", python]
         )
-        build([*program, *names], env, folders, heartbeat, what="the removal of projects from a shared environment")
+        context.run([*program, *names], env, what="the removal of projects from a shared environment")
 
 
-def _wheel_environment(env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat) -> Path:
+def _wheel_environment(env: dict[str, str], context: BuildContext) -> Path:
     """Return the folder of an environment of exactly the wheels that came with the job; no index is used.
 
     Raises:
         EnvironmentProblem: the installation failed.
     """
-    wheels = wheels_of(folders)
-    prefix = prefix_of("wheels", "\n".join(f"{wheel.name} {wheel.readlink()}" for wheel in wheels), folders)
+    wheels = wheels_in(context.wheels)
+    prefix = prefix_of("wheels", "\n".join(f"{wheel.name} {wheel.readlink()}" for wheel in wheels), context)
     build_env = without_other_pythons(env)
-    with building(prefix, heartbeat) as needed:
+    with context.building(prefix) as needed:
         if needed:
-            _make_venv(prefix, build_env, folders, heartbeat)
+            make_venv(sys.executable, prefix, build_env, context)
             if not wheels:
                 return prefix
             install = [*_installer(str(prefix / "bin" / "python"), build_env), "--no-index", "--no-deps"]
             command = [*install, *(str(wheel) for wheel in wheels)]
-            build(command, build_env, folders, heartbeat, what="the installation of the wheels that came with the job")
+            context.run(command, build_env, what="the installation of the wheels that came with the job")
     return prefix
 
 
-def prefix_of(kind: str, content: str, folders: BuildFolders) -> Path:
+def prefix_of(kind: str, content: str, context: BuildContext) -> Path:
     """Return the folder of the environment with this content."""
     key = f"{sys.version}\0{sys.executable}\0{content}"
-    return folders.envs / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    return context.envs / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
 def without_other_pythons(env: dict[str, str]) -> dict[str, str]:
@@ -222,22 +270,22 @@ def find_uv(env: dict[str, str]) -> str | None:
     return shutil.which("uv", path=os.pathsep.join(places))
 
 
-def _make_venv(prefix: Path, env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat) -> None:
+def make_venv(python: str, prefix: Path, env: dict[str, str], context: BuildContext, *options: str) -> None:
     """Make an empty environment; where ensurepip is missing (Debian without python3-venv), uv can."""
-    uv = find_uv(env)
     try:
-        build([sys.executable, "-I", "-m", "venv", str(prefix)], env, folders, heartbeat, what="python -m venv")
+        context.run([python, "-I", "-m", "venv", *options, str(prefix)], env, what="python -m venv")
     except EnvironmentProblem:
         shutil.rmtree(str(prefix), ignore_errors=True)
+        uv = find_uv(env)
         if uv is None:
             raise
-        build([uv, "venv", "--python", sys.executable, str(prefix)], env, folders, heartbeat, what="uv venv")
+        context.run([uv, "venv", "--python", python, str(prefix)], env, what="uv venv")
 
 
 def _installer(python: str, env: dict[str, str]) -> list[str]:
     pip = Path(python).parent / "pip"
     if pip.exists():
-        return [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+        return [python, "-m", "pip", *PIP_OPTIONS]
     return [find_uv(env) or "uv", "pip", "install", "--python", python]
 
 
@@ -246,36 +294,9 @@ def with_bin(env: dict[str, str], folder: Path) -> dict[str, str]:
     return {**env, "PATH": os.pathsep.join([str(folder), env.get("PATH") or os.defpath])}
 
 
-def wheels_of(folders: BuildFolders) -> list[Path]:
-    """Return the wheels that came with the job and are its environment."""
-    return wheels_in(folders.wheels)
-
-
 def wheels_in(folder: Path) -> list[Path]:
     """Return the wheels in a folder, which need not be there."""
     return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
-def build(
-    command: Sequence[str], env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat, *, what: str
-) -> None:
-    """Run a program that makes an environment; what it prints goes to the attempt's log of its setup.
-
-    Raises:
-        EnvironmentProblem: it failed; the text has its most useful line.
-    """
-    try:
-        with folders.setup_log.open("a+b") as output:
-            ran = run_program(
-                command, env=env, cwd=folders.code, timeout_s=_BUILD_S, heartbeat=heartbeat, output=output
-            )
-    except OSError as error:
-        msg = f"{what} could not be started: {error}"
-        raise EnvironmentProblem(msg) from None
-    if ran.status != 0:
-        why = _NO_INDEX_ADVICE if _NO_INDEX.search(ran.output) else ""
-        msg = f"{what} failed: {why}{failure_line(ran)} (full output: logs/setup.log)"
-        raise EnvironmentProblem(msg)
 
 
 def failure_line(ran: HelperResult) -> str:
@@ -285,25 +306,6 @@ def failure_line(ran: HelperResult) -> str:
     lines = [line.strip() for line in ran.output.splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"error|not find|no such|\u00d7", line, re.IGNORECASE)]
     return (telling or lines or [f"exit status {ran.status}"])[-1][:400]
-
-
-@contextlib.contextmanager
-def building(prefix: Path, heartbeat: Heartbeat) -> Iterator[bool]:
-    """Hold the lock of one environment; yields whether it has to be made. It counts when the block ends well."""
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    if (prefix / _COMPLETE).exists():
-        yield False
-        return
-    with prefix.with_name(f"{prefix.name}.lock").open("ab") as lock:
-        while not _locked(lock.fileno()):
-            heartbeat.check()
-            time.sleep(0.2)
-        if (prefix / _COMPLETE).exists():
-            yield False
-            return
-        shutil.rmtree(str(prefix), ignore_errors=True)  # left by a runner that was killed
-        yield True
-        (prefix / _COMPLETE).touch()
 
 
 def _locked(fd: int) -> bool:

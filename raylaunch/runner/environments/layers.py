@@ -7,89 +7,84 @@ of an environment below are written again for the layer's interpreter, so that `
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
-from raylaunch.runner.control import Heartbeat, run_program
 from raylaunch.runner.environments.build import (
-    BuildFolders,
+    PIP_OPTIONS,
+    BuildContext,
     EnvironmentProblem,
     PreparedEnvironment,
-    build,
-    building,
     find_uv,
+    make_venv,
     prefix_of,
     wheels_in,
-    wheels_of,
     with_bin,
     without_other_pythons,
 )
+from raylaunch.runner.environments.probe import ask
 
-_SITES_S = 60.0
 _LARGEST_SCRIPT = 64 * 1024
 _ADD_SITE = "import site; site.addsitedir({site!r})\n"
 _SITES = """
 import json, sys
-print("\\n@raylaunch " + json.dumps([path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]))
+print("\\n@raylaunch " + json.dumps(
+    {"sites": [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]}))
 """
 
 
-def with_packages(
-    below: PreparedEnvironment, packages: Sequence[str], folders: BuildFolders, heartbeat: Heartbeat
-) -> PreparedEnvironment:
+def with_packages(below: PreparedEnvironment, packages: Sequence[str], context: BuildContext) -> PreparedEnvironment:
     """Return an environment with more packages, made once for what is below and what is added.
 
     Raises:
         EnvironmentProblem: the environment has no Python, or the installation failed.
     """
-    sites = _sites(below, folders, heartbeat)
+    sites = _sites(below, context)
     state = [(site, Path(site).stat().st_mtime_ns) for site in sites if Path(site).is_dir()]
-    wheels = [f"{one.name} {one.readlink()}" for one in (*wheels_of(folders), *wheels_in(folders.added_wheels))]
-    prefix = prefix_of("with", repr((below.python, state, sorted(packages), wheels)), folders)
-    with building(prefix, heartbeat) as needed:
+    wheels = [f"{one.name} {one.readlink()}" for one in (*wheels_in(context.wheels), *wheels_in(context.added_wheels))]
+    prefix = prefix_of("with", repr((below.python, state, sorted(packages), wheels)), context)
+    with context.building(prefix) as needed:
         if needed:
-            _make_layer(prefix, below, sites, folders, heartbeat)
+            _make_layer(prefix, below, sites, context)
             python = str(prefix / "bin" / "python")
-            command = [*_pip(python, below), *_offline_options(folders), *packages]
+            command = [*_pip(python, below), *_offline_options(context), *packages]
             what = "the installation of the added packages"
             try:
-                build(command, without_other_pythons(below.env), folders, heartbeat, what=what)
+                context.run(command, without_other_pythons(below.env), what=what)
             except EnvironmentProblem as problem:
-                msg = f"{problem}{_python_mismatch_hint(prefix, folders)}"
+                msg = f"{problem}{_python_mismatch_hint(prefix, context)}"
                 raise EnvironmentProblem(msg) from None
     return _layered(prefix, below, sites)
 
 
-def with_projects(
-    below: PreparedEnvironment, lines: Sequence[str], folders: BuildFolders, heartbeat: Heartbeat
-) -> PreparedEnvironment:
+def with_projects(below: PreparedEnvironment, lines: Sequence[str], context: BuildContext) -> PreparedEnvironment:
     """Return an attempt's own environment, with the projects of its working directory installed from these lines.
 
     Raises:
         EnvironmentProblem: one of them cannot be built.
     """
-    prefix = folders.tmp / "environment"
-    sites = _sites(below, folders, heartbeat)
-    _make_layer(prefix, below, sites, folders, heartbeat)
-    listed = folders.tmp / "projects.txt"
+    prefix = context.tmp / "environment"
+    sites = _sites(below, context)
+    _make_layer(prefix, below, sites, context)
+    listed = context.tmp / "projects.txt"
     listed.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     python = str(prefix / "bin" / "python")
     env = without_other_pythons(below.env)
     uv = find_uv(env)
     install = [uv, "pip", "install", "--python", python] if uv else _pip(python, below)
-    command = [*install, *_offline_options(folders, builds=True), "--no-deps", "-r", str(listed)]
-    build(command, env, folders, heartbeat, what="the installation of the projects in the working directory")
+    command = [*install, *_offline_options(context, builds=True), "--no-deps", "-r", str(listed)]
+    context.run(command, env, what="the installation of the projects in the working directory")
     return _layered(prefix, below, sites)
 
 
-def _python_mismatch_hint(prefix: Path, folders: BuildFolders) -> str:
+def _python_mismatch_hint(prefix: Path, context: BuildContext) -> str:
     """Return what to do where wheels came along for another Python than that of the environment below."""
     ours = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     theirs = next((one.name for one in prefix.glob("lib/python3*")), ours)
-    if not folders.offline or theirs == ours:
+    if not context.offline or theirs == ours:
         return ""
     return (
         f"; this node cannot reach a package index, and the wheels are for {ours}, but the environment has {theirs}: "
@@ -97,18 +92,8 @@ def _python_mismatch_hint(prefix: Path, folders: BuildFolders) -> str:
     )
 
 
-def _make_layer(
-    prefix: Path, below: PreparedEnvironment, sites: Sequence[str], folders: BuildFolders, heartbeat: Heartbeat
-) -> None:
-    env = without_other_pythons(below.env)
-    command = [below.python, "-I", "-m", "venv", "--without-pip", str(prefix)]
-    try:
-        build(command, env, folders, heartbeat, what="python -m venv")
-    except EnvironmentProblem:
-        uv = find_uv(env)
-        if uv is None:
-            raise
-        build([uv, "venv", "--clear", "--python", below.python, str(prefix)], env, folders, heartbeat, what="uv venv")
+def _make_layer(prefix: Path, below: PreparedEnvironment, sites: Sequence[str], context: BuildContext) -> None:
+    make_venv(below.python, prefix, without_other_pythons(below.env), context, "--without-pip")
     own = next(prefix.glob("lib/python3*/site-packages"))
     (own / "_raylaunch_below.pth").write_text("".join(_ADD_SITE.format(site=site) for site in sites), encoding="utf-8")
     _rewrite_scripts(Path(below.python).parent, prefix / "bin")
@@ -137,39 +122,24 @@ def _layered(prefix: Path, below: PreparedEnvironment, sites: Sequence[str]) -> 
     return PreparedEnvironment(env, str(prefix / "bin" / "python"), tuple(sites))
 
 
-def _sites(below: PreparedEnvironment, folders: BuildFolders, heartbeat: Heartbeat) -> list[str]:
+def _sites(below: PreparedEnvironment, context: BuildContext) -> list[str]:
     """Return where an interpreter's packages are."""
     if not below.python:
         msg = "packages cannot be added to an environment without Python"
         raise EnvironmentProblem(msg)
-    with (folders.tmp / "sites").open("w+b") as output:
-        ran = run_program(
-            [below.python, "-c", _SITES],
-            env=without_other_pythons(below.env),
-            cwd=folders.tmp,
-            timeout_s=_SITES_S,
-            heartbeat=heartbeat,
-            output=output,
-        )
-    found = re.search(r"^@raylaunch (\[.*\])$", ran.output, re.MULTILINE)
-    if ran.status != 0 or found is None:
-        msg = f"the interpreter {below.python} does not run on this node"
-        raise EnvironmentProblem(msg)
-    sites: list[str] = json.loads(found.group(1))
-    return sites
+    return cast("list[str]", ask(below.python, _SITES, without_other_pythons(below.env), context)["sites"])
 
 
 def _pip(python: str, below: PreparedEnvironment) -> list[str]:
     """Return a pip that runs under the layer's interpreter, and so sees what is installed below."""
-    options = ["install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
     sites = [*map(Path, below.sites), *_own_sites(below)]
     if any((site / "pip" / "__main__.py").exists() for site in sites):
-        return [python, "-m", "pip", *options]
+        return [python, "-m", "pip", *PIP_OPTIONS]
     carrier = importlib.util.find_spec("virtualenv")
     folder = Path(str(carrier.origin)).parent / "seed" / "wheels" / "embed" if carrier and carrier.origin else None
     wheels = sorted(folder.glob("pip-*.whl"), key=_release) if folder else []
     if wheels:
-        return [python, str(wheels[-1] / "pip"), *options]
+        return [python, str(wheels[-1] / "pip"), *PIP_OPTIONS]
     uv = find_uv(below.env)
     if uv:
         return [uv, "pip", "install", "--python", python]
@@ -185,10 +155,10 @@ def _release(wheel: Path) -> tuple[int, ...]:
     return tuple(int(part) for part in wheel.name.split("-")[1].split(".") if part.isdigit())
 
 
-def _offline_options(folders: BuildFolders, *, builds: bool = False) -> list[str]:
+def _offline_options(context: BuildContext, *, builds: bool = False) -> list[str]:
     """Return options that keep pip and uv off the index, where the node cannot reach one and wheels were sent."""
-    sources = [folders.build_wheels] if builds else [folders.added_wheels, folders.wheels]
-    if not folders.offline:
+    sources = [context.build_wheels] if builds else [context.added_wheels, context.wheels]
+    if not context.offline:
         return []
     links = [word for folder in sources if folder.is_dir() for word in ("--find-links", str(folder))]
     return ["--no-index", *links]

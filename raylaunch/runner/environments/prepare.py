@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raylaunch.runner.control import Heartbeat, run_program
+from raylaunch.runner.control import run_program
 from raylaunch.runner.environments import build, layers
-from raylaunch.runner.environments.build import BuildFolders, PreparedEnvironment, with_bin
+from raylaunch.runner.environments.build import BuildContext, PreparedEnvironment, with_bin
 from raylaunch.runner.environments.local_sources import local_packages
 
 if TYPE_CHECKING:
@@ -22,16 +22,13 @@ _CONDA_ROOTS = ("~", "/opt", "/usr/local")
 _CONDA_S = 120.0
 
 
-def prepare(
-    spec: EnvironmentSpec, env: dict[str, str], *, folders: BuildFolders, heartbeat: Heartbeat
-) -> PreparedEnvironment:
+def prepare(spec: EnvironmentSpec, env: dict[str, str], context: BuildContext) -> PreparedEnvironment:
     """Return the variables and the interpreter of this environment, made first if it is one that is made.
 
     Args:
         spec: kind and value.
         env: the variables that it starts from; not changed.
-        folders: folders.
-        heartbeat: continues while something is built.
+        context: the attempt's folders and heartbeat.
 
     Raises:
         EnvironmentProblem: it is not there or cannot be made.
@@ -39,50 +36,46 @@ def prepare(
     """
     packages = spec.get("packages", [])
     if spec["kind"] == "uv":
-        return _from_lock(packages, env, folders, heartbeat)
+        return _from_lock(packages, env, context)
     if spec["kind"] == "pip":
-        return _from_requirements(spec, packages, env, folders, heartbeat)
-    prepared = _existing(spec, env, folders, heartbeat)
-    return layers.with_packages(prepared, packages, folders, heartbeat) if packages else prepared
+        return _from_requirements(spec, packages, env, context)
+    prepared = _existing(spec, env, context)
+    return layers.with_packages(prepared, packages, context) if packages else prepared
 
 
-def _existing(
-    spec: EnvironmentSpec, env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat
-) -> PreparedEnvironment:
+def _existing(spec: EnvironmentSpec, env: dict[str, str], context: BuildContext) -> PreparedEnvironment:
     kind, value = spec["kind"], spec["value"]
     if kind in {"default", "ray"}:
         return PreparedEnvironment(with_bin(env, Path(sys.executable).parent), sys.executable)
     if kind == "python":
-        return _interpreter(value, env, folders)
+        return _interpreter(value, env, context)
     if kind == "venv":
-        return activate(_folder(value, folders.code), env, what=f"venv:{value}")
+        return activate(_folder(value, context.code), env, what=f"venv:{value}")
     if kind == "conda":
-        return _conda(value, env, folders, heartbeat)
+        return _conda(value, env, context)
     msg = f"this runner does not know environments of kind {kind!r}; upgrade the cluster: raylaunch up"
     raise build.EnvironmentProblem(msg)
 
 
-def _from_lock(
-    packages: list[str], env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat
-) -> PreparedEnvironment:
+def _from_lock(packages: list[str], env: dict[str, str], context: BuildContext) -> PreparedEnvironment:
     """Return what ``uv run`` would make: what the lock pins, with the project and local dependencies installed."""
-    prepared = activate(build.uv_environment(env, folders, heartbeat), env, what="uv")
+    prepared = activate(build.uv_environment(env, context), env, what="uv")
     if packages:
-        prepared = layers.with_packages(prepared, packages, folders, heartbeat)
-    _, installed = local_packages((folders.code / "uv.lock").read_text(encoding="utf-8", errors="replace"))
+        prepared = layers.with_packages(prepared, packages, context)
+    _, installed = local_packages((context.code / "uv.lock").read_text(encoding="utf-8", errors="replace"))
     if not installed:
-        return _with_project(prepared, folders.code)
-    return layers.with_projects(prepared, build.projects_of_lock(env, folders, heartbeat), folders, heartbeat)
+        return _with_project(prepared, context.code)
+    return layers.with_projects(prepared, build.projects_of_lock(env, context), context)
 
 
 def _from_requirements(
-    spec: EnvironmentSpec, packages: list[str], env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat
+    spec: EnvironmentSpec, packages: list[str], env: dict[str, str], context: BuildContext
 ) -> PreparedEnvironment:
-    required = build.requirements_of(spec, folders)
-    prepared = activate(build.pip_environment(required, env, folders, heartbeat), env, what="pip")
+    required = build.requirements_of(spec, context)
+    prepared = activate(build.pip_environment(required, env, context), env, what="pip")
     if packages:
-        prepared = layers.with_packages(prepared, packages, folders, heartbeat)
-    return layers.with_projects(prepared, required.local, folders, heartbeat) if required.local else prepared
+        prepared = layers.with_packages(prepared, packages, context)
+    return layers.with_projects(prepared, required.local, context) if required.local else prepared
 
 
 def activate(prefix: Path, env: dict[str, str], *, what: str) -> PreparedEnvironment:
@@ -106,9 +99,9 @@ def _folder(value: str, code: Path) -> Path:
     return Path(os.path.normpath(code / Path(value).expanduser()))
 
 
-def _interpreter(value: str, env: dict[str, str], folders: BuildFolders) -> PreparedEnvironment:
+def _interpreter(value: str, env: dict[str, str], context: BuildContext) -> PreparedEnvironment:
     if "/" in value or value.startswith("~"):
-        python = _folder(value, folders.code)
+        python = _folder(value, context.code)
         if not python.is_file():
             msg = f"the interpreter {value} does not exist on this node{_other_interpreters(python)}"
             raise build.EnvironmentProblem(msg)
@@ -126,7 +119,7 @@ def _interpreter(value: str, env: dict[str, str], folders: BuildFolders) -> Prep
     if (python.parent.parent / "pyvenv.cfg").exists():
         changed["VIRTUAL_ENV"] = str(python.parent.parent)
     if python.name != "python":
-        changed = with_bin(changed, _named_python(python, folders.tmp))
+        changed = with_bin(changed, _named_python(python, context.tmp))
     return PreparedEnvironment(changed, str(python))
 
 
@@ -147,38 +140,39 @@ def _other_interpreters(python: Path) -> str:
     return f"; there are: {', '.join(others[:4])}" if others else ""
 
 
-def _conda(name: str, env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat) -> PreparedEnvironment:
+def _conda(name: str, env: dict[str, str], context: BuildContext) -> PreparedEnvironment:
     """Capture what ``conda activate`` makes of the variables."""
     conda = find_conda(env)
     if conda is None and (Path(name) / "conda-meta").is_dir():  # made by micromamba, or conda is not on Ray's PATH
-        return _conda_by_folder(Path(name), env, folders, heartbeat)
+        return _conda_by_folder(Path(name), env, context)
     if conda is None:
         msg = f"conda:{name} needs conda, which this node has neither on PATH nor in the usual places; set CONDA_EXE"
         raise build.EnvironmentProblem(msg)
     hook = f'eval "$({shlex.quote(conda)} shell.bash hook)" && conda activate {shlex.quote(name)}'
-    return _capture(name, hook, env, folders, heartbeat)
+    return _capture(name, hook, env, context)
 
 
-def _conda_by_folder(
-    prefix: Path, env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat
-) -> PreparedEnvironment:
+def _conda_by_folder(prefix: Path, env: dict[str, str], context: BuildContext) -> PreparedEnvironment:
     """Capture what ``conda activate`` would make, without conda: variables, PATH and the scripts of its packages."""
     scripts = sorted((prefix / "etc/conda/activate.d").glob("*.sh"))
     hook = " && ".join([":", *(f". {shlex.quote(str(script))}" for script in scripts)])
     before = {"CONDA_PREFIX": str(prefix), "CONDA_DEFAULT_ENV": prefix.name}
-    return _capture(str(prefix), hook, {**with_bin(env, prefix / "bin"), **before}, folders, heartbeat)
+    return _capture(str(prefix), hook, {**with_bin(env, prefix / "bin"), **before}, context)
 
 
-def _capture(
-    name: str, activate: str, env: dict[str, str], folders: BuildFolders, heartbeat: Heartbeat
-) -> PreparedEnvironment:
+def _capture(name: str, activate: str, env: dict[str, str], context: BuildContext) -> PreparedEnvironment:
     """Return the variables that a shell has after `activate`."""
-    captured = folders.tmp / "conda-env"
+    captured = context.tmp / "conda-env"
     script = f"{activate} && command env -0 > {shlex.quote(str(captured))}"
     try:
-        with folders.setup_log.open("a+b") as log:
+        with context.setup_log.open("a+b") as log:
             ran = run_program(
-                ["bash", "-c", script], env=env, cwd=folders.code, timeout_s=_CONDA_S, heartbeat=heartbeat, output=log
+                ["bash", "-c", script],
+                env=env,
+                cwd=context.code,
+                timeout_s=_CONDA_S,
+                heartbeat=context.heartbeat,
+                output=log,
             )
     except OSError as error:
         msg = f"conda:{name} needs bash: {error}"

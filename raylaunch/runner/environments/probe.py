@@ -15,8 +15,8 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from raylaunch.files import write_atomic
-from raylaunch.runner.control import Heartbeat, HelperResult, run_program
-from raylaunch.runner.environments.build import BuildFolders, EnvironmentProblem, PreparedEnvironment, failure_line
+from raylaunch.runner.control import run_program
+from raylaunch.runner.environments.build import BuildContext, EnvironmentProblem, PreparedEnvironment, failure_line
 
 _PROBE_S = 60.0
 _ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
@@ -67,17 +67,14 @@ class EnvironmentProbe(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def inspect(
-    prepared: PreparedEnvironment, *, arch: str, gpus: int, folders: BuildFolders, heartbeat: Heartbeat
-) -> EnvironmentProbe:
+def inspect(prepared: PreparedEnvironment, context: BuildContext, *, arch: str, gpus: int) -> EnvironmentProbe:
     """Inspect an environment.
 
     Args:
         prepared: the environment.
         arch: the architecture that the spec requires, or empty.
         gpus: how many GPUs the attempt has.
-        folders: folders.
-        heartbeat: continues meanwhile.
+        context: the attempt's folders and heartbeat.
 
     Raises:
         EnvironmentProblem: its interpreter does not run here, or is for another architecture.
@@ -91,16 +88,16 @@ def inspect(
         return EnvironmentProbe(
             "", "", {}, raylaunch=False, ray_train=False, warnings=("the environment has no python",)
         )
-    seen = _cached(prepared, _INSPECT, "", folders, heartbeat)
+    seen = _cached(prepared, _INSPECT, "", context)
     machine = _architecture(str(seen["machine"]))
     if machine != host:
         msg = f"{prepared.python} is built for {machine}, but this node is {host}: create the environment on {host}"
         raise EnvironmentProblem(msg)
     raw = seen["packages"]
     packages = {str(name): str(version) for name, version in raw.items()} if isinstance(raw, dict) else {}
-    warnings = _editable_warnings(seen.get("editable"), folders)
+    warnings = _editable_warnings(seen.get("editable"), context)
     if gpus and "torch" in packages and _has_gpus():
-        warnings += _torch_warnings(prepared, packages["torch"], gpus, folders, heartbeat)
+        warnings += _torch_warnings(prepared, packages["torch"], gpus, context)
     return EnvironmentProbe(
         str(seen["python"]),
         str(seen["version"]),
@@ -111,27 +108,53 @@ def inspect(
     )
 
 
-def _editable_warnings(editable: object, folders: BuildFolders) -> list[str]:
+def ask(python: str, program: str, env: dict[str, str], context: BuildContext) -> dict[str, object]:
+    """Run a program with an interpreter, in an empty folder; return the JSON that it prints after ``@raylaunch``.
+
+    Raises:
+        EnvironmentProblem: the interpreter does not run here.
+    """
+    nowhere = context.tmp / "nowhere"
+    nowhere.mkdir(parents=True, exist_ok=True)
+    try:
+        with (context.tmp / "probe.out").open("w+b") as output:
+            ran = run_program(
+                [python, "-c", program],
+                env=env,
+                cwd=nowhere,
+                timeout_s=_PROBE_S,
+                heartbeat=context.heartbeat,
+                output=output,
+            )
+    except OSError as error:
+        raise EnvironmentProblem(_explain_exec_error(python, error)) from None
+    match = re.search(r"^@raylaunch (\{.*\})$", ran.output, re.MULTILINE)
+    if ran.status != 0 or match is None:
+        msg = f"the interpreter {python} does not run on this node: {failure_line(ran)}"
+        raise EnvironmentProblem(msg)
+    result: dict[str, object] = json.loads(match.group(1))
+    return result
+
+
+def _editable_warnings(editable: object, context: BuildContext) -> list[str]:
     """Name what runs from a folder that may be edited, unless that is the attempt's own code."""
     found = editable if isinstance(editable, dict) else {}
     paths = {str(name): unquote(urlsplit(str(url)).path) for name, url in found.items() if name != "raylaunch"}
     return [
         f"{name} is installed editable: later edits in {path} reach this job"
         for name, path in sorted(paths.items())
-        if Path(path) != folders.code and folders.code not in Path(path).parents
+        if Path(path) != context.code and context.code not in Path(path).parents
     ]
 
 
-def _torch_warnings(
-    prepared: PreparedEnvironment, version: str, gpus: int, folders: BuildFolders, heartbeat: Heartbeat
-) -> list[str]:
+def _torch_warnings(prepared: PreparedEnvironment, version: str, gpus: int, context: BuildContext) -> list[str]:
     try:
         driver = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
     except OSError:
         driver = ""
     visible = prepared.env.get("CUDA_VISIBLE_DEVICES", "")
     try:
-        seen = _cached(prepared, _INSPECT_GPUS, f"{driver}\0{visible}", folders, heartbeat)
+        seen = _cached(prepared, _INSPECT_GPUS, f"{driver}\0{visible}", context)
     except EnvironmentProblem as problem:
         return [f"torch {version} does not import here: {problem}"]
     if not seen["built_for"]:
@@ -146,21 +169,19 @@ def _has_gpus() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
-def _cached(
-    prepared: PreparedEnvironment, program: str, extra: str, folders: BuildFolders, heartbeat: Heartbeat
-) -> dict[str, object]:
-    file = folders.envs / f"probe-{_key(prepared, program, extra)}.json"
+def _cached(prepared: PreparedEnvironment, program: str, extra: str, context: BuildContext) -> dict[str, object]:
+    file = context.envs / f"probe-{_key(prepared, program, extra)}.json"
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = None
     if isinstance(known, dict):
         return known
-    result = _run_probe(prepared, program, folders, heartbeat)
-    if folders.tmp in Path(prepared.python).parents:
+    result = ask(prepared.python, program, prepared.env, context)
+    if context.tmp in Path(prepared.python).parents:
         return result  # the attempt's own
     try:
-        folders.envs.mkdir(parents=True, exist_ok=True)
+        context.envs.mkdir(parents=True, exist_ok=True)
         write_atomic(file, json.dumps(result), mode=0o666, durable=False)
     except OSError:
         return result  # a cache that cannot be written costs the next start a second
@@ -192,39 +213,6 @@ def _mtime_ns(path: Path) -> int:
         return path.stat().st_mtime_ns
     except OSError:
         return 0
-
-
-def _run_probe(
-    prepared: PreparedEnvironment, program: str, folders: BuildFolders, heartbeat: Heartbeat
-) -> dict[str, object]:
-    nowhere = folders.tmp / "nowhere"
-    nowhere.mkdir(parents=True, exist_ok=True)
-    result = folders.tmp / "probe.out"
-    try:
-        with result.open("w+b") as output:
-            ran = run_program(
-                [prepared.python, "-c", program],
-                env=prepared.env,
-                cwd=nowhere,
-                timeout_s=_PROBE_S,
-                heartbeat=heartbeat,
-                output=output,
-            )
-    except OSError as error:
-        raise EnvironmentProblem(_explain_exec_error(prepared.python, error)) from None
-    finally:
-        if result.exists():
-            result.unlink()
-    return _parse_result(prepared.python, ran)
-
-
-def _parse_result(python: str, ran: HelperResult) -> dict[str, object]:
-    match = re.search(r"^@raylaunch (\{.*\})$", ran.output, re.MULTILINE)
-    if ran.status != 0 or match is None:
-        msg = f"the interpreter {python} does not run on this node: {failure_line(ran)}"
-        raise EnvironmentProblem(msg)
-    result: dict[str, object] = json.loads(match.group(1))
-    return result
 
 
 def _explain_exec_error(python: str, error: OSError) -> str:
