@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from raylaunch.runner.archive import runner_zip
-from raylaunch.runner.netcheck.allreduce import MARK, OPTION
+from raylaunch.runner.netcheck import MARK, OPTION
 
 QUICK = {"run": "test", "interface": "lo", "bytes": 3_000_000, "meet_s": 4, "quiet_s": 2, "whole_s": 20}
 NO_TORCH = "import sys; sys.modules['torch'] = None; sys.path.insert(0, sys.argv.pop(1)); "
-MAIN = "from raylaunch.runner.netcheck.allreduce import main; main(sys.argv[1:])"
+MAIN = "from raylaunch.runner.netcheck import main; main(sys.argv[1:])"
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +122,8 @@ def test_a_member_that_takes_connections_and_says_nothing_is_not_taken_for_one_t
 
 def test_a_member_that_falls_silent_is_named_with_the_pair(archive: Path) -> None:
     silent = NO_TORCH + (
-        "import os, signal; from raylaunch.runner.netcheck import allreduce; "
-        "allreduce.exchange = lambda *_: os.kill(os.getpid(), signal.SIGSTOP); " + MAIN
+        "import os, signal; from raylaunch.runner import netcheck; "
+        "netcheck.exchange = lambda *_: os.kill(os.getpid(), signal.SIGSTOP); " + MAIN
     )
     with running(archive, 3) as run:
         for rank in (0, 1):
@@ -155,8 +155,7 @@ def test_where_all_have_pytorch_it_adds_them_up_with_gloo(archive: Path) -> None
 
 def test_one_without_pytorch_makes_all_go_over_tcp(archive: Path) -> None:
     says_it_has = NO_TORCH + (
-        "from raylaunch.runner.netcheck import allreduce; "
-        "allreduce.capabilities = lambda: {'torch': True, 'cuda': True}; " + MAIN
+        "from raylaunch.runner import netcheck; netcheck.capabilities = lambda: {'torch': True, 'cuda': True}; " + MAIN
     )
     with running(archive, 2) as run:
         run.start(0, says_it_has)

@@ -13,7 +13,7 @@ from raylaunch.cluster.hosts.host_program import HostState
 from raylaunch.cluster.hosts.verify import still_held
 from raylaunch.cluster.record import NodePlace
 from raylaunch.models.cluster import ControllerStatus, NodeView
-from raylaunch.runner.netcheck import allreduce
+from raylaunch.runner import netcheck
 
 MEMBERS = tuple(NetworkMember(f"dgx-{n}", f"10.0.0.{n}", 24_000, "ens1") for n in (1, 2, 3))
 DONE: dict[str, Any] = {"kind": "done", "over": "TCP", "seconds": 0.1, "bytes_per_s": 850e6}
@@ -70,10 +70,10 @@ def test_a_host_whose_gpus_are_in_use_is_left_out_and_not_waited_for() -> None:
 
 def test_the_command_of_a_member_is_one_that_its_program_understands() -> None:
     words = shlex.split(AllReducePlan(MEMBERS, run="r").entrypoint(1))
-    assert words[-2] == allreduce.OPTION
+    assert words[-2] == netcheck.OPTION
     plan = json.loads(words[-1])
     assert plan["members"][plan["rank"]] == ["dgx-2", "10.0.0.2", 24_000]
-    allreduce.NetworkCheck(plan)
+    netcheck.NetworkCheck(plan)
 
 
 def test_success_says_over_what_between_whom_and_how_fast_the_slowest_was() -> None:

@@ -19,7 +19,7 @@ _MAIN = """import sys
 if sys.argv[1:2] == ["--rank"]:
     from raylaunch.runner.launchers.rank import main
 elif sys.argv[1:2] == ["--together"]:
-    from raylaunch.runner.netcheck.allreduce import main
+    from raylaunch.runner.netcheck import main
 else:
     from raylaunch.runner.main import main
 

@@ -1,7 +1,7 @@
 """The check that hosts reach each other: an all-reduce between all hosts with GPUs, on the chosen interface.
 
 A worker's Ray needs to reach only the head, so a firewall between two workers leaves Ray healthy but hangs training.
-One small job on each host (`raylaunch.runner.netcheck.allreduce`) finds that.
+One small job on each host (`raylaunch.runner.netcheck`) finds that.
 """
 
 from __future__ import annotations

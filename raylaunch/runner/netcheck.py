@@ -1,8 +1,8 @@
 """``runner.pyz --together PLAN``: one of several programs that check the cluster's network between them.
 
-`up` runs one on each host with GPUs. They connect at the chosen addresses, run PyTorch's all-reduce and check its
-numbers, or exchange bytes pair by pair where one has no PyTorch, and print one line of JSON: the result, or between
-which of them it failed.
+`up` runs one on each host with GPUs. They connect at the chosen addresses, each to every other and in both directions,
+because a firewall may block only one. Then they run PyTorch's all-reduce and check its numbers, or exchange bytes pair
+by pair where one has no PyTorch, and print one line of JSON: the result, or between which of them it failed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
-
-from raylaunch.runner.netcheck.rendezvous import Member, Rendezvous, RendezvousError, error_text, listen
 
 OPTION = "--together"
 MARK = "raylaunch-together "
@@ -29,6 +28,13 @@ _LIMIT_S = 45
 _VALUES = 1024
 _HEAR_S = 15.0
 _TORCH_S = 75.0
+_TRY_S = 3.0
+"""How long one attempt to connect may take."""
+_ANSWER_S = 5.0
+"""How long the answer to the first words may take."""
+_PAUSE_S = 0.2
+_LINE_BYTES = 4096
+_TIMEOUTS = (TimeoutError, socket.timeout)  # two classes before Python 3.10, which jobs may have
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -74,33 +80,17 @@ class NetworkCheck:
 
     def _check(self, rendezvous: Rendezvous) -> dict[str, Any]:
         rendezvous.meet(self._plan["meet_s"])
-        store, port = self._store()
-        own = {**capabilities(), "port": port}
-        answers = self._share_capabilities(rendezvous, own)
+        store, port = None, 0
+        if not self._rank:  # PyTorch's store, on this one address alone
+            store = listen(self._members[0]._replace(port=0))
+            port = store.getsockname()[1]
+        answers = rendezvous.share({**capabilities(), "port": port}, self._plan["meet_s"] + _HEAR_S)
         backend = backend_of(list(answers.values()))
         if backend == "TCP":
-            return self._exchange(rendezvous)
+            nbytes = max(1, self._plan["bytes"] // (self._size - 1))
+            rate = exchange(rendezvous, nbytes, self._plan["quiet_s"], self._plan["whole_s"])
+            return {"kind": "done", "over": "TCP", "bytes_per_s": rate}
         return self._all_reduce(backend, (self._members[0].address, answers[0]["port"], store))
-
-    def _store(self) -> tuple[socket.socket | None, int]:
-        """Listen where PyTorch's store will, on the first member's chosen address alone."""
-        if self._rank:
-            return None, 0
-        listener = listen(self._members[0]._replace(port=0))
-        return listener, int(listener.getsockname()[1])
-
-    def _share_capabilities(self, rendezvous: Rendezvous, own: dict[str, Any]) -> dict[int, dict[str, Any]]:
-        try:
-            rendezvous.send_all(own)
-        except OSError:
-            raise RendezvousError({}, []) from None
-        return {**rendezvous.receive_all(self._plan["meet_s"] + _HEAR_S), self._rank: own}
-
-    def _exchange(self, rendezvous: Rendezvous) -> dict[str, Any]:
-        limits = ExchangeLimits(self._plan["quiet_s"], self._plan["whole_s"])
-        nbytes = max(1, self._plan["bytes"] // (self._size - 1))
-        rate = exchange(rendezvous, self._rank, self._size, nbytes, limits)
-        return {"kind": "done", "over": "TCP", "bytes_per_s": rate}
 
     def _all_reduce(self, backend: str, store: tuple[str, int, socket.socket | None]) -> dict[str, Any]:
         """Do it in a thread: what hangs in there cannot be interrupted, but left behind."""
@@ -127,6 +117,23 @@ class NetworkCheck:
         return {"kind": "done", "over": over, "seconds": seconds, "bytes_per_s": passed / max(seconds, 1e-9)}
 
 
+class Member(NamedTuple):
+    """One program: its host's name, and where it listens."""
+
+    host: str
+    address: str
+    port: int
+
+
+class RendezvousError(Exception):
+    """Not all members connected: which hosts could not be reached and why, and which did not connect."""
+
+    def __init__(self, unreachable: dict[str, str], absent: list[str]) -> None:
+        super().__init__("not all members connected")
+        self.unreachable = unreachable
+        self.absent = absent
+
+
 class HopError(Exception):
     """From `sender` to `receiver` the bytes did not pass, in round `step`."""
 
@@ -138,27 +145,156 @@ class HopError(Exception):
         self.step = step
 
 
-class ExchangeLimits(NamedTuple):
-    """How long nothing may pass, and how long all rounds may take, in seconds."""
+def listen(member: Member) -> socket.socket:
+    """Listen where a member does, on that one address."""
+    family = socket.AF_INET6 if ":" in member.address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((member.address, member.port))
+        listener.listen(64)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
-    quiet_s: float
-    total_s: float
+
+class Rendezvous:
+    """The connections of one member with all others.
+
+    Args:
+        run: name of this run; a connection that sends another one is rejected.
+        rank: which of the members this is.
+        members: all, the same for everyone.
+        listener: where this one listens.
+    """
+
+    def __init__(self, run: str, rank: int, members: list[Member], listener: socket.socket) -> None:
+        self._run = run
+        self.rank = rank
+        self.members = members
+        self._listener = listener
+        self._closed = threading.Event()
+        self._unreached: dict[int, str] = {}
+        self.outgoing: dict[int, socket.socket] = {}
+        """The connection to each other member."""
+        self.incoming: dict[int, socket.socket] = {}
+        """The connection that each other member has made to this one."""
+
+    def meet(self, limit_s: float) -> None:
+        """Connect to all members, and wait until all have connected.
+
+        Raises:
+            RendezvousError: after `limit_s` seconds a member is missing.
+        """
+        until = time.monotonic() + limit_s
+        others = [rank for rank in range(len(self.members)) if rank != self.rank]
+        threads = [threading.Thread(target=self._accept, args=(until,), daemon=True)]
+        threads += [threading.Thread(target=self._connect_until, args=(rank, until), daemon=True) for rank in others]
+        for thread in threads:
+            thread.start()
+        while time.monotonic() < until and not (len(self.outgoing) == len(self.incoming) == len(others)):
+            time.sleep(0.02)
+        self._closed.set()
+        for thread in threads[1:]:
+            thread.join(_TRY_S + _ANSWER_S)
+        unreachable = {
+            self.members[rank].host: why for rank, why in self._unreached.items() if rank not in self.outgoing
+        }
+        absent = [self.members[rank].host for rank in others if rank not in self.incoming]
+        if unreachable or absent:
+            raise RendezvousError(unreachable, absent)
+
+    def share(self, own: dict[str, Any], limit_s: float) -> dict[int, dict[str, Any]]:
+        """Send a message to all other members; return everybody's, by rank.
+
+        Raises:
+            RendezvousError: a member disconnected, or sent nothing for `limit_s` seconds.
+        """
+        answers = {self.rank: own}
+        with suppress(OSError):  # who has disconnected is found below
+            for connection in self.outgoing.values():
+                connection.sendall(json.dumps(own).encode() + b"\n")
+        for rank, connection in self.incoming.items():
+            connection.settimeout(limit_s)
+            try:
+                answers[rank] = json.loads(_line(connection))
+            except (OSError, ValueError):
+                raise RendezvousError({}, [self.members[rank].host]) from None
+        return answers
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._closed.set()
+        for connection in (*self.outgoing.values(), *self.incoming.values(), self._listener):
+            connection.close()
+
+    def _accept(self, until: float) -> None:
+        self._listener.settimeout(_PAUSE_S)
+        while not self._closed.is_set() and time.monotonic() < until:
+            with suppress(OSError):
+                connection, _ = self._listener.accept()
+                threading.Thread(target=self._handshake, args=(connection,), daemon=True).start()
+
+    def _handshake(self, connection: socket.socket) -> None:
+        connection.settimeout(_ANSWER_S)
+        try:
+            run, sender = _line(connection).split()
+            if run != self._run or not 0 <= int(sender) < len(self.members):
+                connection.close()
+                return
+            connection.sendall(b"welcome\n")
+        except (OSError, ValueError):
+            connection.close()
+            return
+        self.incoming[int(sender)] = connection
+
+    def _connect_until(self, rank: int, until: float) -> None:
+        while rank not in self.outgoing and time.monotonic() < until and not self._closed.is_set():
+            self._try_connect(rank)
+
+    def _try_connect(self, rank: int) -> None:
+        try:
+            self.outgoing[rank] = self._connect(self.members[rank])
+        except OSError as error:
+            self._unreached[rank] = error_text(error)
+            time.sleep(_PAUSE_S)
+
+    def _connect(self, other: Member) -> socket.socket:
+        """Connect from the address that was chosen here, so that no other interface serves in its place."""
+        connection = socket.socket(self._listener.family, socket.SOCK_STREAM)
+        why = f"no answer within {_TRY_S:g} s"
+        try:
+            connection.settimeout(_TRY_S)
+            connection.bind((self.members[self.rank].address, 0))
+            connection.connect((other.address, other.port))
+            why = "it accepts the connection but sends nothing"
+            connection.sendall(f"{self._run} {self.rank}\n".encode())
+            connection.settimeout(_ANSWER_S)
+            _line(connection)
+        except OSError as error:
+            connection.close()
+            if isinstance(error, _TIMEOUTS):
+                raise OSError(0, why) from None
+            raise
+        return connection
 
 
-def exchange(rendezvous: Rendezvous, rank: int, size: int, nbytes: int, limits: ExchangeLimits) -> float:
+def exchange(rendezvous: Rendezvous, nbytes: int, quiet_s: float, total_s: float) -> float:
     """Exchange `nbytes` bytes with every other member; return the slowest rate at which they came, in bytes a second.
 
     Raises:
-        HopError: nothing passed for `limits.quiet_s`, the time is up, or a connection ended.
+        HopError: nothing passed for `quiet_s` seconds, all rounds took longer than `total_s`, or a connection ended.
     """
-    until, slowest = time.monotonic() + limits.total_s, float("inf")
+    rank, size = rendezvous.rank, len(rendezvous.members)
+    until, slowest = time.monotonic() + total_s, float("inf")
     for step in range(1, size):
         target, source = (rank + step) % size, (rank - step) % size
-        sender = _Sender(rendezvous.outgoing[target], nbytes, limits.quiet_s)
+        sender = _Sender(rendezvous.outgoing[target], nbytes, quiet_s)
         try:
-            seconds = _receive(rendezvous.incoming[source], nbytes, limits.quiet_s, until)
+            seconds = _receive(rendezvous.incoming[source], nbytes, quiet_s, until)
         except OSError as error:
-            raise HopError(source, rank, _error_text(error, limits.quiet_s), step=step) from None
+            raise HopError(source, rank, _error_text(error, quiet_s), step=step) from None
         if why := sender.wait():
             raise HopError(rank, target, why, step=step)
         slowest = min(slowest, nbytes / max(seconds, 1e-9))
@@ -279,5 +415,20 @@ def _receive(connection: socket.socket, nbytes: int, quiet_s: float, until: floa
 
 
 def _error_text(error: OSError, quiet_s: float) -> str:
-    quiet = isinstance(error, (TimeoutError, socket.timeout))
-    return f"nothing passed for {quiet_s:g} s" if quiet else error_text(error)
+    return f"nothing passed for {quiet_s:g} s" if isinstance(error, _TIMEOUTS) else error_text(error)
+
+
+def error_text(error: OSError) -> str:
+    """Return what went wrong with a connection."""
+    return (error.strerror or str(error) or type(error).__name__).lower()
+
+
+def _line(connection: socket.socket) -> str:
+    """Read one line, and nothing beyond it."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = connection.recv(1)
+        if not byte or len(line) > _LINE_BYTES:
+            raise ConnectionResetError(0, "it closed the connection")
+        line += byte
+    return line.decode("ascii").strip()
