@@ -106,6 +106,9 @@ STARTUP = "startup"
 INTERRUPTED = 130
 """Exit status of an interrupted program, as in shells."""
 
+FENCED = "fenced"
+"""Epoch of a claim that the node agent makes so that no runner can start any more."""
+
 RAY_SECRETS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
 
 RAY_LOG_LIMIT = 64 * 1024 * 1024

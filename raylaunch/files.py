@@ -62,6 +62,22 @@ def write_atomic(
         raise
 
 
+def create_exclusive(path: Path, data: bytes) -> bool:
+    """Make a file with its whole content, or return False when it is there. Nobody sees it half written.
+
+    Other machines may have the folder too, and processes with the same id.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(8).hex()}")
+    write_atomic(temporary, data)
+    try:
+        os.link(str(temporary), str(path))  # as O_EXCL: fails when the name exists
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
+
+
 def replace_link(link: Path, target: Path) -> None:
     """Make `link` a symbolic link to `target`; one that exists is replaced in one step."""
     temporary = link.with_name(f".{link.name}.{os.urandom(4).hex()}")

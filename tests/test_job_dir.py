@@ -17,7 +17,7 @@ from raylaunch.agent import attempt_dir, job_dir
 from raylaunch.agent.agent import sweep
 from raylaunch.agent.attempt_files import disk_use
 from raylaunch.agent.processes import started_ticks
-from raylaunch.contract import VAR_ATTEMPT
+from raylaunch.contract import FENCED, VAR_ATTEMPT
 from raylaunch.errors import ConflictError, NotFoundError
 from raylaunch.runner.processes import boot_id
 
@@ -86,7 +86,7 @@ def test_an_older_attempt_is_ended_before_a_newer_one_has_the_folder(tmp_path: P
     training = subprocess.Popen(["sleep", "600"], env={**os.environ, VAR_ATTEMPT: tag}, start_new_session=True)
     prepared(tmp_path, attempt="digits-abc-2")
     assert training.wait(10) == -9
-    assert json.loads((first / "claim.json").read_text())["epoch"] == attempt_dir.FENCED
+    assert json.loads((first / "claim.json").read_text())["epoch"] == FENCED
     assert not (first / "checkpoints").is_symlink()
 
 
@@ -146,7 +146,7 @@ def test_preparing_again_after_the_claim_changes_nothing(tmp_path: Path) -> None
 
 def test_a_fence_takes_the_claim_before_any_runner(tmp_path: Path) -> None:
     claim = attempt_dir.close(tmp_path, "digits-abc-1")
-    assert claim["epoch"] == attempt_dir.FENCED
+    assert claim["epoch"] == FENCED
     with pytest.raises(FileExistsError):
         os.open(tmp_path / "attempts/digits-abc-1/claim.json", os.O_CREAT | os.O_EXCL)
     with pytest.raises(ConflictError, match="stopped on this node"):

@@ -17,7 +17,7 @@ from raylaunch import contract
 from raylaunch.contract import EnvironmentSpec
 from raylaunch.runner.archive import runner_zip
 from raylaunch.runner.launchers import ray_driver
-from raylaunch.runner.launchers.ray_compat import NO_RAY, RayVersions, mismatch
+from raylaunch.runner.launchers.ray_driver import NO_RAY, RayVersions, mismatch
 
 CLUSTER = RayVersions("3.11.7", "2.60.0")
 CONFIG = {"runtime_env": {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "40"}}, "metadata": {"job_submission_id": "job-1"}}
@@ -226,12 +226,6 @@ def environment(kind: str, value: str = "", *requirements: str) -> EnvironmentSp
     return {"kind": kind, "value": value, "requirements": list(requirements), "packages": []}
 
 
-def said(found: RayVersions, of: EnvironmentSpec, python: str) -> str:
-    """Return what is wrong, and its fix, in one line; empty when it fits."""
-    problem = mismatch(found, CLUSTER, of, python)
-    return f"{problem.what}: {problem.fix}" if problem else ""
-
-
 @pytest.mark.parametrize(
     ("found", "of", "python", "words"),
     [
@@ -287,7 +281,7 @@ def said(found: RayVersions, of: EnvironmentSpec, python: str) -> str:
 def test_what_does_not_fit_is_said_with_the_command_that_mends_it(
     found: RayVersions, of: EnvironmentSpec, python: str, words: str
 ) -> None:
-    assert said(found, of, python) == words
+    assert mismatch(found, CLUSTER, of, python) == words
 
 
 def test_an_environment_without_the_clusters_ray_fails_before_the_training_starts(tmp_path: Path) -> None:

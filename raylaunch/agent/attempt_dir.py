@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from raylaunch.contract import CLAIM, HEARTBEAT, SECRETS, STOP, Claim, StopWish
+from raylaunch.contract import CLAIM, FENCED, HEARTBEAT, SECRETS, STOP, Claim, StopWish
 from raylaunch.errors import NotFoundError
-from raylaunch.files import write_atomic
+from raylaunch.files import create_exclusive, write_atomic
 from raylaunch.runner.processes import boot_id
-
-FENCED = "fenced"
-"""Epoch of a claim that a fence made: no runner has it."""
 
 _ATTEMPT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}-[0-9]{1,6}")
 _LARGEST_JSON = 16 * 1024 * 1024
@@ -64,15 +60,8 @@ def close(root: Path, attempt: str) -> Claim:
     folder = attempt_folder(root, attempt)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     fenced = Claim(epoch=FENCED, pid=0, started_ticks=0, boot_id=boot_id(), at=time.time())
-    temporary = folder / f".{CLAIM}.{os.getpid()}.{secrets.token_hex(8)}"
-    write_file(temporary, json.dumps(fenced).encode())
-    try:
-        os.link(temporary, folder / CLAIM)
-        claim = fenced
-    except FileExistsError:
-        claim = _wait_for_claim(folder) or fenced
-    finally:
-        temporary.unlink(missing_ok=True)
+    claimed = not create_exclusive(folder / CLAIM, json.dumps(fenced).encode())
+    claim = (_wait_for_claim(folder) if claimed else None) or fenced
     (folder / SECRETS).unlink(missing_ok=True)
     return claim
 

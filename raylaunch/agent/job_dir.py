@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 from raylaunch.agent.attempt_dir import (
-    FENCED,
     attempt_folder,
     attempts_in,
     beat_at,
@@ -40,6 +39,7 @@ from raylaunch.contract import (
     CODE,
     COLLECTED,
     EXIT,
+    FENCED,
     LEFT,
     LEFT_S,
     LOGS,

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raylaunch import contract
-from raylaunch.runner import claim, command, outputs, supervisor, wandb_env
+from raylaunch.files import write_atomic
+from raylaunch.runner import command, outputs, supervisor, wandb_env
 from raylaunch.runner.environments import probe
 from raylaunch.runner.environments.build import BuildContext, EnvironmentProblem, PreparedEnvironment
 from raylaunch.runner.environments.prepare import prepare
-from raylaunch.runner.launchers import ray_compat, ray_driver, torchrun
+from raylaunch.runner.launchers import ray_driver, torchrun
 from raylaunch.runner.launchers.ray_driver import TrainReportFollower
 from raylaunch.runner.launchers.torchrun import RankFailure, before_report, rank_failure
 from raylaunch.runner.log_relay import LogRelay
@@ -26,7 +29,7 @@ from raylaunch.runner.wandb_env import RunAddress, hosts_of
 from raylaunch.runner.wandb_follow import RunFollower
 
 if TYPE_CHECKING:
-    from raylaunch.contract import AttemptSpec, Exit, Facts, Started
+    from raylaunch.contract import AttemptSpec, Ended, Exit, Facts, Started
     from raylaunch.runner.control import Heartbeat, StopRequest
 
 _POLL_S = 0.1
@@ -91,9 +94,8 @@ class Attempt:
             EntrypointProblem: the program to run is not there.
             StopRequested: the attempt is to stop before the training has started.
         """
-        secrets = claim.take_secrets(self._folder)
-        prepared, mode = self._prepare(secrets)
-        prepared = self._plan(prepared)
+        secrets = _take_secrets(self._folder)
+        prepared = self._plan(self._prepare(secrets))
         argv = command.command(self._launch.entrypoint, prepared.env, self._code)
         self._heartbeat.check()
         self._before = outputs.snapshot(self._code)
@@ -101,12 +103,11 @@ class Attempt:
         self._start(argv, prepared)
         deadline = time.monotonic() + (self._spec["timeout_s"] or float("inf"))
         request = self._watch(deadline)
-        if request is None and mode.mode == "online" and self._wandb_broke():
+        if request is None and self._online and self._wandb_broke():
             self._restart_offline(argv, prepared)
-            mode = mode._replace(mode="offline")
             request = self._watch(deadline)
         self._finish_reports(request)
-        self._end_leftovers(request, online=mode.mode == "online")
+        self._end_leftovers(request)
         self._finish_runs()
         self._log_relay.finish(5.0)
         self._keep_outputs()
@@ -123,7 +124,7 @@ class Attempt:
             self._process.release()
             self._process = None
 
-    def _prepare(self, secrets: dict[str, str]) -> tuple[PreparedEnvironment, wandb_env.Mode]:
+    def _prepare(self, secrets: dict[str, str]) -> PreparedEnvironment:
         spec, folder = self._spec, self._folder
         base = command.base_variables(os.environ, spec, secrets)
         base.update(command.job_variables(spec, folder, os.environ))
@@ -162,7 +163,7 @@ class Attempt:
         archive = str(folder / contract.RUNNER)
         path = [f"{archive}/{contract.STARTUP}", env.get("PYTHONPATH", ""), "" if probed.raylaunch else archive]
         env["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
-        return prepared._replace(env=env), mode
+        return prepared._replace(env=env)
 
     def _broken_links(self) -> list[str]:
         """Report broken links, in the log too, where a missing file is noticed."""
@@ -173,11 +174,10 @@ class Attempt:
         return found
 
     def _check_ray(self, probed: probe.EnvironmentProbe) -> None:
-        found = ray_compat.RayVersions(probed.version, probed.packages.get("ray", ray_compat.NO_RAY))
-        problem = ray_compat.mismatch(found, ray_compat.of_cluster(), self._spec["environment"], probed.python)
+        found = ray_driver.RayVersions(probed.version, probed.packages.get("ray", ray_driver.NO_RAY))
+        problem = ray_driver.mismatch(found, ray_driver.of_cluster(), self._spec["environment"], probed.python)
         if problem:
-            msg = f"{problem.what}: {problem.fix}"
-            raise EnvironmentProblem(msg)
+            raise EnvironmentProblem(problem)
 
     def _plan(self, prepared: PreparedEnvironment) -> PreparedEnvironment:
         """Plan how the training is started; returns its variables with those of its launcher."""
@@ -193,10 +193,17 @@ class Attempt:
         )
         return prepared._replace(env={**prepared.env, **self._launch.env})
 
+    @property
+    def _online(self) -> bool:
+        return self._facts.get("wandb_mode") == "online"
+
     def _report_mode(self, mode: wandb_env.Mode) -> None:
         self._facts["wandb_mode"] = mode.mode
         self._facts["wandb_why"] = mode.why
-        claim.write_json(self._folder / contract.FACTS, self._facts)
+        self._write_facts()
+
+    def _write_facts(self) -> None:
+        write_json(self._folder / contract.FACTS, self._facts)
 
     def _start(self, argv: list[str], prepared: PreparedEnvironment) -> None:
         env = prepared.env
@@ -224,7 +231,7 @@ class Attempt:
             "gpus": command.gpu_ids(self._spec, prepared.env),
             "ranks": self._launch.ranks,
         }
-        claim.write_json(self._folder / contract.STARTED, started)
+        write_json(self._folder / contract.STARTED, started)
         self._log_relay.start()
 
     def _watch(self, deadline: float) -> StopRequest | None:
@@ -251,16 +258,16 @@ class Attempt:
         staged = wandb_env.staged_bytes(self._folder)
         if staged:
             self._facts["wandb_staged"] = staged
-            claim.write_json(self._folder / contract.FACTS, self._facts)
+            self._write_facts()
 
     def _report_runs(self) -> None:
         ids, run_id = self._run_follower.ids, self._spec["wandb"]["run_id"]
         first = run_id if run_id in ids or not ids else ids[0]
-        found = self._facts.get("wandb_mode") == "online" and self._address.poll(first)
+        found = self._online and self._address.poll(first)
         if found or ids[: contract.MANY_RUNS] != self._facts.get("wandb_runs", []):
             self._facts["wandb_run"], self._facts["wandb_url"] = first, self._address.url
             self._facts["wandb_runs"] = ids[: contract.MANY_RUNS]
-            claim.write_json(self._folder / contract.FACTS, self._facts)
+            self._write_facts()
 
     def _check_for_private_ray(self) -> None:
         """Report a Ray that a program without `launcher: ray` starts for itself: it has this node's CPUs only."""
@@ -270,8 +277,8 @@ class Attempt:
         self._next_ray_check = now + _RAY_CHECK_S
         if pids_named(_HEAD_OF_RAY, self._spec["tag"]):
             self._next_ray_check = float("inf")
-            self._facts["warnings"] = [*self._facts["warnings"], contract.PRIVATE_RAY]
-            claim.write_json(self._folder / contract.FACTS, self._facts)
+            self._facts["warnings"].append(contract.PRIVATE_RAY)
+            self._write_facts()
 
     def _wandb_broke(self) -> bool:
         process = self._process
@@ -280,8 +287,10 @@ class Attempt:
 
     def _restart_offline(self, argv: list[str], prepared: PreparedEnvironment) -> None:
         why = "wandb.init failed online, so the training was restarted offline"
+        self._facts["warnings"].append(why)
+        self._report_mode(wandb_env.Mode("offline", why))
         self._finish_reports(None)
-        self._end_leftovers(None, online=False)
+        self._end_leftovers(None)
         self._run_follower.finish()
         self._log_relay.finish(5.0)
         if self._process is not None:
@@ -289,8 +298,6 @@ class Attempt:
             self._process = None
         with self._log.open("ab") as log:
             log.write(f"\nraylaunch: {why}\n\n".encode())
-        self._facts["warnings"] = [*self._facts["warnings"], why]
-        self._report_mode(wandb_env.Mode("offline", why))
         self._start(argv, prepared._replace(env={**prepared.env, "WANDB_MODE": "offline"}))
 
     def _finish_reports(self, request: StopRequest | None) -> None:
@@ -299,9 +306,9 @@ class Attempt:
         code = self._read_status(status)[0] if request is None else _SHELL_SIGNAL + signal.SIGTERM
         self._reports.finish(1 if code is None else code, request=request, heartbeat=self._heartbeat)
 
-    def _end_leftovers(self, request: StopRequest | None, *, online: bool) -> None:
+    def _end_leftovers(self, request: StopRequest | None) -> None:
         if request is None:
-            self._reaper.after_end(online=online)
+            self._reaper.after_end(online=self._online)
         else:
             self._reaper.after_stop(request, in_time=self._exited_in_time)
 
@@ -313,9 +320,9 @@ class Attempt:
         if (folder / contract.COLLECTED).is_file() and folder != self._folder:
             shutil.copyfile(str(folder / contract.COLLECTED), str(self._folder / contract.COLLECTED))
         if collected.warnings:
-            self._facts["warnings"] = [*self._facts["warnings"], *collected.warnings]
+            self._facts["warnings"] += collected.warnings
             self._facts["left"], self._facts["withheld"] = collected.left, collected.withheld
-            claim.write_json(self._folder / contract.FACTS, self._facts)
+            self._write_facts()
 
     def _exit_facts(self, request: StopRequest | None) -> Exit:
         process = self._process
@@ -323,19 +330,11 @@ class Attempt:
         failure = self._failure_of_rank(status) if request is None else None
         code, by_signal = self._read_status(status) if failure is None else _read_rank(failure)
         who = "the training" if failure is None else f"rank {failure.rank}"
-        end: Exit = {
-            "ended": "completed",
-            "exit_code": code,
-            "signal": by_signal,
-            "message": "",
-            "failed_rank": failure.rank if failure else None,
-            "at": time.time(),
-            "by_ray": request is not None and request.by_ray,
-            "killed": self._reaper.killed,
-            "oom": False,
-        }
+        end = exit_facts("completed", exit_code=code, by_ray=request is not None and request.by_ray)
+        end["signal"], end["killed"] = by_signal, self._reaper.killed
+        end["failed_rank"] = failure.rank if failure else None
         if request is not None:
-            end["ended"] = "timed_out" if request.why == "timed_out" else "stopped"
+            end["ended"] = request.ended
             if request.why == "timed_out":
                 end["message"] = f"it ran longer than its timeout of {self._spec['timeout_s'] or 0:g} s"
         elif status is None:
@@ -394,3 +393,34 @@ def _read_rank(failure: RankFailure) -> tuple[int, str]:
     if failure.status < 0:
         return _SHELL_SIGNAL - failure.status, signal_name(-failure.status)
     return failure.status, ""
+
+
+def exit_facts(ended: Ended, message: str = "", *, exit_code: int | None = None, by_ray: bool = False) -> Exit:
+    """Return the exit facts of an attempt that ends now."""
+    return {
+        "ended": ended,
+        "exit_code": exit_code,
+        "signal": "",
+        "message": message,
+        "failed_rank": None,
+        "at": time.time(),
+        "by_ray": by_ray,
+        "killed": 0,
+        "oom": False,
+    }
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON file so that a reader sees all of it or nothing."""
+    write_atomic(path, json.dumps(content))
+
+
+def _take_secrets(folder: Path) -> dict[str, str]:
+    """Read ``secrets.json`` and delete it; without the file there are none."""
+    path = folder / contract.SECRETS
+    try:
+        secrets = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    path.unlink()
+    return {str(name): str(value) for name, value in secrets.items()}

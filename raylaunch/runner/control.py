@@ -27,6 +27,11 @@ class StopRequest(NamedTuple):
     by_ray: bool
     until: float
 
+    @property
+    def ended(self) -> contract.Ended:
+        """How an attempt ends that is stopped for it."""
+        return "timed_out" if self.why == "timed_out" else "stopped"
+
 
 class StopRequested(Exception):  # noqa: N818 -- not an error
     """The attempt is to end while its training has not started yet."""

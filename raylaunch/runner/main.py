@@ -1,23 +1,26 @@
-"""The runner: claims an attempt, prepares its environment, starts its training, watches it, records how it ended."""
+"""The runner: claims an attempt, which only one process can, runs it, and records how it ended."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from raylaunch import contract
-from raylaunch.runner import claim, wandb_env
-from raylaunch.runner.attempt import Attempt
+from raylaunch.files import create_exclusive
+from raylaunch.runner import wandb_env
+from raylaunch.runner.attempt import Attempt, exit_facts, write_json
 from raylaunch.runner.command import EntrypointProblem
 from raylaunch.runner.control import Heartbeat, StopRequested
 from raylaunch.runner.environments.build import EnvironmentProblem
+from raylaunch.runner.processes import boot_id, started_ticks
 
 if TYPE_CHECKING:
-    from raylaunch.contract import Exit
+    from raylaunch.contract import AttemptSpec, Claim, Exit
 
 _STATUS = {"environment": 78, "entrypoint_not_found": 127, "runner_error": 70, "stopped": 143, "timed_out": 124}
 
@@ -25,15 +28,15 @@ _STATUS = {"environment": 78, "entrypoint_not_found": 127, "runner_error": 70, "
 def main(arguments: Sequence[str]) -> int:
     """Run the attempt whose folder is the one argument; returns the status for Ray."""
     folder = Path(arguments[0]).resolve()
-    spec = claim.read_attempt(folder)
-    refusal = claim.take_claim(folder, spec)
+    spec = cast("AttemptSpec", json.loads((folder / contract.ATTEMPT).read_text(encoding="utf-8")))
+    refusal = take_claim(folder, spec)
     if refusal:
         print_line(refusal)
         return 0
     heartbeat = Heartbeat(folder, grace_s=spec["grace_s"], environ=os.environ)
     heartbeat.beat()
     end = _run(folder, Attempt(folder, spec, heartbeat))
-    claim.write_json(folder / contract.EXIT, end)
+    write_json(folder / contract.EXIT, end)
     if end["message"]:
         print_line(f"raylaunch: {end['message']}")
     return exit_status(end)
@@ -46,34 +49,52 @@ def _run(folder: Path, attempt: Attempt) -> Exit:
         wandb_env.make_folders(folder)
         return attempt.run()
     except EnvironmentProblem as problem:
-        return not_started("environment", str(problem))
+        return exit_facts("environment", str(problem))
     except EntrypointProblem as problem:
-        return not_started("entrypoint_not_found", str(problem), exit_code=127)
+        return exit_facts("entrypoint_not_found", str(problem), exit_code=127)
     except StopRequested as stop:
-        ended: contract.Ended = "timed_out" if stop.request.why == "timed_out" else "stopped"
-        return not_started(ended, "it was stopped before the training started", by_ray=stop.request.by_ray)
+        return exit_facts(stop.request.ended, "it was stopped before the training started", by_ray=stop.request.by_ray)
     except Exception as error:  # noqa: BLE001 -- the process's top: whatever happened must reach the exit file
         import traceback  # noqa: PLC0415 -- for a bug alone; each start would pay for it
 
         traceback.print_exc()
-        return not_started("runner_error", f"raylaunch's runner failed: {type(error).__name__}: {error}")
+        return exit_facts("runner_error", f"raylaunch's runner failed: {type(error).__name__}: {error}")
     finally:
         attempt.end_everything()
 
 
-def not_started(ended: contract.Ended, message: str, *, exit_code: int | None = None, by_ray: bool = False) -> Exit:
-    """Return the facts of an attempt whose training was never started."""
-    return {
-        "ended": ended,
-        "exit_code": exit_code,
-        "signal": "",
-        "message": message,
-        "failed_rank": None,
+def take_claim(folder: Path, spec: AttemptSpec) -> str:
+    """Claim the attempt for this process. Returns an empty text, or a sentence with the reason why it may not run."""
+    epoch, newest = spec["epoch"], _last_writer(spec)
+    if newest > spec["n"]:
+        return f"raylaunch: attempt {newest} of this job has replaced this one; exiting"
+    claim: Claim = {
+        "epoch": epoch,
+        "pid": os.getpid(),
+        "started_ticks": started_ticks(os.getpid()),
+        "boot_id": boot_id(),
         "at": time.time(),
-        "by_ray": by_ray,
-        "killed": 0,
-        "oom": False,
     }
+    if create_exclusive(folder / contract.CLAIM, json.dumps(claim).encode()):
+        return ""
+    try:
+        other = json.loads((folder / contract.CLAIM).read_text(encoding="utf-8"))
+    except ValueError:
+        other = {}
+    if other.get("epoch") == contract.FENCED:
+        return "raylaunch: this attempt was fenced off before it started; exiting"
+    return f"raylaunch: this attempt is already claimed by process {other.get('pid', '?')}; exiting"
+
+
+def _last_writer(spec: AttemptSpec) -> int:
+    """Return the number of the attempt that may write into the job's folder."""
+    if not spec["job_dir"]:
+        return 0
+    try:
+        n = json.loads(Path(spec["job_dir"], contract.WRITER).read_text(encoding="utf-8"))["n"]
+    except (OSError, ValueError, KeyError):
+        return 0
+    return int(n)
 
 
 def exit_status(end: Exit) -> int:

@@ -6,6 +6,7 @@ import logging
 import time
 from typing import Any
 
+from raylaunch.contract import FENCED
 from raylaunch.controller.ray.bridge import Fenced
 from raylaunch.controller.scheduler.attempt_context import (
     NODE_LEASE_S,
@@ -28,7 +29,6 @@ _log = logging.getLogger(__name__)
 _DRAIN_S = 60.0
 _RAY_STATUS_S = 15.0
 _ACTORS_S = 20.0
-_FENCED = "fenced"
 
 
 class Finisher:
@@ -149,7 +149,7 @@ class Finisher:
         return diagnose(
             Evidence(
                 exit=exit_,
-                claimed=claim is not None and claim["epoch"] != _FENCED,
+                claimed=claim is not None and claim["epoch"] != FENCED,
                 stop_wanted=record.stop_wish is not None,
                 node_alive=fenced is not None,
                 ray_message=(ray_job.message or "") if ray_job is not None else "",

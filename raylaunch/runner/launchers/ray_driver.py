@@ -1,4 +1,4 @@
-"""``launcher: ray``: the driver's variables, how its workers start, and the process that logs Ray Train's reports.
+"""``launcher: ray``: the driver's Ray and variables, how its workers start, and what logs Ray Train's reports.
 
 Ray's workers inherit nothing of their driver. They get the variables of its runtime environment, which anybody with
 Ray's token can read, and start with the cluster's own interpreter. So the runner writes into the driver's job config:
@@ -9,8 +9,11 @@ folder that sets the secrets and becomes the interpreter of the job's environmen
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
+import platform
+import re
 import select
 import shlex
 import subprocess
@@ -25,10 +28,12 @@ from raylaunch.runner.control import Heartbeat, StopRequest
 from raylaunch.runner.supervisor import remaining_s
 
 if TYPE_CHECKING:
-    from raylaunch.contract import AttemptSpec
+    from raylaunch.contract import AttemptSpec, EnvironmentSpec
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """The variable with which Ray Jobs passes runtime environment and metadata to `ray.init`."""
+NO_RAY = "none"
+_MINOR = re.compile(r"(\d+)\.(\d+)")
 _WRITER = "raylaunch.tracking.train_writer"
 _REPORT = b'"event": "report"'
 _POLL_S = 0.1
@@ -80,6 +85,13 @@ sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 """Start-up code of a worker on another node, where the attempt's folder does not exist; it changes W&B's settings."""
+
+
+class RayVersions(NamedTuple):
+    """Of Python and Ray; empty where it is not known. ``none`` is a Ray that is not there."""
+
+    python: str
+    ray: str
 
 
 class DriverPlan(NamedTuple):
@@ -304,3 +316,58 @@ def _worker_variables(driver: DriverPlan, env: Mapping[str, str], environ: Mappi
     if environ.get(_ADDRESS):
         found[_ADDRESS] = environ[_ADDRESS]  # a worker that queries Ray's state must not guess among several Rays
     return found
+
+
+def of_cluster() -> RayVersions:
+    """Return the versions of the interpreter that runs this, which is the one that runs Ray on this node."""
+    try:
+        return RayVersions(platform.python_version(), importlib.metadata.version("ray"))
+    except importlib.metadata.PackageNotFoundError:
+        return RayVersions(platform.python_version(), "")
+
+
+def mismatch(found: RayVersions, needed: RayVersions, environment: EnvironmentSpec, python: str) -> str:
+    """Return what does not match and the command that fixes it, or an empty text.
+
+    Driver and workers speak Ray's inner protocol: only the same Ray, under the same minor version of Python, may join.
+
+    Args:
+        found: what the job's environment has.
+        needed: what the cluster has.
+        environment: the job's.
+        python: its interpreter.
+    """
+    minor, theirs = _minor(needed.python), _minor(found.python)
+    wanted = f"ray[default]=={needed.ray}"
+    if found.python and needed.python and minor != theirs:
+        what = f"launcher: ray needs Python {minor}, like the cluster, but {python} is Python {found.python}"
+        return f"{what}: {_python_fix(environment, minor, wanted, python)}"
+    if found.ray and needed.ray and found.ray != needed.ray:
+        has = "has no Ray" if found.ray == NO_RAY else f"has Ray {found.ray}"
+        what = f"launcher: ray needs Ray {needed.ray}, like the cluster, but {python} {has}"
+        return f"{what}: {_ray_fix(environment, wanted, python)}"
+    return ""
+
+
+def _ray_fix(environment: EnvironmentSpec, wanted: str, python: str) -> str:
+    kind = environment["kind"]
+    if kind == "uv":
+        return f"uv add '{wanted}', then submit again"
+    if kind == "pip":
+        return f"add {wanted} to its requirements"
+    return f"uv pip install --python {python} '{wanted}'"
+
+
+def _python_fix(environment: EnvironmentSpec, minor: str, wanted: str, python: str) -> str:
+    kind, value = environment["kind"], environment["value"]
+    if kind == "uv":
+        return f"uv python pin {minor} && uv lock, then submit again"
+    if kind == "conda":
+        return f"conda create -n {value}-py{minor} python={minor}, and in it: pip install '{wanted}'"
+    place = value if kind == "venv" else str(Path(python).parent.parent)
+    return f"uv venv --python {minor} {place}-py{minor} && uv pip install --python {place}-py{minor} '{wanted}'"
+
+
+def _minor(version: str) -> str:
+    found = _MINOR.match(version)
+    return found.group() if found else version
