@@ -22,7 +22,7 @@ from raylaunch.runner.launchers import ray_driver, torchrun
 from raylaunch.runner.launchers.ray_driver import TrainReportFollower
 from raylaunch.runner.launchers.torchrun import RankFailure, before_report, rank_failure
 from raylaunch.runner.log_relay import LogRelay
-from raylaunch.runner.processes import ancestors, oom_kills, pids_named, signal_name
+from raylaunch.runner.processes import ancestors, attempt_processes, oom_kills, signal_name
 from raylaunch.runner.supervisor import ProcessReaper, stop_training
 from raylaunch.runner.unpack import broken_links
 from raylaunch.runner.wandb_env import RunAddress, hosts_of
@@ -275,7 +275,7 @@ class Attempt:
         if now < self._next_ray_check:
             return
         self._next_ray_check = now + _RAY_CHECK_S
-        if pids_named(_HEAD_OF_RAY, self._spec["tag"]):
+        if any(process.name == _HEAD_OF_RAY for process in attempt_processes(self._spec["tag"])):
             self._next_ray_check = float("inf")
             self._facts["warnings"].append(contract.PRIVATE_RAY)
             self._write_facts()

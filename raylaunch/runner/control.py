@@ -32,6 +32,11 @@ class StopRequest(NamedTuple):
         """How an attempt ends that is stopped for it."""
         return "timed_out" if self.why == "timed_out" else "stopped"
 
+    @property
+    def remaining_s(self) -> float:
+        """How much time is left for stopping everything, at least a moment."""
+        return max(0.4, self.until - time.monotonic())
+
 
 class StopRequested(Exception):  # noqa: N818 -- not an error
     """The attempt is to end while its training has not started yet."""

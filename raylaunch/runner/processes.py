@@ -94,13 +94,12 @@ def ancestors(pid: int) -> frozenset[int]:
     return frozenset(found)
 
 
-def attempt_processes(tag: str, spare: frozenset[int]) -> list[AttemptProcess]:
+def attempt_processes(tag: str, spare: frozenset[int] = frozenset()) -> list[AttemptProcess]:
     """Return the living processes whose environment carries the attempt's tag, without those in `spare`."""
     mark = f"{VAR_ATTEMPT}={tag}".encode()
     found = []
-    entries = [path.name for path in _PROC.iterdir()] if _PROC.is_dir() else []
-    for entry in entries:
-        if not entry.isdigit() or int(entry) in spare:
+    for entry in process_ids():
+        if int(entry) in spare:
             continue
         try:
             environ = (_PROC / entry / "environ").read_bytes()
@@ -119,29 +118,17 @@ def attempt_processes(tag: str, spare: frozenset[int]) -> list[AttemptProcess]:
 
 def open_wandb_files(tag: str) -> list[str]:
     """Return the files that the attempt's ``wandb-core`` processes, which write its W&B runs, hold open."""
-    found = []
-    for pid in pids_named("wandb-core", tag):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            found += [os.readlink(str(path)) for path in (_PROC / pid / "fd").iterdir()]  # noqa: PTH115 -- 3.8
-    return sorted(set(found))
+    found: set[str] = set()
+    for process in attempt_processes(tag):
+        if process.name == "wandb-core":
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                found.update(os.readlink(str(path)) for path in (_PROC / str(process.pid) / "fd").iterdir())  # noqa: PTH115 -- 3.8
+    return sorted(found)
 
 
-def pids_named(name: str, tag: str) -> list[str]:
-    """Return the ids of the attempt's processes that have this name."""
-    mark = f"{VAR_ATTEMPT}={tag}".encode()
-    found = []
-    entries = os.listdir(str(_PROC)) if _PROC.is_dir() else []  # noqa: PTH208 -- called repeatedly
-    for entry in entries:
-        if not entry.isdigit():
-            continue
-        try:
-            if (_PROC / entry / "comm").read_bytes() != f"{name}\n".encode():
-                continue
-            if mark in (_PROC / entry / "environ").read_bytes().split(b"\0"):
-                found.append(entry)
-        except OSError:
-            continue  # it ended meanwhile, or belongs to another user
-    return found
+def process_ids() -> list[str]:
+    """Return the ids of all processes."""
+    return [name for name in os.listdir(str(_PROC)) if name.isdigit()] if _PROC.is_dir() else []  # noqa: PTH208 -- a Path for each of thousands is slow
 
 
 def send_signal(process: AttemptProcess, number: int) -> bool:

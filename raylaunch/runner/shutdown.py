@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from raylaunch import entrypoint
-from raylaunch.runner.processes import is_alive, is_wandb_helper, read_stat
+from raylaunch.runner.processes import is_alive, is_wandb_helper, process_ids, read_stat
 
 _PROC = Path("/proc")
 _FILTERS = ("tee", "cat", "grep", "sed", "awk", "gawk", "mawk", "ts", "tr", "cut", "head", "tail")
@@ -148,8 +148,8 @@ def descendants(root: int) -> list[Process]:
     """Return a process and all that descends from it, as /proc shows them; zombies are left out."""
     parents: dict[int, list[int]] = {}
     stats: dict[int, list[str]] = {}
-    for name in os.listdir(_PROC) if _PROC.is_dir() else []:  # noqa: PTH208 -- a Path for each of thousands is slow
-        fields = read_stat(int(name)) if name.isdigit() else []
+    for name in process_ids():
+        fields = read_stat(int(name))
         if fields and fields[0] not in "ZX":
             stats[int(name)] = fields
             parents.setdefault(int(fields[1]), []).append(int(name))

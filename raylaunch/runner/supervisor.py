@@ -70,6 +70,13 @@ class ManagedProcess:
             self.supervisor_died = True
         return self.status is not None or self.supervisor_died
 
+    def wait(self, timeout_s: float, heartbeat: Heartbeat) -> bool:
+        """Wait for the training to end while the heartbeat continues; True when it has ended."""
+        deadline = time.monotonic() + timeout_s
+        while not (ended := self.poll(_POLL_S)) and time.monotonic() < deadline:
+            heartbeat.poll()
+        return ended
+
     def terminate(self) -> None:
         """Send SIGTERM to the training's program; its launchers are held meanwhile."""
         self._write(b"T")
@@ -142,14 +149,9 @@ def stop_training(process: ManagedProcess, request: StopRequest, heartbeat: Hear
         Whether the training exited within its grace period.
     """
     process.terminate()
-    deadline = time.monotonic() + request.grace_s
-    while not process.poll(_POLL_S) and time.monotonic() < deadline:
-        heartbeat.poll()
-    in_time = process.status is not None or process.supervisor_died
+    in_time = process.wait(request.grace_s, heartbeat)
     process.kill()
-    deadline = time.monotonic() + _KILL_S
-    while not process.poll(_POLL_S) and time.monotonic() < deadline:
-        heartbeat.poll()
+    process.wait(_KILL_S, heartbeat)
     return in_time
 
 
@@ -172,7 +174,7 @@ class ProcessReaper:
         """Clean up after a training that ended by itself: its children get seconds, W&B's core the time to upload."""
         wandb_s = WANDB_ONLINE_S if online else WANDB_S
         self._wait(own_s=LEFTOVERS_S, wandb_s=wandb_s)
-        self._end_own(grace_s=1.0)
+        self._end(within_s=1.0)
         self.end_all()
 
     def after_stop(self, request: StopRequest, *, in_time: bool) -> None:
@@ -183,10 +185,10 @@ class ProcessReaper:
             in_time: whether it exited within its grace period; else its leftovers are killed at once.
         """
         if in_time:
-            self._end_own(grace_s=min(request.grace_s, LEFTOVERS_S, remaining_s(request) / 2))
+            self._end(within_s=min(request.grace_s, LEFTOVERS_S, request.remaining_s / 2))
         else:
-            self._end_own(grace_s=0.0, number=signal.SIGKILL)
-        self._wait(own_s=0.0, wandb_s=min(WANDB_S, remaining_s(request) / 2))
+            self._end(within_s=0.0, number=signal.SIGKILL)
+        self._wait(own_s=0.0, wandb_s=min(WANDB_S, request.remaining_s / 2))
         self.end_all()
 
     def _wait(self, *, own_s: float, wandb_s: float) -> None:
@@ -203,29 +205,21 @@ class ProcessReaper:
                 return
             time.sleep(_POLL_S)
 
-    def _end_own(self, *, grace_s: float, number: int = signal.SIGTERM) -> None:
-        deadline = time.monotonic() + grace_s
+    def end_all(self) -> None:
+        """Send SIGKILL to everything of the attempt, until nothing is left."""
+        self._end(within_s=_KILL_S, number=signal.SIGKILL, wandb=True)
+
+    def _end(self, *, within_s: float, number: int = signal.SIGTERM, wandb: bool = False) -> None:
+        """Send a signal once to each process, SIGKILL repeatedly, until all have exited or the time is up."""
+        deadline = time.monotonic() + within_s
         while True:
-            left = [process for process in attempt_processes(self._tag, self._spare) if not process.wandb]
+            left = [process for process in attempt_processes(self._tag, self._spare) if wandb or not process.wandb]
             for process in left:
-                identity = (process.pid, process.ticks)
-                if identity not in self._signalled and send_signal(process, number):
+                new = (process.pid, process.ticks) not in self._signalled
+                if (new or number == signal.SIGKILL) and send_signal(process, number):
                     self._count(process)
             if not left or time.monotonic() >= deadline:
                 return
-            self._heartbeat.poll()
-            time.sleep(_POLL_S / 2)
-
-    def end_all(self) -> None:
-        """Send SIGKILL to everything of the attempt, until nothing is left."""
-        deadline = time.monotonic() + _KILL_S
-        while time.monotonic() < deadline:
-            left = attempt_processes(self._tag, self._spare)
-            if not left:
-                return
-            for process in left:
-                if send_signal(process, signal.SIGKILL):
-                    self._count(process)
             self._heartbeat.poll()
             time.sleep(_POLL_S / 5)
 
@@ -234,11 +228,6 @@ class ProcessReaper:
         self._signalled.add(identity)
         if not process.wandb and not process.ray:
             self._counted.add(identity)
-
-
-def remaining_s(request: StopRequest) -> float:
-    """Return how much time is left for stopping everything, at least a moment."""
-    return max(0.4, request.until - time.monotonic())
 
 
 class _Supervisor:

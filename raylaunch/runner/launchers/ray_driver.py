@@ -25,7 +25,6 @@ from urllib.parse import urlsplit
 
 from raylaunch import contract
 from raylaunch.runner.control import Heartbeat, StopRequest
-from raylaunch.runner.supervisor import remaining_s
 
 if TYPE_CHECKING:
     from raylaunch.contract import AttemptSpec, EnvironmentSpec
@@ -194,7 +193,7 @@ class TrainReportFollower:
         self.poll()
         if self._control < 0:
             return
-        limit_s = _FINISH_S if request is None else remaining_s(request) / 2
+        limit_s = _FINISH_S if request is None else request.remaining_s / 2
         with contextlib.suppress(BrokenPipeError):  # it exited by itself: its output is in the log
             os.write(self._control, json.dumps({"exit_code": exit_code}).encode() + b"\n")
         os.close(self._control)
