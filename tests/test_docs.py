@@ -138,7 +138,17 @@ def test_the_files_of_a_walk_exist_and_none_is_visited_twice(walk: str) -> None:
     files = re.findall(r"`([\w/]+\.py)`", paragraph)
     assert 1 < len(files) <= WALKS[walk]
     assert len(set(files)) == len(files)
-    assert not [file for file in files if not (ROOT / "raylaunch" / file).is_file()]
+    gone = [file for file in files if not (ROOT / "raylaunch" / file).is_file()]
+    assert not gone, f"name in {walk!r} of docs/architecture.md the files that these have become"
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_every_source_file_that_is_named_exists(name: str) -> None:
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    known = {f"/{file}" for file in done.stdout.splitlines()}
+    named = set(re.findall(r"`([\w/]+\.(?:py|sh))`", (ROOT / name).read_text(encoding="utf-8")))
+    gone = sorted(file for file in named if not any(one.endswith(f"/{file}") for one in known))
+    assert not gone, f"name in {name} the files that these have become"
 
 
 def test_the_picture_of_the_readme_names_no_folder_of_a_machine_and_fetches_nothing() -> None:

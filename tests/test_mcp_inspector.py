@@ -102,6 +102,7 @@ CALLS: dict[str, tuple[dict[str, str], str]] = {
 
 @pytest.mark.parametrize("tool", [tool.name for tool in TOOLS if tool.name != "stop_job"] + ["stop_job"])
 def test_every_tool_can_be_called(place: Place, tool: str) -> None:
+    assert tool in CALLS, "add a call of it to the table above"
     arguments, key = CALLS[tool]
     result = call(place, tool, arguments)
     assert not result.get("isError"), result
