@@ -13,7 +13,7 @@ define WITH_TYPES
 	wait $$types || { cat build/types.txt; exit 1; }; \
 	exit $$tests
 endef
-# Tests start thousands of Pythons; without its bytecode each would compile raylaunch anew.
+# Tests start thousands of Pythons; without its bytecode each would compile raylaunch again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -57,7 +57,7 @@ format: .venv/.test ## let ruff format and fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.test ## measure raylaunch beside its peers; writes benchmarks/results.json
+bench: .venv/.test ## compare raylaunch with its peers; writes benchmarks/results.json
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 docs: .venv/.docs ## build the documentation into site/; a broken link fails it

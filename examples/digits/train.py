@@ -1,6 +1,6 @@
 """Train a small neural network on the handwritten digits that scikit-learn ships (1,797 real images of 8 by 8 pixels).
 
-Runs as a raylaunch job, and just as well by itself: ``WANDB_MODE=offline python train.py``.
+Runs as a raylaunch job, and also on its own: ``WANDB_MODE=offline python train.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sklearn.neural_network import MLPClassifier
 
 try:
     import raylaunch
-except ImportError:  # not installed where this runs by itself: train all the same
+except ImportError:  # not installed where this runs on its own: train without it
     raylaunch = None  # type: ignore[assignment]  # a module or nothing
 
 

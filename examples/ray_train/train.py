@@ -1,6 +1,6 @@
 """Train a small network on handwritten digits with Ray Train: some workers, a checkpoint after each epoch.
 
-Runs as a raylaunch job (see job.yaml), and just as well by itself: ``python train.py`` starts a Ray here.
+Runs as a raylaunch job (see job.yaml), and also on its own: ``python train.py`` starts a Ray here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def network() -> nn.Module:
 
 
 def train_loop(config: dict[str, float]) -> None:
-    """Train as one of the workers. What `train.report` says becomes the job's metrics, in W&B too."""
+    """Train as one of the workers. What `train.report` gets becomes the job's metrics, in W&B too."""
     images, digits = load_digits(return_X_y=True)
     pixels = torch.tensor(images / PIXEL_MAX, dtype=torch.float32)
     seen_x, held_x, seen_y, held_y = train_test_split(pixels, torch.tensor(digits), test_size=0.25, random_state=0)

@@ -1,6 +1,6 @@
 """Look for a good network for handwritten digits with Ray Tune: four trials, each with a W&B run of its own.
 
-Runs as a raylaunch job (see job.yaml), and just as well by itself: ``WANDB_MODE=offline python sweep.py`` starts a Ray
+Runs as a raylaunch job (see job.yaml), and also on its own: ``WANDB_MODE=offline python sweep.py`` starts a Ray
 here.
 """
 
@@ -22,7 +22,7 @@ PIXEL_MAX = 16.0
 
 
 def trial(config: dict[str, float]) -> None:
-    """Train one network, and say after each epoch how good it is."""
+    """Train one network, and report after each epoch how good it is."""
     images, digits = load_digits(return_X_y=True)
     train_x, test_x, train_y, test_y = train_test_split(images / PIXEL_MAX, digits, test_size=0.25, random_state=0)
     model = MLPClassifier((int(config["hidden"]),), learning_rate_init=config["lr"], random_state=0)
