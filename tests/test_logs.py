@@ -24,13 +24,13 @@ def tail(log: Path, lines: int, **options: int) -> bytes:
 
 
 def texts(log: Path, pattern: str, **options: bool | int) -> list[str]:
-    return [match.text for match in logs.search(log, pattern, **options).matches]  # type: ignore[arg-type] # one helper
+    return [match.text for match in logs.search(log, logs.LogSearch(pattern, **options)).matches]  # type: ignore[arg-type] # one helper
 
 
 def every(log: Path, pattern: str, *, limit: int, max_bytes: int) -> Iterator[int]:
     offset, more = 0, True
     while more:
-        found = logs.search(log, pattern, offset=offset, limit=limit, max_bytes=max_bytes)
+        found = logs.search(log, logs.LogSearch(pattern, offset=offset, limit=limit), max_bytes=max_bytes)
         yield from (match.offset for match in found.matches)
         assert found.next_offset > offset or not found.more
         offset, more = found.next_offset, found.more
@@ -118,7 +118,8 @@ def test_the_last_lines_of_a_gigabyte_leave_memory_flat(log: Path) -> None:
         "assert attempt_files.read(path, offset=offset).data[:7] == b'line 0\\n'\n"
         "offset, more = 0, True\n"
         "while more:\n"
-        "    found = logs.search(path, 'line 999', offset=offset); offset, more = found.next_offset, found.more\n"
+        "    found = logs.search(path, logs.LogSearch('line 999', offset=offset))\n"
+        "    offset, more = found.next_offset, found.more\n"
         "assert len(found.matches) == 1\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
@@ -132,7 +133,7 @@ def test_the_last_lines_of_a_gigabyte_leave_memory_flat(log: Path) -> None:
 
 def test_a_search_returns_lines_with_their_offsets(log: Path) -> None:
     log.write_bytes(b"loss 1\nacc 2\nloss 3\n")
-    found = logs.search(log, "loss")
+    found = logs.search(log, logs.LogSearch("loss"))
     assert [(match.offset, match.text) for match in found.matches] == [(0, "loss 1"), (13, "loss 3")]
     assert (found.next_offset, found.more) == (20, False)
 
@@ -175,9 +176,9 @@ def test_bytes_that_are_not_text_and_very_long_lines_are_searched_and_shown_shor
 
 def test_an_empty_pattern_and_a_wrong_expression_are_refused(log: Path) -> None:
     with pytest.raises(SpecError, match="the pattern to search for is empty"):
-        logs.search(log, "")
+        logs.search(log, logs.LogSearch(""))
     with pytest.raises(SpecError) as raised:
-        logs.search(log, "(", regex=True)
+        logs.search(log, logs.LogSearch("(", regex=True))
     assert raised.value.message == "'(' is not a supported regular expression: missing ): ("
 
 
@@ -186,7 +187,7 @@ def test_what_the_engine_of_expressions_lacks_is_refused_with_what_there_is(
     log: Path, pattern: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SpecError) as raised:
-        logs.search(log, pattern, regex=True)
+        logs.search(log, logs.LogSearch(pattern, regex=True))
     assert "no lookaround" in raised.value.hint
     assert "backreference" in raised.value.hint
     assert capfd.readouterr() == ("", "")
@@ -194,11 +195,11 @@ def test_what_the_engine_of_expressions_lacks_is_refused_with_what_there_is(
 
 def test_a_pattern_of_many_characters_or_of_half_a_character_is_refused(log: Path) -> None:
     with pytest.raises(SpecError, match="1001 characters"):
-        logs.search(log, "a" * 1001, regex=True)
+        logs.search(log, logs.LogSearch("a" * 1001, regex=True))
     with pytest.raises(SpecError, match="surrogate"):
-        logs.search(log, "\ud800")
+        logs.search(log, logs.LogSearch("\ud800"))
     with pytest.raises(SpecError, match="is not a supported regular expression"):
-        logs.search(log, "((((a{100}){100}){100}){100}){100}", regex=True)
+        logs.search(log, logs.LogSearch("((((a{100}){100}){100}){100}){100}", regex=True))
 
 
 @pytest.mark.timeout(60)

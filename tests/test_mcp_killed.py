@@ -12,6 +12,7 @@ from support.api import Api
 from support.api_use import large, listening, start, write
 from support.waiting import wait_until
 
+from raylaunch.controller.store.database import Filters
 from raylaunch.models.job import JobView
 from raylaunch.models.states import JobState
 
@@ -31,7 +32,7 @@ def killed(place: Path, tool: str, given: dict[str, object], when: Callable[[], 
 
 
 def jobs_named(paper: Api, name: str) -> list[JobView]:
-    return list(paper.do(lambda: paper.records.page(name=name)).jobs)
+    return list(paper.do(lambda: paper.records.page(Filters(name=name))).jobs)
 
 
 def packages(paper: Api) -> int:

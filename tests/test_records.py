@@ -15,7 +15,7 @@ import yaml
 from support.store import end, kinds, opened, request, submit
 
 from raylaunch.controller.store.backlog import WaitDecision
-from raylaunch.controller.store.database import LISTED, nearest
+from raylaunch.controller.store.database import LISTED, Filters, nearest
 from raylaunch.controller.store.jobs import Records
 from raylaunch.controller.store.recovery import empty_trash
 from raylaunch.errors import ConflictError, NotFoundError, SpecError
@@ -107,8 +107,8 @@ def test_a_store_of_an_older_version_gets_what_lists_are_filtered_by(tmp_path: P
     with closing(sqlite3.connect(tmp_path / "raylaunch.db")) as database:
         database.execute(f"DROP INDEX {LISTED}")
     with opened(tmp_path) as records:
-        for filters in ({"tag": "both"}, {"name": "dig*"}, {"owner": job.owner, "states": [JobState.QUEUED]}):
-            assert [found.id for found in records.page(**filters).jobs] == [job.id]
+        for filters in (Filters(tag="both"), Filters(name="dig*"), Filters((JobState.QUEUED,), owner=job.owner)):
+            assert [found.id for found in records.page(filters).jobs] == [job.id]
 
 
 def test_pages_show_every_job_once_newest_first(records: Records) -> None:
@@ -131,7 +131,7 @@ def test_a_page_is_filtered_by_state_name_owner_tag_and_time(records: Records) -
     end(records, old)
 
     def ids(**filters: object) -> list[str]:
-        return [job.id for job in records.page(**filters).jobs]  # type: ignore[arg-type] # one helper for all filters
+        return [job.id for job in records.page(Filters(**filters)).jobs]  # type: ignore[arg-type] # one helper for all filters
 
     assert ids(states=(JobState.FAILED,)) == [old.id]
     assert ids(states=(JobState.FAILED, JobState.QUEUED)) == [new.id, old.id]

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from raylaunch.controller.api import cluster, files, jobs, logs, people
+from raylaunch.controller.api import cluster, files, jobs, logs
 from raylaunch.controller.api.dependencies import AppState
 from raylaunch.controller.api.middleware import AuthMiddleware
 from raylaunch.controller.api.responses import error_response
@@ -96,7 +96,7 @@ def create_app(services: AppState) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _bug)
-    for module in (cluster, jobs, logs, files, people):
+    for module in (cluster, jobs, logs, files):
         app.include_router(module.router, prefix="/v1")
     return app
 

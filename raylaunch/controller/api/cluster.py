@@ -1,44 +1,74 @@
-"""Routes about the cluster and its hosts: status, drains, pauses, Ray's own access, secrets, disk usage."""
+"""Routes about the cluster: hosts, pauses, status, Ray's own access, secrets, disk usage, tokens and invitations."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 import sys
+from typing import Annotated
 
 import anyio
-from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Header, Request, Response
+from pydantic import Field
 
-from raylaunch.controller.api.dependencies import AppState, CurrentCaller, GuardedRoute, Services, requires
+from raylaunch.controller.api.dependencies import AppState, CurrentCaller, GuardedRoute, RequestBody, Services, requires
 from raylaunch.controller.api.responses import json_response, model_response
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.store.access import Role
-from raylaunch.models.cluster import ClusterPython, ControllerStatus, EnvironmentWheels, HostJobs, Quiet, RayAccess
+from raylaunch.models.cluster import (
+    Admission,
+    ClusterPython,
+    ControllerStatus,
+    EnvironmentWheels,
+    HostJobs,
+    Invitation,
+    Quiet,
+    RayAccess,
+    TokenView,
+)
 from raylaunch.models.fields import Moment
 from raylaunch.models.job import UsagePage
 
 SECRET_BYTES = 1024 * 1024
 WHEELS_BYTES = 4 * 1024 * 1024
+_DAY_S = 86400.0
 router = APIRouter(route_class=GuardedRoute)
 
 
-class DrainRequest(BaseModel):
+class DrainRequest(RequestBody):
     """End of the drain (seconds since the epoch; null for none), and whether running jobs are stopped."""
-
-    model_config = ConfigDict(extra="forbid")
 
     until: Moment | None = None
     stop: bool = False
 
 
-class QuietRequest(BaseModel):
+class QuietRequest(RequestBody):
     """Longest duration (seconds), and whether running jobs are stopped and queued again."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    limit_s: float = Field(default=600.0, gt=0, le=7 * 86400, allow_inf_nan=False)
+    limit_s: float = Field(default=600.0, gt=0, le=7 * _DAY_S, allow_inf_nan=False)
     stop: bool = False
+
+
+class SecretValue(RequestBody):
+    """The value of a secret, and the people whose jobs get it: empty for all, null to leave that unchanged."""
+
+    value: str = Field(repr=False)
+    people: tuple[str, ...] | None = Field(default=None, max_length=100)
+
+
+class InviteRequest(RequestBody):
+    """Person and role; validity of the code in seconds, and when the token expires (null: never)."""
+
+    person: str
+    role: Role
+    valid_s: float = Field(default=_DAY_S, gt=0, le=30 * _DAY_S, allow_inf_nan=False)
+    token_expires_at: Moment | None = None
+
+
+class TakeRequest(RequestBody):
+    """The SHA-256 of a token that never leaves its owner's machine."""
+
+    sha256: str
 
 
 @router.get("/hosts/{host}", response_model=HostJobs)
@@ -85,15 +115,6 @@ async def quiet(services: Services, caller: CurrentCaller, asked: QuietRequest |
 async def loud(services: Services) -> Response:
     """Resume the start of attempts."""
     return model_response(services.hosts.resume())
-
-
-class SecretValue(BaseModel):
-    """The value of a secret, and the people whose jobs get it: empty for all, null to leave that unchanged."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    value: str = Field(repr=False)
-    people: tuple[str, ...] | None = Field(default=None, max_length=100)
 
 
 @router.get("/health")
@@ -160,6 +181,65 @@ async def usage(services: Services) -> Response:
     """Return the disk usage of the store, largest job first, and of the nodes."""
     page = await anyio.to_thread.run_sync(_usage, services)
     return model_response(page.model_copy(update={"nodes": await services.jobs.node_usage()}))
+
+
+@router.get("/tokens", response_model=list[TokenView])
+@requires(Role.ADMIN, "list tokens")
+async def tokens(services: Services, caller: CurrentCaller) -> Response:
+    """Return all tokens and open invitations."""
+    return model_response(list(services.invitations.views(caller.token)))
+
+
+@router.post("/tokens", response_model=Invitation)
+@requires(Role.ADMIN, "invite people")
+async def invite(asked: InviteRequest, request: Request, services: Services, caller: CurrentCaller) -> Response:
+    """Invite a person."""
+    request.state.about = asked.person
+    code, expires_at = services.invitations.invite(
+        asked.person, asked.role, by=caller.person, valid_s=asked.valid_s, token_expires_at=asked.token_expires_at
+    )
+    settings = services.settings
+    invitation = Invitation(
+        code=code,
+        person=asked.person,
+        role=asked.role.value,
+        expires_at=expires_at,
+        token_expires_at=asked.token_expires_at,
+        cluster=settings.cluster,
+        port=settings.port,
+    )
+    return model_response(invitation)
+
+
+@router.delete("/tokens/{who}")
+@requires(Role.ADMIN, "revoke tokens")
+async def revoke(who: str, request: Request, services: Services, caller: CurrentCaller) -> Response:
+    """Revoke tokens and invitations."""
+    request.state.about = who
+    return json_response({"revoked": services.invitations.revoke(who, mine=caller.token)})
+
+
+@router.post("/join", response_model=Admission)
+async def take(
+    asked: TakeRequest,
+    request: Request,
+    services: Services,
+    caller: CurrentCaller,
+    authorization: Annotated[str, Header()],
+) -> Response:
+    """Accept an invitation: its code is the request's bearer token."""
+    request.state.about = caller.person
+    token = services.invitations.accept(authorization.partition(" ")[2], asked.sha256)
+    settings = services.settings
+    admission = Admission(
+        person=token.person,
+        role=token.role.value,
+        made_by=token.made_by,
+        cluster=settings.cluster,
+        cluster_id=settings.cluster_id,
+        expires_at=token.expires_at,
+    )
+    return model_response(admission)
 
 
 def python_of(settings: Settings) -> ClusterPython:

@@ -13,6 +13,7 @@ from urllib.parse import quote
 import anyio
 from fastapi import Depends, Query, Request, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict
 from starlette.types import Message, Receive
 
 from raylaunch.controller.metrics.reader import MetricsStore
@@ -40,7 +41,15 @@ WAIT_S = 25.0
 """Longest wait of a long poll."""
 MAX_INT = (1 << 63) - 1
 """The largest integer that files and the database support."""
+JOIN_PATH = "/v1/join"
+"""The only path that accepts an invitation's code."""
 WaitS = Annotated[float, Query(ge=0, le=WAIT_S, allow_inf_nan=False, description="how long to wait for news, seconds")]
+
+
+class RequestBody(BaseModel):
+    """The body of a request. Unknown fields are an error."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)

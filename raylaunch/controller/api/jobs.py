@@ -9,7 +9,7 @@ from typing import Annotated
 import anyio
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import JsonValue
 from starlette.background import BackgroundTask
 
 from raylaunch.controller.api.dependencies import (
@@ -20,6 +20,7 @@ from raylaunch.controller.api.dependencies import (
     Job,
     LightJob,
     OwnJob,
+    RequestBody,
     Services,
     WaitS,
     client_disconnect,
@@ -32,6 +33,7 @@ from raylaunch.controller.api.dependencies import (
 )
 from raylaunch.controller.api.responses import json_response, model_response
 from raylaunch.controller.store.access import Role
+from raylaunch.controller.store.database import Filters
 from raylaunch.controller.store.logs import log_tail
 from raylaunch.controller.store.record import JobRecord
 from raylaunch.controller.store.recovery import empty_trash
@@ -113,10 +115,8 @@ def _message(event: Event) -> bytes:
     return f"id: {event.seq}\nevent: {event.kind}\ndata: {event.model_dump_json()}\n\n".encode()
 
 
-class StopBody(BaseModel):
+class StopBody(RequestBody):
     """Seconds between SIGTERM and SIGKILL, or null for the job's own."""
-
-    model_config = ConfigDict(extra="forbid")
 
     grace_s: SomeSeconds | None = None
 
@@ -153,14 +153,12 @@ async def jobs(  # noqa: PLR0913 -- each is one filter
     cursor: str = "",
 ) -> Response:
     """Return one page of jobs, newest first, without their heavy fields."""
-    states = _states(state)
+    filters = Filters(_states(state), name, owner, tag, since)
     found: list[JsonValue] = []
     unreadable: list[JsonValue] = []
     while True:
         few = min(limit - len(found), _AT_ONCE)
-        page = services.records.page(
-            states=states, name=name, owner=owner, tag=tag, since=since, limit=few, cursor=cursor
-        )
+        page = services.records.page(filters, limit=few, cursor=cursor)
         found += [services.jobs.explained(view).model_dump(mode="json") for view in page.jobs]
         unreadable += page.unreadable
         cursor = page.next_cursor

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from functools import partial
-from typing import Annotated, NamedTuple, Protocol, TypedDict
+from typing import Annotated, NamedTuple
 
 import anyio
 from fastapi import APIRouter, Query, Request, Response
@@ -36,43 +35,14 @@ Attempt = Annotated[int | None, Query(le=MAX_INT, description="number of the att
 Rank = Annotated[int, Query(ge=0, le=1_000_000)]
 
 
-class LogSearch(TypedDict):
-    """A search in a log."""
-
-    pattern: str
-    regex: bool
-    ignore_case: bool
-    offset: int
-    line: int
-    limit: int
-
-
-class Log(Protocol):
-    """One log that may still grow."""
-
-    async def tail_offset(self, lines: int) -> int:
-        """Return the offset of the last `lines` lines."""
-
-    async def read(self, offset: int, limit: int, *, ended: bool) -> Slice:
-        """Return at most `limit` bytes from `offset` on; `ended` means that no more will be written."""
-
-    async def search(self, asked: LogSearch) -> LogMatches:
-        """Return lines that match."""
-
-    async def grown(self, size: int, timeout_s: float) -> None:
-        """Return when it may have more than `size` bytes, or at the timeout."""
-
-
-def log_of(services: AppState, record: JobRecord, *, n: int, rank: int) -> Log:
+def log_of(services: AppState, record: JobRecord, *, n: int, rank: int) -> _StoredLog | _ExternalLog:
     """Return the log of one rank of attempt `n`; for attempt 0 an empty one.
 
     Raises:
         NotFoundError: the attempt has no such rank; an external job has only one log.
     """
-    if not n:
-        return _EmptyLog()
-    if not record.foreign:
-        if rank:
+    if not record.foreign or not n:
+        if rank and n:
             logs.check_known_rank(record.id, services.records.folder(record.id), record.attempts[n - 1], rank=rank)
         return _StoredLog(services, record, n, rank)
     if rank:
@@ -81,26 +51,13 @@ def log_of(services: AppState, record: JobRecord, *, n: int, rank: int) -> Log:
     return _ExternalLog(services, record.attempts[n - 1])
 
 
-class _EmptyLog:
-    async def tail_offset(self, _lines: int) -> int:
-        return 0
-
-    async def read(self, _offset: int, _limit: int, *, ended: bool) -> Slice:  # noqa: ARG002 -- the protocol's name
-        return Slice(0, b"", 0)
-
-    async def search(self, asked: LogSearch) -> LogMatches:
-        return logs.search_in(io.BytesIO(), **asked)
-
-    async def grown(self, _size: int, timeout_s: float) -> None:
-        await asyncio.sleep(timeout_s)
-
-
 class _StoredLog:
+    """The log of one rank, in the store; of attempt 0 it is empty."""
+
     def __init__(self, services: AppState, record: JobRecord, n: int, rank: int) -> None:
         self._services = services
         self._job = record.id
         self._folder = services.records.folder(record.id)
-        self._attempt = record.attempts[n - 1]
         self._n = n
         self._rank = rank
         self._path = logs.log_path(self._folder, attempt=n, rank=rank)
@@ -109,19 +66,24 @@ class _StoredLog:
         return await anyio.to_thread.run_sync(attempt_files.tail_offset, self._path, lines)
 
     async def read(self, offset: int, limit: int, *, ended: bool) -> Slice:
-        if ended and self._rank:
+        if ended and self._rank and self._n:
             logs.check_rank(self._job, self._folder, attempt=self._n, rank=self._rank)
         return await anyio.to_thread.run_sync(partial(attempt_files.read, self._path, offset=offset, limit=limit))
 
-    async def search(self, asked: LogSearch) -> LogMatches:
-        search = partial(logs.search, self._path, **asked)
+    async def search(self, asked: logs.LogSearch) -> LogMatches:
+        search = partial(logs.search, self._path, asked)
         return await anyio.to_thread.run_sync(search, limiter=self._services.searches)
 
     async def grown(self, _size: int, timeout_s: float) -> None:
-        await self._services.jobs.wait_growth(self._attempt.id, timeout_s)
+        if self._n:
+            await self._services.jobs.wait_growth(f"{self._job}-{self._n}", timeout_s)
+        else:
+            await asyncio.sleep(timeout_s)
 
 
 class _ExternalLog:
+    """The log of an external job, which Ray has."""
+
     def __init__(self, services: AppState, attempt: AttemptView) -> None:
         self._logs = services.external_logs
         self._searches = services.searches
@@ -133,9 +95,9 @@ class _ExternalLog:
     async def read(self, offset: int, limit: int, *, ended: bool) -> Slice:
         return await self._logs.read(self._attempt, offset=offset, limit=limit, ended=ended)
 
-    async def search(self, asked: LogSearch) -> LogMatches:
-        blocks = ExternalLogBlocks(self._logs, self._attempt, asked["offset"])
-        return await anyio.to_thread.run_sync(partial(logs.search_in, blocks, **asked), limiter=self._searches)
+    async def search(self, asked: logs.LogSearch) -> LogMatches:
+        blocks = ExternalLogBlocks(self._logs, self._attempt, asked.offset)
+        return await anyio.to_thread.run_sync(partial(logs.search_in, blocks, asked), limiter=self._searches)
 
     async def grown(self, size: int, timeout_s: float) -> None:
         await self._logs.grown(self._attempt, size, timeout_s)
@@ -198,7 +160,7 @@ async def search(  # noqa: PLR0913 -- each is one option
 ) -> Response:
     """Return lines of a log that match."""
     n = pick_attempt(record, attempt)
-    asked = LogSearch(pattern=pattern, regex=regex, ignore_case=ignore_case, offset=offset, line=line, limit=limit)
+    asked = logs.LogSearch(pattern, regex, ignore_case, offset, line, limit)
     return model_response(await log_of(services, record, n=n, rank=rank).search(asked))
 
 
@@ -240,7 +202,7 @@ async def _read_when_grown(services: AppState, request: Request, asked: _LogRequ
                     await asyncio.gather(growth, return_exceptions=True)
 
 
-async def _read(log: Log, asked: _LogRequest, n: int, *, ended: bool, patient: bool) -> _LogPart:
+async def _read(log: _StoredLog | _ExternalLog, asked: _LogRequest, n: int, *, ended: bool, patient: bool) -> _LogPart:
     try:
         return _LogPart(await log.read(asked.begin, asked.limit, ended=ended), n, ended)
     except ClusterError:  # a follower survives an outage of Ray

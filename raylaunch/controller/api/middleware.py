@@ -7,7 +7,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raylaunch.controller.api.people import JOIN_PATH
+from raylaunch.controller.api.dependencies import JOIN_PATH
 from raylaunch.controller.api.responses import VERSION_HEADERS, error_response
 from raylaunch.controller.store.access import Caller, Invitations, TokenStore
 from raylaunch.controller.store.audit import AuditLog

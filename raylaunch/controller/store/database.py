@@ -14,7 +14,6 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -237,15 +236,16 @@ def _rename_damaged(path: Path) -> Path:
     return aside
 
 
-@dataclass(frozen=True)
-class Filters:
+class Filters(NamedTuple):
     """Filters of a list of jobs. Empty ones match all."""
 
     states: tuple[JobState, ...] = ()
     name: str = ""
+    """``*`` matches anything."""
     owner: str = ""
     tag: str = ""
     since: float | None = None
+    """Submitted at or after this time, seconds since the epoch."""
 
     @property
     def many(self) -> bool:

@@ -33,6 +33,7 @@ from raylaunch.models.job import Event, EventPage, JobPage, JobView, SubmitReque
 from raylaunch.models.states import Change, JobState
 
 _DB = "raylaunch.db"
+_ALL = Filters()
 _NEAR_AMONG = 500
 """How many of the latest jobs are compared with a mistyped id or name."""
 
@@ -209,32 +210,17 @@ class Records:
             raise _no_job(job_id)
         return record_from(*row)
 
-    def page(  # noqa: PLR0913 -- each is one filter, and all are named
-        self,
-        *,
-        states: Sequence[JobState] = (),
-        name: str = "",
-        owner: str = "",
-        tag: str = "",
-        since: float | None = None,
-        limit: int = 50,
-        cursor: str = "",
-    ) -> JobPage:
+    def page(self, filters: Filters = _ALL, *, limit: int = 50, cursor: str = "") -> JobPage:
         """Return one page of jobs, newest first, without their heavy fields.
 
         Args:
-            states: only these; empty for all.
-            name: only jobs with this name; ``*`` matches anything.
-            owner: only this person's.
-            tag: only those with this tag.
-            since: only those submitted at or after this time, seconds since the epoch.
+            filters: which jobs.
             limit: maximum number of jobs on the page.
             cursor: `JobPage.next_cursor` of the previous page.
 
         Raises:
             SpecError: the cursor is invalid.
         """
-        filters = Filters(tuple(states), name, owner, tag, since)
         return page_of(self._db, filters, self._active, limit=limit, cursor=cursor)
 
     def names(self) -> list[tuple[str, str, JobState]]:

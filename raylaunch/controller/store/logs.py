@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import re2
 
@@ -78,44 +78,43 @@ def ranks(job_folder: Path, *, attempt: int) -> tuple[int, ...]:
     return tuple(sorted(int(name[5:]) for name in names if name[5:].isdigit()))
 
 
-def search(  # noqa: PLR0913 -- each is one option of the search
-    path: Path,
-    pattern: str,
-    *,
-    regex: bool = False,
-    ignore_case: bool = False,
-    offset: int = 0,
-    line: int = 0,
-    limit: int = 100,
-    max_bytes: int = SEARCH_BYTES,
-) -> LogMatches:
-    """Return lines that contain `pattern`, from `offset` on.
+class LogSearch(NamedTuple):
+    """A search in a log."""
+
+    pattern: str
+    """Text to find, or with `regex` a regular expression in RE2's syntax."""
+    regex: bool = False
+    ignore_case: bool = False
+    offset: int = 0
+    """Where to start, bytes."""
+    line: int = 0
+    """The number of the line there, if known; it is 1 at the start of the log."""
+    limit: int = 100
+    """Maximum number of matches."""
+
+
+def search(path: Path, asked: LogSearch, *, max_bytes: int = SEARCH_BYTES) -> LogMatches:
+    """Return the lines that match.
 
     Lines end with a newline. If a progress bar has rewritten a line with carriage returns, only the matching version is
     returned. Very long lines are searched in pieces of 64 KiB.
 
     Args:
         path: the log.
-        pattern: text to find, or with `regex` a regular expression in RE2's syntax.
-        regex: whether the pattern is a regular expression.
-        ignore_case: whether to ignore case.
-        offset: where to start, bytes.
-        line: the number of the line there, if known; it is 1 at the start of the log.
-        limit: maximum number of matches.
+        asked: the search.
         max_bytes: how much to read at most; then `more` is set, and the search can continue at `next_offset`.
 
     Raises:
         SpecError: the pattern is empty, too long, or not a regular expression.
     """
-    options = {"regex": regex, "ignore_case": ignore_case}
-    _matcher(pattern, **options)
+    _matcher(asked)
     size = size_of(path)
-    start = min(max(offset, 0), size)
+    start = min(max(asked.offset, 0), size)
     if start == size:
-        return LogMatches(matches=(), next_offset=start, more=False, next_line=line)
+        return LogMatches(matches=(), next_offset=start, more=False, next_line=asked.line)
     with path.open("rb") as file:
         file.seek(start)
-        found = search_in(file, pattern, **options, offset=start, line=line, limit=limit, max_bytes=max_bytes)
+        found = search_in(file, asked._replace(offset=start), max_bytes=max_bytes)
     return found.model_copy(update={"more": found.more and found.next_offset < size_of(path)})
 
 
@@ -126,30 +125,20 @@ class LogBlocks(Protocol):
         """Return the next bytes, at most `limit`; empty at the end."""
 
 
-def search_in(  # noqa: PLR0913 -- same options
-    log: LogBlocks,
-    pattern: str,
-    *,
-    regex: bool,
-    ignore_case: bool,
-    offset: int,
-    line: int = 0,
-    limit: int,
-    max_bytes: int = SEARCH_BYTES,
-) -> LogMatches:
-    """Search a log from its position `offset` on; like `search`, but `more` may be set even at the end."""
+def search_in(log: LogBlocks, asked: LogSearch, *, max_bytes: int = SEARCH_BYTES) -> LogMatches:
+    """Search a log from its position `asked.offset` on; like `search`, but `more` may be set even at the end."""
     until = time.monotonic() + SEARCH_S
-    matches = _matcher(pattern, regex=regex, ignore_case=ignore_case)
-    literal = b"" if regex or ignore_case else pattern.encode()
+    matches = _matcher(asked)
+    literal = b"" if asked.regex or asked.ignore_case else asked.pattern.encode()
     found: list[LogMatch] = []
-    position, number = offset, line if offset else 1
-    for at, end, piece, ends in _lines(log, offset, literal):
+    position, number = asked.offset, asked.line if asked.offset else 1
+    for at, end, piece, ends in _lines(log, asked.offset, literal):
         position = end
         text = _matching_text(piece, matches) if piece else None
         if text is not None:
             found.append(LogMatch(offset=at, text=text, line=number))
         number += ends if number else 0
-        if len(found) >= limit or position >= offset + max_bytes or time.monotonic() > until:
+        if len(found) >= asked.limit or position >= asked.offset + max_bytes or time.monotonic() > until:
             return LogMatches(matches=tuple(found), next_offset=position, more=True, next_line=number)
     return LogMatches(matches=tuple(found), next_offset=position, more=False, next_line=number)
 
@@ -179,11 +168,12 @@ def check_rank(job: str, job_folder: Path, *, attempt: int, rank: int) -> None:
         raise NotFoundError(msg, hint=hint)
 
 
-def _matcher(pattern: str, *, regex: bool, ignore_case: bool) -> Callable[[str], bool]:
+def _matcher(asked: LogSearch) -> Callable[[str], bool]:
     """Return a function that tests whether a text matches.
 
     RE2 takes linear time for every pattern; Python's `re` can be made to take hours, and holds the GIL meanwhile.
     """
+    pattern = asked.pattern
     if not pattern:
         msg = "the pattern to search for is empty"
         raise SpecError(msg, hint="give some text to find", field="pattern")
@@ -191,8 +181,8 @@ def _matcher(pattern: str, *, regex: bool, ignore_case: bool) -> Callable[[str],
         msg = f"the pattern to search for has {len(pattern)} characters; at most {_PATTERN_CHARS} are supported"
         raise SpecError(msg, hint="search for a part of it", field="pattern")
     options = re2.Options()
-    options.literal = not regex
-    options.case_sensitive = not ignore_case
+    options.literal = not asked.regex
+    options.case_sensitive = not asked.ignore_case
     options.log_errors = False
     options.max_mem = _PATTERN_MEMORY
     try:
