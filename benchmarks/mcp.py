@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from benchmarks.measure import Result, Skipped, compared, in_turns, seconds
 from benchmarks.workshop import PROGRAMS, Workshop
-from raylaunch.client.transport import Reachable
+from raylaunch.cluster.types import Endpoint
 
 _OURS = (sys.executable, "-c", "from mcp_server.server import main; main()")
 """What the program `raylaunch-mcp` runs."""
@@ -129,7 +129,7 @@ def _first_answer(command: Sequence[str], shop: Workshop) -> float:
 
 
 @contextmanager
-def _asking(reach: Reachable) -> Iterator[Callable[[str], bytes]]:
+def _asking(reach: Endpoint) -> Iterator[Callable[[str], bytes]]:
     """Yield a way to ask the controller over one open connection."""
     connection = http.client.HTTPConnection(urlsplit(reach.url).netloc, timeout=30)
 

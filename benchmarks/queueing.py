@@ -13,7 +13,7 @@ from urllib.parse import urlencode, urlsplit
 
 from benchmarks.measure import Result, Skipped
 from benchmarks.workshop import Workshop
-from raylaunch.client.transport import Reachable
+from raylaunch.cluster.types import Endpoint
 from raylaunch.controller.ray.bridge import PreparedAttempt, RayBridge
 from raylaunch.controller.ray.jobs_api import RayJobs
 from raylaunch.controller.ray.protocol import LinkUp
@@ -178,7 +178,7 @@ def _fill(store: Path, jobs: int, *, where: Where) -> list[str]:
     return made
 
 
-def _ask(reach: Reachable, paths: list[str]) -> list[float]:
+def _ask(reach: Endpoint, paths: list[str]) -> list[float]:
     connection = http.client.HTTPConnection(urlsplit(reach.url).netloc, timeout=30)
     times = []
     for path in paths:

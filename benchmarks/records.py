@@ -13,7 +13,7 @@ from urllib.parse import urlencode, urlsplit
 
 from benchmarks.measure import Result, Skipped
 from benchmarks.workshop import Workshop
-from raylaunch.client.transport import Reachable
+from raylaunch.cluster.types import Endpoint
 from raylaunch.controller.store.jobs import Records
 from raylaunch.models.job import SubmitRequest
 from raylaunch.models.job_spec import JobSpec
@@ -61,7 +61,7 @@ def fill(home: Path, jobs: int) -> None:
     records.close()
 
 
-def _ask(reach: Reachable, jobs: int) -> list[float]:
+def _ask(reach: Endpoint, jobs: int) -> list[float]:
     times: list[float] = []
     connection = http.client.HTTPConnection(urlsplit(reach.url).netloc, timeout=30)
 

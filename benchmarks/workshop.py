@@ -17,7 +17,7 @@ import psutil
 from typing_extensions import Self
 
 from benchmarks.measure import Skipped
-from raylaunch.client.transport import Reachable
+from raylaunch.cluster.types import Endpoint
 
 BIN = Path(sys.executable).parent
 RAYLAUNCH = (sys.executable, "-m", "raylaunch")
@@ -25,16 +25,6 @@ RAY = (str(BIN / "ray"),)
 PROGRAMS = Path(__file__).parent / "programs"
 _UP_S = 300.0
 _FOREIGN = ("RAY_", "RAYLAUNCH_", "WANDB_", "CLAUDE", "VIRTUAL_ENV")
-
-
-class Reach:
-    """Where a cluster's controller answers."""
-
-    def __init__(self, home: Path) -> None:
-        folder = home / "clusters" / "local"
-        port = json.loads((folder / "controller.json").read_text(encoding="utf-8"))["port"]
-        self.url = f"http://127.0.0.1:{port}"
-        self.token = (folder / "token").read_text(encoding="utf-8").strip()
 
 
 class Cluster:
@@ -60,9 +50,11 @@ class Cluster:
         )
 
     @property
-    def reach(self) -> Reachable:
+    def reach(self) -> Endpoint:
         """Where its controller answers."""
-        return Reach(self.home)
+        folder = self.home / "clusters" / "local"
+        port = json.loads((folder / "controller.json").read_text(encoding="utf-8"))["port"]
+        return Endpoint(f"http://127.0.0.1:{port}", (folder / "token").read_text(encoding="utf-8").strip())
 
     @cached_property
     def ray_environ(self) -> dict[str, str]:

@@ -38,8 +38,8 @@ async def cluster_status(given: ClusterStatusArguments, call: ToolCall) -> Json:
 
 async def _status(place: ClusterConnection) -> Json:
     try:
-        reach = await place.backend.reach(place.spec)
-        async with Client(reach, cluster=place.spec.name, patience_s=0) as client:
+        endpoint = await place.backend.reach(place.spec)
+        async with Client(endpoint, cluster=place.spec.name, patience_s=0) as client:
             status = await client.status()
     except (ClusterDownError, HostError) as error:
         seen = await place.backend.status(place.spec)

@@ -21,7 +21,7 @@ from raylaunch.client.client import Client
 from raylaunch.client.packing import pack
 from raylaunch.client.submission import with_wandb
 from raylaunch.client.transfer import CHUNK
-from raylaunch.cluster.types import Reach
+from raylaunch.cluster.types import Endpoint
 from raylaunch.errors import (
     AccessError,
     ClusterDownError,
@@ -73,7 +73,7 @@ def stranger(headers: dict[str, str], *, status: int = 200, body: object = None)
 
 def status_error(url: str) -> RaylaunchError:
     async def run() -> None:
-        async with Client(Reach(url, "x")) as client:
+        async with Client(Endpoint(url, "x")) as client:
             await client.status()
 
     with pytest.raises(RaylaunchError) as caught:
@@ -224,7 +224,7 @@ def test_a_dry_run_makes_no_job(api: Api) -> None:
 
 
 @contextmanager
-def older_head(taken: list[dict[str, Any]]) -> Iterator[Reach]:
+def older_head(taken: list[dict[str, Any]]) -> Iterator[Endpoint]:
     """Serve what a controller of 0.1.0 does with a submission: its own fields are all that it takes."""
     job = JobView(id="x-1", name="x", owner="tom", state=JobState.QUEUED, created_at=1.0, updated_at=1.0)
     missing = {"error": {"code": "not_found", "message": "Not Found", "hint": ""}}
@@ -252,7 +252,7 @@ def older_head(taken: list[dict[str, Any]]) -> Iterator[Reach]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield Reach(f"http://127.0.0.1:{server.server_address[1]}", "x")
+        yield Endpoint(f"http://127.0.0.1:{server.server_address[1]}", "x")
     finally:
         server.shutdown()
         server.server_close()
@@ -264,7 +264,7 @@ def test_a_head_of_0_1_0_takes_what_it_knows_and_what_it_cannot_do_is_said() -> 
     notices: list[str] = []
     plain = JobSpec(entrypoint="x", working_dir="", env={"SEED": "1"})
 
-    async def work(reach: Reach) -> None:
+    async def work(reach: Endpoint) -> None:
         async with Client(reach, patience_s=5, on_notice=notices.append) as client:
             assert (await client.submit(plain)).job.id == "x-1"
             found = await client.dry_run(plain)

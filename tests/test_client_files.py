@@ -17,7 +17,7 @@ from support.client_use import ask, submitted, write
 
 from raylaunch.client.client import Client
 from raylaunch.client.downloads import IncompleteDownloadError
-from raylaunch.cluster.types import Reach
+from raylaunch.cluster.types import Endpoint
 from raylaunch.errors import ConflictError, NotFoundError, StorageError, TransferError
 from raylaunch.models.job import JobView
 from raylaunch.models.job_spec import JobSpec
@@ -164,7 +164,7 @@ def from_any_head(files: list[dict[str, object]], bodies: dict[str, bytes], dest
         **{f"/v1/jobs/digits-1/files/{quote(name)}": body for name, body in bodies.items()},
     }
 
-    async def run(reach: Reach) -> None:
+    async def run(reach: Endpoint) -> None:
         async with Client(reach, cluster="test", patience_s=0) as client:
             await asyncio.wait_for(client.download("digits-1", dest=dest, everything=True), 30)
 

@@ -12,7 +12,7 @@ from support.client_use import admitted, ask, ended, submitted, write
 from support.waiting import wait_until
 
 from raylaunch.client.client import Client
-from raylaunch.cluster.types import Reach
+from raylaunch.cluster.types import Endpoint
 from raylaunch.models.job import AttemptView, JobView
 from raylaunch.models.states import Change, JobState
 
@@ -105,7 +105,7 @@ def test_a_controller_that_restarts_elsewhere_is_found_again_and_that_is_said_on
         job = submitted(before)
         here = [before.reach()]
 
-        async def heal() -> Reach:
+        async def heal() -> Endpoint:
             return here[-1]
 
         async def wait() -> JobView:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.cluster import Cluster, Reach, argv
+from support.cluster import Cluster, argv
 from support.disasters import KILLS, LEDGER, TALKS, Book, at_random_moments, kill
 from support.plain_ray import plain_python, started_plain, submit_plain
 from support.waiting import wait_until
@@ -30,6 +30,7 @@ from raylaunch.cluster.local.controller_process import controller_argv, controll
 from raylaunch.cluster.local.process_sweep import of_controller, of_ray
 from raylaunch.cluster.processes import ProcessIdentity, identify, is_alive
 from raylaunch.cluster.record import save_record
+from raylaunch.cluster.types import Endpoint
 from raylaunch.errors import RaylaunchError
 from raylaunch.models.job import JobView
 from raylaunch.models.job_spec import JobSpec
@@ -109,7 +110,7 @@ def test_killing_the_controller_many_times_loses_no_job_and_runs_none_twice(
         killed.add(process.pid)
 
     async def submit_with_the_client(strikes: list[int]) -> None:
-        async def heal() -> Reach:
+        async def heal() -> Endpoint:
             return cluster.reach()  # the command line beside us brings it up
 
         async with Client(cluster.reach(), patience_s=120, restart=heal) as client:

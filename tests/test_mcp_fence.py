@@ -19,7 +19,7 @@ from mcp_server.server import _refused
 from raylaunch.client.client import Client
 from raylaunch.client.downloads import IncompleteDownloadError, chosen
 from raylaunch.client.transport import NoAnswerError
-from raylaunch.cluster.types import Reach
+from raylaunch.cluster.types import Endpoint
 from raylaunch.errors import (
     ClusterStartError,
     HostStepError,
@@ -140,7 +140,7 @@ def test_a_version_that_a_head_made_up_is_no_command() -> None:
             pass
 
     async def ask(url: str) -> None:
-        async with Client(Reach(url=url, token="any")) as client:  # noqa: S106 -- no secret
+        async with Client(Endpoint(url=url, token="any")) as client:  # noqa: S106 -- no secret
             await client.job("x")
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)

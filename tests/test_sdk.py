@@ -15,7 +15,7 @@ from support.api_use import end, start, write
 
 import raylaunch
 from raylaunch import AsyncCluster, Cluster, Job, JobFailedError, JobState
-from raylaunch.cluster.types import Reach
+from raylaunch.cluster.types import Endpoint
 from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError, SpecError
 from raylaunch.models.job import JobView
 from raylaunch.models.job_spec import JobSpec, Resources
@@ -79,7 +79,7 @@ def test_a_name_that_cannot_be_a_clusters_is_said() -> None:
 
 def test_a_controller_that_does_not_answer_is_an_error_at_once(api: Api) -> None:
     with pytest.raises(ClusterDownError):
-        raylaunch.connect(reach=Reach("http://127.0.0.1:9", token_of("tom")))
+        raylaunch.connect(reach=Endpoint("http://127.0.0.1:9", token_of("tom")))
     assert api
 
 
@@ -315,6 +315,6 @@ def test_the_asynchronous_verbs_do_the_same(api: Api) -> None:
 def test_an_asynchronous_cluster_that_does_not_answer_leaves_no_connection_open() -> None:
     async def refused() -> None:
         with pytest.raises(ClusterDownError):
-            await AsyncCluster.connect(reach=Reach("http://127.0.0.1:9", "x"))
+            await AsyncCluster.connect(reach=Endpoint("http://127.0.0.1:9", "x"))
 
     asyncio.run(refused())

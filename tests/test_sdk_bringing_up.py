@@ -24,7 +24,7 @@ from test_notebook import EXECUTE
 import raylaunch
 from raylaunch import AsyncCluster, Cluster, ClusterSpec
 from raylaunch.cluster.client_record import ClientRecord, save_client
-from raylaunch.cluster.types import Reach, Step
+from raylaunch.cluster.types import Endpoint, Step
 from raylaunch.errors import ClusterStartError, ConflictError, HostKeyError, HostUnreachableError, SpecError
 from raylaunch.paths import cluster_paths
 from raylaunch.sdk.arguments import cluster_of
@@ -147,7 +147,7 @@ def test_an_unknown_host_key_is_asked_of_nobody_and_the_error_says_how_a_person_
 
 def test_a_cluster_is_not_taken_down_while_jobs_run(home: Path, tmp_path: Path) -> None:
     with cluster_of_paper(home, tmp_path / "store") as api:
-        reach = Reach(url=api.url, token=token_of("tom"))
+        reach = Endpoint(url=api.url, token=token_of("tom"))
         with raylaunch.connect(reach=reach) as cluster:
             job = cluster.submit("x", name="digits", working_dir="")
         start(api, job.view)

@@ -34,11 +34,11 @@ SCRIPT = """
 import sys, raylaunch
 from typing import NamedTuple
 
-class Reach(NamedTuple):
+class Endpoint(NamedTuple):
     url: str
     token: str
 
-cluster = raylaunch.connect(reach=Reach(*sys.argv[1:3]))
+cluster = raylaunch.connect(reach=Endpoint(*sys.argv[1:3]))
 job = cluster.submit("python -m train", working_dir="", request_id="night")
 print(job.id, flush=True)
 try:
@@ -95,11 +95,11 @@ import sys
 from typing import NamedTuple
 import raylaunch
 
-class Reach(NamedTuple):
+class Endpoint(NamedTuple):
     url: str
     token: str
 
-raylaunch.connect(reach=Reach(*sys.argv[1:3])).job("heavy").download(to=sys.argv[3])
+raylaunch.connect(reach=Endpoint(*sys.argv[1:3])).job("heavy").download(to=sys.argv[3])
 """
 
 
@@ -136,7 +136,7 @@ def test_a_forked_child_has_a_loop_of_its_own(api: Api) -> None:
         "import os\n"
         "child = os.fork()\n"
         "if child == 0:\n"
-        "    print(raylaunch.connect(reach=Reach(*sys.argv[1:3])).job('last').id, flush=True)\n"
+        "    print(raylaunch.connect(reach=Endpoint(*sys.argv[1:3])).job('last').id, flush=True)\n"
         "    sys.exit(0)\n"
         "assert os.waitpid(child, 0)[1] == 0\n"
     )

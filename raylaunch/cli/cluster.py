@@ -106,16 +106,16 @@ def env(cluster_file: Path | None, *, gcs: bool) -> None:
     async def work() -> RayAccess:
         async with place.client() as client:
             access = await client.ray_access()
-        reach = await place.backend.reach(place.spec)
-        if not reach.over_ssh:
+        endpoint = await place.backend.reach(place.spec)
+        if not endpoint.over_ssh:
             return access
-        if gcs and not reach.gcs_address:
-            if access.tls and not reach.ray_tls:
+        if gcs and not endpoint.gcs_address:
+            if access.tls and not endpoint.ray_tls:
                 msg = "this cluster's Ray requires a client certificate, and this machine has none"
                 raise AccessError(msg, hint="run Ray's tools on the head: raylaunch ssh HEAD; ray job works from here")
             await forward_gcs(place.spec.name)
-            reach = await place.backend.reach(place.spec)
-        found = {"dashboard_url": reach.dashboard_url, "gcs_address": reach.gcs_address, "tls": reach.ray_tls}
+            endpoint = await place.backend.reach(place.spec)
+        found = {"dashboard_url": endpoint.dashboard_url, "gcs_address": endpoint.gcs_address, "tls": endpoint.ray_tls}
         return access.model_copy(update=found)
 
     for line in export_lines(finish(work())):

@@ -18,7 +18,8 @@ from raylaunch.client.downloads import Downloaded, MayReplace
 from raylaunch.client.logs import LogChunk, LogFollower, LogPosition, read_chunk
 from raylaunch.client.sensitive import NO_MORE, Allowances
 from raylaunch.client.transfer import OnProgress, allow_upload, no_progress
-from raylaunch.client.transport import Params, Reachable, Reconnect, Transport, page_from
+from raylaunch.client.transport import Params, Reconnect, Transport, page_from
+from raylaunch.cluster.types import Endpoint
 from raylaunch.errors import whose
 from raylaunch.files import Directory
 from raylaunch.models.cluster import ControllerStatus, RayAccess
@@ -68,7 +69,7 @@ class Client:
 
     ::
 
-        async with Client(reach) as client:
+        async with Client(endpoint) as client:
             answer = await client.submit(JobSpec(entrypoint="python train.py"))
             job = await client.wait(answer.job.id)
 
@@ -78,7 +79,7 @@ class Client:
     lacks the permission, and `NotFoundError` if there is no such job.
 
     Args:
-        reach: the address of the controller, and the token.
+        endpoint: the address of the controller, and the token.
         cluster: its name, for messages.
         patience_s: for how long following, waiting, submitting and transfers are retried while the controller is down.
         on_notice: called when the connection is lost, when it is back, and when a name means somebody else's job.
@@ -94,13 +95,13 @@ class Client:
 
     def __init__(  # noqa: PLR0913 -- all keywords, each with a sentence
         self,
-        reach: Reachable,
+        endpoint: Endpoint,
         *,
         cluster: str = "local",
         patience_s: float = PATIENCE_S,
         on_notice: Callable[[str], None] = _ignore,
-        restart: Callable[[], Awaitable[Reachable]] | None = None,
-        replace_hung: Callable[[], Awaitable[Reachable]] | None = None,
+        restart: Callable[[], Awaitable[Endpoint]] | None = None,
+        replace_hung: Callable[[], Awaitable[Endpoint]] | None = None,
         over_ssh: bool = False,
         here: bool = False,
         prefix: str = "",
@@ -108,7 +109,9 @@ class Client:
     ) -> None:
         self._environment = environment
         self._ssh_cluster = cluster if over_ssh else ""
-        self._transport = Transport(reach, cluster=cluster, replace_hung=replace_hung, on_others_job=self._report_owner)
+        self._transport = Transport(
+            endpoint, cluster=cluster, replace_hung=replace_hung, on_others_job=self._report_owner
+        )
         self._others: set[str] = set()
         self._notice = on_notice
         self._here, self._prefix = here, prefix

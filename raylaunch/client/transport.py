@@ -11,13 +11,14 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from typing import Protocol, TypeVar
+from typing import TypeVar
 from urllib.parse import unquote
 
 import httpx2
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from typing_extensions import Self
 
+from raylaunch.cluster.types import Endpoint
 from raylaunch.errors import (
     ClusterDownError,
     ClusterError,
@@ -50,18 +51,6 @@ _SILENT_S = 5.0
 _HEALTH_S = 5.0
 _LONGEST = 200
 _VERSION = re.compile(r"[0-9][0-9A-Za-z.+]{0,30}")
-
-
-class Reachable(Protocol):
-    """The address of a controller, and the token: what a backend's ``reach()`` returns."""
-
-    @property
-    def url(self) -> str:
-        """Base URL, for example ``http://127.0.0.1:8470``."""
-
-    @property
-    def token(self) -> str:
-        """The bearer token."""
 
 
 class NoAnswerError(ClusterDownError):
@@ -121,7 +110,7 @@ class Transport:
     """A connection to the controller of one cluster. An async context manager.
 
     Args:
-        reach: where the controller answers, and the token.
+        endpoint: where the controller answers, and the token.
         cluster: its name, for messages.
         replace_hung: called if the controller accepts connections and does not respond; returns the address of its
             replacement.
@@ -130,31 +119,31 @@ class Transport:
 
     def __init__(
         self,
-        reach: Reachable,
+        endpoint: Endpoint,
         *,
         cluster: str,
-        replace_hung: Callable[[], Awaitable[Reachable]] | None = None,
+        replace_hung: Callable[[], Awaitable[Endpoint]] | None = None,
         on_others_job: Callable[[str, str], None] | None = None,
     ) -> None:
         self.cluster = cluster
         self._on_others = on_others_job
         self._replace_hung = replace_hung
         self._replacing = asyncio.Lock()
-        self._reach = reach
+        self._endpoint = endpoint
         self._http = self._opened()
 
     def _opened(self) -> httpx2.AsyncClient:
         return httpx2.AsyncClient(
-            base_url=self._reach.url,
+            base_url=self._endpoint.url,
             headers={
-                "Authorization": f"Bearer {self._reach.token}",
+                "Authorization": f"Bearer {self._endpoint.token}",
                 "X-Raylaunch-Version": __version__,
                 "X-Raylaunch-Api": str(API),
             },
             timeout=_timeout(ANSWER_TIMEOUT_S),
             trust_env=False,  # a proxy must not see the cluster's token
             follow_redirects=False,
-            verify=self._reach.url.startswith("https:"),  # reading all certificates takes 30 ms
+            verify=self._endpoint.url.startswith("https:"),  # reading all certificates takes 30 ms
         )
 
     async def __aenter__(self) -> Self:
@@ -163,10 +152,10 @@ class Transport:
     async def __aexit__(self, *_exception: object) -> None:
         await self._http.aclose()
 
-    async def switch_to(self, reach: Reachable) -> None:
+    async def switch_to(self, endpoint: Endpoint) -> None:
         """Continue with a controller at another address."""
-        if (reach.url, reach.token) != (self._reach.url, self._reach.token):
-            before, self._reach = self._http, reach
+        if (endpoint.url, endpoint.token) != (self._endpoint.url, self._endpoint.token):
+            before, self._endpoint = self._http, endpoint
             self._http = self._opened()
             await before.aclose()
 
@@ -310,13 +299,13 @@ class Transport:
         try:
             yield
         except (httpx2.ConnectError, httpx2.ConnectTimeout):
-            msg = f"{where} does not answer at {self._reach.url}"
+            msg = f"{where} does not answer at {self._endpoint.url}"
             raise NoAnswerError(msg, hint=hint) from None
         except httpx2.TimeoutException:
-            msg = f"{where} did not answer within {timeout_s:g} s at {self._reach.url}"
+            msg = f"{where} did not answer within {timeout_s:g} s at {self._endpoint.url}"
             raise NoAnswerError(msg, hint=hint) from None
         except httpx2.TransportError as error:
-            msg = f"the connection to {where} at {self._reach.url} was lost ({type(error).__name__})"
+            msg = f"the connection to {where} at {self._endpoint.url} was lost ({type(error).__name__})"
             raise NoAnswerError(msg, hint=hint) from None
 
     def _check(self, response: httpx2.Response, allowed: tuple[int, ...]) -> None:
@@ -333,7 +322,7 @@ class Transport:
         version = response.headers.get("X-Raylaunch-Version", "")
         version = version if _VERSION.fullmatch(version) else "of an unknown version"
         if theirs is None:
-            msg = f"the server at {self._reach.url} is not the controller of a raylaunch cluster"
+            msg = f"the server at {self._endpoint.url} is not the controller of a raylaunch cluster"
             raise ClusterError(msg, hint="raylaunch status shows where the controller is; raylaunch up starts it")
         if theirs == str(API):
             return
@@ -365,7 +354,7 @@ class Reconnect:
         *,
         limit_s: float,
         on_notice: Callable[[str], None],
-        restart: Callable[[], Awaitable[Reachable]] | None,
+        restart: Callable[[], Awaitable[Endpoint]] | None,
     ) -> None:
         self._transport = transport
         self._limit_s = limit_s

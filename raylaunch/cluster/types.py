@@ -101,7 +101,7 @@ class DownReport:
 
 
 @dataclass(frozen=True)
-class Reach:
+class Endpoint:
     """The URL and token of the controller, as reached from here."""
 
     url: str

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from raylaunch.client.client import PATIENCE_S, Client
 from raylaunch.client.transport import NoAnswerError
-from raylaunch.cluster.types import DownReport, Plan, Reach, Step
+from raylaunch.cluster.types import DownReport, Endpoint, Plan, Step
 from raylaunch.contract import VAR_JOB
 from raylaunch.errors import ClusterDownError, ClusterError, HostLostError, HostTimeoutError, HostUnreachableError
 from raylaunch.models.cluster import ClusterStatus
@@ -45,7 +45,7 @@ class Backend(Protocol):
         """End exactly what `up` started, and return when nothing of it is left."""
         ...
 
-    async def reach(self, spec: ClusterSpec | str, /) -> Reach:
+    async def reach(self, spec: ClusterSpec | str, /) -> Endpoint:
         """Return the controller's URL and token, as they are reached from here."""
         ...
 
@@ -157,7 +157,7 @@ class ClusterConnection:
         self.spec = spec
         self.backend: Backend = backend_for(spec)
         self._ours = not is_joined(spec.name)
-        self._last: Reach | None = None
+        self._last: Endpoint | None = None
         self._notice = on_notice
         self._step = on_step
         self._heals = heals
@@ -184,19 +184,19 @@ class ClusterConnection:
             ClusterStartError: a step of starting it failed.
         """
         heals = self._heals and self._ours
-        reach = (
+        endpoint = (
             await self._reach(start=start, before_start=before_start) if heals else await self.backend.reach(self.spec)
         )
-        self._last = reach
+        self._last = endpoint
         try:
             async with Client(
-                reach,
+                endpoint,
                 cluster=self.spec.name,
                 patience_s=patience_s,
                 on_notice=self._notice,
                 restart=self._heal if self._heals else None,
                 replace_hung=self._replace_hung if self._heals else None,
-                over_ssh=reach.over_ssh,
+                over_ssh=endpoint.over_ssh,
                 here=self._ours and self.spec.kind == "local",
                 prefix=self._prefix,
                 environment=self.spec.environment,
@@ -206,7 +206,7 @@ class ClusterConnection:
             why, hint = await explain_silence(self.spec.name)
             raise NoAnswerError(f"{error.message}: {why}" if why else error.message, hint=hint or error.hint) from None
 
-    async def up(self) -> Reach:
+    async def up(self) -> Endpoint:
         """Start what is missing, and return where the controller answers."""
         await bring_up(self.backend, self.spec, on_step=self._step, on_prompt=self._prompt)
         return await self.backend.reach(self.spec)
@@ -228,16 +228,16 @@ class ClusterConnection:
         """Return what `up` would do now, and why it would fail. Nothing is changed."""
         return await self.backend.plan(self.spec, on_prompt=self._prompt)
 
-    async def _running(self) -> Reach | None:
+    async def _running(self) -> Endpoint | None:
         with contextlib.suppress(ClusterDownError):
-            reach = await self.backend.reach(self.spec)
-            if reach.over_ssh or await _answers(reach):  # a tunnel takes every connection
-                return reach
+            endpoint = await self.backend.reach(self.spec)
+            if endpoint.over_ssh or await _answers(endpoint):  # a tunnel takes every connection
+                return endpoint
         return None
 
-    async def _reach(self, *, start: bool, before_start: Callable[[], Awaitable[None]] | None) -> Reach:
-        if (reach := await self._running()) is not None:
-            return reach
+    async def _reach(self, *, start: bool, before_start: Callable[[], Awaitable[None]] | None) -> Endpoint:
+        if (endpoint := await self._running()) is not None:
+            return endpoint
         if start and before_start:
             await before_start()
         if await self._should_run():
@@ -259,7 +259,7 @@ class ClusterConnection:
         record = load_record(cluster_paths(self.spec.name))
         return record is not None and record.wanted == "running"
 
-    async def _heal(self) -> Reach:
+    async def _heal(self) -> Endpoint:
         """Return where to go on after the controller was lost. A cluster that was taken down is not started again.
 
         A head that cannot be reached comes back where it was: whoever asks has patience, and its limit.
@@ -275,7 +275,7 @@ class ClusterConnection:
                 raise
         return self._last
 
-    async def _replace_hung(self) -> Reach:
+    async def _replace_hung(self) -> Endpoint:
         """Return where to go on after a controller has stopped to respond: here it is replaced, on hosts it has been.
 
         There its watchdog does that; the answer is waited for as long as that takes.
@@ -284,20 +284,20 @@ class ClusterConnection:
         from raylaunch.paths import cluster_paths  # noqa: PLC0415 -- as above
 
         self._notice(f"the controller of cluster {self.spec.name!r} is not responding; it is being restarted")
-        reach = self._last or await self.backend.reach(self.spec)
-        if self._ours and not reach.over_ssh:
-            await health.end_hung(cluster_paths(self.spec.name), reach.token, lock_s=_LOCK_S)
-            reach = await self.up()
+        endpoint = self._last or await self.backend.reach(self.spec)
+        if self._ours and not endpoint.over_ssh:
+            await health.end_hung(cluster_paths(self.spec.name), endpoint.token, lock_s=_LOCK_S)
+            endpoint = await self.up()
         else:
             until = time.monotonic() + _WATCHDOG_S
-            port = urlsplit(reach.url).port or 0
-            while not await health.responds(port, reach.token):
+            port = urlsplit(endpoint.url).port or 0
+            while not await health.responds(port, endpoint.token):
                 if time.monotonic() > until:
-                    return reach
+                    return endpoint
                 await asyncio.sleep(_KNOCK_S)
-        self._last = reach
+        self._last = endpoint
         self._notice(f"cluster {self.spec.name!r} answers again")
-        return reach
+        return endpoint
 
 
 async def bring_up(
@@ -328,9 +328,9 @@ async def bring_up(
     return status
 
 
-async def _answers(reach: Reach) -> bool:
+async def _answers(endpoint: Endpoint) -> bool:
     """Return whether somebody listens there; what they say is the client's to judge."""
-    address = urlsplit(reach.url)
+    address = urlsplit(endpoint.url)
     try:
         _, writer = await asyncio.wait_for(asyncio.open_connection(address.hostname, address.port), _KNOCK_S)
     except (OSError, asyncio.TimeoutError):

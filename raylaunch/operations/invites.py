@@ -69,10 +69,10 @@ async def join(name: str, host: dict[str, object], *, port: int, code: str) -> A
     """
     work = joined.InvitationJoin(name, host, port)
     try:
-        reach = await work.reach(code)
-        async with Client(reach, cluster=name) as client:
+        endpoint = await work.reach(code)
+        async with Client(endpoint, cluster=name) as client:
             admission = await client.admin.take(work.sha256)
-        async with Client(work.way(reach), cluster=name) as client:
+        async with Client(work.way(endpoint), cluster=name) as client:
             await work.admitted(admission, await _ray(client))
     except BaseException:
         with anyio.CancelScope(shield=True):

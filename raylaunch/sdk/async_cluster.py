@@ -14,8 +14,7 @@ from typing_extensions import Self
 from raylaunch.client.client import Client
 from raylaunch.client.sensitive import allowed
 from raylaunch.client.submission import with_wandb
-from raylaunch.client.transport import Reachable
-from raylaunch.cluster.types import DownReport, Plan, Step
+from raylaunch.cluster.types import DownReport, Endpoint, Plan, Step
 from raylaunch.models.cluster import ClusterStatus, ControllerStatus
 from raylaunch.models.fields import Environment
 from raylaunch.models.job import DryRun, PackReport
@@ -75,7 +74,7 @@ class AsyncCluster:
         *,
         start: bool = True,
         cluster_file: Path | str | None = None,
-        reach: Reachable | None = None,
+        reach: Endpoint | None = None,
         on_notice: Notice = log_notice,
     ) -> Self:
         """Return the cluster, which has answered.

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from typing_extensions import Self
 
-from raylaunch.client.transport import Reachable
-from raylaunch.cluster.types import DownReport, Plan, Step
+from raylaunch.cluster.types import DownReport, Endpoint, Plan, Step
 from raylaunch.models.cluster import ClusterStatus, ControllerStatus
 from raylaunch.models.fields import Environment
 from raylaunch.models.job import DryRun
@@ -66,7 +65,7 @@ class Cluster:
         *,
         start: bool = True,
         cluster_file: Path | str | None = None,
-        reach: Reachable | None = None,
+        reach: Endpoint | None = None,
         on_notice: Notice = log_notice,
     ) -> Self:
         """Return the cluster, which has answered.

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from raylaunch.cluster.types import Reach
+from raylaunch.cluster.types import Endpoint
 from raylaunch.version import API, __version__
 
 Answers = Mapping[str, bytes]
@@ -16,7 +16,7 @@ Answers = Mapping[str, bytes]
 
 
 @contextmanager
-def any_head(answers: Answers, *, missing: str = "no") -> Iterator[Reach]:
+def any_head(answers: Answers, *, missing: str = "no") -> Iterator[Endpoint]:
     """Serve these answers; every other path is 404, with `missing` as its message."""
     error = {"code": "not_found", "message": missing, "hint": missing}
 
@@ -42,7 +42,7 @@ def any_head(answers: Answers, *, missing: str = "no") -> Iterator[Reach]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
-        yield Reach(url=f"http://127.0.0.1:{server.server_port}", token="any")  # noqa: S106 -- no secret
+        yield Endpoint(url=f"http://127.0.0.1:{server.server_port}", token="any")  # noqa: S106 -- no secret
     finally:
         server.shutdown()
         server.server_close()

@@ -17,7 +17,7 @@ from typing import TypeVar
 import httpx2
 import pytest
 
-from raylaunch.cluster.types import Reach
+from raylaunch.cluster.types import Endpoint
 from raylaunch.controller.api.app import ApiServer
 from raylaunch.controller.api.dependencies import AppState
 from raylaunch.controller.metrics.reader import MetricsStore
@@ -184,9 +184,9 @@ class Api:
             trust_env=False,
         )
 
-    def reach(self, person: str = "tom") -> Reach:
+    def reach(self, person: str = "tom") -> Endpoint:
         """Return how a person reaches it."""
-        return Reach(url=self.url, token=token_of(person))
+        return Endpoint(url=self.url, token=token_of(person))
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ import pytest
 from raylaunch.client.client import Client
 from raylaunch.cluster.processes import VAR_CONTROLLER_OF
 from raylaunch.cluster.record import ClusterRecord
+from raylaunch.cluster.types import Endpoint
 from raylaunch.models.job import JobView
 from raylaunch.paths import cluster_paths
 from support.cli import run_cli
@@ -40,14 +41,6 @@ class Result:
     status: int
     out: str
     err: str
-
-
-@dataclass(frozen=True)
-class Reach:
-    """Where the controller answers."""
-
-    url: str
-    token: str = field(repr=False)
 
 
 class Cluster:
@@ -147,10 +140,10 @@ class Cluster:
 
         return asyncio.run(asked())
 
-    def reach(self) -> Reach:
+    def reach(self) -> Endpoint:
         """Return where the controller answers."""
         controller = json.loads(self.paths.controller_config.read_text())
-        return Reach(f"http://127.0.0.1:{controller['port']}", self.paths.token.read_text().strip())
+        return Endpoint(f"http://127.0.0.1:{controller['port']}", self.paths.token.read_text().strip())
 
     def record(self) -> ClusterRecord:
         """Return what is recorded of the cluster."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import cast
 
 import raylaunch
-from support.cluster import Cluster, Reach
+from raylaunch.cluster.types import Endpoint
+from support.cluster import Cluster
 
 
 @contextmanager
@@ -32,4 +33,4 @@ def people(cluster: Cluster, **roles: str) -> Iterator[None]:
 
 def person_of(cluster: Cluster, name: str) -> raylaunch.Cluster:
     """Return the cluster as that person sees it."""
-    return raylaunch.connect(reach=Reach(cluster.reach().url, name))
+    return raylaunch.connect(reach=Endpoint(cluster.reach().url, name))

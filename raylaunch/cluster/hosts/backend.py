@@ -9,7 +9,7 @@ from raylaunch.cluster.hosts.tunnel_client import ensure_tunnel
 from raylaunch.cluster.ports import LOOPBACK
 from raylaunch.cluster.tls import variables_of
 from raylaunch.cluster.trust import check_accepted
-from raylaunch.cluster.types import IF_UNKNOWN, DownReport, Plan, Reach, Step
+from raylaunch.cluster.types import IF_UNKNOWN, DownReport, Endpoint, Plan, Step
 from raylaunch.errors import (
     ClusterDownError,
     RaylaunchError,
@@ -35,7 +35,7 @@ def _known(spec: ClusterSpec | str) -> tuple[ClusterPaths, ClientRecord]:
     return paths, record
 
 
-async def reach(spec: ClusterSpec | str, /) -> Reach:
+async def reach(spec: ClusterSpec | str, /) -> Endpoint:
     """Return the tunnel's URL here, and the token; start the tunnel if it does not run.
 
     Raises:
@@ -43,7 +43,7 @@ async def reach(spec: ClusterSpec | str, /) -> Reach:
     """
     paths, record = _known(spec)
     tunnel = await ensure_tunnel(paths)
-    return Reach(
+    return Endpoint(
         url=f"http://{LOOPBACK}:{tunnel.ports['controller']}",
         token=record.token,
         dashboard_url=f"http://{LOOPBACK}:{tunnel.ports['dashboard']}",

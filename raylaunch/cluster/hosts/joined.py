@@ -18,7 +18,7 @@ from raylaunch.cluster.client_record import (
 )
 from raylaunch.cluster.hosts.tunnel_client import START_S, end_tunnel, ensure_tunnel
 from raylaunch.cluster.ports import LOOPBACK
-from raylaunch.cluster.types import Reach
+from raylaunch.cluster.types import Endpoint
 from raylaunch.errors import ClusterDownError, ConflictError, NotFoundError, RaylaunchError
 from raylaunch.models.cluster import Admission, Invitation, RayAccess
 from raylaunch.models.cluster_spec import ClusterSpec
@@ -87,7 +87,7 @@ class InvitationJoin:
         """The hash of the token, which is all that the cluster receives."""
         return hashlib.sha256(self._token.encode()).hexdigest()
 
-    async def reach(self, code: str) -> Reach:
+    async def reach(self, code: str) -> Endpoint:
         """Open the tunnel, and return the controller's URL with the invitation's code as token.
 
         Raises:
@@ -97,7 +97,7 @@ class InvitationJoin:
             make_private_dir(folder)
         self._save("?", ports={"controller": self._port})
         tunnel = await ensure_tunnel(self.paths, fresh=True, limit_s=START_S)
-        return Reach(url=f"http://{LOOPBACK}:{tunnel.ports['controller']}", token=code)
+        return Endpoint(url=f"http://{LOOPBACK}:{tunnel.ports['controller']}", token=code)
 
     async def admitted(self, admission: Admission, ray: RayAccess | None) -> None:
         """Save the admission; with `ray`, the tunnel forwards Ray's own ports too."""
@@ -110,9 +110,9 @@ class InvitationJoin:
         if ray is not None:
             await ensure_tunnel(self.paths, fresh=True, limit_s=START_S)
 
-    def way(self, reach: Reach) -> Reach:
+    def way(self, endpoint: Endpoint) -> Endpoint:
         """Return the same URL with the token that was created here."""
-        return Reach(url=reach.url, token=self._token)
+        return Endpoint(url=endpoint.url, token=self._token)
 
     async def undo(self) -> None:
         """Remove what this join saved; a cluster that was joined before stays as it was."""

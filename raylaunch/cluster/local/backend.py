@@ -30,7 +30,7 @@ from raylaunch.cluster.record import (
     recalled_cluster_id,
     save_record,
 )
-from raylaunch.cluster.types import DownReport, Ended, Plan, Reach, Step
+from raylaunch.cluster.types import DownReport, Ended, Endpoint, Plan, Step
 from raylaunch.errors import ClusterDownError, ClusterError
 from raylaunch.models.cluster import ClusterStatus
 from raylaunch.models.cluster_spec import ClusterSpec
@@ -206,7 +206,7 @@ def _verify(record: ClusterRecord, paths: ClusterPaths) -> None:
         raise ClusterError(msg, hint=f"check what they wait for: ps -o pid,stat,wchan,args -p {pids.replace(' ', '')}")
 
 
-async def reach(spec: ClusterSpec | str, /) -> Reach:
+async def reach(spec: ClusterSpec | str, /) -> Endpoint:
     """Return the controller's URL and token. Its process is checked, without a request: that takes milliseconds.
 
     Raises:
@@ -218,7 +218,7 @@ async def reach(spec: ClusterSpec | str, /) -> Reach:
     if record is None or record.wanted != "running" or not is_alive(record.controller) or not token:
         msg = f"cluster {paths.name} is not running on this machine"
         raise ClusterDownError(msg, hint="start it: raylaunch up")
-    return Reach(url=f"http://{LOOPBACK}:{record.ports['controller']}", token=token)
+    return Endpoint(url=f"http://{LOOPBACK}:{record.ports['controller']}", token=token)
 
 
 async def status(spec: ClusterSpec | str, /) -> ClusterStatus:

@@ -36,7 +36,7 @@ from raylaunch.cluster.record import (
     store_of,
 )
 from raylaunch.cluster.trust import check_accepted
-from raylaunch.cluster.types import DownReport, Plan, Reach, Step
+from raylaunch.cluster.types import DownReport, Endpoint, Plan, Step
 from raylaunch.errors import ClusterStartError, SpecError, VersionError
 from raylaunch.models.cluster import ClusterStatus
 from raylaunch.models.cluster_spec import TUNNEL_HINT, ClusterSpec
@@ -326,7 +326,7 @@ def _release_agents(paths: ClusterPaths) -> tuple[str, ...]:
     )
 
 
-async def reach(spec: ClusterSpec | str, /) -> Reach:
+async def reach(spec: ClusterSpec | str, /) -> Endpoint:
     """Return the controller's URL and token. Raises like the embedded cluster's."""
     return await embedded_reach(spec)
 
