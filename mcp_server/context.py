@@ -38,16 +38,16 @@ class ToolCall:
     """One call.
 
     Args:
-        heals: whether a cluster that should run and does not is started again.
+        restarts: whether a cluster that should run and does not is started again.
         tell: sends news to the client.
         roots: the folders that path arguments may lead into.
         allow: what a person lets through of a working directory.
     """
 
-    def __init__(self, *, heals: bool, tell: Tell, roots: Roots, allow: Allowances = NO_MORE) -> None:
+    def __init__(self, *, restarts: bool, tell: Tell, roots: Roots, allow: Allowances = NO_MORE) -> None:
         self.roots = roots
         self.allow = allow
-        self._heals = heals
+        self._restarts = restarts
         self._tell = tell
         self._last = 0.0
         self._healing = ""
@@ -59,7 +59,7 @@ class ToolCall:
             SpecError: its file cannot be read, or says something that cannot be.
         """
         return ClusterConnection(
-            load_cluster_spec(quoted=False), on_notice=self._notice, on_step=self._step, heals=self._heals
+            load_cluster_spec(quoted=False), on_notice=self._notice, on_step=self._step, restarts=self._restarts
         )
 
     @contextlib.asynccontextmanager

@@ -61,7 +61,7 @@ class ToolHandlers:
     Args:
         tools: those that are offered, by name.
         audit: where writes are noted.
-        heals: whether a cluster that should run and does not is started again.
+        restarts: whether a cluster that should run and does not is started again.
         roots: the folders that path arguments may lead into.
         allow: what a person lets through of a working directory.
     """
@@ -71,14 +71,14 @@ class ToolHandlers:
         tools: Mapping[str, Tool[Any]],
         audit: Audit,
         *,
-        heals: bool,
+        restarts: bool,
         roots: Roots,
         allow: Allowances = NO_MORE,
     ) -> None:
         self._allow = allow
         self._tools = tools
         self._audit = audit
-        self._heals = heals
+        self._restarts = restarts
         self._roots = roots
 
     async def list_tools(
@@ -96,7 +96,7 @@ class ToolHandlers:
         async def tell(news: ToolProgress) -> None:
             await context.session.report_progress(news.done, news.total, news.message)
 
-        call = ToolCall(heals=self._heals, tell=tell, roots=self._roots, allow=self._allow)
+        call = ToolCall(restarts=self._restarts, tell=tell, roots=self._roots, allow=self._allow)
         try:
             answer = await self._answer(tool, params.arguments or {}, call)
         except RaylaunchError as error:
@@ -142,7 +142,7 @@ def server(environ: Mapping[str, str] = os.environ) -> Server[dict[str, Any]]:
     writes = may_write(environ)
     roots, allow = roots_of(environ, Path.cwd()), may_send(environ)
     desk = ToolHandlers(
-        offered(may_write=writes), Audit(raylaunch_home(environ)), heals=writes, roots=roots, allow=allow
+        offered(may_write=writes), Audit(raylaunch_home(environ)), restarts=writes, roots=roots, allow=allow
     )
     return Server(
         "raylaunch",

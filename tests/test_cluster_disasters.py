@@ -271,7 +271,7 @@ def test_any_verb_heals_a_dead_controller_and_says_so(cluster: Cluster) -> None:
     kill_controller(cluster)
     result = cluster.cli("list", "--json")
     assert result.status == 0
-    assert "cluster 'local' should run, and its controller does not answer; healing it" in result.err
+    assert "cluster 'local' should be running, and its controller is not; restarting it" in result.err
     assert jobs(cluster) == before
 
 

@@ -241,10 +241,8 @@ def test_the_cluster_file_here_applies_and_one_named_by_the_environment_goes_bef
 def test_a_kind_that_there_is_not_is_refused_with_those_there_are(here: Here) -> None:
     with pytest.raises(SpecError) as caught:
         load_cluster_spec(here("cluster.yaml", "name: dgx\nkind: k8s\nhosts: [a]\n"))
-    assert str(caught.value) == (
-        "cluster.yaml:2: kind: k8s is no kind that is known; there are local (this machine), ssh (hosts over SSH) and "
-        "existing (a Ray that somebody else runs)\n  → write kind: local, or leave the key out"
-    )
+    assert caught.value.field == "kind"
+    assert "cluster.yaml:2: kind: 'k8s' is not one of local, ssh, existing" in str(caught.value)
 
 
 @pytest.mark.parametrize(

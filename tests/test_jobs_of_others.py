@@ -166,7 +166,7 @@ def test_tools_refuse_the_name_where_they_change_and_mark_the_job_where_they_rea
     async def tell(_news: ToolProgress) -> None:
         pass
 
-    call = ToolCall(heals=False, tell=tell, roots=roots_of({"HOME": "/nowhere"}, Path.cwd()))
+    call = ToolCall(restarts=False, tell=tell, roots=roots_of({"HOME": "/nowhere"}, Path.cwd()))
     with pytest.raises(NotYoursError, match=theirs.id):
         asyncio.run(stop_job(StopJob(job="shared"), call))
     with pytest.raises(NotYoursError, match=theirs.id):

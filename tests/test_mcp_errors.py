@@ -278,7 +278,7 @@ async def test_a_bug_of_ours_is_called_one_and_ends_nothing(tmp_path: Path, anyi
         raise KeyError(key)
 
     tool = Tool(arguments.ClusterStatusArguments, broken_tool, title="", description="", answers={})
-    desk = ToolHandlers({"broken_tool": tool}, Audit(tmp_path), heals=False, roots=Roots(tmp_path, ()))
+    desk = ToolHandlers({"broken_tool": tool}, Audit(tmp_path), restarts=False, roots=Roots(tmp_path, ()))
     made = Server("bug", on_list_tools=desk.list_tools, on_call_tool=desk.call_tool)
     async with Client(made) as client:
         for _ in range(2):

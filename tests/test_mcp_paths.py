@@ -92,7 +92,7 @@ def refusal(project: Path, given: Mapping[str, object]) -> str:
     async def tell(_news: ToolProgress) -> None:
         pass
 
-    call = ToolCall(heals=False, tell=tell, roots=roots_in(project))
+    call = ToolCall(restarts=False, tell=tell, roots=roots_in(project))
     with pytest.raises(SpecError) as caught:
         asyncio.run(train_job(TrainJob.model_validate(given), call))
     return str(caught.value)
@@ -151,7 +151,7 @@ def test_no_error_about_a_cluster_file_quotes_it(project: Path, name: str, monke
         pass
 
     with pytest.raises(SpecError) as caught:
-        ToolCall(heals=False, tell=tell, roots=roots_in(project)).place()
+        ToolCall(restarts=False, tell=tell, roots=roots_in(project)).place()
     assert "hunter2" not in str(caught.value)
 
 

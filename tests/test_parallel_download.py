@@ -11,12 +11,9 @@ import pytest
 from support.api import Api, token_of
 from support.api_use import submit, write
 from support.sshd import LOOPBACK, Sshd, sshd
-from support.waiting import wait_until
 
-from raylaunch.client.downloads import download
-from raylaunch.client.parallel_download import ParallelDownload
+from raylaunch.client.client import Client
 from raylaunch.client.transfer import OnProgress
-from raylaunch.client.transport import Transport
 from raylaunch.cluster.client_record import (
     ClientRecord,
     TunnelRecord,
@@ -28,7 +25,7 @@ from raylaunch.cluster.client_record import (
 from raylaunch.cluster.probe.choices import target_of
 from raylaunch.cluster.processes import identify
 from raylaunch.errors import TransferError
-from raylaunch.files import Directory, sha256_of
+from raylaunch.files import sha256_of
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.job import Artifact
 from raylaunch.paths import cluster_paths, make_private_dir
@@ -100,24 +97,15 @@ def silent(_what: str, _done: int, _total: int) -> None:
 
 
 def fetched(api: Api, model: tuple[str, Artifact], target: Path, on_progress: OnProgress = silent) -> None:
-    job, artifact = model
-
     async def run() -> None:
-        async with Transport(api.reach(), cluster="test") as wire:
-            with Directory.open(target.parent, make=True) as folder:
-                wide = ParallelDownload("test")
-                await download(
-                    wire,
-                    job,
-                    artifact,
-                    folder,
-                    target.name,
-                    replace=lambda _: False,
-                    wide=wide,
-                    on_progress=on_progress,
-                )
+        async with Client(api.reach(), cluster="test", over_ssh=True, patience_s=0) as client:
+            await client.download(model[0], [_PATH], dest=target.parent, on_progress=on_progress)
 
     asyncio.run(asyncio.wait_for(run(), 90))
+
+
+def visible(folder: Path) -> list[str]:
+    return [one.name for one in folder.iterdir() if one.name != ".raylaunch"]
 
 
 def once(work: Callable[[], object], after: int) -> OnProgress:
@@ -132,33 +120,22 @@ def once(work: Callable[[], object], after: int) -> OnProgress:
     return told
 
 
-def beside(host: Sshd, work: Callable[[], object], after: int, *, connections: int = 2) -> OnProgress:
-    """As `once`; nothing goes on before the connections are there, so that they bring most of it."""
-    then = once(work, after)
-
-    def told(what: str, here: int, total: int) -> None:
-        if here > 25 * _MB:  # of the first range; the processes have been started long before
-            wait_until(lambda: host.log().count("Accepted publickey") >= connections, 60, "the connections are there")
-        then(what, here, total)
-
-    return told
-
-
 def test_a_large_file_comes_whole_over_connections_of_its_own_written_by_ssh_itself(
     api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path
 ) -> None:
     notes = through(tmp_path / "bin" / "ssh", "")
-    fetched(api, model, tmp_path / "got" / "model.bin", beside(host, lambda: None, 0))
+    fetched(api, model, tmp_path / "got" / "model.bin")
     assert sha256_of(tmp_path / "got" / "model.bin") == model[1].sha256
-    assert [one.name for one in (tmp_path / "got").iterdir()] == ["model.bin"]
+    assert visible(tmp_path / "got") == ["model.bin"]
     assert ["dd if" in line for line in notes.read_text().splitlines()] == [True, True]
+    assert host.log().count("Accepted publickey") == 2
 
 
 def test_what_a_login_shell_prints_is_no_part_of_the_file(
     api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path
 ) -> None:
     through(tmp_path / "bin" / "ssh", "echo Welcome to this host; echo Mind the gap >&2")
-    fetched(api, model, tmp_path / "got" / "model.bin", beside(host, lambda: None, 0))
+    fetched(api, model, tmp_path / "got" / "model.bin")
     assert sha256_of(tmp_path / "got" / "model.bin") == model[1].sha256
     assert host.log().count("Accepted publickey") == 2
 
@@ -186,7 +163,7 @@ def test_through_the_controller_where_no_ssh_is_installed(
 def test_connections_that_break_cost_speed_alone(
     api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path
 ) -> None:
-    fetched(api, model, tmp_path / "got" / "model.bin", beside(host, host.drop, 120 * _MB))
+    fetched(api, model, tmp_path / "got" / "model.bin", once(host.drop, 120 * _MB))
     assert sha256_of(tmp_path / "got" / "model.bin") == model[1].sha256
 
 
@@ -206,12 +183,11 @@ def interrupt() -> None:
     raise _Interrupted
 
 
-def test_an_interrupted_one_goes_on_with_what_has_come(
-    api: Api, host: Sshd, model: tuple[str, Artifact], tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("host")
+def test_an_interrupted_one_goes_on_with_what_has_come(api: Api, model: tuple[str, Artifact], tmp_path: Path) -> None:
     target = tmp_path / "got" / "model.bin"
     with pytest.raises(_Interrupted):
-        fetched(api, model, target, beside(host, interrupt, 120 * _MB))
+        fetched(api, model, target, once(interrupt, 120 * _MB))
     assert not target.exists()
     (part,) = (tmp_path / "got").glob(".*.part")
     assert part.with_name(notes_of(part.name)).exists()
@@ -219,7 +195,7 @@ def test_an_interrupted_one_goes_on_with_what_has_come(
     fetched(api, model, target, lambda _what, done, _total: told.append(done))
     assert told[0] > 0
     assert sha256_of(target) == model[1].sha256
-    assert [one.name for one in (tmp_path / "got").iterdir()] == ["model.bin"]
+    assert visible(tmp_path / "got") == ["model.bin"]
 
 
 @pytest.mark.usefixtures("host")
@@ -228,10 +204,13 @@ def test_a_file_that_is_another_by_now_is_not_put_in_place(
     api: Api, model: tuple[str, Artifact], tmp_path: Path, size: int
 ) -> None:
     file = api.store / "jobs" / model[0] / _PATH
-    os.truncate(file, size)
-    with file.open("r+b") as opened:
-        opened.seek(size - 10)
-        opened.write(b"something")
+
+    def change() -> None:
+        os.truncate(file, size)
+        with file.open("r+b") as opened:
+            opened.seek(size - 10)
+            opened.write(b"something")
+
     with pytest.raises(TransferError):
-        fetched(api, model, tmp_path / "got" / "model.bin")
+        fetched(api, model, tmp_path / "got" / "model.bin", once(change, 0))
     assert not (tmp_path / "got" / "model.bin").exists()

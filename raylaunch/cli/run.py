@@ -19,8 +19,7 @@ from raylaunch.cli.logs import detachable, follow_to_end, say_end
 from raylaunch.client.client import Client
 from raylaunch.client.packing import Packed
 from raylaunch.client.sensitive import ASKED_ABOVE, Allowances, allowed
-from raylaunch.client.submission import check_here, with_wandb
-from raylaunch.client.submitting import checked
+from raylaunch.client.submission import check_here, checked, with_wandb
 from raylaunch.cluster.types import Plan
 from raylaunch.config.load import Flag, job_spec_from_flags
 from raylaunch.errors import SpecError, UnsatisfiableError

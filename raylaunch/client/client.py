@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
@@ -14,7 +13,7 @@ from typing_extensions import Self, TypedDict
 
 from raylaunch.client import downloads
 from raylaunch.client.admin import Admin
-from raylaunch.client.downloads import Downloaded, MayReplace
+from raylaunch.client.downloads import Downloaded
 from raylaunch.client.logs import LogChunk, LogFollower, LogPosition, read_chunk
 from raylaunch.client.sensitive import NO_MORE, Allowances
 from raylaunch.client.transfer import OnProgress, allow_upload, no_progress
@@ -43,7 +42,7 @@ from raylaunch.models.states import JobState
 
 if TYPE_CHECKING:
     from raylaunch.client.packing import Packed
-    from raylaunch.client.submitting import Submitter
+    from raylaunch.client.submission import Submitter
 
 
 _Result = TypeVar("_Result")
@@ -193,7 +192,7 @@ class Client:
                 a submission whose response was lost is repeated safely.
             secrets: values for this job only, by the name of their environment variable.
             allow: files and sizes that are refused otherwise (`raylaunch.client.sensitive`).
-            packed: its code, if `raylaunch.client.submitting.checked` has packed it already; closed at the end.
+            packed: its code, if `raylaunch.client.submission.checked` has packed it already; closed at the end.
             on_packed: called with the report and the size of the archive.
             on_upload: called with the number of bytes to send, before the first; it may raise.
             on_progress: called with the progress of the upload.
@@ -225,7 +224,7 @@ class Client:
         return await self._submitter().send_environment(on_progress=on_progress)
 
     def _submitter(self) -> Submitter:
-        from raylaunch.client.submitting import Submitter  # noqa: PLC0415 -- only a submission reads ignore files and git
+        from raylaunch.client.submission import Submitter  # noqa: PLC0415 -- only a submission reads ignore files and git
 
         return Submitter(
             self._transport,
@@ -456,18 +455,20 @@ class Client:
             NotFoundError: a name matches no file.
             StorageError: a file cannot be written here.
         """
-        from raylaunch.client.parallel_download import ParallelDownload  # noqa: PLC0415 -- only a download needs it
-
-        job, wide = await self.own_job(ref), ParallelDownload(self._ssh_cluster)
+        job = await self.own_job(ref)
         files = [file for file in await self.files(job.id) if not file.link]
         files = downloads.chosen(files, tuple(paths), everything=everything)
-
-        async def download_one(artifact: Artifact, folder: Directory, name: str, *, replace: MayReplace) -> Downloaded:
-            fetch = partial(downloads.download, self._transport, job.id, artifact, folder, name, wide=wide)
-            return await self.retrying(partial(fetch, replace=replace, on_progress=on_progress))
-
+        download = downloads.Download(
+            self._transport,
+            job.id,
+            retry=self.retrying,
+            replace=replace,
+            hidden=hidden,
+            over_ssh=self._ssh_cluster,
+            on_progress=on_progress,
+        )
         named = [(file, file.path if everything else downloads.local_name(file)) for file in files]
-        return await downloads.download_all(download_one, job.id, named, dest, replace=replace, hidden=hidden)
+        return await download.into(dest, named)
 
 
 def _of(ref: str, verb: str = "") -> str:

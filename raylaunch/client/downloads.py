@@ -15,14 +15,13 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 from urllib.parse import quote
 
 from raylaunch.client.sensitive import FetchedFiles
-from raylaunch.client.transfer import OnProgress, no_progress
+from raylaunch.client.transfer import OnProgress
 from raylaunch.client.transport import Transport
 from raylaunch.contract import OUTPUTS
 from raylaunch.errors import ConflictError, NotFoundError, StorageError, TransferError
@@ -37,26 +36,11 @@ _LONGEST_NAME = 200
 _OURS = ".raylaunch"
 _SHOWN = 20
 _SAVE_EVERY_S = 2.0
+_RANGES = ".ranges"
+"""After the name of a part: the file that lists the ranges that it has (`raylaunch.ssh.fetch`)."""
+LARGE_BYTES = 256 * 1024 * 1024
+"""From this size on, several connections are worth their start, which takes about a second."""
 _REPEAT = "repeat the command; if it fails again, the job's files or the cluster are damaged"
-
-
-class RangeDownloader(Protocol):
-    """Downloads large files in ranges, over several connections."""
-
-    def wants(self, artifact: Artifact, folder: Directory, part: str) -> bool:
-        """Whether to download a file that way, given what is there of it already."""
-
-    async def fetch(  # noqa: PLR0913 -- what goes where
-        self,
-        transport: Transport,
-        url: str,
-        artifact: Artifact,
-        folder: Directory,
-        part: str,
-        *,
-        on_progress: OnProgress,
-    ) -> str:
-        """Download the missing ranges of the part, and return the sha256 of all of it."""
 
 
 class Downloaded(NamedTuple):
@@ -129,160 +113,123 @@ def checked_name(artifact: Artifact, name: str, *, hidden: bool) -> tuple[str, .
     return parts
 
 
-MayReplace = Callable[[os.stat_result], bool]
-"""Whether an existing file may be replaced."""
-
-
-class DownloadOne(Protocol):
-    """Downloads one file; `download`, with its connection bound."""
-
-    async def __call__(self, artifact: Artifact, folder: Directory, name: str, *, replace: MayReplace) -> Downloaded:
-        """Raise as `download`."""
-
-
-async def download_all(  # noqa: PLR0913 -- what goes where
-    download_one: DownloadOne,
-    job: str,
-    files: Sequence[tuple[Artifact, str]],
-    dest: Path | Directory,
-    *,
-    replace: bool,
-    hidden: bool,
-) -> tuple[Downloaded, ...]:
-    """Download files into a folder, which is created; a problem with one does not stop the others.
+class Download:
+    """One download of files of one job; a problem with a file does not stop the others.
 
     Args:
-        download_one: downloads one file.
-        job: their job.
-        files: each with its name here.
-        dest: the folder; a `Directory` stays open.
+        transport: to the controller.
+        job: the job's id.
+        retry: retries a call while there is no response.
         replace: whether to replace existing files, also in a folder with files of another job.
         hidden: whether names may have a part that starts with a dot.
-
-    Raises:
-        ConflictError: the folder has files of another job.
-        IncompleteDownloadError: some were not downloaded.
-        StorageError: the folder cannot be opened or written.
+        over_ssh: name of the cluster if its head is reached over SSH, else empty.
+        on_progress: called with the progress of each file.
     """
-    try:
-        folder = _opened(dest)
-    except OSError as error:
-        msg = f"{error.filename or dest} cannot be downloaded into: {error.strerror}"
-        raise StorageError(msg, hint="name the folder itself, or choose another folder to download into") from None
-    with folder:
-        return await _FolderDownload(download_one, job, folder, replace=replace, hidden=hidden).all(files)
 
-
-def _opened(dest: Path | Directory) -> Directory:
-    return Directory.open(dest, make=True) if isinstance(dest, Path) else dest.below(())
-
-
-class _FolderDownload:
-    """The state of one download: its folder, and the problems so far."""
-
-    def __init__(self, download_one: DownloadOne, job: str, folder: Directory, *, replace: bool, hidden: bool) -> None:
-        self._download_one = download_one
+    def __init__(  # noqa: PLR0913 -- what goes where
+        self,
+        transport: Transport,
+        job: str,
+        *,
+        retry: Callable[[Callable[[], Awaitable[Downloaded]]], Awaitable[Downloaded]],
+        replace: bool,
+        hidden: bool,
+        over_ssh: str,
+        on_progress: OnProgress,
+    ) -> None:
+        self._transport = transport
         self._job = job
-        self._folder = folder
+        self._retry = retry
         self._replace = replace
         self._hidden = hidden
-        self._record = FetchedFiles(folder)
+        self._over_ssh = over_ssh
+        self._on_progress = on_progress
         self._problems: dict[str, str] = {}
         self._kept = False
 
-    async def all(self, files: Sequence[tuple[Artifact, str]]) -> tuple[Downloaded, ...]:
-        others = self._record.of_others(self._job)
-        if others and not self._replace:
-            msg = f"{self._folder.path} has files of job {', '.join(others[:3])}; nothing was downloaded"
-            raise ConflictError(msg, hint="choose another folder to download into, or use this one with --force")
-        done: list[Downloaded] = []
-        saved_at = time.monotonic()
+    async def into(self, dest: Path | Directory, files: Sequence[tuple[Artifact, str]]) -> tuple[Downloaded, ...]:
+        """Download files, each with its name here, into a folder, which is created; a `Directory` stays open.
+
+        Raises:
+            ConflictError: the folder has files of another job.
+            IncompleteDownloadError: some were not downloaded.
+            StorageError: the folder cannot be opened or written.
+        """
         try:
-            for artifact, name in files:
-                done += await self._one(artifact, name)
-                if time.monotonic() - saved_at > _SAVE_EVERY_S:
-                    self._save()
-                    saved_at = time.monotonic()
-        finally:
-            self._save()
+            folder = _opened(dest)
+        except OSError as error:
+            msg = f"{error.filename or dest} cannot be downloaded into: {error.strerror}"
+            raise StorageError(msg, hint="name the folder itself, or choose another folder to download into") from None
+        with folder:
+            record = FetchedFiles(folder)
+            others = record.of_others(self._job)
+            if others and not self._replace:
+                msg = f"{folder.path} has files of job {', '.join(others[:3])}; nothing was downloaded"
+                raise ConflictError(msg, hint="choose another folder to download into, or use this one with --force")
+            done = await self._all(files, folder, record)
         if self._problems:
             hint = "replace existing files with --force, or choose another folder" if self._kept else _REPEAT
             raise IncompleteDownloadError(self._problems, tuple(done), hint=hint)
         return tuple(done)
 
-    async def _one(self, artifact: Artifact, name: str) -> list[Downloaded]:
+    async def _all(
+        self, files: Sequence[tuple[Artifact, str]], folder: Directory, record: FetchedFiles
+    ) -> list[Downloaded]:
+        done: list[Downloaded] = []
+        saved_at = time.monotonic()
         try:
-            *above, last = checked_name(artifact, name, hidden=self._hidden)
-            with self._below(artifact, above) as folder:
-                found = await self._download_one(artifact, folder, last, replace=partial(self._may_replace, name))
-                here = folder.stat(last)
-        except FileRefusedError as problem:
-            self._problems[artifact.path] = str(problem)
-            self._kept = self._kept or problem.kept
-            return []
-        except TransferError as error:
-            self._problems[artifact.path] = error.message
-            return []
-        if found.fetched and here is not None:
-            self._record.add(self._job, name, here)
-        return [found]
+            for artifact, name in files:
+                try:
+                    done.append(await self._one(artifact, name, folder, record))
+                except TransferError as error:
+                    self._problems[artifact.path] = error.message
+                    self._kept = self._kept or (isinstance(error, FileRefusedError) and error.kept)
+                if time.monotonic() - saved_at > _SAVE_EVERY_S:
+                    _save(record)
+                    saved_at = time.monotonic()
+        finally:
+            _save(record)
+        return done
 
-    def _below(self, artifact: Artifact, above: list[str]) -> Directory:
+    async def _one(self, artifact: Artifact, name: str, root: Directory, record: FetchedFiles) -> Downloaded:
+        *above, last = checked_name(artifact, name, hidden=self._hidden)
         try:
-            return self._folder.below(above, make=True)
+            with root.below(above, make=True) as folder:
+                here, target = folder.stat(last), folder.path / last
+                if here is not None and await asyncio.to_thread(_is_same, folder, last, here, artifact):
+                    sha256 = artifact.sha256
+                    return Downloaded(
+                        artifact.path, target, artifact.bytes, fetched=False, verified=True, sha256=sha256
+                    )
+                if here is not None and stat.S_ISDIR(here.st_mode):
+                    msg = f"{target} is a folder"
+                    raise FileRefusedError(msg)
+                if here is not None and not (self._replace or record.is_unchanged(self._job, name, here)):
+                    msg = f"{target} already exists with other content; it was kept"
+                    raise FileRefusedError(msg, kept=True)
+                found = await self._retry(lambda: self._fetch(artifact, folder, last))
+                written = folder.stat(last)
         except OSError as error:
-            raise _refused(artifact, self._folder.path.joinpath(*above), error) from None
+            raise _refused(artifact, root.path / name, error) from None
+        if written is not None:
+            record.add(self._job, name, written)
+        return found
 
-    def _may_replace(self, name: str, here: os.stat_result) -> bool:
-        return self._replace or self._record.is_unchanged(self._job, name, here)
-
-    def _save(self) -> None:
-        with contextlib.suppress(OSError):  # without the record, the files count as the person's own
-            self._record.save()
-
-
-async def download(  # noqa: PLR0913 -- what goes where
-    transport: Transport,
-    job: str,
-    artifact: Artifact,
-    folder: Directory,
-    name: str,
-    *,
-    replace: MayReplace,
-    wide: RangeDownloader | None = None,
-    on_progress: OnProgress = no_progress,
-) -> Downloaded:
-    """Download one file into a ``.part`` next to its place, verify and rename it. An existing part is continued.
-
-    Args:
-        transport: to the controller.
-        job: the job's id.
-        artifact: the file, as the head describes it; its name, size and checksum have been checked.
-        folder: its folder.
-        name: its name there.
-        replace: whether an existing file with other content may be replaced.
-        wide: downloads the files that it wants; the others come in one piece.
-        on_progress: called with the progress.
-
-    Raises:
-        FileRefusedError: an existing file may not be replaced, or the data does not match the checksum.
-        StorageError: it cannot be written here.
-    """
-    target = folder.path / name
-    try:
-        if await asyncio.to_thread(_is_here, folder, name, artifact, replace):
-            sha256 = artifact.sha256
-            return Downloaded(artifact.path, target, artifact.bytes, fetched=False, verified=True, sha256=sha256)
+    async def _fetch(self, artifact: Artifact, folder: Directory, name: str) -> Downloaded:
+        """Download one file into a ``.part`` next to its place, verify and rename it. An existing part is continued."""
         part = f".{name}.{(artifact.sha256 or 'growing')[:12]}.part"
         _remove_foreign_part(folder, part, keep=bool(artifact.sha256))
-        url = f"/v1/jobs/{quote(job, safe='')}/files/{quote(artifact.path)}"
-        if wide is not None and await asyncio.to_thread(wide.wants, artifact, folder, part):
-            sha256, found = (
-                artifact.sha256,
-                await wide.fetch(transport, url, artifact, folder, part, on_progress=on_progress),
+        url = f"/v1/jobs/{quote(self._job, safe='')}/files/{quote(artifact.path)}"
+        large = bool(self._over_ssh) and artifact.bytes >= LARGE_BYTES
+        if artifact.sha256 and (large or folder.has(f"{part}{_RANGES}")):
+            from raylaunch.client.parallel_download import download_ranges  # noqa: PLC0415 -- it loads SSH
+
+            sha256 = artifact.sha256
+            found = await download_ranges(
+                self._transport, url, artifact, folder, part, cluster=self._over_ssh, on_progress=self._on_progress
             )
         else:
-            sha256 = await _fetch(transport, url, artifact, folder, part, on_progress=on_progress)
+            sha256 = await self._fetch_whole(url, artifact, folder, part)
             found = await asyncio.to_thread(_sha256_in, folder, part) if sha256 else ""
         if found != sha256:
             folder.unlink(part)
@@ -291,11 +238,39 @@ async def download(  # noqa: PLR0913 -- what goes where
             )
             raise FileRefusedError(msg)
         folder.replace(part, name)
-        return Downloaded(
-            artifact.path, target, _size(folder, name), fetched=True, verified=bool(sha256), sha256=sha256
-        )
-    except OSError as error:
-        raise _refused(artifact, target, error) from None
+        size, verified = _size(folder, name), bool(sha256)
+        return Downloaded(artifact.path, folder.path / name, size, fetched=True, verified=verified, sha256=sha256)
+
+    async def _fetch_whole(self, url: str, artifact: Artifact, folder: Directory, part: str) -> str:
+        """Append the missing bytes to `part`, never more than announced; return the checksum if one is known."""
+        have = _size(folder, part)
+        if have >= artifact.bytes and have:
+            return artifact.sha256
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        async with self._transport.stream(url, headers=headers) as body:
+            resumed = body.status == _PARTIAL
+            done = have if resumed else 0
+            flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if resumed else os.O_TRUNC)
+            with os.fdopen(folder.open_file(part, flags), "ab" if resumed else "wb") as file:
+                async for data in body.chunks():
+                    file.write(data[: max(0, artifact.bytes - done)])
+                    done += len(data)
+                    self._on_progress(artifact.path, min(done, artifact.bytes), artifact.bytes)
+                    if done > artifact.bytes:
+                        break
+            stated = body.header("X-Sha256")
+        if artifact.sha256 or done != artifact.bytes:
+            return artifact.sha256  # a file that has grown since it was listed is here as it was then
+        return stated if _SHA256.fullmatch(stated) else ""
+
+
+def _opened(dest: Path | Directory) -> Directory:
+    return Directory.open(dest, make=True) if isinstance(dest, Path) else dest.below(())
+
+
+def _save(record: FetchedFiles) -> None:
+    with contextlib.suppress(OSError):  # without the record, the files count as the person's own
+        record.save()
 
 
 def _refused(artifact: Artifact, target: Path, error: OSError) -> StorageError | FileRefusedError:
@@ -307,34 +282,9 @@ def _refused(artifact: Artifact, target: Path, error: OSError) -> StorageError |
     return StorageError(msg, hint=resume if full else "choose another folder to download into")
 
 
-async def _fetch(  # noqa: PLR0913 -- what goes where
-    transport: Transport, url: str, artifact: Artifact, folder: Directory, part: str, *, on_progress: OnProgress
-) -> str:
-    """Append the missing bytes to `part`, never more than announced; return the checksum if one is known."""
-    have = _size(folder, part)
-    if have >= artifact.bytes and have:
-        return artifact.sha256
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    async with transport.stream(url, headers=headers) as body:
-        resumed = body.status == _PARTIAL
-        done = have if resumed else 0
-        flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if resumed else os.O_TRUNC)
-        with os.fdopen(folder.open_file(part, flags), "ab" if resumed else "wb") as file:
-            async for data in body.chunks():
-                file.write(data[: max(0, artifact.bytes - done)])
-                done += len(data)
-                on_progress(artifact.path, min(done, artifact.bytes), artifact.bytes)
-                if done > artifact.bytes:
-                    break
-        stated = body.header("X-Sha256")
-    if artifact.sha256 or done != artifact.bytes:
-        return artifact.sha256  # a file that has grown since it was listed is here as it was then
-    return stated if _SHA256.fullmatch(stated) else ""
-
-
 def _remove_foreign_part(folder: Directory, part: str, *, keep: bool) -> None:
     """Remove a part that no earlier download wrote: not a regular file, with other links, or of another owner."""
-    for name in (part, f"{part}.ranges"):
+    for name in (part, f"{part}{_RANGES}"):
         found = folder.stat(name)
         if found is None:
             continue
@@ -348,20 +298,9 @@ def _size(folder: Directory, name: str) -> int:
     return found.st_size if found is not None else 0
 
 
-def _is_here(folder: Directory, name: str, artifact: Artifact, replace: MayReplace) -> bool:
-    here = folder.stat(name)
-    if here is None:
-        return False
-    plain = stat.S_ISREG(here.st_mode)
-    if plain and artifact.sha256 and here.st_size == artifact.bytes and _sha256_in(folder, name) == artifact.sha256:
-        return True
-    if stat.S_ISDIR(here.st_mode):
-        msg = f"{folder.path / name} is a folder"
-        raise FileRefusedError(msg)
-    if not replace(here):
-        msg = f"{folder.path / name} already exists with other content; it was kept"
-        raise FileRefusedError(msg, kept=True)
-    return False
+def _is_same(folder: Directory, name: str, here: os.stat_result, artifact: Artifact) -> bool:
+    known = artifact.sha256 and stat.S_ISREG(here.st_mode) and here.st_size == artifact.bytes
+    return bool(known) and _sha256_in(folder, name) == artifact.sha256
 
 
 def _sha256_in(folder: Directory, name: str) -> str:

@@ -112,7 +112,6 @@ def load_cluster_file(
     file = read_yaml(chosen, quoted=quoted)
     if is_ray_yaml(file.data):
         return _of_ray(chosen, file)
-    _refuse_other_kinds(file)
     return ClusterFile(_validated(ClusterSpec, file.data, file, ()), chosen)
 
 
@@ -123,18 +122,6 @@ def _of_ray(path: Path, file: YamlFile) -> ClusterFile:
     return ClusterFile(
         _validated(ClusterSpec, ray.data, ours, ()), path, tuple(str(note) for note in ray.notes), of_ray=True
     )
-
-
-def _refuse_other_kinds(file: YamlFile) -> None:
-    kind = file.data.get("kind", "local")
-    if kind in {"local", "ssh", "existing"}:
-        return
-    said = f"kind: {kind}" if file.quoted else "its kind"
-    msg = (
-        f"{said} is no kind that is known; there are local (this machine), ssh (hosts over SSH) and existing "
-        "(a Ray that somebody else runs)"
-    )
-    raise SpecError(msg, where=file.where(("kind",)), field="kind", hint="write kind: local, or leave the key out")
 
 
 def load_job_spec(path: Path) -> JobSpec:

@@ -75,13 +75,6 @@ class RayFile(NamedTuple):
     notes: tuple[IgnoredKey, ...]
     origins: dict[KeyPath, KeyPath]
 
-    def origin(self, path: KeyPath) -> KeyPath:
-        """Return the place in Ray's file of what stands at `path`, or of the nearest thing around it."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.origins:
-                return self.origins[path[:length]]
-        return ()
-
 
 def is_ray_yaml(data: Mapping[str, object]) -> bool:
     """Return whether a file is Ray's: it has the two keys that Ray requires, and that ours does not know."""

@@ -1,4 +1,4 @@
-"""Which cluster is meant, where it answers, and what heals it when it does not: the way from every door to a client."""
+"""From a cluster's spec to a client, for every interface: find its endpoint, and start or restart what is missing."""
 
 from __future__ import annotations
 
@@ -26,40 +26,32 @@ from raylaunch.ssh.target import OnPrompt
 
 
 class Backend(Protocol):
-    """A place where clusters live."""
+    """Where clusters of one kind live: a module of `raylaunch.cluster`."""
 
     async def plan(self, spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:
-        """Say what `up` would do now, and change nothing."""
-        ...
+        """Return what `up` would do now; change nothing."""
 
     async def up(
         self, spec: ClusterSpec, /, *, on_step: Callable[[Step], None], on_prompt: OnPrompt | None = None
     ) -> ClusterStatus:
-        """Bring the cluster up, starting only what does not run, and return when it can take jobs.
-
-        `on_prompt` asks a person, where one is there, what only a person can say.
-        """
-        ...
+        """Start what is not running, and return when the cluster accepts jobs; `on_prompt` asks a person."""
 
     async def down(self, spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:
-        """End exactly what `up` started, and return when nothing of it is left."""
-        ...
+        """Stop exactly what `up` started, and return when nothing of it is running."""
 
     async def reach(self, spec: ClusterSpec | str, /) -> Endpoint:
-        """Return the controller's URL and token, as they are reached from here."""
-        ...
+        """Return the controller's URL and token, as reached from here."""
 
     async def status(self, spec: ClusterSpec | str, /) -> ClusterStatus:
-        """Look at the cluster, and change nothing."""
-        ...
+        """Return the state of the cluster; change nothing."""
 
 
-_TOLD_LATE, _PAUSE_S = 5, 0.1
-"""A tunnel says why it is down a little after its connections are."""
+_TRIES, _PAUSE_S = 5, 0.1
+"""A tunnel reports why it is down shortly after its connections break."""
 
 
 def is_joined(name: str) -> bool:
-    """Whether somebody else runs the cluster of this name, and this machine has joined it. Reads one small file."""
+    """Return whether this machine has joined a cluster of this name that somebody else runs. Reads one small file."""
     try:
         found = json.loads((raylaunch_home() / "clusters" / name / "client.json").read_bytes())
     except (OSError, ValueError):
@@ -68,15 +60,15 @@ def is_joined(name: str) -> bool:
 
 
 async def explain_silence(name: str) -> tuple[str, str]:
-    """Return why a cluster on other machines does not answer here, as its tunnel says, and what to do; or nothing."""
-    from raylaunch.cluster.client_record import load_client, load_tunnel  # noqa: PLC0415 -- only where something is wrong
+    """Return why a cluster on other machines does not respond, and a hint, from its tunnel; empty if unknown."""
+    from raylaunch.cluster.client_record import load_client, load_tunnel  # noqa: PLC0415 -- only after an error
     from raylaunch.paths import cluster_paths  # noqa: PLC0415 -- as above
 
     paths = cluster_paths(name)
     record = load_client(paths)
     if record is None:
         return "", ""
-    for _ in range(_TOLD_LATE):
+    for _ in range(_TRIES):
         tunnel = load_tunnel(paths)
         if tunnel is not None and tunnel.alive and tunnel.why:
             return tunnel.why, tunnel.hint
@@ -84,10 +76,8 @@ async def explain_silence(name: str) -> tuple[str, str]:
     if not record.joined:
         return "", ""
     port = record.head_ports["controller"]
-    hint = (
-        f"ask {record.owner}, who runs it: raylaunch up; if it is at another port than {port} there now, for a new line"
-    )
-    return "", f"{hint}: raylaunch token create"
+    hint = f"ask {record.owner}, who runs it, to run: raylaunch up; if its port is no longer {port}, join again with"
+    return "", f"{hint} a new invitation: raylaunch token create"
 
 
 def backend_for(spec: ClusterSpec) -> Backend:
@@ -114,13 +104,13 @@ _WATCHDOG_S = 60.0
 
 
 def refuse_inside_job(environ: Mapping[str, str]) -> None:
-    """Refuse what would reach or start a cluster from inside a job: a second Ray would start, and outlive the job.
+    """Refuse to use a cluster from inside a job: a second Ray would start, and outlive the job.
 
     Raises:
-        ClusterError: the environment is that of a job's program.
+        ClusterError: `environ` is the environment of a job's program.
     """
     if job := environ.get(VAR_JOB):
-        msg = f"this is inside job {clean(job, colour=False)}, where raylaunch reaches and starts no cluster"
+        msg = f"this is inside job {clean(job, colour=False)}, where raylaunch neither uses nor starts a cluster"
         hint = (
             f"submit jobs from outside; the program itself uses raylaunch.context() and raylaunch.report(). If this is "
             f"not a job, unset {VAR_JOB}"
@@ -129,27 +119,27 @@ def refuse_inside_job(environ: Mapping[str, str]) -> None:
 
 
 class ClusterConnection:
-    """Where one cluster lives, seen from here.
+    """The way to one cluster from here.
 
     Args:
         spec: the cluster.
-        on_notice: told in a sentence what a person should know meanwhile.
-        on_step: told each step when something is started.
-        heals: whether a cluster that should run, and does not, is started again. Without it nothing is ever started.
-        prefix: `sys.prefix` where the interpreter is the person's own, as in a notebook.
-        on_prompt: asks a person when something is started; None where nobody is there.
+        on_notice: called with a sentence that a person should read.
+        on_step: called with each step when something is started.
+        restarts: whether a cluster that should run, and does not, is started again. Without it nothing is started.
+        prefix: `sys.prefix` if the interpreter is the person's own, for example in a notebook.
+        on_prompt: asks a person when something is started; None without a person.
 
     Raises:
         ClusterError: this is inside a job.
     """
 
-    def __init__(  # noqa: PLR0913 -- each is one fact of who asks
+    def __init__(  # noqa: PLR0913 -- each is one fact about the caller
         self,
         spec: ClusterSpec,
         *,
         on_notice: Callable[[str], None],
         on_step: Callable[[Step], None],
-        heals: bool = True,
+        restarts: bool = True,
         prefix: str = "",
         on_prompt: OnPrompt | None = None,
     ) -> None:
@@ -160,7 +150,7 @@ class ClusterConnection:
         self._last: Endpoint | None = None
         self._notice = on_notice
         self._step = on_step
-        self._heals = heals
+        self._restarts = restarts
         self._prefix = prefix
         self._prompt = on_prompt
 
@@ -172,21 +162,21 @@ class ClusterConnection:
         patience_s: float = PATIENCE_S,
         before_start: Callable[[], Awaitable[None]] | None = None,
     ) -> AsyncIterator[Client]:
-        """Yield a client. A cluster that should run and does not is healed; with `start`, a missing one is started.
+        """Yield a client. A cluster that should run and does not is restarted; with `start`, a missing one is started.
 
         Args:
             start: whether a missing cluster is started.
-            patience_s: how long a lost controller is waited for.
+            patience_s: for how long requests are retried when the controller is lost.
             before_start: called before anything is started; it may raise.
 
         Raises:
             ClusterDownError: there is no cluster here.
             ClusterStartError: a step of starting it failed.
         """
-        heals = self._heals and self._ours
-        endpoint = (
-            await self._reach(start=start, before_start=before_start) if heals else await self.backend.reach(self.spec)
-        )
+        if self._restarts and self._ours:
+            endpoint = await self._reach(start=start, before_start=before_start)
+        else:
+            endpoint = await self.backend.reach(self.spec)
         self._last = endpoint
         try:
             async with Client(
@@ -194,8 +184,8 @@ class ClusterConnection:
                 cluster=self.spec.name,
                 patience_s=patience_s,
                 on_notice=self._notice,
-                restart=self._heal if self._heals else None,
-                replace_hung=self._replace_hung if self._heals else None,
+                restart=self._restart if self._restarts else None,
+                replace_hung=self._replace_hung if self._restarts else None,
                 over_ssh=endpoint.over_ssh,
                 here=self._ours and self.spec.kind == "local",
                 prefix=self._prefix,
@@ -207,12 +197,12 @@ class ClusterConnection:
             raise NoAnswerError(f"{error.message}: {why}" if why else error.message, hint=hint or error.hint) from None
 
     async def up(self) -> Endpoint:
-        """Start what is missing, and return where the controller answers."""
+        """Start what is missing, and return the controller's endpoint."""
         await bring_up(self.backend, self.spec, on_step=self._step, on_prompt=self._prompt)
         return await self.backend.reach(self.spec)
 
     async def running_jobs(self) -> tuple[JobView, ...]:
-        """Return the jobs of ours that run; none where no controller answers."""
+        """Return raylaunch's running jobs; none if no controller responds."""
         try:
             async with Client(await self.backend.reach(self.spec), cluster=self.spec.name, patience_s=0) as client:
                 page = await client.jobs(states=[JobState.STARTING, JobState.RUNNING, JobState.STOPPING])
@@ -221,8 +211,8 @@ class ClusterConnection:
         return tuple(job for job in page.jobs if not job.foreign)
 
     async def would_start(self) -> bool:
-        """Return whether `client` with `start` would start something, because nothing answers. Nothing is started."""
-        return self._heals and self._ours and await self._running() is None
+        """Return whether `client` with `start` would start something, because nothing responds. Nothing is started."""
+        return self._restarts and self._ours and await self._running() is None
 
     async def plan(self) -> Plan:
         """Return what `up` would do now, and why it would fail. Nothing is changed."""
@@ -231,7 +221,7 @@ class ClusterConnection:
     async def _running(self) -> Endpoint | None:
         with contextlib.suppress(ClusterDownError):
             endpoint = await self.backend.reach(self.spec)
-            if endpoint.over_ssh or await _answers(endpoint):  # a tunnel takes every connection
+            if endpoint.over_ssh or await _answers(endpoint):  # a tunnel accepts every connection
                 return endpoint
         return None
 
@@ -241,7 +231,7 @@ class ClusterConnection:
         if start and before_start:
             await before_start()
         if await self._should_run():
-            self._notice(f"cluster {self.spec.name!r} should run, and its controller does not answer; healing it")
+            self._notice(f"cluster {self.spec.name!r} should be running, and its controller is not; restarting it")
         elif start:
             self._notice(f"there is no cluster here yet; starting {self.spec.name!r}")
         else:
@@ -250,19 +240,19 @@ class ClusterConnection:
         return await self.up()
 
     async def _should_run(self) -> bool:
-        """Return whether somebody wants this cluster to run: it was started, and not taken down."""
+        """Return whether this cluster should run: it was started, and not taken down."""
         if (await self.backend.status(self.spec)).state != "stopped":
             return True
         from raylaunch.cluster.record import load_record  # noqa: PLC0415
-        from raylaunch.paths import cluster_paths  # noqa: PLC0415 -- only where something is wrong
+        from raylaunch.paths import cluster_paths  # noqa: PLC0415 -- only after an error
 
         record = load_record(cluster_paths(self.spec.name))
         return record is not None and record.wanted == "running"
 
-    async def _heal(self) -> Endpoint:
-        """Return where to go on after the controller was lost. A cluster that was taken down is not started again.
+    async def _restart(self) -> Endpoint:
+        """Return the endpoint after the controller was lost. A cluster that was taken down is not started again.
 
-        A head that cannot be reached comes back where it was: whoever asks has patience, and its limit.
+        If the head cannot be reached, the endpoint stays the same: the client retries until its limit.
         """
         try:
             self._last = await self.backend.reach(self.spec)
@@ -276,11 +266,8 @@ class ClusterConnection:
         return self._last
 
     async def _replace_hung(self) -> Endpoint:
-        """Return where to go on after a controller has stopped to respond: here it is replaced, on hosts it has been.
-
-        There its watchdog does that; the answer is waited for as long as that takes.
-        """
-        from raylaunch.cluster.local import health  # noqa: PLC0415 -- only where something is wrong
+        """Return the endpoint after a controller stopped responding: it is replaced here, or by a host's watchdog."""
+        from raylaunch.cluster.local import health  # noqa: PLC0415 -- only after an error
         from raylaunch.paths import cluster_paths  # noqa: PLC0415 -- as above
 
         self._notice(f"the controller of cluster {self.spec.name!r} is not responding; it is being restarted")
@@ -296,7 +283,7 @@ class ClusterConnection:
                     return endpoint
                 await asyncio.sleep(_KNOCK_S)
         self._last = endpoint
-        self._notice(f"cluster {self.spec.name!r} answers again")
+        self._notice(f"cluster {self.spec.name!r} is responding again")
         return endpoint
 
 
@@ -305,7 +292,7 @@ async def bring_up(
 ) -> ClusterStatus:
     """Start what is missing of a cluster, and send it the wheels of the environment that its cluster.yaml lists.
 
-    They are for nodes that reach no package index, so that those who submit need neither resolve nor send them.
+    Nodes without a package index need them, and people who submit need neither resolve nor send them then.
 
     Raises:
         RaylaunchError: as `Backend.up`, or there is no wheel of a package for a node.
@@ -329,7 +316,7 @@ async def bring_up(
 
 
 async def _answers(endpoint: Endpoint) -> bool:
-    """Return whether somebody listens there; what they say is the client's to judge."""
+    """Return whether anything accepts connections there."""
     address = urlsplit(endpoint.url)
     try:
         _, writer = await asyncio.wait_for(asyncio.open_connection(address.hostname, address.port), _KNOCK_S)

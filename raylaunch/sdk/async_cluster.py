@@ -205,7 +205,7 @@ class AsyncCluster:
         """
         spec = cluster_of(which)
         report = on_step or show_steps(spec.name)
-        place = ClusterConnection(spec, on_notice=log_notice, on_step=report, heals=False)
+        place = ClusterConnection(spec, on_notice=log_notice, on_step=report, restarts=False)
         return await take_down(place, stop=stop, force=force, on_step=report)
 
     async def __aenter__(self) -> Self:
