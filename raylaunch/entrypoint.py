@@ -1,7 +1,7 @@
-"""What an entrypoint starts: a Python program, or a launcher that starts ranks by itself. Pure functions.
+"""Parses entrypoints: whether one starts a Python program, or a launcher that starts ranks itself. Pure functions.
 
-Both sides rely on this: a spec that torchrun cannot start is refused when it is made, and the runner starts what was
-found here. A pasted ``torchrun …`` is found behind variables, ``uv run`` and the like, and is never wrapped again.
+Used on both sides: a spec that torchrun cannot start is refused when it is created, and the runner starts the program
+that was found. A pasted ``torchrun …`` is found after variables, ``uv run`` and the like, and never wrapped again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _IN_DOUBLE_QUOTES = re.compile(r'\\([$`"\\])|\\\n')
 
 
 class Word(NamedTuple):
-    """One word without its quotes; it is at ``[start:end]`` of the text, or of the list."""
+    """One word without its quotes, from ``[start:end]`` of the text or list."""
 
     text: str
     start: int
@@ -35,7 +35,7 @@ class Word(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A command line: its simple commands, and the operators between them (``?`` for what is unclear)."""
+    """A command line: its simple commands, and the operators between them (``?`` for unknown ones)."""
 
     commands: list[list[Word]]
     operators: list[str]
@@ -75,7 +75,7 @@ def spliced(entrypoint: str, start: int, end: int, words: Sequence[str]) -> str:
 @overload
 def spliced(entrypoint: list[str], start: int, end: int, words: Sequence[str]) -> list[str]: ...
 def spliced(entrypoint: str | list[str], start: int, end: int, words: Sequence[str]) -> str | list[str]:
-    """Return the command with `words` in place of what is at ``[start:end]``; all else is unchanged."""
+    """Return the command with `words` at ``[start:end]``; the rest is unchanged."""
     if not isinstance(entrypoint, str):
         return [*entrypoint[:start], *words, *entrypoint[end:]]
     before, after = entrypoint[:start], entrypoint[end:]
@@ -99,7 +99,7 @@ PLACES = (
     *("rdzv-backend", "rdzv-endpoint", "rdzv-id", "rdzv-conf", "node-rank", "master-addr"),
     *("num-machines", "machine-rank", "main-process-ip", "num-nodes", "hostfile", "no-ssh", "launcher"),
 )
-"""Options that name where ranks meet, or several nodes: then nothing is decided here."""
+"""Options for the rendezvous of ranks, or for several nodes: with them, no option is added."""
 
 _PROGRAMS = {
     "torchrun": TORCHRUN,
@@ -120,11 +120,11 @@ _BEFORE = ("env", "exec", "time", "nohup", "command")
 _RUN = ("uv", "poetry", "pdm", "pipenv", "pixi", "hatch", "rye", "conda", "mamba", "micromamba")
 _WRAPPERS = ("nice", "ionice", "numactl", "taskset", "timeout", "stdbuf", "nsys", "ncu", "uvx", "srun")
 WRAPPERS = frozenset((*_BEFORE, *_RUN, *_WRAPPERS, "sudo", "make", "tini", "dumb-init", "script", "xargs"))
-"""Programs that run another one, and end with it."""
+"""Programs that run another program and end with it."""
 _NAMES_ONE = ("-p", "--python", "--with", "--from", "-n", "--name", "--env")
 """Options of a wrapper whose value may look like a program."""
 _BRING_ONE = (*_RUN, "uvx")
-"""These bring an interpreter of their own."""
+"""These provide their own interpreter."""
 SHELLS = ("sh", "bash", "zsh", "dash", "ash", "ksh", "fish", "busybox")
 _WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
 _MODULE = ("-m", "--module")
@@ -139,22 +139,22 @@ _ADVICE = (
 
 
 class Pasted(NamedTuple):
-    """A launcher in the entrypoint that starts ranks by itself."""
+    """A launcher in the entrypoint that starts ranks itself."""
 
     launcher: str
     options: dict[str, str]
-    """Its own options, as ``{"nproc-per-node": "2"}``; those without a value have an empty one."""
+    """Its options, for example ``{"nproc-per-node": "2"}``; empty text for those without a value."""
     at: int
-    """Where further options may be put, or -1 where none can be."""
+    """Index for further options; -1 if none can be added."""
 
     @property
     def ranks(self) -> str:
-        """How many ranks it names, in its own words (``4``, ``gpu``); empty when it names none."""
+        """The number of ranks as written (``4``, ``gpu``); empty if it has none."""
         return next((self.options[name] for name in COUNTS[self.launcher] if name in self.options), "")
 
     @property
     def names_places(self) -> bool:
-        """Whether it names itself where its ranks meet, or several nodes."""
+        """Whether it sets the rendezvous of its ranks itself, or several nodes."""
         nodes = self.options.get("nnodes", "1")
         named = {name: self.options[name] for name in PLACES if name in self.options}
         if named.get("master-addr") in _LOCAL:
@@ -167,7 +167,7 @@ class Pasted(NamedTuple):
 
 
 def pasted(entrypoint: str | Sequence[str]) -> Pasted | None:
-    """Return the launcher that the entrypoint names, or None."""
+    """Return the launcher in the entrypoint, or None."""
     for command in read(entrypoint).commands:
         at = _program(command)
         found = _launcher(command, at) if at < len(command) else None
@@ -177,13 +177,13 @@ def pasted(entrypoint: str | Sequence[str]) -> Pasted | None:
 
 
 def problem_of(entrypoint: str | Sequence[str]) -> str:
-    """Return why torchrun cannot start this as ranks, and what to write; empty when it can."""
+    """Return why torchrun cannot start this as ranks, and what to write instead; empty if it can."""
     line = read(entrypoint)
     if pasted(entrypoint) is not None:
         return ""
     odd = next((operator for operator in line.operators if operator not in _IN_ORDER), "")
     if odd:
-        shown = "what no shell would read" if odd == "?" else repr(odd)
+        shown = "invalid syntax" if odd == "?" else repr(odd)
         return f"torchrun starts a Python program, and this is a shell command with {shown}; {_ADVICE}"
     programs = [found for found in map(_python, line.commands) if found is not None]
     if not programs:
@@ -194,16 +194,15 @@ def problem_of(entrypoint: str | Sequence[str]) -> str:
 
 
 def python_word(entrypoint: str | Sequence[str]) -> str:
-    """Return the interpreter that the Python program names; empty when it is the one of the job's environment."""
+    """Return the interpreter that the entrypoint names; empty for that of the job's environment."""
     found = next(found for found in map(_python, read(entrypoint).commands) if found is not None)
     return found[2]
 
 
 def script_of(entrypoint: str | Sequence[str]) -> str:
-    """Return the file that the first command runs, as it is written, relative to where it runs.
+    """Return the file that the first command runs, as written, relative to its folder.
 
-    Empty where there is none, and where that cannot be known without running it: a path with variables, or a command
-    that changes the folder first.
+    Empty if there is none or it is unknown: a path with variables, or a command that changes the folder first.
     """
     line = read(entrypoint)
     command = line.commands[0] if line.commands else []
@@ -216,7 +215,7 @@ def script_of(entrypoint: str | Sequence[str]) -> str:
 
 
 def started_itself(entrypoint: str | Sequence[str], script: str) -> bool:
-    """Return whether the first command is this file itself, and not a program that reads it."""
+    """Return whether the first command is this file itself, not a program that reads it."""
     line = read(entrypoint)
     command = line.commands[0] if line.commands else []
     at = _program(command)
@@ -244,16 +243,16 @@ def wrapped(entrypoint: str | list[str], launcher: Sequence[str], python: str) -
     """Return the entrypoint with its Python program started by a launcher.
 
     Args:
-        entrypoint: one for which `problem_of` finds nothing, and `pasted` neither.
-        launcher: what to put before the program.
-        python: the interpreter, which is put between the two.
+        entrypoint: one for which `problem_of` and `pasted` return nothing.
+        launcher: the words before the program.
+        python: the interpreter, between the two.
     """
     start, end, _ = next(found for found in map(_python, read(entrypoint).commands) if found is not None)
     return spliced(entrypoint, start, end, [*launcher, python])
 
 
 def with_options(entrypoint: str | list[str], found: Pasted, options: Sequence[str]) -> str | list[str]:
-    """Return the entrypoint with further options for the launcher in it; where they cannot be put, it as it is."""
+    """Return the entrypoint with further options for its launcher; unchanged if none can be added."""
     return spliced(entrypoint, found.at, found.at, options) if found.at >= 0 and options else entrypoint
 
 
@@ -313,7 +312,7 @@ def _in_shell(arguments: Sequence[str]) -> Pasted | None:
 
 
 def _with_options_of(launcher: str, command: Sequence[Word], at: int) -> Pasted:
-    """Read a launcher's options up to the program that it starts."""
+    """Return a launcher with its options, which end at the program that it starts."""
     options: dict[str, str] = {}
     words = [word.text for word in command[at + 1 :]]
     for index, word in enumerate(words):
@@ -327,7 +326,7 @@ def _with_options_of(launcher: str, command: Sequence[Word], at: int) -> Pasted:
 
 
 def _script(command: Sequence[Word], at: int) -> int | None:
-    """Return the index of what an interpreter runs: a script, a module's name, or code; None when there is nothing."""
+    """Return the index of the script, module or code that an interpreter runs; None if there is none."""
     at += 1
     while at < len(command):
         text = command[at].text
@@ -340,7 +339,7 @@ def _script(command: Sequence[Word], at: int) -> int | None:
 
 
 def _python(command: Sequence[Word]) -> tuple[int, int, str] | None:
-    """Return which part of the text a launcher with an interpreter takes the place of, and which interpreter."""
+    """Return the part of the text that a launcher with an interpreter replaces, and that interpreter."""
     at = _program(command)
     if at >= len(command):
         return None

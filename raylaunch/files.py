@@ -1,4 +1,4 @@
-"""Files written as a whole, checksums, logs that are rotated, and directories held open by their descriptor.
+"""Atomic writes, checksums, log rotation, and directories that are held open by their descriptor.
 
 Standard library and the syntax of Python 3.8 only: the runner uses it too.
 """
@@ -25,7 +25,7 @@ MOST_BYTES = 16 * 1024 * 1024
 _BLOCK = 1 << 20
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _THROUGH: int = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-"""For a folder that is only passed through: where the system can, it need not be readable."""
+"""For a folder on the way to another; if the system supports it, the folder need not be readable."""
 
 
 def write_atomic(
@@ -37,12 +37,12 @@ def write_atomic(
         path: the file, which is replaced if it exists; a link is replaced, not followed.
         data: its content; text is UTF-8.
         mode: permissions, less the umask.
-        durable: whether the content is on the disk before the file is renamed.
-        only_writer: whether nobody else writes this file. The temporary name is then always the same, and what a
-            crash left there is removed by the next call.
+        durable: whether to sync the content to the disk before the rename.
+        only_writer: whether nobody else writes this file. The temporary name is then fixed, and the next call removes
+            what a crash left there.
 
     Raises:
-        OSError: it cannot be written; what was there stays.
+        OSError: it cannot be written; the old content stays.
     """
     unique = "" if only_writer else f"{os.getpid()}.{os.urandom(4).hex()}."
     temporary = path.with_name(f".{path.name}.{unique}new")
@@ -86,7 +86,7 @@ def replace_link(link: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on the disk."""
+    """Sync a file's content, or the names in a folder, to the disk."""
     descriptor = os.open(str(path), os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -108,20 +108,19 @@ def sha256_of(source: Path | int) -> str:
 
 
 def rotate(path: Path, *, most_bytes: int = MOST_BYTES) -> bool:
-    """Move what a log holds into ``<name>.1`` if it has become large; return whether that was done.
+    """Copy a large log to ``<name>.1`` and empty it; return whether that was done.
 
-    Its writers keep their descriptors, which must append (O_APPEND): the file stays the same one and becomes empty. A
-    line that is written in that moment may be lost.
+    Its writers keep their descriptors, which must append (O_APPEND). A line that is written meanwhile may be lost.
     """
     try:
         if path.stat().st_size <= most_bytes:
             return False
         kept = path.with_name(f"{path.name}.1")
-        with contextlib.suppress(OSError):  # a full disk: then the room is worth more than the lines
+        with contextlib.suppress(OSError):  # on a full disk, space is worth more than the lines
             shutil.copyfile(path, kept)
             kept.chmod(0o600)
         os.truncate(path, 0)
-    except OSError:  # there is no log, or it is not ours to change
+    except OSError:  # there is no log, or it is read-only
         return False
     return True
 
@@ -142,11 +141,11 @@ class Directory:
     def open(cls, path: Path, *, make: bool = False) -> Self:
         """Open a directory by a path that a person gave.
 
-        Its parents may be links where the path is absolute; a relative path has no links in any part, for the folder
-        that it starts in may come from somebody else. `make` creates what is missing.
+        The parents of an absolute path may be links; no part of a relative path may be, because the current folder
+        may come from somebody else. `make` creates what is missing.
 
         Raises:
-            OSError: ELOOP for a link; ENOTDIR for what is no directory.
+            OSError: ELOOP for a link; ENOTDIR for anything else that is not a directory.
         """
         plain = not path.is_absolute() and ".." not in path.parts
         whole = Path.cwd() / path
@@ -164,7 +163,7 @@ class Directory:
         """Open a directory by a path without links, as `Path.resolve` returns it: name by name, from the root.
 
         Raises:
-            OSError: ELOOP where a part of it is a link by now.
+            OSError: ELOOP if a part of it has become a link.
         """
         with cls(os.open(path.anchor, _THROUGH), Path(path.anchor)) as top:
             return top.below(path.parts[1:])
@@ -178,13 +177,7 @@ class Directory:
         return current
 
     def child(self, name: str, *, make: bool = False, through: bool = False) -> Self:
-        """Open a directory in this one, which may not be a link.
-
-        Args:
-            name: of the directory.
-            make: creates it where it is missing.
-            through: only to open what is in it.
-        """
+        """Open a directory in this one, not a link. `make` creates it; `through` allows only to open its content."""
         path = self.path / name
         try:
             if make:
@@ -203,7 +196,7 @@ class Directory:
         return OSError(code, "it is a link" if link else "it is not a folder", str(self.path / name))
 
     def open_file(self, name: str, flags: int, mode: int = 0o666) -> int:
-        """Open a file in this directory and return its descriptor; a link, or what is no file, is refused.
+        """Open a regular file in this directory and return its descriptor.
 
         Raises:
             OSError: ELOOP for a link; EINVAL for a pipe, a device or a folder.
@@ -224,28 +217,28 @@ class Directory:
         return descriptor
 
     def stat(self, name: str) -> os.stat_result | None:
-        """Return what is there under a name, of a link the link itself; None where nothing is."""
+        """Return the stat result of a name, without following a link; None if it does not exist."""
         try:
             return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
         except FileNotFoundError:
             return None
 
     def has(self, name: str) -> bool:
-        """Return whether anything is there under a name; of what cannot be looked at, that nothing is."""
+        """Return whether a name exists here and can be read."""
         try:
             return self.stat(name) is not None
         except OSError:
             return False
 
     def replace(self, name: str, target: str) -> None:
-        """Rename a file within this directory; a file or link that has the new name is replaced, not followed."""
+        """Rename a file within this directory; an existing file or link is replaced, not followed."""
         try:
             os.rename(name, target, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
         except OSError as error:
             raise _with_path(error, self.path / target) from None
 
     def unlink(self, name: str) -> None:
-        """Remove a file or link, if there is one."""
+        """Remove a file or link if it exists."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.descriptor)
 

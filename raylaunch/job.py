@@ -1,6 +1,6 @@
-"""What user code may import in a job: `context` and `report`. Standard library only, Python 3.8 and newer.
+"""The API for training code in a job: `context` and `report`. Standard library only, Python 3.8 and newer.
 
-It works in any environment: where raylaunch is not installed, the runner offers this module from its own archive.
+If raylaunch is not installed in the job's environment, the runner provides this module from its archive.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ class Context:
     cluster: str
     """The cluster's name; empty outside a job."""
     output_dir: Path
-    """What is written here is kept with the job (`raylaunch files`, `raylaunch get`)."""
+    """Files in it are kept with the job (`raylaunch files`, `raylaunch get`)."""
     checkpoint_dir: Path
     """The same, for checkpoints."""
     rank: int
-    """Which of the training's processes this is, from 0."""
+    """The number of this process in the training, from 0."""
     world_size: int
     """How many processes the training has; 1 unless a launcher starts more."""
 
 
 def context() -> Context:
-    """Return this job's ids, folders and rank; both folders exist when it returns."""
+    """Return this job's ids, folders and rank; both folders are created."""
     environ = os.environ
     output_dir = Path(environ.get(contract.VAR_OUTPUT_DIR) or Path.cwd() / "outputs")
     checkpoint_dir = Path(environ.get(contract.VAR_CHECKPOINT_DIR) or output_dir / "checkpoints")
@@ -71,15 +71,15 @@ def report(
     total: Number | None = None,
     **more: Number,
 ) -> None:
-    """Report how far the training is, and what it measured: ``report({"loss": 0.3}, step=7, total=100)``.
+    """Report progress and metrics: ``report({"loss": 0.3}, step=7, total=100)``.
 
     It never raises, so that reporting cannot break the training. Outside a job, and in ranks other than 0, it does
     nothing.
 
     Args:
         metrics: name → number.
-        step: how far it is, in whatever it counts (epochs, steps, samples).
-        total: where it will end, in the same unit.
+        step: the progress, in any unit (epochs, steps, samples).
+        total: the end, in the same unit.
         **more: metrics as keywords.
     """
     path = os.environ.get(contract.VAR_PROGRESS)
@@ -95,7 +95,7 @@ def report(
             }
         )
         _append(path, line.encode() + b"\n")
-    except Exception:  # noqa: BLE001, S110 -- a report that fails must not end the training that it reports of
+    except Exception:  # noqa: BLE001, S110 -- a failed report must not end the training
         pass
 
 
@@ -117,7 +117,7 @@ def _number(value: Number) -> float | None:
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
-        return None  # not a number: a report is not the place to fail for it
+        return None  # not a number: left out
 
 
 def _whole(text: str | None, default: int) -> int:

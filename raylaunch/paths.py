@@ -1,4 +1,4 @@
-"""Where a cluster keeps its files on this machine, and how files are made that nobody else can read."""
+"""The files of a cluster on this machine, and private files and folders."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ClusterPaths:
 
     @property
     def record(self) -> Path:
-        """What was started: see `raylaunch.cluster.record`."""
+        """The parts that were started: see `raylaunch.cluster.record`."""
         return self.root / "cluster.json"
 
     @property
@@ -58,27 +58,27 @@ class ClusterPaths:
 
     @property
     def controller_config(self) -> Path:
-        """What the controller is told at its start."""
+        """The controller's settings."""
         return self.root / "controller.json"
 
     @property
     def controller_log(self) -> Path:
-        """What the controller prints."""
+        """The controller's output."""
         return self.root / "controller.log"
 
     @property
     def ray_log(self) -> Path:
-        """What ``ray start --block`` prints."""
+        """The output of ``ray start --block``."""
         return self.root / "ray.log"
 
     @property
     def node(self) -> Path:
-        """Root of this machine's steward: packages and attempts."""
+        """Root of this machine's node agent: packages and attempts."""
         return self.root / "node"
 
     @property
     def tls(self) -> Path:
-        """Certificates and keys of this machine's Ray; on the head also the authority's."""
+        """Certificates and keys of this machine's Ray; on the head also those of the authority."""
         return self.root / "tls"
 
     @property
@@ -88,7 +88,7 @@ class ClusterPaths:
 
     @property
     def imports(self) -> Path:
-        """Folder that makes raylaunch, and nothing else, importable where it is not installed."""
+        """Folder that makes only raylaunch importable where it is not installed."""
         return self.root / "imports"
 
     @property
@@ -103,13 +103,13 @@ def raylaunch_home(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def cluster_paths(name: str, environ: Mapping[str, str] = os.environ) -> ClusterPaths:
-    """Return where the cluster `name` keeps its files. Nothing is made."""
+    """Return the paths of the cluster `name`. Nothing is created."""
     home = raylaunch_home(environ)
     return ClusterPaths(name=name, home=home, root=home / "clusters" / name)
 
 
 def _temp_parent(home: Path) -> Path:
-    """Return the folder of all temp folders: ``/tmp/raylaunch-UID``, or the one that took its place."""
+    """Return the folder of all temp folders: ``/tmp/raylaunch-UID``, or its replacement."""
     try:
         return Path((home / "temp").read_text(encoding="utf-8").strip() or _usual_temp())
     except (OSError, UnicodeDecodeError):
@@ -121,25 +121,20 @@ def _usual_temp() -> str:
 
 
 def _replace_foreign_temp(home: Path) -> None:
-    """Take another folder where somebody else holds the usual one: in ``/tmp`` any account may make it first."""
+    """Use another folder if the usual one belongs to somebody else: in ``/tmp`` any account may create it first."""
     try:
         facts = _temp_parent(home).lstat()
     except OSError:
         return
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
-        import tempfile  # noqa: PLC0415 -- seldom, and every command loads this module
+        import tempfile  # noqa: PLC0415 -- rarely needed, and every command loads this module
 
         with storage_errors(home / "temp"):
             write_private(home / "temp", tempfile.mkdtemp(prefix="raylaunch-", dir="/tmp"))
 
 
 def make_cluster_dirs(paths: ClusterPaths) -> None:
-    """Make the folders of a cluster, 0700, and check that nobody else owns them.
-
-    Raises:
-        ConflictError: a folder is a link or belongs to another user.
-        StorageError: a folder cannot be made.
-    """
+    """Create the folders of a cluster, 0700. Raises as `make_private_dir`."""
     paths.home.mkdir(parents=True, exist_ok=True, mode=_PRIVATE_DIR) if not paths.home.exists() else None
     _replace_foreign_temp(paths.home)
     for folder in (paths.home / "clusters", paths.root, paths.node, paths.gcs, paths.temp.parent, paths.temp):
@@ -147,11 +142,9 @@ def make_cluster_dirs(paths: ClusterPaths) -> None:
 
 
 def share_job_folders(paths: ClusterPaths, cluster: str) -> None:
-    """Let a worker keep jobs' folders where every host of the cluster does: programs record their absolute paths.
+    """Put jobs' folders of a worker where every host of the cluster has them: programs record their absolute paths.
 
-    Raises:
-        ConflictError: a folder is a link or belongs to another user.
-        StorageError: a folder cannot be made.
+    Raises as `make_private_dir`.
     """
     link, shared = paths.node / "jobs", paths.root.parent / cluster / "node" / "jobs"
     if paths.name == cluster:
@@ -160,17 +153,17 @@ def share_job_folders(paths: ClusterPaths, cluster: str) -> None:
         for folder in (shared.parent.parent, shared.parent, shared):
             make_private_dir(folder)
         with contextlib.suppress(OSError):
-            link.rmdir()  # of an earlier version, and empty
+            link.rmdir()  # an empty folder of an earlier version
         if not os.path.lexists(link):
             link.symlink_to(os.path.relpath(shared, link.parent))
 
 
 def make_private_dir(folder: Path) -> None:
-    """Make `folder` 0700, or take away what others may do there if it is ours already.
+    """Create `folder` with mode 0700, or set that mode if it exists.
 
     Raises:
         ConflictError: it is a link or belongs to another user.
-        StorageError: it cannot be made.
+        StorageError: it cannot be created.
     """
     with storage_errors(folder):
         with contextlib.suppress(FileExistsError):
@@ -178,7 +171,7 @@ def make_private_dir(folder: Path) -> None:
         facts = folder.lstat()
         if not stat.S_ISDIR(facts.st_mode):
             msg = f"{folder} is not a folder, and raylaunch needs one there"
-            raise ConflictError(msg, hint=f"look at what it is, then remove it: ls -ld {folder}")
+            raise ConflictError(msg, hint=f"check what it is, then remove it: ls -ld {folder}")
         if facts.st_uid != os.getuid():
             msg = f"{folder} belongs to {user_name(facts.st_uid)}, not to you ({user_name(os.getuid())})"
             raise ConflictError(msg, hint="ask its owner to remove it; raylaunch keeps nothing where others can write")
@@ -187,23 +180,23 @@ def make_private_dir(folder: Path) -> None:
 
 
 def make_store(folder: Path) -> None:
-    """Make the store, 0700; take a folder that exists only if it is empty or a store already.
+    """Create the store, 0700; an existing folder is used if it is private, empty, or a store already.
 
     Raises:
-        ConflictError: it belongs to another user, or holds files that are not a store's and others may read it.
-        StorageError: it cannot be made.
+        ConflictError: it belongs to another user, or has other files and other users may read it.
+        StorageError: it cannot be created.
     """
     with storage_errors(folder):
         shared = folder.is_dir() and folder.stat().st_mode & _OTHERS
         foreign = shared and any(folder.iterdir()) and not (folder / "tokens.json").exists()
     if foreign:
-        msg = f"the store {folder} holds other files and other users may read it"
-        raise ConflictError(msg, hint=f"give the store a folder of its own, as {folder / 'raylaunch'}")
+        msg = f"the store {folder} has other files and other users may read it"
+        raise ConflictError(msg, hint=f"give the store its own folder, for example {folder / 'raylaunch'}")
     make_private_dir(folder)
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write `text` to `path`, 0600: as a whole, and on the disk.
+    """Write `text` to `path`, 0600, atomically.
 
     Raises:
         StorageError: the disk is full, or the file cannot be written.
@@ -213,7 +206,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def secret_file(path: Path) -> str:
-    """Return the secret in `path`, made there on first use: 43 random characters, 0600."""
+    """Return the secret in `path`, created on first use: 43 random characters, 0600."""
     with storage_errors(path), contextlib.suppress(FileNotFoundError):
         if path.stat().st_mode & _OTHERS:
             path.chmod(_PRIVATE_FILE)
@@ -226,7 +219,7 @@ def secret_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's words about `path` into a `StorageError` that says what to do."""
+    """Translate an `OSError` about `path` into a `StorageError` with a hint."""
     try:
         yield
     except OSError as error:
@@ -234,7 +227,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
-    """Say what happened to `path`, with the free bytes if the disk is full."""
+    """Return the error about `path`, with the free bytes if the disk is full."""
     if error.errno in _FULL:
         msg = f"no space left to write {path}: {_free_bytes(path)} bytes free"
         return StorageError(msg, hint="free some space there, or set RAYLAUNCH_HOME to a folder on another disk")
@@ -248,7 +241,7 @@ def _free_bytes(path: Path) -> int:
 
 
 def user_name(uid: int) -> str:
-    """Return the name of a Unix user, or ``uid N`` when it has none."""
+    """Return the name of a Unix user, or ``uid N`` if it has none."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

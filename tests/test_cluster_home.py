@@ -142,7 +142,7 @@ def test_a_full_disk_is_an_error_with_the_path_and_the_free_bytes(home: Path) ->
 def test_a_store_that_holds_other_peoples_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.pdf").write_text("x")
     tmp_path.chmod(0o755)
-    with pytest.raises(ConflictError, match="holds other files and other users may read it"):
+    with pytest.raises(ConflictError, match="has other files and other users may read it"):
         make_store(tmp_path)
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
 

@@ -159,7 +159,7 @@ def test_an_error_repeats_nothing_of_a_file_of_another_kind_and_no_value_of_a_se
 
 def test_a_list_instead_of_keys_is_refused(here: Here) -> None:
     assert str(job_error(here, "- a\n")) == (
-        "job.yaml:1: the file holds a list, not keys with values\n  → write it as: key: value"
+        "job.yaml:1: the file contains a list, not keys with values\n  → write it as: key: value"
     )
 
 
@@ -221,7 +221,7 @@ def test_no_program_at_all_says_how_to_give_one() -> None:
         job_spec_from_flags([])
     assert str(caught.value) == (
         "there is nothing to run: no entrypoint was given\n"
-        "  → write the command after --, as: raylaunch run -- python train.py; or name a file: -f job.yaml"
+        "  → write the command after --: raylaunch run -- python train.py; or name a file: -f job.yaml"
     )
 
 

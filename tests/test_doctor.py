@@ -94,7 +94,7 @@ def test_what_rays_own_file_says_in_vain_is_told_beside_the_findings(host: Sshd,
     )
     done = doctor(tmp_path, "doctor", env={"HOME": str(host.home)})
     assert done.stdout.startswith("cluster lab: 1 host, ")
-    assert done.stderr.startswith("cluster.yaml:3: setup_commands has no meaning here: it is not run")
+    assert done.stderr.startswith("cluster.yaml:3: setup_commands is ignored: it is not run")
 
 
 def findings(*problems: Problem) -> Findings:

@@ -151,7 +151,7 @@ def test_what_is_installed_editable_in_the_environment_is_named_with_its_folder(
             json.dumps(origin)
         )
     assert editable_in(made) == {"lib": f"{tmp_path}/my lib"}
-    said = f"installed editable, so that later edits reach the job: lib ({tmp_path}/my lib)"
+    said = f"installed editable, so later edits reach the job: lib ({tmp_path}/my lib)"
     plain = JobSpec(entrypoint="x", working_dir="")
     assert choose(plain, RAYS, active(made), here=True).note == said
     for named in (f"venv:{made}", f"{made}/bin/python"):

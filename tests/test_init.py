@@ -120,4 +120,4 @@ def test_rays_own_file_becomes_one_of_ours_with_what_was_left_out_in_comments(tm
         ("10.0.0.1", 4, "ubuntu", "~/.ssh/id"),
         ("10.0.0.2", "auto", "ubuntu", "~/.ssh/id"),
     ]
-    assert "#   ray.yaml:4: setup_commands has no meaning here" in (tmp_path / "cluster.yaml").read_text()
+    assert "#   ray.yaml:4: setup_commands is ignored" in (tmp_path / "cluster.yaml").read_text()

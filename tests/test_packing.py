@@ -308,8 +308,8 @@ def test_a_file_that_is_written_to_meanwhile_is_found_out(tmp_path: Path) -> Non
         done.set()
         writer.join(10)
     assert str(caught.value) == (
-        "train.log in the working directory was written to while it was packed\n"
-        "  → wait until it is written, or leave it out with a line in .raylaunchignore: /train.log"
+        "train.log in the working directory was changed while it was packed\n"
+        "  → wait until it is complete, or leave it out with a line in .raylaunchignore: /train.log"
     )
 
 

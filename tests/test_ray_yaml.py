@@ -70,32 +70,24 @@ def test_rays_own_file_is_a_cluster_with_its_machines_and_its_login() -> None:
 @pytest.mark.usefixtures("folder")
 def test_each_key_without_a_meaning_here_is_named_with_why_in_the_order_of_the_file() -> None:
     assert [note.split(": ")[:2] for note in read(EXAMPLE).notes] == [
-        ["ray.yaml:2", "max_workers has no meaning here"],
-        ["ray.yaml:3", "upscaling_speed has no meaning here"],
-        ["ray.yaml:4", "docker has no meaning here"],
-        ["ray.yaml:7", "idle_timeout_minutes has no meaning here"],
-        ["ray.yaml:17", "file_mounts has no meaning here"],
-        ["ray.yaml:22", "rsync_exclude has no meaning here"],
-        ["ray.yaml:25", "setup_commands has no meaning here"],
-        ["ray.yaml:29", "head_start_ray_commands has no meaning here"],
-        ["ray.yaml:32", "worker_start_ray_commands has no meaning here"],
+        ["ray.yaml:2", "max_workers is ignored"],
+        ["ray.yaml:3", "upscaling_speed is ignored"],
+        ["ray.yaml:4", "docker is ignored"],
+        ["ray.yaml:7", "idle_timeout_minutes is ignored"],
+        ["ray.yaml:17", "file_mounts is ignored"],
+        ["ray.yaml:22", "rsync_exclude is ignored"],
+        ["ray.yaml:25", "setup_commands is ignored"],
+        ["ray.yaml:29", "head_start_ray_commands is ignored"],
+        ["ray.yaml:32", "worker_start_ray_commands is ignored"],
     ]
 
 
 @pytest.mark.usefixtures("folder")
-def test_the_words_say_what_does_it_here() -> None:
+def test_a_note_says_what_to_use_instead() -> None:
     notes = {note.split(" ")[1]: note for note in read(EXAMPLE).notes}
-    assert notes["setup_commands"] == (
-        "ray.yaml:25: setup_commands has no meaning here: it is not run, raylaunch leaves a host as it is; a job's "
-        "packages go into its environment (environment: {pip: [..]}, conda:NAME, uv), all else do once over ssh"
-    )
-    assert notes["head_start_ray_commands"] == (
-        "ray.yaml:29: head_start_ray_commands has no meaning here: raylaunch starts Ray itself, with ports and a token "
-        "of its own; these options of ray start are left out: --object-store-memory=1000000000"
-    )
-    assert notes["docker"].endswith(
-        "jobs run on the host itself and not in a container; say their Python with environment"
-    )
+    assert "environment: {pip: [..]}" in notes["setup_commands"]
+    assert notes["head_start_ray_commands"].endswith("left out: --object-store-memory=1000000000")
+    assert "environment" in notes["docker"]
 
 
 @pytest.mark.usefixtures("folder")
@@ -109,13 +101,11 @@ def test_a_small_file_has_nothing_to_say() -> None:
 def test_a_proxy_command_of_another_kind_belongs_into_the_configuration_of_ssh() -> None:
     auth = "auth: {ssh_user: u, ssh_proxy_command: 'nc -x proxy:1080 %h %p', ssh_public_key: k}"
     notes = read(f"cluster_name: lab\nprovider: {{type: local, head_ip: dgx}}\n{auth}\n").notes
-    assert list(notes) == [
-        (
-            "ray.yaml:3: auth.ssh_proxy_command has no meaning here: write it into ~/.ssh/config, which is read; or "
-            "jump: [NAME] for a machine to go through"
-        ),
-        "ray.yaml:3: auth.ssh_public_key has no meaning here: no key is copied to a host",
+    assert [note.split(" is ignored: ")[0] for note in notes] == [
+        "ray.yaml:3: auth.ssh_proxy_command",
+        "ray.yaml:3: auth.ssh_public_key",
     ]
+    assert "~/.ssh/config" in notes[0]
 
 
 @pytest.mark.usefixtures("folder")
@@ -124,17 +114,11 @@ def test_a_proxy_command_of_another_kind_belongs_into_the_configuration_of_ssh()
     [
         (
             "cluster_name: lab\nprovider:\n  type: aws\n  region: r\n",
-            (
-                "ray.yaml:2: provider type 'aws' makes machines, and raylaunch uses machines that are there: "
-                "type: local with head_ip and worker_ips"
-            ),
+            "ray.yaml:2: provider type 'aws' creates machines",
         ),
         (
             "cluster_name: lab\nprovider: {type: local, coordinator_address: 'a:1'}\n",
-            (
-                "ray.yaml:2: coordinator_address lends machines, and raylaunch uses machines that are there: "
-                "type: local with head_ip and worker_ips"
-            ),
+            "ray.yaml:2: coordinator_address lends machines",
         ),
         (
             "cluster_name: lab\nprovider: {type: local}\n",
@@ -161,4 +145,4 @@ def test_a_proxy_command_of_another_kind_belongs_into_the_configuration_of_ssh()
 def test_what_cannot_be_taken_over_is_refused_with_its_line(text: str, words: str) -> None:
     with pytest.raises(SpecError) as caught:
         read(text)
-    assert str(caught.value) == words
+    assert str(caught.value).startswith(words)

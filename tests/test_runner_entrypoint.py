@@ -69,7 +69,7 @@ def test_torchrun_is_put_before_the_python_program_and_all_else_stays(
         ("(python train.py)", "this is a shell command with '('"),
         ("python train.py || true", "this is a shell command with '||'"),
         ("python - <<EOF\nprint(1)\nEOF", "this is a shell command with '<<'"),
-        ("python 'train.py", "this is a shell command with what no shell would read"),
+        ("python 'train.py", "this is a shell command with invalid syntax"),
         ("python prepare.py && python train.py", "this names 2"),
         ("./train.sh", "this names none"),
         ("bash train.sh", "this names none"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from urllib.parse import quote
 
-from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from raylaunch.client.transport import Transport
@@ -27,7 +26,7 @@ class Admin:
 
     async def host_jobs(self, host: str) -> HostJobs:
         """Return the jobs that are running on a host, and whether it is drained."""
-        return await self._transport.model(HostJobs, "GET", f"/v1/hosts/{quote(host, safe='')}")
+        return await self._transport.read(HostJobs, "GET", _of(host))
 
     async def drain(self, host: str, *, until: float | None = None, stop: bool = False) -> HostJobs:
         """Start no attempt on a host until a time (seconds since the epoch), or until `undrain`.
@@ -35,11 +34,11 @@ class Admin:
         With `stop`, running jobs are stopped, each with its own grace, and queued again.
         """
         body: dict[str, object] = {"until": until, "stop": stop}
-        return await self._transport.model(HostJobs, "POST", f"/v1/hosts/{quote(host, safe='')}/drain", body=body)
+        return await self._transport.read(HostJobs, "POST", f"{_of(host)}/drain", body=body)
 
     async def undrain(self, host: str) -> HostJobs:
         """End the drain of a host."""
-        return await self._transport.model(HostJobs, "DELETE", f"/v1/hosts/{quote(host, safe='')}/drain")
+        return await self._transport.read(HostJobs, "DELETE", f"{_of(host)}/drain")
 
     async def quiet(self, *, limit_s: float | None = None, stop: bool = False) -> Quiet:
         """Return the running jobs; with `limit_s`, start no attempt for that long, or until `loud`.
@@ -47,17 +46,16 @@ class Admin:
         With `stop`, running jobs are stopped, each with its own grace, and queued again.
         """
         if limit_s is None:
-            return await self._transport.model(Quiet, "GET", "/v1/quiet")
-        return await self._transport.model(Quiet, "POST", "/v1/quiet", body={"limit_s": limit_s, "stop": stop})
+            return await self._transport.read(Quiet, "GET", "/v1/quiet")
+        return await self._transport.read(Quiet, "POST", "/v1/quiet", body={"limit_s": limit_s, "stop": stop})
 
     async def loud(self) -> Quiet:
         """Start attempts again."""
-        return await self._transport.model(Quiet, "DELETE", "/v1/quiet")
+        return await self._transport.read(Quiet, "DELETE", "/v1/quiet")
 
     async def tokens(self) -> tuple[TokenView, ...]:
         """Return all tokens and invitations."""
-        answer = await self._transport.request("GET", "/v1/tokens")
-        return answer.read(TypeAdapter(tuple[TokenView, ...]))
+        return await self._transport.read(tuple[TokenView, ...], "GET", "/v1/tokens")
 
     async def invite(
         self, person: str, role: str, *, valid_s: float, token_expires_at: float | None = None
@@ -69,13 +67,16 @@ class Admin:
             "valid_s": valid_s,
             "token_expires_at": token_expires_at,
         }
-        return await self._transport.model(Invitation, "POST", "/v1/tokens", body=body)
+        return await self._transport.read(Invitation, "POST", "/v1/tokens", body=body)
 
     async def revoke(self, who: str) -> int:
         """Revoke a person's tokens and invitations, or one by its id; return how many."""
-        answer = await self._transport.request("DELETE", f"/v1/tokens/{quote(who, safe='')}")
-        return answer.read(TypeAdapter(_Revoked))["revoked"]
+        return (await self._transport.read(_Revoked, "DELETE", f"/v1/tokens/{quote(who, safe='')}"))["revoked"]
 
     async def take(self, sha256: str) -> Admission:
         """Accept an invitation, whose code is the connection's token; `sha256` is that of a new token, made here."""
-        return await self._transport.model(Admission, "POST", "/v1/join", body={"sha256": sha256})
+        return await self._transport.read(Admission, "POST", "/v1/join", body={"sha256": sha256})
+
+
+def _of(host: str) -> str:
+    return f"/v1/hosts/{quote(host, safe='')}"

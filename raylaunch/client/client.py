@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
-from pydantic import TypeAdapter
 from typing_extensions import Self, TypedDict
 
 from raylaunch.client import downloads
 from raylaunch.client.admin import Admin
 from raylaunch.client.downloads import Downloaded
-from raylaunch.client.logs import LogChunk, LogFollower, LogPosition, read_chunk
+from raylaunch.client.logs import LogChunk, LogPosition, follow_log, read_chunk
 from raylaunch.client.sensitive import NO_MORE, Allowances
 from raylaunch.client.transfer import OnProgress, allow_upload, no_progress
 from raylaunch.client.transport import Params, Reconnect, Transport, page_from
@@ -140,20 +139,19 @@ class Client:
 
     async def status(self) -> ControllerStatus:
         """Return the state of the controller, Ray and the nodes."""
-        return await self._transport.model(ControllerStatus, "GET", "/v1/status")
+        return await self._transport.read(ControllerStatus, "GET", "/v1/status")
 
     async def usage(self) -> UsagePage:
         """Return what the store holds, largest first."""
-        return await self._transport.model(UsagePage, "GET", "/v1/usage")
+        return await self._transport.read(UsagePage, "GET", "/v1/usage")
 
     async def ray_access(self) -> RayAccess:
         """Return what Ray's own tools need to reach the cluster."""
-        return await self._transport.model(RayAccess, "GET", "/v1/ray")
+        return await self._transport.read(RayAccess, "GET", "/v1/ray")
 
     async def secrets_list(self) -> tuple[str, ...]:
         """Return the names of the secrets that are set."""
-        answer = await self._transport.request("GET", "/v1/secrets")
-        return answer.read(TypeAdapter(tuple[str, ...]))
+        return await self._transport.read(tuple[str, ...], "GET", "/v1/secrets")
 
     async def secrets_set(self, name: str, value: str, *, people: Sequence[str] | None = None) -> None:
         """Set a secret; jobs that name it get it as an environment variable.
@@ -265,7 +263,7 @@ class Client:
 
     async def job(self, ref: str) -> JobView:
         """Return one job with everything about it."""
-        return await self._transport.model(JobView, "GET", _of(ref))
+        return await self._transport.read(JobView, "GET", _of(ref))
 
     async def own_job(self, ref: str) -> JobView:
         """Return one job as `job` does, and somebody else's by its id alone.
@@ -273,7 +271,7 @@ class Client:
         Raises:
             NotYoursError: `ref` is a name, and you have no job of that name.
         """
-        return await self._transport.model(JobView, "GET", _of(ref), params={"own": "true"})
+        return await self._transport.read(JobView, "GET", _of(ref), params={"own": "true"})
 
     async def stop(self, ref: str, *, grace_s: float | None = None) -> JobView:
         """Ask a job to stop; it is `stopped` once all of its processes have exited, so `wait` for that.
@@ -281,7 +279,7 @@ class Client:
         Raises:
             NotYoursError: as `own_job`.
         """
-        return await self._transport.model(JobView, "POST", _of(ref, "stop"), body={"grace_s": grace_s})
+        return await self._transport.read(JobView, "POST", _of(ref, "stop"), body={"grace_s": grace_s})
 
     async def remove(self, ref: str) -> int:
         """Delete an ended job with all of its files, and return how many bytes this freed.
@@ -290,15 +288,14 @@ class Client:
             ConflictError: the job has not ended.
             NotYoursError: as `own_job`.
         """
-        answer = await self._transport.request("DELETE", _of(ref))
-        return answer.read(TypeAdapter(_Freed))["bytes"]
+        return (await self._transport.read(_Freed, "DELETE", _of(ref)))["bytes"]
 
     # --- what happens
 
     async def events(self, ref: str, *, after: int = 0, wait_s: float = 0.0) -> EventPage:
         """Return a job's events after a cursor; with `wait_s`, wait until there is one."""
         params = {"after": after, "wait_s": wait_s}
-        return await self._transport.model(EventPage, "GET", _of(ref, "events"), params=params, wait_s=wait_s)
+        return await self._transport.read(EventPage, "GET", _of(ref, "events"), params=params, wait_s=wait_s)
 
     async def follow(self, ref: str, *, after: int = 0) -> AsyncIterator[Event]:
         """Yield a job's events after a cursor as they happen, until the job has ended."""
@@ -368,8 +365,7 @@ class Client:
         async def read(at: LogPosition) -> LogChunk:
             return await self.retrying(lambda: read_chunk(self._transport, job.id, at, limit=None, wait_s=HOLD_S))
 
-        follower = LogFollower(read, lambda n: self._job_with(job.id, n))
-        async for chunk in follower.all_from(place, only=attempt is not None):
+        async for chunk in follow_log(read, lambda n: self._job_with(job.id, n), place, only=attempt is not None):
             yield chunk
 
     async def _job_with(self, job_id: str, attempt: int) -> JobView:
@@ -404,12 +400,12 @@ class Client:
             "attempt": attempt,
             "rank": rank,
         }
-        return await self._transport.model(LogMatches, "GET", _of(ref, "logs/search"), params=params)
+        return await self._transport.read(LogMatches, "GET", _of(ref, "logs/search"), params=params)
 
     async def metrics(self, ref: str, *, keys: Sequence[str] = (), max_points: int = 500) -> MetricsPage:
         """Return a job's metrics: names and last values, and the points of those in `keys`."""
         params: Params = {"key": list(keys), "max_points": max_points}
-        return await self._transport.model(MetricsPage, "GET", _of(ref, "metrics"), params=params)
+        return await self._transport.read(MetricsPage, "GET", _of(ref, "metrics"), params=params)
 
     async def metrics_csv(self, ref: str, *, keys: Sequence[str] = ()) -> AsyncIterator[bytes]:
         """Yield ``step,at,key,value`` lines of all points, as bytes."""
@@ -419,8 +415,7 @@ class Client:
 
     async def files(self, ref: str) -> tuple[Artifact, ...]:
         """Return the files of a job so far."""
-        answer = await self._transport.request("GET", _of(ref, "files"))
-        return answer.read(TypeAdapter(tuple[Artifact, ...]))
+        return await self._transport.read(tuple[Artifact, ...], "GET", _of(ref, "files"))
 
     async def download(  # noqa: PLR0913 -- each says what goes where
         self,

@@ -1,7 +1,7 @@
-"""Which Python environment a job gets, chosen on the client in one order for the CLI, the SDK and the MCP tools.
+"""The Python environment of a job, chosen on the client, in the same order for every interface.
 
-The job's own; else cluster.yaml's; else `uv.lock` in the working directory; else, on a cluster on this machine, the
-environment that is active here; else the interpreter that runs Ray. Only files are read: nothing is run or imported.
+The job's own; else that of cluster.yaml; else `uv.lock` in the working directory; else, on a cluster on this machine,
+the active environment; else the interpreter that runs Ray. Only files are read: nothing is run or imported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from raylaunch.paths import raylaunch_home
 _VERSION = re.compile(r"\d+\.\d+(\.\d+)?")
 _RAY_IN_LOCK = re.compile(r'^\[\[package\]\]\nname = "ray"\nversion = "([^"]+)"', re.MULTILINE)
 _TOOL_MARKS = ("uv-receipt.toml", "pipx_metadata.json")
-"""Files in environments that ``uv tool install`` and pipx make for a program alone."""
+"""Files in environments that ``uv tool install`` and pipx make for one program."""
 _MISSING = re.compile(
     r"^(?:.*\b)?(?:ModuleNotFoundError: No module named '([\w.]{1,60})|\S*python\S*: No module named ([\w.]{1,60}))",
     re.MULTILINE,
@@ -37,11 +37,11 @@ _COMES_FROM = {
     "skimage": "scikit-image",
     "yaml": "pyyaml",
 }
-"""Packages whose module has another name."""
+"""Packages that are not named like their module."""
 
 
 class ActivePython(NamedTuple):
-    """An environment that a person works in: how a job names it, its folder and the version of its Python."""
+    """The active environment: how a job names it, its folder, and the version of its Python."""
 
     environment: Environment
     prefix: Path
@@ -49,17 +49,15 @@ class ActivePython(NamedTuple):
 
 
 def active_python(environ: Mapping[str, str], *, prefix: str = "") -> ActivePython | None:
-    """Return the environment that is active here; None where there is none.
-
-    An environment that a tool manager made for raylaunch alone, and conda's ``base``, do not count.
+    """Return the active environment, if any; not one that a tool manager made for raylaunch, nor conda's ``base``.
 
     Args:
-        environ: in which `VIRTUAL_ENV` and `CONDA_PREFIX` stand.
-        prefix: `sys.prefix` where the person's own interpreter asks, as in a notebook; it comes first.
+        environ: the environment variables.
+        prefix: `sys.prefix` if the interpreter is the person's own, for example in a notebook; it comes first.
     """
     path = [Path(part) for part in environ.get("PATH", "").split(os.pathsep) if part]
     named = [Path(environ[name]) for name in ("VIRTUAL_ENV", "CONDA_PREFIX") if environ.get(name)]
-    named.sort(key=lambda one: path.index(one / "bin") if one / "bin" in path else len(path))  # as `python` is found
+    named.sort(key=lambda one: path.index(one / "bin") if one / "bin" in path else len(path))  # in the order of PATH
     candidates = [*([Path(prefix)] if prefix else []), *named]
     return next((found for one in candidates if (found := _environment_at(one, environ))), None)
 
@@ -70,7 +68,7 @@ def _environment_at(prefix: Path, environ: Mapping[str, str]) -> ActivePython | 
         return None
     if (prefix / "pyvenv.cfg").is_file():
         settings = _pyvenv(prefix)
-        if "extends-environment" in settings:  # what `uv run --with` lays over an environment, and deletes afterwards
+        if "extends-environment" in settings:  # a temporary layer of `uv run --with`
             return _environment_at(Path(settings["extends-environment"]), environ)
         version = settings.get("version") or settings.get("version_info") or ""
         return ActivePython(Environment(kind="venv", value=str(prefix)), prefix, _version(version))
@@ -99,13 +97,13 @@ def _version(text: str) -> str:
 def choose(spec: JobSpec, cluster: ClusterPython, active: ActivePython | None, *, here: bool) -> EnvironmentChoice:
     """Return the environment that a job gets.
 
-    With `launcher: ray` a lock or an active environment is passed over where its Ray is not the cluster's. What is
-    installed editable in an environment is named: later edits of it reach the job.
+    With `launcher: ray`, a lock or an active environment whose Ray is not the cluster's is not used. Packages that are
+    installed editable are named, because later edits reach the job.
 
     Args:
         spec: the job.
-        cluster: what the cluster says of its Pythons.
-        active: the environment that is active here.
+        cluster: the Pythons of the cluster.
+        active: the active environment.
         here: whether the cluster is on this machine.
     """
     found = _choose(spec, cluster, active if here else None, here=here)
@@ -114,7 +112,7 @@ def choose(spec: JobSpec, cluster: ClusterPython, active: ActivePython | None, *
         return found
     used = _named(cluster.environment if found.source == "cluster" else found.environment)
     editable = [f"{name} ({path})" for name, path in editable_in(used.prefix).items()] if used else []
-    notes = [found.note, f"installed editable, so that later edits reach the job: {', '.join(editable)}"]
+    notes = [found.note, f"installed editable, so later edits reach the job: {', '.join(editable)}"]
     return found.model_copy(
         update={
             "python": found.python or (used.version if used else ""),
@@ -124,10 +122,10 @@ def choose(spec: JobSpec, cluster: ClusterPython, active: ActivePython | None, *
 
 
 def _named(environment: Environment) -> ActivePython | None:
-    """Return the environment on this machine that is named by its path."""
+    """Return the environment on this machine that a path names."""
     try:
         path = Path(environment.value).expanduser()
-    except RuntimeError:  # the home of somebody who has no account here
+    except RuntimeError:  # the home of an unknown account
         return None
     if environment.kind not in {"venv", "conda", "python"} or not path.is_absolute():
         return None
@@ -137,7 +135,7 @@ def _named(environment: Environment) -> ActivePython | None:
 
 
 def editable_in(prefix: Path) -> dict[str, str]:
-    """Return the packages of an environment that are installed editable, and the folders of their code (PEP 610)."""
+    """Return the packages that are installed editable, and the folders of their code (PEP 610)."""
     found = {}
     for site in _site_packages(prefix):
         for origin in sorted(site.glob("*.dist-info/direct_url.json")):
@@ -237,22 +235,17 @@ def _site_packages(prefix: Path) -> Iterator[Path]:
     yield from sorted(prefix.glob("lib/python3*/site-packages"))
 
 
-# -- a module that is not there --------------------------------------------------------------------------------------
+# -- missing modules
 
 
 def missing_module(lines: tuple[str, ...]) -> str:
-    """Return the top module that a program did not find, by the last lines of its log; empty where it was not that."""
+    """Return the top-level module that a program did not find, from its last lines; empty if there is none."""
     found = list(_MISSING.finditer("\n".join(lines)))
     return (found[-1][1] or found[-1][2]).partition(".")[0] if found else ""
 
 
 def import_hint(job: JobView, active: ActivePython | None) -> str:
-    """Return what to do about a module that a job did not find; empty where it ended otherwise.
-
-    Args:
-        job: one that has ended.
-        active: the environment that is active here.
-    """
+    """Return what to do about a module that a job did not find; empty if it did not fail for that reason."""
     if job.state is not JobState.FAILED:
         return ""
     module, spec, chosen = missing_module(job.log_tail), job.spec, job.chosen
@@ -269,7 +262,7 @@ def import_hint(job: JobView, active: ActivePython | None) -> str:
 
 
 def has_module(prefix: Path, module: str) -> bool:
-    """Return whether an environment has a top module, by the files in its site-packages."""
+    """Return whether an environment has a top-level module, from the files in its site-packages."""
     for site in _site_packages(prefix):
         if (site / module).is_dir() or (site / f"{module}.py").is_file() or any(site.glob(f"{module}.*.so")):
             return True

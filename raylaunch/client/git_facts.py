@@ -1,6 +1,6 @@
-"""The git state of a working directory: commit, branch, and what differs from it. The one module that knows git.
+"""The git state of a working directory: commit, branch and diff. The only module that runs git.
 
-A repository's own configuration may name programs. None of them is run: reading a checkout executes nothing of it.
+A repository's configuration may name programs. None of them is run: reading a checkout executes nothing of it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _RUNS_NOTHING = (
     "submodule.recurse=false",
     "credential.helper=",
 )
-"""Settings by which git runs no program of the repository's; filters are added by name (`_without_filters`)."""
+"""Settings with which git runs no program of the repository; filters are added by name (`_without_filters`)."""
 _MOST_LEFT_OUT = 1000
 _SUBMODULE = "160000"
 """The mode of a submodule in git's index."""
 
 
 def git_facts(working_dir: Path, *, sent: Collection[str] | None = None) -> GitFacts | None:
-    """Return the git state of a folder; None where there is no git, no repository, or git does not answer.
+    """Return the git state of a folder; None if there is no git, no repository, or git does not respond.
 
-    The diff is of tracked files in the folder against the last commit, cut at 1 MiB. With `sent`, files that are not
-    among these paths are left out of it, and of deleted files it has the names only.
+    The diff compares tracked files in the folder with the last commit, cut at 1 MiB. With `sent`, it has only files of
+    these paths, and only the names of deleted ones.
     """
     inside = _git(working_dir, "rev-parse", "--is-inside-work-tree")
     if inside != "true":
@@ -55,7 +55,7 @@ def git_facts(working_dir: Path, *, sent: Collection[str] | None = None) -> GitF
 
 
 def _environment() -> dict[str, str]:
-    """Git asks nobody, takes no lock, and is not told by a hook's variables which repository it is in."""
+    """Return variables with which git prompts nobody and takes no lock; a hook's variables are left out."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     quiet = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_LAZY_FETCH": "1", "LC_ALL": "C"}
     return {**kept, **quiet}
@@ -67,10 +67,7 @@ def _argv(folder: Path, words: Collection[str]) -> list[str]:
 
 
 def _without_filters(folder: Path) -> list[str] | None:
-    """Return options that switch off the filters that the repository itself defines, not the person's own (LFS).
-
-    None where git is too old to say whose they are (before 2.26).
-    """
+    """Return options that disable the repository's own filters, not the person's (LFS); None for git before 2.26."""
     words = ("config", "--null", "--show-scope", "--name-only", "--get-regexp", r"^filter\.")
     listed = _output(folder, *words, none_found=1)
     if listed is None:
@@ -85,10 +82,9 @@ def _without_filters(folder: Path) -> list[str] | None:
 
 
 def tracked_files(working_dir: Path) -> frozenset[str]:
-    """Return the files of a folder that git tracks, relative to it; none where `git_facts` returns None.
+    """Return the files of a folder that git tracks, relative to it; none if `git_facts` returns None.
 
-    Those of its submodules that are checked out are among them. Each is asked by itself, so that nothing that its
-    configuration names is run.
+    This includes checked-out submodules. git runs in each, so that no program of their configuration is run.
     """
     found, folders = set[str](), [""]
     while folders:
@@ -102,7 +98,7 @@ def tracked_files(working_dir: Path) -> frozenset[str]:
 
 
 def _staged(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield mode and name of what is in the index of a folder's repository, below the folder."""
+    """Yield mode and name of each entry of the index below a folder."""
     for entry in (_output(folder, "ls-files", "-z", "--cached", "--stage", "--", ".") or b"").split(b"\0"):
         facts, tab, name = os.fsdecode(entry).partition("\t")
         if tab:
@@ -115,7 +111,7 @@ def _git(folder: Path, *words: str) -> str | None:
 
 
 def _output(folder: Path, *words: str, none_found: int = 0) -> bytes | None:
-    """Return what git prints; None where it fails. `none_found` is the status that says that there is nothing."""
+    """Return git's output; None if it fails. `none_found` is the status for no results."""
     try:
         done = subprocess.run(  # noqa: S603 -- a fixed program with fixed words
             _argv(folder, words),
@@ -131,7 +127,7 @@ def _output(folder: Path, *words: str, none_found: int = 0) -> bytes | None:
 
 
 def _diff(folder: Path, settings: Collection[str], sent: Collection[str] | None) -> tuple[str, bool]:
-    """Return the diff against HEAD and whether it was cut. It passes through a file: it may be of any size."""
+    """Return the diff against HEAD and whether it was cut; it goes through a file because it may be of any size."""
     plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--ignore-submodules=dirty")
     words = [*settings, "diff", *plain]
     paths = ["."]

@@ -1,7 +1,6 @@
-"""Which files of a folder are sent: the rules of ``.gitignore``, ``.raylaunchignore``, and those that are built in.
+"""Which files of a folder are sent: the rules of ``.gitignore`` and ``.raylaunchignore``, and built-in ones.
 
-What git tracks is sent whatever git's rules or the built-in ones say, as in a clone; only ``.raylaunchignore`` leaves
-it out.
+Files that git tracks are sent, as in a clone: only ``.raylaunchignore`` leaves them out.
 """
 
 from __future__ import annotations
@@ -36,25 +35,25 @@ BUILT_IN = (
     ".netrc",
 )
 FILES = (".gitignore", ".raylaunchignore")
-"""Read in this order; the later has the last word in a folder."""
+"""Read in this order; in a folder, the later file takes precedence."""
 
 
 class LeftOut(NamedTuple):
-    """The rule that leaves a path out, as written; `final` when it holds for what git tracks too."""
+    """The rule that leaves a path out, as written; `final` if it applies to tracked files too."""
 
     rule: str
     final: bool
 
 
 class TrackedFiles(NamedTuple):
-    """What git tracks in a folder: its files, and the folders that hold them."""
+    """The files of a folder that git tracks, and the folders that contain them."""
 
     files: frozenset[str]
     folders: frozenset[str]
 
     @classmethod
     def of(cls, files: frozenset[str]) -> TrackedFiles:
-        """Return the same with the folders of `files`."""
+        """Add the folders of `files`."""
         folders = set[str]()
         for file in files:
             folder = file.rpartition("/")[0]
@@ -65,7 +64,7 @@ class TrackedFiles(NamedTuple):
 
 
 class FoundPath(NamedTuple):
-    """A path to send, relative to the working directory, its entry, and the folder of that, which is open for now."""
+    """A path to send, relative to the working directory, its entry, and its folder, which is open for now."""
 
     path: str
     entry: os.DirEntry[str]
@@ -125,7 +124,7 @@ def _opened(root: Directory, folder: str) -> Directory:
 
 
 class _Folder(NamedTuple):
-    """A folder to look into; `left` is the rule that leaves out all in it that git does not track."""
+    """A folder to walk; `left` is the rule that leaves out its untracked files."""
 
     path: str
     rules: IgnoreRules
@@ -150,12 +149,12 @@ def unreadable(path: str, error: OSError) -> StorageError:
 
 
 def printable(path: str) -> str:
-    """Return a file name as text: names that are not UTF-8 cannot travel in JSON."""
+    """Return a file name as text: names that are not UTF-8 cannot be sent as JSON."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 class _RuleFile(NamedTuple):
-    """One ignore file: its name for messages, the folder that it rules (relative to the root), and its lines."""
+    """One ignore file: its name for messages, its folder (relative to the root), and its lines."""
 
     shown: str
     base: str
@@ -163,7 +162,7 @@ class _RuleFile(NamedTuple):
     spec: GitIgnoreSpec
 
     def verdict(self, path: str) -> tuple[bool, LeftOut] | None:
-        """Return whether `path` (relative to the working directory) is left out and by which rule; None when silent."""
+        """Return whether `path` (relative to the working directory) is left out, and the rule; None without a match."""
         inside = path[len(self.base) :] if path.startswith(self.base) else ""
         return self._of(inside) if inside else None
 
@@ -180,16 +179,16 @@ def _rule_file(shown: str, base: str, lines: list[str]) -> _RuleFile:
 
 
 class IgnoreRules:
-    """The rule files that apply in one folder, the strongest last."""
+    """The rule files that apply in one folder; later ones take precedence."""
 
     def __init__(self, files: tuple[_RuleFile, ...]) -> None:
         self._files = files
 
     @classmethod
     def above(cls, root: Path) -> IgnoreRules:
-        """Return what applies before the root's own files: the built-in rules, and git's from above the root.
+        """Return the rules from outside the root: built-in ones, and git's from the folders above.
 
-        Rules from above that would leave out the working directory itself are not applied: who packs it wants it.
+        Rule files above that leave out the working directory itself are not applied.
         """
         files = [_rule_file("built in", "", list(BUILT_IN))]
         for parent in _repository_parents(root):
@@ -211,7 +210,7 @@ class IgnoreRules:
         return IgnoreRules((*self._files, *found)) if found else self
 
     def rule_against(self, path: str, entry: os.DirEntry[str], *, is_dir: bool, folder: Directory) -> LeftOut | None:
-        """Return the rule that leaves `path` out, or None when it is to be sent; `folder` is the one that it is in."""
+        """Return the rule that leaves out `path`, which is in `folder`; None if it is sent."""
         if entry.name in NEVER:
             return LeftOut(f"built in: {entry.name}{'/' if is_dir else ''}", final=True)
         asked = f"{path}/" if is_dir else path
@@ -225,7 +224,7 @@ class IgnoreRules:
 
 
 class _AboveFile(_RuleFile):
-    """An ignore file above the working directory: its paths begin with the working directory's own."""
+    """An ignore file above the working directory, whose path starts the paths in it."""
 
     __slots__ = ()
 
@@ -234,7 +233,7 @@ class _AboveFile(_RuleFile):
 
 
 def _repository_parents(root: Path) -> list[Path]:
-    """Return the folders above `root` up to the git repository that holds it, outermost first."""
+    """Return the folders above `root` up to its git repository, outermost first."""
     if (root / ".git").exists():
         return []
     above = []

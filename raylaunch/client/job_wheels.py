@@ -1,7 +1,7 @@
-"""A job's own ``pip`` or ``uv`` needs where nodes reach no package index: wheels are gathered here, and go along.
+"""Wheels of a job's environment for nodes that reach no package index: gathered here, and sent with the job.
 
-They travel as packages of the cluster: by their sha256, what is there is not sent again, an interrupted upload goes on.
-From the controller they reach the nodes with the job's code, so also those on which it is tried again.
+They are uploaded as packages of the cluster, by their sha256: those that it has are not sent again. The controller
+sends them to each node together with the job's code.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ async def send_wheels(  # noqa: PLR0913 -- what goes where, and who is told
     on_notice: Callable[[str], None],
     added: bool = False,
 ) -> tuple[WheelSet, ...]:
-    """Gather the wheels of a job's environment for each platform, and send what the cluster lacks of them.
+    """Gather the wheels of a job's environment for each platform, and send those that the cluster lacks.
 
-    Where no index can be reached from here either, nothing goes along and `on_notice` is told: the environment may be
-    there from an earlier job. `added` marks them as what a job adds to the cluster's own environment.
+    If no index can be reached from here either, nothing is sent, and `on_notice` is called: an earlier job may have
+    made the environment. `added` marks packages that a job adds to the cluster's own environment.
 
     Raises:
-        ClusterStartError: they could not be found or downloaded for another reason.
+        ClusterStartError: the wheels could not be found or downloaded for another reason.
         SpecError: requirements or lock file cannot be read, or the project needs another Python.
         TransferError: a wheel did not arrive as it was sent.
         VersionError: a package has no wheel for a platform; the message names both.
@@ -89,10 +89,10 @@ async def send_wheels(  # noqa: PLR0913 -- what goes where, and who is told
 
 
 async def check_wheels(spec: JobSpec, platforms: Sequence[BuildPlatform], *, on_notice: Callable[[str], None]) -> None:
-    """See whether there are wheels of a job's environment for each platform; download and send none.
+    """Check that there are wheels of a job's environment for each platform; download and send nothing.
 
     Raises:
-        RaylaunchError: as `send_wheels`, but for what a download may raise.
+        RaylaunchError: as `send_wheels`.
     """
     async for _ in _found(spec, platforms, _store_for(spec).find, on_notice):
         pass
@@ -105,7 +105,7 @@ def _store_for(spec: JobSpec) -> WheelStore:
 
 
 class _Found(NamedTuple):
-    """Wheels for one platform: what is installed, and what projects of the working directory are built with."""
+    """Wheels for one platform: those to install, and those that build the projects of the working directory."""
 
     platform: BuildPlatform
     wheels: tuple[Wheel, ...]
@@ -118,7 +118,7 @@ async def _found(
     find: Callable[[Sequence[str], WheelPlatform], Awaitable[tuple[Wheel, ...]]],
     on_notice: Callable[[str], None],
 ) -> AsyncIterator[_Found]:
-    """Yield what there is for each platform; none where no index can be reached, of which `on_notice` is told."""
+    """Yield the wheels for each platform; call `on_notice` instead if no index can be reached."""
     folder = Path(spec.working_dir or ".")
     needed = await needed_by(spec, folder)
     for platform in platforms:
@@ -143,22 +143,19 @@ async def _send(
 
 
 class Requirement(NamedTuple):
-    """What a job's environment is made of.
-
-    Args:
-        requirements: lines of a requirements file; nothing in them is a project of the working directory.
-        built_with: of each such project, what it is built with.
-    """
+    """The packages that a job's environment needs."""
 
     requirements: tuple[str, ...]
+    """Lines of a requirements file, without projects of the working directory."""
     built_with: tuple[tuple[str, ...], ...]
+    """For each such project, what builds it."""
 
 
 async def needed_by(spec: JobSpec, folder: Path) -> Requirement:
-    """Return what has to go along for a job's environment and the packages that are added to it.
+    """Return the packages that a job's environment needs, with those that are added to it.
 
     Raises:
-        SpecError: as `requirements_of`, or what a project of the working directory needs is not written in it.
+        SpecError: as `requirements_of`, or a project of the working directory does not list its dependencies.
     """
     check_named(spec.packages)
     if spec.environment.kind not in {"uv", "pip"}:
@@ -172,7 +169,7 @@ async def needed_by(spec: JobSpec, folder: Path) -> Requirement:
             requirements += project.needs
             built_with += [project.built_with] if project.built_with else []
         elif (archive := folder / line.partition(";")[0].strip()).is_file():
-            if not locked:  # else it is installed from where it is
+            if not locked:  # uv installs it from its place
                 requirements.append(f"{archive.resolve()}  # {sha256_of(archive)}")
         else:
             requirements.append(line)
@@ -180,10 +177,10 @@ async def needed_by(spec: JobSpec, folder: Path) -> Requirement:
 
 
 async def requirements_of(environment: Environment, folder: Path) -> tuple[str, ...]:
-    """Return what an environment is made of, as lines of a requirements file.
+    """Return the packages of an environment, as lines of a requirements file.
 
     Raises:
-        SpecError: the file is not there, uv cannot read the lock, or a line is none that this machine resolves.
+        SpecError: the file is missing, uv cannot read the lock, or this machine does not resolve a line.
     """
     if environment.kind == "uv":
         return await _locked(folder)
@@ -195,12 +192,12 @@ async def requirements_of(environment: Environment, folder: Path) -> tuple[str, 
 
 
 def resolved_here(environment: Environment, known: Environment | None) -> Environment | None:
-    """Return what of the cluster's own environment this machine resolves; None for nothing. Pure.
+    """Return the environment that this machine resolves for the cluster's own; None for nothing. Pure.
 
     Args:
-        environment: what the head says. It may name a file of the working directory; packages that it lists are not
-            resolved.
-        known: what the cluster.yaml on this machine says; packages that it lists are, where the head says the same.
+        environment: the one that the head reports. A file of the working directory that it names is resolved, packages
+            that it lists are not.
+        known: the one in the cluster.yaml here. Its packages are resolved if the head reports the same.
     """
     match environment.kind:
         case "uv":
@@ -212,7 +209,7 @@ def resolved_here(environment: Environment, known: Environment | None) -> Enviro
 
 
 def _lines(file: Path, folder: Path, *, depth: int = 0) -> Iterator[str]:
-    """Yield a requirements file whose references to others are absolute, followed by a digest of their content."""
+    """Yield a requirements file's lines; references to other files are absolute, with a digest of their content."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -235,7 +232,7 @@ def _lines(file: Path, folder: Path, *, depth: int = 0) -> Iterator[str]:
 
 
 def _from(parent: Path, line: str, folder: Path) -> str:
-    """Return a line with its reference to another file as seen from the working directory."""
+    """Return a line with its reference to another file relative to the working directory."""
     found = OTHER_FILE.match(line.strip())
     if found is None:
         return line
@@ -243,13 +240,13 @@ def _from(parent: Path, line: str, folder: Path) -> str:
 
 
 async def _locked(folder: Path) -> tuple[str, ...]:
-    """Return what a project's ``uv.lock`` names, with its indexes; the project itself where it is installed."""
+    """Return the packages in a project's ``uv.lock``, with its indexes, and the project if it is installed."""
     argv = [find_uv(os.environ), "export", "--frozen", "--no-hashes", "--no-header", "--quiet"]
     env = {**tool_environment(os.environ), "UV_NO_PROGRESS": "1"}
     ran = await run_program([*argv, "--color=never"], cwd=folder, env=env, limit_s=_EXPORT_S, step="uv export")
     if ran.status != 0:
         msg = f"uv cannot read the lock of {folder}"
-        raise SpecError(msg, hint="uv export --frozen says why; uv lock makes it anew", field="environment")
+        raise SpecError(msg, hint="uv export --frozen shows why; uv lock makes it again", field="environment")
     lines = tuple(line for line in ran.text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
     found = (*_indexes(folder), *lines)
     for line in found:

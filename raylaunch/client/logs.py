@@ -55,43 +55,36 @@ async def read_chunk(
     )
 
 
-class LogFollower:
-    """Follows the logs of one job, attempt after attempt.
+async def follow_log(
+    read: Callable[[LogPosition], Awaitable[LogChunk]],
+    job_with: Callable[[int], Awaitable[JobView]],
+    place: LogPosition,
+    *,
+    only: bool,
+) -> AsyncIterator[LogChunk]:
+    """Yield a log from `place` on as it is written, attempt after attempt.
 
     Args:
         read: returns the piece at a position; may wait for it.
         job_with: returns the job once it has that attempt, or has ended.
+        place: where to start, with its attempt.
+        only: whether to end with that attempt.
     """
-
-    def __init__(
-        self, read: Callable[[LogPosition], Awaitable[LogChunk]], job_with: Callable[[int], Awaitable[JobView]]
-    ) -> None:
-        self._read = read
-        self._job_with = job_with
-
-    async def all_from(self, place: LogPosition, *, only: bool) -> AsyncIterator[LogChunk]:
-        """Yield everything from `place` on as it is written; with `only`, of that attempt."""
-        n = place.attempt or 1
-        while True:
-            job = await self._job_with(n)
-            if n > len(job.attempts):
-                return
-            async for chunk in self._attempt(place._replace(attempt=n)):
-                yield chunk
-            if only:
-                return
-            n, place = n + 1, LogPosition(rank=place.rank)
-
-    async def _attempt(self, place: LogPosition) -> AsyncIterator[LogChunk]:
+    n = place.attempt or 1
+    while n <= len((await job_with(n)).attempts):
+        place = place._replace(attempt=n)
         if place.tail is None and place.offset is None:
             place = place._replace(offset=0)
         ended = False
         while True:
-            chunk = await self._read(place)
+            chunk = await read(place)
             if chunk.data:
                 yield chunk
             elif chunk.ended or ended:
-                return
+                break
             else:  # no new bytes: a job whose node was lost ends without the end of its log
-                ended = (await self._job_with(0)).state.ended
+                ended = (await job_with(0)).state.ended
             place = place._replace(tail=None, offset=chunk.next_offset)
+        if only:
+            return
+        n, place = n + 1, LogPosition(rank=place.rank)

@@ -1,6 +1,6 @@
-"""The working directory as one archive, named by its checksum. `raylaunch.client.ignore_rules` says what goes in.
+"""Packs the working directory as one archive, named by its checksum; `raylaunch.client.ignore_rules` selects the files.
 
-Symbolic links travel as links. What `raylaunch.client.sensitive` refuses is refused here, for every interface.
+Symbolic links stay links. The checks of `raylaunch.client.sensitive` apply here, for every interface.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from raylaunch.runner.outputs import HEAD, holds_private_key, looks_secret
 LARGEST = 5
 _MOST_LINKS = 100
 _MEMBER_TIME = 315_619_200
-"""1980-01-02: the same for every file, so that equal folders make equal archives; zip files know nothing earlier."""
+"""1980-01-02 for every file, so that equal folders make equal archives; zip files have no earlier time."""
 
 
 class Contents(NamedTuple):
-    """What is in a package, and what is not: by which rule. Paths are relative to the working directory."""
+    """The files in a package, and those left out. Paths are relative to the working directory."""
 
     paths: frozenset[str]
     left_out: Mapping[str, str]
-    """The paths of files and whole folders, and the rules as they are written."""
+    """Paths of files and whole folders, with the rules as written."""
 
 
 NOTHING = Contents(frozenset(), {})
 
 
 class Packed:
-    """An archive in a temporary file without a name, of which nothing is left even when this process is killed.
+    """An archive in an unnamed temporary file, which the system deletes even if this process is killed.
 
-    A context manager: the file goes with it.
+    A context manager, which closes the file.
     """
 
     def __init__(self, file: IO[bytes], sha256: str, report: PackReport, contents: Contents = NOTHING) -> None:
@@ -75,13 +75,13 @@ def pack(working_dir: str | Path, allow: Allowances = NO_MORE) -> Packed:
 
     Args:
         working_dir: the folder.
-        allow: what a person lets through that is refused otherwise.
+        allow: files and sizes that are refused otherwise.
 
     Raises:
         SpecError: there is no such folder, or it is a home folder.
         WithheldError: files in it look like secrets, or its package is larger than allowed.
-        StorageError: a file in it cannot be read, or there is no room for the archive.
-        ConflictError: a file was written to while it was read.
+        StorageError: a file cannot be read, or there is no space for the archive.
+        ConflictError: a file was changed while it was read.
     """
     root = checked_working_dir(working_dir)
     if not allow.links and root != Path(working_dir):
@@ -97,7 +97,7 @@ def pack(working_dir: str | Path, allow: Allowances = NO_MORE) -> Packed:
             raise too_large(allow.upload, tally.largest()) from None
         except OSError as error:
             if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-                msg = f"there is no room to pack {root}: the disk of {tempfile.gettempdir()} is full"
+                msg = f"there is no space to pack {root}: the disk of {tempfile.gettempdir()} is full"
                 hint = "free some space there, or set TMPDIR to a folder on another disk"
                 raise StorageError(msg, hint=hint) from None
             raise
@@ -123,7 +123,7 @@ def _is_link(root: Path) -> SpecError:
 
 
 def _refuse_bomb(packed: int, tally: _Tally) -> None:
-    """Refuse here what no node would unpack."""
+    """Refuse a package that no node would unpack."""
     if tally.unpacked > most_unpacked(packed):
         largest = ", ".join(f"{one.path} ({one.bytes} B)" for one in tally.largest()[:3])
         msg = (
@@ -135,11 +135,7 @@ def _refuse_bomb(packed: int, tally: _Tally) -> None:
 
 
 async def pack_in_thread(working_dir: Path, allow: Allowances = NO_MORE) -> Packed:
-    """Pack in a thread; when the caller is cancelled, the temporary file goes as soon as it is made.
-
-    Raises:
-        RaylaunchError: as `pack`.
-    """
+    """Pack in a thread; if the caller is cancelled, the archive is deleted. Raises as `pack`."""
     packing = asyncio.ensure_future(asyncio.to_thread(pack, working_dir, allow))
     try:
         return await asyncio.shield(packing)
@@ -172,11 +168,11 @@ def checked_working_dir(working_dir: str | Path) -> Path:
 
 
 class _FullError(Exception):
-    """More was written than is allowed."""
+    """More bytes were written than are allowed."""
 
 
 class _Sink:
-    """A binary file with a limit in bytes that knows the checksum of what was written to it."""
+    """A binary file with a size limit, which computes the checksum of its content."""
 
     def __init__(self, raw: IO[bytes], limit: int) -> None:
         self._raw = raw
@@ -195,7 +191,7 @@ class _Sink:
 
 
 class _Tally:
-    """Counts what goes in and what stays out."""
+    """Counts what is packed and what is left out."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -276,7 +272,7 @@ def _add(archive: tarfile.TarFile, root: Path, found: FoundPath, tally: _Tally) 
 
 
 def _link_target(root: Path, found: FoundPath, tally: _Tally) -> str:
-    """Return what a link leads to: as it is written, but relative where it is absolute and stays inside."""
+    """Return a link's target: as written, but relative if it is an absolute path inside the working directory."""
     path = found.path
     target = os.readlink(found.entry.name, dir_fd=found.folder.descriptor)
     folder = os.path.dirname(path)  # noqa: PTH120 -- a name, not a path here
@@ -309,7 +305,7 @@ def _add_file(archive: tarfile.TarFile, member: tarfile.TarInfo, found: FoundPat
         try:
             archive.addfile(member, file)
         except OSError as error:
-            if error.args == ("unexpected end of data",):  # tarfile's words for a file that became shorter
+            if error.args == ("unexpected end of data",):  # tarfile's message for a file that became shorter
                 raise _changed(member.name) from None
             raise
         after = os.fstat(file.fileno())
@@ -319,6 +315,6 @@ def _add_file(archive: tarfile.TarFile, member: tarfile.TarInfo, found: FoundPat
 
 def _changed(path: str) -> ConflictError:
     return ConflictError(
-        f"{printable(path)} in the working directory was written to while it was packed",
-        hint=f"wait until it is written, or leave it out with a line in .raylaunchignore: /{printable(path)}",
+        f"{printable(path)} in the working directory was changed while it was packed",
+        hint=f"wait until it is complete, or leave it out with a line in .raylaunchignore: /{printable(path)}",
     )

@@ -1,7 +1,7 @@
-"""What must not leave this machine by accident: files that look like secrets, home folders, very large packages.
+"""Checks before files leave this machine: files that look like secrets, home folders, very large packages.
 
-The rules are the same in every interface. What goes all the same is named by a person: in a command, in Python, or
-when the MCP server is started, never in a file of the project and never by a tool's argument.
+The rules are the same in every interface. Only a person allows exceptions: in a command, in Python, or when the MCP
+server is started, never in a file of the project and never by a tool's argument.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from raylaunch.models.fields import size_bytes
 from raylaunch.models.job import FileFact
 
 ASKED_ABOVE = 100_000_000
-"""Bytes to upload above which a person at a terminal is asked."""
+"""Bytes of an upload above which a person at a terminal is asked."""
 LARGEST_UPLOAD = 1_000_000_000
-"""Bytes to upload above which a submission fails, unless more is allowed."""
+"""Bytes of an upload above which a submission fails, unless more is allowed."""
 _SHOWN = 5
 
 
 class Allowances(NamedTuple):
-    """What a person lets through: files by name or path, and how many bytes an upload may have."""
+    """What a person allows: files by name or path, and the size of an upload in bytes."""
 
     names: tuple[str, ...] = ()
-    """A name (``.env``) allows every file or folder of that name; a path, that one."""
+    """A name (``.env``) allows every file or folder of that name, a path only that one."""
     upload: int = LARGEST_UPLOAD
     asked: bool = True
-    """Whether a person at a terminal is asked above `ASKED_ABOVE`: not when they have named a size."""
+    """Whether a person at a terminal is asked above `ASKED_ABOVE`: not if they named a size."""
     links: bool = True
-    """Whether the working directory may be named by a path with links in it: not where its path was checked before."""
+    """Whether the working directory's path may contain links: not if the path was checked before."""
 
 
 NO_MORE = Allowances()
@@ -43,7 +43,7 @@ NO_MORE = Allowances()
 
 
 def allowed(names: Sequence[str] = (), max_upload: str | int | None = None) -> Allowances:
-    """Return what a person allows in words.
+    """Return the allowances for options as a person writes them.
 
     Raises:
         SpecError: `max_upload` is not a size.
@@ -62,17 +62,17 @@ def allowed(names: Sequence[str] = (), max_upload: str | int | None = None) -> A
 
 
 def is_allowed(path: str, names: Sequence[str]) -> bool:
-    """Return whether a file, or a folder that it is in, was allowed by name or by path."""
+    """Return whether a file, or a folder above it, was allowed by name or by path."""
     parts = path.split("/")
     places = {"/".join(parts[: at + 1]) for at in range(len(parts))}
     return any(name in places or name in parts for name in names)
 
 
 def refuse_secrets(paths: Sequence[str]) -> None:
-    """Refuse a package with these files in it.
+    """Refuse a package with files that look like secrets.
 
     Raises:
-        WithheldError: there is one.
+        WithheldError: `paths` is not empty.
     """
     if not paths:
         return
@@ -88,10 +88,10 @@ def refuse_secrets(paths: Sequence[str]) -> None:
 
 
 def refuse_home(root: Path) -> None:
-    """Refuse to pack a home folder, or a folder that homes are in.
+    """Refuse to pack a home folder or a folder above one; `root` is resolved.
 
     Raises:
-        SpecError: `root`, which is resolved, is one.
+        SpecError: it is one.
     """
     for home in _homes():
         if home == root or root in home.parents:
@@ -102,7 +102,7 @@ def refuse_home(root: Path) -> None:
 
 
 def _homes() -> set[Path]:
-    """Return the home of the environment and that of the account; `/` counts as above any home."""
+    """Return the homes that the environment and the account name; `/` if there is none."""
     named = [os.environ.get("HOME", "")]
     with contextlib.suppress(KeyError):
         named.append(pwd.getpwuid(os.getuid()).pw_dir)
@@ -124,20 +124,20 @@ def _size(size: int) -> str:
 
 
 FETCHED = "built in: files that raylaunch get wrote"
-"""The rule that leaves them out."""
+"""The rule that leaves out downloaded files."""
 _FOLDER = ".raylaunch"
 _FILE = "fetched.json"
 _LARGEST = 16 * 1024 * 1024
 
 
 class Stamp(NamedTuple):
-    """A file as it was when it had been written."""
+    """Size and modification time of a downloaded file."""
 
     bytes: int
     mtime_ns: int
 
     def is_still(self, entry: os.DirEntry[str]) -> bool:
-        """Return whether nobody has changed the file since."""
+        """Return whether the file is unchanged."""
         seen = entry.stat(follow_symlinks=False)
         return (seen.st_size, seen.st_mtime_ns) == self
 
@@ -148,11 +148,7 @@ def fetched_in(folder: Path) -> Mapping[str, Stamp]:
 
 
 class FetchedFiles:
-    """What was downloaded into one folder, by job; saved with `save`.
-
-    Args:
-        folder: the folder, open.
-    """
+    """The files that were downloaded into one folder, by job; saved with `save`."""
 
     def __init__(self, folder: Directory) -> None:
         self._folder = folder
@@ -160,28 +156,28 @@ class FetchedFiles:
         self._changed = False
 
     def of_others(self, job: str) -> tuple[str, ...]:
-        """Return the other jobs whose files are still here, as they were downloaded or changed."""
+        """Return the other jobs whose files are still here, changed or not."""
         return tuple(one for one, files in self._jobs.items() if one != job and any(map(self._is_here, files)))
 
     def _is_here(self, name: str) -> bool:
         return os.path.lexists(self._folder.path / name)
 
     def is_unchanged(self, job: str, name: str, here: os.stat_result) -> bool:
-        """Return whether a file is just what an earlier download of this job left under that name."""
+        """Return whether a file is unchanged since an earlier download of this job."""
         return self._jobs.get(job, {}).get(name) == Stamp(here.st_size, here.st_mtime_ns)
 
     def add(self, job: str, name: str, here: os.stat_result) -> None:
-        """Note that a file of `job` was downloaded just now."""
+        """Add a file of `job` that was just downloaded."""
         for files in self._jobs.values():
             files.pop(name, None)
         self._jobs.setdefault(job, {})[name] = Stamp(here.st_size, here.st_mtime_ns)
         self._changed = True
 
     def save(self) -> None:
-        """Write what was noted.
+        """Write the record.
 
         Raises:
-            OSError: it cannot be written, or a link is in its place.
+            OSError: it cannot be written, or is a link.
         """
         if not self._changed:
             return

@@ -188,7 +188,7 @@ class Submitter:
         active = active_python(os.environ, prefix=self._prefix)
         if answer.status != _MISSING:
             self._older = ""
-            return choose(spec, self._transport.read(ClusterPython, answer, "GET /v1/python"), active, here=self._here)
+            return choose(spec, answer.read(ClusterPython), active, here=self._here)
         self._older = answer.header("X-Raylaunch-Version", "an older version")
         if spec.environment.kind == "auto":
             self._notice(
@@ -265,7 +265,7 @@ class Submitter:
         body = _for_older(request, self._older) if self._older else request
         params = {"dry_run": "true"} if dry_run else None
         answer = await self._retry(lambda: self._transport.request("POST", "/v1/jobs", params=params, body=body))
-        return self._transport.read(kind, answer, "POST /v1/jobs")
+        return answer.read(kind)
 
 
 def _for_older(request: SubmitRequest, version: str) -> dict[str, object]:

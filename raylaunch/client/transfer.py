@@ -1,11 +1,10 @@
-"""Uploads to the cluster, which resume where they stopped and are verified at the end."""
+"""Uploads to the cluster: they continue where they stopped and are verified at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from raylaunch.client.transport import Response, Transport
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from raylaunch.client.packing import Packed
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with the name of the transfer, bytes done, and bytes in all."""
+"""Called with the name of the transfer, the bytes done, and the total bytes."""
 Retry = Callable[[Callable[[], Awaitable[Response]]], Awaitable[Response]]
 """Retries a request while there is no response."""
 
@@ -29,9 +28,6 @@ class _Have(TypedDict):
     complete: bool
 
 
-_HAVE = TypeAdapter(_Have)
-
-
 def no_progress(_what: str, _done: int, _total: int, /) -> None:
     """Show nothing."""
 
@@ -40,7 +36,7 @@ async def allow_upload(_bytes: int) -> None:
     """Allow every upload."""
 
 
-async def upload(  # noqa: PLR0913 -- what goes where, and who is told
+async def upload(  # noqa: PLR0913 -- what goes where, and callbacks
     transport: Transport,
     packed: Packed,
     *,
@@ -49,7 +45,7 @@ async def upload(  # noqa: PLR0913 -- what goes where, and who is told
     on_progress: OnProgress = no_progress,
     what: str = "code",
 ) -> int:
-    """Send a package unless the cluster has it, from where an earlier upload stopped. Return the bytes sent.
+    """Send a package unless the cluster has it, starting where an earlier upload stopped; return the bytes sent.
 
     `what` is its name for `on_progress`; `on_start` is called with the number of bytes to send, before the first.
 
@@ -70,7 +66,7 @@ async def upload(  # noqa: PLR0913 -- what goes where, and who is told
         if answer.status == _CONFLICT:
             have = _other_offset(answer, have)  # a response was lost, or somebody else is sending the same package
             continue
-        facts = answer.read(_HAVE)
+        facts = answer.read(_Have)
         sent, have = sent + len(data), facts["have"]
         if facts["complete"]:
             on_progress(what, packed.bytes, packed.bytes)

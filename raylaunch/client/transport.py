@@ -34,7 +34,6 @@ from raylaunch.models.safe_text import clean
 from raylaunch.version import API, OTHERS_JOB, OTHERS_OWNER, __version__, is_older
 
 _Result = TypeVar("_Result")
-_Model = TypeVar("_Model", bound=BaseModel)
 _Read = TypeVar("_Read")
 _READS = frozenset({"GET", "HEAD"})
 _MAY_BE_NEWER = frozenset({NotFoundError.code, SpecError.code})
@@ -58,12 +57,13 @@ class NoAnswerError(ClusterDownError):
 
 
 class Response:
-    """A response whose body was read."""
+    """A response whose body was read; `asked` is the request, for messages."""
 
-    def __init__(self, response: httpx2.Response) -> None:
+    def __init__(self, response: httpx2.Response, asked: str) -> None:
         self.status = response.status_code
         self.body = response.content
         self._headers = response.headers
+        self._asked = asked
 
     def header(self, name: str, default: str = "") -> str:
         """Return a header's value."""
@@ -74,16 +74,16 @@ class Response:
         found = whole(self.header(name))
         return default if found is None else found
 
-    def read(self, kind: TypeAdapter[_Read]) -> _Read:
+    def read(self, kind: type[_Read]) -> _Read:
         """Return the body, parsed as JSON.
 
         Raises:
-            ClusterError: it cannot be parsed.
+            ClusterError: it is not a `kind`.
         """
         try:
-            return kind.validate_json(self.body)
+            return TypeAdapter(kind).validate_json(self.body)
         except ValidationError as error:
-            msg = "the cluster's response cannot be read"
+            msg = f"the controller's response to {self._asked} cannot be read"
             raise ClusterError(msg, hint=f"raylaunch up starts a controller of this version ({__version__})") from error
 
 
@@ -199,7 +199,7 @@ class Transport:
 
         response = await self._answered(send, wait_s=wait_s, repeatable=method in _READS)
         self._check(response, allowed)
-        return Response(response)
+        return Response(response, f"{method} {path}")
 
     async def _answered(
         self, send: Callable[[], Awaitable[httpx2.Response]], *, wait_s: float, repeatable: bool
@@ -240,27 +240,18 @@ class Transport:
             return True
         return True
 
-    async def model(  # noqa: PLR0913 -- as above
+    async def read(  # noqa: PLR0913 -- as above
         self,
-        kind: type[_Model],
+        kind: type[_Read],
         method: str,
         path: str,
         *,
         params: Params | None = None,
         wait_s: float = 0.0,
         body: BaseModel | dict[str, object] | None = None,
-    ) -> _Model:
-        """Send one request and return the response as a model. Raises as `request`."""
-        answer = await self.request(method, path, params=params, body=body, wait_s=wait_s)
-        return self.read(kind, answer, f"{method} {path}")
-
-    def read(self, kind: type[_Model], answer: Response, asked: str) -> _Model:
-        """Return a response as a model; `asked` is the request, for the message of the `ClusterError`."""
-        try:
-            return kind.model_validate_json(answer.body)
-        except ValidationError as error:
-            msg = f"the response of cluster {self.cluster!r} to {asked} is not a {kind.__name__}"
-            raise ClusterError(msg, hint=f"raylaunch up starts a controller of this version ({__version__})") from error
+    ) -> _Read:
+        """Send one request and return the response as a `kind`. Raises as `request`."""
+        return (await self.request(method, path, params=params, body=body, wait_s=wait_s)).read(kind)
 
     @contextlib.asynccontextmanager
     async def stream(

@@ -1,4 +1,4 @@
-"""Files, environment and flags become specs; what is wrong is said with its file, line, and nearest known key."""
+"""Specs from files, environment variables and flags; errors have file, line, and the nearest known key."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _AnySpec = TypeVar("_AnySpec", bound=Spec)
 
 
 class Flag(NamedTuple):
-    """One value from the command line: its option, the field that it sets, and the value as it was given."""
+    """One value from the command line: its option, the field that it sets, and the value."""
 
     option: str
     field: tuple[str, ...]
@@ -51,16 +51,16 @@ def find_cluster_file(*, environ: Mapping[str, str] | None = None, cwd: Path | N
         return chosen if chosen.is_file() else None
     except OSError as error:
         msg = f"{chosen}: the file of the chosen cluster cannot be read: {error.strerror}"
-        raise SpecError(msg, hint="look at its permissions, or name the cluster's file: raylaunch -c FILE") from None
+        raise SpecError(msg, hint="check its permissions, or name the cluster's file: raylaunch -c FILE") from None
 
 
 def chosen_file(environ: Mapping[str, str]) -> Path:
-    """Return the link that ``raylaunch switch`` sets; it may not be there."""
+    """Return the path of the link that ``raylaunch switch`` sets."""
     return raylaunch_home(environ) / "chosen.yaml"
 
 
 def kept_file(name: str, environ: Mapping[str, str]) -> Path:
-    """Return where the last `up` has kept the file of cluster `name`; it may not be there."""
+    """Return the path of the file that the last `up` stored for cluster `name`."""
     return raylaunch_home(environ) / "clusters" / name / CLUSTER_FILE
 
 
@@ -79,19 +79,19 @@ def load_cluster_spec(
     """Return the cluster that `path` describes, else the one that applies here, else the embedded cluster ``local``.
 
     Raises:
-        SpecError: the file cannot be read, or says something that cannot be; without `quoted` it repeats nothing of it.
+        SpecError: the file cannot be read or is invalid; without `quoted` the message repeats nothing of it.
     """
     return load_cluster_file(path, environ=environ, cwd=cwd, quoted=quoted).spec
 
 
 class ClusterFile(NamedTuple):
-    """A cluster, the file that describes it (None for the embedded one), and what in that file has no meaning here."""
+    """A cluster, its file (None for the embedded one), and notes about keys that are ignored."""
 
     spec: ClusterSpec
     path: Path | None = None
     notes: tuple[str, ...] = ()
     of_ray: bool = False
-    """Whether the file is one of Ray's own."""
+    """Whether it is one of Ray's own cluster files."""
 
 
 def load_cluster_file(
@@ -101,7 +101,7 @@ def load_cluster_file(
     cwd: Path | None = None,
     quoted: bool = True,
 ) -> ClusterFile:
-    """Return the cluster as `load_cluster_spec` does, with where it came from. Ray's own cluster.yaml is understood.
+    """Return the cluster as `load_cluster_spec` does, with its file, which may be one of Ray's own.
 
     Raises:
         SpecError: as `load_cluster_spec`.
@@ -128,7 +128,7 @@ def load_job_spec(path: Path) -> JobSpec:
     """Return the job that a file describes. A relative `working_dir` is relative to the file.
 
     Raises:
-        SpecError: the file cannot be read, or says something that cannot be.
+        SpecError: the file cannot be read or is invalid.
     """
     return job_spec_from_flags((), file=path)
 
@@ -136,13 +136,13 @@ def load_job_spec(path: Path) -> JobSpec:
 def job_spec_from_flags(
     flags: Sequence[Flag], *, file: Path | YamlFile | None = None, cwd: Path | None = None
 ) -> JobSpec:
-    """Return the job that flags describe, laid over a file when there is one.
+    """Return the job that a file and flags describe.
 
-    A flag replaces what the file says; for `env` and lists (`tags`, `outputs`, `secrets`) it adds to it. The working
+    A flag replaces the file's value, or adds to it for `env` and lists (`tags`, `outputs`, `secrets`). The working
     directory becomes absolute: the file's is relative to the file, the flag's to the current directory.
 
     Raises:
-        SpecError: file or flags say something that cannot be.
+        SpecError: file or flags are invalid.
     """
     read = read_yaml(file) if isinstance(file, Path) else file
     data: dict[str, object] = copy.deepcopy(read.data) if read else {}
@@ -161,13 +161,13 @@ def job_spec_from_flags(
         raise SpecError(
             msg,
             field="entrypoint",
-            hint="write the command after --, as: raylaunch run -- python train.py; or name a file: -f job.yaml",
+            hint="write the command after --: raylaunch run -- python train.py; or name a file: -f job.yaml",
         )
     return _started_by_python(_validated(JobSpec, data, read, flags))
 
 
 def _started_by_python(spec: JobSpec) -> JobSpec:
-    """Return the job with ``python`` before a script that cannot be started as it is: ``train.py`` is meant so.
+    """Return the job with ``python`` before a script that is not executable, for example ``train.py``.
 
     Raises:
         SpecError: the command is a job file.
@@ -202,7 +202,7 @@ def _lay(data: dict[str, object], field: tuple[str, ...], value: object) -> None
     for parent in parents:
         inner = holder.setdefault(parent, {})
         if not isinstance(inner, dict):
-            return  # the file holds something impossible here; validation says so
+            return  # an invalid value in the file; validation reports it
         holder = inner
     present = holder.get(last)
     if isinstance(present, dict) and isinstance(value, dict):

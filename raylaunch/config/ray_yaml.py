@@ -1,6 +1,6 @@
-"""Ray's own cluster.yaml (``ray up``), for machines that are there (``provider: local``), read as a cluster of ours.
+"""Reads Ray's own cluster.yaml (``ray up``) for existing machines (``provider: local``) as a cluster of raylaunch.
 
-What it says of machines and logins is taken over; of the rest each key is named, with why and what does it here.
+Machines and logins are used; each other key is reported, with the reason and what to use instead.
 Its format: ``ray/autoscaler/ray-schema.json`` in an installed Ray.
 """
 
@@ -16,33 +16,33 @@ from raylaunch.config.yaml_file import KeyPath, YamlFile
 from raylaunch.errors import SpecError
 
 _TAKEN = frozenset({"cluster_name", "provider", "auth", "head_start_ray_commands", "worker_start_ray_commands"})
-_NOT_RUN = "it is not run, raylaunch leaves a host as it is"
+_NOT_RUN = "it is not run, because raylaunch does not change a host"
 _PACKAGES = "a job's packages go into its environment (environment: {pip: [..]}, conda:NAME, uv)"
-_DAEMON = "raylaunch starts no and ends no machines: all of head_ip and worker_ips are used"
-_RSYNC = "code travels with each job (working_dir), and .gitignore or .raylaunchignore say what stays"
+_DAEMON = "raylaunch neither starts nor stops machines: all of head_ip and worker_ips are used"
+_RSYNC = "code travels with each job (working_dir), and .gitignore or .raylaunchignore list what is not sent"
 
 _MEANINGLESS: Mapping[str, str] = {
     "max_workers": _DAEMON,
     "min_workers": _DAEMON,
     "upscaling_speed": _DAEMON,
     "idle_timeout_minutes": _DAEMON,
-    "available_node_types": "GPUs and cores are found on each host, or said with gpus and cpus of a host",
+    "available_node_types": "GPUs and cores are detected on each host, or set with gpus and cpus of a host",
     "head_node_type": "the first host is the head",
-    "docker": "jobs run on the host itself and not in a container; say their Python with environment",
-    "file_mounts": f"{_RSYNC}; put data on a folder of the hosts, and say it with env",
+    "docker": "jobs run on the host itself, not in a container; set their Python with environment",
+    "file_mounts": f"{_RSYNC}; put data into a folder on the hosts, and pass its path with env",
     "cluster_synced_files": _RSYNC,
     "file_mounts_sync_continuously": _RSYNC,
     "rsync_exclude": _RSYNC,
     "rsync_filter": _RSYNC,
-    "initialization_commands": f"{_NOT_RUN}; do it once over ssh",
-    "setup_commands": f"{_NOT_RUN}; {_PACKAGES}, all else do once over ssh",
-    "head_setup_commands": f"{_NOT_RUN}; {_PACKAGES}, all else do once over ssh",
-    "worker_setup_commands": f"{_NOT_RUN}; {_PACKAGES}, all else do once over ssh",
-    "no_restart": "raylaunch up never restarts a Ray that is well",
+    "initialization_commands": f"{_NOT_RUN}; run it once over ssh",
+    "setup_commands": f"{_NOT_RUN}; {_PACKAGES}; run everything else once over ssh",
+    "head_setup_commands": f"{_NOT_RUN}; {_PACKAGES}; run everything else once over ssh",
+    "worker_setup_commands": f"{_NOT_RUN}; {_PACKAGES}; run everything else once over ssh",
+    "no_restart": "raylaunch up never restarts a healthy Ray",
     "metadata": "Ray does not read it either",
 }
 _PROVIDER: Mapping[str, str] = {
-    "use_internal_ips": "the addresses are used as they stand",
+    "use_internal_ips": "the addresses are used as written",
     "cache_stopped_nodes": _DAEMON,
     "disable_node_updaters": "raylaunch has none",
 }
@@ -51,13 +51,13 @@ _AUTH: Mapping[str, str] = {
     "ssh_proxy_use_node_id": "hosts are reached by their addresses",
 }
 _OF_RAY = ("--address", "--head", "--port", "--autoscaling-config", "--dashboard-host", "--block")
-"""Options of ``ray start`` that raylaunch gives itself."""
+"""Options of ``ray start`` that raylaunch sets itself."""
 
 _PROXY_JUMP = re.compile(r"ssh\s+(?:-W\s+%h:%p\s+(\S+)|(\S+)\s+-W\s+%h:%p)")
 
 
 class IgnoredKey(NamedTuple):
-    """A key that has no meaning here: where it stands, and why."""
+    """A key that is ignored: its line, and why."""
 
     line: int
     where: str
@@ -65,11 +65,11 @@ class IgnoredKey(NamedTuple):
     why: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.key} has no meaning here: {self.why}"
+        return f"{self.where}: {self.key} is ignored: {self.why}"
 
 
 class RayFile(NamedTuple):
-    """What Ray's file says in our words; `origins` tells where each of them came from."""
+    """Ray's file as data for a `ClusterSpec`; `origins` maps each value to its place in the file."""
 
     data: dict[str, object]
     notes: tuple[IgnoredKey, ...]
@@ -77,15 +77,15 @@ class RayFile(NamedTuple):
 
 
 def is_ray_yaml(data: Mapping[str, object]) -> bool:
-    """Return whether a file is Ray's: it has the two keys that Ray requires, and that ours does not know."""
+    """Return whether a file is Ray's: it has two keys that Ray requires and raylaunch does not have."""
     return "cluster_name" in data and "provider" in data
 
 
 def read_ray_yaml(file: YamlFile) -> RayFile:
-    """Return what the file says, in our words.
+    """Convert Ray's file.
 
     Raises:
-        SpecError: it is for a cloud, or says something that Ray would not understand either.
+        SpecError: it is for a cloud, or is invalid for Ray too.
     """
     reader = _Reader(file)
     reader.read()
@@ -100,7 +100,7 @@ class _Reader:
         self.origins: dict[KeyPath, KeyPath] = {("kind",): ("provider",)}
 
     def read(self) -> None:
-        """Go through all that the file says."""
+        """Convert all keys of the file."""
         self._refuse_unknown()
         self._take(("name",), ("cluster_name",))
         hosts = self._hosts()
@@ -139,8 +139,8 @@ class _Reader:
         kind = provider.get("type")
         if kind != "local" or "coordinator_address" in provider:
             named = f" {kind!r}" if self.file.quoted else ""
-            what = f"provider type{named} makes machines" if kind != "local" else "coordinator_address lends machines"
-            msg = f"{what}, and raylaunch uses machines that are there: type: local with head_ip and worker_ips"
+            what = f"provider type{named} creates machines" if kind != "local" else "coordinator_address lends machines"
+            msg = f"{what}, and raylaunch uses existing machines: type: local with head_ip and worker_ips"
             raise SpecError(msg, where=self.file.where(("provider",)), field="provider")
         head, workers = provider.get("head_ip"), provider.get("worker_ips") or []
         if not isinstance(head, str) or not isinstance(workers, list):
@@ -195,7 +195,7 @@ class _Reader:
         value: object = self.file.data
         for part in path:
             value = value.get(part) if isinstance(value, dict) else None
-        if value:  # what is empty, 0 or false asks for nothing
+        if value:  # an empty value, 0 or false requests nothing
             line = self.file.lines.get(path, 0)
             self.notes.append(IgnoredKey(line, self.file.where(path), ".".join(str(part) for part in path), why))
 

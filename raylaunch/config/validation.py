@@ -1,4 +1,4 @@
-"""What is wrong with a spec, in words: pydantic's findings as one `SpecError` with file, line and nearest known key."""
+"""Pydantic's errors about a spec as one `SpecError`, with file, line and nearest known key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raylaunch.errors import SpecError
 from raylaunch.models.fields import KEYS, PlacedError
 
 Locate = Callable[[KeyPath], str]
-"""Where a value came from: ``job.yaml:7``, ``--gpus``, or nothing."""
+"""Returns where a value came from: ``job.yaml:7``, ``--gpus``, or empty."""
 
 _FIELDS = {key: field for field, key in KEYS.items()}
 _EXPECTED = {
@@ -35,7 +35,7 @@ _EXPECTED = {
     "model_attributes_type": "a mapping of keys to values",
 }
 _PRIVATE = frozenset({"env", "secrets"})
-"""Fields of which no value is repeated."""
+"""Fields whose values are not repeated."""
 _BOUNDS = {
     "greater_than": ("gt", "is not greater than"),
     "greater_than_equal": ("ge", "is less than"),
@@ -45,7 +45,7 @@ _BOUNDS = {
 
 
 class SpecProblem(NamedTuple):
-    """One thing that is wrong: where it stands, a sentence, and what was expected (empty where only that says it)."""
+    """One error: its path, a sentence, and what was expected (empty if only the sentence has it)."""
 
     path: KeyPath
     message: str
@@ -53,16 +53,16 @@ class SpecProblem(NamedTuple):
 
     @property
     def field(self) -> str:
-        """The dotted field, as ``resources.gpus``."""
+        """The dotted field, for example ``resources.gpus``."""
         return ".".join(str(part) for part in self.path)
 
 
 def spec_error(
     error: ValidationError, model: type[BaseModel], data: object, locate: Locate, *, quoted: bool = True
 ) -> SpecError:
-    """Return one error that says everything that pydantic found, each with its place.
+    """Return one error with everything that pydantic found, each with its place.
 
-    Without `quoted` it repeats neither keys nor values of `data`: places, known keys, and what was expected.
+    Without `quoted` it repeats neither keys nor values of `data`: only places, known keys, and what was expected.
     """
     found = list(_problems(error, model, data))
     if not quoted:
@@ -76,7 +76,7 @@ def spec_error(
 
 
 def _named(where: str, problem: SpecProblem) -> tuple[str, SpecProblem]:
-    """An option's name says which field it is: the field need not be said again."""
+    """Leave out the field in the message about an option, whose name says it."""
     if where.startswith("--"):
         head, colon, tail = problem.message.partition(": ")
         if colon and problem.field.startswith(head):
@@ -91,12 +91,12 @@ def _problems(error: ValidationError, model: type[BaseModel], data: object) -> I
     for path, details in by_path.items():
         deeper = any(len(other) > len(path) and other[: len(path)] == path for other in by_path)
         if deeper and all(detail["type"] in _EXPECTED for detail in details):
-            continue  # the other branch of a union; the deeper finding is the one to read
+            continue  # another branch of a union; the deeper error is more useful
         yield _problem(path, details, model)
 
 
 def _path_in(detail: ErrorDetails, data: object) -> KeyPath:
-    """Return the finding's place in `data`: pydantic's own path without its names for the branches of unions."""
+    """Return the error's place in `data`: pydantic's path without its names for branches of unions."""
     path: list[str | int] = []
     current = data
     for part in detail["loc"]:
@@ -136,7 +136,7 @@ def _problem(path: KeyPath, details: list[ErrorDetails], model: type[BaseModel])
 
 
 def _unquoted(problem: SpecProblem, model: type[BaseModel]) -> str:
-    """Return the sentence in words of ours alone: a key that is not a field of the model is not named."""
+    """Return the sentence without text from the file: an unknown key is not named."""
     known: list[str] = []
     holder: type[BaseModel] | None = model
     for part in problem.path:
@@ -159,7 +159,7 @@ def _in_words(path: KeyPath, detail: ErrorDetails) -> SpecProblem:
 
 
 def _inside(path: KeyPath, value: object, sentence: str) -> SpecProblem:
-    """Point at the key or item of a mapping or list that a sentence begins with, for the line number."""
+    """Return the place of the key or item that a sentence starts with, for the line number."""
     dotted = ".".join(str(part) for part in path)
     word = sentence.split(" ", 1)[0].strip("'")
     if isinstance(value, dict) and word in value:
@@ -181,7 +181,7 @@ def _either(phrases: list[str]) -> str:
 
 
 def _shown(value: object, *, limit: int = 60, private: bool = False) -> str:
-    """Return a value for a message; the inside of a mapping or list is not repeated (it may hold a secret)."""
+    """Return a value for a message, without the content of a mapping or list, which may be a secret."""
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list | tuple):

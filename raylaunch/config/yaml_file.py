@@ -11,23 +11,23 @@ import yaml
 from raylaunch.errors import SpecError
 
 _OF_A_PARSER = re.compile(r"(?:[^'\"]|'<[a-z ]+>')*")
-"""What a parser says in words and tokens of its own, before it repeats any of a file, which may be one of secrets."""
+"""The part of a parser's message before it quotes the file, which may contain secrets."""
 
 KeyPath = tuple[str | int, ...]
-"""Where a value stands: ``("resources", "gpus")``, ``("tags", 0)``."""
+"""Path of a value: ``("resources", "gpus")``, ``("tags", 0)``."""
 
 
 class YamlFile(NamedTuple):
-    """What a file says, and on which line it says it."""
+    """The content of a file, and the line of each value."""
 
     path: Path
     data: dict[str, object]
     lines: dict[KeyPath, int]
     quoted: bool = True
-    """Whether errors may quote what it says; not to somebody who may be misled about which file it is."""
+    """Whether errors may quote it; not if the reader may be misled about which file it is."""
 
     def where(self, path: KeyPath) -> str:
-        """Return ``file:line`` of a value, or of the nearest thing around it; the file alone when that is nowhere."""
+        """Return ``file:line`` of a value, or of the nearest one around it; else only the file."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.lines:
                 return f"{self.path}:{self.lines[path[:length]]}"
@@ -35,7 +35,7 @@ class YamlFile(NamedTuple):
 
 
 def read_yaml(path: Path, *, quoted: bool = True) -> YamlFile:
-    """Read one file that holds a mapping. An empty file is an empty mapping. `quoted` as for `parse_yaml`.
+    """Read one file that contains a mapping; an empty file is an empty mapping. `quoted` as for `parse_yaml`.
 
     Raises:
         SpecError: there is no such file, it cannot be read, is not YAML, or gives a key twice.
@@ -44,12 +44,12 @@ def read_yaml(path: Path, *, quoted: bool = True) -> YamlFile:
 
 
 def parse_yaml(text: str, path: Path, *, quoted: bool = True) -> YamlFile:
-    """Read the text of a file that holds a mapping.
+    """Parse the text of a file that contains a mapping.
 
     Args:
-        text: of the whole file.
-        path: where it comes from, for messages.
-        quoted: whether errors may quote any of it; else they have its path and line alone.
+        text: the whole file.
+        path: its path, for messages.
+        quoted: whether errors may quote it; else they have only its path and line.
 
     Raises:
         SpecError: it is not YAML, or gives a key twice.
@@ -59,8 +59,8 @@ def parse_yaml(text: str, path: Path, *, quoted: bool = True) -> YamlFile:
     except SpecError as error:
         if quoted:
             raise
-        msg = "this is not a YAML file as one is expected here"
-        raise SpecError(msg, where=error.where, hint="it must hold keys with values, each key once") from None
+        msg = "this is not a valid file: a YAML mapping is expected"
+        raise SpecError(msg, where=error.where, hint="it must contain keys with values, each key once") from None
 
 
 def _parsed(text: str, path: Path) -> YamlFile:
@@ -73,12 +73,12 @@ def _parsed(text: str, path: Path) -> YamlFile:
         if node is None:
             return YamlFile(path, {}, {})
         if not isinstance(node, yaml.MappingNode):
-            msg = f"the file holds {_kind(node)}, not keys with values"
+            msg = f"the file contains {_kind(node)}, not keys with values"
             raise SpecError(msg, where=f"{path}:{_line(node)}", hint="write it as: key: value")
         lines: dict[KeyPath, int] = {}
         _walk(path, node, (), lines, set())
         data = loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that there is not; brackets without end
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date; endless brackets
         raise _not_yaml(path, error) from None
     finally:
         loader.dispose()
@@ -86,7 +86,7 @@ def _parsed(text: str, path: Path) -> YamlFile:
 
 
 def with_item(text: str, key: str, item: object) -> str:
-    """Return the text of a file with one more item at the end of the list `key`; all else stays as it is written.
+    """Return the text of a file with one more item at the end of the list `key`; the rest is unchanged.
 
     Raises:
         SpecError: there is no such list in it.
@@ -104,7 +104,7 @@ def with_item(text: str, key: str, item: object) -> str:
 
 
 def without_item(text: str, key: str, index: int) -> str:
-    """Return the text of a file without one item of the list `key`; all else stays as it is written.
+    """Return the text of a file without one item of the list `key`; the rest is unchanged.
 
     Raises:
         SpecError: there is no such list in it.
@@ -130,7 +130,7 @@ def _list_node(text: str, key: str) -> yaml.SequenceNode:
 
 
 def _ends(node: yaml.Node) -> list[yaml.Mark]:
-    """Where what is written of a node ends: of a block, where its parts do, for its own end lies beyond comments."""
+    """Return where a node's text ends; for a block, where its parts end, because its own end is after comments."""
     if not isinstance(node, yaml.CollectionNode) or node.flow_style or not node.value:
         return [node.end_mark]
     parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
@@ -171,7 +171,7 @@ def _kind(node: yaml.Node) -> str:
 
 
 def _walk(file: Path, node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], seen: set[int]) -> None:
-    if id(node) in seen:  # an alias: its lines are those of the anchor
+    if id(node) in seen:  # an alias: its lines are the anchor's
         return
     seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
