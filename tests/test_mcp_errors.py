@@ -20,22 +20,14 @@ from mcp_server.paths import ROOTS_VARIABLE, Roots
 from mcp_server.policy import Audit
 from mcp_server.render import Json
 from mcp_server.server import ToolHandlers
+from mcp_server.tools import TOOLS as ALL_TOOLS
 from mcp_server.tools import Tool
 from raylaunch.models.states import Change
 
 pytestmark = pytest.mark.slow
 TOOLS = sorted(GOOD)
 ABOUT_A_JOB = ["monitor_job", "job_logs", "stop_job", "download_model"]
-TAKES = {
-    "train_job": "entrypoint, job_file, working_dir, name, gpus, launcher, environment, packages, env, secrets, "
-    "outputs, outputs_size, outputs_files, timeout, retries, more, request_id, dry_run",
-    "monitor_job": "job, wait_s, cursor, log_lines",
-    "list_jobs": "states, name, owner, tag, limit, cursor",
-    "job_logs": "job, tail, search, regex, ignore_case, cursor, attempt, rank",
-    "stop_job": "job, grace_s",
-    "download_model": "job, what, files, to",
-    "cluster_status": "doctor",
-}
+TAKES = {tool.name: ", ".join(tool.takes.model_fields) for tool in ALL_TOOLS}
 
 
 @pytest.mark.parametrize("tool", TOOLS)

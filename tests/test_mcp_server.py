@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from mcp.types import ListToolsResult
-from support.agent import PROGRAM, Agent, Raw, agent_at, cluster_of_paper, environment
+from support.agent import GOOD, PROGRAM, Agent, Raw, agent_at, cluster_of_paper, environment
 from support.api import Api
 
 from mcp_server.tools import TOOLS, offered
@@ -48,6 +48,7 @@ def audit_of(home: Path) -> list[dict[str, object]]:
 def test_both_protocol_eras_are_served(agent: Agent) -> None:
     assert agent.client.protocol_version in {"2026-07-28", "2025-11-25"}
     assert {tool.name for tool in agent.tools()} == NAMES
+    assert GOOD.keys() == NAMES, "name it in NAMES, and a call of it in GOOD of tests/support/agent.py"
     assert agent.call("list_jobs", name="nobody").facts["next"]
 
 
