@@ -1,6 +1,6 @@
-"""`raylaunch up`: of fresh hosts, beside `ray up` on the same; and of a cluster that is well.
+"""`raylaunch up`: on fresh hosts, compared with `ray up` on the same; and on a healthy cluster.
 
-The hosts have this machine's Python with Ray in it, as a shared environment that both are told to use: what is compared
+The hosts have this machine's Python with Ray in it, as a shared environment that both use: what is compared
 is the start of a cluster, not the installation.
 """
 
@@ -75,7 +75,7 @@ def healthy(shop: Workshop) -> Iterator[Result]:
             took = [seconds(partial(laptop.call, "up")) for _ in range(shop.rounds(_HEALTHY_ROUNDS))]
         finally:
             laptop.call("down", "--force", limit_s=_DOWN_S)
-    how = "`raylaunch up` on a cluster of three hosts that is well: each is looked at over SSH, and nothing is started."
+    how = "`raylaunch up` on a healthy cluster of three hosts: each is checked over SSH, and nothing is started."
     yield Result("up_healthy", statistics.median(took), "s", how)
 
 
@@ -121,7 +121,7 @@ def _theirs(made: World, folder: Path) -> float | None:
 def _nodes(head: Host) -> int:
     """Ask Ray's dashboard how many nodes are alive."""
     ask = f"{sys.executable} -c \"import urllib.request as r; print(r.urlopen('{_NODES}', timeout=5).read().decode())\""
-    said = head.run(ask, check=False)
-    if said.status:
+    asked = head.run(ask, check=False)
+    if asked.status:
         return 0
-    return sum(one["raylet"].get("state") == "ALIVE" for one in json.loads(said.out)["data"]["summary"])
+    return sum(one["raylet"].get("state") == "ALIVE" for one in json.loads(asked.out)["data"]["summary"])

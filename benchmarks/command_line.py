@@ -1,4 +1,4 @@
-"""How long a command takes from the shell to its answer, beside Ray's own command line."""
+"""How long a command takes from the shell to its answer, compared with Ray's own command line."""
 
 from __future__ import annotations
 

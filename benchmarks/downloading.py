@@ -1,4 +1,4 @@
-"""Downloading a model from a host, beside scp of the same file.
+"""Downloading a model from a host, compared with scp of the same file.
 
 The host is this machine, by a real sshd of its own on the loopback. What answers behind it is the controller's real
 HTTP server with its stores; there is no Ray, which downloads nothing.

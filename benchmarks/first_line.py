@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 _COMMAND = "date +first:%s.%N"
-"""Says when it runs. It takes a millisecond itself, so all that is measured is what comes before it."""
+"""Prints when it runs. It takes a millisecond itself, so all that is measured is what comes before it."""
 _ROUNDS = 9
 _LIMIT_S = 120.0
 _REST_S = 0.5

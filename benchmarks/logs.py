@@ -114,7 +114,7 @@ class _Follower:
         shown = [(at, float(line.partition("written:")[2])) for at, line in self._shown if "written:" in line]
         ages = [at - written for at, written in shown if written > shown[0][0]]
         if not ages:
-            msg = "a follower began after the last line"
+            msg = "a follower started after the last line"
             raise Skipped(msg)
         return ages
 
@@ -143,8 +143,8 @@ def _write_raw_log(shop: Workshop, size: int) -> str:
 
 def _submit(shop: Workshop, program: str, *arguments: str) -> str:
     command = ("python", str(PROGRAMS / program), *arguments)
-    told = run_program((*RAYLAUNCH, "submit", "--json", "--working-dir", "", "--", *command), shop.cluster.environ)
-    return str(json.loads(told)["job"]["id"])
+    answer = run_program((*RAYLAUNCH, "submit", "--json", "--working-dir", "", "--", *command), shop.cluster.environ)
+    return str(json.loads(answer)["job"]["id"])
 
 
 def _submit_raw(shop: Workshop, program: str, *arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""The MCP server: its start, a call beside the controller's own answer, and the size of its list of tools."""
+"""The MCP server: its start, a call compared with the controller's own answer, and the size of its list of tools."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _QUESTIONS = {"cluster_status": "/v1/status", "list_jobs": "/v1/jobs?limit=20"}
 class Server:
     """A server on stdio, spoken to in lines of JSON-RPC: no client of any SDK stands between."""
 
-    def __init__(self, process: subprocess.Popen[bytes], ask: IO[bytes], told: IO[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], ask: IO[bytes], answers: IO[bytes]) -> None:
         self._process = process
         self._ask = ask
-        self._told = told
+        self._told = answers
         self._numbers = itertools.count(1)
 
     def hello(self) -> dict[str, object]:
@@ -78,8 +78,8 @@ def running(command: Sequence[str], environ: Mapping[str, str]) -> Iterator[Serv
         msg = "a server without pipes"
         raise Skipped(msg)
     try:
-        with process.stdin as ask, process.stdout as told:
-            yield Server(process, ask, told)
+        with process.stdin as ask, process.stdout as answers:
+            yield Server(process, ask, answers)
     finally:
         try:
             process.wait(_END_S)
@@ -97,7 +97,7 @@ def start(shop: Workshop) -> Iterator[Result]:
 
 
 def call(shop: Workshop) -> Iterator[Result]:
-    """Measure calls of tools that ask the controller one thing, beside that question itself."""
+    """Measure calls of tools that make one request to the controller, compared with that request itself."""
     found = []
     with running(_OURS, shop.cluster.environ) as server, _asking(shop.cluster.reach) as ask:
         server.hello()

@@ -62,7 +62,7 @@ def in_turns(
 ) -> list[tuple[float, float]]:
     """Return the figures of both in pairs, taken in turns so that a busy moment hits both.
 
-    Who begins changes from round to round. The first `warm` rounds are not counted.
+    Which of the two is first changes from round to round. The first `warm` rounds are not counted.
     """
     pairs: list[tuple[float, float]] = []
     for turn in range(rounds + warm):
@@ -95,7 +95,7 @@ def paired_ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, fl
 
 
 def machine() -> dict[str, str | int]:
-    """Say what kind of machine this is, without its name."""
+    """Return what kind of machine this is, without its name."""
     return {
         "cpu": _field(_CPUINFO, "model name") or platform.machine(),
         "cores": os.cpu_count() or 0,

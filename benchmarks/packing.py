@@ -1,4 +1,4 @@
-"""Packing a working directory: ours beside what ``ray job submit --working-dir`` does before it sends anything."""
+"""Packing a working directory, compared with what ``ray job submit --working-dir`` does before it sends anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Probing many hosts that are far away and planning their cluster, beside the same for one."""
+"""Probing many hosts that are far away and planning their cluster, compared with the same for one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROUNDS = 5
 
 
 def run(shop: Workshop) -> Iterator[Result]:
-    """Measure `raylaunch up --dry-run`: it probes, and says what it would do."""
+    """Measure `raylaunch up --dry-run`: it probes, and reports what it would do."""
     with lab(_HOSTS) as made, tempfile.TemporaryDirectory(dir=shop.folder) as name:
         for host in made.hosts:
             host.slow(rtt_ms=_DELAY_MS)

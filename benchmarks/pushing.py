@@ -1,4 +1,4 @@
-"""Pushing the wheels of an environment to hosts, beside scp of the same files: one host, a long link, four at once.
+"""Pushing wheels to hosts, compared with scp of the same files: to one host, over a long link, to four at once.
 
 The hosts are namespaces of this machine with a real sshd (`tests/support/hosts.py`), so this needs root.
 """
@@ -47,7 +47,7 @@ def run(shop: Workshop) -> Iterator[Result]:
         what = f"the {len(wheels)} wheels of an environment, {sum(_SIZES_MB):.0f} MB,"
         yield result("push_wheels", made.hosts[:1], f"Time to push {what} to a host without any, connecting included.")
         yield result(
-            "push_wheels_to_four", made.hosts, f"The same to four hosts at once, beside four scp at once: {what}"
+            "push_wheels_to_four", made.hosts, f"The same to four hosts at once, compared with four scp at once: {what}"
         )
         made.hosts[0].slow(rtt_ms=_DELAY_MS)
         yield result("push_wheels_far", made.hosts[:1], f"The same to one host {_DELAY_MS:.0f} ms away.")

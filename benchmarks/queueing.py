@@ -39,7 +39,7 @@ _GIB = 1024**3
 
 
 def end(shop: Workshop) -> Iterator[Result]:
-    """Measure the controller's own loop over a real store; the nodes and Ray beside it are a stand-in."""
+    """Measure the controller's own loop over a real store; its nodes and Ray are a stand-in."""
     taken = {}
     for size in _FEW_SIZES if shop.quick else _SIZES:
         folder = shop.folder / f"queue-{size}"
@@ -56,7 +56,7 @@ def end(shop: Workshop) -> Iterator[Result]:
 
 
 def answers(shop: Workshop) -> Iterator[Result]:
-    """Measure a real controller beside a real Ray, over HTTP."""
+    """Measure a real controller and a real Ray, over HTTP."""
     jobs = _FEW_SIZES[-1] if shop.quick else _SIZES[-1]
     ids = _fill(shop.home("queue") / "clusters" / "local" / "store", jobs, where=Where(hosts=("elsewhere",)))
     with shop.other_cluster("queue") as cluster:
@@ -68,7 +68,7 @@ def answers(shop: Workshop) -> Iterator[Result]:
 
 
 class _Elsewhere(RayBridge):
-    """A link to one node on which attempts are prepared for ever."""
+    """A link to one node on which attempts are prepared without end."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(
@@ -90,7 +90,7 @@ class _Elsewhere(RayBridge):
         )
 
     async def prepare(self, *_attempt: object, **_with: object) -> PreparedAttempt:
-        """Take for ever."""
+        """Never return."""
         await asyncio.Event().wait()
         raise AssertionError
 

@@ -26,7 +26,7 @@ _TURNS = 20
 
 
 def run(shop: Workshop) -> Iterator[Result]:
-    """Measure a real controller beside a real Ray, over HTTP.
+    """Measure a real controller and a real Ray, over HTTP.
 
     Raises:
         Skipped: the list is not all there.

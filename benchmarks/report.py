@@ -96,7 +96,7 @@ def load(results_file: Path) -> list[Entry]:
 
 
 def with_table(page: str, found: Sequence[Entry]) -> str:
-    """Return a page with the table between its marks written anew."""
+    """Return a page with the table between its marks written again."""
     head, _, rest = page.partition(_BEGIN)
     _, _, tail = rest.partition(_END)
     return f"{head}{_BEGIN}\n{table(found)}{_END}{tail}"

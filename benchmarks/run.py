@@ -1,4 +1,4 @@
-"""Measure raylaunch beside its peers, print the ratios, and keep them in results.json and docs/benchmarks.md.
+"""Measure raylaunch and its peers, print the ratios, and keep them in results.json and docs/benchmarks.md.
 
 ``make bench``, or ``make bench ARGS='NAME …'``. Exit status 1 when a bar is not met, or a figure could not be taken.
 """
@@ -71,15 +71,15 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few small rounds, to see that all run; keeps nothing")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where figures are kept")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page whose table is written from them")
-    asked = parser.parse_args()
-    wanted = asked.names or NAMES
+    given = parser.parse_args()
+    wanted = given.names or NAMES
     if unknown := [name for name in wanted if name not in NAMES]:
         parser.error(f"there is no benchmark {unknown[0]!r}; there are: {', '.join(NAMES)}")
-    results = measured(wanted, quick=asked.quick)
-    if not asked.quick:
-        keep(results, results_file=asked.results, page=asked.page)
+    results = measured(wanted, quick=given.quick)
+    if not given.quick:
+        keep(results, results_file=given.results, page=given.page)
     missing = set(wanted) - {result.name for result in results}
-    return 0 if not missing and (asked.quick or all(met(result) is not False for result in results)) else 1
+    return 0 if not missing and (given.quick or all(met(result) is not False for result in results)) else 1
 
 
 def measured(wanted: Sequence[str], *, quick: bool) -> list[Result]:

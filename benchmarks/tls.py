@@ -46,8 +46,8 @@ def _log(cluster: Cluster, size: int) -> float:
 
     def write() -> None:
         command = ("python", str(PROGRAMS / "large_log.py"), str(size // _LINE))
-        told = run_program((*RAYLAUNCH, "submit", "--json", "--working-dir", "", "--", *command), cluster.environ)
-        jobs.append(str(json.loads(told)["job"]["id"]))
+        answer = run_program((*RAYLAUNCH, "submit", "--json", "--working-dir", "", "--", *command), cluster.environ)
+        jobs.append(str(json.loads(answer)["job"]["id"]))
         run_program((*RAYLAUNCH, "wait", jobs[0]), cluster.environ, limit_s=_LIMIT_S)
 
     took = seconds(write)

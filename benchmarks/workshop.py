@@ -71,8 +71,8 @@ class Cluster:
         record = json.loads((self.home / "clusters" / "local" / "cluster.json").read_text(encoding="utf-8"))
         controller = psutil.Process(record["controller"]["pid"])
         (link,) = controller.children()
-        stewards = [one for one in psutil.process_iter() if _is_steward(one, str(self.home))]
-        return {"controller": controller, "link": link, **{f"steward {one.pid}": one for one in stewards}}
+        agents = [one for one in psutil.process_iter() if _is_node_agent(one, str(self.home))]
+        return {"controller": controller, "link": link, **{f"agent {one.pid}": one for one in agents}}
 
 
 class Workshop:
@@ -132,7 +132,7 @@ def run_program(command: Sequence[str], environ: Mapping[str, str], *, limit_s: 
     return done.stdout
 
 
-def _is_steward(process: psutil.Process, node: str) -> bool:
+def _is_node_agent(process: psutil.Process, node: str) -> bool:
     try:
         named = "NodeAgent" in " ".join(process.cmdline())
         return named and process.environ().get("RAYLAUNCH_NODE_ROOT", "").startswith(node)

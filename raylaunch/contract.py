@@ -126,7 +126,7 @@ class EnvironmentSpec(TypedDict):
     value: str
     requirements: list[str]
     packages: list[str]
-    """What is added to it, whatever its kind."""
+    """Packages to add to it, for every kind."""
 
 
 class WheelSpec(TypedDict):

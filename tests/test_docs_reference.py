@@ -19,7 +19,7 @@ from raylaunch.models.fields import ENVIRONMENTS, KEYS, Environment
 from raylaunch.models.job_spec import JobSpec
 from raylaunch.models.states import Reason
 from tools.reference import source, specs
-from tools.reference.pages import MEND, pages
+from tools.reference.pages import UPDATE, pages
 from tools.reference.python import classes, functions, shown
 
 FIELDS = [(kind, field) for kind in (JobSpec, ClusterSpec) for field in specs.described(kind)]
@@ -45,7 +45,7 @@ def raised(function: Callable[..., object]) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", sorted(PAGES), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_the_page_is_as_it_would_be_written_now(path: Path) -> None:
-    assert path.read_text(encoding="utf-8") == PAGES[path], f"mend it with: {MEND}"
+    assert path.read_text(encoding="utf-8") == PAGES[path], f"update it with: {UPDATE}"
 
 
 @EACH_FIELD

@@ -2,7 +2,7 @@
 # Makes the virtual environment in .venv:   tools/setup.sh demo|docs|test
 #
 # Called by the Makefile. Installs what `make demo`, `docs` or `test` needs; `test` includes the others. As root on Debian
-# and its relatives, missing system packages are installed; elsewhere a sentence says what to install.
+# and its relatives, missing system packages are installed; elsewhere a message names what to install.
 # Variables: PYTHON (the interpreter to use), TORCH (what to give to pip; empty for none).
 set -eu
 
@@ -48,8 +48,8 @@ find_python() {
 can_apt() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
 
 apt_install() {
-    say "installs the system packages: $*"
-    DEBIAN_FRONTEND=noninteractive apt-get update -qq || say "apt-get update did not fully succeed; goes on"
+    say "installing the system packages: $*"
+    DEBIAN_FRONTEND=noninteractive apt-get update -qq || say "apt-get update did not fully succeed; continuing"
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
@@ -65,7 +65,7 @@ make_venv() {
         can_venv "$1" || fail "$1 cannot make virtual environments." \
             "Install its venv module: 'sudo apt-get install python$version-venv' on Debian and Ubuntu."
     fi
-    say "makes $VENV with $("$1" --version 2>&1)"
+    say "creating $VENV with $("$1" --version 2>&1)"
     rm -rf "$VENV"
     "$1" -m venv "$VENV"
 }
@@ -112,11 +112,11 @@ if [ "$WHAT" = test ]; then
     if [ -n "$TORCH" ] && ! pip_install "$TORCH"; then
         say "could not install $TORCH; its tests will be skipped."
     fi
-    say "installs raylaunch with what its tests need"
+    say "installing raylaunch with what its tests need"
     pip_install -e '.[demo,dev,docs]'
     # A client that is not ours, for the tests of the MCP server. Without it they are skipped.
     tools/node.sh inspector @modelcontextprotocol/inspector@2.12.0 || say "could not install the MCP Inspector; its tests will be skipped."
 else
-    say "installs raylaunch with what make $WHAT needs (about a minute)"
+    say "installing raylaunch with what make $WHAT needs (about a minute)"
     pip_install -e ".[$WHAT]"
 fi

@@ -1,4 +1,4 @@
-"""Print lines that say when they were written, at uneven intervals."""
+"""Print lines with the time when they were written, at uneven intervals."""
 
 import random
 import sys

@@ -38,7 +38,7 @@ _RAY_CHECK_S = 2.0
 _HEAD_OF_RAY = "gcs_server"
 _SHELL_SIGNAL = 128
 _FAILED = 1
-"""torchrun's exit status when a rank failed, whatever the rank's was."""
+"""torchrun's exit status when a rank failed, not the rank's own."""
 _FATAL = frozenset(
     int(number)
     for number in (
@@ -301,7 +301,7 @@ class Attempt:
         self._start(argv, prepared._replace(env={**prepared.env, "WANDB_MODE": "offline"}))
 
     def _finish_reports(self, request: StopRequest | None) -> None:
-        """Tell the program that logs Ray Train's reports how the training ended."""
+        """Report to the program that logs Ray Train's reports how the training ended."""
         status = self._process.status if self._process is not None else None
         code = self._read_status(status)[0] if request is None else _SHELL_SIGNAL + signal.SIGTERM
         self._reports.finish(1 if code is None else code, request=request, heartbeat=self._heartbeat)

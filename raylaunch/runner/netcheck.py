@@ -310,7 +310,7 @@ def capabilities() -> dict[str, Any]:
         distributed: Any = importlib.import_module("torch.distributed")
         cuda = bool(torch.cuda.is_available() and distributed.is_nccl_available())
         return {"torch": bool(distributed.is_available() and distributed.is_gloo_available()), "cuda": cuda}
-    except Exception as error:  # noqa: BLE001 -- a broken PyTorch is none, whatever it raises
+    except Exception as error:  # noqa: BLE001 -- a broken PyTorch counts as none
         return {"torch": False, "cuda": False, "why": f"{type(error).__name__}: {error}"}
 
 

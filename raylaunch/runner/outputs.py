@@ -72,7 +72,7 @@ def collect(code: Path, kept: Path, patterns: Sequence[str], limits: OutputLimit
     Args:
         code: the working directory.
         kept: the folder that has the job's outputs and checkpoints.
-        patterns: `AUTO`, `NONE`, or globs, whose files are kept whatever their size.
+        patterns: `AUTO`, `NONE`, or globs, whose files are kept regardless of their size.
         limits: of what is kept by `AUTO`.
         before: the working directory as it was.
     """

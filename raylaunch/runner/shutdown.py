@@ -184,7 +184,7 @@ def _read(pid: int, stat: list[str]) -> Iterator[Process]:
 
 
 class Shutdown:
-    """A training that was asked to stop, from SIGTERM until all of it has exited. `step` is called repeatedly."""
+    """A training that is being stopped, from SIGTERM until all of it has exited. `step` is called repeatedly."""
 
     def __init__(self, root: int) -> None:
         self._root = root

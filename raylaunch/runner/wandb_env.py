@@ -304,7 +304,7 @@ def _hosts(place: Path) -> frozenset[str]:
 def _probe_server(base_url: str, env: Mapping[str, str], context: BuildContext) -> str:
     """Return an empty text when the server answers, else why it does not."""
     argv = [sys.executable, "-I", "-c", _PROBE, base_url]
-    with (context.tmp / "knock.out").open("w+b") as output:
+    with (context.tmp / "wandb-probe.out").open("w+b") as output:
         ran = run_program(argv, env=env, cwd=context.tmp, timeout_s=PROBE_S, heartbeat=context.heartbeat, output=output)
     if ran.status is None:
         return "no answer"

@@ -1,10 +1,10 @@
-"""``python -m tools.reference [--check]``: writes the references, or says which are not up to date."""
+"""``python -m tools.reference [--check]``: writes the references, or reports which are not up to date."""
 
 from __future__ import annotations
 
 import sys
 
-from tools.reference.pages import MEND, ROOT, pages
+from tools.reference.pages import ROOT, UPDATE, pages
 
 
 def main(arguments: list[str]) -> int:
@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> int:
         return 2
     old = {path: text for path, text in pages().items() if not path.exists() or path.read_text("utf-8") != text}
     for path, text in old.items():
-        print(f"{path.relative_to(ROOT)} {f'is not up to date; mend it with: {MEND}' if check else 'written'}")
+        print(f"{path.relative_to(ROOT)} {f'is not up to date; update it with: {UPDATE}' if check else 'written'}")
         if not check:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")

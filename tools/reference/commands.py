@@ -18,7 +18,7 @@ def page() -> str:
     """Return the reference of the command line."""
     commands = list(walk(raylaunch, click.Context(raylaunch, info_name="raylaunch")))
     lines = [
-        "What `--help` says of each command. How they are used: [The command line](../cli.md).",
+        "The output of `--help` of each command. How they are used: [The command line](../cli.md).",
         *markdown.table(("command", "does"), [(_link(ctx), _short(command)) for command, ctx in commands[1:]]),
     ]
     for command, ctx in commands:

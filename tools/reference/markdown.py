@@ -9,7 +9,7 @@ WRITTEN = "<!-- Written by `make docs-reference` from {source}. Edit there. -->"
 
 
 def page(title: str, source: str, lines: Iterable[str]) -> str:
-    """Return a whole page that says what it was written from."""
+    """Return a whole page that names what it was written from."""
     text = "\n".join([WRITTEN.format(source=source), "", f"# {title}", "", *lines])
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 

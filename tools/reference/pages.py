@@ -7,7 +7,7 @@ from pathlib import Path
 from tools.reference import commands, mcp, python, reasons, specs
 
 ROOT = Path(__file__).resolve().parents[2]
-MEND = "make docs-reference"
+UPDATE = "make docs-reference"
 """The command that brings the pages up to date."""
 
 

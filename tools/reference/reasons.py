@@ -1,4 +1,4 @@
-"""The states of a job and the reasons beside them, from the two enumerations."""
+"""The states of a job and their reasons, from the two enumerations."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _GROUPS = {
 _VERDICTS = {Verdict.FINAL: "no", Verdict.RETRY: "yes", Verdict.RETRY_FREE: "yes, uncounted"}
 
 _INTRODUCTION = """\
-Where a job stands is its state; beside it stands a reason: a stable word for programs, and a sentence for people with
+A job has a state; next to it is a reason: a stable word for programs, and a sentence for people with
 the numbers of the job. `raylaunch show`, `--json`, Python and the MCP tools all give both."""
 _TRIED = f"""\
-*Tried again* says whether another attempt follows: `yes` while the job has `retries` left; `uncounted` for what
-machines did, {MAX_FREE_RETRIES} times at most, whatever `retries` says; `always` where somebody drained the host or
-took the cluster down, however often. A job that was stopped is not tried again."""
+*Retried* shows whether another attempt follows: `yes` while the job has `retries` left; `uncounted` when a machine
+failed, {MAX_FREE_RETRIES} times at most, in addition to `retries`; `always`, without a limit, when the host was drained
+or the cluster was taken down. A job that was stopped is not retried."""
 
 
 def page() -> str:
@@ -41,9 +41,9 @@ def page() -> str:
 def _table(reasons: list[Reason]) -> list[str]:
     if reasons[0].verdict is Verdict.WAIT:
         rows = [(markdown.code(one.value), one.sentence, one.advice) for one in reasons]
-        return markdown.table(("reason", "says", "what to do"), rows)
+        return markdown.table(("reason", "meaning", "what to do"), rows)
     ended = [(markdown.code(one.value), one.sentence, _tried(one), one.advice) for one in reasons]
-    return markdown.table(("reason", "says", "tried again", "what to do"), ended)
+    return markdown.table(("reason", "meaning", "retried", "what to do"), ended)
 
 
 def _tried(reason: Reason) -> str:

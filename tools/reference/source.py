@@ -1,4 +1,4 @@
-"""What the source says of a class or a function: fields with the text beneath them, signatures, docstrings in parts."""
+"""The documentation of a class or a function in the source: fields with their text, signatures, parts of docstrings."""
 
 from __future__ import annotations
 

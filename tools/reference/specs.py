@@ -31,7 +31,7 @@ _CLUSTER = """\
 A cluster file is YAML: the one that `--cluster-file` names, else `$RAYLAUNCH_CLUSTER_FILE`, else `cluster.yaml` in the
 current folder. No field is required; without a file it is the embedded cluster `local`. What the fields are for:
 [The cluster](../cluster.md)."""
-_WHOLE = "That is every field, each with its example; what follows says what they mean."
+_WHOLE = "That is every field, each with its example; their meaning follows."
 _KINDS: dict[object, str] = {
     seconds: "a duration: a number of seconds, or text as `90s`, `15m`, `6h`, `1h30m`, `2d`",
     size_bytes: "a size: a number of bytes, or text as `512MiB`, `8GiB`, `16G`",
@@ -46,7 +46,7 @@ _BESIDE: dict[str, dict[str, object]] = {
     "kind": {"hosts": ["dgx-1"]},
     "bind": {"hosts": ["dgx-1"]},
 }
-"""What an example needs beside it, to be one that is taken."""
+"""What an example needs in addition to be valid."""
 _ITEM: dict[str, object] = {"host": "dgx-1"}
 _LIST = "[]"
 
@@ -68,7 +68,7 @@ class Described(NamedTuple):
         return ".".join(self.path)
 
     def as_written(self) -> str:
-        """Return the example at its place in a file, with what it needs beside it."""
+        """Return the example at its place in a file, with what it needs in addition."""
         *outer, name = self.path
         in_list = bool(outer) and outer[-1].endswith(_LIST)
         text = _yaml({**(_ITEM if in_list else {}), **_BESIDE.get(self.title, {}), name: self.example}).rstrip()
@@ -104,7 +104,7 @@ def _within(annotation: object) -> tuple[type[Spec] | None, str]:
 
 _FIELDS = {key: field for field, key in KEYS.items()}
 OF_EXISTING = frozenset({"address", "gcs", "ray_token_file", "ray_tls"})
-"""Fields of a cluster that are for one kind alone, and cannot stand beside hosts."""
+"""Fields of a cluster that are for one kind alone, and cannot be combined with hosts."""
 
 
 def whole(kind: type[Spec]) -> dict[str, object]:

@@ -189,7 +189,7 @@ def _rendezvous(spec: AttemptSpec) -> dict[str, str]:
 
 def _plan_pasted(spec: AttemptSpec, found: Pasted, *, shim: Shim, port: int) -> LaunchPlan:
     """Keep a pasted launcher, and set with variables or options what it leaves open."""
-    asked = spec["processes"] or spec["gpus"]
+    requested = spec["processes"] or spec["gpus"]
     if found.launcher == entrypoint.DEEPSPEED:
         options = [] if found.names_places or "master-port" in found.options else [f"--master_port={port}"]
         if spec["processes"] and not found.ranks:
@@ -203,9 +203,9 @@ def _plan_pasted(spec: AttemptSpec, found: Pasted, *, shim: Shim, port: int) -> 
         options = [f"--num_processes={spec['processes']}"] if spec["processes"] and not found.ranks else []
         ranks = _count(found.ranks, spec) or spec["processes"] or 0
         return LaunchPlan(entrypoint.with_options(spec["entrypoint"], found, options), env, ranks, elastic=True)
-    if asked:
-        env["PET_NPROC_PER_NODE"] = str(asked)
-    ranks = _count(found.ranks, spec) if found.ranks else asked or 1
+    if requested:
+        env["PET_NPROC_PER_NODE"] = str(requested)
+    ranks = _count(found.ranks, spec) if found.ranks else requested or 1
     return LaunchPlan(spec["entrypoint"], env, ranks, elastic=True)
 
 
