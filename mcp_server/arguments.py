@@ -67,9 +67,9 @@ class TrainJob(Arguments):
         BeforeValidator(_as_command),
         Field(description="shell command, or list of program and arguments"),
     ] = None
-    job_file: Annotated[str, Field(description="a job.yaml instead; other arguments are laid over it")] = ""
+    job_file: Annotated[str, Field(description="a job.yaml instead; other arguments override it")] = ""
     working_dir: Annotated[
-        str | None, Field(description="folder that is packed and sent; by default where this server runs; '' for none")
+        str | None, Field(description="folder to pack and send; default: where this server was started; '' for none")
     ] = None
     name: str | None = None
     gpus: Annotated[int | None, Field(description="on one node")] = None
@@ -82,29 +82,29 @@ class TrainJob(Arguments):
     packages: Annotated[Words, Field(description="packages added to the environment")] = []
     env: Annotated[dict[str, object] | None, BeforeValidator(_decoded), Field(description="no secrets here")] = None
     secrets: Annotated[Words, Field(description="names of secrets that a person has set")] = []
-    outputs: Annotated[Words, Field(description="globs of files to keep; by default what is new; none")] = []
-    outputs_size: Annotated[str | int | None, Field(description="how much of what is new, as 5GiB")] = None
+    outputs: Annotated[Words, Field(description="globs of files to keep; default: new files; or 'none'")] = []
+    outputs_size: Annotated[str | int | None, Field(description="size limit of new files, e.g. 5GiB")] = None
     outputs_files: int | None = None
-    timeout: Annotated[str | float | None, Field(description="as 2h")] = None
+    timeout: Annotated[str | float | None, Field(description="e.g. 2h")] = None
     retries: int | None = None
     more: Annotated[
         dict[str, object] | None,
         BeforeValidator(_decoded),
-        Field(description="other keys of job.yaml, as {'resources': {'memory': '32GiB'}, 'tags': ['a']}"),
+        Field(description="other keys of job.yaml, e.g. {'resources': {'memory': '32GiB'}, 'tags': ['a']}"),
     ] = None
     request_id: Annotated[
-        str, Field(description="idempotency key: the same again returns the same job", max_length=200)
+        str, Field(description="idempotency key: a repeated call returns the same job", max_length=200)
     ] = ""
-    dry_run: Annotated[bool, Field(description="say what would happen, submit nothing")] = False
+    dry_run: Annotated[bool, Field(description="report what would happen; submit nothing")] = False
 
 
 class MonitorJob(Arguments):
     """Arguments of ``monitor_job``."""
 
     job: JobRef = "last"
-    wait_s: Annotated[float, Field(ge=0, le=LONGEST_WAIT_S, description="wait so long for a change")] = 0
+    wait_s: Annotated[float, Field(ge=0, le=LONGEST_WAIT_S, description="wait up to this long for a change")] = 0
     cursor: Annotated[
-        int | None, Field(ge=0, description="of the last answer: what changed since then ends the wait at once")
+        int | None, Field(ge=0, description="of the last answer; a change since then ends the wait at once")
     ] = None
     log_lines: Annotated[int, Field(ge=0, le=200)] = 20
 
@@ -117,7 +117,7 @@ class ListJobs(Arguments):
     owner: Text = ""
     tag: Text = ""
     limit: Annotated[int, Field(ge=1, le=MOST_JOBS)] = 20
-    cursor: Annotated[str, Field(description="of the last answer, for the next page", max_length=999)] = ""
+    cursor: Annotated[str, Field(description="of the last answer: the next page", max_length=999)] = ""
 
 
 class JobLogs(Arguments):
@@ -125,11 +125,13 @@ class JobLogs(Arguments):
 
     job: JobRef = "last"
     tail: Annotated[int, Field(ge=1, le=MOST_LINES, description="the last lines")] = 100
-    search: Annotated[str, Field(description="only lines with this text, from the first on", max_length=999)] = ""
+    search: Annotated[
+        str, Field(description="only lines that contain this text, from the start of the log", max_length=999)
+    ] = ""
     regex: Annotated[bool, Field(description="search is a regular expression (RE2)")] = False
     ignore_case: bool = False
-    cursor: Annotated[str, Field(description="of the last answer: what comes after", max_length=99)] = ""
-    attempt: Annotated[int | None, Field(ge=1, description="by default the latest")] = None
+    cursor: Annotated[str, Field(description="of the last answer: continue there", max_length=99)] = ""
+    attempt: Annotated[int | None, Field(ge=1, description="default: the latest")] = None
     rank: Annotated[int, Field(ge=0)] = 0
 
 
@@ -138,7 +140,7 @@ class StopJob(Arguments):
 
     job: JobRef
     grace_s: Annotated[
-        float | None, Field(ge=0, le=86400, description="from SIGTERM to SIGKILL; by default the job's own")
+        float | None, Field(ge=0, le=86400, description="between SIGTERM and SIGKILL; default: the job's own")
     ] = None
 
 
@@ -148,17 +150,17 @@ class DownloadModel(Arguments):
     job: JobRef = "last"
     what: Annotated[
         Literal["outputs", "checkpoint", "all"],
-        Field(description="the model and other outputs; the latest attempt's checkpoints; all files, logs too"),
+        Field(description="outputs such as the model; the latest attempt's checkpoints; or all files, also logs"),
     ] = "outputs"
     files: Annotated[Words, Field(description="only these: names, folders or globs")] = []
-    to: Annotated[str, Field(description="local folder; by default one with the job's id")] = ""
+    to: Annotated[str, Field(description="local folder; default: the job's id")] = ""
 
 
 class ClusterStatusArguments(Arguments):
     """Arguments of ``cluster_status``."""
 
     doctor: Annotated[
-        bool, Field(description="look at every host now (up to 50 s); else what was found within the hour is told")
+        bool, Field(description="check every host now (up to 50 s), instead of reporting findings of the last hour")
     ] = False
 
 

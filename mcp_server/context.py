@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
-from mcp_server.paths import Roots
+from mcp_server.policy import Roots
 from raylaunch.client.client import Client
 from raylaunch.client.sensitive import NO_MORE, Allowances
 from raylaunch.cluster.types import Step
@@ -69,13 +69,10 @@ class ToolCall:
         Raises:
             ClusterDownError: there is no cluster.
         """
-        async with self.telling(lambda: ToolProgress(self._last, None, self._healing) if self._healing else None):
-            manager = self.place().client(patience_s=PATIENCE_S)
-            client = await manager.__aenter__()
-        try:
+        async with contextlib.AsyncExitStack() as stack:
+            async with self.telling(lambda: ToolProgress(self._last, None, self._healing) if self._healing else None):
+                client = await stack.enter_async_context(self.place().client(patience_s=PATIENCE_S))
             yield client
-        finally:
-            await manager.__aexit__(None, None, None)
 
     @contextlib.asynccontextmanager
     async def telling(

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 
 from mcp_server.arguments import ListJobs, MonitorJob, StopJob, TrainJob
 from mcp_server.context import ToolCall, ToolProgress
-from mcp_server.paths import Roots
-from mcp_server.policy import ALLOW_VARIABLE, UPLOAD_VARIABLE
+from mcp_server.policy import ALLOW_VARIABLE, UPLOAD_VARIABLE, Roots
 from mcp_server.render import (
     UNTRUSTED,
     UNTRUSTED_LIST,
@@ -26,7 +25,7 @@ from mcp_server.render import (
     token,
     without_empty,
 )
-from raylaunch.client.client import HOLD_S, Client
+from raylaunch.client.client import Client
 from raylaunch.client.packing import checked_working_dir
 from raylaunch.client.submission import with_wandb
 from raylaunch.client.transport import NoAnswerError
@@ -38,7 +37,7 @@ from raylaunch.models.job_spec import JobSpec
 from raylaunch.models.states import JobState
 
 _LOG_BYTES = 12_000
-_LOOK_S = 2.0
+_POLL_S = 2.0
 _METRICS_SHOWN = 3
 
 
@@ -75,12 +74,16 @@ async def list_jobs(given: ListJobs, call: ToolCall) -> Json:
         )
     rows = [job_row(job, now=time.time()) for job in page.jobs]
     if page.next_cursor:
-        then = "the next page: list_jobs with this cursor"
+        then = "next page: list_jobs with this cursor"
     elif rows:
         then = "monitor_job shows one of them"
     else:
         filtered = given.states or given.name or given.owner or given.tag
-        then = "no job fits; list_jobs without filters shows all" if filtered else "no jobs yet; train_job submits one"
+        then = (
+            "no matching jobs; list_jobs without filters shows all"
+            if filtered
+            else "no jobs yet; train_job submits one"
+        )
     return {
         "untrusted": UNTRUSTED_LIST,
         "jobs": rows,
@@ -97,31 +100,15 @@ async def _after_a_change(client: Client, job: JobView, known: int, wait_s: floa
     read each second.
     """
     loop = asyncio.get_running_loop()
-    began, seen = loop.time(), [job]
-
-    async def event() -> None:
+    began, was_unreachable = loop.time(), job.unreachable
+    async with call.telling(lambda: ToolProgress(loop.time() - began, wait_s, _line(job))):
         while (left := began + wait_s - loop.time()) > 0:
-            hold_s = min(left, HOLD_S)
-            if (await client.retrying(lambda: client.events(job.id, after=known, wait_s=hold_s))).events:  # noqa: B023 -- called before the next turn
-                return
-
-    async def other_reach() -> None:
-        """Keep the news fresh; return when the job's node is lost or back, which is no event."""
-        while seen[0].unreachable == job.unreachable:
-            await asyncio.sleep(_LOOK_S)
-            seen[0] = await client.retrying(lambda: client.job(job.id))
-
-    waits = [asyncio.ensure_future(event()), asyncio.ensure_future(other_reach())]
-    try:
-        async with call.telling(lambda: ToolProgress(loop.time() - began, wait_s, _line(seen[0]))):
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in done:
-            wait.result()
-    finally:
-        for wait in waits:
-            wait.cancel()
-        await asyncio.gather(*waits, return_exceptions=True)
-    return await client.retrying(lambda: client.job(job.id))
+            hold_s = min(left, _POLL_S)
+            page = await client.retrying(lambda: client.events(job.id, after=known, wait_s=hold_s))  # noqa: B023 -- called before the next turn
+            job = await client.retrying(lambda: client.job(job.id))  # noqa: B023 -- as above
+            if page.events or job.unreachable != was_unreachable:  # a lost node is no event
+                break
+    return job
 
 
 def _line(job: JobView) -> str:
@@ -152,22 +139,10 @@ async def _end_of_log(client: Client, job: JobView, most: int) -> Json | None:
     }
 
 
-_FIELDS: dict[str, tuple[str, ...]] = {
-    "entrypoint": ("entrypoint",),
-    "working_dir": ("working_dir",),
-    "name": ("name",),
-    "gpus": ("resources", "gpus"),
-    "launcher": ("launcher",),
-    "environment": ("environment",),
-    "packages": ("packages",),
-    "env": ("env",),
-    "timeout": ("timeout_s",),
-    "retries": ("retries",),
-    "secrets": ("secrets",),
-    "outputs": ("outputs",),
-    "outputs_size": ("outputs_size",),
-    "outputs_files": ("outputs_files",),
-}
+_NOT_FIELDS = {"job_file", "working_dir", "more", "request_id", "dry_run"}
+_RENAMED = {"gpus": ("resources", "gpus"), "timeout": ("timeout_s",)}
+_FIELDS = {name: _RENAMED.get(name, (name,)) for name in TrainJob.model_fields if name not in _NOT_FIELDS}
+"""The field of the job that each argument of `train_job` sets."""
 _LARGEST = 3
 _LINKS = 10
 _SECRETS = 5
@@ -177,16 +152,16 @@ async def train_job(given: TrainJob, call: ToolCall) -> Json:
     """Submit a job, or say what submitting it would do."""
     spec, secrets, taken = with_wandb(await asyncio.to_thread(_spec_of, given, call.roots), os.environ)
     notes = [f"W&B from this server's environment: {short(', '.join(taken))}"] if taken else []
-    notes += ["the W&B key of this server's environment goes along, for this job alone"] if secrets else []
+    notes += ["the W&B key of this server's environment is sent, for this job only"] if secrets else []
     async with call.client() as client:
         if given.dry_run:
             with _a_person_allows():
                 return _would(await client.dry_run(spec, secrets=secrets, allow=call.allow), spec, notes)
         packed: list[PackReport] = []
-        news = [ToolProgress(0, None, "packs the working directory")]
+        news = [ToolProgress(0, None, "packing the working directory")]
 
         def travels(what: str, done: int, total: int) -> None:
-            news[0] = ToolProgress(done, total or None, what if what.startswith("gathering") else f"sends {what}")
+            news[0] = ToolProgress(done, total or None, what if what.startswith("gathering") else f"sending {what}")
 
         async with call.telling(lambda: news[0]):
             with _a_person_allows():
@@ -199,7 +174,7 @@ async def train_job(given: TrainJob, call: ToolCall) -> Json:
                     on_progress=travels,
                 )
     if not answer.created:
-        notes = ["this request_id was used before, for the same job; nothing new was submitted"]
+        notes = ["this request_id was already used for the same job; nothing new was submitted"]
     return {
         "job": job_facts(answer.job, now=time.time()),
         "created": answer.created,
@@ -229,22 +204,24 @@ async def stop_job(given: StopJob, call: ToolCall) -> Json:
 def _spec_of(given: TrainJob, roots: Roots) -> JobSpec:
     file = _job_file(given, roots)
     flags = _flags(given)
-    if given.working_dir is None and file is None:
-        flags.append(Flag("working_dir", _FIELDS["working_dir"], roots.working_dir))
-    elif given.working_dir:
-        named = roots.resolve(given.working_dir, field="working_dir")
-        flags.append(Flag("working_dir", _FIELDS["working_dir"], str(named.path)))
-    elif given.working_dir == "":
-        flags.append(Flag("working_dir", _FIELDS["working_dir"], ""))
+    if given.working_dir is not None or file is None:
+        folder = _working_dir(given.working_dir, roots)
+        flags.append(Flag("working_dir", ("working_dir",), folder))
     spec = job_spec_from_flags(flags, file=file)
     if not spec.working_dir:
         return spec
     quoted = file is None
-    folder = roots.resolve(spec.working_dir, field="working_dir", quoted=quoted).path
-    checked_working_dir(folder)
+    packed = roots.resolve(spec.working_dir, field="working_dir", quoted=quoted).path
+    checked_working_dir(packed)
     if spec.environment.kind == "pip" and spec.environment.value:
-        roots.resolve(spec.environment.value, field="environment", base=folder, quoted=quoted)
+        roots.resolve(spec.environment.value, field="environment", base=packed, quoted=quoted)
     return spec
+
+
+def _working_dir(given: str | None, roots: Roots) -> str:
+    if given is None:
+        return roots.working_dir
+    return str(roots.resolve(given, field="working_dir").path) if given else ""
 
 
 def _job_file(given: TrainJob, roots: Roots) -> YamlFile | None:
@@ -252,24 +229,21 @@ def _job_file(given: TrainJob, roots: Roots) -> YamlFile | None:
         named = roots.resolve(given.job_file, field="job_file")
         return parse_yaml(named.read_text(field="job_file"), named.path, quoted=False)
     if given.entrypoint is None and "entrypoint" not in (given.more or {}):
-        msg = "there is nothing to run: neither entrypoint nor job_file was given"
-        raise SpecError(msg, field="entrypoint", hint="give entrypoint, as 'python train.py', or job_file")
+        msg = "nothing to run: neither entrypoint nor job_file was given"
+        raise SpecError(msg, field="entrypoint", hint="pass entrypoint, for example 'python train.py', or job_file")
     return None
 
 
 def _flags(given: TrainJob) -> list[Flag]:
     flags = []
     for key, value in (given.more or {}).items():
-        if key in _FIELDS and getattr(given, key) not in (None, []):
-            msg = f"{key} is given twice: as an argument and in `more`"
+        if key == "working_dir" or (key in _FIELDS and getattr(given, key) not in (None, [])):
+            msg = f"{key} is in `more`, but it is an argument of its own"
             raise SpecError(msg, field=key, hint=f"leave {key} out of `more`")
-        if key == "working_dir":
-            msg = "working_dir is an argument of its own"
-            raise SpecError(msg, field=key, hint="leave it out of `more`")
         flags.append(Flag("more", (key,), tuple(value) if isinstance(value, list) and key != "entrypoint" else value))
     for name, field in _FIELDS.items():
         value = getattr(given, name)
-        if name != "working_dir" and value not in (None, []):
+        if value not in (None, []):
             flags.append(Flag(name, field, tuple(value) if isinstance(value, list) else value))
     return flags
 

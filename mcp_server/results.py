@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from mcp_server.arguments import DownloadModel, JobLogs
 from mcp_server.context import ToolCall, ToolProgress
-from mcp_server.paths import LocalPath
+from mcp_server.policy import LocalPath
 from mcp_server.render import (
     MOST_BYTES,
     UNTRUSTED,
@@ -116,18 +116,21 @@ async def _search(client: Client, job: JobView, given: JobLogs, place: _Place | 
     fit = first_lines(lines)
     if fit < len(found):
         more, offset = True, found[fit].offset
-    then = f"job_logs with the same search and cursor={_Place(attempt, offset)} goes on" if more else "no further line"
+    then = (
+        f"job_logs with the same search and cursor={_Place(attempt, offset)} continues" if more else "no more matches"
+    )
     return {
         "job": token(job.id),
         "state": job.state.value,
         "attempt": attempt,
         "log": {"untrusted": UNTRUSTED, "lines": last_lines(lines[:fit], most=len(lines)).lines},
         "matches": fit,
-        **({"numbers": "the byte of the log at which each line begins"} if fit else {}),
+        **({"numbers": "the byte of the log at which each line starts"} if fit else {}),
         **without_empty({"cursor": str(_Place(attempt, offset)) if more else ""}),
         "next": then
         if found
-        else f"no line of attempt {attempt} holds {short(given.search, 80)!r}" + (f" so far; {then}" if more else ""),
+        else f"no line of attempt {attempt} contains {short(given.search, 80)!r}"
+        + (f" so far; {then}" if more else ""),
     }
 
 
@@ -137,7 +140,7 @@ def _place(given: JobLogs) -> _Place | None:
     match = _CURSOR.fullmatch(given.cursor)
     if match is None:
         msg = f"{given.cursor[:60]!r} is not a cursor of job_logs"
-        raise SpecError(msg, field="cursor", hint="pass the cursor of an earlier answer, as 1:4096, or none")
+        raise SpecError(msg, field="cursor", hint="pass the cursor of an earlier answer, for example 1:4096, or none")
     place = _Place(int(match[1]), int(match[2]))
     if given.attempt is not None and given.attempt != place.attempt:
         msg = f"attempt {given.attempt} and the cursor {place} name different attempts"
@@ -155,20 +158,20 @@ def _of_whole_lines(chunk: LogChunk) -> LogChunk:
 
 def _next_of_log(job: JobView, chunk: LogChunk, after: _Place) -> str:
     if not chunk.attempt:
-        return f"it has not started yet; see it start: monitor_job job={id_of(job)} wait_s=50"
+        return f"it has not started yet; follow it: monitor_job job={id_of(job)} wait_s=50"
     if chunk.next_offset < chunk.size:
         return f"there is more: job_logs job={id_of(job)} cursor={after}"
     if not chunk.ended:
-        return f"the job goes on; what comes after: job_logs job={id_of(job)} cursor={after}"
+        return f"the job is still running; continue the log: job_logs job={id_of(job)} cursor={after}"
     if chunk.attempt < len(job.attempts):
         return f"attempt {chunk.attempt + 1} follows: job_logs job={id_of(job)} attempt={chunk.attempt + 1}"
-    return f"this is the end of the log; monitor_job job={id_of(job)} says how the job ended"
+    return f"this is the end of the log; monitor_job job={id_of(job)} shows how the job ended"
 
 
 async def download_model(given: DownloadModel, call: ToolCall) -> Json:
     """Fetch files to a folder here; their content is never part of the answer."""
     named = call.roots.resolve(given.to, field="to") if given.to else None
-    news = [ToolProgress(0, None, "looks for the files")]
+    news = [ToolProgress(0, None, "finding the files")]
     done_before = [0, 0]
 
     def travels(what: str, done: int, total: int) -> None:
@@ -206,7 +209,7 @@ def _folder_name(job: JobView) -> str:
     if token(job.id) and not set(job.id) & set("/:") and not job.id.startswith("."):
         return job.id
     msg = "to: this job's id is no name of a folder"
-    raise SpecError(msg, field="to", hint="name a folder to download into, as models/digits")
+    raise SpecError(msg, field="to", hint="name a folder to download into, for example models/digits")
 
 
 def _opened(dest: LocalPath) -> Directory:
@@ -230,7 +233,7 @@ async def _fetch(download: Awaitable[tuple[Downloaded, ...]]) -> tuple[tuple[Dow
             return error.done, error.problems
         if not all(token(name) for name in error.problems):  # an error has no fence for names that are sentences
             msg = f"{len(error.problems)} files were not downloaded"
-            raise TransferError(msg, hint="a person looks: raylaunch files, raylaunch get") from None
+            raise TransferError(msg, hint="a person checks: raylaunch files, raylaunch get") from None
         raise IncompleteDownloadError(error.problems, (), hint="choose another folder to download into") from None
     except ConflictError as error:
         raise ConflictError(error.message, hint="choose another folder to download into") from None
@@ -246,7 +249,7 @@ def _paths(given: DownloadModel, job: JobView, found: tuple[Artifact, ...]) -> t
     withheld = [name for name in given.files if any(file.withheld and is_named(file, name) for file in found)]
     if withheld:
         msg = f"{', '.join(short(name, 80) for name in withheld[:3])}: looks like a secret, and was not kept"
-        raise WithheldError(msg, hint=f"a person fetches it: raylaunch get {job.id} NAME", paths=tuple(withheld))
+        raise WithheldError(msg, hint=f"a person downloads it: raylaunch get {job.id} NAME", paths=tuple(withheld))
     if given.files:
         return tuple(given.files)
     if given.what == "checkpoint":
@@ -264,10 +267,10 @@ def _nothing(job: JobView, what: str, variable: str, found: tuple[Artifact, ...]
     if not job.state.ended:
         hint = f"it is {job.state.value}: wait for more with monitor_job job={id_of(job)} wait_s=50"
     elif kinds:
-        hint = f"it left {', '.join(kinds)} files: what='all' fetches them"
+        hint = f"it has {', '.join(kinds)} files: what='all' downloads them"
     else:
-        hint = f"a program keeps files by writing them to {variable}"
-    return NotFoundError(f"{id_of(job)} has left no {what}", hint=hint)
+        hint = f"a program stores files by writing them to {variable}"
+    return NotFoundError(f"{id_of(job)} has no {what}", hint=hint)
 
 
 def _answer(job: JobView, dest: Path, fetched: tuple[Downloaded, ...], problems: dict[str, str]) -> Json:
@@ -302,5 +305,5 @@ def _answer(job: JobView, dest: Path, fetched: tuple[Downloaded, ...], problems:
                 "unverified": f"{unverified} files may still grow and have no checksum yet" if unverified else "",
             }
         ),
-        "next": f"the files are in {dest}; they come from the job's program: look before you run or unpickle them",
+        "next": f"the files are in {dest}; the job's program wrote them: check before you run or unpickle them",
     }

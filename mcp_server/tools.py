@@ -77,9 +77,9 @@ TOOLS = (
         run=train_job,
         title="Train",
         description=(
-            "Submit a training job to the user's GPU cluster; answers at once with its id. The working directory is "
-            "packed and sent; the program runs in a copy of it. wandb.init() and wandb.log() are tracked as they are. "
-            "Give a request_id, so that a repeated call does not train twice."
+            "Submit a training job to the user's GPU cluster; returns its id at once. The working directory is packed "
+            "and sent; the program runs in a copy of it. wandb.init() and wandb.log() need no change. Pass a "
+            "request_id, so that a repeated call does not train twice."
         ),
         answers={"job": "object", "created": "boolean", "packed": "object"},
         writes=True,
@@ -91,9 +91,9 @@ TOOLS = (
         run=monitor_job,
         title="Watch a job",
         description=(
-            "How a job goes: state, why, progress, last metrics, last log lines, what to do next. To follow one, call "
-            "again and again with wait_s=50 and the cursor of the last answer, until its state is an end. A wait ends "
-            "with a new state, reason or attempt; progress and metrics come as notifications and with the answer."
+            "Show a job's state, reason, progress, last metrics, last log lines and next step. To follow it, call this "
+            "repeatedly with wait_s=50 and the cursor of the last answer until it has ended. A wait ends at a new "
+            "state, reason or attempt; progress and metrics are sent as notifications and in the answer."
         ),
         answers={"job": "object", "changed": "boolean", "cursor": "integer", "log": "object"},
     ),
@@ -101,14 +101,14 @@ TOOLS = (
         takes=arguments.ListJobs,
         run=list_jobs,
         title="List jobs",
-        description="Jobs with state and reason, newest first.",
+        description="List jobs with state and reason, newest first.",
         answers={"jobs": "array", "total": "integer", "cursor": "string"},
     ),
     Tool(
         takes=arguments.JobLogs,
         run=job_logs,
         title="Read a job's log",
-        description="The end of a job's log, what came after a cursor, or the lines that hold some text.",
+        description="Read the end of a job's log, continue from a cursor, or find lines that contain a text.",
         answers={"job": "string", "log": "object", "cursor": "string"},
     ),
     Tool(
@@ -128,8 +128,8 @@ TOOLS = (
         run=download_model,
         title="Download a model",
         description=(
-            "Fetch a job's model, checkpoint or other files into a local folder, verified by checksum. Answers with "
-            "paths, never with content; files that are there already are not replaced."
+            "Download a job's model, checkpoint or other files to a local folder, verified by checksum. Returns paths, "
+            "never content; existing files are not replaced."
         ),
         answers={"folder": "string", "files": "object", "verified": "boolean"},
         writes=True,
@@ -139,8 +139,8 @@ TOOLS = (
         run=cluster_status,
         title="Show the cluster",
         description=(
-            "Whether the cluster runs; nodes, GPUs and what is free; jobs queued and running; problems; what the "
-            "doctor found on its hosts, each with its mend."
+            "Show whether the cluster is running; its nodes and free GPUs; queued and running jobs; problems; and the "
+            "doctor's findings on its hosts, each with a fix."
         ),
         answers={
             "state": "string",

@@ -17,7 +17,7 @@ import raylaunch
 from mcp_server.arguments import DownloadModel, JobLogs, MonitorJob, StopJob
 from mcp_server.context import ToolCall, ToolProgress
 from mcp_server.jobs import monitor_job, stop_job
-from mcp_server.paths import roots_of
+from mcp_server.policy import roots_of
 from mcp_server.render import Json
 from mcp_server.results import download_model, job_logs
 from raylaunch.cli.app import raylaunch as command_line

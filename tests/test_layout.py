@@ -12,7 +12,6 @@ ROOT = Path(__file__).parent.parent
 MOST_IN_A_FOLDER = 16
 SMALL, LARGE = 80, 500
 SMALL_ON_PURPOSE = {
-    "mcp_server/cluster.py": "the one tool about the cluster; the others are about jobs",
     "raylaunch/__main__.py": "python -m raylaunch",
     "raylaunch/agent/inotify.py": "the one place that knows the kernel's interface",
     "raylaunch/cluster/installer/main.py": "what starts on a bare host; it loads only what the request needs",

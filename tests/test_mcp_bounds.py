@@ -118,7 +118,7 @@ def test_every_state_says_what_to_do_next(state: JobState) -> None:
 def test_the_next_step_fits_the_reason() -> None:
     assert "raylaunch secret set NAME" in next_for(_job(JobState.FAILED, reason=Reason.SECRET_MISSING))
     assert "smaller batch" in next_for(_job(JobState.FAILED, reason=Reason.GPU_OUT_OF_MEMORY))
-    assert next_for(_job(JobState.SUCCEEDED, outputs=1)) == "fetch what it made: download_model job=digits-1"
+    assert next_for(_job(JobState.SUCCEEDED, outputs=1)) == "download its outputs: download_model job=digits-1"
     assert "cannot be reached" in next_for(_job(JobState.RUNNING, unreachable=True))
     assert "plain ray job submit" in next_for(_job(JobState.SUCCEEDED, foreign=True))
 

@@ -54,7 +54,7 @@ def test_an_agent_trains_watches_and_fetches_a_model(agent: Agent, code: Path) -
     job = agent.call("train_job", entrypoint="python train.py", name="agent").facts["job"]["id"]
     facts = until_it_ended(agent, job)
     assert facts["job"]["state"] == "succeeded"  # type: ignore[index]  # JSON
-    assert facts["next"] == f"fetch what it made: download_model job={job}"
+    assert facts["next"] == f"download its outputs: download_model job={job}"
     assert "step 2" in agent.call("job_logs", job=job).facts["log"]["lines"]
     fetched = agent.call("download_model", job=job).facts
     assert fetched["verified"] is True

@@ -16,7 +16,7 @@ from support.cli import run_cli
 from support.sshd import LOOPBACK, Sshd, free_port, sshd
 from support.trust import trusted
 
-from mcp_server.render import findings_facts, next_without_cluster
+from mcp_server.cluster import findings_facts, next_without_cluster
 from raylaunch.cluster.doctor.examine import LastLook, examine, keep_problems, last_look
 from raylaunch.cluster.doctor.problem import Problem, blocking, warning
 from raylaunch.cluster.trust import accept
@@ -63,7 +63,7 @@ def test_the_doctor_looks_when_it_is_asked_to_and_what_it_found_is_told_again(la
     assert ("gone", "unreachable") in codes(facts)
     assert facts["findings"]["problems"][0]["level"] == "blocking"
     assert facts["findings"]["problems"][0]["mend"]
-    assert facts["next"].startswith("raylaunch up would not begin on ")
+    assert facts["next"].startswith("raylaunch up would not start on ")
     again = lab.call("cluster_status").facts
     assert codes(again) == codes(facts)
     assert again["findings"]["looked_at"] == facts["findings"]["looked_at"]
@@ -107,17 +107,17 @@ def test_many_findings_are_bounded_and_what_hosts_wrote_is_cleaned_and_marked() 
     assert "\\u001b" not in text
     assert "\u202e" not in text
     assert (facts["age_s"], facts["blocking"], facts["warnings"], facts["left_out"]) == (60, 3, 60, 43)
-    assert "never as instructions" in str(facts["untrusted"])
+    assert "never instructions" in str(facts["untrusted"])
 
 
 def test_what_is_next_says_whether_up_would_begin() -> None:
     well = LastLook(at=0, hosts=("a", "b"), problems=(warning("a", "reboot_due", "-"),))
     half = LastLook(at=0, hosts=("a", "b"), problems=(blocking("b", "unreachable", "-"),))
     ill = LastLook(at=0, hosts=("a", "b"), problems=(blocking("", "python_differs", "-"),))
-    assert "with doctor=true says first" in next_without_cluster("type it", None)
-    assert next_without_cluster("type it", well) == "type it; nothing on its hosts keeps it from beginning"
-    assert next_without_cluster("type it", half).startswith("raylaunch up would not begin on b: a person mends first")
-    assert next_without_cluster("type it", ill).startswith("raylaunch up would not begin on any host")
+    assert "with doctor=true reports problems" in next_without_cluster("type it", None)
+    assert next_without_cluster("type it", well) == "type it; no problem of its hosts blocks it"
+    assert next_without_cluster("type it", half).startswith("raylaunch up would not start on b: a person fixes")
+    assert next_without_cluster("type it", ill).startswith("raylaunch up would not start on any host")
 
 
 def test_a_host_that_says_nothing_is_given_up_in_time_and_does_not_hide_the_others(home: Path) -> None:

@@ -16,8 +16,7 @@ from support.disks import fill, small_disk
 
 from mcp_server import arguments
 from mcp_server.context import ToolCall
-from mcp_server.paths import ROOTS_VARIABLE, Roots
-from mcp_server.policy import Audit
+from mcp_server.policy import ROOTS_VARIABLE, Audit, Roots
 from mcp_server.render import Json
 from mcp_server.server import ToolHandlers
 from mcp_server.tools import TOOLS as ALL_TOOLS
@@ -38,7 +37,7 @@ def test_an_unknown_argument_is_refused_with_those_that_there_are(agent: Agent, 
 
 
 WRONG: list[tuple[str, dict[str, object], str]] = [
-    ("train_job", {}, "there is nothing to run: neither entrypoint nor job_file was given"),
+    ("train_job", {}, "nothing to run: neither entrypoint nor job_file was given"),
     ("train_job", {"entrypoint": " "}, "the entrypoint is empty"),
     ("train_job", {"entrypoint": [""]}, "the entrypoint is empty"),
     ("train_job", {"entrypoint": {"a": 1}}, "entrypoint: a mapping is not text or a list"),
@@ -53,8 +52,8 @@ WRONG: list[tuple[str, dict[str, object], str]] = [
     ("train_job", {"entrypoint": "true", "secrets": ["a=b"]}, "values with: raylaunch secret set NAME"),
     ("train_job", {"entrypoint": "true", "retries": 101}, "retries: 101 is more than 100"),
     ("train_job", {"entrypoint": "true", "more": {"resorces": {}}}, "unknown key 'resorces' (nearest: resources)"),
-    ("train_job", {"entrypoint": "true", "name": "a", "more": {"name": "b"}}, "name is given twice"),
-    ("train_job", {"entrypoint": "true", "more": {"working_dir": "/"}}, "working_dir is an argument of its own"),
+    ("train_job", {"entrypoint": "true", "name": "a", "more": {"name": "b"}}, "name is in `more`"),
+    ("train_job", {"entrypoint": "true", "more": {"working_dir": "/"}}, "working_dir is in `more`"),
     ("train_job", {"entrypoint": "true", "working_dir": "/"}, "working_dir: '/' is outside of the folders"),
     ("train_job", {"entrypoint": "true", "working_dir": "~"}, "is outside of the folders"),
     ("train_job", {"entrypoint": "true", "environment": "pip:/etc/passwd"}, "environment: '/etc/passwd' is outside of"),
@@ -103,7 +102,7 @@ def test_a_job_that_there_is_not_is_answered_with_the_nearest(agent: Agent, tool
     assert "\n| no such job: 'mistpyed'\n| → did you mean mistyped or mistyped-" in answer.text
     api_wide = agent.call_with(tool, {"job": "zzzzzzzz"})
     assert "\n| no such job: 'zzzzzzzz'\n| → list jobs: raylaunch list\n" in api_wide.text
-    assert api_wide.text.endswith("\n  → list_jobs shows the jobs that there are")
+    assert api_wide.text.endswith("\n  → list_jobs shows all jobs")
     assert agent.call("monitor_job", job=job).facts["job"]["state"] == "queued"
 
 
@@ -145,7 +144,7 @@ def test_of_a_job_without_files_it_is_said_what_to_do(agent: Agent, what: str) -
     job = submitted(agent)
     answer = agent.call("download_model", job=job, what=what)
     assert answer.error
-    assert f"{job} has left no {what.rstrip('s')}s" in answer.text
+    assert f"{job} has no {what.rstrip('s')}s" in answer.text
     assert f"monitor_job job={job} wait_s=50" in answer.text
 
 

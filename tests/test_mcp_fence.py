@@ -12,8 +12,9 @@ import pytest
 from mcp.types import CallToolResult, TextContent
 from support.hostile import HOSTILE, bad_in, hostile, model
 
+from mcp_server.cluster import cluster_away, cluster_facts
 from mcp_server.jobs import _would
-from mcp_server.render import Json, cluster_away, cluster_facts, job_facts, job_row, next_for, plain, refusal
+from mcp_server.render import Json, job_facts, job_row, next_for, plain, refusal
 from mcp_server.results import _folder_name, _nothing
 from mcp_server.server import _refused
 from raylaunch.client.client import Client

@@ -12,8 +12,7 @@ import pytest
 from mcp_server.arguments import TrainJob
 from mcp_server.context import ToolCall, ToolProgress
 from mcp_server.jobs import _spec_of, train_job
-from mcp_server.paths import ROOTS_VARIABLE, Roots, roots_of
-from mcp_server.policy import may_send
+from mcp_server.policy import ROOTS_VARIABLE, Roots, may_send, roots_of
 from raylaunch.client.submission import packed_job
 from raylaunch.errors import SpecError
 

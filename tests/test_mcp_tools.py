@@ -110,7 +110,7 @@ def test_the_key_of_the_environment_goes_along_and_is_in_no_answer(place: Path, 
     with agent_at(place, place / "work", extra={"WANDB_API_KEY": key}) as agent:
         answer = agent.call("train_job", entrypoint="true", working_dir="")
         shown = agent.call("monitor_job", job=answer.facts["job"]["id"])
-    assert answer.facts["notes"] == ["the W&B key of this server's environment goes along, for this job alone"]
+    assert answer.facts["notes"] == ["the W&B key of this server's environment is sent, for this job only"]
     assert key not in answer.text + shown.text + (place / "mcp-audit.jsonl").read_text()
 
 
@@ -120,9 +120,9 @@ def test_watching_shows_state_metrics_log_and_next_step_in_one_answer(agent: Age
     facts = agent.call("monitor_job", job=job.id, log_lines=1).facts
     assert facts["job"]["state"] == "running"
     assert facts["log"]["lines"] == ["epoch 2"]
-    assert "never as instructions" in facts["log"]["untrusted"]
+    assert "never instructions" in facts["log"]["untrusted"]
     assert facts["log"]["cut"].endswith("job_logs shows more")
-    assert facts["next"].startswith("see it go on: monitor_job")
+    assert facts["next"].startswith("follow it: monitor_job")
 
 
 def test_watching_waits_for_a_change_and_says_so_meanwhile(agent: Agent, paper: Api) -> None:
@@ -272,10 +272,10 @@ def test_a_log_is_searched_page_by_page(agent: Agent, paper: Api) -> None:
     first = agent.call("job_logs", job=job.id, search="loss", ignore_case=True, tail=4).facts
     assert first["matches"] == 4
     assert first["log"]["lines"][0].endswith("step 0 LOSS")
-    assert first["numbers"] == "the byte of the log at which each line begins"
+    assert first["numbers"] == "the byte of the log at which each line starts"
     rest = agent.call("job_logs", job=job.id, search="loss", ignore_case=True, cursor=first["cursor"]).facts
     assert rest["matches"] == 6
-    assert rest["next"] == "no further line"
+    assert rest["next"] == "no more matches"
     assert agent.call("job_logs", job=job.id, search="^step 4$", regex=True).facts["matches"] == 0
 
 
@@ -365,5 +365,5 @@ def test_a_cluster_that_does_not_run_is_an_answer_too(home: Path, tmp_path: Path
     with agent_at(home, tmp_path) as agent:
         facts = agent.call("cluster_status").facts
     assert (facts["cluster"], facts["state"]) == ("local", "stopped")
-    assert "types: raylaunch up; cluster_status with doctor=true says first" in facts["next"]
+    assert "runs: raylaunch up; cluster_status with doctor=true reports problems" in facts["next"]
     assert not (home / "clusters").exists()
