@@ -49,7 +49,7 @@ def test_the_backend_of_a_local_cluster_is_the_embedded_one() -> None:
 
 
 def test_a_cluster_that_was_never_started_is_stopped(home: Path) -> None:
-    status = anyio.run(backend.status, "local")
+    status = anyio.run(backend.status, ClusterSpec())
     assert status.state == "stopped"
     assert list(home.iterdir()) == []
 
@@ -57,12 +57,12 @@ def test_a_cluster_that_was_never_started_is_stopped(home: Path) -> None:
 def test_reaching_a_cluster_that_does_not_run_says_how_to_start_it(home: Path) -> None:
     assert home.is_dir()
     with pytest.raises(ClusterDownError) as caught:
-        anyio.run(backend.reach, "local")
+        anyio.run(backend.reach, ClusterSpec())
     assert str(caught.value) == "cluster local is not running on this machine\n  → start it: raylaunch up"
 
 
 def test_down_on_a_cluster_that_does_not_run_succeeds_and_says_so(paths: ClusterPaths) -> None:
-    report = anyio.run(backend.down, "local")
+    report = anyio.run(backend.down, ClusterSpec())
     assert not report.was_running
     assert str(report) == f"cluster local was not running; jobs, logs and outputs stay in {paths.default_store}"
 
@@ -95,7 +95,7 @@ def test_a_record_of_before_the_reboot_is_a_stopped_cluster(paths: ClusterPaths)
     assert me is not None
     old = me.model_copy(update={"boot_id": "before"})
     save_record(paths, new_record(SPEC, paths).with_(wanted="running", ray=old, controller=old))
-    assert anyio.run(backend.status, "local").state == "stopped"
+    assert anyio.run(backend.status, ClusterSpec()).state == "stopped"
 
 
 def test_a_dead_controller_beside_a_living_ray_is_a_degraded_cluster_in_words(
@@ -105,7 +105,7 @@ def test_a_dead_controller_beside_a_living_ray_is_a_degraded_cluster_in_words(
     dead = ray.model_copy(update={"ticks": ray.ticks + 1, "pid": 4711})
     ports = {"controller": 25990, "dashboard": 25991}
     save_record(paths, new_record(SPEC, paths).with_(wanted="running", ray=ray, controller=dead, ports=ports))
-    status = anyio.run(backend.status, "local")
+    status = anyio.run(backend.status, ClusterSpec())
     assert status.state == "degraded"
     assert status.problems == ("the controller (pid 4711) has exited",)
     assert status.ray is not None
@@ -123,18 +123,18 @@ def test_down_ends_what_the_record_names_and_all_that_carry_the_clusters_mark_an
     controller = start(RAYLAUNCH_CONTROLLER_OF=record.cluster_id)
     other = start(**{VAR_CLUSTER_ID: "another"})
     save_record(paths, record.with_(wanted="running", ray=ray, controller=controller, ports={"controller": 25990}))
-    report = anyio.run(backend.down, "local")
+    report = anyio.run(backend.down, ClusterSpec())
     assert {one.pid for one in report.ended} == {ray.pid, strayed.pid, training.pid, controller.pid}
     assert {one.what for one in report.ended if one.pid == ray.pid} == {"Ray"}  # a worker's is no head
     assert is_alive(other)
     assert not any(is_alive(one) for one in (ray, strayed, training, controller))
-    assert anyio.run(backend.status, "local").state == "stopped"
+    assert anyio.run(backend.status, ClusterSpec()).state == "stopped"
 
 
 def test_what_a_cluster_left_behind_is_found_when_its_record_is_gone(paths: ClusterPaths, start: Start) -> None:
     write_private(paths.controller_config, json.dumps({"cluster_id": "c0ffee"}))
     left = start(**{VAR_CLUSTER_ID: "c0ffee"})
-    report = anyio.run(backend.down, "local")
+    report = anyio.run(backend.down, ClusterSpec())
     assert [one.pid for one in report.ended] == [left.pid]
 
 

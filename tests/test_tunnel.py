@@ -18,7 +18,7 @@ from support.sshd import Sshd, sshd
 from support.waiting import wait_until
 
 from raylaunch.cluster.client_record import ClientRecord, save_tunnel
-from raylaunch.cluster.hosts.bring_up import adopted
+from raylaunch.cluster.hosts.backend import adopted
 from raylaunch.cluster.hosts.host_program import HostState
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.version import __version__

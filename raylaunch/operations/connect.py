@@ -36,13 +36,13 @@ class Backend(Protocol):
     ) -> ClusterStatus:
         """Start what is not running, and return when the cluster accepts jobs; `on_prompt` asks a person."""
 
-    async def down(self, spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:
+    async def down(self, spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> DownReport:
         """Stop exactly what `up` started, and return when nothing of it is running."""
 
-    async def reach(self, spec: ClusterSpec | str, /) -> Endpoint:
+    async def reach(self, spec: ClusterSpec, /) -> Endpoint:
         """Return the controller's URL and token, as reached from here."""
 
-    async def status(self, spec: ClusterSpec | str, /) -> ClusterStatus:
+    async def status(self, spec: ClusterSpec, /) -> ClusterStatus:
         """Return the state of the cluster; change nothing."""
 
 

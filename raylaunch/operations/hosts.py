@@ -135,11 +135,11 @@ async def add(
         ConflictError: the cluster listens only on loopback, where no other host can reach it.
         ClusterStartError: the host, or another, did not start; the file is unchanged.
     """
-    from raylaunch.cluster.hosts import teardown  # noqa: PLC0415 -- it loads asyncssh, which takes longer than most verbs
+    from raylaunch.cluster.hosts import host_calls  # noqa: PLC0415 -- it loads asyncssh, which takes longer than most verbs
 
     connection = ClusterConnection(change.spec, on_notice=lambda _: None, on_step=on_step)
     try:
-        record = teardown.known(change.spec.name)
+        record = host_calls.known(change.spec.name)
     except ClusterDownError:
         record = None
     if record is not None and record.wanted == "running" and record.head_address == LOOPBACK:
@@ -176,13 +176,13 @@ async def remove(  # noqa: PLR0913 -- two flags and two callbacks
         NotFoundError: the cluster has no such host.
         HostError: it cannot be reached, or something there cannot be stopped.
     """
-    from raylaunch.cluster.hosts import teardown  # noqa: PLC0415 -- as above
+    from raylaunch.cluster.hosts import host_calls  # noqa: PLC0415 -- as above
 
-    teardown.check_leaves(teardown.known(connection.spec.name), host)
+    host_calls.check_leaves(host_calls.known(connection.spec.name), host)
     async with connection.client() as client:
         if not forget:
             await _empty(client, host, stop=stop, on_step=on_step)
-        report = await teardown.remove_host(connection.spec.name, host, forget=forget, on_prompt=on_prompt)
+        report = await host_calls.remove_host(connection.spec.name, host, forget=forget, on_prompt=on_prompt)
         change.write()
         with contextlib.suppress(NotFoundError):  # it was not drained
             await client.admin.undrain(host)

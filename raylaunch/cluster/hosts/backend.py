@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
-from raylaunch.cluster.client_record import ClientRecord, load_client, save_client
-from raylaunch.cluster.hosts.tunnel_client import ensure_tunnel
+from raylaunch.cluster.client_record import (
+    ClientRecord,
+    HeadProgram,
+    load_client,
+    load_tunnel,
+    refuse_joined,
+    save_client,
+)
+from raylaunch.cluster.hosts.tunnel_client import START_S, end_tunnel, ensure_tunnel
 from raylaunch.cluster.ports import LOOPBACK
-from raylaunch.cluster.tls import variables_of
+from raylaunch.cluster.progress import ProgressReporter, locked, reporting_progress
+from raylaunch.cluster.record import cluster_lock
+from raylaunch.cluster.tls import keep, variables_of
 from raylaunch.cluster.trust import check_accepted
 from raylaunch.cluster.types import IF_UNKNOWN, DownReport, Endpoint, Plan, Step
-from raylaunch.errors import (
-    ClusterDownError,
-    RaylaunchError,
-)
+from raylaunch.errors import ClusterDownError, ClusterError, ClusterStartError, RaylaunchError, RayVersionError
 from raylaunch.models.cluster import ClusterStatus, ControllerStatus
 from raylaunch.models.cluster_spec import ClusterSpec
-from raylaunch.paths import ClusterPaths, cluster_paths
+from raylaunch.models.host_spec import HostSpec
+from raylaunch.paths import ClusterPaths, cluster_paths, make_private_dir
 from raylaunch.ssh.target import OnPrompt
+
+if TYPE_CHECKING:
+    from raylaunch.cluster.hosts.bootstrap import BootstrapOutcome
+    from raylaunch.cluster.hosts.host_program import HostState
 
 _LOCK_S = 1800.0
 
 
-def _paths(spec: ClusterSpec | str) -> ClusterPaths:
-    return cluster_paths(spec if isinstance(spec, str) else spec.name)
-
-
-def _known(spec: ClusterSpec | str) -> tuple[ClusterPaths, ClientRecord]:
-    paths = _paths(spec)
+def _known(name: str) -> tuple[ClusterPaths, ClientRecord]:
+    paths = cluster_paths(name)
     record = load_client(paths)
     if record is None or record.wanted != "running" or not record.token:
         msg = f"cluster {paths.name} was not brought up from this machine, or is down"
@@ -35,13 +45,13 @@ def _known(spec: ClusterSpec | str) -> tuple[ClusterPaths, ClientRecord]:
     return paths, record
 
 
-async def reach(spec: ClusterSpec | str, /) -> Endpoint:
+async def reach(spec: ClusterSpec, /) -> Endpoint:
     """Return the tunnel's URL here, and the token; start the tunnel if it does not run.
 
     Raises:
         ClusterDownError: the cluster is not up as far as this machine knows, or its head cannot be reached.
     """
-    paths, record = _known(spec)
+    paths, record = _known(spec.name)
     tunnel = await ensure_tunnel(paths)
     return Endpoint(
         url=f"http://{LOOPBACK}:{tunnel.ports['controller']}",
@@ -65,9 +75,9 @@ async def forward_gcs(name: str) -> None:
         await ensure_tunnel(paths, fresh=True)
 
 
-async def status(spec: ClusterSpec | str, /) -> ClusterStatus:
+async def status(spec: ClusterSpec, /) -> ClusterStatus:
     """Return the cluster's status. Starts the tunnel if necessary, and changes nothing else."""
-    paths = _paths(spec)
+    paths = cluster_paths(spec.name)
     record = load_client(paths)
     if record is None or record.wanted != "running":
         return not_up(paths.name, record)
@@ -125,15 +135,26 @@ def status_of(record: ClientRecord, says: ControllerStatus) -> ClusterStatus:
 
 
 async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:
-    """Return what `up` would do: every host is probed, and nothing is changed.
+    """Return what `up` would do, and why it would fail: every host is probed, and nothing is changed.
 
     Raises:
         UntrustedError: nobody has accepted its hosts.
     """
-    from raylaunch.cluster.hosts import bring_up  # noqa: PLC0415 -- it loads asyncssh, which takes longer than a command about jobs
+    from raylaunch.cluster.hosts.bootstrap import Bootstrap  # noqa: PLC0415 -- it loads asyncssh, which takes longer than a command about jobs
 
     await check_accepted(spec, on_prompt=on_prompt)
-    return await bring_up.plan(spec, on_prompt=on_prompt)
+    outcome = await Bootstrap(spec, lambda _: None, on_prompt=on_prompt).plan()
+    return Plan(
+        cluster=spec.name,
+        actions=tuple(f"{host}: {one}" for host, found in outcome.actions.items() for one in found),
+        keeps=tuple(f"{host}: {one}" for host, found in outcome.keeps.items() for one in found),
+        notes=tuple(f"{one.host}: {one.message}" for one in outcome.warnings),
+        problems=tuple(_named(host, error) for host, error in outcome.errors.items()),
+    )
+
+
+def _named(host: str, error: RaylaunchError) -> str:
+    return f"{host}: {str(error).removeprefix(f'{host}: ')}".replace("\n", "\n    ")
 
 
 async def up(
@@ -146,19 +167,146 @@ async def up(
             `up` continues from there.
         UntrustedError: nobody has accepted its hosts.
     """
-    from raylaunch.cluster.hosts import bring_up  # noqa: PLC0415 -- as above
+    from raylaunch.cluster.doctor.examine import keep_problems  # noqa: PLC0415 -- as above
+    from raylaunch.cluster.hosts.bootstrap import Bootstrap  # noqa: PLC0415 -- as above
 
     await check_accepted(spec, on_prompt=on_prompt)
-    await bring_up.up(spec, on_step=on_step, on_prompt=on_prompt)
+    paths = cluster_paths(spec.name)
+    refuse_joined(load_client(paths), "brought up")
+    for folder in (paths.home, paths.home / "clusters", paths.root):
+        make_private_dir(folder)
+    with reporting_progress(on_step) as tell:
+        async with locked(paths, tell, limit_s=_LOCK_S):
+            had = load_client(paths)
+            begins = partial(_record_started, paths, spec)
+            outcome = await Bootstrap(spec, tell, on_prompt=on_prompt, on_start=begins).run()
+            keep_problems(spec, outcome.problems)
+            await _verify(paths, spec, outcome, had, tell)
+    if outcome.errors:
+        raise _failure(spec, outcome)
     return await status(spec)
 
 
-async def down(spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:
+def _record_started(paths: ClusterPaths, spec: ClusterSpec, host: HostSpec, program: HeadProgram) -> None:
+    """Record that something may run on the host from now on, so that `down` ends it even if this `up` is killed."""
+    had = load_client(paths) or ClientRecord(spec=spec, wanted="stopped", head=spec.host_specs()[0].name)
+    hosts, programs = {**had.hosts, host.name: host}, {**had.programs, host.name: program}
+    begun = tuple(dict.fromkeys([*had.begun, host.name]))
+    save_client(paths, had.with_(hosts=hosts, programs=programs, begun=begun))
+
+
+async def _verify(
+    paths: ClusterPaths, spec: ClusterSpec, outcome: BootstrapOutcome, had: ClientRecord | None, tell: ProgressReporter
+) -> None:
+    """Connect to the cluster from here and verify it; failures are added to the outcome's errors.
+
+    Raises:
+        RaylaunchError: its head did not come up, or cannot be reached.
+    """
+    from raylaunch.cluster.hosts.verify import ClusterVerifier  # noqa: PLC0415 -- as above
+
+    for one in outcome.warnings:
+        tell(Step(one.host or spec.name, "note", one.message))
+    head = outcome.states.get(spec.host_specs()[0].name)
+    if head is None:
+        raise _failure(spec, outcome)
+    if said := adopted(had, head, fresh=spec.host_specs()[0].name in outcome.fresh):
+        tell(Step(spec.host_specs()[0].name, "note", said))
+    record = _save_record(paths, spec, outcome)
+    tunnel = load_tunnel(paths)
+    moved = tunnel is not None and record.head_ports != head.ports
+    save_client(paths, record.with_(head_ports=head.ports))
+    with tell.during("tunnel", f"opening the tunnel to the controller on {record.head}"):
+        tunnel = await ensure_tunnel(paths, fresh=moved, limit_s=START_S)
+    proof = ClusterVerifier(tunnel.ports["controller"], record.token, spec.environment, outcome.states, on_step=tell)
+    await proof.nodes()
+    unproved = outcome.states.keys() - set(record.proved)
+    await proof.jobs(unproved)
+    await proof.network(unproved)
+    if unproved:
+        await proof.wait_released()
+    outcome.errors.update(proof.errors)
+    _record_verified(paths, outcome.states.keys() - proof.errors.keys() - proof.unproved)
+
+
+def _record_verified(paths: ClusterPaths, hosts: set[str]) -> None:
+    """Record which hosts are verified; the next `up` retries the others."""
+    record = load_client(paths)
+    if record is not None:
+        save_client(paths, record.with_(proved=tuple(sorted(hosts))))
+
+
+def adopted(had: ClientRecord | None, head: HostState, *, fresh: bool) -> str:
+    """Return a note about a running cluster that another machine of this account started; else empty. Pure."""
+    if fresh or (had is not None and had.cluster_id == head.cluster_id):
+        return ""
+    if had is not None and head.place.host in had.begun:  # by an `up` that was interrupted
+        return ""
+    return f"cluster {head.name} is already running, started by {head.owner} from another machine; using it"
+
+
+def _save_record(paths: ClusterPaths, spec: ClusterSpec, outcome: BootstrapOutcome) -> ClientRecord:
+    """Save the record; hosts that were up before and are no longer in the spec stay in it."""
+    from raylaunch.cluster.hosts.bootstrap import CLIENT  # noqa: PLC0415 -- as above
+
+    head = outcome.states[spec.host_specs()[0].name]
+    had = load_client(paths)
+    up_now = {host.name: host for host in spec.host_specs() if host.name in outcome.states}
+    record = ClientRecord(
+        spec=spec,
+        cluster_id=head.cluster_id,
+        token=head.token,
+        programs={**(had.programs if had else {}), **outcome.programs},
+        head_ports=had.head_ports if had else head.ports,
+        head_address=head.place.ray_address,
+        hosts={**(had.hosts if had else {}), **up_now},
+        head=head.place.host,
+        proved=tuple(one for one in (had.proved if had else ()) if one not in outcome.fresh),
+        gcs=had.gcs if had else False,
+    )
+    if certificate := head.certificates.get(CLIENT):
+        keep(paths, certificate, client=True)
+    return save_client(paths, record)
+
+
+def _failure(spec: ClusterSpec, outcome: BootstrapOutcome) -> RaylaunchError:
+    first, *others = outcome.errors.values()
+    other_ray = next((one for one in outcome.errors.values() if isinstance(one, RayVersionError)), None)
+    if other_ray is not None:
+        return other_ray
+    if not others and not outcome.states:
+        return first
+    lines = [str(error).replace("\n", "\n    ") for error in outcome.errors.values()]
+    up_too = f"; {', '.join(outcome.states)} came up" if outcome.states else ""
+    msg = f"cluster {spec.name}: {len(lines)} of {len(spec.host_specs())} hosts failed{up_too}\n  " + "\n  ".join(lines)
+    return ClusterStartError(msg, hint="fix these, then run raylaunch up again; it continues from here")
+
+
+async def down(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> DownReport:
     """End exactly what `up` started, on every host, and return when no process is left.
 
     Raises:
         ClusterError: a host could not be reached or something could not be ended; the others are down.
     """
-    from raylaunch.cluster.hosts import bring_up  # noqa: PLC0415 -- as above
+    from raylaunch.cluster.hosts.host_calls import Teardown  # noqa: PLC0415 -- as above
 
-    return await bring_up.down(spec if isinstance(spec, str) else spec.name, on_prompt=on_prompt)
+    began, paths = time.monotonic(), cluster_paths(spec.name)
+    record = load_client(paths)
+    refuse_joined(record, "taken down")
+    if record is None:
+        return DownReport(cluster=paths.name, ended=(), store="", unknown=True)
+    async with cluster_lock(paths, limit_s=_LOCK_S):
+        save_client(paths, record.with_(wanted="stopped"))
+        work = Teardown(record, on_prompt=on_prompt)
+        await work.run()
+        await end_tunnel(paths)
+        left = {name: host for name, host in record.hosts.items() if name in work.errors}
+        save_client(paths, record.with_(wanted="stopped", hosts=left, begun=(), gcs=False))
+    if work.errors:
+        lines = "\n  ".join(str(error).replace("\n", "\n  ") for error in work.errors.values())
+        msg = f"cluster {paths.name}: could not be ended on {', '.join(work.errors)}\n  {lines}"
+        raise ClusterError(msg, hint="run raylaunch down again once they can be reached")
+    took = time.monotonic() - began
+    return DownReport(
+        cluster=paths.name, ended=tuple(work.ended), store=work.store, notes=tuple(work.notes), seconds=took
+    )

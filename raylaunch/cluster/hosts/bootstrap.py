@@ -15,7 +15,7 @@ import anyio
 from raylaunch.cluster.client_record import HeadProgram
 from raylaunch.cluster.doctor.checks_cluster import problems
 from raylaunch.cluster.doctor.problem import Problem
-from raylaunch.cluster.hosts import host_calls
+from raylaunch.cluster.hosts.host_calls import call_host
 from raylaunch.cluster.hosts.host_program import HeadUpRequest, HostState, JoinRequest
 from raylaunch.cluster.install.environment import ensure_beside, ensure_environment
 from raylaunch.cluster.install.platforms import HostPython
@@ -228,7 +228,7 @@ class Bootstrap:
         tell = self._of_host(host)
         if host is self._head:
             request = HeadUpRequest(spec=spec, place=place, members=self._members())
-            return await host_calls.bring_up(connection, program, request, tell=tell)
+            return await call_host(connection, program, request, HostState, on_step=tell)
         await self._head_settled.wait()
         head = self.outcome.states.get(self._head.name)
         if head is None:
@@ -242,7 +242,7 @@ class Bootstrap:
             ray_token=head.ray_token,
             certificate=head.certificates.get(host.name),
         )
-        return await host_calls.bring_up(connection, program, join, tell=tell)
+        return await call_host(connection, program, join, HostState, on_step=tell)
 
     def _members(self) -> dict[str, tuple[str, ...]]:
         """Return addresses by certificate: every worker that was probed, and this machine for Ray's own tools."""

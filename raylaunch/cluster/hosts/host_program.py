@@ -189,7 +189,7 @@ async def _inspect(request: InspectRequest) -> HostState:
 
 async def _down(request: DownRequest) -> HostDownResult:
     paths = cluster_paths(folder_name(request.name, request.host))
-    report = await backend.down(paths.name)
+    report = await backend.down(ClusterSpec(name=paths.name))
     await disable_watchdog(paths)
     return HostDownResult(ended=tuple(str(one) for one in report.ended), store=report.store, notes=report.notes)
 

@@ -44,10 +44,6 @@ _JOB_GRACE_S = 15.0
 _RAY_GRACE_S = 15.0
 
 
-def _paths(spec: ClusterSpec | str) -> ClusterPaths:
-    return cluster_paths(spec if isinstance(spec, str) else spec.name)
-
-
 async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:  # noqa: ARG001 -- nothing here asks
     """Return what `up` would do, without changing anything.
 
@@ -56,7 +52,7 @@ async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Pl
         ConflictError: another cluster uses those GPUs, or the port that the spec fixes is taken.
         VersionError: the installed Ray, or the running cluster, is incompatible.
     """
-    paths = _paths(spec)
+    paths = cluster_paths(spec.name)
     seen = await inspect_cluster(paths)
     version = installed_ray()
     upgrade = check_versions(seen, version)
@@ -111,7 +107,7 @@ async def up(
     """
     if spec.cpus is not None:
         whole_cpus(spec.cpus)
-    paths = _paths(spec)
+    paths = cluster_paths(spec.name)
     make_cluster_dirs(paths)
     with reporting_progress(on_step) as tell:
         async with locked(paths, tell, limit_s=LOCK_S):
@@ -137,7 +133,7 @@ async def revive_ray(name: str, /, *, on_step: Callable[[Step], None]) -> bool:
     return True
 
 
-async def down(spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:  # noqa: ARG001 -- as above
+async def down(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> DownReport:  # noqa: ARG001 -- as above
     """End exactly what `up` started, and return when no process is left and every port is free.
 
     Succeeds also if the cluster does not run. The store stays.
@@ -145,13 +141,13 @@ async def down(spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None)
     Raises:
         ClusterError: something could not be ended; the message names it.
     """
-    paths, began = _paths(spec), time.monotonic()
+    paths, began = cluster_paths(spec.name), time.monotonic()
     if not paths.root.is_dir():
-        record = new_record(_as_spec(spec), paths)
+        record = new_record(spec, paths)
         return DownReport(cluster=paths.name, ended=(), store=record.store)
     async with cluster_lock(paths, limit_s=LOCK_S):
         seen = await inspect_cluster(paths)
-        record = seen.record or new_record(_as_spec(spec), paths, cluster_id=recalled_cluster_id(paths))
+        record = seen.record or new_record(spec, paths, cluster_id=recalled_cluster_id(paths))
         record = record.with_(wanted="stopped")
         if seen.record is not None:
             save_record(paths, record)
@@ -162,10 +158,6 @@ async def down(spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None)
             save_record(paths, record.with_(ray=None, controller=None))
     took = time.monotonic() - began
     return DownReport(cluster=paths.name, ended=ended, store=record.store, notes=taken, seconds=took)
-
-
-def _as_spec(spec: ClusterSpec | str) -> ClusterSpec:
-    return ClusterSpec(name=spec) if isinstance(spec, str) else spec
 
 
 async def end_controller(record: ClusterRecord) -> tuple[Ended, ...]:
@@ -206,13 +198,13 @@ def _verify(record: ClusterRecord, paths: ClusterPaths) -> None:
         raise ClusterError(msg, hint=f"check what they wait for: ps -o pid,stat,wchan,args -p {pids.replace(' ', '')}")
 
 
-async def reach(spec: ClusterSpec | str, /) -> Endpoint:
+async def reach(spec: ClusterSpec, /) -> Endpoint:
     """Return the controller's URL and token. Its process is checked, without a request: that takes milliseconds.
 
     Raises:
         ClusterDownError: the cluster does not run.
     """
-    paths = _paths(spec)
+    paths = cluster_paths(spec.name)
     record = load_record(paths)
     token = client_token(paths)
     if record is None or record.wanted != "running" or not is_alive(record.controller) or not token:
@@ -221,7 +213,7 @@ async def reach(spec: ClusterSpec | str, /) -> Endpoint:
     return Endpoint(url=f"http://{LOOPBACK}:{record.ports['controller']}", token=token)
 
 
-async def status(spec: ClusterSpec | str, /) -> ClusterStatus:
+async def status(spec: ClusterSpec, /) -> ClusterStatus:
     """Return the state of the cluster. A cluster that was never started is ``stopped``."""
-    paths = _paths(spec)
+    paths = cluster_paths(spec.name)
     return status_of(await inspect_cluster(paths), paths)

@@ -17,8 +17,7 @@ from urllib.parse import urlsplit
 
 import anyio.to_thread
 
-from raylaunch.cluster.local.backend import end_controller
-from raylaunch.cluster.local.backend import reach as embedded_reach
+from raylaunch.cluster.local.backend import end_controller, reach
 from raylaunch.cluster.local.controller_process import ControllerStart, controller_status
 from raylaunch.cluster.local.health import HttpAnswer, http_request
 from raylaunch.cluster.local.inspect import LocalInspection, check_ours, differences, inspect_cluster, status_of
@@ -36,7 +35,7 @@ from raylaunch.cluster.record import (
     store_of,
 )
 from raylaunch.cluster.trust import check_accepted
-from raylaunch.cluster.types import DownReport, Endpoint, Plan, Step
+from raylaunch.cluster.types import DownReport, Plan, Step
 from raylaunch.errors import ClusterStartError, SpecError, VersionError
 from raylaunch.models.cluster import ClusterStatus
 from raylaunch.models.cluster_spec import TUNNEL_HINT, ClusterSpec
@@ -53,6 +52,8 @@ from raylaunch.paths import (
 from raylaunch.ssh.target import OnPrompt
 from raylaunch.version import __version__
 
+__all__ = ["down", "plan", "reach", "status", "up"]
+
 LOCK_S = 600.0
 AGENT_S = 120.0
 _RAY_S = 10.0
@@ -60,10 +61,6 @@ _RELEASE_S = 60.0
 _HTTP_REFUSED = (401, 403)
 LET_GO = "raylaunch.controller.ray.release"
 """Ends the node agents; a program of its own because it connects to Ray."""
-
-
-def _paths(spec: ClusterSpec | str) -> ClusterPaths:
-    return cluster_paths(spec if isinstance(spec, str) else spec.name)
 
 
 async def ray_version(spec: ClusterSpec) -> str:
@@ -176,7 +173,7 @@ async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Pl
     """Return what `up` would do, without changing anything. Raises like `up`, as far as that is known before."""
     await check_accepted(spec, on_prompt=on_prompt)
     await check_use(spec, runs := await ray_version(spec))
-    paths = _paths(spec)
+    paths = cluster_paths(spec.name)
     seen = await inspect_cluster(paths)
     kept: tuple[str, ...] = (f"Ray {runs} at {spec.address}, which raylaunch did not start",)
     if seen.record and seen.record.controller and seen.controller_alive:
@@ -213,7 +210,7 @@ async def up(
     await check_accepted(spec, on_prompt=on_prompt)
     runs = await ray_version(spec)
     await check_use(spec, runs)
-    paths = _paths(spec)
+    paths = cluster_paths(spec.name)
     make_cluster_dirs(paths)
     async with cluster_lock(paths, limit_s=LOCK_S):
         await _Up(paths, spec, on_step).run(runs)
@@ -284,13 +281,13 @@ class _Up:
         return f"no node agent answers on {', '.join(mute)}" if mute else ""
 
 
-async def down(spec: ClusterSpec | str, /, *, on_prompt: OnPrompt | None = None) -> DownReport:  # noqa: ARG001 -- nothing here asks
+async def down(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> DownReport:  # noqa: ARG001 -- nothing here asks
     """End the controller and the node agents, and nothing of Ray; the store stays.
 
     Raises:
         ClusterError: something here could not be ended.
     """
-    paths, began = _paths(spec), time.monotonic()
+    paths, began = cluster_paths(spec.name), time.monotonic()
     record = load_record(paths)
     if record is None:
         return DownReport(cluster=paths.name, ended=(), store="")
@@ -326,14 +323,9 @@ def _release_agents(paths: ClusterPaths) -> tuple[str, ...]:
     )
 
 
-async def reach(spec: ClusterSpec | str, /) -> Endpoint:
-    """Return the controller's URL and token. Raises like the embedded cluster's."""
-    return await embedded_reach(spec)
-
-
-async def status(spec: ClusterSpec | str, /) -> ClusterStatus:
+async def status(spec: ClusterSpec, /) -> ClusterStatus:
     """Return the state of the controller."""
-    paths = _paths(spec)
+    paths = cluster_paths(spec.name)
     return _status(await inspect_cluster(paths), paths)
 
 

@@ -14,7 +14,7 @@ from raylaunch.cluster.processes import ProcessIdentity, end, is_alive, last_lin
 from raylaunch.cluster.record import ClusterRecord
 from raylaunch.cluster.types import Step
 from raylaunch.errors import ClusterStartError
-from raylaunch.paths import ClusterPaths, storage_errors
+from raylaunch.paths import ClusterPaths
 from raylaunch.version import __version__
 
 _LOGS = ("gcs_server.err", "gcs_server.out", "raylet.err", "raylet.out", "dashboard_agent.err", "runtime_env_agent.err")
@@ -88,7 +88,6 @@ class StepLog:
             ClusterStartError: it cannot be started.
             StorageError: the log cannot be written.
         """
-        _rotate(log)
         first_line = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} raylaunch {__version__} starts: {' '.join(argv)}\n"
         process = await start_apart(argv, env=env, cwd=Path("/"), log=log, first_line=first_line)
         self._started.append(process)
@@ -138,9 +137,3 @@ class StepLog:
 def _quoted(log: Path) -> str:
     lines = last_lines(log)
     return f"; the last lines of {log}:\n    " + lines.replace("\n", "\n    ") if lines else f"; {log} is empty"
-
-
-def _rotate(log: Path, *, limit: int = 16 * 1024 * 1024) -> None:
-    with storage_errors(log):
-        if log.exists() and log.stat().st_size > limit:
-            log.replace(log.with_name(f"{log.name}.1"))
