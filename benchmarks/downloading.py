@@ -71,5 +71,5 @@ def _model(api: Api, size_mb: int) -> tuple[str, Path]:
     with model.open("wb") as file:
         for number in range(size_mb // _PIECE_MB):
             file.write(number.to_bytes(8, "big") + piece[8:])
-    api.do(lambda: api.services.artifacts.finalize(job.id))
+    api.do(lambda: api.state.artifacts.finalize(job.id))
     return job.id, model

@@ -473,7 +473,7 @@ def test_get_downloads_and_prints_where_and_finds_again_what_is_here(home: Path,
     output = api.store / "jobs" / job / "attempt-1" / "outputs" / "model.pt"
     output.parent.mkdir(parents=True)
     output.write_bytes(b"weights")
-    api.services.artifacts.finalize(job)
+    api.state.artifacts.finalize(job)
     first, again = (cli(home, "get", "digits", "--to", "here") for _ in range(2))
     assert (first.stdout, first.stderr) == ("here/model.pt\n", "Downloaded 1 file, 7 B; checksums verified\n")
     assert again.stderr == "Downloaded 0 files, 0 B, 1 file already present; checksums verified\n"

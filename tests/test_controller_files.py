@@ -46,7 +46,7 @@ def test_files_are_listed_and_sent_with_their_checksum(api: Api, tom: httpx2.Cli
     job = submit(tom)
     content = bytes(range(256)) * 10_000
     write(api, job, "attempt-1/outputs/a folder/größe.bin", content)
-    api.do(lambda: api.services.artifacts.finalize(job.id))
+    api.do(lambda: api.state.artifacts.finalize(job.id))
     listed = [Artifact.model_validate(item) for item in tom.get(f"/v1/jobs/{job.id}/files").json()]
     (output,) = [artifact for artifact in listed if artifact.kind == "output"]
     answer = tom.get(f"/v1/jobs/{job.id}/files/{output.path}")
@@ -193,8 +193,8 @@ def test_people_of_a_secret_are_set_over_http(api: Api) -> None:
     with api.client("olga") as olga:
         body = {"value": "v", "people": ["tom"]}
         assert olga.put("/v1/secrets/TOMS", json=body).json() == {}
-    assert api.services.secrets.withheld(["TOMS"], "tina") == ("TOMS",)
-    assert api.services.secrets.withheld(["TOMS"], "tom") == ()
+    assert api.state.secrets.withheld(["TOMS"], "tina") == ("TOMS",)
+    assert api.state.secrets.withheld(["TOMS"], "tom") == ()
 
 
 def test_reading_rays_token_and_what_is_rejected_are_in_the_audit_log(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
@@ -332,3 +334,27 @@ def test_small_answers_do_not_wait_for_acknowledgements(api: Api) -> None:
         options = api.do(nodelay)
     assert options
     assert all(options)
+
+
+def test_a_secret_on_a_slow_disk_delays_no_other_request(tmp_path: Path) -> None:
+    with serving(tmp_path / "store") as api, ThreadPoolExecutor(1) as pool:
+        fifo = api.store / "secrets.json"
+        os.mkfifo(fifo)  # opening it waits for somebody who writes
+        with api.client("olga") as olga, api.client("vera") as vera:
+            setting = pool.submit(olga.put, "/v1/secrets/KEY", json={"value": "v"})
+            descriptor = wait_until(lambda: _writer_of(fifo), 30, "the secrets are being read")
+            try:
+                assert vera.get("/v1/health", timeout=10).status_code == 200
+            finally:
+                os.write(descriptor, b"{}")
+                os.close(descriptor)
+            assert setting.result(30).status_code == 200
+            assert olga.get("/v1/secrets").json() == ["KEY"]
+
+
+def _writer_of(fifo: Path) -> int:
+    """Open a FIFO for writing; 0 if nobody reads it."""
+    try:
+        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return 0

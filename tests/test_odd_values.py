@@ -279,7 +279,7 @@ def test_a_list_has_some_of_thousands_of_metrics_and_the_job_has_more(tmp_path: 
 
 async def leavings_now(records: Records, record: JobRecord) -> AttemptResult:
     store = records.store
-    return await read_attempt_result(record, records=records, artifacts=Artifacts(store), metrics=MetricsStore(store))
+    return read_attempt_result(record, records, Artifacts(store), MetricsStore(store))
 
 
 def test_a_record_keeps_some_of_very_many_metrics_and_says_so_once(tmp_path: Path) -> None:

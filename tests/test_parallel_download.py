@@ -87,7 +87,7 @@ def model(api: Api) -> tuple[str, Artifact]:
             for at in range(0, _SIZE, _MB):
                 file.seek(at)
                 file.write(os.urandom(64))
-        api.do(lambda: api.services.artifacts.finalize(job.id))
+        api.do(lambda: api.state.artifacts.finalize(job.id))
         found = [Artifact.model_validate(one) for one in tom.get(f"/v1/jobs/{job.id}/files").json()]
     return job.id, next(one for one in found if one.path == _PATH)
 

@@ -66,7 +66,6 @@ def sweep(records: Records, retention: Retention) -> None:
     artifacts = Artifacts(store)
     wheels = ClusterWheels(settings_of(store, 9))
     parts = RetentionLoop(
-        store,
         retention,
         records=records,
         artifacts=artifacts,

@@ -112,7 +112,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         bridge=bridge,
         ray=ray,
         observed=observed,
-        read_result=lambda record: read_attempt_result(record, records=records, artifacts=artifacts, metrics=metrics),
+        read_result=lambda record: asyncio.to_thread(read_attempt_result, record, records, artifacts, metrics),
     )
     external = ExternalJobs(records=records, ray=ray, bridge=bridge, observed=observed)
     scheduler = SchedulerLoop(context, artifacts, external, drains)
@@ -132,7 +132,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         left=LeftOutputs(bridge=bridge, observed=observed, artifacts=artifacts),
     )
     tokens = TokenStore(settings.store)
-    services = AppState(
+    state = AppState(
         settings=settings,
         store=settings.store,
         records=records,
@@ -146,7 +146,7 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         hosts=HostService(records=records, drains=drains, observed=observed),
         external_logs=ExternalLogs(bridge=bridge, ray=ray, observed=observed),
     )
-    server = ApiServer(services)
+    server = ApiServer(state)
 
     def stop() -> None:
         server.should_exit = True
@@ -155,7 +155,6 @@ async def serve(settings: Settings, records: Records, listener: socket.socket) -
         asyncio.get_running_loop().add_signal_handler(number, stop)
     await bridge.start()
     sweeper = RetentionLoop(
-        settings.store,
         settings.retention,
         records=records,
         artifacts=artifacts,
@@ -190,16 +189,10 @@ async def _rotate_logs(*logs: Path) -> None:
         await asyncio.sleep(_ROTATE_S)
 
 
-async def read_attempt_result(
-    record: JobRecord, *, records: Records, artifacts: Artifacts, metrics: MetricsStore
-) -> AttemptResult:
-    """Read what a job has in the store so far, and write its manifest; in a thread, since it may take long."""
-    return await asyncio.to_thread(_read_attempt_result, record, records, artifacts, metrics)
-
-
-def _read_attempt_result(
+def read_attempt_result(
     record: JobRecord, records: Records, artifacts: Artifacts, metrics: MetricsStore
 ) -> AttemptResult:
+    """Read what a job has in the store so far, and write its manifest. May take long."""
     folder = records.folder(record.id)
     artifacts.finalize(record.id)
     count, size = artifacts.outputs(record.id)

@@ -79,7 +79,16 @@ def earlier_runs(job: Path, before: int) -> list[EarlierRun]:
         job: the job's folder in the store.
         before: number of the attempt that gets them.
     """
-    return list(_earlier(job, before))
+    found = []
+    for n in range(1, before):
+        for path in run_files(job / f"attempt-{n}"):
+            info = run_info(path)
+            if info is not None and len(info.name + info.project) <= _LONGEST:
+                finished = exit_code(path) == 0
+                found.append(
+                    EarlierRun(attempt=n, id=info.run_id, project=info.project, name=info.name, finished=finished)
+                )
+    return found
 
 
 def last_values(path: Path, *, max_bytes: int) -> dict[str, float]:
@@ -278,16 +287,6 @@ def _number(found: dict[int, int | bytes], number: int) -> int:
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _earlier(job: Path, before: int) -> Iterator[EarlierRun]:
-    for n in range(1, before):
-        for path in run_files(job / f"attempt-{n}"):
-            info = run_info(path)
-            if info is not None and len(info.name + info.project) <= _LONGEST:
-                yield EarlierRun(
-                    attempt=n, id=info.run_id, project=info.project, name=info.name, finished=exit_code(path) == 0
-                )
 
 
 def _started(path: Path) -> tuple[str, str]:

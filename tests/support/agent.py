@@ -219,7 +219,7 @@ def keep(api: Api, job: JobView, path: str, content: bytes) -> None:
     """Put a file that is complete, with its checksum, into the job's folder."""
     write(api, job, path, content)
     sha256 = hashlib.sha256(content).hexdigest()
-    api.do(lambda: api.services.artifacts.note(job.id, path, size=len(content), sha256=sha256))
+    api.do(lambda: api.state.artifacts.note(job.id, path, size=len(content), sha256=sha256))
 
 
 class Raw:

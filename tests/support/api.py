@@ -197,7 +197,7 @@ class Api:
         settings = settings_of(self.store, int(self.url.rpartition(":")[2]))
         self.desk = Desk(settings, self.records, secrets, self.observed)
         tokens = TokenStore(self.store)
-        self.services = AppState(
+        self.state = AppState(
             settings=settings,
             store=self.store,
             records=self.records,
@@ -215,7 +215,7 @@ class Api:
                 observed=self.observed,
             ),
         )
-        self.server = ApiServer(self.services)
+        self.server = ApiServer(self.state)
         self._ready.set()
         try:
             await self.server.serve(sockets=[self._listener])

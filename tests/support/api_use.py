@@ -76,7 +76,7 @@ def large(api: Api, job: JobView, path: str, size: int) -> str:
     with file.open("wb") as opened:
         opened.truncate(size)
     sha256 = sha256_of(file)
-    api.do(lambda: api.services.artifacts.note(job.id, path, size=size, sha256=sha256))
+    api.do(lambda: api.state.artifacts.note(job.id, path, size=size, sha256=sha256))
     return sha256
 
 

@@ -59,6 +59,6 @@ def write(api: Api, job: str, name: str, data: bytes, *, known: bool = True) -> 
     with path.open("ab") as file:
         file.write(data)
     if known:
-        api.services.artifacts.note(job, name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+        api.state.artifacts.note(job, name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
     api.do(lambda: api.desk.grew(f"{job}-{name.partition('/')[0].removeprefix('attempt-')}"))
     return path

@@ -33,11 +33,11 @@ class ApiServer(uvicorn.Server):
     The program handles signals itself: uvicorn's handlers are not installed.
     """
 
-    def __init__(self, services: AppState) -> None:
-        self._services = services
+    def __init__(self, state: AppState) -> None:
+        self._state = state
         super().__init__(
             uvicorn.Config(
-                create_app(services),
+                create_app(state),
                 http="h11",
                 loop="asyncio",
                 ws="none",
@@ -74,12 +74,12 @@ class ApiServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wake all that wait, then shut down."""
-        self._services.closing.set()
+        self._state.closing.set()
         await super().shutdown(sockets)
 
 
-def create_app(services: AppState) -> FastAPI:
-    """Return the app over `services`."""
+def create_app(state: AppState) -> FastAPI:
+    """Return the app over `state`."""
     app = FastAPI(
         title="raylaunch controller",
         version=__version__,
@@ -88,10 +88,8 @@ def create_app(services: AppState) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.services = services
-    app.add_middleware(
-        AuthMiddleware, tokens=services.tokens, invitations=services.invitations, audit=AuditLog(services.store)
-    )
+    app.state.parts = state
+    app.add_middleware(AuthMiddleware, tokens=state.tokens, invitations=state.invitations, audit=AuditLog(state.store))
     app.add_exception_handler(RaylaunchError, _known_error)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _no_route)

@@ -11,7 +11,7 @@ import anyio
 from fastapi import APIRouter, Header, Request, Response
 from pydantic import Field
 
-from raylaunch.controller.api.dependencies import AppState, CurrentCaller, GuardedRoute, RequestBody, Services, requires
+from raylaunch.controller.api.dependencies import App, AppState, CurrentCaller, GuardedRoute, RequestBody, requires
 from raylaunch.controller.api.responses import json_response, model_response
 from raylaunch.controller.settings import Settings
 from raylaunch.controller.store.access import Role
@@ -72,49 +72,49 @@ class TakeRequest(RequestBody):
 
 
 @router.get("/hosts/{host}", response_model=HostJobs)
-async def jobs(host: str, services: Services) -> Response:
+async def jobs(host: str, app: App) -> Response:
     """Return what is running on a host."""
-    return model_response(services.hosts.jobs(host))
+    return model_response(app.hosts.jobs(host))
 
 
 @router.post("/hosts/{host}/drain", response_model=HostJobs)
 @requires(Role.OPERATOR, "drain hosts")
 async def drain(
-    host: str, request: Request, services: Services, caller: CurrentCaller, asked: DrainRequest | None = None
+    host: str, request: Request, app: App, caller: CurrentCaller, asked: DrainRequest | None = None
 ) -> Response:
     """Start no new attempts on a host."""
     request.state.about = host
     asked = asked or DrainRequest()
-    return model_response(services.hosts.drain(host, until=asked.until, stop=asked.stop, person=caller.person))
+    return model_response(app.hosts.drain(host, until=asked.until, stop=asked.stop, person=caller.person))
 
 
 @router.delete("/hosts/{host}/drain", response_model=HostJobs)
 @requires(Role.OPERATOR, "let drained hosts take jobs")
-async def undrain(host: str, request: Request, services: Services) -> Response:
+async def undrain(host: str, request: Request, app: App) -> Response:
     """Let a host take jobs again."""
     request.state.about = host
-    return model_response(services.hosts.undrain(host))
+    return model_response(app.hosts.undrain(host))
 
 
 @router.get("/quiet", response_model=Quiet)
-async def is_quiet(services: Services) -> Response:
+async def is_quiet(app: App) -> Response:
     """Return whether new attempts are paused, and what is running."""
-    return model_response(services.hosts.pause_state())
+    return model_response(app.hosts.pause_state())
 
 
 @router.post("/quiet", response_model=Quiet)
 @requires(Role.OPERATOR, "pause the start of jobs")
-async def quiet(services: Services, caller: CurrentCaller, asked: QuietRequest | None = None) -> Response:
+async def quiet(app: App, caller: CurrentCaller, asked: QuietRequest | None = None) -> Response:
     """Pause the start of attempts for a while."""
     asked = asked or QuietRequest()
-    return model_response(services.hosts.pause(limit_s=asked.limit_s, stop=asked.stop, person=caller.person))
+    return model_response(app.hosts.pause(limit_s=asked.limit_s, stop=asked.stop, person=caller.person))
 
 
 @router.delete("/quiet", response_model=Quiet)
 @requires(Role.OPERATOR, "resume the start of jobs")
-async def loud(services: Services) -> Response:
+async def loud(app: App) -> Response:
     """Resume the start of attempts."""
-    return model_response(services.hosts.resume())
+    return model_response(app.hosts.resume())
 
 
 @router.get("/health")
@@ -124,81 +124,81 @@ async def health() -> Response:
 
 
 @router.get("/status", response_model=ControllerStatus)
-async def status(services: Services, caller: CurrentCaller) -> Response:
+async def status(app: App, caller: CurrentCaller) -> Response:
     """Return the state of the controller, Ray and the nodes."""
-    return model_response(await services.jobs.status(caller.person, caller.role.value))
+    return model_response(await app.jobs.status(caller.person, caller.role.value))
 
 
 @router.get("/ray", response_model=RayAccess)
 @requires(Role.OPERATOR, "use Ray's own tools")
-async def ray(request: Request, services: Services) -> Response:
+async def ray(request: Request, app: App) -> Response:
     """Return what Ray's own tools need. The response contains Ray's token, so it is in the audit log."""
     request.state.audited = True
-    return model_response(services.jobs.ray_access())
+    return model_response(app.jobs.ray_access())
 
 
 @router.get("/python", response_model=ClusterPython)
-async def python(services: Services) -> Response:
+async def python(app: App) -> Response:
     """Return the default Python of jobs, and the one that runs Ray."""
-    return model_response(python_of(services.settings))
+    return model_response(python_of(app.settings))
 
 
 @router.put("/python/wheels")
 @requires(Role.OPERATOR, "send wheels of the cluster's environment", body_bytes=WHEELS_BYTES)
-async def keep_wheels(body: EnvironmentWheels, services: Services) -> Response:
+async def keep_wheels(body: EnvironmentWheels, app: App) -> Response:
     """Store which wheels make the environment in cluster.yaml, for nodes that cannot reach a package index."""
-    await services.jobs.keep_wheels(body)
+    await app.jobs.keep_wheels(body)
     return json_response({})
 
 
 @router.get("/secrets", response_model=list[str])
 @requires(Role.OPERATOR, "see the names of secrets")
-async def secret_names(services: Services) -> Response:
+async def secret_names(app: App) -> Response:
     """Return the names of the cluster's secrets."""
-    return json_response(list(services.secrets.names()))
+    return json_response(list(await anyio.to_thread.run_sync(app.secrets.names)))
 
 
 @router.put("/secrets/{name}")
 @requires(Role.OPERATOR, "set secrets", body_bytes=SECRET_BYTES)
-async def set_secret(name: str, body: SecretValue, request: Request, services: Services) -> Response:
+async def set_secret(name: str, body: SecretValue, request: Request, app: App) -> Response:
     """Set a secret."""
     request.state.about = name
-    services.secrets.put(name, body.value, body.people)
+    await anyio.to_thread.run_sync(app.secrets.put, name, body.value, body.people)
     return json_response({})
 
 
 @router.delete("/secrets/{name}")
 @requires(Role.OPERATOR, "delete secrets")
-async def remove_secret(name: str, request: Request, services: Services) -> Response:
+async def remove_secret(name: str, request: Request, app: App) -> Response:
     """Delete a secret."""
     request.state.about = name
-    services.secrets.remove(name)
+    await anyio.to_thread.run_sync(app.secrets.remove, name)
     return json_response({})
 
 
 @router.get("/usage", response_model=UsagePage)
-async def usage(services: Services) -> Response:
+async def usage(app: App) -> Response:
     """Return the disk usage of the store, largest job first, and of the nodes."""
-    page = await anyio.to_thread.run_sync(_usage, services)
-    return model_response(page.model_copy(update={"nodes": await services.jobs.node_usage()}))
+    page = await anyio.to_thread.run_sync(_usage, app)
+    return model_response(page.model_copy(update={"nodes": await app.jobs.node_usage()}))
 
 
 @router.get("/tokens", response_model=list[TokenView])
 @requires(Role.ADMIN, "list tokens")
-async def tokens(services: Services, caller: CurrentCaller) -> Response:
+async def tokens(app: App, caller: CurrentCaller) -> Response:
     """Return all tokens and open invitations."""
-    return model_response(list(services.invitations.views(caller.token)))
+    return model_response(list(app.invitations.views(caller.token)))
 
 
 @router.post("/tokens", response_model=Invitation)
 @requires(Role.ADMIN, "invite people")
-async def invite(asked: InviteRequest, request: Request, services: Services, caller: CurrentCaller) -> Response:
+async def invite(asked: InviteRequest, request: Request, app: App, caller: CurrentCaller) -> Response:
     """Invite a person."""
     request.state.about = asked.person
-    code, expires_at = services.invitations.invite(
+    code, expires_at = app.invitations.invite(
         asked.person, asked.role, by=caller.person, valid_s=asked.valid_s, token_expires_at=asked.token_expires_at
     )
-    settings = services.settings
+    settings = app.settings
     invitation = Invitation(
         code=code,
         person=asked.person,
@@ -213,24 +213,24 @@ async def invite(asked: InviteRequest, request: Request, services: Services, cal
 
 @router.delete("/tokens/{who}")
 @requires(Role.ADMIN, "revoke tokens")
-async def revoke(who: str, request: Request, services: Services, caller: CurrentCaller) -> Response:
+async def revoke(who: str, request: Request, app: App, caller: CurrentCaller) -> Response:
     """Revoke tokens and invitations."""
     request.state.about = who
-    return json_response({"revoked": services.invitations.revoke(who, mine=caller.token)})
+    return json_response({"revoked": app.invitations.revoke(who, mine=caller.token)})
 
 
 @router.post("/join", response_model=Admission)
 async def take(
     asked: TakeRequest,
     request: Request,
-    services: Services,
+    app: App,
     caller: CurrentCaller,
     authorization: Annotated[str, Header()],
 ) -> Response:
     """Accept an invitation: its code is the request's bearer token."""
     request.state.about = caller.person
-    token = services.invitations.accept(authorization.partition(" ")[2], asked.sha256)
-    settings = services.settings
+    token = app.invitations.accept(authorization.partition(" ")[2], asked.sha256)
+    settings = app.settings
     admission = Admission(
         person=token.person,
         role=token.role.value,
@@ -254,13 +254,13 @@ def python_of(settings: Settings) -> ClusterPython:
     )
 
 
-def _usage(services: AppState) -> UsagePage:
-    jobs = services.records.names()
-    found = [services.artifacts.usage(job, name=name, state=state) for job, name, state in jobs]
-    packages = services.packages.bytes()
+def _usage(app: AppState) -> UsagePage:
+    jobs = app.records.names()
+    found = [app.artifacts.usage(job, name=name, state=state) for job, name, state in jobs]
+    packages = app.packages.bytes()
     return UsagePage(
         jobs=tuple(sorted(found, key=lambda usage: usage.bytes, reverse=True)),
         packages=packages,
         total=packages + sum(usage.bytes for usage in found),
-        free=services.artifacts.free_bytes(),
+        free=app.artifacts.free_bytes(),
     )

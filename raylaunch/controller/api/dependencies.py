@@ -168,9 +168,9 @@ class AppState:
     """Searches run in their own threads: they may take long, and must not delay anything else."""
 
 
-async def _services(request: Request) -> AppState:
-    services: AppState = request.app.state.services
-    return services
+async def _app(request: Request) -> AppState:
+    app: AppState = request.app.state.parts
+    return app
 
 
 async def _caller(request: Request) -> Caller:
@@ -178,31 +178,31 @@ async def _caller(request: Request) -> Caller:
     return caller
 
 
-Services = Annotated[AppState, Depends(_services)]
+App = Annotated[AppState, Depends(_app)]
 CurrentCaller = Annotated[Caller, Depends(_caller)]
 
 
-async def find_job(ref: str, services: AppState, caller: Caller) -> str:
+async def find_job(ref: str, app: AppState, caller: Caller) -> str:
     """Return the id of the job that `ref` refers to, as `Records.find` does.
 
     Raises:
         NotFoundError: there is none; the hint lists similar ones.
     """
     try:
-        return services.records.find(ref, owner=caller.person)
+        return app.records.find(ref, owner=caller.person)
     except NotFoundError as error:
-        near = await anyio.to_thread.run_sync(nearest, ref, services.records.refs())
+        near = await anyio.to_thread.run_sync(nearest, ref, app.records.refs())
         if not near:
             raise
         raise NotFoundError(error.message, hint=f"did you mean {' or '.join(near)}?") from None
 
 
-async def _job(ref: str, request: Request, services: Services, caller: CurrentCaller) -> JobRecord:
-    return _named(request, ref, services.records.by_id(await find_job(ref, services, caller)), caller)
+async def _job(ref: str, request: Request, app: App, caller: CurrentCaller) -> JobRecord:
+    return _named(request, ref, app.records.by_id(await find_job(ref, app, caller)), caller)
 
 
-async def _light_job(ref: str, request: Request, services: Services, caller: CurrentCaller) -> JobRecord:
-    return _named(request, ref, services.records.light(await find_job(ref, services, caller)), caller)
+async def _light_job(ref: str, request: Request, app: App, caller: CurrentCaller) -> JobRecord:
+    return _named(request, ref, app.records.light(await find_job(ref, app, caller)), caller)
 
 
 async def _own_job(ref: str, record: Annotated[JobRecord, Depends(_job)], caller: CurrentCaller) -> JobRecord:

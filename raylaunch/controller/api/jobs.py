@@ -14,6 +14,7 @@ from starlette.background import BackgroundTask
 
 from raylaunch.controller.api.dependencies import (
     MAX_INT,
+    App,
     AppState,
     CurrentCaller,
     GuardedRoute,
@@ -21,7 +22,6 @@ from raylaunch.controller.api.dependencies import (
     LightJob,
     OwnJob,
     RequestBody,
-    Services,
     WaitS,
     client_disconnect,
     find_job,
@@ -55,26 +55,24 @@ router = APIRouter(route_class=GuardedRoute)
 
 
 @router.get("/jobs/{ref}/events", response_model=EventPage)
-async def job_events(
-    record: LightJob, services: Services, request: Request, after: Cursor = 0, wait_s: WaitS = 0.0
-) -> Response:
+async def job_events(record: LightJob, app: App, request: Request, after: Cursor = 0, wait_s: WaitS = 0.0) -> Response:
     """Return a job's events after a cursor; if there are none, wait for one."""
     loop = asyncio.get_running_loop()
     limit = loop.time() + wait_s
     async with client_disconnect(request) as gone:
-        with services.records.subscribe(record.id) as changed:
+        with app.records.subscribe(record.id) as changed:
             while True:
                 changed.clear()
-                page = services.records.events(after=after, job=record.id)
+                page = app.records.events(after=after, job=record.id)
                 left = limit - loop.time()
-                if page.events or left <= 0 or services.closing.is_set() or gone.done():
+                if page.events or left <= 0 or app.closing.is_set() or gone.done():
                     return model_response(page)
-                await wait_first(changed.wait(), services.closing.wait(), finished(gone), timeout_s=left)
+                await wait_first(changed.wait(), app.closing.wait(), finished(gone), timeout_s=left)
 
 
 @router.get("/events", response_class=StreamingResponse)
 async def events(
-    services: Services,
+    app: App,
     caller: CurrentCaller,
     *,
     after: Annotated[
@@ -85,20 +83,20 @@ async def events(
 ) -> Response:
     """Stream events (text/event-stream). A client that reconnects with its Last-Event-ID misses nothing."""
     known = last_event_id if last_event_id is not None else after
-    cursor = services.records.cursor if known is None else known
-    job_id = await find_job(job, services, caller) if job else ""
+    cursor = app.records.cursor if known is None else known
+    job_id = await find_job(job, app, caller) if job else ""
     headers = {"Cache-Control": "no-store"}
-    return StreamingResponse(_stream(services, cursor, job_id), 200, headers, "text/event-stream")
+    return StreamingResponse(_stream(app, cursor, job_id), 200, headers, "text/event-stream")
 
 
-async def _stream(services: AppState, cursor: int, job: str) -> AsyncIterator[bytes]:
+async def _stream(app: AppState, cursor: int, job: str) -> AsyncIterator[bytes]:
     loop = asyncio.get_running_loop()
     sent_at = loop.time()
     yield b": events of raylaunch\n\n"
-    with services.records.subscribe(job) as changed:
-        while not services.closing.is_set():
+    with app.records.subscribe(job) as changed:
+        while not app.closing.is_set():
             changed.clear()
-            page = services.records.events(after=cursor, job=job)
+            page = app.records.events(after=cursor, job=job)
             if page.events:
                 cursor, sent_at = page.cursor, loop.time()
                 yield b"".join(_message(event) for event in page.events)
@@ -108,7 +106,7 @@ async def _stream(services: AppState, cursor: int, job: str) -> AsyncIterator[by
                 sent_at = loop.time()
                 yield b": still here\n\n"
                 continue
-            await wait_first(changed.wait(), services.closing.wait(), timeout_s=left)
+            await wait_first(changed.wait(), app.closing.wait(), timeout_s=left)
 
 
 def _message(event: Event) -> bytes:
@@ -126,7 +124,7 @@ class StopBody(RequestBody):
 async def submit(
     submitted: SubmitRequest,
     request: Request,
-    services: Services,
+    app: App,
     caller: CurrentCaller,
     *,
     dry_run: bool = False,
@@ -134,15 +132,15 @@ async def submit(
     """Accept a job; with ``dry_run`` only return where it could run."""
     if dry_run:
         request.state.audited = False
-        return model_response(await services.jobs.dry_run(submitted, caller.person))
-    result = await services.jobs.submit(submitted, caller.person)
+        return model_response(await app.jobs.dry_run(submitted, caller.person))
+    result = await app.jobs.submit(submitted, caller.person)
     request.state.about = result.job.id
     return model_response(result)
 
 
 @router.get("/jobs", response_model=JobPage)
 async def jobs(  # noqa: PLR0913 -- each is one filter
-    services: Services,
+    app: App,
     *,
     state: str = "",
     name: str = "",
@@ -158,8 +156,8 @@ async def jobs(  # noqa: PLR0913 -- each is one filter
     unreadable: list[JsonValue] = []
     while True:
         few = min(limit - len(found), _AT_ONCE)
-        page = services.records.page(filters, limit=few, cursor=cursor)
-        found += [services.jobs.explained(view).model_dump(mode="json") for view in page.jobs]
+        page = app.records.page(filters, limit=few, cursor=cursor)
+        found += [app.jobs.explained(view).model_dump(mode="json") for view in page.jobs]
         unreadable += page.unreadable
         cursor = page.next_cursor
         if not cursor or len(found) >= limit:
@@ -169,7 +167,7 @@ async def jobs(  # noqa: PLR0913 -- each is one filter
 
 
 @router.get("/jobs/{ref}", response_model=JobView)
-async def job(ref: str, record: Job, services: Services, caller: CurrentCaller, *, own: bool = False) -> Response:
+async def job(ref: str, record: Job, app: App, caller: CurrentCaller, *, own: bool = False) -> Response:
     """Return one job with all its fields; a running one with its latest metrics and log lines.
 
     With ``own`` a name refers to the caller's own jobs only, as for changing a job.
@@ -178,34 +176,34 @@ async def job(ref: str, record: Job, services: Services, caller: CurrentCaller, 
         refuse_others(caller, record, ref)
     view = record.view()
     if record.state.active and not record.foreign:
-        view = view.model_copy(update=await anyio.to_thread.run_sync(_so_far, services, record))
-    return model_response(services.jobs.explained(view))
+        view = view.model_copy(update=await anyio.to_thread.run_sync(_so_far, app, record))
+    return model_response(app.jobs.explained(view))
 
 
 @router.post("/jobs/{ref}/stop", response_model=JobView)
 @requires(Role.TRAINER, "stop jobs")
-async def stop(record: OwnJob, services: Services, caller: CurrentCaller, asked: StopBody | None = None) -> Response:
+async def stop(record: OwnJob, app: App, caller: CurrentCaller, asked: StopBody | None = None) -> Response:
     """Request the stop of a job."""
     require_own(caller, record, "stop")
     grace_s = asked.grace_s if asked is not None else None
-    return model_response(await services.jobs.stop(record, grace_s=grace_s, person=caller.person))
+    return model_response(await app.jobs.stop(record, grace_s=grace_s, person=caller.person))
 
 
 @router.delete("/jobs/{ref}")
 @requires(Role.TRAINER, "remove jobs")
-async def remove(record: OwnJob, services: Services, caller: CurrentCaller) -> Response:
+async def remove(record: OwnJob, app: App, caller: CurrentCaller) -> Response:
     """Delete an ended job with all its files."""
     require_own(caller, record, "remove")
-    freed = await services.jobs.remove(record)
-    later = BackgroundTask(empty_trash, services.store)
+    freed = await app.jobs.remove(record)
+    later = BackgroundTask(empty_trash, app.store)
     return json_response({"removed": record.id, "bytes": freed}, background=later)
 
 
-def _so_far(services: AppState, record: JobRecord) -> dict[str, object]:
-    measured = services.metrics.latest(record)
+def _so_far(app: AppState, record: JobRecord) -> dict[str, object]:
+    measured = app.metrics.latest(record)
     found: dict[str, object] = {"last_metrics": measured.last, "progress": measured.progress}
     if record.state in (JobState.RUNNING, JobState.STOPPING):
-        lines = log_tail(services.store / "jobs" / record.id, attempt=len(record.attempts))
+        lines = log_tail(app.store / "jobs" / record.id, attempt=len(record.attempts))
         found["log_tail"] = lines[-_LINES_SO_FAR:]
     return found
 

@@ -13,10 +13,10 @@ from raylaunch.agent import attempt_files
 from raylaunch.agent.attempt_files import Slice
 from raylaunch.controller.api.dependencies import (
     MAX_INT,
+    App,
     AppState,
     GuardedRoute,
     LightJob,
-    Services,
     WaitS,
     client_disconnect,
     finished,
@@ -35,7 +35,7 @@ Attempt = Annotated[int | None, Query(le=MAX_INT, description="number of the att
 Rank = Annotated[int, Query(ge=0, le=1_000_000)]
 
 
-def log_of(services: AppState, record: JobRecord, *, n: int, rank: int) -> _StoredLog | _ExternalLog:
+def log_of(app: AppState, record: JobRecord, *, n: int, rank: int) -> _StoredLog | _ExternalLog:
     """Return the log of one rank of attempt `n`; for attempt 0 an empty one.
 
     Raises:
@@ -43,21 +43,21 @@ def log_of(services: AppState, record: JobRecord, *, n: int, rank: int) -> _Stor
     """
     if not record.foreign or not n:
         if rank and n:
-            logs.check_known_rank(record.id, services.records.folder(record.id), record.attempts[n - 1], rank=rank)
-        return _StoredLog(services, record, n, rank)
+            logs.check_known_rank(record.id, app.records.folder(record.id), record.attempts[n - 1], rank=rank)
+        return _StoredLog(app, record, n, rank)
     if rank:
         msg = f"{record.id} was submitted with plain ray job submit and has one log, that of rank 0"
         raise NotFoundError(msg, hint="logs of its other processes are in Ray's dashboard: raylaunch env")
-    return _ExternalLog(services, record.attempts[n - 1])
+    return _ExternalLog(app, record.attempts[n - 1])
 
 
 class _StoredLog:
     """The log of one rank, in the store; of attempt 0 it is empty."""
 
-    def __init__(self, services: AppState, record: JobRecord, n: int, rank: int) -> None:
-        self._services = services
+    def __init__(self, app: AppState, record: JobRecord, n: int, rank: int) -> None:
+        self._app = app
         self._job = record.id
-        self._folder = services.records.folder(record.id)
+        self._folder = app.records.folder(record.id)
         self._n = n
         self._rank = rank
         self._path = logs.log_path(self._folder, attempt=n, rank=rank)
@@ -72,11 +72,11 @@ class _StoredLog:
 
     async def search(self, asked: logs.LogSearch) -> LogMatches:
         search = partial(logs.search, self._path, asked)
-        return await anyio.to_thread.run_sync(search, limiter=self._services.searches)
+        return await anyio.to_thread.run_sync(search, limiter=self._app.searches)
 
     async def grown(self, _size: int, timeout_s: float) -> None:
         if self._n:
-            await self._services.jobs.wait_growth(f"{self._job}-{self._n}", timeout_s)
+            await self._app.jobs.wait_growth(f"{self._job}-{self._n}", timeout_s)
         else:
             await asyncio.sleep(timeout_s)
 
@@ -84,9 +84,9 @@ class _StoredLog:
 class _ExternalLog:
     """The log of an external job, which Ray has."""
 
-    def __init__(self, services: AppState, attempt: AttemptView) -> None:
-        self._logs = services.external_logs
-        self._searches = services.searches
+    def __init__(self, app: AppState, attempt: AttemptView) -> None:
+        self._logs = app.external_logs
+        self._searches = app.searches
         self._attempt = attempt
 
     async def tail_offset(self, lines: int) -> int:
@@ -114,7 +114,7 @@ class _LogPart(NamedTuple):
 @router.get("/jobs/{ref}/logs", response_class=Response)
 async def log(  # noqa: PLR0913 -- each is one option
     record: LightJob,
-    services: Services,
+    app: App,
     request: Request,
     *,
     attempt: Attempt = None,
@@ -131,15 +131,15 @@ async def log(  # noqa: PLR0913 -- each is one option
     n = pick_attempt(record, attempt)
     begin = offset or 0
     if tail is not None:
-        begin = await log_of(services, record, n=n, rank=rank).tail_offset(tail)
-    part = await _read_when_grown(services, request, _LogRequest(record.id, n, rank, begin, limit, wait_s))
+        begin = await log_of(app, record, n=n, rank=rank).tail_offset(tail)
+    part = await _read_when_grown(app, request, _LogRequest(record.id, n, rank, begin, limit, wait_s))
     headers = {
         "X-Log-Offset": str(part.slice.offset),
         "X-Log-Next": str(part.slice.next),
         "X-Log-Size": str(part.slice.size),
         "X-Log-Attempt": str(part.attempt),
         "X-Log-Ended": "1" if part.ended else "0",
-        "X-Log-Ranks": str(_ranks(services, record.id, part.attempt)),
+        "X-Log-Ranks": str(_ranks(app, record.id, part.attempt)),
     }
     return Response(part.slice.data, 200, headers, "application/octet-stream")
 
@@ -147,7 +147,7 @@ async def log(  # noqa: PLR0913 -- each is one option
 @router.get("/jobs/{ref}/logs/search", response_model=LogMatches)
 async def search(  # noqa: PLR0913 -- each is one option
     record: LightJob,
-    services: Services,
+    app: App,
     *,
     pattern: str,
     regex: bool = False,
@@ -161,7 +161,7 @@ async def search(  # noqa: PLR0913 -- each is one option
     """Return lines of a log that match."""
     n = pick_attempt(record, attempt)
     asked = logs.LogSearch(pattern, regex, ignore_case, offset, line, limit)
-    return model_response(await log_of(services, record, n=n, rank=rank).search(asked))
+    return model_response(await log_of(app, record, n=n, rank=rank).search(asked))
 
 
 class _LogRequest(NamedTuple):
@@ -175,27 +175,27 @@ class _LogRequest(NamedTuple):
     wait_s: float
 
 
-async def _read_when_grown(services: AppState, request: Request, asked: _LogRequest) -> _LogPart:
+async def _read_when_grown(app: AppState, request: Request, asked: _LogRequest) -> _LogPart:
     """Read the log; at its end, read again whenever something changes, until the timeout."""
     loop = asyncio.get_running_loop()
     until = loop.time() + asked.wait_s
     async with client_disconnect(request) as gone:
-        with services.records.subscribe(asked.job) as changed:
+        with app.records.subscribe(asked.job) as changed:
             while True:
                 changed.clear()
-                record = services.records.light(asked.job)
+                record = app.records.light(asked.job)
                 n = asked.attempt or len(record.attempts)
                 ended = _over(record, n)  # before reading: then nothing can be missing from what is read
                 left = until - loop.time()
-                log = log_of(services, record, n=n, rank=asked.rank)
+                log = log_of(app, record, n=n, rank=asked.rank)
                 growth = asyncio.ensure_future(
                     log.grown(asked.begin, max(0.0, left))
                 )  # before reading, to miss no growth
                 try:
                     part = await _read(log, asked, n, ended=ended, patient=left > 0)
-                    if part.slice.data or ended or left <= 0 or services.closing.is_set() or gone.done():
+                    if part.slice.data or ended or left <= 0 or app.closing.is_set() or gone.done():
                         return part
-                    waits = (changed.wait(), services.closing.wait(), finished(gone), finished(growth))
+                    waits = (changed.wait(), app.closing.wait(), finished(gone), finished(growth))
                     await wait_first(*waits, timeout_s=left)
                 finally:
                     growth.cancel()
@@ -214,11 +214,11 @@ async def _read(log: _StoredLog | _ExternalLog, asked: _LogRequest, n: int, *, e
     return _LogPart(attempt_files.Slice(asked.begin, b"", 0), n, ended)
 
 
-def _ranks(services: AppState, job: str, n: int) -> int:
+def _ranks(app: AppState, job: str, n: int) -> int:
     """Return the number of ranks of an attempt; if its launcher does not tell, of those that have a log so far."""
-    record = services.records.light(job)
+    record = app.records.light(job)
     known = record.attempts[n - 1].ranks if n else 1
-    return known or len(logs.ranks(services.records.folder(job), attempt=n))
+    return known or len(logs.ranks(app.records.folder(job), attempt=n))
 
 
 def _over(record: JobRecord, n: int) -> bool:

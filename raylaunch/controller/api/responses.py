@@ -25,11 +25,11 @@ _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _BLOCK = 1024 * 1024
 
 
-def model_response(value: BaseModel | Sequence[BaseModel], *, background: BackgroundTask | None = None) -> Response:
+def model_response(value: BaseModel | Sequence[BaseModel]) -> Response:
     """Return a model, or several, as JSON."""
     if isinstance(value, BaseModel):
-        return json_response(value.model_dump(mode="json"), background=background)
-    return json_response([item.model_dump(mode="json") for item in value], background=background)
+        return json_response(value.model_dump(mode="json"))
+    return json_response([item.model_dump(mode="json") for item in value])
 
 
 def json_response(

@@ -158,13 +158,9 @@ def _article(role: str) -> str:
     return f"an {role}" if role[0] in "aeiou" else f"a {role}"
 
 
-class _Invitation(BaseModel):
-    model_config = ConfigDict(frozen=True)
+class _Invitation(Token):
+    """One invitation: its code's hash, and what the token that is created with it will be."""
 
-    sha256: str
-    person: str
-    role: Role
-    made_by: str
     created_at: Moment
     expires_at: Moment
     token_expires_at: Moment | None = None
@@ -269,20 +265,9 @@ class Invitations:
 
     def views(self, mine: str) -> tuple[TokenView, ...]:
         """Return all tokens, and the open invitations; `mine` is the hash of the caller's token."""
-        tokens = [
-            TokenView(
-                id=one.id,
-                person=one.person,
-                role=one.role.value,
-                created_at=one.created_at,
-                expires_at=one.expires_at,
-                made_by=one.made_by,
-                mine=one.sha256 == mine,
-            )
-            for one in self._token_store.all()
-        ]
+        tokens = [_view(one, mine=one.sha256 == mine) for one in self._token_store.all()]
         now = self._clock()
-        return (*tokens, *(_view(one) for one in self._read() if not one.token and one.expires_at > now))
+        return (*tokens, *(_view(one, invited=True) for one in self._read() if not one.token and one.expires_at > now))
 
     def revoke(self, who: str, *, mine: str) -> int:
         """Revoke the tokens and invitations of a person, or one by its id; return their number.
@@ -297,7 +282,7 @@ class Invitations:
         if any(one.sha256 == mine for one in gone):
             msg = "you cannot revoke the token you are using"
             raise ConflictError(msg, hint="give another one's id: raylaunch token list")
-        unused = [one for one in invitations if not one.token and who in (one.person, one.sha256[:ID_DIGITS])]
+        unused = [one for one in invitations if not one.token and who in (one.person, one.id)]
         if not gone and not unused:
             msg = f"no token or invitation of {who!r}"
             raise NotFoundError(msg, hint="list them: raylaunch token list")
@@ -329,13 +314,14 @@ class Invitations:
         write_private(self._tokens_path, text)
 
 
-def _view(one: _Invitation) -> TokenView:
+def _view(one: Token, *, mine: bool = False, invited: bool = False) -> TokenView:
     return TokenView(
-        id=one.sha256[:ID_DIGITS],
+        id=one.id,
         person=one.person,
         role=one.role.value,
         created_at=one.created_at,
         expires_at=one.expires_at,
         made_by=one.made_by,
-        invited=True,
+        mine=mine,
+        invited=invited,
     )

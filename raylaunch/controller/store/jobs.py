@@ -138,11 +138,10 @@ class Records:
             if prepare is not None:
                 prepare(record.id)
             return self._write(None, record, kind="submitted", note=f"submitted by {owner}"), True
-        except OSError as error:
-            move_to_trash(self.store, folder.name)
-            raise journal.write_problem(folder, error) from error
-        except BaseException:
-            move_to_trash(self.store, folder.name)
+        except BaseException as error:
+            move_to_trash(self.store, job_id)
+            if isinstance(error, OSError):
+                raise journal.write_problem(folder, error) from error
             raise
 
     def get(self, ref: str, *, owner: str = "") -> JobRecord:
@@ -346,7 +345,7 @@ class Records:
         else:
             event = self._event(new, "foreign", new.message or f"submitted with Ray's own tools, {new.state.value}")
             new = new.model_copy(update={"cursor": event.seq})
-            self._commit(event, self.store / JOURNAL, journal.line_of(event), record=new, own_journal=False)
+            self._commit(event, self.store / JOURNAL, journal.line_of(event), record=new)
         if new.state.ended:
             self._foreign.pop(new.id, None)
         else:
@@ -386,7 +385,7 @@ class Records:
         record = self.by_id(job_id)
         record.require_ended()
         event = self._event(record, "removed", f"{record.name} was removed")
-        self._commit(event, self.store / JOURNAL, journal.line_of(event), record=None, own_journal=False)
+        self._commit(event, self.store / JOURNAL, journal.line_of(event), record=None)
         if not record.foreign:  # external jobs have no folder, and ids from elsewhere
             move_to_trash(self.store, job_id)
         self._notify(job_id)
@@ -417,7 +416,7 @@ class Records:
             new = new.model_copy(update={"cursor": event.seq})
         heavy = old is None or any(getattr(old, name) != getattr(new, name) for name in HEAVY)
         line = journal_line(new, event=event, seq=self._seq, note=note, heavy=heavy)
-        self._commit(event, self.folder(new.id) / JOURNAL, line, record=new, own_journal=True, heavy=heavy)
+        self._commit(event, self.folder(new.id) / JOURNAL, line, record=new, heavy=heavy)
         if heavy and new.environment is not None and new.environment.packages:
             journal.write_packages(self.folder(new.id), new.environment.packages)
         self._track(new)
@@ -439,22 +438,15 @@ class Records:
         at = record.updated_at if kind != "removed" else time.time()
         return Event(seq=self._seq + 1, at=at, job=record.id, kind=kind, message=message, state=record.state)
 
-    def _commit(  # noqa: PLR0913 -- all named
-        self,
-        event: Event | None,
-        path: Path,
-        line: JournalLine,
-        *,
-        record: JobRecord | None,
-        own_journal: bool,
-        heavy: bool = True,
+    def _commit(
+        self, event: Event | None, path: Path, line: JournalLine, *, record: JobRecord | None, heavy: bool = True
     ) -> None:
         """Write the journal, then the database; if the database fails, remove the line."""
         before, after = journal.append(path, line)
         try:
             with self._storing(), database.transaction(self._db):
                 if record is not None:
-                    database.put_job(self._db, record, journal_bytes=after if own_journal else 0, heavy=heavy)
+                    database.put_job(self._db, record, journal_bytes=0 if record.foreign else after, heavy=heavy)
                 else:
                     database.drop_job(self._db, line.job)
                 if event is not None:

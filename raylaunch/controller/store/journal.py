@@ -122,7 +122,7 @@ def append(path: Path, line: JournalLine, *, durable: bool = True) -> tuple[int,
         try:
             before = _cut_torn_line(fd)
             try:
-                _write_all(fd, data, before)
+                write_all(fd, data, before)
                 if durable:
                     os.fsync(fd)
             except OSError:
@@ -160,6 +160,14 @@ def read(path: Path) -> Iterator[JournalLine | None]:
             yield _parse(data)
 
 
+def write_all(fd: int, data: bytes, offset: int) -> None:
+    """Write all of `data` at `offset`."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file for people, readable only by its owner."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -187,10 +195,3 @@ def _cut_torn_line(fd: int) -> int:
     if whole != end:
         os.ftruncate(fd, whole)
     return whole
-
-
-def _write_all(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written

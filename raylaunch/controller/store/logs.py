@@ -5,6 +5,7 @@ Logs may be huge, still growing, or binary; everything is read in blocks, in con
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -214,22 +215,13 @@ def _lines(log: LogBlocks, offset: int, literal: bytes) -> Iterator[tuple[int, i
             yield offset, offset + len(whole), b"", whole.count(b"\n")
             offset += len(whole)
             continue
-        for line in _by_newline(whole):
+        for line in io.BytesIO(whole):
             for start in range(0, len(line), _PIECE):
                 piece = line[start : start + _PIECE]
                 yield offset + start, offset + start + len(piece), piece, piece.endswith(b"\n")
             offset += len(line)
     if rest:
         yield offset, offset + len(rest), rest, 0
-
-
-def _by_newline(data: bytes) -> Iterator[bytes]:
-    start = 0
-    while (end := data.find(b"\n", start)) >= 0:
-        yield data[start : end + 1]
-        start = end + 1
-    if start < len(data):
-        yield data[start:]
 
 
 def _matching_text(line: bytes, matches: Callable[[str], bool]) -> str | None:

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 from pydantic import ValidationError
 
 from raylaunch.controller.settings import Settings
-from raylaunch.controller.store.journal import write_problem
+from raylaunch.controller.store.journal import write_all, write_problem
 from raylaunch.controller.store.secrets import write_private
 from raylaunch.errors import ConflictError, NotFoundError, SpecError, TransferError
 from raylaunch.files import sha256_of, sync
@@ -183,11 +183,7 @@ def _append(part: Path, offset: int, data: bytes) -> None:
         fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             try:
-                view = memoryview(data)
-                position = offset
-                while view:
-                    written = os.pwrite(fd, view, position)
-                    view, position = view[written:], position + written
+                write_all(fd, data, offset)
             except OSError:
                 os.ftruncate(fd, offset)
                 raise

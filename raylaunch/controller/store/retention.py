@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from pathlib import Path
 
 from raylaunch.controller.store.artifacts import Artifacts
 from raylaunch.controller.store.audit import AuditLog
@@ -95,13 +94,11 @@ class RetentionLoop:
     """Removes what has expired, as long as the controller is running.
 
     Args:
-        store: the store's folder.
         retention: the cluster's setting.
     """
 
     def __init__(  # noqa: PLR0913 -- the stores that it cleans, all named
         self,
-        store: Path,
         retention: Retention,
         *,
         records: Records,
@@ -110,14 +107,13 @@ class RetentionLoop:
         removal: JobRemoval,
         cluster_wheels: ClusterWheels,
     ) -> None:
-        self._store = store
         self._retention = retention
         self._records = records
         self._artifacts = artifacts
         self._packages = packages
         self._removal = removal
         self._cluster_wheels = cluster_wheels
-        self._audit = AuditLog(store)
+        self._audit = AuditLog(records.store)
         self._without_checkpoints: set[str] = set()
 
     async def run(self) -> None:
@@ -146,7 +142,7 @@ class RetentionLoop:
         for name in found.packages:
             await asyncio.to_thread(self._packages.remove, name)
         if found.jobs:
-            await asyncio.to_thread(empty_trash, self._store)
+            await asyncio.to_thread(empty_trash, self._records.store)
         return found
 
     def _plan(self) -> Expired:
@@ -155,7 +151,7 @@ class RetentionLoop:
         return plan_sweep(self._records.retention_rows(), self._retention, packages, now=time.time(), also=also)
 
     def _drop_checkpoints(self, job: str) -> bool:
-        folders = list((self._store / "jobs" / job).glob("attempt-*/checkpoints"))
+        folders = list(self._records.folder(job).glob("attempt-*/checkpoints"))
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         if folders:

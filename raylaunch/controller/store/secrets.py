@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def write_private(path: Path, text: str) -> None:
 class SecretStore:
     """``secrets.json`` and ``job_secrets/`` of one store. Values are sent to nodes only.
 
+    `names`, `put` and `remove` may be called from any thread.
+
     ``secret_people.json`` lists whose jobs get a secret; one that is not in it is available to all.
     """
 
@@ -38,6 +41,7 @@ class SecretStore:
         self._people_path = store / "secret_people.json"
         self._jobs = store / "job_secrets"
         self._jobs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = threading.Lock()
 
     def names(self) -> tuple[str, ...]:
         """Return the names of the cluster's secrets, sorted."""
@@ -56,11 +60,12 @@ class SecretStore:
             StorageError: it cannot be written; the old value remains.
         """
         _check(name, value)
-        if people:
-            self._restrict(name, people)  # before the value is there
-        _write(self._path, {**_read(self._path), name: value})
-        if people is not None and not people:
-            self._restrict(name, ())
+        with self._lock:
+            if people:
+                self._restrict(name, people)  # before the value is there
+            _write(self._path, {**_read(self._path), name: value})
+            if people is not None and not people:
+                self._restrict(name, ())
 
     def _restrict(self, name: str, people: Sequence[str]) -> None:
         known = {key: who for key, who in self._people().items() if key != name}
@@ -80,12 +85,13 @@ class SecretStore:
         Raises:
             NotFoundError: there is none with this name.
         """
-        known = _read(self._path)
-        if name not in known:
-            msg = f"no such secret: {name!r}"
-            raise NotFoundError(msg, hint="list them: raylaunch secret list")
-        _write(self._path, {key: value for key, value in known.items() if key != name})
-        self._restrict(name, ())
+        with self._lock:
+            known = _read(self._path)
+            if name not in known:
+                msg = f"no such secret: {name!r}"
+                raise NotFoundError(msg, hint="list them: raylaunch secret list")
+            _write(self._path, {key: value for key, value in known.items() if key != name})
+            self._restrict(name, ())
 
     def put_job(self, job_id: str, values: Mapping[str, str]) -> None:
         """Store the values that came with a job, until `forget_job`. Nothing is written if there are none.
