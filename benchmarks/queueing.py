@@ -13,10 +13,11 @@ from urllib.parse import urlencode, urlsplit
 
 from benchmarks.measure import Result, Skipped
 from benchmarks.workshop import Workshop
+from raylaunch.agent.job_dir import ReadyAttempt
 from raylaunch.cluster.types import Endpoint
-from raylaunch.controller.ray.bridge import PreparedAttempt, RayBridge
+from raylaunch.controller.ray.bridge import RayBridge
 from raylaunch.controller.ray.jobs_api import RayJobs
-from raylaunch.controller.ray.protocol import LinkUp
+from raylaunch.controller.ray.protocol import BridgeUp
 from raylaunch.controller.scheduler.attempt_context import AttemptContext, AttemptResult
 from raylaunch.controller.scheduler.external_jobs import ExternalJobs
 from raylaunch.controller.scheduler.loop import SchedulerLoop
@@ -89,7 +90,7 @@ class _Elsewhere(RayBridge):
             ),
         )
 
-    async def prepare(self, *_attempt: object, **_with: object) -> PreparedAttempt:
+    async def prepare(self, *_attempt: object, **_with: object) -> ReadyAttempt:
         """Never return."""
         await asyncio.Event().wait()
         raise AssertionError
@@ -112,7 +113,7 @@ async def _one_end(folder: Path, rounds: int) -> float:
     lifecycle = SchedulerLoop(context, Artifacts(folder), foreign, DrainStore(folder))
     running = asyncio.create_task(lifecycle.run())
     try:
-        lifecycle.on_event(LinkUp(ray_version=""))
+        lifecycle.on_event(BridgeUp(ray_version=""))
         await _until_one_runs(records, but="")
         while next(records.backlog.unrecorded(1), None):  # until what each waits for is recorded
             observed.notify()

@@ -24,7 +24,7 @@ from support.waiting import until
 import raylaunch
 from raylaunch.contract import VAR_ATTEMPT, VAR_NODE_ROOT
 from raylaunch.controller.ray.bridge import RayBridge
-from raylaunch.controller.ray.protocol import Grew, LinkDown, LinkEvent, LinkUp, ObservedAttempt, Stored
+from raylaunch.controller.ray.protocol import BridgeDown, BridgeEvent, BridgeUp, Grew, ObservedAttempt, Stored
 from raylaunch.errors import ClusterDownError, NotFoundError
 
 pytestmark = pytest.mark.ray
@@ -41,7 +41,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "store"
         self.log_path = folder / "link.log"
-        self.events: list[LinkEvent] = []
+        self.events: list[BridgeEvent] = []
 
     def add_job(self, job: str) -> None:
         (self.path / "jobs" / job).mkdir(parents=True)
@@ -117,7 +117,7 @@ def test_a_node_is_seen_with_what_it_has(head: RayHeadRunning, store: Store) -> 
             assert node.labels["zone"] == "attic"
             assert node.arch == os.uname().machine
             assert node.disk_free
-            await until(lambda: any(isinstance(event, LinkUp) for event in store.events), 60, "LinkUp")
+            await until(lambda: any(isinstance(event, BridgeUp) for event in store.events), 60, "BridgeUp")
 
     asyncio.run(scenario())
 
@@ -212,7 +212,7 @@ def test_a_steward_killed_ten_times_loses_no_byte(head: RayHeadRunning, store: S
             size = path.stat().st_size
             await until(lambda: store.size("kills-a-1", "logs/rank-0.log") == size, 60, "all bytes are in the store")
             assert store.file("kills-a-1", "logs/rank-0.log").read_bytes() == path.read_bytes()
-            assert not [event for event in store.events if isinstance(event, LinkDown)]
+            assert not [event for event in store.events if isinstance(event, BridgeDown)]
 
     asyncio.run(scenario())
 
@@ -313,7 +313,7 @@ def test_a_link_without_ray_says_why(store: Store, tmp_path: Path) -> None:
         )
         await link.start()
         try:
-            await until(lambda: [event for event in store.events if isinstance(event, LinkDown)], 40, "LinkDown")
+            await until(lambda: [event for event in store.events if isinstance(event, BridgeDown)], 40, "BridgeDown")
             with pytest.raises(ClusterDownError, match=r"127\.0\.0\.1:9"):
                 await link.nodes()
         finally:

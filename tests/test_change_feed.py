@@ -28,7 +28,7 @@ class World:
         ready = prepare(
             self.root, spec=attempt_spec(ATTEMPT), package=None, secrets={"K": "planted"}, runner=b"", python="python"
         )
-        self.node = Path(ready["folder"])
+        self.node = Path(ready.folder)
         self.kept = self.store / "jobs/digits-abc/attempt-1"
         self.kept.parent.mkdir(parents=True)
         self.restart()
@@ -295,7 +295,7 @@ def test_what_the_next_attempt_has_unchanged_is_in_the_store_once(world: World) 
     world.output("checkpoints/deleted.pt", b"d")
     world.end()
     world.carry()
-    world.node = folder = Path(prepare_next(world)["folder"])
+    world.node = folder = Path(prepare_next(world).folder)
     world.output("checkpoints/last.pt", b"two!")
     (folder / "checkpoints/deleted.pt").unlink()
     world.next_attempt("digits-abc-2", folder)
@@ -325,7 +325,7 @@ def test_a_file_that_only_looks_unchanged_is_sent_again(world: World) -> None:
     world.end()
     world.carry()
     times = (model.stat().st_atime_ns, model.stat().st_mtime_ns)
-    folder = Path(prepare_next(world)["folder"])
+    folder = Path(prepare_next(world).folder)
     model = folder / "checkpoints/last.pt"
     model.write_bytes(b"two")
     os.utime(model, ns=times)

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.links import LinkToNothing
+from support.bridges import UnconnectedBridge
 
 from raylaunch.agent import attempt_files
+from raylaunch.agent.attempt_files import Slice
 from raylaunch.controller.ray.jobs_api import RayJob, RayJobs
 from raylaunch.controller.scheduler.external_jobs import ExternalJobs, SubmissionPlace, external_view
 from raylaunch.controller.scheduler.external_logs import ExternalLogs
@@ -123,7 +124,7 @@ def observed() -> ObservedState:
 @pytest.fixture
 def foreign(records: Records, observed: ObservedState, tmp_path: Path) -> ExternalJobs:
     ray = RayJobs("http://127.0.0.1:9", "none")
-    return ExternalJobs(records=records, ray=ray, bridge=LinkToNothing(tmp_path), observed=observed)
+    return ExternalJobs(records=records, ray=ray, bridge=UnconnectedBridge(tmp_path), observed=observed)
 
 
 def recorded(records: Records) -> JobRecord:
@@ -201,7 +202,7 @@ def test_a_wish_to_stop_outlives_the_controller(
     foreign.take(running)
     foreign.stop(recorded(records), grace_s=60, person="olga")
     ray = RayJobs("http://127.0.0.1:9", "none")
-    again = ExternalJobs(records=records, ray=ray, bridge=LinkToNothing(tmp_path), observed=observed)
+    again = ExternalJobs(records=records, ray=ray, bridge=UnconnectedBridge(tmp_path), observed=observed)
     again.take(running)
     assert (recorded(records).state, again.stopping()) == (JobState.STOPPING, ["raysubmit_1"])
     assert recorded(records).message == "stop requested by olga, with Ray's own grace period"
@@ -243,7 +244,7 @@ def test_the_hostname_is_kept_when_the_node_has_gone(
 
 
 def read(observed: ObservedState, folder: Path, attempt: AttemptView) -> None:
-    logs = ExternalLogs(bridge=LinkToNothing(folder), ray=RayJobs("http://127.0.0.1:9", "none"), observed=observed)
+    logs = ExternalLogs(bridge=UnconnectedBridge(folder), ray=RayJobs("http://127.0.0.1:9", "none"), observed=observed)
     asyncio.run(logs.read(attempt, offset=0, limit=100, ended=False))
 
 
@@ -272,7 +273,7 @@ def test_a_log_is_found_in_this_session_of_rays_or_in_the_latest_earlier_one(tmp
     (older / "job-driver-one.log").write_text("older")
     assert attempt_files.ray_log_path(current, "one") == older / "job-driver-one.log"
     (current / "job-driver-one.log").write_text("now")
-    assert attempt_files.read_ray_log(current, "one", offset=0, tail=None, limit=100)["data"] == b"now"
+    assert attempt_files.read_ray_log(current, "one", offset=0, tail=None, limit=100).data == b"now"
 
 
 @pytest.mark.parametrize("submission", ["none", "x/../../secret", "a\0b"])
@@ -281,11 +282,7 @@ def test_what_is_no_log_of_rays_is_not_read(tmp_path: Path, submission: str) -> 
     (logs / "job-driver-x").mkdir()
     (tmp_path / "secret.log").write_text("a secret")
     assert attempt_files.ray_log_path(logs, submission) is None
-    assert attempt_files.read_ray_log(logs, submission, offset=0, tail=5, limit=100) == {
-        "offset": 0,
-        "data": b"",
-        "size": 0,
-    }
+    assert attempt_files.read_ray_log(logs, submission, offset=0, tail=5, limit=100) == Slice(0, b"", 0)
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:

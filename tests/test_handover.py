@@ -19,7 +19,7 @@ from raylaunch.agent.attempt_files import inventory
 from raylaunch.agent.change_feed import ChangeFeed
 from raylaunch.agent.job_dir import forget, prepare
 from raylaunch.controller.ray.handover import bring
-from raylaunch.controller.ray.protocol import LinkEvent, Stored
+from raylaunch.controller.ray.protocol import BridgeEvent, Stored
 from raylaunch.controller.ray.replica import ReplicaStore
 from raylaunch.controller.ray.replication import Replication
 from raylaunch.errors import ClusterError, ConflictError, NotFoundError, TransferError
@@ -55,8 +55,8 @@ class Node:
             python="python",
         )
         claim = {"epoch": "e", "pid": 0, "started_ticks": 0, "boot_id": "", "at": 0.0}
-        Path(ready["folder"], "claim.json").write_text(json.dumps(claim))
-        return Path(ready["folder"], "checkpoints").resolve()
+        Path(ready.folder, "claim.json").write_text(json.dumps(claim))
+        return Path(ready.folder, "checkpoints").resolve()
 
     def carry(self, n: int, *, over: bool = True) -> None:
         """Bring what attempt `n` has written to the store."""
@@ -256,7 +256,7 @@ def test_an_output_that_was_not_kept_is_brought_until_a_week_has_passed(tmp_path
     (left / "big.bin").write_text("large")
     (left / "out").symlink_to("/etc")
     forget(here.root, f"{JOB}-1")
-    seen: list[LinkEvent] = []
+    seen: list[BridgeEvent] = []
     replication = Replication("n", call=here, replica=ReplicaStore(store), emit=seen.append)
     asyncio.run(replication.bring_left(f"{JOB}-1", "big.bin"))
     assert (store / f"jobs/{JOB}/attempt-1/outputs/big.bin").read_text() == "large"

@@ -38,7 +38,7 @@ def test_no_other_user_may_read_what_is_prepared(tmp_path: Path) -> None:
     package.mkdir()
     (package / "train.py").write_text("print()")
     (package / "train.py").chmod(0o644)
-    path = Path(prepared(tmp_path, package)["folder"])
+    path = Path(prepared(tmp_path, package).folder)
     assert mode(path) == 0o700
     found = [each for each in (*path.rglob("*"), *(tmp_path / "jobs").rglob("*")) if not each.is_symlink()]
     assert {mode(each) for each in found if each.is_file()} == {0o600}
@@ -51,21 +51,21 @@ def test_programs_stay_executable_and_links_stay_links(tmp_path: Path) -> None:
     (package / "run.sh").write_text("#!/bin/sh\n")
     (package / "run.sh").chmod(0o755)
     (package / "link").symlink_to("run.sh")
-    code = Path(prepared(tmp_path, package)["folder"]) / "code"
+    code = Path(prepared(tmp_path, package).folder) / "code"
     assert mode(code / "run.sh") == 0o700
     assert (code / "link").readlink() == Path("run.sh")
 
 
 @pytest.mark.parametrize("tidied", [True, False])
 def test_each_attempt_of_a_job_has_the_same_folder_of_checkpoints(*, tidied: bool, tmp_path: Path) -> None:
-    first = Path(prepared(tmp_path)["folder"])
+    first = Path(prepared(tmp_path).folder)
     (first / "checkpoints/run").mkdir()
     (first / "checkpoints/run/model.pt").write_text("weights")
     place = (first / "checkpoints").resolve()
     if tidied:
         job_dir.forget(tmp_path, "digits-abc-1", again=True)
         assert not first.exists()
-    second = Path(prepared(tmp_path, attempt="digits-abc-2")["folder"])
+    second = Path(prepared(tmp_path, attempt="digits-abc-2").folder)
     assert (second / "checkpoints").resolve() == place
     assert json.loads((second / "attempt.json").read_text())["job_dir"] == str(place.parent)
     assert (second / "checkpoints/run/model.pt").read_text() == "weights"
@@ -76,12 +76,12 @@ def test_each_attempt_of_a_job_has_the_same_folder_of_checkpoints(*, tidied: boo
 def test_an_attempt_that_0_1_0_made_and_did_not_start_writes_to_its_jobs_folder(tmp_path: Path) -> None:
     made = tmp_path / "attempts/digits-abc-1/checkpoints/run"
     made.mkdir(parents=True)
-    checkpoints = Path(prepared(tmp_path)["folder"]) / "checkpoints"
+    checkpoints = Path(prepared(tmp_path).folder) / "checkpoints"
     assert checkpoints.resolve() == tmp_path.resolve() / "jobs/digits-abc/checkpoints"
 
 
 def test_an_older_attempt_is_ended_before_a_newer_one_has_the_folder(tmp_path: Path) -> None:
-    first = Path(prepared(tmp_path)["folder"])
+    first = Path(prepared(tmp_path).folder)
     tag = attempt_spec("digits-abc-1")["tag"]
     training = subprocess.Popen(["sleep", "600"], env={**os.environ, VAR_ATTEMPT: tag}, start_new_session=True)
     prepared(tmp_path, attempt="digits-abc-2")
@@ -91,7 +91,7 @@ def test_an_older_attempt_is_ended_before_a_newer_one_has_the_folder(tmp_path: P
 
 
 def test_an_older_attempt_never_gets_the_folder_of_a_newer_one(tmp_path: Path) -> None:
-    newer = Path(prepared(tmp_path, attempt="digits-abc-2")["folder"])
+    newer = Path(prepared(tmp_path, attempt="digits-abc-2").folder)
     with pytest.raises(ConflictError, match="attempt 2 of digits-abc"):
         prepared(tmp_path)
     job_dir.forget(tmp_path, "digits-abc-1")
@@ -125,18 +125,18 @@ def test_a_job_that_changes_its_code_changes_only_its_own_copy(tmp_path: Path) -
     package = tmp_path / "package"
     package.mkdir()
     (package / "data.txt").write_text("one")
-    (Path(prepared(tmp_path, package)["folder"]) / "code/data.txt").write_text("two")
+    (Path(prepared(tmp_path, package).folder) / "code/data.txt").write_text("two")
     assert (package / "data.txt").read_text() == "one"
 
 
 def test_the_command_survives_a_shell(tmp_path: Path) -> None:
     ready = prepared(tmp_path)
-    words = ["/a b/python", "-I", f"{ready['folder']}/runner.pyz", ready["folder"]]
-    assert shlex.split(ready["command"]) == words
+    words = ["/a b/python", "-I", f"{ready.folder}/runner.pyz", ready.folder]
+    assert shlex.split(ready.command) == words
 
 
 def test_preparing_again_after_the_claim_changes_nothing(tmp_path: Path) -> None:
-    path = Path(prepared(tmp_path)["folder"])
+    path = Path(prepared(tmp_path).folder)
     (path / "secrets.json").unlink()
     claim = {"epoch": "epoch-1", "pid": 1, "started_ticks": 1, "boot_id": "b", "at": 1.0}
     (path / "claim.json").write_text(json.dumps(claim))
@@ -154,7 +154,7 @@ def test_a_fence_takes_the_claim_before_any_runner(tmp_path: Path) -> None:
 
 
 def test_a_fence_leaves_a_runners_claim_and_deletes_secrets(tmp_path: Path) -> None:
-    path = Path(prepared(tmp_path)["folder"])
+    path = Path(prepared(tmp_path).folder)
     claim = {"epoch": "epoch-1", "pid": 0, "started_ticks": 1, "boot_id": "b", "at": 1.0}
     (path / "claim.json").write_text(json.dumps(claim))
     assert attempt_dir.close(tmp_path, "digits-abc-1") == claim
@@ -168,14 +168,14 @@ def test_a_name_that_is_no_attempts_id_reaches_no_path(tmp_path: Path, name: str
 
 
 def test_forgetting_twice_is_forgetting_once(tmp_path: Path) -> None:
-    path = Path(prepared(tmp_path)["folder"])
+    path = Path(prepared(tmp_path).folder)
     job_dir.forget(tmp_path, "digits-abc-1")
     job_dir.forget(tmp_path, "digits-abc-1")
     assert not path.exists()
 
 
 def test_training_dies_with_its_runner(tmp_path: Path) -> None:
-    path = Path(prepared(tmp_path)["folder"])
+    path = Path(prepared(tmp_path).folder)
     spec = attempt_spec("digits-abc-1")
     training = subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(600)"],
@@ -190,7 +190,7 @@ def test_training_dies_with_its_runner(tmp_path: Path) -> None:
 
 
 def test_training_of_a_living_runner_is_left_alone(tmp_path: Path) -> None:
-    path = Path(prepared(tmp_path)["folder"])
+    path = Path(prepared(tmp_path).folder)
     claim = {
         "epoch": "epoch-1",
         "pid": os.getpid(),

@@ -9,14 +9,14 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from support.api import Api, settings_of
+from support.bridges import UnconnectedBridge
 from support.index import Index, index, tiny_sdist, tiny_wheel
-from support.links import LinkToNothing
 from support.running import Attempt
 from support.sshd import free_port
 from support.tiny_project import tiny_project
@@ -535,7 +535,7 @@ def test_a_file_outside_the_working_folder_that_the_head_names_is_not_read(
     assert served.asked == []
 
 
-class Looks(LinkToNothing):
+class Looks(UnconnectedBridge):
     """A link to nodes, each with the address of the package index that it reaches; empty for none."""
 
     def __init__(self, folder: Path, indexes: Sequence[str]) -> None:
@@ -543,10 +543,10 @@ class Looks(LinkToNothing):
         self._indexes = indexes
         self.kinds: list[object] = []
 
-    async def call(self, method: str, params: Mapping[str, object], *, timeout_s: float) -> object:
+    async def call_agent(self, node_id: str, method: str, *args: object, timeout_s: float) -> object:
         assert (method, timeout_s) == ("index_look", 20)
-        self.kinds.append(params["kind"])
-        return {"index": self._indexes[int(str(params["node_id"]))], **HERE.model_dump()}
+        self.kinds.append(args[1])
+        return {"index": self._indexes[int(node_id)], **HERE.model_dump()}
 
 
 def needs(folder: Path, *indexes: str, kind: str | Environment) -> tuple[WheelPreflight, Looks]:

@@ -11,12 +11,12 @@ import anyio
 import psutil
 import pytest
 from support.api import settings_of
-from support.links import LinkToNothing
+from support.bridges import UnconnectedBridge
 from support.waiting import until
 
 from raylaunch.controller.ray.bridge import RayBridge
 from raylaunch.controller.ray.jobs_api import RayJobs
-from raylaunch.controller.ray.protocol import LinkDown, LinkUp, NodesChanged
+from raylaunch.controller.ray.protocol import BridgeDown, BridgeUp, NodesChanged
 from raylaunch.controller.scheduler.attempt_context import AttemptContext, AttemptResult
 from raylaunch.controller.scheduler.external_jobs import ExternalJobs
 from raylaunch.controller.scheduler.loop import RECORDED_AHEAD, SchedulerLoop
@@ -34,7 +34,7 @@ from raylaunch.models.job_spec import JobSpec, Resources
 from raylaunch.models.states import Change, JobState, Reason
 
 
-class BrokenLink(LinkToNothing):
+class BrokenLink(UnconnectedBridge):
     """A link whose child has a bug."""
 
     def __init__(self, folder: Path) -> None:
@@ -47,7 +47,7 @@ class BrokenLink(LinkToNothing):
         raise RaylaunchError(msg)
 
 
-class SlowLink(LinkToNothing):
+class SlowLink(UnconnectedBridge):
     """A link that answers with the nodes as they were when it was asked, once it is let."""
 
     def __init__(self, folder: Path) -> None:
@@ -116,7 +116,7 @@ async def running_with(
 async def test_what_changes_while_the_nodes_are_asked_for_is_asked_for_again(tmp_path: Path) -> None:
     async with running(tmp_path) as (lifecycle, link, observed):
         link.there = (node("h1", steward=False),)
-        lifecycle.on_event(LinkUp(ray_version="2"))
+        lifecycle.on_event(BridgeUp(ray_version="2"))
         await until(lambda: link.asked == 1, 60, "the nodes are asked for")
         link.there = (node("h1", steward=True),)
         lifecycle.on_event(NodesChanged())
@@ -131,7 +131,7 @@ async def test_what_changes_while_the_nodes_are_asked_for_is_asked_for_again(tmp
 async def test_a_question_without_an_answer_is_asked_again(tmp_path: Path) -> None:
     async with running(tmp_path) as (lifecycle, link, observed):
         link.there, link.silent = (node("h1", steward=True),), 1
-        lifecycle.on_event(LinkUp(ray_version="2"))
+        lifecycle.on_event(BridgeUp(ray_version="2"))
         link.let.release()
         link.let.release()
         await until(lambda: bool(observed.ready_nodes()), 60, "the node is seen")
@@ -143,7 +143,7 @@ async def test_a_bug_of_the_links_child_is_not_met_again_and_again(tmp_path: Pat
     spec = JobSpec(entrypoint="python train.py", resources=Resources(gpus=1))
     records.create(SubmitRequest(spec=spec), owner="ana", wandb=None)
     async with running_with(link, tmp_path, records) as (lifecycle, observed):
-        lifecycle.on_event(LinkUp(ray_version="2"))
+        lifecycle.on_event(BridgeUp(ray_version="2"))
         await until(lambda: link.asked == 1, 60, "the nodes are asked for")
         for _ in range(200):  # each lets the loop take a step
             observed.notify()
@@ -156,12 +156,12 @@ async def test_a_bug_of_the_links_child_is_not_met_again_and_again(tmp_path: Pat
 async def test_nobody_is_asked_while_the_link_is_down(tmp_path: Path) -> None:
     async with running(tmp_path) as (lifecycle, link, observed):
         lifecycle.on_event(NodesChanged())
-        lifecycle.on_event(LinkDown(why="Ray is gone"))
+        lifecycle.on_event(BridgeDown(why="Ray is gone"))
         await asyncio.sleep(0.1)
         assert (link.asked, observed.bridge_error) == (0, "Ray is gone")
         link.there = (node("h1", steward=True),)
         link.let.release()
-        lifecycle.on_event(LinkUp(ray_version="2"))
+        lifecycle.on_event(BridgeUp(ray_version="2"))
         await until(lambda: bool(observed.ready_nodes()), 60, "the node is seen")
 
 
@@ -171,7 +171,7 @@ async def test_a_job_that_wants_gpus_is_placed_by_what_they_are_used_for_now(tmp
     async with running(tmp_path, records) as (lifecycle, link, observed):
         free = node("h1", steward=True).model_copy(update={"gpus": 1, "gpus_free": 1, "gpu": (GpuView(index="0"),)})
         link.there = (free,)
-        lifecycle.on_event(LinkUp(ray_version="2"))
+        lifecycle.on_event(BridgeUp(ray_version="2"))
         link.let.release()
         await until(lambda: observed.nodes == (free,), 60, "the free GPU was seen")
         observed.nodes_at = float("-inf")  # long ago
@@ -193,7 +193,7 @@ async def test_a_job_that_wants_gpus_is_placed_by_what_they_are_used_for_now(tmp
 @pytest.mark.anyio
 async def test_who_asks_for_the_nodes_has_them_looked_at_unless_that_was_a_moment_ago(tmp_path: Path) -> None:
     async with running(tmp_path) as (lifecycle, link, observed):
-        lifecycle.on_event(LinkUp(ray_version="2"))
+        lifecycle.on_event(BridgeUp(ray_version="2"))
         link.let.release()
         await until(lambda: observed.nodes_age < 60, 60, "the nodes were looked at")
         await observed.fresh_nodes(age_s=600, timeout_s=60)
@@ -207,10 +207,10 @@ async def test_who_asks_for_the_nodes_has_them_looked_at_unless_that_was_a_momen
 @pytest.mark.anyio
 async def test_where_the_nodes_cannot_be_looked_at_who_asks_gets_what_was_seen_last(tmp_path: Path) -> None:
     async with running(tmp_path) as (lifecycle, link, observed):
-        lifecycle.on_event(LinkUp(ray_version="2"))
+        lifecycle.on_event(BridgeUp(ray_version="2"))
         await until(lambda: link.asked == 1, 60, "the nodes are asked for")
         await observed.fresh_nodes(age_s=0, timeout_s=0.2)
-        lifecycle.on_event(LinkDown(why="Ray is gone"))
+        lifecycle.on_event(BridgeDown(why="Ray is gone"))
         await observed.fresh_nodes(age_s=0, timeout_s=60)
         assert observed.nodes == ()
 
@@ -242,13 +242,13 @@ async def test_what_all_jobs_wait_for_is_read_and_recorded_for_those_ahead_alone
     jobs = [submitted(records, f"job-{n}", cpus=4) for n in range(RECORDED_AHEAD + 10)]
     async with running(tmp_path, records) as (lifecycle, link, observed):
         link.there = (node("h1", steward=True).model_copy(update={"cpus": 2}),)
-        lifecycle.on_event(LinkUp(ray_version="2"))
+        lifecycle.on_event(BridgeUp(ray_version="2"))
         link.let.release()
         with anyio.fail_after(60):
             while any(records.light(job).reason is not Reason.WAITING_FOR_NODE for job in jobs):
                 observed.notify()
                 await asyncio.sleep(0.01)
-        lifecycle.on_event(LinkDown(why="Ray is gone"))
+        lifecycle.on_event(BridgeDown(why="Ray is gone"))
         with anyio.fail_after(60):
             while records.light(jobs[RECORDED_AHEAD - 1]).reason is not Reason.WAITING_FOR_RAY:
                 observed.notify()
@@ -265,7 +265,7 @@ async def test_a_new_sentence_with_the_same_reason_is_not_recorded(tmp_path: Pat
     job = submitted(records, "waits", gpus=2)
     async with running(tmp_path, records) as (lifecycle, link, observed):
         link.there = (node("h1", steward=True).model_copy(update={"gpus": 2, "gpus_free": 1}),)
-        lifecycle.on_event(LinkUp(ray_version="2"))
+        lifecycle.on_event(BridgeUp(ray_version="2"))
         link.let.release()
         await soon(lambda: records.light(job).reason is Reason.WAITING_FOR_GPUS)
         journal = records.folder(job) / "journal.jsonl"
@@ -286,7 +286,7 @@ async def test_the_last_lines_of_an_attempt_are_no_longer_shown_when_the_next_on
     records.update(job, change=Change.REQUEUE, log_tail=("Traceback of attempt 1",))
     async with running(tmp_path, records) as (lifecycle, link, _):
         link.there = (node("h1", steward=True).model_copy(update={"gpus": 1, "gpus_free": 1}),)
-        lifecycle.on_event(LinkUp(ray_version="2"))
+        lifecycle.on_event(BridgeUp(ray_version="2"))
         link.let.release()
         await soon(lambda: len(records.light(job).attempts) == 2)
         assert records.get(job).log_tail == ()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import anyio
 import httpx2
@@ -16,7 +15,6 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from support.api import Api, serving
 from support.api_use import submit, write
-from support.links import LinkToNothing
 from support.run_writer import history, run, summary, write_run
 from support.store import job_view
 
@@ -30,8 +28,8 @@ from raylaunch.controller.__main__ import read_attempt_result
 from raylaunch.controller.metrics.curves import KEYS_KEPT, ReportReader
 from raylaunch.controller.metrics.reader import NAMES_KEPT, MetricsStore
 from raylaunch.controller.ray import jobs_api, protocol
-from raylaunch.controller.ray.calls import node_views
-from raylaunch.controller.ray.protocol import LinkUp, exit_from, facts_from, started_from
+from raylaunch.controller.ray.calls import RayNode, node_view
+from raylaunch.controller.ray.protocol import exit_from, facts_from, started_from
 from raylaunch.controller.scheduler.attempt_context import AttemptResult
 from raylaunch.controller.scheduler.finish import with_warnings
 from raylaunch.controller.store import journal, record
@@ -394,34 +392,11 @@ def test_an_end_that_cannot_be_read_is_an_end_all_the_same() -> None:
 # -- what the link's child, nodes and hosts say ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "line", ["", "3", "null", "[]", "{}", DEEP, '{"event": "x"}', '{"event": "up"}', '{"id": [1]}']
-)
-def test_a_line_of_the_links_child_that_is_no_frame_is_passed_over(tmp_path: Path, line: str) -> None:
-    seen: list[object] = []
-    link = LinkToNothing(tmp_path, on_event=seen.append)
-
-    async def listen() -> str:
-        frames = f'{line}\n{{"event": "up", "ray_version": "2"}}\n{{"event": "down", "why": "the end"}}\n'
-        child = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", "import sys; sys.stdout.write(sys.stdin.read())",
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=2**20,
-        )  # fmt: skip
-        assert child.stdin is not None
-        child.stdin.write(frames.encode())
-        child.stdin.close()
-        why = await link._listen(child)  # noqa: SLF001 -- that nothing of it is lost shows nowhere else
-        await child.wait()
-        return why
-
-    assert anyio.run(listen) == "the end"
-    assert [type(event) for event in seen] == [LinkUp]
-
-
-@pytest.mark.parametrize("odd", [{"cpus": math.inf}, {"memory": 2**80}, {"gpu": [3]}, {"custom": {"x": -1}}])
-def test_a_node_that_cannot_be_read_hides_no_other(odd: dict[str, object]) -> None:
-    node = {"id": "a", "hostname": "dgx-1", "address": "10.0.0.1", "alive": True}
-    assert [found.hostname for found in node_views([{**node, "hostname": "dgx-2", **odd}, 3, node])] == ["dgx-1"]
+@pytest.mark.parametrize("odd", [{"total": {"CPU": math.inf}}, {"total": {"memory": 2**80}}, {"total": {"x": -1}}])
+def test_a_node_that_cannot_be_read_is_left_out(odd: dict[str, Any]) -> None:
+    row = RayNode(id="a", alive=True, hostname="dgx", address="10.0.0.1", total={}, free={}, labels={}, logs="")
+    assert node_view(row, None, agent_responds=False) is not None
+    assert node_view(cast("RayNode", {**row, **odd}), None, agent_responds=False) is None
 
 
 @pytest.mark.parametrize("text", [HUGE, "inf", "nan", "²"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from raylaunch.controller.ray.protocol import BridgeDown, pack
 from raylaunch.controller.ray.replica import ReplicaStore
 from raylaunch.controller.store.jobs import Records
 from raylaunch.controller.store.packages import PackageStore
@@ -59,7 +60,7 @@ def test_the_links_child_is_not_held_up_by_a_controller_that_does_not_read() -> 
         "import sys\n"
         "from raylaunch.controller.ray.protocol import Stdout\n"
         "out = Stdout()\n"
-        "for _ in range(8): out.send({'event': 'x' * 1024 * 1024})\n"
+        "for _ in range(8): out.send('x' * 1024 * 1024)\n"
         "sys.stderr.write('goes on\\n')\n"
         "sys.stderr.flush()\n"
         "sys.stdin.read()\n"
@@ -79,13 +80,12 @@ def test_last_words_of_the_links_child_arrive() -> None:
     program = (
         "from raylaunch.controller.ray.protocol import Stdout\n"
         "out = Stdout()\n"
-        "for n in range(100): out.send({'n': n})\n"
+        "for n in range(100): out.send(n)\n"
         "out.fail('the end')\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert len(done.stdout.splitlines()) == 101
-    assert done.stdout.endswith(b'{"event":"down","why":"the end"}\n')
+    assert done.stdout == b"".join(map(pack, [*range(100), BridgeDown(why="the end")]))
 
 
 def test_what_is_looked_up_by_id_is_never_found_by_its_name(tmp_path: Path) -> None:

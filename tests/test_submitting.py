@@ -8,7 +8,7 @@ from pathlib import Path
 import anyio
 import pytest
 from support.api import settings_of
-from support.links import LinkToNothing
+from support.bridges import UnconnectedBridge
 
 from raylaunch.controller.ray.jobs_api import RayJobs
 from raylaunch.controller.scheduler.external_jobs import ExternalJobs
@@ -35,7 +35,7 @@ class Desk:
         self.store = store
         self.records = Records(store)
         self.secrets = SecretStore(store)
-        settings, observed, link = settings_of(store, 9), ObservedState(), LinkToNothing(store)
+        settings, observed, link = settings_of(store, 9), ObservedState(), UnconnectedBridge(store)
         ray = RayJobs("http://127.0.0.1:9", "none")
         self.verbs = JobService(
             settings=settings,

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 from raylaunch.agent import attempt_dir, attempt_files, index_check, job_dir, node_info
 from raylaunch.agent.attempt_files import FileStat, disk_use, inventory
@@ -23,7 +23,7 @@ from raylaunch.agent.change_feed import ChangeFeed, ChangeReply, Have, HaveFile
 from raylaunch.agent.inotify import Watcher
 from raylaunch.agent.packages import Packages, Platform, platform_of, storage_error
 from raylaunch.agent.processes import end_processes, runner_alive, wait_for_runner
-from raylaunch.contract import ATTEMPT, EXIT, VAR_NODE_ROOT, AttemptSpec, StopWish
+from raylaunch.contract import ATTEMPT, EXIT, VAR_NODE_ROOT, AttemptSpec, Claim, Exit, StopWish
 from raylaunch.errors import RaylaunchError
 
 _log = logging.getLogger(__name__)
@@ -44,14 +44,17 @@ _RUNNER_ENDS_S = 3.0
 _THREADS = 16
 
 
-class FenceResult(TypedDict):
-    """What a fence found."""
+class FenceResult(NamedTuple):
+    """No process of the attempt is running on the node, and none can start any more."""
 
     killed: int
-    claim: dict[str, object] | None
-    exit: dict[str, object] | None
+    """Processes that had to be killed."""
+    claim: Claim
+    """Who had claimed it; the epoch is `raylaunch.contract.FENCED` if nobody had and the fence claimed it."""
+    exit: Exit | None
+    """How it ended, if its runner reported that: as the runner wrote it, until the bridge validates it."""
     beat_at: float | None
-    """When its runner was last alive, seconds since the epoch; None when none ever was."""
+    """Latest heartbeat of its runner, seconds since the epoch; None if there was none."""
 
 
 def node_root() -> Path:
@@ -222,9 +225,7 @@ class NodeAgent:
                 wait_for_runner(claim, limit_s=_RUNNER_ENDS_S)
             beat_at = attempt_dir.beat_at(path)
             killed = end_processes(tag, claim)
-            return FenceResult(
-                killed=killed, claim=dict(claim), exit=attempt_dir.read_json(path / EXIT), beat_at=beat_at
-            )
+            return FenceResult(killed, claim, cast("Exit | None", attempt_dir.read_json(path / EXIT)), beat_at)
 
         return await self._in_thread(end)
 
@@ -288,7 +289,7 @@ class NodeAgent:
 
     async def ray_log(
         self, logs: str, submission: str, *, offset: int, tail: int | None, limit: int
-    ) -> attempt_files.LogPiece:
+    ) -> attempt_files.Slice:
         """Return bytes of the log of a job of plain Ray; `logs` is where Ray keeps them on this node."""
         return await self._in_thread(
             lambda: attempt_files.read_ray_log(Path(logs), submission, offset=offset, tail=tail, limit=limit)

@@ -12,7 +12,7 @@ import stat as stat_module
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypedDict
+from typing import BinaryIO, NamedTuple
 
 from raylaunch.agent.packages import file_sha256
 from raylaunch.contract import (
@@ -102,15 +102,6 @@ def tail_offset(path: Path, lines: int, *, max_back: int = TAIL_BYTES) -> int:
         return _at_character(file, floor)
 
 
-class LogPiece(TypedDict):
-    """Some bytes of such a log."""
-
-    offset: int
-    data: bytes
-    size: int
-    """0 also when Ray has no such file."""
-
-
 def ray_log_path(logs: Path, submission: str) -> Path | None:
     """Return a submission's log; None when there is none.
 
@@ -126,14 +117,12 @@ def ray_log_path(logs: Path, submission: str) -> Path | None:
     return next((folder / name for folder in (logs, *earlier) if FileStat.of(folder / name)), None)
 
 
-def read_ray_log(logs: Path, submission: str, *, offset: int, tail: int | None, limit: int) -> LogPiece:
+def read_ray_log(logs: Path, submission: str, *, offset: int, tail: int | None, limit: int) -> Slice:
     """Return at most `limit` bytes of a submission's log: from `offset` on, or the last `tail` lines."""
     path = ray_log_path(logs, submission)
     if path is None:
-        return LogPiece(offset=0, data=b"", size=0)
-    start = offset if tail is None else tail_offset(path, tail)
-    found = read(path, offset=start, limit=limit)
-    return LogPiece(offset=found.offset, data=found.data, size=found.size)
+        return Slice(0, b"", 0)
+    return read(path, offset=offset if tail is None else tail_offset(path, tail), limit=limit)
 
 
 def ray_log_size(logs: Path, submission: str) -> int:

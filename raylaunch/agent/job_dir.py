@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 from raylaunch.agent.attempt_dir import (
     attempt_folder,
@@ -121,8 +121,8 @@ def forget(root: Path, attempt: str, *, again: bool = False) -> None:
     shutil.rmtree(removed, ignore_errors=True)
 
 
-class ReadyAttempt(TypedDict):
-    """An attempt that can be submitted."""
+class ReadyAttempt(NamedTuple):
+    """An attempt is ready on its node; `command` is its entrypoint for Ray."""
 
     folder: str
     command: str

@@ -42,7 +42,7 @@ from raylaunch.models.cluster import ControllerStatus, EnvironmentWheels, RayAcc
 from raylaunch.models.job import DryRun, JobView, SubmitAnswer, SubmitRequest
 from raylaunch.models.states import Change
 from raylaunch.version import API, __version__
-from support.links import LinkToNothing
+from support.bridges import UnconnectedBridge
 from support.waiting import wait_until
 
 _T = TypeVar("_T")
@@ -85,7 +85,7 @@ class Desk(JobService):
 
     def __init__(self, settings: Settings, records: Records, secrets: SecretStore, observed: ObservedState) -> None:
         store = settings.store
-        bridge, artifacts = LinkToNothing(store), Artifacts(store)
+        bridge, artifacts = UnconnectedBridge(store), Artifacts(store)
         ray = RayJobs("http://127.0.0.1:9", "none")
         wheels = WheelPreflight(settings=settings, observed=observed, bridge=bridge, kept=ClusterWheels(settings))
         super().__init__(
@@ -210,7 +210,7 @@ class Api:
             jobs=self.desk,
             hosts=HostService(records=self.records, drains=DrainStore(self.store), observed=self.observed),
             external_logs=ExternalLogs(
-                bridge=LinkToNothing(self.store),
+                bridge=UnconnectedBridge(self.store),
                 ray=RayJobs("http://127.0.0.1:9", "none"),
                 observed=self.observed,
             ),

@@ -1,73 +1,52 @@
 """The controller's side of the bridge to Ray: it keeps the child program `raylaunch.controller.ray.process` running.
 
 Ray ends every process that is connected to it a minute after its head has exited, so the connection is held by a child
-that may exit and is restarted. They exchange JSON lines over the child's stdin and stdout. The child itself writes
-files of attempts into the store; they never pass through here.
+that may exit and is restarted. They exchange frames over the child's stdin and stdout (`raylaunch.controller.ray.
+protocol`). The child itself writes files of attempts into the store; they never pass through here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, cast
 
-from raylaunch.contract import AttemptSpec, Claim, Exit, StopWish
-from raylaunch.controller.ray.calls import node_views
+from raylaunch.agent.agent import FenceResult
+from raylaunch.agent.job_dir import ReadyAttempt
+from raylaunch.contract import AttemptSpec, StopWish
 from raylaunch.controller.ray.protocol import (
-    LinkDown,
-    LinkEvent,
-    LinkUp,
+    BridgeDown,
+    BridgeEvent,
+    BridgeUp,
+    Response,
     child_command,
     child_environment,
     end,
-    event_from,
     exit_from,
     open_log,
+    pack,
+    read_frame,
 )
-from raylaunch.errors import ClusterDownError, from_wire
+from raylaunch.errors import ClusterDownError
 from raylaunch.models.cluster import NodeView
 from raylaunch.models.job import WheelSet
 
 _log = logging.getLogger(__name__)
 
 _PROGRAM = "raylaunch.controller.ray.process"
-_LINE_LIMIT = 64 * 1024 * 1024
 _LONGEST_BACKOFF_S = 10.0
 _STEADY_S = 30.0
 _LEFT_S = 3600.0
-
-
-@dataclass(frozen=True)
-class PreparedAttempt:
-    """An attempt is ready on its node; `command` is its entrypoint for Ray."""
-
-    folder: str
-    command: str
-
-
-@dataclass(frozen=True)
-class Fenced:
-    """No process of the attempt is running on the node, and none can start any more."""
-
-    killed: int
-    """Processes that had to be killed."""
-    claim: Claim | None
-    """Who had claimed it; the epoch is ``fenced`` if nobody had and the fence claimed it."""
-    exit: Exit | None
-    """How it ended, if its runner reported that."""
-    beat_at: float | None = None
-    """Latest heartbeat of its runner; None if there was none."""
+_MARGIN_S = 15.0
 
 
 class Config(TypedDict):
-    """The child's first line on stdin."""
+    """The first value on the child's stdin."""
 
     gcs_address: str
     store: str
@@ -76,7 +55,11 @@ class Config(TypedDict):
 
 
 class RayBridge:
-    """The connection to Ray and the node agents. Use it from one event loop."""
+    """The connection to Ray and the node agents. Use it from one event loop.
+
+    Every request raises `ClusterDownError` if the connection is down, `NotFoundError` if there is no such node, and
+    `ClusterError` if the node's agent does not respond.
+    """
 
     def __init__(  # noqa: PLR0913 -- each is a fact about one Ray, and all are named
         self,
@@ -85,7 +68,7 @@ class RayBridge:
         ray_token_path: Path,
         ray_env: Mapping[str, str] | None = None,
         store: Path,
-        on_event: Callable[[LinkEvent], None],
+        on_event: Callable[[BridgeEvent], None],
         log_path: Path,
         namespace: str = "raylaunch",
         carries: bool = False,
@@ -135,7 +118,7 @@ class RayBridge:
         return self._child.pid if self._child else None
 
     async def start(self) -> None:
-        """Start the child and keep it running. Returns immediately; `LinkUp` reports the connection."""
+        """Start the child and keep it running. Returns immediately; `BridgeUp` reports the connection."""
         if self._supervision is None:
             self._why = "connecting"
             self._supervision = asyncio.create_task(self._keep_running(), name="bridge")
@@ -149,13 +132,8 @@ class RayBridge:
         self._supervision = None
 
     async def nodes(self) -> tuple[NodeView, ...]:
-        """Return the cluster's nodes, dead ones too, as Ray and the agents report them (at most a second old).
-
-        Raises:
-            ClusterDownError: The connection is down.
-        """
-        answer = await self.call("nodes", {}, timeout_s=30)
-        return node_views(cast("list[object]", answer))
+        """Return the cluster's nodes, dead ones too, as Ray and the agents report them (at most a second old)."""
+        return cast("tuple[NodeView, ...]", await self.call("nodes", {}, timeout_s=30))
 
     async def prepare(
         self,
@@ -165,7 +143,7 @@ class RayBridge:
         package: str,
         secrets: Mapping[str, str],
         wheels: Sequence[WheelSet] = (),
-    ) -> PreparedAttempt:
+    ) -> ReadyAttempt:
         """Create the attempt's folder on a node: code, runner, secrets. May be repeated.
 
         Args:
@@ -176,28 +154,19 @@ class RayBridge:
             wheels: Wheels of its environment, by platform; those for the node's are sent if it lacks them.
 
         Raises:
-            ClusterDownError: The connection is down.
-            NotFoundError: There is no such node, or no such package in the store.
-            ClusterError: The node's agent does not respond.
+            NotFoundError: No such package is in the store.
             StorageError: The node's disk is full.
             TransferError: The package arrived damaged.
         """
         sets = [one.model_dump(mode="json") for one in wheels]
         params = {"node_id": node_id, "spec": spec, "package": package, "secrets": dict(secrets), "wheels": sets}
-        answer = cast("dict[str, str]", await self.call("prepare", params, timeout_s=900))
-        return PreparedAttempt(folder=answer["folder"], command=answer["command"])
+        return cast("ReadyAttempt", await self.call("prepare", params, timeout_s=900))
 
     async def stop(self, node_id: str, attempt: str, wish: StopWish) -> None:
-        """Ask the attempt's runner to stop. May be repeated; a later request replaces the earlier one.
+        """Ask the attempt's runner to stop. May be repeated; a later request replaces the earlier one."""
+        await self.call_agent(node_id, "stop", attempt, wish, timeout_s=45)
 
-        Raises:
-            ClusterDownError: The connection is down.
-            NotFoundError: There is no such node.
-            ClusterError: The node's agent does not respond.
-        """
-        await self.call("stop", {"node_id": node_id, "attempt": attempt, "wish": wish}, timeout_s=60)
-
-    async def fence(self, node_id: str, attempt: str, tag: str) -> Fenced:
+    async def fence(self, node_id: str, attempt: str, tag: str) -> FenceResult:
         """End every process of the attempt on the node, and prevent that any starts there again.
 
         Args:
@@ -206,44 +175,23 @@ class RayBridge:
             tag: Value of ``RAYLAUNCH_ATTEMPT_ID`` in its processes' environment.
 
         Raises:
-            ClusterDownError: The connection is down.
-            NotFoundError: There is no such node.
-            ClusterError: The node's agent does not respond, or processes survived SIGKILL for 30 s.
+            ClusterError: Processes survived SIGKILL for 30 s.
         """
-        params = {"node_id": node_id, "attempt": attempt, "tag": tag}
-        answer = cast("dict[str, object]", await self.call("fence", params, timeout_s=90))
-        return Fenced(
-            killed=cast("int", answer["killed"]),
-            claim=cast("Claim | None", answer["claim"]),
-            exit=exit_from(answer["exit"], now=time.time()),
-            beat_at=cast("float | None", answer.get("beat_at")),
-        )
+        found = cast("FenceResult", await self.call_agent(node_id, "fence", attempt, tag, timeout_s=90))
+        return found._replace(exit=exit_from(found.exit, now=time.time()))
 
     async def drain(self, node_id: str, attempt: str, timeout_s: float) -> bool:
         """Wait until all files of the attempt on the node are in the store, with matching sizes and checksums.
 
-        Returns:
-            False if that took longer than `timeout_s`.
-
-        Raises:
-            ClusterDownError: The connection is down.
-            NotFoundError: There is no such node.
+        Returns False if that took longer than `timeout_s`.
         """
         params = {"node_id": node_id, "attempt": attempt, "timeout_s": timeout_s}
-        return bool(await self.call("settle", params, timeout_s=timeout_s + 30))
+        return bool(await self.call("drain", params, timeout_s=timeout_s + 30))
 
     async def forget(self, node_id: str, attempt: str, *, again: bool = False) -> None:
         """Delete the attempt's folder on the node. May be repeated.
 
-        Args:
-            node_id: Ray's id of the node.
-            attempt: The attempt's id.
-            again: Whether another attempt follows, for which its checkpoints are kept there.
-
-        Raises:
-            ClusterDownError: The connection is down.
-            NotFoundError: There is no such node.
-            ClusterError: The node's agent does not respond.
+        With `again` another attempt follows, for which its checkpoints are kept there.
         """
         await self.call("forget", {"node_id": node_id, "attempt": attempt, "again": again}, timeout_s=120)
 
@@ -257,12 +205,15 @@ class RayBridge:
             below: The attempt's folder in the store that receives it.
 
         Raises:
-            ClusterDownError: The connection is down.
-            NotFoundError: There is no such node, or the file no longer exists.
-            ClusterError: The node's agent does not respond.
+            NotFoundError: The file no longer exists.
         """
         params = {"node_id": node_id, "attempt": attempt, "path": path, "below": below}
         await self.call("bring_left", params, timeout_s=_LEFT_S)
+
+    async def call_agent(self, node_id: str, method: str, *args: object, timeout_s: float) -> object:
+        """Call one of the methods of `raylaunch.agent.agent.NodeAgent`, which must respond within `timeout_s`."""
+        params = {"node_id": node_id, "method": method, "args": args, "timeout_s": timeout_s}
+        return await self.call("call_agent", params, timeout_s=timeout_s + _MARGIN_S)
 
     async def call(self, method: str, params: Mapping[str, object], *, timeout_s: float) -> object:
         """Call one of the methods of `raylaunch.controller.ray.process.Program`.
@@ -278,10 +229,10 @@ class RayBridge:
         future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         try:
-            child.stdin.write(_line({"id": number, "method": method, "params": params}))
+            child.stdin.write(pack((number, method, dict(params))))
             await child.stdin.drain()
             return await asyncio.wait_for(future, timeout_s)
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except ConnectionError:
             raise self._down() from None
         except asyncio.TimeoutError:
             msg = f"the bridge to Ray did not respond to {method!r} within {timeout_s:.0f} s"
@@ -309,7 +260,7 @@ class RayBridge:
             finally:
                 self._set_down("the connection to Ray was closed")
             self._set_down(why)
-            self._notify(LinkDown(why=why))
+            self._notify(BridgeDown(why=why))
             backoff_s = 0.5 if loop.time() - started > _STEADY_S else min(backoff_s * 2, _LONGEST_BACKOFF_S)
             await asyncio.sleep(backoff_s)
 
@@ -322,13 +273,12 @@ class RayBridge:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 env=child_environment(os.environ, self._ray_token_path, self._ray_env),
-                limit=_LINE_LIMIT,
                 start_new_session=True,
             )
         self._child = child
         try:
             if child.stdin is not None:
-                child.stdin.write(_line(self._config))
+                child.stdin.write(pack(self._config))
             why = await self._listen(child)
             return why or f"the bridge process exited with status {await child.wait()}"
         finally:
@@ -338,43 +288,32 @@ class RayBridge:
     async def _listen(self, child: asyncio.subprocess.Process) -> str:
         """Handle the child's frames until its stdout ends; return the reason that it gave for its end, if any."""
         why = ""
-        if child.stdout is None:
-            return why
-        while line := await child.stdout.readline():
-            why = self._handle_line(line) or why
+        while child.stdout is not None:
+            try:
+                frame = await read_frame(child.stdout)
+            except EOFError:
+                break
+            match frame:
+                case BridgeDown():
+                    why = frame.why
+                case tuple():
+                    self._handle_response(cast("Response", frame))
+                case _:
+                    self._up = self._up or isinstance(frame, BridgeUp)
+                    self._notify(cast("BridgeEvent", frame))
         return why
 
-    def _handle_line(self, line: bytes) -> str:
-        """Handle one frame; return why the child ends if it says so, else an empty string."""
-        try:
-            frame = cast("dict[str, object]", json.loads(line))
-            if "id" in frame:
-                self._handle_response(frame)
-            elif frame["event"] == "down":
-                return str(frame["why"])
-            else:
-                self._handle_event(frame)
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            _log.warning("the bridge process wrote an invalid line: %.200r", line)
-        return ""
-
-    def _handle_response(self, frame: Mapping[str, object]) -> None:
-        future = self._waiting.get(cast("int", frame["id"]))
+    def _handle_response(self, response: Response) -> None:
+        number, result, error = response
+        future = self._waiting.get(number)
         if future is None or future.done():
             return
-        if "error" in frame:
-            error = cast("dict[str, str]", frame["error"])
-            future.set_exception(from_wire(error["code"], error["message"], error["hint"]))
+        if error is not None:
+            future.set_exception(error)
         else:
-            future.set_result(frame["result"])
+            future.set_result(result)
 
-    def _handle_event(self, frame: dict[str, object]) -> None:
-        event = event_from(frame)
-        if isinstance(event, LinkUp):
-            self._up = True
-        self._notify(event)
-
-    def _notify(self, event: LinkEvent) -> None:
+    def _notify(self, event: BridgeEvent) -> None:
         try:
             self._on_event(event)
         except Exception:  # noqa: BLE001 -- a bug in a listener must not break the connection
@@ -386,7 +325,3 @@ class RayBridge:
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(self._down())
-
-
-def _line(frame: Mapping[str, object]) -> bytes:
-    return json.dumps(frame, separators=(",", ":")).encode() + b"\n"

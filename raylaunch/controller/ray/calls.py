@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict
 
 import ray
-from pydantic import ValidationError
 from ray._private import state as ray_state
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -31,6 +31,7 @@ _BUILT_IN = ("CPU", "GPU", "memory", "object_store_memory")
 _INTERNAL = ("node:", "accelerator_type:", "bundle_")
 _ACCELERATOR = "accelerator_type:"
 _ACCELERATOR_LABEL = "ray.io/accelerator-type"
+_RELEASE_S, _RELEASE_POLL_S = 10.0, 0.1
 _DIGITS = re.compile(r"(\d+)")
 
 
@@ -48,14 +49,22 @@ class RayNode(TypedDict):
     """Ray's log folder on the node."""
 
 
-def node_view(row: RayNode, facts: NodeFacts | None, *, agent_responds: bool) -> NodeView:
-    """Combine what Ray and the agent report about one node.
+def node_view(row: RayNode, facts: NodeFacts | None, *, agent_responds: bool) -> NodeView | None:
+    """Combine what Ray and the agent report about one node; None, and a line in the log, if that cannot be read.
 
     Args:
         row: Ray's report.
         facts: The agent's report; None if it has never responded.
         agent_responds: Whether it responds now.
     """
+    try:
+        return _node_view(row, facts, agent_responds=agent_responds)
+    except (ValueError, TypeError, OverflowError) as error:
+        _log.warning("skipping node %s, whose data cannot be read: %s", row["id"], error)
+        return None
+
+
+def _node_view(row: RayNode, facts: NodeFacts | None, *, agent_responds: bool) -> NodeView:
     total, free = row["total"], row["free"]
     gpus = tuple(GpuView.model_validate(gpu) for gpu in facts["gpus"]) if facts else ()
     return NodeView(
@@ -77,17 +86,6 @@ def node_view(row: RayNode, facts: NodeFacts | None, *, agent_responds: bool) ->
         disk_free=facts["disk_free"] if facts else None,
         steward=agent_responds,
     )
-
-
-def node_views(rows: Iterable[object]) -> tuple[NodeView, ...]:
-    """Return the nodes that can be read; the others are skipped and logged."""
-    found = []
-    for row in rows:
-        try:
-            found.append(NodeView.model_validate(row))
-        except ValidationError as error:  # noqa: PERF203 -- each is one node
-            _log.warning("skipping a node whose data cannot be read: %s", error)
-    return tuple(found)
 
 
 def by_name(nodes: Iterable[NodeView]) -> tuple[NodeView, ...]:
@@ -131,16 +129,15 @@ def connect(address: str, namespace: str, *, carries: bool = False) -> None:
 def release_agents(address: str, namespace: str) -> str:
     """Connect and kill every actor of a namespace; return the failures in words, usually none."""
     connect(address, namespace)
-    left = []
-    for actor in list_named_actors(all_namespaces=True):
-        if actor["namespace"] == namespace:
-            try:
-                ray.kill(ray.get_actor(actor["name"], namespace=namespace), no_restart=True)
-            except ValueError:  # it has exited meanwhile
-                continue
-            except ray.exceptions.RayError as error:
-                left.append(f"{actor['name']}: {error}")
-    return "; ".join(left)
+    until = time.monotonic() + _RELEASE_S
+    while left := [one["name"] for one in list_named_actors(all_namespaces=True) if one["namespace"] == namespace]:
+        if time.monotonic() > until:
+            return f"{', '.join(left)}: still running {_RELEASE_S:.0f} s after being killed"
+        for name in left:
+            with contextlib.suppress(ValueError):  # it has exited meanwhile
+                ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
+        time.sleep(_RELEASE_POLL_S)  # Ray kills in the background: this process must not exit before
+    return ""
 
 
 def agent_on(node_id: str, namespace: str) -> ray.actor.ActorHandle:

@@ -7,7 +7,6 @@ has exited then. It writes into the store and nowhere else.
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import os
 import socket
@@ -23,7 +22,6 @@ from typing import cast
 import ray
 import ray.exceptions
 
-from raylaunch.agent.attempt_files import LogPiece
 from raylaunch.agent.node_info import NodeFacts
 from raylaunch.agent.packages import Platform, WheelSetData, choose_wheels
 from raylaunch.controller.ray.bridge import Config
@@ -37,10 +35,11 @@ from raylaunch.controller.ray.calls import (
     nodes_of_ray,
 )
 from raylaunch.controller.ray.handover import bring
-from raylaunch.controller.ray.protocol import LinkEvent, LinkUp, NodesChanged, Stdin, Stdout, event_frame, serve_all
+from raylaunch.controller.ray.protocol import BridgeEvent, BridgeUp, NodesChanged, Stdin, Stdout, serve_all
 from raylaunch.controller.ray.replica import ReplicaStore
 from raylaunch.controller.ray.replication import Replication
 from raylaunch.errors import ClusterError, NotFoundError, RaylaunchError
+from raylaunch.models.cluster import NodeView
 from raylaunch.runner.archive import runner_zip
 
 _log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class ConnectedNode:
     """A living node, its agent, and the replication of its files."""
 
     def __init__(
-        self, node_id: str, *, logs: str, namespace: str, store: Path, emit: Callable[[LinkEvent], None]
+        self, node_id: str, *, logs: str, namespace: str, store: Path, emit: Callable[[BridgeEvent], None]
     ) -> None:
         self._id = node_id
         self.logs = logs
@@ -155,11 +154,8 @@ class Program:
         self._methods: dict[str, Callable[..., Awaitable[object]]] = {
             "nodes": self.nodes,
             "prepare": self.prepare,
-            "index_look": self.index_look,
-            "disk_use": self.disk_use,
-            "stop": self.stop,
-            "fence": self.fence,
-            "settle": self.drain,
+            "call_agent": self.call_agent,
+            "drain": self.drain,
             "forget": self.forget,
             "bring_left": self.bring_left,
             "ray_log": self.ray_log,
@@ -171,16 +167,17 @@ class Program:
     async def run(self, stdin: Stdin) -> None:
         """Watch the nodes and serve requests until stdin closes."""
         await self._refresh()
-        self._emit(LinkUp(ray_version=ray.__version__))
+        self._stdout.send(BridgeUp(ray_version=ray.__version__))
         ends = [asyncio.create_task(self._watch()), asyncio.create_task(serve_all(self._methods, stdin, self._stdout))]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
             if end.done():
                 end.result()
 
-    async def nodes(self) -> list[dict[str, object]]:
-        """Return the nodes as `raylaunch.models.cluster.NodeView`."""
-        return [view for view in await asyncio.gather(*(self._view(row) for row in self._rows)) if view is not None]
+    async def nodes(self) -> tuple[NodeView, ...]:
+        """Return the nodes that can be read."""
+        views = await asyncio.gather(*(self._view(row) for row in self._rows))
+        return tuple(view for view in views if view is not None)
 
     async def prepare(
         self, node_id: str, spec: dict[str, object], package: str, secrets: object, wheels: list[WheelSetData]
@@ -198,21 +195,9 @@ class Program:
     async def _platform(self, node: ConnectedNode, spec: dict[str, object]) -> Platform:
         return cast("Platform", await node.call("platform", spec["environment"], spec["env"], timeout_s=_CALL_S))
 
-    async def index_look(self, node_id: str, env: object, kind: str, environment: object) -> object:
-        """Check whether the node reaches a package index, and which platform its wheels are for."""
-        return await self._node(node_id).call("index_look", env, kind, environment, timeout_s=_CALL_S)
-
-    async def disk_use(self, node_id: str) -> object:
-        """Return the bytes that raylaunch's folders take there."""
-        return await self._node(node_id).call("disk_use", timeout_s=_CALL_S)
-
-    async def stop(self, node_id: str, attempt: str, wish: object) -> object:
-        """Write the stop request."""
-        return await self._node(node_id).call("stop", attempt, wish, timeout_s=_CALL_S)
-
-    async def fence(self, node_id: str, attempt: str, tag: str) -> object:
-        """End all processes of the attempt."""
-        return await self._node(node_id).call("fence", attempt, tag, timeout_s=2 * _CALL_S)
+    async def call_agent(self, node_id: str, method: str, args: tuple[object, ...], timeout_s: float) -> object:
+        """Call a method of a node's agent."""
+        return await self._node(node_id).call(method, *args, timeout_s=timeout_s)
 
     async def drain(self, node_id: str, attempt: str, timeout_s: float) -> bool:
         """Wait until the attempt's files are in the store."""
@@ -237,8 +222,7 @@ class Program:
     async def ray_log(self, node_id: str, submission: str, **place: object) -> object:
         """Return bytes of the log of an external job."""
         node = self._node(node_id)
-        piece = cast("LogPiece", await node.call("ray_log", node.logs, submission, timeout_s=_CALL_S, **place))
-        return {**piece, "data": base64.b64encode(piece["data"]).decode()}
+        return await node.call("ray_log", node.logs, submission, timeout_s=_CALL_S, **place)
 
     async def ray_log_grown(self, node_id: str, submission: str, size: int, wait_s: float) -> object:
         """Return the size of an external job's log once it has grown, or after a while."""
@@ -276,14 +260,10 @@ class Program:
             raise NotFoundError(msg)
         return node
 
-    async def _view(self, row: RayNode) -> dict[str, object] | None:
+    async def _view(self, row: RayNode) -> NodeView | None:
         node = self._nodes.get(row["id"])
         facts = await node.facts() if node else None
-        try:
-            return node_view(row, facts, agent_responds=node is not None and node.ready).model_dump(mode="json")
-        except (ValueError, TypeError, OverflowError) as error:
-            _log.warning("skipping node %s, whose data cannot be read: %s", row["id"], error)
-            return None
+        return node_view(row, facts, agent_responds=node is not None and node.ready)
 
     async def _watch(self) -> None:
         while True:
@@ -302,15 +282,12 @@ class Program:
         for row in self._rows:
             if row["alive"] and row["id"] not in self._nodes:
                 self._nodes[row["id"]] = ConnectedNode(
-                    row["id"], logs=row["logs"], namespace=self._namespace, store=self._store, emit=self._emit
+                    row["id"], logs=row["logs"], namespace=self._namespace, store=self._store, emit=self._stdout.send
                 )
         state = [(row, row["id"] in alive and self._nodes[row["id"]].ready) for row in self._rows]
         if state != self._last_state:
             self._last_state = state
-            self._emit(NodesChanged())
-
-    def _emit(self, event: LinkEvent) -> None:
-        self._stdout.send(event_frame(event))
+            self._stdout.send(NodesChanged())
 
 
 def _connect(config: Config, stdout: Stdout) -> None:

@@ -1,26 +1,30 @@
 """The protocol between controller and bridge process: events, frames, the child's pipes, and how the child is started.
 
-Frames are lines of JSON. What attempts wrote themselves is validated here before the controller uses it.
+A frame is a pickled value after its length: both ends are the same program, of the same user. From the controller come
+the configuration and then requests ``(id, method, arguments)``; from the child come events and responses
+``(id, result, error)``. What attempts wrote themselves is validated here before the controller uses it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
+import pickle
 import queue
+import struct
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, NoReturn, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from raylaunch.agent.change_feed import AttemptFacts
 from raylaunch.contract import Claim, Ended, Exit, Facts, Started
 from raylaunch.errors import RaylaunchError
 from raylaunch.files import rotate
@@ -30,17 +34,21 @@ _MAX_PENDING = 64 * 1024 * 1024
 """Bytes of frames that may wait for the controller to read them."""
 _FLUSH_S, _POLL_S = 2.0, 0.01
 _CLOSE_S = 5.0
+_LENGTH = struct.Struct("!Q")
+
+Request = tuple[int, str, dict[str, object]]
+Response = tuple[int, object, RaylaunchError | None]
 
 
 @dataclass(frozen=True)
-class LinkUp:
+class BridgeUp:
     """The child is connected to Ray."""
 
     ray_version: str
 
 
 @dataclass(frozen=True)
-class LinkDown:
+class BridgeDown:
     """The child has exited, or could not connect. It is restarted automatically; `why` is for people."""
 
     why: str
@@ -95,16 +103,7 @@ class StoreProblem:
     message: str
 
 
-LinkEvent = LinkUp | LinkDown | NodesChanged | ObservedAttempt | Grew | Stored | StoreProblem
-
-_EVENTS: dict[str, Callable[..., LinkEvent]] = {
-    "up": LinkUp,
-    "nodes": NodesChanged,
-    "attempt": ObservedAttempt,
-    "grew": Grew,
-    "stored": Stored,
-    "store_problem": StoreProblem,
-}
+BridgeEvent = BridgeUp | BridgeDown | NodesChanged | ObservedAttempt | Grew | Stored | StoreProblem
 
 
 class _Exit(BaseModel):
@@ -180,20 +179,33 @@ def facts_from(value: object) -> Facts | None:
         return None
 
 
-def event_frame(event: LinkEvent) -> dict[str, object]:
-    """Return the frame of an event."""
-    name = next(name for name, kind in _EVENTS.items() if kind is type(event))
-    return {"event": name, **asdict(event)}
+def observed(node_id: str, facts: AttemptFacts) -> ObservedAttempt:
+    """Return what an agent observed of an attempt, validated."""
+    return ObservedAttempt(
+        node_id=node_id,
+        attempt=facts["attempt"],
+        claim=cast("Claim | None", facts["claim"]),
+        started=started_from(facts["started"]),
+        facts=facts_from(facts["facts"]),
+        exit=exit_from(facts["exit"], now=time.time()),
+        runner_alive=facts["runner_alive"],
+    )
 
 
-def event_from(frame: dict[str, object]) -> LinkEvent:
-    """Return the event in a frame."""
-    fields = dict(frame)
-    if fields["event"] == "attempt":
-        fields["exit"] = exit_from(fields["exit"], now=time.time())
-        fields["started"] = started_from(fields["started"])
-        fields["facts"] = facts_from(fields["facts"])
-    return _EVENTS[cast("str", fields.pop("event"))](**fields)
+def pack(value: object) -> bytes:
+    """Return the frame of a value."""
+    data = pickle.dumps(value)
+    return _LENGTH.pack(len(data)) + data
+
+
+async def read_frame(reader: asyncio.StreamReader) -> object:
+    """Return the next value from the child.
+
+    Raises:
+        EOFError: its stdout has ended.
+    """
+    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    return pickle.loads(await reader.readexactly(length))  # noqa: S301 -- from our own child
 
 
 class Stdout:
@@ -210,9 +222,9 @@ class Stdout:
         self._waiting_bytes = 0
         threading.Thread(target=self._write, name="stdout", daemon=True).start()
 
-    def send(self, frame: Mapping[str, object]) -> None:
-        """Queue one frame for writing."""
-        line = json.dumps(frame, separators=(",", ":")).encode() + b"\n"
+    def send(self, value: object) -> None:
+        """Queue a value for writing."""
+        line = pack(value)
         with self._lock:
             self._waiting_bytes += len(line)
             too_many = self._waiting_bytes > _MAX_PENDING
@@ -222,7 +234,7 @@ class Stdout:
 
     def fail(self, why: str) -> NoReturn:
         """Report why the connection is down, and exit soon even if Ray's own threads hang."""
-        self.send({"event": "down", "why": why})
+        self.send(BridgeDown(why))
         until = time.monotonic() + _FLUSH_S
         while self._waiting_bytes and time.monotonic() < until:
             time.sleep(_POLL_S)
@@ -244,16 +256,17 @@ class Stdin:
     """Reads the controller's frames. EOF means that the controller has exited; this process exits immediately."""
 
     def __init__(self) -> None:
-        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._values: queue.SimpleQueue[object] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="stdin", daemon=True).start()
 
-    def next(self) -> dict[str, object]:
-        """Wait for the next frame, and return it."""
-        return cast("dict[str, object]", json.loads(self._lines.get()))
+    def next(self) -> object:
+        """Wait for the next value, and return it."""
+        return self._values.get()
 
     def _read(self) -> None:
-        for line in sys.stdin.buffer:
-            self._lines.put(line)
+        while length := sys.stdin.buffer.read(_LENGTH.size):
+            data = sys.stdin.buffer.read(*_LENGTH.unpack(length))
+            self._values.put(pickle.loads(data))  # noqa: S301 -- from our own controller
         os._exit(0)
 
 
@@ -261,30 +274,23 @@ async def serve_all(methods: Mapping[str, Callable[..., Awaitable[object]]], std
     """Serve requests, each in its own task, until cancelled."""
     tasks: set[asyncio.Task[None]] = set()
     while True:
-        task = asyncio.create_task(_serve(methods, await asyncio.to_thread(stdin.next), stdout))
+        number, method, params = cast("Request", await asyncio.to_thread(stdin.next))
+        task = asyncio.create_task(_serve(number, method, methods[method](**params), stdout))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
 
-async def _serve(
-    methods: Mapping[str, Callable[..., Awaitable[object]]], request: Mapping[str, object], stdout: Stdout
-) -> None:
-    answer: dict[str, object]
+async def _serve(number: int, method: str, call: Awaitable[object], stdout: Stdout) -> None:
+    result, failure = None, None
     try:
-        method = methods[str(request["method"])]
-        params = cast("dict[str, object]", request["params"])
-        answer = {"result": await method(**params)}
+        result = await call
     except RaylaunchError as error:
-        answer = {"error": _error_frame(error)}
+        failure = error
     except Exception as error:  # noqa: BLE001 -- the top of one request
         traceback.print_exc()
-        message = f"the bridge failed at {request['method']}: {str(error).partition(chr(10))[0]}"
-        answer = {"error": _error_frame(RaylaunchError(message, hint="see link.log in the store"))}
-    stdout.send({"id": request["id"], **answer})
-
-
-def _error_frame(error: RaylaunchError) -> dict[str, str]:
-    return {"code": error.code, "message": error.message, "hint": error.hint}
+        message = f"the bridge failed at {method}: {str(error).partition(chr(10))[0]}"
+        failure = RaylaunchError(message, hint="see link.log in the store")
+    stdout.send((number, result, failure))
 
 
 @contextlib.contextmanager

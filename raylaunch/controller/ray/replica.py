@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from raylaunch.agent.attempt_files import KEPT_BY_JOB, LINK, is_append
 from raylaunch.agent.change_feed import Chunk, Have, HaveFile
 from raylaunch.agent.packages import file_sha256
-from raylaunch.controller.ray.protocol import Grew, LinkEvent, Stored
+from raylaunch.controller.ray.protocol import BridgeEvent, Grew, Stored
 from raylaunch.files import sync, write_atomic
 
 REPLICATED = ".replicated.json"
@@ -62,7 +62,7 @@ class ReplicaStore:
         """Return which files of some attempts are on disk."""
         return {attempt: dict(self._have_of(attempt)) for attempt in attempts if self.wanted(attempt)}
 
-    def write(self, chunk: Chunk) -> list[LinkEvent]:
+    def write(self, chunk: Chunk) -> list[BridgeEvent]:
         """Write one chunk. May be repeated after a failure.
 
         Raises:
@@ -128,7 +128,7 @@ class ReplicaStore:
         for each in {(folder / path).parent for path in paths}:
             _sync(each)
 
-    def finalize(self, attempt: str, checksums: Mapping[str, str]) -> list[LinkEvent]:
+    def finalize(self, attempt: str, checksums: Mapping[str, str]) -> list[BridgeEvent]:
         """Save the lists of files, and return events with the checksums of the files that grew.
 
         Raises:
@@ -194,7 +194,7 @@ class ReplicaStore:
                 }
         return self.folder(attempt), {}
 
-    def _write_same(self, path: Path, chunk: Chunk) -> list[LinkEvent]:
+    def _write_same(self, path: Path, chunk: Chunk) -> list[BridgeEvent]:
         """Link to the previous attempt's file."""
         folder, known = self._before.get(chunk["attempt"], (path, {}))
         have = known.get(chunk["path"])
@@ -210,7 +210,7 @@ class ReplicaStore:
         part.replace(path)
         return self._record(chunk)
 
-    def _write_link(self, path: Path, chunk: Chunk) -> list[LinkEvent]:
+    def _write_link(self, path: Path, chunk: Chunk) -> list[BridgeEvent]:
         target = chunk["sha256"][len(LINK) :]
         parts = PurePosixPath(target).parts
         where = posixpath.normpath(posixpath.join(posixpath.dirname(chunk["path"]), target))
@@ -225,13 +225,13 @@ class ReplicaStore:
         self._record(chunk)
         return []
 
-    def _record(self, chunk: Chunk) -> list[LinkEvent]:
+    def _record(self, chunk: Chunk) -> list[BridgeEvent]:
         have = HaveFile(chunk["size"], chunk["mtime_ns"], chunk["sha256"])
         self._whole.setdefault(chunk["attempt"], {})[chunk["path"]] = have
         self._unsaved.setdefault(chunk["attempt"], time.monotonic())
         return [Stored(attempt=chunk["attempt"], path=chunk["path"], size=have.size, sha256=have.sha256)]
 
-    def _write_whole(self, path: Path, chunk: Chunk) -> list[LinkEvent]:
+    def _write_whole(self, path: Path, chunk: Chunk) -> list[BridgeEvent]:
         part = path.with_name(f".{path.name[:180]}{_PART}")
         if chunk["offset"] == 0:
             part.unlink(missing_ok=True)

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar, cast
 
-from raylaunch.agent.change_feed import AttemptFacts, ChangeReply, Chunk, HaveFile
+from raylaunch.agent.change_feed import ChangeReply, Chunk, HaveFile
 from raylaunch.agent.job_dir import LeftPiece
 from raylaunch.agent.packages import storage_error
-from raylaunch.contract import OUTPUTS, Claim, Exit, Facts, Started
-from raylaunch.controller.ray.protocol import Grew, LinkEvent, ObservedAttempt, StoreProblem
+from raylaunch.contract import OUTPUTS
+from raylaunch.controller.ray.protocol import BridgeEvent, Grew, StoreProblem, observed
 from raylaunch.controller.ray.replica import GapError, ReplicaStore
 from raylaunch.errors import ClusterError
 
@@ -47,7 +47,7 @@ class Replication:
     """Follows one agent, and writes the files that it sends."""
 
     def __init__(
-        self, node_id: str, *, call: AgentCall, replica: ReplicaStore, emit: Callable[[LinkEvent], None]
+        self, node_id: str, *, call: AgentCall, replica: ReplicaStore, emit: Callable[[BridgeEvent], None]
     ) -> None:
         self._node_id = node_id
         self._call = call
@@ -188,11 +188,11 @@ class Replication:
         for event in await self._write_chunks(answer["chunks"]):
             self._emit(event)
         for facts in answer["attempts"]:
-            self._emit(_observed(self._node_id, facts))
+            self._emit(observed(self._node_id, facts))
 
-    async def _write_chunks(self, chunks: list[Chunk]) -> list[LinkEvent]:
+    async def _write_chunks(self, chunks: list[Chunk]) -> list[BridgeEvent]:
         """Write chunks; while the store cannot be written, report that and retry."""
-        events: list[LinkEvent] = []
+        events: list[BridgeEvent] = []
         done, backoff_s, reported = 0, 0.5, ""
         while True:
             written, failure = await self._write(lambda: _write_all(self._replica, chunks[done:], events))  # noqa: B023 -- awaited at once
@@ -215,7 +215,7 @@ class Replication:
             return await asyncio.shield(asyncio.to_thread(work))
 
 
-def _write_all(replica: ReplicaStore, chunks: list[Chunk], events: list[LinkEvent]) -> tuple[int, OSError | None]:
+def _write_all(replica: ReplicaStore, chunks: list[Chunk], events: list[BridgeEvent]) -> tuple[int, OSError | None]:
     """Write chunks in order; return how many were written, and the error that stopped it."""
     done = 0
     try:
@@ -228,7 +228,7 @@ def _write_all(replica: ReplicaStore, chunks: list[Chunk], events: list[LinkEven
     return done, None
 
 
-def _latest_sizes(events: list[LinkEvent]) -> list[LinkEvent]:
+def _latest_sizes(events: list[BridgeEvent]) -> list[BridgeEvent]:
     """Keep only the last size of each growing file."""
     last: Mapping[tuple[str, str], int] = {
         (event.attempt, event.path): index for index, event in enumerate(events) if isinstance(event, Grew)
@@ -238,15 +238,3 @@ def _latest_sizes(events: list[LinkEvent]) -> list[LinkEvent]:
         for index, event in enumerate(events)
         if not isinstance(event, Grew) or last[event.attempt, event.path] == index
     ]
-
-
-def _observed(node_id: str, facts: AttemptFacts) -> ObservedAttempt:
-    return ObservedAttempt(
-        node_id=node_id,
-        attempt=facts["attempt"],
-        claim=cast("Claim | None", facts["claim"]),
-        started=cast("Started | None", facts["started"]),
-        facts=cast("Facts | None", facts["facts"]),
-        exit=cast("Exit | None", facts["exit"]),
-        runner_alive=facts["runner_alive"],
-    )

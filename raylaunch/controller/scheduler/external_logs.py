@@ -7,10 +7,9 @@ the whole log each time, so it is polled less often.
 from __future__ import annotations
 
 import asyncio
-import base64
 import time
 from dataclasses import dataclass, field
-from typing import TypedDict, cast
+from typing import cast
 
 import anyio.from_thread
 
@@ -27,14 +26,6 @@ _WATCH_S = 2.0
 _AGENT_RETRY_S = 30.0
 _RAY_POLL_S = 1.0
 _RAY_PAUSE_FACTOR = 5
-
-
-class _Piece(TypedDict):
-    """`raylaunch.agent.attempt_files.LogPiece`, as the bridge returns it."""
-
-    offset: int
-    data: str
-    size: int
 
 
 @dataclass
@@ -147,11 +138,10 @@ class ExternalLogs:
             return None
         params = {"node_id": node_id, "submission": submission, "offset": offset, "tail": tail, "limit": limit}
         try:
-            piece = cast("_Piece", await self._bridge.call("ray_log", params, timeout_s=_AGENT_S))
+            return cast("Slice", await self._bridge.call("ray_log", params, timeout_s=_AGENT_S))
         except (ClusterError, NotFoundError):
             self._agent_failed_until[node_id] = time.monotonic() + _AGENT_RETRY_S
             return None
-        return Slice(piece["offset"], base64.b64decode(piece["data"]), piece["size"])
 
     async def _from_ray(self, node_id: str, submission: str, *, offset: int, limit: int) -> tuple[bytes, int]:
         began = time.monotonic()

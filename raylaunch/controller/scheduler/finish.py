@@ -6,8 +6,8 @@ import logging
 import time
 from typing import Any
 
+from raylaunch.agent.agent import FenceResult
 from raylaunch.contract import FENCED
-from raylaunch.controller.ray.bridge import Fenced
 from raylaunch.controller.scheduler.attempt_context import (
     NODE_LEASE_S,
     STEP_S,
@@ -72,7 +72,7 @@ class Finisher:
         except RaylaunchError as error:
             _log.warning("the actors of %s may be restarted: %s", attempt.id, error.message)
 
-    async def _fence(self, record: JobRecord) -> Fenced | None:
+    async def _fence(self, record: JobRecord) -> FenceResult | None:
         """End what is left of the attempt on its node. None if the node was lost and its lease has expired."""
         attempt = latest(record)
         gone_since: float | None = None
@@ -133,7 +133,9 @@ class Finisher:
         except RaylaunchError as error:
             _log.info("%s has not been removed from its node yet: %s", attempt.id, error.message)
 
-    async def _find(self, record: JobRecord, fenced: Fenced | None, result: AttemptResult, refused: str) -> Finding:
+    async def _find(
+        self, record: JobRecord, fenced: FenceResult | None, result: AttemptResult, refused: str
+    ) -> Finding:
         if refused and not (fenced is not None and fenced.exit is not None):
             if self._context.node_lost(record):
                 return Finding(Change.LOSE, Reason.NODE_LOST, refused)
@@ -233,7 +235,7 @@ def with_warnings(record: JobRecord, warnings: tuple[str, ...]) -> dict[str, Env
     return {"environment": facts.model_copy(update={"warnings": (*facts.warnings, *new)})} if new else {}
 
 
-def _ended_at(attempt: AttemptView, fenced: Fenced | None, *, now: float) -> float:
+def _ended_at(attempt: AttemptView, fenced: FenceResult | None, *, now: float) -> float:
     """Return when an attempt ended according to its runner: its exit facts, or else its last heartbeat.
 
     The controller may have been down meanwhile. Both use the node's clock, as the attempt's start does.

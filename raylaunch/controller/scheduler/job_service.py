@@ -269,7 +269,7 @@ class JobService:
     async def node_usage(self) -> tuple[NodeUsage, ...]:
         """Return raylaunch's disk usage on each node; one that does not respond is left out."""
         nodes = [node for node in self._observed.nodes if node.alive and node.ready]
-        asked = (self._bridge.call("disk_use", {"node_id": node.id}, timeout_s=_DISK_S) for node in nodes)
+        asked = (self._bridge.call_agent(node.id, "disk_use", timeout_s=_DISK_S) for node in nodes)
         found = await asyncio.gather(*asked, return_exceptions=True)
         return tuple(
             NodeUsage.model_validate({"host": node.hostname, **use})

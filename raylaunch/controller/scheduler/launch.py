@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from raylaunch.controller.ray.bridge import PreparedAttempt
+from raylaunch.agent.job_dir import ReadyAttempt
 from raylaunch.controller.ray.jobs_api import Submission
 from raylaunch.controller.scheduler.attempt_context import STEP_S, AttemptContext, attempt_spec, latest
 from raylaunch.controller.scheduler.finish import Finisher
@@ -81,7 +81,7 @@ def _waiting_reason(error: RaylaunchError) -> Reason:
     return Reason.DISK_FULL if isinstance(error, StorageError) else Reason.WAITING_FOR_RAY
 
 
-def _submission(record: JobRecord, attempt: AttemptView, prepared: PreparedAttempt) -> Submission:
+def _submission(record: JobRecord, attempt: AttemptView, prepared: ReadyAttempt) -> Submission:
     amounts = (
         {} if record.own_spec.launcher == "ray" else required_amounts(record.own_spec)
     )  # its workers request theirs themselves

@@ -13,10 +13,10 @@ from collections.abc import Callable, Coroutine
 
 from raylaunch.controller.ray.jobs_api import RayJob
 from raylaunch.controller.ray.protocol import (
+    BridgeDown,
+    BridgeEvent,
+    BridgeUp,
     Grew,
-    LinkDown,
-    LinkEvent,
-    LinkUp,
     NodesChanged,
     ObservedAttempt,
     Stored,
@@ -97,13 +97,13 @@ class SchedulerLoop:
                 task.cancel()
             await asyncio.gather(poll, *self._tasks.values(), return_exceptions=True)
 
-    def on_event(self, event: LinkEvent) -> None:
+    def on_event(self, event: BridgeEvent) -> None:
         """Apply an event of the bridge. Called in the event loop; never blocks."""
         observed = self._observed
         match event:
-            case LinkUp():
+            case BridgeUp():
                 observed.bridge_up, observed.bridge_error, observed.refresh_needed = True, "", True
-            case LinkDown(why=why):
+            case BridgeDown(why=why):
                 observed.bridge_up, observed.bridge_error = False, why
             case NodesChanged():
                 observed.refresh_needed = True

@@ -40,11 +40,11 @@ class WheelPreflight:
             return ()
         ask = request_for(spec)
         able = [room.node_id for room in node_capacities(self._observed.nodes) if not unsatisfiable_reason(ask, [room])]
-        question: dict[str, object] = {
-            "env": {**self._settings.env, **spec.env},
-            "kind": "uv" if kind == "uv" else "pip",
-            "environment": {"kind": kind, "value": own.value},
-        }
+        question = (
+            {**self._settings.env, **spec.env},
+            "uv" if kind == "uv" else "pip",
+            {"kind": kind, "value": own.value},
+        )
         found = await asyncio.gather(*(self._of_node(node_id, question) for node_id in able))
         have = () if spec.packages else self.there(spec)
         return tuple(dict.fromkeys(platform for platform in found if platform and platform not in have))
@@ -85,9 +85,9 @@ class WheelPreflight:
             )
             raise WheelsNeededError(msg, hint="submit it with this version of raylaunch, which sends the wheels")
 
-    async def _of_node(self, node_id: str, question: dict[str, object]) -> BuildPlatform | None:
+    async def _of_node(self, node_id: str, question: tuple[object, ...]) -> BuildPlatform | None:
         try:
-            answer = await self._bridge.call("index_look", {"node_id": node_id, **question}, timeout_s=_ASK_S)
+            answer = await self._bridge.call_agent(node_id, "index_look", *question, timeout_s=_ASK_S)
         except RaylaunchError:
             return None
         facts = cast("dict[str, object]", answer)
