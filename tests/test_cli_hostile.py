@@ -101,7 +101,6 @@ PRINTED: dict[str, Callable[[], object]] = {
     "down of what was not up": lambda: say_lines(str(DownReport(HOSTILE, (), HOSTILE)).split("\n")),
     "remove": lambda: say_removed(_DOWN, HOSTILE, reached=False),
     "exports": lambda: say_lines(export_lines(model(RayAccess, gcs_address="127.0.0.1:1"))),
-    "demo: facts": lambda: demo.say_facts(_console(), job()),
     "demo: step": lambda: demo.say_step(_console(), Step(HOSTILE, "done", HOSTILE)),
     "demo: state": lambda: demo.say_state(_console(), job(), model(MetricsPage)),
     "demo: curves": lambda: _console().print(demo.curves(model(MetricsPage).series)),

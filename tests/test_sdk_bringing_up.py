@@ -153,7 +153,7 @@ def test_a_cluster_is_not_taken_down_while_jobs_run(home: Path, tmp_path: Path) 
         start(api, job.view)
         with pytest.raises(ConflictError) as caught:
             Cluster.down("local")
-        assert f"1 job runs on cluster local: {job.id}" in str(caught.value)
+        assert f"cluster local has 1 running job: {job.id}" in str(caught.value)
         assert "down(…, stop=True); or at once: force=True" in str(caught.value)
 
 

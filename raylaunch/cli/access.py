@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
+from pydantic import JsonValue, RootModel, ValidationError
 
 from raylaunch.cli.connect import ClusterCommand, as_json, duration, finish, parse_future_time, request
 from raylaunch.cli.console import count, is_terminal, note, say, say_json, say_lines, shown_text, table
@@ -80,15 +80,6 @@ def rm(cluster_file: Path | None, *, name: str) -> None:
     note(f"Removed {name}")
 
 
-class _Trust(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-    cluster: str
-    fingerprint: str
-    connects_to: tuple[str, ...]
-    accepted: bool
-
-
 @click.command(epilog="Example:  raylaunch trust cluster.yaml")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option("--show", is_flag=True, help="Print what the file connects to; accept nothing.")
@@ -107,8 +98,8 @@ def trust(cluster_file: Path | None, *, file: Path | None, show: bool, as_json: 
     code = fingerprint(spec) if places else ""
     accepted = not unaccepted(spec)
     if as_json:
-        words = tuple(one.words for one in places)
-        say_json(_Trust(cluster=spec.name, fingerprint=code, connects_to=words, accepted=accepted))
+        words: list[JsonValue] = [one.words for one in places]
+        say_json({"cluster": spec.name, "fingerprint": code, "connects_to": words, "accepted": accepted})
         return
     if not places:
         say(f"cluster {spec.name} is on this machine: nothing to accept")

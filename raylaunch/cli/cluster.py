@@ -14,17 +14,13 @@ from raylaunch.cli.connect import ClusterCommand, as_json, ask_person, finish, s
 from raylaunch.cli.console import count, note, say, say_json, say_lines, size, span, styled
 from raylaunch.cluster.hosts.backend import forward_gcs
 from raylaunch.cluster.ports import is_loopback
-from raylaunch.cluster.types import DownReport
-from raylaunch.errors import AccessError, ConflictError
+from raylaunch.errors import AccessError
 from raylaunch.models.cluster import ClusterStatus, GpuView, NodeView, ProcessView, RayAccess
-from raylaunch.models.job import JobView
 from raylaunch.operations.connect import bring_up
-from raylaunch.operations.upgrade import stop_jobs, upgraded
+from raylaunch.operations.upgrade import take_down, upgraded
 
 _TLS = frozenset({"RAY_USE_TLS", "RAY_TLS_CA_CERT", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY"})
 """The only TLS variables that a cluster may set in the user's shell."""
-_NAMED = 3
-"""Jobs that an error lists."""
 
 
 @click.command(epilog="Example:  raylaunch up")
@@ -64,24 +60,9 @@ def up(cluster_file: Path | None, *, dry_run: bool, upgrade: bool, stop: bool, a
 def down(cluster_file: Path | None, *, stop: bool, force: bool) -> None:
     """Stop exactly what 'up' started; refuse while jobs are running. Records, logs and outputs stay."""
     place = ClusterCommand(cluster_file)
-
-    async def work() -> DownReport:
-        if (stop or (force and place.spec.kind == "existing")) and await place.running_jobs():
-            async with place.client() as client:
-                await stop_jobs(client, on_step=show_step)
-        elif not force:
-            _refuse_while_jobs_run(await place.running_jobs(), place.spec.name)
-        return await place.backend.down(place.spec, on_prompt=ask_person)
-
-    say_lines(str(finish(work())).split("\n"))
-
-
-def _refuse_while_jobs_run(jobs: tuple[JobView, ...], cluster: str) -> None:
-    if jobs:
-        names = ", ".join(job.id for job in jobs[:_NAMED]) + (" and others" if len(jobs) > _NAMED else "")
-        msg = f"{count(len(jobs), 'job is', 'jobs are')} running on cluster {cluster}: {names}"
-        hint = "stop them with their grace time: raylaunch down --stop; or at once: --force. The next up retries them"
-        raise ConflictError(msg, hint=hint)
+    hint = "stop them with their grace time: raylaunch down --stop; or at once: --force. The next up retries them"
+    work = take_down(place, stop=stop, force=force, on_step=show_step, on_prompt=ask_person, hint=hint)
+    say_lines(str(finish(work)).split("\n"))
 
 
 @click.command(epilog="Example:  raylaunch status --json | jq .controller.pid")

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from raylaunch.cli.connect import ClusterCommand, finish
-from raylaunch.cli.console import count, say_lines, shown_text, size, span
+from raylaunch.cli.console import say_lines, shown_text, size
+from raylaunch.cli.job_format import format_job
 from raylaunch.cli.metrics import chart
 from raylaunch.client.client import Client
 from raylaunch.cluster.types import Step
@@ -90,7 +92,8 @@ async def _demo(place: ClusterCommand, folder: Path, dest: Path, console: Consol
         for series in metrics.series:
             _say(console, textwrap.indent(chart(series, width=64, height=5), "  "))
         _heading(console, "Job details", f"raylaunch show {job.id}")
-        say_facts(console, job)
+        for line in format_job(job, now=time.time()):
+            _say(console, f"  {line}")
 
         _heading(console, "The model", f"from the cluster's store to {dest}")
         for fetched in await client.download(job.id, dest=dest, replace=True):
@@ -111,11 +114,6 @@ def _heading(console: Console, title: str, what: str) -> None:
 
 def _say(console: Console, text: str) -> None:
     console.print(Text(shown_text(text)), soft_wrap=True)
-
-
-def say_facts(console: Console, job: JobView) -> None:
-    """Print the main facts about an ended job."""
-    _say(console, facts(job))
 
 
 def say_step(console: Console, step: Step) -> None:
@@ -200,23 +198,6 @@ def curves(series: Sequence[MetricSeries]) -> Text:
         if values:
             lines.append(f"  {one_line(one.key):<9} {sparkline(values)}  {values[0]:.4f} → {values[-1]:.4f}")
     return Text("\n".join(lines))
-
-
-def facts(job: JobView) -> str:
-    """Return the main facts about an ended job, one per line."""
-    attempt, wandb = job.attempt, job.wandb
-    rows = {
-        "id": job.id,
-        "state": job.state.value,
-        "node": attempt.node if attempt else "",
-        "ran for": span(job.ran_s(job.ended_at) or 0) if job.ended_at and job.started_at else "",
-        "python": f"{job.environment.version} ({job.environment.python})" if job.environment else "",
-        "git": job.git.commit[:12] + (" with changes" if job.git.dirty else "") if job.git else "",
-        "code": f"{count(job.pack.files, 'file')}, {size(job.pack.bytes)}" if job.pack else "",
-        "W&B": f"{wandb.mode}, run {wandb.run_id}" + (f" ({wandb.why})" if wandb.why else "") if wandb else "",
-        "outputs": f"{count(job.outputs, 'file')}, {size(job.output_bytes)}",
-    }
-    return "\n".join(f"  {name:<9} {one_line(value)}" for name, value in rows.items() if value)
 
 
 async def _evaluate(python: str, program: Path, folder: Path) -> str:

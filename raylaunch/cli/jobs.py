@@ -14,6 +14,7 @@ from raylaunch.cli.connect import as_json, duration, job_argument, request
 from raylaunch.cli.console import note, say, say_json, say_lines, size
 from raylaunch.cli.job_format import environment_hint, format_job, format_state, jobs_table
 from raylaunch.client.client import Client
+from raylaunch.config.validation import job_states
 from raylaunch.errors import SpecError
 from raylaunch.models.fields import seconds
 from raylaunch.models.job import JobPage
@@ -68,7 +69,7 @@ def list_(  # noqa: PLR0913 -- each is one filter
     as_json: bool,
 ) -> None:
     """List jobs, newest first. Those of plain 'ray job submit' are marked (ray job)."""
-    wanted = _states(states or "")
+    wanted = job_states([word.strip() for word in (states or "").split(",") if word.strip()])
     after = since_time(since, now=time.time()) if since else None
 
     async def pages(client: Client) -> JobPage:
@@ -89,16 +90,6 @@ def list_(  # noqa: PLR0913 -- each is one filter
         note("No matching jobs" if found.total == 0 and any((states, name, owner, tag, since)) else "No jobs")
     if found.next_cursor:
         note(f"Showing {len(found.jobs)} of {found.total:,}. Next page: raylaunch list --cursor {found.next_cursor}")
-
-
-def _states(text: str) -> tuple[JobState, ...]:
-    known = [state.value for state in JobState]
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    for word in words:
-        if word not in known:
-            msg = f"--state: {word!r} is not a state"
-            raise SpecError(msg, hint=f"states are {', '.join(known)}")
-    return tuple(JobState(word) for word in words)
 
 
 @click.command(epilog="Example:  raylaunch show last")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from pydantic import BaseModel, ValidationError
@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from raylaunch.config.yaml_file import KeyPath
 from raylaunch.errors import SpecError
 from raylaunch.models.fields import KEYS, PlacedError
+from raylaunch.models.states import JobState
 
 Locate = Callable[[KeyPath], str]
 """Returns where a value came from: ``job.yaml:7``, ``--gpus``, or empty."""
@@ -227,3 +228,17 @@ def _models_in(annotation: object) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [found for part in typing.get_args(annotation) for found in _models_in(part)]
+
+
+def job_states(words: Sequence[JobState | str]) -> tuple[JobState, ...]:
+    """Return states of jobs by their names.
+
+    Raises:
+        SpecError: a word is not a state.
+    """
+    known = [state.value for state in JobState]
+    for word in words:
+        if word not in known:
+            msg = f"{str(word)!r} is not a state"
+            raise SpecError(msg, field="states", hint=f"known: {', '.join(known)}")
+    return tuple(map(JobState, words))

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 import anyio
 
 from raylaunch.client.client import Client
-from raylaunch.cluster.types import Step
-from raylaunch.errors import ClusterDownError, ClusterError, RayVersionError
+from raylaunch.cluster.types import DownReport, Step
+from raylaunch.errors import ClusterDownError, ClusterError, ConflictError, RayVersionError
 from raylaunch.models.cluster import ClusterStatus
 from raylaunch.models.job import JobView
 from raylaunch.operations.connect import ClusterConnection, bring_up
@@ -118,3 +118,36 @@ def running_jobs(jobs: tuple[JobView, ...]) -> str:
     named = ", ".join(job.id for job in jobs[:_NAMED])
     more = f" and {len(jobs) - _NAMED} others" if len(jobs) > _NAMED else ""
     return f"{len(jobs)} running {'job' if len(jobs) == 1 else 'jobs'}: {named}{more}" if jobs else "no running jobs"
+
+
+async def take_down(  # noqa: PLR0913 -- each is one fact of the request
+    connection: ClusterConnection,
+    *,
+    stop: bool,
+    force: bool,
+    on_step: Callable[[Step], None],
+    hint: str,
+    on_prompt: OnPrompt | None = None,
+) -> DownReport:
+    """Stop a cluster.
+
+    Args:
+        connection: the cluster.
+        stop: stop its jobs first, each with its grace time; the next `up` retries them.
+        force: stop it while jobs are running.
+        on_step: called while jobs are waited for.
+        hint: how to choose `stop` or `force`.
+        on_prompt: asks a person; None without a person.
+
+    Raises:
+        ConflictError: jobs are running, and neither `stop` nor `force` is True.
+    """
+    stop = stop or (force and connection.spec.kind == "existing")  # only its jobs are ours to end
+    running = await connection.running_jobs() if stop or not force else ()
+    if running and not stop:
+        msg = f"cluster {connection.spec.name} has {running_jobs(running)}"
+        raise ConflictError(msg, hint=hint)
+    if running:
+        async with connection.client() as client:
+            await stop_jobs(client, on_step=on_step)
+    return await connection.backend.down(connection.spec, on_prompt=on_prompt)

@@ -10,17 +10,15 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from raylaunch.cluster.trust import accept
-from raylaunch.cluster.types import DownReport, Step
+from raylaunch.cluster.types import Step
 from raylaunch.config.load import Flag, job_spec_from_flags, kept_file, load_cluster_spec
 from raylaunch.config.validation import spec_error
-from raylaunch.errors import ConflictError, SpecError
+from raylaunch.errors import SpecError
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.fields import Spec
-from raylaunch.models.job import JobView
 from raylaunch.models.job_spec import JobSpec
-from raylaunch.models.states import JobState
 from raylaunch.operations.connect import ClusterConnection
-from raylaunch.operations.upgrade import stop_jobs, upgraded
+from raylaunch.operations.upgrade import upgraded
 
 Asked = str | Sequence[str] | Path | JobSpec
 """A shell command, a program with its arguments, a job file's path, or a whole spec."""
@@ -29,8 +27,6 @@ Which = str | Path | ClusterSpec
 """A cluster: its name, a cluster file's path, or a whole spec. "" is the one that applies here."""
 
 _LISTS = frozenset({"outputs", "packages", "secrets", "tags"})
-_NAMED = 3
-"""Jobs that an error names."""
 
 
 def cluster_to_reach(which: Which) -> ClusterSpec:
@@ -120,21 +116,6 @@ def _plain(name: str, value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def states_of(words: Sequence[JobState | str]) -> tuple[JobState, ...]:
-    """Return states by their names.
-
-    Raises:
-        SpecError: a word is not a state.
-    """
-    try:
-        return tuple(JobState(word) for word in words)
-    except ValueError:
-        known = [state.value for state in JobState]
-        wrong = next(word for word in words if word not in known)
-        msg = f"{str(wrong)!r} is not a state"
-        raise SpecError(msg, field="states", hint=f"known: {', '.join(known)}") from None
-
-
 async def steps_of_up(spec: ClusterSpec, *, on_notice: Callable[[str], None]) -> AsyncGenerator[Step, None]:
     """Start a cluster and yield each step. Closing the generator early cancels the start.
 
@@ -167,27 +148,3 @@ async def bring_up(place: ClusterConnection, *, upgrade: bool, stop: bool, on_st
         raise SpecError(msg, hint="to stop a job: job.stop()", field="stop")
     else:
         await place.up()
-
-
-async def take_down(
-    place: ClusterConnection, *, stop: bool, force: bool, on_step: Callable[[Step], None]
-) -> DownReport:
-    """Stop a cluster; with `stop` its jobs first, each with its grace period.
-
-    Raises:
-        ConflictError: jobs run, and neither `stop` nor `force` is True.
-    """
-    running = () if force else await place.running_jobs()
-    if running and not stop:
-        raise _jobs_running(running, place.spec.name)
-    if running:
-        async with place.client() as client:
-            await stop_jobs(client, on_step=on_step)
-    return await place.backend.down(place.spec)
-
-
-def _jobs_running(jobs: Sequence[JobView], cluster: str) -> ConflictError:
-    names = ", ".join(job.id for job in jobs[:_NAMED]) + (" and others" if len(jobs) > _NAMED else "")
-    msg = f"{len(jobs)} job{' runs' if len(jobs) == 1 else 's run'} on cluster {cluster}: {names}"
-    hint = "stop them gracefully: down(…, stop=True); or at once: force=True. The next up retries them"
-    return ConflictError(msg, hint=hint)

@@ -15,12 +15,14 @@ from raylaunch.client.client import Client
 from raylaunch.client.sensitive import allowed
 from raylaunch.client.submission import with_wandb
 from raylaunch.cluster.types import DownReport, Endpoint, Plan, Step
+from raylaunch.config.validation import job_states
 from raylaunch.models.cluster import ClusterStatus, ControllerStatus
 from raylaunch.models.fields import Environment
 from raylaunch.models.job import DryRun, PackReport
-from raylaunch.models.job_spec import Launcher, Resources, Tracking, Where
+from raylaunch.models.job_spec import JobSpec, Launcher, Resources, Tracking, Where
 from raylaunch.models.states import JobState
 from raylaunch.operations.connect import ClusterConnection
+from raylaunch.operations.upgrade import take_down
 from raylaunch.sdk.arguments import (
     Asked,
     Which,
@@ -29,9 +31,7 @@ from raylaunch.sdk.arguments import (
     cluster_spec_of,
     cluster_to_reach,
     spec_of,
-    states_of,
     steps_of_up,
-    take_down,
 )
 from raylaunch.sdk.async_job import AsyncJob
 from raylaunch.sdk.display import OnStep, cluster_html, cluster_line, show_steps
@@ -206,7 +206,8 @@ class AsyncCluster:
         spec = cluster_of(which)
         report = on_step or show_steps(spec.name)
         place = ClusterConnection(spec, on_notice=log_notice, on_step=report, restarts=False)
-        return await take_down(place, stop=stop, force=force, on_step=report)
+        hint = "stop them with their grace time: down(…, stop=True); or at once: force=True. The next up retries them"
+        return await take_down(place, stop=stop, force=force, on_step=report, hint=hint)
 
     async def __aenter__(self) -> Self:
         return self
@@ -304,27 +305,7 @@ class AsyncCluster:
             WithheldError: files look like secrets, or the upload is too large; nothing was sent.
             ConflictError: `request_id` was used for something else.
         """
-        given: dict[str, object] = {
-            "name": name,
-            "launcher": launcher,
-            "processes": processes,
-            "working_dir": working_dir,
-            "resources": resources,
-            "where": where,
-            "env": env,
-            "secrets": secrets,
-            "environment": environment,
-            "packages": packages,
-            "timeout_s": timeout_s,
-            "grace_s": grace_s,
-            "outputs": outputs,
-            "outputs_size": outputs_size,
-            "outputs_files": outputs_files,
-            "tags": tags,
-            "tracking": tracking,
-            "priority": priority,
-            "retries": retries,
-        }
+        given = {field: value for field, value in locals().items() if field in JobSpec.model_fields}
         spec, values, taken = with_wandb(spec_of(job, given, gpus=gpus), os.environ)
         if taken:
             _log.info("W&B from this environment: %s", ", ".join(taken))
@@ -398,7 +379,7 @@ class AsyncCluster:
         Raises:
             SpecError: a word is not a state.
         """
-        wanted, found, cursor = states_of(states), list[AsyncJob](), ""
+        wanted, found, cursor = job_states(states), list[AsyncJob](), ""
         while len(found) < limit:
             page = await self._client.jobs(
                 states=wanted,

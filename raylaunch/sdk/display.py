@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from raylaunch.cluster.types import Step
 from raylaunch.models.cluster import ControllerStatus
@@ -285,46 +285,18 @@ OnStep = Callable[[Step], None]
 
 def show_steps(cluster: str) -> OnStep:
     """Return a callback that shows a cluster's steps: live in a notebook, else in the log."""
-    display = _notebook_display()
-    return LiveSteps(cluster, display) if display else _log_step
-
-
-class LiveDisplay(Protocol):
-    """Something that is already shown and can be replaced."""
-
-    def update(self, shown: object, /) -> None:
-        """Show this in its place."""
-
-
-class LiveSteps:
-    """A callback for steps that shows the last one of each host.
-
-    Args:
-        cluster: the cluster's name.
-        display: shows something, and returns a handle that replaces it.
-    """
-
-    def __init__(self, cluster: str, display: Callable[[object], LiveDisplay]) -> None:
-        self._steps = Steps(cluster)
-        self._display = display
-        self._shown: LiveDisplay | None = None
-
-    def __call__(self, step: Step) -> None:
-        """Take a step."""
-        self._steps = self._steps.with_step(step)
-        if self._shown is None:
-            self._shown = self._display(self._steps)
-        else:
-            self._shown.update(self._steps)
-
-
-def _notebook_display() -> Callable[[object], LiveDisplay] | None:
-    """Return the notebook's display function; None outside of notebooks. IPython is not imported for that."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()  # IPython is not imported for this
     if getattr(shell, "kernel", None) is None:
-        return None
-    display = importlib.import_module("IPython.display").display
-    return lambda steps: display(steps, display_id=True)
+        return _log_step
+    handle = importlib.import_module("IPython.display").DisplayHandle()
+    steps = Steps(cluster)
+
+    def show(step: Step) -> None:
+        nonlocal steps
+        first, steps = not (steps.last or steps.notes), steps.with_step(step)
+        (handle.display if first else handle.update)(steps)
+
+    return show
 
 
 def _log_step(step: Step) -> None:

@@ -7,49 +7,15 @@ import atexit
 import os
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from raylaunch.sdk.async_cluster import AsyncCluster
 
 _Result = TypeVar("_Result")
 
 _CLEAN_UP_S = 5.0
 """How long a cancelled call may take to release what it holds."""
-
-
-class _Call(Generic[_Result]):
-    """One coroutine on the loop, and a thread that waits for it."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, work: Coroutine[None, None, _Result]) -> None:
-        self._loop = loop
-        self._done = threading.Event()
-        self._task: asyncio.Task[_Result] | None = None
-        loop.call_soon_threadsafe(self._start, work)
-
-    def _start(self, work: Coroutine[None, None, _Result]) -> None:
-        self._task = self._loop.create_task(work)
-        self._task.add_done_callback(lambda _: self._done.set())
-
-    def _cancel(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-
-    def wait(self) -> _Result:
-        try:
-            self._done.wait()
-        except BaseException:  # Ctrl-C, or whatever else a signal's handler raises here
-            self._loop.call_soon_threadsafe(self._cancel)
-            self._done.wait(_CLEAN_UP_S)
-            raise
-        if self._task is None:
-            msg = "the call ended before it started"
-            raise RuntimeError(msg)
-        return self._task.result()
-
-
-class Closable(Protocol):
-    """An object with connections that belong to the loop."""
-
-    async def close(self) -> None:
-        """Close them."""
 
 
 class LoopThread:
@@ -58,7 +24,7 @@ class LoopThread:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self._ended = False
-        self._open: set[Closable] = set()
+        self._open: set[AsyncCluster] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="raylaunch", daemon=True)
         self._thread.start()
@@ -74,7 +40,14 @@ class LoopThread:
             own = "a callback cannot call raylaunch's blocking verbs; pass the result to a thread of your own"
             msg = "Python is exiting, and raylaunch's connections are closed" if self._ended else own
             raise RuntimeError(msg)
-        return _Call(self._loop, work).wait()
+        ended = threading.Event()
+        call = asyncio.run_coroutine_threadsafe(_noting_its_end(work, ended), self._loop)
+        try:
+            return call.result()
+        except BaseException:  # also Ctrl-C, or what another signal's handler raises here
+            if call.cancel():
+                ended.wait(_CLEAN_UP_S)
+            raise
 
     def each(self, source: AsyncGenerator[_Result, None]) -> Generator[_Result, None, None]:
         """Yield what an asynchronous generator yields; it is closed when the caller stops iterating."""
@@ -89,11 +62,11 @@ class LoopThread:
             if not self._ended:
                 self.run(_closed(source))
 
-    def keep(self, holder: Closable) -> None:
+    def keep(self, holder: AsyncCluster) -> None:
         """Close this at Python's exit, unless it was closed before."""
         self._open.add(holder)
 
-    def close(self, holder: Closable) -> None:
+    def close(self, holder: AsyncCluster) -> None:
         """Close this now; a second call, or one at Python's exit, does nothing."""
         if holder in self._open and not self._ended:
             self._open.discard(holder)
@@ -110,7 +83,14 @@ class LoopThread:
             self._loop.close()
 
 
-async def _wind_down(still_open: Iterable[Closable]) -> None:
+async def _noting_its_end(work: Coroutine[None, None, _Result], ended: threading.Event) -> _Result:
+    try:
+        return await work
+    finally:
+        ended.set()
+
+
+async def _wind_down(still_open: Iterable[AsyncCluster]) -> None:
     loop = asyncio.get_running_loop()
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
