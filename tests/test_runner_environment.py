@@ -115,7 +115,7 @@ def test_conda_is_activated_as_a_shell_would(make: Make, tmp_path: Path, venv: P
     attempt.run(CONDA_EXE=str(conda))
     assert attempt.log.read_text() == "greetings from\na\nb\n"
     end = make("true", environment=kind("conda", "other")).run(CONDA_EXE=str(conda))
-    assert end["message"].startswith("conda activate other failed on this node: NotFound: other;")
+    assert end["message"].startswith("conda activate other failed: NotFound: other")
 
 
 @pytest.mark.slow

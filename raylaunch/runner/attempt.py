@@ -40,18 +40,10 @@ _SHELL_SIGNAL = 128
 _FAILED = 1
 """torchrun's exit status when a rank failed, not the rank's own."""
 _FATAL = frozenset(
-    int(number)
-    for number in (
-        signal.SIGKILL,
-        signal.SIGTERM,
-        signal.SIGSEGV,
-        signal.SIGABRT,
-        signal.SIGBUS,
-        signal.SIGFPE,
-        signal.SIGILL,
-        signal.SIGINT,
-        signal.SIGHUP,
-    )
+    {
+        *(signal.SIGHUP, signal.SIGINT, signal.SIGILL, signal.SIGABRT, signal.SIGBUS),
+        *(signal.SIGFPE, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM),
+    }
 )
 
 
@@ -78,7 +70,7 @@ class Attempt:
         self._process: supervisor.ManagedProcess | None = None
         self._exited_in_time = True
         self._before: outputs.Snapshot = {}
-        self._launch = torchrun.unchanged(spec)
+        self._launch = torchrun.LaunchPlan(spec["entrypoint"], {}, 1, elastic=False)
         self._driver: ray_driver.DriverPlan | None = None
         self._reports = TrainReportFollower(folder)
         self._reaper = ProcessReaper(spec["tag"], self._spare, heartbeat)
@@ -328,7 +320,7 @@ class Attempt:
         process = self._process
         status = process.status if process is not None else None
         failure = self._failure_of_rank(status) if request is None else None
-        code, by_signal = self._read_status(status) if failure is None else _read_rank(failure)
+        code, by_signal = self._read_status(status) if failure is None else _read_status(failure.status)
         who = "the training" if failure is None else f"rank {failure.rank}"
         end = exit_facts("completed", exit_code=code, by_ray=request is not None and request.by_ray)
         end["signal"], end["killed"] = by_signal, self._reaper.killed
@@ -356,13 +348,9 @@ class Attempt:
 
     def _read_status(self, status: int | None) -> tuple[int | None, str]:
         """Return exit code and signal. A shell exits with 128+N when its program was ended by signal N."""
-        if status is None:
-            return None, ""
-        if status < 0:
-            return _SHELL_SIGNAL - status, signal_name(-status)
-        if isinstance(self._spec["entrypoint"], str) and status - _SHELL_SIGNAL in _FATAL:
+        if status is not None and isinstance(self._spec["entrypoint"], str) and status - _SHELL_SIGNAL in _FATAL:
             return status, signal_name(status - _SHELL_SIGNAL)
-        return status, ""
+        return _read_status(status)
 
     def _failure_of_rank(self, status: int | None) -> RankFailure | None:
         """Return which rank failed, where torchrun has ended with its report; else the command's own status counts."""
@@ -388,11 +376,8 @@ class Attempt:
             return b""
 
 
-def _read_rank(failure: RankFailure) -> tuple[int, str]:
-    """Return exit code and signal of a rank."""
-    if failure.status < 0:
-        return _SHELL_SIGNAL - failure.status, signal_name(-failure.status)
-    return failure.status, ""
+def _read_status(status: int | None) -> tuple[int | None, str]:
+    return (_SHELL_SIGNAL - status, signal_name(-status)) if status is not None and status < 0 else (status, "")
 
 
 def exit_facts(ended: Ended, message: str = "", *, exit_code: int | None = None, by_ray: bool = False) -> Exit:

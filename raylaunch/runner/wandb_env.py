@@ -253,7 +253,9 @@ def version_warnings(version: str) -> list[str]:
 
 def _credentials(env: Mapping[str, str], version: str, code: Path) -> tuple[str, bool]:
     """Return the server's address and whether there are credentials for it."""
-    settings = {**_settings(_settings_home(env)), **_settings(code / "wandb")}
+    given = env.get("WANDB_CONFIG_DIR")
+    home = Path(given) if given else home_of(env) / ".config" / "wandb"
+    settings = {**_settings(home), **_settings(code / "wandb")}
     explicit = env.get("WANDB_BASE_URL") or settings.get("base_url")
     default = _PUBLIC_SINCE_31 if _numbers(version) >= FLUSHES_SINCE else _PUBLIC
     if env.get("WANDB_API_KEY") or settings.get("api_key"):
@@ -262,11 +264,6 @@ def _credentials(env: Mapping[str, str], version: str, code: Path) -> tuple[str,
         if urlsplit(url).netloc in _netrc_hosts(env):
             return url.rstrip("/"), True
     return (explicit or default).rstrip("/"), False
-
-
-def _settings_home(env: Mapping[str, str]) -> Path:
-    given = env.get("WANDB_CONFIG_DIR")
-    return Path(given) if given else home_of(env) / ".config" / "wandb"
 
 
 def _settings(folder: Path) -> dict[str, str]:
@@ -286,13 +283,9 @@ def _settings(folder: Path) -> dict[str, str]:
 def _netrc_hosts(env: Mapping[str, str]) -> frozenset[str]:
     home = home_of(env)
     places = [Path(env["NETRC"]).expanduser()] if env.get("NETRC") else [home / ".netrc", home / "_netrc"]
-    for place in places:
-        if place.is_file():
-            return _hosts(place)
-    return frozenset()
-
-
-def _hosts(place: Path) -> frozenset[str]:
+    place = next((place for place in places if place.is_file()), None)
+    if place is None:
+        return frozenset()
     import netrc  # noqa: PLC0415 -- as above
 
     try:

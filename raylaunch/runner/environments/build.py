@@ -71,8 +71,8 @@ class BuildContext(NamedTuple):
         """Whether wheels came along, because the node reaches no package index."""
         return any(folder.is_dir() for folder in (self.wheels, self.build_wheels, self.added_wheels))
 
-    def run(self, command: Sequence[str], env: dict[str, str], *, what: str) -> None:
-        """Run a program that makes an environment; what it prints goes to the attempt's log of its setup.
+    def run(self, command: Sequence[str], env: dict[str, str], *, what: str, timeout_s: float = _BUILD_S) -> None:
+        """Run a program that makes or activates an environment; its output goes to the attempt's log of its setup.
 
         Raises:
             EnvironmentProblem: it failed; the text has its most useful line.
@@ -80,7 +80,7 @@ class BuildContext(NamedTuple):
         try:
             with self.setup_log.open("a+b") as log:
                 ran = run_program(
-                    command, env=env, cwd=self.code, timeout_s=_BUILD_S, heartbeat=self.heartbeat, output=log
+                    command, env=env, cwd=self.code, timeout_s=timeout_s, heartbeat=self.heartbeat, output=log
                 )
         except OSError as error:
             msg = f"{what} could not be started: {error}"

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raylaunch.runner.control import run_program
 from raylaunch.runner.environments import build, layers
 from raylaunch.runner.environments.build import BuildContext, PreparedEnvironment, with_bin
 from raylaunch.runner.environments.local_sources import local_packages
@@ -165,21 +164,10 @@ def _capture(name: str, activate: str, env: dict[str, str], context: BuildContex
     captured = context.tmp / "conda-env"
     script = f"{activate} && command env -0 > {shlex.quote(str(captured))}"
     try:
-        with context.setup_log.open("a+b") as log:
-            ran = run_program(
-                ["bash", "-c", script],
-                env=env,
-                cwd=context.code,
-                timeout_s=_CONDA_S,
-                heartbeat=context.heartbeat,
-                output=log,
-            )
-    except OSError as error:
-        msg = f"conda:{name} needs bash: {error}"
+        context.run(["bash", "-c", script], env, what=f"conda activate {name}", timeout_s=_CONDA_S)
+    except build.EnvironmentProblem as problem:
+        msg = f"{problem}; list them: conda env list"
         raise build.EnvironmentProblem(msg) from None
-    if ran.status != 0:
-        msg = f"conda activate {name} failed on this node: {build.failure_line(ran)}; list them: conda env list"
-        raise build.EnvironmentProblem(msg)
     words = captured.read_bytes().decode("utf-8", "surrogateescape").split("\0")
     captured.unlink()
     found = dict(word.split("=", 1) for word in words if "=" in word)

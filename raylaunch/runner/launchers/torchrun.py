@@ -72,11 +72,6 @@ def starts_ranks(spec: AttemptSpec) -> bool:
     return spec["launcher"] == "torchrun" or entrypoint.pasted(spec["entrypoint"]) is not None
 
 
-def unchanged(spec: AttemptSpec) -> LaunchPlan:
-    """Return the entrypoint without a launcher."""
-    return LaunchPlan(spec["entrypoint"], {}, 1, elastic=False)
-
-
 def node_resources() -> NodeResources:
     """Return what the node has."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
