@@ -47,7 +47,7 @@ class StopRequested(Exception):  # noqa: N818 -- not an error
 
 
 class Heartbeat:
-    """Touches the heartbeat file once a second, and knows of stop requests. Every loop of the runner polls it."""
+    """Touches the heartbeat file once a second, and reads stop requests. Every loop of the runner polls it."""
 
     def __init__(self, folder: Path, *, grace_s: float, environ: Mapping[str, str]) -> None:
         self._stop = folder / contract.STOP
@@ -105,7 +105,7 @@ class Heartbeat:
         return _request(str(content.get("why") or "stopped"), grace)
 
     def _ray_stop(self) -> StopRequest | None:
-        """Ray kills what is left some seconds after its SIGTERM: be done, and the exit file written, before that."""
+        """Ray kills what is left some seconds after its SIGTERM; the exit file must be written before."""
         if not self._signalled:
             return None
         in_s = max(1.0, self._ray_wait_s - 0.7)

@@ -19,7 +19,7 @@ _POLL_S = 0.1
 
 
 class LineFilter:
-    """Makes bytes fit for Ray's log tools. Feed it blocks; it never holds more than one block and one line."""
+    """Converts blocks of bytes to lines for Ray's log tools. It never holds more than one block and one line."""
 
     def __init__(self) -> None:
         self._part = b""
@@ -46,7 +46,7 @@ class LineFilter:
         return line
 
     def _shorten(self) -> None:
-        """Keep of an unfinished line what would be shown of it."""
+        """Shorten an unfinished line to what would be shown of it."""
         drawn = self._part.rstrip(b"\r").rpartition(b"\r")
         if drawn[1]:
             self._part, self._cut = drawn[2], 0

@@ -38,7 +38,7 @@ _TIMEOUTS = (TimeoutError, socket.timeout)  # two classes before Python 3.10, wh
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Take part in the check that the argument after `OPTION` describes; returns the exit status."""
+    """Take part in the check that the argument after `OPTION` describes; exits with its status."""
     ended = NetworkCheck(json.loads(arguments[1])).run()
     sys.stdout.write(f"\n{MARK}{json.dumps(ended)}\n")
     sys.stdout.flush()
@@ -93,7 +93,7 @@ class NetworkCheck:
         return self._all_reduce(backend, (self._members[0].address, answers[0]["port"], store))
 
     def _all_reduce(self, backend: str, store: tuple[str, int, socket.socket | None]) -> dict[str, Any]:
-        """Do it in a thread: what hangs in there cannot be interrupted, but left behind."""
+        """Run it in a thread: one that hangs cannot be interrupted, but it can be abandoned."""
         ended: list[dict[str, Any]] = []
 
         def work() -> None:
@@ -112,7 +112,7 @@ class NetworkCheck:
         return ended[0] if ended else {"kind": "torch", "over": backend, "why": f"no end within {_TORCH_S:g} s"}
 
     def _done(self, over: str, seconds: float) -> dict[str, Any]:
-        """Each member sends, and receives, 2 (n - 1) / n of the whole."""
+        """Each member sends and receives 2 (n - 1) / n of the bytes."""
         passed = 2 * (self._size - 1) / self._size * self._plan["bytes"]
         return {"kind": "done", "over": over, "seconds": seconds, "bytes_per_s": passed / max(seconds, 1e-9)}
 

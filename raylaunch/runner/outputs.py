@@ -224,7 +224,7 @@ class _Collector:
         self._now.add(path)
 
     def _keep_apart(self, path: str) -> None:
-        """Keep a file whose name is taken by one that the program wrote to the outputs itself."""
+        """Keep a file under `APART`, because the program itself wrote another one of that name to its outputs."""
         apart = f"{APART}/{path}"
         if path.startswith(f"{APART}/") or _same_content(self._code / path, self._kept / OUTPUTS / path):
             return

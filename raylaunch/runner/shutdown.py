@@ -5,10 +5,10 @@ process has forked (DataLoader workers above all) is left to it: a signal to the
 workers before it can save. Where nothing handles SIGTERM it goes to the topmost program, which ends as by ``kill``.
 
 What started the program (shells, ``uv run``, torchrun) must not act meanwhile: a shell would go on with its next
-command, torchrun ends the sessions of all ranks as soon as it hears of the signal, or of the first rank that exits.
-They are held, and released one after the other when the program has exited. Held is the main thread alone, by
-ptrace(2), for the ranks' store (torch's TCPStore) is served by another thread of torchrun. Where ptrace is forbidden it
-is SIGSTOP.
+command, torchrun ends the sessions of all ranks as soon as it receives the signal, or the first rank exits.
+They are held, and released one after the other when the program has exited. Only the main thread is held, with
+ptrace(2), because another thread of torchrun serves the ranks' store (torch's TCPStore). Where ptrace is forbidden,
+SIGSTOP is used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from raylaunch.runner.processes import is_alive, is_wandb_helper, process_ids, r
 
 _PROC = Path("/proc")
 _FILTERS = ("tee", "cat", "grep", "sed", "awk", "gawk", "mawk", "ts", "tr", "cut", "head", "tail")
-"""What a program's output passes through: it ends by itself, when the program has exited and all is written."""
+"""Filters of a program's output: they exit on their own when the program has exited and everything is written."""
 _PYTHON = re.compile(r"(?:python|pypy)[\d.]*")
 _RANKS = (b"RANK=", b"OMPI_COMM_WORLD_RANK=")
 _WORKER = "pt_data_worker"
@@ -223,7 +223,7 @@ class Shutdown:
                 os.waitpid(process.pid, os.WNOHANG | _WALL)
 
     def _still_running(self) -> bool:
-        """Whether something still runs that ends by itself: what was released last, or what reads the output."""
+        """Whether something still runs that exits on its own: what was released last, or a filter of the output."""
         if self._released is not None:
             return is_alive(self._released.pid, self._released.ticks)
         held = {process.pid for process in self._plan.held}

@@ -339,7 +339,7 @@ def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
 def _spawn(argv: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> subprocess.Popen[bytes]:
     out = os.open(str(log), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
-        return subprocess.Popen(  # noqa: S603 -- running what the person asked for is the purpose
+        return subprocess.Popen(  # noqa: S603 -- running the command of the job is the purpose
             list(argv),
             env=dict(env),
             cwd=str(cwd),

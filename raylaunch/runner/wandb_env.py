@@ -150,9 +150,9 @@ def find_mode(spec: WandbSpec, env: Mapping[str, str], context: BuildContext, *,
     """
     asked = env.get("WANDB_MODE") or spec["mode"]
     if asked in ("offline", "dryrun"):
-        return Mode("offline", "asked for")
+        return Mode("offline", "set for this job")
     if asked == "disabled" or env.get("WANDB_DISABLED", "").lower() in ("true", "1"):
-        return Mode("disabled", "asked for")
+        return Mode("disabled", "set for this job")
     if not version:
         return Mode("offline", "the job's environment has no wandb")
     base_url, found = _credentials(env, version, context.code)

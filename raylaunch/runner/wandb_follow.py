@@ -1,9 +1,9 @@
-"""Brings every W&B run that an attempt opens into the attempt's own folder, wherever its program has it written.
+"""Links or copies every W&B run that an attempt opens into the attempt's own folder, whatever `dir` its program uses.
 
-`wandb.init(dir=…)`, `Settings(root_dir=…)` and Lightning's ``WandbLogger(save_dir=".")`` come before WANDB_DIR. A run's
-file is linked into `contract.WANDB` (it is the same file then, and grows there too) or, from another file system,
-copied as it grows; what W&B keeps next to it follows at the end. Runs are found by what `wandb_runs` notes, by the
-files that the attempt's ``wandb-core`` processes hold open, and by the working folder at the end.
+`wandb.init(dir=…)`, `Settings(root_dir=…)` and Lightning's ``WandbLogger(save_dir=".")`` take precedence over
+WANDB_DIR. A run's file is linked into `contract.WANDB` (so it grows there too) or, from another file system, copied as
+it grows; what W&B keeps next to it follows at the end. Runs are found through the notes of `wandb_runs`, the files that
+the attempt's ``wandb-core`` processes hold open, and, at the end, the working directory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MANY_FOLDERS = 100_000
 class RunFollower:
     """The W&B runs of one attempt.
 
-    `poll` is called again and again, `finish` when no process of the attempt is left.
+    `poll` is called repeatedly, `finish` when no process of the attempt is left.
     """
 
     def __init__(self, folder: Path, tag: str) -> None:
@@ -47,12 +47,12 @@ class RunFollower:
         self._linked: dict[Path, Path] = {}
         """The file in this attempt's folder, by the file that W&B writes."""
         self._copied: set[Path] = set()
-        """Those of `_linked` that are no links."""
+        """Files of `_linked` that are copies."""
         self.ids: list[str] = []
         """Of all runs that were found, in the order of their start."""
 
     def poll(self) -> None:
-        """Bring what is new, as often as it is worth it."""
+        """Link or copy what is new; each step at its own interval."""
         now = time.monotonic()
         pauses = {self._copy_growth: _GROW_S, self._scan: _SCAN_S, self._check_cores: _PROC_S}
         for step, at in self._next.items():
@@ -63,7 +63,7 @@ class RunFollower:
                 now += spent
 
     def finish(self) -> None:
-        """Bring all that was written, with what W&B keeps next to the runs' files."""
+        """Link or copy everything that was written, with what W&B keeps next to the runs' files."""
         self._check_cores()
         for place in self._run_folders_in_code():
             self._scan_folder(place, None)
@@ -102,7 +102,7 @@ class RunFollower:
                 yield Path(folder)
 
     def _scan_folder(self, place: Path, ids: set[str] | None) -> None:
-        """Bring the runs of these ids (None: of all) from a folder that wandb made; older ones are another job's."""
+        """Link runs with these ids (None: all) from a folder that wandb made; older ones belong to other jobs."""
         if place.is_symlink() and ids is None:
             return
         with contextlib.suppress(OSError):

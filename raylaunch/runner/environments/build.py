@@ -218,7 +218,7 @@ def pip_environment(required: Requirements, env: dict[str, str], context: BuildC
 
 
 def _remove_projects(prefix: Path, env: dict[str, str], context: BuildContext) -> None:
-    """Remove what was installed from a folder: it was there for what it needs, and is not the next attempt's code."""
+    """Remove projects installed from a folder: only their dependencies are shared; their code is each attempt's own."""
     origins = prefix.glob("lib/python3*/site-packages/*.dist-info/direct_url.json")
     names = [one.parent.name.split("-")[0] for one in origins if "dir_info" in json.loads(one.read_text("utf-8"))]
     if names:

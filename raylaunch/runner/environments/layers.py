@@ -81,7 +81,7 @@ def with_projects(below: PreparedEnvironment, lines: Sequence[str], context: Bui
 
 
 def _python_mismatch_hint(prefix: Path, context: BuildContext) -> str:
-    """Return what to do where wheels came along for another Python than that of the environment below."""
+    """Return advice when the wheels sent with the job are for another Python than the environment's."""
     ours = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     theirs = next((one.name for one in prefix.glob("lib/python3*")), ours)
     if not context.offline or theirs == ours:
@@ -100,7 +100,7 @@ def _make_layer(prefix: Path, below: PreparedEnvironment, sites: Sequence[str], 
 
 
 def _rewrite_scripts(below: Path, folder: Path) -> None:
-    """Copy console scripts of an environment; an interpreter that is installed for all is none."""
+    """Copy console scripts of an environment; those of a system interpreter are not copied."""
     if not any((below.parent / name).exists() for name in ("pyvenv.cfg", "conda-meta")):
         return
     interpreter = re.compile(re.escape(str(below).encode()) + rb"/python[0-9.]*")

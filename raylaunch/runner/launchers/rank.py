@@ -1,4 +1,4 @@
-"""One rank of a training: ``runner.pyz --rank PROGRAM ARGUMENTS``. It makes the rank's place, and becomes the program.
+"""One rank of a training: ``runner.pyz --rank PROGRAM ARGUMENTS``. Prepares the rank and executes the program.
 
 Rank 0 writes where the launcher writes, into the attempt's log of rank 0; every other has a log of its own. The job's
 W&B run is rank 0's: another rank that calls `wandb.init` gets a run of its own in the job's group (`wandb_runs`).
@@ -21,7 +21,7 @@ _NOT_FOUND = 127
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Become the program that is named after `OPTION`. Returns only where that cannot be."""
+    """Execute the program named after `OPTION`. Returns only when it cannot be executed."""
     program, *rest = arguments[1:]
     if program == OF_PARENT:
         program = python_of(os.getppid())
@@ -30,14 +30,14 @@ def main(arguments: Sequence[str]) -> int:
     if rank != "0":
         _write_to(Path(sys.argv[0]).resolve().parent / contract.RANK_LOG.format(rank=rank))
     try:
-        os.execvp(program, [program, *rest])  # noqa: S606 -- becoming the person's program is the purpose
+        os.execvp(program, [program, *rest])  # noqa: S606 -- executing the user's program is the purpose
     except OSError as error:
         sys.stderr.write(f"raylaunch: rank {rank}: {program} cannot be started: {error.strerror}\n")
     return _NOT_FOUND
 
 
 def prepare(env: MutableMapping[str, str], rank: str) -> None:
-    """Change a rank's variables: what is meant for the launcher, or for rank 0, is not for it."""
+    """Adapt variables that are meant for the launcher, or for rank 0."""
     env.pop("PYTHON_EXEC", None)
     if rank != "0" and env.get("WANDB_NAME"):
         env["WANDB_NAME"] += f"-rank-{rank}"
