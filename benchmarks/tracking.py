@@ -46,7 +46,7 @@ def run(shop: Workshop) -> Iterator[Result]:
 
     pairs = in_turns(ours, lambda: _plain(shop, points), rounds=shop.rounds(_ROUNDS))
     how = (
-        f"CPU seconds of a training (a small network in NumPy) that logs each of its {points:,} steps off-line, as fast"
+        f"CPU seconds of a training (a small network in NumPy) that logs each of its {points:,} steps offline, as fast"
         " as it can, W&B's core with it; and of all of raylaunch's processes from its submission until its files are in"
         " the store: runner, supervisor, controller, link"
         f" ({statistics.median(shares):.2f} s). Ray's own are not counted."
