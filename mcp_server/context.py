@@ -12,7 +12,7 @@ from mcp_server.policy import Roots
 from raylaunch.client.client import Client
 from raylaunch.client.sensitive import NO_MORE, Allowances
 from raylaunch.cluster.types import Step
-from raylaunch.config.load import load_cluster_spec
+from raylaunch.config.load import load_cluster_file
 from raylaunch.operations.connect import ClusterConnection
 
 _log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class ToolCall:
             SpecError: its file cannot be read, or says something that cannot be.
         """
         return ClusterConnection(
-            load_cluster_spec(quoted=False), on_notice=self._notice, on_step=self._step, restarts=self._restarts
+            load_cluster_file(quoted=False).spec, on_notice=self._notice, on_step=self._step, restarts=self._restarts
         )
 
     @contextlib.asynccontextmanager

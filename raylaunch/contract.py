@@ -66,7 +66,7 @@ APART = "working-dir"
 
 AUTO = "auto"
 NONE = "none"
-"""Instead of globs of outputs: what is new or changed in the working directory; nothing of it."""
+"""In place of globs of outputs: all new and changed files of the working directory, or none."""
 
 RANK_LOG = "logs/rank-{rank}.log"
 
@@ -269,12 +269,12 @@ class Exit(TypedDict):
     exit_code: int | None
     signal: str
     message: str
-    """For people; empty when exit code or signal say enough."""
+    """For people; empty if exit code or signal are enough."""
     failed_rank: int | None
     """The rank that failed first, whose exit code and signal these are; None where that is not known."""
     at: float
     by_ray: bool
-    """Stopped by a SIGTERM from outside (``ray job stop``), not by a request of ours."""
+    """Stopped by a SIGTERM from outside (``ray job stop``), not by raylaunch."""
     killed: int
     """Processes of the attempt that were left over and ended at the end."""
     oom: bool

@@ -5,14 +5,14 @@ from __future__ import annotations
 __version__ = "0.2.0"
 
 API = 1
-"""Grows when a client and a controller of different numbers could misunderstand each other."""
+"""Increased when clients and controllers with different numbers are incompatible."""
 
 OTHERS_JOB, OTHERS_OWNER = "X-Raylaunch-Others-Job", "X-Raylaunch-Others-Owner"
-"""Headers of an answer about a job that a name meant and that is somebody else's: its id and owner, percent-encoded."""
+"""Response headers for a name that means somebody else's job: its id and owner, percent-encoded."""
 
 
 def is_older(one: str, other: str = __version__) -> bool:
-    """Return whether version `one` came before `other`; one that is not known (empty) came before all."""
+    """Return whether version `one` is older than `other`; an unknown one (empty) is older than all."""
     return _numbers(one) < _numbers(other)
 
 

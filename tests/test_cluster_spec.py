@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from raylaunch.config.load import load_cluster_spec
+from raylaunch.config.load import load_cluster_file
 from raylaunch.errors import SpecError
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.fields import Environment
@@ -24,7 +24,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Written:
 
     def read(text: str) -> ClusterSpec:
         Path("cluster.yaml").write_text(text, encoding="utf-8")
-        return load_cluster_spec(Path("cluster.yaml"))
+        return load_cluster_file(Path("cluster.yaml")).spec
 
     return read
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from raylaunch.config.load import Flag, find_cluster_file, job_spec_from_flags, load_cluster_spec, load_job_spec
+from raylaunch.config.load import Flag, find_cluster_file, job_spec_from_flags, load_cluster_file
 from raylaunch.controller.store.backlog import required_amounts
 from raylaunch.errors import SpecError
 from raylaunch.models.cluster_spec import ClusterSpec
@@ -31,7 +31,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
 
 def job_error(here: Here, text: str) -> SpecError:
     with pytest.raises(SpecError) as caught:
-        load_job_spec(here("job.yaml", text))
+        job_spec_from_flags((), file=here("job.yaml", text))
     return caught.value
 
 
@@ -166,7 +166,7 @@ def test_a_list_instead_of_keys_is_refused(here: Here) -> None:
 def test_a_missing_file_is_said_with_the_folder_that_was_looked_in(here: Here, tmp_path: Path) -> None:
     here("other.yaml", "")
     with pytest.raises(SpecError) as caught:
-        load_job_spec(Path("nope.yaml"))
+        job_spec_from_flags((), file=Path("nope.yaml"))
     assert str(caught.value) == f"nope.yaml: there is no such file\n  → looked in {tmp_path}"
 
 
@@ -174,21 +174,21 @@ def test_a_file_that_is_not_text_is_refused(here: Here) -> None:
     here("job.yaml", "")
     Path("job.yaml").write_bytes(b"name: \xff\n")
     with pytest.raises(SpecError) as caught:
-        load_job_spec(Path("job.yaml"))
+        job_spec_from_flags((), file=Path("job.yaml"))
     assert caught.value.message == "job.yaml: the file is not UTF-8 text (byte 6)"
 
 
 def test_numbers_and_booleans_in_env_are_text(here: Here) -> None:
-    spec = load_job_spec(here("job.yaml", "entrypoint: x\nenv: {A: 1, B: true, C: 0.5}\n"))
+    spec = job_spec_from_flags((), file=here("job.yaml", "entrypoint: x\nenv: {A: 1, B: true, C: 0.5}\n"))
     assert spec.env == {"A": "1", "B": "true", "C": "0.5"}
 
 
 def test_the_working_directory_of_a_file_is_relative_to_the_file(here: Here, tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
-    spec = load_job_spec(here("deep/job.yaml", "entrypoint: x\nworking_dir: code\n"))
+    spec = job_spec_from_flags((), file=here("deep/job.yaml", "entrypoint: x\nworking_dir: code\n"))
     assert spec.working_dir == str(tmp_path / "deep" / "code")
-    assert load_job_spec(here("deep/job.yaml", "entrypoint: x\n")).working_dir == str(tmp_path / "deep")
-    assert load_job_spec(here("deep/job.yaml", "entrypoint: x\nworking_dir: ''\n")).working_dir == ""
+    assert job_spec_from_flags((), file=here("deep/job.yaml", "entrypoint: x\n")).working_dir == str(tmp_path / "deep")
+    assert job_spec_from_flags((), file=here("deep/job.yaml", "entrypoint: x\nworking_dir: ''\n")).working_dir == ""
 
 
 def test_a_flag_replaces_what_the_file_says_and_adds_to_lists_and_env(here: Here) -> None:
@@ -227,20 +227,23 @@ def test_no_program_at_all_says_how_to_give_one() -> None:
 
 def test_without_a_cluster_file_the_cluster_is_the_embedded_one(here: Here) -> None:
     here("job.yaml", "")
-    assert load_cluster_spec() == ClusterSpec()
+    assert load_cluster_file().spec == ClusterSpec()
 
 
-def test_the_cluster_file_here_applies_and_one_named_by_the_environment_goes_before_it(here: Here) -> None:
+def test_the_cluster_file_here_applies_and_one_named_by_the_environment_goes_before_it(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here("cluster.yaml", "name: here\n")
     named = here("other.yaml", "name: other\ngpus: [0, 1]\n")
-    assert load_cluster_spec(environ={}).name == "here"
-    spec = load_cluster_spec(environ={"RAYLAUNCH_CLUSTER_FILE": str(named)})
+    assert load_cluster_file().spec.name == "here"
+    monkeypatch.setenv("RAYLAUNCH_CLUSTER_FILE", str(named))
+    spec = load_cluster_file().spec
     assert (spec.name, spec.gpus) == ("other", ("0", "1"))
 
 
 def test_a_kind_that_there_is_not_is_refused_with_those_there_are(here: Here) -> None:
     with pytest.raises(SpecError) as caught:
-        load_cluster_spec(here("cluster.yaml", "name: dgx\nkind: k8s\nhosts: [a]\n"))
+        load_cluster_file(here("cluster.yaml", "name: dgx\nkind: k8s\nhosts: [a]\n"))
     assert caught.value.field == "kind"
     assert "cluster.yaml:2: kind: 'k8s' is not one of local, ssh, existing" in str(caught.value)
 
@@ -259,12 +262,12 @@ def test_a_kind_that_there_is_not_is_refused_with_those_there_are(here: Here) ->
 )
 def test_what_cannot_be_said_of_a_ray_of_somebody_elses_is_refused(here: Here, text: str, said: str) -> None:
     with pytest.raises(SpecError) as caught:
-        load_cluster_spec(here("cluster.yaml", text))
+        load_cluster_file(here("cluster.yaml", text))
     assert said in str(caught.value)
 
 
 def test_an_address_alone_means_a_ray_that_somebody_else_runs(here: Here) -> None:
-    spec = load_cluster_spec(here("cluster.yaml", "name: theirs\naddress: http://ray.example.org:8265/\n"))
+    spec = load_cluster_file(here("cluster.yaml", "name: theirs\naddress: http://ray.example.org:8265/\n")).spec
     assert (spec.kind, spec.address, spec.gcs_address) == (
         "existing",
         "http://ray.example.org:8265",
@@ -274,7 +277,7 @@ def test_an_address_alone_means_a_ray_that_somebody_else_runs(here: Here) -> Non
 
 def test_a_wrong_value_in_a_cluster_file_says_all_that_would_be_right(here: Here) -> None:
     with pytest.raises(SpecError) as caught:
-        load_cluster_spec(here("cluster.yaml", "gpus: some\n"))
+        load_cluster_file(here("cluster.yaml", "gpus: some\n"))
     assert str(caught.value) == "cluster.yaml:1: gpus: 'some' is not 'auto', a whole number or a list"
 
 
@@ -286,10 +289,14 @@ def test_a_custom_resource_replaces_none_that_a_job_has_anyway(name: str) -> Non
     assert required_amounts(one) == {"GPU": 1, "scratch": 1}
 
 
-def test_a_chosen_file_that_cannot_be_looked_at_is_an_error_that_names_it(tmp_path: Path) -> None:
-    home = tmp_path / ("x" * 300)  # longer than a name may be; a folder without permission is the same to us
+def test_a_chosen_file_that_cannot_be_read_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAYLAUNCH_CLUSTER_FILE", raising=False)
+    monkeypatch.setenv("RAYLAUNCH_HOME", str(tmp_path / ("x" * 300)))  # a name that is too long
     with pytest.raises(SpecError, match="the file of the chosen cluster cannot be read: File name too long"):
-        find_cluster_file(environ={"RAYLAUNCH_HOME": str(home)}, cwd=tmp_path)
+        find_cluster_file()
 
 
 @pytest.mark.parametrize("gpus", [0.5, "0.5"])
@@ -301,12 +308,12 @@ def test_a_part_of_a_gpu_is_refused_with_what_there_is_instead(gpus: object) -> 
 @pytest.mark.parametrize(("key", "old"), [("timeout", "timeout_s"), ("grace", "grace_s")])
 def test_a_duration_is_written_without_its_unit_and_the_old_key_is_taken_too(here: Here, key: str, old: str) -> None:
     for name in (key, old):
-        found = load_job_spec(Path(here("job.yaml", f"entrypoint: python train.py\n{name}: 6h\n")))
+        found = job_spec_from_flags((), file=Path(here("job.yaml", f"entrypoint: python train.py\n{name}: 6h\n")))
         assert getattr(found, old) == 6 * 3600
     with pytest.raises(SpecError, match=f"{key} and {old} are the same setting"):
-        load_job_spec(Path(here("job.yaml", f"entrypoint: x\n{key}: 1h\n{old}: 2h\n")))
+        job_spec_from_flags((), file=Path(here("job.yaml", f"entrypoint: x\n{key}: 1h\n{old}: 2h\n")))
     with pytest.raises(SpecError, match=f"job.yaml:2: {key}: 'soon' is not a duration"):
-        load_job_spec(Path(here("job.yaml", f"entrypoint: x\n{key}: soon\n")))
+        job_spec_from_flags((), file=Path(here("job.yaml", f"entrypoint: x\n{key}: soon\n")))
     file = Path(here("job.yaml", f"entrypoint: x\n{key}: 1h\n"))
     assert getattr(job_spec_from_flags([Flag(f"--{key}", (old,), "2h")], file=file), old) == 2 * 3600
 
@@ -314,11 +321,11 @@ def test_a_duration_is_written_without_its_unit_and_the_old_key_is_taken_too(her
 @pytest.mark.parametrize(("key", "old"), [("jobs", "jobs_s"), ("checkpoints", "checkpoints_s")])
 def test_retention_is_written_without_its_unit_and_the_old_key_is_taken_too(here: Here, key: str, old: str) -> None:
     for name in (key, old):
-        found = load_cluster_spec(Path(here("cluster.yaml", f"retention:\n  {name}: 2d\n")))
+        found = load_cluster_file(Path(here("cluster.yaml", f"retention:\n  {name}: 2d\n"))).spec
         assert getattr(found.retention, old) == 2 * 86400
     with pytest.raises(SpecError, match=f"{key} and {old} are the same setting"):
-        load_cluster_spec(Path(here("cluster.yaml", f"retention: {{{key}: 1d, {old}: 2d}}\n")))
+        load_cluster_file(Path(here("cluster.yaml", f"retention: {{{key}: 1d, {old}: 2d}}\n")))
     with pytest.raises(SpecError, match=f"cluster.yaml:2: retention.{key}: 'soon' is not a duration"):
-        load_cluster_spec(Path(here("cluster.yaml", f"retention:\n  {key}: soon\n")))
+        load_cluster_file(Path(here("cluster.yaml", f"retention:\n  {key}: soon\n")))
     with pytest.raises(SpecError, match=f"nearest: retention.{key}"):
-        load_cluster_spec(Path(here("cluster.yaml", f"{key}: 2d\n")))
+        load_cluster_file(Path(here("cluster.yaml", f"{key}: 2d\n")))

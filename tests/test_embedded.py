@@ -26,7 +26,7 @@ from raylaunch.cluster.ports import RAY_PORTS
 from raylaunch.cluster.processes import VAR_CLUSTER_ID, identify, is_alive
 from raylaunch.cluster.record import ClusterRecord, ClusterVersions, load_record, new_record, save_record
 from raylaunch.cluster.types import Step
-from raylaunch.config.load import load_cluster_spec
+from raylaunch.config.load import load_cluster_file
 from raylaunch.errors import ClusterDownError, SpecError, VersionError
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.operations.connect import backend_for
@@ -87,7 +87,7 @@ def test_what_is_recorded_of_a_cluster_is_what_it_was_started_with(paths: Cluste
     assert found.spec == spec
     assert found.spec.hosts[1].gpus == "auto"
     save_client(paths, ClientRecord(spec=spec))
-    assert load_cluster_spec(paths.root / "cluster.yaml") == spec
+    assert load_cluster_file(paths.root / "cluster.yaml").spec == spec
 
 
 def test_a_record_of_before_the_reboot_is_a_stopped_cluster(paths: ClusterPaths) -> None:

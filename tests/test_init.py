@@ -10,7 +10,7 @@ import pytest
 from support.cli import run_cli
 
 from raylaunch.cli.init import cluster_text
-from raylaunch.config.load import load_cluster_spec
+from raylaunch.config.load import load_cluster_file
 from raylaunch.models.cluster_spec import ClusterSpec
 
 
@@ -25,7 +25,7 @@ def test_a_file_is_written_that_says_the_hosts_as_they_were_given(tmp_path: Path
         "cluster.yaml: cluster lab of 3 hosts: dgx-1 (the head), dgx-2, 10.0.0.3\n"
         "Next: raylaunch doctor, then raylaunch up\n"
     )
-    spec = load_cluster_spec(tmp_path / "cluster.yaml")
+    spec = load_cluster_file(tmp_path / "cluster.yaml").spec
     assert (spec.name, spec.kind) == ("lab", "ssh")
     assert [(host.host, host.user, host.port) for host in spec.hosts] == [
         ("dgx-1.example.org", "", None),
@@ -36,7 +36,7 @@ def test_a_file_is_written_that_says_the_hosts_as_they_were_given(tmp_path: Path
 
 def test_a_single_word_is_a_host_and_the_clusters_name(tmp_path: Path) -> None:
     assert init(tmp_path, "init", "ml@dgx.example.org").returncode == 0
-    spec = load_cluster_spec(tmp_path / "cluster.yaml")
+    spec = load_cluster_file(tmp_path / "cluster.yaml").spec
     assert (spec.name, [host.host for host in spec.hosts]) == ("dgx", ["dgx.example.org"])
 
 
@@ -45,7 +45,9 @@ def test_a_single_word_is_a_host_and_the_clusters_name(tmp_path: Path) -> None:
 )
 def test_what_is_written_is_read_back_as_it_was_meant(tmp_path: Path, word: str) -> None:
     (tmp_path / "cluster.yaml").write_text(cluster_text("lab", [word]))
-    assert load_cluster_spec(tmp_path / "cluster.yaml") == ClusterSpec.model_validate({"name": "lab", "hosts": [word]})
+    assert load_cluster_file(tmp_path / "cluster.yaml").spec == ClusterSpec.model_validate(
+        {"name": "lab", "hosts": [word]}
+    )
 
 
 def test_everything_in_its_comments_is_understood_where_it_stands(tmp_path: Path) -> None:
@@ -54,7 +56,7 @@ def test_everything_in_its_comments_is_understood_where_it_stands(tmp_path: Path
         field = re.match(r"# ?((  - |  +)?\w+:( .*)?)$", line)
         lines.append((line[1:] if line.startswith("#  ") else line[2:]) if field else line)
     (tmp_path / "cluster.yaml").write_text("\n".join(lines))
-    spec = load_cluster_spec(tmp_path / "cluster.yaml")
+    spec = load_cluster_file(tmp_path / "cluster.yaml").spec
     assert spec.model_fields_set >= {"name", "hosts", "defaults", "store", "environment", "env", "secrets", "bind"}
     assert spec.defaults.model_fields_set == {"user", "key", "jump", "root"}
     assert {"gpus", "address", "interface", "labels"} <= spec.hosts[1].model_fields_set
@@ -69,12 +71,12 @@ def test_a_file_that_is_there_stays_unless_it_is_forced(tmp_path: Path) -> None:
     )
     assert (tmp_path / "cluster.yaml").read_text() == "name: mine\n"
     assert init(tmp_path, "init", "lab", "10.0.0.1", "--force").returncode == 0
-    assert load_cluster_spec(tmp_path / "cluster.yaml").name == "lab"
+    assert load_cluster_file(tmp_path / "cluster.yaml").spec.name == "lab"
 
 
 def test_another_file_is_named_as_everywhere(tmp_path: Path) -> None:
     assert init(tmp_path, "-c", "lab.yaml", "init", "lab", "10.0.0.1").returncode == 0
-    assert load_cluster_spec(tmp_path / "lab.yaml").name == "lab"
+    assert load_cluster_file(tmp_path / "lab.yaml").spec.name == "lab"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_rays_own_file_becomes_one_of_ours_with_what_was_left_out_in_comments(tm
     )
     done = init(tmp_path, "init", "--from", "ray.yaml")
     assert done.returncode == 0, done.stderr
-    spec = load_cluster_spec(tmp_path / "cluster.yaml")
+    spec = load_cluster_file(tmp_path / "cluster.yaml").spec
     assert [(host.host, host.gpus, host.user, host.key) for host in spec.hosts] == [
         ("10.0.0.1", 4, "ubuntu", "~/.ssh/id"),
         ("10.0.0.2", "auto", "ubuntu", "~/.ssh/id"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.config.load import load_cluster_spec, load_job_spec
+from raylaunch.config.load import job_spec_from_flags, load_cluster_file
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.version import __version__
 
@@ -101,11 +101,11 @@ def test_the_jobs_of_the_examples_are_valid() -> None:
     files = sorted((ROOT / "examples").glob("*/job.yaml"))
     assert files
     for file in files:
-        assert load_job_spec(file).name
+        assert job_spec_from_flags((), file=file).name
 
 
 def test_the_cluster_file_of_a_clone_is_the_embedded_cluster() -> None:
-    assert load_cluster_spec(ROOT / "cluster.yaml") == ClusterSpec()
+    assert load_cluster_file(ROOT / "cluster.yaml").spec == ClusterSpec()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from raylaunch.cli.app import raylaunch
 from raylaunch.cli.hosts import ssh_argv
 from raylaunch.cluster.client_record import ClientRecord, save_client
-from raylaunch.config.load import load_cluster_spec
+from raylaunch.config.load import load_cluster_file
 from raylaunch.errors import NotFoundError
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.host_spec import HostSpec
@@ -44,9 +44,9 @@ def run(*words: str) -> str:
 def test_a_cluster_that_was_brought_up_is_meant_after_switch_and_local_again_after_switch_local() -> None:
     dgx = brought_up("dgx", "dgx-1", "dgx-2")
     run("switch", "dgx")
-    assert load_cluster_spec() == dgx
+    assert load_cluster_file().spec == dgx
     run("switch", "local")
-    assert load_cluster_spec() == ClusterSpec()
+    assert load_cluster_file().spec == ClusterSpec()
 
 
 def test_switch_alone_lists_the_clusters_and_marks_the_one_that_is_meant() -> None:
@@ -60,7 +60,7 @@ def test_a_file_in_the_current_folder_wins_over_switch() -> None:
     brought_up("dgx", "dgx-1")
     run("switch", "dgx")
     Path("cluster.yaml").write_text("name: here\n")
-    assert load_cluster_spec().name == "here"
+    assert load_cluster_file().spec.name == "here"
 
 
 def test_an_unknown_cluster_is_said_with_the_known_ones() -> None:

@@ -21,7 +21,7 @@ from raylaunch.cli.app import raylaunch
 from raylaunch.cluster import trust
 from raylaunch.cluster.client_record import ClientRecord, save_client
 from raylaunch.cluster.record import new_record, save_record
-from raylaunch.config.load import load_cluster_spec
+from raylaunch.config.load import load_cluster_file
 from raylaunch.errors import RaylaunchError, SpecError, UntrustedError
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.host_spec import HostSpec
@@ -220,7 +220,7 @@ def test_trust_shows_what_it_would_accept(checkout: Path) -> None:
     shown = json.loads(CliRunner().invoke(raylaunch, ["trust", "--show", "--json"], catch_exceptions=False).output)
     assert shown["connects_to"] == ["ml@dgx-1 (key ~/.ssh/id_ml; through gate)"]
     assert not shown["accepted"]
-    assert trust.unaccepted(load_cluster_spec())
+    assert trust.unaccepted(load_cluster_file().spec)
     accepted = json.loads(CliRunner().invoke(raylaunch, ["trust", "--json"], catch_exceptions=False).output)
     assert accepted == {**shown, "accepted": True}
 
@@ -235,23 +235,23 @@ def test_a_fingerprint_in_the_environment_accepts_one_cluster(checkout: Path) ->
 
 def test_init_accepts_the_hosts_that_a_person_types_and_not_those_of_a_file(checkout: Path) -> None:
     CliRunner().invoke(raylaunch, ["init", "lab", "dgx-1", "ml@dgx-2:2222"], catch_exceptions=False)
-    assert not trust.unaccepted(load_cluster_spec())
+    assert not trust.unaccepted(load_cluster_file().spec)
     (checkout / "ray.yaml").write_text("cluster_name: ray\nprovider: {type: local, head_ip: evil.example.org}\n")
     CliRunner().invoke(raylaunch, ["init", "--from", "ray.yaml", "--force"], catch_exceptions=False)
-    assert trust.unaccepted(load_cluster_spec())
+    assert trust.unaccepted(load_cluster_file().spec)
 
 
 def test_a_host_that_is_added_is_the_only_new_one(checkout: Path) -> None:
     (checkout / "cluster.yaml").write_text("name: lab\nhosts: [dgx-1, dgx-2]\n")
-    trust.accept(load_cluster_spec())
+    trust.accept(load_cluster_file().spec)
     (checkout / "cluster.yaml").write_text("name: lab\nhosts: [dgx-2, dgx-1, dgx-3]\n")
-    (new,) = trust.unaccepted(load_cluster_spec())
+    (new,) = trust.unaccepted(load_cluster_file().spec)
     assert new.words == "dgx-3"
 
 
 def test_a_host_that_a_person_adds_is_accepted_where_the_others_are(checkout: Path, listener: Listener) -> None:
     (checkout / "cluster.yaml").write_text(over_ssh(listener.port))
-    trust.accept(load_cluster_spec())
+    trust.accept(load_cluster_file().spec)
     CliRunner().invoke(raylaunch, ["add", f"127.0.0.2:{listener.port}", "--dry-run"], catch_exceptions=False)
     assert listener.heard > 0
 
@@ -339,7 +339,7 @@ def test_a_token_comes_from_the_folders_of_tokens_alone(
     (home / "hf_token").write_text("hf_secret")
     monkeypatch.setenv("HOME", str(home))
     (checkout / "cluster.yaml").write_text(f"{of_a_ray(listener.port)}ray_token_file: {file}\n")
-    trust.accept(load_cluster_spec())
+    trust.accept(load_cluster_file().spec)
     error = CliRunner().invoke(raylaunch, ["up", "--dry-run"]).exception
     assert isinstance(error, SpecError)
     assert error.field == "ray_token_file"
@@ -353,7 +353,7 @@ def test_a_token_does_not_travel_in_clear(checkout: Path, monkeypatch: pytest.Mo
     for address in ("http://10.255.255.1:8265", "http://127.0.0.1.evil.example.org:8265"):
         text = f"name: theirs\naddress: {address}\nray_token_file: ~/.ray/auth_token\n"
         (checkout / "cluster.yaml").write_text(text)
-        trust.accept(load_cluster_spec())
+        trust.accept(load_cluster_file().spec)
         error = CliRunner().invoke(raylaunch, ["up"]).exception
         assert isinstance(error, SpecError)
         assert error.field == "address"
@@ -361,7 +361,7 @@ def test_a_token_does_not_travel_in_clear(checkout: Path, monkeypatch: pytest.Mo
 
 def test_an_address_may_be_https(checkout: Path, listener: Listener) -> None:
     (checkout / "cluster.yaml").write_text(of_a_ray(listener.port).replace("http://", "https://"))
-    trust.accept(load_cluster_spec())
+    trust.accept(load_cluster_file().spec)
     error = CliRunner().invoke(raylaunch, ["up", "--dry-run"]).exception
     assert isinstance(error, RaylaunchError)
     assert listener.heard == 1

@@ -24,7 +24,7 @@ from raylaunch.cli.job_format import format_job
 from raylaunch.cli.metrics import chart
 from raylaunch.client.client import Client
 from raylaunch.cluster.types import Step
-from raylaunch.config.load import load_job_spec
+from raylaunch.config.load import job_spec_from_flags
 from raylaunch.errors import ClusterError, ConflictError, RaylaunchError
 from raylaunch.models.fields import Environment
 from raylaunch.models.job import JobView, MetricSeries, MetricsPage
@@ -76,7 +76,7 @@ async def _demo(place: ClusterCommand, folder: Path, dest: Path, console: Consol
 
     async with place.client() as client:
         _heading(console, "A job", f"train.py learns to read handwritten digits ({_shown(folder)})")
-        spec = load_job_spec(folder / "job.yaml")
+        spec = job_spec_from_flags((), file=folder / "job.yaml")
         if place.spec.kind == "local":  # scikit-learn is installed here; another environment may lack it
             current = Environment(kind="python", value=sys.executable)
             spec = spec.model_copy(update={"environment": current, "packages": ()})

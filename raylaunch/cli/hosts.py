@@ -13,7 +13,7 @@ from raylaunch.cli.console import note, say, say_json, say_lines
 from raylaunch.client.client import Client
 from raylaunch.cluster.trust import accept, check_accepted
 from raylaunch.cluster.types import DownReport
-from raylaunch.config.load import chosen_file, kept_clusters, kept_file, load_cluster_spec
+from raylaunch.config.load import chosen_file, kept_clusters, kept_file, load_cluster_file
 from raylaunch.errors import NotFoundError
 from raylaunch.files import replace_link
 from raylaunch.models.cluster import HostJobs
@@ -73,7 +73,7 @@ def named_file(name: str) -> Path:
 @click.pass_obj
 def ssh(cluster_file: Path | None, *, host: str, command: tuple[str, ...]) -> None:
     """Open a shell on a host of the cluster, or run a command there, using the installed ssh."""
-    spec = load_cluster_spec(cluster_file)
+    spec = load_cluster_file(cluster_file).spec
     finish(check_accepted(spec, on_prompt=ask_person))
     argv = ssh_argv(_host(spec, host), command)
     os.execvp(argv[0], argv)  # noqa: S606 -- ssh takes over, terminal and all

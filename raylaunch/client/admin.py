@@ -49,7 +49,7 @@ class Admin:
             return await self._transport.read(Quiet, "GET", "/v1/quiet")
         return await self._transport.read(Quiet, "POST", "/v1/quiet", body={"limit_s": limit_s, "stop": stop})
 
-    async def loud(self) -> Quiet:
+    async def resume(self) -> Quiet:
         """Start attempts again."""
         return await self._transport.read(Quiet, "DELETE", "/v1/quiet")
 
@@ -73,7 +73,7 @@ class Admin:
         """Revoke a person's tokens and invitations, or one by its id; return how many."""
         return (await self._transport.read(_Revoked, "DELETE", f"/v1/tokens/{quote(who, safe='')}"))["revoked"]
 
-    async def take(self, sha256: str) -> Admission:
+    async def accept(self, sha256: str) -> Admission:
         """Accept an invitation, whose code is the connection's token; `sha256` is that of a new token, made here."""
         return await self._transport.read(Admission, "POST", "/v1/join", body={"sha256": sha256})
 

@@ -142,7 +142,7 @@ class Client:
         return await self._transport.read(ControllerStatus, "GET", "/v1/status")
 
     async def usage(self) -> UsagePage:
-        """Return what the store holds, largest first."""
+        """Return the sizes of what the store contains, largest first."""
         return await self._transport.read(UsagePage, "GET", "/v1/usage")
 
     async def ray_access(self) -> RayAccess:
@@ -290,7 +290,7 @@ class Client:
         """
         return (await self._transport.read(_Freed, "DELETE", _of(ref)))["bytes"]
 
-    # --- what happens
+    # --- events
 
     async def events(self, ref: str, *, after: int = 0, wait_s: float = 0.0) -> EventPage:
         """Return a job's events after a cursor; with `wait_s`, wait until there is one."""
@@ -330,9 +330,9 @@ class Client:
     async def _news(self, job_id: str, after: int, wait_s: float) -> EventPage:
         return await self.retrying(lambda: self.events(job_id, after=after, wait_s=wait_s))
 
-    # --- what it leaves behind
+    # --- logs, metrics and files
 
-    async def logs(  # noqa: PLR0913 -- each says where to read
+    async def logs(  # noqa: PLR0913 -- each is a part of the position
         self,
         ref: str,
         *,
@@ -354,10 +354,10 @@ class Client:
     async def follow_logs(
         self, ref: str, *, attempt: int | None = None, rank: int = 0, tail: int | None = None, offset: int | None = None
     ) -> AsyncIterator[LogChunk]:
-        """Yield a log's bytes from a place on, as they are written, until the job has ended.
+        """Yield a log's bytes from a position on, as they are written, until the job has ended.
 
-        Begins in the latest attempt and goes on with later ones; with `attempt`, only that one. With neither `tail` nor
-        `offset`, from its beginning.
+        It starts in the latest attempt and continues with later ones; with `attempt`, only that one. Without `tail` and
+        `offset`, it starts at the beginning.
         """
         job = await self.retrying(lambda: self.job(ref))
         place = LogPosition(attempt or len(job.attempts) or 1, rank, tail, offset)
@@ -417,7 +417,7 @@ class Client:
         """Return the files of a job so far."""
         return await self._transport.read(tuple[Artifact, ...], "GET", _of(ref, "files"))
 
-    async def download(  # noqa: PLR0913 -- each says what goes where
+    async def download(  # noqa: PLR0913 -- each is one option of the download
         self,
         ref: str,
         paths: Sequence[str] = (),

@@ -74,17 +74,17 @@ class FoundPath(NamedTuple):
 def walk(
     root: Directory, tracked: TrackedFiles, *, on_left_out: Callable[[str, LeftOut, int], None]
 ) -> Iterator[FoundPath]:
-    """Yield what is to be sent of `root`, each folder before its contents, in the order of names.
+    """Yield the paths to send, each folder before its contents, in the order of names.
 
-    Each folder is opened name by name: what has become a link meanwhile is not followed.
+    Each folder is opened name by name, so that links that were created meanwhile are not followed.
 
     Args:
         root: the working directory, open.
-        tracked: what git tracks in it.
-        on_left_out: told each path that is left out, by which rule, and its size in bytes (0 for a folder).
+        tracked: the files in it that git tracks.
+        on_left_out: called with each path that is left out, its rule, and its size in bytes (0 for a folder).
 
     Raises:
-        StorageError: a folder cannot be read, or is a link by now.
+        StorageError: a folder cannot be read, or has become a link.
     """
     stack = [_Folder("", IgnoreRules.above(root.path), None, {})]
     home = raylaunch_home().resolve()

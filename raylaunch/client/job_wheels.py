@@ -50,7 +50,7 @@ _UNGATHERED = (
 )
 
 
-async def send_wheels(  # noqa: PLR0913 -- what goes where, and who is told
+async def send_wheels(  # noqa: PLR0913 -- what goes where, and callbacks
     transport: Transport,
     spec: JobSpec,
     platforms: Sequence[BuildPlatform],

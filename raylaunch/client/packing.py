@@ -161,7 +161,7 @@ def checked_working_dir(working_dir: str | Path) -> Path:
         raise SpecError(msg, field="working_dir", hint="give another with --working-dir, or working_dir: in job.yaml")
     if not root.is_dir():
         msg = f"the working directory {root} is a file, not a folder"
-        raise SpecError(msg, field="working_dir", hint="name the folder that holds it")
+        raise SpecError(msg, field="working_dir", hint="name its folder")
     found = root.resolve()
     refuse_home(found)
     return found

@@ -1,6 +1,6 @@
 """Downloads of large files in ranges, over several connections of the installed `ssh`, which is faster than one.
 
-The controller says where the file is, and that it may be read. If our account on the head may read it too, each `ssh`
+The controller reports the file's path, and that it may be read. If our account on the head may read it too, each `ssh`
 writes ranges into the part; all that is missing afterwards is downloaded over HTTP. A connection that cannot be made,
 or breaks, only costs speed.
 """
@@ -114,7 +114,7 @@ class _Download:
             await self._over_http(*self._missing.popleft())
 
     async def _remote_path(self) -> str:
-        """Return the file's path on the head, from the response to a request of one byte; empty if it is not told."""
+        """Return the file's path on the head, from the response to a request of one byte; empty if it is unknown."""
         at = self._missing[0][0]
         headers = {"Range": f"bytes={at}-{at}"}
         async with self._transport.stream(self._url, headers=headers, allowed=(_BEYOND,)) as body:
@@ -137,7 +137,7 @@ class _Download:
         self._note(offset)
 
     async def _over_ssh(self, command: Sequence[str]) -> None:
-        """Let one `ssh` write ranges into the part until none is missing, or until its connection breaks."""
+        """Let one `ssh` write ranges into the part until none is missing or its connection breaks."""
         if not self._missing:
             return
         offset, length = self._missing.popleft()

@@ -119,7 +119,7 @@ def _python_of(cluster: ClusterSpec) -> ClusterPython:
 class Submitter:
     """Submits jobs to one cluster; the arguments are those of `raylaunch.client.client.Client`."""
 
-    def __init__(  # noqa: PLR0913 -- each is one fact of who submits where
+    def __init__(  # noqa: PLR0913 -- as for `Client`
         self,
         transport: Transport,
         *,
@@ -136,7 +136,7 @@ class Submitter:
         self._environment = environment
         self._older = ""
 
-    async def submit(  # noqa: PLR0913 -- what to run, and who is told
+    async def submit(  # noqa: PLR0913 -- what to run, and callbacks
         self,
         spec: JobSpec,
         *,
@@ -278,7 +278,7 @@ def _for_older(request: SubmitRequest, version: str) -> dict[str, object]:
     unknown = [name for name in _UNKNOWN_TO_OLDER if name in body["spec"]]
     if unknown:
         msg = f"the cluster's controller is raylaunch {version}, which does not know {', '.join(unknown)}"
-        hint = f"bring it to {__version__}: raylaunch up, where its cluster.yaml is; running jobs continue"
+        hint = f"upgrade it to {__version__}: run raylaunch up where its cluster.yaml is; running jobs continue"
         raise VersionError(msg, hint=hint)
     return body
 

@@ -83,6 +83,6 @@ async def _put(  # noqa: PLR0913 -- what goes where
 def _other_offset(answer: Response, offset: int) -> int:
     have = answer.number("X-Have", offset)
     if have == offset:
-        msg = f"the cluster refused the code at byte {offset} and did not say where to continue"
+        msg = f"the cluster refused the code at byte {offset} and did not report where to continue"
         raise TransferError(msg, hint="repeat the command")
     return have

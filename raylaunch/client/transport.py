@@ -70,7 +70,7 @@ class Response:
         return str(self._headers.get(name, default))
 
     def number(self, name: str, default: int = 0) -> int:
-        """Return a header that holds a whole number."""
+        """Return the whole number in a header."""
         found = whole(self.header(name))
         return default if found is None else found
 
@@ -430,7 +430,7 @@ def page_from(body: bytes) -> JobPage:
 
 
 def _readable_jobs(body: bytes) -> JobPage:
-    """Read job by job: one may come from a newer controller, or have a value that no model allows."""
+    """Read the page job by job: one may come from a newer controller, or be invalid."""
     jobs: list[JobView] = []
     unreadable: list[str] = []
     try:

@@ -60,7 +60,7 @@ class ClientRecord(BaseModel):
     @field_serializer("spec")
     def _said(self, spec: ClusterSpec) -> dict[str, object]:
         """Leave out defaults: an older raylaunch takes a record with fields that it does not know for none."""
-        return spec.said()
+        return spec.non_defaults()
 
     @property
     def joined(self) -> bool:
@@ -149,7 +149,7 @@ def _load(path: Path, model: type[_Model]) -> _Model | None:
 def save_client(paths: ClusterPaths, record: ClientRecord) -> ClientRecord:
     """Write ``client.json``, and the spec as a cluster file beside it; return the record."""
     write_private(client_file(paths), record.model_dump_json(indent=2))
-    spec = json.dumps(record.spec.said(), indent=2)
+    spec = json.dumps(record.spec.non_defaults(), indent=2)
     write_private(paths.root / "cluster.yaml", f"# As it was last brought up. JSON is YAML too.\n{spec}\n")
     return record
 

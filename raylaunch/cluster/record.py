@@ -93,7 +93,7 @@ class ClusterRecord(BaseModel):
     @field_serializer("spec")
     def _said(self, spec: ClusterSpec) -> dict[str, object]:
         """Leave out defaults, and what `tls` says: 0.1.0 takes a record with a spec that it does not know for none."""
-        return {field: value for field, value in spec.said().items() if field != "tls"}
+        return {field: value for field, value in spec.non_defaults().items() if field != "tls"}
 
     def with_(self, **changes: object) -> ClusterRecord:
         """Return a copy with some fields changed."""

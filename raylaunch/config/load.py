@@ -34,19 +34,17 @@ class Flag(NamedTuple):
     value: object
 
 
-def find_cluster_file(*, environ: Mapping[str, str] | None = None, cwd: Path | None = None) -> Path | None:
+def find_cluster_file() -> Path | None:
     """Return the cluster file that applies here.
 
     That is ``$RAYLAUNCH_CLUSTER_FILE``, else ``./cluster.yaml``, else that of the cluster chosen with ``raylaunch
     switch``, else None.
     """
-    variables = os.environ if environ is None else environ
-    if named := variables.get(CLUSTER_FILE_VARIABLE, ""):
+    if named := os.environ.get(CLUSTER_FILE_VARIABLE, ""):
         return Path(named).expanduser()
-    here = cwd / CLUSTER_FILE if cwd else Path(CLUSTER_FILE)
-    if here.is_file():
-        return here
-    chosen = chosen_file(variables)
+    if Path(CLUSTER_FILE).is_file():
+        return Path(CLUSTER_FILE)
+    chosen = chosen_file(os.environ)
     try:
         return chosen if chosen.is_file() else None
     except OSError as error:
@@ -69,21 +67,6 @@ def kept_clusters(environ: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(sorted(file.parent.name for file in (raylaunch_home(environ) / "clusters").glob(f"*/{CLUSTER_FILE}")))
 
 
-def load_cluster_spec(
-    path: Path | None = None,
-    *,
-    environ: Mapping[str, str] | None = None,
-    cwd: Path | None = None,
-    quoted: bool = True,
-) -> ClusterSpec:
-    """Return the cluster that `path` describes, else the one that applies here, else the embedded cluster ``local``.
-
-    Raises:
-        SpecError: the file cannot be read or is invalid; without `quoted` the message repeats nothing of it.
-    """
-    return load_cluster_file(path, environ=environ, cwd=cwd, quoted=quoted).spec
-
-
 class ClusterFile(NamedTuple):
     """A cluster, its file (None for the embedded one), and notes about keys that are ignored."""
 
@@ -94,19 +77,15 @@ class ClusterFile(NamedTuple):
     """Whether it is one of Ray's own cluster files."""
 
 
-def load_cluster_file(
-    path: Path | None = None,
-    *,
-    environ: Mapping[str, str] | None = None,
-    cwd: Path | None = None,
-    quoted: bool = True,
-) -> ClusterFile:
-    """Return the cluster as `load_cluster_spec` does, with its file, which may be one of Ray's own.
+def load_cluster_file(path: Path | None = None, *, quoted: bool = True) -> ClusterFile:
+    """Return the cluster that `path` describes, else the one that applies here, else the embedded cluster ``local``.
+
+    The file may be one of Ray's own.
 
     Raises:
-        SpecError: as `load_cluster_spec`.
+        SpecError: the file cannot be read or is invalid; without `quoted` the message repeats nothing of it.
     """
-    chosen = path or find_cluster_file(environ=environ, cwd=cwd)
+    chosen = path or find_cluster_file()
     if chosen is None:
         return ClusterFile(ClusterSpec())
     file = read_yaml(chosen, quoted=quoted)
@@ -122,15 +101,6 @@ def _of_ray(path: Path, file: YamlFile) -> ClusterFile:
     return ClusterFile(
         _validated(ClusterSpec, ray.data, ours, ()), path, tuple(str(note) for note in ray.notes), of_ray=True
     )
-
-
-def load_job_spec(path: Path) -> JobSpec:
-    """Return the job that a file describes. A relative `working_dir` is relative to the file.
-
-    Raises:
-        SpecError: the file cannot be read or is invalid.
-    """
-    return job_spec_from_flags((), file=path)
 
 
 def job_spec_from_flags(

@@ -1,1 +1,1 @@
-"""What is asked for (specs) and what is observed (states). The same models are the wire format."""
+"""Requests (specs) and observations (views, states). The same models are the wire format."""

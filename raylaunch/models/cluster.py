@@ -1,4 +1,4 @@
-"""What is observed of a cluster: its nodes and GPUs, its controller, its people, and drained hosts.
+"""Views of a cluster: its nodes and GPUs, its controller, its people, and drained hosts.
 
 As in `raylaunch.models.job`, every model is the wire format. Times are seconds since the epoch (UTC), sizes bytes.
 """

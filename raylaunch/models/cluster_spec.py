@@ -216,7 +216,7 @@ class ClusterSpec(Spec):
         overridden = {key for host in self.hosts for key in host.env}
         return {key: text for key, text in self.env.items() if key not in overridden}
 
-    def said(self) -> dict[str, object]:
+    def non_defaults(self) -> dict[str, object]:
         """Return the fields that differ from their defaults, for a file that an older raylaunch may read.
 
         Hosts are complete: a field that one leaves out would be taken from `defaults`.

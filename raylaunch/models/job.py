@@ -1,4 +1,4 @@
-"""What is observed of jobs: attempts, events, logs, metrics, files, usage; and what is sent to submit one.
+"""Views of jobs: attempts, events, logs, metrics, files, usage; and the body of a submission.
 
 Every model here is the wire format: the same object is the HTTP answer, the CLI's ``--json``, MCP's structured content
 and the notebook's repr. Times are seconds since the epoch (UTC), sizes bytes, durations seconds.

@@ -300,7 +300,7 @@ async def bring_up(
     status = await backend.up(spec, on_step=on_step, on_prompt=on_prompt)
     if spec.kind == "local" or not spec.environment.requirements:
         return status
-    began = time.monotonic()
+    started = time.monotonic()
 
     def note(sentence: str) -> None:
         on_step(Step("environment", "note", sentence))
@@ -311,7 +311,7 @@ async def bring_up(
         sets = await client.send_environment()
     if sets:
         words = f"sent wheels of {spec.environment} for nodes with {', '.join(str(one.platform) for one in sets)}"
-        on_step(Step("environment", "done", words, time.monotonic() - began))
+        on_step(Step("environment", "done", words, time.monotonic() - started))
     return status
 
 

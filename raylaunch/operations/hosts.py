@@ -217,7 +217,7 @@ def _refuse_busy(seen: HostJobs) -> None:
 
 
 async def wait_empty(client: Client, host: str, *, on_step: Callable[[Step], None], stopping: bool = True) -> None:
-    """Wait until none of our jobs is running on a drained host, without limit unless they are `stopping`.
+    """Wait until none of raylaunch's jobs is running on a drained host, without limit unless they are `stopping`.
 
     Raises:
         ClusterError: they are stopping, and some have not ended after their longest grace time and a margin.

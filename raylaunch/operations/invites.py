@@ -71,7 +71,7 @@ async def join(name: str, host: dict[str, object], *, port: int, code: str) -> A
     try:
         endpoint = await work.reach(code)
         async with Client(endpoint, cluster=name) as client:
-            admission = await client.admin.take(work.sha256)
+            admission = await client.admin.accept(work.sha256)
         async with Client(work.way(endpoint), cluster=name) as client:
             await work.admitted(admission, await _ray(client))
     except BaseException:

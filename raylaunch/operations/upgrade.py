@@ -45,7 +45,7 @@ async def upgraded(
     try:
         async with Client(await connection.backend.reach(connection.spec), cluster=connection.spec.name) as client:
             await (stop_jobs(client, on_step=on_step) if stop else _wait_for_jobs(client, on_step=on_step))
-    except ClusterDownError:  # no controller is running, so none of our jobs can start
+    except ClusterDownError:  # no controller is running, so no job can start
         on_step(Step("upgrade", "note", "no controller is responding; stopping what is still running"))
     await connection.backend.down(connection.spec, on_prompt=on_prompt)
     return await bring_up(connection.backend, connection.spec, on_step=on_step, on_prompt=on_prompt)
@@ -64,7 +64,7 @@ async def stop_jobs(client: Client, *, on_step: Callable[[Step], None]) -> None:
         ClusterError: some did not stop in time; jobs may start again then.
     """
     first = await client.admin.quiet()
-    limit_s = limit_of(first.jobs) + _MARGIN_S
+    limit_s = stop_limit_s(first.jobs) + _MARGIN_S
     await client.admin.quiet(limit_s=limit_s + _MARGIN_S, stop=True)
 
     await _resume_unless_done(client, on_step=on_step, stopping=True)
@@ -78,7 +78,7 @@ async def _resume_unless_done(client: Client, *, on_step: Callable[[Step], None]
         await until_ended(running, where="", on_step=on_step, stopping=stopping)
     except BaseException:
         with anyio.CancelScope(shield=True):
-            await client.admin.loud()
+            await client.admin.resume()
         raise
 
 
@@ -97,7 +97,7 @@ async def until_ended(
     started, reported_at, limit_s = time.monotonic(), 0.0, 0.0
     while jobs := await running():
         now = time.monotonic()
-        limit_s = max(limit_s, limit_of(jobs))
+        limit_s = max(limit_s, stop_limit_s(jobs))
         if stopping and now - started > limit_s:
             msg = f"{running_jobs(jobs)}{where} {limit_s:.0f} s after the request to stop"
             raise ClusterError(msg, hint=f"see why: raylaunch show {jobs[0].id}")
@@ -108,7 +108,7 @@ async def until_ended(
         await anyio.sleep(_POLL_S)
 
 
-def limit_of(jobs: tuple[JobView, ...]) -> float:
+def stop_limit_s(jobs: tuple[JobView, ...]) -> float:
     """Return how long jobs may take to stop, in seconds. Pure."""
     return max((job.spec.grace_s for job in jobs if job.spec), default=0.0) + _MARGIN_S
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from raylaunch.cluster.trust import accept
 from raylaunch.cluster.types import Step
-from raylaunch.config.load import Flag, job_spec_from_flags, kept_file, load_cluster_spec
+from raylaunch.config.load import Flag, job_spec_from_flags, kept_file, load_cluster_file
 from raylaunch.config.validation import spec_error
 from raylaunch.errors import SpecError
 from raylaunch.models.cluster_spec import ClusterSpec
@@ -63,13 +63,13 @@ def cluster_spec_of(name: str, cluster_file: Path | None) -> ClusterSpec:
     Raises:
         SpecError: the file cannot be read, or the name is invalid.
     """
-    spec = load_cluster_spec(cluster_file)
+    spec = load_cluster_file(cluster_file).spec
     if not name or spec.name == name:
         return spec
     try:
         kept = kept_file(ClusterSpec(name=name).name, os.environ)
         if kept.is_file():
-            return load_cluster_spec(kept)
+            return load_cluster_file(kept).spec
         return ClusterSpec(name=name)
     except ValidationError as error:
         raise spec_error(error, ClusterSpec, {"name": name}, lambda _path: "") from None
