@@ -18,9 +18,8 @@ from support.api import Api
 from support.client_use import ask, ended, submitted
 
 from raylaunch.client.client import Client
-from raylaunch.client.packing import pack
+from raylaunch.client.packing import CHUNK, pack
 from raylaunch.client.submission import with_wandb
-from raylaunch.client.transfer import CHUNK
 from raylaunch.cluster.types import Endpoint
 from raylaunch.errors import (
     AccessError,

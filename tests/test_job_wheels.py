@@ -25,8 +25,7 @@ from raylaunch.agent import index_check
 from raylaunch.agent.packages import COMPLETE, WHOLE, Packages, choose_wheels, link_wheels, platform_of, this_platform
 from raylaunch.client.client import Client
 from raylaunch.client.job_wheels import needed_by, requirements_of, send_wheels
-from raylaunch.client.transfer import no_progress
-from raylaunch.client.transport import Response, Transport
+from raylaunch.client.transport import Response, Transport, no_progress
 from raylaunch.contract import WHEELS, Exit, WheelSpec
 from raylaunch.controller.scheduler.observed import ObservedState
 from raylaunch.controller.scheduler.preflight import WheelPreflight

@@ -13,7 +13,7 @@ from support.api_use import submit, write
 from support.sshd import LOOPBACK, Sshd, sshd
 
 from raylaunch.client.client import Client
-from raylaunch.client.transfer import OnProgress
+from raylaunch.client.transport import OnProgress
 from raylaunch.cluster.client_record import (
     ClientRecord,
     TunnelRecord,

@@ -14,7 +14,7 @@ from raylaunch.cli.connect import as_json, job_argument, request
 from raylaunch.cli.console import count, is_terminal, note, say, say_json, say_lines, shown_text, size, table
 from raylaunch.client.client import Client
 from raylaunch.client.downloads import Downloaded, IncompleteDownloadError
-from raylaunch.client.transfer import OnProgress
+from raylaunch.client.transport import OnProgress
 from raylaunch.models.job import Artifact
 
 _WORTH_SHOWING = 1024 * 1024

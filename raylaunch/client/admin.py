@@ -41,7 +41,7 @@ class Admin:
         return await self._transport.read(HostJobs, "DELETE", f"{_of(host)}/drain")
 
     async def quiet(self, *, limit_s: float | None = None, stop: bool = False) -> Quiet:
-        """Return the running jobs; with `limit_s`, start no attempt for that long, or until `loud`.
+        """Return the running jobs; with `limit_s`, start no attempt for that long, or until `resume`.
 
         With `stop`, running jobs are stopped, each with its own grace, and queued again.
         """

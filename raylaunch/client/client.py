@@ -15,8 +15,7 @@ from raylaunch.client.admin import Admin
 from raylaunch.client.downloads import Downloaded
 from raylaunch.client.logs import LogChunk, LogPosition, follow_log, read_chunk
 from raylaunch.client.sensitive import NO_MORE, Allowances
-from raylaunch.client.transfer import OnProgress, allow_upload, no_progress
-from raylaunch.client.transport import Params, Reconnect, Transport, page_from
+from raylaunch.client.transport import OnProgress, Params, Reconnect, Transport, allow_upload, no_progress, page_from
 from raylaunch.cluster.types import Endpoint
 from raylaunch.errors import whose
 from raylaunch.files import Directory

@@ -21,8 +21,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from raylaunch.client.sensitive import FetchedFiles
-from raylaunch.client.transfer import OnProgress
-from raylaunch.client.transport import Transport
+from raylaunch.client.transport import OnProgress, Transport
 from raylaunch.contract import OUTPUTS
 from raylaunch.errors import ConflictError, NotFoundError, StorageError, TransferError
 from raylaunch.files import Directory, sha256_of

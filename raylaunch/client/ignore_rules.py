@@ -154,20 +154,22 @@ def printable(path: str) -> str:
 
 
 class _RuleFile(NamedTuple):
-    """One ignore file: its name for messages, its folder (relative to the root), and its lines."""
+    """One ignore file: its name for messages, its folder (relative to the root), and its lines.
+
+    `above` is the path of the root from the file's folder, if the file is above the root.
+    """
 
     shown: str
     base: str
     lines: tuple[str, ...]
     spec: GitIgnoreSpec
+    above: str = ""
 
     def verdict(self, path: str) -> tuple[bool, LeftOut] | None:
-        """Return whether `path` (relative to the working directory) is left out, and the rule; None without a match."""
-        inside = path[len(self.base) :] if path.startswith(self.base) else ""
-        return self._of(inside) if inside else None
-
-    def _of(self, path: str) -> tuple[bool, LeftOut] | None:
-        found = self.spec.check_file(printable(path))  # RE2 takes no surrogates
+        """Return whether `path` (relative to the root) is left out, and the rule; None without a match."""
+        if not path.startswith(self.base) or path == self.base:
+            return None
+        found = self.spec.check_file(printable(self.above + path[len(self.base) :]))  # RE2 takes no surrogates
         if found.include is None:
             return None
         line = self.lines[found.index] if found.index is not None else ""
@@ -193,12 +195,11 @@ class IgnoreRules:
         files = [_rule_file("built in", "", list(BUILT_IN))]
         for parent in _repository_parents(root):
             lines = _read_lines(parent / FILES[0])
-            prefix = root.relative_to(parent).as_posix()
-            spec = GitIgnoreSpec.from_lines(lines)
-            if not lines or spec.match_file(f"{prefix}/"):
-                continue
+            prefix = f"{root.relative_to(parent).as_posix()}/"
             shown = Path(os.path.relpath(parent / FILES[0], root)).as_posix()
-            files.append(_AboveFile(shown, prefix, tuple(line.strip() for line in lines), spec))
+            file = _rule_file(shown, "", lines)
+            if lines and not file.spec.match_file(prefix):
+                files.append(file._replace(above=prefix))
         return cls(tuple(files))
 
     def entering(self, root: Path, folder: str) -> IgnoreRules:
@@ -221,15 +222,6 @@ class IgnoreRules:
         if is_dir and folder.has(f"{entry.name}/pyvenv.cfg"):
             return LeftOut(f"built in: {entry.name}/ (a virtual environment)", final=False)
         return None
-
-
-class _AboveFile(_RuleFile):
-    """An ignore file above the working directory, whose path starts the paths in it."""
-
-    __slots__ = ()
-
-    def verdict(self, path: str) -> tuple[bool, LeftOut] | None:
-        return self._of(f"{self.base}/{path}")
 
 
 def _repository_parents(root: Path) -> list[Path]:

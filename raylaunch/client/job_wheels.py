@@ -24,9 +24,8 @@ from raylaunch.client.local_projects import (
     local_folder,
     read_project,
 )
-from raylaunch.client.packing import Packed
-from raylaunch.client.transfer import OnProgress, Retry, upload
-from raylaunch.client.transport import Transport
+from raylaunch.client.packing import Packed, upload
+from raylaunch.client.transport import OnProgress, Retry, Transport
 from raylaunch.cluster.commands import run_program
 from raylaunch.cluster.install.platforms import WheelPlatform
 from raylaunch.cluster.install.resolve import IndexUnreachableError, Wheel, find_uv, tool_environment

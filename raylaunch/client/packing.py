@@ -1,6 +1,7 @@
-"""Packs the working directory as one archive, named by its checksum; `raylaunch.client.ignore_rules` selects the files.
+"""Packs the working directory as one archive, named by its checksum, and uploads it.
 
-Symbolic links stay links. The checks of `raylaunch.client.sensitive` apply here, for every interface.
+`raylaunch.client.ignore_rules` selects the files. Symbolic links stay links. The checks of
+`raylaunch.client.sensitive` apply here, for every interface.
 """
 
 from __future__ import annotations
@@ -15,26 +16,35 @@ import os
 import stat
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple
 
-from typing_extensions import Self
+from typing_extensions import Self, TypedDict
 
 from raylaunch.client.git_facts import tracked_files
 from raylaunch.client.ignore_rules import FoundPath, LeftOut, TrackedFiles, printable, unreadable, walk
 from raylaunch.client.sensitive import NO_MORE, Allowances, is_allowed, refuse_home, refuse_secrets, too_large
+from raylaunch.client.transport import OnProgress, Response, Retry, Transport, allow_upload, no_progress
 from raylaunch.contract import most_unpacked
-from raylaunch.errors import ConflictError, SpecError, StorageError
+from raylaunch.errors import ConflictError, SpecError, StorageError, TransferError
 from raylaunch.files import Directory
+from raylaunch.models.fields import Count
 from raylaunch.models.job import FileFact, LinkFact, PackReport
 from raylaunch.runner.outputs import HEAD, holds_private_key, looks_secret
 
+CHUNK = 8 * 1024 * 1024
+_CONFLICT = 409
 LARGEST = 5
 _MOST_LINKS = 100
 _MEMBER_TIME = 315_619_200
 """1980-01-02 for every file, so that equal folders make equal archives; zip files have no earlier time."""
+
+
+class _Have(TypedDict):
+    have: Count
+    complete: bool
 
 
 class Contents(NamedTuple):
@@ -318,3 +328,55 @@ def _changed(path: str) -> ConflictError:
         f"{printable(path)} in the working directory was changed while it was packed",
         hint=f"wait until it is complete, or leave it out with a line in .raylaunchignore: /{printable(path)}",
     )
+
+
+async def upload(  # noqa: PLR0913 -- what goes where, and callbacks
+    transport: Transport,
+    packed: Packed,
+    *,
+    retry: Retry,
+    on_start: Callable[[int], Awaitable[None]] = allow_upload,
+    on_progress: OnProgress = no_progress,
+    what: str = "code",
+) -> int:
+    """Send a package unless the cluster has it, starting where an earlier upload stopped; return the bytes sent.
+
+    `what` is its name for `on_progress`; `on_start` is called with the number of bytes to send, before the first.
+
+    Raises:
+        TransferError: it did not arrive as it was sent.
+    """
+    path = f"/v1/packages/{packed.sha256}"
+    answer = await retry(lambda: transport.request("HEAD", path))
+    have, sent = answer.number("X-Have"), 0
+    if answer.header("X-Complete") == "1":
+        return 0
+    await on_start(packed.bytes - have)
+    while True:
+        on_progress(what, have, packed.bytes)
+        packed.file.seek(have)
+        data = packed.file.read(CHUNK)
+        answer = await _put(transport, path, packed.bytes, have, data, retry=retry)
+        if answer.status == _CONFLICT:
+            have = _other_offset(answer, have)  # a response was lost, or somebody else is sending the same package
+            continue
+        facts = answer.read(_Have)
+        sent, have = sent + len(data), facts["have"]
+        if facts["complete"]:
+            on_progress(what, packed.bytes, packed.bytes)
+            return sent
+
+
+async def _put(  # noqa: PLR0913 -- what goes where
+    transport: Transport, path: str, total: int, offset: int, data: bytes, *, retry: Retry
+) -> Response:
+    params = {"offset": offset, "total": total}
+    return await retry(lambda: transport.request("PUT", path, params=params, content=data, allowed=(_CONFLICT,)))
+
+
+def _other_offset(answer: Response, offset: int) -> int:
+    have = answer.number("X-Have", offset)
+    if have == offset:
+        msg = f"the cluster refused the code at byte {offset} and did not report where to continue"
+        raise TransferError(msg, hint="repeat the command")
+    return have

@@ -17,8 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from urllib.parse import unquote
 
-from raylaunch.client.transfer import OnProgress
-from raylaunch.client.transport import Transport
+from raylaunch.client.transport import OnProgress, Transport
 from raylaunch.cluster.client_record import load_tunnel
 from raylaunch.errors import HostLostError, TransferError
 from raylaunch.files import Directory

@@ -19,10 +19,9 @@ from pydantic import BaseModel
 
 from raylaunch.client.environment_choice import active_python, choose
 from raylaunch.client.git_facts import git_facts
-from raylaunch.client.packing import Contents, Packed, checked_working_dir, pack_in_thread
+from raylaunch.client.packing import Contents, Packed, checked_working_dir, pack_in_thread, upload
 from raylaunch.client.sensitive import NO_MORE, Allowances
-from raylaunch.client.transfer import OnProgress, Retry, allow_upload, no_progress, upload
-from raylaunch.client.transport import Transport
+from raylaunch.client.transport import OnProgress, Retry, Transport, allow_upload, no_progress
 from raylaunch.entrypoint import script_of, started_itself
 from raylaunch.errors import SpecError, VersionError, WheelsNeededError
 from raylaunch.models.cluster import ClusterPython, EnvironmentWheels

@@ -87,6 +87,20 @@ class Response:
             raise ClusterError(msg, hint=f"raylaunch up starts a controller of this version ({__version__})") from error
 
 
+OnProgress = Callable[[str, int, int], None]
+"""Called with the name of the transfer, the bytes done, and the total bytes."""
+Retry = Callable[[Callable[[], Awaitable[Response]]], Awaitable[Response]]
+"""Retries a request while there is no response."""
+
+
+def no_progress(_what: str, _done: int, _total: int, /) -> None:
+    """Show nothing."""
+
+
+async def allow_upload(_bytes: int) -> None:
+    """Allow every upload."""
+
+
 class ResponseStream:
     """A response whose body is still arriving."""
 

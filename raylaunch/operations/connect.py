@@ -21,7 +21,7 @@ from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.job import JobView
 from raylaunch.models.safe_text import clean
 from raylaunch.models.states import JobState
-from raylaunch.paths import raylaunch_home
+from raylaunch.paths import cluster_paths, raylaunch_home
 from raylaunch.ssh.target import OnPrompt
 
 
@@ -62,7 +62,6 @@ def is_joined(name: str) -> bool:
 async def explain_silence(name: str) -> tuple[str, str]:
     """Return why a cluster on other machines does not respond, and a hint, from its tunnel; empty if unknown."""
     from raylaunch.cluster.client_record import load_client, load_tunnel  # noqa: PLC0415 -- only after an error
-    from raylaunch.paths import cluster_paths  # noqa: PLC0415 -- as above
 
     paths = cluster_paths(name)
     record = load_client(paths)
@@ -244,7 +243,6 @@ class ClusterConnection:
         if (await self.backend.status(self.spec)).state != "stopped":
             return True
         from raylaunch.cluster.record import load_record  # noqa: PLC0415
-        from raylaunch.paths import cluster_paths  # noqa: PLC0415 -- only after an error
 
         record = load_record(cluster_paths(self.spec.name))
         return record is not None and record.wanted == "running"
@@ -268,7 +266,6 @@ class ClusterConnection:
     async def _replace_hung(self) -> Endpoint:
         """Return the endpoint after a controller stopped responding: it is replaced here, or by a host's watchdog."""
         from raylaunch.cluster.local import health  # noqa: PLC0415 -- only after an error
-        from raylaunch.paths import cluster_paths  # noqa: PLC0415 -- as above
 
         self._notice(f"the controller of cluster {self.spec.name!r} is not responding; it is being restarted")
         endpoint = self._last or await self.backend.reach(self.spec)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from raylaunch.client.client import Client
 from raylaunch.client.downloads import Downloaded
 from raylaunch.client.environment_choice import active_python, import_hint
-from raylaunch.client.transfer import OnProgress
+from raylaunch.client.transport import OnProgress
 from raylaunch.errors import JobFailedError, NotYoursError, RaylaunchError
 from raylaunch.models.job import Artifact, Event, JobView, LogMatches
 from raylaunch.models.safe_text import clean

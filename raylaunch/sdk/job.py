@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raylaunch.client.downloads import Downloaded
-from raylaunch.client.transfer import OnProgress
+from raylaunch.client.transport import OnProgress
 from raylaunch.errors import RaylaunchError
 from raylaunch.models.job import Artifact, Event, JobView, LogMatches
 from raylaunch.sdk.async_job import AsyncJob, no_progress

@@ -13,7 +13,7 @@ from typing import Annotated, get_args, get_origin
 import raylaunch.models.cluster
 import raylaunch.models.job
 from raylaunch import errors, job, sdk
-from raylaunch.client import downloads, submission, transfer, transport
+from raylaunch.client import downloads, submission, transport
 from raylaunch.cluster import types
 from raylaunch.errors import RaylaunchError
 from raylaunch.models import fields
@@ -21,8 +21,8 @@ from raylaunch.sdk import arguments, async_cluster, display
 from tools.reference import markdown, source
 
 TWINS: dict[type, type] = {sdk.Cluster: sdk.AsyncCluster, sdk.Job: sdk.AsyncJob}
-_HOMES = (raylaunch.models.job, raylaunch.models.cluster, display, downloads, submission, transfer, transport, types)
-_ALIASES = {"Asked": arguments, "Which": arguments, "Notice": async_cluster, "OnStep": display, "OnProgress": transfer}
+_HOMES = (raylaunch.models.job, raylaunch.models.cluster, display, downloads, submission, transport, types)
+_ALIASES = {"Asked": arguments, "Which": arguments, "Notice": async_cluster, "OnStep": display, "OnProgress": transport}
 _SPECS = ("JobSpec", "Resources", "Where", "Tracking", "Environment")
 _ELSEWHERE = {
     **dict.fromkeys(_SPECS, "job-file.md"),
