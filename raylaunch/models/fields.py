@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Annotated, Literal
 
@@ -136,23 +135,15 @@ class Spec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _keys_as_fields(cls, data: object) -> object:
-        return by_field(data, {field: key for field, key in KEYS.items() if field in cls.model_fields})
-
-
-def by_field(data: object, keys: Mapping[str, str]) -> object:
-    """Return `data` with each of `keys`, which maps fields to keys, renamed to its field.
-
-    Raises:
-        ValueError: a key and its field are both there.
-    """
-    if not isinstance(data, dict) or (keys.keys().isdisjoint(data) and set(keys.values()).isdisjoint(data)):
+        if not isinstance(data, dict):
+            return data
+        for field, key in KEYS.items():
+            if field in cls.model_fields and key in data:
+                if field in data:
+                    msg = f"{key} and {field} are the same setting; leave {field} out"
+                    raise ValueError(msg)
+                data = {field if name == key else name: value for name, value in data.items()}
         return data
-    for field, key in keys.items():
-        if field in data and key in data:
-            msg = f"{key} and {field} are the same setting; leave {field} out"
-            raise ValueError(msg)
-    fields = {key: field for field, key in keys.items()}
-    return {fields.get(name, name): value for name, value in data.items()}
 
 
 EnvironmentKind = Literal["auto", "default", "ray", "python", "conda", "venv", "uv", "pip"]
