@@ -6,13 +6,12 @@ import os
 import resource
 import time
 from pathlib import Path
-from typing import cast
 
 import pytest
 from support.attempts import attempt_spec
 
 from raylaunch.agent.attempt_files import inventory
-from raylaunch.agent.change_feed import BUDGET, ChangeFeed, ChangeReply, Chunk
+from raylaunch.agent.change_feed import BUDGET, ChangeFeed, ChangeReply
 from raylaunch.agent.job_dir import ReadyAttempt, forget, prepare
 from raylaunch.controller.ray.protocol import Stored
 from raylaunch.controller.ray.replica import GapError, ReplicaStore
@@ -51,7 +50,7 @@ class World:
     def write(self, answer: ChangeReply) -> int:
         for chunk in answer["chunks"]:
             self.mirror.write(chunk)
-        return sum(len(chunk["data"]) for chunk in answer["chunks"])
+        return sum(len(chunk.data) for chunk in answer["chunks"])
 
     def carry_as(self, session: str) -> None:
         """Carry what there is now, in another session."""
@@ -108,7 +107,7 @@ def test_one_answer_is_bounded(world: World) -> None:
     world.carry()
     log(world, b"x" * (3 * BUDGET))
     answer = world.changes.take("session", None)
-    assert 0 < sum(len(chunk["data"]) for chunk in answer["chunks"]) <= BUDGET
+    assert 0 < sum(len(chunk.data) for chunk in answer["chunks"]) <= BUDGET
 
 
 def test_secrets_and_heartbeats_stay_on_the_node(world: World) -> None:
@@ -230,15 +229,15 @@ def test_what_grows_with_each_step_is_looked_at_when_asked_for_and_at_the_end(wo
     world.output(reports, b"{}")
     log(world, b"line\n")
     world.restart()
-    assert {chunk["path"] for chunk in world.answer["chunks"]} >= {run, reports, "logs/rank-0.log"}
+    assert {chunk.path for chunk in world.answer["chunks"]} >= {run, reports, "logs/rank-0.log"}
     world.output(run, b":W&B and more")
     log(world, b"another\n")
     answer = world.changes.take("session", None, metrics=False)
-    assert [chunk["path"] for chunk in answer["chunks"]] == ["logs/rank-0.log"]
+    assert [chunk.path for chunk in answer["chunks"]] == ["logs/rank-0.log"]
     (world.node / "exit.json").write_text(json.dumps({"ended": "completed"}))
     world.changes.take("session", None, metrics=False)
     answer = world.changes.take("session", None, metrics=False)
-    assert run in {chunk["path"] for chunk in answer["chunks"]}
+    assert run in {chunk.path for chunk in answer["chunks"]}
 
 
 def test_a_link_out_of_the_folder_is_not_followed(world: World, tmp_path: Path) -> None:
@@ -284,9 +283,9 @@ def test_a_link_takes_the_place_of_a_folder_and_the_other_way_round(world: World
 
 @pytest.mark.parametrize("target", ["/etc", "../..", "../../claim.json", "a/../../../x", ""])
 def test_a_link_that_leads_out_is_not_written(world: World, target: str) -> None:
-    chunk = {**world.answer["chunks"][0], "mode": "link", "path": "checkpoints/x", "sha256": f"link:{target}"}
+    chunk = world.answer["chunks"][0]._replace(mode="link", path="checkpoints/x", sha256=f"link:{target}")
     with pytest.raises(ValueError, match="leads out"):
-        world.mirror.write(cast("Chunk", chunk))
+        world.mirror.write(chunk)
 
 
 def test_what_the_next_attempt_has_unchanged_is_in_the_store_once(world: World) -> None:
@@ -345,7 +344,7 @@ def test_a_piece_that_names_a_path_outside_is_refused(world: World) -> None:
     chunk = world.answer["chunks"][0]
     for path in ("../escaped", "/etc/escaped", "outputs/../../escaped", ""):
         with pytest.raises(ValueError, match="is not a path"):
-            world.mirror.write({**chunk, "path": path})
+            world.mirror.write(chunk._replace(path=path))
 
 
 def test_a_link_planted_in_the_store_is_not_written_through(world: World, tmp_path: Path) -> None:

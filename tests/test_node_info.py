@@ -32,7 +32,7 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("nvidia_smi")
 def test_gpus_are_described_and_unknown_numbers_are_none(tmp_path: Path) -> None:
-    first, second = describe(tmp_path / "node")["gpus"]
+    first, second = describe(tmp_path / "node").gpus
     assert (first["index"], first["uuid"], first["name"]) == ("0", "GPU-aaa", "NVIDIA H100 80GB HBM3")
     assert (first["memory_total"], first["memory_used"], first["utilization"]) == (81559 << 20, 1024 << 20, 37)
     assert (second["memory_total"], second["memory_used"], second["utilization"]) == (None, None, None)
@@ -50,7 +50,7 @@ def test_only_processes_outside_this_cluster_are_said_to_use_a_gpu(
     ):
         apps = f"GPU-aaa, {other.pid}, /usr/bin/python3\nGPU-aaa, {own.pid}, python3\n"
         monkeypatch.setenv("APPS", apps)
-        first, second = describe(tmp_path / "node")["gpus"]
+        first, second = describe(tmp_path / "node").gpus
         other.kill()
         own.kill()
     assert len(first["processes"]) == 1
@@ -62,6 +62,6 @@ def test_only_processes_outside_this_cluster_are_said_to_use_a_gpu(
 def test_a_broken_nvidia_smi_is_said_and_hides_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "bin/nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     facts = describe(tmp_path / "node")
-    assert facts["gpus"] == []
-    assert "9" in facts["gpu_problem"]
-    assert facts["disk_free"] > 0
+    assert facts.gpus == []
+    assert "9" in facts.gpu_problem
+    assert facts.disk_free > 0

@@ -263,7 +263,7 @@ class NodeAgent:
 
     def _adapt_gathering(self, reply: ChangeReply, *, at_once: bool, in_time: bool) -> None:
         """Wait longer while changes keep coming, so that a verbose log costs no more than a quiet one."""
-        self._last_was_large = sum(len(chunk["data"]) for chunk in reply["chunks"]) > _LARGE_REPLY
+        self._last_was_large = sum(len(chunk.data) for chunk in reply["chunks"]) > _LARGE_REPLY
         self._gather_s = min(self._gather_s * 2, _GATHER_MOST_S) if at_once else _GATHER_S
         if in_time:
             self._replied_at = time.monotonic()

@@ -46,19 +46,21 @@ Have = dict[str, dict[str, HaveFile]]
 """By attempt and path."""
 
 
-class Chunk(TypedDict):
-    """Some bytes of one file."""
+class Chunk(NamedTuple):
+    """Some bytes of one file, or with ``same`` and ``link`` none."""
 
     attempt: str
     path: str
     mode: Literal["append", "replace", "same", "link"]
-    offset: int
-    data: bytes
-    final: bool
-    """With a ``replace``: these are the last bytes, and `sha256` is that of the whole. Of a link: see `LINK`."""
-    sha256: str
     size: int
+    """Of the file: after this chunk with ``append``, else of the whole."""
     mtime_ns: int
+    offset: int = 0
+    data: bytes = b""
+    final: bool = True
+    """With a ``replace``: these are the last bytes, and `sha256` is that of the whole."""
+    sha256: str = ""
+    """Of a link: see `LINK`."""
 
 
 class AttemptFacts(TypedDict):
@@ -162,7 +164,7 @@ class ChangeFeed:
             known.next_check = now + _IDLE_CHECK_S
             before = len(reply["chunks"])
             for chunk in self._chunks_of(name, folder, known, left, metrics=metrics or known.ended):
-                left -= len(chunk["data"])
+                left -= len(chunk.data)
                 reply["chunks"].append(chunk)
             facts = _facts_of(name, folder, known)
             if facts != known.facts:
@@ -178,8 +180,8 @@ class ChangeFeed:
         left = min(budget, QUICK_BUDGET)
         for path, stat in quick_files(folder, metrics=metrics):
             for chunk in _send(name, folder, path, stat, known, left):
-                left -= len(chunk["data"])
-                budget -= len(chunk["data"])
+                left -= len(chunk.data)
+                budget -= len(chunk.data)
                 yield chunk
         now = time.monotonic()
         if now >= known.next_slow or known.ended:
@@ -192,7 +194,7 @@ class ChangeFeed:
             if not known.ended and time.time_ns() - stat.mtime_ns < _REST_S * 1e9:
                 continue
             for chunk in _send(name, folder, path, stat, known, budget):
-                budget -= len(chunk["data"])
+                budget -= len(chunk.data)
                 yield chunk
 
 
@@ -205,13 +207,13 @@ def _send(name: str, folder: Path, path: str, stat: FileStat, known: _Attempt, b
         del known.have[path]
         if not stat.link and _same(path, have, stat):
             known.have[path] = have._replace(before=False)
-            yield _without_data(name, path, "same", known.have[path])
+            yield Chunk(name, path, "same", have.size, have.mtime_ns, sha256=have.sha256)
             return
         have = None
     if stat.link:
         if have is None or have.sha256 != LINK + stat.link:
             known.have[path] = HaveFile(stat.size, 0, LINK + stat.link)
-            yield _without_data(name, path, "link", known.have[path])
+            yield Chunk(name, path, "link", stat.size, 0, sha256=LINK + stat.link)
         return
     if is_append(path) and path not in known.sending and not _restarted(path, stat, have, known):
         yield from _send_growth(name, folder, path, stat, known, budget)
@@ -219,21 +221,6 @@ def _send(name: str, folder: Path, path: str, stat: FileStat, known: _Attempt, b
     if path not in known.sending and have is not None and _same(path, have, stat):
         return
     yield from _send_whole(name, folder, path, stat, known, budget)
-
-
-def _without_data(attempt: str, path: str, mode: Literal["same", "link"], file: HaveFile) -> Chunk:
-    size, mtime_ns, sha256, _ = file
-    return Chunk(
-        attempt=attempt,
-        path=path,
-        mode=mode,
-        offset=0,
-        data=b"",
-        final=True,
-        sha256=sha256,
-        size=size,
-        mtime_ns=mtime_ns,
-    )
 
 
 def _same(path: str, have: HaveFile, stat: FileStat) -> bool:
@@ -256,17 +243,7 @@ def _send_growth(  # noqa: PLR0913, PLR0917
         while budget > 0 and descriptor is not None:
             data = os.pread(descriptor, min(PIECE, budget, max(stat.size - offset, 0)), offset)
             known.have[path] = HaveFile(offset + len(data))
-            yield Chunk(
-                attempt=name,
-                path=path,
-                mode="append",
-                offset=offset,
-                data=data,
-                final=False,
-                sha256="",
-                size=offset + len(data),
-                mtime_ns=stat.mtime_ns,
-            )
+            yield Chunk(name, path, "append", offset + len(data), stat.mtime_ns, offset, data, final=False)
             offset += len(data)
             budget -= len(data)
             if not data or offset >= stat.size:
@@ -301,17 +278,7 @@ def _send_whole(  # noqa: PLR0913, PLR0917
                 known.have[path] = HaveFile(size, sending.stat.mtime_ns, sha256)
                 known.inodes[path] = sending.stat.inode
                 del known.sending[path]
-            yield Chunk(
-                attempt=name,
-                path=path,
-                mode="replace",
-                offset=offset,
-                data=data,
-                final=final,
-                sha256=sha256,
-                size=size,
-                mtime_ns=sending.stat.mtime_ns,
-            )
+            yield Chunk(name, path, "replace", size, sending.stat.mtime_ns, offset, data, final, sha256)
             if final:
                 return
 

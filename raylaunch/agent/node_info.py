@@ -11,13 +11,11 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 from raylaunch.agent.attempt_dir import attempts_in, read_json
 from raylaunch.agent.processes import environment_of
 from raylaunch.contract import ATTEMPT, VAR_ATTEMPT, VAR_NODE_ROOT
-from raylaunch.runner.processes import boot_id
-from raylaunch.version import __version__
 
 _MIB = 1024 * 1024
 _LARGEST = 1e12
@@ -38,21 +36,14 @@ class GpuFacts(TypedDict):
     processes: list[str]
 
 
-class NodeFacts(TypedDict):
+class NodeFacts(NamedTuple):
     """What a node agent reports of its node."""
 
-    hostname: str
     arch: str
+    disk_free: int
     gpus: list[GpuFacts]
     gpu_problem: str
     """Why GPUs could not be inspected; empty when they could, or without ``nvidia-smi``."""
-    memory: int
-    disk_free: int
-    root: str
-    boot_id: str
-    version: str
-    python: str
-    pid: int
 
 
 def describe(root: Path) -> NodeFacts:
@@ -64,19 +55,7 @@ def describe(root: Path) -> NodeFacts:
     except (OSError, subprocess.SubprocessError) as error:
         problem = f"nvidia-smi failed: {error}"
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return NodeFacts(
-        hostname=platform.node(),
-        arch=platform.machine(),
-        gpus=gpus,
-        gpu_problem=problem,
-        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        disk_free=shutil.disk_usage(root).free,
-        root=str(root),
-        boot_id=boot_id(),
-        version=__version__,
-        python=platform.python_version(),
-        pid=os.getpid(),
-    )
+    return NodeFacts(platform.machine(), shutil.disk_usage(root).free, gpus, problem)
 
 
 def list_gpus(*, is_ours: Callable[[int], bool]) -> list[GpuFacts]:

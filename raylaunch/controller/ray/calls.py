@@ -66,13 +66,13 @@ def node_view(row: RayNode, facts: NodeFacts | None, *, agent_responds: bool) ->
 
 def _node_view(row: RayNode, facts: NodeFacts | None, *, agent_responds: bool) -> NodeView:
     total, free = row["total"], row["free"]
-    gpus = tuple(GpuView.model_validate(gpu) for gpu in facts["gpus"]) if facts else ()
+    gpus = tuple(GpuView.model_validate(gpu) for gpu in facts.gpus) if facts else ()
     return NodeView(
         id=row["id"],
         hostname=row["labels"].get(HOST_LABEL) or row["hostname"],
         address=row["address"],
         alive=row["alive"],
-        arch=facts["arch"] if facts else "",
+        arch=facts.arch if facts else "",
         cpus=total.get("CPU", 0),
         gpus=total.get("GPU", 0),
         memory=int(total.get("memory", 0)),
@@ -83,7 +83,7 @@ def _node_view(row: RayNode, facts: NodeFacts | None, *, agent_responds: bool) -
         memory_free=max(0, int(free.get("memory", 0))),
         gpu_type=gpus[0].name if gpus else _gpu_type(total, row["labels"]),
         gpu=gpus,
-        disk_free=facts["disk_free"] if facts else None,
+        disk_free=facts.disk_free if facts else None,
         steward=agent_responds,
     )
 

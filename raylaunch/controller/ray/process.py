@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -127,7 +127,9 @@ class ConnectedNode:
             while True:
                 limit_s = 5 if self._facts else _CALL_S / 3
                 try:
-                    self._facts = cast("NodeFacts", await self.call("describe", timeout_s=limit_s))
+                    before, self._facts = self._facts, cast("NodeFacts", await self.call("describe", timeout_s=limit_s))
+                    if self._facts.gpu_problem and (before is None or before.gpu_problem != self._facts.gpu_problem):
+                        _log.warning("the GPUs of node %s: %s", self._id, self._facts.gpu_problem)
                 except ClusterError as error:
                     _log.warning("%s", error)
                 except Exception:  # noqa: BLE001 -- a failure of one node must not affect the others
@@ -151,24 +153,12 @@ class Program:
         self._nodes: dict[str, ConnectedNode] = {}
         self._rows: list[RayNode] = []
         self._last_state: object = None
-        self._methods: dict[str, Callable[..., Awaitable[object]]] = {
-            "nodes": self.nodes,
-            "prepare": self.prepare,
-            "call_agent": self.call_agent,
-            "drain": self.drain,
-            "forget": self.forget,
-            "bring_left": self.bring_left,
-            "ray_log": self.ray_log,
-            "ray_log_grown": self.ray_log_grown,
-            "kill_waiting": self.kill_waiting,
-            "end_actors": self.end_actors,
-        }
 
     async def run(self, stdin: Stdin) -> None:
         """Watch the nodes and serve requests until stdin closes."""
         await self._refresh()
         self._stdout.send(BridgeUp(ray_version=ray.__version__))
-        ends = [asyncio.create_task(self._watch()), asyncio.create_task(serve_all(self._methods, stdin, self._stdout))]
+        ends = [asyncio.create_task(self._watch()), asyncio.create_task(serve_all(self, stdin, self._stdout))]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
             if end.done():

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, NoReturn, cast
@@ -270,20 +270,21 @@ class Stdin:
         os._exit(0)
 
 
-async def serve_all(methods: Mapping[str, Callable[..., Awaitable[object]]], stdin: Stdin, stdout: Stdout) -> None:
-    """Serve requests, each in its own task, until cancelled."""
+async def serve_all(program: object, stdin: Stdin, stdout: Stdout) -> None:
+    """Serve requests for methods of `program`, each in its own task, until cancelled."""
     tasks: set[asyncio.Task[None]] = set()
     while True:
-        number, method, params = cast("Request", await asyncio.to_thread(stdin.next))
-        task = asyncio.create_task(_serve(number, method, methods[method](**params), stdout))
+        request = cast("Request", await asyncio.to_thread(stdin.next))
+        task = asyncio.create_task(_serve(program, request, stdout))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
 
-async def _serve(number: int, method: str, call: Awaitable[object], stdout: Stdout) -> None:
+async def _serve(program: object, request: Request, stdout: Stdout) -> None:
+    number, method, params = request
     result, failure = None, None
     try:
-        result = await call
+        result = await getattr(program, method)(**params)
     except RaylaunchError as error:
         failure = error
     except Exception as error:  # noqa: BLE001 -- the top of one request

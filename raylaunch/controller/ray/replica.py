@@ -69,19 +69,19 @@ class ReplicaStore:
             GapError: The chunk does not continue the file, or the file's checksum differs.
             OSError: The store cannot be written; the files are unchanged.
         """
-        if not self.wanted(chunk["attempt"]):
+        if not self.wanted(chunk.attempt):
             return []
-        path = self._path(chunk["attempt"], chunk["path"])
-        if _kept(chunk["path"]):
-            _make_way(self.folder(chunk["attempt"]), chunk["path"])
+        path = self._path(chunk.attempt, chunk.path)
+        if _kept(chunk.path):
+            _make_way(self.folder(chunk.attempt), chunk.path)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if chunk["mode"] == "same":
+        if chunk.mode == "same":
             return self._write_same(path, chunk)
-        if chunk["mode"] == "link":
+        if chunk.mode == "link":
             return self._write_link(path, chunk)
-        if chunk["mode"] == "append":
-            _write_at(path, chunk["offset"], chunk["data"])
-            return [Grew(attempt=chunk["attempt"], path=chunk["path"], size=chunk["offset"] + len(chunk["data"]))]
+        if chunk.mode == "append":
+            _write_at(path, chunk.offset, chunk.data)
+            return [Grew(attempt=chunk.attempt, path=chunk.path, size=chunk.offset + len(chunk.data))]
         return self._write_whole(path, chunk)
 
     def save(self, *, at_once: bool = False) -> None:
@@ -196,27 +196,27 @@ class ReplicaStore:
 
     def _write_same(self, path: Path, chunk: Chunk) -> list[BridgeEvent]:
         """Link to the previous attempt's file."""
-        folder, known = self._before.get(chunk["attempt"], (path, {}))
-        have = known.get(chunk["path"])
-        if have is None or have.sha256 != chunk["sha256"] or _size(folder / chunk["path"]) != have.size:
+        folder, known = self._before.get(chunk.attempt, (path, {}))
+        have = known.get(chunk.path)
+        if have is None or have.sha256 != chunk.sha256 or _size(folder / chunk.path) != have.size:
             msg = f"the previous attempt has no such {path}"
             raise GapError(msg)
         part = path.with_name(f".{path.name[:180]}{_PART}")
         part.unlink(missing_ok=True)
         try:
-            os.link(folder / chunk["path"], part, follow_symlinks=False)
+            os.link(folder / chunk.path, part, follow_symlinks=False)
         except OSError:  # a file system without hard links, or too many of one file
-            shutil.copy2(folder / chunk["path"], part, follow_symlinks=False)
+            shutil.copy2(folder / chunk.path, part, follow_symlinks=False)
         part.replace(path)
         return self._record(chunk)
 
     def _write_link(self, path: Path, chunk: Chunk) -> list[BridgeEvent]:
-        target = chunk["sha256"][len(LINK) :]
+        target = chunk.sha256[len(LINK) :]
         parts = PurePosixPath(target).parts
-        where = posixpath.normpath(posixpath.join(posixpath.dirname(chunk["path"]), target))
+        where = posixpath.normpath(posixpath.join(posixpath.dirname(chunk.path), target))
         climbs = ".." in parts[next((at for at, part in enumerate(parts) if part != ".."), len(parts)) :]
         if not target or "\0" in target or climbs or not _kept(where):
-            msg = f"{chunk['path']!r} is a link to {target!r}, which leads out"
+            msg = f"{chunk.path!r} is a link to {target!r}, which leads out"
             raise ValueError(msg)
         part = path.with_name(f".{path.name[:180]}{_PART}")
         part.unlink(missing_ok=True)
@@ -226,26 +226,26 @@ class ReplicaStore:
         return []
 
     def _record(self, chunk: Chunk) -> list[BridgeEvent]:
-        have = HaveFile(chunk["size"], chunk["mtime_ns"], chunk["sha256"])
-        self._whole.setdefault(chunk["attempt"], {})[chunk["path"]] = have
-        self._unsaved.setdefault(chunk["attempt"], time.monotonic())
-        return [Stored(attempt=chunk["attempt"], path=chunk["path"], size=have.size, sha256=have.sha256)]
+        have = HaveFile(chunk.size, chunk.mtime_ns, chunk.sha256)
+        self._whole.setdefault(chunk.attempt, {})[chunk.path] = have
+        self._unsaved.setdefault(chunk.attempt, time.monotonic())
+        return [Stored(attempt=chunk.attempt, path=chunk.path, size=have.size, sha256=have.sha256)]
 
     def _write_whole(self, path: Path, chunk: Chunk) -> list[BridgeEvent]:
         part = path.with_name(f".{path.name[:180]}{_PART}")
-        if chunk["offset"] == 0:
+        if chunk.offset == 0:
             part.unlink(missing_ok=True)
             self._digests[part] = hashlib.sha256()
         digest = self._digests.get(part)
         if digest is None:
             msg = f"{part} has no first chunk"
             raise GapError(msg)
-        _write_at(part, chunk["offset"], chunk["data"])
-        digest.update(chunk["data"])
-        if not chunk["final"]:
+        _write_at(part, chunk.offset, chunk.data)
+        digest.update(chunk.data)
+        if not chunk.final:
             return []
         del self._digests[part]
-        if digest.hexdigest() != chunk["sha256"]:
+        if digest.hexdigest() != chunk.sha256:
             part.unlink(missing_ok=True)
             msg = f"the checksum of {part} differs from the expected one"
             raise GapError(msg)
@@ -301,13 +301,9 @@ def _make_way(folder: Path, path: str) -> None:
         shutil.rmtree(where)
 
 
-def _open(path: Path, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-
-
 def _write_at(path: Path, offset: int, data: bytes) -> None:
     """Append to a file at `offset`, which must be its size; after a failure it has that size again."""
-    descriptor = _open(path, os.O_WRONLY | os.O_CREAT)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         if os.fstat(descriptor).st_size != offset:
             msg = f"{path} has {os.fstat(descriptor).st_size} bytes, but the chunk starts at {offset}"

@@ -104,17 +104,8 @@ class Replication:
             data, size, mtime_ns = cast("LeftPiece", await asked)
             digest.update(data)
             final = offset + len(data) >= size or not data
-            chunk = Chunk(
-                attempt=attempt,
-                path=f"{below}/{path}",
-                mode="replace",
-                offset=offset,
-                data=data,
-                final=final,
-                sha256=digest.hexdigest() if final else "",
-                size=size,
-                mtime_ns=mtime_ns,
-            )
+            sha256 = digest.hexdigest() if final else ""
+            chunk = Chunk(attempt, f"{below}/{path}", "replace", size, mtime_ns, offset, data, final, sha256)
             for event in await self._write_chunks([chunk]):
                 self._emit(event)
             offset += len(data)
@@ -199,7 +190,7 @@ class Replication:
             done += written
             if failure is None:
                 break
-            attempt = chunks[done]["attempt"] if done < len(chunks) else ""
+            attempt = chunks[done].attempt if done < len(chunks) else ""
             message = storage_error("the store cannot be written", failure).message
             if message != reported:
                 self._emit(StoreProblem(attempt=attempt, message=message))

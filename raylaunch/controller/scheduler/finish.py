@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from raylaunch.agent.agent import FenceResult
 from raylaunch.contract import FENCED
@@ -25,6 +26,8 @@ from raylaunch.models.job import AttemptView, EnvironmentFacts
 from raylaunch.models.states import Change, Reason, Verdict
 
 _log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 _DRAIN_S = 60.0
 _RAY_STATUS_S = 15.0
@@ -72,54 +75,51 @@ class Finisher:
         except RaylaunchError as error:
             _log.warning("the actors of %s may be restarted: %s", attempt.id, error.message)
 
-    async def _fence(self, record: JobRecord) -> FenceResult | None:
-        """End what is left of the attempt on its node. None if the node was lost and its lease has expired."""
-        attempt = latest(record)
+    async def _on_node(self, attempt: AttemptView, work: Callable[[str], Awaitable[_Result | None]]) -> _Result | None:
+        """Retry `work` on the attempt's node until it returns something. None if the node was lost for good."""
         gone_since: float | None = None
         while True:
             node_id = self._context.observed.node_of(attempt)
             if node_id:
                 gone_since = None
-                try:
-                    return await self._context.bridge.fence(
-                        node_id, attempt.id, attempt_tag(self._context.settings, attempt.id)
-                    )
-                except RaylaunchError as error:
-                    self._context.set_message(
-                        record, record.reason, f"its processes on {attempt.node} cannot be ended yet: {error.message}"
-                    )
+                if (result := await work(node_id)) is not None:
+                    return result
             elif self._context.observed.bridge_up:
                 gone_since = gone_since or time.monotonic()
                 if time.monotonic() - gone_since > NODE_LEASE_S:
                     return None
             await self._context.observed.wait(STEP_S)
 
+    async def _fence(self, record: JobRecord) -> FenceResult | None:
+        """End what is left of the attempt on its node."""
+        attempt = latest(record)
+        tag = attempt_tag(self._context.settings, attempt.id)
+
+        async def fence(node_id: str) -> FenceResult | None:
+            try:
+                return await self._context.bridge.fence(node_id, attempt.id, tag)
+            except RaylaunchError as error:
+                problem = f"its processes on {attempt.node} cannot be ended yet: {error.message}"
+                self._context.set_message(record, record.reason, problem)
+                return None
+
+        return await self._on_node(attempt, fence)
+
     async def _drain(self, record: JobRecord) -> bool:
         """Wait until the attempt's files are in the store. False if the node was lost meanwhile."""
         attempt = latest(record)
-        gone_since: float | None = None
-        while True:
-            node_id = self._context.observed.node_of(attempt)
-            if node_id:
-                gone_since = None
-                if await self._drain_once(record, node_id):
-                    return True
-            elif self._context.observed.bridge_up:
-                gone_since = gone_since or time.monotonic()
-                if time.monotonic() - gone_since > NODE_LEASE_S:
-                    return False
-            await self._context.observed.wait(STEP_S)
 
-    async def _drain_once(self, record: JobRecord, node_id: str) -> bool:
-        attempt = latest(record)
-        try:
-            if await self._context.bridge.drain(node_id, attempt.id, _DRAIN_S):
-                return True
-            problem = self._context.observed.store_problems.get(attempt.id, "copying its files to the store")
-        except RaylaunchError as error:
-            problem = f"its files on {attempt.node} cannot be copied yet: {error.message}"
-        self._context.set_message(record, record.reason, problem)
-        return False
+        async def drain(node_id: str) -> bool | None:
+            try:
+                if await self._context.bridge.drain(node_id, attempt.id, _DRAIN_S):
+                    return True
+                problem = self._context.observed.store_problems.get(attempt.id, "copying its files to the store")
+            except RaylaunchError as error:
+                problem = f"its files on {attempt.node} cannot be copied yet: {error.message}"
+            self._context.set_message(record, record.reason, problem)
+            return None
+
+        return await self._on_node(attempt, drain) is not None
 
     async def _forget(self, job: str) -> None:
         """Delete the attempt on its node; a failure is made up for when the agent reports the attempt again."""

@@ -1,4 +1,4 @@
-"""Launching an attempt: its code and runner are sent to the node, and it is submitted to Ray; and what drives it."""
+"""Launching an attempt: its code and runner are sent to the node, and it is submitted to Ray."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import asyncio
 from raylaunch.agent.job_dir import ReadyAttempt
 from raylaunch.controller.ray.jobs_api import Submission
 from raylaunch.controller.scheduler.attempt_context import STEP_S, AttemptContext, attempt_spec, latest
-from raylaunch.controller.scheduler.finish import Finisher
-from raylaunch.controller.scheduler.follow import Follower
 from raylaunch.controller.store.backlog import CPUS, GPUS, MEMORY, required_amounts
 from raylaunch.controller.store.record import JobRecord
 from raylaunch.errors import ClusterError, ConflictError, NotFoundError, RaylaunchError, StorageError
@@ -96,22 +94,3 @@ def _submission(record: JobRecord, attempt: AttemptView, prepared: ReadyAttempt)
         env_vars={"RAY_JOB_STOP_WAIT_TIME_S": str(int(record.own_spec.grace_s + 10))},
         metadata={"raylaunch_job": record.id, "name": record.name, "owner": record.owner},
     )
-
-
-class AttemptDriver:
-    """Runs attempts from launch to finish. One `drive` runs for each active job."""
-
-    def __init__(self, context: AttemptContext) -> None:
-        self._records = context.records
-        self._launcher = AttemptLauncher(context)
-        self._follower = Follower(context)
-        self._finisher = Finisher(context)
-
-    async def drive(self, job: str) -> None:
-        """Drive the job's latest attempt until the job has ended or is queued again."""
-        refused = ""
-        if not self._records.light(job).submitted_to_ray:
-            refused = await self._launcher.launch(job)
-        if not refused:
-            await self._follower.follow(job)
-        await self._finisher.finish(job, refused)

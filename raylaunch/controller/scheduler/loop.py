@@ -24,7 +24,9 @@ from raylaunch.controller.ray.protocol import (
 )
 from raylaunch.controller.scheduler.attempt_context import AttemptContext, attempt_tag
 from raylaunch.controller.scheduler.external_jobs import ExternalJobs
-from raylaunch.controller.scheduler.launch import AttemptDriver
+from raylaunch.controller.scheduler.finish import Finisher
+from raylaunch.controller.scheduler.follow import Follower
+from raylaunch.controller.scheduler.launch import AttemptLauncher
 from raylaunch.controller.scheduler.queue import (
     Admit,
     Block,
@@ -75,7 +77,9 @@ class SchedulerLoop:
         self._ray = context.ray
         self._observed = context.observed
         self._drains = drains
-        self._driver = AttemptDriver(context)
+        self._launcher = AttemptLauncher(context)
+        self._follower = Follower(context)
+        self._finisher = Finisher(context)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._backoffs: dict[str, tuple[float, float]] = {}
         """Work that failed last time: when it is retried (monotonic), and the delay (seconds)."""
@@ -235,8 +239,14 @@ class SchedulerLoop:
         self._observed.notify()
 
     async def _drive(self, job: str) -> None:
+        """Drive the job's latest attempt until the job has ended or is queued again."""
+        refused = ""
         try:
-            await self._driver.drive(job)
+            if not self._records.light(job).submitted_to_ray:
+                refused = await self._launcher.launch(job)
+            if not refused:
+                await self._follower.follow(job)
+            await self._finisher.finish(job, refused)
         except StorageError as error:
             self._observed.storage_error = error.message
             await asyncio.sleep(_TICK_S)
