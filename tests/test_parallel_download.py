@@ -29,7 +29,7 @@ from raylaunch.files import sha256_of
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.job import Artifact
 from raylaunch.paths import cluster_paths, make_private_dir
-from raylaunch.ssh.fetch import notes_of
+from raylaunch.ssh.ranges import notes_of
 from raylaunch.ssh.resolve import command
 from raylaunch.version import __version__
 

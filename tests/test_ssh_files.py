@@ -1,4 +1,4 @@
-"""Files to and from a host: whole, once, and in their place only when they are complete."""
+"""Files onto a host: whole, once, and in their place only when they are complete."""
 
 # ruff: noqa: ASYNC240 -- the files are what is looked at, and nothing else runs meanwhile
 
@@ -21,9 +21,9 @@ from support.waiting import wait_until
 
 from raylaunch.errors import HostLostError, HostStorageError, RaylaunchError, SpecError, StorageError, TransferError
 from raylaunch.files import sha256_of
-from raylaunch.ssh.fetch import RANGE_BYTES, fetch
 from raylaunch.ssh.host import SSHHost, machine
 from raylaunch.ssh.push import PushFile, push
+from raylaunch.ssh.ranges import RANGE_BYTES
 
 pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 
@@ -279,49 +279,3 @@ async def test_a_file_that_does_not_have_the_checksum_that_was_said_is_not_put_i
     error = await refusal(there, PushFile(b"x", f"{tmp_path}/far/x", sha256=hashlib.sha256(b"y").hexdigest()))
     assert isinstance(error, TransferError)
     assert list((tmp_path / "far").iterdir()) == []
-
-
-# The other way
-
-
-async def test_a_file_is_fetched_as_it_lies_there(there: SSHHost, tmp_path: Path, big: Path) -> None:
-    meter = Meter()
-    await fetch(there, str(big), tmp_path / "back", on_bytes=meter)
-    assert (tmp_path / "back").read_bytes() == big.read_bytes()
-    assert (tmp_path / "back").stat().st_mode & 0o777 == 0o600
-    assert meter.total == big.stat().st_size
-    assert [path.name for path in tmp_path.iterdir()] == ["back"]
-
-
-async def test_an_empty_file_can_be_fetched(there: SSHHost, tmp_path: Path) -> None:
-    (tmp_path / "empty").touch()
-    await fetch(there, str(tmp_path / "empty"), tmp_path / "back")
-    assert (tmp_path / "back").read_bytes() == b""
-
-
-async def test_an_interrupted_fetch_is_taken_up_where_it_was(there: SSHHost, tmp_path: Path, big: Path) -> None:
-    local = tmp_path / "back"
-    async with anyio.create_task_group() as group:
-        group.start_soon(fetch, there, str(big), local)
-        await anyio.to_thread.run_sync(wait_until, lambda: list(tmp_path.glob("*.ranges")), 60, "a range has arrived")
-        group.cancel_scope.cancel()
-    assert not local.exists()
-    meter = Meter()
-    await fetch(there, str(big), local, on_bytes=meter)
-    assert meter.told[0] > 0
-    assert local.read_bytes() == big.read_bytes()
-    assert [path.name for path in tmp_path.iterdir()] == ["back"]
-
-
-@pytest.mark.parametrize("remote", ["/nonexistent/file", "/etc"])
-async def test_what_is_no_file_cannot_be_fetched(there: SSHHost, tmp_path: Path, remote: str) -> None:
-    with pytest.raises(HostStorageError, match=remote):
-        await fetch(there, remote, tmp_path / "back")
-    assert list(tmp_path.iterdir()) == []
-
-
-async def test_a_full_disk_here_is_said_to_be_here(there: SSHHost, tmp_path: Path, big: Path) -> None:
-    with small_disk(tmp_path / "small", kib=20 * 1024) as disk:
-        with pytest.raises(StorageError, match="no space left to write"):
-            await fetch(there, str(big), disk / "back")
-        assert not (disk / "back").exists()

@@ -15,7 +15,6 @@ from support.hosts import World, world
 from support.waiting import wait_until
 
 from raylaunch.errors import HostLostError, HostStorageError, HostUnreachableError
-from raylaunch.ssh.fetch import fetch
 from raylaunch.ssh.host import SSHHost, machine
 from raylaunch.ssh.process import RemoteLines
 from raylaunch.ssh.push import PushFile, push
@@ -205,9 +204,9 @@ async def test_start_up_files_that_print_disturb_nothing(alice: Host) -> None:
     async with machine(alice.target("alice")) as there:
         ran = await there.run(Script("cat"), input=b"exactly this", limit_s=20)
         await push(there, [PushFile(b"exactly this", "~/this")])
-        await fetch(there, "~/this", alice.folder / "this")
+        arrived = await there.run(["cat", "/home/alice/this"], limit_s=20)
     assert (ran.out, ran.err) == (b"exactly this", b"")
-    assert (alice.folder / "this").read_bytes() == b"exactly this"
+    assert arrived.out == b"exactly this"
 
 
 SHELLS = ("/bin/sh", "/bin/zsh", "/usr/bin/fish", "/bin/tcsh")

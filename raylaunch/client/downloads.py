@@ -36,7 +36,7 @@ _OURS = ".raylaunch"
 _SHOWN = 20
 _SAVE_EVERY_S = 2.0
 _RANGES = ".ranges"
-"""After the name of a part: the file that lists the ranges that it has (`raylaunch.ssh.fetch`)."""
+"""After the name of a part: the file that lists the ranges that it has (`raylaunch.ssh.ranges`)."""
 LARGE_BYTES = 256 * 1024 * 1024
 """From this size on, several connections are worth their start, which takes about a second."""
 _REPEAT = "repeat the command; if it fails again, the job's files or the cluster are damaged"

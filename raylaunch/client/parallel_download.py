@@ -23,7 +23,7 @@ from raylaunch.errors import HostLostError, TransferError
 from raylaunch.files import Directory
 from raylaunch.models.job import Artifact
 from raylaunch.paths import cluster_paths
-from raylaunch.ssh.fetch import RANGE_BYTES, PartFile, cancel, notes_of
+from raylaunch.ssh.ranges import RANGE_BYTES, PartFile, cancel, notes_of
 
 _READY_S = 15.0
 _SILENT_S = 30.0
@@ -69,7 +69,7 @@ async def download_ranges(  # noqa: PLR0913 -- what goes where
         TransferError: the file's length is not the one that was listed.
         OSError: the part cannot be written.
     """
-    with PartFile(folder, part, artifact.bytes, grown=True, sync=False) as file:
+    with PartFile(folder, part, artifact.bytes) as file:
         work = _Download(transport, url, file, artifact.path, on_progress)
         hashing = asyncio.create_task(work.checksum())
         try:

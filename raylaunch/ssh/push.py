@@ -8,45 +8,66 @@ contents. At the end the checksum is compared, the file synced where it is to be
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import anyio
 import anyio.to_thread
 
-from raylaunch.errors import SpecError, StorageError, TransferError
+from raylaunch.errors import HostStepError, HostStorageError, HostTimeoutError, SpecError, StorageError, TransferError
 from raylaunch.files import sha256_of
 from raylaunch.paths import storage_errors
-from raylaunch.ssh.fetch import (
-    COMMON,
-    STREAMS,
-    OnBytes,
-    Pace,
-    Ranges,
-    TransferProgress,
-    cancel,
-    limit_s,
-    run_all,
-    translate_storage_errors,
-)
 from raylaunch.ssh.process import RemoteProcess, step_error
+from raylaunch.ssh.ranges import Ranges, cancel
 from raylaunch.ssh.scripts import Script
 
 if TYPE_CHECKING:
     from raylaunch.ssh.host import SSHHost
 
+OnBytes = Callable[[int], None]
+"""Called with how many bytes more are in place; at the end the sum is the size of all files."""
 
+_STREAMS = 4
+_STALL_S = 300.0
+"""After so many seconds in which nothing at all has arrived, a transfer fails. A slow disk's sync takes its time."""
+# Paths come as the last field of a line, so that they may hold spaces. ``~/`` is the home there. openssl is three
+# times as fast as sha256sum. Of many small files most of the time is the start of programs: none is started in vain.
+_COMMON = r"""export LC_ALL=C
+place() {
+  case $1 in "~/"*) path=$HOME/${1#"~/"} ;; *) path=$1 ;; esac
+  folder=${path%/*} folder=${folder:-/} part=$path.part-${2:0:16}
+}
+sum() {
+  local line
+  if command -v openssl >/dev/null; then line=$(openssl dgst -sha256 -r "$1"); else line=$(sha256sum "$1"); fi
+  echo "${line:0:64}"
+}
+"""
+_SLOWEST_BYTES_PER_S = 100_000
+_LEAST_S = 600.0
+_CHECK_S = 5.0
+_REFUSED = (
+    "Permission denied",
+    "Read-only file system",
+    "No such file",
+    "Not a directory",
+    "Is a directory",
+    "not a file",
+)
 _CHUNK = 256 * 1024
 _READ = 2 * 1024 * 1024  # read here at once: each time costs a thread's turn
 _FIND_FIRST_BYTES = 1024 * 1024
 _WRONG_SUM = 66
 
 _FIND = (
-    COMMON
+    _COMMON
     + r"""while IFS=' ' read -r size mode sha given; do
   place "$given" "$sha"
   if [ -f "$path" ] && [ "$(stat -L -c %s "$path")" = "$size" ] && [ "$(sum "$path")" = "$sha" ]; then
@@ -63,7 +84,7 @@ done
 )
 
 _TAKE = (
-    COMMON
+    _COMMON
     + r"""free() { df -Pk "$folder" | tail -n 1 | tr -s " " | cut -d " " -f 4,6- | sed "s/ / KiB free on /"; }
 trap 'echo "space $(free)" >&2' ERR
 set -E
@@ -157,21 +178,57 @@ async def push(
     """
     jobs = [await _job(file) for file in files]
     total = sum(job.ranges.size for job in jobs)
-    longest_s = limit_s(total, limit_bytes_per_s)
-    progress = TransferProgress(on_bytes)
-    with translate_storage_errors(host.name, step):
+    longest_s = _limit_s(total, limit_bytes_per_s)
+    progress = _Progress(on_bytes)
+    with _translate_storage_errors(host.name, step):
         if total > _FIND_FIRST_BYTES:
             await _find_existing(host, jobs, longest_s, step)
         progress.add(sum(job.ranges.size if job.whole else job.ranges.arrived_bytes for job in jobs))
-        work = _Push(host, [job for job in jobs if not job.whole], progress, Pace(limit_bytes_per_s), step)
-        streams = [work.stream(longest_s) for _ in range(min(STREAMS, work.units))]
-        await run_all(streams, progress, host=host.name, step=step)
+        work = _Push(host, [job for job in jobs if not job.whole], progress, _Pace(limit_bytes_per_s), step)
+        streams = [work.stream(longest_s) for _ in range(min(_STREAMS, work.units))]
+        await _run_all(streams, progress, host=host.name, step=step)
+
+
+class _Pace:
+    """A limit on bytes a second, shared by all that use it."""
+
+    def __init__(self, bytes_per_s: float | None) -> None:
+        self._rate = bytes_per_s
+        self._free_at = time.monotonic()
+
+    async def take(self, count: int) -> None:
+        """Wait until `count` bytes more may be sent."""
+        if self._rate is None:
+            return
+        now = time.monotonic()
+        start = max(now, self._free_at)
+        self._free_at = start + count / self._rate
+        await anyio.sleep(start - now)
+
+
+class _Progress:
+    """Passes on what arrives, and knows since when nothing has."""
+
+    def __init__(self, on_bytes: OnBytes | None) -> None:
+        self._on_bytes = on_bytes
+        self._last = time.monotonic()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since anything arrived."""
+        return time.monotonic() - self._last
+
+    def add(self, count: int) -> None:
+        """Note that `count` bytes more have arrived; 0 is a sign of life."""
+        self._last = time.monotonic()
+        if count and self._on_bytes:
+            self._on_bytes(count)
 
 
 class _Push:
     """The ranges that are still to be sent, taken by whichever session is free."""
 
-    def __init__(self, host: SSHHost, jobs: Sequence[_Job], progress: TransferProgress, pace: Pace, step: str) -> None:
+    def __init__(self, host: SSHHost, jobs: Sequence[_Job], progress: _Progress, pace: _Pace, step: str) -> None:
         self._machine = host
         self._progress = progress
         self._pace = pace
@@ -256,6 +313,54 @@ class _Push:
                         self._finish.append(job)
                 self._progress.add(0)
                 self._changed.set()
+
+
+def _limit_s(size: int, bytes_per_s: float | None = None) -> float:
+    """Return how long `size` bytes may take at the very most."""
+    return max(_LEAST_S, 2 * size / min(bytes_per_s or _SLOWEST_BYTES_PER_S, _SLOWEST_BYTES_PER_S))
+
+
+async def _run_all(streams: Sequence[Coroutine[Any, Any, None]], progress: _Progress, *, host: str, step: str) -> None:
+    """Run all; the first that fails ends the others, and its error is raised.
+
+    Raises:
+        HostTimeoutError: for five minutes nothing at all has arrived.
+    """
+    tasks = [asyncio.ensure_future(stream) for stream in streams]
+    left = set(tasks)
+    try:
+        while left:
+            done, left = await asyncio.wait(left, return_when=asyncio.FIRST_EXCEPTION, timeout=_CHECK_S)
+            for task in done:
+                task.result()
+            if progress.silent_s > _STALL_S:
+                msg = f"{host}: {step}: nothing has arrived for {_STALL_S:.0f} s"
+                raise HostTimeoutError(msg, hint="check the disks of the host", host=host, step=step)
+    finally:
+        await cancel(*tasks)
+
+
+@contextlib.contextmanager
+def _translate_storage_errors(host: str, step: str) -> Iterator[None]:
+    """Translate messages of `dd` and other programs about a disk into `HostStorageError`."""
+    try:
+        yield
+    except HostStepError as error:
+        text = "\n".join(error.tail)
+        space = next((line.removeprefix("space ") for line in error.tail if line.startswith("space ")), "")
+        last_line = next((line for line in error.tail if not line.startswith("space ")), error.message)
+        if "No space left" in text or "quota exceeded" in text.lower():
+            msg = f"{host}: the disk is full ({step}): {last_line}; {space or '0 KiB free'}"
+            hint = (
+                "free some space there, or give raylaunch a folder on another disk: `root` of that host in cluster.yaml"
+            )
+            raise HostStorageError(msg, hint=hint, host=host, step=step) from None
+        if any(word in text for word in _REFUSED):
+            msg = f"{host}: {step}: {last_line}"
+            raise HostStorageError(
+                msg, hint="check the path, its owner and its modes on the host", host=host, step=step
+            ) from None
+        raise
 
 
 async def _job(file: PushFile) -> _Job:
