@@ -27,8 +27,7 @@ from support.waiting import wait_until
 
 from raylaunch.client.client import Client
 from raylaunch.cluster.local.controller_process import controller_argv, controller_environment
-from raylaunch.cluster.local.process_sweep import of_controller, of_ray
-from raylaunch.cluster.processes import ProcessIdentity, identify, is_alive
+from raylaunch.cluster.processes import ProcessIdentity, identify, is_alive, of_controller, of_ray
 from raylaunch.cluster.record import save_record
 from raylaunch.cluster.types import Endpoint
 from raylaunch.errors import RaylaunchError

@@ -12,7 +12,7 @@ from support.disasters import TALKS
 from support.disks import fill, small_disk
 from support.waiting import wait_until
 
-from raylaunch.cluster.local.process_sweep import of_controller, of_ray
+from raylaunch.cluster.processes import of_controller, of_ray
 from raylaunch.models.states import JobState
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]

@@ -20,10 +20,9 @@ from raylaunch.cluster.client_record import ClientRecord, save_client
 from raylaunch.cluster.local import backend
 from raylaunch.cluster.local.gpus import choose_gpus, parse_gpus
 from raylaunch.cluster.local.inspect import check_versions, inspect_cluster
-from raylaunch.cluster.local.process_sweep import of_ray
 from raylaunch.cluster.local.ray_head import RayStart, clean_environment, whole_cpus
 from raylaunch.cluster.ports import RAY_PORTS
-from raylaunch.cluster.processes import VAR_CLUSTER_ID, identify, is_alive
+from raylaunch.cluster.processes import VAR_CLUSTER_ID, identify, is_alive, of_ray
 from raylaunch.cluster.record import ClusterRecord, ClusterVersions, load_record, new_record, save_record
 from raylaunch.cluster.types import Step
 from raylaunch.config.load import load_cluster_file

@@ -22,9 +22,8 @@ from support.waiting import wait_until
 
 from raylaunch.cluster.local import backend
 from raylaunch.cluster.local.health import http_request
-from raylaunch.cluster.local.process_sweep import of_controller, of_ray
 from raylaunch.cluster.ports import RAY_PORTS
-from raylaunch.cluster.processes import ProcessIdentity, is_alive
+from raylaunch.cluster.processes import ProcessIdentity, is_alive, of_controller, of_ray
 from raylaunch.cluster.types import Step
 from raylaunch.models.cluster import ClusterStatus
 from raylaunch.models.cluster_spec import ClusterSpec

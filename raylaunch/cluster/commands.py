@@ -57,7 +57,8 @@ async def run_program(  # noqa: PLR0913 -- each is one fact, and all are named
     """
     try:
         with anyio.fail_after(limit_s):
-            return await _run(argv, cwd, env, input)
+            status, out, _ = await _ended(argv, input, cwd=cwd, env=env, stderr=subprocess.STDOUT)
+            return ProgramResult(status, out.decode(errors="replace"))
     except TimeoutError:
         msg = f"{' '.join(argv[:3])} … has not ended after {limit_s:.0f} s"
         raise ClusterStartError(
@@ -68,28 +69,28 @@ async def run_program(  # noqa: PLR0913 -- each is one fact, and all are named
         raise ClusterStartError(msg, step=step) from None
 
 
-async def _run(argv: Sequence[str], cwd: Path, env: Mapping[str, str], body: bytes) -> ProgramResult:
-    process = await anyio.open_process(
-        _bound_to_us(argv, env),
+async def _ended(
+    argv: Sequence[str], given: bytes, *, cwd: Path, env: Mapping[str, str], stderr: int
+) -> tuple[int, bytes, bytes]:
+    """Run a program until it ends; return its exit status and what it printed."""
+    process = await asyncio.create_subprocess_exec(
+        *_bound_to_us(argv, env),
         cwd=cwd,
-        env=dict(env),
+        env=env,
         stdin=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
         start_new_session=True,
     )
     try:
-        async with process:
-            assert process.stdin is not None  # noqa: S101 -- both are pipes
-            assert process.stdout is not None  # noqa: S101 -- as above
-            with contextlib.suppress(anyio.BrokenResourceError):
-                await process.stdin.send(body)
-            await process.stdin.aclose()
-            printed = b"".join([chunk async for chunk in process.stdout])
-            return ProgramResult(await process.wait(), printed.decode(errors="replace"))
+        out, err = await process.communicate(given)  # also if the program exits without reading its input
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        with anyio.CancelScope(shield=True):
+            await process.wait()
         raise
+    return await process.wait(), out, err or b""
 
 
 def _bound_to_us(argv: Sequence[str], env: Mapping[str, str]) -> Sequence[str]:
@@ -125,23 +126,11 @@ class LocalHost:
         """
         try:
             with anyio.fail_after(limit_s):
-                return await _ended(argv, input)
+                ended = await _ended(argv, input, cwd=Path.cwd(), env=os.environ, stderr=subprocess.PIPE)
+                return LocalResult(*ended)
         except TimeoutError:
             msg = f"{self.name}: {argv[0]} did not end within {limit_s:.0f} s"
             raise HostTimeoutError(msg, host=self.name, step=argv[0]) from None
         except OSError as error:
             msg = f"{self.name}: {argv[0]} cannot be started: {error.strerror}"
             raise HostStepError(msg, host=self.name, step=argv[0]) from None
-
-
-async def _ended(argv: Sequence[str], given: bytes) -> LocalResult:
-    pipe = subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*argv, stdin=pipe, stdout=pipe, stderr=pipe)
-    try:
-        out, err = await process.communicate(given)  # also if the program exits without reading its input
-    finally:
-        if process.returncode is None:
-            process.kill()
-            with anyio.CancelScope(shield=True):
-                await process.wait()
-    return LocalResult(await process.wait(), out, err)

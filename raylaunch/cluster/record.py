@@ -110,10 +110,10 @@ def machine_id() -> str:
 
 
 def new_record(spec: ClusterSpec, paths: ClusterPaths, *, cluster_id: str = "") -> ClusterRecord:
-    """Return the record of a cluster that was never started."""
+    """Return a new record; its id is by default the one in the controller's configuration, if there is one."""
     return ClusterRecord(
         name=spec.name,
-        cluster_id=cluster_id or secrets.token_hex(8),
+        cluster_id=cluster_id or _recalled_cluster_id(paths) or secrets.token_hex(8),
         owner=getpass.getuser(),
         machine=machine_id(),
         spec=spec,
@@ -159,7 +159,7 @@ def keep_unreadable_aside(paths: ClusterPaths) -> Path | None:
     return aside
 
 
-def recalled_cluster_id(paths: ClusterPaths) -> str:
+def _recalled_cluster_id(paths: ClusterPaths) -> str:
     """Return the cluster's id from its controller's configuration, for when the record is gone; else empty."""
     try:
         value = json.loads(paths.controller_config.read_bytes())["cluster_id"]

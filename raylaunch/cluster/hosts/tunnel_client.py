@@ -24,6 +24,7 @@ _VERB_S = 8.0
 _POLL_S = 0.05
 _SILENT_S, _AWAKES_S = 5.0, 2.0
 _KNOWN_LATE_S = 2.0
+_GRACE_S = 0.5
 
 
 async def ensure_tunnel(paths: ClusterPaths, *, fresh: bool = False, limit_s: float = _VERB_S) -> TunnelRecord:
@@ -40,7 +41,7 @@ async def ensure_tunnel(paths: ClusterPaths, *, fresh: bool = False, limit_s: fl
     """
     record = load_tunnel(paths)
     if record is not None and record.alive and (fresh or is_older(record.version) or not await _beats(paths)):
-        await _end(record)
+        await end([record.process], grace_s=_GRACE_S)
         record = None
     if record is not None and record.alive and record.up:
         return record
@@ -52,7 +53,8 @@ async def ensure_tunnel(paths: ClusterPaths, *, fresh: bool = False, limit_s: fl
         argv = [sys.executable, "-m", "raylaunch.cluster.reach.tunnel", paths.name]
         from raylaunch.cluster.local.ray_head import clean_environment  # noqa: PLC0415 -- not needed for a running tunnel
 
-        env = {**clean_environment(os.environ, paths), **_agent(os.environ)}
+        ssh_agent = {key: os.environ[key] for key in ("SSH_AUTH_SOCK",) if key in os.environ}
+        env = clean_environment(os.environ, paths) | ssh_agent
         await start_apart(argv, env=env, cwd=Path("/"), log=tunnel_log(paths))
     return await _wait_up(paths, asked_at, limit_s)
 
@@ -72,11 +74,6 @@ def silent_s(paths: ClusterPaths) -> float | None:
         return time.time() - tunnel_file(paths).stat().st_mtime
     except OSError:
         return None
-
-
-def _agent(environ: os._Environ[str]) -> dict[str, str]:
-    """Return the variables of the SSH agent, which `clean_environment` removes."""
-    return {key: environ[key] for key in ("SSH_AUTH_SOCK",) if key in environ}
 
 
 async def _wait_up(paths: ClusterPaths, asked_at: float, limit_s: float) -> TunnelRecord:
@@ -99,10 +96,5 @@ async def end_tunnel(paths: ClusterPaths) -> bool:
     record = load_tunnel(paths)
     if record is None or not record.alive:
         return False
-    await _end(record)
+    await end([record.process], grace_s=_GRACE_S)
     return True
-
-
-async def _end(record: TunnelRecord) -> None:
-    """End exactly this tunnel process."""
-    await end([record.process], grace_s=0.5)

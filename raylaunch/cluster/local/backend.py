@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable
 
-from raylaunch.cluster.local.gpus import check_gpus, choose_gpus, detect_gpus, other_clusters
+from raylaunch.cluster.local.gpus import gpus_for
 from raylaunch.cluster.local.inspect import (
     LocalInspection,
     check_versions,
@@ -17,17 +16,15 @@ from raylaunch.cluster.local.inspect import (
     status_of,
 )
 from raylaunch.cluster.local.node_up import BringUp
-from raylaunch.cluster.local.process_sweep import of_controller, of_ray, runners, sweep_ray
 from raylaunch.cluster.local.ray_head import installed_ray, whole_cpus
 from raylaunch.cluster.ports import LOOPBACK, controller_port, wait_free
-from raylaunch.cluster.processes import end, is_alive, wait_gone
+from raylaunch.cluster.processes import end, is_alive, of_controller, of_ray, runners, sweep_ray, wait_gone
 from raylaunch.cluster.progress import locked, reporting_progress
 from raylaunch.cluster.record import (
     ClusterRecord,
     cluster_lock,
     load_record,
     new_record,
-    recalled_cluster_id,
     save_record,
 )
 from raylaunch.cluster.types import DownReport, Ended, Endpoint, Plan, Step
@@ -61,8 +58,7 @@ async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Pl
         controller_port({}, fixed=runs.port, on_taken=lambda _: None, avoid=())
     with_gpus, offers = "", dict[str, float]()
     if not seen.ray_alive:
-        choice = choose_gpus(runs, [] if isinstance(runs.gpus, int) else await detect_gpus(), os.environ)
-        check_gpus(runs, choice, other_clusters(paths.controller_config))
+        choice = await gpus_for(runs, paths.controller_config)
         cpus = "all CPU cores" if runs.cpus is None else f"{whole_cpus(runs.cpus)} CPU cores"
         with_gpus = f"Ray {version} with {cpus} and {choice}, loopback only, log {paths.ray_log}"
         offers = {"gpus": choice.count, **({} if runs.cpus is None else {"cpus": runs.cpus})}
@@ -147,7 +143,7 @@ async def down(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Do
         return DownReport(cluster=paths.name, ended=(), store=record.store)
     async with cluster_lock(paths, limit_s=LOCK_S):
         seen = await inspect_cluster(paths)
-        record = seen.record or new_record(spec, paths, cluster_id=recalled_cluster_id(paths))
+        record = seen.record or new_record(spec, paths)
         record = record.with_(wanted="stopped")
         if seen.record is not None:
             save_record(paths, record)

@@ -14,11 +14,10 @@ import anyio
 from pydantic import ValidationError
 
 from raylaunch.cluster.local.health import http_request, start_s_left
-from raylaunch.cluster.local.process_sweep import of_controller
 from raylaunch.cluster.local.ray_head import clean_environment
 from raylaunch.cluster.local.steps import DiedError, StepLog
 from raylaunch.cluster.ports import LOOPBACK, controller_port, is_free
-from raylaunch.cluster.processes import CONTROLLER, VAR_CONTROLLER_OF, end, is_alive
+from raylaunch.cluster.processes import CONTROLLER, VAR_CONTROLLER_OF, end, is_alive, of_controller
 from raylaunch.cluster.record import ClusterRecord, save_record
 from raylaunch.cluster.tls import ray_variables, variables_of
 from raylaunch.errors import StorageError
@@ -133,20 +132,11 @@ class ControllerStart:
         token: the client's.
     """
 
-    def __init__(
-        self,
-        paths: ClusterPaths,
-        steps: StepLog,
-        record: ClusterRecord,
-        *,
-        token: str,
-        environ: Mapping[str, str] = os.environ,
-    ) -> None:
+    def __init__(self, paths: ClusterPaths, steps: StepLog, record: ClusterRecord, *, token: str) -> None:
         self.record = record
         self._paths = paths
         self._steps = steps
         self._token = token
-        self._environ = environ
 
     async def run(self, *, wait: bool, upgrade: bool) -> ClusterRecord:
         """Start a controller and wait for it; one that already runs and answers stays, unless `upgrade`.
@@ -202,7 +192,7 @@ class ControllerStart:
         self._save(self.record.with_(ports=ports, controller=None, controller_answered=False, versions=versions))
         write_config(self._paths, self.record)
         admit(Path(self.record.store), self._token)
-        env = controller_environment(self._paths, self.record, self._environ)
+        env = controller_environment(self._paths, self.record)
         controller = await self._steps.start(controller_argv(self._paths), env, self._paths.controller_log)
         self._save(self.record.with_(controller=controller))
 

@@ -30,14 +30,13 @@ from raylaunch.cluster.record import (
     cluster_lock,
     load_record,
     new_record,
-    recalled_cluster_id,
     save_record,
     store_of,
 )
 from raylaunch.cluster.trust import check_accepted
 from raylaunch.cluster.types import DownReport, Plan, Step
 from raylaunch.errors import ClusterStartError, SpecError, VersionError
-from raylaunch.models.cluster import ClusterStatus
+from raylaunch.models.cluster import ClusterStatus, ControllerStatus
 from raylaunch.models.cluster_spec import TUNNEL_HINT, ClusterSpec
 from raylaunch.paths import (
     ClusterPaths,
@@ -213,72 +212,56 @@ async def up(
     paths = cluster_paths(spec.name)
     make_cluster_dirs(paths)
     async with cluster_lock(paths, limit_s=LOCK_S):
-        await _Up(paths, spec, on_step).run(runs)
+        await _start(paths, spec, runs, on_step)
         seen = await inspect_cluster(paths)
     return _status(seen, paths)
 
 
-class _Up:
-    """One `up`: its state and its steps."""
+async def _start(paths: ClusterPaths, spec: ClusterSpec, ray: str, on_step: Callable[[Step], None]) -> None:
+    seen, steps = await inspect_cluster(paths), StepLog(paths, on_step)
+    upgrade = check_ours(seen)
+    on_step(Step("ray", "kept", f"Ray {ray} at {spec.address}, which raylaunch did not start"))
+    for line in warnings(spec):
+        steps.note("ray", line)
+    if not seen.problems and not upgrade and seen.record and seen.record.controller:
+        on_step(Step("controller", "kept", f"the controller is running (pid {seen.record.controller.pid})"))
+        for difference in differences(spec, seen.record):
+            steps.note("spec", difference)
+        return
+    record, token = _prepare_record(paths, spec, seen, ray), secret_file(paths.token)
+    start = ControllerStart(paths, steps, record, token=token)
 
-    def __init__(self, paths: ClusterPaths, spec: ClusterSpec, on_step: Callable[[Step], None]) -> None:
-        self._paths = paths
-        self._spec = spec
-        self._on_step = on_step
-        self._steps = StepLog(paths, on_step)
-        self._token = ""
+    async def agents() -> str:
+        steps.must_live("controller", "the controller", start.record.controller, paths.controller_log)
+        return _agents_missing(await controller_status(start.record.ports["controller"], token))
 
-    async def run(self, ray: str) -> None:
-        """Bring it up."""
-        seen = await inspect_cluster(self._paths)
-        upgrade = check_ours(seen)
-        self._on_step(Step("ray", "kept", f"Ray {ray} at {self._spec.address}, which raylaunch did not start"))
-        for line in warnings(self._spec):
-            self._steps.note("ray", line)
-        if not seen.problems and not upgrade and seen.record and seen.record.controller:
-            self._on_step(Step("controller", "kept", f"the controller is running (pid {seen.record.controller.pid})"))
-            for difference in differences(self._spec, seen.record):
-                self._steps.note("spec", difference)
-            return
-        record = self._record(seen, ray)
-        start = ControllerStart(self._paths, self._steps, record, token=self._token)
-        try:
-            record = await start.run(wait=True, upgrade=upgrade)
-            await self._steps.step(
-                "agent",
-                "waiting for the node agents",
-                "node agents ready",
-                lambda: self._agents(record),
-                AGENT_S,
-            )
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await self._steps.undo(start.record)
-            raise
+    try:
+        await start.run(wait=True, upgrade=upgrade)
+        await steps.step("agent", "waiting for the node agents", "node agents ready", agents, AGENT_S)
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            await steps.undo(start.record)
+        raise
 
-    def _record(self, seen: LocalInspection, ray: str) -> ClusterRecord:
-        had = seen.record or new_record(self._spec, self._paths, cluster_id=recalled_cluster_id(self._paths))
-        record = had.with_(
-            spec=self._spec,
-            store=store_of(self._spec, self._paths),
-            wanted="running",
-            versions=ClusterVersions(raylaunch=__version__, ray=ray, python=platform.python_version()),
-        )
-        make_store(Path(record.store))
-        make_importable(self._paths)
-        self._token = secret_file(self._paths.token)
-        write_private(self._paths.ray_token, token_of(self._spec))
-        return save_record(self._paths, record)
 
-    async def _agents(self, record: ClusterRecord) -> str:
-        self._steps.must_live("controller", "the controller", record.controller, self._paths.controller_log)
-        says = await controller_status(record.ports["controller"], self._token)
-        if isinstance(says, str):
-            return says
-        mute = [node.hostname for node in says.nodes if node.alive and not node.ready]
-        if says.ray != "up" or not says.nodes:
-            return "; ".join(says.problems) or "the controller does not reach Ray"
-        return f"no node agent answers on {', '.join(mute)}" if mute else ""
+def _prepare_record(paths: ClusterPaths, spec: ClusterSpec, seen: LocalInspection, ray: str) -> ClusterRecord:
+    versions = ClusterVersions(raylaunch=__version__, ray=ray, python=platform.python_version())
+    had = seen.record or new_record(spec, paths)
+    record = had.with_(spec=spec, store=store_of(spec, paths), wanted="running", versions=versions)
+    make_store(Path(record.store))
+    make_importable(paths)
+    write_private(paths.ray_token, token_of(spec))
+    return save_record(paths, record)
+
+
+def _agents_missing(status: ControllerStatus | str) -> str:
+    """Return why not every node has a node agent that answers; empty if all have."""
+    if isinstance(status, str):
+        return status
+    if status.ray != "up" or not status.nodes:
+        return "; ".join(status.problems) or "the controller does not reach Ray"
+    missing = [node.hostname for node in status.nodes if node.alive and not node.ready]
+    return f"no node agent answers on {', '.join(missing)}" if missing else ""
 
 
 async def down(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> DownReport:  # noqa: ARG001 -- nothing here asks

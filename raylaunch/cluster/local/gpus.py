@@ -143,6 +143,20 @@ def _user_of(pid: int) -> str:
         return "?"
 
 
+async def gpus_for(spec: ClusterSpec, own_config: Path) -> GpuChoice:
+    """Return the GPUs for a cluster that is about to start here; `own_config` is its controller's configuration.
+
+    Raises:
+        ClusterStartError: see `detect_gpus`.
+        ConflictError: see `check_gpus`.
+        SpecError: see `choose_gpus`.
+    """
+    choice = choose_gpus(spec, [] if isinstance(spec.gpus, int) else await detect_gpus(), os.environ)
+    if choice.gpus:
+        check_gpus(spec, choice, other_clusters(own_config))
+    return choice
+
+
 def choose_gpus(spec: ClusterSpec, gpus: Sequence[Gpu], environ: Mapping[str, str]) -> GpuChoice:
     """Return which GPUs the cluster uses: all, those that the spec lists, or a number of logical ones.
 
@@ -248,13 +262,7 @@ def check_gpus(spec: ClusterSpec, choice: GpuChoice, others: Iterable[OtherClust
         which = ", ".join(gpu.index for gpu in shared)
         word = "uses" if other.gpu_uuids is not None else "may use"
         msg = f"{other} {word} GPU{'s' if len(shared) > 1 else ''} {which} of this machine"
-        raise ConflictError(
-            msg, hint=f"{_way_in(other)}, or list other GPUs in cluster.yaml (gpus: [..]; gpus: 0 for none)"
-        )
-
-
-def _way_in(other: OtherCluster) -> str:
-    me = user_name(os.getuid())
-    if other.user == me:
-        return "use that cluster"
-    return f"use that cluster (ask {other.user} for: raylaunch token create --for {me})"
+        me = user_name(os.getuid())
+        ask = "" if other.user == me else f" (ask {other.user} for: raylaunch token create --for {me})"
+        hint = f"use that cluster{ask}, or list other GPUs in cluster.yaml (gpus: [..]; gpus: 0 for none)"
+        raise ConflictError(msg, hint=hint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 from raylaunch.cluster.local.controller_process import controller_status, not_ready
 from raylaunch.cluster.ports import LOOPBACK
@@ -103,13 +104,27 @@ def status_of(seen: LocalInspection, paths: ClusterPaths) -> ClusterStatus:
     running = seen.runs
     facts = seen.says if isinstance(seen.says, ControllerStatus) else None
     problems = (*seen.problems, *(facts.problems if facts else ())) if running else ()
+    controller = _view(
+        record.controller,
+        alive=seen.controller_alive,
+        port=record.ports.get("controller", 0),
+        version=record.versions.raylaunch,
+        log=paths.controller_log,
+    )
+    ray = _view(
+        record.ray,
+        alive=seen.ray_alive,
+        port=record.ports.get("dashboard", 0),
+        version=record.versions.ray,
+        log=paths.ray_log,
+    )
     return ClusterStatus(
         name=record.name,
         kind="local",
         state="stopped" if not running else "degraded" if seen.problems else "running",
         problems=problems,
-        controller=_controller_view(seen, paths) if running else None,
-        ray=_ray_view(seen, paths) if running else None,
+        controller=controller if running else None,
+        ray=ray if running else None,
         ray_ports={key: port for key, port in record.ports.items() if key != "controller"} if running else {},
         nodes=facts.nodes if facts else (),
         queued=facts.queued if facts else 0,
@@ -125,32 +140,12 @@ def _unreadable(paths: ClusterPaths) -> tuple[str, ...]:
     return (f"its record {paths.record} cannot be read; raylaunch up repairs it",) if paths.record.exists() else ()
 
 
-def _controller_view(seen: LocalInspection, paths: ClusterPaths) -> ProcessView | None:
-    if seen.record is None or seen.record.controller is None:
+def _view(identity: ProcessIdentity | None, *, alive: bool, port: int, version: str, log: Path) -> ProcessView | None:
+    if identity is None:
         return None
-    port = seen.record.ports["controller"]
-    return _view(
-        seen.record.controller, seen.controller_alive, port, seen.record.versions.raylaunch, str(paths.controller_log)
-    )
-
-
-def _ray_view(seen: LocalInspection, paths: ClusterPaths) -> ProcessView | None:
-    if seen.record is None or seen.record.ray is None:
-        return None
-    port = seen.record.ports["dashboard"]
-    return _view(seen.record.ray, seen.ray_alive, port, seen.record.versions.ray, str(paths.ray_log))
-
-
-def _view(identity: ProcessIdentity, alive: bool, port: int, version: str, log: str) -> ProcessView:  # noqa: FBT001 -- private
-    return ProcessView(
-        pid=identity.pid,
-        started_at=identity.started_at,
-        alive=alive,
-        port=port,
-        url=f"http://{LOOPBACK}:{port}",
-        version=version,
-        log=log,
-    )
+    url = f"http://{LOOPBACK}:{port}"
+    started_at, pid = identity.started_at, identity.pid
+    return ProcessView(pid=pid, started_at=started_at, alive=alive, port=port, url=url, version=version, log=str(log))
 
 
 def check_versions(seen: LocalInspection, installed: str) -> bool:

@@ -5,10 +5,10 @@ Only what does not run is started. The caller holds the cluster's lock.
 
 from __future__ import annotations
 
-import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,13 +16,21 @@ import anyio
 
 from raylaunch.cluster import tls
 from raylaunch.cluster.local.controller_process import ControllerStart, controller_status, not_ready
-from raylaunch.cluster.local.gpus import GpuChoice, check_gpus, choose_gpus, detect_gpus, other_clusters
+from raylaunch.cluster.local.gpus import gpus_for
 from raylaunch.cluster.local.inspect import LocalInspection, check_versions, differences, inspect_cluster
-from raylaunch.cluster.local.process_sweep import node_agents, of_controller, sweep_ray
 from raylaunch.cluster.local.ray_head import RayStart, installed_ray, jobs_answer, make_importable, nodes_alive
 from raylaunch.cluster.local.steps import DiedError, StepLog
 from raylaunch.cluster.ports import ANYWHERE, LOOPBACK, controller_port, own_addresses, ray_ports
-from raylaunch.cluster.processes import ProcessIdentity, end, is_alive, kill, last_lines
+from raylaunch.cluster.processes import (
+    ProcessIdentity,
+    end,
+    is_alive,
+    kill,
+    last_lines,
+    node_agents,
+    of_controller,
+    sweep_ray,
+)
 from raylaunch.cluster.record import (
     ClusterRecord,
     ClusterVersions,
@@ -30,7 +38,6 @@ from raylaunch.cluster.record import (
     keep_unreadable_aside,
     load_record,
     new_record,
-    recalled_cluster_id,
     save_record,
     store_of,
 )
@@ -55,14 +62,12 @@ class BringUp:
         paths: ClusterPaths,
         spec: ClusterSpec,
         on_step: Callable[[Step], None],
-        environ: Mapping[str, str] = os.environ,
         *,
         place: NodePlace | None = None,
     ) -> None:
         self.paths = paths
         self.requested = spec
         self.on_step = on_step
-        self.environ = environ
         self.place = place
         self.record = new_record(spec, paths)
         self.steps = StepLog(paths, on_step)
@@ -121,7 +126,7 @@ class BringUp:
         """
         if aside := keep_unreadable_aside(self.paths):
             self.steps.note("record", f"cannot read the cluster's record; it was renamed to {aside.name}")
-        had = seen.record or new_record(self.requested, self.paths, cluster_id=recalled_cluster_id(self.paths))
+        had = seen.record or new_record(self.requested, self.paths)
         if seen.ray_alive or seen.controller_alive:
             for difference in differences(self.requested, had):
                 self.steps.note("spec", difference)
@@ -162,13 +167,13 @@ class BringUp:
     async def _ray(self) -> None:
         if is_alive(self.record.ray):
             try:
-                await self._wait_for_ray()
+                await self._wait_for_jobs_api()
             except DiedError:
                 self.steps.note("ray", "Ray exited during start; restarting it")
             else:
                 return
         await self._start_ray()
-        await self._wait_for_ray()
+        await self._wait_for_jobs_api()
 
     async def _start_ray(self) -> None:
         if self.record.ray is not None:
@@ -176,7 +181,7 @@ class BringUp:
         left = await sweep_ray(self.record.cluster_id, self.record.ray, self.paths.temp)
         if left:
             self.steps.note("ray", f"ended {len(left)} leftover processes")
-        gpus = await self._gpus()
+        gpus = await gpus_for(self.record.spec, self.paths.controller_config)
         ports = ray_ports(
             self.record.ports,
             on_taken=partial(self.steps.note, "ports"),
@@ -191,9 +196,8 @@ class BringUp:
         if self.record.tls:
             certificate = tls.issue(self.paths, self.record.place.host or "head", own_addresses())
             self._save(self.record.with_(tls_until=tls.keep(self.paths, certificate)))
-        argv = head.argv()
-        self.on_step(Step("ray", "begins", f"starting Ray {self.record.versions.ray} with {gpus}"))
-        ray = await self.steps.start(argv, head.environment(self.environ), self.paths.ray_log)
+        self.steps.started("ray", f"starting Ray {self.record.versions.ray} with {gpus}")
+        ray = await self.steps.start(head.argv(), head.environment(), self.paths.ray_log)
         self._save(self.record.with_(ray=ray))
         if moved and self.record.controller is not None:  # it uses Ray's old address
             await end([self.record.controller], grace_s=10)
@@ -202,14 +206,7 @@ class BringUp:
         fixed = self.record.spec.port
         return tuple(port for port in (fixed, self.record.ports.get("controller")) if port)
 
-    async def _gpus(self) -> GpuChoice:
-        spec = self.record.spec
-        choice = choose_gpus(spec, [] if isinstance(spec.gpus, int) else await detect_gpus(), self.environ)
-        if choice.gpus:
-            check_gpus(spec, choice, other_clusters(self.paths.controller_config))
-        return choice
-
-    async def _wait_for_ray(self) -> None:
+    async def _wait_for_jobs_api(self) -> None:
         await self.steps.step("jobs", "waiting for Ray's Jobs API", "Ray's Jobs API is ready", self._jobs, JOBS_S)
 
     async def _jobs(self) -> str:
@@ -223,7 +220,7 @@ class BringUp:
     # The controller
 
     async def _controller(self, *, wait: bool, upgrade: bool) -> None:
-        start = ControllerStart(self.paths, self.steps, self.record, token=self.token, environ=self.environ)
+        start = ControllerStart(self.paths, self.steps, self.record, token=self.token)
         try:
             await start.run(wait=wait, upgrade=upgrade)
         finally:
@@ -235,39 +232,25 @@ class BringUp:
         return not_ready(await controller_status(self.record.ports["controller"], self.token))
 
 
+@dataclass
 class WorkerJoin:
-    """One worker that joins a head. The caller holds the cluster's lock.
+    """One worker that joins a head. The caller holds the cluster's lock."""
 
-    Args:
-        paths: of the cluster on this machine.
-        spec: this machine's part of it.
-        place: which machine this is, and where the head is.
-        cluster_id: the head's.
-        ray_token: the head's, which its port requires.
-        certificate: this node's, if the cluster uses TLS. Without it and `ray_token`, the previous ones are used.
-    """
+    paths: ClusterPaths
+    spec: ClusterSpec
+    """This machine's part of the cluster."""
+    on_step: Callable[[Step], None]
+    place: NodePlace
+    """Which machine this is, and where the head is."""
+    cluster_id: str
+    """The head's."""
+    ray_token: str = field(default="", repr=False)
+    """The head's, which its port requires."""
+    certificate: NodeCertificate | None = None
+    """This node's, if the cluster uses TLS. Without it and `ray_token`, the previous ones are used."""
 
-    def __init__(  # noqa: PLR0913 -- each is one fact, and all are named
-        self,
-        paths: ClusterPaths,
-        spec: ClusterSpec,
-        on_step: Callable[[Step], None],
-        *,
-        place: NodePlace,
-        cluster_id: str,
-        ray_token: str = "",
-        certificate: NodeCertificate | None = None,
-        environ: Mapping[str, str] = os.environ,
-    ) -> None:
-        self.paths = paths
-        self.spec = spec
-        self.on_step = on_step
-        self.place = place
-        self.cluster_id = cluster_id
-        self.ray_token = ray_token
-        self.certificate = certificate
-        self.environ = environ
-        self.steps = StepLog(paths, on_step)
+    def __post_init__(self) -> None:
+        self.steps = StepLog(self.paths, self.on_step)
 
     async def run(self) -> ClusterRecord:
         """Join, and return this machine's record.
@@ -335,15 +318,13 @@ class WorkerJoin:
         return record if versions == record.versions else save_record(self.paths, record.with_(versions=versions))
 
     async def _start(self, record: ClusterRecord) -> ClusterRecord:
-        gpus = choose_gpus(self.spec, [] if isinstance(self.spec.gpus, int) else await detect_gpus(), self.environ)
-        if gpus.gpus:
-            check_gpus(self.spec, gpus, other_clusters(self.paths.controller_config))
+        gpus = await gpus_for(self.spec, self.paths.controller_config)
         ports = ray_ports(record.ports, on_taken=partial(self.steps.note, "ports"), avoid=(), address=ANYWHERE)
         record = save_record(self.paths, record.with_(ports=ports, gpu_uuids=gpus.uuids))
         ray = RayStart(self.paths, self.spec, self.cluster_id, ports, gpus, self.place, tls=record.tls)
         self.steps.started("ray", f"starting Ray {record.versions.ray} with {gpus}, joining {self.place.head}")
         for tries_left in (2, 1, 0):
-            process = await self.steps.start(ray.argv(), ray.environment(self.environ), self.paths.ray_log)
+            process = await self.steps.start(ray.argv(), ray.environment(), self.paths.ray_log)
             record = save_record(self.paths, record.with_(ray=process))
             try:
                 await self._joined(process)

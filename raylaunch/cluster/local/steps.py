@@ -9,8 +9,7 @@ from pathlib import Path
 
 import anyio
 
-from raylaunch.cluster.local.process_sweep import sweep_ray
-from raylaunch.cluster.processes import ProcessIdentity, end, is_alive, last_lines, start_apart
+from raylaunch.cluster.processes import ProcessIdentity, end, is_alive, last_lines, start_apart, sweep_ray
 from raylaunch.cluster.record import ClusterRecord
 from raylaunch.cluster.types import Step
 from raylaunch.errors import ClusterStartError
