@@ -1,4 +1,4 @@
-"""What this machine knows of a cluster on other machines: ``client.json``, and ``tunnel.json`` beside it."""
+"""What this machine knows about a cluster on other machines: ``client.json``, and its tunnel's ``tunnel.json``."""
 
 from __future__ import annotations
 
@@ -44,27 +44,27 @@ class ClientRecord(BaseModel):
     head_address: str = "127.0.0.1"
     """Where Ray's head listens on its host."""
     hosts: dict[str, HostSpec] = Field(default_factory=dict)
-    """Those that were brought up, also such as are not in the spec any more; by name."""
+    """By name, every host that was brought up, including those that are no longer in the spec."""
     head: str = ""
-    """The name of the one with the controller."""
+    """The name of the host with the controller."""
     proved: tuple[str, ...] = ()
-    """Hosts on which a job has run since they were started, and that reach the others."""
+    """Hosts that are verified since they were started: a job has run there, and they reach the others."""
     begun: tuple[str, ...] = ()
-    """Hosts on which an `up` from here has started something, or was about to, and did not come to hear of it."""
+    """Hosts on which an interrupted `up` from here may have started something."""
     owner: str = ""
-    """Who brought the cluster up and invited us, where we joined it; empty where that was done from here."""
+    """Who runs the cluster, if it was joined by an invitation; empty if it was brought up from here."""
     gcs: bool = False
-    """Whether the tunnel leads to the GCS, Ray's own port, too: `raylaunch env --gcs`."""
+    """Whether the tunnel also forwards the GCS, Ray's own port: `raylaunch env --gcs`."""
     at: float = Field(default_factory=time.time)
 
     @field_serializer("spec")
     def _said(self, spec: ClusterSpec) -> dict[str, object]:
-        """Leave out defaults: an older raylaunch takes a record with fields that it does not know for none."""
+        """Leave out defaults: an older raylaunch ignores a record with fields that it does not know."""
         return spec.non_defaults()
 
     @property
     def joined(self) -> bool:
-        """Whether somebody else runs the cluster: it is used from here, and not brought up, changed or ended."""
+        """Whether somebody else runs the cluster: it can be used from here, but not changed or ended."""
         return bool(self.owner)
 
     def with_(self, **changes: object) -> ClientRecord:
@@ -79,35 +79,30 @@ class TunnelRecord(BaseModel):
 
     process: ProcessIdentity
     ports: dict[str, int]
-    """``controller``, ``dashboard`` and, where it is asked for, ``gcs``, on loopback."""
+    """``controller``, ``dashboard`` and, if requested, ``gcs``, on loopback."""
     head_fingerprint: str = ""
-    """Of the host key that the head showed."""
+    """The fingerprint of the head's host key."""
     head_address: str = ""
-    """The address that it was reached at."""
+    """The address at which it was reached."""
     head_ports: dict[str, int] = Field(default_factory=dict)
-    """Where it leads to on the head."""
+    """The ports on the head that it forwards to."""
     openssh: tuple[str, ...] = ()
-    """The command of the `ssh` that is installed, to the head, for large files; empty where there is none."""
+    """The command line of the installed `ssh` to the head, for large files; empty if there is none."""
     up: bool = False
     why: str = ""
-    """Why it is not up, in words."""
+    """Why it is not up."""
     hint: str = ""
     code: str = ""
-    """The error's."""
+    """The code of that error."""
     at: float = 0.0
-    """When it came up, or went down; seconds since the epoch."""
+    """When it came up or went down; seconds since the epoch."""
     version: str = ""
-    """Of the raylaunch that it runs; empty before 0.2.0."""
+    """The raylaunch version that it runs; empty before 0.2.0."""
 
     @property
     def alive(self) -> bool:
         """Whether its process runs."""
         return is_alive(self.process)
-
-
-def client_file(paths: ClusterPaths) -> Path:
-    """Return the path of ``client.json``."""
-    return paths.root / "client.json"
 
 
 def tunnel_file(paths: ClusterPaths) -> Path:
@@ -116,24 +111,24 @@ def tunnel_file(paths: ClusterPaths) -> Path:
 
 
 def tunnel_log(paths: ClusterPaths) -> Path:
-    """Return the path of what the tunnel says."""
+    """Return the path of the tunnel's log."""
     return paths.root / "tunnel.log"
 
 
 def load_client(paths: ClusterPaths) -> ClientRecord | None:
-    """Return what is known of the cluster here; None when there is nothing that can be understood.
+    """Return this machine's record of the cluster; None if there is none, or it is invalid.
 
     Raises:
-        StorageError: it is there and cannot be read.
+        StorageError: it exists and cannot be read.
     """
-    return _load(client_file(paths), ClientRecord)
+    return _load(paths.root / "client.json", ClientRecord)
 
 
 def load_tunnel(paths: ClusterPaths) -> TunnelRecord | None:
-    """Return what the tunnel last said; None when there was none.
+    """Return the tunnel's last record; None if there is none, or it is invalid.
 
     Raises:
-        StorageError: it is there and cannot be read.
+        StorageError: it exists and cannot be read.
     """
     return _load(tunnel_file(paths), TunnelRecord)
 
@@ -147,27 +142,26 @@ def _load(path: Path, model: type[_Model]) -> _Model | None:
 
 
 def save_client(paths: ClusterPaths, record: ClientRecord) -> ClientRecord:
-    """Write ``client.json``, and the spec as a cluster file beside it; return the record."""
-    write_private(client_file(paths), record.model_dump_json(indent=2))
+    """Write ``client.json``, and the spec as a cluster file next to it; return the record."""
+    write_private(paths.root / "client.json", record.model_dump_json(indent=2))
     spec = json.dumps(record.spec.non_defaults(), indent=2)
     write_private(paths.root / "cluster.yaml", f"# As it was last brought up. JSON is YAML too.\n{spec}\n")
     return record
 
 
-def save_tunnel(paths: ClusterPaths, record: TunnelRecord) -> TunnelRecord:
-    """Write ``tunnel.json``, and return the record."""
+def save_tunnel(paths: ClusterPaths, record: TunnelRecord) -> None:
+    """Write ``tunnel.json``."""
     write_private(tunnel_file(paths), record.model_dump_json(indent=2))
-    return record
 
 
 def refuse_joined(record: ClientRecord | None, what: str) -> None:
     """Refuse to change a cluster that somebody else runs.
 
     Raises:
-        AccessError: it is one.
+        AccessError: somebody else runs it.
     """
     if record is not None and record.joined:
-        msg = f"cluster {record.spec.name} is run by {record.owner}, and is not {what} from here"
+        msg = f"cluster {record.spec.name} is run by {record.owner} and cannot be {what} from here"
         raise AccessError(
             msg, hint=f"ask {record.owner}; to forget the cluster here: raylaunch leave {record.spec.name}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import random
@@ -145,16 +146,11 @@ def holder(port: int) -> str:
         if connection.status != psutil.CONN_LISTEN or not connection.laddr or not connection.pid:
             continue
         if connection.laddr.port == port:
-            return _describe(connection.pid)
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(connection.pid)
+                return f"pid {process.pid} ({process.name()}, user {user_name(process.uids().real)})"
+            return f"pid {connection.pid}"
     return "a process of another user"
-
-
-def _describe(pid: int) -> str:
-    try:
-        process = psutil.Process(pid)
-        return f"pid {pid} ({process.name()}, user {user_name(process.uids().real)})"
-    except psutil.Error:
-        return f"pid {pid}"
 
 
 def own_addresses() -> tuple[str, ...]:
@@ -185,7 +181,7 @@ def ray_ports(
     ports |= zip(missing, free_ports(len(missing), avoid=(*avoid, *had.values()), address=address), strict=True)
     first, last = had.get("worker_min", 0), had.get("worker_max", 0)
     others = ray_worker_ranges()
-    crossed = any(other.start <= last and first < other.stop for other in others)
+    crossed = any(_overlap(range(first, last + 1), other) for other in others)
     if not first or crossed or any(first <= port <= last for port in avoid):
         block = worker_range(avoid=(*avoid, *ports.values()), taken=others, free=lambda port: is_free(port, address))
         first, last = block.start, block.stop - 1

@@ -1,4 +1,4 @@
-"""Processes of our own that outlive us: started apart, recognised by pid and start time, and ended for certain."""
+"""A cluster's processes: started in the background, identified by pid and start time, found, and ended."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VAR_CONTROLLER_OF = "RAYLAUNCH_CONTROLLER_OF"
 CONTROLLER = "raylaunch.controller"
 
 VAR_CLUSTER_ID = "RAYLAUNCH_CLUSTER_ID"
-"""In the environment of Ray and of all that it starts: what `down` ends is found by it."""
+"""In the environment of Ray and of everything that it starts: `down` finds them by it."""
 
 _VAR_ATTEMPT = "RAYLAUNCH_ATTEMPT_ID"  # runner.contract.VAR_ATTEMPT: ``<cluster id>/<job>-<n>``
 _AGENT_TITLES = ("ray::NodeAgent", "ray::Steward")
@@ -34,7 +34,7 @@ _AGENT_TITLES = ("ray::NodeAgent", "ray::Steward")
 _OWN = ("raylet", "gcs_server", "ray::", "ray-")
 _POLL_S = 0.05
 
-# The launcher ends at once, so that what it starts belongs to init: no zombie stays behind in a long-lived notebook.
+# The launcher exits at once, so that init adopts what it starts: no zombie stays behind in a long-lived notebook.
 _LAUNCHER = """
 import json, os, signal, subprocess, sys
 order = json.load(sys.stdin)
@@ -56,22 +56,22 @@ os._exit(0)
 
 
 class ProcessIdentity(BaseModel):
-    """One process for all time: a reused pid has another start, and another boot another id."""
+    """One process, uniquely: a reused pid has another start time, and another boot another id."""
 
     model_config = ConfigDict(frozen=True)
 
     pid: int
     started_at: float
-    """Seconds since the epoch, for people."""
+    """Seconds since the epoch, to be shown."""
     ticks: int
-    """Start time as the kernel counts it; 0 where there is no /proc."""
+    """Start time in the kernel's clock ticks; 0 without /proc."""
     boot_id: str
     argv: tuple[str, ...] = ()
 
 
 @functools.cache
 def boot_id() -> str:
-    """Return what names this boot of this machine."""
+    """Return the id of this boot of this machine."""
     try:
         return kernel_boot_id()
     except OSError:
@@ -79,7 +79,7 @@ def boot_id() -> str:
 
 
 def identify(pid: int, argv: Sequence[str] = ()) -> ProcessIdentity | None:
-    """Return the identity of the process that has `pid` now, or None if there is none (a zombie is none)."""
+    """Return the identity of the process that has `pid` now; None if there is none, or it is a zombie."""
     try:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
@@ -93,7 +93,7 @@ def identify(pid: int, argv: Sequence[str] = ()) -> ProcessIdentity | None:
 
 
 def is_alive(identity: ProcessIdentity | None) -> bool:
-    """Say whether exactly this process still runs."""
+    """Return whether exactly this process still runs."""
     if identity is None or identity.boot_id != boot_id():
         return False
     now = identify(identity.pid, identity.argv or ("?",))
@@ -112,7 +112,7 @@ def _argv(process: psutil.Process) -> list[str]:
 async def start_apart(
     argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path, first_line: str = ""
 ) -> ProcessIdentity:
-    """Start a program in a session of its own, with umask 077, its output appended to `log`.
+    """Start a program in its own session, with umask 077, its output appended to `log`.
 
     Raises:
         StorageError: the log cannot be written.
@@ -121,7 +121,7 @@ async def start_apart(
     order = {"argv": list(argv), "env": dict(env), "cwd": str(cwd), "log": str(log), "first_line": first_line}
     rotate(log)
     launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER]
-    with anyio.CancelScope(shield=True):  # what was started must not be forgotten
+    with anyio.CancelScope(shield=True):  # otherwise a started process could be lost
         done = await anyio.run_process(launcher, input=json.dumps(order).encode(), check=True, stderr=subprocess.STDOUT)
     answer = json.loads(done.stdout)
     if "pid" not in answer:
@@ -142,8 +142,8 @@ async def start_apart(
 async def end(identities: Iterable[ProcessIdentity], *, grace_s: float) -> dict[int, str]:
     """End processes: SIGTERM, up to `grace_s` seconds, SIGKILL. Return by pid how each ended.
 
-    The values are ``already gone``, ``SIGTERM``, ``SIGKILL``, or ``still there`` for what even SIGKILL did not end
-    within 10 s (a process that waits for a broken disk or driver).
+    The values are ``already gone``, ``SIGTERM``, ``SIGKILL``, or ``still there`` for a process that SIGKILL did not end
+    within 10 s because it waits for a broken disk or driver.
     """
     ours = list(identities)
     how = {one.pid: "SIGTERM" if _send(one, SIGTERM) else "already gone" for one in ours}
@@ -157,7 +157,7 @@ async def end(identities: Iterable[ProcessIdentity], *, grace_s: float) -> dict[
 
 
 async def kill(identities: Iterable[ProcessIdentity]) -> None:
-    """End processes by SIGKILL, and wait up to 10 s until they are gone."""
+    """End processes by SIGKILL, and wait up to 10 s until they have exited."""
     ours = list(identities)
     for one in ours:
         _send(one, SIGKILL)
@@ -165,7 +165,7 @@ async def kill(identities: Iterable[ProcessIdentity]) -> None:
 
 
 async def wait_gone(identities: Iterable[ProcessIdentity], *, limit_s: float) -> list[ProcessIdentity]:
-    """Wait until none of them runs; return those that still do after `limit_s` seconds."""
+    """Wait until none of them runs; return those that still run after `limit_s` seconds."""
     left = [one for one in identities if is_alive(one)]
     with anyio.move_on_after(limit_s):
         while left:
@@ -185,7 +185,7 @@ def _send(identity: ProcessIdentity, signal: Signals) -> bool:
 
 
 def matching(wanted: Callable[[psutil.Process], bool], *, uid: int | None) -> list[ProcessIdentity]:
-    """Return the processes of user `uid` (None: of anybody) for which `wanted` holds; never ourselves."""
+    """Return the processes of user `uid` (None: of every user) for which `wanted` is true, except this one."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -193,7 +193,7 @@ def matching(wanted: Callable[[psutil.Process], bool], *, uid: int | None) -> li
                 continue
             if process.status() != psutil.STATUS_ZOMBIE and wanted(process):
                 found.append(identify(process.pid))
-        except (psutil.Error, OSError):  # it ended while we looked, or hides from us
+        except (psutil.Error, OSError):  # it has exited meanwhile, or may not be inspected
             continue
     return [one for one in found if one is not None]
 

@@ -1,4 +1,4 @@
-"""What was started: ``cluster.json`` beside the cluster's files, and the lock under which it changes."""
+"""What was started on this machine: ``cluster.json``, and the lock under which it changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _POLL_S = 0.05
 
 
 class ClusterVersions(BaseModel):
-    """What the cluster was started with."""
+    """The versions that the cluster was started with."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -46,15 +46,15 @@ class NodePlace(BaseModel):
     address: str = ""
     """Its address on the cluster's network; empty for loopback."""
     interface: str = ""
-    """The network interface that bears the address, for NCCL and Gloo."""
+    """The network interface with that address, for NCCL and Gloo."""
     head: str = ""
     """``address:port`` of Ray's head; empty on the head itself."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of all that runs here."""
+    """Environment variables of everything that runs here."""
 
     @property
     def ray_address(self) -> str:
-        """The address that Ray's node has."""
+        """The address of Ray's node."""
         return self.address or LOOPBACK
 
     @property
@@ -64,19 +64,19 @@ class NodePlace(BaseModel):
 
 
 class ClusterRecord(BaseModel):
-    """A cluster as it was last started. Frozen: a change is a new record, written as a whole."""
+    """A cluster as it was last started. Frozen: a change is a new record, which replaces the file."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     kind: Literal["local"] = "local"
     cluster_id: str
-    """In the environment of every process of the cluster; stays over restarts."""
+    """In the environment of every process of the cluster; restarts keep it."""
     owner: str
     machine: str
     wanted: Literal["running", "stopped"] = "stopped"
     tls: bool = False
-    """Whether its Ray was started with TLS. It stays so until the cluster is taken down: never under a running Ray."""
+    """Whether its Ray was started with TLS. That changes only after the cluster was taken down."""
     tls_until: Moment | None = None
     """When the certificate of this machine's Ray expires; seconds since the epoch."""
     spec: ClusterSpec
@@ -87,12 +87,12 @@ class ClusterRecord(BaseModel):
     ray: ProcessIdentity | None = None
     controller: ProcessIdentity | None = None
     controller_answered: bool = False
-    """Whether this controller has answered since it was started: from then on, silence means that it hangs."""
+    """Whether this controller has answered since its start: if it does not answer after that, it hangs."""
     versions: ClusterVersions = ClusterVersions()
 
     @field_serializer("spec")
     def _said(self, spec: ClusterSpec) -> dict[str, object]:
-        """Leave out defaults, and what `tls` says: 0.1.0 takes a record with a spec that it does not know for none."""
+        """Leave out defaults and `tls`: 0.1.0 ignores a record whose spec has fields that it does not know."""
         return {field: value for field, value in spec.non_defaults().items() if field != "tls"}
 
     def with_(self, **changes: object) -> ClusterRecord:
@@ -101,7 +101,7 @@ class ClusterRecord(BaseModel):
 
 
 def machine_id() -> str:
-    """Return what names this machine over reboots and changes of address."""
+    """Return this machine's id, which does not change over reboots and changes of address."""
     for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
         with contextlib.suppress(OSError):
             if text := Path(path).read_text(encoding="ascii").strip():
@@ -122,16 +122,16 @@ def new_record(spec: ClusterSpec, paths: ClusterPaths, *, cluster_id: str = "") 
 
 
 def store_of(spec: ClusterSpec, paths: ClusterPaths) -> str:
-    """Return the folder of records, logs and outputs that the spec asks for."""
+    """Return the folder of records, logs and outputs."""
     return str(Path(spec.store).expanduser().absolute()) if spec.store else str(paths.default_store)
 
 
 def load_record(paths: ClusterPaths) -> ClusterRecord | None:
-    """Return the record, or None when there is none or it cannot be understood.
+    """Return the record; None if there is none, or it is invalid.
 
     Raises:
-        ConflictError: it was written on another machine (a home folder that machines share).
-        StorageError: it is there and cannot be read.
+        ConflictError: it was written on another machine that shares this home folder.
+        StorageError: it exists and cannot be read.
     """
     try:
         with storage_errors(paths.record), contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -150,7 +150,7 @@ def _check_machine(record: ClusterRecord, paths: ClusterPaths) -> None:
 
 
 def keep_unreadable_aside(paths: ClusterPaths) -> Path | None:
-    """Rename a record that cannot be understood, so that nothing is lost; return its new name."""
+    """Rename an invalid record, so that nothing is lost; return its new name."""
     if not paths.record.exists() or load_record(paths) is not None:
         return None
     aside = paths.record.with_name(f"{paths.record.name}.unreadable-{time.time():.0f}")
@@ -160,7 +160,7 @@ def keep_unreadable_aside(paths: ClusterPaths) -> Path | None:
 
 
 def _recalled_cluster_id(paths: ClusterPaths) -> str:
-    """Return the cluster's id from its controller's configuration, for when the record is gone; else empty."""
+    """Return the id in the controller's configuration, in case the record was deleted; else empty."""
     try:
         value = json.loads(paths.controller_config.read_bytes())["cluster_id"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -176,11 +176,11 @@ def save_record(paths: ClusterPaths, record: ClusterRecord) -> ClusterRecord:
 
 @contextlib.asynccontextmanager
 async def cluster_lock(paths: ClusterPaths, *, limit_s: float) -> AsyncIterator[None]:
-    """Hold the cluster's lock: of two that change it at once, one waits. The kernel frees it when its holder dies.
+    """Hold the cluster's lock: only one command can change a cluster. The kernel frees it when the holder exits.
 
     Raises:
         ConflictError: another process held it for all of `limit_s` seconds.
-        StorageError: the lock file cannot be made.
+        StorageError: the lock file cannot be created.
     """
     with storage_errors(paths.lock):
         descriptor = os.open(paths.lock, os.O_RDWR | os.O_CREAT, 0o600)
@@ -205,4 +205,4 @@ async def _take(descriptor: int, paths: ClusterPaths, limit_s: float) -> None:
             return
     held_by = os.pread(descriptor, 32, 0).decode(errors="replace") or "?"
     msg = f"another raylaunch (pid {held_by}) has been changing cluster {paths.name} for more than {limit_s:.0f} s"
-    raise ConflictError(msg, hint=f"wait for it, or look at it: ps -fp {held_by}")
+    raise ConflictError(msg, hint=f"wait for it, or check what it does: ps -fp {held_by}")

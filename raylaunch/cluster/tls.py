@@ -1,7 +1,7 @@
 """Mutual TLS between the Rays of a cluster's hosts: an authority on the head, and a certificate for each node.
 
-Ray's ports take a few bytes before its token is checked, and some of them end Ray; with TLS nobody without a
-certificate gets so far. Ray reads the files named in ``RAY_TLS_*`` (https://docs.ray.io, "TLS authentication"). The
+Ray's ports accept a few bytes before its token is checked, and some of those bytes crash Ray; with TLS, nobody without
+a certificate gets that far. Ray reads the files named in ``RAY_TLS_*`` (https://docs.ray.io, "TLS authentication"). The
 authority's key stays on the head, 0600. Certificates cover gRPC only: the dashboard and Ray's agents speak HTTP.
 """
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 VALID = timedelta(days=3653)
 RENEW = timedelta(days=90)
-"""A certificate that ends sooner is replaced when Ray is started."""
+"""A certificate that expires sooner is replaced when Ray is started."""
 _EARLIER = timedelta(days=7)
-"""Certificates count from a week ago, for clocks of hosts differ."""
+"""Certificates are valid from a week ago, because clocks of hosts differ."""
 
 
 class NodeCertificate(BaseModel):
-    """What a node needs to speak with the others, as PEM texts."""
+    """What a node needs to communicate with the others, as PEM texts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,7 +40,7 @@ class NodeCertificate(BaseModel):
 
 
 def ray_variables(authority: Path | str, certificate: Path | str, key: Path | str) -> dict[str, str]:
-    """Return the variables with which a Ray process uses TLS; the arguments are paths of PEM files. Pure."""
+    """Return the variables that make a Ray process use TLS; the arguments are paths of PEM files. Pure."""
     return {
         "RAY_USE_TLS": "1",
         "RAY_TLS_CA_CERT": str(authority),
@@ -56,7 +56,7 @@ def variables_of(paths: ClusterPaths, *, client: bool = False) -> dict[str, str]
 
 
 def has_authority(paths: ClusterPaths, certificate: NodeCertificate) -> bool:
-    """Whether this node's certificates are of the same authority as `certificate`."""
+    """Return whether this node's certificate and `certificate` are from the same authority."""
     try:
         return _files(paths)[0].read_text(encoding="ascii") == certificate.authority
     except OSError:
@@ -66,7 +66,7 @@ def has_authority(paths: ClusterPaths, certificate: NodeCertificate) -> bool:
 def keep(paths: ClusterPaths, certificate: NodeCertificate, *, client: bool = False) -> float:
     """Write the files, each 0600; return when the certificate expires, in seconds since the epoch.
 
-    A client's are apart from a node's: the head may be the machine that it is brought up from.
+    A client's files are separate from a node's: a cluster may be brought up from its own head.
 
     Raises:
         StorageError: they cannot be written.
@@ -82,12 +82,12 @@ def keep(paths: ClusterPaths, certificate: NodeCertificate, *, client: bool = Fa
 
 
 def issue(paths: ClusterPaths, name: str, addresses: Iterable[str]) -> NodeCertificate:
-    """Issue a certificate with the authority of this head, which is made on first use.
+    """Issue a certificate with the authority of this head, which is created on first use.
 
     Args:
         paths: of the cluster on its head.
-        name: of the node, for people.
-        addresses: IP addresses that the node may be reached at; 127.0.0.1 is added.
+        name: of the node, to be shown.
+        addresses: IP addresses of the node; 127.0.0.1 is added.
 
     Raises:
         StorageError: the authority's files cannot be read or written.

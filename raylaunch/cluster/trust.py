@@ -1,8 +1,8 @@
 """Which hosts and addresses of cluster files a person has accepted: a file each in ``$RAYLAUNCH_HOME/trusted``.
 
 A cluster.yaml may come with a checked-out repository. Nothing that it names is contacted before a person has accepted
-it, brought it up or joined it from here. What is remembered are the fields that decide where a connection goes and with
-which secret: neither the file's path nor the rest of its text.
+it, brought it up or joined it from here. Only the fields that decide where a connection goes and with which secret are
+remembered, not the file's path or the rest of its text.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from raylaunch.paths import cluster_paths, make_private_dir, raylaunch_home, wri
 from raylaunch.ssh.target import OnPrompt, Prompt
 
 VARIABLE = "RAYLAUNCH_TRUST"
-"""Holds the fingerprint of a cluster that is accepted for this process, where nobody can be asked: in CI."""
+"""Holds the fingerprint of a cluster that is accepted for this process, if nobody can be asked, as in CI."""
 
 OF_A_HOST = ("host", "port", "user", "key", "jump", "fingerprint", "address")
 OF_A_RAY = ("address", "gcs", "ray_token_file", "ray_tls")
-"""What decides where a connection goes and with which secret."""
+"""The fields that decide where a connection goes and with which secret."""
 
 
 @dataclass(frozen=True)
 class Destination:
-    """A place that is connected to. `words` are for people, `fingerprint` is what is remembered."""
+    """Where a connection goes: `words` are shown, and `fingerprint` is remembered."""
 
     words: str
     fingerprint: str
 
 
 def destinations(spec: ClusterSpec) -> tuple[Destination, ...]:
-    """Return where a cluster's connections go; of an embedded one nowhere. Pure."""
+    """Return where a cluster's connections go; an embedded cluster has none. Pure."""
     match spec.kind:
         case "local":
             return ()
@@ -50,7 +50,7 @@ def destinations(spec: ClusterSpec) -> tuple[Destination, ...]:
 
 
 def fingerprint(spec: ClusterSpec) -> str:
-    """Return what stands for all destinations of a cluster, in any order. Pure."""
+    """Return a fingerprint of all destinations of a cluster, in any order. Pure."""
     return _digest(sorted(one.fingerprint for one in destinations(spec)))
 
 
@@ -80,17 +80,13 @@ def accept(spec: ClusterSpec) -> None:
     """Remember all destinations of a cluster as accepted.
 
     Raises:
-        StorageError: that cannot be written.
+        StorageError: they cannot be written.
     """
-    for one in destinations(spec):
-        _remember(one)
-
-
-def _remember(one: Destination) -> None:
     folder = _folder(os.environ)
     make_private_dir(folder.parent)
     make_private_dir(folder)
-    write_private(folder / one.fingerprint, f"{one.words}\n")
+    for one in destinations(spec):
+        write_private(folder / one.fingerprint, f"{one.words}\n")
 
 
 def unaccepted(spec: ClusterSpec, environ: Mapping[str, str] = os.environ) -> tuple[Destination, ...]:
@@ -121,12 +117,12 @@ def _brought_up(environ: Mapping[str, str]) -> Iterator[str]:
 
 
 async def check_accepted(spec: ClusterSpec, *, on_prompt: OnPrompt | None = None) -> None:
-    """Go on only if a person has accepted what a cluster connects to; ask where one is there.
+    """Check that a person has accepted what a cluster connects to; ask them if they are there.
 
-    Everything that connects to what a cluster file names passes here first.
+    Everything that connects to what a cluster file names calls this first.
 
     Raises:
-        UntrustedError: nobody has, and nobody is there or the answer is no.
+        UntrustedError: nobody has accepted it, and nobody is there or the answer is no.
     """
     missing = unaccepted(spec)
     if not missing:
@@ -134,7 +130,7 @@ async def check_accepted(spec: ClusterSpec, *, on_prompt: OnPrompt | None = None
     listed = "\n".join(f"  {one.words}" for one in missing)
     code = fingerprint(spec)
     if on_prompt is not None:
-        text = f"Cluster {spec.name} connects to what has not been used from here before:\n{listed}\n"
+        text = f"Cluster {spec.name} connects to addresses that have not been used from here before:\n{listed}\n"
         answer = await on_prompt(Prompt("trust", spec.name, f"{text}Connect? It will be remembered. [yes/no]: "))
         if (answer or "").strip().lower() == "yes":
             accept(spec)

@@ -226,14 +226,8 @@ async def _verify(
     if unproved:
         await proof.wait_released()
     outcome.errors.update(proof.errors)
-    _record_verified(paths, outcome.states.keys() - proof.errors.keys() - proof.unproved)
-
-
-def _record_verified(paths: ClusterPaths, hosts: set[str]) -> None:
-    """Record which hosts are verified; the next `up` retries the others."""
-    record = load_client(paths)
-    if record is not None:
-        save_client(paths, record.with_(proved=tuple(sorted(hosts))))
+    proved = sorted(outcome.states.keys() - proof.errors.keys() - proof.unproved)
+    save_client(paths, (load_client(paths) or record).with_(proved=tuple(proved)))
 
 
 def adopted(had: ClientRecord | None, head: HostState, *, fresh: bool) -> str:

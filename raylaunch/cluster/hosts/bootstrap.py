@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import anyio
 
@@ -37,7 +36,6 @@ CLIENT = "(client)"
 """This machine, among the names of hosts."""
 _QUIET_S = 4.0
 
-_Result = TypeVar("_Result")
 _OF_PYTHON = frozenset({"python_missing", "python_differs", "environment_missing"})
 
 
@@ -132,7 +130,10 @@ class Bootstrap:
             async with machine(
                 target_of(host), limit_s=CONNECT_S, on_prompt=self._prompt, on_wait=self._waits
             ) as connection:
-                self.outcome.facts[host.name] = await self._timed(host, "probe", probe(connection, host))
+                began = time.monotonic()
+                self.outcome.facts[host.name] = await probe(connection, host)
+                took = time.monotonic() - began
+                self._on_step(Step(f"{host.name}: probe", "done", "checked hardware and software", took))
                 counted = True
                 self._count_probed()
                 await self._all_probed.wait()
@@ -263,9 +264,3 @@ class Bootstrap:
         if time.monotonic() - self._told_at.get(wait.host, 0.0) > _QUIET_S:
             so_far = f"{wait.waited_s:.0f} s so far, at most {wait.limit_s:.0f} s"
             self._on_step(Step(f"{wait.host}: {wait.step}", "waits", so_far, wait.waited_s))
-
-    async def _timed(self, host: HostSpec, name: str, work: Awaitable[_Result]) -> _Result:
-        began = time.monotonic()
-        result = await work
-        self._on_step(Step(f"{host.name}: {name}", "done", "checked hardware and software", time.monotonic() - began))
-        return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
 import anyio
@@ -17,13 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from raylaunch.cluster.local import backend
 from raylaunch.cluster.local.autostart import disable_watchdog, ensure_watchdog
-from raylaunch.cluster.local.inspect import client_token, inspect_cluster, status_of
+from raylaunch.cluster.local.inspect import client_token, inspect_cluster
 from raylaunch.cluster.local.node_up import BringUp, WorkerJoin
-from raylaunch.cluster.record import ClusterVersions, NodePlace, cluster_lock
+from raylaunch.cluster.record import ClusterRecord, NodePlace, cluster_lock
 from raylaunch.cluster.tls import NodeCertificate, issue
 from raylaunch.cluster.types import Step
 from raylaunch.errors import ConflictError, RaylaunchError
-from raylaunch.models.cluster import ClusterStatus
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.paths import cluster_paths, make_cluster_dirs, secret_file, share_job_folders
 from raylaunch.version import __version__
@@ -56,15 +55,6 @@ class JoinRequest(_Message):
     certificate: NodeCertificate | None = None
 
 
-class InspectRequest(_Message):
-    """Return which parts of the cluster run on this host."""
-
-    verb: Literal["look"] = "look"
-    name: str
-    host: str = ""
-    """The worker's name; empty for the head."""
-
-
 class DownRequest(_Message):
     """End every part of the cluster on this host."""
 
@@ -74,38 +64,27 @@ class DownRequest(_Message):
     """The worker's name; empty for the head."""
 
 
-Request = Annotated[HeadUpRequest | JoinRequest | InspectRequest | DownRequest, Field(discriminator="verb")]
-_REQUEST: TypeAdapter[HeadUpRequest | JoinRequest | InspectRequest | DownRequest] = TypeAdapter(Request)
+Request = HeadUpRequest | JoinRequest | DownRequest
+_REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="verb")])
 
 
 class HostState(_Message):
-    """The parts of a cluster that run on a host; `wanted` is empty if it was never started.
+    """The part of a cluster that was started on a host.
 
     It contains the tokens: the client reached the host as the owner of its files.
     """
 
     name: str
-    wanted: str = ""
     place: NodePlace = NodePlace()
     cluster_id: str = ""
     owner: str = ""
-    ray_alive: bool = False
-    controller_alive: bool = False
-    problems: tuple[str, ...] = ()
-    kept: str = ""
-    """What starts it after a reboot, as text; empty if nothing does."""
     gpus: int = 0
     """The GPUs of Ray, real or logical."""
     ports: dict[str, int] = Field(default_factory=dict)
-    versions: ClusterVersions = ClusterVersions()
-    raylaunch: str = __version__
     token: str = Field(default="", repr=False)
     ray_token: str = Field(default="", repr=False)
-    tls: bool = False
     certificates: dict[str, NodeCertificate] = Field(default_factory=dict, repr=False)
     """For `HeadUpRequest.members`, if the head's Ray uses TLS."""
-    status: ClusterStatus | None = None
-    """The status of the head's controller; None on a worker."""
 
 
 class HostDownResult(_Message):
@@ -121,7 +100,7 @@ def folder_name(cluster: str, worker: str) -> str:
     return f"{cluster}.{worker}"[:63] if worker else cluster
 
 
-async def _up(request: HeadUpRequest, tell: Callable[[Step], None]) -> HostState:
+async def _up(request: HeadUpRequest, on_step: Callable[[Step], None]) -> HostState:
     paths = cluster_paths(request.spec.name)
     make_cluster_dirs(paths)
     async with cluster_lock(paths, limit_s=_LOCK_S):
@@ -132,14 +111,15 @@ async def _up(request: HeadUpRequest, tell: Callable[[Step], None]) -> HostState
             raise ConflictError(
                 msg, hint="run raylaunch down, then raylaunch up: Ray cannot change its address while it runs"
             )
-        await BringUp(paths, request.spec, tell, place=request.place).run()
-    kept = await ensure_watchdog(paths)
-    state = await _inspect(InspectRequest(name=paths.name))
-    issued = {name: issue(paths, name, addresses) for name, addresses in request.members.items() if state.tls}
-    return state.model_copy(update={"kept": kept, "certificates": issued})
+        record = (await BringUp(paths, request.spec, on_step, place=request.place).run()).record
+    if record is None:  # it was just written
+        raise AssertionError
+    await ensure_watchdog(paths)
+    issued = {name: issue(paths, name, addresses) for name, addresses in request.members.items() if record.tls}
+    return _state(record, token=client_token(paths), ray_token=secret_file(paths.ray_token), certificates=issued)
 
 
-async def _join(request: JoinRequest, tell: Callable[[Step], None]) -> HostState:
+async def _join(request: JoinRequest, on_step: Callable[[Step], None]) -> HostState:
     paths = cluster_paths(folder_name(request.spec.name, request.place.host))
     make_cluster_dirs(paths)
     share_job_folders(paths, request.spec.name)
@@ -147,43 +127,34 @@ async def _join(request: JoinRequest, tell: Callable[[Step], None]) -> HostState
         joining = WorkerJoin(
             paths,
             request.spec,
-            tell,
+            on_step,
             place=request.place,
             cluster_id=request.cluster_id,
             ray_token=request.ray_token,
             certificate=request.certificate,
         )
-        await joining.run()
-    kept = await ensure_watchdog(paths)
-    return (await _inspect(InspectRequest(name=request.spec.name, host=request.place.host))).model_copy(
-        update={"kept": kept}
-    )
+        record = await joining.run()
+    await ensure_watchdog(paths)
+    return _state(record)
 
 
-async def _inspect(request: InspectRequest) -> HostState:
-    paths = cluster_paths(folder_name(request.name, request.host))
-    seen = await inspect_cluster(paths)
-    record = seen.record
-    if record is None:
-        return HostState(name=request.name)
-    worker = record.place.is_worker
-    problems = () if worker and seen.ray_alive else seen.problems
+def _state(
+    record: ClusterRecord,
+    *,
+    token: str = "",
+    ray_token: str = "",
+    certificates: Mapping[str, NodeCertificate] | None = None,
+) -> HostState:
     return HostState(
         name=record.name,
-        wanted=record.wanted,
         place=record.place,
         cluster_id=record.cluster_id,
         owner=record.owner,
-        ray_alive=seen.ray_alive,
-        controller_alive=seen.controller_alive,
-        problems=problems if record.wanted == "running" else (),
         gpus=record.spec.gpus if isinstance(record.spec.gpus, int) else len(record.gpu_uuids),
         ports=record.ports,
-        versions=record.versions,
-        token=client_token(paths),
-        ray_token="" if worker else secret_file(paths.ray_token),
-        tls=record.tls,
-        status=None if worker else status_of(seen, paths),
+        token=token,
+        ray_token=ray_token,
+        certificates=dict(certificates or {}),
     )
 
 
@@ -194,16 +165,12 @@ async def _down(request: DownRequest) -> HostDownResult:
     return HostDownResult(ended=tuple(str(one) for one in report.ended), store=report.store, notes=report.notes)
 
 
-async def _serve(
-    request: HeadUpRequest | JoinRequest | InspectRequest | DownRequest, tell: Callable[[Step], None]
-) -> BaseModel:
+async def _serve(request: Request, tell: Callable[[Step], None]) -> BaseModel:
     match request:
         case HeadUpRequest():
             return await _up(request, tell)
         case JoinRequest():
             return await _join(request, tell)
-        case InspectRequest():
-            return await _inspect(request)
         case DownRequest():
             return await _down(request)
 

@@ -84,7 +84,8 @@ class Tunnel:
             except RaylaunchError as error:
                 self._save(up=False, why=error.message, hint=error.hint, code=error.code)
             _log.info("down: %s", self._record.why)
-            await self._rest(pause)
+            with anyio.move_on_after(pause):
+                await self._woken.wait()
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     async def beat(self) -> None:
@@ -99,10 +100,6 @@ class Tunnel:
                 _log.info("asleep for %.0f s", now - before)
                 self._woken.set()
             before = now
-
-    async def _rest(self, pause: float) -> None:
-        with anyio.move_on_after(pause):
-            await self._woken.wait()
 
     async def _open(self, head: SSHHost, client: ClientRecord) -> None:
         """Forward the controller's port, and the ports of Ray that this person may use."""

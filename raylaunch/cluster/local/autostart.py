@@ -1,7 +1,7 @@
 """How a host's part of a cluster is restarted: after a crash by its watchdog, which is started again after a reboot.
 
 The first that works of: a systemd user unit with lingering, a system unit with passwordless sudo, cron's ``@reboot``.
-Else the watchdog alone, which does not survive a reboot; `up` reports that.
+Else the watchdog alone, which does not survive a reboot; the doctor warns about that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import anyio.to_thread
 
@@ -29,30 +28,19 @@ _LIMIT_S = 20
 _START_S, _POLL_S = 15.0, 0.1
 
 
-class _BootMethod(NamedTuple):
-    """What starts the watchdog at boot, as text; and the command to start it now, if there is one."""
-
-    name: str
-    start: tuple[str, ...] = ()
-
-
-async def ensure_watchdog(paths: ClusterPaths) -> str:
-    """Ensure that a watchdog runs and is started again after a reboot; return what starts it, as text.
-
-    It may be called again: what exists stays.
-    """
-    method = await anyio.to_thread.run_sync(lambda: _user_unit(paths) or _system_unit(paths) or _cron(paths))
+async def ensure_watchdog(paths: ClusterPaths) -> None:
+    """Ensure that a watchdog runs and is started again after a reboot. It may be called again: what exists stays."""
+    start = await anyio.to_thread.run_sync(lambda: _user_unit(paths) or _system_unit(paths) or _cron(paths))
     handed_over = watchdog_version(paths) != __version__
     set_watchdog_version(paths)
-    if (handed_over or not is_watched(paths)) and not await _started(paths, method):
+    if (handed_over or not is_watched(paths)) and not await _started(paths, start or ()):
         env = clean_environment(os.environ, paths)
         await start_apart(watchdog_argv(paths), env=env, cwd=Path("/"), log=paths.root / "keep.log")
-    return method.name if method else ""
 
 
-async def _started(paths: ClusterPaths, method: _BootMethod | None) -> bool:
+async def _started(paths: ClusterPaths, start: tuple[str, ...]) -> bool:
     """Start the watchdog by systemd, which then also restarts it; return whether one runs."""
-    if method is None or not method.start or await anyio.to_thread.run_sync(_run, method.start) is None:
+    if not start or await anyio.to_thread.run_sync(_run, start) is None:
         return False
     with anyio.move_on_after(_START_S):
         while not is_watched(paths):  # noqa: ASYNC110 -- another process
@@ -128,7 +116,8 @@ def system_unit_file(paths: ClusterPaths) -> Path:
     return Path("/etc/systemd/system") / f"raylaunch-{getpass.getuser()}-{paths.name}.service"
 
 
-def _user_unit(paths: ClusterPaths) -> _BootMethod | None:
+def _user_unit(paths: ClusterPaths) -> tuple[str, ...] | None:
+    """Enable a user unit; return the command that starts it, or None if that is not possible."""
     if not shutil.which("systemctl") or _run(["systemctl", "--user", "show-environment"]) is None:
         return None
     lingers = Path("/var/lib/systemd/linger") / getpass.getuser()
@@ -141,12 +130,12 @@ def _user_unit(paths: ClusterPaths) -> _BootMethod | None:
         unit.parent.mkdir(parents=True, exist_ok=True)
         unit.write_text(unit_text(paths), encoding="utf-8")
         if _run(["systemctl", "--user", "enable", unit.name]) is not None:
-            return _BootMethod(f"systemd's user unit {unit.name}", ("systemctl", "--user", "restart", unit.name))
+            return ("systemctl", "--user", "restart", unit.name)
         unit.unlink()
     return None
 
 
-def _system_unit(paths: ClusterPaths) -> _BootMethod | None:
+def _system_unit(paths: ClusterPaths) -> tuple[str, ...] | None:
     if not Path("/run/systemd/system").is_dir() or _run(["sudo", "-n", "true"]) is None:
         return None
     unit = system_unit_file(paths)
@@ -155,11 +144,11 @@ def _system_unit(paths: ClusterPaths) -> _BootMethod | None:
         return None
     if _run(["sudo", "-n", "systemctl", "enable", unit.name]) is None:
         return None
-    return _BootMethod(f"systemd's unit {unit.name}", ("sudo", "-n", "systemctl", "restart", unit.name))
+    return ("sudo", "-n", "systemctl", "restart", unit.name)
 
 
-def _cron(paths: ClusterPaths) -> _BootMethod | None:
-    """Use ``@reboot`` in the user's crontab, if a cron daemon runs."""
+def _cron(paths: ClusterPaths) -> tuple[str, ...] | None:
+    """Use ``@reboot`` in the user's crontab, if a cron daemon runs. It cannot start the watchdog now."""
     if not shutil.which("crontab") or not _cron_runs():
         return None
     table = _crontab()
@@ -170,7 +159,7 @@ def _cron(paths: ClusterPaths) -> _BootMethod | None:
     line = f"@reboot cd / && {command} >>{log} 2>&1 {_mark(paths)}"
     wanted = [*(one for one in table if not one.endswith(_mark(paths))), line]
     if wanted == table or _run(["crontab", "-"], text="".join(f"{one}\n" for one in wanted)) is not None:
-        return _BootMethod("cron's @reboot")
+        return ()
     return None
 
 

@@ -4,49 +4,33 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import anyio.to_thread
+import anyio
 import psutil
 
-from raylaunch.agent.node_info import smi_bytes, smi_number, smi_rows
+from raylaunch.agent.node_info import smi_bytes, smi_rows
 from raylaunch.cluster.processes import CONTROLLER
 from raylaunch.cluster.record import ClusterRecord
 from raylaunch.errors import ClusterStartError, ConflictError, SpecError
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.paths import user_name
 
-_FIELDS = "index,uuid,name,memory.total,memory.used,utilization.gpu"
+_QUERY = "--query-gpu=index,uuid,name,memory.total"
 _LIMIT_S = 20
 _SHORTEST_UUID = len("GPU-") + 4
 
 
 @dataclass(frozen=True)
-class LocalGpuProcess:
-    """A process that computes on a GPU."""
-
-    pid: int
-    command: str
-    user: str
-
-    def __str__(self) -> str:
-        return f"{self.user}:{self.pid}:{self.command}"
-
-
-@dataclass(frozen=True)
 class Gpu:
-    """One GPU. Sizes are bytes; None where ``nvidia-smi`` reports ``[N/A]`` (unified memory)."""
+    """One GPU. `memory_total` is in bytes; None where ``nvidia-smi`` reports ``[N/A]`` (unified memory)."""
 
     index: str
     uuid: str
     name: str
     memory_total: int | None = None
-    memory_used: int | None = None
-    utilization: float | None = None
-    processes: tuple[LocalGpuProcess, ...] = ()
 
     def __str__(self) -> str:
         memory = "" if self.memory_total is None else f", {self.memory_total / 1024**3:.0f} GiB"
@@ -80,7 +64,7 @@ class GpuChoice:
 
 
 async def detect_gpus() -> list[Gpu]:
-    """Return the GPUs of this machine with the processes on them; empty without ``nvidia-smi``.
+    """Return the GPUs of this machine; empty without ``nvidia-smi``.
 
     Raises:
         ClusterStartError: ``nvidia-smi`` exists but fails (an incompatible driver, a GPU that fell off the bus).
@@ -88,59 +72,29 @@ async def detect_gpus() -> list[Gpu]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
-    rows = await _query(program, f"--query-gpu={_FIELDS}")
-    if not rows:
-        return []
-    users = await _query(program, "--query-compute-apps=gpu_uuid,pid,process_name")
-    return parse_gpus(rows, users)
-
-
-async def _query(program: str, query: str) -> str:
-    def run() -> subprocess.CompletedProcess[str]:
-        argv = [program, query, "--format=csv,noheader,nounits"]
-        return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=_LIMIT_S)  # noqa: S603 -- found on PATH, fixed arguments
-
+    argv = [program, _QUERY, "--format=csv,noheader,nounits"]
     try:
-        done = await anyio.to_thread.run_sync(run)
-    except subprocess.TimeoutExpired:
+        with anyio.fail_after(_LIMIT_S):
+            done = await anyio.run_process(argv, check=False)
+    except TimeoutError:
         msg = f"nvidia-smi did not answer within {_LIMIT_S} s"
         raise ClusterStartError(msg, hint="the GPU driver hangs; or start without GPUs: gpus: 0", step="gpus") from None
-    text = done.stdout.strip()
-    if "No devices were found" in text + done.stderr:
-        return ""
+    text, err = done.stdout.decode(errors="replace").strip(), done.stderr.decode(errors="replace").strip()
+    if "No devices were found" in text + err:
+        return []
     if done.returncode:
-        words = (text or done.stderr.strip()).splitlines()
+        words = (text or err).splitlines()
         msg = f"nvidia-smi failed with exit status {done.returncode}: {words[0] if words else 'it printed nothing'}"
         raise ClusterStartError(msg, hint="repair the GPU driver; or start without GPUs: gpus: 0", step="gpus")
-    return text
+    return parse_gpus(text)
 
 
-def parse_gpus(rows: str, users: str = "") -> list[Gpu]:
-    """Read the CSV of ``nvidia-smi --query-gpu`` (`rows`) and ``--query-compute-apps`` (`users`), without units."""
-    busy: dict[str, list[LocalGpuProcess]] = {}
-    for uuid, pid, command in smi_rows(users, columns=3):
-        if pid.isdigit():
-            process = LocalGpuProcess(pid=int(pid), command=command.rsplit("/", 1)[-1], user=_user_of(int(pid)))
-            busy.setdefault(uuid, []).append(process)
+def parse_gpus(rows: str) -> list[Gpu]:
+    """Read the CSV of ``nvidia-smi --query-gpu``, without units."""
     return [
-        Gpu(
-            index=index,
-            uuid=uuid,
-            name=name,
-            memory_total=smi_bytes(total),
-            memory_used=smi_bytes(used),
-            utilization=smi_number(load),
-            processes=tuple(busy.get(uuid, ())),
-        )
-        for index, uuid, name, total, used, load in smi_rows(rows, columns=6)
+        Gpu(index=index, uuid=uuid, name=name, memory_total=smi_bytes(total))
+        for index, uuid, name, total in smi_rows(rows, columns=4)
     ]
-
-
-def _user_of(pid: int) -> str:
-    try:
-        return user_name(os.stat(f"/proc/{pid}").st_uid)  # noqa: PTH116 -- a file of /proc
-    except OSError:  # it exited, or runs in another container
-        return "?"
 
 
 async def gpus_for(spec: ClusterSpec, own_config: Path) -> GpuChoice:
