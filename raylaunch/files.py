@@ -1,4 +1,4 @@
-"""Atomic writes, checksums, log rotation, and directories that are held open by their descriptor.
+"""Atomic writes, checksums, log rotation, locks, and directories that are held open by their descriptor.
 
 Standard library and the syntax of Python 3.8 only: the runner uses it too.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from typing_extensions import Self
 
@@ -123,6 +124,21 @@ def rotate(path: Path, *, most_bytes: int = MOST_BYTES) -> bool:
     except OSError:  # there is no log, or it is read-only
         return False
     return True
+
+
+@contextlib.contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Try to lock a file while the block lasts; yield whether that succeeded. The kernel frees it if we are killed."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 class Directory:

@@ -49,7 +49,7 @@ def test_a_home_with_what_systemd_would_read_as_its_own_is_quoted(
     assert lines_of(text, "ExecStart")[0].endswith('"-m" "raylaunch.cluster.keep" "lab"')
 
 
-def test_only_the_keeper_is_the_units_own_and_only_a_failed_one_is_started_again() -> None:
+def test_the_unit_controls_only_the_watchdog_and_restarts_only_a_failed_one() -> None:
     text = unit_text(cluster_paths("lab"), user="ml")
     assert lines_of(text, "KillMode") == ["process"]
     assert lines_of(text, "Restart") == ["on-failure"]

@@ -32,7 +32,7 @@ def theirs(plain_ray: RayHeadRunning) -> Iterator[BesideRay]:
         yield cluster
 
 
-def test_up_starts_a_controller_beside_it_and_again_changes_nothing(theirs: BesideRay) -> None:
+def test_up_starts_a_controller_next_to_it_and_again_changes_nothing(theirs: BesideRay) -> None:
     before = theirs.controller_pid()
     again = theirs.cli("up")
     assert (again.status, theirs.controller_pid()) == (0, before)
@@ -54,7 +54,7 @@ def test_a_job_runs_there_with_its_code_and_gpus_and_gives_back_log_and_model(th
     assert (theirs.work / "model" / "model.bin").read_bytes() == b"model" * 1000
 
 
-def test_a_job_is_stopped_and_its_processes_are_gone(theirs: BesideRay) -> None:
+def test_a_job_is_stopped_and_its_processes_have_exited(theirs: BesideRay) -> None:
     job = theirs.python("import time; print('ready', flush=True); time.sleep(600)")
     theirs.ready(job)
     theirs.good("stop", job)
@@ -75,7 +75,7 @@ def test_metrics_of_a_run_can_be_read_while_it_is_off_line(theirs: BesideRay) ->
     assert theirs.job(job).last_metrics["loss"] == 0.5
 
 
-def test_down_ends_controller_and_stewards_and_nothing_of_ray(theirs: BesideRay) -> None:
+def test_down_ends_the_controller_and_node_agents_and_nothing_of_ray(theirs: BesideRay) -> None:
     kept, theirs_too = theirs.python("print('kept')"), f"somebody-elses-{secrets.token_hex(3)}"
     theirs.ended(kept)
     headers = {"Authorization": f"Bearer {theirs.ray_head.token_path.read_text()}"}
@@ -95,7 +95,7 @@ def test_down_ends_controller_and_stewards_and_nothing_of_ray(theirs: BesideRay)
     assert theirs.job(kept).state is JobState.SUCCEEDED
 
 
-def test_a_ray_that_is_not_there_is_said_with_its_address(tmp_path: Path) -> None:
+def test_a_missing_ray_is_reported_with_its_address(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("name: gone\naddress: http://127.0.0.1:9\n")
     cluster = Cluster(tmp_path, tmp_path)
     cluster.good("trust")
@@ -105,7 +105,7 @@ def test_a_ray_that_is_not_there_is_said_with_its_address(tmp_path: Path) -> Non
     assert "http://HOST:8265" in refused.err
 
 
-def test_a_wrong_token_is_said_with_its_file(theirs: BesideRay, tmp_path: Path) -> None:
+def test_a_wrong_token_is_reported_with_its_file(theirs: BesideRay, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("wrong" * 10)  # in raylaunch's own folder
     text = f"name: shut\naddress: {theirs.ray_head.dashboard_url}\nray_token_file: {tmp_path / 'token'}\n"
     (tmp_path / "cluster.yaml").write_text(text)
@@ -116,7 +116,7 @@ def test_a_wrong_token_is_said_with_its_file(theirs: BesideRay, tmp_path: Path) 
     assert f"rejects the token in {tmp_path / 'token'}" in refused.err
 
 
-def test_a_plan_says_what_would_be_done_and_does_nothing(theirs: BesideRay, tmp_path: Path) -> None:
+def test_a_plan_reports_what_would_be_done_and_does_nothing(theirs: BesideRay, tmp_path: Path) -> None:
     text = (theirs.work / "cluster.yaml").read_text().replace("theirs", "planned")
     (tmp_path / "cluster.yaml").write_text(text)
     cluster = Cluster(tmp_path, tmp_path)

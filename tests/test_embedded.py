@@ -33,7 +33,7 @@ from raylaunch.paths import ClusterPaths, secret_file, write_private
 from raylaunch.runner.command import without_ray
 
 SPEC = ClusterSpec(gpus=2)
-ROWS = "0, GPU-aaaa1111, NVIDIA H100, 81559, 0, 0\n1, GPU-bbbb2222, NVIDIA H100, 81559, 0, 0"
+ROWS = "0, GPU-aaaa1111, NVIDIA H100, 81559\n1, GPU-bbbb2222, NVIDIA H100, 81559"
 
 
 def ignore(_step: Step) -> None:
@@ -53,14 +53,14 @@ def test_a_cluster_that_was_never_started_is_stopped(home: Path) -> None:
     assert list(home.iterdir()) == []
 
 
-def test_reaching_a_cluster_that_does_not_run_says_how_to_start_it(home: Path) -> None:
+def test_reaching_a_cluster_that_does_not_run_reports_how_to_start_it(home: Path) -> None:
     assert home.is_dir()
     with pytest.raises(ClusterDownError) as caught:
         anyio.run(backend.reach, ClusterSpec())
     assert str(caught.value) == "cluster local is not running on this machine\n  → start it: raylaunch up"
 
 
-def test_down_on_a_cluster_that_does_not_run_succeeds_and_says_so(paths: ClusterPaths) -> None:
+def test_down_on_a_cluster_that_does_not_run_succeeds_and_reports_that(paths: ClusterPaths) -> None:
     report = anyio.run(backend.down, ClusterSpec())
     assert not report.was_running
     assert str(report) == f"cluster local was not running; jobs, logs and outputs stay in {paths.default_store}"
@@ -97,9 +97,7 @@ def test_a_record_of_before_the_reboot_is_a_stopped_cluster(paths: ClusterPaths)
     assert anyio.run(backend.status, ClusterSpec()).state == "stopped"
 
 
-def test_a_dead_controller_beside_a_living_ray_is_a_degraded_cluster_in_words(
-    paths: ClusterPaths, start: Start
-) -> None:
+def test_an_exited_controller_next_to_a_running_ray_is_a_degraded_cluster(paths: ClusterPaths, start: Start) -> None:
     ray = start()
     dead = ray.model_copy(update={"ticks": ray.ticks + 1, "pid": 4711})
     ports = {"controller": 25990, "dashboard": 25991}
@@ -130,7 +128,7 @@ def test_down_ends_what_the_record_names_and_all_that_carry_the_clusters_mark_an
     assert anyio.run(backend.status, ClusterSpec()).state == "stopped"
 
 
-def test_what_a_cluster_left_behind_is_found_when_its_record_is_gone(paths: ClusterPaths, start: Start) -> None:
+def test_leftover_processes_are_found_without_the_clusters_record(paths: ClusterPaths, start: Start) -> None:
     write_private(paths.controller_config, json.dumps({"cluster_id": "c0ffee"}))
     left = start(**{VAR_CLUSTER_ID: "c0ffee"})
     report = anyio.run(backend.down, ClusterSpec())
@@ -148,7 +146,7 @@ def test_the_session_of_a_dead_head_is_found_by_its_processes_titles(paths: Clus
 # Plans
 
 
-def test_a_plan_says_what_would_be_started_and_makes_nothing(home: Path) -> None:
+def test_a_plan_reports_what_would_be_started_and_starts_nothing(home: Path) -> None:
     text = str(anyio.run(backend.plan, SPEC))
     assert text.startswith("cluster local: would start\n  + Ray 2.60.")
     assert "with all CPU cores and 2 logical GPUs, loopback only" in text
@@ -205,7 +203,7 @@ def test_no_secret_and_nothing_of_another_ray_gets_into_the_environment_of_jobs(
     assert clean_environment(planted, paths).get("PYTHONPATH") != "x"
 
 
-def test_a_proxy_is_never_asked_for_loopback(paths: ClusterPaths) -> None:
+def test_loopback_never_goes_through_a_proxy(paths: ClusterPaths) -> None:
     env = clean_environment({"https_proxy": "http://proxy:3128", "no_proxy": "intranet"}, paths)
     assert env["no_proxy"] == "intranet,127.0.0.1,localhost"
 
@@ -245,7 +243,7 @@ def test_a_cluster_of_a_newer_raylaunch_is_refused(paths: ClusterPaths, start: S
         check_versions(seen, "2.60.0")
 
 
-def test_an_installed_ray_that_does_not_fit_is_said_with_the_command_that_helps(home: Path, tmp_path: Path) -> None:
+def test_an_incompatible_ray_is_refused_with_the_command_that_fixes_it(home: Path, tmp_path: Path) -> None:
     facts = tmp_path / "ray-2.9.3.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: ray\nVersion: 2.9.3\n")

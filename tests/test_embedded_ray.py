@@ -93,7 +93,7 @@ def test_up_on_a_healthy_cluster_changes_nothing(cluster: Cluster) -> None:
     assert [step.state for step in steps] == ["kept", "kept"]
 
 
-def test_a_running_cluster_that_differs_from_the_spec_is_kept_and_the_difference_said(cluster: Cluster) -> None:
+def test_a_running_cluster_that_differs_from_the_spec_is_kept_and_the_difference_reported(cluster: Cluster) -> None:
     steps: list[Step] = []
     spec = cluster.record().spec
     up(spec.model_copy(update={"gpus": 6}), steps)
@@ -150,7 +150,7 @@ def test_another_user_can_read_no_log_of_ray(cluster: Cluster) -> None:
 
 
 @pytest.mark.long
-def test_a_second_cluster_in_another_home_lives_beside_it(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_cluster_in_another_home_runs_next_to_it(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     before, spec = pids(status(cluster)), cluster.record().spec
     with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as home, monkeypatch.context() as environment:
         environment.setenv("RAYLAUNCH_HOME", home)
@@ -166,7 +166,7 @@ def test_a_second_cluster_in_another_home_lives_beside_it(cluster: Cluster, monk
     assert status(cluster).state == "running"
 
 
-def test_a_killed_controller_is_found_and_started_again_beside_the_same_ray(cluster: Cluster) -> None:
+def test_a_killed_controller_is_started_again_next_to_the_same_ray(cluster: Cluster) -> None:
     before = cluster.record()
     killed = kill(before.controller)
     assert status(cluster).problems == (f"the controller (pid {killed.pid}) has exited",)

@@ -85,7 +85,7 @@ def test_one_of_which_is_known_that_it_answered_is_not_waited_for_as_if_it_start
     assert watched.watch.judge(ONE, answers=False, answered_before=True)
 
 
-def test_a_watch_that_could_not_look_for_long_asks_twice() -> None:
+def test_a_watch_that_was_suspended_queries_twice() -> None:
     watched = Watched()
     watched.after(0, answers=True)
     assert not watched.after(3600)
@@ -106,7 +106,7 @@ def test_each_replacement_allows_the_next_one_more_silence_until_it_has_run_stea
     assert watched.silence_s(ONE) == allowed[0]
 
 
-def test_a_port_that_takes_connections_and_says_nothing_does_not_respond(silent_port: int) -> None:
+def test_a_port_that_accepts_connections_and_sends_nothing_does_not_respond(silent_port: int) -> None:
     assert not anyio.run(partial(responds, silent_port, "", limit_s=0.2))
 
 
@@ -126,7 +126,7 @@ def test_a_controller_that_is_silent_is_ended_unless_it_still_starts(
     assert is_alive(process) is not ended
 
 
-def test_one_that_answers_when_it_is_asked_again_stays(paths: ClusterPaths, start: Start, api: Api) -> None:
+def test_a_controller_that_answers_the_second_query_stays(paths: ClusterPaths, start: Start, api: Api) -> None:
     process = start()
     ports = {"controller": int(api.url.rpartition(":")[2])}
     record = new_record(ClusterSpec(), paths).with_(

@@ -94,7 +94,7 @@ def test_after_a_kill_at_each_step_the_next_up_completes(
         assert laptop.call("logs", job).stdout.strip() == host
 
 
-def test_one_bad_host_of_three_is_said_and_the_others_come_up(killed: tuple[list[Said], set[str]]) -> None:
+def test_one_bad_host_of_three_is_reported_and_the_others_come_up(killed: tuple[list[Said], set[str]]) -> None:
     last = killed[0][-1]
     assert last.status == 1
     assert "cluster lab: 1 of 3 hosts failed; h1, h2 came up" in last.err
@@ -103,7 +103,7 @@ def test_one_bad_host_of_three_is_said_and_the_others_come_up(killed: tuple[list
     assert max(one.silence_s for one in killed[0]) < QUIET_S, [one.lines for one in killed[0]]
 
 
-def test_the_next_up_completes_the_cluster_when_the_bad_host_is_mended(
+def test_the_next_up_completes_the_cluster_when_the_bad_host_is_fixed(
     killed: tuple[list[Said], set[str]], laptop: Laptop, lab: World
 ) -> None:
     assert killed

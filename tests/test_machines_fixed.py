@@ -101,7 +101,7 @@ def second(laptop: Laptop, lab: World, left: dict[str, str]) -> Said:
 
 
 @pytest.mark.parametrize("name", list(TROUBLE))
-def test_a_host_in_trouble_is_said_with_its_mend_and_the_others_come_up(first: Said, name: str) -> None:
+def test_a_host_with_problems_is_reported_with_its_fix_and_the_others_come_up(first: Said, name: str) -> None:
     wrong, mend = TROUBLE[name]
     lines = [line.strip() for line in first.err.splitlines()]
     at = max(number for number, line in enumerate(lines) if line.startswith(wrong))
@@ -110,7 +110,7 @@ def test_a_host_in_trouble_is_said_with_its_mend_and_the_others_come_up(first: S
     assert "h1" in first.err.partition("hosts failed; ")[2].partition(" came up")[0]
 
 
-def test_a_disk_that_becomes_full_is_said_with_its_folder_and_what_is_free(first: Said) -> None:
+def test_a_disk_that_becomes_full_is_reported_with_its_folder_and_free_space(first: Said) -> None:
     (words,) = {line.strip() for line in first.err.splitlines() if line.strip().startswith("full: the disk is full")}
     assert "/root/.raylaunch/wheels" in words
     assert words.endswith(" KiB free on /root")

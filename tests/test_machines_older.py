@@ -166,7 +166,7 @@ def test_a_job_that_waited_meanwhile_runs(upgraded: Upgraded, lab: World) -> Non
     assert older.said(upgraded.laptop.call("logs", upgraded.waits).stdout) == older.lines(0)
 
 
-def test_what_dies_is_started_again_by_the_newer_keeper(upgraded: Upgraded, lab: World) -> None:
+def test_what_exits_is_restarted_by_the_newer_watchdog(upgraded: Upgraded, lab: World) -> None:
     (ray,) = (one["ray"] for one in upgraded.before[1:])
     psutil.Process(ray).kill()
     wait_until(lambda: "ray" not in programs(lab.hosts[1]), 60, "Ray of 0.1.0 is gone")

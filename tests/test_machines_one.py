@@ -94,7 +94,7 @@ def of_user(host: Host, user: str, *words: str) -> dict[int, float]:
     return found
 
 
-def test_it_comes_up_and_says_something_at_least_every_ten_seconds(first_up: Said, laptop: Laptop) -> None:
+def test_it_comes_up_and_reports_something_at_least_every_ten_seconds(first_up: Said, laptop: Laptop) -> None:
     assert "dgx: job: test job succeeded" in first_up.err
     assert first_up.silence_s < QUIET_S, first_up.lines
     assert laptop.status()["state"] == "running"
@@ -109,7 +109,7 @@ def test_it_runs_there_under_the_account_and_its_own_python(first_up: Said, host
     assert not host.out("ls -A /root | grep raylaunch || true")
 
 
-def test_a_job_holds_logical_gpus_and_its_words_arrive_here(first_up: Said, laptop: Laptop) -> None:
+def test_a_job_holds_logical_gpus_and_its_log_arrives_here(first_up: Said, laptop: Laptop) -> None:
     assert first_up.status == 0
     words = 'echo $(hostname) $(id -un) $CUDA_VISIBLE_DEVICES; echo kept >"$RAYLAUNCH_OUTPUT_DIR/model"'
     job = laptop.call("submit", "--gpus", "2", "--name", "one", "--", words).stdout.strip()

@@ -57,7 +57,7 @@ def said(lab: World, tmp_path_factory: pytest.TempPathFactory) -> Said:
 
 
 @pytest.mark.parametrize("name", list(WORDS))
-def test_what_is_wrong_with_a_host_is_said_with_its_mend(said: Said, lab: World, name: str) -> None:
+def test_what_is_wrong_with_a_host_is_reported_with_its_fix(said: Said, lab: World, name: str) -> None:
     wrong, mend = WORDS[name]
     address = next(host.address for host in lab.hosts if host.name == name)
     lines = [line.strip() for line in said.err.splitlines()]
@@ -66,7 +66,7 @@ def test_what_is_wrong_with_a_host_is_said_with_its_mend(said: Said, lab: World,
     assert mend in lines[at + 1]
 
 
-def test_all_are_counted_and_the_exit_status_says_that_nothing_came_up(said: Said) -> None:
+def test_all_are_counted_and_the_exit_status_is_that_of_a_failure(said: Said) -> None:
     assert said.status == 1
     assert f"cluster lab: {len(WORDS)} of {len(WORDS)} hosts failed\n" in said.err
     assert said.silence_s < QUIET_S, said.lines

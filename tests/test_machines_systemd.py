@@ -54,7 +54,7 @@ def test_its_unit_keeps_the_cluster_and_the_account_lingers(laptop: Laptop, host
     assert host.path("/var/lib/systemd/linger/ml").exists()
 
 
-def test_a_keeper_that_is_killed_is_started_again_by_its_unit(laptop: Laptop, host: BootedHost) -> None:
+def test_a_killed_watchdog_is_restarted_by_its_unit(laptop: Laptop, host: BootedHost) -> None:
     assert laptop.living() == {"h1"}
     before = of_user(host, "show", "--property=MainPID", "--value", UNIT)
     host.run(f"kill -KILL {before}")

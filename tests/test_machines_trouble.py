@@ -86,7 +86,7 @@ def cluster(laptop: Laptop, host: Host, cut_up: Said) -> Laptop:
     return laptop
 
 
-def test_a_link_that_is_cut_while_wheels_are_pushed_is_said_and_nothing_is_silent(cut_up: Said) -> None:
+def test_a_connection_cut_while_wheels_are_pushed_is_reported_in_time(cut_up: Said) -> None:
     assert cut_up.status == 1
     assert "the connection to h1 was lost during: push" in cut_up.err
     assert cut_up.silence_s < QUIET_S, cut_up.lines
@@ -113,7 +113,7 @@ def test_from_a_second_laptop_the_same_file_finds_the_cluster_and_its_jobs(
     assert cluster.living() == {"h1"}
 
 
-def test_a_port_that_somebody_has_taken_is_said_and_another_one_is_used(cluster: Laptop, host: Host) -> None:
+def test_a_port_in_use_is_reported_and_another_one_is_used(cluster: Laptop, host: Host) -> None:
     known = load_client(cluster_paths("lab", {"RAYLAUNCH_HOME": str(cluster.home)}))
     assert known is not None
     cluster.call("down", limit_s=120)
@@ -126,7 +126,7 @@ def test_a_port_that_somebody_has_taken_is_said_and_another_one_is_used(cluster:
     cluster.call("down", limit_s=120)
 
 
-def test_a_fixed_port_that_somebody_has_is_said_by_whom_and_used_when_it_is_free(cluster: Laptop, host: Host) -> None:
+def test_a_fixed_port_in_use_is_reported_with_its_owner_and_used_when_free(cluster: Laptop, host: Host) -> None:
     cluster.call("down", limit_s=120)
     cluster.write(f"{FILE}port: {FIXED}\n")
     with taken(host, FIXED) as pid:

@@ -77,7 +77,7 @@ def rays(host: Host) -> dict[str, int]:
     return found
 
 
-def test_a_dry_run_says_what_would_be_done_on_each_host_and_does_nothing(laptop: Laptop, lab: World) -> None:
+def test_a_dry_run_reports_what_would_be_done_on_each_host_and_does_nothing(laptop: Laptop, lab: World) -> None:
     said = laptop.call("up", "--dry-run").stdout
     assert "h1: Ray's head and the controller, with 0 GPUs" in said
     assert "h3: Ray, joining h1, with 8 GPUs" in said
@@ -176,7 +176,7 @@ def test_up_on_a_healthy_cluster_changes_nothing(cluster: Laptop, lab: World) ->
     assert "network:" not in again.stderr
 
 
-def test_no_port_of_a_host_answers_a_stranger_beside_sshd(cluster: Laptop, lab: World) -> None:
+def test_only_sshd_of_a_host_answers_strangers(cluster: Laptop, lab: World) -> None:
     """From the bridge's side, which is a further machine of the same network, and without the token."""
     assert cluster.living()
     answers = {}
@@ -304,7 +304,7 @@ def knock(address: str, port: int, method: str, path: str) -> int | None:
 
 
 @pytest.mark.long
-def test_a_rays_crash_on_a_worker_is_mended_by_its_keeper(cluster: Laptop, lab: World) -> None:
+def test_a_crashed_ray_of_a_worker_is_restarted_by_its_watchdog(cluster: Laptop, lab: World) -> None:
     worker = lab.hosts[2]
     ray = rays(worker)["raylaunch.cluster.ray_start start"]
     psutil.Process(ray).kill()
@@ -313,7 +313,7 @@ def test_a_rays_crash_on_a_worker_is_mended_by_its_keeper(cluster: Laptop, lab: 
 
 
 @pytest.mark.long
-def test_a_controller_that_hangs_is_replaced_by_the_heads_keeper_and_a_job_ended_when_it_did(
+def test_a_hanging_controller_is_replaced_by_the_heads_watchdog_and_a_jobs_end_is_kept(
     cluster: Laptop, lab: World
 ) -> None:
     head, worker, _ = lab.hosts

@@ -110,7 +110,7 @@ def test_the_same_up_again_starts_nothing(newer: Laptop, lab: World) -> None:
     assert [ours(host) for host in lab.hosts] == before
 
 
-def test_an_older_raylaunch_is_refused_and_told_what_to_do(older: Laptop, newer: Laptop, lab: World) -> None:
+def test_an_older_raylaunch_is_refused_with_the_fix(older: Laptop, newer: Laptop, lab: World) -> None:
     newer.call("up", limit_s=UP_S)
     before = [ours(host) for host in lab.hosts]
     refused = older.call("up", limit_s=UP_S, check=False)

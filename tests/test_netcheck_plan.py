@@ -57,7 +57,9 @@ def test_all_hosts_with_gpus_take_part_where_one_of_them_is_new() -> None:
     ],
     ids=["nothing new", "one with GPUs", "only the head is new, which has none"],
 )
-def test_nothing_is_tried_where_nothing_is_to_be_proved(states: dict[str, HostState], fresh: set[str]) -> None:
+def test_nothing_is_checked_without_a_new_host_with_gpus_and_a_peer(
+    states: dict[str, HostState], fresh: set[str]
+) -> None:
     assert plan_allreduce(states, [node(1), node(2), node(3)], fresh) is None
 
 
@@ -68,7 +70,7 @@ def test_a_host_whose_gpus_are_in_use_is_left_out_and_not_waited_for() -> None:
     assert plan.left_out == ("dgx-2",)
 
 
-def test_the_command_of_a_member_is_one_that_its_program_understands() -> None:
+def test_the_command_of_a_member_is_understood_by_its_program() -> None:
     words = shlex.split(AllReducePlan(MEMBERS, run="r").entrypoint(1))
     assert words[-2] == netcheck.OPTION
     plan = json.loads(words[-1])
@@ -76,14 +78,14 @@ def test_the_command_of_a_member_is_one_that_its_program_understands() -> None:
     netcheck.NetworkCheck(plan)
 
 
-def test_success_says_over_what_between_whom_and_how_fast_the_slowest_was() -> None:
+def test_success_reports_the_backend_the_hosts_and_the_slowest_rate() -> None:
     said = success(MEMBERS, [DONE, {**DONE, "bytes_per_s": 120e6}, DONE])
     assert said == "64 MB over TCP between dgx-1, dgx-2 and dgx-3 on ens1 (10.0.0.1, 10.0.0.2, 10.0.0.3): 120 MB/s"
     fast = success(MEMBERS[:2], [{**DONE, "over": "nccl", "bytes_per_s": 3.14e9}] * 2)
     assert fast == "64 MB over nccl between dgx-1 and dgx-2 on ens1 (10.0.0.1, 10.0.0.2): 3.1 GB/s"
 
 
-def test_a_wall_between_two_workers_is_named_on_both_with_the_line_that_opens_it() -> None:
+def test_a_firewall_between_two_workers_is_reported_on_both_with_the_command_that_opens_it() -> None:
     found = explain(
         MEMBERS,
         [
@@ -104,7 +106,7 @@ def test_a_host_that_nobody_reaches_is_one_problem() -> None:
     assert "dgx-1 (10.0.0.1) and dgx-2 (10.0.0.2) cannot reach dgx-3 at 10.0.0.3: no route" in found["dgx-3"].message
 
 
-def test_of_several_broken_hops_the_one_that_broke_first_is_named() -> None:
+def test_of_several_broken_connections_the_first_is_reported() -> None:
     ends: list[dict[str, Any]] = [
         {"kind": "hop", "hop": ["dgx-3", "dgx-1"], "why": "nothing passed for 15 s", "step": 1},
         {"kind": "unmet", "unreached": {}, "absent": []},
@@ -116,7 +118,7 @@ def test_of_several_broken_hops_the_one_that_broke_first_is_named() -> None:
     assert "ping -M do -s 8972 10.0.0.3" in found["dgx-3"].hint
 
 
-def test_the_rest_of_what_may_go_wrong_is_said_by_host_with_its_mend() -> None:
+def test_other_failures_are_reported_by_host_with_their_fix() -> None:
     taken = explain(MEMBERS, [DONE, {"kind": "listen", "why": "address already in use"}, unmet(dgx_2="refused")])
     assert taken["dgx-2"].message == "dgx-2: cannot listen on 10.0.0.2 port 24000: address already in use"
     torch = explain(MEMBERS, [{"kind": "torch", "over": "nccl", "why": "DistBackendError: x"}, DONE, DONE])
@@ -128,7 +130,7 @@ def test_the_rest_of_what_may_go_wrong_is_said_by_host_with_its_mend() -> None:
     assert "the environment venv:/x does not exist" in job["dgx-1"].message
 
 
-def test_a_gpu_that_a_probe_job_held_is_waited_for_and_one_that_was_in_use_before_is_not() -> None:
+def test_only_gpus_that_a_test_job_held_are_waited_for() -> None:
     before = {"dgx-1": 8.0, "dgx-2": 3.0}
     seen = says(node(1, free=7), node(2, free=3))
     assert still_held(before, seen) == ("dgx-1",)

@@ -14,10 +14,10 @@ from raylaunch.errors import ConflictError
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.paths import ClusterPaths
 
-ROWS = "0, GPU-aaaa1111, NVIDIA H100, 81559, 0, 0\n1, GPU-bbbb2222, NVIDIA H100, 81559, 0, 0"
+ROWS = "0, GPU-aaaa1111, NVIDIA H100, 81559\n1, GPU-bbbb2222, NVIDIA H100, 81559"
 
 
-def test_a_cluster_that_uses_the_same_gpus_is_found_and_said_whose_it_is(
+def test_a_cluster_that_uses_the_same_gpus_is_found_with_its_owner(
     paths: ClusterPaths, start: Start, tmp_path: Path
 ) -> None:
     theirs = new_record(ClusterSpec(name="lab"), paths).with_(gpu_uuids=("GPU-bbbb2222",))

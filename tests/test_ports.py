@@ -58,7 +58,7 @@ def test_a_worker_block_keeps_clear_of_other_rays_and_of_promised_ports() -> Non
     assert 27000 not in block
 
 
-def test_no_room_for_worker_ports_is_said() -> None:
+def test_missing_worker_ports_are_an_error() -> None:
     with pytest.raises(ClusterStartError, match=f"no {WORKER_PORTS} consecutive ports are free"):
         worker_range(taken=[range(10000, 60000)])
 
@@ -73,7 +73,7 @@ def test_ray_keeps_the_ports_that_it_had() -> None:
     assert set(had) == {*RAY_PORTS, "worker_min", "worker_max"}
 
 
-def test_a_recorded_port_that_was_taken_meanwhile_is_replaced_and_said(taken: int) -> None:
+def test_a_recorded_port_that_was_taken_meanwhile_is_replaced_and_reported(taken: int) -> None:
     had = ray_ports({}, on_taken=print, avoid=()) | {"dashboard": taken}
     said: list[str] = []
     now = ray_ports(had, on_taken=said.append, avoid=())
@@ -82,7 +82,7 @@ def test_a_recorded_port_that_was_taken_meanwhile_is_replaced_and_said(taken: in
     assert said == [f"port {taken} (dashboard) is taken by {holder(taken)}; using another one"]
 
 
-def test_a_fixed_port_that_is_taken_is_an_error_that_says_by_whom(taken: int) -> None:
+def test_a_fixed_port_that_is_taken_is_an_error_with_the_owner(taken: int) -> None:
     with pytest.raises(ConflictError) as caught:
         controller_port({}, fixed=taken, on_taken=print, avoid=())
     message = (

@@ -23,7 +23,7 @@ import pytest
 from support.nvidia import H100, NvidiaSmi, dgx_h100, sliced, spark
 from support.sshd import Sshd, sshd
 
-from raylaunch.cluster.commands import LocalHost, LocalResult
+from raylaunch.cluster.commands import LocalHost, ProgramResult
 from raylaunch.cluster.probe.facts import HostFacts
 from raylaunch.cluster.probe.probe import probe, script
 from raylaunch.errors import HostStepError
@@ -50,7 +50,7 @@ class Here:
     env: dict[str, str] = field(default_factory=dict)
     name: str = "here"
 
-    async def run(self, argv: Sequence[str], /, *, input: bytes, limit_s: float) -> LocalResult:  # noqa: A002 -- the product's word
+    async def run(self, argv: Sequence[str], /, *, input: bytes, limit_s: float) -> ProgramResult:  # noqa: A002 -- the product's word
         """Run it as the shell that is asked for."""
         settings = [f"{name}={value}" for name, value in (NO_INDEX | self.env).items()]
         return await LocalHost(self.name).run(

@@ -127,7 +127,7 @@ def test_a_process_that_ignores_sigterm_is_killed(start: Starter) -> None:
     assert not is_alive(process)
 
 
-def test_ending_what_is_gone_is_no_error_and_touches_nobody_else(start: Starter) -> None:
+def test_ending_an_exited_process_is_no_error_and_ends_no_other(start: Starter) -> None:
     process = start(*STAYS)
     imposter = process.model_copy(update={"ticks": process.ticks + 1})
     assert anyio.run(partial(end, [imposter], grace_s=1)) == {process.pid: "already gone"}

@@ -21,7 +21,7 @@ def test_a_head_that_is_away_is_named_and_no_number_of_jobs_is_made_up() -> None
     assert len(said) == 2
 
 
-def test_a_cluster_of_which_nothing_is_known_here_is_not_said_to_be_down() -> None:
+def test_an_unknown_cluster_is_not_reported_as_down() -> None:
     said = list(status_lines(not_up("lab", None), now=0))
     assert said[1] == ("  ! not started from this machine; if it is already running, raylaunch up connects to it")
     assert "nothing was ended: cluster lab was not started from this machine" in str(
@@ -29,7 +29,7 @@ def test_a_cluster_of_which_nothing_is_known_here_is_not_said_to_be_down() -> No
     )
 
 
-def test_what_an_up_that_was_killed_may_have_left_is_said_until_it_is_down() -> None:
+def test_leftovers_of_a_killed_up_are_reported_until_down() -> None:
     spec = ClusterSpec(name="lab", hosts=(HostSpec(host="dgx-1", name="dgx-1"),))
     begun = ClientRecord(spec=spec, wanted="stopped", hosts={"dgx-1": spec.hosts[0]})
     assert "parts of it may run on dgx-1; raylaunch down ends them" in not_up("lab", begun).problems[0]

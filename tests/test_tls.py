@@ -103,16 +103,14 @@ def test_a_node_knows_whether_its_certificate_is_of_the_heads_authority(home: Pa
     ],
     ids=["several hosts", "switched off", "one host", "one that may grow", "this machine", "switched on"],
 )
-def test_where_ray_listens_on_the_network_it_uses_tls_unless_told_otherwise(
-    facts: dict[str, object], *, uses: bool
-) -> None:
+def test_ray_on_the_network_uses_tls_by_default(facts: dict[str, object], *, uses: bool) -> None:
     spec = ClusterSpec.model_validate({"name": "lab", **facts})
     assert spec.uses_tls is uses
     for host in spec.host_specs():
         assert spec.part_of(host).uses_tls is uses
 
 
-def test_a_cluster_that_runs_without_it_is_told_how_it_is_turned_on(paths: ClusterPaths) -> None:
+def test_a_cluster_without_tls_reports_how_to_turn_it_on(paths: ClusterPaths) -> None:
     """As one that 0.1.0 started: its record says nothing of TLS."""
     spec = ClusterSpec(name="lab", tls=True)
     had = new_record(ClusterSpec(name="lab"), paths).with_(wanted="running")

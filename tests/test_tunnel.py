@@ -94,7 +94,7 @@ def test_clusters_side_by_side_have_a_tunnel_each(ada: Person) -> None:
     assert not set(one.ports.values()) & set(other.ports.values())
 
 
-def test_rays_own_port_is_led_to_for_who_asks_for_it_alone(ada: Person) -> None:
+def test_rays_own_port_is_forwarded_only_on_request(ada: Person) -> None:
     assert "gcs" not in ada.tunnel("lab").head_ports
     assert "RAY_ADDRESS" not in ada.call("--cluster", "lab", "env").stdout
     assert "RAY_ADDRESS" in ada.call("--cluster", "lab", "env", "--gcs").stdout
@@ -130,7 +130,7 @@ def silent(person: Person) -> float:
 
 
 @pytest.mark.long
-def test_a_network_that_swallows_everything_is_said_in_time_and_the_cluster_is_found_again(
+def test_a_network_that_drops_everything_is_reported_in_time_and_the_cluster_is_found_again(
     ada: Person, host: Sshd
 ) -> None:
     host.freeze()
@@ -174,7 +174,7 @@ def test_a_job_that_is_followed_is_followed_on_after_the_connection_was_away(ada
     assert "again" in said
 
 
-def test_an_up_from_another_machine_says_that_it_found_the_cluster() -> None:
+def test_an_up_from_another_machine_reports_that_it_found_the_cluster() -> None:
     head = HostState(name="lab", cluster_id="c1", owner="ml")
     known = ClientRecord(spec=ClusterSpec.model_validate({"hosts": ["dgx-1"]}), cluster_id="c1")
     assert "is already running, started by ml" in adopted(None, head, fresh=False)

@@ -1,4 +1,4 @@
-"""Programs on this machine, run under a time limit. When cancelled, they are ended with their children.
+"""Programs on this machine, run under a time limit. If the call is cancelled, they are ended with their children.
 
 On Linux they also end when this process is killed: an orphan must not keep writing into folders that the next command
 cleans.
@@ -35,10 +35,17 @@ A function that `subprocess` runs before it starts the program would do the same
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """How a program ended, and all that it printed."""
+    """How a program ended, and what it printed."""
 
     status: int
-    text: str
+    out: bytes
+    err: bytes
+    """Empty if it was sent to `out` too."""
+
+    @property
+    def text(self) -> str:
+        """`out` as text."""
+        return self.out.decode(errors="replace")
 
 
 async def run_program(  # noqa: PLR0913 -- each is one fact, and all are named
@@ -48,7 +55,7 @@ async def run_program(  # noqa: PLR0913 -- each is one fact, and all are named
     env: Mapping[str, str],
     limit_s: float,
     step: str,
-    input: bytes = b"",  # noqa: A002 -- as subprocess calls it
+    input: bytes = b"",  # noqa: A002 -- as in subprocess
 ) -> ProgramResult:
     """Run a program; return how it ended.
 
@@ -57,8 +64,7 @@ async def run_program(  # noqa: PLR0913 -- each is one fact, and all are named
     """
     try:
         with anyio.fail_after(limit_s):
-            status, out, _ = await _ended(argv, input, cwd=cwd, env=env, stderr=subprocess.STDOUT)
-            return ProgramResult(status, out.decode(errors="replace"))
+            return await _ended(argv, input, cwd=cwd, env=env, stderr=subprocess.STDOUT)
     except TimeoutError:
         msg = f"{' '.join(argv[:3])} … has not ended after {limit_s:.0f} s"
         raise ClusterStartError(
@@ -69,10 +75,7 @@ async def run_program(  # noqa: PLR0913 -- each is one fact, and all are named
         raise ClusterStartError(msg, step=step) from None
 
 
-async def _ended(
-    argv: Sequence[str], given: bytes, *, cwd: Path, env: Mapping[str, str], stderr: int
-) -> tuple[int, bytes, bytes]:
-    """Run a program until it ends; return its exit status and what it printed."""
+async def _ended(argv: Sequence[str], given: bytes, *, cwd: Path, env: Mapping[str, str], stderr: int) -> ProgramResult:
     process = await asyncio.create_subprocess_exec(
         *_bound_to_us(argv, env),
         cwd=cwd,
@@ -90,7 +93,7 @@ async def _ended(
         with anyio.CancelScope(shield=True):
             await process.wait()
         raise
-    return await process.wait(), out, err or b""
+    return ProgramResult(await process.wait(), out, err or b"")
 
 
 def _bound_to_us(argv: Sequence[str], env: Mapping[str, str]) -> Sequence[str]:
@@ -103,21 +106,12 @@ def _bound_to_us(argv: Sequence[str], env: Mapping[str, str]) -> Sequence[str]:
 
 
 @dataclass(frozen=True)
-class LocalResult:
-    """How a command on this machine ended."""
-
-    status: int
-    out: bytes
-    err: bytes
-
-
-@dataclass(frozen=True)
 class LocalHost:
     """Runs commands on this machine. `name` is its name in errors."""
 
     name: str = "this machine"
 
-    async def run(self, argv: Sequence[str], /, *, input: bytes = b"", limit_s: float) -> LocalResult:  # noqa: A002 -- the name that subprocess has for it
+    async def run(self, argv: Sequence[str], /, *, input: bytes = b"", limit_s: float) -> ProgramResult:  # noqa: A002 -- as in subprocess
         """Run a program with `input` on its stdin.
 
         Raises:
@@ -126,8 +120,7 @@ class LocalHost:
         """
         try:
             with anyio.fail_after(limit_s):
-                ended = await _ended(argv, input, cwd=Path.cwd(), env=os.environ, stderr=subprocess.PIPE)
-                return LocalResult(*ended)
+                return await _ended(argv, input, cwd=Path.cwd(), env=os.environ, stderr=subprocess.PIPE)
         except TimeoutError:
             msg = f"{self.name}: {argv[0]} did not end within {limit_s:.0f} s"
             raise HostTimeoutError(msg, host=self.name, step=argv[0]) from None

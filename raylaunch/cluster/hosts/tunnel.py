@@ -7,7 +7,6 @@ for each cluster. A lost connection is made again, with the same local ports, un
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from raylaunch.cluster.ports import LOOPBACK, free_ports, is_free
 from raylaunch.cluster.probe.choices import target_of
 from raylaunch.cluster.processes import identify
 from raylaunch.errors import HostLostError, RaylaunchError
+from raylaunch.files import try_lock
 from raylaunch.paths import ClusterPaths, cluster_paths
 from raylaunch.ssh.host import SSHHost, machine
 from raylaunch.ssh.resolve import command
@@ -182,12 +182,9 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     os.umask(0o077)
     paths = cluster_paths(argv[0])
-    with (paths.root / "tunnel.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return 0
-        anyio.run(_keep, paths)
+    with try_lock(paths.root / "tunnel.lock") as acquired:
+        if acquired:
+            anyio.run(_keep, paths)
     return 0
 
 

@@ -5,6 +5,7 @@ This module does not import SSH: asyncssh takes longer to load than a command ab
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -62,18 +63,11 @@ async def ensure_tunnel(paths: ClusterPaths, *, fresh: bool = False, limit_s: fl
 async def _beats(paths: ClusterPaths) -> bool:
     """Return whether the tunnel's process is alive. One that has just been woken gets some time."""
     with anyio.move_on_after(_AWAKES_S):
-        while (silent := silent_s(paths)) is not None and silent > _SILENT_S:  # noqa: ASYNC110 -- another process
-            await anyio.sleep(_POLL_S)
+        with contextlib.suppress(OSError):  # there was no heartbeat yet
+            while time.time() - tunnel_file(paths).stat().st_mtime > _SILENT_S:  # noqa: ASYNC110 -- another process
+                await anyio.sleep(_POLL_S)
         return True
     return False
-
-
-def silent_s(paths: ClusterPaths) -> float | None:
-    """Return the age of the tunnel's last heartbeat; None if there was none."""
-    try:
-        return time.time() - tunnel_file(paths).stat().st_mtime
-    except OSError:
-        return None
 
 
 async def _wait_up(paths: ClusterPaths, asked_at: float, limit_s: float) -> TunnelRecord:

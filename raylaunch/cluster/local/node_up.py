@@ -185,7 +185,7 @@ class BringUp:
         ports = ray_ports(
             self.record.ports,
             on_taken=partial(self.steps.note, "ports"),
-            avoid=self._reserved(),
+            avoid=tuple(port for port in (self.record.spec.port, self.record.ports.get("controller")) if port),
             address=ANYWHERE if self.record.place.address else LOOPBACK,
         )
         moved = any(self.record.ports.get(key) not in (None, ports[key]) for key in ("gcs", "dashboard"))
@@ -201,10 +201,6 @@ class BringUp:
         self._save(self.record.with_(ray=ray))
         if moved and self.record.controller is not None:  # it uses Ray's old address
             await end([self.record.controller], grace_s=10)
-
-    def _reserved(self) -> tuple[int, ...]:
-        fixed = self.record.spec.port
-        return tuple(port for port in (fixed, self.record.ports.get("controller")) if port)
 
     async def _wait_for_jobs_api(self) -> None:
         await self.steps.step("jobs", "waiting for Ray's Jobs API", "Ray's Jobs API is ready", self._jobs, JOBS_S)

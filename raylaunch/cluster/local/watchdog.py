@@ -7,12 +7,10 @@ the head is away. It exits when the cluster is taken down here. systemd or cron 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import anyio
 import psutil
@@ -25,8 +23,8 @@ from raylaunch.cluster.processes import is_alive
 from raylaunch.cluster.record import ClusterRecord, cluster_lock, load_record
 from raylaunch.cluster.types import Step
 from raylaunch.errors import ConflictError, RaylaunchError
-from raylaunch.files import rotate
-from raylaunch.paths import ClusterPaths, cluster_paths, storage_errors, write_private
+from raylaunch.files import rotate, try_lock
+from raylaunch.paths import ClusterPaths, cluster_paths, write_private
 from raylaunch.version import __version__
 
 _POLL_S = 2.0
@@ -48,7 +46,7 @@ def main(argv: list[str]) -> int:
         return 2
     deadline = time.monotonic() + HAND_OVER_S
     while time.monotonic() < deadline:  # one of an older version may be about to exit
-        with _exclusive(paths) as acquired:
+        with _only_watchdog(paths) as acquired:
             if acquired:
                 set_watchdog_version(paths)
                 anyio.run(_watch, paths)
@@ -99,7 +97,7 @@ def set_watchdog_version(paths: ClusterPaths) -> None:
 
 def is_watched(paths: ClusterPaths) -> bool:
     """Return whether a watchdog of the cluster runs here."""
-    with _exclusive(paths) as acquired:
+    with _only_watchdog(paths) as acquired:
         return not acquired
 
 
@@ -176,21 +174,9 @@ def _has_address(address: str) -> bool:
     return not address or any(one.address == address for found in psutil.net_if_addrs().values() for one in found)
 
 
-@contextlib.contextmanager
-def _exclusive(paths: ClusterPaths) -> Iterator[bool]:
-    """Try to become the only watchdog of the cluster here while the block lasts; yield whether that succeeded."""
-    path = paths.root / "keep.lock"
-    with storage_errors(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
+def _only_watchdog(paths: ClusterPaths) -> AbstractContextManager[bool]:
+    """Try to become the only watchdog of the cluster here; yield whether that succeeded."""
+    return try_lock(paths.root / "keep.lock")
 
 
 def _start_logging() -> None:
