@@ -79,6 +79,21 @@ def create_exclusive(path: Path, data: bytes) -> bool:
     return True
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; copy it to another file system, or one without hard links.
+
+    Raises:
+        FileExistsError: the name is taken.
+        OSError: it cannot be written.
+    """
+    try:
+        os.link(str(source), str(target))
+    except FileExistsError:
+        raise
+    except OSError:
+        shutil.copy2(str(source), str(target))
+
+
 def replace_link(link: Path, target: Path) -> None:
     """Make `link` a symbolic link to `target`; one that exists is replaced in one step."""
     temporary = link.with_name(f".{link.name}.{os.urandom(4).hex()}")

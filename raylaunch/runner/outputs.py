@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from raylaunch.contract import APART, AUTO, CHECKPOINTS, COLLECTED, LEFT, LEFT_S, NONE, OUTPUTS
+from raylaunch.files import link_or_copy
 
 if TYPE_CHECKING:
     Snapshot = Mapping[str, tuple[int, int]]
@@ -225,10 +226,10 @@ class _Collector:
 
     def _keep_apart(self, path: str) -> None:
         """Keep a file under `APART`, because the program itself wrote another one of that name to its outputs."""
-        apart = f"{APART}/{path}"
-        if path.startswith(f"{APART}/") or _same_content(self._code / path, self._kept / OUTPUTS / path):
+        source, target, apart = self._code / path, self._kept / OUTPUTS / path, f"{APART}/{path}"
+        if path.startswith(f"{APART}/") or (target.is_file() and filecmp.cmp(source, target, shallow=False)):
             return
-        _link(self._code / path, self._kept / OUTPUTS / apart, replace=True)
+        _link(source, self._kept / OUTPUTS / apart, replace=True)
         self._now.add(apart)
         self._warnings.append(
             f"outputs: {path} is kept as {apart}: $RAYLAUNCH_OUTPUT_DIR has another file of that name"
@@ -299,14 +300,7 @@ def _is_ignored(parent: str, name: str) -> bool:
     folder = f"{parent}/{name}"
     if name in _CACHES or name.endswith(".egg-info") or any(os.path.lexists(f"{folder}/{mark}") for mark in _MARKS):
         return True
-    return name == "wandb" and any(_WANDB_ENTRY.match(entry) for entry in _entries(folder))
-
-
-def _entries(folder: str) -> Sequence[str]:
-    try:
-        return os.listdir(folder)  # noqa: PTH208 -- names are enough
-    except OSError:
-        return []
+    return name == "wandb" and any(_WANDB_ENTRY.match(entry.name) for entry in Path(folder).glob("*"))
 
 
 def _files_below(folder: Path) -> Iterator[str]:
@@ -324,18 +318,8 @@ def _matching(code: Path, pattern: str) -> Iterator[Path]:
                 yield file
 
 
-def _same_content(one: Path, other: Path) -> bool:
-    try:
-        return filecmp.cmp(str(one), str(other), shallow=False)
-    except OSError:  # one is a folder
-        return False
-
-
 def _link(source: Path, target: Path, *, replace: bool = False) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if replace and os.path.lexists(str(target)):
         target.unlink()
-    try:
-        os.link(str(source.resolve()), str(target))
-    except OSError:  # another file system, or one without hard links
-        shutil.copy2(str(source), str(target))
+    link_or_copy(source.resolve(), target)

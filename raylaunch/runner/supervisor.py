@@ -124,22 +124,13 @@ def start(  # noqa: PLR0913 -- what a process needs
     os.close(control_read)
     os.close(report_write)
     os.waitpid(middle, 0)
-    word, _, rest = _first_line(report_read).partition(" ")
+    with os.fdopen(report_read, "rb", buffering=0, closefd=False) as report:
+        word, _, rest = report.readline().decode("utf-8", "replace").strip().partition(" ")
     if word != "pid":
         os.close(control_write)
         os.close(report_read)
         raise StartError(rest or "its supervisor exited before it started")
     return ManagedProcess(int(rest), control_write, report_read)
-
-
-def _first_line(fd: int) -> str:
-    text = b""
-    while not text.endswith(b"\n"):
-        data = os.read(fd, 1)
-        if not data:
-            break
-        text += data
-    return text.decode("utf-8", "replace").strip()
 
 
 def stop_training(process: ManagedProcess, request: StopRequest, heartbeat: Heartbeat) -> bool:

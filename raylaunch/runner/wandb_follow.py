@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from raylaunch import contract
+from raylaunch.files import link_or_copy
 from raylaunch.runner.processes import open_wandb_files
 from raylaunch.tracking import wandb_runs
 
@@ -154,16 +155,7 @@ class RunFollower:
                 copy = target / os.path.relpath(folder, str(source)) / name
                 with contextlib.suppress(OSError):
                     copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    _link_or_copy(path, copy)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(str(source), str(target))
-    except FileExistsError:
-        return
-    except OSError:
-        shutil.copy2(str(source), str(target))
+                    link_or_copy(path, copy)
 
 
 def _started(path: Path) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from urllib.parse import unquote, urlsplit
 
 from raylaunch.files import write_atomic
@@ -93,9 +93,8 @@ def inspect(prepared: PreparedEnvironment, context: BuildContext, *, arch: str, 
     if machine != host:
         msg = f"{prepared.python} is built for {machine}, but this node is {host}: create the environment on {host}"
         raise EnvironmentProblem(msg)
-    raw = seen["packages"]
-    packages = {str(name): str(version) for name, version in raw.items()} if isinstance(raw, dict) else {}
-    warnings = _editable_warnings(seen.get("editable"), context)
+    packages = cast("dict[str, str]", seen["packages"])
+    warnings = _editable_warnings(cast("dict[str, str]", seen["editable"]), context)
     if gpus and "torch" in packages and _has_gpus():
         warnings += _torch_warnings(prepared, packages["torch"], gpus, context)
     return EnvironmentProbe(
@@ -136,10 +135,9 @@ def ask(python: str, program: str, env: dict[str, str], context: BuildContext) -
     return result
 
 
-def _editable_warnings(editable: object, context: BuildContext) -> list[str]:
+def _editable_warnings(editable: dict[str, str], context: BuildContext) -> list[str]:
     """Name what runs from a folder that may be edited, unless that is the attempt's own code."""
-    found = editable if isinstance(editable, dict) else {}
-    paths = {str(name): unquote(urlsplit(str(url)).path) for name, url in found.items() if name != "raylaunch"}
+    paths = {name: unquote(urlsplit(url).path) for name, url in editable.items() if name != "raylaunch"}
     return [
         f"{name} is installed editable: later edits in {path} reach this job"
         for name, path in sorted(paths.items())

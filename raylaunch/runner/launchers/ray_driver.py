@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from raylaunch import contract
+from raylaunch.files import write_atomic
 from raylaunch.runner.control import Heartbeat, StopRequest
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def prepare(driver: DriverPlan, folder: Path, environ: Mapping[str, str]) -> dic
     env.update(_wandb_key(driver, scratch, env))
     hidden = {name: value for name, value in driver.secrets.items() if name != _WANDB_KEY}
     start = scratch / "worker"
-    write_private(start, _worker_start(driver, hidden, folder), mode=0o700)
+    write_atomic(start, _worker_start(driver, hidden, folder), mode=0o700, durable=False)
     return {**env, **_job_config(driver, env, environ, start)}
 
 
@@ -135,13 +136,6 @@ def delete_secrets(folder: Path) -> None:
     """Delete the files with secrets at the end of the attempt."""
     for name in ("worker", "netrc"):
         (folder / contract.TMP / "ray" / name).unlink(missing_ok=True)
-
-
-def write_private(path: Path, text: str, *, mode: int) -> None:
-    """Write a file that nobody else can read at any moment."""
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
-        file.write(text)
 
 
 class TrainReportFollower:
@@ -260,7 +254,7 @@ def _wandb_key(driver: DriverPlan, scratch: Path, env: Mapping[str, str]) -> dic
     except (OSError, UnicodeDecodeError):
         content = ""
     machine = f"machine {urlsplit(driver.wandb_url).netloc}\n  login user\n  password {key}\n"
-    write_private(scratch / "netrc", content + machine, mode=0o600)
+    write_atomic(scratch / "netrc", content + machine, durable=False)
     return {"NETRC": str(scratch / "netrc")}
 
 
