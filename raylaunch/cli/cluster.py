@@ -10,13 +10,12 @@ from urllib.parse import urlsplit
 
 import click
 
-from raylaunch.cli.connect import ClusterCommand, as_json, ask_person, finish, show_step
+from raylaunch.cli.connect import ClusterCommand, as_json, finish
 from raylaunch.cli.console import count, note, say, say_json, say_lines, size, span, styled
 from raylaunch.cluster.hosts.backend import forward_gcs
 from raylaunch.cluster.ports import is_loopback
 from raylaunch.errors import AccessError
 from raylaunch.models.cluster import ClusterStatus, GpuView, NodeView, ProcessView, RayAccess
-from raylaunch.operations.connect import bring_up
 from raylaunch.operations.upgrade import take_down, upgraded
 
 _TLS = frozenset({"RAY_USE_TLS", "RAY_TLS_CA_CERT", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY"})
@@ -41,13 +40,10 @@ def up(cluster_file: Path | None, *, dry_run: bool, upgrade: bool, stop: bool, a
     for line in place.notes:
         note(line)
     if dry_run:
-        plan = finish(place.backend.plan(place.spec, on_prompt=ask_person))
+        plan = finish(place.plan())
         say_lines(str(plan).split("\n"))
         click.get_current_context().exit(1 if plan.problems else 0)
-    if upgrade:
-        status = finish(upgraded(place, stop=stop, on_step=show_step, on_prompt=ask_person))
-    else:
-        status = finish(bring_up(place.backend, place.spec, on_step=show_step, on_prompt=ask_person))
+    status = finish(upgraded(place, stop=stop) if upgrade else place.up())
     say_status(status, as_json=as_json)
 
 
@@ -61,7 +57,7 @@ def down(cluster_file: Path | None, *, stop: bool, force: bool) -> None:
     """Stop exactly what 'up' started; refuse while jobs are running. Records, logs and outputs stay."""
     place = ClusterCommand(cluster_file)
     hint = "stop them with their grace time: raylaunch down --stop; or at once: --force. The next up retries them"
-    work = take_down(place, stop=stop, force=force, on_step=show_step, on_prompt=ask_person, hint=hint)
+    work = take_down(place, stop=stop, force=force, hint=hint)
     say_lines(str(finish(work)).split("\n"))
 
 

@@ -30,7 +30,6 @@ from raylaunch.models.fields import Environment
 from raylaunch.models.job import JobView, MetricSeries, MetricsPage
 from raylaunch.models.safe_text import clean_lines, one_line
 from raylaunch.models.states import JobState
-from raylaunch.operations.connect import bring_up
 
 LIMIT_S = 20 * 60.0
 _POLL_S = 0.2
@@ -57,7 +56,9 @@ def demo(cluster_file: Path | None, dest: Path) -> None:
     if importlib.util.find_spec("sklearn") is None:
         msg = "the demo trains with scikit-learn, which is not installed here"
         raise RaylaunchError(msg, hint="pip install 'raylaunch[demo]'")
-    finish(_demo(ClusterCommand(cluster_file), folder, dest, Console(stderr=True, highlight=False)))
+    console = Console(stderr=True, highlight=False)
+    place = ClusterCommand(cluster_file, on_step=lambda step: say_step(console, step))
+    finish(_demo(place, folder, dest, console))
 
 
 def example_folder() -> Path:
@@ -72,7 +73,7 @@ def example_folder() -> Path:
 
 async def _demo(place: ClusterCommand, folder: Path, dest: Path, console: Console) -> None:
     _heading(console, "A cluster", "Ray and raylaunch's controller on this machine, reachable only from here")
-    await bring_up(place.backend, place.spec, on_step=lambda step: say_step(console, step))
+    await place.up()
 
     async with place.client() as client:
         _heading(console, "A job", f"train.py learns to read handwritten digits ({_shown(folder)})")

@@ -190,7 +190,7 @@ def remove(cluster_file: Path | None, *, host: str, stop: bool, forget: bool) ->
     """Remove HOST from the cluster: stop what 'up' started there, and remove it from cluster.yaml."""
     place = ClusterCommand(cluster_file)
     change = plan_remove(place.file, host)
-    report = finish(remove_host(place, change, host, stop=stop, forget=forget, on_step=show_step, on_prompt=ask_person))
+    report = finish(remove_host(place, change, host, stop=stop, forget=forget))
     say_removed(report, host, reached=not forget)
 
 

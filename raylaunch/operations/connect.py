@@ -148,10 +148,10 @@ class ClusterConnection:
         self._ours = not is_joined(spec.name)
         self._last: Endpoint | None = None
         self._notice = on_notice
-        self._step = on_step
+        self.on_step = on_step
         self._restarts = restarts
         self._prefix = prefix
-        self._prompt = on_prompt
+        self.on_prompt = on_prompt
 
     @contextlib.asynccontextmanager
     async def client(
@@ -195,9 +195,33 @@ class ClusterConnection:
             why, hint = await explain_silence(self.spec.name)
             raise NoAnswerError(f"{error.message}: {why}" if why else error.message, hint=hint or error.hint) from None
 
-    async def up(self) -> Endpoint:
-        """Start what is missing, and return the controller's endpoint."""
-        await bring_up(self.backend, self.spec, on_step=self._step, on_prompt=self._prompt)
+    async def up(self) -> ClusterStatus:
+        """Start what is missing, and send the wheels of the environment that the cluster.yaml lists.
+
+        Nodes without a package index need them, and people who submit need neither resolve nor send them then.
+
+        Raises:
+            RaylaunchError: as `Backend.up`, or there is no wheel of a package for a node.
+        """
+        spec = self.spec
+        status = await self.backend.up(spec, on_step=self.on_step, on_prompt=self.on_prompt)
+        if spec.kind == "local" or not spec.environment.requirements:
+            return status
+        started = time.monotonic()
+
+        def note(sentence: str) -> None:
+            self.on_step(Step("environment", "note", sentence))
+
+        endpoint = await self.backend.reach(spec)
+        async with Client(endpoint, cluster=spec.name, environment=spec.environment, on_notice=note) as client:
+            sets = await client.send_environment()
+        if sets:
+            words = f"sent wheels of {spec.environment} for nodes with {', '.join(str(one.platform) for one in sets)}"
+            self.on_step(Step("environment", "done", words, time.monotonic() - started))
+        return status
+
+    async def _started(self) -> Endpoint:
+        await self.up()
         return await self.backend.reach(self.spec)
 
     async def running_jobs(self) -> tuple[JobView, ...]:
@@ -215,7 +239,7 @@ class ClusterConnection:
 
     async def plan(self) -> Plan:
         """Return what `up` would do now, and why it would fail. Nothing is changed."""
-        return await self.backend.plan(self.spec, on_prompt=self._prompt)
+        return await self.backend.plan(self.spec, on_prompt=self.on_prompt)
 
     async def _running(self) -> Endpoint | None:
         with contextlib.suppress(ClusterDownError):
@@ -236,7 +260,7 @@ class ClusterConnection:
         else:
             msg = "there is no cluster here"
             raise ClusterDownError(msg, hint="start it: raylaunch up")
-        return await self.up()
+        return await self._started()
 
     async def _should_run(self) -> bool:
         """Return whether this cluster should run: it was started, and not taken down."""
@@ -257,7 +281,7 @@ class ClusterConnection:
         except ClusterDownError:
             if not self._ours or not await self._should_run():
                 raise
-            self._last = await self.up()
+            self._last = await self._started()
         except (HostUnreachableError, HostLostError, HostTimeoutError):
             if self._last is None:
                 raise
@@ -271,7 +295,7 @@ class ClusterConnection:
         endpoint = self._last or await self.backend.reach(self.spec)
         if self._ours and not endpoint.over_ssh:
             await health.end_hung(cluster_paths(self.spec.name), endpoint.token, lock_s=_LOCK_S)
-            endpoint = await self.up()
+            endpoint = await self._started()
         else:
             until = time.monotonic() + _WATCHDOG_S
             port = urlsplit(endpoint.url).port or 0
@@ -282,34 +306,6 @@ class ClusterConnection:
         self._last = endpoint
         self._notice(f"cluster {self.spec.name!r} is responding again")
         return endpoint
-
-
-async def bring_up(
-    backend: Backend, spec: ClusterSpec, *, on_step: Callable[[Step], None], on_prompt: OnPrompt | None = None
-) -> ClusterStatus:
-    """Start what is missing of a cluster, and send it the wheels of the environment that its cluster.yaml lists.
-
-    Nodes without a package index need them, and people who submit need neither resolve nor send them then.
-
-    Raises:
-        RaylaunchError: as `Backend.up`, or there is no wheel of a package for a node.
-    """
-    status = await backend.up(spec, on_step=on_step, on_prompt=on_prompt)
-    if spec.kind == "local" or not spec.environment.requirements:
-        return status
-    started = time.monotonic()
-
-    def note(sentence: str) -> None:
-        on_step(Step("environment", "note", sentence))
-
-    async with Client(
-        await backend.reach(spec), cluster=spec.name, environment=spec.environment, on_notice=note
-    ) as client:
-        sets = await client.send_environment()
-    if sets:
-        words = f"sent wheels of {spec.environment} for nodes with {', '.join(str(one.platform) for one in sets)}"
-        on_step(Step("environment", "done", words, time.monotonic() - started))
-    return status
 
 
 async def _answers(endpoint: Endpoint) -> bool:

@@ -22,7 +22,7 @@ from raylaunch.models.cluster import ClusterStatus, HostJobs
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.host_spec import HostSpec
 from raylaunch.models.job import JobView
-from raylaunch.operations.connect import ClusterConnection, bring_up
+from raylaunch.operations.connect import ClusterConnection
 from raylaunch.operations.upgrade import running_jobs, until_ended
 from raylaunch.paths import storage_errors
 from raylaunch.ssh.target import OnPrompt
@@ -137,7 +137,7 @@ async def add(
     """
     from raylaunch.cluster.hosts import host_calls  # noqa: PLC0415 -- it loads asyncssh, which takes longer than most verbs
 
-    connection = ClusterConnection(change.spec, on_notice=lambda _: None, on_step=on_step)
+    connection = ClusterConnection(change.spec, on_notice=lambda _: None, on_step=on_step, on_prompt=on_prompt)
     try:
         record = host_calls.known(change.spec.name)
     except ClusterDownError:
@@ -145,20 +145,13 @@ async def add(
     if record is not None and record.wanted == "running" and record.head_address == LOOPBACK:
         msg = f"cluster {change.spec.name} listens only on its host's loopback, where {host} cannot reach it"
         raise ConflictError(msg, hint=f"raylaunch down, then raylaunch add {host}: it starts on the cluster's network")
-    status = await bring_up(connection.backend, change.spec, on_step=on_step, on_prompt=on_prompt)
+    status = await connection.up()
     change.write()
     return status
 
 
-async def remove(  # noqa: PLR0913 -- two flags and two callbacks
-    connection: ClusterConnection,
-    change: HostChange,
-    host: str,
-    *,
-    stop: bool,
-    forget: bool,
-    on_step: Callable[[Step], None],
-    on_prompt: OnPrompt | None = None,
+async def remove(
+    connection: ClusterConnection, change: HostChange, host: str, *, stop: bool, forget: bool
 ) -> DownReport:
     """Remove a host from a cluster: drain it, stop what was started there, and forget it.
 
@@ -168,8 +161,6 @@ async def remove(  # noqa: PLR0913 -- two flags and two callbacks
         host: the host's name.
         stop: stop jobs running there and queue them again; otherwise running jobs are an error.
         forget: do not connect to the host, which may be gone permanently.
-        on_step: called while something is waited for.
-        on_prompt: asks a person; None without a person.
 
     Raises:
         ConflictError: jobs are running there, or it is the head.
@@ -181,8 +172,8 @@ async def remove(  # noqa: PLR0913 -- two flags and two callbacks
     host_calls.check_leaves(host_calls.known(connection.spec.name), host)
     async with connection.client() as client:
         if not forget:
-            await _empty(client, host, stop=stop, on_step=on_step)
-        report = await host_calls.remove_host(connection.spec.name, host, forget=forget, on_prompt=on_prompt)
+            await _empty(client, host, stop=stop, on_step=connection.on_step)
+        report = await host_calls.remove_host(connection.spec.name, host, forget=forget, on_prompt=connection.on_prompt)
         change.write()
         with contextlib.suppress(NotFoundError):  # it was not drained
             await client.admin.undrain(host)

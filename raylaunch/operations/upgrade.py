@@ -12,8 +12,7 @@ from raylaunch.cluster.types import DownReport, Step
 from raylaunch.errors import ClusterDownError, ClusterError, ConflictError, RayVersionError
 from raylaunch.models.cluster import ClusterStatus
 from raylaunch.models.job import JobView
-from raylaunch.operations.connect import ClusterConnection, bring_up
-from raylaunch.ssh.target import OnPrompt
+from raylaunch.operations.connect import ClusterConnection
 
 _POLL_S = 0.5
 _REPORT_EVERY_S = 5.0
@@ -23,23 +22,20 @@ _NAMED = 3
 _LONGEST_S = 7 * 86400.0
 
 
-async def upgraded(
-    connection: ClusterConnection, *, stop: bool, on_step: Callable[[Step], None], on_prompt: OnPrompt | None = None
-) -> ClusterStatus:
+async def upgraded(connection: ClusterConnection, *, stop: bool) -> ClusterStatus:
     """Start a cluster with the Ray version installed here; another version is replaced while no job is running.
 
     Args:
         connection: the cluster.
         stop: stop running jobs, each with its grace time, and queue them again; otherwise wait for them.
-        on_step: called with the steps, and while something is waited for.
-        on_prompt: asks a person; None without a person.
 
     Raises:
         ClusterError: a job did not stop in time; jobs may start again then.
         RaylaunchError: as for `down` and `up`.
     """
+    on_step = connection.on_step
     try:
-        return await bring_up(connection.backend, connection.spec, on_step=on_step, on_prompt=on_prompt)
+        return await connection.up()
     except RayVersionError as error:
         on_step(Step("upgrade", "note", error.message))
     try:
@@ -47,8 +43,8 @@ async def upgraded(
             await (stop_jobs(client, on_step=on_step) if stop else _wait_for_jobs(client, on_step=on_step))
     except ClusterDownError:  # no controller is running, so no job can start
         on_step(Step("upgrade", "note", "no controller is responding; stopping what is still running"))
-    await connection.backend.down(connection.spec, on_prompt=on_prompt)
-    return await bring_up(connection.backend, connection.spec, on_step=on_step, on_prompt=on_prompt)
+    await connection.backend.down(connection.spec, on_prompt=connection.on_prompt)
+    return await connection.up()
 
 
 async def _wait_for_jobs(client: Client, *, on_step: Callable[[Step], None]) -> None:
@@ -120,24 +116,14 @@ def running_jobs(jobs: tuple[JobView, ...]) -> str:
     return f"{len(jobs)} running {'job' if len(jobs) == 1 else 'jobs'}: {named}{more}" if jobs else "no running jobs"
 
 
-async def take_down(  # noqa: PLR0913 -- each is one fact of the request
-    connection: ClusterConnection,
-    *,
-    stop: bool,
-    force: bool,
-    on_step: Callable[[Step], None],
-    hint: str,
-    on_prompt: OnPrompt | None = None,
-) -> DownReport:
+async def take_down(connection: ClusterConnection, *, stop: bool, force: bool, hint: str) -> DownReport:
     """Stop a cluster.
 
     Args:
         connection: the cluster.
         stop: stop its jobs first, each with its grace time; the next `up` retries them.
         force: stop it while jobs are running.
-        on_step: called while jobs are waited for.
         hint: how to choose `stop` or `force`.
-        on_prompt: asks a person; None without a person.
 
     Raises:
         ConflictError: jobs are running, and neither `stop` nor `force` is True.
@@ -149,5 +135,5 @@ async def take_down(  # noqa: PLR0913 -- each is one fact of the request
         raise ConflictError(msg, hint=hint)
     if running:
         async with connection.client() as client:
-            await stop_jobs(client, on_step=on_step)
-    return await connection.backend.down(connection.spec, on_prompt=on_prompt)
+            await stop_jobs(client, on_step=connection.on_step)
+    return await connection.backend.down(connection.spec, on_prompt=connection.on_prompt)

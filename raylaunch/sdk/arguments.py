@@ -134,7 +134,7 @@ async def steps_of_up(spec: ClusterSpec, *, on_notice: Callable[[str], None]) ->
         await asyncio.gather(work, return_exceptions=True)
 
 
-async def bring_up(place: ClusterConnection, *, upgrade: bool, stop: bool, on_step: Callable[[Step], None]) -> None:
+async def bring_up(place: ClusterConnection, *, upgrade: bool, stop: bool) -> None:
     """Start a cluster; with `upgrade` also where another version of Ray runs, once no job does.
 
     Raises:
@@ -142,7 +142,7 @@ async def bring_up(place: ClusterConnection, *, upgrade: bool, stop: bool, on_st
         ClusterStartError: something is still missing.
     """
     if upgrade:
-        await upgraded(place, stop=stop, on_step=on_step)
+        await upgraded(place, stop=stop)
     elif stop:
         msg = "up(stop=True) needs upgrade=True: it decides whether running jobs are stopped for the upgrade"
         raise SpecError(msg, hint="to stop a job: job.stop()", field="stop")

@@ -152,7 +152,7 @@ class AsyncCluster:
         report = on_step or show_steps(spec.name)
         place = ClusterConnection(spec, on_notice=on_notice, on_step=report, prefix=sys.prefix)
         async with contextlib.AsyncExitStack() as stack:
-            await bring_up(place, upgrade=upgrade, stop=stop, on_step=report)
+            await bring_up(place, upgrade=upgrade, stop=stop)
             client = await stack.enter_async_context(place.client())
             seen = await client.status()
             return cls(client, name=spec.name, holds=stack.pop_all(), seen=seen)
@@ -207,7 +207,7 @@ class AsyncCluster:
         report = on_step or show_steps(spec.name)
         place = ClusterConnection(spec, on_notice=log_notice, on_step=report, restarts=False)
         hint = "stop them with their grace time: down(…, stop=True); or at once: force=True. The next up retries them"
-        return await take_down(place, stop=stop, force=force, on_step=report, hint=hint)
+        return await take_down(place, stop=stop, force=force, hint=hint)
 
     async def __aenter__(self) -> Self:
         return self
