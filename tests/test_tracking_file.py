@@ -181,7 +181,7 @@ def test_run_step_metrics_summary_and_exit_are_read(tmp_path: Path) -> None:
     records = [run(starting_step=12), step_metric("val/*", "epoch"), summary({"best": 3, "_runtime": 1}), ended(-9)]
     path.write_bytes(framed(records))
     assert list(RunFile(path).stream()) == [
-        RunInfo("r1", "digits", "me", "brave-net", 12),
+        RunInfo("r1", "digits", "brave-net", 12),
         StepMetric("val/*", "epoch"),
         Summary({"best": 3.0}),
         RunExit(-9),

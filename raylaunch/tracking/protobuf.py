@@ -1,10 +1,9 @@
-"""Protocol Buffers on the wire, as far as W&B's records need it: fields of a message, and rows of numbers.
+"""The part of Protocol Buffers' wire format that W&B's records need: fields of a message, and rows of numbers.
 
 Measured: W&B's generated classes (`wandb.proto.wandb_internal_pb2`) take 0.4-0.7 s and 53 MB to import (9 → 62 MB;
-FastAPI and uvicorn together: 37 MB), because the whole package comes with them; behind a false `wandb` module it would
-be 0.04 s and 8 MB. On a file of 100,000 rows of five metrics (53 MB), protobuf's C parser over a schema of just these
-fields takes 1.3 s, and so do the loops below, which cost no memory and no import, and pass over fields that a later W&B
-adds, as the format intends (https://protobuf.dev/programming-guides/encoding/).
+FastAPI and uvicorn together: 37 MB), because they import the whole package. On a file of 100,000 rows of five metrics
+(53 MB), protobuf's C parser over a schema of just these fields takes 1.3 s, and so do the loops below, which import
+nothing and skip unknown fields, as the format intends (https://protobuf.dev/programming-guides/encoding/).
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ _VALUE_TAG = b"\x82\x01"
 """The tag of a field 16 that holds bytes."""
 _KEYS_REMEMBERED = 10_000
 LONGEST_KEY = 500
-"""Characters of a metric's name; what is longer is cut."""
+"""Characters of a metric's name; a longer one is cut."""
 _NOT_NUMBERS = frozenset(b'"{[tfn')
-"""First bytes of JSON that is a text, an object, a list, true, false or null."""
+"""First bytes of JSON that is a string, an object, a list, true, false or null."""
 
 
 class WireError(ValueError):
-    """These bytes are not a message."""
+    """The bytes are not a message."""
 
 
 def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -85,7 +84,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 class Rows:
     """Reads rows: the items of history and summary records.
 
-    Rows repeat the same keys thousands of times, so what comes before an item's value is looked up, not parsed again.
+    Rows repeat the same keys thousands of times, so the bytes before an item's value are looked up, not parsed again.
     """
 
     def __init__(self) -> None:
@@ -94,8 +93,8 @@ class Rows:
     def numbers(self, data: bytes) -> dict[str, float]:
         """Return the items that are numbers, nested keys joined by ``.``.
 
-        What describes a media object (an image's width, a table's rows: all beside a ``_type``) is no metric, and is
-        left out.
+        Facts about a media object (an image's width, a table's rows: all next to a ``_type``) are not metrics, and are
+        omitted.
 
         Args:
             data: the bytes of a ``HistoryRecord`` or a ``SummaryRecord``; field 1 of both repeats the items.
@@ -125,7 +124,7 @@ class Rows:
         if key is None:
             try:
                 key, other = _any_item(head)
-            except WireError:  # the tag's bytes were part of a text
+            except WireError:  # the tag's bytes were part of a string
                 return _any_item(data)
             if other is not None or not key:
                 return _any_item(data)

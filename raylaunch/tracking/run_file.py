@@ -1,30 +1,19 @@
 """Reading W&B runs from their ``.wandb`` files, online or offline, while they grow; and the runs of an attempt.
 
-W&B writes the file of a run next to its uploads, and offline it is the only record there is; so this is where metrics
-come from. Nothing of the wandb package is imported (see `raylaunch.tracking.protobuf` for what that would cost).
+W&B writes the file of a run next to its uploads, and offline it is the only record, so metrics are read from it.
+Nothing of the wandb package is imported (see `raylaunch.tracking.protobuf` for what that would cost).
 
-How soon a row can be read is W&B's to decide. Measured from `run.log` to the row read here, a row each 20 ms, by
-``WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL`` (wandb 0.31; CPU seconds of script and core together over 5 s):
-
-========  =======  ======  =====  =====
-interval  median   95 %    most   CPU
-========  =======  ======  =====  =====
-1         0.45 s   0.94 s  1.01   1.6
-0.5       0.24 s   0.48 s  0.51   1.7
-0.25      0.13 s   0.25 s  0.29   1.8
-0.1       0.05 s   0.10 s  0.14   1.8
-========  =======  ======  =====  =====
-
-So 0.25 keeps the promise of a second with room for the way to the store, and costs next to nothing. wandb 0.28 to
-0.30 do not know the variable: they write whenever a block of 32 KiB is full, and at the end. At a row a second without
-system statistics, 0.28 and 0.30 wrote nothing for 40 s: such rows are late, and a SIGKILL loses what is in the block.
+W&B decides how soon a row can be read. Measured with wandb 0.31 from `run.log` to the row read here (median, maximum)
+by ``WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL``: 1 s: 0.45 s, 1.01 s; 0.25 s: 0.13 s, 0.29 s, with 12 % more CPU time.
+wandb 0.28 to 0.30 do not know the variable: they write when a block of 32 KiB is full, and at the end. At a row a
+second without system statistics they wrote nothing for 40 s, and a SIGKILL loses what is in the block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from raylaunch.contract import WANDB, EarlierRun
 from raylaunch.errors import TrackingError
@@ -32,7 +21,7 @@ from raylaunch.tracking.frames import BLOCK, Frames
 from raylaunch.tracking.protobuf import Rows, WireError, fields
 
 LARGEST_STEP = float(1 << 63)
-"""What is beyond it, infinite or NaN is no step."""
+"""A larger, infinite or NaN value is not a step."""
 _HISTORY, _SUMMARY, _METRIC, _RUN, _EXIT = 2, 3, 12, 17, 18
 """Field numbers of W&B's ``Record`` (wandb/proto/wandb_internal.proto)."""
 _LAST_MOMENT = 1e11
@@ -40,7 +29,7 @@ _HEAD_ITEMS = 1000
 """The run's id and name are among the first records of its file."""
 _TAIL = 2 * BLOCK
 _LONGEST = 1000
-"""Characters of a run's name and project; with more it is not matched."""
+"""Characters of a run's name and project; a longer one is not matched."""
 
 
 def run_files(attempt: Path) -> list[Path]:
@@ -49,7 +38,7 @@ def run_files(attempt: Path) -> list[Path]:
 
 
 def run_info(path: Path) -> RunInfo | None:
-    """Return who a run is, as the beginning of its file has it; None when it does not, or cannot be read."""
+    """Return the run's identity from the start of its file; None if it is not there or cannot be read."""
     try:
         for _, item in zip(range(_HEAD_ITEMS), RunFile(path).stream(), strict=False):
             if isinstance(item, RunInfo):
@@ -60,7 +49,7 @@ def run_info(path: Path) -> RunInfo | None:
 
 
 def exit_code(path: Path) -> int | None:
-    """Return the status with which a run was finished, as the end of its file has it; None when it was not."""
+    """Return the exit code of a finished run, from the end of its file; None if it is not finished."""
     found = None
     try:
         start = max(0, path.stat().st_size - _TAIL) // BLOCK * BLOCK
@@ -92,11 +81,11 @@ def earlier_runs(job: Path, before: int) -> list[EarlierRun]:
 
 
 def last_values(path: Path, *, max_bytes: int) -> dict[str, float]:
-    """Return the last value of each metric that the end of the file has, numbers of the summary among them.
+    """Return the last value of each metric in the last part of the file, including the summary's numbers.
 
     Args:
         path: the run's ``.wandb`` file.
-        max_bytes: how many bytes to read, to a block more.
+        max_bytes: how many bytes to read, rounded up to a block.
 
     Raises:
         TrackingError: the file is not W&B's, or cannot be read.
@@ -116,25 +105,22 @@ def last_values(path: Path, *, max_bytes: int) -> dict[str, float]:
     return {**summary, **history}
 
 
-@dataclass(frozen=True)
-class History:
-    """One row of `wandb.log`. `at` is 0 where W&B gave no time that can be one."""
+class History(NamedTuple):
+    """One row of `wandb.log`. `at` is 0 if W&B gave no valid time."""
 
     step: float
     at: float
     values: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """Values of the run's summary that were set or changed."""
 
     values: dict[str, float]
 
 
-@dataclass(frozen=True)
-class StepMetric:
-    """`define_metric`: metrics whose names match `pattern` are drawn over `step_metric` (empty: over W&B's step).
+class StepMetric(NamedTuple):
+    """`define_metric`: metrics whose names match `pattern` are plotted over `step_metric` (empty: over W&B's step).
 
     The pattern is a name, or a prefix with ``*`` at its end.
     """
@@ -143,20 +129,17 @@ class StepMetric:
     step_metric: str
 
 
-@dataclass(frozen=True)
-class RunInfo:
-    """Who the run is. wandb 0.31 writes a `starting_step` of 0 even for a resumed run, whose rows start higher."""
+class RunInfo(NamedTuple):
+    """The run's identity. wandb 0.31 writes a `starting_step` of 0 even for a resumed run, whose rows start higher."""
 
     run_id: str
     project: str
-    entity: str
     name: str
     starting_step: int
 
 
-@dataclass(frozen=True)
-class RunExit:
-    """The script ended the run, or W&B saw it end. Says nothing about how the job ended: a killed run has none."""
+class RunExit(NamedTuple):
+    """The run was finished. It does not say how the job ended: a killed run has none."""
 
     code: int
 
@@ -195,17 +178,17 @@ class RunFile:
         for record in self._frames.read():
             for number, payload in self._fields(record):
                 if number == _HISTORY:
-                    # W&B writes the row to the summary first: reading both would double the work for nothing.
+                    # W&B writes the row to the summary first, so reading both is unnecessary.
                     pending = None
                 elif pending is not None:
-                    yield from self._summary(pending)
+                    yield from self._item(_SUMMARY, pending)
                     pending = None
                 if number == _SUMMARY:
                     pending = payload
                 else:
                     yield from self._item(number, payload)
         if pending is not None:
-            yield from self._summary(pending)
+            yield from self._item(_SUMMARY, pending)
 
     def _fields(self, record: bytes) -> list[tuple[int, bytes]]:
         try:
@@ -218,20 +201,14 @@ class RunFile:
             self._unknown += 1
             return []
 
-    def _summary(self, payload: bytes) -> Iterator[Item]:
-        try:
-            values = self._rows.numbers(payload)
-        except WireError:
-            self._unknown += 1
-            return
-        summary = {key: value for key, value in values.items() if not key.startswith("_")}
-        if summary:
-            yield Summary(summary)
-
     def _item(self, number: int, payload: bytes) -> Iterator[Item]:
         try:
             if number == _HISTORY:
                 yield self._history(payload)
+            elif number == _SUMMARY:
+                values = self._rows.numbers(payload)
+                if summary := {key: value for key, value in values.items() if not key.startswith("_")}:
+                    yield Summary(summary)
             elif number == _METRIC:
                 yield _step_metric(payload)
             elif number == _RUN:
@@ -247,7 +224,7 @@ class RunFile:
         if step is None:
             step = _number(dict(fields(_bytes(dict(fields(payload)), 2))), 1)
         if not abs(step) <= LARGEST_STEP:
-            msg = f"{step} is no step"
+            msg = f"{step} is not a step"
             raise WireError(msg)
         logged_at = at if 0 <= at <= _LAST_MOMENT else 0.0
         return History(int(step), logged_at, {key: value for key, value in values.items() if not key.startswith("_")})
@@ -260,12 +237,11 @@ def _step_metric(payload: bytes) -> StepMetric:
 
 
 def _run_info(payload: bytes) -> RunInfo:
-    """``RunRecord``: run_id 1, entity 2, project 3, display_name 8, starting_step 14."""
+    """``RunRecord``: run_id 1, project 3, display_name 8, starting_step 14."""
     found = dict(fields(payload))
     return RunInfo(
         run_id=_text(found, 1),
         project=_text(found, 3),
-        entity=_text(found, 2),
         name=_text(found, 8),
         starting_step=_number(found, 14),
     )

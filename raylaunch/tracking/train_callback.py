@@ -1,16 +1,16 @@
-"""What Ray Train's workers report, written down for the job's W&B run. The only module that knows Ray Train.
+"""Records what Ray Train's workers report, for the job's W&B run. The only module that knows Ray Train.
 
-``RAY_TRAIN_CALLBACKS`` names `TrainReports`: Ray Train V2 makes one in the driver of each training run and calls it in
-the run's controller, a process of its own on the driver's node. Its base classes are internal to Ray
+``RAY_TRAIN_CALLBACKS`` names `TrainReports`: Ray Train V2 creates one in the driver of each training run and calls it
+in the run's controller, a process of its own on the driver's node. Its base classes are internal to Ray
 (ray/train/v2/_internal/execution/callback.py, read in Ray 2.60).
 
-Here nothing waits for W&B, for a controller that waits holds up its training, and one that is killed reports nothing
-more. Reports are appended to a file of the attempt, and `raylaunch.tracking.train_writer`, which outlives controller
+Nothing here waits for W&B: a controller that waits delays its training, and one that is killed reports nothing more.
+Reports are appended to a file of the attempt, and `raylaunch.tracking.train_writer`, which outlives controller
 and driver, logs its content. Each also becomes a line of ``progress.jsonl``, as `raylaunch.report` would write
-it, and so is kept and shown where W&B is switched off.
+it, so it is available when W&B is disabled too.
 
-A report is that of rank 0, and its step is its number. After a restart of the workers the number goes back to their
-latest checkpoint, where they resume; steps that they repeat are written down once.
+Only reports of rank 0 count; a report's step is its number. After a restart of the workers the number returns to their
+latest checkpoint, where they resume; repeated steps are recorded once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _FINISH_S = 20.0
 
 
 def _never_fails(hook: Callable[_Params, _Done]) -> Callable[_Params, _Done | None]:
-    """Let a hook fail without a consequence: Ray Train would end the training for it."""
+    """Log an exception of a hook: Ray Train would end the training for it."""
 
     @functools.wraps(hook)
     def guarded(*args: _Params.args, **named: _Params.kwargs) -> _Done | None:
@@ -64,7 +64,7 @@ def _never_fails(hook: Callable[_Params, _Done]) -> Callable[_Params, _Done | No
 
 
 class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # type: ignore[misc]  # ray has no types
-    """Writes down the reports of one training run. Outside a raylaunch job it does nothing."""
+    """Records the reports of one training run. Outside a raylaunch job it does nothing."""
 
     def __init__(self) -> None:
         environ = os.environ
@@ -75,7 +75,7 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
         self._next = 0
         """The step of the next report."""
         self._written = 0
-        """Steps below this are written down."""
+        """Steps below this are recorded."""
         self._resumes_at = 0
         """The step after the latest checkpoint."""
         self._own: bool | None = None
@@ -84,13 +84,13 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
         self._starts = 0
         """How often the workers were started."""
         self._facts: dict[str, object] = {}
-        """What the run is opened with, should it be opened for the reports."""
+        """What the run is opened with, if it is opened for the reports."""
 
     # -- hooks of Ray Train ----------------------------------------------------------------------------------------
 
     @_never_fails
     def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ANN401 -- Ray's own, without a public type
-        """Name the W&B run; find where a run that goes on in the same storage has stopped."""
+        """Name the W&B run; find where a run that continues in the same storage stopped."""
         if not self._file:
             return
         run_config = train_run_context.get_run_config()
@@ -107,7 +107,7 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
 
     @_never_fails
     def after_worker_group_start(self, worker_group: Any) -> None:  # noqa: ANN401 -- as above
-        """Give each rank a W&B run of its own, should it open one; rank 0's is the job's."""
+        """Assign a W&B run to each rank that opens one; rank 0's is the job's."""
         super().after_worker_group_start(worker_group)
         if not self._file:
             return
@@ -118,7 +118,7 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
 
     @_never_fails
     def after_report(self, training_report: Any, metrics: Sequence[Mapping[str, Any]]) -> None:  # noqa: ANN401 -- as above
-        """Write down what rank 0 reports."""
+        """Record what rank 0 reports."""
         if not self._file or not metrics:
             return
         step = self._next
@@ -139,7 +139,7 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
 
     @_never_fails
     def before_worker_group_shutdown(self, worker_group: Any) -> None:  # noqa: ANN401 -- as above
-        """Finish the W&B runs that workers have opened: what ends them does not let them do it themselves."""
+        """Finish the W&B runs that workers have opened, since workers are killed before they can."""
         super().before_worker_group_shutdown(worker_group)
         if not self._file:
             return
@@ -162,8 +162,8 @@ class TrainReports(ControllerCallback, ReportCallback, WorkerGroupCallback):  # 
     # -- what is written -------------------------------------------------------------------------------------------
 
     def _open_run(self) -> None:
-        """Have a run opened for the reports: the next of the attempt, which is the job's if the program opened none."""
-        with contextlib.suppress(OSError, ValueError, KeyError):  # where ids are not handed out it is the job's run
+        """Request a run for the reports: the attempt's next, which is the job's if the program opened none."""
+        with contextlib.suppress(OSError, ValueError, KeyError):  # where ids are not assigned it is the job's run
             request = wandb_runs.RunRequest(self._base, os.environ.get("WANDB_PROJECT", ""), self._label)
             self._run, self._label, _ = wandb_runs.claim(os.environ.get(contract.VAR_WANDB_RUNS, ""), request)
         self._write_event(event="start", name=self._label, **self._facts)
@@ -209,7 +209,7 @@ def _reports_before(storage: Any) -> int:  # noqa: ANN401 -- Ray's own, without 
     return int(snapshot.get("current_report_index", 0)) if isinstance(snapshot, dict) else 0
 
 
-# -- what is run in workers. Functions in functions travel by value: a worker needs no raylaunch. ---------------------
+# -- what runs in workers. Nested functions are pickled by value: a worker needs no raylaunch. ------------------------
 
 
 def _run_namer(run: str, label: str, starts: int) -> Callable[[], None]:
@@ -248,7 +248,7 @@ def _own_run_check() -> Callable[[], bool]:
 
 
 def plain_row(values: Mapping[Any, Any]) -> dict[str, object]:
-    """Return a mapping as JSON can carry it: ``a/b`` for the value ``b`` of a mapping ``a``, numbers as numbers."""
+    """Return a mapping as JSON data: ``a/b`` for the value ``b`` of a mapping ``a``, numbers as numbers."""
     row: dict[str, object] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -259,7 +259,7 @@ def plain_row(values: Mapping[Any, Any]) -> dict[str, object]:
 
 
 def plain(value: Any) -> object:  # noqa: ANN401 -- whatever a person reports
-    """Return a value as JSON can carry it. What is no number, text or list of such becomes text."""
+    """Return a value as JSON data. Anything but a number, text or list of these becomes text."""
     if value is None or isinstance(value, bool | int | float | str):
         return value[:_LONGEST_TEXT] if isinstance(value, str) else value
     if isinstance(value, list | tuple):

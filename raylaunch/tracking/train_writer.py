@@ -1,10 +1,10 @@
-"""``python -m raylaunch.tracking.train_writer FILE``: logs to W&B what `raylaunch.tracking.train_callback` writes down.
+"""``python -m raylaunch.tracking.train_writer FILE``: logs to W&B what `raylaunch.tracking.train_callback` records.
 
-It is started by the runner in the job's environment, detaches itself, and lives until the runner has sent on stdin how
+It is started by the runner in the job's environment, detaches itself, and runs until the runner has sent on stdin how
 the training ended (``{"exit_code": 0}``); the end of stdin without a message means that the runner was killed. So a run
-is finished, with the right status, whatever has become of the training's driver and of Ray's processes.
+is finished with the right status, even if the training's driver and Ray's processes were killed.
 
-Its process is named as W&B's own helpers are: what ends an attempt's processes gives those a moment to write.
+Its process is named like W&B's own helpers, which are given a moment to write when an attempt's processes are ended.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class EventFile:
         self._at = 0
 
     def new(self) -> Iterator[dict[str, Any]]:
-        """Yield the events in whole lines beyond the last read."""
+        """Yield the events in complete lines since the last read."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._at)
@@ -55,8 +55,8 @@ class TrainRuns:
         self._open: dict[str, wandb.Run] = {}
         self._shift: dict[str, int] = {}
 
-    def take(self, event: Mapping[str, Any]) -> None:
-        """Take one event."""
+    def apply(self, event: Mapping[str, Any]) -> None:
+        """Apply one event."""
         run_id = str(event["run"])
         match event["event"]:
             case "start":
@@ -73,13 +73,13 @@ class TrainRuns:
                 return
 
     def finish(self, exit_code: int) -> None:
-        """Finish what is still open."""
+        """Finish the open runs."""
         for run in self._open.values():
             run.finish(exit_code=exit_code)
         self._open.clear()
 
     def _open_run(self, run_id: str, step: int) -> None:
-        """Open a run. Where a training started again, its steps continue after those of the earlier attempt."""
+        """Open a run. If the training restarted from step 0, its steps continue after those of the earlier attempt."""
         self._shift[run_id] = 0
         run = self._init_with_fallback(run_id, self._started.get(run_id, {}))
         if run is None:
@@ -90,7 +90,7 @@ class TrainRuns:
         self._shift[run_id] = 0 if step else run.starting_step
 
     def _init_with_fallback(self, run_id: str, started: Mapping[str, Any]) -> wandb.Run | None:
-        """Open a run, offline if necessary. None when that fails too: the metrics are in ``progress.jsonl`` then."""
+        """Open a run, offline if necessary. None if that fails too: the metrics are in ``progress.jsonl``."""
         import wandb  # noqa: PLC0415 -- it starts threads, and this process forks first
 
         try:
@@ -99,7 +99,7 @@ class TrainRuns:
             _report(f"wandb.init failed ({_line(error)}); the training's reports are tracked offline")
         try:
             if not self._open:
-                wandb.teardown()  # else its core holds that the run is in use
+                wandb.teardown()  # else its core considers the run in use
             return _init(run_id, started, mode="offline")
         except Exception as error:  # noqa: BLE001 -- as above
             _report(f"wandb.init failed offline too ({_line(error)}); the training's reports are not in W&B")
@@ -135,19 +135,19 @@ def follow(path: Path, control: int) -> None:
     status = b""
     while not status.endswith(b"\n"):
         for event in file.new():
-            runs.take(event)
+            runs.apply(event)
         if select.select([control], [], [], _POLL_S)[0]:
             data = os.read(control, 4096)
             if not data:
                 break
             status += data
     for event in file.new():
-        runs.take(event)
+        runs.apply(event)
     runs.finish(int(json.loads(status)["exit_code"]) if status.endswith(b"\n") else _RUNNER_KILLED)
 
 
 def _detach() -> None:
-    """Leave the runner's children: Ray's stop signals all of them, W&B's core too, which then drops what it has."""
+    """Leave the runner's children: Ray's stop signals all of them, also W&B's core, which then loses its data."""
     if os.fork():
         os._exit(0)
     os.setsid()

@@ -1,14 +1,14 @@
-"""Gives each W&B run that an attempt opens its id: the first is the job's run, each further one is a run of its own.
+"""Assigns an id to each W&B run that an attempt opens: the first is the job's run, each further one is separate.
 
 `startup/sitecustomize` installs it into ``wandb.sdk.wandb_init`` when a program of the attempt imports wandb (its
-``_WandbInit.set_run_id``, the place where wandb 0.22 to 0.31 choose an id). An id that the program gives counts, and a
-wandb without that place chooses ids itself. Nothing here may break a program: an error leaves everything to wandb. It
-runs in any Python from 3.8 on, without the rest of raylaunch.
+``_WandbInit.set_run_id``, where wandb 0.22 to 0.31 choose an id). An id that the program sets is kept, and a
+wandb without that function chooses ids itself. Nothing here may break a program: after an error wandb decides. It runs
+in any Python from 3.8 on, without the rest of raylaunch.
 
-Ids are handed out through files in one folder of the attempt, for all its processes: the claim ``N`` is linked into
-place as a whole, so no two processes have the same. A retry continues the runs of the attempt before it that did not
-finish with status 0: those with the same project and name, in their order. So does a training that its launcher starts
-again within the attempt (`ROUND`).
+Ids are assigned through files in one folder of the attempt, for all its processes: the claim ``N`` is created
+atomically, so no two processes get the same. A retry continues those runs of the previous attempt that did not finish
+with status 0: those with the same project and name, in their order. So does a training that its launcher restarts
+within the attempt (`ROUND`).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ PLACES = "places"
 _OPENS_ANOTHER = (True, "finish_previous", "create_new")
 
 _last: dict[int, tuple[Any, Run]] = {}
-"""By thread: the latest `wandb.init` that was given an id."""
+"""By thread: the latest `wandb.init` that got an id."""
 _used: set[str] = set()
-"""Ids given where the attempt has no folder: on another node than its driver's."""
+"""Ids assigned where the attempt has no folder: on another node than its driver's."""
 
 
 class Run(NamedTuple):
-    """What a run is called. `resume`: it may be there already, and is continued then."""
+    """A run's id and name. `resume`: it may exist already, and is then continued."""
 
     id: str
     name: str
@@ -44,12 +44,12 @@ class Run(NamedTuple):
 
 
 class RunRequest(NamedTuple):
-    """What is known of a run that is to be opened.
+    """What is known about a run before it is opened.
 
     Args:
         base: the id of the first run; for rank N it is ``<job's run>-rank-N``.
-        project: of the run.
-        name: the one that the program, or WANDB_NAME, gives.
+        project: the run's project.
+        name: the name that the program or WANDB_NAME sets.
         round: which start of the training this is.
         may_resume: whether it may be a run of an earlier attempt.
     """
@@ -65,24 +65,28 @@ def claim(folder: str, request: RunRequest) -> Run:
     """Claim the next run of an attempt.
 
     Args:
-        folder: of the attempt's claims; its `ATTEMPT` has the job's run, its name, and the runs of earlier attempts.
-        request: what is known of the run.
+        folder: the folder of the attempt's claims; its `ATTEMPT` has the job's run and name, and earlier runs.
+        request: what is known about the run.
 
     Raises:
         OSError: the folder cannot be read or written.
     """
-    with open(f"{folder}/{ATTEMPT}", encoding="utf-8") as file:  # noqa: PTH123 -- pathlib is not loaded for this
-        attempt = json.load(file)
+    attempt = _load(f"{folder}/{ATTEMPT}")
     claims: list[dict[str, Any]] = []
     while True:
         path = f"{folder}/{len(claims) + 1}"
-        if os.path.exists(path):  # noqa: PTH110 -- as above
-            with open(path, encoding="utf-8") as file:  # noqa: PTH123 -- as above
-                claims.append(json.load(file))
+        if os.path.exists(path):  # noqa: PTH110 -- pathlib is not loaded for this
+            claims.append(_load(path))
             continue
         run = _choose(attempt, claims, request)
         if _write(path, {"id": run.id, **request._asdict()}):
             return run
+
+
+def _load(path: str) -> dict[str, Any]:
+    with open(path, encoding="utf-8") as file:  # noqa: PTH123 -- as above
+        content: dict[str, Any] = json.load(file)
+        return content
 
 
 def _choose(attempt: dict[str, Any], claims: list[dict[str, Any]], request: RunRequest) -> Run:
@@ -127,7 +131,7 @@ def _earlier_run(
 
 
 def _write(path: str, facts: dict[str, Any]) -> bool:
-    """Write a claim as a whole; False when another process was faster."""
+    """Create a claim atomically; False if another process was faster."""
     temporary = f"{path}.{os.getpid()}.{threading.get_ident()}"
     with open(temporary, "w", encoding="utf-8") as file:  # noqa: PTH123 -- as above
         json.dump(facts, file)
@@ -141,14 +145,14 @@ def _write(path: str, facts: dict[str, Any]) -> bool:
 
 
 def install(module: Any) -> None:  # noqa: ANN401 -- ``wandb.sdk.wandb_init``, of any version
-    """Have wandb get the id of each run from here."""
+    """Patch wandb to get the id of each run from here."""
     own = module._WandbInit.set_run_id  # noqa: SLF001 -- wandb has no public place for it
 
     @functools.wraps(own)
     def set_run_id(self: Any, settings: Any) -> None:  # noqa: ANN401 -- as wandb has it
         try:
             _assign_id(self, settings)
-        except Exception as error:  # noqa: BLE001 -- the program must go on, whatever this wandb is like
+        except Exception as error:  # noqa: BLE001 -- the program must continue with any wandb
             _report(error)
         own(self, settings)
         try:
@@ -161,7 +165,7 @@ def install(module: Any) -> None:  # noqa: ANN401 -- ``wandb.sdk.wandb_init``, o
 
 
 def _assign_id(init: Any, settings: Any) -> None:  # noqa: ANN401 -- wandb's own, of any version
-    """Set the run's id, name and resume policy as far as the program leaves them open."""
+    """Set the run's id, name and resume policy where the program has not."""
     if settings._noop or settings.sweep_id or settings.launch or settings.fork_from or settings.resume_from:  # noqa: SLF001
         return
     folder = os.environ.get(FOLDER, "")
@@ -205,27 +209,26 @@ def _round() -> str:
 
 
 def _retried(init: Any) -> Run | None:  # noqa: ANN401 -- as above
-    """Return the run of this thread's `wandb.init` before this one if that failed: the program tries once more."""
+    """Return the run of this thread's previous `wandb.init` if that failed: the program retries."""
     before, run = _last.get(threading.get_ident(), (None, None))
     return run if before is not None and before is not init and getattr(before, "run", init) is None else None
 
 
 def _returns_another(init: Any, settings: Any) -> bool:  # noqa: ANN401 -- as above
-    """Whether this `wandb.init` will open no run, and return the one that is open."""
+    """Whether this `wandb.init` will return the open run instead of opening one."""
     open_run = getattr(init._wl, "most_recent_active_run", None)  # noqa: SLF001 -- as above
     return open_run is not None and settings.reinit not in _OPENS_ANOTHER and not settings._jupyter  # noqa: SLF001
 
 
 def _unfinished(folder: str) -> set[str]:
     try:
-        with open(f"{folder}/{ATTEMPT}", encoding="utf-8") as file:  # noqa: PTH123 -- as above
-            return {run["id"] for run in json.load(file)["earlier"] if not run["finished"]}
+        return {run["id"] for run in _load(f"{folder}/{ATTEMPT}")["earlier"] if not run["finished"]}
     except OSError:
         return set()
 
 
 def _note(settings: Any) -> None:  # noqa: ANN401 -- as above
-    """Note where the run is written, for the runner, which brings it into the attempt's folder."""
+    """Note where the run is written, for the runner, which copies it into the attempt's folder."""
     folder = os.environ.get(FOLDER, "")
     if settings._noop or not os.path.isdir(folder):  # noqa: PTH112, SLF001 -- as above
         return
@@ -238,9 +241,9 @@ def _note(settings: Any) -> None:  # noqa: ANN401 -- as above
 
 
 def _advise_no_sync(module: Any) -> None:  # noqa: ANN401 -- as above
-    """Leave out the advice to sync an offline run by its path: that folder goes with the attempt.
+    """Suppress the advice to sync an offline run by its path: that folder is removed with the attempt.
 
-    wandb gives it where a run is finished, and its core where a program ends without that.
+    wandb prints it when a run is finished, and its core when a program exits without that.
     """
     footer, to_proto = module.Run._footer_sync_info, module.Settings.to_proto  # noqa: SLF001 -- as above
 

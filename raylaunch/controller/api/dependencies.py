@@ -14,6 +14,7 @@ import anyio
 from fastapi import Depends, Query, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
 from raylaunch.controller.metrics.reader import MetricsStore
@@ -93,27 +94,33 @@ class GuardedRoute(APIRoute):
             except AccessError:
                 await _drain(request.receive, required.body_bytes)
                 raise
-            body = await _body(request, required.body_bytes)
-            return await handle(Request(request.scope, _replaying(body, request.receive)))
+            request = Request(request.scope, _limited(request, required.body_bytes))
+            try:
+                await request.body()  # the request keeps it
+            except ClientDisconnect:
+                msg = "the connection was closed before the whole body had arrived"
+                raise SpecError(msg) from None
+            return await handle(request)
 
         return guarded
 
 
-async def _body(request: Request, most: int) -> bytes:
+def _limited(request: Request, most: int) -> Receive:
+    """Return a receive function that refuses a body of more than `most` bytes."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and (len(declared) > len(str(most)) or int(declared) > most):
         raise _too_large(most)
-    body = bytearray()
-    more = True
-    while more:
+    left = most
+
+    async def receive() -> Message:
+        nonlocal left
         message = await request.receive()
-        if message["type"] != "http.request":
-            break
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-        if len(body) > most:
+        left -= len(message.get("body", b""))
+        if left < 0:
             raise _too_large(most)
-    return bytes(body)
+        return message
+
+    return receive
 
 
 async def _drain(receive: Receive, most: int) -> None:
@@ -125,20 +132,6 @@ async def _drain(receive: Receive, most: int) -> None:
             left -= len(message.get("body", b""))
             if message["type"] != "http.request" or not message.get("more_body", False):
                 return
-
-
-def _replaying(body: bytes, receive: Receive) -> Receive:
-    """Return a receive function that replays a body, and then continues with the original one."""
-    given = False
-
-    async def replay() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
 
 
 def _too_large(most: int) -> SpecError:

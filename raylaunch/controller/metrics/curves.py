@@ -36,7 +36,6 @@ class Curve:
         self.prefix = prefix
         self.attempts: set[int] = set()
         """Numbers of the attempts that have files of this run."""
-        self.sources: dict[Path, RunFile | ReportReader] = {}
         self.segments: dict[Path, Segment] = {}
         self._reported: dict[Path, str] = {}
         """The latest warning in the log about each file."""
@@ -65,8 +64,7 @@ class Curve:
             yield fresh, self.prefix
 
     def _open(self, path: Path, cuts: Mapping[str, float]) -> None:
-        self.sources[path] = _source(path)
-        self.segments[path] = Segment(self.sources[path], cuts=cuts)
+        self.segments[path] = Segment(_source(path), cuts=cuts)
 
     def _read(self, path: Path) -> None:
         try:
@@ -75,7 +73,7 @@ class Curve:
             except TrackingError:  # perhaps replaced by a shorter file: read it from the start
                 self._open(path, self.segments[path].cuts)
                 self.segments[path].refresh()
-            skipped = self.sources[path].skipped
+            skipped = self.segments[path].source.skipped
             message = f"{path}: {skipped} parts could not be read and were skipped" if skipped else ""
         except TrackingError as error:
             message = str(error)
@@ -303,7 +301,7 @@ class Segment:
         self.last_main: tuple[str, float] | None = None
         self.info: RunInfo | None = None
         """The run's identity, once its file has it."""
-        self._source = source
+        self.source = source
         self._axes = Axes()
         self._most = _POINTS_AT_FIRST
 
@@ -326,7 +324,7 @@ class Segment:
         Raises:
             TrackingError: the file cannot be read.
         """
-        for item in self._source.stream():
+        for item in self.source.stream():
             if isinstance(item, History):
                 self._stretch(WANDB_STEP, item.step)
                 for point in self._axes.place(item):

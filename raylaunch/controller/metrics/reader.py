@@ -229,10 +229,8 @@ class _JobCurves:
 
     def progress(self) -> Progress | None:
         """Return the progress in the latest report."""
-        for source in reversed(tuple(self._reports.sources.values())):
-            if isinstance(source, ReportReader) and source.progress is not None:
-                return source.progress
-        return None
+        sources = [segment.source for segment in reversed(tuple(self._reports.segments.values()))]
+        return next((one.progress for one in sources if isinstance(one, ReportReader) and one.progress), None)
 
     def reread(self) -> list[tuple[Segment, str, frozenset[str]]]:
         """Return segments to read from the start, each with its prefix and the keys that belong to another curve."""
