@@ -20,7 +20,6 @@ from support.waiting import wait_until
 from raylaunch.cluster.install.environment import ensure_environment
 from raylaunch.cluster.install.resolve import find_uv
 from raylaunch.cluster.install.wheel_store import WheelStore
-from raylaunch.errors import HostStepError
 from raylaunch.ssh.host import machine
 from raylaunch.version import __version__
 
@@ -113,7 +112,6 @@ def test_two_callers_at_once_make_it_once(fresh_host: BareHost) -> None:
                 connection,
                 PYTHON,
                 store=fresh_host.store,
-                way="push",
                 root=str(fresh_host.root),
                 on_step=fresh_host.steps.append,
             )
@@ -126,7 +124,7 @@ def test_two_callers_at_once_make_it_once(fresh_host: BareHost) -> None:
 
     anyio.run(both)
     assert len(set(made)) == 1
-    assert sum("checks that everything" in step.message for step in fresh_host.steps) == 1
+    assert sum("checking that everything" in step.message for step in fresh_host.steps) == 1
     assert not fresh_host.left_over()
 
 
@@ -166,7 +164,7 @@ def online(wheel_index: Index, wheel_store: WheelStore, tmp_path: Path) -> Itera
 def test_a_host_that_reaches_an_index_installs_from_there(online: Callable[..., BareHost], wheel_index: Index) -> None:
     host = online()
     wheel_index.asked.clear()
-    python = host.ensure(way="auto", index_reachable=True)
+    python = host.ensure(index_reachable=True)
     assert versions_of(python) == VERSIONS
     assert any(name.startswith("pydantic-") for name in wheel_index.fetched)
     pushed = {path.name.split("-")[0] for path in (host.root / "wheels").glob("*/*.whl")}
@@ -175,17 +173,10 @@ def test_a_host_that_reaches_an_index_installs_from_there(online: Callable[..., 
 
 def test_wheels_are_pushed_where_the_hosts_index_fails(online: Callable[..., BareHost]) -> None:
     host = online(PIP_INDEX_URL="http://127.0.0.1:9/simple/", UV_HTTP_RETRIES="0")
-    python = host.ensure(way="auto", index_reachable=True)
+    python = host.ensure(index_reachable=True)
     assert versions_of(python) == VERSIONS
     assert host.did("install")[:2] == ["begins", "note"]
-    assert any("pushing wheels instead" in step.message for step in host.steps)
-
-
-def test_an_index_that_was_asked_for_and_fails_is_an_error(online: Callable[..., BareHost]) -> None:
-    host = online(PIP_INDEX_URL="http://127.0.0.1:9/simple/", UV_HTTP_RETRIES="0")
-    error = host.refused(lambda: host.ensure(way="index"))
-    assert isinstance(error, HostStepError)
-    assert "127.0.0.1:9" in error.message
+    assert any("pushing wheels" in step.message and "127.0.0.1:9" in step.message for step in host.steps)
 
 
 @pytest.mark.long
@@ -196,7 +187,7 @@ def test_where_no_index_is_reached_from_here_the_hosts_own_uv_serves(
     (tmp_path / "bin" / "uv").symlink_to(find_uv(os.environ))
     host = online(PIP_INDEX_URL=wheel_index.url, PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin")
     offline = {**wheel_index.environ(tmp_path), "PIP_INDEX_URL": "http://127.0.0.1:9/simple/"}
-    python = host.ensure(way="index", store=WheelStore(tmp_path / "client", environ=offline))
+    python = host.ensure(index_reachable=True, store=WheelStore(tmp_path / "client", environ=offline))
     assert versions_of(python) == VERSIONS
 
 

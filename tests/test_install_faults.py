@@ -41,7 +41,7 @@ async def main():
     async with machine(target) as connection:
         store = WheelStore(Path(asked["home"]))
         tell = lambda step: print(step.name, step.state, flush=True)
-        await ensure_environment(connection, python, store=store, way="push", root=asked["root"], on_step=tell)
+        await ensure_environment(connection, python, store=store, root=asked["root"], on_step=tell)
 
 anyio.run(main)
 """

@@ -14,7 +14,6 @@ SMALL, LARGE = 80, 500
 SMALL_ON_PURPOSE = {
     "raylaunch/__main__.py": "python -m raylaunch",
     "raylaunch/agent/inotify.py": "the one place that knows the kernel's interface",
-    "raylaunch/cluster/installer/main.py": "what starts on a bare host; it loads only what the request needs",
     "raylaunch/cluster/keep.py": "a program's name that other versions know",
     "raylaunch/cluster/on_host.py": "a program's name that other versions know",
     "raylaunch/cluster/ray_start.py": "a program's name that other versions know",

@@ -18,7 +18,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from raylaunch.cluster.install.environment import Way, ensure_beside, ensure_environment
+from raylaunch.cluster.install.environment import ensure_beside, ensure_environment
 from raylaunch.cluster.install.platforms import EXACT, HostPython, WheelPlatform, installed_pins, installed_version
 from raylaunch.cluster.install.wheel_store import WheelStore, own_wheel
 from raylaunch.cluster.types import Step
@@ -78,7 +78,6 @@ class BareHost:
         self,
         *,
         python: HostPython = PYTHON,
-        way: Way = "push",
         index_reachable: bool = False,
         store: WheelStore | None = None,
         on_step: Callable[[Step], None] = lambda _step: None,
@@ -91,7 +90,6 @@ class BareHost:
                     connection,
                     python,
                     store=store or self.store,
-                    way=way,
                     index_reachable=index_reachable,
                     root=str(self.root),
                     on_step=self._told(on_step),

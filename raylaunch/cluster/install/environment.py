@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 from pydantic import BaseModel
 
@@ -192,8 +191,6 @@ def _file(wheel: Wheel) -> dict[str, str]:
     return asdict(File(wheel.sha256, wheel.file, wheel.name, wheel.version))
 
 
-Way = Literal["auto", "index", "push"]
-
 ROOT = "~/.raylaunch"
 
 
@@ -202,7 +199,6 @@ async def ensure_environment(  # noqa: PLR0913 -- all keywords, each with a sent
     python: HostPython,
     *,
     store: WheelStore,
-    way: Way = "auto",
     index_reachable: bool = False,
     root: str = ROOT,
     limit_bytes_per_s: float | None = None,
@@ -214,9 +210,8 @@ async def ensure_environment(  # noqa: PLR0913 -- all keywords, each with a sent
         machine: the host.
         python: its interpreter, and what it runs on.
         store: where wheels are gathered here.
-        way: ``index``: the host installs from its own package index; ``push``: wheels are gathered here and sent;
-            ``auto``: from the index where the host reaches one, and by pushing if that fails.
-        index_reachable: whether the host reaches a package index.
+        index_reachable: whether the host reaches a package index, and so installs from it. Otherwise, or if that
+            fails, wheels are gathered here and pushed.
         root: raylaunch's folder on the host.
         limit_bytes_per_s: the most bandwidth that pushing may use.
         on_step: called with each step and its progress.
@@ -240,13 +235,11 @@ async def ensure_environment(  # noqa: PLR0913 -- all keywords, each with a sent
     )
     if ready := await host.look():
         return ready
-    if way == "push" or (way == "auto" and not index_reachable):
+    if not index_reachable:
         return await host.by_pushing(python.platform)
     try:
         return await host.from_index(python.platform)
     except HostStepError as error:
-        if way == "index":
-            raise
         words = f"installing from the host's package index failed, pushing wheels instead: {error.message}"
         on_step(Step(STEP, "note", words))
         return await host.by_pushing(python.platform)

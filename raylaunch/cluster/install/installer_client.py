@@ -37,7 +37,7 @@ class Sent:
     def exec_module(self, module):
         exec(compile(texts[module.__name__], module.__name__, "exec"), module.__dict__)
 sys.meta_path.insert(0, Sent())
-from raylaunch.cluster.installer.main import main
+from raylaunch.cluster.installer.environment import main
 sys.exit(main(order["request"]))
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import importlib
 import importlib.metadata
@@ -19,71 +20,57 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from raylaunch.cluster.installer.folders import Places, existing, is_taken, sync, unpack
-from raylaunch.cluster.installer.protocol import (
-    ConflictProblem,
-    InstallerProblem,
-    Request,
-    StorageProblem,
-    TransferProblem,
-    VersionProblem,
-    goes,
-)
+from raylaunch.cluster.installer.folders import Places, existing, storage_problem, sync, unpack
+from raylaunch.cluster.installer.protocol import InstallerProblem, Request, report, report_progress
 from raylaunch.cluster.installer.tools import LAST_LINES, MAKE_S, Uv, find_uv
-
-
-def check_named(request: Request) -> None:
-    """Refuse the environment that runs this if it lacks something, with the command that fixes it.
-
-    Raises:
-        Problem: it lacks something.
-    """
-    wrong = [words for words in map(_what_is_wrong, request.requirements) if words]
-    if wrong:
-        command = " ".join([sys.executable, "-m", "pip", "install", *(f"'{one}'" for one in request.requirements)])
-        msg = f"the environment of {sys.executable} does not fit: {'; '.join(wrong)}"
-        raise VersionProblem(msg, f"on that host: {command}")
-
-
-def _what_is_wrong(requirement: str) -> str:
-    try:
-        packaging = importlib.import_module("packaging.requirements")  # Ray needs it: where Ray is, it is
-    except ImportError:
-        name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
-        return "" if _installed(name) else f"it has no {name}"
-    parsed = packaging.Requirement(requirement)
-    if parsed.marker is not None and not parsed.marker.evaluate():
-        return ""
-    version = _installed(parsed.name)
-    if not version:
-        return f"it has no {parsed.name}"
-    fits = parsed.specifier.contains(version, prereleases=True)
-    return "" if fits else f"it has {parsed.name} {version}, not {parsed.specifier}"
-
-
-def _installed(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
 
 MARKER = "raylaunch.json"
 """In a complete environment: what it was made of."""
 
 _ASK_S = 60.0
+_REPORT_EVERY_S = 1.0
+_POLL_S = 0.05
+_IMPORT_S = 300.0
+_CHUNK = 1024 * 1024
+_PROGRAM = 0o755
+_CONSOLE = '#!/bin/sh\nexec "$(dirname -- "$0")/python" -m raylaunch "$@"\n'
+_CHECK = """
+import importlib, json, sys
+from importlib.metadata import version
+modules, names = json.loads(sys.argv[1])
+for module in modules:
+    importlib.import_module(module)
+print(json.dumps({name: version(name) for name in names}))
+"""
+
+
+def main(body: str) -> int:
+    """Do what the request asks for; return the exit status."""
+    os.umask(0o077)
+    request = Request.read(body)
+    verbs = {"look": look, "make": make, "add_beside": add_beside}
+    try:
+        result = verbs[request.verb](request)
+    except (InstallerProblem, OSError) as error:
+        problem = (
+            storage_problem(error, Path(str(error.filename or request.root))) if isinstance(error, OSError) else error
+        )
+        report("error", {"code": problem.code, "message": problem.message, "hint": problem.hint})
+        return 1
+    report("result", result)
+    return 0
 
 
 def look(request: Request) -> dict[str, object]:
     """Return whether the environment exists, and which wheels do.
 
     Raises:
-        Problem: it could never be made here.
+        InstallerProblem: it could never be made here.
     """
     places = Places(request)
     _check_python(request)
     if request.named:
-        check_named(request)
+        _check_named(request)
     ready = is_ready(request, places)
     if not ready:
         _check_disk(places)
@@ -106,14 +93,52 @@ def is_ready(request: Request, places: Places) -> bool:
     return done.returncode == 0 and bool(made["versions"] == request.versions)
 
 
+def _check_named(request: Request) -> None:
+    """Check the environment that runs this.
+
+    Raises:
+        InstallerProblem: it lacks something; the hint is the command that installs it.
+    """
+    wrong = [words for words in map(_mismatch, request.requirements) if words]
+    if wrong:
+        command = " ".join([sys.executable, "-m", "pip", "install", *(f"'{one}'" for one in request.requirements)])
+        msg = f"the environment of {sys.executable} does not fit: {'; '.join(wrong)}"
+        raise InstallerProblem(msg, f"on that host: {command}", code="version")
+
+
+def _mismatch(requirement: str) -> str:
+    try:
+        packaging = importlib.import_module("packaging.requirements")  # Ray needs it: where Ray is, it is
+    except ImportError:
+        name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+        return "" if _installed(name) else f"it has no {name}"
+    parsed = packaging.Requirement(requirement)
+    if parsed.marker is not None and not parsed.marker.evaluate():
+        return ""
+    version = _installed(parsed.name)
+    if not version:
+        return f"it has no {parsed.name}"
+    fits = parsed.specifier.contains(version, prereleases=True)
+    return "" if fits else f"it has {parsed.name} {version}, not {parsed.specifier}"
+
+
+def _installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def _check_python(request: Request) -> None:
     minor = "{}.{}".format(*sys.version_info[:2])
     if sys.maxsize < 2**32 or platform.python_implementation() != "CPython":
         msg = f"{sys.executable} is {platform.python_implementation()} for {platform.architecture()[0]}"
-        raise VersionProblem(msg, "Ray needs a CPython for 64 bit; install one from 3.10 on")
+        raise InstallerProblem(msg, "Ray needs a CPython for 64 bit; install one from 3.10 on", code="version")
     if not request.named and (minor, platform.machine()) != (request.minor, request.arch):
         msg = f"{sys.executable} is Python {minor} on {platform.machine()}, not {request.minor} on {request.arch}"
-        raise VersionProblem(msg, "run the same command again: the host has changed since it was probed")
+        raise InstallerProblem(
+            msg, "run the same command again: the host has changed since it was probed", code="version"
+        )
 
 
 def _check_disk(places: Places) -> None:
@@ -121,34 +146,20 @@ def _check_disk(places: Places) -> None:
     another = "set root: to a folder of your own on another disk of that host"
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         msg = f"{places.root} cannot be used: you may not write to {folder}"
-        raise StorageProblem(msg, another)
+        raise InstallerProblem(msg, another, code="host_storage")
     if folder == places.root and folder.stat().st_uid != os.getuid():
         msg = f"{folder} belongs to another user (uid {folder.stat().st_uid})"
-        raise ConflictProblem(msg, another)
+        raise InstallerProblem(msg, another, code="conflict")
     if os.statvfs(folder).f_flag & os.ST_NOEXEC:
         msg = f"{folder} is on a file system mounted noexec: neither programs nor Ray's libraries can be run from it"
-        raise StorageProblem(msg, f"{another} (see: findmnt -o TARGET,OPTIONS)")
-
-
-_TELL_EVERY_S = 1.0
-_POLL_S = 0.05
-_IMPORT_S = 300.0
-_CHUNK = 1024 * 1024
-_CHECK = """
-import importlib, json, sys
-from importlib.metadata import version
-modules, names = json.loads(sys.argv[1])
-for module in modules:
-    importlib.import_module(module)
-print(json.dumps({name: version(name) for name in names}))
-"""
+        raise InstallerProblem(msg, f"{another} (see: findmnt -o TARGET,OPTIONS)", code="host_storage")
 
 
 def make(request: Request) -> dict[str, object]:
     """Make the environment, unless it exists by now.
 
     Raises:
-        Problem: it cannot be made.
+        InstallerProblem: it cannot be made.
     """
     with making(request) as (places, needed):
         if needed:
@@ -186,10 +197,10 @@ def _sources(request: Request, places: Places, uv: Uv) -> list[str]:
 
 @contextlib.contextmanager
 def making(request: Request) -> Iterator[tuple[Places, bool]]:
-    """Hold the lock of one environment; yields its places, and whether it has to be made. What was left is swept.
+    """Hold the lock of one environment; yield its folders, and whether it has to be made. Remove leftovers.
 
     Raises:
-        Problem: another process held the lock too long.
+        InstallerProblem: another process held the lock too long.
     """
     places = Places(request)
     places.make()
@@ -200,7 +211,8 @@ def making(request: Request) -> Iterator[tuple[Places, bool]]:
             return
         if _sweep(places) and booted_then != _boot_id():  # what was unpacked may never have reached the disk
             shutil.rmtree(places.cache, ignore_errors=True)
-        unpack(request)
+        if request.bundle:
+            unpack(places, Path(request.bundle))
         _check_wheels(request, places)
         try:
             yield places, True
@@ -209,7 +221,7 @@ def making(request: Request) -> Iterator[tuple[Places, bool]]:
 
 
 def _sweep(places: Places) -> bool:
-    """Remove what interrupted ones left; say whether there was anything."""
+    """Remove what interrupted processes left; return whether there was anything."""
     found = list(places.versions.glob(f".{places.env.name}.making-*"))
     for left in found:
         shutil.rmtree(left, ignore_errors=True)
@@ -225,7 +237,7 @@ def _check_wheels(request: Request, places: Places) -> None:
         path.unlink()
     if damaged:
         msg = f"these wheels were damaged and have been removed: {', '.join(path.name for path in damaged)}"
-        raise TransferProblem(msg, "run the same command again, which pushes them again")
+        raise InstallerProblem(msg, "run the same command again, which pushes them again", code="transfer")
 
 
 def _sha256(path: Path) -> str:
@@ -247,22 +259,33 @@ def _take(descriptor: int, places: Places) -> str:
     """Take the lock of the environment; return the boot during which it was held before.
 
     Raises:
-        Problem: another process held it too long.
+        InstallerProblem: another process held it too long.
     """
-    began = told = time.monotonic()
-    while not is_taken(descriptor):
+    began = reported = time.monotonic()
+    while not _try_lock(descriptor):
         holder, now = _read(descriptor)[0], time.monotonic()
         if now - began > MAKE_S:
             msg = f"another process (pid {holder}) has been making {places.env} for more than {MAKE_S:.0f} s"
-            raise ConflictProblem(msg, f"look at it on that host: ps -fp {holder}")
-        if now - told > _TELL_EVERY_S:
-            told = now
-            goes(f"waits for another that makes the same (pid {holder}, {now - began:.0f} s)")
+            raise InstallerProblem(msg, f"check it on that host: ps -fp {holder}", code="conflict")
+        if now - reported > _REPORT_EVERY_S:
+            reported = now
+            report_progress(
+                f"waiting for another process that makes the same environment (pid {holder}, {now - began:.0f} s)"
+            )
         time.sleep(_POLL_S)
     booted_then = _read(descriptor)[1]
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()} {_boot_id()}".encode(), 0)
     return booted_then
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock an open file unless another process has it; the kernel frees the lock of one that dies."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _read(descriptor: int) -> tuple[str, str]:
@@ -275,12 +298,12 @@ def complete(request: Request, places: Places) -> None:
     """Check what was made, write it to the disk, and give it its name.
 
     Raises:
-        Problem: something cannot be imported, or has another version.
+        InstallerProblem: something cannot be imported, or has another version.
     """
     _check_made(request, places.making)
     made = {"versions": request.versions, "python": sys.executable, "wheels": [one.file for one in request.files()]}
     (places.making / MARKER).write_text(json.dumps(made, indent=1), encoding="utf-8")
-    goes("writes everything to the disk")
+    report_progress("writing everything to the disk")
     sync(places.making)
     if places.env.exists():  # it was complete once and does not run any more: its interpreter is gone
         places.env.replace(places.making.with_name(f"{places.making.name}-gone"))
@@ -288,7 +311,7 @@ def complete(request: Request, places: Places) -> None:
 
 
 def _check_made(request: Request, folder: Path) -> None:
-    goes("checks that everything can be imported")
+    report_progress("checking that everything can be imported")
     facts = json.dumps([request.imports, sorted(request.versions)])
     argv = [str(folder / "bin" / "python"), "-I", "-c", _CHECK, facts]
     try:
@@ -306,17 +329,13 @@ def _check_made(request: Request, folder: Path) -> None:
     raise InstallerProblem(msg, "fix the cause above")
 
 
-_PROGRAM = 0o755
-_CONSOLE = '#!/bin/sh\nexec "$(dirname -- "$0")/python" -m raylaunch "$@"\n'
-
-
 def add_beside(request: Request) -> dict[str, object]:
     """Make an environment that holds raylaunch alone and sees all of the one that runs this.
 
     Raises:
-        Problem: the named one does not fit, or it cannot be made.
+        InstallerProblem: the named one does not fit, or it cannot be made.
     """
-    check_named(request)
+    _check_named(request)
     with making(request) as (places, needed):
         if needed and request.own:
             _make_sidecar(places.making, places.wheel(request.own))

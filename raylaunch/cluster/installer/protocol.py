@@ -1,15 +1,16 @@
-"""What is asked of the installer, how it answers, and its problems in words."""
+"""The installer's request, the lines of its answer, and its errors."""
 
 from __future__ import annotations
 
 import json
 import os
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class File:
-    """A wheel, in the host's folder of wheels or on its way there."""
+    """A wheel in the host's folder of wheels, or in the bundle that is unpacked there."""
 
     sha256: str
     file: str
@@ -19,38 +20,38 @@ class File:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for."""
+    """One request."""
 
     verb: str
-    """``look``, ``make``, ``add_beside`` or ``unpack``."""
+    """``look``, ``make`` or ``add_beside``."""
     root: str
-    """raylaunch's folder; ``~`` is the home of who runs this."""
+    """raylaunch's folder; ``~`` is the home of this account."""
     name: str
     """Of the environment."""
     named: bool = False
-    """Whether it goes beside an environment that the user names, whose interpreter runs this."""
+    """Whether it extends an environment that the user names, whose interpreter runs this."""
     arch: str = ""
     minor: str = ""
     """Of the machine and the Python that the environment was planned for."""
     versions: dict[str, str] = field(default_factory=dict)
-    """What must be installed in it in the end."""
+    """The versions that must be installed in the end."""
     imports: list[str] = field(default_factory=list)
     """Modules that must be importable in the end."""
     requirements: list[str] = field(default_factory=list)
     preferences: dict[str, str] = field(default_factory=dict)
     """Versions to take where they fit, by name."""
     wheels: list[File] = field(default_factory=list)
-    """With none, the host's package index is asked."""
+    """If empty, packages come from the host's package index."""
     own: File | None = None
     """raylaunch's own wheel."""
     bundle: str = ""
-    """Path of a file that holds several of these wheels, if they were pushed so."""
+    """Path of a file that holds several of these wheels, if they were pushed in one."""
     uv: File | None = None
-    """uv's wheel; with none, the host's own uv is looked for."""
+    """uv's wheel; if None, the host's own uv is used."""
 
     @staticmethod
     def read(body: str) -> Request:
-        """Read a request as the client wrote it."""
+        """Parse a request."""
         facts = json.loads(body)
         for name in ("own", "uv"):
             facts[name] = File(**facts[name]) if facts.get(name) else None
@@ -62,45 +63,26 @@ class Request:
 
 
 class InstallerProblem(Exception):  # noqa: N818 -- the word of the answers
-    """Why it cannot go on, in words for a person. `code` is the class of the error at the client."""
+    """Why the installer stops, in a sentence for a person. `code` is the class of the error at the client."""
 
-    code = "host_step"
-
-    def __init__(self, message: str, hint: str) -> None:
+    def __init__(
+        self,
+        message: str,
+        hint: str,
+        *,
+        code: Literal["host_step", "host_storage", "version", "transfer", "conflict"] = "host_step",
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.code = code
 
 
-class StorageProblem(InstallerProblem):
-    """A disk is full or cannot be used."""
-
-    code = "host_storage"
-
-
-class VersionProblem(InstallerProblem):
-    """What is there does not fit what is asked for."""
-
-    code = "version"
-
-
-class TransferProblem(InstallerProblem):
-    """A file that should have been pushed is not there."""
-
-    code = "transfer"
-
-
-class ConflictProblem(InstallerProblem):
-    """Somebody else holds it."""
-
-    code = "conflict"
-
-
-def say(kind: str, body: object) -> None:
-    """Answer with one line."""
+def report(kind: str, body: object) -> None:
+    """Write one line of the answer."""
     os.write(1, json.dumps({kind: body}, separators=(",", ":")).encode() + b"\n")
 
 
-def goes(message: str) -> None:
-    """Say how far it is."""
-    say("step", {"name": "install", "state": "waits", "message": message, "seconds": 0.0})
+def report_progress(message: str) -> None:
+    """Report what is being done."""
+    report("step", {"name": "install", "state": "waits", "message": message, "seconds": 0.0})

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from raylaunch.cluster.installer.folders import Places, storage_problem
-from raylaunch.cluster.installer.protocol import InstallerProblem, Request, goes
+from raylaunch.cluster.installer.protocol import InstallerProblem, Request, report_progress
 
 _UV_INDEX = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_INDEX", "UV_EXTRA_INDEX_URL", "UV_NO_INDEX", "UV_FIND_LINKS")
 _PIP_INDEX = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL")
@@ -123,7 +123,7 @@ class Uv:
         """Run it, report progress every second, and check its exit status.
 
         Raises:
-            Problem: it failed, cannot be run here, or has not ended in time.
+            InstallerProblem: it failed, cannot be run here, or has not ended in time.
         """
         log = self._places.making.with_name(f"{self._places.making.name}.log")
         try:
@@ -178,7 +178,7 @@ class Uv:
                 raise InstallerProblem(msg, _AGAIN)
             if now - told > _TELL_EVERY_S:
                 told = now
-                goes(f"{what} ({now - began:.0f} s{self._count()})")
+                report_progress(f"{what} ({now - began:.0f} s{self._count()})")
             time.sleep(_POLL_S)
         return process.returncode
 
@@ -192,7 +192,7 @@ def find_uv(request: Request, places: Places, wheel: Path | None) -> Uv:
     """Return a uv that runs here: from the wheel that was pushed, else the host's own, else installed with its pip.
 
     Raises:
-        Problem: there is none.
+        InstallerProblem: there is none.
     """
     program = _from_wheel(wheel, places) if wheel else _of_host(places)
     return Uv(program, request, places)
@@ -227,7 +227,7 @@ def _of_host(places: Places) -> str:
 
 
 def _install_with_pip(target: Path, env: Mapping[str, str]) -> str:
-    goes("installing uv with the host's pip")
+    report_progress("installing uv with the host's pip")
     argv = [sys.executable, "-I", "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
     argv += ["--target", str(target), "uv"]
     try:
