@@ -1,4 +1,4 @@
-"""The link and real stewards on a real Ray. The node root is never opened by the link: tests play the runner in it."""
+"""The bridge and real node agents on a real Ray. The bridge never opens the node root; tests play the runner there."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def head(plain_ray: RayHeadRunning) -> RayHeadRunning:
 
 
 class Store:
-    """A store, and what the link said about it."""
+    """A store, and what the bridge said about it."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "store"
@@ -67,39 +67,41 @@ def store(tmp_path: Path) -> Store:
 
 
 @asynccontextmanager
-async def linked(head: RayHeadRunning, store: Store) -> AsyncIterator[RayBridge]:
-    link = RayBridge(
+async def connected(head: RayHeadRunning, store: Store) -> AsyncIterator[RayBridge]:
+    bridge = RayBridge(
         gcs_address=head.gcs_address,
         ray_token_path=head.token_path,
         store=store.path,
         on_event=store.events.append,
         log_path=store.log_path,
     )
-    await link.start()
+    await bridge.start()
     try:
-        await until(lambda: link.up, 60, "the link is up")
-        yield link
+        await until(lambda: bridge.up, 60, "the bridge is up")
+        yield bridge
     finally:
-        await link.close()
+        await bridge.close()
 
 
-async def node_of(link: RayBridge) -> str:
-    return (await link.nodes())[0].id
+async def node_of(bridge: RayBridge) -> str:
+    return (await bridge.nodes())[0].id
 
 
-async def prepared(link: RayBridge, store: Store, attempt: str) -> Path:
+async def prepared(bridge: RayBridge, store: Store, attempt: str) -> Path:
     """Prepare an attempt, and return its folder on the node."""
     store.add_job(attempt.rpartition("-")[0])
-    ready = await link.prepare(await node_of(link), spec=attempt_spec(attempt), package="", secrets={"KEY": "planted"})
+    ready = await bridge.prepare(
+        await node_of(bridge), spec=attempt_spec(attempt), package="", secrets={"KEY": "planted"}
+    )
     return Path(ready.folder)
 
 
-def steward_of(head: RayHeadRunning) -> psutil.Process | None:
-    """Find the steward's process on this Ray; None while it is being started."""
-    return next((process for process in psutil.process_iter() if _is_steward(process, head)), None)
+def agent_of(head: RayHeadRunning) -> psutil.Process | None:
+    """Find the node agent's process on this Ray; None while it is being started."""
+    return next((process for process in psutil.process_iter() if _is_agent(process, head)), None)
 
 
-def _is_steward(process: psutil.Process, head: RayHeadRunning) -> bool:
+def _is_agent(process: psutil.Process, head: RayHeadRunning) -> bool:
     try:
         return process.name() in {"ray::NodeAgent", "ray::Steward"} and process.environ().get(VAR_NODE_ROOT) == str(
             head.node_root
@@ -110,8 +112,8 @@ def _is_steward(process: psutil.Process, head: RayHeadRunning) -> bool:
 
 def test_a_node_is_seen_with_what_it_has(head: RayHeadRunning, store: Store) -> None:
     async def scenario() -> None:
-        async with linked(head, store) as link:
-            (node,) = await link.nodes()
+        async with connected(head, store) as bridge:
+            (node,) = await bridge.nodes()
             assert (node.alive, node.cpus, node.gpus, node.cpus_free, node.gpus_free) == (True, 4, 2, 4, 2)
             assert node.custom == {"fast_disk": 2}
             assert node.labels["zone"] == "attic"
@@ -134,37 +136,37 @@ def test_an_attempt_is_prepared_settled_and_continued_from_the_store(head: RayHe
     store.add_job("code-a")
 
     async def scenario() -> None:
-        async with linked(head, store) as link:
-            node = await node_of(link)
-            ready = await link.prepare(node, spec=attempt_spec("code-a-1"), package=sha256, secrets={})
+        async with connected(head, store) as bridge:
+            node = await node_of(bridge)
+            ready = await bridge.prepare(node, spec=attempt_spec("code-a-1"), package=sha256, secrets={})
             folder = Path(ready.folder)
             assert (folder / "code/train.py").stat().st_size == 9 << 20
             (folder / "logs/rank-0.log").write_bytes(b"hello\n")
             (folder / "outputs/model.bin").write_bytes(b"m" * (20 << 20))
-            fenced = await link.fence(node, "code-a-1", "cluster/code-a-1")
+            fenced = await bridge.fence(node, "code-a-1", "cluster/code-a-1")
             assert fenced.claim is not None
             assert fenced.claim["epoch"] == "fenced"
-            assert await link.drain(node, "code-a-1", 30)
+            assert await bridge.drain(node, "code-a-1", 30)
             assert store.file("code-a-1", "outputs/model.bin").stat().st_size == 20 << 20
             stored = {event.path: event.sha256 for event in store.events if isinstance(event, Stored)}
             assert stored["logs/rank-0.log"] == hashlib.sha256(b"hello\n").hexdigest()
             assert stored["outputs/model.bin"] == hashlib.sha256(b"m" * (20 << 20)).hexdigest()
-            await link.forget(node, "code-a-1")
+            await bridge.forget(node, "code-a-1")
             assert not await asyncio.to_thread(folder.exists)
-            again = await link.prepare(node, spec=attempt_spec("code-a-2"), package=sha256, secrets={})
+            again = await bridge.prepare(node, spec=attempt_spec("code-a-2"), package=sha256, secrets={})
             model = await asyncio.to_thread(Path(again.folder, "outputs/model.bin").read_bytes)
             assert model == b"m" * (20 << 20)
 
     asyncio.run(scenario())
 
 
-def test_the_link_writes_into_the_store_and_nowhere_else(head: RayHeadRunning, store: Store) -> None:
+def test_the_bridge_writes_into_the_store_and_nowhere_else(head: RayHeadRunning, store: Store) -> None:
     async def scenario() -> None:
-        async with linked(head, store) as link:
-            folder = await prepared(link, store, "opened-a-1")
+        async with connected(head, store) as bridge:
+            folder = await prepared(bridge, store, "opened-a-1")
             (folder / "logs/rank-0.log").write_bytes(b"line\n")
             await until(lambda: store.size("opened-a-1", "logs/rank-0.log"), 60, "the line is in the store")
-            child = psutil.Process(link.pid)
+            child = psutil.Process(bridge.pid)
             opened = [file.path for file in child.open_files()]
             assert not [path for path in opened if path.startswith(str(head.node_root))]
             assert head.token_path.read_text() not in " ".join(child.cmdline())
@@ -176,14 +178,14 @@ def test_children_in_sessions_of_their_own_die_at_a_fence(head: RayHeadRunning, 
     family = "import os, time\nfor _ in range(2):\n    if os.fork() == 0: os.setsid()\ntime.sleep(600)"
 
     async def scenario() -> None:
-        async with linked(head, store) as link:
-            await prepared(link, store, "family-a-1")
+        async with connected(head, store) as bridge:
+            await prepared(bridge, store, "family-a-1")
             env = {**os.environ, VAR_ATTEMPT: "cluster/family-a-1"}
             first = subprocess.Popen([sys.executable, "-c", family], env=env)  # noqa: ASYNC220 -- returns at once
             me = psutil.Process(first.pid)
             await until(lambda: len(me.children(recursive=True)) == 3, 60, "three children")
             children = me.children(recursive=True)
-            fenced = await link.fence(await node_of(link), "family-a-1", "cluster/family-a-1")
+            fenced = await bridge.fence(await node_of(bridge), "family-a-1", "cluster/family-a-1")
             assert fenced.killed == 4
             assert first.wait(5) == -9
             assert not [child for child in children if child.is_running() and child.status() != "zombie"]
@@ -192,12 +194,12 @@ def test_children_in_sessions_of_their_own_die_at_a_fence(head: RayHeadRunning, 
 
 
 @pytest.mark.long
-def test_a_steward_killed_ten_times_loses_no_byte(head: RayHeadRunning, store: Store) -> None:
+def test_an_agent_killed_ten_times_loses_no_byte(head: RayHeadRunning, store: Store) -> None:
     dice = random.Random(7)  # noqa: S311 -- dice, not a secret
 
     async def scenario() -> None:
-        async with linked(head, store) as link:
-            folder = await prepared(link, store, "kills-a-1")
+        async with connected(head, store) as bridge:
+            folder = await prepared(bridge, store, "kills-a-1")
             path = folder / "logs/rank-0.log"
             kills = 0
             with path.open("ab", buffering=0) as file:
@@ -206,8 +208,8 @@ def test_a_steward_killed_ten_times_loses_no_byte(head: RayHeadRunning, store: S
                     while time.monotonic() < next_kill:
                         file.write(dice.randbytes(dice.randrange(1, 100_000)))
                         await asyncio.sleep(0.005)
-                    if steward := steward_of(head):
-                        steward.kill()
+                    if agent := agent_of(head):
+                        agent.kill()
                         kills += 1
             size = path.stat().st_size
             await until(lambda: store.size("kills-a-1", "logs/rank-0.log") == size, 60, "all bytes are in the store")
@@ -217,16 +219,16 @@ def test_a_steward_killed_ten_times_loses_no_byte(head: RayHeadRunning, store: S
     asyncio.run(scenario())
 
 
-def test_a_link_that_is_killed_comes_back_and_sends_nothing_twice(head: RayHeadRunning, store: Store) -> None:
+def test_a_bridge_that_is_killed_comes_back_and_sends_nothing_twice(head: RayHeadRunning, store: Store) -> None:
     async def scenario() -> None:
-        async with linked(head, store) as link:
-            folder = await prepared(link, store, "again-a-1")
+        async with connected(head, store) as bridge:
+            folder = await prepared(bridge, store, "again-a-1")
             (folder / "logs/rank-0.log").write_bytes(b"before\n")
             await until(lambda: store.size("again-a-1", "logs/rank-0.log") == 7, 60, "the first line")
-            psutil.Process(link.pid).kill()
-            await until(lambda: not link.up, 60, "the link is down")
+            psutil.Process(bridge.pid).kill()
+            await until(lambda: not bridge.up, 60, "the bridge is down")
             with pytest.raises(ClusterDownError, match="Ray cannot be reached"):
-                await link.nodes()
+                await bridge.nodes()
             with (folder / "logs/rank-0.log").open("ab") as file:
                 file.write(b"after\n")
             await until(lambda: store.size("again-a-1", "logs/rank-0.log") == 13, 30, "the second line")
@@ -238,15 +240,15 @@ def test_a_link_that_is_killed_comes_back_and_sends_nothing_twice(head: RayHeadR
     asyncio.run(scenario())
 
 
-def test_a_large_log_leaves_the_memory_of_link_and_steward_flat(head: RayHeadRunning, store: Store) -> None:
+def test_a_large_log_leaves_the_memory_of_bridge_and_agent_flat(head: RayHeadRunning, store: Store) -> None:
     async def scenario() -> None:
-        async with linked(head, store) as link:
-            folder = await prepared(link, store, "large-a-1")
+        async with connected(head, store) as bridge:
+            folder = await prepared(bridge, store, "large-a-1")
             (folder / "logs/rank-0.log").write_bytes(b"x" * 1_000_000)
             await until(lambda: store.size("large-a-1", "logs/rank-0.log") == 1_000_000, 60, "the first megabyte")
-            steward = steward_of(head)
-            assert steward is not None
-            both = (psutil.Process(link.pid), steward)
+            agent = agent_of(head)
+            assert agent is not None
+            both = (psutil.Process(bridge.pid), agent)
             before = [process.memory_info().rss for process in both]
             with (folder / "logs/rank-0.log").open("ab") as file:
                 for _ in range(200):
@@ -260,8 +262,8 @@ def test_a_large_log_leaves_the_memory_of_link_and_steward_flat(head: RayHeadRun
 
 def test_each_line_arrives_before_the_next_is_written(head: RayHeadRunning, store: Store) -> None:
     async def scenario() -> None:
-        async with linked(head, store) as link:
-            folder = await prepared(link, store, "soon-a-1")
+        async with connected(head, store) as bridge:
+            folder = await prepared(bridge, store, "soon-a-1")
             with (folder / "logs/rank-0.log").open("ab", buffering=0) as file:
                 for number in range(1, 11):
                     file.write(b"a line\n")
@@ -273,9 +275,9 @@ def test_each_line_arrives_before_the_next_is_written(head: RayHeadRunning, stor
 
 def test_an_unknown_node_is_said(head: RayHeadRunning, store: Store) -> None:
     async def scenario() -> None:
-        async with linked(head, store) as link:
+        async with connected(head, store) as bridge:
             with pytest.raises(NotFoundError, match="no living node"):
-                await link.fence("0" * 56, "x-a-1", "tag")
+                await bridge.fence("0" * 56, "x-a-1", "tag")
 
     asyncio.run(scenario())
 
@@ -284,8 +286,8 @@ def test_a_store_that_is_full_is_said_and_nothing_is_lost(head: RayHeadRunning, 
     """A file where a folder must be stands for a disk that refuses; root ignores permissions."""
 
     async def scenario() -> None:
-        async with linked(head, store) as link:
-            folder = await prepared(link, store, "full-a-1")
+        async with connected(head, store) as bridge:
+            folder = await prepared(bridge, store, "full-a-1")
             await until(lambda: store.file("full-a-1", "attempt.json").exists(), 60, "the first file")
             store.file("full-a-1", "logs").write_text("in the way")
             (folder / "logs/rank-0.log").write_bytes(b"kept\n")
@@ -299,31 +301,31 @@ def test_a_store_that_is_full_is_said_and_nothing_is_lost(head: RayHeadRunning, 
 
 
 @pytest.mark.long
-def test_a_link_without_ray_says_why(store: Store, tmp_path: Path) -> None:
+def test_a_bridge_without_ray_says_why(store: Store, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("t" * 48)
 
     async def scenario() -> None:
-        link = RayBridge(
+        bridge = RayBridge(
             gcs_address="127.0.0.1:9",
             ray_token_path=token,
             store=store.path,
             on_event=store.events.append,
             log_path=store.log_path,
         )
-        await link.start()
+        await bridge.start()
         try:
             await until(lambda: [event for event in store.events if isinstance(event, BridgeDown)], 40, "BridgeDown")
             with pytest.raises(ClusterDownError, match=r"127\.0\.0\.1:9"):
-                await link.nodes()
+                await bridge.nodes()
         finally:
-            await link.close()
+            await bridge.close()
 
     asyncio.run(scenario())
 
 
-def test_the_link_ends_when_its_controller_is_killed(tmp_path: Path) -> None:
-    """`python` in the middle is the controller; it is killed while the link tries to connect."""
+def test_the_bridge_ends_when_its_controller_is_killed(tmp_path: Path) -> None:
+    """`python` in the middle is the controller; it is killed while the bridge tries to connect."""
     controller = f"""
 import asyncio
 from pathlib import Path
@@ -331,12 +333,12 @@ from raylaunch.controller.ray.bridge import RayBridge
 
 async def main():
     folder = Path({str(tmp_path)!r})
-    link = RayBridge(gcs_address="127.0.0.1:9", ray_token_path=folder / "token", store=folder / "store", on_event=print,
-                log_path=folder / "link.log")
-    await link.start()
-    while link.pid is None:
+    bridge = RayBridge(gcs_address="127.0.0.1:9", ray_token_path=folder / "token", store=folder / "store",
+                       on_event=print, log_path=folder / "link.log")
+    await bridge.start()
+    while bridge.pid is None:
         await asyncio.sleep(0.01)
-    print(link.pid, flush=True)
+    print(bridge.pid, flush=True)
     await asyncio.sleep(600)
 
 asyncio.run(main())

@@ -1,4 +1,4 @@
-"""A link that begins while Ray's head ends must not keep the connection that Ray then makes: calls get no answer."""
+"""A bridge that connects while Ray's head ends must not keep that connection: calls on it get no response."""
 
 from __future__ import annotations
 

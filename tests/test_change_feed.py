@@ -33,7 +33,7 @@ class World:
         self.restart()
 
     def restart(self, attempt: str = ATTEMPT) -> None:
-        """Begin anew on both sides, as after a crash of the link and the steward."""
+        """Begin anew on both sides, as after a crash of the bridge and the node agent."""
         self.changes, self.mirror = ChangeFeed(self.root), ReplicaStore(self.store)
         self.answer = self.changes.take("session", self.mirror.have([attempt]))
 
@@ -154,7 +154,7 @@ def test_an_answer_that_was_lost_is_noticed_and_sent_again(world: World) -> None
     assert (world.kept / "logs/rank-0.log").read_bytes() == b"lostfound"
 
 
-def test_a_steward_that_was_restarted_asks_to_begin_anew(world: World) -> None:
+def test_an_agent_that_was_restarted_asks_to_begin_anew(world: World) -> None:
     assert ChangeFeed(world.root).take("session", None)["resync"]
 
 

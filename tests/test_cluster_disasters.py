@@ -162,7 +162,7 @@ def answered(cluster: Cluster, *words: str) -> str:
 
 
 @pytest.mark.long
-def test_killing_the_steward_ten_times_loses_no_job_and_no_byte(cluster: Cluster, book: Book, tmp_path: Path) -> None:
+def test_killing_the_agent_ten_times_loses_no_job_and_no_byte(cluster: Cluster, book: Book, tmp_path: Path) -> None:
     enough = tmp_path / "enough"
     env = (*book.env, "--env", f"ENOUGH={enough}")
     talking = [cluster.python(TALKS, *env) for _ in range(2)]
@@ -172,7 +172,7 @@ def test_killing_the_steward_ten_times_loses_no_job_and_no_byte(cluster: Cluster
     others: list[str] = []
 
     def strike() -> None:
-        process = wait_until(lambda: new_steward(cluster, killed), 60, "a steward to kill")
+        process = wait_until(lambda: new_agent(cluster, killed), 60, "a node agent to kill")
         process.kill()
         killed.add(process.pid)
 
@@ -192,8 +192,8 @@ def test_killing_the_steward_ten_times_loses_no_job_and_no_byte(cluster: Cluster
         assert len(lines) > 100
 
 
-def new_steward(cluster: Cluster, killed: set[int]) -> psutil.Process | None:
-    """Return the steward's process, when it is not one that was killed."""
+def new_agent(cluster: Cluster, killed: set[int]) -> psutil.Process | None:
+    """Return the node agent's process, when it is not one that was killed."""
     found = (process for process in cluster.processes() if process.pid not in killed)
     return next(
         (process for process in found if " ".join(argv(process)).startswith(("ray::NodeAgent", "ray::Steward"))), None
@@ -382,7 +382,7 @@ def test_a_corrupted_database_is_kept_aside_said_and_rebuilt_from_the_journals(c
 
 
 def test_the_controller_opens_no_file_of_an_attempt_by_path(cluster: Cluster, tmp_path: Path) -> None:
-    """It runs where the folder of the node is covered: all that it knows of an attempt came through the steward."""
+    """It runs where the folder of the node is covered: all that it knows of an attempt came through the node agent."""
     kill_controller(cluster)
     with blind_controller(cluster) as controller:
         enough = tmp_path / "enough"
@@ -434,7 +434,7 @@ def blind_controller(cluster: Cluster) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def answers(cluster: Cluster) -> bool:
-    """Say whether the controller answers and reaches Ray and the steward."""
+    """Say whether the controller answers and reaches Ray and the node agent."""
     try:
         status = cluster.ask(lambda client: client.status())
     except RaylaunchError:

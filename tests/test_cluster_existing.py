@@ -87,7 +87,7 @@ def test_down_ends_the_controller_and_node_agents_and_nothing_of_ray(theirs: Bes
         said = theirs.good("down", timeout_s=UP_S)
         assert "was not started by raylaunch" in said
         wait_until(lambda: not psutil.pid_exists(controller), 60, "the controller has ended")
-        wait_until(lambda: not theirs.stewards(), 60, "the stewards have ended")
+        wait_until(lambda: not theirs.agents(), 60, "the node agents have ended")
         assert before <= theirs.daemons()
         assert ray.get(f"/api/jobs/{theirs_too}").json()["status"] == "RUNNING"
     assert theirs.cli("list").status == 1

@@ -254,7 +254,7 @@ def test_a_log_on_a_node_that_is_gone_is_said_to_lie_there(observed: ObservedSta
         read(observed, tmp_path, attempt)
 
 
-def test_a_log_that_neither_a_steward_nor_ray_can_give_is_an_error(observed: ObservedState, tmp_path: Path) -> None:
+def test_a_log_that_neither_an_agent_nor_ray_can_give_is_an_error(observed: ObservedState, tmp_path: Path) -> None:
     attempt = AttemptView(id="raysubmit_1", n=1, node="dgx", node_id=NODE, admitted_at=1.0)
     with pytest.raises(ClusterDownError, match=r"Ray does not respond at .*log of raysubmit_1"):
         read(observed, tmp_path, attempt)

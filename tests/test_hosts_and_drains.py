@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -13,9 +14,12 @@ from support.api_use import error
 from support.queues import decide
 
 from raylaunch.config.load import ClusterFile, load_cluster_file
+from raylaunch.controller.scheduler.host_service import HostService
+from raylaunch.controller.scheduler.observed import ObservedState
 from raylaunch.controller.scheduler.queue import Admit, NodeCapacity
 from raylaunch.controller.store.audit import DrainStore
 from raylaunch.controller.store.backlog import ResourceRequest, WaitDecision
+from raylaunch.controller.store.jobs import Records
 from raylaunch.errors import ConflictError, NotFoundError, SpecError
 from raylaunch.models.cluster import Drain, NodeView
 from raylaunch.models.fields import point_in_time
@@ -183,6 +187,25 @@ def test_an_operator_drains_and_a_trainer_may_not(api: Api) -> None:
         assert error(olga.delete("/v1/hosts/dgx-1/drain"))[:3] == (404, "not_found", "dgx-1 is not drained")
     audit = (api.store / "audit.jsonl").read_text()
     assert '"dgx-1"' in audit
+
+
+def test_what_ray_counts_for_a_moment_after_a_jobs_end_is_not_reported(tmp_path: Path) -> None:
+    node = NodeView(id="1", hostname="dgx-1", address="10.0.0.1", alive=True, steward=True, cpus=4, cpus_free=3)
+    observed = ObservedState(nodes=(node,), bridge_up=True)
+    records = Records(tmp_path)
+    service = HostService(records=records, drains=DrainStore(tmp_path), observed=observed)
+
+    async def scenario() -> str:
+        asked = asyncio.create_task(service.drain("dgx-1", until=None, stop=False, person="olga"))
+        await asyncio.sleep(0)
+        observed.set_nodes((node.model_copy(update={"cpus_free": 4}),))
+        observed.notify()
+        return (await asked).others
+
+    try:
+        assert not asyncio.run(scenario())
+    finally:
+        records.close()
 
 
 def test_a_host_that_there_is_not_is_refused_with_those_there_are(api: Api) -> None:

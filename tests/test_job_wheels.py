@@ -106,7 +106,7 @@ def sent(
 
 
 def attempt_with(api: Api, sets: Sequence[WheelSet], root: Path, environment: Environment, **files: str) -> Attempt:
-    """Lay an attempt out as a steward does that was sent these wheels by the link."""
+    """Lay an attempt out as a node agent does that got these wheels from the bridge."""
     packages, wheels = Packages(root), list[WheelSpec]()
     for one in (wheel for found in sets for wheel in found.wheels):
         data = (api.store / "packages" / f"{one.sha256}.tar.gz").read_bytes()

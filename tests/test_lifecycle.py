@@ -1,4 +1,4 @@
-"""The controller's loop and the link's words: what is seen of the nodes is what they are in the end."""
+"""The controller's loop and the bridge's words: what is seen of the nodes is what they are in the end."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from raylaunch.models.job_spec import JobSpec, Resources
 from raylaunch.models.states import Change, JobState, Reason
 
 
-class BrokenLink(UnconnectedBridge):
-    """A link whose child has a bug."""
+class BrokenBridge(UnconnectedBridge):
+    """A bridge whose child has a bug."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -43,12 +43,12 @@ class BrokenLink(UnconnectedBridge):
 
     async def nodes(self) -> tuple[NodeView, ...]:
         self.asked += 1
-        msg = "the link failed at nodes"
+        msg = "the bridge failed at nodes"
         raise RaylaunchError(msg)
 
 
-class SlowLink(UnconnectedBridge):
-    """A link that answers with the nodes as they were when it was asked, once it is let."""
+class SlowBridge(UnconnectedBridge):
+    """A bridge that answers with the nodes as they were when it was asked, once it is let."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -64,7 +64,7 @@ class SlowLink(UnconnectedBridge):
         await self.let.acquire()
         if self.silent:
             self.silent -= 1
-            msg = "Ray's link did not answer"
+            msg = "the bridge did not respond"
             raise ClusterDownError(msg)
         return found
 
@@ -80,15 +80,15 @@ async def _nothing_left(_: JobRecord) -> AttemptResult:
 @asynccontextmanager
 async def running(
     folder: Path, records: Records | None = None
-) -> AsyncIterator[tuple[SchedulerLoop, SlowLink, ObservedState]]:
-    link = SlowLink(folder)
-    async with running_with(link, folder, records) as (lifecycle, observed):
-        yield lifecycle, link, observed
+) -> AsyncIterator[tuple[SchedulerLoop, SlowBridge, ObservedState]]:
+    bridge = SlowBridge(folder)
+    async with running_with(bridge, folder, records) as (lifecycle, observed):
+        yield lifecycle, bridge, observed
 
 
 @asynccontextmanager
 async def running_with(
-    link: RayBridge, folder: Path, records: Records | None, **settings: object
+    bridge: RayBridge, folder: Path, records: Records | None, **settings: object
 ) -> AsyncIterator[tuple[SchedulerLoop, ObservedState]]:
     records, observed = records or Records(folder), ObservedState()
     ray = RayJobs("http://127.0.0.1:9", "none")
@@ -96,12 +96,12 @@ async def running_with(
         settings_of(folder, 9).model_copy(update=settings),
         records,
         SecretStore(folder),
-        link,
+        bridge,
         ray,
         observed,
         _nothing_left,
     )
-    foreign = ExternalJobs(records=records, ray=ray, bridge=link, observed=observed)
+    foreign = ExternalJobs(records=records, ray=ray, bridge=bridge, observed=observed)
     lifecycle = SchedulerLoop(context, Artifacts(folder), foreign, DrainStore(folder))
     task = asyncio.create_task(lifecycle.run())
     try:
@@ -114,53 +114,53 @@ async def running_with(
 
 @pytest.mark.anyio
 async def test_what_changes_while_the_nodes_are_asked_for_is_asked_for_again(tmp_path: Path) -> None:
-    async with running(tmp_path) as (lifecycle, link, observed):
-        link.there = (node("h1", steward=False),)
+    async with running(tmp_path) as (lifecycle, bridge, observed):
+        bridge.there = (node("h1", steward=False),)
         lifecycle.on_event(BridgeUp(ray_version="2"))
-        await until(lambda: link.asked == 1, 60, "the nodes are asked for")
-        link.there = (node("h1", steward=True),)
+        await until(lambda: bridge.asked == 1, 60, "the nodes are asked for")
+        bridge.there = (node("h1", steward=True),)
         lifecycle.on_event(NodesChanged())
-        link.let.release()
-        link.let.release()
-        await until(lambda: bool(observed.ready_nodes()), 60, "the steward is seen")
+        bridge.let.release()
+        bridge.let.release()
+        await until(lambda: bool(observed.ready_nodes()), 60, "the node agent is seen")
         await asyncio.sleep(0.1)
-        assert link.asked == 2
+        assert bridge.asked == 2
 
 
 @pytest.mark.anyio
 async def test_a_question_without_an_answer_is_asked_again(tmp_path: Path) -> None:
-    async with running(tmp_path) as (lifecycle, link, observed):
-        link.there, link.silent = (node("h1", steward=True),), 1
+    async with running(tmp_path) as (lifecycle, bridge, observed):
+        bridge.there, bridge.silent = (node("h1", steward=True),), 1
         lifecycle.on_event(BridgeUp(ray_version="2"))
-        link.let.release()
-        link.let.release()
+        bridge.let.release()
+        bridge.let.release()
         await until(lambda: bool(observed.ready_nodes()), 60, "the node is seen")
 
 
 @pytest.mark.anyio
-async def test_a_bug_of_the_links_child_is_not_met_again_and_again(tmp_path: Path) -> None:
-    records, link = Records(tmp_path), BrokenLink(tmp_path)
+async def test_a_bug_of_the_bridges_process_is_not_met_again_and_again(tmp_path: Path) -> None:
+    records, bridge = Records(tmp_path), BrokenBridge(tmp_path)
     spec = JobSpec(entrypoint="python train.py", resources=Resources(gpus=1))
     records.create(SubmitRequest(spec=spec), owner="ana", wandb=None)
-    async with running_with(link, tmp_path, records) as (lifecycle, observed):
+    async with running_with(bridge, tmp_path, records) as (lifecycle, observed):
         lifecycle.on_event(BridgeUp(ray_version="2"))
-        await until(lambda: link.asked == 1, 60, "the nodes are asked for")
+        await until(lambda: bridge.asked == 1, 60, "the nodes are asked for")
         for _ in range(200):  # each lets the loop take a step
             observed.notify()
             await asyncio.sleep(0)
             await asyncio.sleep(0)
-        assert link.asked < 10
+        assert bridge.asked < 10
 
 
 @pytest.mark.anyio
-async def test_nobody_is_asked_while_the_link_is_down(tmp_path: Path) -> None:
-    async with running(tmp_path) as (lifecycle, link, observed):
+async def test_nobody_is_asked_while_the_bridge_is_down(tmp_path: Path) -> None:
+    async with running(tmp_path) as (lifecycle, bridge, observed):
         lifecycle.on_event(NodesChanged())
         lifecycle.on_event(BridgeDown(why="Ray is gone"))
         await asyncio.sleep(0.1)
-        assert (link.asked, observed.bridge_error) == (0, "Ray is gone")
-        link.there = (node("h1", steward=True),)
-        link.let.release()
+        assert (bridge.asked, observed.bridge_error) == (0, "Ray is gone")
+        bridge.there = (node("h1", steward=True),)
+        bridge.let.release()
         lifecycle.on_event(BridgeUp(ray_version="2"))
         await until(lambda: bool(observed.ready_nodes()), 60, "the node is seen")
 
@@ -168,22 +168,22 @@ async def test_nobody_is_asked_while_the_link_is_down(tmp_path: Path) -> None:
 @pytest.mark.anyio
 async def test_a_job_that_wants_gpus_is_placed_by_what_they_are_used_for_now(tmp_path: Path) -> None:
     records = Records(tmp_path)
-    async with running(tmp_path, records) as (lifecycle, link, observed):
+    async with running(tmp_path, records) as (lifecycle, bridge, observed):
         free = node("h1", steward=True).model_copy(update={"gpus": 1, "gpus_free": 1, "gpu": (GpuView(index="0"),)})
-        link.there = (free,)
+        bridge.there = (free,)
         lifecycle.on_event(BridgeUp(ray_version="2"))
-        link.let.release()
+        bridge.let.release()
         await until(lambda: observed.nodes == (free,), 60, "the free GPU was seen")
         observed.nodes_at = float("-inf")  # long ago
         taken = GpuView(index="0", processes=("eve:7:python",))
-        link.there = (free.model_copy(update={"gpu": (taken,)}),)  # nothing of this is told
+        bridge.there = (free.model_copy(update={"gpu": (taken,)}),)  # nothing of this is told
         spec = JobSpec(entrypoint="python train.py", resources=Resources(gpus=1))
         record, _ = records.create(SubmitRequest(spec=spec), owner="ana", wandb=None)
         observed.notify()
-        await until(lambda: link.asked == 2, 60, "the nodes are asked for")
+        await until(lambda: bridge.asked == 2, 60, "the nodes are asked for")
         assert records.get(record.id).state is JobState.QUEUED
         for _ in range(9):  # as often as it is asked again on a machine that is busy
-            link.let.release()
+            bridge.let.release()
         with anyio.fail_after(60):
             while records.get(record.id).reason is not Reason.GPU_BUSY_OUTSIDE:  # noqa: ASYNC110 -- its thread is this one
                 await asyncio.sleep(0.02)
@@ -192,23 +192,23 @@ async def test_a_job_that_wants_gpus_is_placed_by_what_they_are_used_for_now(tmp
 
 @pytest.mark.anyio
 async def test_who_asks_for_the_nodes_has_them_looked_at_unless_that_was_a_moment_ago(tmp_path: Path) -> None:
-    async with running(tmp_path) as (lifecycle, link, observed):
+    async with running(tmp_path) as (lifecycle, bridge, observed):
         lifecycle.on_event(BridgeUp(ray_version="2"))
-        link.let.release()
+        bridge.let.release()
         await until(lambda: observed.nodes_age < 60, 60, "the nodes were looked at")
         await observed.fresh_nodes(age_s=600, timeout_s=60)
-        assert link.asked == 1
-        link.there = (node("h1", steward=True),)  # nothing of this is told
-        link.let.release()
+        assert bridge.asked == 1
+        bridge.there = (node("h1", steward=True),)  # nothing of this is told
+        bridge.let.release()
         await observed.fresh_nodes(age_s=0, timeout_s=60)
-        assert (link.asked, observed.nodes) == (2, link.there)
+        assert (bridge.asked, observed.nodes) == (2, bridge.there)
 
 
 @pytest.mark.anyio
 async def test_where_the_nodes_cannot_be_looked_at_who_asks_gets_what_was_seen_last(tmp_path: Path) -> None:
-    async with running(tmp_path) as (lifecycle, link, observed):
+    async with running(tmp_path) as (lifecycle, bridge, observed):
         lifecycle.on_event(BridgeUp(ray_version="2"))
-        await until(lambda: link.asked == 1, 60, "the nodes are asked for")
+        await until(lambda: bridge.asked == 1, 60, "the nodes are asked for")
         await observed.fresh_nodes(age_s=0, timeout_s=0.2)
         lifecycle.on_event(BridgeDown(why="Ray is gone"))
         await observed.fresh_nodes(age_s=0, timeout_s=60)
@@ -240,10 +240,10 @@ def why(records: Records, observed: ObservedState, job: str) -> Block:
 async def test_what_all_jobs_wait_for_is_read_and_recorded_for_those_ahead_alone(tmp_path: Path) -> None:
     records = Records(tmp_path)
     jobs = [submitted(records, f"job-{n}", cpus=4) for n in range(RECORDED_AHEAD + 10)]
-    async with running(tmp_path, records) as (lifecycle, link, observed):
-        link.there = (node("h1", steward=True).model_copy(update={"cpus": 2}),)
+    async with running(tmp_path, records) as (lifecycle, bridge, observed):
+        bridge.there = (node("h1", steward=True).model_copy(update={"cpus": 2}),)
         lifecycle.on_event(BridgeUp(ray_version="2"))
-        link.let.release()
+        bridge.let.release()
         with anyio.fail_after(60):
             while any(records.light(job).reason is not Reason.WAITING_FOR_NODE for job in jobs):
                 observed.notify()
@@ -263,16 +263,16 @@ async def test_what_all_jobs_wait_for_is_read_and_recorded_for_those_ahead_alone
 async def test_a_new_sentence_with_the_same_reason_is_not_recorded(tmp_path: Path) -> None:
     records = Records(tmp_path)
     job = submitted(records, "waits", gpus=2)
-    async with running(tmp_path, records) as (lifecycle, link, observed):
-        link.there = (node("h1", steward=True).model_copy(update={"gpus": 2, "gpus_free": 1}),)
+    async with running(tmp_path, records) as (lifecycle, bridge, observed):
+        bridge.there = (node("h1", steward=True).model_copy(update={"gpus": 2, "gpus_free": 1}),)
         lifecycle.on_event(BridgeUp(ray_version="2"))
-        link.let.release()
+        bridge.let.release()
         await soon(lambda: records.light(job).reason is Reason.WAITING_FOR_GPUS)
         journal = records.folder(job) / "journal.jsonl"
         before = journal.stat().st_size
-        link.there = (link.there[0].model_copy(update={"gpus_free": 0}),)
+        bridge.there = (bridge.there[0].model_copy(update={"gpus_free": 0}),)
         lifecycle.on_event(NodesChanged())
-        link.let.release()
+        bridge.let.release()
         await soon(lambda: "has 0 free" in why(records, observed, job).message)
         assert journal.stat().st_size == before
 
@@ -284,10 +284,10 @@ async def test_the_last_lines_of_an_attempt_are_no_longer_shown_when_the_next_on
     first = AttemptView(id=f"{job}-1", n=1, admitted_at=0)
     records.update(job, change=Change.ADMIT, attempts=(first,))
     records.update(job, change=Change.REQUEUE, log_tail=("Traceback of attempt 1",))
-    async with running(tmp_path, records) as (lifecycle, link, _):
-        link.there = (node("h1", steward=True).model_copy(update={"gpus": 1, "gpus_free": 1}),)
+    async with running(tmp_path, records) as (lifecycle, bridge, _):
+        bridge.there = (node("h1", steward=True).model_copy(update={"gpus": 1, "gpus_free": 1}),)
         lifecycle.on_event(BridgeUp(ray_version="2"))
-        link.let.release()
+        bridge.let.release()
         await soon(lambda: len(records.light(job).attempts) == 2)
         assert records.get(job).log_tail == ()
 
@@ -297,7 +297,7 @@ async def test_a_command_that_starts_ray_again_and_hangs_is_ended_with_what_it_s
     noted = tmp_path / "pids"
     hangs = f"sleep 1000 & echo $! $$ > {noted}.new; mv {noted}.new {noted}; wait"
     command = ("sh", "-c", hangs)
-    async with running_with(BrokenLink(tmp_path), tmp_path, None, revive=command, revive_limit_s=0.2):
+    async with running_with(BrokenBridge(tmp_path), tmp_path, None, revive=command, revive_limit_s=0.2):
         await until(noted.exists, 60, "Ray is silent for long enough to be started again")
         pids = [int(word) for word in noted.read_text().split()]
         await until(lambda: not any(map(psutil.pid_exists, pids)), 60, "both are ended")

@@ -389,7 +389,7 @@ def test_an_end_that_cannot_be_read_is_an_end_all_the_same() -> None:
     assert facts_from({"python": ["/usr/bin/python"]}) is None
 
 
-# -- what the link's child, nodes and hosts say ----------------------------------------------------------------------
+# -- what nodes and hosts report -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("odd", [{"total": {"CPU": math.inf}}, {"total": {"memory": 2**80}}, {"total": {"x": -1}}])

@@ -1,4 +1,4 @@
-"""What several threads or processes touch at once: the trash, what a mirror remembers, the pipe of the link's child."""
+"""What several threads or processes use at once: the trash, a replica's state, the pipe of the bridge's process."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_mirror_forgets_while_it_compares(tmp_path: Path) -> None:
         sys.setswitchinterval(before)
 
 
-def test_the_links_child_is_not_held_up_by_a_controller_that_does_not_read() -> None:
+def test_the_bridges_process_is_not_held_up_by_a_controller_that_does_not_read() -> None:
     program = (
         "import sys\n"
         "from raylaunch.controller.ray.protocol import Stdout\n"
@@ -76,7 +76,7 @@ def test_the_links_child_is_not_held_up_by_a_controller_that_does_not_read() -> 
         child.communicate(timeout=10)
 
 
-def test_last_words_of_the_links_child_arrive() -> None:
+def test_last_words_of_the_bridges_process_arrive() -> None:
     program = (
         "from raylaunch.controller.ray.protocol import Stdout\n"
         "out = Stdout()\n"

@@ -40,7 +40,7 @@ _GATHER_MOST_S = 0.2
 _METRICS_S = 0.6
 _LARGE_REPLY = 1024 * 1024
 _RUNNER_ENDS_S = 3.0
-"""How long a runner may still live after its last word: Ray takes the status that it exits with for the job's."""
+"""How long a runner may still run after it wrote its exit facts: its exit status becomes the Ray job's."""
 _THREADS = 16
 
 
@@ -67,7 +67,7 @@ def sweep(root: Path, swept: set[str]) -> list[str]:
 
     Args:
         root: The node root.
-        swept: Attempts that are done with; kept up to date.
+        swept: Attempts that need no further checks; updated.
 
     Returns:
         The attempts whose processes were ended now.
@@ -138,17 +138,17 @@ class NodeAgent:
         return await self._in_thread(lambda: attempt_dir.attempts_in(self._root))
 
     async def package_have(self, sha256: str) -> int:
-        """Return how much of a package is here; -1 when it is whole."""
+        """Return how many bytes of a package are here; -1 when it is complete."""
         return await self._in_thread(lambda: self._packages.have(sha256))
 
     async def put_package(self, sha256: str, offset: int, total: int, data: bytes) -> int:
-        """Take a piece of a package, and return as `package_have`."""
+        """Store a piece of a package, and return the same as `package_have`."""
         return await self._in_thread(lambda: self._packages.put(sha256, offset, total, data))
 
     async def prepare(
         self, spec: AttemptSpec, package: str, secrets: dict[str, str], runner: bytes, have: Mapping[str, HaveFile]
     ) -> job_dir.ReadyAttempt:
-        """Make an attempt's folder. `have` is what the store has of it: the files of the attempt before."""
+        """Create an attempt's folder. `have` lists what the store has of the previous attempt's files."""
         self._changes.expect(spec["attempt"], have)
 
         def make() -> job_dir.ReadyAttempt:
@@ -171,7 +171,7 @@ class NodeAgent:
         return await self._in_thread(lambda: job_dir.last_writer(self._root, attempt))
 
     async def begin_bringing(self, attempt: str, tag: str, files: Mapping[str, job_dir.StoredFile]) -> list[str]:
-        """Make the folder of an attempt's job ready, and return which of its files are to be brought."""
+        """Prepare the folder of an attempt's job, and return which of its files have to be sent."""
 
         def start() -> list[str]:
             return job_dir.begin_bringing(self._root, attempt, tag, files)
@@ -179,19 +179,19 @@ class NodeAgent:
         return await self._in_thread(start)
 
     async def bring(self, attempt: str, path: str, offset: int, data: bytes, wanted: job_dir.StoredFile | None) -> None:
-        """Take a piece of such a file; with the last one comes what the whole is."""
+        """Store a piece of such a file; `wanted` describes the complete file and comes with the last piece."""
 
         def take() -> None:
             try:
                 job_dir.bring(self._root, attempt, path, offset, data, wanted)
             except OSError as error:
-                what = f"{path} of the attempt before cannot be written"
+                what = f"{path} of the previous attempt cannot be written"
                 raise storage_error(what, error) from error
 
         await self._in_thread(take)
 
     async def end_bringing(self, attempt: str, before: int, collected: list[str]) -> None:
-        """Write down that the files of the attempt numbered `before` are here, and which of them it had collected."""
+        """Record that the files of attempt number `before` are here, and which of them it had collected."""
         await self._in_thread(lambda: job_dir.end_bringing(self._root, attempt, before, collected))
 
     async def read_left(self, attempt: str, path: str, offset: int, limit: int) -> job_dir.LeftPiece:
@@ -207,7 +207,7 @@ class NodeAgent:
         return await self._in_thread(lambda: platform_of(environment, {**os.environ, **env}))
 
     async def index_look(self, env: dict[str, str], kind: str, environment: dict[str, str]) -> dict[str, object]:
-        """Return the same, and under ``index`` whether a package index is reached by a build with these variables."""
+        """Return the same, and under ``index`` whether a build with these variables reaches a package index."""
         reaches_index = await self._in_thread(lambda: index_check.reaches_index({**os.environ, **env}, kind=kind))
         return {**await self.platform(environment, env), "index": reaches_index}
 
@@ -216,7 +216,7 @@ class NodeAgent:
         await self._in_thread(lambda: attempt_dir.request_stop(self._root, attempt, wish))
 
     async def fence(self, attempt: str, tag: str) -> FenceResult:
-        """End all of an attempt's processes, and let none start any more."""
+        """End all processes of an attempt, and prevent that any starts again."""
 
         def end() -> FenceResult:
             claim = attempt_dir.close(self._root, attempt)
@@ -248,7 +248,7 @@ class NodeAgent:
             await self._watcher.wait_for_events(wake, min(self._poll_s(live=reply["live"]), left_s))
 
     async def _poll(self, session: str, have: Have | None) -> ChangeReply:
-        """Check the files once; those that grow with each step of a training only as often as they are read."""
+        """Check the files once; those that grow with each training step only as often as somebody reads them."""
         now = time.monotonic()
         metrics = now - self._metrics_at >= _METRICS_S
         if metrics:
@@ -278,7 +278,7 @@ class NodeAgent:
         return _LIVE_POLL_S if quiet_s < _QUIET_AFTER_S else _QUIET_POLL_S
 
     async def inventory(self, attempt: str, *, checksums: bool) -> dict[str, tuple[int, str]]:
-        """Return size and checksum of all that an ended attempt has for the store."""
+        """Return size and checksum of all files of an ended attempt that belong in the store."""
         path = attempt_dir.attempt_folder(self._root, attempt)
         known = self._checksums.setdefault(attempt, {})
         found = await self._in_thread(lambda: inventory(path, checksums=checksums, known=known))
@@ -290,13 +290,13 @@ class NodeAgent:
     async def ray_log(
         self, logs: str, submission: str, *, offset: int, tail: int | None, limit: int
     ) -> attempt_files.Slice:
-        """Return bytes of the log of a job of plain Ray; `logs` is where Ray keeps them on this node."""
+        """Return bytes of an external job's log; `logs` is the folder of Ray's logs on this node."""
         return await self._in_thread(
             lambda: attempt_files.read_ray_log(Path(logs), submission, offset=offset, tail=tail, limit=limit)
         )
 
     async def ray_log_grown(self, logs: str, submission: str, size: int, wait_s: float) -> int:
-        """Return the size of such a log as soon as it is more than `size`, or after `wait_s`."""
+        """Return the size of such a log as soon as it exceeds `size`, or after `wait_s`."""
         started = time.monotonic()
         while True:
             now = await self._in_thread(lambda: attempt_files.ray_log_size(Path(logs), submission))
@@ -306,7 +306,7 @@ class NodeAgent:
             await asyncio.sleep(_LIVE_POLL_S if waited_s < _QUIET_AFTER_S else _QUIET_POLL_S)
 
     async def forget(self, attempt: str, *, again: bool = False) -> None:
-        """Delete an attempt's folder; its job's checkpoints and outputs wait for the next one, if another follows."""
+        """Delete an attempt's folder. With `again`, the job's checkpoints and outputs stay for the next attempt."""
         self._checksums.pop(attempt, None)
         await self._in_thread(lambda: job_dir.forget(self._root, attempt, again=again))
 

@@ -67,7 +67,7 @@ def close(root: Path, attempt: str) -> Claim:
 
 
 def beat_at(folder: Path) -> float | None:
-    """Return when the attempt's runner touched its heartbeat last; None when it never did."""
+    """Return the time of the runner's latest heartbeat; None if there was none."""
     try:
         return (folder / HEARTBEAT).stat().st_mtime
     except OSError:
@@ -75,24 +75,24 @@ def beat_at(folder: Path) -> float | None:
 
 
 def read_json(path: Path) -> dict[str, object] | None:
-    """Return a JSON object, or None when there is no file or it is not whole. A link is not followed."""
+    """Return a JSON object, or None when there is no file or it is incomplete. A link is not followed."""
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             value = json.loads(file.read(_LARGEST_JSON))
-    except (OSError, ValueError, RecursionError):  # a job can write there too
+    except (OSError, ValueError, RecursionError):  # jobs can write there too
         return None
     return cast("dict[str, object]", sanitize(value)) if isinstance(value, dict) else None
 
 
 def sanitize(value: object) -> object:
-    """Return JSON data that every reader takes: no half characters, and numbers that are finite and not huge."""
+    """Return JSON data that every reader accepts: no lone surrogates, and only finite numbers of limited size."""
     match value:
         case str():
             return value.encode("utf-8", "replace").decode()
         case bool():
             return value
         case int() | float():
-            return value if abs(value) <= _LARGEST_NUMBER else 0  # which NaN is not either
+            return value if abs(value) <= _LARGEST_NUMBER else 0  # false for NaN too
         case dict():
             return {sanitize(key): sanitize(item) for key, item in value.items()}
         case list():
@@ -110,7 +110,7 @@ def read_claim(folder: Path) -> Claim | None:
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
-    """Write a JSON object as a whole, 0600."""
+    """Write a JSON object atomically, 0600."""
     write_file(path, json.dumps(value).encode())
 
 
@@ -120,7 +120,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def _wait_for_claim(folder: Path) -> Claim | None:
-    """Read a claim that a runner may be writing just now."""
+    """Read a claim that a runner may be writing at this moment."""
     deadline = time.monotonic() + _HALF_WRITTEN_S
     while (claim := read_claim(folder)) is None and time.monotonic() < deadline:
         time.sleep(0.01)

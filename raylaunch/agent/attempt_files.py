@@ -36,9 +36,9 @@ READ_BYTES = 1024 * 1024
 TAIL_BYTES = 8 * 1024 * 1024
 """How far back a tail searches for its first line."""
 KEPT_BY_JOB = (CHECKPOINTS, OUTPUTS)
-"""Folders that are a job's, not an attempt's; in the attempt's folder they are links (`raylaunch.agent.job_dir`)."""
+"""Folders of a job, not of one attempt; the attempt's folder has links to them (`raylaunch.agent.job_dir`)."""
 LINK = "link:"
-"""Before a link's target, where a file has its checksum."""
+"""Prefix of a link's target, in place of a file's checksum."""
 _BLOCK = 64 * 1024
 _RECORDS = (ATTEMPT, CLAIM, FACTS, STARTED, STOP, PROGRESS, COLLECTED, EXIT)
 _WANDB_FILES = "files"
@@ -132,7 +132,7 @@ def ray_log_size(logs: Path, submission: str) -> int:
 
 
 class FileStat(NamedTuple):
-    """What shows whether a file changed. `link` is the target of a link, relative, as long as the path."""
+    """What shows whether a file changed. `link` is the relative target of a link."""
 
     size: int
     mtime_ns: int
@@ -141,7 +141,7 @@ class FileStat(NamedTuple):
 
     @classmethod
     def of(cls, path: Path | str) -> FileStat | None:
-        """Look at a path; None when there is no regular file (a link is none)."""
+        """Inspect a path; None when it is not a regular file (a link is not)."""
         try:
             return cls._from(os.lstat(path))
         except OSError:
@@ -149,7 +149,7 @@ class FileStat(NamedTuple):
 
     @classmethod
     def of_descriptor(cls, descriptor: int) -> FileStat | None:
-        """Look at an open file; None when it is not a regular one."""
+        """Inspect an open file; None when it is not a regular one."""
         return cls._from(os.fstat(descriptor))
 
     @classmethod
@@ -196,9 +196,9 @@ def slow_files(folder: Path, *, at_end: bool) -> Iterator[tuple[str, FileStat]]:
 
 
 def job_folder_of(folder: Path) -> Path | None:
-    """Return where checkpoints and outputs of an attempt lie: with its job; or with it, as 0.1.0 made it.
+    """Return the folder with an attempt's checkpoints and outputs: its job's, or its own if 0.1.0 created it.
 
-    None where another attempt of the job has them now.
+    None if another attempt of the job has them now.
     """
     here = Path(os.path.realpath(folder))
     if not os.path.lexists(folder / CHECKPOINTS):
@@ -210,7 +210,7 @@ def job_folder_of(folder: Path) -> Path | None:
 
 
 def kept_files(base: Path) -> Iterator[tuple[str, FileStat]]:
-    """Yield a job's checkpoints and outputs. Links that stay among them are links; others are left out.
+    """Yield a job's checkpoints and outputs. Links among them are kept as links; those that lead out are left out.
 
     Args:
         base: the folder that has them, without links in its path.
@@ -228,12 +228,12 @@ def kept_files(base: Path) -> Iterator[tuple[str, FileStat]]:
 
 
 def inventory(folder: Path, *, checksums: bool, known: dict[str, tuple[FileStat, str]]) -> dict[str, tuple[int, str]]:
-    """Return size and checksum of every file of an ended attempt that belongs into the store.
+    """Return size and checksum of every file of an ended attempt that belongs in the store.
 
     Args:
         folder: The attempt's folder; there may be none.
-        checksums: Whether to read the files; else the checksums are empty.
-        known: Checksums found before; kept up to date.
+        checksums: Whether to read the files; otherwise the checksums are empty.
+        known: Checksums found before; updated.
     """
     found: dict[str, tuple[int, str]] = {}
     for path, stat in {**dict(slow_files(folder, at_end=True)), **dict(quick_files(folder))}.items():
@@ -249,7 +249,7 @@ def inventory(folder: Path, *, checksums: bool, known: dict[str, tuple[FileStat,
 
 @contextlib.contextmanager
 def open_regular(folder: Path, path: str) -> Iterator[int | None]:
-    """Open a file of an attempt for reading; None when it vanished, or is a link out of the folder."""
+    """Open a file of an attempt for reading; None when it no longer exists, or is a link that leads out."""
     try:
         descriptor = os.open(_resolve(folder, path), _READ)
     except OSError:
@@ -269,7 +269,7 @@ def disk_use(root: Path) -> dict[str, int]:
 
 
 def _at_character(file: BinaryIO, offset: int) -> int:
-    """Move on to where a UTF-8 character starts, if the text is UTF-8."""
+    """Return the next offset at which a UTF-8 character starts, if the text is UTF-8."""
     file.seek(offset)
     for skipped, byte in enumerate(file.read(4)):
         if byte & 0xC0 != 0x80:  # noqa: PLR2004 -- 10xxxxxx: a byte that continues a character (RFC 3629)
@@ -353,7 +353,7 @@ def _tree_bytes(folder: Path, seen: set[tuple[int, int]]) -> int:
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            with contextlib.suppress(OSError):  # it went meanwhile
+            with contextlib.suppress(OSError):  # deleted meanwhile
                 facts = os.lstat(os.path.join(parent, name))  # noqa: PTH118 -- many files
                 if (facts.st_dev, facts.st_ino) not in seen:
                     seen.add((facts.st_dev, facts.st_ino))

@@ -1,10 +1,10 @@
 """Changes of the attempts' files since they were last sent: the node agent's side of replication.
 
 Ways to send a file. ``append``: logs, W&B's file and reported progress grow, and only what is new is sent.
-``replace``: everything else is sent whole, with its checksum, once it is at rest. ``same``: the receiver has it from
-the attempt before, and nothing is sent. ``link``: a link's target. The receiver sends once what it has (`Have`); from
-then on this side remembers what it has sent. Whenever either side is in doubt, the receiver starts again with what is
-on its disk.
+``replace``: everything else is sent completely, with its checksum, once it no longer changes. ``same``: the receiver
+has it from the previous attempt, and nothing is sent. ``link``: a link's target. The receiver reports once what it has
+(`Have`); from then on this side remembers what it has sent. Whenever either side is in doubt, the receiver starts
+again from what is on its disk.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class HaveFile(NamedTuple):
     mtime_ns: int = 0
     sha256: str = ""
     before: bool = False
-    """Whether it is the file of the attempt before, which this one need not have any more."""
+    """Whether it is the previous attempt's file, which this attempt may have deleted."""
 
 
 Have = dict[str, dict[str, HaveFile]]
@@ -64,7 +64,7 @@ class Chunk(NamedTuple):
 
 
 class AttemptFacts(TypedDict):
-    """What is seen of one attempt."""
+    """What is observed of one attempt."""
 
     attempt: str
     claim: dict[str, object] | None
@@ -75,18 +75,18 @@ class AttemptFacts(TypedDict):
 
 
 class ChangeReply(TypedDict):
-    """What changed. `resync` asks the receiver to start a new session with what it has."""
+    """What changed. `resync` asks the receiver to start a new session."""
 
     resync: bool
     chunks: list[Chunk]
     attempts: list[AttemptFacts]
     live: bool
-    """Whether an attempt lives, so that it is worth looking often."""
+    """Whether an attempt is running, so that frequent checks are worthwhile."""
 
 
 @dataclass
 class _Sending:
-    """A file that is being sent whole, over several answers."""
+    """A file that is being sent completely, in several replies."""
 
     stat: FileStat
     offset: int = 0
@@ -109,7 +109,7 @@ class _Attempt:
 
 
 class ChangeFeed:
-    """Finds what is to be sent. One receiver at a time: the latest that began a session. Threads may share it."""
+    """Finds what has to be sent. One receiver at a time: the latest that started a session. Threads may share it."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -119,7 +119,7 @@ class ChangeFeed:
         self._expected: dict[str, dict[str, HaveFile]] = {}
 
     def expect(self, attempt: str, have: Mapping[str, HaveFile]) -> None:
-        """Know what the receiver has of an attempt that is about to be made: the files of the attempt before."""
+        """Remember what the receiver has for an attempt that is about to be created: the previous attempt's files."""
         with self._lock:
             self._expected[attempt] = dict(have)
 
@@ -140,7 +140,7 @@ class ChangeFeed:
             return self._take(metrics=metrics)
 
     def check_again(self, attempt: str) -> None:
-        """Look at an attempt that is over in the next call, and not seconds later."""
+        """Check an ended attempt in the next call, and not seconds later."""
         with self._lock:
             if attempt in self._attempts:
                 self._attempts[attempt].next_check = 0.0
@@ -199,7 +199,7 @@ class ChangeFeed:
 
 
 def _send(name: str, folder: Path, path: str, stat: FileStat, known: _Attempt, budget: int) -> Iterator[Chunk]:  # noqa: PLR0913, PLR0917
-    """Yield what is to be sent of one file now, and remember it as sent."""
+    """Yield what has to be sent of one file now, and remember it as sent."""
     if budget <= 0:
         return
     have = known.have.get(path)

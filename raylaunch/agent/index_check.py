@@ -1,4 +1,4 @@
-"""Whether this node reaches the package index that pip or uv would use: checked when a job needs one."""
+"""Checks whether this node reaches the package index that pip or uv would use."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _PROXIES = ("http_proxy", "https_proxy")
 def reaches_index(env: Mapping[str, str], *, kind: str) -> bool:
     """Return whether installing may work here. Blocks for at most `LIMIT_S` a check.
 
-    A response of any kind counts, a refusal too: pip then reports what is wrong. So does a setting by which no index
-    is asked, for then the node has wheels of its own.
+    Any response counts, a refusal too: pip then reports what is wrong. So does a setting that disables the index, since
+    the node then has its own wheels.
 
     Args:
         env: the variables that a build would have; pip's and uv's settings among them.
@@ -48,7 +48,7 @@ def _default_of_pip() -> str:
 
 
 def _uv_reaches_index(env: Mapping[str, str]) -> bool:
-    """Have uv, which is there where pip is not, find a package. Without either, assume so: the build shows it."""
+    """Let uv find a package where there is no pip. Without either, assume that it works: the build will show it."""
     uv = Path(sys.executable).with_name("uv")
     if not uv.is_file():
         return True

@@ -1,8 +1,8 @@
 """Notifications from the kernel when an attempt writes a line or a record, in place of polling fifty times a second.
 
-Linux's inotify, over ctypes, for there is no binding in the standard library. Where it cannot be had (macOS, or the
-limit of watches is reached) the node agent polls instead. A file on a network disk is watched as well: the
-writer and the agent are on one node.
+Linux's inotify through ctypes: the standard library has no binding. Where it is not available (macOS, or the limit of
+watches is reached) the node agent polls instead. Files on a network disk are watched too: writer and agent are on
+the same node.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _GONE = frozenset({2, 20})
 
 
 class Watcher:
-    """Says that there may be news in the attempts below a node root: a log that grew, a record, a new attempt."""
+    """Reports possible changes in the attempts below a node root: a log that grew, a record, a new attempt."""
 
     def __init__(self, root: Path) -> None:
         self._attempts = root / "attempts"
@@ -36,10 +36,10 @@ class Watcher:
         flags = os.O_NONBLOCK | os.O_CLOEXEC
         self._descriptor = self._libc.inotify_init1(flags) if self._libc is not None else -1
         self.works = self._watch(self._attempts, _RECORDS)
-        """Whether the kernel notifies; else files have to be polled."""
+        """Whether the kernel notifies; otherwise files have to be polled."""
 
     def follow(self, attempts: Collection[str]) -> None:
-        """Watch these attempts; those that are gone from the disk have left by themselves."""
+        """Watch these attempts; the kernel drops deleted ones itself."""
         wanted = frozenset(attempts)
         for attempt in wanted - self._known:
             folder = self._attempts / attempt
@@ -53,7 +53,7 @@ class Watcher:
                 continue
 
     async def wait_for_events(self, wake: asyncio.Event, timeout_s: float) -> None:
-        """Return when there is news, `wake` is set, or the time is over."""
+        """Return on an event, when `wake` is set, or at the timeout."""
         loop = asyncio.get_running_loop()
         if self.works:
             loop.add_reader(self._descriptor, wake.set)
@@ -66,7 +66,7 @@ class Watcher:
                 loop.remove_reader(self._descriptor)
 
     def _watch(self, folder: Path, mask: int) -> bool:
-        """Watch a folder. One that is not there any more, or never came, has no news."""
+        """Watch a folder; one that does not exist counts as watched. Return whether that is possible."""
         if self._libc is None or self._descriptor < 0:
             return False
         if self._libc.inotify_add_watch(self._descriptor, os.fsencode(folder), mask) >= 0:

@@ -67,7 +67,7 @@ _FICLONE = 0x40049409
 def prepare(  # noqa: PLR0913 -- what an attempt consists of
     root: Path, *, spec: AttemptSpec, package: Path | None, secrets: Mapping[str, str], runner: bytes, python: str
 ) -> ReadyAttempt:
-    """Make an attempt's folder. May be repeated; once a runner has claimed the attempt nothing is changed any more.
+    """Create an attempt's folder. May be repeated; once a runner has claimed the attempt, nothing changes.
 
     Args:
         root: The node root.
@@ -129,7 +129,7 @@ class ReadyAttempt(NamedTuple):
 
 
 class LeftPiece(NamedTuple):
-    """A piece of an output that was not kept, with what the whole is."""
+    """A piece of an output that was not kept, with size and time of the complete file."""
 
     data: bytes
     size: int
@@ -185,9 +185,9 @@ def take(root: Path, attempt: str, tag: str, *, other_machine_s: float = _OTHER_
 
 
 def begin_bringing(root: Path, attempt: str, tag: str, files: Mapping[str, StoredFile]) -> list[str]:
-    """Make the job's folder ready for the files of the attempt before, and return those that are to be brought.
+    """Prepare the job's folder for the previous attempt's files, and return those that have to be sent.
 
-    What is here and differs, or is not among `files`, is older than the store's, and goes. May be repeated.
+    Files here that differ, or are not in `files`, are older than the store's and are deleted. May be repeated.
 
     Args:
         root: the node root.
@@ -220,7 +220,7 @@ def begin_bringing(root: Path, attempt: str, tag: str, files: Mapping[str, Store
 
 
 def bring(root: Path, attempt: str, path: str, offset: int, data: bytes, wanted: StoredFile | None) -> None:  # noqa: PLR0913, PLR0917
-    """Take a piece of a file; with the last one comes what the whole is.
+    """Store a piece of a file; `wanted` describes the complete file and comes with the last piece.
 
     Raises:
         TransferError: the file has another checksum, or pieces are missing.
@@ -243,7 +243,7 @@ def bring(root: Path, attempt: str, path: str, offset: int, data: bytes, wanted:
 
 
 def end_bringing(root: Path, attempt: str, before: int, collected: Sequence[str] = ()) -> None:
-    """Write down that the job has the files of the attempt numbered `before` here.
+    """Record that the files of the job's attempt number `before` are here.
 
     Args:
         root: the node root.
@@ -260,7 +260,7 @@ def read_left(root: Path, attempt: str, path: str, offset: int, limit: int) -> L
     """Return a piece of an output of an ended attempt that stayed on the node.
 
     Raises:
-        NotFoundError: it is not here, or no longer.
+        NotFoundError: it is not on this node, or no longer.
     """
     left = job_folder(root, attempt) / LEFT
     target = left / path
@@ -272,7 +272,7 @@ def read_left(root: Path, attempt: str, path: str, offset: int, limit: int) -> L
             file.seek(offset)
             return LeftPiece(file.read(limit), found.st_size, found.st_mtime_ns)
     except OSError:
-        msg = f"{path} is not on the node any more: outputs that were not kept stay for {LEFT_S // 86400} days"
+        msg = f"{path} is no longer on the node: outputs that were not kept stay for {LEFT_S // 86400} days"
         raise NotFoundError(msg) from None
 
 
@@ -292,7 +292,7 @@ def drop(root: Path, attempt: str) -> None:
 
 
 def _close_older(root: Path, attempt: str, tag: str, *, other_machine_s: float = _OTHER_MACHINE_S) -> None:
-    """Make sure that no older attempt of the job writes on this node any more.
+    """Ensure that no older attempt of the job still writes on this node.
 
     Raises:
         ConflictError: there is a newer one.
@@ -333,10 +333,10 @@ def _wait_for_other_machine(root: Path, attempt: str, limit_s: float) -> None:
     """Wait until an attempt's runner, which is on another machine or was on this one before a reboot, has ended it.
 
     Raises:
-        ClusterError: it still lives.
+        ClusterError: it is still running.
     """
     folder, deadline = attempt_folder(root, attempt), time.monotonic() + limit_s
-    if read_json(folder / EXIT) is None:  # it is ended also where it is heard of again only later
+    if read_json(folder / EXIT) is None:  # so that it stops also if it can be reached only later
         request_stop(root, attempt, StopWish(why="stopped", grace_s=0.0))
     while read_json(folder / EXIT) is None and _is_beating(folder):
         if time.monotonic() > deadline:
@@ -346,7 +346,7 @@ def _wait_for_other_machine(root: Path, attempt: str, limit_s: float) -> None:
 
 
 def _is_beating(folder: Path) -> bool:
-    """Return whether a runner gives signs of life, by the clock of the disk that it writes to."""
+    """Return whether a runner's heartbeat is recent, by the clock of the disk that it writes to."""
     at = beat_at(folder)
     if at is None:
         return False
@@ -364,7 +364,7 @@ def _equal(stat: FileStat, wanted: StoredFile) -> bool:
 
 
 def _place(folder: Path, path: str) -> Path:
-    """Return where a file goes; its folders are made."""
+    """Return where a file belongs, and create the folders above it."""
     parts = path.split("/")
     if parts[0] not in KEPT_BY_JOB or ".." in parts or "" in parts:
         msg = f"{path!r} is not a path in a job's folder"
@@ -378,14 +378,14 @@ def _place(folder: Path, path: str) -> Path:
 
 
 def _make_folder(path: Path) -> None:
-    """Make a folder and those above it, each for this account alone."""
+    """Create a folder and those above it, readable by this account only."""
     missing = [each for each in (path, *path.parents) if not each.exists()]
     for each in reversed(missing):
         each.mkdir(mode=0o700, exist_ok=True)
 
 
 def _prune(folder: Path) -> None:
-    """Delete what is neither a folder with files in it nor one of the files that stay: sockets, links that lead out."""
+    """Delete everything but kept files and their folders: sockets, links that lead out."""
     kept = {str(folder / path) for path, _ in kept_files(folder)}
     for name in KEPT_BY_JOB:
         for parent, folders, files in os.walk(folder / name, topdown=False):
@@ -397,7 +397,7 @@ def _prune(folder: Path) -> None:
 
 
 def _expire(root: Path, own: Path) -> None:
-    """Delete the folders of jobs that went on elsewhere: nothing has used them for a week."""
+    """Delete the folders of jobs that continued elsewhere and were not used here for a week."""
     alive = {name.rpartition("-")[0] for name in attempts_in(root)}
     for folder in _folders(own.parent):
         writer = folder / WRITER

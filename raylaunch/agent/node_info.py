@@ -1,4 +1,4 @@
-"""What a node is and has: machine, disk, GPUs, and who uses those outside this cluster."""
+"""Facts about a node: machine, disk, GPUs, and who outside this cluster uses those."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def list_gpus(*, is_ours: Callable[[int], bool]) -> list[GpuFacts]:
     """List the GPUs that ``nvidia-smi`` reports; none without that program.
 
     Args:
-        is_ours: Whether a process belongs to this cluster, and so is no use from outside.
+        is_ours: Whether a process belongs to this cluster.
 
     Raises:
         OSError: ``nvidia-smi`` cannot be started.
@@ -129,7 +129,7 @@ def _user(pid: int) -> str:
 
 
 def _membership(root: Path) -> Callable[[int], bool]:
-    """Return the question whether a process was started by this Ray, or by an attempt below this node root."""
+    """Return a function: whether a process was started by this Ray, or by an attempt below this node root."""
     entries = {f"{VAR_NODE_ROOT}={root}".encode()}
     entries |= _entries_of_ray(os.environ)
     for attempt in attempts_in(root):

@@ -24,7 +24,7 @@ from raylaunch.runner.unpack import unpack
 WHOLE = "wheel"
 """Name of a wheel inside its package's folder: each job has its own name for it."""
 COMPLETE = -1
-"""Answer of `Packages.have` for a package that is whole."""
+"""Result of `Packages.have` for a complete package."""
 _PYTHON_S = 10.0
 _VERSION = re.compile(r"\d+\.\d+\.\d+[a-z0-9+]{0,8}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -42,7 +42,7 @@ class Packages:
         """Return the unpacked folder of a package.
 
         Raises:
-            NotFoundError: The package is not whole here.
+            NotFoundError: The package is not complete here.
         """
         found = self._folder / _checked(sha256)
         if not found.is_dir():
@@ -60,9 +60,9 @@ class Packages:
             return 0
 
     def put(self, sha256: str, offset: int, total: int, data: bytes) -> int:
-        """Take a piece of a package, and unpack the package when it was the last.
+        """Store a piece of a package, and unpack the package after the last one.
 
-        A piece that does not continue what is here changes nothing: go on from the answer.
+        A piece that does not continue what is here changes nothing: continue from the result.
 
         Args:
             sha256: Of the whole archive.
@@ -121,7 +121,7 @@ class Packages:
             part.unlink()
             msg = f"the package {sha256[:12]} cannot be unpacked: {error}"
             raise TransferError(msg) from error
-        except OSError:  # a full disk: what was unpacked would only keep it full
+        except OSError:  # a full disk: do not keep it full
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         temporary.rename(self._folder / sha256)
@@ -157,8 +157,8 @@ def this_platform() -> Platform:
 def platform_of(environment: Mapping[str, str], env: Mapping[str, str]) -> Platform:
     """Return what decides which wheels fit an environment that is on this node: its own Python counts.
 
-    Of one in the working directory, which is not here yet, and of one that does not run, nothing is known: then it is
-    the Python of this process, as for those that are made. Blocks for `_PYTHON_S` at most.
+    Nothing is known about one in the working directory, which is not here yet, or one that does not run: then the
+    result is for the Python of this process, as for environments that are built. Blocks for `_PYTHON_S` at most.
 
     Args:
         environment: its kind and value.
@@ -184,14 +184,14 @@ def platform_of(environment: Mapping[str, str], env: Mapping[str, str]) -> Platf
 
 
 def choose_wheels(sets: Iterable[WheelSetData], here: Platform) -> list[WheelSpec]:
-    """Return the wheels for this platform; none where none were gathered for it: it reaches an index, or did."""
+    """Return the wheels for this platform; none if none were gathered for it, because it reached an index."""
     return next((one["wheels"] for one in sets if one["platform"] == here), [])
 
 
 def link_wheels(packages: Path, wheels: Iterable[WheelSpec], folder: Path) -> None:
-    """Make a folder in which each wheel has its name, and one each for those to build with and those that are added.
+    """Create a folder with the wheels under their names, and others for build tools and for added packages.
 
-    May be repeated; without wheels there is none.
+    May be repeated; without wheels there is no folder.
     """
     listed = list(wheels)
     own = [one for one in listed if not one["build"] and not one["added"]]

@@ -1,7 +1,7 @@
-"""Processes of attempts: which they are, whether they live, and their end.
+"""Processes of attempts: finding them, checking whether they are running, ending them.
 
 A process belongs to an attempt if, and only if, its environment has its id (`raylaunch.contract.VAR_ATTEMPT`); that
-holds for children that called setsid too. Linux only: everything is read from /proc.
+is true for children that called setsid too. Linux only: everything is read from /proc.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def started_ticks(pid: int) -> int | None:
 
 
 def runner_alive(claim: Claim | None) -> bool:
-    """Return whether the runner that made a claim lives."""
+    """Return whether the runner that made a claim is running."""
     if claim is None or not is_this_boot(claim["boot_id"]) or claim["pid"] <= 0:
         return False
     return started_ticks(claim["pid"]) == claim["started_ticks"]
@@ -49,7 +49,7 @@ def wait_for_runner(claim: Claim, *, limit_s: float) -> None:
 
 
 def environment_of(pid: int) -> tuple[bytes, ...]:
-    """Return the ``NAME=value`` entries with which a process was started; none when it may not be read."""
+    """Return the ``NAME=value`` entries with which a process was started; none if they cannot be read."""
     try:
         return tuple((_PROC / str(pid) / "environ").read_bytes().split(b"\0"))
     except OSError:
@@ -57,7 +57,7 @@ def environment_of(pid: int) -> tuple[bytes, ...]:
 
 
 def processes_of(tag: str) -> Iterator[ProcessId]:
-    """Yield the living processes of one attempt, this one excepted.
+    """Yield the running processes of one attempt, except this process.
 
     Args:
         tag: The attempt's value of `VAR_ATTEMPT`.
@@ -83,7 +83,7 @@ def end_processes(tag: str, claim: Claim | None, *, limit_s: float = 30.0) -> in
         How many processes were ended.
 
     Raises:
-        ClusterError: Some were still there after `limit_s`, or may not be ended.
+        ClusterError: Some were still there after `limit_s`, or ending them is not permitted.
     """
     deadline = time.monotonic() + limit_s
     killed: set[ProcessId] = set()
@@ -104,7 +104,7 @@ def end_processes(tag: str, claim: Claim | None, *, limit_s: float = 30.0) -> in
 
 
 def _kill(process: ProcessId) -> bool:
-    """Kill exactly this process: a descriptor keeps another one with the same pid out."""
+    """Kill exactly this process: the descriptor excludes another one with the same pid."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except OSError:
@@ -116,7 +116,7 @@ def _kill(process: ProcessId) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError as error:
-        msg = f"process {process.pid} may not be ended: {error}"
+        msg = f"process {process.pid} cannot be ended: {error}"
         raise ClusterError(msg) from error
     finally:
         os.close(descriptor)

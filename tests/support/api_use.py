@@ -46,7 +46,7 @@ def end(api: Api, job: JobView, change: Change = Change.SUCCEED) -> None:
 
 
 def write(api: Api, job: JobView, path: str, content: bytes, *, mode: str = "wb") -> None:
-    """Put a file into the job's folder, as the steward's link would."""
+    """Put a file into the job's folder, as the bridge would."""
     file = api.store / "jobs" / job.id / path
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open(mode) as opened:

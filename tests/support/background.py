@@ -116,7 +116,7 @@ def _memory_bytes(pid: int, field: str) -> int:
 
 
 def memory_of(cluster: Cluster) -> Memory:
-    """Return the memory of the controller, its link and the steward."""
+    """Return the memory of the controller, its bridge and the node agent."""
     found: list[tuple[str, psutil.Process]] = [("controller", psutil.Process(cluster.controller_pid()))]
     for process in cluster.processes():
         try:
@@ -124,8 +124,8 @@ def memory_of(cluster: Cluster) -> Memory:
         except psutil.Error:  # it has just ended
             continue
         if words.startswith(("ray::NodeAgent", "ray::Steward")):
-            found.append(("steward", process))
+            found.append(("agent", process))
         elif "raylaunch.controller.ray.process" in words:
             found.append(("link", process))
-    assert {name for name, _ in found} == {"controller", "link", "steward"}
+    assert {name for name, _ in found} == {"controller", "bridge", "agent"}
     return Memory(found)

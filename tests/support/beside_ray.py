@@ -36,7 +36,7 @@ class BesideRay(Cluster):
         family = {pid for pid, line in found.items() if any(name in line for name in _DAEMONS)}
         return {self.ray_head.process.pid, *family}
 
-    def stewards(self) -> list[str]:
+    def agents(self) -> list[str]:
         """Return the node agents that Ray runs for this cluster, by their titles; other tests have theirs there."""
         own = (one for one in self._children() if _node_root(one).endswith(f"/nodes/{self.paths.name}"))
         titles = (" ".join(argv(one)) for one in own)

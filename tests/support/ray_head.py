@@ -40,7 +40,7 @@ class RayHeadRunning:
     dashboard_url: str
     token_path: Path
     node_root: Path
-    """Where its node's steward keeps attempts: on another machine in earnest, so only the tests look into it."""
+    """Where its node's agent keeps attempts: on another machine in earnest, so only the tests look into it."""
     process: subprocess.Popen[bytes]
     home: Path
     """Its account's home, which is the test's own."""

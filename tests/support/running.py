@@ -1,4 +1,4 @@
-"""Attempts as a steward would lay them out, run by the real runner as a real process."""
+"""Attempts as a node agent would lay them out, run by the real runner as a real process."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Attempt:
         wait_until(lambda: self.log.exists() and text.encode() in self.log.read_bytes(), timeout_s, f"log has {text!r}")
 
     def stop(self, *, grace_s: float = 5.0) -> Exit:
-        """Wish the attempt to stop, as a steward does; returns the exit facts."""
+        """Wish the attempt to stop, as a node agent does; returns the exit facts."""
         beside = self.folder / "stop.part"
         beside.write_text(json.dumps({"why": "stopped", "grace_s": grace_s}))
         beside.rename(self.folder / contract.STOP)

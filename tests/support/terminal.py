@@ -131,7 +131,7 @@ class Laptop:
         return found
 
     def living(self) -> set[str]:
-        """Return the hosts that Ray lists as alive and whose steward answers; none where nothing answers."""
+        """Return the hosts that Ray lists as alive and whose agent responds; none where nothing answers."""
         done = self.call("status", "--json", check=False)
         nodes = json.loads(done.stdout)["nodes"] if done.stdout.startswith("{") else []
         return {str(node["hostname"]) for node in nodes if node["alive"] and node["steward"]}

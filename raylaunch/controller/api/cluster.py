@@ -74,7 +74,7 @@ class TakeRequest(RequestBody):
 @router.get("/hosts/{host}", response_model=HostJobs)
 async def jobs(host: str, app: App) -> Response:
     """Return what is running on a host."""
-    return model_response(app.hosts.jobs(host))
+    return model_response(await app.hosts.jobs(host))
 
 
 @router.post("/hosts/{host}/drain", response_model=HostJobs)
@@ -85,7 +85,7 @@ async def drain(
     """Start no new attempts on a host."""
     request.state.about = host
     asked = asked or DrainRequest()
-    return model_response(app.hosts.drain(host, until=asked.until, stop=asked.stop, person=caller.person))
+    return model_response(await app.hosts.drain(host, until=asked.until, stop=asked.stop, person=caller.person))
 
 
 @router.delete("/hosts/{host}/drain", response_model=HostJobs)
@@ -93,7 +93,7 @@ async def drain(
 async def undrain(host: str, request: Request, app: App) -> Response:
     """Let a host take jobs again."""
     request.state.about = host
-    return model_response(app.hosts.undrain(host))
+    return model_response(await app.hosts.undrain(host))
 
 
 @router.get("/quiet", response_model=Quiet)

@@ -14,25 +14,28 @@ from raylaunch.errors import ConflictError, NotFoundError
 from raylaunch.models.cluster import Drain, HostJobs, NodeView, Quiet
 from raylaunch.models.states import Reason
 
+_RAY_LAG_S = 3.0
+"""How long after a job's end Ray may still count what it used, until the nodes are inspected again."""
+
 
 class HostService:
-    """Operations on hosts. Each returns immediately; the scheduler's loop continues from the records."""
+    """Operations on hosts. Each returns within seconds; the scheduler's loop continues from the records."""
 
     def __init__(self, *, records: Records, drains: DrainStore, observed: ObservedState) -> None:
         self._records = records
         self._drains = drains
         self._observed = observed
 
-    def jobs(self, host: str) -> HostJobs:
+    async def jobs(self, host: str) -> HostJobs:
         """Return what is running on a host, and whether it is drained.
 
         Raises:
             NotFoundError: the cluster has no such host.
         """
         self._check_known(host)
-        return self._seen(host)
+        return await self._settled(host)
 
-    def drain(self, host: str, *, until: float | None, stop: bool, person: str) -> HostJobs:
+    async def drain(self, host: str, *, until: float | None, stop: bool, person: str) -> HostJobs:
         """Start no new attempts on a host; with `stop`, running ones are stopped and queued again.
 
         Args:
@@ -56,9 +59,9 @@ class HostService:
             for record in self._running(host):
                 self._stop(record, Reason.HOST_DRAINED, f"{host} is being drained by {person}")
         self._observed.notify()
-        return self._seen(host)
+        return await self._settled(host)
 
-    def undrain(self, host: str) -> HostJobs:
+    async def undrain(self, host: str) -> HostJobs:
         """Let a host take jobs again.
 
         Raises:
@@ -67,7 +70,7 @@ class HostService:
         """
         self._drains.remove(host)
         self._observed.notify()
-        return self._seen(host)
+        return await self._settled(host)
 
     def pause(self, *, limit_s: float, stop: bool, person: str) -> Quiet:
         """Start no attempts anywhere for a while; with `stop`, running ones are stopped and queued again."""
@@ -112,6 +115,15 @@ class HostService:
 
     def _running(self, host: str) -> list[JobRecord]:
         return [record for record in self._records.active() if latest(record).node == host]
+
+    async def _settled(self, host: str) -> HostJobs:
+        """Return what is running on a host. Ray counts what a job used for a moment after its end: that is awaited."""
+        deadline = time.monotonic() + _RAY_LAG_S
+        while (found := self._seen(host)).others and self._observed.bridge_up:
+            if (left_s := deadline - time.monotonic()) <= 0:
+                break
+            await self._observed.wait(left_s)
+        return found
 
     def _seen(self, host: str) -> HostJobs:
         running = self._running(host)
