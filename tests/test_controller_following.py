@@ -56,7 +56,7 @@ def test_a_long_poll_without_news_answers_empty_with_the_same_cursor(tom: httpx2
 
 
 @pytest.mark.parametrize("question", ["events?after=1000000&wait_s=25", "logs?wait_s=25"])
-def test_a_question_whose_asker_has_gone_is_not_held_open(api: Api, tom: httpx2.Client, question: str) -> None:
+def test_a_request_whose_client_has_disconnected_is_not_held_open(api: Api, tom: httpx2.Client, question: str) -> None:
     job = submit(tom)
     before = listening(api)
     request = f"GET /v1/jobs/{job.id}/{question} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token_of('tom')}\r\n\r\n"
@@ -83,7 +83,7 @@ def messages(lines: Iterator[str], count: int) -> list[dict[str, str]]:
     pytest.fail(f"the stream ended after {len(found)} events")
 
 
-def test_the_stream_tells_events_as_they_happen_and_goes_on_from_a_cursor(api: Api, tom: httpx2.Client) -> None:
+def test_the_stream_sends_events_as_they_happen_and_continues_from_a_cursor(api: Api, tom: httpx2.Client) -> None:
     first = submit(tom)
     with api.client("vera") as vera:
         with vera.stream("GET", f"/v1/events?after={first.cursor - 1}") as stream:
@@ -157,7 +157,7 @@ def test_the_log_of_a_job_that_waits_is_empty_until_its_attempt_starts(api: Api,
     assert (follow().content, follow().headers["X-Log-Attempt"]) == (b"begun\n", "1")
 
 
-def test_an_earlier_attempts_log_is_over_and_one_that_never_was_is_said(api: Api, tom: httpx2.Client) -> None:
+def test_an_earlier_attempts_log_has_ended_and_an_unknown_attempt_is_an_error(api: Api, tom: httpx2.Client) -> None:
     job = submit(tom)
     start(api, job)
     write(api, job, "attempt-1/logs/rank-0.log", b"first\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from support.api import Api, serving, write_tokens
+from support.api import Api, serving, token_of, write_tokens
 from support.api_use import error, start, submit, write
 from support.waiting import wait_until
 
@@ -88,7 +88,7 @@ def test_every_answer_says_version_and_protocol(tom: httpx2.Client) -> None:
         ("0", f"install the controller's version on the client: pip install raylaunch=={__version__}"),
     ],
 )
-def test_a_client_of_another_protocol_is_told_what_to_do(api: Api, protocol: str, hint: str) -> None:
+def test_a_client_of_another_protocol_gets_a_hint(api: Api, protocol: str, hint: str) -> None:
     headers = {"X-Raylaunch-Api": protocol, "X-Raylaunch-Version": "9.9"}
     with api.client("tom", **headers) as client:
         assert error(client.get("/v1/status")) == (
@@ -114,7 +114,7 @@ def test_a_path_and_a_method_that_do_not_exist_answer_in_the_same_form(tom: http
     assert error(tom.delete("/v1/status")) == (405, "error", "DELETE /v1/status: Method Not Allowed", hint)
 
 
-def test_what_is_not_understood_is_said_without_repeating_a_secret(tom: httpx2.Client) -> None:
+def test_an_invalid_request_is_reported_without_repeating_a_secret(tom: httpx2.Client) -> None:
     body = {"spec": {"entrypoint": "true"}, "secrets": {"KEY": ["planted-secret"]}, "colour": "planted-secret"}
     answer = tom.post("/v1/jobs", json=body)
     assert error(answer)[:3] == (
@@ -350,6 +350,17 @@ def test_a_secret_on_a_slow_disk_delays_no_other_request(tmp_path: Path) -> None
                 os.close(descriptor)
             assert setting.result(30).status_code == 200
             assert olga.get("/v1/secrets").json() == ["KEY"]
+
+
+def test_half_a_body_is_not_passed_on(api: Api) -> None:
+    path = f"/v1/packages/{'a' * 64}"
+    head = f"PUT {path}?offset=0&total=100 HTTP/1.1\r\nHost: raylaunch\r\nAuthorization: Bearer {token_of('tom')}\r\n"
+    with socket.create_connection(("127.0.0.1", int(api.url.rpartition(":")[2]))) as connection:
+        connection.sendall(f"{head}Content-Length: 100\r\n\r\n".encode() + b"x" * 10)
+    audit = api.store / "audit.jsonl"
+    wait_until(lambda: audit.exists() and "put_package" in audit.read_text(), 30, "the request has ended")
+    with api.client() as tom:
+        assert tom.head(path).headers["X-Have"] == "0"
 
 
 def _writer_of(fifo: Path) -> int:

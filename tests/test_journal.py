@@ -48,7 +48,7 @@ def test_a_damaged_line_in_the_middle_does_not_hide_the_others(tmp_path: Path) -
     assert _seqs(path) == [1, None, 3]
 
 
-def test_a_full_disk_is_said_and_leaves_the_journal_as_it_was(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_the_journal_unchanged(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", kib=256) as disk:
         path = disk / "journal.jsonl"
         journal.append(path, _line(1))

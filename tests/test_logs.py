@@ -146,7 +146,7 @@ def test_a_search_may_ignore_case_or_take_a_regular_expression(log: Path) -> Non
     assert texts(log, "ärger", ignore_case=True) == ["Ärger"]
 
 
-def test_a_search_goes_on_where_it_stopped_and_finds_each_line_once(log: Path) -> None:
+def test_a_search_continues_where_it_stopped_and_finds_each_line_once(log: Path) -> None:
     lines = [b"needle\n" if number % 1000 == 0 else b"hay %d\n" % number for number in range(400_000)]
     log.write_bytes(b"".join(lines))
     expected = [at for at, line in zip(_offsets(lines), lines, strict=True) if line == b"needle\n"]

@@ -73,7 +73,7 @@ def test_a_file_that_was_replaced_by_a_shorter_one_is_read_from_its_beginning(tm
     assert [point.value for point in page.series[0].points] == [9.0]
 
 
-def test_many_points_are_thinned_evenly_with_first_and_last_and_their_total_said(tmp_path: Path) -> None:
+def test_many_points_are_thinned_evenly_with_first_and_last_and_their_total(tmp_path: Path) -> None:
     write_run(_attempt(tmp_path), [history(n, {"loss": float(n)}) for n in range(20_001)])
     series = _series(tmp_path, "loss", max_points=101)
     steps = [point.step for point in series.points]
@@ -262,7 +262,7 @@ def test_a_file_that_is_not_wandbs_is_logged_and_hides_nothing_else(
     assert "is not a W&B file" in message
 
 
-def test_csv_has_every_point_with_keys_quoted_and_superseded_ones_left_out(tmp_path: Path) -> None:
+def test_csv_has_every_point_with_keys_quoted_but_no_superseded_ones(tmp_path: Path) -> None:
     write_run(_attempt(tmp_path, 1), [history(n, {'a,"b"': 0.5, "loss": 1.0}) for n in range(3)])
     write_run(_attempt(tmp_path, 2), [history(2, {"loss": math.nan})])
     text = "".join(MetricsStore(tmp_path).csv(job_view(attempts=2)))

@@ -35,7 +35,7 @@ def test_a_package_is_complete_once_all_its_bytes_are_here(packages: PackageStor
     assert packages.bytes() == len(DATA)
 
 
-def test_an_upload_goes_on_after_a_restart(tmp_path: Path, packages: PackageStore) -> None:
+def test_an_upload_continues_after_a_restart(tmp_path: Path, packages: PackageStore) -> None:
     packages.put(SHA, offset=0, total=len(DATA), data=DATA[:100_000])
     again = PackageStore(tmp_path / "packages")
     assert again.have(SHA) == PackageBytes(100_000, complete=False)
@@ -104,7 +104,7 @@ def test_numbers_that_do_not_fit_together_are_refused(packages: PackageStore) ->
         packages.put(SHA, offset=0, total=5, data=b"x" * 10)
 
 
-def test_a_package_that_is_not_here_is_said(packages: PackageStore) -> None:
+def test_a_missing_package_is_an_error(packages: PackageStore) -> None:
     with pytest.raises(NotFoundError, match=f"package {SHA[:12]} is not in the store"):
         packages.path(SHA)
 

@@ -161,7 +161,7 @@ def test_on_line_the_server_has_each_row_once_and_the_status(tmp_path: Path, ser
     assert f"View run at {server.url}/team/digits/runs/rl1" in (tmp_path / "out").read_text()
 
 
-def test_a_training_that_begins_anew_goes_on_behind_the_run_and_one_that_resumes_repeats_nothing(
+def test_a_training_that_restarts_continues_the_run_and_one_that_resumes_repeats_nothing(
     tmp_path: Path, server: WandbServer
 ) -> None:
     for attempt, steps in enumerate([range(3), range(2, 5), range(2)]):

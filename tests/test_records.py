@@ -316,7 +316,7 @@ def test_a_waiting_job_is_in_the_backlog_until_it_starts_or_ends(tmp_path: Path)
         assert [job.id for job in records.active()] == [first.id]
 
 
-def test_what_jobs_wait_for_is_told_in_one_go_each_with_an_event(tmp_path: Path) -> None:
+def test_wait_reasons_are_recorded_in_one_transaction_each_with_an_event(tmp_path: Path) -> None:
     with opened(tmp_path) as records:
         jobs = [submit(records, name) for name in ("a", "b")]
         before = records.cursor
@@ -392,7 +392,7 @@ def test_only_an_ended_job_can_be_removed(records: Records) -> None:
     )
 
 
-def test_a_removed_job_is_gone_with_its_files(records: Records) -> None:
+def test_a_removed_job_is_deleted_with_its_files(records: Records) -> None:
     job = end(records, submit(records))
     records.delete(job.id)
     empty_trash(records.store)

@@ -102,7 +102,7 @@ def test_a_submission_of_which_only_half_a_line_reached_the_disk_is_no_job(tmp_p
         assert records.page().total == 0
 
 
-def test_a_damaged_line_in_a_journal_is_said_and_the_rest_is_used(tmp_path: Path) -> None:
+def test_a_damaged_line_in_a_journal_is_reported_and_the_rest_is_used(tmp_path: Path) -> None:
     with opened(tmp_path) as records:
         job = submit(records)
         with (records.folder(job.id) / "journal.jsonl").open("ab") as journal:
@@ -126,7 +126,7 @@ def test_a_store_of_a_newer_raylaunch_is_refused_and_left_alone(tmp_path: Path) 
     )
 
 
-def test_a_full_disk_is_said_and_nothing_half_written_is_taken_for_done(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_nothing_incomplete_counts_as_done(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", kib=1024) as disk, opened(disk) as records:
         job = submit(records)
         ballast = fill(disk)
@@ -168,7 +168,7 @@ def test_a_sequence_number_is_never_given_twice(tmp_path: Path) -> None:
         assert submit(records).cursor == before + 1
 
 
-def test_a_database_that_somebody_else_holds_is_said_and_the_journal_is_taken_back(tmp_path: Path) -> None:
+def test_a_locked_database_is_reported_and_the_journal_is_restored(tmp_path: Path) -> None:
     with opened(tmp_path) as records:
         job = submit(records)
         with contextlib.closing(sqlite3.connect(tmp_path / "raylaunch.db", isolation_level=None)) as other:

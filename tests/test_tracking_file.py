@@ -54,7 +54,7 @@ def test_however_a_file_grows_its_records_come_once_and_in_order(records: list[b
         assert frames.skipped == 0
 
 
-def test_a_file_cut_at_any_byte_gives_its_whole_records_and_goes_on_when_the_rest_comes(tmp_path: Path) -> None:
+def test_a_file_cut_at_any_byte_gives_its_complete_records_and_later_the_rest(tmp_path: Path) -> None:
     rows = [history(step, {"loss": step / 2}) for step in range(6)]
     whole = framed(rows)
     ends = [len(framed(rows[:count])) for count in range(len(rows) + 1)]

@@ -141,7 +141,7 @@ def _loss_of_two_attempts(store: Path) -> list[tuple[float, float]]:
     return [(point.step, point.value) for point in series.points]
 
 
-def test_a_row_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_row_can_be_read_while_the_run_continues(tmp_path: Path) -> None:
     with _start(tmp_path, ONE_THEN_WAIT, {"WANDB_MODE": "offline", **FLUSH}) as process:
         try:
             assert process.stdout is not None

@@ -144,7 +144,7 @@ def test_what_must_be_a_new_run_is_one(tmp_path: Path) -> None:
     assert claim(folder, RunRequest("rl1", PROJECT, "job", may_resume=False)) == Run("rl1-2-1", "job", resume=False)
 
 
-def test_the_next_attempt_is_told_which_runs_the_earlier_ones_left_and_whether_they_are_finished(
+def test_the_next_attempt_knows_the_earlier_runs_and_whether_they_are_finished(
     tmp_path: Path,
 ) -> None:
     ends = {"a": [ended(0)], "b": [ended(1)], "c": []}
