@@ -18,13 +18,12 @@ from mcp_server.render import (
     Json,
     job_facts,
     job_row,
-    last_lines,
-    lines_of,
     next_for,
     short,
     token,
     without_empty,
 )
+from mcp_server.results import end_of_log
 from raylaunch.client.client import Client
 from raylaunch.client.packing import checked_working_dir
 from raylaunch.client.submission import with_wandb
@@ -121,21 +120,17 @@ async def _end_of_log(client: Client, job: JobView, most: int) -> Json | None:
     if job.state in {JobState.QUEUED, JobState.HELD} or not job.attempts:
         return None
     try:
-        chunk = await client.retrying(lambda: client.logs(job.id, tail=most))
-        if chunk.next_offset < chunk.size:
-            chunk = await client.retrying(lambda: client.logs(job.id, offset=max(0, chunk.size - 4 * _LOG_BYTES)))
+        _, found = await end_of_log(client, job, tail=most, most_bytes=_LOG_BYTES)
     except NoAnswerError:
         raise
     except (NotFoundError, ClusterError) as error:  # what else there is to say about the job is said
         return {"untrusted": UNTRUSTED_WORDS, "unread": short(error.message)}
-    found = last_lines(lines_of(chunk.data), most=most, most_bytes=_LOG_BYTES)
     if not found.lines:
         return None
-    cut = found.cut or ("earlier lines are left out here" if chunk.offset else "")
     return {
         "untrusted": UNTRUSTED,
         "lines": found.lines,
-        **without_empty({"cut": f"{cut}; job_logs shows more" if cut else ""}),
+        **without_empty({"cut": f"{found.cut}; job_logs shows more" if found.cut else ""}),
     }
 
 

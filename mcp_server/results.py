@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from mcp_server.policy import LocalPath
 from mcp_server.render import (
     MOST_BYTES,
     UNTRUSTED,
+    BoundedLines,
     Json,
     first_lines,
     id_of,
@@ -36,8 +38,6 @@ _CURSOR = re.compile(r"(\d{1,6}):(\d{1,18})")
 _LISTED = 50
 _SEARCHES = 16
 """Searches of 64 MiB that one call makes before it hands back where to go on."""
-_READ = 4 * MOST_BYTES
-"""Bytes that are read for the lines of one answer; carriage returns and control characters shrink or grow them."""
 
 
 class _Place(NamedTuple):
@@ -60,23 +60,13 @@ async def job_logs(given: JobLogs, call: ToolCall) -> Json:
 
 
 async def _read(client: Client, job: JobView, given: JobLogs, place: _Place | None) -> Json:
-    async def chunk_from(
-        *, attempt: int | None, tail: int | None = None, offset: int | None = None, limit: int = _READ
-    ) -> LogChunk:
-        return await client.retrying(
-            lambda: client.logs(job.id, attempt=attempt, rank=given.rank, tail=tail, offset=offset, limit=limit)
-        )
-
     if place:
-        chunk = _of_whole_lines(await chunk_from(attempt=place.attempt, offset=place.offset, limit=MOST_BYTES))
+        read = partial(client.logs, job.id, attempt=place.attempt, offset=place.offset, limit=MOST_BYTES)
+        chunk = _of_whole_lines(await client.retrying(lambda: read(rank=given.rank)))
         shown = lines_of(chunk.data)
         lines, cut = last_lines(shown, most=len(shown), most_bytes=2 * MOST_BYTES)
     else:
-        chunk = await chunk_from(attempt=given.attempt, tail=given.tail)
-        if chunk.next_offset < chunk.size:
-            chunk = await chunk_from(attempt=chunk.attempt or None, offset=max(0, chunk.size - _READ))
-        found = last_lines(lines_of(chunk.data), most=given.tail)
-        lines, cut = found.lines, found.cut or ("earlier lines are left out here" if chunk.offset else "")
+        chunk, (lines, cut) = await end_of_log(client, job, tail=given.tail, attempt=given.attempt, rank=given.rank)
     after = _Place(chunk.attempt, chunk.next_offset)
     return {
         "job": token(job.id),
@@ -88,6 +78,26 @@ async def _read(client: Client, job: JobView, given: JobLogs, place: _Place | No
         "cursor": str(after),
         "next": _next_of_log(job, chunk, after),
     }
+
+
+async def end_of_log(  # noqa: PLR0913 -- each says where to read
+    client: Client,
+    job: JobView,
+    *,
+    tail: int,
+    most_bytes: int = MOST_BYTES,
+    attempt: int | None = None,
+    rank: int = 0,
+) -> tuple[LogChunk, BoundedLines]:
+    """Return the last lines of a log that fit into `most_bytes`, and the chunk that they were read from."""
+    read_bytes = 4 * most_bytes  # carriage returns and control characters shrink or grow the lines
+    read = partial(client.logs, job.id, rank=rank, limit=read_bytes)
+    chunk = await client.retrying(lambda: read(attempt=attempt, tail=tail))
+    if chunk.next_offset < chunk.size:
+        start = max(0, chunk.size - read_bytes)
+        chunk = await client.retrying(lambda: read(attempt=chunk.attempt or None, offset=start))
+    found = last_lines(lines_of(chunk.data), most=tail, most_bytes=most_bytes)
+    return chunk, found._replace(cut=found.cut or ("earlier lines are left out here" if chunk.offset else ""))
 
 
 async def _search(client: Client, job: JobView, given: JobLogs, place: _Place | None) -> Json:
@@ -172,13 +182,9 @@ async def download_model(given: DownloadModel, call: ToolCall) -> Json:
     """Fetch files to a folder here; their content is never part of the answer."""
     named = call.roots.resolve(given.to, field="to") if given.to else None
     news = [ToolProgress(0, None, "finding the files")]
-    done_before = [0, 0]
 
     def travels(what: str, done: int, total: int) -> None:
-        if done < done_before[1]:
-            done_before[0] += done_before[1]
-        done_before[1] = done
-        news[0] = ToolProgress(done_before[0] + done, None, f"{token(what, 100) or 'a file'}: {done} of {total} bytes")
+        news[0] = ToolProgress(done, None, f"{token(what, 100) or 'a file'}: {done} of {total} bytes")
 
     async with call.client() as client:
         job = await client.retrying(lambda: client.own_job(given.job))

@@ -13,11 +13,9 @@ from pathlib import Path
 import click
 import pytest
 from pydantic import BaseModel, RootModel
-from rich.console import Console
 from support.any_head import any_head
 from support.hostile import HOSTILE, bad_in, hostile, model
 
-from raylaunch.cli import demo
 from raylaunch.cli.app import main, raylaunch
 from raylaunch.cli.cluster import export_lines, say_status
 from raylaunch.cli.connect import show_step
@@ -76,10 +74,6 @@ def job(**facts: object) -> JobView:
 _DOWN = DownReport(HOSTILE, (Ended(HOSTILE, 7, HOSTILE), Ended(HOSTILE)), HOSTILE, notes=(HOSTILE,))
 
 
-def _console() -> Console:
-    return Console(file=sys.stderr, highlight=False)
-
-
 def _logged(text: str) -> None:
     record = logging.LogRecord("x", logging.WARNING, "", 1, "%s", (text,), None)
     print(CleanFormatter().format(record))  # noqa: T201 -- what a handler writes
@@ -101,9 +95,7 @@ PRINTED: dict[str, Callable[[], object]] = {
     "down of what was not up": lambda: say_lines(str(DownReport(HOSTILE, (), HOSTILE)).split("\n")),
     "remove": lambda: say_removed(_DOWN, HOSTILE, reached=False),
     "exports": lambda: say_lines(export_lines(model(RayAccess, gcs_address="127.0.0.1:1"))),
-    "demo: step": lambda: demo.say_step(_console(), Step(HOSTILE, "done", HOSTILE)),
-    "demo: state": lambda: demo.say_state(_console(), job(), model(MetricsPage)),
-    "demo: curves": lambda: _console().print(demo.curves(model(MetricsPage).series)),
+    "demo: state": lambda: note(progress_line(job(), model(MetricsPage))),
     "a mistake in the arguments": lambda: complain_usage(click.UsageError(HOSTILE, ctx=click.Context(raylaunch))),
     "a mistake in an option": lambda: complain_usage(click.BadParameter(HOSTILE, param_hint=HOSTILE)),
     "a bug": lambda: complain_bug(ValueError, ValueError(HOSTILE), None),

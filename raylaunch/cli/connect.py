@@ -97,9 +97,9 @@ async def ask_person(prompt: Prompt) -> str | None:
 class ClusterCommand(connect.ClusterConnection):
     """The cluster that a command works on."""
 
-    def __init__(self, cluster_file: Path | None, *, on_step: Callable[[Step], None] = show_step) -> None:
+    def __init__(self, cluster_file: Path | None) -> None:
         file = load_cluster_file(cluster_file)
-        super().__init__(file.spec, on_notice=note, on_step=on_step, on_prompt=ask_person)
+        super().__init__(file.spec, on_notice=note, on_step=show_step, on_prompt=ask_person)
         self.file = file
         self.notes = file.notes
 

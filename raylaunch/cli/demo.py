@@ -9,33 +9,25 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.text import Text
 
 from raylaunch.cli.connect import ClusterCommand, finish
-from raylaunch.cli.console import say_lines, shown_text, size
+from raylaunch.cli.console import note, note_lines, say_lines, size, styled
 from raylaunch.cli.job_format import format_job
 from raylaunch.cli.metrics import chart
 from raylaunch.client.client import Client
-from raylaunch.cluster.types import Step
 from raylaunch.config.load import job_spec_from_flags
 from raylaunch.errors import ClusterError, ConflictError, RaylaunchError
 from raylaunch.models.fields import Environment
-from raylaunch.models.job import JobView, MetricSeries, MetricsPage
-from raylaunch.models.safe_text import clean_lines, one_line
+from raylaunch.models.job import JobView, MetricsPage
 from raylaunch.models.states import JobState
 
 LIMIT_S = 20 * 60.0
 _POLL_S = 0.2
 _EVALUATE_LIMIT_S = 120.0
 _EPOCHS_PER_LINE = 5
-_BARS = "▁▂▃▄▅▆▇█"
 _SHOWN = ("loss", "accuracy")
 
 
@@ -56,9 +48,7 @@ def demo(cluster_file: Path | None, dest: Path) -> None:
     if importlib.util.find_spec("sklearn") is None:
         msg = "the demo trains with scikit-learn, which is not installed here"
         raise RaylaunchError(msg, hint="pip install 'raylaunch[demo]'")
-    console = Console(stderr=True, highlight=False)
-    place = ClusterCommand(cluster_file, on_step=lambda step: say_step(console, step))
-    finish(_demo(place, folder, dest, console))
+    finish(_demo(ClusterCommand(cluster_file), folder, dest))
 
 
 def example_folder() -> Path:
@@ -71,110 +61,79 @@ def example_folder() -> Path:
     raise RaylaunchError(msg, hint="install it again: pip install --force-reinstall 'raylaunch[demo]'")
 
 
-async def _demo(place: ClusterCommand, folder: Path, dest: Path, console: Console) -> None:
-    _heading(console, "A cluster", "Ray and raylaunch's controller on this machine, reachable only from here")
+async def _demo(place: ClusterCommand, folder: Path, dest: Path) -> None:
+    _heading("A cluster", "Ray and raylaunch's controller on this machine, reachable only from here")
     await place.up()
 
     async with place.client() as client:
-        _heading(console, "A job", f"train.py learns to read handwritten digits ({_shown(folder)})")
+        _heading("A job", f"train.py learns to read handwritten digits ({_shown(folder)})")
         spec = job_spec_from_flags((), file=folder / "job.yaml")
         if place.spec.kind == "local":  # scikit-learn is installed here; another environment may lack it
             current = Environment(kind="python", value=sys.executable)
             spec = spec.model_copy(update={"environment": current, "packages": ()})
         answer = await client.submit(spec)
-        _say(console, one_line(f"  {answer.job.id}: {answer.job.entrypoint}"))
+        note(f"  {answer.job.id}: {answer.job.entrypoint}")
 
-        _heading(console, "Training", "epochs, loss and accuracy, logged by the script with wandb")
-        job = await _watch(client, answer.job, console)
+        _heading("Training", "epochs, loss and accuracy, logged by the script with wandb")
+        job = await _watch(client, answer.job)
         _check(job)
 
         metrics = await client.metrics(job.id, keys=_SHOWN)
-        _heading(console, "Metrics", "read from the run's own W&B file, online or offline")
+        _heading("Metrics", "read from the run's own W&B file, online or offline")
         for series in metrics.series:
-            _say(console, textwrap.indent(chart(series, width=64, height=5), "  "))
-        _heading(console, "Job details", f"raylaunch show {job.id}")
+            note_lines(textwrap.indent(chart(series, width=64, height=5), "  "), indent="")
+        _heading("Job details", f"raylaunch show {job.id}")
         for line in format_job(job, now=time.time()):
-            _say(console, f"  {line}")
+            note(f"  {line}")
 
-        _heading(console, "The model", f"from the cluster's store to {dest}")
+        _heading("The model", f"from the cluster's store to {dest}")
         for fetched in await client.download(job.id, dest=dest, replace=True):
-            _say(console, one_line(f"  {fetched.local}  {size(fetched.bytes)}"))
+            note(f"  {fetched.local}  {size(fetched.bytes)}")
 
-    _heading(console, "Using it", "evaluate.py loads it in a new process")
+    _heading("Using it", "evaluate.py loads it in a new process")
     output = await _evaluate(sys.executable, folder / "evaluate.py", dest)  # no program that the cluster names
     say_lines(output.split("\n"))
-    _heading(console, "Next steps", "")
-    _say(console, _next_steps())
+    _heading("Next steps", "")
+    note_lines(_next_steps(), indent="")
 
 
-def _heading(console: Console, title: str, what: str) -> None:
-    console.print()
-    what = one_line(what)
-    console.print(Text.assemble((title, "bold"), "  " if what else "", (what, "dim")), soft_wrap=True)
+def _heading(title: str, what: str) -> None:
+    note("")
+    note(f"{styled(title, 'bold', sys.stderr)}  {styled(what, 'dim', sys.stderr)}")
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(Text(shown_text(text)), soft_wrap=True)
-
-
-def say_step(console: Console, step: Step) -> None:
-    """Print a step of ``up``."""
-    if step.state != "begins":
-        _say(console, clean_lines(f"  {step}", indent="    "))
-
-
-async def _watch(client: Client, job: JobView, console: Console) -> JobView:
+async def _watch(client: Client, job: JobView) -> JobView:
     """Show a job's progress until it has ended; Ctrl-C detaches, and the job keeps running."""
     try:
-        return await asyncio.wait_for(_follow(client, job, console), LIMIT_S)
+        return await asyncio.wait_for(_follow(client, job), LIMIT_S)
     except asyncio.TimeoutError:
         msg = f"{job.id} has not ended after {LIMIT_S / 60:g} minutes; it keeps running"
         raise ClusterError(msg, hint=f"raylaunch follow {job.id}") from None
     except asyncio.CancelledError:
-        _say(console, f"  Detached; {job.id} keeps running. Follow it again: raylaunch follow {job.id}")
+        note(f"  Detached; {job.id} keeps running. Follow it again: raylaunch follow {job.id}")
         raise
 
 
-async def _follow(client: Client, job: JobView, console: Console) -> JobView:
+async def _follow(client: Client, job: JobView) -> JobView:
     printed = ""
-    bar = Progress(TextColumn("  epoch"), BarColumn(40), MofNCompleteColumn(), console=console)
-    task = bar.add_task("epochs", total=None)
-    with Live(console=console, refresh_per_second=8, auto_refresh=console.is_terminal) as live:
-        while True:
-            job = await client.job(job.id)
-            metrics = await client.metrics(job.id, keys=_SHOWN, max_points=60)
-            total = job.progress.total if job.progress else None
-            bar.update(task, completed=_epoch(metrics), total=None if total is None else int(total))
-            if console.is_terminal:
-                live.update(Group(bar, curves(metrics.series)) if metrics.last else Text(_state(job), style="dim"))
-            elif (line := _line(job, metrics)) != printed:
-                say_state(console, job, metrics)
-                printed = line
-            if job.state.ended:
-                return job
-            await asyncio.sleep(_POLL_S)
+    while True:
+        job = await client.job(job.id)
+        line = progress_line(job, await client.metrics(job.id, keys=_SHOWN, max_points=60))
+        if line != printed:
+            note(line)
+            printed = line
+        if job.state.ended:
+            return job
+        await asyncio.sleep(_POLL_S)
 
 
-def say_state(console: Console, job: JobView, metrics: MetricsPage) -> None:
-    """Print the progress of the training."""
-    _say(console, _line(job, metrics))
-
-
-def _epoch(metrics: MetricsPage) -> int:
-    return int(metrics.last.get("epoch", 0))
-
-
-def _state(job: JobView) -> str:
-    return one_line(f"  {job.state.value}" + (f": {job.message}" if job.message else ""))
-
-
-def _line(job: JobView, metrics: MetricsPage) -> str:
-    """Return the progress on one line, for output without a terminal; it changes every few epochs."""
-    passed = _epoch(metrics) // _EPOCHS_PER_LINE * _EPOCHS_PER_LINE
+def progress_line(job: JobView, metrics: MetricsPage) -> str:
+    """Return the progress of the training on one line, which changes every few epochs."""
+    passed = int(metrics.last.get("epoch", 0)) // _EPOCHS_PER_LINE * _EPOCHS_PER_LINE
     if job.state.ended or not passed:
-        return _state(job)
+        return f"  {job.state.value}" + (f": {job.message}" if job.message else "")
     at = {series.key: series.points[min(passed, len(series.points)) - 1].value for series in metrics.series}
-    return f"  epoch {passed:>2}" + "".join(f"  {one_line(key)} {value:.4f}" for key, value in at.items())
+    return f"  epoch {passed:>2}" + "".join(f"  {key} {value:.4f}" for key, value in at.items())
 
 
 def _check(job: JobView) -> None:
@@ -182,23 +141,6 @@ def _check(job: JobView) -> None:
         tail = "\n".join(f"    {line}" for line in job.log_tail)
         msg = f"{job.id} ended as {job.state.value}: {job.message}" + (f"\n{tail}" if tail else "")
         raise ConflictError(msg, hint=f"raylaunch logs {job.id}")
-
-
-def sparkline(values: Sequence[float]) -> str:
-    """Draw values as a row of small bars."""
-    low, high = min(values), max(values)
-    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BARS[round((value - low) * scale)] for value in values)
-
-
-def curves(series: Sequence[MetricSeries]) -> Text:
-    """Return one line per metric: its name, its curve, its first and last value."""
-    lines = []
-    for one in series:
-        values = [point.value for point in one.points]
-        if values:
-            lines.append(f"  {one_line(one.key):<9} {sparkline(values)}  {values[0]:.4f} → {values[-1]:.4f}")
-    return Text("\n".join(lines))
 
 
 async def _evaluate(python: str, program: Path, folder: Path) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -114,24 +113,6 @@ def _plain(name: str, value: object) -> object:
     if isinstance(value, Mapping):
         return dict(value)
     return tuple(value) if isinstance(value, list) else value
-
-
-async def steps_of_up(spec: ClusterSpec, *, on_notice: Callable[[str], None]) -> AsyncGenerator[Step, None]:
-    """Start a cluster and yield each step. Closing the generator early cancels the start.
-
-    Raises:
-        ClusterStartError: something is still missing.
-    """
-    steps: asyncio.Queue[Step | None] = asyncio.Queue()
-    work = asyncio.ensure_future(ClusterConnection(spec, on_notice=on_notice, on_step=steps.put_nowait).up())
-    work.add_done_callback(lambda _: steps.put_nowait(None))
-    try:
-        while (step := await steps.get()) is not None:
-            yield step
-        await work
-    finally:
-        work.cancel()
-        await asyncio.gather(work, return_exceptions=True)
 
 
 async def bring_up(place: ClusterConnection, *, upgrade: bool, stop: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -31,7 +32,6 @@ from raylaunch.sdk.arguments import (
     cluster_spec_of,
     cluster_to_reach,
     spec_of,
-    steps_of_up,
 )
 from raylaunch.sdk.async_job import AsyncJob
 from raylaunch.sdk.display import OnStep, cluster_html, cluster_line, show_steps
@@ -170,9 +170,17 @@ class AsyncCluster:
         Raises:
             ClusterStartError: something is still missing, host by host. What has started keeps running.
         """
-        async with contextlib.aclosing(steps_of_up(cluster_to_reach(which), on_notice=on_notice)) as steps:
-            async for step in steps:
+        steps: asyncio.Queue[Step | None] = asyncio.Queue()
+        place = ClusterConnection(cluster_to_reach(which), on_notice=on_notice, on_step=steps.put_nowait)
+        work = asyncio.ensure_future(place.up())
+        work.add_done_callback(lambda _: steps.put_nowait(None))
+        try:
+            while (step := await steps.get()) is not None:
                 yield step
+            await work
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
 
     @classmethod
     async def look(cls, which: Which = "") -> ClusterStatus:
