@@ -29,6 +29,7 @@ from raylaunch.cli.console import (
     shown_text,
     styled,
 )
+from raylaunch.cli.demo import progress_line
 from raylaunch.cli.doctor import doctor_lines
 from raylaunch.cli.hosts import say_removed
 from raylaunch.cli.job_format import format_dry_run, format_pack

@@ -99,7 +99,7 @@ async def _demo(place: ClusterCommand, folder: Path, dest: Path) -> None:
 
 def _heading(title: str, what: str) -> None:
     note("")
-    note(f"{styled(title, 'bold', sys.stderr)}  {styled(what, 'dim', sys.stderr)}")
+    note(styled(title, "bold", sys.stderr) + (f"  {styled(what, 'dim', sys.stderr)}" if what else ""))
 
 
 async def _watch(client: Client, job: JobView) -> JobView:
