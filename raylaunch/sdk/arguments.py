@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from raylaunch.cluster.trust import accept
-from raylaunch.cluster.types import Step
 from raylaunch.config.load import Flag, job_spec_from_flags, kept_file, load_cluster_file
 from raylaunch.config.validation import spec_error
 from raylaunch.errors import SpecError
