@@ -132,7 +132,7 @@ def test_a_signal_inside_a_shell_command_is_named_too(make: Make) -> None:
 
 
 def test_a_stop_lets_the_program_end_in_order(make: Make) -> None:
-    attempt = make("trap 'echo saved; exit 0' TERM; echo up; while :; do sleep 0.1; done")
+    attempt = make("trap 'echo saved; exit 0' TERM; echo up; while :; do sleep 0.01; done")  # a sleep may end first
     attempt.start()
     attempt.wait_log("up")
     end = attempt.stop()
@@ -146,6 +146,15 @@ def test_a_program_that_ignores_the_stop_is_killed_after_the_grace(make: Make) -
     attempt = make(
         [sys.executable, "-c", "import signal; signal.signal(15, signal.SIG_IGN); print('up'); signal.pause()"]
     )
+    attempt.start()
+    attempt.wait_log("up")
+    end = attempt.stop(grace_s=0.5)
+    assert (end["ended"], end["signal"]) == ("stopped", "SIGKILL")
+
+
+def test_a_stop_kills_a_shell_with_a_program_that_ignores_it_and_names_the_signal(make: Make) -> None:
+    ignores = "import signal; signal.signal(15, signal.SIG_IGN); print('up', flush=True); signal.pause()"
+    attempt = make(f'{sys.executable} -c "{ignores}"; echo next')
     attempt.start()
     attempt.wait_log("up")
     end = attempt.stop(grace_s=0.5)

@@ -195,6 +195,9 @@ class Shutdown:
         self._plan = self._hold()
         for process in self._plan.targets:
             _send(process, signal.SIGTERM)
+        held = {process.pid for process in self._plan.held}
+        for process in [process for process in self._stopped.values() if process.pid not in held]:
+            self._resume(process)  # what it ran has exited meanwhile
 
     def step(self) -> None:
         """Release what is held, one after the other, when the program has exited."""
@@ -219,8 +222,7 @@ class Shutdown:
             if not is_wandb_helper(process.name, process.argv):
                 _send(process, signal.SIGKILL)
         for process in self._stopped.values():
-            with contextlib.suppress(OSError):  # the tracer learns first that it has died, then its parent
-                os.waitpid(process.pid, os.WNOHANG | _WALL)
+            self._reap(process)
 
     def _still_running(self) -> bool:
         """Whether something still runs that exits on its own: what was released last, or a filter of the output."""
@@ -257,6 +259,14 @@ class Shutdown:
         if process.pid in self._by_signal:
             _send(process, signal.SIGCONT)
         elif not _trace(_DETACH, process.pid):
+            self._reap(process)
+
+    def _reap(self, process: Process) -> None:
+        """Let the parent of a held process learn that it has died; the tracer learns it first.
+
+        The exit status of our own child is left to the supervisor, which reports it.
+        """
+        if process.pid != self._root:
             with contextlib.suppress(OSError):
                 os.waitpid(process.pid, os.WNOHANG | _WALL)
 
