@@ -125,10 +125,6 @@ class NodeAgent:
         self._last_was_large = False
         threading.Thread(target=watch, args=(self._root,), name="watch", daemon=True).start()
 
-    async def ready(self) -> int:
-        """Return this process's id."""
-        return os.getpid()
-
     async def describe(self) -> node_info.NodeFacts:
         """Return what this node is and has."""
         return await self._in_thread(lambda: node_info.describe(self._root))

@@ -9,7 +9,7 @@ import pwd
 import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -131,14 +131,10 @@ def _user(pid: int) -> str:
 def _membership(root: Path) -> Callable[[int], bool]:
     """Return a function: whether a process was started by this Ray, or by an attempt below this node root."""
     entries = {f"{VAR_NODE_ROOT}={root}".encode()}
-    entries |= _entries_of_ray(os.environ)
+    if raylet := os.environ.get("RAY_RAYLET_PID"):
+        entries.add(f"RAY_RAYLET_PID={raylet}".encode())
     for attempt in attempts_in(root):
         spec = read_json(root / "attempts" / attempt / ATTEMPT)
         if spec is not None:
             entries.add(f"{VAR_ATTEMPT}={spec['tag']}".encode())
     return lambda pid: not entries.isdisjoint(environment_of(pid))
-
-
-def _entries_of_ray(environment: Mapping[str, str]) -> set[bytes]:
-    raylet = environment.get("RAY_RAYLET_PID", "")
-    return {f"RAY_RAYLET_PID={raylet}".encode()} if raylet else set()

@@ -108,11 +108,6 @@ class RayBridge:
         return self._up
 
     @property
-    def why_down(self) -> str:
-        """Why the connection is down; empty if it is up."""
-        return "" if self._up else self._why
-
-    @property
     def pid(self) -> int | None:
         """Process id of the child, or None if it is not running."""
         return self._child.pid if self._child else None

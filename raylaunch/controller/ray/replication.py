@@ -11,8 +11,8 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
-from typing import Protocol, TypeVar, cast
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar, cast
 
 from raylaunch.agent.change_feed import ChangeReply, Chunk, HaveFile
 from raylaunch.agent.job_dir import LeftPiece
@@ -36,11 +36,8 @@ _STEADY_S = 5.0
 """A session that ends sooner counts as a failure."""
 
 
-class AgentCall(Protocol):
-    """Calls the node's agent; raises `ClusterError` if it does not respond in time."""
-
-    async def __call__(self, method: str, *args: object, timeout_s: float, **named: object) -> object:
-        """Call one of the methods of `raylaunch.agent.agent.NodeAgent`."""
+AgentCall = Callable[..., Awaitable[object]]
+"""Calls a method of `raylaunch.agent.agent.NodeAgent`; raises `ClusterError` if it does not respond in `timeout_s`."""
 
 
 class Replication:
