@@ -273,7 +273,7 @@ def test_each_line_arrives_before_the_next_is_written(head: RayHeadRunning, stor
     asyncio.run(scenario())
 
 
-def test_an_unknown_node_is_said(head: RayHeadRunning, store: Store) -> None:
+def test_an_unknown_node_is_refused(head: RayHeadRunning, store: Store) -> None:
     async def scenario() -> None:
         async with connected(head, store) as bridge:
             with pytest.raises(NotFoundError, match="no living node"):
@@ -282,7 +282,7 @@ def test_an_unknown_node_is_said(head: RayHeadRunning, store: Store) -> None:
     asyncio.run(scenario())
 
 
-def test_a_store_that_is_full_is_said_and_nothing_is_lost(head: RayHeadRunning, store: Store) -> None:
+def test_a_full_store_is_reported_and_nothing_is_lost(head: RayHeadRunning, store: Store) -> None:
     """A file where a folder must be stands for a disk that refuses; root ignores permissions."""
 
     async def scenario() -> None:
@@ -292,7 +292,7 @@ def test_a_store_that_is_full_is_said_and_nothing_is_lost(head: RayHeadRunning, 
             store.file("full-a-1", "logs").write_text("in the way")
             (folder / "logs/rank-0.log").write_bytes(b"kept\n")
             await until(
-                lambda: "StoreProblem" in {type(event).__name__ for event in store.events}, 10, "a word about it"
+                lambda: "StoreProblem" in {type(event).__name__ for event in store.events}, 10, "the report about it"
             )
             store.file("full-a-1", "logs").unlink()
             await until(lambda: store.size("full-a-1", "logs/rank-0.log") == 5, 30, "the line after all")

@@ -137,7 +137,7 @@ def test_another_ray_is_started_only_once_no_job_runs_and_only_when_asked_to(own
     assert own.job(job).attempts[0].reason is Reason.CLUSTER_DOWN
 
 
-def test_a_newer_raylaunch_replaces_the_controller_and_the_stewards_while_a_job_runs(
+def test_a_newer_raylaunch_replaces_the_controller_and_the_node_agents_while_a_job_runs(
     own: Cluster, tmp_path: Path
 ) -> None:
     shutil.copytree(ROOT / "raylaunch", tmp_path / "raylaunch", ignore=shutil.ignore_patterns("__pycache__"))

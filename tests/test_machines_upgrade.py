@@ -94,7 +94,7 @@ def test_a_job_goes_on_while_a_newer_raylaunch_takes_its_cluster_over(older: Lap
     assert versions(head)[CONTROLLER] == NEWER
     wait_until(lambda: all(versions(host).get(KEEPER) == NEWER for host in lab.hosts), 30, "newer keepers")
     wait_until(lambda: worker.out("ls /tmp").count("newer-steward"), 60, "a steward of the newer code")
-    wait_until(lambda: newer.living() == {"h1", "h2"}, 60, "both stewards answer")
+    wait_until(lambda: newer.living() == {"h1", "h2"}, 60, "both node agents respond")
     worker.run("touch /tmp/go-on")
     assert newer.call("wait", job).returncode == 0
     assert newer.call("logs", job).stdout.split() == ["ready", "done"]

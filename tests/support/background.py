@@ -126,6 +126,6 @@ def memory_of(cluster: Cluster) -> Memory:
         if words.startswith(("ray::NodeAgent", "ray::Steward")):
             found.append(("agent", process))
         elif "raylaunch.controller.ray.process" in words:
-            found.append(("link", process))
+            found.append(("bridge", process))
     assert {name for name, _ in found} == {"controller", "bridge", "agent"}
     return Memory(found)
