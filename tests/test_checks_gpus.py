@@ -6,7 +6,7 @@ import pytest
 from support.facts import BLOCKING, SOMEBODY, WARNING, Case, check_alone, check_words, facts, one_host
 
 from raylaunch.cluster.doctor.checks_cluster import problems
-from raylaunch.cluster.probe.choices import counted
+from raylaunch.cluster.probe.choices import with_chosen_gpus
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.host_spec import HostSpec
 
@@ -258,15 +258,15 @@ def test_a_number_of_gpus_means_those_that_no_other_cluster_has_and_stays_the_sa
     (host,) = spec.hosts
     seen = facts(changes={"clusters": [LAB2 | {"gpu_uuids": [GPU0]}]})
     uuids = [gpu.uuid for gpu in seen.gpus.gpus]
-    assert counted(spec, host, seen).gpus == (uuids[1], uuids[2])
+    assert with_chosen_gpus(spec, host, seen).gpus == (uuids[1], uuids[2])
     assert problems(spec, {"dgx-1": seen}) == ()
     has = facts(changes={"clusters": [MINE | {"gpu_uuids": [uuids[5], uuids[6]]}]})
-    assert counted(spec, host, has).gpus == (uuids[5], uuids[6])
+    assert with_chosen_gpus(spec, host, has).gpus == (uuids[5], uuids[6])
 
 
 def test_a_number_of_gpus_on_a_host_without_any_stays_a_number() -> None:
     spec = ClusterSpec(name="lab", hosts=(HostSpec(host="dgx-1", gpus=8),))
-    assert counted(spec, spec.hosts[0], facts(changes={"gpus": {"hardware": 0}})).gpus == 8
+    assert with_chosen_gpus(spec, spec.hosts[0], facts(changes={"gpus": {"hardware": 0}})).gpus == 8
 
 
 def test_a_cluster_of_the_same_name_and_account_in_another_folder_is_another_one() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from raylaunch.cluster.doctor.checks_gpus import problems_of_gpus, problems_of_other_programs
 from raylaunch.cluster.doctor.checks_host import problems_of_host
 from raylaunch.cluster.doctor.problem import Problem, blocking, warning
-from raylaunch.cluster.probe.choices import network_of, usable
+from raylaunch.cluster.probe.choices import network_of, usable_pythons
 from raylaunch.cluster.probe.facts import HostFacts, Interface
 from raylaunch.errors import (
     ClusterStartError,
@@ -85,7 +85,7 @@ def _pythons(hosts: Sequence[HostSpec], facts: Mapping[str, HostFacts]) -> Itera
 def _minors(host: HostSpec, facts: HostFacts) -> set[tuple[int, int]]:
     if host.environment:
         return {one.minor for one in facts.pythons if one.named and one.version}
-    return set(usable(facts))
+    return set(usable_pythons(facts))
 
 
 def _dotted(minor: tuple[int, int]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from raylaunch.cluster.doctor.problem import Problem, blocking, warning
 from raylaunch.cluster.ports import RAY_PORTS, SINGLE_PORTS, WORKER_BLOCKS, worker_ports
-from raylaunch.cluster.probe.choices import chosen_gpus, find_gpu, is_own, runs_here, way_in
+from raylaunch.cluster.probe.choices import access_hint, chosen_gpus, describe_running, find_gpu, is_own
 from raylaunch.cluster.probe.facts import FoundCluster, HostFacts, HostGpu
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.host_spec import HostSpec
@@ -100,14 +100,18 @@ def _of_other_clusters(
         if not shared:
             continue
         which = f"GPU{'s' if len(shared) > 1 else ''} {', '.join(gpu.index for gpu in shared)}"
-        fix = f"{way_in(cluster, facts)}; or list other GPUs: gpus: [..]"
+        fix = f"{access_hint(cluster, facts)}; or list other GPUs: gpus: [..]"
         if cluster.gpu_uuids is not None:
-            yield blocking(host.name, "gpus_of_another_cluster", f"{runs_here(cluster)}, and it uses {which}", fix)
+            yield blocking(
+                host.name, "gpus_of_another_cluster", f"{describe_running(cluster)}, and it uses {which}", fix
+            )
         elif host.gpus == "auto":
-            message = f"{runs_here(cluster)}, and it may use {which}: its record cannot be read"
+            message = f"{describe_running(cluster)}, and it may use {which}: its record cannot be read"
             yield blocking(host.name, "gpus_of_another_cluster", message, fix)
         else:
-            message = f"{runs_here(cluster)}, and it may use {which}: its record cannot be read, but you list yours"
+            message = (
+                f"{describe_running(cluster)}, and it may use {which}: its record cannot be read, but you list yours"
+            )
             yield warning(host.name, "gpus_of_another_cluster", message, f"ask {cluster.user} which they are")
 
 
@@ -174,11 +178,11 @@ def _of_others(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> Iterator[
     for cluster in facts.clusters:
         if cluster.user == facts.user or cluster.pid is None:
             continue
-        fix = f"{way_in(cluster, facts)}; raylaunch up starts yours next to it"
+        fix = f"{access_hint(cluster, facts)}; raylaunch up starts yours next to it"
         if cluster.name == spec.name:
-            yield warning(host.name, "same_name_cluster", runs_here(cluster), fix)
+            yield warning(host.name, "same_name_cluster", describe_running(cluster), fix)
         elif host.gpus == 0 or not facts.gpus.gpus or cluster.gpu_uuids == ():
-            yield warning(host.name, "other_cluster", runs_here(cluster), fix)
+            yield warning(host.name, "other_cluster", describe_running(cluster), fix)
 
 
 def _ports(spec: ClusterSpec, host: HostSpec, facts: HostFacts, own: FoundCluster | None) -> Iterator[Problem]:

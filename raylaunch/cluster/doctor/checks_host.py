@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from raylaunch.cluster.doctor.problem import Problem, blocking, warning
-from raylaunch.cluster.probe.choices import is_own, usable
+from raylaunch.cluster.probe.choices import is_own, usable_pythons
 from raylaunch.cluster.probe.facts import Disk, HostFacts
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.host_spec import HostSpec
@@ -28,6 +28,7 @@ SHM_WANTS = GIB
 CLOCK_WARNS_S, CLOCK_BLOCKS_S = 60.0, 300.0
 """Logs and leases of different machines are compared; TLS certificates fail at hours."""
 OPEN_FILES = 8192
+_SHOWN = 160
 
 
 def size(number: int) -> str:
@@ -81,7 +82,7 @@ def _python(host: HostSpec, facts: HostFacts) -> Iterator[Problem]:
             message = f"its environment {host.environment} does not exist, or its Python does not run"
             yield blocking(host.name, "environment_missing", message, "create it on the host, or remove environment")
         return
-    if not usable(facts):  # neither venv nor pip is needed: environments are made with a pushed uv
+    if not usable_pythons(facts):  # neither venv nor pip is needed: environments are made with a pushed uv
         others = ", ".join(sorted({one.version for one in facts.pythons if one.version}))
         message = f"it has no Python from 3.10 to 3.14{f' (it has {others})' if others else ''}"
         fix = "install one: sudo apt install python3; or without root: uv python install 3.12"
@@ -94,8 +95,8 @@ def _python(host: HostSpec, facts: HostFacts) -> Iterator[Problem]:
         yield warning(host.name, "index_unreachable", message, fix)
 
 
-def _short(words: str, *, limit: int = 160) -> str:
-    return words if len(words) <= limit else f"{words[:limit]}…"
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _root(host: HostSpec, facts: HostFacts) -> Iterator[Problem]:

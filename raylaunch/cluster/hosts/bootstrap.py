@@ -20,7 +20,7 @@ from raylaunch.cluster.install.environment import ensure_beside, ensure_environm
 from raylaunch.cluster.install.platforms import HostPython
 from raylaunch.cluster.install.wheel_store import WheelStore
 from raylaunch.cluster.probe import choices
-from raylaunch.cluster.probe.choices import addresses_of, counted, place_of, root_of, target_of
+from raylaunch.cluster.probe.choices import addresses_of, place_of, root_of, target_of, with_chosen_gpus
 from raylaunch.cluster.probe.facts import HostFacts
 from raylaunch.cluster.probe.probe import probe
 from raylaunch.cluster.types import Step
@@ -73,7 +73,7 @@ def choose_pythons(
     named = {
         one.minor for name in agree if name not in made for one in facts[name].pythons if one.named and one.version
     }
-    return choices.choose(made, beside=named)
+    return choices.choose_pythons(made, named=named)
 
 
 class Bootstrap:
@@ -225,7 +225,7 @@ class Bootstrap:
     async def _start(self, host: HostSpec, connection: SSHHost, program: HeadProgram) -> HostState:
         """Start the host's part of the cluster: the head's immediately, a worker's once the head is up."""
         facts = self.outcome.facts[host.name]
-        spec, place = self._spec.part_of(counted(self._spec, host, facts)), place_of(self._spec, host, facts)
+        spec, place = self._spec.part_of(with_chosen_gpus(self._spec, host, facts)), place_of(self._spec, host, facts)
         tell = self._of_host(host)
         if host is self._head:
             request = HeadUpRequest(spec=spec, place=place, members=self._members())

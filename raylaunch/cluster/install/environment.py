@@ -34,15 +34,15 @@ _DIGITS = 12
 
 @dataclass(frozen=True)
 class EnvironmentSource:
-    """All that decides what is in a host's environment, and so its name."""
+    """Everything that decides the content of a host's environment, and so its name."""
 
     own: OwnWheel
     requirements: tuple[str, ...]
-    """What is needed beside raylaunch, `EXACT` pinned."""
+    """Requirements in addition to raylaunch, `EXACT` pinned."""
     pins: Mapping[str, str]
-    """The versions that are installed here, preferred on the host."""
+    """The versions installed here, preferred on the host."""
     versions: Mapping[str, str]
-    """Of raylaunch and of `EXACT`: these must be exactly so."""
+    """Of raylaunch and of `EXACT`: these must match exactly."""
     place: tuple[str, ...]
     """Of the host: its platform and Python, or the path of the environment that the user names."""
 
@@ -54,7 +54,7 @@ class EnvironmentSource:
 
 
 def wanted_on(own: OwnWheel, platform: WheelPlatform) -> EnvironmentSource:
-    """Say what an environment of our own for that platform must hold.
+    """Return the content of an environment for that platform.
 
     Raises:
         VersionError: Ray or wandb is not installed here, or there is none for that platform.
@@ -74,7 +74,7 @@ def _pins(requirements: tuple[str, ...], platform: WheelPlatform) -> Mapping[str
 
 
 def wanted_beside(own: OwnWheel, environment: str) -> EnvironmentSource:
-    """Say what must be beside and in an environment of a host that the user names."""
+    """Return the content of an environment that the user names, and of ours next to it."""
     return EnvironmentSource(own, exact_requirements(own.requirements), {}, _versions(), (environment,))
 
 
@@ -92,12 +92,12 @@ class _Made(BaseModel):
 
 
 class HostInstaller:
-    """One host on which an environment is looked for and made: what is known of it, and the steps.
+    """The steps that check and make the environment of one host.
 
     Args:
         machine: the host.
-        interpreter: the Python from which, or beside which, the environment is made.
-        wanted: what it must hold.
+        interpreter: the Python from which, or next to which, the environment is made.
+        wanted: its content.
         store: where wheels are gathered here.
         on_step: called with each step and its progress.
         root: raylaunch's folder on the host.
@@ -121,7 +121,7 @@ class HostInstaller:
         self._interpreter = interpreter
         self._wanted = wanted
         self._store = store
-        self._tell = on_step
+        self._on_step = on_step
         self._wheels = HostWheels(machine, store, on_step, limit_bytes_per_s=limit_bytes_per_s)
         self._seen = InstalledFiles(wheels="")
         self._request: dict[str, object] = {
@@ -136,14 +136,14 @@ class HostInstaller:
         }
 
     async def look(self) -> str:
-        """Ask the host what it has; return the environment's Python if that is there."""
+        """Check what the host has; return the environment's Python if it exists."""
         self._seen = InstalledFiles.model_validate(await self._ask("look", limit_s=LOOK_S))
         if self._seen.python:
-            self._tell(Step(STEP, "kept", f"raylaunch {self._wanted.name} is installed"))
+            self._on_step(Step(STEP, "kept", f"raylaunch {self._wanted.name} is installed"))
         return self._seen.python
 
     async def by_pushing(self, platform: WheelPlatform) -> str:
-        """Gather the wheels here, push those that the host has not, and have it install them without any network."""
+        """Gather the wheels here, push those that the host lacks, and install them there without any network."""
         wheels = await self._wheels.gather(self._wanted.requirements, platform, self._wanted.pins)
         own = self._store.add(self._wanted.own)
         uv = next(one for one in wheels if one.name == "uv")
@@ -151,40 +151,40 @@ class HostInstaller:
         try:
             return await self._make("make", bundle=await self._wheels.push([*wheels, own], self._seen), **files)
         except TransferError as error:  # damaged ones are removed there, and pushed again
-            self._tell(Step(STEP, "note", error.message))
+            self._on_step(Step(STEP, "note", error.message))
             await self.look()
             return await self._make("make", bundle=await self._wheels.push([*wheels, own], self._seen), **files)
 
     async def from_index(self, platform: WheelPlatform) -> str:
-        """Push uv and raylaunch's own wheel, and have the host install the rest from its package index."""
+        """Push uv and raylaunch's own wheel, and install the rest there from the host's package index."""
         own = self._store.add(self._wanted.own)
         tools: tuple[Wheel, ...] = ()
         try:
             tools = await self._wheels.gather([f"uv=={installed_version('uv')}"], platform, {})
         except IndexUnreachableError:
             words = "no package index can be reached from here: the host must have uv, or fetch it itself"
-            self._tell(Step("wheels", "note", words))
+            self._on_step(Step("wheels", "note", words))
         bundle = await self._wheels.push([own, *tools], self._seen)
         uv = _file(tools[0]) if tools else None
         preferences = dict(self._wanted.pins)
         return await self._make("make", bundle=bundle, preferences=preferences, own=_file(own), uv=uv)
 
     async def beside(self) -> str:
-        """Push raylaunch's own wheel, and have it put beside the named environment."""
+        """Push raylaunch's own wheel, and install it next to the named environment."""
         own = self._store.add(self._wanted.own)
         bundle = await self._wheels.push([own], self._seen)
         return await self._make("add_beside", bundle=bundle, own=_file(own))
 
     async def _make(self, verb: str, **facts: object) -> str:
         began, words = time.monotonic(), f"the environment {self._wanted.name}"
-        self._tell(Step(STEP, "begins", f"making {words}"))
+        self._on_step(Step(STEP, "begins", f"making {words}"))
         made = _Made.model_validate(await self._ask(verb, limit_s=MAKE_S, **facts))
-        self._tell(Step(STEP, "done", f"made {words}", time.monotonic() - began))
+        self._on_step(Step(STEP, "done", f"made {words}", time.monotonic() - began))
         return made.python
 
     async def _ask(self, verb: str, *, limit_s: float, **facts: object) -> Mapping[str, object]:
         request = {**self._request, **facts, "verb": verb}
-        return await ask_installer(self._machine, self._interpreter, request, limit_s=limit_s, on_step=self._tell)
+        return await ask_installer(self._machine, self._interpreter, request, limit_s=limit_s, on_step=self._on_step)
 
 
 def _file(wheel: Wheel) -> dict[str, str]:
@@ -204,7 +204,7 @@ async def ensure_environment(  # noqa: PLR0913 -- all keywords, each with a sent
     limit_bytes_per_s: float | None = None,
     on_step: OnStep,
 ) -> str:
-    """Have this raylaunch's environment on a host; return the path of its Python there.
+    """Make sure that a host has this raylaunch's environment; return the path of its Python there.
 
     Args:
         machine: the host.
@@ -218,7 +218,7 @@ async def ensure_environment(  # noqa: PLR0913 -- all keywords, each with a sent
 
     Raises:
         HostError: the host cannot be used as it is, a step failed there, or it was lost.
-        ClusterStartError: what it needs cannot be had here.
+        ClusterStartError: what it needs cannot be downloaded here.
         VersionError: what it needs does not exist for its platform.
         StorageError: the disk here is full.
     """
@@ -254,7 +254,7 @@ async def ensure_beside(  # noqa: PLR0913 -- as above
     limit_bytes_per_s: float | None = None,
     on_step: OnStep,
 ) -> str:
-    """Check an environment that the user names, and have raylaunch beside it; return the path of a Python of both.
+    """Check an environment that the user names, and install raylaunch next to it; return a Python that sees both.
 
     Args:
         machine: the host.

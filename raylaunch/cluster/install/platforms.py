@@ -1,4 +1,4 @@
-"""The versions that a host should have: those that are installed here, as far as they fit its platform and Python."""
+"""A host's platform and Python, and the versions that it should have: those installed here, if they fit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ONLY_EXTRA = re.compile(r"^[^;]*;(?:(?! or ).)*\bextra *== *['\"](?:(?! or ).)*
 
 @dataclass(frozen=True)
 class WheelPlatform:
-    """What decides which wheels fit: the host's architecture, its C library and its Python (CPython)."""
+    """A host's architecture, C library and Python (CPython), which decide which wheels fit."""
 
     arch: str
     """As ``uname -m`` says: ``x86_64`` or ``aarch64``."""
@@ -48,10 +48,10 @@ class WheelPlatform:
 
     @property
     def uv_name(self) -> str:
-        """Return what uv calls the platform.
+        """Return uv's name of the platform.
 
         Raises:
-            VersionError: nothing that Ray needs is made for it.
+            VersionError: Ray has no wheels for it.
         """
         release = self._glibc_release()
         fitting = [known for known in _KNOWN_TO_UV if known <= release]
@@ -83,7 +83,7 @@ class WheelPlatform:
         return {tag: rank for rank, tag in reversed(list(enumerate(found)))}
 
     def markers(self) -> dict[str, str]:
-        """Return what environment markers see there (PEP 508)."""
+        """Return the values of environment markers there (PEP 508)."""
         return {
             "implementation_name": "cpython",
             "implementation_version": self.python,
@@ -141,9 +141,9 @@ def installed_version(name: str) -> str:
 
 
 def installed_pins(requirements: Iterable[str], platform: WheelPlatform) -> dict[str, str]:
-    """Walk from requirements to all that they need on that platform; return name and version of what is installed here.
+    """Return name and version of installed packages that the requirements need, directly or not, on that platform.
 
-    What is needed there alone (a backport for an older Python) is not among them.
+    A package that only that platform needs (a backport for an older Python) is missing.
     """
     markers, pins = platform.markers(), dict[str, str]()
     todo, seen = _applying(requirements, "", markers), set[tuple[str, str]]()

@@ -1,7 +1,7 @@
 """From requirements to the wheels that fit a host, with ``uv``: names, versions, addresses, sizes and checksums.
 
-uv resolves for a platform that is not this one and prefers the versions that it is given, where they fit. It reads its
-own configuration; where that names no index, it is told what pip's says.
+uv resolves for another platform than this one, and prefers given versions if they fit. It reads its own configuration;
+if that names no index, it gets the settings of pip's.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Wheel(BaseModel):
     sha256: str
     bytes: int
     url: str = Field(default="", exclude=True, repr=False)
-    """Where it is to be had; not kept, for an index may change its addresses."""
+    """Its address on the index; not saved, because an index may change its addresses."""
 
 
 _KEPT = re.compile(
@@ -66,7 +66,7 @@ _KEPT = re.compile(
 
 
 def tool_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return what uv and pip need of an environment: their settings, the way to an index, and no secret besides."""
+    """Return the variables that uv and pip need: their settings, proxies and certificates, and no other secrets."""
     return {name: value for name, value in environ.items() if _KEPT.fullmatch(name)}
 
 
@@ -74,7 +74,7 @@ def find_uv(environ: Mapping[str, str]) -> str:
     """Return the path of the program uv, which is installed with raylaunch.
 
     Raises:
-        ClusterStartError: it is not there.
+        ClusterStartError: it is not installed.
     """
     beside = Path(sysconfig.get_path("scripts")) / "uv"
     found = str(beside) if beside.exists() else shutil.which("uv", path=environ.get("PATH", os.defpath))
@@ -87,10 +87,10 @@ def find_uv(environ: Mapping[str, str]) -> str:
 async def resolve(
     requirements: Sequence[str], preferences: Mapping[str, str], platform: WheelPlatform, *, environ: Mapping[str, str]
 ) -> tuple[Wheel, ...]:
-    """Find the wheels of everything that is required, for that platform, in the versions preferred where they fit.
+    """Find the wheels of all requirements for that platform, in the preferred versions if they fit.
 
-    Where an index of several has wheels of the preferred version, but none that fits, uv does not look at the others.
-    Such a preference is dropped then, and in the end all are.
+    If one of several indexes has wheels of the preferred version, but none that fits, uv does not check the others.
+    Then that preference is dropped, and finally all of them.
 
     Raises:
         ClusterStartError: the index cannot be reached from here, or uv is not here or does not end.
@@ -110,7 +110,7 @@ async def resolve(
 async def _resolve(
     requirements: Sequence[str], preferences: Mapping[str, str], platform: WheelPlatform, environ: Mapping[str, str]
 ) -> tuple[Wheel, ...]:
-    with TemporaryDirectory(prefix="raylaunch-resolve-") as name:  # no project of the user's has a say there
+    with TemporaryDirectory(prefix="raylaunch-resolve-") as name:  # no project of the user's applies there
         folder = Path(name)
         lock = folder / "pylock.toml"
         if preferences:
@@ -127,7 +127,7 @@ async def _resolve(
 
 
 def _preferred(preferences: Mapping[str, str]) -> str:
-    """Write versions as the lock file of an earlier resolution, which uv keeps to where it can."""
+    """Format versions as the lock file of an earlier resolution, which uv follows if it can."""
     packages = (
         f"[[packages]]\nname = {json.dumps(name)}\nversion = {json.dumps(version)}\n"
         for name, version in preferences.items()
@@ -206,11 +206,11 @@ def _problem(text: str, platform: WheelPlatform) -> ClusterStartError | VersionE
 
 
 class IndexUnreachableError(ClusterStartError):
-    """The package index does not answer here; a host may still reach one."""
+    """The package index cannot be reached from here; a host may still reach one."""
 
 
 class NoWheelError(VersionError):
-    """Packages have no wheel that fits; `names` are theirs."""
+    """The packages in `names` have no wheel that fits."""
 
     def __init__(self, message: str, *, hint: str = "", names: frozenset[str] = frozenset()) -> None:
         super().__init__(message, hint=hint)

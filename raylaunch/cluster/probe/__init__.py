@@ -1,1 +1,1 @@
-"""What a host is: looked at in one round trip, and read into facts."""
+"""Facts about a host, collected by a script in one round trip."""

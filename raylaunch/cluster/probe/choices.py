@@ -16,25 +16,28 @@ from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.host_spec import HostSpec
 from raylaunch.ssh.target import Target
 
+_SHORTEST_UUID = len("GPU-") + 4
+_OLDEST, _NEWEST = (3, 10), (3, 14)
+
 
 def is_own(cluster: FoundCluster, spec: ClusterSpec, facts: HostFacts) -> bool:
-    """Return whether a cluster that was found is the one that is asked for: its name, and in our own folder."""
+    """Return whether a cluster on the host is the one of `spec`: its name, this account's, and in our folder."""
     if facts.root and not cluster.folder.startswith(f"{facts.root}/"):
         return False
     return cluster.name == spec.name and cluster.user == facts.user
 
 
-def runs_here(cluster: FoundCluster) -> str:
-    """Say who runs a cluster on the host, and since when."""
+def describe_running(cluster: FoundCluster) -> str:
+    """Describe who runs a cluster on the host, and since when."""
     since = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(cluster.since)) if cluster.since else ""
-    beside = ", ".join(
+    details = ", ".join(
         [*([f"since {since}"] if since else []), *([f"controller pid {cluster.pid}"] if cluster.pid else [])]
     )
-    return f"{cluster.user} runs cluster {cluster.name} there ({beside or 'it is down now'}; {cluster.folder})"
+    return f"{cluster.user} runs cluster {cluster.name} there ({details or 'it is down now'}; {cluster.folder})"
 
 
-def way_in(cluster: FoundCluster, facts: HostFacts) -> str:
-    """Say how the one who asked comes into a cluster that somebody runs on the host."""
+def access_hint(cluster: FoundCluster, facts: HostFacts) -> str:
+    """Return how this account gets access to a cluster on the host."""
     if cluster.user == facts.user:
         return (
             f"it is this account's: write name: {cluster.name} in cluster.yaml, and raylaunch up uses it from here too"
@@ -42,13 +45,10 @@ def way_in(cluster: FoundCluster, facts: HostFacts) -> str:
     return f"ask {cluster.user} for: raylaunch token create --for {facts.user}; paste the line that it prints"
 
 
-_SHORTEST_UUID = len("GPU-") + 4
-
-
 def chosen_gpus(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> tuple[HostGpu, ...]:
     """Return the real GPUs that the cluster would use on the host.
 
-    A number means so many of them: those that the cluster has already, then those that no other cluster has.
+    For a number: first those that the cluster has already, then those that no other cluster has.
     """
     gpus = facts.gpus.gpus
     match host.gpus:
@@ -62,15 +62,15 @@ def chosen_gpus(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> tuple[Ho
             return tuple(gpu for word in words if (gpu := find_gpu(word, gpus)) is not None)
 
 
-def counted(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> HostSpec:
-    """Return the host with a number of GPUs made into which ones; without any real ones it stays a number."""
+def with_chosen_gpus(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> HostSpec:
+    """Return the host with its number of GPUs replaced by UUIDs; without real GPUs it stays a number."""
     if not isinstance(host.gpus, int) or not facts.gpus.gpus or host.gpus == 0:
         return host
     return host.model_copy(update={"gpus": tuple(gpu.uuid for gpu in chosen_gpus(spec, host, facts))})
 
 
 def find_gpu(word: str, gpus: Sequence[HostGpu]) -> HostGpu | None:
-    """Return the GPU with that index or UUID, or whose UUID alone begins so."""
+    """Return the GPU with that index, UUID or unambiguous prefix of a UUID."""
     exact = next((gpu for gpu in gpus if word in (gpu.index, gpu.uuid)), None)
     if exact is not None or len(word) < _SHORTEST_UUID:
         return exact
@@ -91,42 +91,38 @@ def _of_clusters(spec: ClusterSpec, facts: HostFacts) -> tuple[set[str], set[str
     return ours, others
 
 
-OLDEST, NEWEST = (3, 10), (3, 14)
-
-
-def usable(facts: HostFacts) -> dict[tuple[int, int], Python]:
+def usable_pythons(facts: HostFacts) -> dict[tuple[int, int], Python]:
     """Return the Pythons of a host from which an environment can be made, the first found of each minor version."""
     found: dict[tuple[int, int], Python] = {}
     for python in facts.pythons:
-        fits = OLDEST <= python.minor <= NEWEST and python.cpython and python.final and not python.free_threaded
+        fits = _OLDEST <= python.minor <= _NEWEST and python.cpython and python.final and not python.free_threaded
         if fits and not python.in_environment:
             found.setdefault(python.minor, python)
     return found
 
 
-def choose(
+def choose_pythons(
     facts: Mapping[str, HostFacts],
     *,
-    own: tuple[int, int] = sys.version_info[:2],
-    beside: Collection[tuple[int, int]] = (),
+    named: Collection[tuple[int, int]] = (),
 ) -> dict[str, HostPython]:
-    """Return by host the Python to take: of one minor version on all, this machine's own where all have that.
+    """Return each host's Python: one minor version for all, this machine's own if all hosts have it.
 
     Args:
-        facts: of the hosts that are to have an environment of ours.
-        own: this machine's.
-        beside: the versions of environments that hosts of the same cluster bring themselves.
+        facts: of the hosts that get an environment from raylaunch.
+        named: the versions of the environments that cluster.yaml names for other hosts.
 
     Raises:
-        ClusterStartError: there is no minor version that all of them have.
+        ClusterStartError: the hosts have no minor version in common.
     """
-    by_host = {host: usable(one) for host, one in facts.items()}
-    common = set.intersection(*(set(one) for one in by_host.values()), *({one} for one in beside)) if by_host else set()
+    by_host = {host: usable_pythons(one) for host, one in facts.items()}
+    common = set.intersection(*(set(one) for one in by_host.values()), *({one} for one in named)) if by_host else set()
     if by_host and not common:
         has = "; ".join(f"{host} has {_words(one)}" for host, one in by_host.items())
         msg = f"the hosts have no Python in common, and Ray needs the same minor version on all: {has}"
         hint = "install one on those that lack it (without root: uv python install 3.12, or a conda environment)"
         raise ClusterStartError(msg, hint=hint, step="python")
+    own = sys.version_info[:2]
     minor = own if own in common else max(common, default=own)
     return {host: _host_python(facts[host], one[minor]) for host, one in by_host.items()}
 
@@ -141,7 +137,7 @@ def _host_python(facts: HostFacts, python: Python) -> HostPython:
 
 
 def target_of(host: HostSpec) -> Target:
-    """Return how the host is reached over SSH."""
+    """Return the host as a target for SSH."""
     return Target(
         name=host.name,
         host=host.host,
@@ -162,10 +158,10 @@ def root_of(host: HostSpec, facts: HostFacts) -> str:
 
 
 def place_of(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> NodePlace:
-    """Return which part of the cluster the host is; the head's address on a worker is not known yet.
+    """Return the host's place in the cluster, without the head's address.
 
     Raises:
-        ClusterStartError: its address on the cluster's network cannot be told.
+        ClusterStartError: its address on the cluster's network is ambiguous or missing.
     """
     if spec.loopback:
         return NodePlace(host=host.name, env=host.env)
@@ -176,10 +172,10 @@ def place_of(spec: ClusterSpec, host: HostSpec, facts: HostFacts) -> NodePlace:
 def network_of(hosts: Sequence[HostSpec], host: HostSpec, facts: HostFacts) -> tuple[str, str]:
     """Return the interface and the address of a host on the cluster's network.
 
-    What the spec says counts; else the address by which ssh reaches it, if it is the host's own; else the only one.
+    The one in the spec, else the host's own address that ssh connects to, else its only address.
 
     Raises:
-        ClusterStartError: the host has no such interface or address, or several that it could be.
+        ClusterStartError: the host has no such interface or address, or several.
     """
     candidates = [(one.name, text) for one in facts.interfaces or () for text in _usable(one)]
     if host.address:
@@ -196,17 +192,17 @@ def network_of(hosts: Sequence[HostSpec], host: HostSpec, facts: HostFacts) -> t
     why = f"has no {asked}" if asked else "may be reached by the other hosts at more than one address"
     msg = f"{host.name} {why}; its addresses are: {has}"
     others = f", which {', '.join(one.name for one in hosts if one is not host)} must reach" if len(hosts) > 1 else ""
-    hint = f"say in cluster.yaml which is on the cluster's network{others}: {{host: {host.host}, address: …}}"
+    hint = f"set the one on the cluster's network{others} in cluster.yaml: {{host: {host.host}, address: …}}"
     raise ClusterStartError(msg, hint=hint, step="network")
 
 
 def addresses_of(facts: HostFacts) -> tuple[str, ...]:
-    """Return all addresses of a host that lead to it."""
+    """Return all addresses at which other machines reach the host."""
     return tuple(text for one in facts.interfaces or () for text in _usable(one))
 
 
 def _usable(interface: Interface) -> list[str]:
-    """IPv4 before IPv6; loopback and link-local ones lead nowhere."""
+    """IPv4 before IPv6, without loopback and link-local addresses."""
     addresses = [ipaddress.ip_interface(text).ip for text in interface.addresses]
     usable = [one for one in addresses if not (one.is_loopback or one.is_link_local)]
     return [str(one) for one in sorted(usable, key=lambda one: one.version)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from typing import Protocol
 
@@ -53,15 +53,12 @@ class CommandRunner(Protocol):
         ...
 
 
-async def probe(
-    machine: CommandRunner, host: HostSpec | None = None, *, now: Callable[[], float] = time.time
-) -> HostFacts:
+async def probe(machine: CommandRunner, host: HostSpec | None = None) -> HostFacts:
     """Collect facts about the machine, without changing anything there.
 
     Args:
         machine: where.
         host: its entry in cluster.yaml, whose folders and Python are checked.
-        now: this machine's clock.
 
     Raises:
         HostError: the machine cannot be reached, or its shell does not run the script.
@@ -69,7 +66,7 @@ async def probe(
     mark = secrets.token_hex(8)
     about = (host.root, host.store, host.environment) if host else ("", "", "")
     argv = ["sh", "-s", "--", mark, *about]
-    sent, began = now(), time.monotonic()
+    sent, began = time.time(), time.monotonic()
     ran = await machine.run(argv, input=script(), limit_s=LIMIT_S)
     took_s = time.monotonic() - began
     answer = read_answer(ran.out, mark)
@@ -85,7 +82,7 @@ def script() -> bytes:
 
 
 def _clock(answer: ProbeOutput, sent: float, received: float) -> Clock:
-    """Compare clocks as NTP does: the host's first look came after we sent, its last before we received."""
+    """Compare clocks as NTP does: the host read its clock after we sent, and again before we received."""
     synced = {"yes": True, "no": False}.get(answer["ntp"].one("synced"))
     try:
         first, last = (
@@ -100,8 +97,8 @@ def _clock(answer: ProbeOutput, sent: float, received: float) -> Clock:
 
 
 def _broken(name: str, ran: CommandResult, answer: ProbeOutput) -> HostStepError:
-    said = (ran.err or ran.out).decode("utf-8", errors="replace").strip().splitlines()[-_TAIL:]
-    began = f"it stopped halfway ({len(answer.sections)} sections came)" if answer.sections else "it did not start"
-    msg = f"{name}: the probe's script could not be run: {began}, exit status {ran.status}"
+    printed = (ran.err or ran.out).decode("utf-8", errors="replace").strip().splitlines()[-_TAIL:]
+    reached = f"it stopped halfway ({len(answer.sections)} sections came)" if answer.sections else "it did not start"
+    msg = f"{name}: the probe's script could not be run: {reached}, exit status {ran.status}"
     hint = "log in with ssh and run: sh -c 'date'; the account needs a POSIX shell at /bin/sh"
-    return HostStepError(msg, hint=hint, host=name, step="probe", exit_status=ran.status, tail=tuple(said))
+    return HostStepError(msg, hint=hint, host=name, step="probe", exit_status=ran.status, tail=tuple(printed))
