@@ -7,6 +7,7 @@ import fcntl
 import getpass
 import json
 import os
+import platform
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -22,6 +23,7 @@ from raylaunch.errors import ConflictError
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.models.fields import Moment
 from raylaunch.paths import ClusterPaths, storage_errors, write_private
+from raylaunch.version import __version__
 
 _POLL_S = 0.05
 
@@ -34,6 +36,11 @@ class ClusterVersions(BaseModel):
     raylaunch: str = ""
     ray: str = ""
     python: str = ""
+
+
+def current_versions(ray: str) -> ClusterVersions:
+    """Return the versions of this process, and of `ray`."""
+    return ClusterVersions(raylaunch=__version__, ray=ray, python=platform.python_version())
 
 
 class NodePlace(BaseModel):

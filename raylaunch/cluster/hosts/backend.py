@@ -87,19 +87,19 @@ async def status(spec: ClusterSpec, /) -> ClusterStatus:
         return ClusterStatus(name=paths.name, kind="ssh", state="degraded", problems=(error.message,))
     from raylaunch.cluster.local.controller_process import controller_status  # noqa: PLC0415 -- commands about jobs do not need it
 
-    says = await controller_status(tunnel.ports["controller"], record.token)
-    if isinstance(says, str):
-        return unanswered(record, says)
-    return status_of(record, says)
+    controller = await controller_status(tunnel.ports["controller"], record.token)
+    if isinstance(controller, str):
+        return unanswered(record, controller)
+    return status_of(record, controller)
 
 
 def not_up(name: str, record: ClientRecord | None) -> ClusterStatus:
     """Return the status of a cluster that is not up as far as this machine knows. Pure."""
-    said = f"not started from this machine; {IF_UNKNOWN}" if record is None else ""
+    problem = f"not started from this machine; {IF_UNKNOWN}" if record is None else ""
     if record is not None and record.hosts:
         where = ", ".join(record.hosts)
-        said = f"an up or a down was interrupted: parts of it may run on {where}; raylaunch down ends them"
-    return ClusterStatus(name=name, kind="ssh", state="stopped", problems=(said,) if said else ())
+        problem = f"an up or a down was interrupted: parts of it may run on {where}; raylaunch down ends them"
+    return ClusterStatus(name=name, kind="ssh", state="stopped", problems=(problem,) if problem else ())
 
 
 def unanswered(record: ClientRecord, why: str) -> ClusterStatus:
@@ -112,23 +112,23 @@ def unanswered(record: ClientRecord, why: str) -> ClusterStatus:
     return ClusterStatus(name=record.spec.name, kind="ssh", state="degraded", problems=(problem,))
 
 
-def status_of(record: ClientRecord, says: ControllerStatus) -> ClusterStatus:
+def status_of(record: ClientRecord, controller: ControllerStatus) -> ClusterStatus:
     """Combine the spec's hosts with the nodes that the controller sees. Pure."""
     hosts = () if record.joined else record.spec.host_specs()
-    living = {node.hostname for node in says.nodes if node.alive}
+    living = {node.hostname for node in controller.nodes if node.alive}
     missing = [f"{host.name}: is not in the Ray cluster" for host in hosts if host.name not in living]
-    dead = () if says.ray == "up" else ("the controller does not reach Ray",)
-    problems = (*dead, *missing, *says.problems)
+    dead = () if controller.ray == "up" else ("the controller does not reach Ray",)
+    problems = (*dead, *missing, *controller.problems)
     return ClusterStatus(
         name=record.spec.name,
         kind="ssh",
         state="degraded" if missing or dead else "running",
         problems=problems,
-        nodes=says.nodes,
-        queued=says.queued,
-        running=says.running,
-        store=says.store,
-        store_free=says.store_free,
+        nodes=controller.nodes,
+        queued=controller.queued,
+        running=controller.running,
+        store=controller.store,
+        store_free=controller.store_free,
         gpus_logical=isinstance(record.spec.gpus, int) and record.spec.gpus > 0,
         owner=record.owner or record.spec.host_specs()[0].name,
     )
@@ -175,13 +175,13 @@ async def up(
     refuse_joined(load_client(paths), "brought up")
     for folder in (paths.home, paths.home / "clusters", paths.root):
         make_private_dir(folder)
-    with reporting_progress(on_step) as tell:
-        async with locked(paths, tell, limit_s=_LOCK_S):
+    with reporting_progress(on_step) as report:
+        async with locked(paths, report, limit_s=_LOCK_S):
             had = load_client(paths)
             begins = partial(_record_started, paths, spec)
-            outcome = await Bootstrap(spec, tell, on_prompt=on_prompt, on_start=begins).run()
+            outcome = await Bootstrap(spec, report, on_prompt=on_prompt, on_start=begins).run()
             keep_problems(spec, outcome.problems)
-            await _verify(paths, spec, outcome, had, tell)
+            await _verify(paths, spec, outcome, had, report)
     if outcome.errors:
         raise _failure(spec, outcome)
     return await status(spec)
@@ -196,7 +196,11 @@ def _record_started(paths: ClusterPaths, spec: ClusterSpec, host: HostSpec, prog
 
 
 async def _verify(
-    paths: ClusterPaths, spec: ClusterSpec, outcome: BootstrapOutcome, had: ClientRecord | None, tell: ProgressReporter
+    paths: ClusterPaths,
+    spec: ClusterSpec,
+    outcome: BootstrapOutcome,
+    had: ClientRecord | None,
+    report: ProgressReporter,
 ) -> None:
     """Connect to the cluster from here and verify it; failures are added to the outcome's errors.
 
@@ -206,19 +210,19 @@ async def _verify(
     from raylaunch.cluster.hosts.verify import ClusterVerifier  # noqa: PLC0415 -- as above
 
     for one in outcome.warnings:
-        tell(Step(one.host or spec.name, "note", one.message))
+        report(Step(one.host or spec.name, "note", one.message))
     head = outcome.states.get(spec.host_specs()[0].name)
     if head is None:
         raise _failure(spec, outcome)
-    if said := adopted(had, head, fresh=spec.host_specs()[0].name in outcome.fresh):
-        tell(Step(spec.host_specs()[0].name, "note", said))
+    if note := adopted(had, head, fresh=spec.host_specs()[0].name in outcome.fresh):
+        report(Step(spec.host_specs()[0].name, "note", note))
     record = _save_record(paths, spec, outcome)
     tunnel = load_tunnel(paths)
     moved = tunnel is not None and record.head_ports != head.ports
     save_client(paths, record.with_(head_ports=head.ports))
-    with tell.during("tunnel", f"opening the tunnel to the controller on {record.head}"):
+    with report.during("tunnel", f"opening the tunnel to the controller on {record.head}"):
         tunnel = await ensure_tunnel(paths, fresh=moved, limit_s=START_S)
-    proof = ClusterVerifier(tunnel.ports["controller"], record.token, spec.environment, outcome.states, on_step=tell)
+    proof = ClusterVerifier(tunnel.ports["controller"], record.token, spec.environment, outcome.states, on_step=report)
     await proof.nodes()
     unproved = outcome.states.keys() - set(record.proved)
     await proof.jobs(unproved)

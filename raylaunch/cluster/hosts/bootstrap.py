@@ -106,7 +106,7 @@ class Bootstrap:
         self._head_settled = anyio.Event()
         self._pythons: Mapping[str, HostPython] = {}
         self._no_python: ClusterStartError | None = None
-        self._told_at: dict[str, float] = {}
+        self._reported_at: dict[str, float] = {}
         self.outcome = BootstrapOutcome()
 
     async def run(self) -> BootstrapOutcome:
@@ -205,10 +205,10 @@ class Bootstrap:
         """Install this raylaunch, Ray and wandb on the host."""
         facts = self.outcome.facts[host.name]
         root = root_of(host, facts)
-        tell = self._of_host(host)
+        report = self._of_host(host)
         if host.environment:
             named = next(one.path for one in facts.pythons if one.named)  # as the probe has found it
-            python = await ensure_beside(connection, named, store=self._store, root=root, on_step=tell)
+            python = await ensure_beside(connection, named, store=self._store, root=root, on_step=report)
         elif self._no_python is not None:
             raise self._no_python
         else:
@@ -218,7 +218,7 @@ class Bootstrap:
                 store=self._store,
                 index_reachable=bool(facts.index.reachable),
                 root=root,
-                on_step=tell,
+                on_step=report,
             )
         return HeadProgram(python=python, root=root)
 
@@ -226,10 +226,10 @@ class Bootstrap:
         """Start the host's part of the cluster: the head's immediately, a worker's once the head is up."""
         facts = self.outcome.facts[host.name]
         spec, place = self._spec.part_of(with_chosen_gpus(self._spec, host, facts)), place_of(self._spec, host, facts)
-        tell = self._of_host(host)
+        report = self._of_host(host)
         if host is self._head:
             request = HeadUpRequest(spec=spec, place=place, members=self._members())
-            return await call_host(connection, program, request, HostState, on_step=tell)
+            return await call_host(connection, program, request, HostState, on_step=report)
         await self._head_settled.wait()
         head = self.outcome.states.get(self._head.name)
         if head is None:
@@ -243,7 +243,7 @@ class Bootstrap:
             ray_token=head.ray_token,
             certificate=head.certificates.get(host.name),
         )
-        return await call_host(connection, program, join, HostState, on_step=tell)
+        return await call_host(connection, program, join, HostState, on_step=report)
 
     def _members(self) -> dict[str, tuple[str, ...]]:
         """Return addresses by certificate: every worker that was probed, and this machine for Ray's own tools."""
@@ -252,7 +252,7 @@ class Bootstrap:
 
     def _of_host(self, host: HostSpec) -> Callable[[Step], None]:
         def report(step: Step) -> None:
-            self._told_at[host.name] = time.monotonic()
+            self._reported_at[host.name] = time.monotonic()
             if step.name in {"ray", "controller"} and step.state in {"begins", "done"}:
                 self.outcome.fresh.add(host.name)
             self._on_step(Step(f"{host.name}: {step.name}", step.state, step.message, step.seconds))
@@ -261,6 +261,6 @@ class Bootstrap:
 
     def _waits(self, wait: PendingStep) -> None:
         """Report a step that takes long, unless the steps within it have just reported more."""
-        if time.monotonic() - self._told_at.get(wait.host, 0.0) > _QUIET_S:
+        if time.monotonic() - self._reported_at.get(wait.host, 0.0) > _QUIET_S:
             so_far = f"{wait.waited_s:.0f} s so far, at most {wait.limit_s:.0f} s"
             self._on_step(Step(f"{wait.host}: {wait.step}", "waits", so_far, wait.waited_s))

@@ -165,12 +165,12 @@ async def _down(request: DownRequest) -> HostDownResult:
     return HostDownResult(ended=tuple(str(one) for one in report.ended), store=report.store, notes=report.notes)
 
 
-async def _serve(request: Request, tell: Callable[[Step], None]) -> BaseModel:
+async def _serve(request: Request, on_step: Callable[[Step], None]) -> BaseModel:
     match request:
         case HeadUpRequest():
-            return await _up(request, tell)
+            return await _up(request, on_step)
         case JoinRequest():
-            return await _join(request, tell)
+            return await _join(request, on_step)
         case DownRequest():
             return await _down(request)
 
@@ -185,11 +185,11 @@ def main() -> int:
         answers.write(json.dumps({kind: body}, separators=(",", ":")) + "\n")
         answers.flush()
 
-    def tell(step: Step) -> None:
+    def on_step(step: Step) -> None:
         send("step", {"name": step.name, "state": step.state, "message": step.message, "seconds": step.seconds})
 
     try:
-        result = anyio.run(_serve, _REQUEST.validate_json(sys.stdin.buffer.read()), tell)
+        result = anyio.run(_serve, _REQUEST.validate_json(sys.stdin.buffer.read()), on_step)
     except ValidationError as error:
         send(
             "error",

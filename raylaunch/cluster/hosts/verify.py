@@ -90,8 +90,8 @@ class ClusterVerifier:
 
     async def jobs(self, hosts: set[str]) -> None:
         """Run a job on each of `hosts`, with one of its GPUs if one is free."""
-        says = await controller_status(self._port, self._token)
-        free = {} if isinstance(says, str) else {node.hostname: node.gpus_free for node in says.nodes if node.alive}
+        status = await controller_status(self._port, self._token)
+        free = {} if isinstance(status, str) else {node.hostname: node.gpus_free for node in status.nodes if node.alive}
         self._free = free
         async with anyio.create_task_group() as group:
             for host in sorted(hosts - self.errors.keys()):
@@ -122,8 +122,8 @@ class ClusterVerifier:
         well = {host: state for host, state in self._states.items() if host not in self.errors}
         until = time.monotonic() + _RELEASE_S
         while True:
-            says = await controller_status(self._port, self._token)
-            plan = plan_allreduce(well, () if isinstance(says, str) else says.nodes, hosts)
+            status = await controller_status(self._port, self._token)
+            plan = plan_allreduce(well, () if isinstance(status, str) else status.nodes, hosts)
             if plan is None or not plan.left_out or time.monotonic() > until:
                 return plan
             await anyio.sleep(_POLL_S)
@@ -218,17 +218,17 @@ def _network_result(job: JobView, printed: str) -> dict[str, Any]:
     return {"kind": "job", "why": f"{why} (raylaunch show {job.id})"}
 
 
-def still_held(before: Mapping[str, float], says: ControllerStatus | str) -> tuple[str, ...]:
+def still_held(before: Mapping[str, float], status: ControllerStatus | str) -> tuple[str, ...]:
     """Return the hosts with fewer free GPUs than `before`. Pure."""
-    nodes = () if isinstance(says, str) else says.nodes
+    nodes = () if isinstance(status, str) else status.nodes
     return tuple(node.hostname for node in nodes if node.alive and node.gpus_free < before.get(node.hostname, 0))
 
 
-def unready(states: Mapping[str, HostState], says: ControllerStatus | str) -> dict[str, str]:
+def unready(states: Mapping[str, HostState], status: ControllerStatus | str) -> dict[str, str]:
     """Return by host why a node is not as expected; empty if all are. Pure."""
-    if isinstance(says, str):
-        return dict.fromkeys(states, f"the controller does not answer: {says}")
-    nodes = {node.hostname: node for node in says.nodes if node.alive}
+    if isinstance(status, str):
+        return dict.fromkeys(states, f"the controller does not answer: {status}")
+    nodes = {node.hostname: node for node in status.nodes if node.alive}
     found = {host: _wrong(nodes.get(host), state) for host, state in states.items()}
     return {host: f"{host} {why}" for host, why in found.items() if why}
 

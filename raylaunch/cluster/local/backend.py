@@ -105,9 +105,9 @@ async def up(
         whole_cpus(spec.cpus)
     paths = cluster_paths(spec.name)
     make_cluster_dirs(paths)
-    with reporting_progress(on_step) as tell:
-        async with locked(paths, tell, limit_s=LOCK_S):
-            seen = await BringUp(paths, spec, tell).run()
+    with reporting_progress(on_step) as report:
+        async with locked(paths, report, limit_s=LOCK_S):
+            seen = await BringUp(paths, spec, report).run()
     return status_of(seen, paths)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -19,15 +18,15 @@ import anyio.to_thread
 
 from raylaunch.cluster.local.backend import end_controller, reach
 from raylaunch.cluster.local.controller_process import ControllerStart, controller_status
-from raylaunch.cluster.local.health import HttpAnswer, http_request
-from raylaunch.cluster.local.inspect import LocalInspection, check_ours, differences, inspect_cluster, status_of
+from raylaunch.cluster.local.health import http_request
+from raylaunch.cluster.local.inspect import LocalInspection, check_versions, differences, inspect_cluster, status_of
 from raylaunch.cluster.local.ray_head import clean_environment, make_importable
 from raylaunch.cluster.local.steps import StepLog
 from raylaunch.cluster.ports import is_loopback, wait_free
 from raylaunch.cluster.record import (
     ClusterRecord,
-    ClusterVersions,
     cluster_lock,
+    current_versions,
     load_record,
     new_record,
     save_record,
@@ -49,7 +48,6 @@ from raylaunch.paths import (
     write_private,
 )
 from raylaunch.ssh.target import OnPrompt
-from raylaunch.version import __version__
 
 __all__ = ["down", "plan", "reach", "status", "up"]
 
@@ -58,17 +56,37 @@ AGENT_S = 120.0
 _RAY_S = 10.0
 _RELEASE_S = 60.0
 _HTTP_REFUSED = (401, 403)
-LET_GO = "raylaunch.controller.ray.release"
+_RELEASE = "raylaunch.controller.ray.release"
 """Ends the node agents; a program of its own because it connects to Ray."""
 
 
-async def ray_version(spec: ClusterSpec) -> str:
-    """Query Ray's version, which also shows that it answers and accepts the token.
+async def check_ray(spec: ClusterSpec) -> str:
+    """Check that this machine can use that Ray as the spec asks; return its version.
 
     Raises:
-        ClusterStartError: nothing answers there, or something other than Ray.
-        SpecError: the token file cannot be read, or the token would be sent unencrypted.
+        ClusterStartError: no Ray answers there, it rejects the token, or its head does not listen where it should.
+        SpecError: see `token_of` and `check_certificates`.
+        VersionError: another Ray is installed here.
     """
+    version, installed = await _ray_version(spec), importlib.metadata.version("ray")
+    if version != installed:
+        msg = f"Ray {version} runs at {spec.address}, and Ray {installed} is installed here"
+        install = f"{sys.executable} -m pip install 'ray[default]=={version}'"
+        raise VersionError(msg, hint=f"only the same Ray may connect: {install}")
+    check_certificates(spec)
+    host, _, port = spec.gcs_address.rpartition(":")
+    try:
+        with anyio.fail_after(_RAY_S):
+            await (await anyio.connect_tcp(host.strip("[]"), int(port))).aclose()
+    except (OSError, TimeoutError) as error:
+        why = getattr(error, "strerror", "") or f"no answer within {_RAY_S:.0f} s"
+        msg = f"the head of the Ray at {spec.address} cannot be reached at {spec.gcs_address}: {why}"
+        hint = f"gcs: is its address, HOST:6379, which this machine must reach; otherwise {TUNNEL_HINT}"
+        raise ClusterStartError(msg, hint=hint, step="ray") from None
+    return version
+
+
+async def _ray_version(spec: ClusterSpec) -> str:
     where, token = urlsplit(spec.address), token_of(spec)
     answer = await http_request(
         where.port or (443 if where.scheme == "https" else 8265),
@@ -82,18 +100,12 @@ async def ray_version(spec: ClusterSpec) -> str:
         rejected = f"it rejects the token in {spec.ray_token_file}" if spec.ray_token_file else "it requires a token"
         msg = f"cannot use Ray at {spec.address}: {rejected}"
         raise ClusterStartError(msg, hint="name its token file: ray_token_file: ~/.ray/auth_token", step="ray")
-    version = _version_in(answer)
-    if not version:
-        why = answer.why or f"it answered HTTP {answer.status}"
-        msg = f"no Ray answers at {spec.address}: {why}"
-        hint = "set address to its dashboard, such as http://HOST:8265; check that Ray is up and reachable from here"
-        raise ClusterStartError(msg, hint=hint, step="ray")
-    return version
-
-
-def _version_in(answer: HttpAnswer) -> str:
     said = answer.json()
-    return str(said.get("ray_version", "")) if answer.ok and isinstance(said, dict) else ""
+    if answer.ok and isinstance(said, dict) and said.get("ray_version"):
+        return str(said["ray_version"])
+    msg = f"no Ray answers at {spec.address}: {answer.why or f'it answered HTTP {answer.status}'}"
+    hint = "set address to its dashboard, such as http://HOST:8265; check that Ray is up and reachable from here"
+    raise ClusterStartError(msg, hint=hint, step="ray")
 
 
 def token_of(spec: ClusterSpec) -> str:
@@ -134,44 +146,10 @@ def check_certificates(spec: ClusterSpec) -> None:
             raise SpecError(msg, field=f"ray_tls.{name}", hint=hint)
 
 
-def check_ray(spec: ClusterSpec, runs: str) -> None:
-    """Check that this Python may connect to that Ray. Pure but for what is installed here.
-
-    Raises:
-        VersionError: another Ray is installed here.
-    """
-    installed = importlib.metadata.version("ray")
-    if runs != installed:
-        msg = f"Ray {runs} runs at {spec.address}, and Ray {installed} is installed here"
-        install = f"{sys.executable} -m pip install 'ray[default]=={runs}'"
-        raise VersionError(msg, hint=f"only the same Ray may connect: {install}")
-
-
-async def check_use(spec: ClusterSpec, runs: str) -> None:
-    """Check that this machine can use that Ray as the spec asks.
-
-    Raises:
-        VersionError: see `check_ray`.
-        SpecError: see `check_certificates`.
-        ClusterStartError: its head does not listen where it should.
-    """
-    check_ray(spec, runs)
-    check_certificates(spec)
-    host, _, port = spec.gcs_address.rpartition(":")
-    try:
-        with anyio.fail_after(_RAY_S):
-            await (await anyio.connect_tcp(host.strip("[]"), int(port))).aclose()
-    except (OSError, TimeoutError) as error:
-        why = getattr(error, "strerror", "") or f"no answer within {_RAY_S:.0f} s"
-        msg = f"the head of the Ray at {spec.address} cannot be reached at {spec.gcs_address}: {why}"
-        hint = f"gcs: is its address, HOST:6379, which this machine must reach; otherwise {TUNNEL_HINT}"
-        raise ClusterStartError(msg, hint=hint, step="ray") from None
-
-
 async def plan(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Plan:
     """Return what `up` would do, without changing anything. Raises like `up`, as far as that is known before."""
     await check_accepted(spec, on_prompt=on_prompt)
-    await check_use(spec, runs := await ray_version(spec))
+    runs = await check_ray(spec)
     paths = cluster_paths(spec.name)
     seen = await inspect_cluster(paths)
     kept: tuple[str, ...] = (f"Ray {runs} at {spec.address}, which raylaunch did not start",)
@@ -207,8 +185,7 @@ async def up(
         UntrustedError: nobody has accepted its address.
     """
     await check_accepted(spec, on_prompt=on_prompt)
-    runs = await ray_version(spec)
-    await check_use(spec, runs)
+    runs = await check_ray(spec)
     paths = cluster_paths(spec.name)
     make_cluster_dirs(paths)
     async with cluster_lock(paths, limit_s=LOCK_S):
@@ -219,7 +196,7 @@ async def up(
 
 async def _start(paths: ClusterPaths, spec: ClusterSpec, ray: str, on_step: Callable[[Step], None]) -> None:
     seen, steps = await inspect_cluster(paths), StepLog(paths, on_step)
-    upgrade = check_ours(seen)
+    upgrade = check_versions(seen)
     on_step(Step("ray", "kept", f"Ray {ray} at {spec.address}, which raylaunch did not start"))
     for line in warnings(spec):
         steps.note("ray", line)
@@ -245,9 +222,8 @@ async def _start(paths: ClusterPaths, spec: ClusterSpec, ray: str, on_step: Call
 
 
 def _prepare_record(paths: ClusterPaths, spec: ClusterSpec, seen: LocalInspection, ray: str) -> ClusterRecord:
-    versions = ClusterVersions(raylaunch=__version__, ray=ray, python=platform.python_version())
     had = seen.record or new_record(spec, paths)
-    record = had.with_(spec=spec, store=store_of(spec, paths), wanted="running", versions=versions)
+    record = had.with_(spec=spec, store=store_of(spec, paths), wanted="running", versions=current_versions(ray))
     make_store(Path(record.store))
     make_importable(paths)
     write_private(paths.ray_token, token_of(spec))
@@ -287,7 +263,7 @@ async def down(spec: ClusterSpec, /, *, on_prompt: OnPrompt | None = None) -> Do
 
 def _release_agents(paths: ClusterPaths) -> tuple[str, ...]:
     """End the node agents; if Ray does not answer, there are none."""
-    argv = [sys.executable, "-m", LET_GO, "--config", str(paths.controller_config)]
+    argv = [sys.executable, "-m", _RELEASE, "--config", str(paths.controller_config)]
     try:
         done = subprocess.run(  # noqa: S603 -- our own program
             argv,

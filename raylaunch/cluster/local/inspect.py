@@ -148,8 +148,12 @@ def _view(identity: ProcessIdentity | None, *, alive: bool, port: int, version: 
     return ProcessView(pid=pid, started_at=started_at, alive=alive, port=port, url=url, version=version, log=str(log))
 
 
-def check_versions(seen: LocalInspection, installed: str) -> bool:
+def check_versions(seen: LocalInspection, installed: str = "") -> bool:
     """Return whether an older controller runs, which is to be replaced.
+
+    Args:
+        seen: the cluster.
+        installed: the Ray here; empty if it need not be the cluster's.
 
     Raises:
         VersionError: another Ray, or a controller newer than this raylaunch, runs.
@@ -157,22 +161,10 @@ def check_versions(seen: LocalInspection, installed: str) -> bool:
     record = seen.record
     if record is None or not (seen.ray_alive or seen.controller_alive):
         return False
-    if record.versions.ray != installed:
+    if installed and record.versions.ray != installed:
         msg = f"cluster {record.name} runs Ray {record.versions.ray}, but Ray {installed} is installed here"
         hint = "raylaunch up --upgrade restarts the cluster with this Ray once no job runs"
         raise RayVersionError(msg, hint=hint)
-    return check_ours(seen)
-
-
-def check_ours(seen: LocalInspection) -> bool:
-    """Return whether an older controller runs, which is to be replaced.
-
-    Raises:
-        VersionError: it is newer than this raylaunch.
-    """
-    record = seen.record
-    if record is None or not (seen.ray_alive or seen.controller_alive):
-        return False
     runs = record.versions.raylaunch
     if is_older(__version__, runs):
         msg = f"cluster {record.name} was started by raylaunch {runs}, and this is {__version__}"

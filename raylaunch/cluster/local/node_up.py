@@ -5,7 +5,6 @@ Only what does not run is started. The caller holds the cluster's lock.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,8 +32,8 @@ from raylaunch.cluster.processes import (
 )
 from raylaunch.cluster.record import (
     ClusterRecord,
-    ClusterVersions,
     NodePlace,
+    current_versions,
     keep_unreadable_aside,
     load_record,
     new_record,
@@ -138,7 +137,7 @@ class BringUp:
             had = had.with_(tls=self.requested.uses_tls)
         self._set_gcs_aside(had.versions.ray, ray_version)
         ours = had.versions.raylaunch if upgrade else __version__
-        versions = ClusterVersions(raylaunch=ours, ray=ray_version, python=platform.python_version())
+        versions = current_versions(ray_version).model_copy(update={"raylaunch": ours})
         make_store(Path(had.store))
         make_importable(self.paths)
         self.token = secret_file(self.paths.token)
@@ -269,13 +268,12 @@ class WorkerJoin:
         if record.ray is not None:
             await end([record.ray], grace_s=_GRACE_S)
         await sweep_ray(record.cluster_id, record.ray, self.paths.temp)
-        versions = ClusterVersions(raylaunch=__version__, ray=version, python=platform.python_version())
         record = record.with_(
             spec=self.spec,
             cluster_id=self.cluster_id,
             place=self.place,
             wanted="running",
-            versions=versions,
+            versions=current_versions(version),
             ray=None,
             controller=None,
         )
