@@ -76,13 +76,16 @@ def reporting_progress(on_step: Callable[[Step], None], *, quiet_s: float = QUIE
 
 
 @asynccontextmanager
-async def locked(paths: ClusterPaths, progress: ProgressReporter, *, limit_s: float) -> AsyncIterator[None]:
-    """Hold the cluster's lock; while another raylaunch command holds it, that is reported.
+async def locked(
+    paths: ClusterPaths, on_step: Callable[[Step], None], *, limit_s: float
+) -> AsyncIterator[ProgressReporter]:
+    """Hold the cluster's lock and report progress, also that another raylaunch command holds the lock.
 
     Raises:
         ConflictError: another process held it for all of `limit_s` seconds.
     """
-    async with AsyncExitStack() as stack:
-        with progress.during("lock", "waiting for another raylaunch command to finish"):
-            await stack.enter_async_context(cluster_lock(paths, limit_s=limit_s))
-        yield
+    with reporting_progress(on_step) as progress:
+        async with AsyncExitStack() as stack:
+            with progress.during("lock", "waiting for another raylaunch command to finish"):
+                await stack.enter_async_context(cluster_lock(paths, limit_s=limit_s))
+            yield progress

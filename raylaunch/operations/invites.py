@@ -36,7 +36,7 @@ async def invite(
     """
     check_hosts(connection.spec)
     async with connection.client() as client:
-        record, tunnel = joined.ours(connection.spec.name)
+        record, tunnel = joined.own_records(connection.spec.name)
         invitation = await client.admin.invite(person, role, valid_s=valid_s, token_expires_at=token_expires_at)
     return joined.join_line(invitation, record, tunnel), invitation.expires_at
 
@@ -72,7 +72,7 @@ async def join(name: str, host: dict[str, object], *, port: int, code: str) -> A
         endpoint = await work.reach(code)
         async with Client(endpoint, cluster=name) as client:
             admission = await client.admin.accept(work.sha256)
-        async with Client(work.way(endpoint), cluster=name) as client:
+        async with Client(work.with_own_token(endpoint), cluster=name) as client:
             await work.admitted(admission, await _ray(client))
     except BaseException:
         with anyio.CancelScope(shield=True):

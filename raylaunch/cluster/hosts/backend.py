@@ -17,7 +17,7 @@ from raylaunch.cluster.client_record import (
 )
 from raylaunch.cluster.hosts.tunnel_client import START_S, end_tunnel, ensure_tunnel
 from raylaunch.cluster.ports import LOOPBACK
-from raylaunch.cluster.progress import ProgressReporter, locked, reporting_progress
+from raylaunch.cluster.progress import ProgressReporter, locked
 from raylaunch.cluster.record import cluster_lock
 from raylaunch.cluster.tls import keep, variables_of
 from raylaunch.cluster.trust import check_accepted
@@ -175,13 +175,12 @@ async def up(
     refuse_joined(load_client(paths), "brought up")
     for folder in (paths.home, paths.home / "clusters", paths.root):
         make_private_dir(folder)
-    with reporting_progress(on_step) as report:
-        async with locked(paths, report, limit_s=_LOCK_S):
-            had = load_client(paths)
-            begins = partial(_record_started, paths, spec)
-            outcome = await Bootstrap(spec, report, on_prompt=on_prompt, on_start=begins).run()
-            keep_problems(spec, outcome.problems)
-            await _verify(paths, spec, outcome, had, report)
+    async with locked(paths, on_step, limit_s=_LOCK_S) as report:
+        had = load_client(paths)
+        on_start = partial(_record_started, paths, spec)
+        outcome = await Bootstrap(spec, report, on_prompt=on_prompt, on_start=on_start).run()
+        keep_problems(spec, outcome.problems)
+        await _verify(paths, spec, outcome, had, report)
     if outcome.errors:
         raise _failure(spec, outcome)
     return await status(spec)

@@ -7,6 +7,7 @@ import hashlib
 import secrets
 import shlex
 import shutil
+from dataclasses import replace
 
 from raylaunch.cluster.client_record import (
     ClientRecord,
@@ -26,7 +27,7 @@ from raylaunch.paths import ClusterPaths, cluster_paths, make_private_dir, stora
 
 
 def join_line(invitation: Invitation, record: ClientRecord, tunnel: TunnelRecord) -> str:
-    """Return the command that the invited person pastes. Pure. Its code can be used once.
+    """Return the command that the invited person runs. Pure. Its code can be used once.
 
     A host name that only the inviter's SSH configuration knows is replaced by the address.
     """
@@ -41,7 +42,7 @@ def join_line(invitation: Invitation, record: ClientRecord, tunnel: TunnelRecord
     return shlex.join([*words, "--code", invitation.code])
 
 
-def ours(cluster: str) -> tuple[ClientRecord, TunnelRecord]:
+def own_records(cluster: str) -> tuple[ClientRecord, TunnelRecord]:
     """Return the records of a cluster that this machine brought up.
 
     Raises:
@@ -110,9 +111,9 @@ class InvitationJoin:
         if ray is not None:
             await ensure_tunnel(self.paths, fresh=True, limit_s=START_S)
 
-    def way(self, endpoint: Endpoint) -> Endpoint:
-        """Return the same URL with the token that was created here."""
-        return Endpoint(url=endpoint.url, token=self._token)
+    def with_own_token(self, endpoint: Endpoint) -> Endpoint:
+        """Return the endpoint with the token that was created here."""
+        return replace(endpoint, token=self._token)
 
     async def undo(self) -> None:
         """Remove what this join saved; a cluster that was joined before stays as it was."""

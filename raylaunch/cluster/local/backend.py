@@ -19,7 +19,7 @@ from raylaunch.cluster.local.node_up import BringUp
 from raylaunch.cluster.local.ray_head import installed_ray, whole_cpus
 from raylaunch.cluster.ports import LOOPBACK, controller_port, wait_free
 from raylaunch.cluster.processes import end, is_alive, of_controller, of_ray, runners, sweep_ray, wait_gone
-from raylaunch.cluster.progress import locked, reporting_progress
+from raylaunch.cluster.progress import locked
 from raylaunch.cluster.record import (
     ClusterRecord,
     cluster_lock,
@@ -105,9 +105,8 @@ async def up(
         whole_cpus(spec.cpus)
     paths = cluster_paths(spec.name)
     make_cluster_dirs(paths)
-    with reporting_progress(on_step) as report:
-        async with locked(paths, report, limit_s=LOCK_S):
-            seen = await BringUp(paths, spec, report).run()
+    async with locked(paths, on_step, limit_s=LOCK_S) as report:
+        seen = await BringUp(paths, spec, report).run()
     return status_of(seen, paths)
 
 

@@ -23,6 +23,7 @@ from raylaunch.cluster.local.inspect import LocalInspection, check_versions, dif
 from raylaunch.cluster.local.ray_head import clean_environment, make_importable
 from raylaunch.cluster.local.steps import StepLog
 from raylaunch.cluster.ports import is_loopback, wait_free
+from raylaunch.cluster.progress import locked
 from raylaunch.cluster.record import (
     ClusterRecord,
     cluster_lock,
@@ -188,8 +189,8 @@ async def up(
     runs = await check_ray(spec)
     paths = cluster_paths(spec.name)
     make_cluster_dirs(paths)
-    async with cluster_lock(paths, limit_s=LOCK_S):
-        await _start(paths, spec, runs, on_step)
+    async with locked(paths, on_step, limit_s=LOCK_S) as report:
+        await _start(paths, spec, runs, report)
         seen = await inspect_cluster(paths)
     return _status(seen, paths)
 
