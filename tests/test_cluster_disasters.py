@@ -21,8 +21,9 @@ from pathlib import Path
 import psutil
 import pytest
 from support.cluster import Cluster, argv
-from support.disasters import KILLS, LEDGER, TALKS, Book, at_random_moments, kill
+from support.disasters import KILLS, LEDGER, TALKS, Book, at_random_moments
 from support.plain_ray import plain_python, started_plain, submit_plain
+from support.signals import kill, send
 from support.waiting import wait_until
 
 from raylaunch.client.client import Client
@@ -287,7 +288,7 @@ def hung_controller(cluster: Cluster, job: str) -> Iterator[Path]:
     """Stop the controller while a job runs and let the job end; yield a copy of the job's last words."""
     attempt = cluster.ready(job).attempts[0].id
     written, kept = cluster.paths.node / "attempts" / attempt / "exit.json", cluster.work / f"{attempt}.json"
-    os.kill(cluster.controller_pid(), signal.SIGSTOP)
+    send(cluster.controller_pid(), signal.SIGSTOP)
     (cluster.work / "go").touch()
     wait_until(written.exists, 60, "the job's end")
     shutil.copy(written, kept)

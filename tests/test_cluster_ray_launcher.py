@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +15,7 @@ from typing import Any
 
 import pytest
 from support.cluster import ROOT, Cluster
+from support.signals import send
 from support.waiting import wait_until
 from support.wandb_server import WandbServer
 
@@ -267,7 +266,7 @@ def test_nothing_of_a_driver_is_left_after_a(by: str, cluster: Cluster) -> None:
     if by == "stop":
         cluster.good("stop", job)
     else:
-        os.kill(cluster.job(job).attempts[0].pid or 0, signal.SIGKILL)
+        send(cluster.job(job).attempts[0].pid or 0)
     ended = cluster.ended(job)
     expected = (JobState.STOPPED, Reason.STOP_REQUESTED) if by == "stop" else (JobState.FAILED, Reason.SIGNAL)
     assert (ended.state, ended.reason) == expected

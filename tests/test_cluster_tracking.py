@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.cluster import Cluster
+from support.signals import send
 from support.waiting import wait_until
 from support.wandb_server import WandbServer
 
@@ -171,7 +170,7 @@ def test_no_point_older_than_a_second_is_lost_by_a(by: str, cluster: Cluster, tm
     if by == "stop":
         cluster.good("stop", job)
     elif by == "kill":
-        os.kill(cluster.runs(job).attempts[0].pid or 0, signal.SIGKILL)
+        send(cluster.runs(job).attempts[0].pid or 0)
     ended = cluster.ended(job)
     states = {"stop": JobState.STOPPED, "timeout": JobState.TIMED_OUT, "kill": JobState.FAILED}
     assert ended.state is states[by]

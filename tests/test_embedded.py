@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
+import uuid
 from functools import partial
 from pathlib import Path
 
 import anyio
 import pytest
 from support import older
+from support.signals import send
 from support.standing import Start
 from support.waiting import wait_until
 
@@ -129,8 +130,9 @@ def test_down_ends_what_the_record_names_and_all_that_carry_the_clusters_mark_an
 
 
 def test_leftover_processes_are_found_without_the_clusters_record(paths: ClusterPaths, start: Start) -> None:
-    write_private(paths.controller_config, json.dumps({"cluster_id": "c0ffee"}))
-    left = start(**{VAR_CLUSTER_ID: "c0ffee"})
+    cluster_id = uuid.uuid4().hex  # this test may run elsewhere on this machine
+    write_private(paths.controller_config, json.dumps({"cluster_id": cluster_id}))
+    left = start(**{VAR_CLUSTER_ID: cluster_id})
     report = anyio.run(backend.down, ClusterSpec())
     assert [one.pid for one in report.ended] == [left.pid]
 
@@ -140,7 +142,7 @@ def test_the_session_of_a_dead_head_is_found_by_its_processes_titles(paths: Clus
     wait_until(lambda: not is_alive(head), 60, "the head's death")
     (left,) = of_ray("none", head, paths.temp)
     assert left.pid != head.pid
-    os.kill(left.pid, signal.SIGKILL)
+    send(left.pid)
 
 
 # Plans

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import anyio
 import psutil
 import pytest
 from support.cluster import Cluster
+from support.signals import kill
 from support.waiting import wait_until
 
 from raylaunch.cluster.local import backend
@@ -63,13 +63,6 @@ def pids(found: ClusterStatus) -> tuple[int, int]:
     assert found.ray is not None
     assert found.controller is not None
     return found.ray.pid, found.controller.pid
-
-
-def kill(process: ProcessIdentity | None) -> ProcessIdentity:
-    assert process is not None
-    os.kill(process.pid, signal.SIGKILL)
-    wait_until(lambda: not is_alive(process), 60, "its death")
-    return process
 
 
 def test_up_returns_when_the_cluster_can_take_jobs(cluster: Cluster) -> None:

@@ -16,6 +16,7 @@ import pytest
 from support.api import Api, token_of, write_tokens
 from support.api_use import error, submit
 from support.cli import run_cli
+from support.signals import send
 from support.sshd import LOOPBACK, Sshd, fingerprint, sshd
 from support.waiting import wait_until
 
@@ -226,9 +227,8 @@ class Desk:
 
     def end(self) -> None:
         for file in self.home.glob("clusters/*/tunnel.json"):
-            record = load_tunnel(self.paths(file.parent.name))
-            if record is not None and record.alive:
-                os.kill(record.process.pid, signal.SIGTERM)
+            if record := load_tunnel(self.paths(file.parent.name)):
+                send(record.process, signal.SIGTERM)
 
 
 @pytest.fixture

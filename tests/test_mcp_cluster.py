@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.agent import Agent, agent_at
 from support.cluster import Cluster
+from support.signals import send
 
 pytestmark = pytest.mark.ray
 
@@ -103,7 +102,7 @@ def test_the_cluster_is_shown_with_its_gpus(agent: Agent) -> None:
 def test_a_controller_that_was_killed_is_started_again_by_the_next_call(agent: Agent, cluster: Cluster) -> None:
     job = agent.call("train_job", entrypoint="sleep 300", working_dir="").facts["job"]["id"]
     cluster.runs(job)
-    os.kill(cluster.controller_pid(), signal.SIGKILL)
+    send(cluster.controller_pid())
     facts = agent.call("monitor_job", job=job).facts
     assert facts["job"]["state"] == "running"
     agent.call("stop_job", job=job, grace_s=1)

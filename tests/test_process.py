@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import anyio
 import psutil
 import pytest
+from support.signals import kill, send
 from support.waiting import wait_until
 
 from raylaunch.cluster.processes import ProcessIdentity, end, identify, is_alive, last_lines, matching, start_apart
@@ -47,8 +47,7 @@ def start(tmp_path: Path) -> Iterator[Starter]:
     starter = Starter(tmp_path / "log")
     yield starter
     for process in starter.started:
-        if is_alive(process):
-            os.kill(process.pid, signal.SIGKILL)
+        send(process)
 
 
 def wait_for_output(start: Starter) -> None:
@@ -90,8 +89,7 @@ def test_it_gets_the_environment_that_is_given_and_no_other(start: Starter, monk
 def test_a_process_is_alive_until_it_is_killed(start: Starter) -> None:
     process = start(*STAYS)
     assert is_alive(process)
-    os.kill(process.pid, signal.SIGKILL)
-    wait_until(lambda: not is_alive(process), 60, "its death")
+    kill(process)
 
 
 def test_another_process_with_the_same_pid_is_not_taken_for_it() -> None:

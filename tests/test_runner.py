@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import os
-import signal
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.running import Attempt
+from support.signals import send
 from support.waiting import wait_until
 
 from raylaunch import contract
@@ -118,7 +117,7 @@ def test_a_fenced_attempt_is_not_started(make: Make) -> None:
 def test_the_signal_that_killed_the_training_is_named(make: Make) -> None:
     attempt = make(["sleep", "300"])
     attempt.start()
-    os.kill(attempt.started_pid(), signal.SIGKILL)
+    send(attempt.started_pid())
     end = attempt.exit()
     assert (end["ended"], end["signal"], end["exit_code"]) == ("signal", "SIGKILL", 137)
     assert attempt.runner is not None
@@ -233,7 +232,7 @@ def test_killing_the_keeper_ends_the_training_and_is_said(make: Make) -> None:
     attempt = make(["sleep", "300"])
     attempt.start()
     stat = Path(f"/proc/{attempt.started_pid()}/stat").read_text()
-    os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
+    send(int(stat.rpartition(")")[2].split()[1]))
     end = attempt.exit()
     assert end["ended"] == "runner_error"
     assert "was killed" in end["message"]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.running import Attempt
+from support.signals import send
 from support.waiting import wait_until
 
 from raylaunch import contract
@@ -113,7 +112,7 @@ def test_points_that_are_a_second_old_survive_the_sigkill_of_everything(make: Ma
     attempt.wait_log("logged 60\n", 60)
     wait_until(lambda: max(points_on_disk(attempt), default=-1) >= 60, 5, "a point that is a second old is on disk")
     for pid in attempt.processes():
-        os.kill(pid, signal.SIGKILL)
+        send(pid)
     assert attempt.exit()["signal"] == "SIGKILL"
     assert max(points_on_disk(attempt)) >= 60
 
@@ -128,7 +127,7 @@ def test_no_point_older_than_a_second_is_lost_when_the_training_is_ended_by(by: 
     elif by == "ray":
         runner.terminate()
     elif by == "kill":
-        os.kill(attempt.started_pid(), signal.SIGKILL)
+        send(attempt.started_pid())
     attempt.exit()
     assert max(points_on_disk(attempt)) >= logged(attempt) - POINTS_PER_S
     assert attempt.processes() == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from support.signals import send_group
 from support.store import job_view
 from support.waiting import wait_until
 from support.wandb_server import WandbServer
@@ -160,7 +160,7 @@ def test_what_was_flushed_before_a_sigkill_is_read(tmp_path: Path) -> None:
         assert process.stdout.readline() == "logged\n"
         (path,) = _files(tmp_path)
         wait_until(lambda: _losses(path), 60, "the row is in the file")
-        os.killpg(process.pid, signal.SIGKILL)
+        send_group(process.pid)
     reader = RunFile(path)
     items = list(reader.stream())
     assert [item.values for item in items if isinstance(item, History)] == [{"loss": 0.5}]
@@ -181,7 +181,7 @@ def test_a_server_that_dies_takes_nothing_from_the_file(tmp_path: Path, server: 
         assert process.stdout.readline() == "more\n"
         (path,) = _files(tmp_path)
         wait_until(lambda: len(_losses(path)) == 5, 60, "all rows are in the file")
-        os.killpg(process.pid, signal.SIGKILL)
+        send_group(process.pid)
 
 
 def test_reading_a_run_does_not_import_wandb(tmp_path: Path) -> None:

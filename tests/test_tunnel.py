@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import psutil
 import pytest
 from support.api import Api, serving, token_of
 from support.person import Person
+from support.signals import kill, send
 from support.sshd import Sshd, sshd
 from support.waiting import wait_until
 
@@ -66,8 +66,7 @@ def refused(person: Person) -> str:
 
 def test_a_tunnel_that_was_killed_is_started_by_the_next_verb_on_the_same_ports(ada: Person) -> None:
     before = ada.tunnel("lab")
-    os.kill(before.process.pid, signal.SIGKILL)
-    wait_until(lambda: not before.alive, 10, "it is gone")
+    kill(before.process)
     ask(ada)
     assert ada.tunnel("lab").ports == before.ports
     assert ada.tunnel("lab").process != before.process
@@ -104,7 +103,7 @@ def test_rays_own_port_is_forwarded_only_on_request(ada: Person) -> None:
 @pytest.mark.long
 def test_a_tunnel_that_hangs_is_replaced_by_the_next_verb(ada: Person) -> None:
     before = ada.tunnel("lab")
-    os.kill(before.process.pid, signal.SIGSTOP)
+    send(before.process.pid, signal.SIGSTOP)
     wait_until(lambda: silent(ada) > 6, 20, "it has not said anything for some seconds")
     began = time.monotonic()
     ask(ada)

@@ -6,10 +6,7 @@ differs: units start, accounts have a manager and sessions, and logind says what
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
@@ -18,6 +15,7 @@ import pytest
 
 from support.host import Host, hidden_folders
 from support.hosts import World
+from support.signals import send
 from support.waiting import wait_until
 
 _BOOT_S = 90.0
@@ -70,8 +68,7 @@ class BootedHost(Host):
         """Pull its plug."""
         if self._leash is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)  # which ends all that is in its space of pids
+        send(self.pid)  # which ends all that is in its space of pids
         self._leash.kill()
         self._leash.wait(20)
         self._leash = None

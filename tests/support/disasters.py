@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-
-from raylaunch.cluster.processes import ProcessIdentity, is_alive
-from support.waiting import wait_until
 
 KILLS = 10
 LEDGER = (
@@ -42,14 +37,6 @@ class Book:
     def runs(self) -> Counter[str]:
         """Return how often each attempt ran, by job and number."""
         return Counter(self.path.read_text().splitlines() if self.path.exists() else [])
-
-
-def kill(process: ProcessIdentity | None) -> None:
-    """SIGKILL, and wait for the end."""
-    assert process is not None
-    if is_alive(process):
-        os.kill(process.pid, signal.SIGKILL)
-    wait_until(lambda: not is_alive(process), 20, "its death")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from raylaunch.cluster.client_record import ClientRecord, TunnelRecord, load_tun
 from raylaunch.models.cluster_spec import ClusterSpec
 from raylaunch.paths import ClusterPaths
 from support.cli import run_cli
+from support.signals import send
 from support.sshd import LOOPBACK, Sshd
 
 
@@ -79,6 +80,5 @@ class Person:
     def leaves(self) -> None:
         """End her tunnels, by their pids."""
         for folder in (self.raylaunch_home / "clusters").glob("*"):
-            record = load_tunnel(self.paths(folder.name))
-            if record is not None and record.alive:
-                os.kill(record.process.pid, 9)
+            if record := load_tunnel(self.paths(folder.name)):
+                send(record.process)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from raylaunch.cluster.ports import LOOPBACK, free_ports, worker_range
+from support.signals import send_group
 from support.waiting import wait_until
 
 PORT_FLAGS = (
@@ -94,8 +95,7 @@ def ray_head(*, gpus: int = 2, cpus: int = 4) -> Iterator[RayHeadRunning]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     for signal_number, limit_s in ((signal.SIGTERM, 15), (signal.SIGKILL, 10)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal_number)
+        send_group(process.pid, signal_number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(limit_s)
 

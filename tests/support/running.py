@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import uuid
@@ -16,6 +14,7 @@ from raylaunch import contract
 from raylaunch.contract import Exit, Facts
 from raylaunch.runner.archive import runner_zip
 from support.attempts import attempt_spec
+from support.signals import send
 from support.waiting import wait_until
 
 
@@ -114,8 +113,7 @@ class Attempt:
             self.runner.kill()
             self.runner.wait(10)
         for pid in self.processes():
-            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-                os.kill(pid, signal.SIGKILL)
+            send(pid)
 
     def _read(self, name: str, timeout_s: float) -> dict[str, Any]:
         path = self.folder / name

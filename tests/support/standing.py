@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,8 +11,9 @@ from pathlib import Path
 import anyio
 import pytest
 
-from raylaunch.cluster.processes import ProcessIdentity, is_alive, start_apart
+from raylaunch.cluster.processes import ProcessIdentity, start_apart
 from raylaunch.paths import ClusterPaths, cluster_paths, make_cluster_dirs
+from support.signals import send
 
 STAYS = (sys.executable, "-I", "-S", "-c", "import signal; signal.pause()")
 Start = Callable[..., ProcessIdentity]
@@ -42,5 +41,4 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     yield start_one
     for process in started:
-        if is_alive(process):
-            os.kill(process.pid, signal.SIGKILL)
+        send(process)
