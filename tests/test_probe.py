@@ -296,10 +296,11 @@ def test_clusters_of_raylaunch_are_seen_by_their_controllers_and_by_our_own_reco
         (folder / "cluster.json").write_text(json.dumps(record | {"name": name}, indent=2))
     controller = ["-m", "raylaunch.controller", "--config", str(theirs / "controller.json")]
     with started([sys.executable, "-c", "import time; time.sleep(120)", *controller]) as pid:
-        found = {one.name: one for one in facts_of(spec=HostSpec(host="h", root=str(root))).clusters}
-    assert (found["lab"].pid, found["lab"].folder, found["lab"].gpu_uuids) == (pid, str(theirs), ("GPU-1",))
-    assert found["lab"].since == pytest.approx(time.time(), abs=60)
-    assert (found["mine"].pid, found["mine"].wanted, found["mine"].user) == (None, "running", getpass.getuser())
+        found = {one.folder: one for one in facts_of(spec=HostSpec(host="h", root=str(root))).clusters}
+    lab, mine = found[str(theirs)], found[str(root / "clusters/mine")]
+    assert (lab.name, lab.pid, lab.gpu_uuids) == ("lab", pid, ("GPU-1",))
+    assert lab.since == pytest.approx(time.time(), abs=60)
+    assert (mine.name, mine.pid, mine.wanted, mine.user) == ("mine", None, "running", getpass.getuser())
 
 
 def test_an_index_that_nobody_serves_is_not_reachable_and_the_words_bear_no_password() -> None:
