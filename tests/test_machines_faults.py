@@ -20,7 +20,7 @@ from support.waiting import wait_until
 pytestmark = [pytest.mark.machines, pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(1200)]
 
 FILE = "name: lab\ngpus: 2\ncpus: 2\nhosts: [h1, h2, h3]\n"
-STEPS = {"probe", "wheels", "push", "install", "jobs", "controller", "node", "steward", "nodes", "job"}
+STEPS = {"probe", "wheels", "push", "install", "jobs", "controller", "node", "agent", "nodes", "job"}
 UP_S = 400
 QUIET_S = 10
 MOST_KILLS = 20
@@ -82,7 +82,7 @@ def test_after_a_kill_at_each_step_the_next_up_completes(
     killed: tuple[list[Said], set[str]], laptop: Laptop, lab: World
 ) -> None:
     ups, met = killed
-    assert STEPS - met <= {"node", "steward"}, "it was killed at each step, but for those that a host may do meanwhile"
+    assert STEPS - met <= {"node", "agent"}, "it was killed at each step, but for those that a host may do meanwhile"
     assert len(ups) > len(met) - 1
     assert not [one.err for one in ups if "from elsewhere" in one.err], "what a killed one began is not another's"
     assert laptop.living() == {"h1", "h2"}

@@ -1,4 +1,4 @@
-"""A whole `raylaunch up` where most of five hosts are in trouble, and another one when they are mended.
+"""A whole `raylaunch up` where most of five hosts are in trouble, and another one when they are fixed.
 
 Two are wrong from the beginning (an hour off; no Python), two become so while wheels are pushed (its disk is full; its
 link is cut for a while). The words for hosts of which none can be used are in test_machines_refused.py.
@@ -39,7 +39,7 @@ TROUBLE = {
         "free some space there, or give raylaunch a folder on another disk",
     ),
 }
-"""By host: what is wrong, and its mend."""
+"""By host: what is wrong, and its fix."""
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def left(lab: World, first: Said) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def second(laptop: Laptop, lab: World, left: dict[str, str]) -> Said:
-    """The next `up`, after all is mended."""
+    """The next `up`, after all is fixed."""
     assert left
     _, late, bare, full, _ = lab.hosts
     right_clock(late)
@@ -133,6 +133,6 @@ def test_what_was_begun_on_a_host_in_trouble_is_not_taken_for_done(left: dict[st
 def test_the_next_up_has_all_of_them_and_leaves_what_was_well(second: Said, laptop: Laptop, lab: World) -> None:
     assert second.status == 0, second.err
     assert laptop.living() == set(NAMES)
-    assert "h1: ray: starts" not in second.err
+    assert "h1: ray: starting" not in second.err
     laptop.call("down", limit_s=120)
     assert not any(ray_processes(host) for host in lab.hosts)

@@ -73,9 +73,7 @@ async def installed(  # noqa: PLR0913 -- what the tests vary
 
 
 def versions_on(host: Host, python: str, *, user: str = "root") -> str:
-    program = (
-        "import ray, wandb, raylaunch.cluster.on_host as r; print(r.__version__, ray.__version__, wandb.__version__)"
-    )
+    program = "import ray, wandb, raylaunch.version as r; print(r.__version__, ray.__version__, wandb.__version__)"
     return host.out(f"cd /; {python} -c '{program}'", user=user, timeout_s=120)
 
 
@@ -118,7 +116,7 @@ def test_a_host_with_an_older_python_gets_versions_that_fit_it(lab: World, store
 
 
 def restore(host: Host) -> None:
-    """Mend the host's link, and wait until it is reached again."""
+    """Restore the host's link, and wait until it is reached again."""
     host.restore()
 
     def reached() -> bool:

@@ -67,7 +67,7 @@ def upgraded(lab: World, tmp_path_factory: pytest.TempPathFactory) -> Upgraded:
     waits = submit("waits")
     before, tunnel = tuple(programs(host) for host in lab.hosts), tunnel_of(laptop)
     for host in lab.hosts:
-        assert set(programs(host)) == {"ray", "keeper", "agent"} | ({"controller"} if host is lab.hosts[0] else set())
+        assert set(programs(host)) == {"ray", "watchdog", "agent"} | ({"controller"} if host is lab.hosts[0] else set())
         assert crontab(host) == [older.VERSION]
     laptop.python = Laptop(lab, folder, FILE).python
     said = laptop.call("up", limit_s=UP_S).stderr
@@ -77,7 +77,7 @@ def upgraded(lab: World, tmp_path_factory: pytest.TempPathFactory) -> Upgraded:
 MODULES = {
     "raylaunch.cluster.ray_start": "ray",
     "raylaunch.controller": "controller",
-    "raylaunch.cluster.keep": "keeper",
+    "raylaunch.cluster.keep": "watchdog",
 }
 """What 0.1.0 starts on hosts, by the module that it names."""
 
@@ -125,7 +125,7 @@ def losses(laptop: Laptop, ref: str) -> list[float]:
 def test_what_0_1_0_started_is_replaced_on_every_host_and_its_rays_are_not(upgraded: Upgraded, lab: World) -> None:
     head, worker = lab.hosts
     for host, before in zip(lab.hosts, upgraded.before, strict=True):
-        wait_until(lambda host=host: "keeper" not in programs(host), 60, f"{host.name}: its keeper has ended")  # type: ignore[misc]
+        wait_until(lambda host=host: "watchdog" not in programs(host), 60, f"{host.name}: its watchdog has ended")  # type: ignore[misc]
         after = programs(host)
         assert after.pop("ray") == before["ray"]
         assert after.pop("agent", 0) != before["agent"]  # of this raylaunch, it may have another name

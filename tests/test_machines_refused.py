@@ -1,4 +1,4 @@
-"""`raylaunch up` where no host can be used: each is said with what is wrong there, and nothing is done on any."""
+"""`raylaunch up` where no host can be used: each is reported with what is wrong there, and nothing is done on any."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = {
     "late": ("late: its clock is 1 h 0 m ahead of this machine's", "sudo timedatectl set-ntp true"),
     "full": ("full: only 100 MiB are free on /root for raylaunch's folder, and 2.0 GiB are needed", "free some"),
 }
-"""By host: what is wrong, and the beginning of the mend."""
+"""By host: what is wrong, and the start of its fix."""
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +58,12 @@ def said(lab: World, tmp_path_factory: pytest.TempPathFactory) -> Said:
 
 @pytest.mark.parametrize("name", list(WORDS))
 def test_what_is_wrong_with_a_host_is_reported_with_its_fix(said: Said, lab: World, name: str) -> None:
-    wrong, mend = WORDS[name]
+    wrong, fix = WORDS[name]
     address = next(host.address for host in lab.hosts if host.name == name)
     lines = [line.strip() for line in said.err.splitlines()]
     at = max(number for number, line in enumerate(lines) if line.startswith(wrong.format(address=address)))
     assert lines[at + 1].startswith("→ ")
-    assert mend in lines[at + 1]
+    assert fix in lines[at + 1]
 
 
 def test_all_are_counted_and_the_exit_status_is_that_of_a_failure(said: Said) -> None:

@@ -163,7 +163,7 @@ def test_what_a_job_needs_from_pip_goes_along_to_hosts_without_a_package_index(
     cluster: Laptop, packages: list[str]
 ) -> None:
     words = ["--environment", "pip:requirements.txt", *packages]
-    assert "wheels would go along" in cluster.call("submit", "--dry-run", *words).stdout
+    assert "wheels would be sent" in cluster.call("submit", "--dry-run", *words).stdout
     for job in [cluster.call("submit", "--host", host, *words).stdout.strip() for host in ("h2", "h3")]:
         ends_with_both(cluster, job)
 
@@ -369,7 +369,7 @@ def test_what_the_clusters_own_environment_needs_is_sent_by_up_and_serves_everyb
     laptop.write(FILE + "environment: {pip: [alpha]}\n")
     laptop.call("up", limit_s=UP_S)
     laptop.write(FILE)  # as for who has joined: no file here says what the cluster's environment is
-    assert "wheels would go along" not in laptop.call("submit", "--dry-run", *packages).stdout
+    assert "wheels would be sent" not in laptop.call("submit", "--dry-run", *packages).stdout
     ends_with_both(laptop, laptop.call("submit", *packages).stdout.strip())
     with_more = ["--with", "gamma", *packages[:-1], f"import gamma; {packages[-1]}"]
     ends_with_both(laptop, laptop.call("submit", *with_more).stdout.strip())

@@ -1,4 +1,4 @@
-"""A newer raylaunch takes over a cluster of hosts while a job runs there, and is the one that heals it afterwards."""
+"""A newer raylaunch takes over a cluster of hosts while a job runs there, and its watchdogs restart it afterwards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ hosts:
   - {host: h2, gpus: 1}
 """
 UP_S = 500
-RAY, CONTROLLER, KEEPER = "raylaunch.cluster.ray_start start", "raylaunch.controller --config", "raylaunch.cluster.keep"
+RAY = "raylaunch.cluster.ray_start start"
+CONTROLLER = "raylaunch.controller --config"
+WATCHDOG = "raylaunch.cluster.keep"
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +56,8 @@ def newer(older: Laptop, tmp_path_factory: pytest.TempPathFactory) -> Laptop:
     shutil.copy(ROOT / "pyproject.toml", code)
     version = code / "raylaunch" / "version.py"
     version.write_text(version.read_text().replace(f'"{__version__}"', f'"{NEWER}"'))
-    with (code / "raylaunch" / "node" / "steward.py").open("a") as file:
-        file.write("open(f'/tmp/newer-steward-{os.getpid()}', 'w').close()\n")
+    with (code / "raylaunch" / "agent" / "agent.py").open("a") as file:
+        file.write("open(f'/tmp/newer-agent-{os.getpid()}', 'w').close()\n")
     return Laptop(older.lab, older.folder, FILE, code=code)
 
 
@@ -67,7 +69,7 @@ def ours(host: Host) -> dict[str, tuple[int, str]]:
             words = process.cmdline()
         except psutil.Error:
             continue
-        for what in (RAY, CONTROLLER, KEEPER):
+        for what in (RAY, CONTROLLER, WATCHDOG):
             if what in " ".join(words):
                 found[what] = (process.pid, words[0].partition("/versions/")[2].partition("-")[0])
     return found
@@ -84,16 +86,16 @@ def test_a_job_goes_on_while_a_newer_raylaunch_takes_its_cluster_over(older: Lap
     job = older.call("submit", "--host", "h2", "--gpus", "1", "--name", "runs", "--", waits).stdout.strip()
     wait_until(lambda: "ready" in older.call("logs", job).stdout, 120, "the job runs")
     before = [ours(host) for host in lab.hosts]
-    assert versions(head) == {RAY: __version__, CONTROLLER: __version__, KEEPER: __version__}
+    assert versions(head) == {RAY: __version__, CONTROLLER: __version__, WATCHDOG: __version__}
 
-    killed = newer.watch("up", limit_s=UP_S, kill_at=lambda line: "ends the controller of before" in line)
+    killed = newer.watch("up", limit_s=UP_S, kill_at=lambda line: "ending the previous controller" in line)
     assert killed.status < 0
     newer.call("up", limit_s=UP_S)
 
     assert [ours(host)[RAY] for host in lab.hosts] == [seen[RAY] for seen in before]
     assert versions(head)[CONTROLLER] == NEWER
-    wait_until(lambda: all(versions(host).get(KEEPER) == NEWER for host in lab.hosts), 30, "newer keepers")
-    wait_until(lambda: worker.out("ls /tmp").count("newer-steward"), 60, "a steward of the newer code")
+    wait_until(lambda: all(versions(host).get(WATCHDOG) == NEWER for host in lab.hosts), 30, "newer watchdogs")
+    wait_until(lambda: worker.out("ls /tmp").count("newer-agent"), 60, "a node agent of the newer code")
     wait_until(lambda: newer.living() == {"h1", "h2"}, 60, "both node agents respond")
     worker.run("touch /tmp/go-on")
     assert newer.call("wait", job).returncode == 0
