@@ -114,7 +114,7 @@ def test_what_raylaunch_does_not_have_of_it_is_said(cluster: Cluster, waiting: s
     refused = cluster.cli(*words, waiting)
     assert refused.status == 1
     what = "metrics" if words == ("metrics",) else "files"
-    assert f"{waiting} was submitted with plain ray job submit: raylaunch keeps no {what} of it" in refused.err
+    assert f"{waiting} was submitted with plain ray job submit: raylaunch stores no {what} of it" in refused.err
     assert f"its log: raylaunch logs {waiting}" in refused.err
 
 
@@ -252,7 +252,7 @@ def test_an_agent_watches_reads_and_stops_it(cluster: Cluster, agent: Agent) -> 
     assert agent.call("job_logs", job=job, search="ready").facts["matches"] >= 1
     refused = agent.call("download_model", job=job)
     assert refused.error
-    assert "raylaunch keeps no files of it" in refused.text
+    assert "raylaunch stores no files of it" in refused.text
     assert agent.call("stop_job", job=job).facts["job"]["state"] == "stopping"
     facts = agent.call("monitor_job", job=job, wait_s=30).facts
     assert facts["job"]["state"] == "stopped"

@@ -68,7 +68,7 @@ def test_a_code_that_was_taken_opens_nothing_to_whoever_finds_it(api: Api) -> No
         403,
         "access",
         "the invitation for alice was already used",
-        f"if that was not you, tell ada: raylaunch token revoke {SHA[:8]}",
+        f"if that was not you, ask ada to run: raylaunch token revoke {SHA[:8]}",
     )
     assert as_(api, "made by mallory").status_code == 401
 

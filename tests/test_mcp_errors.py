@@ -224,7 +224,7 @@ def test_what_cannot_be_had_of_a_job_of_plain_ray_is_said(agent: Agent, paper: A
     assert (  # there is no Ray behind this API
         f"log of {job.id}; ConnectError)\n| → raylaunch up"
         if tool == "job_logs"
-        else f"{job.id} was submitted with plain ray job submit: raylaunch keeps no files of it\n| → its log: "
+        else f"{job.id} was submitted with plain ray job submit: raylaunch stores no files of it\n| → its log: "
     ) in answer.text
 
 

@@ -79,7 +79,7 @@ class ApiServer(uvicorn.Server):
 
 
 def create_app(state: AppState) -> FastAPI:
-    """Return the app over `state`."""
+    """Return the app that serves `state`."""
     app = FastAPI(
         title="raylaunch controller",
         version=__version__,

@@ -80,12 +80,12 @@ async def jobs(host: str, app: App) -> Response:
 @router.post("/hosts/{host}/drain", response_model=HostJobs)
 @requires(Role.OPERATOR, "drain hosts")
 async def drain(
-    host: str, request: Request, app: App, caller: CurrentCaller, asked: DrainRequest | None = None
+    host: str, request: Request, app: App, caller: CurrentCaller, body: DrainRequest | None = None
 ) -> Response:
     """Start no new attempts on a host."""
     request.state.about = host
-    asked = asked or DrainRequest()
-    return model_response(await app.hosts.drain(host, until=asked.until, stop=asked.stop, person=caller.person))
+    body = body or DrainRequest()
+    return model_response(await app.hosts.drain(host, until=body.until, stop=body.stop, person=caller.person))
 
 
 @router.delete("/hosts/{host}/drain", response_model=HostJobs)
@@ -104,10 +104,10 @@ async def is_quiet(app: App) -> Response:
 
 @router.post("/quiet", response_model=Quiet)
 @requires(Role.OPERATOR, "pause the start of jobs")
-async def quiet(app: App, caller: CurrentCaller, asked: QuietRequest | None = None) -> Response:
+async def quiet(app: App, caller: CurrentCaller, body: QuietRequest | None = None) -> Response:
     """Pause the start of attempts for a while."""
-    asked = asked or QuietRequest()
-    return model_response(app.hosts.pause(limit_s=asked.limit_s, stop=asked.stop, person=caller.person))
+    body = body or QuietRequest()
+    return model_response(app.hosts.pause(limit_s=body.limit_s, stop=body.stop, person=caller.person))
 
 
 @router.delete("/quiet", response_model=Quiet)
@@ -192,19 +192,19 @@ async def tokens(app: App, caller: CurrentCaller) -> Response:
 
 @router.post("/tokens", response_model=Invitation)
 @requires(Role.ADMIN, "invite people")
-async def invite(asked: InviteRequest, request: Request, app: App, caller: CurrentCaller) -> Response:
+async def invite(body: InviteRequest, request: Request, app: App, caller: CurrentCaller) -> Response:
     """Invite a person."""
-    request.state.about = asked.person
+    request.state.about = body.person
     code, expires_at = app.invitations.invite(
-        asked.person, asked.role, by=caller.person, valid_s=asked.valid_s, token_expires_at=asked.token_expires_at
+        body.person, body.role, by=caller.person, valid_s=body.valid_s, token_expires_at=body.token_expires_at
     )
     settings = app.settings
     invitation = Invitation(
         code=code,
-        person=asked.person,
-        role=asked.role.value,
+        person=body.person,
+        role=body.role.value,
         expires_at=expires_at,
-        token_expires_at=asked.token_expires_at,
+        token_expires_at=body.token_expires_at,
         cluster=settings.cluster,
         port=settings.port,
     )
@@ -221,7 +221,7 @@ async def revoke(who: str, request: Request, app: App, caller: CurrentCaller) ->
 
 @router.post("/join", response_model=Admission)
 async def take(
-    asked: TakeRequest,
+    body: TakeRequest,
     request: Request,
     app: App,
     caller: CurrentCaller,
@@ -229,7 +229,7 @@ async def take(
 ) -> Response:
     """Accept an invitation: its code is the request's bearer token."""
     request.state.about = caller.person
-    token = app.invitations.accept(authorization.partition(" ")[2], asked.sha256)
+    token = app.invitations.accept(authorization.partition(" ")[2], body.sha256)
     settings = app.settings
     admission = Admission(
         person=token.person,
@@ -243,7 +243,7 @@ async def take(
 
 
 def python_of(settings: Settings) -> ClusterPython:
-    """Return the default Python of jobs. The controller runs under Ray's, unless somebody else runs Ray."""
+    """Return the default Python of jobs. The controller runs under Ray's, unless another user runs Ray."""
     if settings.carries_stewards:
         return ClusterPython(environment=settings.default_environment)
     return ClusterPython(

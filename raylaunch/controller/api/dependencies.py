@@ -44,7 +44,9 @@ MAX_INT = (1 << 63) - 1
 """The largest integer that files and the database support."""
 JOIN_PATH = "/v1/join"
 """The only path that accepts an invitation's code."""
-WaitS = Annotated[float, Query(ge=0, le=WAIT_S, allow_inf_nan=False, description="how long to wait for news, seconds")]
+WaitS = Annotated[
+    float, Query(ge=0, le=WAIT_S, allow_inf_nan=False, description="how long to wait for a change, seconds")
+]
 
 
 class RequestBody(BaseModel):
@@ -96,7 +98,7 @@ class GuardedRoute(APIRoute):
                 raise
             request = Request(request.scope, _limited(request, required.body_bytes))
             try:
-                await request.body()  # the request keeps it
+                await request.body()  # starlette caches it
             except ClientDisconnect:
                 msg = "the connection was closed before the whole body had arrived"
                 raise SpecError(msg) from None
@@ -261,10 +263,8 @@ def require_ours(record: JobRecord, what: str) -> None:
         NotFoundError: the job is external.
     """
     if record.foreign:
-        msg = f"{record.id} was submitted with plain ray job submit: raylaunch keeps no {what} of it"
-        raise NotFoundError(
-            msg, hint=f"its log: raylaunch logs {record.id}; what is submitted with raylaunch keeps all"
-        )
+        msg = f"{record.id} was submitted with plain ray job submit: raylaunch stores no {what} of it"
+        raise NotFoundError(msg, hint=f"its log: raylaunch logs {record.id}; raylaunch run stores everything")
 
 
 async def wait_first(*waits: Coroutine[object, object, object], timeout_s: float) -> None:

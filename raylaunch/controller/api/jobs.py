@@ -182,10 +182,10 @@ async def job(ref: str, record: Job, app: App, caller: CurrentCaller, *, own: bo
 
 @router.post("/jobs/{ref}/stop", response_model=JobView)
 @requires(Role.TRAINER, "stop jobs")
-async def stop(record: OwnJob, app: App, caller: CurrentCaller, asked: StopBody | None = None) -> Response:
+async def stop(record: OwnJob, app: App, caller: CurrentCaller, body: StopBody | None = None) -> Response:
     """Request the stop of a job."""
     require_own(caller, record, "stop")
-    grace_s = asked.grace_s if asked is not None else None
+    grace_s = body.grace_s if body is not None else None
     return model_response(await app.jobs.stop(record, grace_s=grace_s, person=caller.person))
 
 

@@ -70,8 +70,8 @@ class _StoredLog:
             logs.check_rank(self._job, self._folder, attempt=self._n, rank=self._rank)
         return await anyio.to_thread.run_sync(partial(attempt_files.read, self._path, offset=offset, limit=limit))
 
-    async def search(self, asked: logs.LogSearch) -> LogMatches:
-        search = partial(logs.search, self._path, asked)
+    async def search(self, query: logs.LogSearch) -> LogMatches:
+        search = partial(logs.search, self._path, query)
         return await anyio.to_thread.run_sync(search, limiter=self._app.searches)
 
     async def grown(self, _size: int, timeout_s: float) -> None:
@@ -95,9 +95,9 @@ class _ExternalLog:
     async def read(self, offset: int, limit: int, *, ended: bool) -> Slice:
         return await self._logs.read(self._attempt, offset=offset, limit=limit, ended=ended)
 
-    async def search(self, asked: logs.LogSearch) -> LogMatches:
-        blocks = ExternalLogBlocks(self._logs, self._attempt, asked.offset)
-        return await anyio.to_thread.run_sync(partial(logs.search_in, blocks, asked), limiter=self._searches)
+    async def search(self, query: logs.LogSearch) -> LogMatches:
+        blocks = ExternalLogBlocks(self._logs, self._attempt, query.offset)
+        return await anyio.to_thread.run_sync(partial(logs.search_in, blocks, query), limiter=self._searches)
 
     async def grown(self, size: int, timeout_s: float) -> None:
         await self._logs.grown(self._attempt, size, timeout_s)
@@ -129,10 +129,10 @@ async def log(  # noqa: PLR0913 -- each is one option
         msg = "a log is read from its tail or from an offset, not both"
         raise SpecError(msg, hint="give one of tail and offset")
     n = pick_attempt(record, attempt)
-    begin = offset or 0
+    start = offset or 0
     if tail is not None:
-        begin = await log_of(app, record, n=n, rank=rank).tail_offset(tail)
-    part = await _read_when_grown(app, request, _LogRequest(record.id, n, rank, begin, limit, wait_s))
+        start = await log_of(app, record, n=n, rank=rank).tail_offset(tail)
+    part = await _read_when_grown(app, request, _LogRequest(record.id, n, rank, start, limit, wait_s))
     headers = {
         "X-Log-Offset": str(part.slice.offset),
         "X-Log-Next": str(part.slice.next),
@@ -153,15 +153,15 @@ async def search(  # noqa: PLR0913 -- each is one option
     regex: bool = False,
     ignore_case: bool = False,
     offset: Annotated[int, Query(ge=0, le=MAX_INT)] = 0,
-    line: Annotated[int, Query(ge=0, le=MAX_INT, description="number of the line at the offset, where known")] = 0,
+    line: Annotated[int, Query(ge=0, le=MAX_INT, description="number of the line at the offset, if known")] = 0,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
     attempt: Attempt = None,
     rank: Rank = 0,
 ) -> Response:
     """Return lines of a log that match."""
     n = pick_attempt(record, attempt)
-    asked = logs.LogSearch(pattern, regex, ignore_case, offset, line, limit)
-    return model_response(await log_of(app, record, n=n, rank=rank).search(asked))
+    query = logs.LogSearch(pattern, regex, ignore_case, offset, line, limit)
+    return model_response(await log_of(app, record, n=n, rank=rank).search(query))
 
 
 class _LogRequest(NamedTuple):
@@ -170,29 +170,29 @@ class _LogRequest(NamedTuple):
     job: str
     attempt: int
     rank: int
-    begin: int
+    start: int
     limit: int
     wait_s: float
 
 
-async def _read_when_grown(app: AppState, request: Request, asked: _LogRequest) -> _LogPart:
+async def _read_when_grown(app: AppState, request: Request, requested: _LogRequest) -> _LogPart:
     """Read the log; at its end, read again whenever something changes, until the timeout."""
     loop = asyncio.get_running_loop()
-    until = loop.time() + asked.wait_s
+    until = loop.time() + requested.wait_s
     async with client_disconnect(request) as gone:
-        with app.records.subscribe(asked.job) as changed:
+        with app.records.subscribe(requested.job) as changed:
             while True:
                 changed.clear()
-                record = app.records.light(asked.job)
-                n = asked.attempt or len(record.attempts)
-                ended = _over(record, n)  # before reading: then nothing can be missing from what is read
+                record = app.records.light(requested.job)
+                n = requested.attempt or len(record.attempts)
+                ended = _has_ended(record, n)  # before reading: then nothing can be missing from what is read
                 left = until - loop.time()
-                log = log_of(app, record, n=n, rank=asked.rank)
+                log = log_of(app, record, n=n, rank=requested.rank)
                 growth = asyncio.ensure_future(
-                    log.grown(asked.begin, max(0.0, left))
+                    log.grown(requested.start, max(0.0, left))
                 )  # before reading, to miss no growth
                 try:
-                    part = await _read(log, asked, n, ended=ended, patient=left > 0)
+                    part = await _read(log, requested, n, ended=ended, patient=left > 0)
                     if part.slice.data or ended or left <= 0 or app.closing.is_set() or gone.done():
                         return part
                     waits = (changed.wait(), app.closing.wait(), finished(gone), finished(growth))
@@ -202,26 +202,28 @@ async def _read_when_grown(app: AppState, request: Request, asked: _LogRequest) 
                     await asyncio.gather(growth, return_exceptions=True)
 
 
-async def _read(log: _StoredLog | _ExternalLog, asked: _LogRequest, n: int, *, ended: bool, patient: bool) -> _LogPart:
+async def _read(
+    log: _StoredLog | _ExternalLog, requested: _LogRequest, n: int, *, ended: bool, patient: bool
+) -> _LogPart:
     try:
-        return _LogPart(await log.read(asked.begin, asked.limit, ended=ended), n, ended)
+        return _LogPart(await log.read(requested.start, requested.limit, ended=ended), n, ended)
     except ClusterError:  # a follower survives an outage of Ray
-        if ended or not asked.wait_s:
+        if ended or not requested.wait_s:
             raise
     except NotFoundError:  # and of a node whose Ray was just restarted
         if ended or not patient:
             raise
-    return _LogPart(attempt_files.Slice(asked.begin, b"", 0), n, ended)
+    return _LogPart(attempt_files.Slice(requested.start, b"", 0), n, ended)
 
 
 def _ranks(app: AppState, job: str, n: int) -> int:
-    """Return the number of ranks of an attempt; if its launcher does not tell, of those that have a log so far."""
+    """Return the number of ranks of an attempt; if its launcher does not report it, of those that have a log so far."""
     record = app.records.light(job)
     known = record.attempts[n - 1].ranks if n else 1
     return known or len(logs.ranks(app.records.folder(job), attempt=n))
 
 
-def _over(record: JobRecord, n: int) -> bool:
+def _has_ended(record: JobRecord, n: int) -> bool:
     """Whether the attempt has ended and its log is complete."""
     if not n:
         return record.state.ended

@@ -79,7 +79,7 @@ class AuthMiddleware:
                 answered = True
                 if not whole:  # otherwise the server would wait for the rest of the body
                     MutableHeaders(scope=message)["Connection"] = "close"
-                self._audit_request(scope, caller, message["status"])  # before anybody can act on the response
+                self._audit_request(scope, caller, message["status"])  # before the client can act on the response
                 MutableHeaders(scope=message).update({**VERSION_HEADERS, **scope["state"].get("headers", {})})
             await send(message)
 

@@ -39,7 +39,7 @@ def json_response(
     headers: Mapping[str, str] | None = None,
     background: BackgroundTask | None = None,
 ) -> Response:
-    """Return JSON. NaN and infinity (losses, say) become strings, which our models read and other programs accept."""
+    """Return JSON. NaN and infinity (some losses are) become strings, which our models and other programs accept."""
     try:
         text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     except ValueError:
@@ -65,17 +65,17 @@ def file_response(path: Path, request: Request, *, headers: Mapping[str, str]) -
     common = {**headers, "Accept-Ranges": "bytes", "ETag": etag}
     span = _span(request, size, etag)
     if span is None:
-        begin, end, status = 0, size, 200
+        start, end, status = 0, size, 200
     elif span[0] >= size:
         error = RaylaunchError(f"the file has {size} bytes", hint="request a range within it")
         return error_response(error, status=416, headers={"Content-Range": f"bytes */{size}"})
     else:
-        begin, end, status = span[0], min(span[1], size), 206
-        common["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
-    common["Content-Length"] = str(end - begin)
+        start, end, status = span[0], min(span[1], size), 206
+        common["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+    common["Content-Length"] = str(end - start)
     if request.method == "HEAD":
         return Response(None, status, common, "application/octet-stream")
-    return StreamingResponse(_bytes(path, facts, begin, end), status, common, "application/octet-stream")
+    return StreamingResponse(_bytes(path, facts, start, end), status, common, "application/octet-stream")
 
 
 def _json_safe(data: JsonValue) -> JsonValue:
@@ -105,16 +105,16 @@ def _span(request: Request, size: int, etag: str) -> tuple[int, int] | None:
     return int(first), int(last) + 1 if last else size
 
 
-async def _bytes(path: Path, facts: os.stat_result, begin: int, end: int) -> AsyncIterator[bytes]:
+async def _bytes(path: Path, facts: os.stat_result, start: int, end: int) -> AsyncIterator[bytes]:
     async with await anyio.open_file(path, "rb") as file:
         if os.fstat(file.wrapped.fileno()).st_ino != facts.st_ino:
             msg = f"{path} was replaced before it was sent"  # the connection is closed; the client retries
             raise RuntimeError(msg)
-        await file.seek(begin)
-        while begin < end:
-            data = await file.read(min(_BLOCK, end - begin))
+        await file.seek(start)
+        while start < end:
+            data = await file.read(min(_BLOCK, end - start))
             if not data:
                 msg = f"{path} became shorter while it was being sent"
                 raise RuntimeError(msg)
-            begin += len(data)
+            start += len(data)
             yield data

@@ -92,10 +92,10 @@ class Curve:
             end = reach.highest + segment.shift
 
     def _cut(self) -> None:
-        begins: dict[str, float] = {}
+        starts: dict[str, float] = {}
         for path, segment in reversed(tuple(self.segments.items())):
             shift = {"": segment.shift}
-            cuts = {axis: step - shift.get(axis, 0.0) for axis, step in begins.items()}
+            cuts = {axis: step - shift.get(axis, 0.0) for axis, step in starts.items()}
             if cuts != segment.cuts:
                 if any(reach.highest >= cuts.get(axis, reach.highest + 1) for axis, reach in segment.reach.items()):
                     self._open(path, cuts)
@@ -105,7 +105,7 @@ class Curve:
                     segment.cuts = cuts
             for axis, reach in segment.reach.items():
                 first = reach.first + shift.get(axis, 0.0)
-                begins[axis] = min(first, begins.get(axis, first))
+                starts[axis] = min(first, starts.get(axis, first))
 
 
 def _source(path: Path) -> RunFile | ReportReader:

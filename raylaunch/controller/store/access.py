@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 ID_DIGITS = 8
 _LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"
-"""Without letters and digits that look alike."""
+"""Without letters and digits that are easily confused."""
 _GROUPS, _GROUP = 4, 5  # 31^20, 99 bits
 _PERSON = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -242,7 +242,7 @@ class Invitations:
             raise AccessError(msg, hint="copy the whole line, or ask for a new one: raylaunch token create")
         if found.token and found.token != token:
             msg = f"the invitation for {found.person} was already used"
-            hint = f"if that was not you, tell {found.made_by}: raylaunch token revoke {found.token[:ID_DIGITS]}"
+            hint = f"if that was not you, ask {found.made_by} to run: raylaunch token revoke {found.token[:ID_DIGITS]}"
             raise AccessError(msg, hint=hint)
         if not found.token and found.expires_at <= self._clock():
             msg = f"the invitation for {found.person} has expired"

@@ -67,7 +67,7 @@ _LISTED = f"""
 too, so it needs no new schema version."""
 
 _BUSY_S = 2.0
-"""How long a write waits for someone who has locked the database with sqlite3."""
+"""How long a write waits for a person who has locked the database with sqlite3."""
 METRICS_LISTED = 20
 """How many metrics of a job a list contains; the job itself may have more."""
 
@@ -229,9 +229,9 @@ def _rename_damaged(path: Path) -> Path:
         number += 1
         aside = path.with_name(f"{path.name}.corrupt-{stamp}-{number}")
     for ending in ("-wal", "-shm"):
-        beside = path.with_name(path.name + ending)
-        if beside.exists():
-            beside.rename(aside.with_name(aside.name + ending))
+        extra = path.with_name(path.name + ending)
+        if extra.exists():
+            extra.rename(aside.with_name(aside.name + ending))
     path.rename(aside)
     return aside
 
@@ -311,8 +311,8 @@ def page_of(
 
 
 def _lights(connection: sqlite3.Connection, jobs: Sequence[str]) -> dict[str, str]:
-    marks = ", ".join("?" * len(jobs))
-    return dict(connection.execute(f"SELECT id, light FROM jobs WHERE id IN ({marks})", jobs))  # noqa: S608 -- only marks
+    placeholders = ", ".join("?" * len(jobs))
+    return dict(connection.execute(f"SELECT id, light FROM jobs WHERE id IN ({placeholders})", jobs))  # noqa: S608 -- only placeholders
 
 
 def _listed(record: JobRecord) -> JobView:
@@ -326,7 +326,7 @@ def _listed(record: JobRecord) -> JobView:
 def unfinished(connection: sqlite3.Connection, *, foreign: bool) -> tuple[list[JobRecord], list[str]]:
     """Return the jobs that have not ended, without heavy fields; and a message for each that cannot be read."""
     where, values = _unfinished_condition(foreign=foreign)
-    rows = connection.execute(f"SELECT id, light FROM jobs WHERE {where}", values)  # noqa: S608 -- only marks
+    rows = connection.execute(f"SELECT id, light FROM jobs WHERE {where}", values)  # noqa: S608 -- only placeholders
     found, unreadable = [], []
     for job, light in rows:
         try:
@@ -339,12 +339,12 @@ def unfinished(connection: sqlite3.Connection, *, foreign: bool) -> tuple[list[J
 def unfinished_ids(connection: sqlite3.Connection) -> list[str]:
     """Return the ids of raylaunch's jobs that have not ended."""
     where, values = _unfinished_condition(foreign=False)
-    return [job for (job,) in connection.execute(f"SELECT id FROM jobs WHERE {where}", values)]  # noqa: S608 -- only marks
+    return [job for (job,) in connection.execute(f"SELECT id FROM jobs WHERE {where}", values)]  # noqa: S608 -- only placeholders
 
 
 def _unfinished_condition(*, foreign: bool) -> tuple[str, list[str | bool]]:
-    going = [state.value for state in JobState if not state.ended]
-    return f"state IN ({', '.join('?' * len(going))}) AND is_foreign = ?", [*going, foreign]
+    unfinished_states = [state.value for state in JobState if not state.ended]
+    return f"state IN ({', '.join('?' * len(unfinished_states))}) AND is_foreign = ?", [*unfinished_states, foreign]
 
 
 def nearest(ref: str, known: Sequence[str]) -> list[str]:
@@ -358,7 +358,7 @@ def _read_cursor(cursor: str) -> tuple[float, str]:
         return float(created_at), job
     except ValueError:
         msg = f"{cursor!r} is not a valid cursor"
-        raise SpecError(msg, hint="pass next_cursor of the previous page, or nothing for the first page") from None
+        raise SpecError(msg, hint="pass next_cursor of the previous page, or leave it out for the first page") from None
 
 
 class RetentionRow(NamedTuple):

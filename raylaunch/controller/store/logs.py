@@ -51,9 +51,9 @@ def log_tail(job_folder: Path, *, attempt: int) -> tuple[str, ...]:
 
 def _rank_log_tail(job_folder: Path, attempt: int, rank: int) -> tuple[str, ...]:
     log = log_path(job_folder, attempt=attempt, rank=rank)
-    begin = max(0, size_of(log) - _BYTES)
-    text = read(log, offset=begin).data.decode(errors="replace")
-    if begin:
+    start = max(0, size_of(log) - _BYTES)
+    text = read(log, offset=start).data.decode(errors="replace")
+    if start:
         text = text.partition("\n")[2] or text
     lines = before_report(text).splitlines() or text.splitlines()
     return tuple(line.rstrip("\r")[-_LINE:] for line in lines[-_LINES:])
@@ -94,7 +94,7 @@ class LogSearch(NamedTuple):
     """Maximum number of matches."""
 
 
-def search(path: Path, asked: LogSearch, *, max_bytes: int = SEARCH_BYTES) -> LogMatches:
+def search(path: Path, query: LogSearch, *, max_bytes: int = SEARCH_BYTES) -> LogMatches:
     """Return the lines that match.
 
     Lines end with a newline. If a progress bar has rewritten a line with carriage returns, only the matching version is
@@ -102,20 +102,20 @@ def search(path: Path, asked: LogSearch, *, max_bytes: int = SEARCH_BYTES) -> Lo
 
     Args:
         path: the log.
-        asked: the search.
+        query: the search.
         max_bytes: how much to read at most; then `more` is set, and the search can continue at `next_offset`.
 
     Raises:
         SpecError: the pattern is empty, too long, or not a regular expression.
     """
-    _matcher(asked)
+    _matcher(query)
     size = size_of(path)
-    start = min(max(asked.offset, 0), size)
+    start = min(max(query.offset, 0), size)
     if start == size:
-        return LogMatches(matches=(), next_offset=start, more=False, next_line=asked.line)
+        return LogMatches(matches=(), next_offset=start, more=False, next_line=query.line)
     with path.open("rb") as file:
         file.seek(start)
-        found = search_in(file, asked._replace(offset=start), max_bytes=max_bytes)
+        found = search_in(file, query._replace(offset=start), max_bytes=max_bytes)
     return found.model_copy(update={"more": found.more and found.next_offset < size_of(path)})
 
 
@@ -126,20 +126,20 @@ class LogBlocks(Protocol):
         """Return the next bytes, at most `limit`; empty at the end."""
 
 
-def search_in(log: LogBlocks, asked: LogSearch, *, max_bytes: int = SEARCH_BYTES) -> LogMatches:
-    """Search a log from its position `asked.offset` on; like `search`, but `more` may be set even at the end."""
+def search_in(log: LogBlocks, query: LogSearch, *, max_bytes: int = SEARCH_BYTES) -> LogMatches:
+    """Search a log from its position `query.offset` on; like `search`, but `more` may be set even at the end."""
     until = time.monotonic() + SEARCH_S
-    matches = _matcher(asked)
-    literal = b"" if asked.regex or asked.ignore_case else asked.pattern.encode()
+    matches = _matcher(query)
+    literal = b"" if query.regex or query.ignore_case else query.pattern.encode()
     found: list[LogMatch] = []
-    position, number = asked.offset, asked.line if asked.offset else 1
-    for at, end, piece, ends in _lines(log, asked.offset, literal):
+    position, number = query.offset, query.line if query.offset else 1
+    for at, end, piece, ends in _lines(log, query.offset, literal):
         position = end
         text = _matching_text(piece, matches) if piece else None
         if text is not None:
             found.append(LogMatch(offset=at, text=text, line=number))
         number += ends if number else 0
-        if len(found) >= asked.limit or position >= asked.offset + max_bytes or time.monotonic() > until:
+        if len(found) >= query.limit or position >= query.offset + max_bytes or time.monotonic() > until:
             return LogMatches(matches=tuple(found), next_offset=position, more=True, next_line=number)
     return LogMatches(matches=tuple(found), next_offset=position, more=False, next_line=number)
 
@@ -169,12 +169,12 @@ def check_rank(job: str, job_folder: Path, *, attempt: int, rank: int) -> None:
         raise NotFoundError(msg, hint=hint)
 
 
-def _matcher(asked: LogSearch) -> Callable[[str], bool]:
+def _matcher(query: LogSearch) -> Callable[[str], bool]:
     """Return a function that tests whether a text matches.
 
     RE2 takes linear time for every pattern; Python's `re` can be made to take hours, and holds the GIL meanwhile.
     """
-    pattern = asked.pattern
+    pattern = query.pattern
     if not pattern:
         msg = "the pattern to search for is empty"
         raise SpecError(msg, hint="give some text to find", field="pattern")
@@ -182,8 +182,8 @@ def _matcher(asked: LogSearch) -> Callable[[str], bool]:
         msg = f"the pattern to search for has {len(pattern)} characters; at most {_PATTERN_CHARS} are supported"
         raise SpecError(msg, hint="search for a part of it", field="pattern")
     options = re2.Options()
-    options.literal = not asked.regex
-    options.case_sensitive = not asked.ignore_case
+    options.literal = not query.regex
+    options.case_sensitive = not query.ignore_case
     options.log_errors = False
     options.max_mem = _PATTERN_MEMORY
     try:
