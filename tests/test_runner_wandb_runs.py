@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -142,8 +143,10 @@ def test_runs_are_kept_wherever_the_program_has_them_written(make: Make, tmp_pat
 @pytest.mark.long
 def test_a_run_that_was_written_elsewhere_can_be_synced_from_the_attempts_folder(make: Make, tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
-    attempt = make(ELSEWHERE, f"python train.py {tmp_path}/far && rm -r {tmp_path}/far logs")
+    attempt = make(ELSEWHERE, f"python train.py {tmp_path}/far")
     attempt.run()
+    shutil.rmtree(tmp_path / "far")
+    shutil.rmtree(attempt.code / "logs")
     folders = [str(path.parent) for path in run_files(attempt.folder)]
     with WandbServer() as server:
         sync = [sys.executable, "-m", "wandb", "sync", "--yes", *folders]
