@@ -81,7 +81,7 @@ def test_a_cut_link_loses_everything_in_both_directions_until_it_is_mended() -> 
         assert not answers(host)
         assert host.run(f"timeout 2 bash -c 'echo > /dev/tcp/{own.front.four}.1/22'", check=False).status == 124
         host.restore()
-        wait_until(lambda: answers(host), 20, "it answers again")
+        assert answers(host)
 
 
 def test_a_slowed_link_takes_the_time_it_was_given_and_carries_everything(lab: World) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import anyio
 import pytest
 from support.fittings import add_user, bare_python, find_python, only_python
 from support.hosts import Host, World, world
-from support.waiting import wait_until
 
 from raylaunch.cluster.install.environment import ensure_environment
 from raylaunch.cluster.install.platforms import EXACT, HostPython, WheelPlatform, installed_version
@@ -115,18 +113,6 @@ def test_a_host_with_an_older_python_gets_versions_that_fit_it(lab: World, store
     older.power_off()
 
 
-def restore(host: Host) -> None:
-    """Restore the host's link, and wait until it is reached again."""
-    host.restore()
-
-    def reached() -> bool:
-        with socket.socket() as probe:
-            probe.settimeout(1)
-            return probe.connect_ex((host.address, 22)) == 0
-
-    wait_until(reached, 30, "the host is reached again")
-
-
 @pytest.mark.parametrize("step", ["push", "install"])
 def test_a_cut_link_ends_in_an_error_and_the_next_call_goes_on(host: Host, store: WheelStore, step: str) -> None:
     root = f"/root/cut-{step}"
@@ -137,7 +123,7 @@ def test_a_cut_link_ends_in_an_error_and_the_next_call_goes_on(host: Host, store
 
     with pytest.raises(HostError) as caught:
         anyio.run(lambda: installed(host, store, root=root, on_step=cut, limit_bytes_per_s=SLOW_BYTES_PER_S))
-    restore(host)
+    host.restore()
     assert isinstance(caught.value, HostLostError)
     named = host.out(f"ls {root}/versions 2>/dev/null || true").split()
     assert all(host.path(f"{root}/versions/{name}/raylaunch.json").exists() for name in named)  # whole, if at all
@@ -153,7 +139,7 @@ def test_what_arrived_before_the_cut_is_not_sent_again(host: Host, store: WheelS
 
     with pytest.raises(HostLostError):
         anyio.run(lambda: installed(host, store, root="/root/part", on_step=cut, limit_bytes_per_s=SLOW_BYTES_PER_S))
-    restore(host)
+    host.restore()
     told.clear()
     anyio.run(lambda: installed(host, store, root="/root/part", on_step=told.append))
     begun = next(step.message for step in told if step.name == "push" and step.state == "begins")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -210,8 +212,9 @@ class Host:
         self._port("0")
 
     def restore(self) -> None:
-        """Mend the link."""
+        """Restore the link, and wait until the host is reached again: this machine has given up on its address."""
         self._port("3")
+        wait_until(self._is_reached, 30, f"{self.name} is reached again")
 
     def run(self, command: str, *, user: str = "root", timeout_s: float = 60, check: bool = True) -> Ended:
         """Run a line of bash on it, from outside: without SSH, and whatever state its link and sshd are in."""
@@ -311,6 +314,11 @@ class Host:
             check=True,
             capture_output=True,
         )
+
+    def _is_reached(self) -> bool:
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            return probe.connect_ex((self.address, 22)) in {0, errno.ECONNREFUSED}
 
     def _died(self) -> bool:
         assert self._leash is not None
