@@ -133,8 +133,7 @@ def test_watching_waits_for_a_change_and_says_so_meanwhile(agent: Agent, paper: 
         target=lambda: answers.append(agent.call_with("monitor_job", {"job": job.id, "wait_s": 50}, news))
     )
     watcher.start()
-    wait_until(lambda: news, 30, "progress is told")
-    assert listening(paper)
+    wait_until(lambda: news and listening(paper), 30, "progress is reported while it waits")
     start(paper, job)
     watcher.join(40)
     assert answers[0].facts["job"]["state"] in {"starting", "running"}

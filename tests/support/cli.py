@@ -183,7 +183,8 @@ def _watch(program: str, client: socket.socket) -> NoReturn:
 
     def kill_if_closed() -> None:
         if client.recv(1) == b"":
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     threading.Thread(target=kill_if_closed, daemon=True).start()
     _, status = os.waitpid(pid, 0)

@@ -24,7 +24,7 @@ from raylaunch.cluster.record import ClusterRecord, cluster_lock, load_record
 from raylaunch.cluster.types import Step
 from raylaunch.errors import ConflictError, RaylaunchError
 from raylaunch.files import rotate, try_lock
-from raylaunch.paths import ClusterPaths, cluster_paths, write_private
+from raylaunch.paths import ClusterPaths, cluster_paths, storage_errors, write_private
 from raylaunch.version import __version__
 
 _POLL_S = 2.0
@@ -176,7 +176,10 @@ def _has_address(address: str) -> bool:
 
 def _only_watchdog(paths: ClusterPaths) -> AbstractContextManager[bool]:
     """Try to become the only watchdog of the cluster here; yield whether that succeeded."""
-    return try_lock(paths.root / "keep.lock")
+    lock = paths.root / "keep.lock"
+    with storage_errors(lock):
+        lock.touch(mode=0o600)
+    return try_lock(lock)
 
 
 def _start_logging() -> None:
