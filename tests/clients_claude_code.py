@@ -47,7 +47,7 @@ def test_the_server_is_added_and_connects(home: Path, project: Path, options: li
     assert "Status: ✔ Connected" in claude(home, project, "mcp", "get", "raylaunch")
 
 
-def test_a_server_that_cannot_start_is_told_from_one_that_can(home: Path, project: Path) -> None:
+def test_a_server_that_cannot_start_is_recognized(home: Path, project: Path) -> None:
     claude(home, project, "mcp", "add", "raylaunch", "-e", "RAYLAUNCH_ROLE=nonsense", "--", str(SERVER))
     assert "✔ Connected" not in claude(home, project, "mcp", "list")
 

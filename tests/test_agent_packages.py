@@ -54,7 +54,7 @@ def test_a_package_in_pieces_is_unpacked_once_it_is_whole(tmp_path: Path) -> Non
     assert (packages.path(sha256(data)) / "train").stat().st_mode & 0o100
 
 
-def test_a_piece_that_does_not_fit_changes_nothing_and_says_where_to_go_on(tmp_path: Path) -> None:
+def test_a_piece_that_does_not_fit_changes_nothing_and_reports_where_to_continue(tmp_path: Path) -> None:
     data = archive(train=b"print()")
     packages = Packages(tmp_path)
     packages.put(sha256(data), 0, len(data), data[:20])

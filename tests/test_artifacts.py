@@ -55,7 +55,7 @@ def test_files_are_listed_with_kind_attempt_and_size(tmp_path: Path, artifacts: 
     assert artifacts.outputs(JOB) == (1, 7)
 
 
-def test_what_is_still_arriving_and_links_that_lead_out_are_not_listed(tmp_path: Path, artifacts: Artifacts) -> None:
+def test_unfinished_files_and_links_that_lead_outside_are_not_listed(tmp_path: Path, artifacts: Artifacts) -> None:
     put(tmp_path, "attempt-1/outputs/.model.pt.raylaunch-part")
     put(tmp_path, "attempt-1/.replicated.json")
     (tmp_path / "jobs" / JOB / "attempt-1" / "outputs" / "link").symlink_to("/etc/passwd")
@@ -79,7 +79,7 @@ def test_a_link_to_a_file_is_listed_as_the_file_and_one_to_a_folder_as_a_link(
     assert "attempt-1/checkpoints/latest" not in artifacts.finalize(JOB).files
 
 
-def test_what_two_attempts_have_in_common_counts_once(tmp_path: Path, artifacts: Artifacts) -> None:
+def test_files_shared_by_two_attempts_count_once(tmp_path: Path, artifacts: Artifacts) -> None:
     put(tmp_path, "attempt-1/outputs/model.pt", b"weights")
     put(tmp_path, "attempt-2/outputs/new.pt", b"new")
     folder = tmp_path / "jobs" / JOB
@@ -89,7 +89,7 @@ def test_what_two_attempts_have_in_common_counts_once(tmp_path: Path, artifacts:
     assert artifacts.usage(JOB, name="digits", state=JobState.SUCCEEDED).outputs == 10
 
 
-def test_what_was_not_kept_is_listed_as_left_and_is_no_output(tmp_path: Path, artifacts: Artifacts) -> None:
+def test_files_that_were_not_kept_are_listed_as_left_and_are_not_outputs(tmp_path: Path, artifacts: Artifacts) -> None:
     put(tmp_path, "attempt-1/facts.json", b'{"left": {"gone.bin": 1}}')
     put(tmp_path, "attempt-2/facts.json", b'{"left": {"big.bin": 5000, "kept.pt": 7}}')
     put(tmp_path, "attempt-2/outputs/kept.pt")
@@ -101,9 +101,7 @@ def test_what_was_not_kept_is_listed_as_left_and_is_no_output(tmp_path: Path, ar
     assert artifacts.left(JOB) == Left(2)
 
 
-def test_what_looks_like_a_secret_is_listed_as_withheld_and_once_fetched_not_shown(
-    tmp_path: Path, artifacts: Artifacts
-) -> None:
+def test_suspected_secrets_are_listed_as_withheld_and_hidden_once_fetched(tmp_path: Path, artifacts: Artifacts) -> None:
     put(tmp_path, "attempt-1/facts.json", b'{"left": {".env": 5, "big.bin": 9}, "withheld": [".env"]}')
     put(tmp_path, "attempt-1/withheld/.env", b"TOKEN")
     found = [(file.path, file.withheld) for file in artifacts.files(JOB) if file.left]
@@ -149,7 +147,7 @@ def test_the_manifest_holds_size_and_checksum_of_every_file(tmp_path: Path, arti
     assert shown["manifest.json"] == ""
 
 
-def test_a_manifest_that_is_damaged_is_made_again(tmp_path: Path, artifacts: Artifacts) -> None:
+def test_a_damaged_manifest_is_recreated(tmp_path: Path, artifacts: Artifacts) -> None:
     put(tmp_path, "attempt-1/outputs/m", b"model")
     put(tmp_path, "manifest.json", b"{")
     assert {file.path: file.sha256 for file in artifacts.files(JOB)}["attempt-1/outputs/m"] == ""
@@ -214,7 +212,7 @@ def test_a_job_folder_that_is_itself_a_link_is_served(tmp_path: Path) -> None:
     assert Artifacts(tmp_path).path(JOB, "f")[0] == (tmp_path / "shared" / "f").resolve()
 
 
-def test_usage_is_summed_by_what_files_are(tmp_path: Path, artifacts: Artifacts) -> None:
+def test_usage_is_summed_by_kind_of_file(tmp_path: Path, artifacts: Artifacts) -> None:
     put(tmp_path, "spec.yaml", b"1")
     put(tmp_path, "attempt-1/logs/rank-0.log", b"22")
     put(tmp_path, "attempt-1/outputs/m", b"333")

@@ -21,9 +21,7 @@ def lines_of(text: str, key: str) -> list[str]:
 @pytest.mark.skipif(ANALYZE is None, reason="needs systemd-analyze, which is not installed here")
 @pytest.mark.parametrize("user", ["", "root"], ids=["user unit", "system unit"])
 @pytest.mark.parametrize("folder", ["plain", "a b", "100%h", "cash$HOME", "back\\slash"])
-def test_systemd_finds_nothing_wrong_with_the_unit(
-    user: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_systemd_accepts_the_unit(user: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYLAUNCH_HOME", str(tmp_path / folder))
     unit = tmp_path / "raylaunch-lab.service"
     unit.write_text(unit_text(cluster_paths("lab"), user=user))
@@ -40,9 +38,7 @@ def test_systemd_finds_nothing_wrong_with_the_unit(
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_home_with_what_systemd_would_read_as_its_own_is_quoted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_special_characters_of_systemd_in_the_home_are_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYLAUNCH_HOME", str(tmp_path / "100%h of $it"))
     text = unit_text(cluster_paths("lab"))
     assert f'"RAYLAUNCH_HOME={tmp_path}/100%%h of $it"' in lines_of(text, "Environment")

@@ -64,12 +64,12 @@ def test_each_figure_that_is_kept_has_a_benchmark_and_each_bar_a_figure() -> Non
     assert BARS.keys() <= kept
 
 
-def test_the_page_shows_what_is_kept() -> None:
+def test_the_page_shows_the_stored_figures() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert with_table(text, load(RESULTS)) == text, "make bench writes both; after a merge: see benchmarks/report.py"
 
 
-def test_what_is_kept_is_judged_by_the_bars_as_they_are() -> None:
+def test_stored_figures_are_judged_by_the_current_bars() -> None:
     for found in load(RESULTS):
         bar = BARS.get(found["name"])
         assert (found["bar"] is None) == (bar is None)
@@ -104,7 +104,7 @@ def test_running_one_by_name_changes_only_its_entry(tmp_path: Path) -> None:
         (Bar("excess", 10), 16.0, 5.0, False),
     ],
 )
-def test_a_bar_is_on_the_ratio_the_figure_or_what_it_is_above_the_peers(
+def test_a_bar_limits_the_ratio_the_figure_or_the_excess_over_the_peers(
     bar: Bar, figure: float, peer: float | None, *, within: bool
 ) -> None:
     assert bar.met(result(figure=figure, peer=peer)) is within
@@ -115,7 +115,7 @@ def test_a_bar_on_a_ratio_without_a_peer_is_a_mistake() -> None:
         met(result(peer=None))
 
 
-def test_pairs_are_taken_in_turns_and_each_side_begins_as_often() -> None:
+def test_pairs_alternate_and_each_side_starts_equally_often() -> None:
     calls: list[str] = []
 
     def side(name: str, figure: float) -> float:
@@ -137,14 +137,14 @@ def test_the_ratio_is_that_of_pairs_and_its_interval_holds_it() -> None:
     assert (found.figure, found.peer_figure, found.ratio) == (4.0, 10.0, middle)
 
 
-def test_an_entry_says_all_that_the_project_asks_for() -> None:
+def test_an_entry_has_all_required_fields() -> None:
     found = entry(result())
     assert set(found) == set(Entry.__annotations__)
     assert {"name", "figure", "unit", "peer", "peer_figure", "ratio", "bar", "met", "machine", "date"} <= set(found)
 
 
 @pytest.mark.slow
-def test_a_benchmark_runs_and_what_it_measured_is_on_its_page(tmp_path: Path) -> None:
+def test_a_benchmark_runs_and_its_page_shows_the_result(tmp_path: Path) -> None:
     file, shown = tmp_path / "results.json", page(tmp_path)
     command = [sys.executable, "-m", "benchmarks.run", "pack_size", "pack_time", "--results", str(file)]
     done = subprocess.run(

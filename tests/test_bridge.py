@@ -110,7 +110,7 @@ def _is_agent(process: psutil.Process, head: RayHeadRunning) -> bool:
         return False
 
 
-def test_a_node_is_seen_with_what_it_has(head: RayHeadRunning, store: Store) -> None:
+def test_a_node_is_reported_with_its_resources(head: RayHeadRunning, store: Store) -> None:
     async def scenario() -> None:
         async with connected(head, store) as bridge:
             (node,) = await bridge.nodes()
@@ -219,7 +219,7 @@ def test_an_agent_killed_ten_times_loses_no_byte(head: RayHeadRunning, store: St
     asyncio.run(scenario())
 
 
-def test_a_bridge_that_is_killed_comes_back_and_sends_nothing_twice(head: RayHeadRunning, store: Store) -> None:
+def test_a_killed_bridge_restarts_and_sends_nothing_twice(head: RayHeadRunning, store: Store) -> None:
     async def scenario() -> None:
         async with connected(head, store) as bridge:
             folder = await prepared(bridge, store, "again-a-1")
@@ -301,7 +301,7 @@ def test_a_full_store_is_reported_and_nothing_is_lost(head: RayHeadRunning, stor
 
 
 @pytest.mark.long
-def test_a_bridge_without_ray_says_why(store: Store, tmp_path: Path) -> None:
+def test_a_bridge_without_ray_reports_the_reason(store: Store, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("t" * 48)
 

@@ -23,13 +23,13 @@ def knocked(head: socket.socket) -> tuple[socket.socket, socket.socket]:
     return ours, head.accept()[0]
 
 
-def test_nothing_listens_where_no_head_is(head: socket.socket) -> None:
+def test_an_address_without_a_head_is_reported_as_not_listening(head: socket.socket) -> None:
     port = head.getsockname()[1]
     head.close()
     assert _open_socket(f"127.0.0.1:{port}") is None
 
 
-def test_a_head_that_is_still_there_has_not_hung_up_whatever_it_says(head: socket.socket) -> None:
+def test_a_live_head_has_not_hung_up_whatever_it_sends(head: socket.socket) -> None:
     ours, theirs = knocked(head)
     with theirs:
         theirs.sendall(b"settings of HTTP/2" * 100)

@@ -121,7 +121,7 @@ def test_secrets_and_heartbeats_stay_on_the_node(world: World) -> None:
     assert found == {"attempt.json", "exit.json", ".replicated.json"}
 
 
-def test_after_a_restart_nothing_is_sent_that_is_there(world: World) -> None:
+def test_after_a_restart_nothing_is_sent_again(world: World) -> None:
     log(world, b"line\n" * 1000)
     world.output("outputs/model.bin", b"m" * 5_000_000)
     world.restart()
@@ -133,7 +133,7 @@ def test_after_a_restart_nothing_is_sent_that_is_there(world: World) -> None:
     assert world.carry() == 5
 
 
-def test_a_half_written_piece_is_healed_after_a_crash(world: World) -> None:
+def test_a_half_written_piece_is_repaired_after_a_crash(world: World) -> None:
     log(world, b"0123456789" * 100)
     world.carry()
     os.truncate(world.kept / "logs/rank-0.log", 345)
@@ -154,11 +154,11 @@ def test_an_answer_that_was_lost_is_noticed_and_sent_again(world: World) -> None
     assert (world.kept / "logs/rank-0.log").read_bytes() == b"lostfound"
 
 
-def test_an_agent_that_was_restarted_asks_to_begin_anew(world: World) -> None:
+def test_a_restarted_agent_requests_a_full_sync(world: World) -> None:
     assert ChangeFeed(world.root).take("session", None)["resync"]
 
 
-def test_an_output_travels_when_it_is_at_rest_or_the_attempt_is_over(world: World) -> None:
+def test_an_output_is_sent_when_it_is_unchanged_or_the_attempt_has_ended(world: World) -> None:
     world.output("outputs/resting.bin", b"done")
     world.output("outputs/growing.bin", b"half", age_s=0)
     world.restart()
@@ -193,7 +193,7 @@ def test_a_file_that_changes_while_it_is_sent_never_arrives_mixed(world: World) 
     assert (world.kept / "outputs/big.bin").read_bytes() == b"b" * (2 * BUDGET)
 
 
-def test_a_log_that_was_truncated_is_sent_anew(world: World) -> None:
+def test_a_truncated_log_is_sent_again(world: World) -> None:
     log(world, b"a long first life\n")
     world.carry()
     (world.node / "logs/rank-0.log").write_bytes(b"second\n")
@@ -205,7 +205,7 @@ def test_a_log_that_was_truncated_is_sent_anew(world: World) -> None:
     assert (world.kept / "logs/rank-0.log").read_bytes() == b"second\nand on\n"
 
 
-def test_the_wandb_file_grows_and_what_lies_beside_it_comes_at_the_end(world: World) -> None:
+def test_the_wandb_file_is_sent_as_it_grows_and_its_other_files_at_the_end(world: World) -> None:
     run = "wandb/wandb/offline-run-1-abc"
     world.output(f"{run}/run-abc.wandb", b":W&B")
     world.output(f"{run}/files/config.yaml", b"lr: 1")
@@ -223,7 +223,7 @@ def test_the_wandb_file_grows_and_what_lies_beside_it_comes_at_the_end(world: Wo
     assert (world.kept / "wandb/data/artifacts/staging/tmp1").read_bytes() == b"a model"
 
 
-def test_what_grows_with_each_step_is_looked_at_when_asked_for_and_at_the_end(world: World) -> None:
+def test_files_that_grow_with_each_step_are_checked_on_request_and_at_the_end(world: World) -> None:
     run, reports = "wandb/wandb/offline-run-1-abc/run-abc.wandb", "progress.jsonl"
     world.output(run, b":W&B")
     world.output(reports, b"{}")
@@ -266,7 +266,7 @@ def test_links_that_stay_inside_are_kept_relative(world: World) -> None:
     assert inventory(world.node, checksums=True, known={})["checkpoints/latest"] == (6, "link:step-3")
 
 
-def test_a_link_takes_the_place_of_a_folder_and_the_other_way_round(world: World) -> None:
+def test_a_link_replaces_a_folder_and_a_folder_a_link(world: World) -> None:
     world.output("checkpoints/latest/model.pt", b"one")
     (world.node / "checkpoints/best").symlink_to("latest")
     world.carry()
@@ -288,7 +288,7 @@ def test_a_link_that_leads_out_is_not_written(world: World, target: str) -> None
         world.mirror.write(chunk)
 
 
-def test_what_the_next_attempt_has_unchanged_is_in_the_store_once(world: World) -> None:
+def test_files_unchanged_in_the_next_attempt_are_stored_once(world: World) -> None:
     world.output("checkpoints/old.pt", b"o" * 1000)
     world.output("checkpoints/last.pt", b"one")
     world.output("checkpoints/deleted.pt", b"d")
@@ -307,7 +307,7 @@ def test_what_the_next_attempt_has_unchanged_is_in_the_store_once(world: World) 
     assert not (second / "checkpoints/deleted.pt").exists()
 
 
-def test_an_attempt_that_begins_within_a_session_sends_nothing_twice_either(world: World) -> None:
+def test_an_attempt_that_starts_within_a_session_sends_nothing_twice(world: World) -> None:
     world.output("checkpoints/old.pt", b"o" * 1000)
     world.end()
     world.carry()
@@ -356,13 +356,13 @@ def test_a_link_planted_in_the_store_is_not_written_through(world: World, tmp_pa
         world.carry()
 
 
-def test_what_a_removed_job_left_on_a_node_is_not_brought_back(world: World) -> None:
+def test_files_of_a_removed_job_on_a_node_are_not_replicated_again(world: World) -> None:
     world.kept.parent.rmdir()
     world.carry()
     assert not world.kept.exists()
 
 
-def test_a_checksum_that_differs_is_found_and_healed(world: World) -> None:
+def test_a_wrong_checksum_is_detected_and_repaired(world: World) -> None:
     log(world, b"good")
     world.end()
     world.carry()
@@ -377,7 +377,7 @@ def test_a_checksum_that_differs_is_found_and_healed(world: World) -> None:
     assert world.mirror.differing(ATTEMPT, checksums) == []
 
 
-def test_sealing_says_the_checksum_of_what_grew(world: World) -> None:
+def test_finalizing_reports_the_checksums_of_growing_files(world: World) -> None:
     log(world, b"good")
     world.end()
     world.carry()
@@ -395,7 +395,7 @@ def test_a_vanished_file_is_not_an_error(world: World) -> None:
     assert not (world.kept / "outputs/a.bin").exists()
 
 
-def test_facts_are_told_once_and_again_when_they_change(world: World) -> None:
+def test_facts_are_sent_once_and_again_when_they_change(world: World) -> None:
     assert [facts["attempt"] for facts in world.answer["attempts"]] == [ATTEMPT]
     assert world.changes.take("session", None)["attempts"] == []
     (world.node / "exit.json").write_text('{"ended": "comp')

@@ -42,9 +42,7 @@ UNREACHABLE: tuple[tuple[str, RaylaunchError], ...] = (
 
 
 @pytest.mark.parametrize(("code", "error"), UNREACHABLE, ids=[code for code, _ in UNREACHABLE])
-def test_a_host_that_cannot_be_looked_at_is_blocked_with_the_words_of_its_error(
-    code: str, error: RaylaunchError
-) -> None:
+def test_a_host_that_cannot_be_checked_is_blocked_with_its_error(code: str, error: RaylaunchError) -> None:
     spec = ClusterSpec(name="lab", hosts=(HostSpec(host="dgx-1"), HostSpec(host="dgx-2")))
     found = problems(spec, {"dgx-1": error, "dgx-2": facts(changes=SECOND)})
     expected = error.message.removeprefix("dgx-1: ")
@@ -78,7 +76,7 @@ def test_a_home_that_two_hosts_share_is_blocked() -> None:
     )
 
 
-def test_hosts_without_a_python_in_common_are_told_which_one_to_have() -> None:
+def test_hosts_without_a_common_python_are_advised_which_to_install() -> None:
     found = two_hosts({"pythons": [{"path": "/usr/bin/python3", "version": "3.11.4", "has_venv": True}]})
     (one,) = found
     assert (one.code, one.level) == ("python_differs", "blocking")
@@ -90,7 +88,7 @@ def test_hosts_without_a_python_in_common_are_told_which_one_to_have() -> None:
 
 
 @pytest.mark.parametrize("others", [[], [{"path": "/usr/bin/python3", "version": "3.13.1"}]], ids=["none", "another"])
-def test_a_host_whose_python_is_the_problem_keeps_no_other_from_coming_up(others: list[dict[str, str]]) -> None:
+def test_a_host_without_a_suitable_python_does_not_block_the_others(others: list[dict[str, str]]) -> None:
     spec = ClusterSpec.model_validate({"name": "lab", "hosts": ["dgx-1", "dgx-2", "dgx-3"]})
     seen = {"dgx-1": facts(), "dgx-2": facts(changes=SECOND), "dgx-3": facts(changes={**THIRD, "pythons": others})}
     found = problems(spec, seen)
@@ -98,7 +96,7 @@ def test_a_host_whose_python_is_the_problem_keeps_no_other_from_coming_up(others
     assert set(choose_pythons(spec.host_specs(), seen, found)) == {"dgx-1", "dgx-2"}
 
 
-def test_a_python_is_chosen_that_an_environment_of_somebody_s_own_agrees_with() -> None:
+def test_the_chosen_python_matches_a_named_environment() -> None:
     hosts = [{"host": "dgx-1", "environment": "venv:/raid/venv"}, "dgx-2"]
     spec = ClusterSpec.model_validate({"name": "lab", "hosts": hosts})
     named = [{"path": "/raid/venv/bin/python", "version": "3.10.12", "named": True, "in_environment": True}]
@@ -111,7 +109,7 @@ def test_hosts_with_one_python_in_common_are_well() -> None:
     assert two_hosts({"pythons": [{"path": "/usr/bin/python3", "version": "3.12.1", "has_venv": True}]}) == ()
 
 
-def test_different_architectures_are_said_once_for_the_cluster() -> None:
+def test_different_architectures_are_reported_once_per_cluster() -> None:
     found = two_hosts(other="spark")
     assert [only((one,)) for one in found if one.code == "architectures_differ"] == [
         (
@@ -133,7 +131,7 @@ def test_an_address_that_a_host_does_not_have_is_blocked_with_those_that_it_has(
     assert message == "it has no 10.9.9.9; its addresses are: 10.0.0.3 (enp226s0f0), 10.1.0.3 (ibp24s0)"
 
 
-def test_a_host_that_could_be_reached_at_several_addresses_is_asked_about() -> None:
+def test_a_host_with_several_possible_addresses_is_reported() -> None:
     code, level, host, message, _mend = only(two_hosts({"reached_at": "192.0.2.9"}, address=""))
     assert (code, level, host) == ("network_unclear", "blocking", "dgx-2")
     assert message.startswith("it may be reached by the other hosts at more than one address")
@@ -178,7 +176,7 @@ def test_infiniband_whose_ports_are_down_is_a_warning() -> None:
     ]
 
 
-def test_blocking_problems_come_first_and_then_the_order_of_the_hosts() -> None:
+def test_blocking_problems_are_listed_first_then_by_host() -> None:
     found = two_hosts({"resolves_to": [], "pythons": []}, first={"resolves_to": []})
     assert [(one.level, one.host, one.code) for one in found] == [
         ("blocking", "dgx-2", "python_missing"),
@@ -194,7 +192,7 @@ def test_every_code_has_a_test() -> None:
     assert not untested
 
 
-def test_the_page_of_troubles_says_what_every_code_means() -> None:
+def test_the_troubleshooting_page_explains_every_code() -> None:
     page = (Path(__file__).parent.parent / "docs/troubleshooting.md").read_text(encoding="utf-8")
     table = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \|$", page, re.MULTILINE)
     assert {code: meaning for code, meaning, fix in table if fix.strip()} == CODES

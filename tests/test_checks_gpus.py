@@ -208,16 +208,16 @@ CASES = (
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.code}-{case.level}")
-def test_a_problem_has_its_words_and_its_mend(case: Case) -> None:
+def test_a_problem_has_its_message_and_its_fix(case: Case) -> None:
     check_words(case)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.code}-{case.level}")
-def test_one_thing_is_said_where_one_thing_is_wrong(case: Case) -> None:
+def test_one_fault_is_reported_as_one_problem(case: Case) -> None:
     check_alone(case)
 
 
-def test_a_port_of_the_controller_that_is_taken_blocks_its_head() -> None:
+def test_a_used_controller_port_blocks_the_head() -> None:
     spec = ClusterSpec(name="lab", port=8642, hosts=(HostSpec(host="dgx-1"),))
     (found,) = problems(spec, {"dgx-1": facts(changes={"listening": [22, 8642]})})
     assert (found.code, found.level) == ("port_taken", "blocking")
@@ -230,7 +230,7 @@ def test_a_port_of_the_controller_that_is_taken_blocks_its_head() -> None:
     assert found.mend == "leave port out of cluster.yaml; or end that"
 
 
-def test_what_our_own_cluster_holds_is_no_problem() -> None:
+def test_resources_held_by_this_cluster_are_not_a_problem() -> None:
     own = facts(
         changes={
             "clusters": [MINE],
@@ -243,12 +243,12 @@ def test_what_our_own_cluster_holds_is_no_problem() -> None:
     assert problems(spec, {"dgx-1": own}) == ()
 
 
-def test_a_cluster_that_was_taken_down_holds_no_gpus() -> None:
+def test_a_stopped_cluster_holds_no_gpus() -> None:
     stopped = LAB2 | {"pid": None, "wanted": "stopped", "gpu_uuids": [GPU0]}
     assert one_host({"clusters": [stopped]}) == ()
 
 
-def test_gpus_that_are_left_out_are_not_looked_at() -> None:
+def test_excluded_gpus_are_not_checked() -> None:
     assert one_host({"gpus": {"hardware": 8, "problem": "No NVML", "nvidia_smi": "/x"}}, gpus=0) == ()
     assert one_host({"gpus.gpus.0.processes": [SOMEBODY]}, gpus=[1, 2]) == ()
 

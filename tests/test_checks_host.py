@@ -228,12 +228,12 @@ CASES = (
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.code}-{case.level}")
-def test_a_problem_has_its_words_and_its_mend(case: Case) -> None:
+def test_a_problem_has_its_message_and_its_fix(case: Case) -> None:
     check_words(case)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.code}-{case.level}")
-def test_one_thing_is_said_where_one_thing_is_wrong(case: Case) -> None:
+def test_one_fault_is_reported_as_one_problem(case: Case) -> None:
     check_alone(case)
 
 
@@ -250,20 +250,20 @@ def test_a_python_without_venv_and_pip_is_enough() -> None:
     assert one_host({"pythons": [{"path": "/usr/bin/python3", "version": "3.12.3"}], "uv": ""}) == ()
 
 
-def test_what_is_not_known_is_no_problem() -> None:
+def test_unknown_facts_are_not_a_problem() -> None:
     blank = HostFacts.model_validate({"system": {"kind": "Linux"}, "pythons": [{"path": "p", "version": "3.12.1"}]})
     spec = ClusterSpec(name="lab", hosts=(HostSpec(host="a"),))
     assert problems(spec, {"a": blank}) == ()
 
 
-def test_an_embedded_cluster_is_asked_only_what_it_needs() -> None:
+def test_an_embedded_cluster_is_checked_only_for_what_it_needs() -> None:
     here = facts(changes={"pythons": [], "system.kind": "Darwin", "index": {"reachable": False, "tool": "pip"}})
     assert problems(ClusterSpec(), {"here": here}) == ()
     busy = facts(changes={"gpus.gpus.0.processes": [SOMEBODY]})
     assert [one.code for one in problems(ClusterSpec(), {"here": busy})] == ["gpus_busy"]
 
 
-def test_a_full_disk_does_not_keep_a_cluster_that_is_there_from_being_healed() -> None:
+def test_a_full_disk_does_not_block_the_repair_of_a_running_cluster() -> None:
     cluster = {"name": "lab", "user": "ml", "folder": "/home/ml/.raylaunch/clusters/lab"}
     (found,) = one_host({"disks.root": disk(free=GIB), "clusters": [cluster]})
     assert (found.code, found.level) == ("disk_low", "warning")

@@ -117,7 +117,7 @@ def test_the_help_lists_every_command_without_loading_them(home: Path) -> None:
     assert not loaded & {"raylaunch.client.client", "raylaunch.cli.run", "httpx2", "rich", "ray", "wandb"}
 
 
-def test_listing_loads_nothing_that_only_a_submission_needs(home: Path) -> None:
+def test_list_does_not_import_modules_that_only_submit_needs(home: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "raylaunch", "list"],
         env=environment(home),
@@ -140,9 +140,7 @@ def test_a_mistyped_command_is_a_usage_error_with_the_nearest(home: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "near"), [("resume", "run"), ("top", "status"), ("remov", ""), ("stp", ""), ("delete", "")]
 )
-def test_a_command_that_ends_something_is_not_suggested_for_a_name_that_only_looks_like_it(
-    home: Path, name: str, near: str
-) -> None:
+def test_a_destructive_command_is_not_suggested_for_a_typo(home: Path, name: str, near: str) -> None:
     ending = f" (nearest: {near})" if near else ""
     assert cli(home, name).stderr.splitlines()[-1] == f"Error: no such command {name!r}{ending}"
 
@@ -165,7 +163,7 @@ def test_json_is_given_by_every_command_that_shows_state(home: Path, api: Api, c
 
 
 @pytest.mark.parametrize("words", [("list",), ("show", "x"), ("logs",), ("env",), ("stop", "x"), ("get",), ("du",)])
-def test_without_a_cluster_a_command_says_how_to_start_one(home: Path, words: tuple[str, ...]) -> None:
+def test_without_a_cluster_a_command_shows_how_to_start_one(home: Path, words: tuple[str, ...]) -> None:
     done = cli(home, *words)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: there is no cluster here\n  → start it: raylaunch up\n"
@@ -184,7 +182,7 @@ def test_a_wrong_job_file_is_a_usage_error_before_anything_is_started(home: Path
     assert not (home / "clusters").exists()
 
 
-def test_a_missing_working_directory_is_said_before_anything_is_started(home: Path) -> None:
+def test_a_missing_working_directory_is_reported_before_anything_starts(home: Path) -> None:
     done = cli(home, "run", "--working-dir", "/nowhere", "--", "true")
     assert (done.returncode, done.stderr) == (
         2,
@@ -196,7 +194,7 @@ def test_a_missing_working_directory_is_said_before_anything_is_started(home: Pa
     assert not (home / "clusters").exists()
 
 
-def test_submit_prints_the_id_and_says_on_stderr_what_was_packed(home: Path, api: Api, code: Path) -> None:
+def test_submit_prints_the_id_and_reports_the_packing_on_stderr(home: Path, api: Api, code: Path) -> None:
     assert api.url
     (code / "a.pyc").write_text("")
     done = cli(home, "submit", "--name", "digits", "--", "python", "train.py", "--gpus", "4", cwd=code)
@@ -229,7 +227,7 @@ def test_the_same_request_id_is_the_same_job_and_with_another_spec_an_error(home
     assert "'night'" in other.stderr
 
 
-def test_the_key_of_the_environment_goes_along_and_is_said_but_not_shown(home: Path, api: Api, code: Path) -> None:
+def test_the_wandb_key_of_the_environment_is_sent_and_mentioned_but_not_shown(home: Path, api: Api, code: Path) -> None:
     key = "0123456789" * 4
     done = cli(home, "submit", "--", "x", cwd=code, extra={"WANDB_API_KEY": key})
     assert "Sending the W&B key of this environment (WANDB_API_KEY), for this job only" in done.stderr
@@ -237,19 +235,19 @@ def test_the_key_of_the_environment_goes_along_and_is_said_but_not_shown(home: P
     assert not [path for path in (api.store / "jobs").rglob("*") if path.is_file() and key in path.read_text()]
 
 
-def test_the_active_environment_is_the_jobs_and_is_said_in_every_interface(
+def test_the_job_uses_the_active_environment_and_every_interface_shows_it(
     home: Path, api: Api, code: Path, tmp_path: Path
 ) -> None:
     assert api.url
     (tmp_path / "venv").mkdir()
     (tmp_path / "venv" / "pyvenv.cfg").write_text("version_info = 3.12.1\n")
     active = {"VIRTUAL_ENV": str(tmp_path / "venv")}
-    said = f"Python 3.12 from the active environment (venv:{tmp_path}/venv)"
+    expected = f"Python 3.12 from the active environment (venv:{tmp_path}/venv)"
     done = cli(home, "submit", "--", "x", cwd=code, extra=active)
-    assert said in done.stderr.splitlines()
+    assert expected in done.stderr.splitlines()
     assert json.loads(cli(home, "show", "--json").stdout)["spec"]["environment"]["value"] == f"{tmp_path}/venv"
-    assert f"environment  {said}" in cli(home, "show").stdout
-    assert said in cli(home, "run", "--dry-run", "--", "x", cwd=code, extra=active).stdout
+    assert f"environment  {expected}" in cli(home, "show").stdout
+    assert expected in cli(home, "run", "--dry-run", "--", "x", cwd=code, extra=active).stdout
     script = "import raylaunch; print(raylaunch.connect().submit('x', working_dir='').view.chosen)"
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment(home, active), capture_output=True, text=True, check=True
@@ -273,7 +271,7 @@ def test_a_dry_run_submits_nothing(home: Path, api: Api, code: Path) -> None:
     assert json.loads(cli(home, "list", "--json").stdout)["total"] == 0
 
 
-def test_what_is_refused_here_is_refused_before_a_missing_cluster_is_started(home: Path, code: Path) -> None:
+def test_a_refused_job_does_not_start_a_missing_cluster(home: Path, code: Path) -> None:
     odd = cli(home, "submit", "--", "x", cwd=code, extra={"WANDB_MODE": "sometimes"})
     assert (odd.returncode, odd.stdout, "WANDB_MODE" in odd.stderr) == (2, "", True)
     (code / ".env").write_text("TOKEN=1")
@@ -284,14 +282,14 @@ def test_what_is_refused_here_is_refused_before_a_missing_cluster_is_started(hom
     assert not (home / "clusters").exists()
 
 
-def test_a_dry_run_starts_no_cluster_and_checks_what_it_can_without_one(home: Path, code: Path) -> None:
+def test_a_dry_run_starts_no_cluster_and_checks_all_it_can(home: Path, code: Path) -> None:
     (code / "cluster.yaml").write_text("gpus: 2\n")
     done = cli(home, "run", "--gpus", "2", "--dry-run", "--", "python", "train.py", cwd=code)
     python = f"Python {sys.version_info[0]}.{sys.version_info[1]} that runs Ray ({sys.prefix})"
-    said = done.stdout.splitlines()
-    assert (done.returncode, said[0].startswith("Packed 2 files"), python in said) == (0, True, True)
-    assert "cluster 'local' is not running and would be started first" in said
-    assert "cluster local: would start" in said
+    output = done.stdout.splitlines()
+    assert (done.returncode, output[0].startswith("Packed 2 files"), python in output) == (0, True, True)
+    assert "cluster 'local' is not running and would be started first" in output
+    assert "cluster local: would start" in output
     found = json.loads(cli(home, "submit", "--json", "--dry-run", "--", "python", "train.py", cwd=code).stdout)
     assert (found["fits"], found["pack"]["files"], found["chosen"]["source"]) == ([], 2, "own")
     never = cli(home, "run", "--gpus", "3", "--dry-run", "--", "python", "train.py", cwd=code)
@@ -301,16 +299,16 @@ def test_a_dry_run_starts_no_cluster_and_checks_what_it_can_without_one(home: Pa
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_more_than_100_mb_is_asked_about_in_a_terminal_once(
+def test_an_upload_over_100_mb_is_confirmed_once_in_a_terminal(
     home: Path, code: Path, request: pytest.FixtureRequest
 ) -> None:
     (code / "data.bin").write_bytes(os.urandom(100_100_000))
-    status, said = at_terminal(home, "submit", "--", "true", cwd=code, answer="n")
-    assert (status, said.count("MiB to upload. Continue?")) == (130, 1), said
+    status, output = at_terminal(home, "submit", "--", "true", cwd=code, answer="n")
+    assert (status, output.count("MiB to upload. Continue?")) == (130, 1), output
     assert not (home / "clusters").exists()
     request.getfixturevalue("api")
-    status, said = at_terminal(home, "submit", "--", "true", cwd=code, answer="y")
-    assert (status, said.count("MiB to upload. Continue?")) == (0, 1), said
+    status, output = at_terminal(home, "submit", "--", "true", cwd=code, answer="y")
+    assert (status, output.count("MiB to upload. Continue?")) == (0, 1), output
     assert json.loads(cli(home, "list", "--json").stdout)["total"] == 1
 
 
@@ -346,7 +344,7 @@ def test_lists_and_shows_are_the_models_json(home: Path, api: Api, code: Path) -
     assert cli(home, "list").stdout.splitlines()[1].startswith(f"{job}  queued  olga")
 
 
-def test_a_page_says_how_to_get_the_next_and_all_gets_every_page(home: Path, api: Api, code: Path) -> None:
+def test_a_page_shows_how_to_get_the_next_and_all_gets_every_page(home: Path, api: Api, code: Path) -> None:
     assert api.url
     jobs = [submitted(home, code) for _ in range(3)]
     page = cli(home, "list", "--limit", "2")
@@ -468,7 +466,7 @@ def test_ctrl_c_while_following_detaches_and_leaves_the_job_alone(home: Path, ap
     assert json.loads(cli(home, "show", job, "--json").stdout)["state"] == "starting"
 
 
-def test_get_downloads_and_prints_where_and_finds_again_what_is_here(home: Path, api: Api, code: Path) -> None:
+def test_get_prints_the_destination_and_skips_files_that_are_present(home: Path, api: Api, code: Path) -> None:
     job = submitted(home, code)
     output = api.store / "jobs" / job / "attempt-1" / "outputs" / "model.pt"
     output.parent.mkdir(parents=True)
@@ -485,7 +483,7 @@ def test_get_downloads_and_prints_where_and_finds_again_what_is_here(home: Path,
     assert "model.pt" in json.loads(kept.stdout)["error"]["message"]
 
 
-def test_secrets_come_from_stdin_and_only_their_names_come_back(home: Path, api: Api) -> None:
+def test_secrets_are_read_from_stdin_and_only_their_names_are_shown(home: Path, api: Api) -> None:
     assert api.url
     assert cli(home, "secret", "set", "HF_TOKEN", text="hunter2\n").stderr == "Set HF_TOKEN\n"
     assert cli(home, "secret", "list").stdout == "HF_TOKEN\n"
@@ -511,7 +509,7 @@ def test_an_output_pipe_that_closes_is_no_traceback(home: Path, api: Api, code: 
     assert (done.stdout, done.stderr) == ("line\n", "")
 
 
-def test_stop_and_rm_take_several_jobs(home: Path, api: Api, code: Path) -> None:
+def test_stop_and_rm_accept_several_jobs(home: Path, api: Api, code: Path) -> None:
     assert api.url
     one, other = submitted(home, code), submitted(home, code)
     stopped = cli(home, "stop", one, other, "--wait")

@@ -106,7 +106,7 @@ PRINTED: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("what", PRINTED)
-def test_no_field_of_what_is_printed_acts_on_a_terminal(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_printed_field_controls_the_terminal(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     PRINTED[what]()
     check(capsys)
 
@@ -198,7 +198,7 @@ WRONG = [
 
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("words", WRONG, ids=range(len(WRONG)))
-def test_arguments_that_are_wrong_are_quoted_without_what_acts_on_a_terminal(
+def test_invalid_arguments_are_quoted_without_control_characters(
     words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("train.py").write_text("")
@@ -229,7 +229,7 @@ def test_exports_for_a_shell_have_no_names_but_rays_own() -> None:
 
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_command_prints_what_acts_on_a_terminal(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_prints_control_characters(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         raylaunch.main(command.split(), standalone_mode=False, prog_name="raylaunch")
     except RaylaunchError as error:

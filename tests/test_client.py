@@ -95,20 +95,20 @@ def test_a_cluster_that_does_not_listen_is_down() -> None:
     )
 
 
-def test_something_else_on_the_port_is_not_taken_for_the_controller() -> None:
+def test_another_server_on_the_port_is_not_mistaken_for_the_controller() -> None:
     with stranger({}) as url:
         assert status_error(url).message == f"the server at {url} is not the controller of a raylaunch cluster"
 
 
-@pytest.mark.parametrize(("version", "told"), [("0.1.0", True), (__version__, False), ("99.0.0", False)])
-def test_what_an_older_controller_does_not_know_is_refused_with_what_to_do(version: str, *, told: bool) -> None:
+@pytest.mark.parametrize(("version", "reported"), [("0.1.0", True), (__version__, False), ("99.0.0", False)])
+def test_features_an_older_controller_lacks_are_refused_with_a_hint(version: str, *, reported: bool) -> None:
     headers = {"X-Raylaunch-Api": str(API), "X-Raylaunch-Version": version}
     body = {"error": {"code": "not_found", "message": "there is no /v1/status here", "hint": "see openapi.json"}}
     with stranger(headers, status=404, body=body) as url:
         error = status_error(url)
     assert isinstance(error, NotFoundError)
     assert "openapi.json" in error.hint
-    assert ("raylaunch up" in error.hint) == told
+    assert ("raylaunch up" in error.hint) == reported
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_what_an_older_controller_does_not_know_is_refused_with_what_to_do(versi
         ("99", "install the controller's version here: pip install raylaunch==9.9"),
     ],
 )
-def test_a_controller_of_another_protocol_is_refused_and_says_what_to_do(number: str, hint: str) -> None:
+def test_a_controller_with_another_protocol_is_refused_with_a_hint(number: str, hint: str) -> None:
     with stranger({"X-Raylaunch-Api": number, "X-Raylaunch-Version": "9.9"}) as url:
         error = status_error(url)
     assert isinstance(error, VersionError)
@@ -131,14 +131,12 @@ def test_an_unknown_token_is_an_access_error(api: Api) -> None:
         ask(api, lambda client: client.status(), person="mallory")
 
 
-def test_the_status_says_who_is_asking(api: Api) -> None:
+def test_the_status_shows_the_caller(api: Api) -> None:
     status = ask(api, lambda client: client.status())
     assert (status.person, status.role) == ("tom", "trainer")
 
 
-def test_nothing_is_sent_when_a_person_says_no_to_an_upload_and_nobody_is_asked_for_what_is_there(
-    api: Api, code: Path
-) -> None:
+def test_a_declined_upload_sends_nothing_and_present_code_needs_no_confirmation(api: Api, code: Path) -> None:
     asked: list[int] = []
 
     async def refuse(size: int) -> None:
@@ -159,17 +157,17 @@ def test_nothing_is_sent_when_a_person_says_no_to_an_upload_and_nobody_is_asked_
 
 
 def test_a_submission_sends_code_report_and_git_facts(api: Api, code: Path) -> None:
-    said: list[tuple[int, int]] = []
+    messages: list[tuple[int, int]] = []
 
     async def submit(client: Client) -> JobView:
         spec = JobSpec(entrypoint="python train.py", working_dir=str(code))
-        answer = await client.submit(spec, on_packed=lambda report, size: said.append((report.files, size)))
+        answer = await client.submit(spec, on_packed=lambda report, size: messages.append((report.files, size)))
         return await client.job(answer.job.id)
 
     job = ask(api, submit)
     with pack(code) as packed:
         assert (api.store / "packages" / f"{packed.sha256}.tar.gz").read_bytes() == packed.file.read()
-        assert said == [(1, packed.bytes)]
+        assert messages == [(1, packed.bytes)]
     assert job.pack is not None
     assert job.pack.files == 1
 
@@ -186,7 +184,7 @@ def test_code_that_the_cluster_has_is_not_sent_again(api: Api, code: Path) -> No
     assert sent == []
 
 
-def test_an_upload_goes_on_where_an_earlier_one_stopped(api: Api, code: Path) -> None:
+def test_an_interrupted_upload_is_resumed(api: Api, code: Path) -> None:
     seed = hashlib.sha256(b"seed").digest()
     noise = b"".join(hashlib.sha256(seed + n.to_bytes(4, "big")).digest() for n in range((CHUNK + CHUNK // 2) // 32))
     (code / "noise.bin").write_bytes(noise)
@@ -216,7 +214,7 @@ def test_the_same_request_id_returns_the_same_job_and_refuses_another_spec(api: 
         ask(api, thrice)
 
 
-def test_a_dry_run_makes_no_job(api: Api) -> None:
+def test_a_dry_run_creates_no_job(api: Api) -> None:
     found = ask(api, lambda client: client.dry_run(JobSpec(entrypoint="python -m train")))
     assert found.message == "train would start on here at once"
     assert ask(api, lambda client: client.jobs()).total == 0
@@ -258,7 +256,7 @@ def older_head(taken: list[dict[str, Any]]) -> Iterator[Endpoint]:
         thread.join(10)
 
 
-def test_a_head_of_0_1_0_takes_what_it_knows_and_what_it_cannot_do_is_said() -> None:
+def test_a_head_of_0_1_0_accepts_known_fields_and_the_rest_is_refused() -> None:
     taken: list[dict[str, Any]] = []
     notices: list[str] = []
     plain = JobSpec(entrypoint="x", working_dir="", env={"SEED": "1"})
@@ -347,7 +345,7 @@ def test_usage_and_metrics_of_a_job_without_any_are_empty(api: Api) -> None:
 KEY = {"WANDB_API_KEY": "k" * 40}
 
 
-def test_the_wandb_key_of_the_environment_goes_along_with_its_server() -> None:
+def test_the_wandb_key_of_the_environment_is_sent_with_its_server() -> None:
     found = with_wandb(JobSpec(entrypoint="x"), {**KEY, "WANDB_BASE_URL": "http://wandb.example"})
     assert found.secrets == KEY
     assert found.spec.env == {"WANDB_BASE_URL": "http://wandb.example"}
@@ -388,7 +386,7 @@ def test_the_shells_mode_is_the_jobs(shell: dict[str, str], mode: str) -> None:
     assert bool(found.secrets) == (mode in {"auto", "online"})
 
 
-def test_what_a_job_states_comes_before_the_shell() -> None:
+def test_the_jobs_own_settings_take_precedence_over_the_shell() -> None:
     spec = JobSpec(
         entrypoint="x", tracking=Tracking(mode="auto", project="mine"), tags=("t",), env={"WANDB_NAME": "mine"}
     )
@@ -411,5 +409,5 @@ def test_a_mode_that_wandb_does_not_have_is_refused() -> None:
         (JobSpec(entrypoint="x", tracking=Tracking(mode="offline")), {**KEY, "WANDB_MODE": "online"}),
     ],
 )
-def test_no_wandb_key_goes_along_where_none_is_wanted(spec: JobSpec, environ: dict[str, str]) -> None:
+def test_no_wandb_key_is_sent_without_tracking(spec: JobSpec, environ: dict[str, str]) -> None:
     assert with_wandb(spec, environ) == (spec, {}, ())

@@ -49,7 +49,7 @@ def test_a_file_that_is_here_is_not_fetched_again(api: Api, tmp_path: Path) -> N
     assert not again.fetched
 
 
-def test_a_file_that_differs_is_kept_and_the_others_still_come(api: Api, tmp_path: Path) -> None:
+def test_a_changed_file_is_kept_and_the_others_are_downloaded(api: Api, tmp_path: Path) -> None:
     job = submitted(api)
     write(api, job.id, "attempt-1/outputs/a.pt", b"weights")
     write(api, job.id, "attempt-1/outputs/b.pt", b"more weights")
@@ -63,9 +63,7 @@ def test_a_file_that_differs_is_kept_and_the_others_still_come(api: Api, tmp_pat
     assert (tmp_path / "a.pt").read_bytes() == b"weights"
 
 
-def test_what_an_earlier_download_left_is_brought_up_to_date_until_a_person_changes_it(
-    api: Api, tmp_path: Path
-) -> None:
+def test_earlier_downloads_are_updated_until_a_person_changes_them(api: Api, tmp_path: Path) -> None:
     job = submitted(api)
     write(api, job.id, "attempt-1/outputs/model.pt", b"early")
     ask(api, lambda client: client.download(job.id, dest=tmp_path))
@@ -91,7 +89,7 @@ def test_a_folder_with_another_jobs_files_is_refused(api: Api, tmp_path: Path) -
     assert (tmp_path / "models" / "other.pt").read_bytes() == b"second"
 
 
-def test_a_name_with_a_line_feed_comes_as_any_other(api: Api, tmp_path: Path) -> None:
+def test_a_file_name_with_a_line_feed_is_downloaded(api: Api, tmp_path: Path) -> None:
     job = submitted(api)
     write(api, job.id, "attempt-1/outputs/a\nb/c\n", b"odd")
     write(api, job.id, "attempt-1/outputs/model.pt", b"weights")
@@ -194,14 +192,14 @@ BAD_FACTS: list[tuple[dict[str, object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("facts", "said"), BAD_FACTS)
-def test_sizes_and_checksums_of_the_head_must_be_true(tmp_path: Path, facts: dict[str, object], said: str) -> None:
+@pytest.mark.parametrize(("facts", "expected"), BAD_FACTS)
+def test_sizes_and_checksums_of_the_head_must_be_true(tmp_path: Path, facts: dict[str, object], expected: str) -> None:
     error = from_any_head([{"path": "f", "kind": "output", **facts}], {"f": b"yy" * 50_000}, tmp_path / "here")
-    assert said in error.problems["f"]
+    assert expected in error.problems["f"]
     assert list((tmp_path / "here").iterdir()) == []
 
 
-def test_of_a_file_that_grows_no_more_comes_than_was_announced(tmp_path: Path) -> None:
+def test_a_growing_file_is_downloaded_up_to_the_announced_size(tmp_path: Path) -> None:
     files: list[dict[str, object]] = [
         {"path": "log", "bytes": 10, "kind": "log"},
         {"path": "../x", "bytes": 1, "kind": "log"},
@@ -214,7 +212,7 @@ def part_of(tmp_path: Path, data: bytes) -> Path:
     return tmp_path / f".model.pt.{hashlib.sha256(data).hexdigest()[:12]}.part"
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(api: Api, tmp_path: Path) -> None:
+def test_an_interrupted_download_is_resumed(api: Api, tmp_path: Path) -> None:
     data = bytes(range(256)) * 8192
     job = submitted(api)
     write(api, job.id, "attempt-1/outputs/model.pt", data)
@@ -230,7 +228,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(api: Api, tmp_path: Pa
     assert not part_of(tmp_path, data).exists()
 
 
-def test_a_download_with_another_checksum_is_refused_by_name_and_leaves_nothing(api: Api, tmp_path: Path) -> None:
+def test_a_download_with_a_wrong_checksum_is_refused_and_deleted(api: Api, tmp_path: Path) -> None:
     job = submitted(api)
     write(api, job.id, "attempt-1/outputs/model.pt", b"weights")
     part_of(tmp_path, b"weights").write_bytes(b"wrong!!")
@@ -247,7 +245,7 @@ def test_a_file_that_is_not_there_is_answered_with_the_nearest(api: Api, tmp_pat
     assert caught.value.message == "no file matches 'modle.pt' (nearest: model.pt)"
 
 
-def test_what_looks_like_a_secret_comes_by_its_whole_name_alone(api: Api, tmp_path: Path) -> None:
+def test_a_suspected_secret_is_downloaded_only_by_its_full_name(api: Api, tmp_path: Path) -> None:
     job = submitted(api)
     write(api, job.id, "attempt-1/outputs/model.pt", b"weights")
     write(api, job.id, "attempt-1/facts.json", b'{"left": {"keys/id_rsa": 3}, "withheld": ["keys/id_rsa"]}')

@@ -47,7 +47,7 @@ def test_following_yields_each_event_once_and_ends_with_the_job(api: Api) -> Non
     assert seen[1:] == ["starts", "ended"]
 
 
-def test_the_tail_of_a_log_says_where_to_read_on(api: Api) -> None:
+def test_the_tail_of_a_log_reports_where_to_continue(api: Api) -> None:
     job = submitted(api)
     admitted(api, job.id)
     write(api, job.id, "attempt-1/logs/rank-0.log", b"one\ntwo\nthree\n")
@@ -56,7 +56,7 @@ def test_the_tail_of_a_log_says_where_to_read_on(api: Api) -> None:
     assert (chunk.attempt, chunk.ended) == (1, False)
 
 
-def test_following_a_log_goes_through_all_attempts_to_the_end(api: Api) -> None:
+def test_following_a_log_covers_all_attempts_until_the_end(api: Api) -> None:
     job = submitted(api)
 
     async def follow(client: Client) -> bytes:
@@ -99,7 +99,7 @@ def test_following_the_log_of_a_job_that_ended_before_it_started_ends(api: Api) 
     assert ask(api, follow) == []
 
 
-def test_a_controller_that_restarts_elsewhere_is_found_again_and_that_is_said_once(tmp_path: Path) -> None:
+def test_a_controller_that_restarts_elsewhere_is_found_and_reported_once(tmp_path: Path) -> None:
     notices: list[str] = []
     with serving(tmp_path / "store") as before:
         job = submitted(before)

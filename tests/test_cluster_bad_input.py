@@ -55,7 +55,7 @@ def in_home_of_its_own(cluster: Cluster, home: Path, *words: str) -> Result:
     return cluster.cli(*words, cwd=work, env={"RAYLAUNCH_HOME": str(home)})
 
 
-def test_a_port_that_is_taken_is_said_with_who_has_it_and_nothing_is_started(cluster: Cluster, home: Path) -> None:
+def test_a_used_port_is_reported_with_its_owner_and_nothing_is_started(cluster: Cluster, home: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         (home / "work").mkdir()
@@ -72,7 +72,7 @@ def test_a_port_that_is_taken_is_said_with_who_has_it_and_nothing_is_started(clu
     assert not [process for process in psutil.process_iter(["environ"]) if mark in str(process.info["environ"])]
 
 
-def test_a_running_ray_of_another_version_is_said_with_what_to_do(cluster: Cluster) -> None:
+def test_a_running_ray_of_another_version_is_reported_with_a_hint(cluster: Cluster) -> None:
     kept = cluster.paths.record.read_text()
     record = json.loads(kept)
     record["versions"]["ray"] = "2.59.1"

@@ -56,14 +56,14 @@ def host_of(cluster: Cluster) -> str:
     return cluster.ask(lambda client: client.status()).nodes[0].hostname
 
 
-def test_a_drained_host_lets_jobs_end_and_begins_none_until_it_takes_jobs_again(own: Cluster, tmp_path: Path) -> None:
+def test_a_drained_host_finishes_its_jobs_and_starts_none_until_undrained(own: Cluster, tmp_path: Path) -> None:
     host = host_of(own)
     done = tmp_path / "done"
     runs = own.python(f"import os, time\nwhile not os.path.exists({str(done)!r}): time.sleep(0.1)", "--name", "before")
     own.runs(runs)
-    said = own.good("drain", host, "--until", "2h")
-    assert said.startswith(f"{host} is drained by ")
-    assert f"1 running job: {runs}" in said
+    output = own.good("drain", host, "--until", "2h")
+    assert output.startswith(f"{host} is drained by ")
+    assert f"1 running job: {runs}" in output
     waits = own.python("print('my turn')", "--name", "after")
     waiting = own.until(waits, lambda job: job.reason is Reason.WAITING_FOR_DRAIN, 60, "it says what it waits for")
     assert waiting.message.startswith(f"could run, but {host} is drained by ")
@@ -74,7 +74,7 @@ def test_a_drained_host_lets_jobs_end_and_begins_none_until_it_takes_jobs_again(
     assert own.ended(waits).state is JobState.SUCCEEDED
 
 
-def test_a_drain_that_stops_jobs_queues_them_again_and_they_go_on_where_they_were(own: Cluster) -> None:
+def test_a_drain_that_stops_jobs_requeues_them_and_they_resume(own: Cluster) -> None:
     host = host_of(own)
     job = own.python(SAVES, "--name", "saves")
     own.ready(job)
@@ -118,7 +118,7 @@ def process_that_a_plain_job_leaves(cluster: Cluster, written: Path) -> ProcessI
 
 
 @pytest.mark.long
-def test_another_ray_is_started_only_once_no_job_runs_and_only_when_asked_to(own: Cluster) -> None:
+def test_another_ray_version_is_started_only_on_request_and_without_running_jobs(own: Cluster) -> None:
     job = own.python(SAVES, "--name", "runs")
     own.ready(job)
     before = own.ray_pid()

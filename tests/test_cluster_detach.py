@@ -36,15 +36,15 @@ def shows(command: Command, text: bytes) -> None:
     assert command.status is None, command.err
 
 
-def test_control_c_while_following_detaches_says_so_and_the_job_goes_on(cluster: Cluster) -> None:
+def test_control_c_while_following_detaches_and_the_job_continues(cluster: Cluster) -> None:
     with started(cluster, *run_words(cluster, "left-alone")) as run:
         shows(run, b"ready\n")
         run.signal(signal.SIGINT)
         status = run.wait(20)
-        said = run.err.splitlines()
+        output = run.err.splitlines()
     job = cluster.job("left-alone")
     assert status == 0
-    assert said[-1] == f"Detached; the job keeps running. Follow it again: raylaunch follow {job.id}"
+    assert output[-1] == f"Detached; the job keeps running. Follow it again: raylaunch follow {job.id}"
     assert job.state is JobState.RUNNING
     let_go(cluster, "left-alone")
     followed = cluster.cli("follow", job.id)

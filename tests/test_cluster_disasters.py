@@ -202,7 +202,7 @@ def new_agent(cluster: Cluster, killed: set[int]) -> psutil.Process | None:
 
 
 @pytest.mark.long
-def test_killing_the_client_ten_times_makes_one_job_each(cluster: Cluster, book: Book) -> None:
+def test_a_client_killed_ten_times_creates_one_job_per_submission(cluster: Cluster, book: Book) -> None:
     chance, moment = random.Random(4), threading.Event()  # noqa: S311 -- no secret
     folder = cluster.work / "killed_client"
     folder.mkdir()
@@ -231,9 +231,7 @@ def test_killing_the_client_ten_times_makes_one_job_each(cluster: Cluster, book:
 @pytest.mark.parametrize(
     "victim", [pytest.param(one, marks=pytest.mark.long) for one in ("ray start --block", "gcs_server")]
 )
-def test_a_killed_ray_comes_back_by_itself_and_its_job_is_tried_again(
-    cluster: Cluster, book: Book, victim: str
-) -> None:
+def test_a_killed_ray_restarts_and_its_job_is_retried(cluster: Cluster, book: Book, victim: str) -> None:
     running = cluster.python(FIRST_WAITS, *book.env, "--gpus", "4")
     cluster.ready(running)
     queued = cluster.python(LEDGER, *book.env, "--gpus", "4")
@@ -266,7 +264,7 @@ def named(parent: psutil.Process, name: str) -> psutil.Process:
     return next(child for child in parent.children(recursive=True) if child.name() == name)
 
 
-def test_any_verb_heals_a_dead_controller_and_says_so(cluster: Cluster) -> None:
+def test_any_command_restarts_a_dead_controller_and_reports_it(cluster: Cluster) -> None:
     before = jobs(cluster)
     kill_controller(cluster)
     result = cluster.cli("list", "--json")
@@ -304,7 +302,7 @@ def short_job(cluster: Cluster) -> str:
     )
 
 
-def test_a_controller_that_hangs_is_replaced_by_the_next_command_and_ends_are_told_as_they_were(
+def test_a_hanging_controller_is_replaced_and_results_are_kept(
     cluster: Cluster,
 ) -> None:
     job = short_job(cluster)
@@ -361,7 +359,7 @@ def test_after_a_reboot_two_ups_at_once_give_one_cluster_with_the_same_jobs(clus
     assert [job for job in jobs(cluster) if job.id != running] == before
 
 
-def test_a_corrupted_database_is_kept_aside_said_and_rebuilt_from_the_journals(cluster: Cluster) -> None:
+def test_a_corrupted_database_is_renamed_reported_and_rebuilt(cluster: Cluster) -> None:
     for number in ("1", "2"):
         cluster.ended(cluster.python(f"print({number})", "--tracking", "disabled"))
     before = jobs(cluster)
@@ -374,11 +372,11 @@ def test_a_corrupted_database_is_kept_aside_said_and_rebuilt_from_the_journals(c
     cluster.good("up")
     (aside,) = store.glob("raylaunch.db.corrupt-*")
     assert aside.read_bytes() == garbage
-    said = (
+    expected = (
         f"The database was damaged (file is not a database; it was renamed to {aside.name}) "
         f"and was rebuilt from the journals of {len(before)} jobs."
     )
-    assert said in cluster.good("status")
+    assert expected in cluster.good("status")
     assert jobs(cluster) == before
 
 

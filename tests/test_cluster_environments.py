@@ -87,7 +87,7 @@ def setup_log(cluster: Cluster, job: str) -> bytes:
     return path.read_bytes() if path.exists() else b""
 
 
-def test_an_interpreter_path_is_what_python_means_in_the_job(cluster: Cluster, tmp_path: Path) -> None:
+def test_python_in_a_job_is_the_interpreter_of_the_given_path(cluster: Cluster, tmp_path: Path) -> None:
     python = make_venv(tmp_path / "env") / "bin" / "python"
     job = cluster.python("import sys; print(sys.prefix)", "--environment", str(python))
     done = succeeded(cluster, job)
@@ -105,7 +105,7 @@ def test_a_venv_is_activated_so_that_its_console_scripts_are_found(cluster: Clus
 
 
 @pytest.mark.long
-def test_pip_requirements_are_installed_once_for_all_jobs_that_ask_the_same(cluster: Cluster) -> None:
+def test_equal_pip_requirements_are_installed_once_for_all_jobs(cluster: Cluster) -> None:
     spec = {"entrypoint": ["python", "-c", WHERE], "environment": {"pip": [PACKAGE]}, "working_dir": ""}
     folder = project(cluster, "pip_list", job__yaml=json.dumps(spec))
     first = cluster.submit("-f", "job.yaml", cwd=folder)
@@ -133,7 +133,7 @@ def test_a_requirements_file_of_the_working_directory_is_installed(cluster: Clus
 
 
 @pytest.mark.long
-def test_a_requirement_that_does_not_exist_fails_the_job_in_the_installers_words(cluster: Cluster) -> None:
+def test_a_missing_requirement_fails_the_job_with_the_installers_message(cluster: Cluster) -> None:
     folder = project(cluster, "pip_wrong", requirements__txt="./no-such-package-here\n", train__py="print(1)")
     job = cluster.submit("--environment", "pip:requirements.txt", "--", "python", "train.py", cwd=folder)
     failed = cluster.ended(job, 120)
@@ -165,9 +165,9 @@ def test_uv_syncs_the_projects_lock_once_for_all_jobs_with_the_same(cluster: Clu
 def test_a_job_can_report_under_another_python_that_has_no_raylaunch(version: str, cluster: Cluster) -> None:
     job = cluster.python(REPORTS, "--environment", python_of(version))
     done = succeeded(cluster, job)
-    said = cluster.log(job).decode()
-    assert said.startswith(f"({version.replace('.', ', ')})")
-    assert "runner.pyz" in said
+    output = cluster.log(job).decode()
+    assert output.startswith(f"({version.replace('.', ', ')})")
+    assert "runner.pyz" in output
     assert done.last_metrics == {"accuracy": 0.5}
     assert done.progress is not None
     assert (done.progress.step, done.progress.total) == (2, 4)
@@ -181,7 +181,7 @@ def test_the_package_list_is_kept_with_the_job_and_shown(cluster: Cluster) -> No
     assert any(one.startswith("ray==") for one in packages_of(done))
 
 
-def test_what_pip_needs_goes_along_with_a_job_whose_node_reaches_no_index(cluster: Cluster, tmp_path: Path) -> None:
+def test_wheels_are_sent_with_a_job_whose_node_cannot_reach_an_index(cluster: Cluster, tmp_path: Path) -> None:
     tiny_wheel(tmp_path / "index", "alpha", "1.0", requires=["beta"])
     tiny_wheel(tmp_path / "index", "beta", "2.0")
     code = tmp_path / "code"
@@ -192,8 +192,8 @@ def test_what_pip_needs_goes_along_with_a_job_whose_node_reaches_no_index(cluste
     with_rays_own = [*program[:2], f"import ray; {program[2]}"]
     with index(tmp_path / "index") as served:
         own = {name: value for name, value in served.environ(tmp_path).items() if name not in {"PATH", "HOME"}}
-        said = cluster.good("submit", "--dry-run", *words, "--", *program, cwd=code, env=own)
-        assert "cannot reach a package index" in said
+        output = cluster.good("submit", "--dry-run", *words, "--", *program, cwd=code, env=own)
+        assert "cannot reach a package index" in output
         job = cluster.submit(*words, "--", *program, cwd=code, env=own)
         again = cluster.submit(*words, "--", *program, cwd=code, env=own)
         added = cluster.submit("--with", "alpha", *words[2:], "--", *with_rays_own, cwd=code, env=own)

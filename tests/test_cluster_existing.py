@@ -32,7 +32,7 @@ def theirs(plain_ray: RayHeadRunning) -> Iterator[BesideRay]:
         yield cluster
 
 
-def test_up_starts_a_controller_next_to_it_and_again_changes_nothing(theirs: BesideRay) -> None:
+def test_up_starts_a_controller_next_to_ray_and_a_second_up_changes_nothing(theirs: BesideRay) -> None:
     before = theirs.controller_pid()
     again = theirs.cli("up")
     assert (again.status, theirs.controller_pid()) == (0, before)
@@ -75,7 +75,7 @@ def test_metrics_of_a_run_can_be_read_while_it_is_off_line(theirs: BesideRay) ->
     assert theirs.job(job).last_metrics["loss"] == 0.5
 
 
-def test_down_ends_the_controller_and_node_agents_and_nothing_of_ray(theirs: BesideRay) -> None:
+def test_down_stops_the_controller_and_node_agents_but_not_ray(theirs: BesideRay) -> None:
     kept, theirs_too = theirs.python("print('kept')"), f"somebody-elses-{secrets.token_hex(3)}"
     theirs.ended(kept)
     headers = {"Authorization": f"Bearer {theirs.ray_head.token_path.read_text()}"}
@@ -84,8 +84,8 @@ def test_down_ends_the_controller_and_node_agents_and_nothing_of_ray(theirs: Bes
         ray.post("/api/jobs/", json=body).raise_for_status()
         wait_until(lambda: ray.get(f"/api/jobs/{theirs_too}").json()["status"] == "RUNNING", 60, "their job runs")
         before, controller = theirs.daemons(), theirs.controller_pid()
-        said = theirs.good("down", timeout_s=UP_S)
-        assert "was not started by raylaunch" in said
+        output = theirs.good("down", timeout_s=UP_S)
+        assert "was not started by raylaunch" in output
         wait_until(lambda: not psutil.pid_exists(controller), 60, "the controller has ended")
         wait_until(lambda: not theirs.agents(), 60, "the node agents have ended")
         assert before <= theirs.daemons()
@@ -116,7 +116,7 @@ def test_a_wrong_token_is_reported_with_its_file(theirs: BesideRay, tmp_path: Pa
     assert f"rejects the token in {tmp_path / 'token'}" in refused.err
 
 
-def test_a_plan_reports_what_would_be_done_and_does_nothing(theirs: BesideRay, tmp_path: Path) -> None:
+def test_a_plan_reports_the_steps_and_changes_nothing(theirs: BesideRay, tmp_path: Path) -> None:
     text = (theirs.work / "cluster.yaml").read_text().replace("theirs", "planned")
     (tmp_path / "cluster.yaml").write_text(text)
     cluster = Cluster(tmp_path, tmp_path)
@@ -128,7 +128,7 @@ def test_a_plan_reports_what_would_be_done_and_does_nothing(theirs: BesideRay, t
     assert not (tmp_path / "clusters").exists()
 
 
-def test_a_head_that_is_not_reached_is_an_error_with_what_to_do(theirs: BesideRay, tmp_path: Path) -> None:
+def test_an_unreachable_head_is_an_error_with_a_hint(theirs: BesideRay, tmp_path: Path) -> None:
     text = (theirs.work / "cluster.yaml").read_text().replace("theirs", "shut")
     (tmp_path / "cluster.yaml").write_text(text.replace(theirs.ray_head.gcs_address, "127.0.0.1:9"))
     cluster = Cluster(tmp_path, tmp_path)

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 @pytest.mark.long
-def test_a_full_store_is_said_and_files_wait_on_their_node_and_down_ends_all(tmp_path: Path) -> None:
+def test_a_full_store_is_reported_and_files_wait_on_their_node_and_down_stops_all(tmp_path: Path) -> None:
     with small_disk(tmp_path / "store", kib=16 * 1024) as store, running_cluster({"store": str(store)}) as full:
         enough = tmp_path / "enough"
         code = TALKS + "print('y' * 3_000_000)\n"

@@ -35,7 +35,7 @@ NOBODY = 65534
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
 
-def test_all_folders_of_a_cluster_are_ours_alone(paths: ClusterPaths) -> None:
+def test_all_folders_of_a_cluster_are_private_to_the_user(paths: ClusterPaths) -> None:
     folders = (paths.home / "clusters", paths.root, paths.node, paths.gcs, paths.temp.parent, paths.temp)
     assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
 
@@ -66,7 +66,7 @@ def held_by_another(folder: Path) -> None:
     "taken",
     [pytest.param(held_by_another, marks=needs_root), lambda folder: folder.symlink_to("/etc"), Path.touch],
 )
-def test_another_account_that_holds_the_folder_of_temp_folders_blocks_nobody(
+def test_another_account_that_owns_the_temp_folder_does_not_block_the_cluster(
     tmp_path: Path, taken: Callable[[Path], None]
 ) -> None:
     paths = cluster_paths("lab", {"RAYLAUNCH_HOME": str(tmp_path / "home")})
@@ -97,7 +97,7 @@ def test_a_link_in_place_of_a_folder_is_refused(paths: ClusterPaths, tmp_path: P
     paths.temp.unlink()
 
 
-def test_a_secret_is_made_once_and_only_we_can_read_it(paths: ClusterPaths) -> None:
+def test_a_secret_is_created_once_and_is_private_to_the_user(paths: ClusterPaths) -> None:
     first = secret_file(paths.token)
     assert secret_file(paths.token) == first
     assert len(first) == 43

@@ -84,7 +84,7 @@ def test_a_job_of_plain_ray_is_listed_marked_and_shown(cluster: Cluster) -> None
     assert shown[1].split() == ["state", "succeeded"]
 
 
-def test_a_job_of_plain_ray_that_fails_has_failed_with_rays_words(cluster: Cluster) -> None:
+def test_an_external_job_that_fails_shows_rays_message(cluster: Cluster) -> None:
     cluster.ray("job", "submit", "--no-wait", "--submission-id", "plain-two", "--", "bash", "-c", "exit 3")
     wait_until(lambda: "plain-two" in listed_ids(cluster), 30, "raylaunch lists it")
     job = listed(cluster, "plain-two")
@@ -92,7 +92,7 @@ def test_a_job_of_plain_ray_that_fails_has_failed_with_rays_words(cluster: Clust
     assert "exit code 3" in job.message
 
 
-def test_ray_job_stop_ends_a_job_of_ours_with_nothing_left_and_says_who_stopped_it(cluster: Cluster) -> None:
+def test_ray_job_stop_stops_a_raylaunch_job_completely_and_the_job_shows_who_did_it(cluster: Cluster) -> None:
     job = cluster.python(STUBBORN, "--grace", "1s")
     cluster.ready(job)
     assert len(cluster.of_attempt(f"{job}-1")) >= 2
@@ -104,7 +104,7 @@ def test_ray_job_stop_ends_a_job_of_ours_with_nothing_left_and_says_who_stopped_
     assert not cluster.of_attempt(f"{job}-1")
 
 
-def test_rays_own_access_takes_an_operator(cluster: Cluster) -> None:
+def test_rays_own_access_requires_an_operator(cluster: Cluster) -> None:
     url = f"{cluster.reach().url}/v1/ray"
     with people(cluster, vera="viewer", tom="trainer", olga="operator"):
         answers = {

@@ -51,16 +51,16 @@ def test_a_job_runs_with_its_gpus_and_its_code_and_leaves_its_model(cluster: Clu
     assert (folder / "model" / "model.bin").read_bytes() == bytes(range(256)) * 1000
 
 
-def test_a_job_that_asks_for_more_than_there_is_is_refused_with_what_there_is(cluster: Cluster) -> None:
+def test_a_job_that_can_never_run_is_refused_with_the_available_resources(cluster: Cluster) -> None:
     result = cluster.cli("submit", "--working-dir", "", "--gpus", "16", "--", "python", "-m", "x")
     assert result.status == 2
     host = cluster.ask(lambda client: client.status()).nodes[0].hostname
-    said = f"x can never run on cluster local: needs 16 GPUs on one node; the largest has 4 ({host})"
-    assert said in result.err
+    expected = f"x can never run on cluster local: needs 16 GPUs on one node; the largest has 4 ({host})"
+    assert expected in result.err
     assert "raylaunch status" in result.err
 
 
-def test_a_job_waits_for_its_turn_and_says_why(cluster: Cluster) -> None:
+def test_a_waiting_job_shows_its_reason(cluster: Cluster) -> None:
     first = cluster.python(WAITS, "--gpus", "3", "--name", "holder")
     cluster.runs(first)
     second = cluster.python("print('my turn')", "--gpus", "2", "--name", "waiter")
@@ -110,14 +110,14 @@ def test_a_failed_program_gives_its_own_exit_status_to_run(cluster: Cluster) -> 
     assert "the training exited with status 7" in result.err
 
 
-def test_a_program_that_does_not_exist_is_said(cluster: Cluster) -> None:
+def test_a_missing_program_is_reported(cluster: Cluster) -> None:
     job = cluster.submit("--working-dir", "", "--", "no-such-program", "--fast")
     failed = cluster.ended(job)
     assert (failed.state, failed.reason) == (JobState.FAILED, Reason.ENTRYPOINT_NOT_FOUND)
     assert "no-such-program" in failed.message
 
 
-def test_an_environment_that_does_not_exist_is_said(cluster: Cluster) -> None:
+def test_a_missing_environment_is_reported(cluster: Cluster) -> None:
     job = cluster.python("print(1)", "--environment", "venv:/no/such/venv")
     failed = cluster.ended(job)
     assert (failed.state, failed.reason) == (JobState.FAILED, Reason.ENVIRONMENT)
@@ -143,7 +143,7 @@ assert open(folder + "/last/path").read() == path
 """
 
 
-def test_a_failed_program_is_tried_again_as_often_as_asked(cluster: Cluster) -> None:
+def test_a_failed_program_is_retried_as_often_as_requested(cluster: Cluster) -> None:
     job = cluster.python(RESUMES, "--retries", "1")
     done = cluster.ended(job)
     assert (done.state, len(done.attempts)) == (JobState.SUCCEEDED, 2)
@@ -153,9 +153,7 @@ def test_a_failed_program_is_tried_again_as_often_as_asked(cluster: Cluster) -> 
     assert (second / "last").readlink() == Path("step-1")
 
 
-def test_what_a_program_writes_is_kept_and_what_is_too_large_is_fetched_from_its_node(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_outputs_are_kept_and_large_ones_are_fetched_from_their_node(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(
         "import os; os.mkdir('out'); open('out/m.pt', 'w').write('m'); open('big', 'w').write('b' * 5000);"
         "open('.env', 'w').write('TOKEN=1')"

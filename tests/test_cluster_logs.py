@@ -59,14 +59,14 @@ def wild(cluster: Cluster) -> str:
     return job
 
 
-def test_what_is_no_text_is_shown_sensibly_while_it_is_followed(cluster: Cluster) -> None:
+def test_binary_output_is_displayed_safely_while_following(cluster: Cluster) -> None:
     result = cluster.cli("run", "--working-dir", "", "--", "python", "-c", WILD)
     assert result.status == 0, result.err
     assert result.out.splitlines() == WILD_SHOWN
 
 
 @pytest.mark.parametrize("options", [("--offset", "0"), ("--offset", "0", "-f"), ("--tail", "1000")])
-def test_what_is_no_text_is_shown_sensibly_afterwards(cluster: Cluster, wild: str, options: tuple[str, ...]) -> None:
+def test_binary_output_is_displayed_safely_afterwards(cluster: Cluster, wild: str, options: tuple[str, ...]) -> None:
     shown = cluster.good("logs", wild, *options).splitlines()
     if "--tail" in options:  # it looks back 8 MiB at most, so it begins within the endless line
         assert shown[0].startswith("x" * 4000 + "… (8,3")

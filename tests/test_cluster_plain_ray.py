@@ -99,7 +99,7 @@ def test_a_line_is_followed_while_it_is_young(cluster: Cluster) -> None:
 
 
 @pytest.mark.long
-def test_a_log_that_ray_has_thrown_away_is_said_to_be_gone(cluster: Cluster, quick: dict[str, str]) -> None:
+def test_a_log_that_ray_deleted_is_reported_as_deleted(cluster: Cluster, quick: dict[str, str]) -> None:
     job = quick["gone"]
     cluster.ended(job)
     for log in cluster.paths.temp.glob(f"session_*/logs/job-driver-{job}.log"):
@@ -110,7 +110,9 @@ def test_a_log_that_ray_has_thrown_away_is_said_to_be_gone(cluster: Cluster, qui
 
 
 @pytest.mark.parametrize("words", [("get",), ("files",), ("metrics",)])
-def test_what_raylaunch_does_not_have_of_it_is_said(cluster: Cluster, waiting: str, words: tuple[str, ...]) -> None:
+def test_files_and_metrics_of_an_external_job_are_refused_with_a_hint(
+    cluster: Cluster, waiting: str, words: tuple[str, ...]
+) -> None:
     refused = cluster.cli(*words, waiting)
     assert refused.status == 1
     what = "metrics" if words == ("metrics",) else "files"
@@ -124,7 +126,7 @@ def test_it_has_one_log_and_one_attempt(cluster: Cluster, waiting: str) -> None:
 
 
 @pytest.mark.long
-def test_where_the_link_hangs_rays_own_api_gives_the_log(cluster: Cluster, waiting: str) -> None:
+def test_with_a_hanging_bridge_the_log_is_read_from_rays_api(cluster: Cluster, waiting: str) -> None:
     link = next(
         process
         for process in cluster.processes()
@@ -193,7 +195,7 @@ def test_a_running_one_is_not_removed(cluster: Cluster, waiting: str) -> None:
     assert f"{waiting} is running; only a job that has ended can be removed" in refused.err
 
 
-def test_it_belongs_to_nobody_so_that_an_operator_stops_it(cluster: Cluster, waiting: str) -> None:
+def test_an_external_job_has_no_owner_and_an_operator_stops_it(cluster: Cluster, waiting: str) -> None:
     with people(cluster, vera="viewer", tom="trainer"):
         with person_of(cluster, "vera") as vera:
             assert vera.job(waiting).logs(tail=1) == "ready\n"

@@ -241,8 +241,8 @@ def test_a_driver_holds_its_workers_gpus_from_its_start_to_its_end(cluster: Clus
     (tmp_path / "end").touch()
     assert cluster.ended(job).state is JobState.SUCCEEDED
 
-    told = [json.loads(line) for line in cluster.log(job).decode().splitlines() if line.startswith("{")]
-    driver, workers = told[0], told[1]["workers"]
+    reported = [json.loads(line) for line in cluster.log(job).decode().splitlines() if line.startswith("{")]
+    driver, workers = reported[0], reported[1]["workers"]
     assert driver["driver"] == ""
     assert sorted(worker["CUDA_VISIBLE_DEVICES"] for worker in workers) == ["0", "1"]
     for worker in workers:
@@ -258,7 +258,7 @@ def test_a_driver_holds_its_workers_gpus_from_its_start_to_its_end(cluster: Clus
 
 @pytest.mark.long
 @pytest.mark.parametrize("by", ["stop", "kill"])
-def test_nothing_of_a_driver_is_left_after_a(by: str, cluster: Cluster) -> None:
+def test_no_process_of_a_driver_remains_after_a(by: str, cluster: Cluster) -> None:
     job = cluster.submit("--launcher", "ray", "--gpus", "3", "--working-dir", "", "--", "python", "-c", HOLDS)
     wait_until(lambda: b"held" in cluster.log(job), 90, "its workers hold their GPUs")
     assert "Holder" in living_actors(cluster)
@@ -274,7 +274,7 @@ def test_nothing_of_a_driver_is_left_after_a(by: str, cluster: Cluster) -> None:
     nothing_is_left(cluster, job)
 
 
-def test_a_driver_that_is_asked_to_stop_still_has_its_workers_and_what_it_has_started(cluster: Cluster) -> None:
+def test_a_driver_still_has_its_workers_and_children_when_it_is_stopped(cluster: Cluster) -> None:
     job = cluster.submit("--launcher", "ray", "--gpus", "1", "--working-dir", "", "--", "python", "-c", SAVES)
     cluster.ready(job, b"ready 7")
     cluster.good("stop", job)
@@ -299,7 +299,7 @@ def without_raylaunch(tmp_path: Path) -> Path:
 
 
 @pytest.mark.long
-def test_what_ray_train_reports_can_be_read_at_once_and_a_stop_ends_its_run(
+def test_reports_of_ray_train_are_readable_at_once_and_a_stop_finishes_the_run(
     cluster: Cluster, without_raylaunch: Path
 ) -> None:
     words = ["--launcher", "ray", "--working-dir", "", "--environment", f"venv:{without_raylaunch}"]
@@ -318,9 +318,7 @@ def test_what_ray_train_reports_can_be_read_at_once_and_a_stop_ends_its_run(
 
 
 @pytest.mark.long
-def test_each_report_is_tracked_once_and_runs_of_the_workers_own_stand_beside(
-    cluster: Cluster, server: WandbServer
-) -> None:
+def test_each_report_is_tracked_once_in_addition_to_the_workers_own_runs(cluster: Cluster, server: WandbServer) -> None:
     folder = project(cluster, "two", main__py=TWO_TRAININGS)
     words = ["--launcher", "ray", "--cpus", "2", "--retries", "1", "--name", "two", "--", "python", "main.py"]
     job = cluster.submit(*words, cwd=folder, env=server.environment())

@@ -13,12 +13,12 @@ from raylaunch.models.job_spec import JobSpec
 from raylaunch.paths import cluster_paths, make_cluster_dirs
 
 
-def test_the_clusters_secrets_are_those_of_every_job_beside_its_own(tmp_path: Path) -> None:
+def test_every_job_gets_the_clusters_secrets_in_addition_to_its_own(tmp_path: Path) -> None:
     paths = cluster_paths("local", {"RAYLAUNCH_HOME": str(tmp_path / "h")})
     make_cluster_dirs(paths)
     record = new_record(ClusterSpec(secrets=("HF_TOKEN", "DB")), paths)
     write_config(paths, record.with_(ports={"controller": 1, "gcs": 2, "dashboard": 3}))
     settings = Settings.model_validate_json(paths.controller_config.read_bytes())
     job = JobSpec(entrypoint="true", secrets=("DB", "OWN"))
-    told = attempt_spec(job, job="job-a", n=1, epoch="e", settings=settings)
-    assert told["secrets"] == ["HF_TOKEN", "DB", "OWN"]
+    reported = attempt_spec(job, job="job-a", n=1, epoch="e", settings=settings)
+    assert reported["secrets"] == ["HF_TOKEN", "DB", "OWN"]

@@ -44,7 +44,7 @@ def _sockets(process: psutil.Process) -> list[Any]:  # psutil names the type onl
         return []
 
 
-def test_nothing_of_the_cluster_listens_beyond_loopback(cluster: Cluster) -> None:
+def test_the_cluster_listens_on_loopback_only(cluster: Cluster) -> None:
     processes = cluster.processes()
     assert {cluster.controller_pid(), cluster.ray_pid()} <= {process.pid for process in processes}
     sockets = [one for process in processes for one in _sockets(process)]
@@ -77,7 +77,7 @@ def test_a_request_without_the_token_gets_401(cluster: Cluster, port: str, metho
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root")
-def test_another_user_of_the_machine_can_read_nothing_below_the_home_nor_rays_temp_folder(cluster: Cluster) -> None:
+def test_another_user_cannot_read_the_home_or_rays_temp_folder(cluster: Cluster) -> None:
     job = cluster.python("print('mine alone')")
     cluster.ended(job)
     cluster.home.chmod(0o755)  # as a person's home may be

@@ -35,7 +35,7 @@ def refusal(written: Written, text: str) -> str:
     return str(caught.value)
 
 
-def test_hosts_alone_make_a_cluster_over_ssh_that_is_called_as_its_head(written: Written) -> None:
+def test_a_file_with_only_hosts_is_a_cluster_over_ssh_named_after_its_head(written: Written) -> None:
     spec = written("hosts: [dgx-1.example.org, dgx-2.example.org]\n")
     assert (spec.kind, spec.name) == ("ssh", "dgx-1")
     assert [(host.name, host.host) for host in spec.host_specs()] == [
@@ -82,12 +82,12 @@ def test_an_ipv6_host_has_a_name_that_labels_can_bear() -> None:
     assert [host.name for host in spec.hosts] == ["fd00--2", "10.0.0.1"]
 
 
-def test_hosts_whose_first_parts_are_the_same_keep_their_whole_names(written: Written) -> None:
+def test_hosts_with_equal_first_labels_keep_their_full_names(written: Written) -> None:
     spec = written("name: both\nhosts: [dgx.north.example.org, dgx.south.example.org]\n")
     assert [host.name for host in spec.hosts] == ["dgx.north.example.org", "dgx.south.example.org"]
 
 
-def test_defaults_hold_for_all_hosts_unless_a_host_says_otherwise(written: Written) -> None:
+def test_defaults_apply_to_all_hosts_unless_a_host_overrides_them(written: Written) -> None:
     spec = written("""
 name: lab
 gpus: [0, 1]
@@ -107,7 +107,7 @@ hosts:
     assert a.env == b.env == {"TMPDIR": "/raid/tmp"}
 
 
-def test_a_variable_that_one_host_says_differently_is_each_hosts_own(written: Written) -> None:
+def test_a_variable_that_one_host_overrides_is_stored_per_host(written: Written) -> None:
     spec = written("env: {HF_HOME: /raid/hf, LANG: C}\nhosts:\n  - a\n  - {host: b, env: {HF_HOME: /data/hf}}\n")
     assert spec.job_env == {"LANG": "C"}
     assert [host.env for host in spec.hosts] == [{"HF_HOME": "/raid/hf"}, {"HF_HOME": "/data/hf"}]
@@ -125,7 +125,7 @@ hosts: [a, {host: b, gpus: auto, env: {A: 2}}]
     assert again.hosts == spec.hosts
 
 
-def test_python_says_it_as_the_file_does() -> None:
+def test_python_and_the_file_build_the_same_spec() -> None:
     spec = ClusterSpec(name="lab", hosts=(HostSpec(host="a"),), defaults=HostDefaults(user="ml"))
     assert (spec.kind, spec.hosts[0].user) == ("ssh", "ml")
 
@@ -135,7 +135,7 @@ def test_the_store_of_the_cluster_is_that_of_its_head(written: Written) -> None:
     assert [host.store for host in spec.hosts] == ["/raid/store", ""]
 
 
-def test_each_machine_is_told_its_own_part(written: Written) -> None:
+def test_each_machine_receives_only_its_own_part(written: Written) -> None:
     spec = written("""
 name: lab
 store: /raid/store
@@ -221,10 +221,10 @@ def test_an_invalid_cluster_is_refused_with_the_line_and_a_fix(
     assert words in refused
 
 
-def test_a_host_in_words_that_are_wrong_and_defaults_that_are_wrong_are_both_said(written: Written) -> None:
-    said = refusal(written, "defaults: {port: 99999}\nhosts:\n  - {host: a, gpus: some}\n")
-    assert "cluster.yaml:1: defaults.port: 99999 is more than 65535" in said
-    assert "cluster.yaml:3: hosts.0.gpus: 'some' is not 'auto', a whole number or a list" in said
+def test_errors_of_a_host_and_of_the_defaults_are_both_reported(written: Written) -> None:
+    message = refusal(written, "defaults: {port: 99999}\nhosts:\n  - {host: a, gpus: some}\n")
+    assert "cluster.yaml:1: defaults.port: 99999 is more than 65535" in message
+    assert "cluster.yaml:3: hosts.0.gpus: 'some' is not 'auto', a whole number or a list" in message
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_host_in_words_that_are_wrong_and_defaults_that_are_wrong_are_both_sai
         ("address", "10.0.0.1%-x y"),
     ],
 )
-def test_what_would_reach_ssh_or_a_unit_file_is_checked_when_the_file_is_read(field: str, value: str) -> None:
+def test_values_for_ssh_and_unit_files_are_checked_when_the_file_is_read(field: str, value: str) -> None:
     with pytest.raises(ValidationError):
         ClusterSpec.model_validate({"name": "lab", "hosts": [{"host": "gate", field: value}]})
 
@@ -254,5 +254,5 @@ def test_what_would_reach_ssh_or_a_unit_file_is_checked_when_the_file_is_read(fi
     ("field", "value"),
     [("jump", "ml@gate.example.org:2222"), ("user", "ml.smith"), ("root", "~/my files"), ("address", "fe80::1%eth0")],
 )
-def test_what_people_write_there_is_taken(field: str, value: str) -> None:
+def test_common_values_are_accepted(field: str, value: str) -> None:
     assert ClusterSpec.model_validate({"name": "lab", "hosts": [{"host": "gate", field: value}]})

@@ -93,7 +93,7 @@ def link_of(job: JobView) -> tuple[str, str]:
     return job.wandb.mode, job.wandb.why
 
 
-def test_without_credentials_a_script_without_changes_tracks_off_line_and_the_job_says_so(cluster: Cluster) -> None:
+def test_without_credentials_an_unchanged_script_tracks_offline_and_the_job_reports_it(cluster: Cluster) -> None:
     job = cluster.python(LOGS_FIVE)
     done = cluster.ended(job)
     assert done.state is JobState.SUCCEEDED
@@ -205,7 +205,7 @@ def test_on_line_the_server_gets_the_run_as_the_job_names_it(cluster: Cluster, s
 
 
 @pytest.mark.long
-def test_an_on_line_job_says_where_its_run_can_be_seen(cluster: Cluster, server: WandbServer) -> None:
+def test_an_online_job_shows_the_url_of_its_run(cluster: Cluster, server: WandbServer) -> None:
     job = cluster.python(LOGS_FIVE + "import time\ntime.sleep(600)\n", env=server.environment())
     running = cluster.until(job, lambda one: bool(one.wandb and one.wandb.url), 60, "it says its run's address")
     assert running.wandb is not None
@@ -225,7 +225,7 @@ def test_metrics_are_the_same_on_line_and_off(cluster: Cluster, server: WandbSer
     assert on_line == off_line
 
 
-def test_a_server_that_cannot_be_reached_makes_the_run_off_line_and_it_is_said_why(cluster: Cluster) -> None:
+def test_an_unreachable_server_makes_the_run_offline_with_a_reason(cluster: Cluster) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         job = cluster.python(LOGS_FIVE, env={"WANDB_BASE_URL": url, "WANDB_API_KEY": "k" * 40})
@@ -238,9 +238,7 @@ def test_a_server_that_cannot_be_reached_makes_the_run_off_line_and_it_is_said_w
 
 
 @pytest.mark.long
-def test_an_init_that_breaks_on_line_makes_the_training_start_again_off_line(
-    cluster: Cluster, server: WandbServer
-) -> None:
+def test_an_init_that_fails_online_restarts_the_training_offline(cluster: Cluster, server: WandbServer) -> None:
     server.status = 403
     job = cluster.python(LOGS_FIVE, env=server.environment())
     done = cluster.ended(job, 150)
@@ -250,7 +248,7 @@ def test_an_init_that_breaks_on_line_makes_the_training_start_again_off_line(
 
 
 @pytest.mark.long
-def test_a_retry_goes_on_with_the_same_run(cluster: Cluster, server: WandbServer) -> None:
+def test_a_retry_continues_the_same_run(cluster: Cluster, server: WandbServer) -> None:
     job = cluster.python(FAILS_ONCE, "--retries", "1", env=server.environment())
     done = cluster.ended(job)
     assert (done.state, len(done.attempts)) == (JobState.SUCCEEDED, 2)
@@ -270,7 +268,7 @@ def test_an_off_line_retry_draws_on_behind_the_first_attempt(cluster: Cluster) -
 
 
 @pytest.mark.long
-def test_nothing_of_wandb_lands_outside_the_attempts_folder(cluster: Cluster, tmp_path: Path) -> None:
+def test_wandb_writes_nothing_outside_the_attempts_folder(cluster: Cluster, tmp_path: Path) -> None:
     home, elsewhere = tmp_path / "home", tmp_path / "work"
     home.mkdir()
     elsewhere.mkdir()

@@ -100,7 +100,7 @@ def test_a_job_that_ran_meanwhile_succeeds_with_all_its_lines_and_metrics(upgrad
     cluster, job = upgraded.cluster, upgraded.cluster.ended(upgraded.runs, timeout_s=120)
     trained(job)
     assert len(job.attempts) == 1
-    assert older.said(cluster.log(job.id).decode()) == older.lines(0)
+    assert older.output(cluster.log(job.id).decode()) == older.lines(0)
     assert losses(cluster, job.id) == pytest.approx(older.LOSSES)
     assert job.progress is not None
     assert job.progress.step == older.STEPS - 1
@@ -110,14 +110,14 @@ def test_a_job_that_fails_after_it_is_tried_again_from_its_checkpoint(upgraded: 
     cluster, job = upgraded.cluster, upgraded.cluster.ended(upgraded.fails, timeout_s=120)
     trained(job)
     assert [attempt.exit_code for attempt in job.attempts] == [3, 0]
-    assert older.said(cluster.good("logs", job.id, "--attempt", "1")) == older.lines(0, trained=False)
-    assert older.said(cluster.log(job.id).decode()) == older.lines(older.HALF)
+    assert older.output(cluster.good("logs", job.id, "--attempt", "1")) == older.lines(0, trained=False)
+    assert older.output(cluster.log(job.id).decode()) == older.lines(older.HALF)
     assert losses(cluster, job.id) == pytest.approx(older.LOSSES)
 
 
 def test_a_job_that_waited_meanwhile_runs(upgraded: Upgraded) -> None:
     trained(upgraded.cluster.ended(upgraded.waits, timeout_s=180))
-    assert older.said(upgraded.cluster.log(upgraded.waits).decode()) == older.lines(0)
+    assert older.output(upgraded.cluster.log(upgraded.waits).decode()) == older.lines(0)
     trained(upgraded.cluster.ended(upgraded.early))
 
 
@@ -125,13 +125,13 @@ def test_a_job_that_had_ended_is_listed_shown_and_fetched_as_before(upgraded: Up
     cluster, job = upgraded.cluster, upgraded.cluster.job(upgraded.done)
     trained(job)
     assert {upgraded.done, upgraded.runs, upgraded.waits} <= {one.id for one in cluster.ask(Client.jobs).jobs}
-    assert older.said(cluster.log(job.id).decode()) == older.lines(0)
+    assert older.output(cluster.log(job.id).decode()) == older.lines(0)
     assert losses(cluster, job.id) == pytest.approx(older.LOSSES)
     cluster.good("get", job.id, "--to", str(tmp_path))
     assert (tmp_path / "model.txt").read_text() == "trained"
 
 
-def test_the_older_raylaunch_is_refused_then_and_ends_nothing(upgraded: Upgraded, tmp_path: Path) -> None:
+def test_the_older_raylaunch_is_then_refused_and_stops_nothing(upgraded: Upgraded, tmp_path: Path) -> None:
     cluster = upgraded.cluster
     before = (cluster.ray_pid(), cluster.controller_pid())
     cluster.interpreter = str(older.install(tmp_path / "env"))

@@ -24,9 +24,9 @@ def ran(tmp_path: Path, *argv: str, body: bytes = b"", limit_s: float = 30) -> P
     return anyio.run(run)
 
 
-def test_what_it_was_given_and_all_that_it_prints(tmp_path: Path) -> None:
-    said = ran(tmp_path, "sh", "-c", "cat; echo $0 >&2; pwd; exit 3", "its name", body=b"given\n")
-    assert (said.status, said.text) == (3, f"given\nits name\n{tmp_path}\n")
+def test_a_command_gets_its_input_and_returns_all_output(tmp_path: Path) -> None:
+    output = ran(tmp_path, "sh", "-c", "cat; echo $0 >&2; pwd; exit 3", "its name", body=b"given\n")
+    assert (output.status, output.text) == (3, f"given\nits name\n{tmp_path}\n")
 
 
 def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_an_unknown_key_is_refused_with_file_line_and_nearest_key(here: Here) ->
     assert (error.where, error.field) == ("job.yaml:4", "resorces")
 
 
-def test_an_unknown_nested_key_is_refused_where_it_stands(here: Here) -> None:
+def test_an_unknown_nested_key_is_refused_with_its_place(here: Here) -> None:
     error = job_error(here, "entrypoint: x\nresources:\n  gpu: 1\n")
     assert str(error) == "job.yaml:3: unknown key 'gpu' in resources (nearest: gpus)"
 
@@ -58,7 +58,7 @@ def test_a_key_that_belongs_one_level_deeper_is_pointed_there(here: Here) -> Non
     )
 
 
-def test_a_key_near_to_none_is_answered_with_all_keys(here: Here) -> None:
+def test_a_key_similar_to_no_other_is_refused_with_all_keys(here: Here) -> None:
     error = job_error(here, "entrypoint: x\ntracking:\n  zzzz: 1\n")
     assert str(error) == ("job.yaml:3: unknown key 'zzzz' in tracking (known: mode, project, entity, group, job_type)")
 
@@ -97,11 +97,11 @@ def test_a_key_near_to_none_is_answered_with_all_keys(here: Here) -> None:
         ),
     ],
 )
-def test_a_wrong_value_is_said_with_its_place(here: Here, text: str, sentence: str) -> None:
+def test_a_wrong_value_is_reported_with_its_place(here: Here, text: str, sentence: str) -> None:
     assert str(job_error(here, f"entrypoint: x\n{text}\n")) == sentence
 
 
-def test_everything_that_is_wrong_is_said_at_once(here: Here) -> None:
+def test_all_errors_are_reported_together(here: Here) -> None:
     error = job_error(here, "entrypoint: 5\nretries: -1\nnmae: x\n")
     assert str(error).splitlines() == [
         "job.yaml:1: entrypoint: 5 is not text or a list",
@@ -128,7 +128,7 @@ def test_a_file_that_is_not_yaml_is_refused_with_its_line(here: Here) -> None:
     assert str(error).startswith("job.yaml:3: this is not YAML: expected the node content")
 
 
-def test_a_file_with_a_tag_that_makes_objects_is_refused(here: Here) -> None:
+def test_a_file_with_a_tag_that_creates_objects_is_refused(here: Here) -> None:
     error = job_error(here, "entrypoint: !!python/object/apply:os.system [echo]\n")
     assert str(error).startswith("job.yaml:1: this is not YAML: could not determine a constructor for the tag")
 
@@ -150,7 +150,7 @@ SECRET_FILES = {
 
 
 @pytest.mark.parametrize("name", SECRET_FILES)
-def test_an_error_repeats_nothing_of_a_file_of_another_kind_and_no_value_of_a_secret(here: Here, name: str) -> None:
+def test_an_error_quotes_neither_a_file_of_another_kind_nor_a_secret(here: Here, name: str) -> None:
     error = str(job_error(here, SECRET_FILES[name]))
     assert "hunter2" not in error
     assert "2026" not in error
@@ -163,7 +163,7 @@ def test_a_list_instead_of_keys_is_refused(here: Here) -> None:
     )
 
 
-def test_a_missing_file_is_said_with_the_folder_that_was_looked_in(here: Here, tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_with_the_searched_folder(here: Here, tmp_path: Path) -> None:
     here("other.yaml", "")
     with pytest.raises(SpecError) as caught:
         job_spec_from_flags((), file=Path("nope.yaml"))
@@ -191,7 +191,7 @@ def test_the_working_directory_of_a_file_is_relative_to_the_file(here: Here, tmp
     assert job_spec_from_flags((), file=here("deep/job.yaml", "entrypoint: x\nworking_dir: ''\n")).working_dir == ""
 
 
-def test_a_flag_replaces_what_the_file_says_and_adds_to_lists_and_env(here: Here) -> None:
+def test_a_flag_overrides_the_file_and_adds_to_lists_and_env(here: Here) -> None:
     file = here("job.yaml", "entrypoint: x\ntags: [a]\nenv: {A: 1, B: 1}\nresources: {gpus: 1, cpus: 3}\n")
     flags = [
         Flag("--gpus", ("resources", "gpus"), 2),
@@ -216,7 +216,7 @@ def test_a_gpu_variable_is_refused_as_a_flag_too() -> None:
     )
 
 
-def test_no_program_at_all_says_how_to_give_one() -> None:
+def test_a_missing_program_is_refused_with_an_example() -> None:
     with pytest.raises(SpecError) as caught:
         job_spec_from_flags([])
     assert str(caught.value) == (
@@ -230,7 +230,7 @@ def test_without_a_cluster_file_the_cluster_is_the_embedded_one(here: Here) -> N
     assert load_cluster_file().spec == ClusterSpec()
 
 
-def test_the_cluster_file_here_applies_and_one_named_by_the_environment_goes_before_it(
+def test_the_environment_variable_takes_precedence_over_the_cluster_file_here(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here("cluster.yaml", "name: here\n")
@@ -249,7 +249,7 @@ def test_a_kind_that_there_is_not_is_refused_with_those_there_are(here: Here) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("kind: existing\nname: a\n", "kind: existing needs address"),
         ("name: a\naddress: ray:8265\n", "'ray:8265' is not the address of a Ray dashboard"),
@@ -260,13 +260,13 @@ def test_a_kind_that_there_is_not_is_refused_with_those_there_are(here: Here) ->
         ("kind: local\ngcs: ray:1\n", "gcs is for a Ray that somebody else runs"),
     ],
 )
-def test_what_cannot_be_said_of_a_ray_of_somebody_elses_is_refused(here: Here, text: str, said: str) -> None:
+def test_options_that_an_existing_ray_does_not_have_are_refused(here: Here, text: str, expected: str) -> None:
     with pytest.raises(SpecError) as caught:
         load_cluster_file(here("cluster.yaml", text))
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
-def test_an_address_alone_means_a_ray_that_somebody_else_runs(here: Here) -> None:
+def test_an_address_alone_means_an_existing_ray(here: Here) -> None:
     spec = load_cluster_file(here("cluster.yaml", "name: theirs\naddress: http://ray.example.org:8265/\n")).spec
     assert (spec.kind, spec.address, spec.gcs_address) == (
         "existing",
@@ -275,14 +275,14 @@ def test_an_address_alone_means_a_ray_that_somebody_else_runs(here: Here) -> Non
     )
 
 
-def test_a_wrong_value_in_a_cluster_file_says_all_that_would_be_right(here: Here) -> None:
+def test_a_wrong_value_in_a_cluster_file_is_reported_with_all_valid_ones(here: Here) -> None:
     with pytest.raises(SpecError) as caught:
         load_cluster_file(here("cluster.yaml", "gpus: some\n"))
     assert str(caught.value) == "cluster.yaml:1: gpus: 'some' is not 'auto', a whole number or a list"
 
 
 @pytest.mark.parametrize("name", ["GPU", "CPU", "memory", "gpu", "node:10.0.0.1", "accelerator_type:H100"])
-def test_a_custom_resource_replaces_none_that_a_job_has_anyway(name: str) -> None:
+def test_a_custom_resource_cannot_replace_a_built_in_one(name: str) -> None:
     with pytest.raises(ValidationError, match="resource"):
         JobSpec.model_validate({"entrypoint": "x", "resources": {"gpus": 1, "custom": {name: 0}}})
     one = JobSpec.model_validate({"entrypoint": "x", "resources": {"gpus": 1, "custom": {"scratch": 1}}})
@@ -300,13 +300,13 @@ def test_a_chosen_file_that_cannot_be_read_is_an_error_that_names_it(
 
 
 @pytest.mark.parametrize("gpus", [0.5, "0.5"])
-def test_a_part_of_a_gpu_is_refused_with_what_there_is_instead(gpus: object) -> None:
+def test_a_fraction_of_a_gpu_is_refused_with_an_alternative(gpus: object) -> None:
     with pytest.raises(SpecError, match="a job gets whole GPUs; to share one, run the programs in one job"):
         job_spec_from_flags([Flag("--gpus", ("resources", "gpus"), gpus), Flag("--", ("entrypoint",), ("python",))])
 
 
 @pytest.mark.parametrize(("key", "old"), [("timeout", "timeout_s"), ("grace", "grace_s")])
-def test_a_duration_is_written_without_its_unit_and_the_old_key_is_taken_too(here: Here, key: str, old: str) -> None:
+def test_a_duration_key_has_no_unit_and_the_old_key_is_accepted(here: Here, key: str, old: str) -> None:
     for name in (key, old):
         found = job_spec_from_flags((), file=Path(here("job.yaml", f"entrypoint: python train.py\n{name}: 6h\n")))
         assert getattr(found, old) == 6 * 3600
@@ -319,7 +319,7 @@ def test_a_duration_is_written_without_its_unit_and_the_old_key_is_taken_too(her
 
 
 @pytest.mark.parametrize(("key", "old"), [("jobs", "jobs_s"), ("checkpoints", "checkpoints_s")])
-def test_retention_is_written_without_its_unit_and_the_old_key_is_taken_too(here: Here, key: str, old: str) -> None:
+def test_a_retention_key_has_no_unit_and_the_old_key_is_accepted(here: Here, key: str, old: str) -> None:
     for name in (key, old):
         found = load_cluster_file(Path(here("cluster.yaml", f"retention:\n  {name}: 2d\n"))).spec
         assert getattr(found.retention, old) == 2 * 86400

@@ -33,7 +33,7 @@ def tom(api: Api) -> Iterator[httpx2.Client]:
 # -- metrics and files -----------------------------------------------------------------------------------------------
 
 
-def test_metrics_of_a_job_that_has_none_are_empty(tom: httpx2.Client) -> None:
+def test_a_job_without_metrics_has_an_empty_page(tom: httpx2.Client) -> None:
     job = submit(tom)
     page = MetricsPage.model_validate_json(tom.get(f"/v1/jobs/{job.id}/metrics?key=loss").content)
     assert page.keys == ()
@@ -90,7 +90,7 @@ def test_a_range_beyond_the_end_is_416_and_a_changed_file_is_sent_whole(api: Api
     assert tom.get(url, headers={"Range": "bytes=5-", "If-Range": etag}).content == b"abcdefghijk"
 
 
-def test_what_looks_like_a_secret_is_sent_to_the_jobs_owner_alone(api: Api, tom: httpx2.Client) -> None:
+def test_a_suspected_secret_is_sent_only_to_the_jobs_owner(api: Api, tom: httpx2.Client) -> None:
     job = submit(tom)
     write(api, job, "attempt-1/facts.json", b'{"left": {".env": 5, "big": 9}, "withheld": [".env"]}')
     write(api, job, "attempt-1/withheld/.env", b"TOKEN")
@@ -116,7 +116,7 @@ def test_no_file_outside_the_job_is_sent(tom: httpx2.Client, api: Api, path: str
     assert b"has no file" in received
 
 
-def test_usage_says_what_each_job_takes_largest_first(api: Api, tom: httpx2.Client) -> None:
+def test_usage_lists_each_job_largest_first(api: Api, tom: httpx2.Client) -> None:
     small, large = submit(tom), submit(tom)
     write(api, small, "attempt-1/outputs/f", b"x")
     write(api, large, "attempt-1/logs/rank-0.log", b"x" * 500_000)
@@ -157,7 +157,7 @@ def test_a_piece_that_is_too_large_is_refused(tom: httpx2.Client) -> None:
     assert error(answer)[:3] == (422, "spec", "the request's body is larger than 8 MiB")
 
 
-def test_secrets_go_in_and_only_their_names_come_out(api: Api) -> None:
+def test_secrets_can_be_set_and_only_their_names_are_returned(api: Api) -> None:
     with api.client("olga") as olga:
         assert olga.put("/v1/secrets/KEY", json={"value": "planted-secret"}).json() == {}
         answer = olga.get("/v1/secrets")
@@ -169,7 +169,7 @@ def test_secrets_go_in_and_only_their_names_come_out(api: Api) -> None:
         assert error(olga.delete("/v1/secrets/KEY"))[2] == "no such secret: 'KEY'"
 
 
-def test_a_secret_that_is_for_some_people_goes_to_their_jobs_alone(tmp_path: Path) -> None:
+def test_a_secret_for_some_people_is_sent_only_to_their_jobs(tmp_path: Path) -> None:
     store = SecretStore(tmp_path)
     store.put("OLD", "everybodys")
     store.put("KEY", "alices", ["alice"])
@@ -197,7 +197,7 @@ def test_people_of_a_secret_are_set_over_http(api: Api) -> None:
     assert api.state.secrets.withheld(["TOMS"], "tom") == ()
 
 
-def test_reading_rays_token_and_what_is_rejected_are_in_the_audit_log(tmp_path: Path) -> None:
+def test_the_audit_log_has_reads_of_rays_token_and_rejected_requests(tmp_path: Path) -> None:
     with serving(tmp_path) as api:
         with api.client("olga") as olga:
             assert olga.get("/v1/ray").status_code == 200

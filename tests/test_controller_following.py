@@ -32,7 +32,7 @@ def tom(api: Api) -> Iterator[httpx2.Client]:
 # -- events ----------------------------------------------------------------------------------------------------------
 
 
-def test_events_after_a_cursor_come_at_once(tom: httpx2.Client) -> None:
+def test_events_after_a_cursor_are_returned_immediately(tom: httpx2.Client) -> None:
     job = submit(tom)
     page = EventPage.model_validate_json(tom.get(f"/v1/jobs/{job.id}/events?wait_s=25").content)
     assert [event.kind for event in page.events] == ["submitted"]
@@ -116,7 +116,7 @@ def test_waiting_requests_end_at_once_when_the_server_stops(tmp_path: Path) -> N
 # -- logs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_log_comes_as_it_was_written_with_where_to_go_on(api: Api, tom: httpx2.Client) -> None:
+def test_a_log_is_returned_unchanged_with_its_next_offset(api: Api, tom: httpx2.Client) -> None:
     job = submit(tom)
     start(api, job)
     content = b"\xff\xfe no text\n10%\r20%\r\nlast"
@@ -129,7 +129,7 @@ def test_a_log_comes_as_it_was_written_with_where_to_go_on(api: Api, tom: httpx2
     assert tom.get(f"/v1/jobs/{job.id}/logs?tail=1").content == b"last"
 
 
-def test_following_a_log_answers_when_it_grows_and_when_it_is_over(api: Api, tom: httpx2.Client) -> None:
+def test_following_a_log_returns_when_it_grows_and_when_it_is_complete(api: Api, tom: httpx2.Client) -> None:
     job = submit(tom)
     attempt = start(api, job)
     write(api, job, "attempt-1/logs/rank-0.log", b"one\n")

@@ -75,7 +75,7 @@ def test_tokens_that_change_are_believed_at_once(tmp_path: Path) -> None:
         assert nora.get("/v1/status").status_code == 200
 
 
-def test_every_answer_says_version_and_protocol(tom: httpx2.Client) -> None:
+def test_every_response_has_version_and_protocol(tom: httpx2.Client) -> None:
     for path in ("/v1/status", "/v1/jobs/none", "/none"):
         headers = tom.get(path).headers
         assert (headers["X-Raylaunch-Version"], headers["X-Raylaunch-Api"]) == (__version__, "1")
@@ -221,7 +221,7 @@ def test_a_trainer_stops_own_jobs_and_an_operator_anybodys(api: Api, tom: httpx2
         ("DELETE", "/v1/secrets/A", "delete secrets"),
     ],
 )
-def test_ray_and_secrets_take_an_operator(tom: httpx2.Client, method: str, path: str, what: str) -> None:
+def test_ray_and_secrets_require_an_operator(tom: httpx2.Client, method: str, path: str, what: str) -> None:
     answer = tom.request(method, path, json={"value": "x"} if method == "PUT" else None)
     assert error(answer)[:3] == (403, "access", f"tom is a trainer and may not {what}")
 
@@ -251,7 +251,7 @@ def test_last_is_the_callers_own(api: Api, tom: httpx2.Client) -> None:
         assert tina.get("/v1/jobs/last").json()["id"] == mine.id
 
 
-def test_a_request_id_makes_one_job(tom: httpx2.Client) -> None:
+def test_a_request_id_creates_one_job(tom: httpx2.Client) -> None:
     body = {"spec": {"entrypoint": "true"}, "request_id": "once"}
     answers = [tom.post("/v1/jobs", json=body).json() for _ in range(2)]
     assert [answer["created"] for answer in answers] == [True, False]
@@ -260,7 +260,7 @@ def test_a_request_id_makes_one_job(tom: httpx2.Client) -> None:
     assert error(tom.post("/v1/jobs", json=other))[:2] == (409, "conflict")
 
 
-def test_a_dry_run_says_where_and_takes_nothing_in(tom: httpx2.Client) -> None:
+def test_a_dry_run_returns_the_placement_and_stores_nothing(tom: httpx2.Client) -> None:
     before = tom.get("/v1/jobs").json()["total"]
     answer = tom.post("/v1/jobs?dry_run=true", json={"spec": {"name": "dry", "entrypoint": "true"}})
     assert answer.json() == {
@@ -276,7 +276,7 @@ def test_a_dry_run_says_where_and_takes_nothing_in(tom: httpx2.Client) -> None:
     assert tom.get("/v1/jobs").json()["total"] == before
 
 
-def test_an_unknown_job_and_an_unknown_state_say_what_there_is(tom: httpx2.Client) -> None:
+def test_errors_for_an_unknown_job_and_state_list_alternatives(tom: httpx2.Client) -> None:
     submit(tom, "nearby")
     assert error(tom.get("/v1/jobs/naerby")) == (
         404, "not_found", "no such job: 'naerby'", "did you mean nearby?"

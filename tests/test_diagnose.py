@@ -39,7 +39,7 @@ def test_a_killed_program_is_a_failure_that_names_the_signal() -> None:
     assert finding.message == "the training was ended by SIGKILL"
 
 
-def test_the_kernels_memory_killer_is_told_from_other_kills() -> None:
+def test_the_out_of_memory_killer_is_distinguished_from_other_kills() -> None:
     finding = diagnose(evidence(left("signal", None, "SIGKILL", oom=True)))
     assert finding.reason is Reason.OUT_OF_MEMORY
 
@@ -53,11 +53,11 @@ def test_the_kernels_memory_killer_is_told_from_other_kills() -> None:
         ("ValueError: nothing special", Reason.EXIT_CODE),
     ],
 )
-def test_the_end_of_the_log_tells_why_a_program_failed(line: str, reason: Reason) -> None:
+def test_the_end_of_the_log_shows_why_a_program_failed(line: str, reason: Reason) -> None:
     assert diagnose(evidence(left("exit_code", 1), log_tail=("Traceback", line))).reason is reason
 
 
-def test_exit_facts_outrank_what_ray_says() -> None:
+def test_exit_facts_take_precedence_over_rays_report() -> None:
     finding = diagnose(evidence(left("completed", 0), ray_message="Job supervisor actor died"))
     assert finding.change is Change.SUCCEED
 
@@ -67,11 +67,11 @@ def test_a_stop_before_the_start_is_a_stop() -> None:
     assert finding.change is Change.END_STOPPED
 
 
-def test_a_runner_that_died_without_a_word_is_said() -> None:
+def test_a_runner_that_died_silently_is_reported() -> None:
     assert diagnose(evidence(None)).reason is Reason.RUNNER_DIED
 
 
-def test_what_ray_refused_is_said_in_rays_words() -> None:
+def test_a_refusal_of_ray_is_reported_with_its_message() -> None:
     finding = diagnose(evidence(None, claimed=False, ray_message="no such label"))
     assert finding.message == "Ray ended the submission before it started: no such label"
 
@@ -85,7 +85,7 @@ def test_a_failure_while_ray_went_down_stays_the_programs_own() -> None:
     assert diagnose(evidence(left("exit_code", 3), ray_lost=True)).reason is Reason.EXIT_CODE
 
 
-def test_a_failed_program_is_tried_again_as_often_as_asked() -> None:
+def test_a_failed_program_is_retried_as_often_as_requested() -> None:
     assert retry_follows(Reason.EXIT_CODE, attempts=1, free_retries=0, retries=1)
     assert not retry_follows(Reason.EXIT_CODE, attempts=2, free_retries=0, retries=1)
 
@@ -99,7 +99,7 @@ def test_a_stopped_job_is_not_tried_again() -> None:
     assert not retry_follows(Reason.STOP_REQUESTED, attempts=1, free_retries=0, retries=9)
 
 
-def test_a_failure_over_a_module_that_was_not_sent_names_the_rule() -> None:
+def test_a_missing_module_that_was_not_sent_names_the_rule() -> None:
     tail = ("Traceback", "ModuleNotFoundError: No module named 'utils.logging'")
     finding = diagnose(evidence(left("exit_code", 1), log_tail=tail, left_out_by=(".gitignore: log*",)))
     assert finding.message.endswith("utils/logging.py is not sent: .gitignore: log*")
@@ -109,7 +109,7 @@ def test_a_failure_over_a_module_that_was_not_sent_names_the_rule() -> None:
     )
 
 
-def test_an_attempt_that_was_stopped_for_another_to_follow_says_why() -> None:
+def test_an_attempt_stopped_for_a_retry_reports_the_reason() -> None:
     stopped = diagnose(evidence(left("stopped"), stop_wanted=True))
     drained = after_drain(stopped, Reason.HOST_DRAINED)
     assert (drained.reason, drained.message) == (Reason.HOST_DRAINED, "stopped because its host was drained")
@@ -123,7 +123,7 @@ def test_an_attempt_that_was_stopped_for_another_to_follow_says_why() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "fix"),
+    ("expected", "fix"),
     [
         (
             "ValueError: When connecting to an existing cluster, num_cpus and num_gpus must not be provided.",
@@ -132,7 +132,7 @@ def test_an_attempt_that_was_stopped_for_another_to_follow_says_why() -> None:
         ("INFO worker.py:2015 -- Started a local Ray instance.", "submit it with --launcher ray"),
     ],
 )
-def test_a_ray_init_that_does_not_fit_the_launcher_is_named_with_its_fix(said: str, fix: str) -> None:
-    finding = diagnose(evidence(left("exit_code", 1), log_tail=("Traceback", said)))
+def test_a_ray_init_that_does_not_fit_the_launcher_is_named_with_its_fix(expected: str, fix: str) -> None:
+    finding = diagnose(evidence(left("exit_code", 1), log_tail=("Traceback", expected)))
     assert finding.reason is Reason.EXIT_CODE
     assert fix in finding.message

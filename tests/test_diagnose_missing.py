@@ -21,7 +21,7 @@ CODE = "/var/lib/raylaunch/node/attempts/train-abc-1/code"
         ("python did not find 'conf.yaml' in the working directory", "../.gitignore: conf*", "conf.yaml"),
     ],
 )
-def test_what_was_not_found_names_the_rule_that_left_it_out(line: str, rule: str, path: str) -> None:
+def test_a_missing_file_names_the_rule_that_excluded_it(line: str, rule: str, path: str) -> None:
     assert rule_against(f"Traceback\n{line}\n", (".gitignore: *.pt", rule)) == f"{path} is not sent: {rule}"
 
 
@@ -35,5 +35,5 @@ def test_what_was_not_found_names_the_rule_that_left_it_out(line: str, rule: str
         "",
     ],
 )
-def test_what_no_rule_left_out_says_nothing(line: str) -> None:
+def test_a_missing_file_that_no_rule_excluded_has_no_hint(line: str) -> None:
     assert rule_against(line, (".gitignore: log*", "sub/.gitignore: *", "../.gitignore: /exp/numpy/")) == ""

@@ -97,7 +97,7 @@ def test_every_target_of_make_is_one() -> None:
 
 
 @EACH_PAGE
-def test_every_file_that_is_shown_is_one_that_is_taken(page: Path) -> None:
+def test_every_file_shown_in_the_docs_is_accepted(page: Path) -> None:
     for block in pages.blocks(page, "yaml"):
         data = yaml.safe_load(block.text)
         kind = spec_of(page, data)
@@ -151,6 +151,6 @@ def test_every_source_file_that_is_named_exists(name: str) -> None:
     assert not gone, f"name in {name} the files that these have become"
 
 
-def test_the_picture_of_the_readme_names_no_folder_of_a_machine_and_fetches_nothing() -> None:
+def test_the_picture_in_the_readme_has_no_local_paths_and_loads_nothing() -> None:
     picture = (ROOT / "docs/_static/terminal.svg").read_text(encoding="utf-8")
     assert not re.findall(r"@font-face|url\(\W*http|href=\W*http|/(?:tmp|root|home|work)/[^<]*", picture)

@@ -40,7 +40,7 @@ def let_in(host: Host, user: str) -> None:
     authorize(host.path(f"/home/{user}"), host.world.key)
 
 
-def test_what_is_typed_on_dgxs_and_sparks_prints_what_the_page_shows(lab: World, tmp_path: Path) -> None:
+def test_commands_on_dgxs_and_sparks_print_what_the_page_shows(lab: World, tmp_path: Path) -> None:
     laptop = Laptop(lab, tmp_path / "laptop", "")
     differences = transcripts.run(ROOT / "docs/dgx.md", laptop.folder, laptop.env, limit_s=LIMIT_S)
     assert not differences, "\n\n".join(differences)

@@ -49,12 +49,12 @@ def test_the_page_is_as_it_would_be_written_now(path: Path) -> None:
 
 
 @EACH_FIELD
-def test_every_field_says_what_it_means(kind: type[JobSpec | ClusterSpec], field: specs.Described) -> None:
+def test_every_field_is_described(kind: type[JobSpec | ClusterSpec], field: specs.Described) -> None:
     assert field.means, f"say it in a string beneath {kind.__name__}'s {field.title}"
 
 
 @EACH_FIELD
-def test_every_field_has_an_example_that_is_taken(kind: type[JobSpec | ClusterSpec], field: specs.Described) -> None:
+def test_every_field_has_a_valid_example(kind: type[JobSpec | ClusterSpec], field: specs.Described) -> None:
     assert field.example is not None, f"end the string beneath {field.title} with: Example: `…`"
     alone = {"name": "theirs", "kind": "existing", "address": "http://ray.example.org:8265"}
     base = alone if kind is ClusterSpec and field.path[0] in specs.OF_EXISTING else BASE[kind]
@@ -67,7 +67,7 @@ def test_no_key_that_people_write_ends_with_a_unit(kind: type[JobSpec | ClusterS
 
 
 @pytest.mark.parametrize("kind", [JobSpec, ClusterSpec])
-def test_the_file_with_every_field_is_one_that_is_taken(kind: type[JobSpec | ClusterSpec]) -> None:
+def test_the_file_with_every_field_is_valid(kind: type[JobSpec | ClusterSpec]) -> None:
     of_one_kind = specs.OF_EXISTING if kind is ClusterSpec else frozenset()
     assert set(specs.whole(kind)) == {KEYS.get(name, name) for name in kind.model_fields} - of_one_kind
     kind.model_validate(specs.whole(kind))
@@ -84,7 +84,7 @@ def test_every_kind_of_environment_is_listed() -> None:
 
 
 @EACH_FUNCTION
-def test_every_function_says_what_it_does(function: Callable[..., object]) -> None:
+def test_every_function_is_described(function: Callable[..., object]) -> None:
     assert source.doc(function.__doc__).text
 
 
@@ -95,7 +95,7 @@ def test_every_argument_is_described(function: Callable[..., object]) -> None:
 
 
 @EACH_FUNCTION
-def test_what_a_function_returns_is_said(function: Callable[..., object]) -> None:
+def test_every_return_value_is_described(function: Callable[..., object]) -> None:
     node, doc = source.function_node(function), source.doc(function.__doc__)
     if not source.is_property(node) and node.returns and ast.unparse(node.returns) != "None":
         assert doc.returns or re.search(r"^(Return|Yield) |; return ", doc.text)
@@ -107,7 +107,7 @@ def test_every_error_that_a_function_raises_is_described(function: Callable[...,
 
 
 @pytest.mark.parametrize("kind", list(classes()), ids=lambda kind: kind.__name__)
-def test_every_class_says_what_it_is(kind: type) -> None:
+def test_every_class_is_described(kind: type) -> None:
     assert source.doc(vars(kind).get("__doc__")).text
 
 
@@ -117,10 +117,10 @@ def test_every_public_name_is_in_the_reference(name: str) -> None:
     assert f"`{name}`" in page or f"`raylaunch.{name}`" in page
 
 
-def test_the_reference_describes_what_comes_as_an_answer() -> None:
+def test_the_reference_describes_all_response_models() -> None:
     assert {"JobView", "Artifact", "Event", "ControllerStatus", "Metrics"} <= {kind.__name__ for kind in shown()}
 
 
 @pytest.mark.parametrize("reason", Reason, ids=lambda reason: reason.value)
-def test_every_reason_says_what_a_person_can_do(reason: Reason) -> None:
+def test_every_reason_has_advice(reason: Reason) -> None:
     assert reason.advice

@@ -50,7 +50,7 @@ def test_the_first_page_of_the_site_leads_to_the_documentation(site: Path) -> No
     assert "The first five minutes" in (site / target[1]).read_text(encoding="utf-8")
 
 
-def test_the_site_fetches_nothing_from_anywhere_else(site: Path) -> None:
+def test_the_site_loads_nothing_from_other_hosts(site: Path) -> None:
     html = [*FOREIGN.findall("".join(path.read_text(encoding="utf-8") for path in site.rglob("*.html")))]
     css = [*FETCHED.findall("".join(path.read_text(encoding="utf-8") for path in site.rglob("*.css")))]
     assert not html + css

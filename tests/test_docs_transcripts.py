@@ -25,7 +25,7 @@ def test_a_transcript_that_is_not_true_is_found() -> None:
 
 
 @pytest.mark.parametrize("page", sorted(ALONE))
-def test_what_is_typed_without_a_cluster_prints_what_the_page_shows(page: str, home: Path, tmp_path: Path) -> None:
+def test_commands_without_a_cluster_print_what_the_page_shows(page: str, home: Path, tmp_path: Path) -> None:
     environ = {**os.environ, "RAYLAUNCH_HOME": str(home), "NO_COLOR": "1"}
     differences = transcripts.run(ROOT / page, tmp_path, environ)
     assert not differences, "\n\n".join(differences)
@@ -34,6 +34,6 @@ def test_what_is_typed_without_a_cluster_prints_what_the_page_shows(page: str, h
 @pytest.mark.ray
 @pytest.mark.wandb
 @pytest.mark.parametrize("page", WITH_CLUSTER, ids=pages.name)
-def test_what_is_typed_on_a_cluster_prints_what_the_page_shows(page: Path, cluster: Cluster, tmp_path: Path) -> None:
+def test_commands_on_a_cluster_print_what_the_page_shows(page: Path, cluster: Cluster, tmp_path: Path) -> None:
     differences = transcripts.run(page, tmp_path, cluster.env)
     assert not differences, "\n\n".join(differences)

@@ -61,7 +61,7 @@ def test_a_gpu_that_the_file_lists_and_this_machine_lacks_blocks_with_exit_statu
     assert "[gpus_missing]\n    → list ids or UUIDs from: nvidia-smi -L\n" in done.stdout
 
 
-def test_hosts_over_ssh_are_looked_at_together_and_a_bad_one_does_not_hide_the_others(
+def test_hosts_over_ssh_are_checked_in_parallel_and_a_bad_one_does_not_hide_the_others(
     host: Sshd, tmp_path: Path
 ) -> None:
     closed = free_port()
@@ -78,7 +78,7 @@ def test_hosts_over_ssh_are_looked_at_together_and_a_bad_one_does_not_hide_the_o
     assert [one["level"] for one in found["problems"]] == sorted(one["level"] for one in found["problems"])
 
 
-def test_an_unknown_host_key_is_shown_and_nothing_was_asked_of_the_host(host: Sshd, tmp_path: Path) -> None:
+def test_an_unknown_host_key_is_shown_and_the_host_is_not_queried(host: Sshd, tmp_path: Path) -> None:
     host.known_hosts.write_text("")
     (tmp_path / "cluster.yaml").write_text("name: lab\nhosts: [here]\n")
     done = doctor(tmp_path, "doctor", env={"HOME": str(host.home)})
@@ -88,7 +88,7 @@ def test_an_unknown_host_key_is_shown_and_nothing_was_asked_of_the_host(host: Ss
     assert "SHA256:" in done.stdout
 
 
-def test_what_rays_own_file_says_in_vain_is_told_beside_the_findings(host: Sshd, tmp_path: Path) -> None:
+def test_ignored_keys_of_rays_own_file_are_reported_with_the_findings(host: Sshd, tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text(
         "cluster_name: lab\nprovider: {type: local, head_ip: here}\nsetup_commands: [pip install torch]\n"
     )
@@ -107,7 +107,7 @@ def findings(*problems: Problem) -> Findings:
     )
 
 
-def test_the_table_says_what_each_host_is_and_problems_follow_with_their_mends() -> None:
+def test_the_table_lists_the_hosts_and_problems_follow_with_their_fixes() -> None:
     lines = list(
         doctor_lines(
             findings(

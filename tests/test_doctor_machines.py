@@ -88,14 +88,14 @@ def codes(found: Findings, host: str, level: str) -> set[str]:
     return {one.code for one in found.of(host) if one.level == level}
 
 
-def test_a_healthy_dgx_is_ready_and_who_uses_a_gpu_is_named(found: Findings) -> None:
+def test_a_healthy_dgx_is_ready_and_users_of_gpus_are_named(found: Findings) -> None:
     assert codes(found, "dgx", "blocking") == set()
     (busy,) = [one for one in found.of("dgx") if one.code == "gpus_busy"]
     assert busy.message.startswith("GPU 3 (NVIDIA H100 80GB HBM3) is used by sshd (pid 1, user root)")
     assert "index_unreachable" in codes(found, "dgx", "warning")
 
 
-def test_a_host_without_any_python_is_looked_at_all_the_same(found: Findings) -> None:
+def test_a_host_without_python_is_checked_too(found: Findings) -> None:
     assert "python_missing" in codes(found, "spark", "blocking")
     (gpu,) = found.facts["spark"].gpus.gpus
     assert (gpu.name, gpu.memory_total) == ("NVIDIA GB10", None)
@@ -107,12 +107,12 @@ def test_a_clock_that_is_an_hour_ahead_blocks_behind_a_noisy_login_shell_too(fou
     assert (clock.level, clock.message) == ("blocking", "its clock is 1 h 0 m ahead of this machine's")
 
 
-def test_a_broken_driver_a_full_disk_and_little_shared_memory_are_all_said(found: Findings) -> None:
+def test_a_broken_driver_a_full_disk_and_little_shared_memory_are_all_reported(found: Findings) -> None:
     assert {"driver_broken", "disk_low"} <= codes(found, "broken", "blocking")
     assert "shm_small" in codes(found, "broken", "warning")
 
 
-def test_an_ordinary_account_is_seen_with_what_it_may_not_do(found: Findings) -> None:
+def test_an_ordinary_account_is_reported_with_its_missing_permissions(found: Findings) -> None:
     facts = found.facts["shared"]
     assert (facts.user, facts.sudo in {"no", None}) == ("anna", True)
     (wrong,) = [one for one in found.of("shared") if one.code == "root_not_writable"]
@@ -121,7 +121,7 @@ def test_an_ordinary_account_is_seen_with_what_it_may_not_do(found: Findings) ->
     )
 
 
-def test_a_host_that_is_off_is_unreachable_and_the_others_are_told(found: Findings) -> None:
+def test_a_host_that_is_off_is_unreachable_and_the_others_are_reported(found: Findings) -> None:
     assert codes(found, "gone", "blocking") == {"unreachable"}
     assert set(found.facts) == {"dgx", "spark", "late", "broken", "shared"}
 
@@ -132,11 +132,11 @@ def test_each_host_was_reached_at_its_own_address(lab: World, found: Findings) -
     }
 
 
-def test_hosts_that_only_share_a_kernel_are_not_taken_for_one(found: Findings) -> None:
+def test_hosts_that_share_a_kernel_are_counted_separately(found: Findings) -> None:
     assert not [one for one in found.problems if one.code in {"same_machine", "root_shared"}]
 
 
-def test_nothing_was_left_on_the_hosts(lab: World, found: Findings) -> None:
+def test_no_files_remain_on_the_hosts(lab: World, found: Findings) -> None:
     assert found.facts
     for host in lab.hosts:
         if host.is_on:

@@ -67,7 +67,7 @@ def test_down_on_a_cluster_that_does_not_run_succeeds_and_reports_that(paths: Cl
     assert str(report) == f"cluster local was not running; jobs, logs and outputs stay in {paths.default_store}"
 
 
-def test_what_is_recorded_of_a_cluster_is_understood_by_0_1_0(paths: ClusterPaths, tmp_path: Path) -> None:
+def test_the_record_of_a_cluster_is_readable_by_0_1_0(paths: ClusterPaths, tmp_path: Path) -> None:
     spec = SPEC.model_copy(update={"tls": True})  # as a host of several is told
     save_record(paths, new_record(spec, paths).with_(tls=True, versions=ClusterVersions(raylaunch="99.0.0")))
     read = "from raylaunch.cluster import home, record; print(record.load_record(home.cluster_paths('local')).versions)"
@@ -76,7 +76,7 @@ def test_what_is_recorded_of_a_cluster_is_understood_by_0_1_0(paths: ClusterPath
     assert "99.0.0" in done.stdout, done.stderr
 
 
-def test_what_is_recorded_of_a_cluster_is_what_it_was_started_with(paths: ClusterPaths) -> None:
+def test_the_record_of_a_cluster_has_its_start_options(paths: ClusterPaths) -> None:
     hosts = ["h1", {"host": "h2", "gpus": "auto", "user": "root"}]
     spec = ClusterSpec.model_validate(
         {"name": "lab", "gpus": 2, "defaults": {"user": "ada", "cpus": 2}, "hosts": hosts}
@@ -111,9 +111,7 @@ def test_an_exited_controller_next_to_a_running_ray_is_a_degraded_cluster(paths:
     assert status.ray_ports == {"dashboard": 25991}
 
 
-def test_down_ends_what_the_record_names_and_all_that_carry_the_clusters_mark_and_nobody_else(
-    paths: ClusterPaths, start: Start
-) -> None:
+def test_down_stops_recorded_and_marked_processes_and_no_others(paths: ClusterPaths, start: Start) -> None:
     record = new_record(SPEC, paths)
     ray = start(**{VAR_CLUSTER_ID: record.cluster_id})
     strayed = start(**{VAR_CLUSTER_ID: record.cluster_id})
@@ -148,7 +146,7 @@ def test_the_session_of_a_dead_head_is_found_by_its_processes_titles(paths: Clus
 # Plans
 
 
-def test_a_plan_reports_what_would_be_started_and_starts_nothing(home: Path) -> None:
+def test_a_plan_reports_the_steps_and_starts_nothing(home: Path) -> None:
     text = str(anyio.run(backend.plan, SPEC))
     assert text.startswith("cluster local: would start\n  + Ray 2.60.")
     assert "with all CPU cores and 2 logical GPUs, loopback only" in text
@@ -156,7 +154,7 @@ def test_a_plan_reports_what_would_be_started_and_starts_nothing(home: Path) -> 
     assert list(home.iterdir()) == []
 
 
-def test_half_a_cpu_is_refused_with_what_to_write() -> None:
+def test_half_a_cpu_is_refused_with_an_alternative() -> None:
     with pytest.raises(SpecError, match=r"cpus: 2.4 is not a whole number of cores"):
         whole_cpus(2.4)
 
@@ -171,14 +169,14 @@ def head_of(paths: ClusterPaths, spec: ClusterSpec) -> RayStart:
     return RayStart(paths, spec, record.cluster_id, {name: 20000 + n for n, name in enumerate(names)}, choice)
 
 
-def test_a_list_of_gpus_limits_what_ray_sees_by_ids_in_the_order_of_nvidia_smi(paths: ClusterPaths) -> None:
+def test_a_list_of_gpus_is_in_the_order_of_nvidia_smi(paths: ClusterPaths) -> None:
     head = head_of(paths, ClusterSpec(gpus=("GPU-bbbb2222",)))
     env = head.environment({"CUDA_VISIBLE_DEVICES": "0,1"})
     assert "--num-gpus=1" in head.argv()
     assert (env["CUDA_VISIBLE_DEVICES"], env["CUDA_DEVICE_ORDER"]) == ("1", "PCI_BUS_ID")
 
 
-def test_the_folder_of_rays_python_is_first_on_its_path_and_jobs_of_our_own_get_theirs(paths: ClusterPaths) -> None:
+def test_the_folder_of_rays_python_is_first_on_its_path_and_jobs_get_their_own(paths: ClusterPaths) -> None:
     env = head_of(paths, ClusterSpec()).environment({"PATH": "/usr/bin"})
     assert env["PATH"] == f"{Path(sys.executable).parent}:/usr/bin"
     assert without_ray(env)["PATH"] == "/usr/bin"
@@ -191,7 +189,7 @@ def test_logical_gpus_leave_the_real_ones_unnamed(paths: ClusterPaths) -> None:
     assert "CUDA_VISIBLE_DEVICES" not in head.environment({"CUDA_VISIBLE_DEVICES": "0"})
 
 
-def test_no_secret_and_nothing_of_another_ray_gets_into_the_environment_of_jobs(paths: ClusterPaths) -> None:
+def test_the_environment_of_jobs_has_no_secrets_and_no_variables_of_another_ray(paths: ClusterPaths) -> None:
     planted = {
         "WANDB_API_KEY": "x",
         "RAY_ADDRESS": "x",
@@ -205,7 +203,7 @@ def test_no_secret_and_nothing_of_another_ray_gets_into_the_environment_of_jobs(
     assert clean_environment(planted, paths).get("PYTHONPATH") != "x"
 
 
-def test_loopback_never_goes_through_a_proxy(paths: ClusterPaths) -> None:
+def test_loopback_never_uses_a_proxy(paths: ClusterPaths) -> None:
     env = clean_environment({"https_proxy": "http://proxy:3128", "no_proxy": "intranet"}, paths)
     assert env["no_proxy"] == "intranet,127.0.0.1,localhost"
 
@@ -230,7 +228,7 @@ def running_with(paths: ClusterPaths, start: Start, **versions: str) -> ClusterR
     return save_record(paths, record)
 
 
-def test_a_cluster_that_runs_another_ray_is_refused_with_what_to_do(paths: ClusterPaths, start: Start) -> None:
+def test_a_cluster_that_runs_another_ray_is_refused_with_a_hint(paths: ClusterPaths, start: Start) -> None:
     running_with(paths, start, ray="2.59.1", raylaunch="0.1.0")
     with pytest.raises(VersionError) as caught:
         anyio.run(partial(backend.up, SPEC, on_step=ignore))

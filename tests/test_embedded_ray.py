@@ -65,7 +65,7 @@ def pids(found: ClusterStatus) -> tuple[int, int]:
     return found.ray.pid, found.controller.pid
 
 
-def test_up_returns_when_the_cluster_can_take_jobs(cluster: Cluster) -> None:
+def test_up_returns_when_the_cluster_accepts_jobs(cluster: Cluster) -> None:
     found = cluster.first_ups[0]
     assert (found["state"], found["problems"], found["gpus_logical"]) == ("running", [], True)
     (node,) = [node for node in found["nodes"] if node["alive"]]
@@ -94,7 +94,7 @@ def test_a_running_cluster_that_differs_from_the_spec_is_kept_and_the_difference
     assert "gpus: 4, not 6" in steps[-1].message
 
 
-def test_nothing_of_the_cluster_listens_beyond_loopback(cluster: Cluster) -> None:
+def test_the_cluster_listens_on_loopback_only(cluster: Cluster) -> None:
     found = processes(cluster)
     assert len(found) > 5
     sockets = [one for process in found for one in psutil.Process(process.pid).net_connections(kind="inet")]
@@ -123,7 +123,7 @@ def test_no_token_is_in_any_process_argument_or_environment(cluster: Cluster) ->
         assert not any(secret in text for secret in secrets)
 
 
-def test_every_file_of_the_cluster_is_ours_alone(cluster: Cluster) -> None:
+def test_every_file_of_the_cluster_is_private_to_the_user(cluster: Cluster) -> None:
     open_to_others = [
         path for path in cluster.paths.root.rglob("*") if not path.is_symlink() and path.stat().st_mode & 0o077
     ]

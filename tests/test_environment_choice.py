@@ -70,7 +70,7 @@ def test_a_venv_or_a_conda_environment_that_is_active_is_found_by_its_variable(t
     assert active_python({"VIRTUAL_ENV": str(tmp_path / "gone")}) is None
 
 
-def test_of_two_that_are_active_the_one_counts_whose_python_is_found_first(tmp_path: Path) -> None:
+def test_of_two_active_environments_the_first_on_path_is_used(tmp_path: Path) -> None:
     both = {"VIRTUAL_ENV": str(venv(tmp_path / "venv")), "CONDA_PREFIX": str(conda(tmp_path / "train"))}
     path = [f"{tmp_path}/train/bin", f"{tmp_path}/venv/bin", "/usr/bin"]
     first = active_python({**both, "PATH": ":".join(path)})
@@ -80,7 +80,7 @@ def test_of_two_that_are_active_the_one_counts_whose_python_is_found_first(tmp_p
     assert (first.environment.kind, second.environment.kind) == ("conda", "venv")
 
 
-def test_condas_base_and_environments_made_for_raylaunch_alone_do_not_count(tmp_path: Path) -> None:
+def test_condas_base_and_environments_with_only_raylaunch_are_ignored(tmp_path: Path) -> None:
     base = conda(tmp_path / "miniforge3")
     (base / "condabin").mkdir()
     assert active_python({"CONDA_PREFIX": str(base)}) is None
@@ -102,7 +102,7 @@ def test_a_notebooks_kernel_counts_by_its_prefix_whatever_started_its_server(tmp
     assert fallen.prefix == server
 
 
-def test_what_uv_run_lays_over_an_environment_is_gone_afterwards_so_that_environment_counts(tmp_path: Path) -> None:
+def test_the_temporary_layer_of_uv_run_is_ignored_and_the_environment_below_is_used(tmp_path: Path) -> None:
     below, over = venv(tmp_path / "venv"), venv(tmp_path / "cache" / "over")
     (over / "pyvenv.cfg").write_text(f"home = /usr/bin\nextends-environment = {below}\n")
     assert active(over).prefix == below
@@ -129,7 +129,7 @@ def test_the_order_is_job_cluster_lock_active_and_rays_own(tmp_path: Path) -> No
     assert chosen(locked.model_copy(update={"working_dir": ""}), here=False) == ("own", "default")
 
 
-def test_a_choice_says_the_version_where_it_comes_from_and_what_was_passed_over(tmp_path: Path) -> None:
+def test_a_choice_reports_its_version_its_source_and_what_was_skipped(tmp_path: Path) -> None:
     locked = project(tmp_path / "locked")
     of_cluster = RAYS.model_copy(update={"environment": Environment(kind="conda", value="train")})
     assert str(choose(locked, of_cluster, None, here=True)) == (
@@ -143,7 +143,7 @@ def test_a_choice_says_the_version_where_it_comes_from_and_what_was_passed_over(
     assert str(choose(plain, RAYS, mine, here=True)) == f"Python 3.11 from the active environment (venv:{mine.prefix})"
 
 
-def test_what_is_installed_editable_in_the_environment_is_named_with_its_folder(tmp_path: Path) -> None:
+def test_editable_installs_in_the_environment_are_named_with_their_folders(tmp_path: Path) -> None:
     made = venv(tmp_path / "venv", packages={"lib": "1.0", "raylaunch": "0.2.0", "numpy": "2.4.0"})
     for name, editable in (("lib-1.0", True), ("raylaunch-0.2.0", True), ("numpy-2.4.0", False)):
         origin = {"url": f"file://{tmp_path}/my%20lib", "dir_info": {"editable": True} if editable else {}}
@@ -151,15 +151,15 @@ def test_what_is_installed_editable_in_the_environment_is_named_with_its_folder(
             json.dumps(origin)
         )
     assert editable_in(made) == {"lib": f"{tmp_path}/my lib"}
-    said = f"installed editable, so later edits reach the job: lib ({tmp_path}/my lib)"
+    expected = f"installed editable, so later edits reach the job: lib ({tmp_path}/my lib)"
     plain = JobSpec(entrypoint="x", working_dir="")
-    assert choose(plain, RAYS, active(made), here=True).note == said
+    assert choose(plain, RAYS, active(made), here=True).note == expected
     for named in (f"venv:{made}", f"{made}/bin/python"):
         spec = plain.model_copy(update={"environment": Environment.model_validate(named)})
         found = choose(spec, RAYS, None, here=True)
-        assert (found.source, found.python, found.note) == ("job", "3.11.9", said)
+        assert (found.source, found.python, found.note) == ("job", "3.11.9", expected)
         of_cluster = RAYS.model_copy(update={"environment": spec.environment})
-        assert choose(plain, of_cluster, None, here=True).note == said
+        assert choose(plain, of_cluster, None, here=True).note == expected
         assert choose(spec, RAYS, None, here=False).note == ""  # that path is another machine's
 
 
@@ -191,7 +191,7 @@ def test_a_list_of_packages_in_brackets_is_read_as_yaml_would(tmp_path: Path) ->
         spec_of({"command": ("x",), "with": ("-r /etc/passwd",)}, {})
 
 
-def test_a_ray_driver_passes_over_what_has_not_the_clusters_ray(tmp_path: Path) -> None:
+def test_a_ray_driver_skips_environments_without_the_clusters_ray(tmp_path: Path) -> None:
     fits = active(venv(tmp_path / "fits", python="3.11.4", packages={"ray": "2.60.0"}))
     older = active(venv(tmp_path / "older", python="3.11.4", packages={"ray": "2.50.0"}))
     newer_python = active(venv(tmp_path / "newer", python="3.12.1", packages={"ray": "2.60.0"}))

@@ -50,7 +50,7 @@ def test_the_digits_example_trains_by_itself_and_its_model_can_be_loaded_elsewhe
 @pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="needs PyTorch, which could not be installed here"
 )
-def test_the_torch_example_trains_by_itself_and_says_on_which_device(tmp_path: Path) -> None:
+def test_the_torch_example_trains_and_prints_its_device(tmp_path: Path) -> None:
     output = _run(EXAMPLES / "torch_script/train.py", "--epochs", "2", cwd=tmp_path)
     assert "device: " in output
     assert "epoch   2/2" in output

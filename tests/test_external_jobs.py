@@ -51,12 +51,12 @@ def view(seen: RayJob, where: SubmissionPlace = HERE, before: JobRecord | None =
         (job("A_STATE_OF_A_LATER_RAY", driver_node_id=NODE), JobState.RUNNING, None),
     ],
 )
-def test_each_state_of_rays_is_one_of_ours(seen: RayJob, state: JobState, reason: Reason | None) -> None:
+def test_each_state_of_ray_maps_to_one_of_raylaunch(seen: RayJob, state: JobState, reason: Reason | None) -> None:
     found = view(seen)
     assert (found.state, found.reason, found.foreign, found.owner) == (state, reason, True, "")
 
 
-def test_a_job_has_one_attempt_once_it_has_begun_and_none_while_it_waits() -> None:
+def test_a_job_has_one_attempt_once_it_has_started_and_none_while_it_waits() -> None:
     assert view(job("PENDING")).attempts == ()
     (attempt,) = view(job("FAILED", driver_node_id=NODE, driver_exit_code=7, end_time=3000)).attempts
     assert (attempt.n, attempt.node, attempt.node_id, attempt.exit_code) == (1, "dgx", NODE, 7)
@@ -90,14 +90,14 @@ def test_no_entrypoint_is_too_odd_to_be_shown(entrypoint: str) -> None:
     assert len(found.entrypoint) <= 4000
 
 
-def test_of_a_job_whose_node_is_gone_that_is_said() -> None:
+def test_a_job_whose_node_is_lost_reports_it() -> None:
     found = view(
         job("FAILED", driver_node_id=NODE, error_type="JOB_SUPERVISOR_ACTOR_DIED"), SubmissionPlace("dgx", lost=True)
     )
     assert (found.reason, found.message) == (Reason.NODE_LOST, "its node dgx was lost")
 
 
-def test_a_job_on_a_node_that_is_gone_is_unreachable_and_at_last_lost() -> None:
+def test_a_job_on_a_lost_node_is_unreachable_and_later_lost() -> None:
     running = job("RUNNING", driver_node_id=NODE)
     found = view(running, SubmissionPlace("dgx", lost=True))
     assert (found.state, found.unreachable) == (JobState.RUNNING, True)
@@ -131,7 +131,7 @@ def recorded(records: Records) -> JobRecord:
     return records.get("raysubmit_1")
 
 
-def test_what_ray_has_forgotten_is_lost(foreign: ExternalJobs, records: Records) -> None:
+def test_a_job_that_ray_has_forgotten_is_lost(foreign: ExternalJobs, records: Records) -> None:
     foreign.take({"raysubmit_1": job("RUNNING", driver_node_id=NODE)})
     foreign.take({})
     found = recorded(records)
@@ -140,13 +140,13 @@ def test_what_ray_has_forgotten_is_lost(foreign: ExternalJobs, records: Records)
     assert found.attempts[0].ended_at is not None
 
 
-def test_what_was_lost_by_mistake_is_found_again(foreign: ExternalJobs, records: Records) -> None:
+def test_a_job_declared_lost_by_mistake_is_found_again(foreign: ExternalJobs, records: Records) -> None:
     for jobs in ({"raysubmit_1": job("RUNNING", driver_node_id=NODE)}, {}, {"raysubmit_1": job("SUCCEEDED")}):
         foreign.take(jobs)
     assert recorded(records).state is JobState.SUCCEEDED
 
 
-def test_what_has_ended_does_not_end_again_and_an_id_that_is_used_again_is_another_job(
+def test_an_ended_job_does_not_end_again_and_a_reused_id_is_another_job(
     foreign: ExternalJobs, records: Records
 ) -> None:
     ended = job("SUCCEEDED", driver_node_id=NODE)
@@ -157,13 +157,13 @@ def test_what_has_ended_does_not_end_again_and_an_id_that_is_used_again_is_anoth
     assert recorded(records).state is JobState.RUNNING
 
 
-def test_what_ended_stays_as_it_was_when_ray_forgets_it(foreign: ExternalJobs, records: Records) -> None:
+def test_an_ended_job_is_unchanged_when_ray_forgets_it(foreign: ExternalJobs, records: Records) -> None:
     foreign.take({"raysubmit_1": job("SUCCEEDED", driver_node_id=NODE)})
     foreign.take({})
     assert recorded(records).state is JobState.SUCCEEDED
 
 
-def test_a_job_of_ours_is_never_taken_for_another(foreign: ExternalJobs, records: Records) -> None:
+def test_a_raylaunch_job_is_never_treated_as_external(foreign: ExternalJobs, records: Records) -> None:
     spec = JobSpec(entrypoint="python train.py", name="digits")
     ours, _ = records.create(SubmitRequest(spec=spec), owner="ana", wandb=None)
     foreign.take({ours.id: job("FAILED", submission_id=ours.id)})
@@ -177,7 +177,7 @@ def test_submissions_of_raylaunch_itself_are_left_out(foreign: ExternalJobs, rec
     assert records.page().total == 0
 
 
-def test_a_wish_to_stop_is_kept_until_ray_says_how_it_ended(foreign: ExternalJobs, records: Records) -> None:
+def test_a_stop_request_is_kept_until_ray_reports_the_end(foreign: ExternalJobs, records: Records) -> None:
     running = job("RUNNING", driver_node_id=NODE, message="Job is currently running.")
     foreign.take({"raysubmit_1": running})
     stopping = foreign.stop(recorded(records), grace_s=None, person="olga")
@@ -223,13 +223,13 @@ def test_a_job_that_succeeded_before_the_stop_has_succeeded(foreign: ExternalJob
     assert (recorded(records).state, recorded(records).message) == (JobState.SUCCEEDED, "Job finished successfully.")
 
 
-def test_what_has_ended_is_not_stopped(foreign: ExternalJobs, records: Records) -> None:
+def test_an_ended_job_cannot_be_stopped(foreign: ExternalJobs, records: Records) -> None:
     foreign.take({"raysubmit_1": job("SUCCEEDED", driver_node_id=NODE)})
     with pytest.raises(ConflictError, match="raysubmit_1 has ended already: succeeded"):
         foreign.stop(recorded(records), grace_s=None, person="olga")
 
 
-def test_the_hostname_is_kept_when_the_node_has_gone(
+def test_the_hostname_is_kept_when_the_node_is_lost(
     foreign: ExternalJobs, records: Records, observed: ObservedState
 ) -> None:
     running = job("RUNNING", driver_node_id=NODE)
@@ -248,7 +248,7 @@ def read(observed: ObservedState, folder: Path, attempt: AttemptView) -> None:
     asyncio.run(logs.read(attempt, offset=0, limit=100, ended=False))
 
 
-def test_a_log_on_a_node_that_is_gone_is_said_to_lie_there(observed: ObservedState, tmp_path: Path) -> None:
+def test_a_log_on_a_lost_node_is_reported_as_unavailable(observed: ObservedState, tmp_path: Path) -> None:
     attempt = AttemptView(id="raysubmit_1", n=1, node="gone", node_id="cc" * 28, admitted_at=1.0)
     with pytest.raises(NotFoundError, match="the log of raysubmit_1 is on gone, which is not in the cluster"):
         read(observed, tmp_path, attempt)
@@ -277,7 +277,7 @@ def test_a_log_is_found_in_this_session_of_rays_or_in_the_latest_earlier_one(tmp
 
 
 @pytest.mark.parametrize("submission", ["none", "x/../../secret", "a\0b"])
-def test_what_is_no_log_of_rays_is_not_read(tmp_path: Path, submission: str) -> None:
+def test_a_file_that_is_not_a_log_of_ray_is_not_read(tmp_path: Path, submission: str) -> None:
     logs = session(tmp_path, "session_1")
     (logs / "job-driver-x").mkdir()
     (tmp_path / "secret.log").write_text("a secret")

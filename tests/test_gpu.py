@@ -49,8 +49,8 @@ def takes(cluster: Cluster, gib: float, seconds: float, *options: str) -> str:
 def saw(cluster: Cluster, job: str) -> dict[str, object]:
     """Wait until such a job has ended well; return what it saw."""
     assert cluster.ended(job).state is JobState.SUCCEEDED, cluster.log(job).decode()
-    told: dict[str, object] = json.loads(cluster.log(job).decode().splitlines()[0])
-    return told
+    reported: dict[str, object] = json.loads(cluster.log(job).decode().splitlines()[0])
+    return reported
 
 
 def of_uuid(uuid: str) -> Card:
@@ -65,20 +65,20 @@ def test_ray_has_as_many_as_there_are_and_the_cluster_knows_them_by_name(lab: Cl
     assert CARDS[0].name in lab.good("status")
 
 
-def test_a_job_computes_on_the_one_gpu_that_it_asked_for(lab: Cluster) -> None:
+def test_a_job_computes_on_the_one_gpu_it_requested(lab: Cluster) -> None:
     job = takes(lab, 1, 0, "--gpus", "1")
-    told = saw(lab, job)
-    assert isinstance(told["gpus"], list)
-    assert len(told["gpus"]) == 1, "it sees the others as well"
-    assert told["gpus"][0] in [{"uuid": card.uuid, "name": card.name} for card in CARDS]
+    reported = saw(lab, job)
+    assert isinstance(reported["gpus"], list)
+    assert len(reported["gpus"]) == 1, "it sees the others as well"
+    assert reported["gpus"][0] in [{"uuid": card.uuid, "name": card.name} for card in CARDS]
 
 
-def test_a_job_that_asked_for_none_sees_none(lab: Cluster) -> None:
-    told = saw(lab, takes(lab, 1, 0))
-    assert (told["status"], told["visible"], told["gpus"]) == (NO_DEVICE, "", [])
+def test_a_job_without_gpus_sees_none(lab: Cluster) -> None:
+    reported = saw(lab, takes(lab, 1, 0))
+    assert (reported["status"], reported["visible"], reported["gpus"]) == (NO_DEVICE, "", [])
 
 
-def test_one_that_finds_all_taken_waits_and_says_for_what(lab: Cluster) -> None:
+def test_a_job_waits_with_a_reason_when_all_gpus_are_in_use(lab: Cluster) -> None:
     everything = ("--gpus", str(len(CARDS)))
     first = takes(lab, 1, 600, *everything)
     lab.ready(first)
@@ -89,7 +89,7 @@ def test_one_that_finds_all_taken_waits_and_says_for_what(lab: Cluster) -> None:
     assert saw(lab, second)["status"] == 0
 
 
-def test_what_a_job_took_is_free_once_it_was_stopped(lab: Cluster) -> None:
+def test_the_gpus_of_a_stopped_job_are_free(lab: Cluster) -> None:
     before = {card.uuid: card.memory_used for card in cards()}
     job = takes(lab, 4, 600, "--gpus", "1")
     lab.ready(job)
@@ -109,7 +109,7 @@ def outside() -> Iterator[subprocess.Popen[bytes]]:
         program.kill()
 
 
-def test_a_job_waits_for_one_that_a_program_outside_uses_and_says_whose_it_is(
+def test_a_job_waits_for_a_gpu_used_by_another_program_and_names_its_user(
     lab: Cluster, outside: subprocess.Popen[bytes]
 ) -> None:
     named = f":{outside.pid}:"
@@ -130,7 +130,7 @@ def pytorch() -> None:
 
 
 @pytest.mark.usefixtures("pytorch")
-def test_pytorch_trains_on_it_and_the_model_comes_back(lab: Cluster, tmp_path: Path) -> None:
+def test_pytorch_trains_on_a_gpu_and_the_model_can_be_downloaded(lab: Cluster, tmp_path: Path) -> None:
     job = lab.submit("-f", str(ROOT / "examples/torch_script/job.yaml"), "--gpus", "1")
     assert lab.ended(job, 300).state is JobState.SUCCEEDED, lab.log(job).decode()
     assert f"device: {CARDS[0].name}" in lab.log(job).decode()

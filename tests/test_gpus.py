@@ -40,7 +40,7 @@ def test_gpus_are_read_with_names_and_memory(tmp_path: Path, monkeypatch: pytest
     assert second.index == "1"
 
 
-def test_memory_that_is_not_available_is_none_and_not_zero() -> None:
+def test_unavailable_memory_is_none_and_not_zero() -> None:
     (gpu,) = parse_gpus(SPARK)
     assert gpu.memory_total is None
 

@@ -93,7 +93,7 @@ def tree(folder: Path) -> dict[str, str]:
     }
 
 
-def test_on_another_node_a_job_goes_on_with_what_the_store_has(tmp_path: Path, store: Path) -> None:
+def test_on_another_node_a_job_resumes_with_the_files_in_the_store(tmp_path: Path, store: Path) -> None:
     here, there = Node(tmp_path / "a", store), Node(tmp_path / "b", store)
     first = here.start(1)
     (first / "step-1").mkdir()
@@ -110,7 +110,7 @@ def test_on_another_node_a_job_goes_on_with_what_the_store_has(tmp_path: Path, s
     assert "same root" in command.moved(spec)[0]
 
 
-def test_on_the_way_back_the_older_copy_is_replaced_and_what_is_equal_is_not_sent(tmp_path: Path, store: Path) -> None:
+def test_on_the_way_back_older_copies_are_replaced_and_equal_files_are_not_sent(tmp_path: Path, store: Path) -> None:
     here, there = Node(tmp_path / "a", store), Node(tmp_path / "b", store)
     first = here.start(1)
     for name in ("kept.pt", "changed.pt", "deleted.pt"):
@@ -134,7 +134,7 @@ def test_on_the_way_back_the_older_copy_is_replaced_and_what_is_equal_is_not_sen
     )
 
 
-def test_what_was_collected_is_replaced_on_another_node_too(tmp_path: Path, store: Path) -> None:
+def test_collected_outputs_are_replaced_on_another_node_too(tmp_path: Path, store: Path) -> None:
     here, there = Node(tmp_path / "a", store), Node(tmp_path / "b", store)
 
     def collected(node: Node, n: int) -> Path:
@@ -154,7 +154,7 @@ def test_what_was_collected_is_replaced_on_another_node_too(tmp_path: Path, stor
     assert (third / "outputs/model.pt").read_text() == "of attempt 2"
 
 
-def test_on_the_same_node_what_the_store_has_not_yet_is_kept(tmp_path: Path, store: Path) -> None:
+def test_on_the_same_node_files_not_yet_in_the_store_are_kept(tmp_path: Path, store: Path) -> None:
     here = Node(tmp_path / "a", store)
     first = here.start(1)
     here.carry(1, over=False)
@@ -205,7 +205,7 @@ def elsewhere(tmp_path: Path) -> Iterator[Attempt]:
 
 
 @pytest.mark.slow
-def test_an_attempt_on_another_machine_with_the_same_root_has_ended_before_the_next_begins(elsewhere: Attempt) -> None:
+def test_an_attempt_on_another_machine_with_the_same_root_ends_before_the_next_starts(elsewhere: Attempt) -> None:
     root = elsewhere.folder.parent.parent
     folder = job_dir.take(root, "job-aaaaaa-2", "another tag, as on another machine/job-aaaaaa-2")
     assert (elsewhere.exit(0)["ended"], elsewhere.processes()) == ("stopped", [])
@@ -213,7 +213,7 @@ def test_an_attempt_on_another_machine_with_the_same_root_has_ended_before_the_n
 
 
 @pytest.mark.slow
-def test_an_attempt_of_another_node_on_the_same_disk_has_ended_before_the_next_begins(elsewhere: Attempt) -> None:
+def test_an_attempt_of_another_node_on_the_same_disk_ends_before_the_next_starts(elsewhere: Attempt) -> None:
     root = elsewhere.folder.parent.parent
     (elsewhere.folder.parent / "job-aaaaaa-2").rmdir()
     folder = job_dir.take(root, "job-aaaaaa-1", "tag/job-aaaaaa-1")

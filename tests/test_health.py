@@ -45,10 +45,10 @@ class Watched:
     def silence_s(self, controller: ProcessIdentity) -> float:
         """Return for how long this controller may be silent, once it has answered."""
         self.after(0, answers=True, controller=controller)
-        began = self.clock.now
+        started = self.clock.now
         while not self.after(1, controller=controller):
             pass
-        return self.clock.now - began
+        return self.clock.now - started
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_one_that_answered_counts_as_hung_after_some_seconds_of_silence() -> Non
     assert 5 < Watched().silence_s(ONE) < 20
 
 
-def test_an_answer_begins_the_count_again() -> None:
+def test_a_response_resets_the_count() -> None:
     watched = Watched()
     watched.after(0, answers=True)
     for _ in range(5):

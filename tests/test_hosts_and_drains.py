@@ -210,14 +210,14 @@ def test_what_ray_counts_for_a_moment_after_a_jobs_end_is_not_reported(tmp_path:
 
 def test_a_host_that_there_is_not_is_refused_with_those_there_are(api: Api) -> None:
     with api.client("olga") as olga:
-        said = error(olga.post("/v1/hosts/dgx-9/drain", json={}))
-        assert said[:3] == (404, "not_found", "the cluster has no host 'dgx-9'; it has dgx-1")
+        problem = error(olga.post("/v1/hosts/dgx-9/drain", json={}))
+        assert problem[:3] == (404, "not_found", "the cluster has no host 'dgx-9'; it has dgx-1")
 
 
 def test_a_time_that_is_over_is_refused(api: Api) -> None:
     with api.client("olga") as olga:
-        said = error(olga.post("/v1/hosts/dgx-1/drain", json={"until": 1.0}))
-        assert said[:3] == (409, "conflict", "cannot drain dgx-1: the drain's end is in the past")
+        problem = error(olga.post("/v1/hosts/dgx-1/drain", json={"until": 1.0}))
+        assert problem[:3] == (409, "conflict", "cannot drain dgx-1: the drain's end is in the past")
 
 
 def test_a_quiet_cluster_says_until_when_and_is_loud_again(api: Api) -> None:
@@ -247,9 +247,11 @@ def test_times_are_read_as_people_write_them(text: str, at: datetime) -> None:
     assert point_in_time(text, now=NOON) == at
 
 
-@pytest.mark.parametrize(("text", "said"), [("noonish", "is not a time; write 18:00"), ("2026-11-27T11:00", "past")])
-def test_what_is_no_time_to_come_is_refused(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)):
+@pytest.mark.parametrize(
+    ("text", "expected"), [("noonish", "is not a time; write 18:00"), ("2026-11-27T11:00", "past")]
+)
+def test_what_is_no_time_to_come_is_refused(text: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(expected)):
         point_in_time(text, now=NOON)
 
 

@@ -80,7 +80,7 @@ def test_another_file_is_named_as_everywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (
             (),
@@ -103,9 +103,11 @@ def test_another_file_is_named_as_everywhere(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_refused_and_nothing_is_written(tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+def test_what_cannot_be_is_refused_and_nothing_is_written(
+    tmp_path: Path, words: tuple[str, ...], expected: str
+) -> None:
     done = init(tmp_path, "init", *words)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
     assert not (tmp_path / "cluster.yaml").exists()
 
 

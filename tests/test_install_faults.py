@@ -83,8 +83,8 @@ def test_a_client_killed_in_the_middle_of_a_step_can_be_run_again(
 
 @pytest.mark.parametrize("step", [pytest.param("push", marks=pytest.mark.long), "install"])
 def test_a_link_that_is_cut_is_an_error_and_the_next_call_goes_on(fresh_host: BareHost, step: str) -> None:
-    def cut(told: Step) -> None:
-        if told.name == step and told.state == "begins":
+    def cut(reported: Step) -> None:
+        if reported.name == step and reported.state == "begins":
             fresh_host.daemon.drop()
 
     error = fresh_host.refused(lambda: fresh_host.ensure(on_step=cut))
@@ -112,8 +112,8 @@ def test_a_disk_that_becomes_full_is_said_and_the_next_call_goes_on(
         fresh_host.root = disk / "root"
         ballast: list[Path] = []
 
-        def fill_up(told: Step) -> None:
-            if told.name == step and told.state == "begins":
+        def fill_up(reported: Step) -> None:
+            if reported.name == step and reported.state == "begins":
                 ballast.append(fill(disk, but_kib=200))
 
         error = fresh_host.refused(lambda: fresh_host.ensure(on_step=fill_up))

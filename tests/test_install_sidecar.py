@@ -84,7 +84,7 @@ def test_an_environment_without_ray_is_refused(stocked_host: BareHost) -> None:
     assert "it has no ray" in error.message
 
 
-def test_an_environment_that_does_not_exist_is_said(stocked_host: BareHost) -> None:
+def test_a_missing_environment_is_reported(stocked_host: BareHost) -> None:
     error = stocked_host.refused(lambda: stocked_host.ensure_beside("/nowhere/env"))
     assert isinstance(error, HostStepError)
     assert "/nowhere/env is neither a Python interpreter nor an environment" in error.message

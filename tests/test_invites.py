@@ -136,8 +136,8 @@ def test_an_invitation_can_be_taken_back(api: Api) -> None:
 
 def test_nobody_locks_herself_out(api: Api) -> None:
     with api.client("ada") as ada:
-        said = error(ada.delete("/v1/tokens/ada"))
-    assert said[:3] == (409, "conflict", "you cannot revoke the token you are using")
+        problem = error(ada.delete("/v1/tokens/ada"))
+    assert problem[:3] == (409, "conflict", "you cannot revoke the token you are using")
 
 
 def test_invitations_and_tokens_are_over_at_their_time(tmp_path: Path) -> None:
@@ -160,9 +160,9 @@ def test_a_damaged_file_of_invitations_lets_nobody_in_and_is_named(api: Api) -> 
     (api.store / "invitations.json").write_text("{")
     assert take(api, code).status_code == 401
     with api.client("ada") as ada:
-        said = error(ada.post("/v1/tokens", json={"person": "eve", "role": "viewer"}))
-    assert said[1] == "storage"
-    assert "invitations.json cannot be read" in said[2]
+        problem = error(ada.post("/v1/tokens", json={"person": "eve", "role": "viewer"}))
+    assert problem[1] == "storage"
+    assert "invitations.json cannot be read" in problem[2]
 
 
 @pytest.mark.parametrize("person", ["", "a b", "../x", "-rf", "x" * 65])

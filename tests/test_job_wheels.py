@@ -139,10 +139,10 @@ def test_packages_are_added_to_an_environment_of_another_python_from_wheels_that
     for fits in (its, HERE):
         found = sent(api, str(named), tmp_path, [fits], packages=["native"])
         attempt = attempt_with(api, found.sets, tmp_path / fits.minor, named)
-        told = json.loads((attempt.folder / "attempt.json").read_text())
-        told["environment"]["packages"] = ["native"]
+        reported = json.loads((attempt.folder / "attempt.json").read_text())
+        reported["environment"]["packages"] = ["native"]
         (attempt.folder / "attempt.json").write_text(
-            json.dumps({**told, "entrypoint": ["python", "-c", "import native"]})
+            json.dumps({**reported, "entrypoint": ["python", "-c", "import native"]})
         )
         ended[fits] = run_without_index(attempt)
     assert ended[its]["exit_code"] == 0
@@ -183,7 +183,7 @@ def test_what_pip_needs_is_made_from_the_wheels_alone(api: Api, served: Index, t
     served.down = True
     environment = Environment(kind="pip", requirements=("alpha",))
     attempt = attempt_with(api, found.sets, tmp_path / "node", environment)
-    assert run_without_index(attempt)["exit_code"] == 0, attempt.said()
+    assert run_without_index(attempt)["exit_code"] == 0, attempt.output()
     assert attempt.log.read_text() == "1.0 2.0 True\n"
     assert made_in(tmp_path / "node") == ["wheels"]
 
@@ -203,7 +203,7 @@ def test_what_uv_locks_is_made_from_the_wheels_alone_without_uv_on_the_node(
     lock = (project / "uv.lock").read_text()
     files = {"pyproject__toml": PROJECT, "uv__lock": lock}
     attempt = attempt_with(api, found.sets, tmp_path / "node", Environment(kind="uv"), **files)
-    assert run_without_index(attempt)["exit_code"] == 0, attempt.said()
+    assert run_without_index(attempt)["exit_code"] == 0, attempt.output()
     assert attempt.log.read_text() == "1.0 2.0 True\n"
     assert made_in(tmp_path / "node") == ["wheels"]
 

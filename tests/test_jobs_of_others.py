@@ -104,45 +104,45 @@ def test_a_later_job_of_somebody_else_with_that_name_changes_nothing(api: Api, t
 
 
 def test_what_reads_is_answered_and_says_whose_it_is_once(api: Api, theirs: JobView) -> None:
-    said: list[str] = []
+    messages: list[str] = []
 
     async def read() -> JobView:
-        async with Client(api.reach("olga"), on_notice=said.append) as client:
+        async with Client(api.reach("olga"), on_notice=messages.append) as client:
             await client.logs("shared", tail=10)
             await client.files("shared")
             return await client.wait("shared")
 
     assert asyncio.run(read()).id == theirs.id
-    assert len(said) == 1
-    assert theirs.id in said[0]
-    assert "tom's" in said[0]
+    assert len(messages) == 1
+    assert theirs.id in messages[0]
+    assert "tom's" in messages[0]
 
 
 def test_ones_own_job_is_read_without_a_word(api: Api, theirs: JobView) -> None:
-    said: list[str] = []
+    messages: list[str] = []
 
     async def read() -> None:
-        async with Client(api.reach("tom"), on_notice=said.append) as client:
+        async with Client(api.reach("tom"), on_notice=messages.append) as client:
             await client.job("shared")
-        async with Client(api.reach("olga"), on_notice=said.append) as client:
+        async with Client(api.reach("olga"), on_notice=messages.append) as client:
             await client.job(theirs.id)
 
     asyncio.run(read())
-    assert said == []
+    assert messages == []
 
 
 @pytest.mark.parametrize("verb", ["stop", "remove", "download"])
 def test_a_handle_of_the_sdk_that_a_name_led_to_only_reads(
     api: Api, theirs: JobView, tmp_path: Path, verb: str
 ) -> None:
-    said: list[str] = []
-    with raylaunch.connect("test", reach=api.reach("olga"), on_notice=said.append) as cluster:
+    messages: list[str] = []
+    with raylaunch.connect("test", reach=api.reach("olga"), on_notice=messages.append) as cluster:
         job = cluster.job("shared")
         assert job.files()
         with pytest.raises(NotYoursError, match=theirs.id):
             job.download(to=tmp_path / "x") if verb == "download" else getattr(job, verb)()
         assert cluster.job(theirs.id).remove() >= 0
-    assert "tom's" in said[0]
+    assert "tom's" in messages[0]
 
 
 @pytest.mark.usefixtures("as_olga")

@@ -253,8 +253,8 @@ async def test_what_all_jobs_wait_for_is_read_and_recorded_for_those_ahead_alone
             while records.light(jobs[RECORDED_AHEAD - 1]).reason is not Reason.WAITING_FOR_RAY:
                 observed.notify()
                 await asyncio.sleep(0.01)
-        told = [records.light(job).reason for job in jobs]
-        assert told == [Reason.WAITING_FOR_RAY] * RECORDED_AHEAD + [Reason.WAITING_FOR_NODE] * 10
+        reported = [records.light(job).reason for job in jobs]
+        assert reported == [Reason.WAITING_FOR_RAY] * RECORDED_AHEAD + [Reason.WAITING_FOR_NODE] * 10
         shown = why(records, observed, jobs[-1])
         assert (shown.reason, shown.message) == (Reason.WAITING_FOR_RAY, "waiting for Ray: Ray is gone")
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from support.fittings import bare_world
 from support.hosts import Host, World
-from support.terminal import Laptop, Said
+from support.terminal import Laptop, WatchedRun
 from support.waiting import wait_until
 
 pytestmark = [pytest.mark.machines, pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(1200)]
@@ -47,7 +47,7 @@ def step_of(line: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def killed(laptop: Laptop) -> tuple[list[Said], set[str]]:
+def killed(laptop: Laptop) -> tuple[list[WatchedRun], set[str]]:
     """One `up` after the other, each killed at the first line of a step at which none was yet; the last one ends."""
     met: set[str] = set()
 
@@ -57,7 +57,7 @@ def killed(laptop: Laptop) -> tuple[list[Said], set[str]]:
         met.update({step} if step else ())
         return first
 
-    ups: list[Said] = []
+    ups: list[WatchedRun] = []
     while not ups or ups[-1].status == -signal.SIGKILL:
         assert len(ups) < MOST_KILLS
         ups.append(laptop.watch("up", limit_s=UP_S, kill_at=new))
@@ -79,7 +79,7 @@ def ours(host: Host) -> dict[str, list[int]]:
 
 
 def test_after_a_kill_at_each_step_the_next_up_completes(
-    killed: tuple[list[Said], set[str]], laptop: Laptop, lab: World
+    killed: tuple[list[WatchedRun], set[str]], laptop: Laptop, lab: World
 ) -> None:
     ups, met = killed
     assert STEPS - met <= {"node", "agent"}, "it was killed at each step, but for those that a host may do meanwhile"
@@ -94,7 +94,7 @@ def test_after_a_kill_at_each_step_the_next_up_completes(
         assert laptop.call("logs", job).stdout.strip() == host
 
 
-def test_one_bad_host_of_three_is_reported_and_the_others_come_up(killed: tuple[list[Said], set[str]]) -> None:
+def test_one_bad_host_of_three_is_reported_and_the_others_come_up(killed: tuple[list[WatchedRun], set[str]]) -> None:
     last = killed[0][-1]
     assert last.status == 1
     assert "cluster lab: 1 of 3 hosts failed; h1, h2 came up" in last.err
@@ -104,20 +104,20 @@ def test_one_bad_host_of_three_is_reported_and_the_others_come_up(killed: tuple[
 
 
 def test_the_next_up_completes_the_cluster_when_the_bad_host_is_fixed(
-    killed: tuple[list[Said], set[str]], laptop: Laptop, lab: World
+    killed: tuple[list[WatchedRun], set[str]], laptop: Laptop, lab: World
 ) -> None:
     assert killed
     before = [ours(host) for host in lab.hosts[:2]]
     lab.hosts[2].run("/usr/sbin/sshd -f /etc/ssh/sshd_config")
-    said = laptop.watch("up", limit_s=UP_S)
-    assert said.status == 0, said.err
-    assert said.silence_s < QUIET_S, said.lines
+    result = laptop.watch("up", limit_s=UP_S)
+    assert result.status == 0, result.err
+    assert result.silence_s < QUIET_S, result.lines
     assert laptop.living() == {"h1", "h2", "h3"}
     assert [ours(host) for host in lab.hosts[:2]] == before
 
 
 def test_a_host_that_hangs_in_the_middle_is_given_up_and_the_others_are_proven_well(
-    killed: tuple[list[Said], set[str]], laptop: Laptop, lab: World
+    killed: tuple[list[WatchedRun], set[str]], laptop: Laptop, lab: World
 ) -> None:
     assert killed
     hanging = lab.hosts[2]
@@ -127,15 +127,15 @@ def test_a_host_that_hangs_in_the_middle_is_given_up_and_the_others_are_proven_w
             hanging.signal_sshd(signal.SIGSTOP)
         return False
 
-    said = laptop.watch("up", limit_s=UP_S, kill_at=hang)
+    result = laptop.watch("up", limit_s=UP_S, kill_at=hang)
     hanging.signal_sshd(signal.SIGCONT)
-    assert said.status == 1
-    assert "1 of 3 hosts failed; h1, h2 came up" in said.err
-    assert said.silence_s < QUIET_S, said.lines
+    assert result.status == 1
+    assert "1 of 3 hosts failed; h1, h2 came up" in result.err
+    assert result.silence_s < QUIET_S, result.lines
     assert laptop.watch("up", limit_s=UP_S).status == 0
 
 
-def test_down_ends_all_of_it(killed: tuple[list[Said], set[str]], laptop: Laptop, lab: World) -> None:
+def test_down_ends_all_of_it(killed: tuple[list[WatchedRun], set[str]], laptop: Laptop, lab: World) -> None:
     assert killed
     laptop.call("down", limit_s=300)
     wait_until(lambda: not any(any(ours(host).values()) for host in lab.hosts), 30, "nothing of it runs")

@@ -21,7 +21,7 @@ from support.fittings import (
     show_python,
 )
 from support.hosts import World, world
-from support.terminal import Laptop, Said
+from support.terminal import Laptop, WatchedRun
 
 pytestmark = [pytest.mark.machines, pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -59,7 +59,7 @@ def laptop(lab: World, tmp_path_factory: pytest.TempPathFactory) -> Laptop:
 
 
 @pytest.fixture(scope="module")
-def first(laptop: Laptop, lab: World) -> Said:
+def first(laptop: Laptop, lab: World) -> WatchedRun:
     """The first `up`; two hosts get into trouble as soon as something of their wheels has arrived."""
     *_, full, far = lab.hosts
     left = {"full", "far"}
@@ -75,14 +75,14 @@ def first(laptop: Laptop, lab: World) -> Said:
                 threading.Timer(CUT_S, far.restore).start()
         return False
 
-    said = laptop.watch("up", limit_s=UP_S, kill_at=trouble)
-    assert not left, said.err
+    result = laptop.watch("up", limit_s=UP_S, kill_at=trouble)
+    assert not left, result.err
     far.restore()
-    return said
+    return result
 
 
 @pytest.fixture(scope="module")
-def left(lab: World, first: Said) -> dict[str, str]:
+def left(lab: World, first: WatchedRun) -> dict[str, str]:
     """What is in raylaunch's folder on the hosts in trouble after the first `up`, environments included."""
     assert first.status == 1
     look = "cd /root/.raylaunch && for one in versions/* *; do [ ! -e $one ] || basename $one; done || true"
@@ -90,7 +90,7 @@ def left(lab: World, first: Said) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def second(laptop: Laptop, lab: World, left: dict[str, str]) -> Said:
+def second(laptop: Laptop, lab: World, left: dict[str, str]) -> WatchedRun:
     """The next `up`, after all is fixed."""
     assert left
     _, late, bare, full, _ = lab.hosts
@@ -101,7 +101,7 @@ def second(laptop: Laptop, lab: World, left: dict[str, str]) -> Said:
 
 
 @pytest.mark.parametrize("name", list(TROUBLE))
-def test_a_host_with_problems_is_reported_with_its_fix_and_the_others_come_up(first: Said, name: str) -> None:
+def test_a_host_with_problems_is_reported_with_its_fix_and_the_others_come_up(first: WatchedRun, name: str) -> None:
     wrong, mend = TROUBLE[name]
     lines = [line.strip() for line in first.err.splitlines()]
     at = max(number for number, line in enumerate(lines) if line.startswith(wrong))
@@ -110,18 +110,18 @@ def test_a_host_with_problems_is_reported_with_its_fix_and_the_others_come_up(fi
     assert "h1" in first.err.partition("hosts failed; ")[2].partition(" came up")[0]
 
 
-def test_a_disk_that_becomes_full_is_reported_with_its_folder_and_free_space(first: Said) -> None:
+def test_a_disk_that_becomes_full_is_reported_with_its_folder_and_free_space(first: WatchedRun) -> None:
     (words,) = {line.strip() for line in first.err.splitlines() if line.strip().startswith("full: the disk is full")}
     assert "/root/.raylaunch/wheels" in words
     assert words.endswith(" KiB free on /root")
 
 
-def test_a_link_that_is_back_after_a_while_is_borne_or_its_host_is_named(first: Said) -> None:
+def test_a_link_that_is_back_after_a_while_is_borne_or_its_host_is_named(first: WatchedRun) -> None:
     came_up = first.err.partition("hosts failed; ")[2].partition(" came up")[0].split(", ")
     assert "far" in came_up or "the connection to far was lost during: push" in first.err
 
 
-def test_nothing_is_silent_for_ten_seconds_whatever_is_wrong(first: Said, second: Said) -> None:
+def test_nothing_is_silent_for_ten_seconds_whatever_is_wrong(first: WatchedRun, second: WatchedRun) -> None:
     assert first.silence_s < QUIET_S, first.lines
     assert second.silence_s < QUIET_S, second.lines
 
@@ -130,7 +130,7 @@ def test_what_was_begun_on_a_host_in_trouble_is_not_taken_for_done(left: dict[st
     assert left == {"late": "", "bare": "", "full": "wheels"}
 
 
-def test_the_next_up_has_all_of_them_and_leaves_what_was_well(second: Said, laptop: Laptop, lab: World) -> None:
+def test_the_next_up_has_all_of_them_and_leaves_what_was_well(second: WatchedRun, laptop: Laptop, lab: World) -> None:
     assert second.status == 0, second.err
     assert laptop.living() == set(NAMES)
     assert "h1: ray: starting" not in second.err

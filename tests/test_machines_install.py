@@ -117,8 +117,8 @@ def test_a_host_with_an_older_python_gets_versions_that_fit_it(lab: World, store
 def test_a_cut_link_ends_in_an_error_and_the_next_call_goes_on(host: Host, store: WheelStore, step: str) -> None:
     root = f"/root/cut-{step}"
 
-    def cut(told: Step) -> None:
-        if told.name == step and told.state == "waits":
+    def cut(reported: Step) -> None:
+        if reported.name == step and reported.state == "waits":
             host.cut()
 
     with pytest.raises(HostError) as caught:
@@ -131,7 +131,7 @@ def test_a_cut_link_ends_in_an_error_and_the_next_call_goes_on(host: Host, store
 
 
 def test_what_arrived_before_the_cut_is_not_sent_again(host: Host, store: WheelStore) -> None:
-    told: list[Step] = []
+    reported: list[Step] = []
 
     def cut(step: Step) -> None:
         if step.name == "push" and step.message.startswith("pushed 1") and len(step.message.split()[1]) == len("100"):
@@ -140,10 +140,10 @@ def test_what_arrived_before_the_cut_is_not_sent_again(host: Host, store: WheelS
     with pytest.raises(HostLostError):
         anyio.run(lambda: installed(host, store, root="/root/part", on_step=cut, limit_bytes_per_s=SLOW_BYTES_PER_S))
     host.restore()
-    told.clear()
-    anyio.run(lambda: installed(host, store, root="/root/part", on_step=told.append))
-    begun = next(step.message for step in told if step.name == "push" and step.state == "begins")
-    first = next(step.message for step in told if step.message.startswith("pushed") and step.state == "waits")
-    total = begun.rpartition(", ")[2]
+    reported.clear()
+    anyio.run(lambda: installed(host, store, root="/root/part", on_step=reported.append))
+    started = next(step.message for step in reported if step.name == "push" and step.state == "begins")
+    first = next(step.message for step in reported if step.message.startswith("pushed") and step.state == "waits")
+    total = started.rpartition(", ")[2]
     assert first.endswith(f"of {total}")
     assert not first.startswith("pushed 0 MB")

@@ -24,9 +24,9 @@ def lab() -> Iterator[World]:
 
 def test_a_cluster_runs_in_an_environment_that_was_there(lab: World, tmp_path_factory: pytest.TempPathFactory) -> None:
     laptop = Laptop(lab, tmp_path_factory.mktemp("laptop"), FILE)
-    said = laptop.watch("up", limit_s=300)
-    assert said.status == 0, said.err
-    assert "wheels:" not in said.err, "Ray and wandb are there"
+    result = laptop.watch("up", limit_s=300)
+    assert result.status == 0, result.err
+    assert "wheels:" not in result.err, "Ray and wandb are there"
     job = laptop.call("submit", "--gpus", "1", "--", "python -c 'import ray; print(ray.__file__)'").stdout.strip()
     assert laptop.call("wait", job).returncode == 0
     assert laptop.call("logs", job).stdout.startswith(sys.prefix)

@@ -70,8 +70,8 @@ def upgraded(lab: World, tmp_path_factory: pytest.TempPathFactory) -> Upgraded:
         assert set(programs(host)) == {"ray", "watchdog", "agent"} | ({"controller"} if host is lab.hosts[0] else set())
         assert crontab(host) == [older.VERSION]
     laptop.python = Laptop(lab, folder, FILE).python
-    said = laptop.call("up", limit_s=UP_S).stderr
-    return Upgraded(laptop, before, tunnel, said, runs, fails, waits)
+    output = laptop.call("up", limit_s=UP_S).stderr
+    return Upgraded(laptop, before, tunnel, output, runs, fails, waits)
 
 
 MODULES = {
@@ -147,7 +147,7 @@ def test_jobs_go_on_and_end_with_all_they_wrote(upgraded: Upgraded, lab: World) 
     lab.hosts[1].run("touch /tmp/go-on")
     runs = job(laptop, upgraded.runs)
     assert (runs["state"], len(runs["attempts"])) == ("succeeded", 1), runs["message"]
-    assert older.said(laptop.call("logs", upgraded.runs).stdout) == older.lines(0)
+    assert older.output(laptop.call("logs", upgraded.runs).stdout) == older.lines(0)
     assert losses(laptop, upgraded.runs) == pytest.approx(older.LOSSES)
     laptop.call("get", upgraded.runs, "--to", "got")
     assert [path.read_text() for path in (laptop.folder / "got").rglob("model.txt")] == ["trained"]
@@ -157,13 +157,13 @@ def test_a_job_that_fails_after_it_is_tried_again_from_its_checkpoint(upgraded: 
     lab.hosts[1].run("touch /tmp/go-on")
     fails = job(upgraded.laptop, upgraded.fails)
     assert (fails["state"], len(fails["attempts"])) == ("succeeded", 2), fails["message"]
-    assert older.said(upgraded.laptop.call("logs", upgraded.fails).stdout) == older.lines(older.HALF)
+    assert older.output(upgraded.laptop.call("logs", upgraded.fails).stdout) == older.lines(older.HALF)
 
 
 def test_a_job_that_waited_meanwhile_runs(upgraded: Upgraded, lab: World) -> None:
     lab.hosts[1].run("touch /tmp/go-on")
     assert job(upgraded.laptop, upgraded.waits)["state"] == "succeeded"
-    assert older.said(upgraded.laptop.call("logs", upgraded.waits).stdout) == older.lines(0)
+    assert older.output(upgraded.laptop.call("logs", upgraded.waits).stdout) == older.lines(0)
 
 
 def test_what_exits_is_restarted_by_the_newer_watchdog(upgraded: Upgraded, lab: World) -> None:

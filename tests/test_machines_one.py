@@ -25,7 +25,7 @@ from support.fittings import (
     this_python,
 )
 from support.hosts import Host, World, world
-from support.terminal import Laptop, Said
+from support.terminal import Laptop, WatchedRun
 from support.waiting import wait_until
 
 pytestmark = [pytest.mark.machines, pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(900)]
@@ -71,11 +71,11 @@ def foreign(host: Host) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def first_up(laptop: Laptop, foreign: dict[int, float]) -> Said:
+def first_up(laptop: Laptop, foreign: dict[int, float]) -> WatchedRun:
     assert foreign
-    said = laptop.watch("up", limit_s=UP_S)
-    assert said.status == 0, said.err
-    return said
+    result = laptop.watch("up", limit_s=UP_S)
+    assert result.status == 0, result.err
+    return result
 
 
 def of_user(host: Host, user: str, *words: str) -> dict[int, float]:
@@ -94,14 +94,14 @@ def of_user(host: Host, user: str, *words: str) -> dict[int, float]:
     return found
 
 
-def test_it_comes_up_and_reports_something_at_least_every_ten_seconds(first_up: Said, laptop: Laptop) -> None:
+def test_it_comes_up_and_reports_something_at_least_every_ten_seconds(first_up: WatchedRun, laptop: Laptop) -> None:
     assert "dgx: job: test job succeeded" in first_up.err
     assert first_up.silence_s < QUIET_S, first_up.lines
     assert laptop.status()["state"] == "running"
     assert laptop.living() == {"dgx"}
 
 
-def test_it_runs_there_under_the_account_and_its_own_python(first_up: Said, host: Host) -> None:
+def test_it_runs_there_under_the_account_and_its_own_python(first_up: WatchedRun, host: Host) -> None:
     assert first_up.status == 0
     lines = [" ".join(psutil.Process(pid).cmdline()) for pid in of_user(host, "anna")]
     assert any("raylaunch.controller" in line for line in lines)
@@ -109,7 +109,7 @@ def test_it_runs_there_under_the_account_and_its_own_python(first_up: Said, host
     assert not host.out("ls -A /root | grep raylaunch || true")
 
 
-def test_a_job_holds_logical_gpus_and_its_log_arrives_here(first_up: Said, laptop: Laptop) -> None:
+def test_a_job_holds_logical_gpus_and_its_log_arrives_here(first_up: WatchedRun, laptop: Laptop) -> None:
     assert first_up.status == 0
     words = 'echo $(hostname) $(id -un) $CUDA_VISIBLE_DEVICES; echo kept >"$RAYLAUNCH_OUTPUT_DIR/model"'
     job = laptop.call("submit", "--gpus", "2", "--name", "one", "--", words).stdout.strip()
@@ -119,7 +119,7 @@ def test_a_job_holds_logical_gpus_and_its_log_arrives_here(first_up: Said, lapto
     assert (laptop.folder / "got/model").read_text() == "kept\n"
 
 
-def test_from_outside_only_sshd_answers(first_up: Said, host: Host, lab: World) -> None:
+def test_from_outside_only_sshd_answers(first_up: WatchedRun, host: Host, lab: World) -> None:
     assert first_up.status == 0
     open_to_all = ports(host, "anna")
     assert open_to_all == set(), "Ray and the controller listen on loopback alone"
@@ -137,7 +137,7 @@ def ports(host: Host, user: str) -> set[int]:
     return {int(port) for address, _, port in places if "127.0.0.1" not in address and address != "[::1]"}
 
 
-def test_a_second_up_starts_nothing(first_up: Said, laptop: Laptop, host: Host) -> None:
+def test_a_second_up_starts_nothing(first_up: WatchedRun, laptop: Laptop, host: Host) -> None:
     assert first_up.status == 0
     before = ray_processes(host)
     again = laptop.watch("up", limit_s=UP_S)
@@ -147,7 +147,7 @@ def test_a_second_up_starts_nothing(first_up: Said, laptop: Laptop, host: Host) 
 
 
 def test_after_down_nothing_of_it_runs_and_somebody_elses_ray_goes_on(
-    first_up: Said, laptop: Laptop, host: Host, foreign: dict[int, float]
+    first_up: WatchedRun, laptop: Laptop, host: Host, foreign: dict[int, float]
 ) -> None:
     assert first_up.status == 0
     laptop.call("down", limit_s=300)

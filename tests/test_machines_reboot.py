@@ -69,10 +69,10 @@ def test_a_head_that_is_switched_off_and_on_brings_back_cluster_queue_and_jobs(l
     assert job(laptop, waits)["state"] == "queued"
 
     head.power_off()
-    told = laptop.call("status", limit_s=60, check=False)
-    assert "degraded" in told.stdout
-    assert "h1" in told.stdout + told.stderr
-    assert "lost" not in (told.stdout + told.stderr).replace("connection to h1 was lost", "").replace(
+    reported = laptop.call("status", limit_s=60, check=False)
+    assert "degraded" in reported.stdout
+    assert "h1" in reported.stdout + reported.stderr
+    assert "lost" not in (reported.stdout + reported.stderr).replace("connection to h1 was lost", "").replace(
         "lost the connection to h1", ""
     )
     time.sleep(10)  # the worker's Ray and its job must outlast a while without a head, not a moment

@@ -8,7 +8,7 @@ import pytest
 from support.fittings import fill_disk, no_python, noisy_shell, shift_clock
 from support.hosts import World, world
 from support.sshd import make_key
-from support.terminal import Laptop, Said
+from support.terminal import Laptop, WatchedRun
 
 pytestmark = [pytest.mark.machines, pytest.mark.timeout(300)]
 
@@ -50,30 +50,30 @@ def lab() -> Iterator[World]:
 
 
 @pytest.fixture(scope="module")
-def said(lab: World, tmp_path_factory: pytest.TempPathFactory) -> Said:
+def result(lab: World, tmp_path_factory: pytest.TempPathFactory) -> WatchedRun:
     names = [host.name for host in lab.hosts]
     laptop = Laptop(lab, tmp_path_factory.mktemp("laptop"), f"name: lab\nhosts: [{', '.join(names)}]\n")
     return laptop.watch("up", limit_s=120)
 
 
 @pytest.mark.parametrize("name", list(WORDS))
-def test_what_is_wrong_with_a_host_is_reported_with_its_fix(said: Said, lab: World, name: str) -> None:
+def test_what_is_wrong_with_a_host_is_reported_with_its_fix(result: WatchedRun, lab: World, name: str) -> None:
     wrong, fix = WORDS[name]
     address = next(host.address for host in lab.hosts if host.name == name)
-    lines = [line.strip() for line in said.err.splitlines()]
+    lines = [line.strip() for line in result.err.splitlines()]
     at = max(number for number, line in enumerate(lines) if line.startswith(wrong.format(address=address)))
     assert lines[at + 1].startswith("→ ")
     assert fix in lines[at + 1]
 
 
-def test_all_are_counted_and_the_exit_status_is_that_of_a_failure(said: Said) -> None:
-    assert said.status == 1
-    assert f"cluster lab: {len(WORDS)} of {len(WORDS)} hosts failed\n" in said.err
-    assert said.silence_s < QUIET_S, said.lines
+def test_all_are_counted_and_the_exit_status_is_that_of_a_failure(result: WatchedRun) -> None:
+    assert result.status == 1
+    assert f"cluster lab: {len(WORDS)} of {len(WORDS)} hosts failed\n" in result.err
+    assert result.silence_s < QUIET_S, result.lines
 
 
-def test_nothing_was_done_on_any_host(said: Said, lab: World) -> None:
-    assert said.status == 1
+def test_nothing_was_done_on_any_host(result: WatchedRun, lab: World) -> None:
+    assert result.status == 1
     for host in lab.hosts:
         if host.is_on:
             assert host.out("ls -A /root | grep raylaunch || true") == ""

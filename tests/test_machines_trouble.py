@@ -17,7 +17,7 @@ import anyio
 import pytest
 from support.fittings import bare_world, ray_processes
 from support.hosts import Host, World
-from support.terminal import Laptop, Said
+from support.terminal import Laptop, WatchedRun
 from support.waiting import wait_until
 
 from raylaunch.cluster.client_record import load_client
@@ -58,35 +58,35 @@ def cut_at(host: Host, word: str, for_s: float) -> Callable[[str], bool]:
     """Cut the host's link at the first line with that word, for some seconds; nothing is killed."""
     done: list[str] = []
 
-    def told(line: str) -> bool:
+    def report(line: str) -> bool:
         if word in line and not done:
             done.append(line)
             host.cut()
             threading.Timer(for_s, host.restore).start()
         return False
 
-    return told
+    return report
 
 
 @pytest.fixture(scope="module")
-def cut_up(laptop: Laptop, host: Host) -> Said:
+def cut_up(laptop: Laptop, host: Host) -> WatchedRun:
     """The first `up`: the link goes while wheels are pushed, for longer than a connection lasts."""
-    said = laptop.watch("up", limit_s=UP_S, kill_at=cut_at(host, "push: pushed", LONGER_THAN_A_CONNECTION_LASTS_S))
+    result = laptop.watch("up", limit_s=UP_S, kill_at=cut_at(host, "push: pushed", LONGER_THAN_A_CONNECTION_LASTS_S))
     host.restore()
-    return said
+    return result
 
 
 @pytest.fixture(scope="module")
-def cluster(laptop: Laptop, host: Host, cut_up: Said) -> Laptop:
+def cluster(laptop: Laptop, host: Host, cut_up: WatchedRun) -> Laptop:
     """The second `up`, which goes on: the link goes for a moment while it installs."""
     assert cut_up.status == 1
-    said = laptop.watch("up", limit_s=UP_S, kill_at=cut_at(host, "install: ", SHORT_S))
-    assert said.status == 0, said.err
-    assert said.silence_s < QUIET_S, said.lines
+    result = laptop.watch("up", limit_s=UP_S, kill_at=cut_at(host, "install: ", SHORT_S))
+    assert result.status == 0, result.err
+    assert result.silence_s < QUIET_S, result.lines
     return laptop
 
 
-def test_a_connection_cut_while_wheels_are_pushed_is_reported_in_time(cut_up: Said) -> None:
+def test_a_connection_cut_while_wheels_are_pushed_is_reported_in_time(cut_up: WatchedRun) -> None:
     assert cut_up.status == 1
     assert "the connection to h1 was lost during: push" in cut_up.err
     assert cut_up.silence_s < QUIET_S, cut_up.lines
@@ -105,9 +105,9 @@ def test_from_a_second_laptop_the_same_file_finds_the_cluster_and_its_jobs(
     second = Laptop(lab, tmp_path_factory.mktemp("second"), FILE)
     assert f"not started from this machine; {IF_UNKNOWN}" in second.call("status").stdout
     assert "cluster lab was not started from this machine" in second.call("down").stdout
-    said = second.watch("up", limit_s=UP_S)
-    assert said.status == 0, said.err
-    assert "cluster lab is already running, started by root" in said.err
+    result = second.watch("up", limit_s=UP_S)
+    assert result.status == 0, result.err
+    assert "cluster lab is already running, started by root" in result.err
     assert second.call("logs", job).stdout.strip() == "h1"
     anyio.run(end_tunnel, cluster_paths("lab", {"RAYLAUNCH_HOME": str(second.home)}))
     assert cluster.living() == {"h1"}
@@ -118,10 +118,10 @@ def test_a_port_in_use_is_reported_and_another_one_is_used(cluster: Laptop, host
     assert known is not None
     cluster.call("down", limit_s=120)
     with taken(host, known.head_ports["gcs"]), taken(host, known.head_ports["controller"]):
-        said = cluster.watch("up", limit_s=UP_S)
-    assert said.status == 0, said.err
+        result = cluster.watch("up", limit_s=UP_S)
+    assert result.status == 0, result.err
     for name in ("gcs", "controller"):
-        assert f"port {known.head_ports[name]} ({name}) is taken by " in said.err
+        assert f"port {known.head_ports[name]} ({name}) is taken by " in result.err
     assert cluster.living() == {"h1"}
     cluster.call("down", limit_s=120)
 
@@ -130,15 +130,15 @@ def test_a_fixed_port_in_use_is_reported_with_its_owner_and_used_when_free(clust
     cluster.call("down", limit_s=120)
     cluster.write(f"{FILE}port: {FIXED}\n")
     with taken(host, FIXED) as pid:
-        said = cluster.watch("up", limit_s=UP_S)
-        assert said.status == 1
+        result = cluster.watch("up", limit_s=UP_S)
+        assert result.status == 1
         wrong = f"h1: port {FIXED}, which cluster.yaml sets for the controller, is taken there by python3 (pid {pid})"
-        assert wrong in said.err
-        assert "→ leave port out of cluster.yaml; or end that" in said.err
+        assert wrong in result.err
+        assert "→ leave port out of cluster.yaml; or end that" in result.err
         assert not ray_processes(host)
-    said = cluster.watch("up", limit_s=UP_S)
+    result = cluster.watch("up", limit_s=UP_S)
     cluster.write(FILE)
-    assert said.status == 0, said.err
+    assert result.status == 0, result.err
     known = load_client(cluster_paths("lab", {"RAYLAUNCH_HOME": str(cluster.home)}))
     assert known is not None
     assert known.head_ports["controller"] == FIXED
@@ -149,8 +149,8 @@ def test_what_a_killed_up_has_started_is_ended_by_down(
 ) -> None:
     cluster.call("down", limit_s=120)
     other = Laptop(lab, tmp_path_factory.mktemp("other"), FILE)
-    said = other.watch("up", limit_s=UP_S, kill_at=lambda line: "h1: controller: " in line)
-    assert said.status == -signal.SIGKILL
+    result = other.watch("up", limit_s=UP_S, kill_at=lambda line: "h1: controller: " in line)
+    assert result.status == -signal.SIGKILL
     assert ray_processes(host)
     assert "parts of it may run on h1" in other.call("status").stdout
     other.call("down", limit_s=120)

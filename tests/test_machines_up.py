@@ -78,10 +78,10 @@ def rays(host: Host) -> dict[str, int]:
 
 
 def test_a_dry_run_reports_what_would_be_done_on_each_host_and_does_nothing(laptop: Laptop, lab: World) -> None:
-    said = laptop.call("up", "--dry-run").stdout
-    assert "h1: Ray's head and the controller, with 0 GPUs" in said
-    assert "h3: Ray, joining h1, with 8 GPUs" in said
-    assert "from pushed wheels" in said
+    output = laptop.call("up", "--dry-run").stdout
+    assert "h1: Ray's head and the controller, with 0 GPUs" in output
+    assert "h3: Ray, joining h1, with 8 GPUs" in output
+    assert "from pushed wheels" in output
     assert all(not rays(host) for host in lab.hosts)
 
 
@@ -277,10 +277,12 @@ def test_another_account_of_a_host_can_read_nothing_of_the_cluster(cluster: Lapt
     found = set(head.out(walk, user="nobody", timeout_s=120).splitlines())
     assert found <= {"/var/log/sshd.log", "/etc/hosts"}
     secrets = [head.out(f"cat /root/.raylaunch/clusters/lab/{name}") for name in ("token", "ray_token")]
-    told = head.out("cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' || true", user="nobody")
-    assert "raylaunch.controller" in told, "he does see that it runs"
-    assert all(len(secret) > 30 and secret not in told for secret in secrets)
-    assert "RAYLAUNCH_CLUSTER_ID" not in told, "no environment of it"
+    reported = head.out(
+        "cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' || true", user="nobody"
+    )
+    assert "raylaunch.controller" in reported, "he does see that it runs"
+    assert all(len(secret) > 30 and secret not in reported for secret in secrets)
+    assert "RAYLAUNCH_CLUSTER_ID" not in reported, "no environment of it"
 
 
 def listening(host: Host, *, loopback: bool = False) -> set[int]:
@@ -325,12 +327,12 @@ def test_a_hanging_controller_is_replaced_by_the_heads_watchdog_and_a_jobs_end_i
     worker.run("touch /tmp/go")
     attempt = worker.path(f"/root/.raylaunch/clusters/lab.h2/node/attempts/{job}-1")
     wait_until((attempt / "exit.json").exists, 60, "the job has ended")
-    began, ended = (json.loads((attempt / name).read_text())["at"] for name in ("started.json", "exit.json"))
+    started, ended = (json.loads((attempt / name).read_text())["at"] for name in ("started.json", "exit.json"))
     assert "not responding; it is being restarted" in cluster.call("list").stderr
     wait_until(lambda: rays(head).get("raylaunch.controller --config", hung) != hung, 120, "another controller runs")
     assert cluster.call("wait", job).returncode == 0
     shown = json.loads(cluster.call("show", job, "--json").stdout)
-    assert [(one["started_at"], one["ended_at"]) for one in (shown, *shown["attempts"])] == [(began, ended)] * 2
+    assert [(one["started_at"], one["ended_at"]) for one in (shown, *shown["attempts"])] == [(started, ended)] * 2
 
 
 @pytest.mark.long

@@ -73,8 +73,8 @@ def test_what_raylaunch_doctor_found_in_a_terminal_is_told(lab: Agent, home: Pat
     accepted = trusted(tmp_path / "cluster.yaml")
     env = {**os.environ, "RAYLAUNCH_HOME": str(home), "HOME": str(host.home), **accepted}
     done = run_cli(["doctor", "--json"], cwd=tmp_path, env=env, timeout_s=120)
-    said = {(one["host"], one["code"]) for one in json.loads(done.stdout)["problems"] if one["level"] == "blocking"}
-    assert codes(lab.call("cluster_status").facts) == said
+    output = {(one["host"], one["code"]) for one in json.loads(done.stdout)["problems"] if one["level"] == "blocking"}
+    assert codes(lab.call("cluster_status").facts) == output
 
 
 def test_of_a_cluster_that_answers_the_findings_stand_beside_its_state(tmp_path: Path, home: Path) -> None:
@@ -135,6 +135,6 @@ def test_a_host_that_says_nothing_is_given_up_in_time_and_does_not_hide_the_othe
             found = await examine(spec, limit_s=2)
             return {one.host: f"{one.code}: {one.message}" for one in found.blocking}
 
-        said = anyio.run(look)
-    assert said["mute"] == "probe_failed: the check timed out after 2 s"
-    assert said["shut"].startswith("unreachable: ")
+        output = anyio.run(look)
+    assert output["mute"] == "probe_failed: the check timed out after 2 s"
+    assert output["shut"].startswith("unreachable: ")

@@ -120,9 +120,9 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_no_error_about_a_job_file_quotes_it(project: Path, name: str) -> None:
     (project / "it.yaml").write_text(FILES[name])
-    said = refusal(project, {"job_file": "it.yaml"})
-    assert "hunter2" not in said
-    assert len(said) < 1200
+    message = refusal(project, {"job_file": "it.yaml"})
+    assert "hunter2" not in message
+    assert len(message) < 1200
 
 
 def test_an_error_about_a_job_file_names_its_line_and_what_was_expected(project: Path) -> None:

@@ -160,19 +160,19 @@ def test_what_cannot_be_noted_is_not_done(home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "said"),
+    ("words", "status", "expected"),
     [
         (["--help"], 0, "claude mcp add raylaunch -- raylaunch-mcp"),
         (["--version"], 0, "raylaunch-mcp 0."),
         (["serve"], 2, "claude mcp add raylaunch -- raylaunch-mcp"),
     ],
 )
-def test_words_after_the_name_are_answered_on_stderr(home: Path, words: list[str], status: int, said: str) -> None:
+def test_words_after_the_name_are_answered_on_stderr(home: Path, words: list[str], status: int, expected: str) -> None:
     done = subprocess.run(
         [*PROGRAM, *words], env=environment(home), capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stdout) == (status, "")
-    assert said in done.stderr
+    assert expected in done.stderr
 
 
 def test_a_role_that_there_is_not_ends_the_server_with_a_sentence(home: Path) -> None:
@@ -244,11 +244,13 @@ def test_nonsense_is_answered_without_a_crash_and_stdout_is_the_protocols_alone(
         for number, arguments in enumerate(calls, 1):
             raw.ask(number, "tools/call", {"name": tool, "arguments": arguments})
         answers = [raw.answer(number) for number in range(1, len(calls) + 1)]
-        bugs = [str(asked)[:200] for asked, said in zip(calls, answers, strict=True) if "this is a bug" in str(said)]
+        bugs = [
+            str(asked)[:200] for asked, output in zip(calls, answers, strict=True) if "this is a bug" in str(output)
+        ]
         assert not bugs
         assert raw.end() == 0
-        said = b"\n".join(raw.said)
-        assert b"Traceback" not in said
+        output = b"\n".join(raw.received)
+        assert b"Traceback" not in output
         assert len(raw.messages()) == len(calls) + 1
 
 

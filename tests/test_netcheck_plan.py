@@ -79,8 +79,8 @@ def test_the_command_of_a_member_is_understood_by_its_program() -> None:
 
 
 def test_success_reports_the_backend_the_hosts_and_the_slowest_rate() -> None:
-    said = success(MEMBERS, [DONE, {**DONE, "bytes_per_s": 120e6}, DONE])
-    assert said == "64 MB over TCP between dgx-1, dgx-2 and dgx-3 on ens1 (10.0.0.1, 10.0.0.2, 10.0.0.3): 120 MB/s"
+    output = success(MEMBERS, [DONE, {**DONE, "bytes_per_s": 120e6}, DONE])
+    assert output == "64 MB over TCP between dgx-1, dgx-2 and dgx-3 on ens1 (10.0.0.1, 10.0.0.2, 10.0.0.3): 120 MB/s"
     fast = success(MEMBERS[:2], [{**DONE, "over": "nccl", "bytes_per_s": 3.14e9}] * 2)
     assert fast == "64 MB over nccl between dgx-1 and dgx-2 on ens1 (10.0.0.1, 10.0.0.2): 3.1 GB/s"
 

@@ -224,8 +224,8 @@ def with_broken(store: Path) -> tuple[str, str]:
         for name in ("good", "bad")
     )
     light = records._db.execute("SELECT light FROM jobs WHERE id = ?", (bad,)).fetchone()[0]  # noqa: SLF001 -- as 0.1.0 did
-    told = {**json.loads(light), "spec": {"entrypoint": "true", "timeout_s": math.inf}}
-    records._db.execute("UPDATE jobs SET light = ? WHERE id = ?", (json.dumps(told), bad))  # noqa: SLF001 -- as above
+    reported = {**json.loads(light), "spec": {"entrypoint": "true", "timeout_s": math.inf}}
+    records._db.execute("UPDATE jobs SET light = ? WHERE id = ?", (json.dumps(reported), bad))  # noqa: SLF001 -- as above
     records.close()
     return good, bad
 

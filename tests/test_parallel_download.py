@@ -112,12 +112,12 @@ def once(work: Callable[[], object], after: int) -> OnProgress:
     """Do something when so many bytes have come."""
     done: list[int] = []
 
-    def told(_what: str, here: int, _total: int) -> None:
+    def report(_what: str, here: int, _total: int) -> None:
         if here >= after and not done:
             done.append(here)
             work()
 
-    return told
+    return report
 
 
 def test_a_large_file_comes_whole_over_connections_of_its_own_written_by_ssh_itself(
@@ -191,9 +191,9 @@ def test_an_interrupted_one_goes_on_with_what_has_come(api: Api, model: tuple[st
     assert not target.exists()
     (part,) = (tmp_path / "got").glob(".*.part")
     assert part.with_name(notes_of(part.name)).exists()
-    told: list[int] = []
-    fetched(api, model, target, lambda _what, done, _total: told.append(done))
-    assert told[0] > 0
+    reported: list[int] = []
+    fetched(api, model, target, lambda _what, done, _total: reported.append(done))
+    assert reported[0] > 0
     assert sha256_of(target) == model[1].sha256
     assert visible(tmp_path / "got") == ["model.bin"]
 

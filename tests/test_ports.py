@@ -75,11 +75,11 @@ def test_ray_keeps_the_ports_that_it_had() -> None:
 
 def test_a_recorded_port_that_was_taken_meanwhile_is_replaced_and_reported(taken: int) -> None:
     had = ray_ports({}, on_taken=print, avoid=()) | {"dashboard": taken}
-    said: list[str] = []
-    now = ray_ports(had, on_taken=said.append, avoid=())
+    messages: list[str] = []
+    now = ray_ports(had, on_taken=messages.append, avoid=())
     assert now["dashboard"] != taken
     assert {**now, "dashboard": taken} == had
-    assert said == [f"port {taken} (dashboard) is taken by {holder(taken)}; using another one"]
+    assert messages == [f"port {taken} (dashboard) is taken by {holder(taken)}; using another one"]
 
 
 def test_a_fixed_port_that_is_taken_is_an_error_with_the_owner(taken: int) -> None:

@@ -122,8 +122,8 @@ def test_pythons_are_found_each_once_with_its_version(here: HostFacts) -> None:
     assert here.pythons
     for one in here.pythons:
         words = "import sys; print('%d.%d.%d' % sys.version_info[:3])"
-        said = subprocess.run([one.path, "-c", words], capture_output=True, text=True, timeout=30, check=False)
-        assert one.version == said.stdout.strip()
+        output = subprocess.run([one.path, "-c", words], capture_output=True, text=True, timeout=30, check=False)
+        assert one.version == output.stdout.strip()
     assert len({one.real_path for one in here.pythons}) == len(here.pythons)
 
 
@@ -243,9 +243,9 @@ def test_a_driver_that_says_it_in_new_words_is_understood(tmp_path: Path) -> Non
 
 
 def test_a_driver_that_fails_is_quoted(tmp_path: Path) -> None:
-    said = "Failed to initialize NVML: Driver/library version mismatch"
-    gpus = facts_of(with_smi(tmp_path, NvidiaSmi(fails=said))).gpus
-    assert (gpus.gpus, gpus.problem) == ((), said)
+    expected = "Failed to initialize NVML: Driver/library version mismatch"
+    gpus = facts_of(with_smi(tmp_path, NvidiaSmi(fails=expected))).gpus
+    assert (gpus.gpus, gpus.problem) == ((), expected)
 
 
 def test_no_devices_is_no_gpus_and_no_failure(tmp_path: Path) -> None:

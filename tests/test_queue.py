@@ -117,8 +117,8 @@ def test_an_attempt_that_ray_does_not_count_yet_still_holds_its_gpus() -> None:
 
 
 def test_more_than_the_largest_node_has_is_said_with_what_there_is() -> None:
-    said = unsatisfiable_reason(ask("a", gpus=16), [room(), room("small", gpus=2)])
-    assert said == "needs 16 GPUs on one node; the largest has 8 (dgx)"
+    message = unsatisfiable_reason(ask("a", gpus=16), [room(), room("small", gpus=2)])
+    assert message == "needs 16 GPUs on one node; the largest has 8 (dgx)"
 
 
 def test_a_resource_that_no_node_has_is_said() -> None:
@@ -127,8 +127,8 @@ def test_a_resource_that_no_node_has_is_said() -> None:
 
 
 def test_a_host_that_does_not_exist_is_said() -> None:
-    said = unsatisfiable_reason(ask("a", hosts=("spark",)), [room()])
-    assert said == "dgx: is not one of the requested hosts (spark)"
+    message = unsatisfiable_reason(ask("a", hosts=("spark",)), [room()])
+    assert message == "dgx: is not one of the requested hosts (spark)"
 
 
 def test_a_gpu_type_is_matched_by_a_part_of_its_name() -> None:
@@ -193,13 +193,13 @@ def test_a_job_that_came_after_the_plan_has_no_decision_yet() -> None:
 def test_a_requested_host_that_is_down_is_named_and_not_the_others() -> None:
     asked = ask("a", gpus=1, hosts=("gpu-2",))
     plan = plan_queue([asked], [room()], [], groups=1, down={"gpu-2": 46.0 * 60, "gpu-3": 0.0})
-    said = "gpu-2, the only requested host, has been down since 1970-01-01 00:46 UTC"
-    assert plan.of(asked) == WaitDecision("a", Reason.WAITING_FOR_NODE, said)
+    expected = "gpu-2, the only requested host, has been down since 1970-01-01 00:46 UTC"
+    assert plan.of(asked) == WaitDecision("a", Reason.WAITING_FOR_NODE, expected)
 
 
 def test_a_requested_host_that_is_up_is_the_one_that_is_spoken_of() -> None:
-    said = unsatisfiable_reason(ask("a", gpus=16, hosts=("dgx", "gpu-2")), [room()], {"gpu-2": 0.0})
-    assert said == "needs 16 GPUs on one node; the largest has 8 (dgx)"
+    message = unsatisfiable_reason(ask("a", gpus=16, hosts=("dgx", "gpu-2")), [room()], {"gpu-2": 0.0})
+    assert message == "needs 16 GPUs on one node; the largest has 8 (dgx)"
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 1), st.booleans()), max_size=30))

@@ -39,13 +39,13 @@ def started(*, metrics: bool) -> tuple[list[tuple[str, str, str, int]], str]:
 
 
 def test_the_ports_of_the_agents_are_written_down_before_the_raylet_starts() -> None:
-    written, said = started(metrics=True)
+    written, output = started(metrics=True)
     folder = "session"
     assert written == [
         (folder, "n1", "METRICS_EXPORT_PORT", 23),
         (folder, "n1", "RUNTIME_ENV_AGENT_PORT", 42),
     ]
-    assert said == f"n1 in {folder} with 23 and 42"
+    assert output == f"n1 in {folder} with 23 and 42"
 
 
 def test_where_no_metrics_are_exported_that_is_written_down() -> None:

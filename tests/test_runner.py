@@ -102,7 +102,7 @@ def test_a_second_claimant_starts_nothing_and_exits_with_success(make: Make) -> 
     attempt = make("echo once")
     attempt.run()
     assert attempt.start().wait(30) == 0
-    assert "already claimed" in attempt.said()
+    assert "already claimed" in attempt.output()
     assert attempt.log.read_text() == "once\n"
 
 
@@ -110,7 +110,7 @@ def test_a_fenced_attempt_is_not_started(make: Make) -> None:
     attempt = make("echo never")
     (attempt.folder / contract.CLAIM).write_text(json.dumps({"epoch": "fenced", "pid": 1}))
     assert attempt.start().wait(30) == 0
-    assert "fenced off" in attempt.said()
+    assert "fenced off" in attempt.output()
     assert not attempt.log.exists()
 
 
@@ -251,7 +251,7 @@ def test_the_log_keeps_every_byte_and_the_copy_is_what_rays_tools_bear(make: Mak
     data = attempt.log.read_bytes()
     assert data.startswith(b"\xff\xfe not text\n" + b"x" * 10_000_000)
     assert data.count(b"\r") == 101
-    lines = attempt.said().split("\n")
+    lines = attempt.output().split("\n")
     assert lines[0] == "\ufffd\ufffd not text"
     assert len(lines[1]) < 17_000
     assert "9983616 more bytes of this line" in lines[1]
@@ -263,8 +263,8 @@ def test_a_flood_of_lines_reaches_the_log_whole_and_the_copy_up_to_its_limit(mak
     attempt.file("flood.py", "line = 'y' * 99 + '\\n'\nfor _ in range(800): print(line * 1000, end='')\n")
     attempt.run()
     assert attempt.log.stat().st_size == 80_000_000
-    assert len(attempt.said()) < contract.RAY_LOG_LIMIT + 1000
-    assert attempt.said().endswith("the rest of the output is in: raylaunch logs job-aaaaaa\n")
+    assert len(attempt.output()) < contract.RAY_LOG_LIMIT + 1000
+    assert attempt.output().endswith("the rest of the output is in: raylaunch logs job-aaaaaa\n")
 
 
 def test_secrets_reach_the_environment_and_no_other_place(make: Make) -> None:

@@ -81,9 +81,9 @@ def test_torchrun_is_put_before_the_python_program_and_all_else_stays(
     ],
 )
 def test_what_torchrun_cannot_start_is_refused_with_what_to_write(entrypoint: str | list[str], what: str) -> None:
-    said = problem_of(entrypoint)
-    assert what in said
-    assert said.endswith(
+    message = problem_of(entrypoint)
+    assert what in message
+    assert message.endswith(
         "write the program alone (python train.py), or with launcher: script a command that starts the ranks itself "
         "(torchrun --nproc-per-node=2 train.py)"
     )
@@ -175,17 +175,17 @@ def test_options_are_put_behind_a_launchers_name(entrypoint: str | list[str], ex
 
 
 @pytest.mark.parametrize(
-    ("entrypoint", "processes", "said"),
+    ("entrypoint", "processes", "expected"),
     [
         ("cat x | python train.py", None, "launcher: torchrun starts a Python program, and this is a shell command"),
         ("torchrun --nproc-per-node=4 t.py", 2, "processes: the entrypoint sets the number of ranks itself (4)"),
     ],
 )
-def test_a_spec_that_torchrun_cannot_start_is_refused(entrypoint: str, processes: int | None, said: str) -> None:
+def test_a_spec_that_torchrun_cannot_start_is_refused(entrypoint: str, processes: int | None, expected: str) -> None:
     flags = [Flag("", ("entrypoint",), entrypoint), Flag("", ("launcher",), "torchrun")]
     with pytest.raises(SpecError) as raised:
         job_spec_from_flags([*flags, *([Flag("", ("processes",), processes)] if processes else [])])
-    assert raised.value.message.startswith(said)
+    assert raised.value.message.startswith(expected)
 
 
 def test_a_pasted_launcher_is_taken_under_either_launcher() -> None:
@@ -200,10 +200,10 @@ def test_a_script_with_windows_line_ends_is_named_with_its_fix(tmp_path: Path) -
     script.chmod(0o755)
     with pytest.raises(EntrypointProblem, match="Windows line ends"):
         command(["./train.sh"], {}, tmp_path)
-    said = explain_missing(
+    message = explain_missing(
         "./train.sh --lr 1", 127, "bash: ./train.sh: cannot execute: required file not found", tmp_path
     )
-    assert "sed -i 's/\\r$//' train.sh" in said
+    assert "sed -i 's/\\r$//' train.sh" in message
     script.write_bytes(b"#!/bin/bash\necho hi\n")
     assert command(["./train.sh"], {}, tmp_path) == [str(script)]
     assert not explain_missing("./train.sh", 127, "", tmp_path)
@@ -218,8 +218,8 @@ def test_a_shell_script_with_windows_line_ends_is_named_with_or_without_its_firs
     tmp_path: Path, entrypoint: str | list[str], status: int, first: bytes
 ) -> None:
     (tmp_path / "train.sh").write_bytes(first + b"set -e\r\npython train.py\r\n")
-    said = explain_missing(entrypoint, status, "python: can't open file 'train.py\r': [Errno 2]", tmp_path)
-    assert "'train.sh' has Windows line ends" in said
+    message = explain_missing(entrypoint, status, "python: can't open file 'train.py\r': [Errno 2]", tmp_path)
+    assert "'train.sh' has Windows line ends" in message
 
 
 def test_windows_line_ends_of_a_python_program_or_of_data_are_no_reason(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_what_a_person_has_set_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entrypoint", "spec", "ranks", "said"),
+    ("entrypoint", "spec", "ranks", "expected"),
     [
         ("torchrun train.py", {}, 1, None),
         ("torchrun train.py", {"gpus": 4}, 4, "4"),
@@ -65,10 +65,10 @@ def test_what_a_person_has_set_stays() -> None:
     ],
 )
 def test_a_pasted_torchrun_stays_and_is_told_how_many_ranks_where_it_names_none(
-    entrypoint: str, spec: dict[str, int], ranks: int, said: str | None
+    entrypoint: str, spec: dict[str, int], ranks: int, expected: str | None
 ) -> None:
     launch = planned(entrypoint, torch="", gpus=spec.get("gpus", 0), processes=spec.get("processes"))
-    assert (launch.entrypoint, launch.ranks, launch.env.get("PET_NPROC_PER_NODE")) == (entrypoint, ranks, said)
+    assert (launch.entrypoint, launch.ranks, launch.env.get("PET_NPROC_PER_NODE")) == (entrypoint, ranks, expected)
     assert launch.env["PYTHON_EXEC"] == SHIM.python
     assert launch.env["PET_RDZV_ENDPOINT"] == "127.0.0.1:0"
 

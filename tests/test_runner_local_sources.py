@@ -64,19 +64,19 @@ def locked(folder: Path, files: Mapping[str, str]) -> dict[str, str]:
 @pytest.mark.slow
 def test_a_second_job_with_other_code_in_its_required_folders_runs_that_code(make: Make, tmp_path: Path) -> None:
     program = ["python", "-c", "import lib, own; print(lib.value, own.value); print(lib.__file__); print(own.__file__)"]
-    said = []
+    messages = []
     for value in (1, 2):
         projects = {**below("lib", tiny_project("lib", value)), **below("own", tiny_project("own", value))}
         attempt = make(program, {"value": "requirements.txt"}, {"requirements.txt": "./lib\n-e ./own\n", **projects})
-        said.append(ran(attempt).splitlines())
-    assert [one[0] for one in said] == ["1 1", "2 2"]
-    assert ["/code/" in place for one in said for place in one[1:]] == [False, True] * 2
+        messages.append(ran(attempt).splitlines())
+    assert [one[0] for one in messages] == ["1 1", "2 2"]
+    assert ["/code/" in place for one in messages for place in one[1:]] == [False, True] * 2
     assert len([path for path in (tmp_path / "envs").glob("pip-*") if path.is_dir()]) == 1
 
 
 @pytest.mark.slow
 def test_a_second_job_with_another_wheel_of_the_same_name_runs_its_code(make: Make) -> None:
-    said = []
+    messages = []
     for value in (1, 2):
         attempt = make(
             ["python", "-c", "import x; print(x.value)"],
@@ -84,8 +84,8 @@ def test_a_second_job_with_another_wheel_of_the_same_name_runs_its_code(make: Ma
             {"requirements.txt": "./wheels/x-1.0-py3-none-any.whl\n"},
         )
         tiny_wheel(attempt.code / "wheels", "x", "1.0", body=f"value = {value}")
-        said.append(ran(attempt))
-    assert said == ["1\n", "2\n"]
+        messages.append(ran(attempt))
+    assert messages == ["1\n", "2\n"]
 
 
 @pytest.mark.slow

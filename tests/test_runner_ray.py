@@ -133,8 +133,8 @@ def test_on_another_node_a_worker_says_that_its_wandb_runs_are_not_kept(tmp_path
         timeout=60,
         check=True,
     )
-    opened, told = done.stdout.splitlines()
-    arguments, seen = json.loads(told)
+    opened, reported = done.stdout.splitlines()
+    arguments, seen = json.loads(reported)
     assert (opened, arguments) == ("opened", ["--port=1", "a b"])
     assert (seen["WANDB_MODE"], seen["WANDB_PROJECT"]) == ("offline", "p")
     assert Path(seen["WANDB_DIR"]).parent == tmp_path, "a folder of its own"

@@ -103,7 +103,7 @@ def log_of(attempt: Attempt, rank: int) -> str:
     return log.read_text() if log.exists() else ""
 
 
-def told(attempt: Attempt, rank: int) -> dict[str, object]:
+def env_of_rank(attempt: Attempt, rank: int) -> dict[str, object]:
     return {**json.loads(next(line for line in log_of(attempt, rank).splitlines() if line.startswith("{")))}
 
 
@@ -123,8 +123,14 @@ def test_each_rank_has_its_log_and_only_rank_0_the_jobs_run(
     assert attempt.run(CUDA_VISIBLE_DEVICES="0,1")["ended"] == "completed"
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "7", "PYTHON_EXEC": None}
     args = ["--lr", "0.1", "a b"]
-    assert told(attempt, 0) == {**common, "RANK": "0", "argv": args, "WANDB_RUN_ID": None, "WANDB_NAME": "job"}
-    assert told(attempt, 1) == {**common, "RANK": "1", "argv": args, "WANDB_RUN_ID": None, "WANDB_NAME": "job-rank-1"}
+    assert env_of_rank(attempt, 0) == {**common, "RANK": "0", "argv": args, "WANDB_RUN_ID": None, "WANDB_NAME": "job"}
+    assert env_of_rank(attempt, 1) == {
+        **common,
+        "RANK": "1",
+        "argv": args,
+        "WANDB_RUN_ID": None,
+        "WANDB_NAME": "job-rank-1",
+    }
     for rank in (0, 1):
         assert log_of(attempt, rank).count("\n") == 2
         assert log_of(attempt, rank).endswith("and this is an error\n")
@@ -205,8 +211,8 @@ def test_a_pasted_torchrun_that_is_not_there_says_where_it_comes_from(make: Make
     bare = {"kind": "python", "value": os.path.realpath(sys.executable), "requirements": [], "packages": []}
     end = make("torchrun train.py", TELLS, launcher="script", environment=bare, env={"PATH": "/usr/bin:/bin"}).run()
     assert end["ended"] == "entrypoint_not_found"
-    said = "the shell did not find 'torchrun'; it comes with PyTorch, which the job's environment does not have"
-    assert end["message"] == said
+    expected = "the shell did not find 'torchrun'; it comes with PyTorch, which the job's environment does not have"
+    assert end["message"] == expected
 
 
 @pytest.mark.wandb

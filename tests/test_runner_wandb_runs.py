@@ -198,8 +198,10 @@ def test_a_retry_continues_what_was_not_finished_and_opens_nothing_finished_agai
             if (info := run_info(path))
         ]
         assert [(run["id"], run["finished"]) for run in earlier] == [("run1", True), ("run1-1-2", False)]
-        told = json.loads((first.folder / contract.ATTEMPT).read_text())["wandb"]
-        second = make(FOLDS, "python train.py a b", env=server.environment(), n=2, wandb={**told, "earlier": earlier})
+        reported = json.loads((first.folder / contract.ATTEMPT).read_text())["wandb"]
+        second = make(
+            FOLDS, "python train.py a b", env=server.environment(), n=2, wandb={**reported, "earlier": earlier}
+        )
         assert second.run()["ended"] == "completed", second.log.read_text()
         found = {run.id: [row["_step"] for row in run.history] for run in server.runs.values()}
     assert found == {"run1": [0], "run1-1-2": [0, 1], "run1-2-1": [0]}

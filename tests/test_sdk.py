@@ -140,7 +140,7 @@ def test_the_wandb_key_of_this_python_goes_along_with_its_server_and_is_not_show
     assert "k" * 40 not in view.model_dump_json()
 
 
-def test_a_dry_run_makes_no_job(cluster: Cluster) -> None:
+def test_a_dry_run_creates_no_job(cluster: Cluster) -> None:
     assert cluster.dry_run("python -m train").message == "train would start on here at once"
     assert cluster.jobs() == ()
 

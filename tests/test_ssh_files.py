@@ -63,14 +63,14 @@ class Meter:
     """Counts bytes as they are told."""
 
     def __init__(self) -> None:
-        self.told: list[int] = []
+        self.reported: list[int] = []
 
     def __call__(self, count: int) -> None:
-        self.told.append(count)
+        self.reported.append(count)
 
     @property
     def total(self) -> int:
-        return sum(self.told)
+        return sum(self.reported)
 
 
 async def refusal(there: SSHHost, *files: PushFile) -> RaylaunchError:
@@ -157,7 +157,7 @@ async def test_an_interrupted_push_is_taken_up_where_it_was(there: SSHHost, tmp_
     assert not far.exists()
     meter = Meter()
     await push(there, [PushFile(big, str(far))], on_bytes=meter)
-    assert meter.told[0] >= RANGE_BYTES or meter.told[0] == big.stat().st_size % RANGE_BYTES
+    assert meter.reported[0] >= RANGE_BYTES or meter.reported[0] == big.stat().st_size % RANGE_BYTES
     assert meter.total == big.stat().st_size
     assert far.read_bytes() == big.read_bytes()
     assert [path.name for path in far.parent.iterdir()] == ["big.whl"]
@@ -206,7 +206,7 @@ async def test_a_connection_lost_in_the_middle_keeps_what_has_arrived(tmp_path: 
         meter = Meter()
         async with machine(own.target) as there:
             await push(there, [PushFile(big, str(far))], on_bytes=meter)
-    assert meter.told[0] > 0
+    assert meter.reported[0] > 0
     assert far.read_bytes() == big.read_bytes()
 
 

@@ -120,10 +120,10 @@ async def test_a_push_over_a_link_that_was_cut_is_completed_over_the_next_connec
                 await pushing()
         assert not (far / "big.whl").exists()
         host.restore()
-        told: list[int] = []
+        reported: list[int] = []
         async with machine(host.target()) as there:
-            await push(there, [PushFile(wheel, "~/wheels/big.whl")], on_bytes=told.append)
-        assert told[0] > 0
+            await push(there, [PushFile(wheel, "~/wheels/big.whl")], on_bytes=reported.append)
+        assert reported[0] > 0
         assert (far / "big.whl").read_bytes() == wheel.read_bytes()
 
 

@@ -62,8 +62,8 @@ def test_every_reason_has_a_sentence_and_a_verdict(reason: Reason) -> None:
 
 def ran(*spans: tuple[float | None, float | None], ended_at: float | None = None) -> float | None:
     attempts = tuple(
-        AttemptView(id=f"j-{n}", n=n, admitted_at=0, started_at=began, ended_at=ended)
-        for n, (began, ended) in enumerate(spans, 1)
+        AttemptView(id=f"j-{n}", n=n, admitted_at=0, started_at=started, ended_at=ended)
+        for n, (started, ended) in enumerate(spans, 1)
     )
     job = JobView(
         id="j",

@@ -13,17 +13,17 @@ from raylaunch.models.host_spec import HostSpec
 def test_a_head_that_is_away_is_named_and_no_number_of_jobs_is_made_up() -> None:
     spec = ClusterSpec(name="lab", hosts=(HostSpec(host="dgx-1"), HostSpec(host="dgx-2")))
     found = unanswered(ClientRecord(spec=spec, head="dgx-1"), "Remote end closed connection without response")
-    said = list(status_lines(found, now=0))
-    assert said[0] == "cluster lab is degraded"
-    assert said[1].startswith("  ! dgx-1 cannot be reached, or its controller is not responding")
-    assert "(Remote end closed" in said[1]
-    assert "jobs on other hosts continue" in said[1]
-    assert len(said) == 2
+    output = list(status_lines(found, now=0))
+    assert output[0] == "cluster lab is degraded"
+    assert output[1].startswith("  ! dgx-1 cannot be reached, or its controller is not responding")
+    assert "(Remote end closed" in output[1]
+    assert "jobs on other hosts continue" in output[1]
+    assert len(output) == 2
 
 
 def test_an_unknown_cluster_is_not_reported_as_down() -> None:
-    said = list(status_lines(not_up("lab", None), now=0))
-    assert said[1] == ("  ! not started from this machine; if it is already running, raylaunch up connects to it")
+    output = list(status_lines(not_up("lab", None), now=0))
+    assert output[1] == ("  ! not started from this machine; if it is already running, raylaunch up connects to it")
     assert "nothing was ended: cluster lab was not started from this machine" in str(
         DownReport(cluster="lab", ended=(), store="", unknown=True)
     )
@@ -31,6 +31,6 @@ def test_an_unknown_cluster_is_not_reported_as_down() -> None:
 
 def test_leftovers_of_a_killed_up_are_reported_until_down() -> None:
     spec = ClusterSpec(name="lab", hosts=(HostSpec(host="dgx-1", name="dgx-1"),))
-    begun = ClientRecord(spec=spec, wanted="stopped", hosts={"dgx-1": spec.hosts[0]})
-    assert "parts of it may run on dgx-1; raylaunch down ends them" in not_up("lab", begun).problems[0]
-    assert not_up("lab", begun.with_(hosts={})).problems == ()
+    started = ClientRecord(spec=spec, wanted="stopped", hosts={"dgx-1": spec.hosts[0]})
+    assert "parts of it may run on dgx-1; raylaunch down ends them" in not_up("lab", started).problems[0]
+    assert not_up("lab", started.with_(hosts={})).problems == ()

@@ -114,8 +114,8 @@ def test_a_cluster_without_tls_reports_how_to_turn_it_on(paths: ClusterPaths) ->
     """As one that 0.1.0 started: its record says nothing of TLS."""
     spec = ClusterSpec(name="lab", tls=True)
     had = new_record(ClusterSpec(name="lab"), paths).with_(wanted="running")
-    (said,) = [line for line in differences(spec, had) if "tls" in line]
-    assert "raylaunch down, then raylaunch up" in said
+    (output,) = [line for line in differences(spec, had) if "tls" in line]
+    assert "raylaunch down, then raylaunch up" in output
     assert differences(ClusterSpec(name="lab"), had) == ()
 
 
@@ -136,7 +136,7 @@ def test_a_ray_that_somebody_else_runs_with_tls_is_spoken_to_with_the_files_that
         Path(file).touch()
     check_certificates(spec)
     write_config(paths, new_record(spec, paths).with_(ports={"controller": 1}))
-    told = json.loads(paths.controller_config.read_bytes())["ray_env"]
-    assert told == tls.ray_variables(files["ca"], files["certificate"], files["key"])
-    env = child_environment({"RAY_USE_TLS": "0"}, paths.ray_token, told)
-    assert env.items() >= told.items()
+    reported = json.loads(paths.controller_config.read_bytes())["ray_env"]
+    assert reported == tls.ray_variables(files["ca"], files["certificate"], files["key"])
+    env = child_environment({"RAY_USE_TLS": "0"}, paths.ray_token, reported)
+    assert env.items() >= reported.items()

@@ -190,5 +190,5 @@ def test_reading_a_run_does_not_import_wandb(tmp_path: Path) -> None:
         "list(RunFile(Path(sys.argv[1])).stream())\nprint(sorted({'wandb', 'google.protobuf'} & set(sys.modules)))"
     )
     program = [sys.executable, "-c", code, str(tmp_path / "run-r1.wandb")]
-    said = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60)
-    assert said.stdout == "[]\n"
+    output = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60)
+    assert output.stdout == "[]\n"

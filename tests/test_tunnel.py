@@ -105,9 +105,9 @@ def test_a_tunnel_that_hangs_is_replaced_by_the_next_verb(ada: Person) -> None:
     before = ada.tunnel("lab")
     send(before.process.pid, signal.SIGSTOP)
     wait_until(lambda: silent(ada) > 6, 20, "it has not said anything for some seconds")
-    began = time.monotonic()
+    started = time.monotonic()
     ask(ada)
-    assert time.monotonic() - began < SAID_S + MARGIN_S
+    assert time.monotonic() - started < SAID_S + MARGIN_S
     assert not before.alive
     assert ada.tunnel("lab").ports == before.ports
 
@@ -133,9 +133,9 @@ def test_a_network_that_drops_everything_is_reported_in_time_and_the_cluster_is_
     ada: Person, host: Sshd
 ) -> None:
     host.freeze()
-    began = time.monotonic()
+    started = time.monotonic()
     first = refused(ada)
-    assert time.monotonic() - began < SAID_S + MARGIN_S
+    assert time.monotonic() - started < SAID_S + MARGIN_S
     assert "lost the connection to head" in first
     assert "are you on its network or VPN?" in first
     wait_until(lambda: not ada.tunnel("lab").up, 20, "the tunnel has noticed")
@@ -169,8 +169,8 @@ def test_a_job_that_is_followed_is_followed_on_after_the_connection_was_away(ada
         host.start()
         wait_until(lambda: ada.tunnel("lab").up, 30, "the tunnel is up again")
         ada.call("--cluster", "lab", "stop", job)
-        _, said = waiting.communicate(timeout=60)
-    assert "again" in said
+        _, output = waiting.communicate(timeout=60)
+    assert "again" in output
 
 
 def test_an_up_from_another_machine_reports_that_it_found_the_cluster() -> None:
@@ -180,8 +180,8 @@ def test_an_up_from_another_machine_reports_that_it_found_the_cluster() -> None:
     assert adopted(known, head, fresh=False) == ""
     assert adopted(None, head, fresh=True) == ""
     for before in ("", "c0"):
-        begun = known.with_(cluster_id=before, begun=(head.place.host,))
-        assert adopted(begun, head, fresh=False) == "", "an up from here was killed before it had heard of it"
+        started = known.with_(cluster_id=before, begun=(head.place.host,))
+        assert adopted(started, head, fresh=False) == "", "an up from here was killed before it had heard of it"
 
 
 def test_a_verb_about_jobs_loads_no_ssh_for_a_cluster_over_ssh() -> None:

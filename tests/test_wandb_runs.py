@@ -20,8 +20,8 @@ PROJECT = "digits"
 def claims(folder: Path, *earlier: EarlierRun, n: int = 1, name: str = "job") -> str:
     """Make the folder of an attempt's claims; `name` is the one that runs get where a program gives none."""
     folder.mkdir()
-    told = {"n": n, "id": "rl1", "name": name, "earlier": earlier}
-    (folder / wandb_runs.ATTEMPT).write_text(json.dumps(told))
+    reported = {"n": n, "id": "rl1", "name": name, "earlier": earlier}
+    (folder / wandb_runs.ATTEMPT).write_text(json.dumps(reported))
     return str(folder)
 
 

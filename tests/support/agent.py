@@ -236,7 +236,7 @@ class Raw:
             env=environment(home, extra),
             cwd=cwd,
         )
-        self.said: list[bytes] = []
+        self.received: list[bytes] = []
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
@@ -278,7 +278,7 @@ class Raw:
 
     def messages(self) -> list[dict[str, Any]]:
         """Return what was said so far; every line must be a message of the protocol."""
-        return [json.loads(line) for line in list(self.said)]
+        return [json.loads(line) for line in list(self.received)]
 
     def end(self) -> int:
         """Close its stdin, and wait for its end."""
@@ -291,5 +291,5 @@ class Raw:
     def _read(self) -> None:
         assert self.process.stdout
         for line in self.process.stdout:
-            self.said.append(line)
+            self.received.append(line)
         self.process.stdout.close()

@@ -117,11 +117,11 @@ class BareHost:
     def _told(self, on_step: Callable[[Step], None]) -> Callable[[Step], None]:
         self.steps.clear()
 
-        def told(step: Step) -> None:
+        def report(step: Step) -> None:
             self.steps.append(step)
             on_step(step)
 
-        return told
+        return report
 
     def did(self, name: str) -> list[str]:
         """Return the states of one step, without how far it was in between."""

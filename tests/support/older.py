@@ -64,7 +64,7 @@ def lines(first: int, *, trained: bool = True) -> list[str]:
     return [f"starts at {first}", *steps, *(["trained"] if trained else [])]
 
 
-def said(log: str) -> list[str]:
+def output(log: str) -> list[str]:
     """Return the lines of a log that `TRAINS` printed, without those of W&B."""
     ours = ("starts", "step", "halfway", "trained")
     return [line for line in log.splitlines() if line.startswith(ours)]

@@ -87,7 +87,7 @@ class Attempt:
         """Return what the runner found."""
         return cast("Facts", self._read(contract.FACTS, 30))
 
-    def said(self) -> str:
+    def output(self) -> str:
         """Return what the runner printed: Ray's log of the job. It must be UTF-8."""
         return (self.folder.parent / "out").read_bytes().decode("utf-8")
 

@@ -19,7 +19,7 @@ from support.trust import trusted
 
 
 @dataclass(frozen=True)
-class Said:
+class WatchedRun:
     """What a command printed, and when.
 
     Args:
@@ -88,7 +88,7 @@ class Laptop:
         assert not check or done.returncode == 0, f"{words}: {done.stdout}\n{done.stderr}"
         return done
 
-    def watch(self, *words: str, limit_s: float = 120, kill_at: Callable[[str], bool] = lambda _: False) -> Said:
+    def watch(self, *words: str, limit_s: float = 120, kill_at: Callable[[str], bool] = lambda _: False) -> WatchedRun:
         """Run ``raylaunch WORDS`` there, and note when it says what.
 
         Args:
@@ -96,7 +96,7 @@ class Laptop:
             limit_s: after which it is killed, and the test has failed.
             kill_at: told each line of stderr as it comes; the command is killed (SIGKILL) where it says True.
         """
-        began = time.monotonic()
+        started = time.monotonic()
         lines: list[tuple[float, str]] = []
         with subprocess.Popen(
             self._argv(words),
@@ -113,16 +113,16 @@ class Laptop:
             assert process.stdout is not None
             try:
                 for line in process.stderr:
-                    lines.append((time.monotonic() - began, line.rstrip("\n")))
+                    lines.append((time.monotonic() - started, line.rstrip("\n")))
                     if kill_at(lines[-1][1]):
                         process.kill()
                 out = process.stdout.read()
             finally:
                 late.cancel()
-        took_s = time.monotonic() - began
-        said = Said(process.returncode, out, tuple(lines), took_s)
-        assert took_s < limit_s, f"{words} took longer than {limit_s} s: {said.err}"
-        return said
+        took_s = time.monotonic() - started
+        output = WatchedRun(process.returncode, out, tuple(lines), took_s)
+        assert took_s < limit_s, f"{words} took longer than {limit_s} s: {output.err}"
+        return output
 
     def status(self) -> dict[str, object]:
         """Return what ``raylaunch status --json`` says."""

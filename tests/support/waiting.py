@@ -20,14 +20,14 @@ def wait_until(condition: Callable[[], _T | None], timeout_s: float, what: str) 
     """
     limit = time.monotonic() + timeout_s
     while True:
-        began = time.monotonic()
+        started = time.monotonic()
         if value := condition():
             return value
         now = time.monotonic()
         if now > limit:
             msg = f"not within {timeout_s:g} s: {what}"
             raise AssertionError(msg)
-        time.sleep(min(max(_POLL_S, 3 * (now - began)), _LONGEST_POLL_S))
+        time.sleep(min(max(_POLL_S, 3 * (now - started)), _LONGEST_POLL_S))
 
 
 async def until(condition: Callable[[], object], timeout_s: float, what: str) -> None:
